@@ -1,0 +1,93 @@
+"""What the network is: every switch of the method, typed, with the paper's meaning as default.
+
+`official_switches()` gives the set that the authors' released weights need; docs/method.md explains each departure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class EncoderConfig:
+    """The frozen audio encoder."""
+
+    # A folder with config.json and weights, a hub name, or a preset's name (model/presets/) for --dry-run.
+    name: str = "openai/whisper-large-v3"
+    # Encode at the true length (null), or pad every clip with silence to this many seconds (the release: 30).
+    pad_to_seconds: float | None = None
+
+
+@dataclass
+class LLMConfig:
+    """The language model and its LoRA."""
+
+    name: str = "meta-llama/Llama-3.1-8B-Instruct"
+    lora_r: int = 64
+    lora_alpha: int = 16
+    lora_dropout: float = 0.0
+    lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+
+
+@dataclass
+class AlignmentConfig:
+    """Alignment adapter: stack frames -> Linear -> pre-norm Transformer layer(s) -> LayerNorm; then the CTC head."""
+
+    stack_frames: int = 2  # encoder frames per adapter frame: 50 -> 25 frames a second
+    layers: int = 1
+    heads: int | None = None  # null: as many as the LLM has
+    ffn_multiple: float = 2.0  # width of the feed-forward part, in LLM hidden sizes
+    dropout: float = 0.1
+    attention: str = "time"  # time: over the utterance's frames (paper) | frame: each frame alone (release)
+    ctc_head: str = "tied"  # tied: the LLM's output embeddings, frozen, + one trained blank row | initialised | free
+    ctc_length: str = "true"  # true: CTC over the frames there are | full: over the padded length (release)
+    # The last LayerNorm's gain starts at the RMS of the LLM's input embeddings, so that its output lies on their scale.
+    init_gain_to_embeddings: bool = True
+
+
+@dataclass
+class ShrinkingConfig:
+    """Shrinking adapter: CTC runs -> one query frame per run -> look-back attention, residual, LayerNorm."""
+
+    enabled: bool = True  # false: every frame goes to the LLM (a baseline, not the method)
+    keep: str = "peak"  # peak: the run's most probable frame | first: its first frame (release)
+    keep_blank_runs: bool = False  # true: blank runs keep a frame too (release)
+    lookback: str = "all"  # all: every valid frame of the utterance | kept: kept frames only (release) | none
+    heads: int | None = None
+    dropout: float = 0.1
+
+
+@dataclass
+class OpsConfig:
+    """The fused op (model/ops)."""
+
+    implementation: str = "auto"  # auto | cpp | triton | reference
+    skip_below: float | None = None  # softmax mass below which backward skips a tile; null: 2^-24 fp32, 2^-12 bf16; 0: exact
+    deterministic: bool = False
+
+
+@dataclass
+class SoundwaveConfig:
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    llm: LLMConfig = field(default_factory=LLMConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    shrinking: ShrinkingConfig = field(default_factory=ShrinkingConfig)
+    ops: OpsConfig = field(default_factory=OpsConfig)
+    prompt: str = "chat"  # chat: the tokenizer's own chat template | release: the released weights' prompt
+    audio_token: str = "<audio_patch>"  # its one position in the prompt is replaced by the audio; it is also CTC's blank
+    attention_implementation: str = "auto"  # auto: flash_attention_2 when it imports, else sdpa | sdpa | eager
+    dtype: str = "float32"  # weights of the frozen parts: float32 | bfloat16 | float16
+
+
+def official_switches(config: SoundwaveConfig) -> SoundwaveConfig:
+    """Set the switches that the authors' released weights were made with (docs/method.md, Departures), in place."""
+    config.encoder.pad_to_seconds = 30.0
+    config.alignment.attention = "frame"
+    config.alignment.ctc_head = "free"
+    config.alignment.ctc_length = "full"
+    config.alignment.init_gain_to_embeddings = False
+    config.shrinking.keep = "first"
+    config.shrinking.keep_blank_runs = True
+    config.shrinking.lookback = "kept"
+    config.prompt = "release"
+    return config
