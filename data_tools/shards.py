@@ -1,0 +1,301 @@
+"""The shard format: what a packed folder holds, written and read. Its one reason to change is the format itself.
+
+    NAME-000000.tar ...   members KEY.flac (or wav, opus, mp3 as they came) then KEY.json; text-only: KEY.json alone
+    index.json            shards with counts, sizes and checksums (wids reads it), string tables, hours, fingerprint
+    samples.npy           one SAMPLE_DTYPE row per sample, in shard order, memory-mappable
+
+Everything here is a pure function of what is given: no time stamps, no host names, no random serials. The same samples in
+the same order are the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+SAMPLE_DTYPE = np.dtype([
+    ("shard", "<u4"),              # position in index.json's shardlist
+    ("audio_offset", "<u8"),       # bytes from the start of the tar to the audio's data (not to its header)
+    ("audio_size", "<u4"),         # bytes; 0: a text-only sample
+    ("json_offset", "<u8"),
+    ("json_size", "<u4"),
+    ("duration", "<f4"),           # seconds
+    ("characters", "<u4"),         # of text, the transcript
+    ("tokens", "<u4"),             # of text under the tokenizer given to pack; 0: not counted
+    ("target_characters", "<u4"),  # of prompt + response, or of all turns of messages
+    ("task", "<u2"),               # position in index.json's tasks
+    ("lang", "<u2"),               # ... langs ("" where unknown)
+    ("codec", "<u2"),              # ... codecs ("" for text only)
+    ("id_hash", "<u8"),            # blake2b-64 of corpus/id
+])
+INDEX_NAME, TABLE_NAME = "index.json", "samples.npy"
+RECORD_FIELDS = ("id", "corpus", "task", "text", "lang", "duration", "sample_rate")
+OPTIONAL_FIELDS = ("prompt", "response", "label", "speaker", "messages", "origin")
+_BLOCK = 512
+_MAX_MEMBER_BYTES = 2**32 - 1
+
+
+class ShardError(ValueError):
+    """A packed folder that cannot be read or is not what its index says; one line: what, where, what to do."""
+
+
+class OutputError(OSError):
+    """The output cannot be written (disk full, not writable): the run must stop, no sample is to blame."""
+
+
+def id_hash(corpus: str, sample_id: str) -> int:
+    """64 bits that stand for one sample of one corpus."""
+    return int.from_bytes(hashlib.blake2b(f"{corpus}/{sample_id}".encode(), digest_size=8).digest(), "little")
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """512 bytes of ustar header: regular file, mode 0644, no owner, time 0, so that equal content is equal bytes."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def target_characters(record: dict) -> int:
+    turns = record.get("messages") or ()
+    return sum(len(turn.get("content") or "") for turn in turns) + len(record.get("prompt") or "") + len(record.get("response") or "")
+
+
+@dataclass
+class ShardSummary:
+    """What is known about one finished shard; rows point into this summary's own tables until the index joins them."""
+
+    name: str
+    rows: np.ndarray  # [n] of SAMPLE_DTYPE
+    filesize: int
+    sha256: str
+    tasks: list[str] = field(default_factory=list)
+    langs: list[str] = field(default_factory=list)
+    codecs: list[str] = field(default_factory=list)
+
+
+class ShardWriter:
+    """Writes one tar at `path`, sample by sample, in one pass; the checksum is taken on the way.
+
+    The caller gives `path` a name that no reader takes for a shard and renames it after `close()`.
+    Errors: OutputError for anything the file system refuses.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._rows: list[tuple] = []
+        self._tables: dict[str, dict[str, int]] = {"task": {}, "lang": {}, "codec": {}}
+        self._digest, self._offset = hashlib.sha256(), 0
+        try:
+            self._file = open(self.path, "wb", buffering=1 << 20)  # noqa: SIM115  closed by close()
+        except OSError as error:
+            raise OutputError(f"cannot write {self.path}: {error.strerror}") from error
+
+    def add(self, key: str, audio: bytes | None, codec: str, record: dict, tokens: int = 0) -> None:
+        """Append KEY.`codec` (unless audio is None) and KEY.json. `record` is written as given, in its own key order."""
+        if "." in key or "/" in key or not key:
+            raise ValueError(f"key '{key}' must be non-empty and hold no dot or slash: WebDataset groups members by the first dot")
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+        if max(len(audio or b""), len(text)) > _MAX_MEMBER_BYTES:
+            raise ValueError(f"sample {key} is larger than 4 GiB")
+        audio_offset = audio_size = 0
+        if audio is not None:
+            audio_offset, audio_size = self._member(f"{key}.{codec}", audio), len(audio)
+        json_offset = self._member(f"{key}.json", text)
+        position = lambda table, value: self._tables[table].setdefault(value, len(self._tables[table]))
+        self._rows.append((0, audio_offset, audio_size, json_offset, len(text), record["duration"] or 0.0, len(record["text"] or ""),
+                           tokens, target_characters(record), position("task", record["task"]), position("lang", record["lang"] or ""),
+                           position("codec", codec if audio is not None else ""), id_hash(record["corpus"], record["id"])))
+
+    def _member(self, name: str, data: bytes) -> int:
+        self._write(tar_header(name, len(data)))
+        offset = self._offset
+        self._write(data)
+        self._write(bytes(-len(data) % _BLOCK))
+        return offset
+
+    def _write(self, data: bytes) -> None:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise OutputError(f"cannot write {self.path} at byte {self._offset}: {error.strerror}") from error
+        self._digest.update(data)
+        self._offset += len(data)
+
+    def close(self, name: str) -> ShardSummary:
+        """End the archive, bring it to the disk, and return what the index needs. `name`: the shard's final file name."""
+        self._write(bytes(2 * _BLOCK))
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        except OSError as error:
+            raise OutputError(f"cannot write {self.path}: {error.strerror}") from error
+        return ShardSummary(name, np.array(self._rows, dtype=SAMPLE_DTYPE), self._offset, self._digest.hexdigest(),
+                            *(list(table) for table in self._tables.values()))
+
+
+def fingerprint(table: np.ndarray, checksums: list[str]) -> str:
+    """sha256 over the sample table's bytes and the shards' checksums: one name for a packed folder's content."""
+    digest = hashlib.sha256()
+    for start in range(0, len(table), 1 << 20):
+        digest.update(np.ascontiguousarray(table[start:start + (1 << 20)]).tobytes())
+    for checksum in checksums:
+        digest.update(checksum.encode())
+    return digest.hexdigest()
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file so that its name only ever stands for complete content."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def write_index(folder: str | Path, name: str, summaries, extra: dict | None = None) -> dict:
+    """Join the shards' summaries into samples.npy and index.json; returns the index.
+
+    `summaries` is gone through twice, in shard order, and may load each summary when it is its turn: memory is then that
+    of one shard's table. index.json is written last: a folder with an index is a complete one.
+    """
+    folder = Path(folder)
+    tables = {"tasks": set(), "langs": set(), "codecs": set()}
+    shardlist, count = [], 0
+    for summary in summaries:
+        for table, values in tables.items():
+            values.update(getattr(summary, table))
+        shardlist.append({"url": summary.name, "nsamples": len(summary.rows), "filesize": summary.filesize, "sha256": summary.sha256})
+        count += len(summary.rows)
+    sorted_tables = {table: sorted(values) for table, values in tables.items()}
+    unfinished = folder / f".{TABLE_NAME}.{os.getpid()}"
+    seconds, digest = 0.0, hashlib.sha256()
+    try:
+        with open(unfinished, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": np.lib.format.dtype_to_descr(SAMPLE_DTYPE), "fortran_order": False,
+                                                        "shape": (count,)})
+            for position, summary in enumerate(summaries):
+                rows = summary.rows.copy()
+                rows["shard"] = position
+                for column, table in (("task", "tasks"), ("lang", "langs"), ("codec", "codecs")):
+                    places = np.array([sorted_tables[table].index(value) for value in getattr(summary, table)], dtype=np.uint16)
+                    rows[column] = places[rows[column]] if len(rows) else rows[column]
+                seconds += float(rows["duration"].astype(np.float64).sum())
+                digest.update(rows.tobytes())
+                file.write(rows.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, folder / TABLE_NAME)
+    except OSError as error:
+        raise OutputError(f"cannot write {folder / TABLE_NAME}: {error.strerror}") from error
+    for shard in shardlist:
+        digest.update(shard["sha256"].encode())
+    index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": name, "shardlist": shardlist, **sorted_tables,
+             "samples": count, "hours": round(seconds / 3600, 6), "fingerprint": digest.hexdigest(), **(extra or {})}
+    replace_file(folder / INDEX_NAME, (json.dumps(index, indent=1, ensure_ascii=False) + "\n").encode())
+    return index
+
+
+class ShardIndex:
+    """A packed folder, read by sample number: two preads and nothing else, so it serves any order and any worker.
+
+    samples: np.memmap [n] of SAMPLE_DTYPE;  shards: the shardlist of index.json;  tasks, langs, codecs: string tables;
+    fingerprint: str;  hours: float.  Files are opened at first use and at most `open_files` are kept open. Safe to pickle
+    and to fork. Where the environment names a folder of node-local copies in SOUNDWAVE_LOCAL_SHARDS, a shard that stands
+    there complete as FINGERPRINT/NAME is read from there.
+    """
+
+    def __init__(self, folder: Path, index: dict, samples: np.ndarray, open_files: int = 64):
+        self.folder, self.samples = folder, samples
+        self.name: str = index["name"]
+        self.shards: list[dict] = index["shardlist"]
+        self.tasks: list[str] = index["tasks"]
+        self.langs: list[str] = index["langs"]
+        self.codecs: list[str] = index["codecs"]
+        self.hours: float = index["hours"]
+        self.fingerprint: str = index["fingerprint"]
+        self._open_files, self._files = open_files, OrderedDict()
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ShardIndex:
+        """Errors: ShardError where the folder, its index or a shard is missing, or where they do not fit each other."""
+        folder = Path(folder)
+        if not (folder / INDEX_NAME).exists():
+            why = "does not exist" if not folder.exists() else f"holds no {INDEX_NAME}"
+            raise ShardError(f"{folder} {why}: give a folder that data_tools/pack.py has finished (run its command again, or --merge)")
+        try:
+            index = json.loads((folder / INDEX_NAME).read_bytes())
+            samples = np.load(folder / TABLE_NAME, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise ShardError(f"index of {folder} cannot be read: {error}; run pack again") from error
+        if samples.dtype != SAMPLE_DTYPE:
+            raise ShardError(f"{folder / TABLE_NAME} has columns {samples.dtype.names}, not those of this version: pack the corpus again")
+        if len(samples) != sum(shard["nsamples"] for shard in index["shardlist"]):
+            raise ShardError(f"{folder / TABLE_NAME} has {len(samples)} rows, {INDEX_NAME} counts another number: run pack --merge again")
+        for shard in index["shardlist"]:
+            path = folder / shard["url"]
+            if not path.exists() or path.stat().st_size != shard["filesize"]:
+                state = f"{path.stat().st_size} bytes" if path.exists() else "missing"
+                raise ShardError(f"shard {path} is {state}, the index says {shard['filesize']} bytes: copy it again")
+        return cls(folder, index, samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(self, row: int) -> tuple[bytes | None, dict]:
+        """Audio bytes as they stand in the shard (None for text only) and the JSON record of sample number `row`."""
+        sample = self.samples[row]
+        audio = self._pread(sample["shard"], sample["audio_offset"], sample["audio_size"], row) if sample["audio_size"] else None
+        text = self._pread(sample["shard"], sample["json_offset"], sample["json_size"], row)
+        try:
+            return audio, json.loads(text)
+        except ValueError as error:
+            raise ShardError(f"{self._path(sample['shard'])}: JSON of sample {row} is broken ({error}); check with data_tools.verify") from None
+
+    def _path(self, shard: int) -> Path:
+        entry = self.shards[int(shard)]
+        if local := os.environ.get("SOUNDWAVE_LOCAL_SHARDS"):
+            copy = Path(local) / self.fingerprint / entry["url"]
+            if copy.exists() and copy.stat().st_size == entry["filesize"]:
+                return copy
+        return self.folder / entry["url"]
+
+    def _pread(self, shard: int, offset: int, size: int, row: int) -> bytes:
+        shard = int(shard)
+        if shard in self._files:
+            self._files.move_to_end(shard)
+        else:
+            try:
+                self._files[shard] = os.open(self._path(shard), os.O_RDONLY)
+            except OSError as error:
+                raise ShardError(f"cannot open shard {self._path(shard)}: {error.strerror}") from error
+            if len(self._files) > self._open_files:
+                os.close(self._files.popitem(last=False)[1])
+        data = os.pread(self._files[shard], int(size), int(offset))
+        if len(data) != int(size):
+            raise ShardError(f"shard {self._path(shard)} ends inside sample {row}: copy or pack it again (data_tools.verify names all such)")
+        return data
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __del__(self):
+        self.close()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "samples": None, "_files": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, samples=np.load(state["folder"] / TABLE_NAME, mmap_mode="r"), _files=OrderedDict())
