@@ -1,0 +1,55 @@
+# `make help` lists the targets. Everything runs in $(VENV), which `make setup` fills; nothing else on the machine is touched.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+SETUP := $(PYTHON) install/setup_env.py --venv $(VENV) $(if $(GPU),--gpu $(if $(filter 0 no,$(GPU)),no,yes)) $(if $(FLASH_ATTN),--flash-attn)
+export HF_HUB_OFFLINE ?= 1
+export PYTHONWARNINGS ?= ignore::FutureWarning
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev demo fetch test lint bench-ctc gpu-check soak test-slurm clean
+
+help: ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@echo
+	@echo "  PYTHON=python3.12  another interpreter    VENV=/path  another place    GPU=1  CUDA torch though no GPU is seen here"
+	@echo "  FLASH_ATTN=1  flash-attn too (with setup)    ARGS='...'  arguments for demo, test, bench-ctc, gpu-check, soak, test-slurm"
+
+setup: ## fill .venv: packages, CPU or CUDA torch, prebuilt ops; quick when repeated
+	@$(SETUP)
+
+setup-dev: # setup, and what tests need
+	@$(SETUP) --dev
+
+demo: setup ## the whole road on real speech: fetch, pack, stages I to III, scores, one table (2 cores, no GPU)
+	@$(PY) -m examples.quickstart.demo $(ARGS)
+
+fetch: setup ## only download and convert what the demo needs; names the commands for full-scale models
+	@$(PY) -m examples.quickstart.fetch $(ARGS)
+
+test: setup-dev ## the fast tests, two-rank ZeRO-3 included
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow and not gpu and not slurm" $(ARGS)
+
+test-all: setup-dev ## every test that this machine can run, the slow ones too
+	@OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS)
+
+lint: setup-dev ## ruff, shellcheck
+	@$(PY) -m ruff check .
+	@$(VENV)/bin/shellcheck -x $$(git ls-files '*.sh') .ci/run
+
+bench-ctc: setup ## the fused op against the ordinary path, one run
+	@$(PY) -m benchmarks.linear_ctc $(ARGS)
+
+gpu-check: setup-dev ## every CUDA parity test and benchmark; one JSON, one table
+	@$(PY) -m benchmarks.gpu_check $(ARGS)
+
+soak: setup-dev ## kill and resume training at 30 random moments; the weights must not differ
+	@$(PY) -m benchmarks.soak $(ARGS)
+
+test-slurm: setup-dev ## the SLURM scripts on a two-node cluster started on this machine
+	@$(PY) -m pytest -m slurm tests/slurm $(ARGS)
+
+clean: ## remove caches of tests and tools (not .venv, not .cache, not runs)
+	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

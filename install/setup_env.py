@@ -1,0 +1,340 @@
+"""Fill .venv so that nothing is compiled, downloaded or mended later, inside a run. Used by `make setup`.
+
+    python3 install/setup_env.py [--venv .venv] [--gpu auto|yes|no] [--dev] [--flash-attn] [--check]
+
+Steps, each skipped when it is done already, so that a repeat is quick and an interrupted set-up goes on where it stopped:
+
+1. venv            python3 -m venv; a broken one is made anew
+2. packages        requirements.txt (and -dev, -gpu): the CPU build of torch where pip offers one and there is no GPU
+3. torchaudio      on CPU torch its compiled part, which links CUDA, is moved away: with it `import torchaudio` fails, and
+                   transformers with it. On CUDA torch it stays (and comes back)
+4. deepspeed ops   built into the installed package instead of just in time inside the first run
+5. fused op        python -m model.ops.build
+
+The stamp .venv/.setup/done holds the hash of everything that these steps depend on. Only the standard library is used here, and
+syntax that an old Python can read, so that it can say that it is too old.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OLDEST, NEWEST = (3, 11), (3, 13)  # numpy needs 3.11; wheels of the pinned versions end at 3.13
+DISK_GB = {"cpu": 4, "cuda": 14}
+
+# Every process of this environment, however it is started: prebuilt ops and whatever torch still builds stay inside it (the
+# default, ~/.cache/torch_extensions, is shared by all environments of a user, which spoil it for each other, and by all nodes
+# of a shared home, which race for it).
+ENVIRONMENT_PTH = (
+    "import os, sys; os.environ.setdefault('TORCH_EXTENSIONS_DIR', os.path.join(sys.prefix, 'torch_extensions'))"
+    "; {accelerator}\n")
+
+
+class SetupError(Exception):
+    """One line for the user: what is wrong and what to do."""
+
+
+def say(text):
+    print(text, flush=True)
+
+
+class Environment:
+    """The virtual environment, and how commands run in it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.python = folder / "bin" / "python"
+        self.state = folder / ".setup"
+
+    def run(self, label, command, env=None, cwd=ROOT):
+        """Run with output to a log, pip's milestones shown; returns the time taken. Errors: SetupError with the last error line."""
+        self.state.mkdir(parents=True, exist_ok=True)
+        log_path = self.state / (label + ".log")
+        tail = []
+        began = time.time()
+        with open(str(log_path), "w") as log:
+            process = subprocess.Popen([str(part) for part in command], cwd=str(cwd), env=dict(os.environ, **(env or {})),
+                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                                       stdin=subprocess.DEVNULL)
+            for line in process.stdout:
+                log.write(line)
+                log.flush()
+                tail = tail[-400:] + [line.rstrip()]
+                match = re.match(r"\s*(Collecting|Downloading|Installing collected|Building wheel|Preparing metadata)\b.*", line)
+                if match and sys.stdout.isatty():
+                    print("\r\033[K    " + line.strip()[:100], end="", flush=True)
+            code = process.wait()
+        if sys.stdout.isatty():
+            print("\r\033[K", end="", flush=True)
+        if code:
+            errors = [line.strip() for line in tail if re.search(r"\berror\b|No space left|not found", line, re.I)]
+            reason = (errors or [line for line in tail if line.strip()] or ["no output"])[-1]
+            raise SetupError("%s failed (exit %d): %s\n    all output: %s" % (label, code, reason[:300], log_path))
+        return "%.0f s" % (time.time() - began)
+
+    def ask(self, code):
+        """Standard output of a few lines of Python run in the environment; None where they fail."""
+        found = subprocess.run([str(self.python), "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                               stdin=subprocess.DEVNULL, cwd=str(self.folder))
+        return found.stdout.strip() if found.returncode == 0 else None
+
+    @property
+    def site_packages(self):
+        return Path(self.ask("import sysconfig; print(sysconfig.get_paths()['purelib'])"))
+
+
+def has_gpu():
+    """Whether an NVIDIA driver with at least one GPU answers on this machine."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return False
+    listed = subprocess.run([smi, "-L"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, stdin=subprocess.DEVNULL)
+    return listed.returncode == 0 and "GPU" in listed.stdout
+
+
+def fingerprint(kind):
+    """Hash of what the set-up depends on: the pins, this folder, the op's sources, the interpreter, CPU or CUDA."""
+    digest = hashlib.sha256(repr((kind, sys.version_info[:3])).encode())
+    sources = sorted(ROOT.glob("requirements*.txt")) + sorted((ROOT / "install").glob("*.*"))
+    sources += [path for path in sorted((ROOT / "model" / "ops").rglob("*"))
+                if path.suffix in (".cpp", ".h", ".hpp", ".cu", ".cuh") or path.name == "build.py"]
+    for path in sources:
+        if path.is_file():
+            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def check_machine(folder, kind):
+    if not OLDEST <= sys.version_info[:2] <= NEWEST:
+        raise SetupError("Python %d.%d is %s: this needs %d.%d to %d.%d. Name another one: make setup PYTHON=python3.12" % (
+            sys.version_info[0], sys.version_info[1], "too old" if sys.version_info[:2] < OLDEST else "not tried yet",
+            OLDEST[0], OLDEST[1], NEWEST[0], NEWEST[1]))
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None and shutil.which("g++") is None:
+        raise SetupError("no C++ compiler (%s): the fused op and DeepSpeed's ops are compiled here. Install one "
+                         "(Debian, Ubuntu: apt-get install g++ python3-dev; clusters: module load gcc)" % compiler)
+    free = shutil.disk_usage(str(folder.parent)).free / 1e9
+    if not folder.exists() and free < DISK_GB[kind]:
+        raise SetupError("%.1f GB free in %s, about %d GB needed: free some, or name another place: make setup VENV=/path"
+                         % (free, folder.parent, DISK_GB[kind]))
+
+
+def make_venv(env):
+    if env.python.exists() and env.ask("import pip; print(pip.__version__)") is not None:
+        return
+    say("[1/5] virtual environment %s" % env.folder)
+    command = [sys.executable, "-m", "venv", "--clear", str(env.folder)]
+    made = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL)
+    if made.returncode:
+        raise SetupError("python3 -m venv failed: %s (Debian, Ubuntu: apt-get install python3-venv)"
+                         % " ".join(made.stdout.split())[-300:])
+
+
+def pinned(name):
+    """The line `name==version` of requirements.txt."""
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        if re.match(re.escape(name) + "==", line):
+            return line.split("#")[0].strip()
+    raise SetupError("requirements.txt pins no %s" % name)
+
+
+def install_packages(env, kind, files):
+    pip = [str(env.python), "-m", "pip", "install", "--disable-pip-version-check"]
+    torch = pinned("torch")
+    have = env.ask("import importlib.metadata as m; print(m.version('torch'))")
+    right = have is not None and have.split("+")[0] == torch.split("==")[1] and (kind == "cpu" or not have.endswith("+cpu"))
+    if not right:
+        say("[2/5] packages: %s first" % torch)
+        if kind == "cpu":
+            try:
+                env.run("pip-torch", pip + [torch + "+cpu"])
+            except SetupError as error:
+                if "No matching distribution" not in str(error):
+                    raise
+                say("      pip offers no CPU build of %s here: taking the default one, which brings CUDA libraries" % torch)
+                env.run("pip-torch", pip + [torch])
+        else:  # of two builds with the same version pip would take +cpu where an index offers it
+            env.run("pip-torch", pip + ["%s,!=%s+cpu" % (torch, torch.split("==")[1])])
+    say("[2/5] packages: %s" % " ".join(files))
+    constraints = ["-c", str(ROOT / "install" / "constraints.txt")]
+    plain = [name for name in files if name != "requirements-gpu.txt"]
+    took = env.run("pip", pip + constraints + [part for name in plain for part in ("-r", str(ROOT / name))])
+    if plain != files:  # flash-attn's build reads the installed torch
+        say("      flash-attn is compiled now: this can take an hour")
+        env.run("pip-flash-attn", pip + ["--no-build-isolation", "-r", str(ROOT / "requirements-gpu.txt")])
+    build = env.ask("import importlib.metadata as m; print(m.version('torch'))")
+    say("      done in %s; torch %s" % (took, build))
+
+
+def mend_torchaudio(env):
+    """Move torchaudio's CUDA-linked library away on CPU torch, back on CUDA torch; then the import must work."""
+    cuda = env.ask("import torch; print(torch.version.cuda)")
+    package = env.site_packages / "torchaudio"
+    library, aside = package / "lib", package / "lib.cuda"
+    if cuda == "None" and library.exists():
+        say("[3/5] torchaudio: its compiled part needs CUDA, torch here has none: moved to %s" % aside.name)
+        shutil.rmtree(str(aside), ignore_errors=True)
+        library.rename(aside)
+    elif cuda != "None" and aside.exists() and not library.exists():
+        aside.rename(library)
+    if env.ask("import torchaudio, transformers; torchaudio.transforms.Resample(8000, 16000)") is None:
+        raise SetupError("torchaudio or transformers does not import: see the error with: "
+                         "%s -c 'import torchaudio, transformers'" % env.python)
+
+
+OPS_CHECK = """
+import importlib.metadata as m
+names = [str(f) for f in m.files("deepspeed") if str(f).endswith(".so")]
+wanted = %r
+assert all(any(w in n for n in names) for w in wanted), names
+assert all(m.distribution("deepspeed").locate_file(n).exists() for n in names)
+import deepspeed
+from deepspeed.git_version_info import installed_ops
+assert all(installed_ops[w] for w in wanted), installed_ops
+from torch.utils import cpp_extension
+def never(*a, **k):
+    raise AssertionError("built just in time")
+cpp_extension.load = never  # a prebuilt op is imported, never compiled
+from deepspeed.ops.op_builder.all_ops import ALL_OPS
+for w in wanted:
+    ALL_OPS[w].load(verbose=False)
+print("ok")
+"""
+
+
+def deepspeed_ops(kind):
+    """Which ops are built: communication through shared memory and CPU Adam on CPU; on CUDA, Adam for both sides."""
+    if kind == "cpu":
+        return ["deepspeed_shm_comm", "cpu_adam"]
+    return ["cpu_adam"] + (["fused_adam"] if shutil.which("nvcc") else [])
+
+
+BUILD_FLAGS = {"deepspeed_shm_comm": "DS_BUILD_SHM_COMM", "cpu_adam": "DS_BUILD_CPU_ADAM", "fused_adam": "DS_BUILD_FUSED_ADAM"}
+
+
+def build_deepspeed(env, kind):
+    wanted = deepspeed_ops(kind)
+    check = OPS_CHECK % (wanted,)
+    if env.ask(check) == "ok":
+        return
+    requirement = pinned("deepspeed")
+    say("[4/5] DeepSpeed's ops (%s), about 2 minutes" % ", ".join(wanted))
+    if kind == "cuda" and not shutil.which("nvcc"):
+        say("      no nvcc on PATH: GPU ops are left out (training uses torch's fused AdamW); module load cuda, then repeat")
+    flags = {BUILD_FLAGS[name]: "1" for name in wanted}
+    if kind == "cpu":
+        flags["DS_ACCELERATOR"] = "cpu"
+    # --no-cache-dir: pip keeps the wheel that it once built without ops, and would install that one again.
+    took = env.run("deepspeed-ops", [
+        str(env.python), "-m", "pip", "install", "--disable-pip-version-check", "--no-build-isolation", "--no-deps",
+        "--no-binary", "deepspeed", "--no-cache-dir", "--force-reinstall", requirement], env=dict(
+            flags, MAX_JOBS=os.environ.get("MAX_JOBS", str(min(8, os.cpu_count() or 1))),
+            PATH=str(env.folder / "bin") + os.pathsep + os.environ.get("PATH", "")))  # ninja is in there
+    if env.ask(check) != "ok":
+        raise SetupError("DeepSpeed was built, but its ops %s do not load: see %s" % (wanted, env.state / "deepspeed-ops.log"))
+    say("      done in %s" % took)
+
+
+def build_fused_op(env):
+    say("[5/5] the fused op")
+    took = env.run("fused-op", [str(env.python), "-m", "model.ops.build"])
+    say("      done in %s" % took)
+
+
+def write_environment(env, kind):
+    accelerator = "os.environ.setdefault('DS_ACCELERATOR', 'cpu')" if kind == "cpu" else "None"
+    (env.site_packages / "soundwave_environment.pth").write_text(ENVIRONMENT_PTH.format(accelerator=accelerator))
+
+
+def set_up(options):
+    folder = Path(options.venv)
+    folder = folder if folder.is_absolute() else ROOT / folder
+    gpu = has_gpu() if options.gpu == "auto" else options.gpu == "yes"
+    kind = "cuda" if gpu else "cpu"
+    files = ["requirements.txt"]
+    if options.dev:
+        files += ["requirements-dev.txt"] + (["requirements-dev-cpu.txt"] if kind == "cpu" else [])
+    if options.flash_attn:
+        files += ["requirements-gpu.txt"]
+    env = Environment(folder)
+    stamp, wanted = env.state / "done", fingerprint(kind)
+    done = json.loads(stamp.read_text()) if stamp.exists() else {"files": []}
+    if done.get("fingerprint") == wanted and set(files) <= set(done["files"]) and env.python.exists():
+        say("set-up: %s is complete (%s)" % (options.venv, done["summary"]))
+        return 0
+    if options.check:
+        say("set-up: %s is not complete: make setup" % options.venv)
+        return 1
+    check_machine(folder, kind)
+    files += [name for name in done["files"] if name not in files and (ROOT / name).exists()]  # what was there stays
+    if stamp.exists():
+        stamp.unlink()
+    began = time.time()
+    make_venv(env)
+    with lock(env):
+        write_environment(env, kind)
+        install_packages(env, kind, files)
+        mend_torchaudio(env)
+        build_deepspeed(env, kind)
+        build_fused_op(env)
+        summary = env.ask("import sys, torch, deepspeed, transformers; print('Python %d.%d, torch %s, deepspeed %s, transformers %s'"
+                          " % (*sys.version_info[:2], torch.__version__, deepspeed.__version__, transformers.__version__))")
+        if summary is None:
+            raise SetupError("the packages do not import together: try %s -c 'import torch, deepspeed, transformers'" % env.python)
+        summary = summary.splitlines()[-1]
+        partial = stamp.with_name("done.partial")
+        partial.write_text(json.dumps({"fingerprint": wanted, "files": files, "summary": summary}))
+        partial.replace(stamp)
+    say("set-up: %s is complete in %.0f s (%s)" % (options.venv, time.time() - began, summary))
+    return 0
+
+
+class lock:
+    """One set-up at a time in a folder: a second one waits, then finds the work done."""
+
+    def __init__(self, env):
+        self.path = env.state / "lock"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self):
+        import fcntl
+        self.file = open(str(self.path), "w")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another set-up works in this folder: waiting for it")
+            fcntl.flock(self.file, fcntl.LOCK_EX)
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Fill .venv: packages, mends, prebuilt ops. Quick when repeated.")
+    parser.add_argument("--venv", default=".venv", help="folder of the virtual environment (default: .venv)")
+    parser.add_argument("--gpu", choices=("auto", "yes", "no"), default="auto",
+                        help="which torch: by whether this machine has an NVIDIA GPU, or said (a login node without one: yes)")
+    parser.add_argument("--dev", action="store_true", help="also what tests and linting need")
+    parser.add_argument("--flash-attn", action="store_true", help="also flash-attn (compiled; needs CUDA's nvcc)")
+    parser.add_argument("--check", action="store_true", help="only say whether the set-up is complete (exit 1: not)")
+    try:
+        return set_up(parser.parse_args())
+    except SetupError as error:
+        print("set-up stopped: %s" % error, file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\nset-up interrupted; the same command goes on where it stopped", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
