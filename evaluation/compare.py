@@ -1,0 +1,98 @@
+"""Do two runs differ? `python -m evaluation.compare A.jsonl B.jsonl`: paired tests on the utterances that both answered."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from sacrebleu.metrics import CHRF
+from sacrebleu.significance import PairedTest
+from tabulate import tabulate
+
+from evaluation.predictions import PredictionError, read_rows, row_key
+from evaluation.resampling import paired_test
+from evaluation.score import bleu_metric, correct_answers, exact_answers, word_counts
+from evaluation.tasks import metric_of
+
+
+def paired(first: list[dict], second: list[dict]) -> dict[str, dict]:
+    """Per metric: both scores, the difference (second - first), its 95 % interval where known, and a two-sided p-value.
+
+    Rows are of one task and stand in the same order. Error rates and accuracy: approximate randomisation over utterances
+    (evaluation.resampling); BLEU and chrF: sacrebleu's paired approximate randomisation.
+    """
+    metric = metric_of(first)
+    if metric == "wer":
+        results = {}
+        for name, characters in (("wer", False), ("cer", True)):
+            a, units, _ = word_counts(first, characters=characters)
+            b, _, _ = word_counts(second, characters=characters)
+            results[name] = paired_test(a, b, units)
+        return results
+    if metric == "accuracy":
+        return {"accuracy": paired_test(correct_answers(first)[0], correct_answers(second)[0], np.ones(len(first)))}
+    if metric in ("answer", "chain"):
+        return {"exact": paired_test(exact_answers(first), exact_answers(second), np.ones(len(first)))}
+    systems = [("first", [row["prediction"] for row in first]), ("second", [row["prediction"] for row in second])]
+    references = [[row["reference"] for row in first]]
+    _, scores = PairedTest(systems, {"bleu": bleu_metric(first), "chrf": CHRF()}, references, test_type="ar")()
+    results = {}
+    for name, pair in scores.items():
+        if name != "System":
+            a, b = pair
+            results[name.lower().removesuffix("2")] = {"first": float(a.score), "second": float(b.score),
+                                                       "difference": float(b.score - a.score), "p_value": float(b.p_value)}
+    return results
+
+
+def compare(first: Path, second: Path) -> dict:
+    """{task: {utterances, metrics}} and how many utterances only one file has. PredictionError where they cannot be compared."""
+    tables = [{row_key(row): row for row in read_rows(path)} for path in (first, second)]
+    shared = [key for key in tables[0] if key in tables[1]]
+    differing = [key for key in shared if tables[0][key]["reference"] != tables[1][key]["reference"]]
+    if differing:
+        raise PredictionError(f"{first} and {second} hold other references for {len(differing)} utterances ({differing[0]}): "
+                              "compare two runs over the same shards")
+    if not shared:
+        raise PredictionError(f"{first} and {second} share no utterance: compare two runs over the same shards")
+    by_task = defaultdict(list)
+    for key in shared:
+        by_task[tables[0][key].get("task") or "asr"].append(key)
+    counts = {"only_first": len(tables[0]) - len(shared), "only_second": len(tables[1]) - len(shared)}
+    return {"first": str(first), "second": str(second), **counts,
+            "tasks": {task: {"utterances": len(keys), "metrics": paired(*([part[key] for key in keys] for part in tables))}
+                      for task, keys in sorted(by_task.items())}}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m evaluation.compare", description=__doc__.splitlines()[0])
+    parser.add_argument("first", type=Path)
+    parser.add_argument("second", type=Path)
+    parser.add_argument("--json", type=Path, help="write the result here as well")
+    options = parser.parse_args(arguments)
+    try:
+        result = compare(options.first, options.second)
+    except PredictionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    lines = []
+    for task, part in result["tasks"].items():
+        for name, values in part["metrics"].items():
+            bounds = values.get("difference_ci95")
+            lines.append([task, name, part["utterances"], f"{values['first']:.4f}", f"{values['second']:.4f}",
+                          f"{values['difference']:+.4f}", f"[{bounds[0]:+.4f}, {bounds[1]:+.4f}]" if bounds else "",
+                          f"{values['p_value']:.4g}"])
+    headers = ["task", "metric", "utterances", "first", "second", "second - first", "95 %", "p"]
+    print(tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True))
+    print(f"only in the first: {result['only_first']}, only in the second: {result['only_second']}")
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""A language model as judge of free answers: off unless this command is run, and it never hears the audio.
+
+    python -m evaluation.judge P.jsonl --endpoint http://localhost:8000/v1 --judge-model NAME
+    python -m evaluation.judge P.jsonl --local FOLDER
+
+Each answer is rated from 1 to 10 against the reference answer, given a description of the audio (AIR-Bench's `meta_info` with
+--meta, else the transcript), twice with the two answers in either order; the mean of both counts. Judgements are kept in
+P.judge.jsonl, so an interrupted run goes on, and the score is recomputed from that file. The wording is this project's
+(replace it with --template): scores by another wording or another judge are not comparable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from evaluation.air_bench import read_meta, sample_id
+from evaluation.predictions import PredictionError, read_rows, row_key
+from evaluation.resampling import interval
+
+TEMPLATE = """You grade two answers to a question about an audio recording. You cannot hear it; this is what is in it:
+<audio>
+{description}
+</audio>
+Question: {question}
+<answer 1>
+{first}
+</answer 1>
+<answer 2>
+{second}
+</answer 2>
+Rate each answer from 1 (useless or wrong) to 10 (correct, relevant and complete). Reply with the two numbers alone, that of \
+answer 1 first, separated by a space."""
+RETRIES = 4
+
+
+class JudgeError(RuntimeError):
+    """The judge cannot be asked; one line: what, where, what to do."""
+
+
+def endpoint_judge(url: str, model: str, key: str | None, timeout: float = 120.0) -> Callable[[str], str]:
+    """A function text -> reply over POST {url}/chat/completions (OpenAI's protocol), greedy. Busy servers (408, 429, 5xx) and
+    broken connections are asked again after 1, 2, 4 s; other refusals raise JudgeError at once."""
+    target = url.rstrip("/") + "/chat/completions"
+
+    def ask(text: str) -> str:
+        body = json.dumps({"model": model, "temperature": 0, "max_tokens": 32, "messages": [{"role": "user", "content": text}]})
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        for attempt in range(RETRIES):
+            try:
+                request = urllib.request.Request(target, body.encode(), headers)
+                with urllib.request.urlopen(request, timeout=timeout) as response:
+                    return json.loads(response.read())["choices"][0]["message"]["content"] or ""
+            except urllib.error.HTTPError as error:
+                reason = f"answers {error.code} {error.reason}"
+                if error.code not in (408, 429) and error.code < 500:
+                    raise JudgeError(f"{target} {reason}: check --endpoint, --judge-model and the key in --key-env") from None
+            except (OSError, KeyError, IndexError, TypeError, json.JSONDecodeError) as error:
+                reason = f"gives no answer ({error})"
+            if attempt + 1 < RETRIES:
+                time.sleep(2**attempt)
+        raise JudgeError(f"{target} {reason} after {RETRIES} tries: start the server, then run the same command again")
+
+    return ask
+
+
+def local_judge(folder: Path) -> Callable[[str], str]:
+    """The same from a transformers model folder, on the GPU where there is one."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    def ask(text: str) -> str:
+        inputs = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True,
+                                               return_tensors="pt").to(model.device)
+        with torch.inference_mode():
+            output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+        return tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+
+    return ask
+
+
+def parse_scores(reply: str) -> tuple[float, float] | None:
+    """The two ratings of a reply: a line of two numbers from 1 to 10 and nothing else ("7 9", "7/10, 9/10"); None without one."""
+    number = r"(\d+(?:\.\d+)?)(?:\s*/\s*10)?"
+    match = re.search(rf"^\s*{number}[\s,;]+{number}\s*$", reply, re.MULTILINE)
+    numbers = [float(n) for n in match.groups()] if match else []
+    return (numbers[0], numbers[1]) if numbers and all(1 <= n <= 10 for n in numbers) else None
+
+
+def judge_row(row: dict, description: str, ask: Callable[[str], str], template: str = TEMPLATE) -> dict:
+    """Both orders of one answer and its reference: {id, corpus, task, score, reference_score, replies}; score None: unread."""
+    values = {"description": description, "question": row.get("prompt") or "What is said?"}
+    replies = [ask(template.format(**values, first=row["reference"], second=row["prediction"])),
+               ask(template.format(**values, first=row["prediction"], second=row["reference"]))]
+    pairs = [parse_scores(reply) for reply in replies]
+    known = [(pair[1 - swapped], pair[swapped]) for swapped, pair in enumerate(pairs) if pair]  # (answer, reference)
+    score, reference = np.mean(known, axis=0).tolist() if known else (None, None)
+    return {"id": row["id"], "corpus": row.get("corpus"), "task": row.get("task"), "score": score, "reference_score": reference,
+            "replies": replies}
+
+
+def summarise(judgements: list[dict]) -> dict:
+    """{task: {judged, unread, score, score_ci95, reference_score, wins}}: wins is the share rated above the reference."""
+    result = {}
+    for task in sorted({j.get("task") or "" for j in judgements}):
+        rows = [j for j in judgements if (j.get("task") or "") == task]
+        read = [j for j in rows if j["score"] is not None]
+        result[task] = {"judged": len(read), "unread": len(rows) - len(read)}
+        if read:
+            scores = [j["score"] for j in read]
+            result[task] |= {"score": float(np.mean(scores)), "score_ci95": interval(scores, np.ones(len(scores))),
+                             "reference_score": float(np.mean([j["reference_score"] for j in read])),
+                             "wins": float(np.mean([j["score"] > j["reference_score"] for j in read]))}
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m evaluation.judge", description=__doc__.splitlines()[0])
+    parser.add_argument("predictions", type=Path)
+    judge = parser.add_mutually_exclusive_group(required=True)
+    judge.add_argument("--endpoint", help="base URL of an OpenAI-compatible server, e.g. http://localhost:8000/v1")
+    judge.add_argument("--local", type=Path, help="folder of a transformers chat model")
+    parser.add_argument("--judge-model", default="default", help="model name for the endpoint")
+    parser.add_argument("--key-env", default="OPENAI_API_KEY", help="environment variable that holds the endpoint's key")
+    parser.add_argument("--meta", type=Path, help="AIR-Bench's Chat_meta.json, for its descriptions of the audio")
+    parser.add_argument("--template", type=Path, help="text with {description} {question} {first} {second}")
+    options = parser.parse_args(arguments)
+    try:
+        rows = read_rows(options.predictions)
+        described = {sample_id(item): item.get("meta_info") for item in read_meta(options.meta)} if options.meta else {}
+        template = options.template.read_text() if options.template else TEMPLATE
+        kept = options.predictions.with_suffix(".judge.jsonl")
+        judgements = read_rows(kept) if kept.exists() else []
+        done = {row_key(j) for j in judgements}
+        if options.local and not (options.local / "config.json").exists():
+            raise PredictionError(f"{options.local} is no model folder (it holds no config.json)")
+        ask = local_judge(options.local) if options.local else endpoint_judge(options.endpoint, options.judge_model,
+                                                                              os.environ.get(options.key_env))
+        with kept.open("a", encoding="utf-8") as out:
+            for row in tqdm([row for row in rows if row_key(row) not in done], desc="judging", unit="answer"):
+                description = described.get(row["id"]) or row.get("transcript") or row["reference"]
+                judgements.append(judge_row(row, description, ask, template))
+                out.write(json.dumps(judgements[-1], ensure_ascii=False) + "\n")
+                out.flush()
+    except (PredictionError, JudgeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, PredictionError) else 1
+    summary = {"judge": str(options.local or f"{options.endpoint} {options.judge_model}"), "tasks": summarise(judgements)}
+    options.predictions.with_suffix(".judge.json").write_text(json.dumps(summary, indent=1) + "\n")
+    for task, part in summary["tasks"].items():
+        low, high = part.get("score_ci95", (0, 0))
+        shown = f"{part['score']:.2f} [{low:.2f}, {high:.2f}]" if part["judged"] else "no score"
+        print(f"{task}: {shown} of 10 ({part['judged']} judged, {part['unread']} replies unread)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

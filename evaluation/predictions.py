@@ -1,0 +1,119 @@
+"""The predictions file: JSON lines that an interruption cannot spoil, one part a rank, merged at the end.
+
+    NAME.jsonl             all rows, in the order of their keys, once every rank is done
+    NAME.rank-R.jsonl      what rank R has so far (appended and flushed batch by batch; deleted after the merge)
+    NAME.run.json          the settings that the predictions depend on: a second run with others is refused
+    NAME.rejected.jsonl    samples that could not be read: id and why
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+class PredictionError(ValueError):
+    """A predictions file that cannot be used; the message is one line: what, where, what to do."""
+
+
+def read_rows(path: Path) -> list[dict]:
+    """All complete rows. A last line cut short by a kill is dropped; a broken line elsewhere is an error."""
+    if not path.exists():
+        raise PredictionError(f"{path} does not exist: give a file written by evaluation.run")
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # no newline after it: the write was cut
+                break
+            raise PredictionError(f"{path}, line {number} is not JSON ({error.msg}): restore the file or delete it") from None
+    return rows
+
+
+class PredictionFile:
+    """One run's predictions: knows what is done, appends what comes, merges the ranks' parts."""
+
+    def __init__(self, path: Path, settings: dict, rank: int = 0, restart: bool = False):
+        """Open (or start) `path`; PredictionError when it was made with other settings and `restart` is not given."""
+        self.path, self.settings, self.rank = path, settings, rank
+        self.part = path.with_suffix(f".rank-{rank}.jsonl")
+        self.rejected_part = path.with_suffix(f".rank-{rank}.rejected.jsonl")
+        self.run_file = path.with_suffix(".run.json")
+        self.restart = restart
+
+    def parts(self) -> list[Path]:
+        files = self.path.parent.glob(f"{self.path.stem}.rank-*.jsonl")
+        return sorted(file for file in files if not file.name.endswith(".rejected.jsonl"))
+
+    def prepare(self) -> None:
+        """Rank 0, before any rank reads: check or write the settings, and clear old rows on restart."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.restart:
+            whole = [self.path, self.run_file, self.path.with_suffix(".rejected.jsonl")]
+            for old in [*self.parts(), *self._rejected_parts(), *whole]:
+                old.unlink(missing_ok=True)
+        if self.run_file.exists():
+            before = json.loads(self.run_file.read_text())
+            now = json.loads(json.dumps(self.settings))
+            changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+            if changed:
+                what = ", ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
+                raise PredictionError(f"{self.path} was made with other settings ({what}): give another --out, or --restart to "
+                                      "throw these predictions away")
+        else:
+            self.run_file.write_text(json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n")
+
+    def done(self) -> set[str]:
+        """Keys (corpus/id) of the rows that some rank has finished."""
+        files = [*self.parts(), *([self.path] if self.path.exists() else [])]
+        return {row_key(row) for file in files for row in read_rows(file)}
+
+    def append(self, rows: list[dict], rejected: list[dict] = ()) -> None:
+        """Add rows; they are on disk when this returns."""
+        for file, new in ((self.part, rows), (self.rejected_part, rejected)):
+            if not new:
+                continue
+            _end_last_line(file)
+            with file.open("a", encoding="utf-8") as out:
+                out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
+
+    def merge(self) -> list[dict]:
+        """Rank 0, after every rank is done: one file in the order of the keys; the parts are deleted after it is written."""
+        rows = {row_key(row): row for file in [self.path, *self.parts()] if file.exists() for row in read_rows(file)}
+        ordered = [rows[key] for key in sorted(rows)]
+        _replace(self.path, ordered)
+        target = self.path.with_suffix(".rejected.jsonl")
+        rejected = {row_key(row): row for file in [target, *self._rejected_parts()] if file.exists() for row in read_rows(file)
+                    if row_key(row) not in rows}
+        if rejected:
+            _replace(target, list(rejected.values()))
+        for part in [*self.parts(), *self._rejected_parts()]:
+            part.unlink()
+        return ordered
+
+    def _rejected_parts(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{self.path.stem}.rank-*.rejected.jsonl"))
+
+
+def row_key(row: dict) -> str:
+    """Corpus and id together are unique; ids alone may repeat between corpora."""
+    return f"{row.get('corpus') or ''}/{row['id']}"
+
+
+def _end_last_line(file: Path) -> None:
+    """Cut a half-written last line off before appending to it."""
+    if file.exists() and file.stat().st_size:
+        content = file.read_bytes()
+        if not content.endswith(b"\n"):
+            with file.open("r+b") as out:
+                out.truncate(content.rfind(b"\n") + 1)
+
+
+def _replace(path: Path, rows: list[dict]) -> None:
+    scratch = path.with_suffix(path.suffix + ".new")
+    scratch.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    scratch.replace(path)

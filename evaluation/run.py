@@ -1,0 +1,257 @@
+"""Predictions of a model folder on packed shards, and their scores.
+
+    python -m evaluation.run --model runs/demo/alignment/model --shards shards/dialogues-test --task asr
+    torchrun --nproc_per_node 8 -m evaluation.run --model ... --shards ... --task translation
+
+A stage I folder is read out by its CTC head (greedy, no LLM is loaded), folders of stages II and III by generation. Every
+batch is on disk before the next one starts; the same command goes on where a killed one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data_tools.shards import ShardError, ShardIndex
+from evaluation.predictions import PredictionError, PredictionFile
+from evaluation.score import score_file, table
+from evaluation.tasks import lettered_choices, reference_of
+from model import folder
+from model.batch import Batch
+from model.pretrained import SourceError
+from model.soundwave import Soundwave
+from train.config import DataConfig, Recipe, RecipeError, load_recipe
+from train.data import EvalStream
+
+STAGE_I = "alignment"
+
+
+class InputError(ValueError):
+    """A command that cannot be run; one line: what, where, what to do."""
+
+
+def folder_digest(path: Path) -> str:
+    """sha256 over the files of a model folder that decide what it answers."""
+    digest = hashlib.sha256()
+    for name in ("soundwave.json", "adapters.safetensors", "lora/adapter_model.safetensors"):
+        file = path / name
+        if file.exists():
+            digest.update(name.encode())
+            with file.open("rb") as content:
+                while block := content.read(1 << 24):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def shard_folder(shards: str, split: str | None) -> Path:
+    """`--shards`, or its sub-folder named by `--split`. Errors: InputError where there is no such folder."""
+    path = Path(shards) / split if split else Path(shards)
+    if not (path / "index.json").exists():
+        splits = sorted(p.parent.name for p in Path(shards).glob("*/index.json"))
+        hint = f"; packed folders in {shards}: {', '.join(splits)} (choose one with --split)" if splits else ""
+        raise InputError(f"{path} holds no index.json{hint or ': give a folder written by data_tools/pack.py'}")
+    return path
+
+
+def build_untrained(recipe: Recipe, decode: str | None) -> tuple[Soundwave, str]:
+    """The recipe's model with fresh adapters, and its stage: the score before any training. Stage I and CTC need no LLM."""
+    torch.manual_seed(recipe.seed)
+    stage = STAGE_I if decode == "ctc" else recipe.stage
+    parts = ("encoder", "adapters") if stage == STAGE_I else ("encoder", "adapters", "llm")
+    return Soundwave.build(recipe.model, parts=parts), stage
+
+
+def prediction_row(sample: dict, prediction: str, raw: str, decode: str) -> dict:
+    """What is kept of one answer: enough to score it again without the audio."""
+    row = {"id": sample["id"], "corpus": sample.get("corpus"), "task": "asr" if decode == "ctc" else sample.get("task"),
+           "lang": sample.get("lang"), "duration": sample.get("duration"),
+           "reference": (sample.get("text") or "") if decode == "ctc" else reference_of(sample),
+           "prediction": prediction.strip(), "raw": raw}
+    if decode == "generate":
+        row |= {key: sample[key] for key in ("label", "prompt") if sample.get(key) is not None}
+        choices = lettered_choices(sample.get("prompt"))
+        row |= {"choices": choices} if choices and sample.get("label") else {}
+    return row
+
+
+def audio_lengths(model: Soundwave, batch: Batch) -> list[dict]:
+    """Per row of the last batch: `frames` of the adapter and `kept` of them, summed over the row's audios; {} without audio."""
+    if batch.audio_is_dummy:
+        return [{} for _ in batch.ids]
+    counts = (batch.input_ids == model.audio_id).sum(dim=1).tolist() if batch.input_ids.shape[1] else [1] * len(batch.ids)
+    frames, kept = (lengths.tolist() for lengths in model.lengths_of_last_batch)
+    rows, place = [], 0
+    for count in counts:
+        span = slice(place, place + count)
+        rows.append({"frames": sum(frames[span]), "kept": sum(kept[span])} if count else {})
+        place += count
+    return rows
+
+
+@torch.inference_mode()
+def predict(model: Soundwave, stream: EvalStream, file: PredictionFile, options: argparse.Namespace, decode: str) -> None:
+    """Answer every batch of the stream and append it to the file. A batch without samples fills up a shorter rank: no answer."""
+    device = next(model.parameters()).device
+    reported = 0
+    with tqdm(total=stream.total, desc=f"{decode} {file.path.stem}", unit="utt", disable=file.rank != 0) as progress:
+        for batch, samples in stream:
+            if not samples:  # no rank waits for another here
+                continue
+            began = time.perf_counter()
+            batch = batch.to(device)
+            if decode == "ctc":
+                raws = model.ctc_greedy(batch)
+                texts, counts = raws, [None] * len(raws)
+            else:
+                tokens = model.generate(batch, max_new_tokens=options.max_new_tokens, do_sample=options.sample,
+                                        temperature=options.temperature, top_p=options.top_p)
+                raws = [model.tokenizer.decode(ids, skip_special_tokens=False) for ids in tokens]
+                texts = [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
+                counts = [len(ids) for ids in tokens]
+            wall = (time.perf_counter() - began) / len(samples)
+            lengths = audio_lengths(model, batch)
+            rows = []
+            for i, sample in enumerate(samples):
+                row = prediction_row(sample, texts[i], raws[i], decode) | {"wall": round(wall, 4)}
+                if counts[i] is not None:
+                    row["tokens"] = counts[i]
+                rows.append(row | lengths[i])
+            rejected, reported = stream.rejected[reported:], len(stream.rejected)
+            file.append(rows, rejected)
+            progress.update(len(rows))
+
+
+def check_inputs(options: argparse.Namespace) -> tuple[Path, dict]:
+    """The shard folder and the settings that predictions depend on; nothing is loaded. Errors: InputError, ShardError."""
+    shards = shard_folder(options.shards, options.split)
+    index = ShardIndex.load(shards)
+    tasks = None if "all" in options.task else sorted(set(options.task))
+    for task in tasks or []:
+        if task not in index.tasks:
+            raise InputError(f"{shards} has no task '{task}': give --task {' or '.join(index.tasks)}, or --task all")
+    if options.model and not (options.model / "soundwave.json").exists():
+        raise InputError(f"{options.model} holds no soundwave.json: give a model folder, e.g. <output>/<stage>/model")
+    settings = {"shards": index.fingerprint, "tasks": tasks, "limit": options.limit, "max_new_tokens": options.max_new_tokens,
+                "sampling": [options.temperature, options.top_p, options.seed] if options.sample else None}
+    if options.model:
+        settings["model"] = folder_digest(options.model)
+    else:
+        settings["model"] = f"untrained {options.untrained} {' '.join(options.overrides)}".strip()
+    return shards, settings
+
+
+def load(options: argparse.Namespace, device: torch.device) -> tuple[Soundwave, str]:
+    """The model on its device, and its decode (ctc | generate)."""
+    if options.untrained:
+        recipe = load_recipe(options.untrained, options.overrides)
+        model, stage = build_untrained(recipe, options.decode)
+    else:
+        model = folder.load(options.model)
+        stage = model.stage
+    if options.decode == "generate" and stage == STAGE_I:
+        raise InputError(f"{options.model or options.untrained} is of stage I, which has no LLM: use --decode ctc, or the folder "
+                         "of a later stage")
+    return model.to(device).eval(), options.decode or ("ctc" if stage == STAGE_I else "generate")
+
+
+def output_file(options: argparse.Namespace, shards: Path) -> Path:
+    if options.out:
+        return options.out
+    name = "-".join([shards.name, *sorted(set(options.task)), *([options.decode] if options.decode else [])])
+    return (options.model or Path("evaluations") / Path(options.untrained).stem) / "evaluation" / f"{name}.jsonl"
+
+
+def agree(error: str | None) -> str | None:
+    """The first error of any rank, known to every rank, so that all stop together."""
+    if not dist.is_initialized():
+        return error
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    return next((known for known in errors if known), None)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m evaluation.run", description=__doc__.splitlines()[0])
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", type=Path, help="model folder written by a stage: <output>/<stage>/model")
+    source.add_argument("--untrained", metavar="RECIPE", help="the recipe's model with fresh adapters: the score before training")
+    parser.add_argument("--shards", required=True, help="folder written by data_tools/pack.py")
+    parser.add_argument("--split", help="sub-folder of --shards")
+    parser.add_argument("--task", nargs="+", default=["asr"], help="tasks to answer, or all (default: asr)")
+    parser.add_argument("--decode", choices=["ctc", "generate"], help="default: ctc for stage I, generate for stages II and III")
+    parser.add_argument("--limit", type=int, help="only this many utterances, evenly spaced over the folder")
+    parser.add_argument("--batch-seconds", type=float, default=60.0, help="padded audio seconds in a batch (default: 60)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read and decode ahead (default: 2)")
+    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--sample", action="store_true", help="sample instead of greedy search")
+    parser.add_argument("--temperature", type=float, default=0.2)
+    parser.add_argument("--top-p", type=float, default=0.9)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--out", type=Path, help="predictions file (default: <model>/evaluation/<shards>-<task>.jsonl)")
+    parser.add_argument("--restart", action="store_true", help="throw away what --out already holds")
+    parser.add_argument("overrides", nargs="*", help="key=value for the recipe of --untrained")
+    options = parser.parse_args(arguments)
+    if options.overrides and not options.untrained:
+        parser.error(f"'{options.overrides[0]}': key=value goes with --untrained RECIPE only")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")  # carries barriers and one message; the answers go through files
+    device = torch.device(options.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"))
+    file, error = None, None
+    try:
+        shards, settings = check_inputs(options)
+        model, decode = load(options, device)
+        file = PredictionFile(output_file(options, shards), settings | {"decode": decode}, rank, options.restart)
+        if rank == 0:
+            file.prepare()
+    except (InputError, PredictionError, RecipeError, ShardError, folder.FolderError, SourceError) as problem:
+        error = str(problem)
+    error = agree(error)
+    if error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    torch.manual_seed(options.seed + rank)
+    tasks = None if "all" in options.task else options.task
+    stage = STAGE_I if decode == "ctc" else model.stage  # what a batch needs to hold
+    stream = EvalStream(shards, model.tokenizer, model.config, stage, tasks=tasks, limit=options.limit, done=file.done(),
+                        batch_seconds=options.batch_seconds, rank=rank, world_size=world_size,
+                        data=DataConfig(workers=options.workers))
+    predict(model, stream, file, options, decode)
+    if world_size > 1:
+        dist.barrier()
+    if rank == 0:
+        file.merge()
+        result = score_file(file.path)
+        print(table(result["tasks"]))
+        print(f"predictions: {file.path} ({result['utterances']} answered, {result['rejected']} rejected)")
+        print(f"scores: {file.path.with_suffix('.scores.json')}")
+    return 0
+
+
+def end_ranks() -> None:
+    """Leave together: a gloo thread that outlives its peers aborts the interpreter at exit now and then."""
+    if dist.is_initialized():
+        dist.barrier()
+        time.sleep(0.5)
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    code = main()
+    end_ranks()
+    sys.exit(code)

@@ -1,0 +1,106 @@
+"""What each task is scored by, what its reference is, and how a closed-choice answer is read out of free text."""
+
+from __future__ import annotations
+
+import re
+
+# One metric family a task; a task that is not named here is scored by what its samples hold (metric_of).
+METRICS = {"asr": "wer", "translation": "bleu", "chain": "chain", "emotion": "accuracy", "gender": "accuracy",
+           "sound": "accuracy"}
+
+LANGUAGES = {"English": "en", "German": "de", "French": "fr", "Spanish": "es", "Italian": "it", "Russian": "ru", "Chinese": "zh",
+             "Mandarin": "zh", "Japanese": "ja", "Portuguese": "pt", "Dutch": "nl", "Thai": "th", "Korean": "ko", "Arabic": "ar"}
+
+# Other words for a label. A word counts as another label's name first: "calm" is no alias where "calm" is a label.
+SYNONYMS = [
+    {"male", "man", "masculine", "boy"},
+    {"female", "woman", "feminine", "girl", "lady"},
+    {"happy", "happiness", "joy", "joyful", "cheerful"},
+    {"sad", "sadness", "sorrow", "sorrowful"},
+    {"angry", "anger", "furious"},
+    {"fear", "fearful", "afraid", "scared"},
+    {"disgust", "disgusted"},
+    {"surprise", "surprised"},
+    {"neutral", "unemotional"},
+]
+NEGATION = re.compile(r"(?:\bnot|n't|\bno|\bnever|\brather than|\binstead of|\bneither|\bnor)(?:\s+(?:a|an|the))?\s*$")
+
+
+def reference_of(sample: dict) -> str:
+    """The text that a prediction of this sample is held against: the response, the label, the last answer, the transcript."""
+    if sample.get("task") == "asr":
+        return sample.get("text") or ""
+    turns = [turn["content"] for turn in sample.get("messages") or [] if turn.get("role") == "assistant"]
+    return str(sample.get("response") or sample.get("label") or (turns[-1] if turns else None) or sample.get("text") or "")
+
+
+def metric_of(rows: list[dict]) -> str:
+    """wer | bleu | accuracy | chain | answer, for the prediction rows of one task."""
+    task = rows[0].get("task") or "asr"
+    if any(row.get("choices") for row in rows):
+        return "accuracy"
+    return METRICS.get(task) or ("accuracy" if all(row.get("label") for row in rows) else "answer")
+
+
+def target_language(row: dict) -> str | None:
+    """Code of the language that a translation prompt asks for ("... into French"), or None where it names none."""
+    match = re.search(r"\b(?:into|in|to)\s+([A-Z][a-z]+)", row.get("prompt") or "")
+    return LANGUAGES.get(match.group(1)) if match else None
+
+
+def lettered_choices(prompt: str | None) -> list[str]:
+    """The options of a prompt that lists them as lines "A. ...", "B. ..."; empty where it lists none."""
+    options = re.findall(r"^\(?([A-J])[.):]\)?\s+(.+?)\s*$", prompt or "", re.MULTILINE)
+    in_order = [letter for letter, _ in options] == list("ABCDEFGHIJ"[:len(options)])
+    return [text for _, text in options] if len(options) > 1 and in_order else []
+
+
+def split_chain(text: str) -> tuple[str | None, str]:
+    """Transcript and answer of a "Transcription: ...\\nAnswer: ..." text; (None, text) where it has not that form."""
+    match = re.match(r"\s*transcri\w*\s*:\s*(.*?)\s*\banswer\s*:\s*(.*)", text, re.IGNORECASE | re.DOTALL)
+    return (match.group(1), match.group(2).strip()) if match else (None, text)
+
+
+def parse_choice(answer: str, choices: list[str]) -> str | None:
+    """The one choice that a free-text answer names, or None when it names none or several.
+
+    Whole words only, case and punctuation aside, longer choices first ("not sad" is not "sad"; "female" does not hold "male");
+    a choice after a negation does not count, and a synonym counts where it is not a choice itself.
+    """
+    text = " " + re.sub(r"[^\w']+", " ", answer.lower()).strip() + " "
+    names: dict[str, str] = {}
+    for choice in choices:
+        names[_plain(choice)] = choice
+    for choice in choices:
+        for group in SYNONYMS:
+            if _plain(choice) in group:
+                for word in group:
+                    names.setdefault(word, choice)
+    found = set()
+    for name in sorted(names, key=len, reverse=True):
+        if not name:
+            continue
+        for match in re.finditer(rf"(?<=\s){re.escape(name)}(?=\s)", text):
+            if not NEGATION.search(text[:match.start()]):
+                found.add(names[name])
+            # Blank out what was matched, so that a shorter choice inside a longer one is not found again.
+            text = text[:match.start()] + "\x00" * (match.end() - match.start()) + text[match.end():]
+    return found.pop() if len(found) == 1 else None
+
+
+def parse_letter(answer: str, choices: list[str]) -> str | None:
+    """The choice that an answer to lettered options ("A. ...", "B. ...") gives, by letter, else by its words.
+
+    The article in "A man speaks" is not option A: a leading letter counts when it stands alone or before . ) : or ,
+    """
+    letters = "ABCDEFGHIJ"[:len(choices)]
+    for pattern in (rf"^\W*([{letters}])\s*(?:[.):,]|$)", rf"\(([{letters}])\)",
+                    rf"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)(?:\s+is)?\s*:?\s*\W?([{letters}])\s*(?:[.):,]|$)"):
+        match = re.search(pattern, answer.strip(), re.MULTILINE)
+        if match:
+            return choices[letters.index(match.group(1))]
+    return parse_choice(answer, choices)
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^\w']+", " ", text.lower()).strip()

@@ -1,0 +1,39 @@
+"""The paired comparison of two prediction files."""
+
+import json
+
+import pytest
+
+from evaluation import compare
+
+
+def write(path, predictions, task="asr", reference="red green blue yellow"):
+    path.write_text("".join(json.dumps({"id": str(i), "task": task, "reference": reference, "prediction": p, "raw": p}) + "\n"
+                            for i, p in enumerate(predictions)))
+    return path
+
+
+def test_clear_and_absent_differences(tmp_path, capsys):
+    good = write(tmp_path / "good.jsonl", ["red green blue yellow"] * 30)
+    bad = write(tmp_path / "bad.jsonl", ["red green"] * 30 + ["more"])
+    result = compare.compare(good, bad)["tasks"]["asr"]["metrics"]
+    assert result["wer"]["difference"] == pytest.approx(0.5) and result["wer"]["p_value"] < 0.001
+    assert compare.compare(good, good)["tasks"]["asr"]["metrics"]["wer"]["p_value"] == 1
+    assert compare.main([str(good), str(bad), "--json", str(tmp_path / "out.json")]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["only_second"] == 1
+    assert "only in the second: 1" in capsys.readouterr().out
+
+
+def test_translation_uses_sacrebleu(tmp_path):
+    reference = "the small cat sat on the large mat"
+    good = write(tmp_path / "g.jsonl", [reference] * 20, "translation", reference)
+    bad = write(tmp_path / "b.jsonl", ["the small cat stood on a mat"] * 20, "translation", reference)
+    metrics = compare.compare(good, bad)["tasks"]["translation"]["metrics"]
+    assert metrics["bleu"]["first"] == pytest.approx(100) and metrics["bleu"]["p_value"] < 0.01
+    assert metrics["chrf"]["difference"] < 0
+
+
+def test_other_references_are_refused(tmp_path, capsys):
+    first, second = write(tmp_path / "a.jsonl", ["x"]), write(tmp_path / "b.jsonl", ["x"], reference="else")
+    assert compare.main([str(first), str(second)]) == 2
+    assert "same shards" in capsys.readouterr().err
