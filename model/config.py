@@ -16,6 +16,8 @@ class EncoderConfig:
     name: str = "openai/whisper-large-v3"
     # Encode at the true length (null), or pad every clip with silence to this many seconds (the release: 30).
     pad_to_seconds: float | None = None
+    # Longer clips are refused. What is beyond the encoder's own window (Whisper: 30 s) is encoded in windows.
+    max_seconds: float = 300.0
 
 
 @dataclass
@@ -23,7 +25,7 @@ class LLMConfig:
     """The language model and its LoRA."""
 
     name: str = "meta-llama/Llama-3.1-8B-Instruct"
-    lora_r: int = 64
+    lora_r: int = 64  # 0: no LoRA
     lora_alpha: int = 16
     lora_dropout: float = 0.0
     lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
@@ -40,9 +42,8 @@ class AlignmentConfig:
     dropout: float = 0.1
     attention: str = "time"  # time: over the utterance's frames (paper) | frame: each frame alone (release)
     ctc_head: str = "tied"  # tied: the LLM's output embeddings, frozen, + one trained blank row | initialised | free
-    ctc_length: str = "true"  # true: CTC over the frames there are | full: over the padded length (release)
-    # The last LayerNorm's gain starts at the RMS of the LLM's input embeddings, so that its output lies on their scale.
-    init_gain_to_embeddings: bool = True
+    # true: after the encoder, only the clip's own frames count | full: the padding's, too (release; only with pad_to_seconds)
+    ctc_length: str = "true"
 
 
 @dataclass
@@ -55,6 +56,8 @@ class ShrinkingConfig:
     lookback: str = "all"  # all: every valid frame of the utterance | kept: kept frames only (release) | none
     heads: int | None = None
     dropout: float = 0.1
+    # The last LayerNorm's gain starts at the RMS of the LLM's input embeddings, so that its output lies on their scale.
+    init_gain_to_embeddings: bool = True
 
 
 @dataclass
@@ -85,9 +88,9 @@ def official_switches(config: SoundwaveConfig) -> SoundwaveConfig:
     config.alignment.attention = "frame"
     config.alignment.ctc_head = "free"
     config.alignment.ctc_length = "full"
-    config.alignment.init_gain_to_embeddings = False
     config.shrinking.keep = "first"
     config.shrinking.keep_blank_runs = True
     config.shrinking.lookback = "kept"
+    config.shrinking.init_gain_to_embeddings = False
     config.prompt = "release"
     return config

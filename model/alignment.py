@@ -1,0 +1,139 @@
+"""The alignment adapter and its CTC head: encoder frames to vectors that predict the LLM's tokens.
+
+    features [A, T, E] -> stack n frames -> Linear -> pre-norm Transformer layer(s) -> LayerNorm -> hidden [A, T/n, D]
+    CTC head: hidden x (the LLM's output embeddings, one blank row) -> loss and argmax, without T x |V| logits (model.ops)
+
+The LayerNorm's gain starts at 1: against output embeddings of RMS r a hidden vector of RMS 1 gives logits with a standard
+deviation of r sqrt(D) (3.3 for SmolLM2-135M, 0.9 for Llama-3.1-8B), where CTC learns; on the embeddings' own scale they would be
+7 and 70 times flatter. What the LLM reads passes another LayerNorm, in the shrinking adapter, which has the embeddings' scale.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import ops
+from model.config import AlignmentConfig, OpsConfig
+
+
+class TransformerLayer(nn.Module):
+    """x + attention(norm(x)); x + feed-forward(norm(x)), with ReLU: `nn.TransformerEncoderLayer(norm_first=True)`.
+
+    Written out because torch's own reads the weights of its parts directly, which ZeRO-3 has not gathered then.
+    """
+
+    def __init__(self, width: int, heads: int, ffn: int, dropout: float, attention: str):
+        super().__init__()
+        self.heads, self.dropout, self.attention = heads, dropout, attention
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, ffn), nn.Linear(ffn, width)
+
+    def drop(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+    def attend(self, x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # each [A, T, H, d]
+        if self.attention == "frame":  # softmax over the frame alone is 1: the value itself
+            share = F.dropout(torch.ones_like(value[..., :1]), self.dropout, self.training)
+            mixed = share * value
+        else:
+            mixed = F.scaled_dot_product_attention(
+                query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=valid[:, None, None],
+                dropout_p=self.dropout if self.training else 0.0).transpose(1, 2)
+        return self.out(mixed.flatten(2))
+
+    def forward(self, x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """x [A, T, D], valid [A, T] bool -> [A, T, D]"""
+        x = x + self.drop(self.attend(self.norm1(x), valid))
+        return x + self.drop(self.down(self.drop(F.relu(self.up(self.norm2(x))))))
+
+
+class AlignmentAdapter(nn.Module):
+    def __init__(self, config: AlignmentConfig, encoder_width: int, width: int, llm_heads: int):
+        super().__init__()
+        heads = config.heads or llm_heads
+        if width % heads:
+            raise ValueError(f"model.alignment.heads = {heads} does not divide the LLM's width {width}: set it in the recipe")
+        if config.attention not in ("time", "frame"):
+            raise ValueError(f"model.alignment.attention is '{config.attention}': time or frame")
+        self.stack = config.stack_frames
+        self.projection = nn.Linear(self.stack * encoder_width, width)
+        self.layers = nn.ModuleList(
+            TransformerLayer(width, heads, round(config.ffn_multiple * width), config.dropout, config.attention)
+            for _ in range(config.layers))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, features: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """features [A, T, E], lengths [A] -> hidden [A, T', D], lengths [A], with T' = ceil(T / stack). What stands behind
+        a length has no influence; hidden is zero there."""
+        positions = torch.arange(features.shape[1], device=features.device)
+        features = features.masked_fill((positions >= lengths[:, None])[..., None], 0.0)
+        features = F.pad(features, (0, 0, 0, -features.shape[1] % self.stack))
+        stacked = features.unflatten(1, (-1, self.stack)).flatten(2)
+        lengths = torch.div(lengths + self.stack - 1, self.stack, rounding_mode="floor")
+        valid = torch.arange(stacked.shape[1], device=features.device) < lengths[:, None]
+        hidden = self.projection(stacked.to(self.projection.weight.dtype))
+        for layer in self.layers:
+            hidden = layer(hidden, valid)
+        return self.norm(hidden).masked_fill(~valid[..., None], 0.0), lengths
+
+
+class CTCHead(nn.Module):
+    """Linear over the LLM's vocabulary and the blank, without bias; it owns its weight, so ZeRO-3 gathers it here.
+
+    tied         `weight` is the LLM's output embeddings [V, D], frozen (the very same parameter where the LLM is loaded);
+                 `blank_row` [D] is trained and starts as their mean. The blank is index V, whatever number `<audio_patch>` has
+                 in the tokenizer (a vocabulary may be padded beyond it).
+    initialised  `weight` [V', D] starts as a copy of them (the blank's row: their mean), and is trained
+    free         `weight` [V', D] starts random, and is trained (what the released weights have)
+    """
+
+    def __init__(self, kind: str, embeddings: torch.Tensor | nn.Parameter, mean_row: torch.Tensor, audio_id: int,
+                 ops_config: OpsConfig):
+        """embeddings [V, D]: the output embeddings' parameter to share, or a tensor to own; mean_row [D]: their mean (given,
+        because a ZeRO-3 partition of them cannot be averaged here); audio_id: of `<audio_patch>` in the tokenizer."""
+        super().__init__()
+        self.kind, self.ops_config = kind, ops_config
+        rows, width = getattr(embeddings, "ds_shape", embeddings.shape)  # a ZeRO-3 partition knows its whole shape
+        if kind == "tied":
+            shared = isinstance(embeddings, nn.Parameter)
+            self.weight = embeddings if shared else nn.Parameter(embeddings, requires_grad=False)
+            self.blank_row = nn.Parameter(mean_row.clone())
+            self.blank = rows
+        elif kind in ("initialised", "free"):
+            start = torch.empty(max(rows, audio_id + 1), width, device=embeddings.device)
+            if kind == "free":
+                nn.init.normal_(start, std=width ** -0.5)
+            else:
+                start[:rows] = embeddings.detach()
+                start[rows:] = start[audio_id] = mean_row
+            self.weight, self.blank_row, self.blank = nn.Parameter(start), None, audio_id
+        else:
+            raise ValueError(f"model.alignment.ctc_head is '{kind}': tied, initialised or free")
+
+    def _operands(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        # The small operands follow the weight's type. The weight is not cast: a copy would outlive ZeRO-3's gather.
+        row = None if self.blank_row is None else self.blank_row.to(self.weight.dtype)
+        return hidden.to(self.weight.dtype), self.weight, row
+
+    def forward(self, hidden: torch.Tensor, lengths: torch.Tensor, targets: torch.Tensor | None = None,
+                target_lengths: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """hidden [A, T, D], lengths [A], targets [A, U], target_lengths [A] ->
+        (loss [A] each divided by its target length, argmax [A, T], its log-probability [A, T], the blank's [A, T]).
+        Without targets the loss is zero and the vocabulary is swept for the argmax alone."""
+        hidden, weight, row = self._operands(hidden)
+        how = {"implementation": self.ops_config.implementation}
+        if targets is None:
+            argmax, lse, top, blank = ops.linear_argmax(hidden, weight, lengths, blank=self.blank, extra_row=row, **how)
+            loss = lse.new_zeros(lse.shape[0])
+        else:
+            loss, argmax, lse, top, blank = ops.linear_ctc(
+                hidden, weight, lengths, targets, target_lengths, self.blank, reduction="none", zero_infinity=True,
+                extra_row=row, skip_below=self.ops_config.skip_below, deterministic=self.ops_config.deterministic, **how)
+            loss = loss / target_lengths.clamp(min=1)
+        return loss, argmax, top - lse, blank - lse
+

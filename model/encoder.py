@@ -1,0 +1,150 @@
+"""The frozen audio encoder: waveforms to frames, each clip at its true length.
+
+Another encoder family is one small class here: it says its width, its frame count for a number of samples, how many seconds it
+takes at once, and encodes. Nothing else in the project knows which one runs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.models.whisper.modeling_whisper import WhisperEncoder as TransformersWhisperEncoder
+
+from model.config import EncoderConfig
+from model.features import SAMPLE_RATE, log_mel, mel_frames
+from model.pretrained import Source, SourceError
+
+
+class Encoder(nn.Module, ABC):
+    """A frozen encoder. Subclasses set `width`, `frame_rate`, `window_seconds` and implement `frames` and `encode`."""
+
+    width: int  # of one frame
+    frame_rate: float  # frames per second
+    window_seconds: float | None  # seconds encoded at once; null: any length
+    prefix = ""  # of its tensors in the model folder
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.pad_to_samples = None if config.pad_to_seconds is None else round(config.pad_to_seconds * SAMPLE_RATE)
+        self.max_seconds = config.max_seconds
+
+    @abstractmethod
+    def frames(self, samples: torch.Tensor) -> torch.Tensor:
+        """Frames of clips of that many samples, as integers."""
+
+    @abstractmethod
+    def encode(self, waveforms: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """waveforms [W, S], lengths [W] (samples) -> features [W, T, width]; T covers the longest, or the padded length."""
+
+    @torch.no_grad()
+    def forward(self, waveforms: torch.Tensor, lengths: torch.Tensor, padded: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """waveforms [A, S] at 16 kHz, lengths [A] (samples) -> features [A, T, width], lengths [A] (frames).
+
+        Clips beyond the encoder's window are cut into windows, encoded as a batch and put together again. `padded`: the
+        lengths count the silence of `pad_to_seconds` too. Errors: ValueError beyond `max_seconds`.
+        """
+        longest = int(lengths.max())
+        if longest > self.max_seconds * SAMPLE_RATE:
+            raise ValueError(f"audio of {longest / SAMPLE_RATE:.1f} s is longer than model.encoder.max_seconds = "
+                             f"{self.max_seconds:g}: cut it, or raise that setting")
+        window = self.pad_to_samples or (self.window_seconds and round(self.window_seconds * SAMPLE_RATE))
+        if window is None or longest <= window:
+            features = self.encode(waveforms[:, :max(longest, 1)], lengths)
+            frames = self.frames(lengths)
+        else:
+            features, frames = self._encode_windows(waveforms, lengths, window)
+        if padded and self.pad_to_samples:
+            frames = torch.full_like(frames, features.shape[1])
+        features = features[:, : int(frames.max())]
+        behind = torch.arange(features.shape[1], device=features.device) >= frames[:, None]
+        return features.masked_fill(behind[..., None], 0.0), frames
+
+    def _encode_windows(self, waveforms: torch.Tensor, lengths: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each clip's windows stand one behind the other; all but a clip's last one are full, so its frames are contiguous."""
+        audios = waveforms.shape[0]
+        count = -(-int(lengths.max()) // window)
+        pieces = F.pad(waveforms, (0, max(0, count * window - waveforms.shape[1])))[:, : count * window].reshape(-1, window)
+        sizes = (lengths[:, None] - window * torch.arange(count, device=lengths.device)).clamp(0, window)
+        used = sizes > 0
+        used[:, 0] = True
+        encoded = self.encode(pieces[used.flatten()], sizes[used])
+        per_window = int(self.frames(torch.tensor(window)))
+        features = encoded.new_zeros(audios * count, per_window, self.width)
+        features[used.flatten(), : encoded.shape[1]] = encoded
+        frames = torch.where(used, self.frames(sizes), 0).sum(1)
+        return features.view(audios, count * per_window, self.width), frames
+
+
+class WhisperLayers(TransformersWhisperEncoder):
+    """The encoder out of a whole Whisper: its decoder's weights are passed over without a word."""
+
+    _keys_to_ignore_on_load_unexpected = [r"decoder\.", r"proj_out"]
+
+
+class WhisperEncoder(Encoder):
+    """Whisper's encoder, its layers run by hand: transformers' own forward takes 30 s and nothing else."""
+
+    prefix = "encoder."
+
+    def __init__(self, config: EncoderConfig, layers: WhisperLayers):
+        super().__init__(config)
+        self.layers = layers
+        self.width = layers.config.d_model
+        self.frame_rate = 50.0
+        self.window_seconds = layers.config.max_source_positions / self.frame_rate
+        if self.pad_to_samples and config.pad_to_seconds > self.window_seconds:
+            raise ValueError(f"model.encoder.pad_to_seconds = {config.pad_to_seconds:g} is beyond this encoder's "
+                             f"{self.window_seconds:g} s")
+
+    def frames(self, samples: torch.Tensor) -> torch.Tensor:
+        return (mel_frames(samples) + 1) // 2
+
+    def encode(self, waveforms: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        mel, frames = log_mel(waveforms, lengths, self.layers.config.num_mel_bins, self.pad_to_samples)
+        if self.pad_to_samples:  # as Whisper was trained: it attends over the silence, too
+            frames = torch.full_like(frames, mel.shape[-1])
+        return self.encode_mel(mel, frames)
+
+    def encode_mel(self, mel: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+        """mel [A, n_mels, F], frames [A] -> features [A, ceil(F / 2), width]. What stands behind `frames` has no influence:
+        both convolutions see zeros there, as they do at the end of a clip that is alone, and attention is masked."""
+        net = self.layers
+        hidden = mel.to(net.conv1.weight.dtype)
+        for convolution, stride in ((net.conv1, 1), (net.conv2, 2)):
+            behind = torch.arange(hidden.shape[-1], device=mel.device) >= frames[:, None]
+            hidden = F.gelu(convolution(hidden.masked_fill(behind[:, None], 0.0)))
+            frames = (frames + stride - 1) // stride
+        hidden = hidden.transpose(1, 2)
+        # The embedding is called, not indexed: ZeRO-3 gathers a module's weights when the module is called.
+        hidden = hidden + net.embed_positions(torch.arange(hidden.shape[1], device=mel.device))
+        valid = torch.arange(hidden.shape[1], device=mel.device) < frames[:, None]
+        mask = create_bidirectional_mask(net.config, hidden, valid.long())
+        for layer in net.layers:
+            hidden = layer(hidden, mask)
+        return net.layer_norm(hidden)
+
+
+def build_encoder(config: EncoderConfig, source: Source, dtype: torch.dtype, attention: str, *, weights: bool = True) -> Encoder:
+    """The encoder; without `weights` on the meta device, for its sizes. Errors: SourceError for an unknown family."""
+    family = source.config.model_type
+    if family not in _FAMILIES:
+        raise SourceError(f"{source.name} is a '{family}' model; encoders known: {', '.join(_FAMILIES)}")
+    wrapper, layers, renamed = _FAMILIES[family]
+    if weights:
+        network, report = layers.from_pretrained(source.folder, dtype=dtype, attn_implementation=attention, key_mapping=renamed,
+                                                 output_loading_info=True)
+        if report["missing_keys"]:
+            raise SourceError(f"{source.folder} lacks {len(report['missing_keys'])} of the encoder's tensors, "
+                              f"{sorted(report['missing_keys'])[0]} for one: it is not a whole {family} model")
+    else:
+        with torch.device("meta"):
+            network = layers(source.config).to(dtype)
+    return wrapper(config, network).requires_grad_(False).eval()
+
+
+# model_type -> (our class, transformers' network, how its tensors are called in a whole model's file)
+_FAMILIES = {"whisper": (WhisperEncoder, WhisperLayers, {r"^(model\.)?encoder\.": ""})}

@@ -1,0 +1,72 @@
+"""Log-mel spectrograms as Whisper defines them, in torch, at the true length of each clip.
+
+Source of the definition: Radford et al. 2022, section 2.2, and OpenAI's `audio.py`: 25 ms Hann windows every 10 ms, power
+spectrum, Slaney mel filters up to 8 kHz, log10 with floor 1e-10, clamped to 8 below the clip's own maximum, then (x + 4) / 4.
+
+Whisper pads a clip with silence to 30 s first. Frame t depends only on samples 160 t - 200 ... 160 t + 199, and silence never is
+the maximum (unless the whole clip is), so the frames of the clip itself can be had without those 30 s, to the last bit of the
+definition. Two things decide whether that holds at the clip's end, and both are kept:
+- the last frames see silence behind the clip, not its mirror image: zeros are put there before the transform, whatever the
+  batch's padding holds (Whisper mirrors the signal at 30 s only, so a clip within 400 samples of 30 s is padded to exactly 30 s);
+- the maximum is taken over the frames that begin behind the clip's end and still see its last samples, too.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from transformers.audio_utils import mel_filter_bank
+
+SAMPLE_RATE = 16_000
+HOP = 160  # samples between frames: 100 frames a second
+WINDOW = 400  # samples of one window
+WINDOW_SECONDS = 30.0  # what Whisper encodes at once
+_FULL = int(WINDOW_SECONDS * SAMPLE_RATE)
+
+
+@lru_cache(maxsize=8)
+def _filters(n_mels: int, device: torch.device) -> torch.Tensor:
+    """Slaney mel filters [n_mels, 201]. Kept out of the modules: an engine that casts buffers to bf16 must not touch them."""
+    bank = mel_filter_bank(1 + WINDOW // 2, n_mels, 0.0, SAMPLE_RATE / 2, SAMPLE_RATE, norm="slaney", mel_scale="slaney")
+    return torch.from_numpy(bank).to(device, torch.float32).T.contiguous()
+
+
+def mel_frames(samples: torch.Tensor) -> torch.Tensor:
+    """Frames of a clip of that many samples: one per started 10 ms, at least one."""
+    return torch.div(samples + HOP - 1, HOP, rounding_mode="floor").clamp(min=1)
+
+
+def log_mel(waveforms: torch.Tensor, lengths: torch.Tensor, n_mels: int, pad_to_samples: int | None = None
+            ) -> tuple[torch.Tensor, torch.Tensor]:
+    """waveforms [A, S] at 16 kHz, lengths [A] in samples -> mel [A, n_mels, F] float32, frames [A].
+
+    What stands behind a clip's length in `waveforms` has no influence. `mel` is zero behind a clip's frames, unless
+    `pad_to_samples` asks for Whisper's own way (480000: 30 s): then F = pad_to_samples / 160 frames are filled, silence
+    included, and `frames` still counts those of the clip.
+    """
+    waveforms = waveforms.float()
+    longest = waveforms.shape[1]
+    positions = torch.arange(longest, device=waveforms.device)
+    waveforms = waveforms.masked_fill(positions >= lengths[:, None], 0.0)
+    if pad_to_samples is not None:
+        if longest > pad_to_samples:
+            raise ValueError(f"a clip of {longest / SAMPLE_RATE:.2f} s does not fit into {pad_to_samples / SAMPLE_RATE:.2f} s")
+        size = pad_to_samples
+    else:
+        size = _FULL if _FULL - WINDOW < longest <= _FULL else longest + WINDOW
+    waveforms = F.pad(waveforms, (0, size - longest))
+    with torch.autocast(waveforms.device.type, enabled=False):
+        window = torch.hann_window(WINDOW, device=waveforms.device)
+        spectrum = torch.stft(waveforms, WINDOW, HOP, window=window, center=True, pad_mode="reflect", return_complex=True)
+        power = spectrum[..., : size // HOP].abs().square()
+        log = torch.matmul(_filters(n_mels, waveforms.device), power).clamp(min=1e-10).log10()
+    log = torch.maximum(log, log.amax(dim=(1, 2), keepdim=True) - 8.0)
+    mel = (log + 4.0) / 4.0
+    frames = mel_frames(lengths)
+    if pad_to_samples is not None:
+        return mel, frames
+    mel = mel[..., : int(mel_frames(torch.tensor(longest)))]
+    behind = torch.arange(mel.shape[-1], device=mel.device) >= frames[:, None]
+    return mel.masked_fill(behind[:, None], 0.0), frames

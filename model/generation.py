@@ -1,0 +1,91 @@
+"""What a trained network says: batched generation, CTC transcripts, and what there is to see inside."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from model.batch import Batch
+from model.features import log_mel
+from model.language_model import base_of
+from model.prompt import stop_ids
+
+if TYPE_CHECKING:
+    from transformers.generation.streamers import BaseStreamer
+
+
+class Generation:
+    """Inference of `Soundwave` (mixed into it)."""
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, *, max_new_tokens: int = 512, do_sample: bool = False, temperature: float = 0.2,
+                 top_p: float = 0.9, streamer: "BaseStreamer | None" = None, synced_gpus: bool = False) -> list[list[int]]:
+        """Answers as token ids, one list per conversation, without the end of turn.
+
+        batch: prompts that end with the assistant's opening (`prompt.chat_ids` of a chat without its answer), padded on either
+        side, with any number of audios anywhere, or none. temperature and top_p count with do_sample (the values are the
+        release's). streamer: transformers' TextStreamer or TextIteratorStreamer, for one conversation. synced_gpus: under
+        ZeRO-3 every rank decodes until the last one has finished.
+        """
+        if self.llm is None:
+            raise ValueError("this model has no LLM (stage I): use ctc_greedy")
+        training = self.training
+        self.eval()
+        embeddings, mask, _ = self.embeddings(batch, self.listen(batch), left_padded=True)
+        stop = stop_ids(self.tokenizer, self.config.prompt)
+        configured = base_of(self.llm).generation_config.eos_token_id
+        stop += [i for i in (configured if isinstance(configured, list) else [configured]) if i is not None and i not in stop]
+        sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {
+            "temperature": None, "top_p": None, "top_k": None}
+        ids = self.llm.generate(inputs_embeds=embeddings, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=do_sample,
+                                eos_token_id=stop, pad_token_id=stop[0], streamer=streamer, synced_gpus=synced_gpus,
+                                use_cache=True, num_beams=1, repetition_penalty=1.0, **sampling)
+        self.train(training)
+        answers = []
+        for row in ids.tolist():
+            end = next((i for i, token in enumerate(row) if token in stop), len(row))
+            answers.append(row[:end])
+        return answers
+
+    @torch.no_grad()
+    def ctc_greedy(self, batch: Batch) -> list[str]:
+        """The CTC head's own transcript of each audio: the argmax tokens, runs collapsed, blanks dropped."""
+        training = self.training
+        self.eval()
+        audio = self.listen(batch)
+        self.train(training)
+        texts = []
+        for argmax, length in zip(audio.argmax.cpu(), audio.lengths.tolist()):
+            tokens = torch.unique_consecutive(argmax[:length])
+            tokens = tokens[(tokens != self.ctc_head.blank) & (tokens < len(self.tokenizer))]
+            texts.append(self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True).strip())
+        return texts
+
+    @torch.no_grad()
+    def inspect(self, batch: Batch) -> dict[str, list]:
+        """What happens to each audio, for pictures; one entry per audio under each key:
+
+        mel [n_mels, F] (None for cached features), seconds, tokens [T] (argmax ids of the CTC head; `blank` is its blank),
+        blank_probability [T], peak [T] (log-probability of the argmax), kept [K] (frame positions); and frame_rate, the
+        adapter's frames per second, and blank, as plain numbers.
+        """
+        training = self.training
+        self.eval()
+        audio = self.listen(batch)
+        self.train(training)
+        encoder_rate = self.encoder.frame_rate if self.encoder is not None else 50.0
+        rate = encoder_rate / self.config.alignment.stack_frames
+        seen: dict[str, list] = {"mel": [], "seconds": [], "tokens": [], "blank_probability": [], "peak": [], "kept": []}
+        for i, (length, kept) in enumerate(zip(audio.lengths.tolist(), audio.kept_lengths.tolist())):
+            mel = None
+            if batch.waveforms is not None:
+                size = batch.audio_lengths[i:i + 1]
+                mel = log_mel(batch.waveforms[i:i + 1, :int(size)], size, 80)[0][0].cpu()
+            seen["mel"].append(mel)
+            seen["seconds"].append(length / rate)
+            seen["tokens"].append(audio.argmax[i, :length].cpu())
+            seen["blank_probability"].append(audio.blank_logprob[i, :length].float().exp().cpu())
+            seen["peak"].append(audio.peak[i, :length].float().cpu())
+            seen["kept"].append(audio.kept[i, :kept].cpu())
+        return {**seen, "frame_rate": rate, "blank": self.ctc_head.blank}

@@ -1,0 +1,182 @@
+"""Where the frozen parts come from: a folder, a hub name, or the size of a known model; their tensors and their fingerprints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+PRESETS = Path(__file__).parent / "presets"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+
+
+class SourceError(ValueError):
+    """A model that cannot be found or is not what was asked for; one line: what, where, what to do."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's configuration, and the folder with its weights (None: only its sizes are known)."""
+
+    name: str
+    config: PretrainedConfig
+    folder: Path | None
+
+    def without_weights(self) -> "Source":
+        return replace(self, folder=None)
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The part that sizes the language model, of models that have others as well."""
+    return config.get_text_config()
+
+
+def presets() -> dict[str, dict]:
+    """Sizes of known models: preset name -> {"names": [hub names], "config": {...}}."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(PRESETS.glob("*.json"))}
+
+
+def _preset(name: str) -> dict | None:
+    for stem, preset in presets().items():
+        if name.lower() in (stem, *(n.lower() for n in preset["names"])):
+            return preset
+    return None
+
+
+def locate(name: str, *, sizes_only: bool = False) -> Source:
+    """Find a model by folder, hub name or preset name.
+
+    With `sizes_only`, a preset is enough and nothing is fetched. Otherwise a hub name is taken from the local hub cache, or
+    downloaded where the machine may (HF_HUB_OFFLINE decides). Errors: SourceError.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise SourceError(f"{folder} has no config.json: give a folder written by save_pretrained, or a hub name")
+        return Source(name, AutoConfig.from_pretrained(folder), folder)
+    preset = _preset(name)
+    if sizes_only and preset:
+        return Source(name, AutoConfig.for_model(**preset["config"]), None)
+    if name.startswith((".", "/", "~")):
+        raise SourceError(f"model folder {name} does not exist")
+    from huggingface_hub import snapshot_download
+
+    repository = preset["names"][0] if preset else name
+    try:
+        patterns = ["config.json"] if sizes_only else _FILES
+        folder = Path(snapshot_download(repository, allow_patterns=patterns))
+    except Exception as error:  # the hub client's errors have many types; all mean that it cannot be had
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        known = f"known sizes: {', '.join(presets())}" if sizes_only else (
+            f"fetch it on a machine with network (hf download {repository}) or give a folder")
+        raise SourceError(f"model '{name}' is neither a folder nor in the hub cache ({reason}); {known}") from None
+    return Source(name, AutoConfig.from_pretrained(folder), None if sizes_only else folder)
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> safetensors file of a model folder, sharded or not. Errors: SourceError."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    single = folder / "model.safetensors"
+    if not single.exists():
+        raise SourceError(f"{folder} has no model.safetensors: save the model with save_pretrained (safetensors) first")
+    with safe_open(single, "pt") as file:
+        return {name: single for name in file.keys()}
+
+
+def read_tensor(folder: Path, name: str) -> torch.Tensor:
+    files = tensor_files(folder)
+    if name not in files:
+        raise SourceError(f"{folder} holds no tensor '{name}'")
+    with safe_open(files[name], "pt") as file:
+        return file.get_tensor(name)
+
+
+def embedding_names(config: PretrainedConfig) -> tuple[str, str, float]:
+    """(input embeddings' name, output embeddings' name, factor on the input embeddings), found on a weightless model.
+
+    Tied models have one name for both. The factor is that of embeddings that scale what they look up (Gemma 3).
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    by_parameter = {id(p): n for n, p in model.named_parameters()}
+    scale = getattr(embedding, "scalar_embed_scale", None) or getattr(embedding, "embed_scale", None)
+    scale = 1.0 if scale is None or torch.is_tensor(scale) else float(scale)
+    return by_parameter[id(embedding.weight)], by_parameter[id(head.weight)], scale
+
+
+def output_embeddings(source: Source, dtype: torch.dtype) -> torch.Tensor:
+    """The LLM's output embeddings [V, D] (the input embeddings where the LLM ties them), read without the rest of it."""
+    return read_tensor(source.folder, embedding_names(source.config)[1]).to(dtype)
+
+
+def embedding_statistics(source: Source) -> tuple[float, torch.Tensor]:
+    """(root mean square of the input embeddings: the scale of the space that the LLM's first layer expects,
+    mean output embedding [D]), from the files, a block of rows at a time (the table of an 8B model is 1 GB)."""
+    input_name, output_name, scale = embedding_names(source.config)
+    files = tensor_files(source.folder)
+    squares = count = 0
+    mean = None
+    for name in dict.fromkeys((input_name, output_name)):
+        if name not in files:
+            raise SourceError(f"{source.folder} holds no tensor '{name}'")
+        with safe_open(files[name], "pt") as file:
+            rows = file.get_slice(name)
+            size = rows.get_shape()[0]
+            for start in range(0, size, 16384):
+                block = rows[start:start + 16384].double()
+                if name == input_name:
+                    squares += float(block.square().sum())
+                    count += block.numel()
+                if name == output_name:
+                    mean = block.sum(0) / size if mean is None else mean + block.sum(0) / size
+    return scale * (squares / count) ** 0.5, mean.float()
+
+
+def fingerprint(folder: Path, prefix: str = "") -> str:
+    """sha256 over names, types, shapes and bytes of the tensors under `prefix`, in name order.
+
+    It is the same however the tensors are spread over files, with whatever metadata, and whether or not the prefix was
+    already stripped (a Whisper folder that holds its encoder alone has the encoder's fingerprint).
+    """
+    files = tensor_files(folder)
+    chosen = [n for n in files if prefix and prefix in n] or list(files)
+    spans: dict[str, tuple[Path, int, int, dict]] = {}
+    for path in sorted(set(files[n] for n in chosen)):
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        for name, entry in header.items():
+            if name != "__metadata__" and name in files:
+                begin, end = entry["data_offsets"]
+                spans[name] = (path, 8 + size + begin, end - begin, entry)
+    digest = hashlib.sha256()
+    for short, name in sorted((n.split(prefix, 1)[1] if prefix and prefix in n else n, n) for n in chosen):
+        path, offset, size, entry = spans[name]
+        digest.update(f"{short} {entry['dtype']} {entry['shape']}\n".encode())
+        with open(path, "rb") as file:
+            file.seek(offset)
+            while size:
+                block = file.read(min(size, 1 << 24))
+                digest.update(block)
+                size -= len(block)
+    return digest.hexdigest()
+
+
+def attention_implementation(setting: str, dtype: torch.dtype) -> str:
+    """`auto`: flash_attention_2 where it imports, there is a GPU and the weights are 16-bit (it has no fp32); else sdpa."""
+    if setting != "auto":
+        return setting
+    from transformers.utils import is_flash_attn_2_available
+
+    half = dtype in (torch.bfloat16, torch.float16)
+    return "flash_attention_2" if half and torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"

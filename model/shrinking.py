@@ -1,0 +1,75 @@
+"""The shrinking adapter: runs of equal CTC tokens to one frame each, which then looks back at the utterance.
+
+    argmax [A, T] -> runs -> kept frames [A, K] -> x = hidden[kept] -> LayerNorm(x + look-back attention of x over the frames)
+
+The result stands in the LLM's input at the place of `<audio_patch>`. The last LayerNorm's gain starts at the RMS of the LLM's
+input embeddings (0.136 for SmolLM2-135M; a plain LayerNorm's output has 1), and the look-back's output projection starts at
+zero: the LLM first sees the kept frames themselves, on the scale that it knows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from model import ops
+from model.config import ShrinkingConfig
+
+
+class ScaledLayerNorm(nn.LayerNorm):
+    """LayerNorm whose gain starts at a value of choice (set in the constructor: under ZeRO-3 that is the last moment)."""
+
+    def __init__(self, width: int, gain: float):
+        super().__init__(width)
+        with torch.no_grad():
+            self.weight.fill_(gain)
+
+
+class ZeroLinear(nn.Linear):
+    """Linear that starts at zero: a residual branch that adds nothing yet."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+def kept_frames(config: ShrinkingConfig, argmax: torch.Tensor, peak: torch.Tensor, blank_logprob: torch.Tensor,
+                lengths: torch.Tensor, blank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """argmax, peak, blank_logprob [A, T], lengths [A] -> kept [A, K] frame positions padded with 0, kept_lengths [A] >= 1."""
+    if not config.enabled:
+        return torch.arange(argmax.shape[1], device=argmax.device).expand_as(argmax), lengths
+    return ops.ctc_runs(argmax, peak, lengths, blank, keep=config.keep, keep_blank_runs=config.keep_blank_runs,
+                        blank_logprob=blank_logprob)
+
+
+class ShrinkingAdapter(nn.Module):
+    def __init__(self, config: ShrinkingConfig, width: int, llm_heads: int, gain: float):
+        super().__init__()
+        self.config = config
+        self.heads = config.heads or llm_heads
+        if width % self.heads:
+            raise ValueError(f"model.shrinking.heads = {self.heads} does not divide the LLM's width {width}: "
+                             "set it in the recipe")
+        for key, value, known in (("keep", config.keep, ("peak", "first")),
+                                  ("lookback", config.lookback, ("all", "kept", "none"))):
+            if value not in known:
+                raise ValueError(f"model.shrinking.{key} is '{value}': {' or '.join(known)}")
+        self.looks_back = config.enabled and config.lookback != "none"
+        if self.looks_back:
+            self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
+            self.out = ZeroLinear(width, width)
+        self.norm = ScaledLayerNorm(width, gain)
+
+    def forward(self, hidden: torch.Tensor, lengths: torch.Tensor, kept: torch.Tensor, kept_lengths: torch.Tensor
+                ) -> torch.Tensor:
+        """hidden [A, T, D], lengths [A], kept [A, K] frame positions, kept_lengths [A] -> [A, K, D], zero behind kept_lengths."""
+        frames = hidden.gather(1, kept[..., None].expand(-1, -1, hidden.shape[-1]))
+        if self.looks_back:
+            over, over_lengths = (hidden, lengths) if self.config.lookback == "all" else (frames, kept_lengths)
+            query = self.query(frames).unflatten(-1, (self.heads, -1))
+            key, value = self.key_value(over).unflatten(-1, (2, self.heads, -1)).unbind(2)
+            mixed = ops.lookback_attention(query, key, value, kept_lengths, over_lengths,
+                                           dropout_p=self.config.dropout if self.training else 0.0)
+            frames = frames + self.out(mixed.flatten(2))
+        valid = torch.arange(kept.shape[1], device=kept.device) < kept_lengths[:, None]
+        return self.norm(frames).masked_fill(~valid[..., None], 0.0)

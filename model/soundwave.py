@@ -1,0 +1,220 @@
+"""The whole network: frozen encoder -> alignment adapter -> CTC head -> shrinking adapter -> LLM with LoRA.
+
+One forward for all stages; a stage says which losses it asks for and which parts learn. Whatever a batch holds, the same
+modules run in the same order (under ZeRO-3 ranks wait for each other in every module): a batch without audio brings a silent
+dummy whose result is multiplied by 0, a batch without targets still passes the LLM.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from model.alignment import AlignmentAdapter, CTCHead
+from model.batch import Batch
+from model.config import SoundwaveConfig
+from model.encoder import build_encoder
+from model.generation import Generation
+from model.language_model import build_llm, embed, load_tokenizer, lora_parameters, splice, target_loss
+from model.pretrained import (
+    DTYPES,
+    attention_implementation,
+    embedding_statistics,
+    fingerprint,
+    locate,
+    output_embeddings,
+    text_config,
+)
+from model.shrinking import ShrinkingAdapter, kept_frames
+
+STAGES = ("alignment", "shrinking", "sft")
+PARTS = ("encoder", "adapters", "llm")
+
+
+class Output(NamedTuple):
+    """Sums, not means: whoever trains divides by the counts of the whole global batch."""
+
+    ce_sum: torch.Tensor  # cross-entropy over target tokens
+    ctc_sum: torch.Tensor  # over transcribed utterances: CTC loss / target length
+    frames: torch.Tensor  # adapter frames of real audio
+    kept: torch.Tensor  # of those, frames that the LLM gets
+    llm_tokens: torch.Tensor  # LLM positions, audio included
+
+
+class Audio(NamedTuple):
+    """A batch's audio on its way to the LLM."""
+
+    hidden: torch.Tensor  # [A, T, D]
+    lengths: torch.Tensor  # [A]
+    ctc: torch.Tensor  # [A] loss / target length
+    argmax: torch.Tensor  # [A, T]
+    peak: torch.Tensor  # [A, T] log-probability of the argmax
+    blank_logprob: torch.Tensor  # [A, T]
+    kept: torch.Tensor  # [A, K] frame positions
+    kept_lengths: torch.Tensor  # [A]
+
+
+class Soundwave(Generation, nn.Module):
+    def __init__(self, config: SoundwaveConfig, *, tokenizer, encoder: nn.Module | None, alignment: AlignmentAdapter,
+                 ctc_head: CTCHead, shrinking: ShrinkingAdapter | None, llm: nn.Module | None, sources: dict):
+        super().__init__()
+        self.config, self.tokenizer, self.sources = config, tokenizer, sources
+        self.encoder, self.alignment, self.ctc_head = encoder, alignment, ctc_head
+        self.shrinking, self.llm = shrinking, llm
+        self.audio_id = None if tokenizer is None else tokenizer.convert_tokens_to_ids(config.audio_token)
+        self.stage = "shrinking" if llm is not None else "alignment"
+        self.lengths_of_last_batch: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.set_stage(self.stage)
+
+    @property
+    def blank_id(self) -> int | None:
+        """The tokenizer's id of `<audio_patch>`. (The blank's index in the CTC head is `ctc_head.blank`.)"""
+        return self.audio_id
+
+    @classmethod
+    def build(cls, config: SoundwaveConfig, *, parts: tuple[str, ...] = PARTS, device: torch.device | str | None = None,
+              meta: bool = False) -> "Soundwave":
+        """Frozen parts from their folders, fresh adapters and LoRA.
+
+        parts without "llm": stage I; of the LLM only its embeddings are read, from its safetensors, and there is no shrinking
+        adapter. parts without "encoder": for cached features. meta: sizes alone, nothing is read or fetched (names of
+        model/presets, or folders with a config.json). Errors: SourceError, ValueError, one line each.
+        """
+        dtype = DTYPES.get(config.dtype)
+        if dtype is None:
+            raise ValueError(f"model.dtype is '{config.dtype}': {', '.join(DTYPES)}")
+        if config.alignment.ctc_length not in ("true", "full"):
+            raise ValueError(f"model.alignment.ctc_length is '{config.alignment.ctc_length}': true or full")
+        sources = {"encoder": locate(config.encoder.name, sizes_only=meta), "llm": locate(config.llm.name, sizes_only=meta)}
+        if meta:
+            sources = {name: source.without_weights() for name, source in sources.items()}
+        attention = attention_implementation(config.attention_implementation, dtype)
+        encoder = build_encoder(config.encoder, sources["encoder"], dtype, attention, weights="encoder" in parts and not meta)
+        sizes = text_config(sources["llm"].config)
+        width, heads, rows = sizes.hidden_size, sizes.num_attention_heads, sizes.vocab_size
+
+        with torch.device("meta" if meta else "cpu"):
+            tokenizer = None if meta else load_tokenizer(sources["llm"], config.audio_token)
+            audio_id = rows if meta else tokenizer.convert_tokens_to_ids(config.audio_token)
+            scale, mean_row = (1.0, torch.zeros(width)) if meta else embedding_statistics(sources["llm"])
+            llm = build_llm(config.llm, sources["llm"], dtype, attention) if "llm" in parts else None
+            alignment = AlignmentAdapter(config.alignment, encoder.width, width, heads)
+            if llm is not None and config.alignment.ctc_head == "tied":
+                embeddings = llm.get_output_embeddings().weight
+            else:
+                embeddings = torch.empty(rows, width, dtype=dtype) if meta else output_embeddings(sources["llm"], dtype)
+            ctc_head = CTCHead(config.alignment.ctc_head, embeddings, mean_row, audio_id, config.ops)
+            gain = scale if config.shrinking.init_gain_to_embeddings else 1.0
+            shrinking = ShrinkingAdapter(config.shrinking, width, heads, gain) if llm is not None else None
+        model = cls(config, tokenizer=tokenizer, encoder=encoder if "encoder" in parts else None, alignment=alignment,
+                    ctc_head=ctc_head, shrinking=shrinking, llm=llm, sources=sources)
+        return model if device is None else model.to(device)
+
+    # ---- what is trained ----
+
+    def set_stage(self, stage: str) -> None:
+        """I alignment: alignment adapter and CTC head | II shrinking: both adapters, CTC head, LoRA | III sft: LoRA alone.
+        Of a tied CTC head the blank's row is trained, the embeddings never. Frozen parts stay in eval mode."""
+        if stage not in STAGES:
+            raise ValueError(f"stage is '{stage}': {', '.join(STAGES)}")
+        if stage != "alignment" and self.llm is None:
+            raise ValueError(f"stage {stage} needs the LLM: build the model with parts including 'llm'")
+        self.stage = stage
+        self.requires_grad_(False)
+        if stage != "sft":
+            for part in (self.alignment, self.ctc_head, self.shrinking if stage == "shrinking" else None):
+                if part is not None:
+                    part.requires_grad_(True)
+            if self.ctc_head.kind == "tied":
+                self.ctc_head.weight.requires_grad_(False)
+        if stage != "alignment":
+            for _, parameter in lora_parameters(self.llm):
+                parameter.requires_grad_(True)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Soundwave":
+        super().train(mode)
+        adapters = self.stage != "sft"
+        for part, learns in ((self.encoder, False), (self.alignment, adapters), (self.ctc_head, adapters),
+                             (self.shrinking, self.stage == "shrinking"), (self.llm, self.stage != "alignment")):
+            if part is not None and not learns:
+                part.eval()
+        if self.llm is not None:  # its own dropout stays off; LoRA's follows the mode
+            for name, module in self.llm.named_modules():
+                if isinstance(module, nn.Dropout) and "lora_" not in name:
+                    module.eval()
+        return self
+
+    def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Named trainable parameters by the learning rate they take."""
+        groups: dict[str, list[tuple[str, nn.Parameter]]] = {"adapters": [], "ctc_head": [], "lora": []}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                group = "ctc_head" if name.startswith("ctc_head.") else "lora" if name.startswith("llm.") else "adapters"
+                groups[group].append((name, parameter))
+        return groups
+
+    def shared_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
+        """Parameters that a module uses and another one owns, too: a tied CTC head's weight is the LLM's own parameter.
+        It is registered in the head, so that ZeRO-3's hooks gather it there."""
+        shared = self.llm is not None and self.ctc_head.kind == "tied"
+        return [(self.ctc_head, self.ctc_head.weight)] if shared else []
+
+    def enable_activation_checkpointing(self) -> None:
+        """Keep only the LLM layers' inputs and compute the rest again in backward."""
+        if self.llm is not None:
+            self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def frozen_hash(self) -> dict[str, str]:
+        """sha256 of the frozen parts' tensors, from their files."""
+        if not hasattr(self, "_hashes"):
+            prefixes = {"encoder": "encoder.", "llm": ""}
+            self._hashes = {name: fingerprint(source.folder, prefixes[name]) for name, source in self.sources.items()}
+        return self._hashes
+
+    # ---- forward ----
+
+    def encode(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encoder frames of a batch's audio, computed or from the cache: features [A, T, E], lengths [A]."""
+        if batch.features is not None:
+            return batch.features, batch.audio_lengths
+        if self.encoder is None:
+            raise ValueError("the model was built without its encoder: give batches with cached features")
+        return self.encoder(batch.waveforms, batch.audio_lengths, self.config.alignment.ctc_length == "full")
+
+    def listen(self, batch: Batch, with_ctc: bool = False) -> Audio:
+        """Everything up to the kept frames; with_ctc: the CTC loss, too."""
+        hidden, lengths = self.alignment(*self.encode(batch))
+        targets = (batch.ctc_targets, batch.ctc_target_lengths) if with_ctc else ()
+        loss, argmax, peak, blank_logprob = self.ctc_head(hidden, lengths, *targets)
+        kept, kept_lengths = kept_frames(self.config.shrinking, argmax, peak.detach(), blank_logprob.detach(), lengths,
+                                         self.ctc_head.blank)
+        self.lengths_of_last_batch = (lengths, kept_lengths)
+        return Audio(hidden, lengths, loss, argmax, peak, blank_logprob, kept, kept_lengths)
+
+    def embeddings(self, batch: Batch, audio: Audio, left_padded: bool = False
+                   ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The LLM's input: embeddings [B, L, D], mask [B, L], labels [B, L]."""
+        shrunk = self.shrinking(audio.hidden, audio.lengths, audio.kept, audio.kept_lengths)
+        text = embed(self.llm, batch.input_ids, self.audio_id)
+        places = int((batch.attention_mask.bool() & (batch.input_ids == self.audio_id)).sum())
+        audios = 0 if batch.audio_is_dummy else len(shrunk)
+        if places != audios:
+            raise ValueError(f"batch has {audios} audios and {places} {self.config.audio_token} in its text "
+                             f"({batch.ids[:3]} ...)")
+        embeddings, mask, labels = splice(text, batch.input_ids, batch.attention_mask, batch.labels, shrunk[:audios],
+                                          audio.kept_lengths[:audios], self.audio_id, left_padded=left_padded)
+        return embeddings + 0.0 * shrunk.sum().to(text.dtype), mask, labels
+
+    def forward(self, batch: Batch, *, losses: tuple[str, ...] = ("ctc",)) -> Output:
+        """losses: ("ctc",) in stage I, ("ce", "ctc") in II, ("ce",) in III."""
+        audio = self.listen(batch, with_ctc="ctc" in losses)
+        ctc_sum = torch.where(batch.has_transcript, audio.ctc, 0.0 * audio.ctc).sum()
+        real = 0 if batch.audio_is_dummy else 1
+        ce_sum, llm_tokens = ctc_sum.new_zeros(()), audio.lengths.new_zeros(())
+        if "ce" in losses:
+            embeddings, mask, labels = self.embeddings(batch, audio)
+            ce_sum, llm_tokens = target_loss(self.llm, embeddings, mask, labels), mask.sum()
+        return Output(ce_sum, ctc_sum, real * audio.lengths.sum(), real * audio.kept_lengths.sum(), llm_tokens)
