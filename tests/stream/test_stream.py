@@ -1,0 +1,212 @@
+"""Batches as a rank gets them, from real packed folders."""
+
+import io
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from tests.stream.conftest import data_config, record, sound, write_folder
+from train.config import RecipeError
+from train.data import EvalStream, Plan, Stream, TooManyRejected, validation_batches, worst_case_batch
+from train.data.plan import PLANNED
+
+
+def consumed(data, stage, tokenizer, model_config, world_size, start, steps):
+    """ids by step, over all ranks, and micro-batches by rank and step."""
+    ids, counts = {step: [] for step in range(start, steps)}, []
+    for rank in range(world_size):
+        stream = Stream(data, stage, tokenizer, model_config, rank, world_size, start, steps)
+        got = list(stream)
+        assert [step.step for step in got] == list(range(start, steps))
+        for step in got:
+            ids[step.step] += [name for batch in step.micro_batches for name in batch.ids]
+        counts.append([len(step.micro_batches) for step in got])
+    assert all(count == counts[0] for count in counts)
+    return {step: sorted(names) for step, names in ids.items()}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranks_and_workers_do_not_change_the_batches(packed, tokenizer, model_config, workers):
+    alone = consumed(data_config(packed), "alignment", tokenizer, model_config, 1, 0, 9)
+    assert consumed(data_config(packed, workers=workers), "alignment", tokenizer, model_config, 3, 0, 9) == alone
+    later = consumed(data_config(packed, workers=workers), "alignment", tokenizer, model_config, 2, 5, 9)
+    assert later == {step: alone[step] for step in range(5, 9)}
+
+
+def test_every_utterance_once_per_pass(packed, tokenizer, model_config):
+    plan = Plan.open(data_config(packed), "alignment", 100)
+    seen = Counter()
+    steps = 0
+    while plan.passes(steps)["toy/asr"] < 3:
+        for entry in plan.global_batch(steps):
+            seen[int(entry["row"]), int(entry["epoch"])] += 1
+        steps += 1
+    assert set(seen.values()) == {1}
+    assert {key for key in seen if key[1] < 3} == {(row, epoch) for row in range(23) for epoch in range(3)}
+
+
+def test_waveforms_and_targets_are_those_of_the_files(packed, tokenizer, model_config):
+    step = next(iter(Stream(data_config(packed), "alignment", tokenizer, model_config, 0, 1, 0, 1)))
+    for batch in step.micro_batches:
+        assert batch.input_ids.shape == (len(batch.ids), 0) and batch.features is None
+        for row, name in enumerate(batch.ids):
+            number = int(name.split("-")[1])
+            audio, _ = soundfile.read(io.BytesIO(sound(0.3 + 0.1 * number, number)), dtype="float32")
+            length = int(batch.audio_lengths[row])
+            assert torch.equal(batch.waveforms[row, :length], torch.from_numpy(audio))
+            assert not batch.waveforms[row, length:].any()
+            target = batch.ctc_targets[row, :batch.ctc_target_lengths[row]]
+            assert tokenizer.decode(target).strip() == f"the words of clip {number}"
+    assert step.seconds == pytest.approx(sum(float(b.audio_lengths.sum()) / 16000 for b in step.micro_batches))
+
+
+def test_mixed_batches_of_stage_two(mixed, tokenizer, model_config):
+    audio = tokenizer.convert_tokens_to_ids("<audio_patch>")
+    kinds = set()
+    for step in Stream(data_config(mixed, micro_batch_seconds=2.0), "shrinking", tokenizer, model_config, 0, 2, 0, 6):
+        for batch in step.micro_batches:
+            heard = (batch.input_ids == audio).sum()
+            assert batch.audio_is_dummy == (heard == 0)
+            assert len(batch.waveforms) == max(int(heard), 1)
+            answers = [tokenizer.decode(row[row != -100]) for row in batch.labels]
+            for task, answer, name in zip(batch.tasks, answers, batch.ids, strict=True):
+                number = name.split("-")[1]
+                expected = {"text": "Four.", "translation": "les mots", "asr": f"the words of clip {number}"}[task]
+                assert answer.strip() == expected + "<|end|>"
+                kinds.add(task)
+    assert kinds == {"asr", "translation", "text"}
+
+
+def test_more_ranks_than_utterances_get_dummies(packed, tokenizer, model_config):
+    data = data_config(packed, batch_seconds=3.0)
+    for stage in ("alignment", "shrinking"):
+        batches = [next(iter(Stream(data, stage, tokenizer, model_config, rank, 16, 0, 1))).micro_batches for rank in range(16)]
+        assert {len(b) for b in batches} == {1}
+        dummies = [b[0] for b in batches if b[0].audio_is_dummy]
+        assert dummies
+        for dummy in dummies:
+            assert dummy.ids == [] and dummy.ctc_count == 0 and dummy.ce_count == 0 and len(dummy.waveforms) == 1
+
+
+def faulty(tmp_path):
+    """40 clips: one of no samples, one with NaN, one without text, one that is no audio, and the last shard cut short."""
+    samples = []
+    for number in range(40):
+        seconds = 1.0 + 0.02 * number
+        entry, audio, codec = record(number, seconds), sound(seconds, number, container="wav"), "wav"
+        if number == 3:
+            audio = sound(0, container="wav")
+        if number == 7:
+            wave = np.full(20000, np.nan, np.float32)
+            buffer = io.BytesIO()
+            soundfile.write(buffer, wave, 16000, format="WAV", subtype="FLOAT")
+            audio = buffer.getvalue()
+        if number == 11:
+            entry["text"] = " ... "
+        if number == 15:
+            audio = b"not audio at all" * 50
+        samples.append((entry, audio, codec))
+    return write_folder(tmp_path / "faulty", samples, per_shard=10)
+
+
+def test_faults_cost_one_named_sample_each(tmp_path, tokenizer, model_config):
+    folder = faulty(tmp_path)
+    data = data_config(folder, batch_seconds=16.0, ctc_text="lower_no_punctuation")
+    streams = [Stream(data, "alignment", tokenizer, model_config, rank, 2, 0, 4, rejected_path=tmp_path / "rejected.jsonl")
+               for rank in range(2)]
+    shard = folder / "toy-000003.tar"
+    shard.write_bytes(shard.read_bytes()[:-40000])  # cut while the run is under way: its last sample is lost
+    runs = [list(stream) for stream in streams]
+    lines = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    reasons = {line["id"]: line["reason"] for line in lines}
+    assert set(reasons) == {"asr-3", "asr-7", "asr-11", "asr-15", "row 39 of toy-000003.tar"}
+    assert "no samples" in reasons["asr-3"] and "NaN" in reasons["asr-7"] and "no transcript" in reasons["asr-11"]
+    assert "decoded" in reasons["asr-15"] and "ends inside" in reasons["row 39 of toy-000003.tar"]
+    names = [name for run in runs for step in run for batch in step.micro_batches for name in batch.ids]
+    planned = sum(len(streams[0].plan.global_batch(step)) for step in range(4))
+    assert len(names) == planned and not set(names) & set(reasons)
+    for line in lines:
+        assert line["replaced_by"] in names
+    again = list(Stream(data, "alignment", tokenizer, model_config, 0, 1, 0, 4, plan=streams[0].plan))
+    assert Counter(name for step in again for batch in step.micro_batches for name in batch.ids) == Counter(names)
+
+
+def test_past_the_share_the_run_stops_with_the_list(tmp_path, tokenizer, model_config):
+    data = data_config(faulty(tmp_path), batch_seconds=16.0, max_rejected_share=0.002)
+    with pytest.raises(TooManyRejected, match=r"3 of \d+ utterances.*asr-\d+ \("):
+        for _ in Stream(data, "alignment", tokenizer, model_config, 0, 1, 0, 4, rejected_path=tmp_path / "r.jsonl"):
+            pass
+
+
+def test_what_the_index_rules_out_is_named(packed, tokenizer, model_config, tmp_path):
+    data = data_config(packed, min_seconds=0.45, max_seconds=2.35)
+    stream = Stream(data, "alignment", tokenizer, model_config, 0, 1, 0, 1, rejected_path=tmp_path / "r.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert {line["id"]: line["reason"].split()[0] for line in lines} == {
+        "asr-0": "shorter", "asr-1": "shorter", "asr-21": "longer", "asr-22": "longer"}
+    assert stream.plan.utterances.tolist() == [19]
+    with pytest.raises(RecipeError, match="nothing that stage 'alignment' can train on: 23 x longer"):
+        Plan.open(data_config(packed, max_seconds=0.2), "alignment", 1)
+
+
+def test_a_split_is_evaluated_once_with_equal_batches(packed, tokenizer, model_config):
+    for world_size in (1, 3, 7):
+        streams = [EvalStream(str(packed), tokenizer, model_config, "shrinking", batch_seconds=5.0, rank=rank,
+                              world_size=world_size) for rank in range(world_size)]
+        assert len({len(stream) for stream in streams}) == 1
+        names = []
+        for stream in streams:
+            for batch, samples in stream:
+                assert batch.ids == [sample["id"] for sample in samples]
+                names += batch.ids
+                for row in range(len(samples)):
+                    text = tokenizer.decode(batch.input_ids[row][batch.attention_mask[row] == 1])
+                    assert text.endswith("<|start|>assistant\n") and (batch.labels == -100).all()
+        assert sorted(names) == sorted(f"asr-{n}" for n in range(23))
+        assert sum(stream.total for stream in streams) == 23
+
+
+def test_eval_limit_and_done(packed, tokenizer, model_config):
+    stream = EvalStream(str(packed), tokenizer, model_config, "alignment", limit=6, done={"asr-0"})
+    names = sorted(name for batch, _ in stream for name in batch.ids)
+    assert stream.total == 5 and names == sorted(f"asr-{n}" for n in (3, 7, 11, 15, 19))
+
+
+def test_validation_references(mixed, tokenizer, model_config):
+    data = data_config(mixed)
+    data.valid = data.train
+    pairs = validation_batches(data, "shrinking", tokenizer, model_config, 0, 1, 30)
+    found = {name: text for batch, texts in pairs for name, text in zip(batch.ids, texts, strict=True)}
+    assert found["text-4"] == "Four." and found["translation-3"] == "les mots" and found["asr-0"] == "the words of clip 0"
+    assert len(found) == 30
+
+
+def test_worst_case_batch_fills_the_budgets(packed, tokenizer, model_config):
+    data = data_config(packed, micro_batch_seconds=9.0, max_seconds=2.5, micro_batch_tokens=900)
+    batch = worst_case_batch(data, "shrinking", tokenizer, model_config)
+    assert batch.waveforms.shape == (3, 40000) and batch.input_ids.shape == (3, 300)
+    assert worst_case_batch(data, "alignment", tokenizer, model_config).input_ids.shape == (3, 0)
+
+
+def test_wrong_settings_are_named(packed, tmp_path):
+    with pytest.raises(RecipeError, match="pack the corpus first"):
+        Plan.open(data_config(tmp_path / "nowhere"), "alignment", 1)
+    with pytest.raises(RecipeError, match="batch_seconds=1 is below the longest utterance"):
+        Plan.open(data_config(packed, batch_seconds=1.0), "alignment", 1)
+    data = data_config(packed)
+    data.train[0].tasks = ["emotion"]
+    with pytest.raises(RecipeError, match="no task 'emotion'; it has asr"):
+        Plan.open(data, "alignment", 1)
+
+
+def test_replacement_is_a_function_of_the_plan(packed):
+    plan = Plan.open(data_config(packed), "alignment", 1)
+    entry = plan.global_batch(0)[0]
+    first = [plan.replacement(entry, attempt)["row"] for attempt in (1, 2, 3)]
+    again = Plan.open(data_config(packed), "alignment", 1)
+    assert first == [again.replacement(entry, attempt)["row"] for attempt in (1, 2, 3)]
+    assert entry.dtype == PLANNED and entry["row"] not in first

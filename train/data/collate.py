@@ -1,0 +1,110 @@
+"""From samples (JSON and waveform) to one micro-batch of tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from model.batch import Batch
+from model.config import SoundwaveConfig
+from model.prompt import IGNORED, chat_ids, ctc_target_ids, messages_of, prompt_of
+from train.data.reader import SAMPLE_RATE, Sample
+from train.data.rejected import BrokenSample
+
+DUMMY_SAMPLES = SAMPLE_RATE // 5  # silent audio of a micro-batch that has none
+DUMMY_FRAMES = 10
+
+
+@dataclass
+class Prepared:
+    """One utterance as token ids."""
+
+    sample: Sample
+    input_ids: list[int]  # empty in stage I
+    labels: list[int]
+    ctc_target: list[int]  # empty: takes no part in the CTC term
+
+
+class Collator:
+    """Turns samples into Batches for one stage.
+
+    answers: with the assistant's words and labels (training), or the prompt alone, ready to be continued (generation).
+    token_limit: LLM positions that one row may take (None: any). feature_width: width of cached encoder features, where used.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model_config: SoundwaveConfig, stage: str, ctc_text: str, *,
+                 answers: bool = True, token_limit: int | None = None, feature_width: int | None = None):
+        self.tokenizer, self.stage, self.ctc_text = tokenizer, stage, ctc_text
+        self.style, self.audio_token = model_config.prompt, model_config.audio_token
+        self.answers, self.token_limit, self.feature_width = answers, token_limit, feature_width
+
+    def prepare(self, sample: Sample) -> Prepared:
+        """Errors: BrokenSample where the JSON lacks what the stage needs, or does not fit its audio."""
+        text = sample.meta.get("text")
+        target = ctc_target_ids(self.tokenizer, text, self.ctc_text) if text and sample.has_audio else []
+        if self.stage == "alignment":
+            if not sample.has_audio:
+                raise BrokenSample("no audio: stage alignment trains on transcribed audio only")
+            if not target and self.answers:
+                raise BrokenSample("no transcript in its JSON (`text` is missing or empty after normalisation)")
+            return Prepared(sample, [], [], target)
+        try:
+            messages = messages_of(sample.meta, self.audio_token)
+            if not self.answers:
+                messages = prompt_of(messages)
+            audios = sum(message["content"].count(self.audio_token) for message in messages)
+            if audios != sample.has_audio:
+                raise BrokenSample(f"its messages hold {audios} x {self.audio_token}, its audio counts {int(sample.has_audio)}")
+            input_ids, labels = chat_ids(self.tokenizer, messages, self.style, self.audio_token)
+        except BrokenSample:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # whatever malformed JSON leads to in a chat
+            raise BrokenSample(f"its JSON makes no conversation: {type(error).__name__}: {error}") from None
+        if self.token_limit is not None and len(input_ids) > self.token_limit:
+            raise BrokenSample(f"its conversation takes {len(input_ids)} LLM positions, above "
+                               f"data.micro_batch_tokens={self.token_limit}")
+        return Prepared(sample, input_ids, labels, target)
+
+    def __call__(self, prepared: list[Prepared]) -> Batch:
+        """[B] utterances -> Batch, right padded. No utterance at all makes a dummy: all ranks run all modules."""
+        heard = [p for p in prepared if p.sample.has_audio]
+        waveforms = features = None
+        if self.feature_width is not None:
+            frames = [p.sample.features.float() for p in heard] or [torch.zeros(DUMMY_FRAMES, self.feature_width)]
+            features = pad_sequence(frames, batch_first=True)
+            lengths = torch.tensor([len(f) for f in frames])
+        else:
+            clips = [p.sample.waveform for p in heard] or [torch.zeros(DUMMY_SAMPLES)]
+            waveforms = pad_sequence(clips, batch_first=True)
+            lengths = torch.tensor([len(clip) for clip in clips])
+        targets = [p.ctc_target for p in heard] or [[]]
+        rows = [(p.input_ids, p.labels) for p in prepared]
+        if not rows:
+            rows = [([], [])] if self.stage == "alignment" else [self._dummy_row()]
+        input_ids, attention_mask, labels = self._pad_rows(rows)
+        if self.stage == "alignment":  # as many rows as audios, none with tokens
+            input_ids, attention_mask, labels = (t[:, :0] for t in (input_ids, attention_mask, labels))
+        return Batch(
+            waveforms=waveforms, features=features, audio_lengths=lengths, audio_is_dummy=not heard,
+            ctc_targets=pad_sequence([torch.tensor(t, dtype=torch.long) for t in targets], batch_first=True),
+            ctc_target_lengths=torch.tensor([len(t) for t in targets]),
+            has_transcript=torch.tensor([bool(t) for t in targets]),
+            input_ids=input_ids, attention_mask=attention_mask, labels=labels,
+            ids=[str(p.sample.meta.get("id", "")) for p in prepared],
+            tasks=[str(p.sample.meta.get("task", "")) for p in prepared])
+
+    def _dummy_row(self) -> tuple[list[int], list[int]]:
+        messages = [{"role": "user", "content": "."}] + ([{"role": "assistant", "content": "."}] if self.answers else [])
+        ids, _ = chat_ids(self.tokenizer, messages, self.style, self.audio_token)
+        return ids, [IGNORED] * len(ids)
+
+    def _pad_rows(self, rows: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        padding = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        ids = [torch.tensor(ids, dtype=torch.long) for ids, _ in rows]
+        labels = [torch.tensor(labels, dtype=torch.long) for _, labels in rows]
+        mask = [torch.ones_like(i) for i in ids]
+        return (pad_sequence(ids, batch_first=True, padding_value=padding), pad_sequence(mask, batch_first=True),
+                pad_sequence(labels, batch_first=True, padding_value=IGNORED))

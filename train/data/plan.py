@@ -1,0 +1,289 @@
+"""The plan: which utterances make up the global batch of any step, from the shard index alone.
+
+    index (samples.npy) -> sources (task x corpus) -> endless order of each source -> the step's stretch of each order
+
+1. Every source has an endless order: pass after pass over its utterances. In each pass its shards are shuffled, cut into
+   windows of `shuffle_window_shards`, and the utterances of a window are shuffled together: reads stay within a window.
+   "Shuffled" means sorted by a hash of (seed, source, pass, sample id): no generator state, no numpy version enters.
+2. An utterance occupies as many units (milliseconds) of that order as it lasts. The mixture says which stretch of units
+   belongs to step s; the utterances that begin in the stretch are the source's part of the global batch.
+
+So step 100,000 costs what step 0 costs: one binary search over windows and the shuffle of one window per source. World
+size, workers and history do not enter. Each utterance comes once per pass, batches cross pass boundaries, and the mean
+batch holds exactly `batch_seconds`; a single one misses it by less than one utterance per source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.shards import ShardError, ShardIndex
+from train.config import Corpus, DataConfig, RecipeError
+from train.data.mixture import Mixture
+
+# One planned utterance. seconds: audio (0: text only). positions: estimated LLM positions after shrinking (0 in stage I).
+PLANNED = np.dtype([("corpus", "u2"), ("source", "u2"), ("row", "u4"), ("epoch", "u4"), ("seconds", "f4"), ("positions", "u4")])
+
+UNITS_PER_SECOND = 1000
+SPOKEN_CHARACTERS_PER_SECOND = 15.0  # English read aloud; a text-only turn weighs as much as it would take to say it
+TEMPLATE_POSITIONS = 48  # chat template and default instruction
+CHARACTERS_PER_TOKEN = 3.0  # where pack counted no tokens; on the safe side for English (about 4)
+POSITIONS_PER_SECOND = 3.0  # kept frames of audio without a transcript
+_INDEX_CHUNK = 1 << 20
+
+
+def mix64(values: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele, Lea, Flood 2014) on uint64 [N]: a fixed hash, the same on every machine."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def key64(*parts: object) -> np.uint64:
+    """64-bit key of a tuple of names and numbers."""
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
+    return np.uint64(int.from_bytes(digest, "little"))
+
+
+def is_plain_stream(shards: str) -> bool:
+    """A pipe or URL pattern that webdataset opens, in place of a folder with an index."""
+    return "://" in shards or shards.startswith("pipe:")
+
+
+def load_index(folder: str) -> ShardIndex:
+    if not (Path(folder) / "index.json").exists():
+        raise RecipeError(f"data: no index.json in '{folder}': pack the corpus first with "
+                          "python data_tools/pack.py --manifest M.jsonl --out DIR")
+    try:
+        return ShardIndex.load(folder)
+    except ShardError as error:
+        raise RecipeError(f"data: {error}") from None
+
+
+def llm_positions(samples: np.ndarray) -> np.ndarray:
+    """Estimated LLM positions of index rows: template, kept audio frames (about one a transcript token), prompt and answer."""
+    characters, tokens = samples["characters"].astype(np.float64), samples["tokens"].astype(np.float64)
+    transcript = np.where(tokens > 0, tokens, characters / CHARACTERS_PER_TOKEN)
+    per_character = np.where((tokens > 0) & (characters > 0), tokens / np.maximum(characters, 1), 1 / CHARACTERS_PER_TOKEN)
+    audio = np.where(samples["audio_size"] == 0, 0,
+                     np.where(characters > 0, transcript, samples["duration"] * POSITIONS_PER_SECOND))
+    answer = np.where(samples["target_characters"] > 0, samples["target_characters"] * per_character, transcript)
+    return np.ceil(TEMPLATE_POSITIONS + audio + answer).astype(np.uint32)
+
+
+def sample_units(samples: np.ndarray) -> np.ndarray:
+    """Cost of index rows in units of the plan: milliseconds of audio; of text, the time it would take to say it."""
+    text = (samples["characters"].astype(np.float64) + samples["target_characters"]) / SPOKEN_CHARACTERS_PER_SECOND
+    seconds = np.where(samples["audio_size"] > 0, samples["duration"], text)
+    return np.maximum(np.rint(seconds * UNITS_PER_SECOND), 1).astype(np.uint32)
+
+
+def usable(samples: np.ndarray, data: DataConfig, stage: str) -> dict[str, np.ndarray]:
+    """Masks [N] over index rows: "" for what the stage trains on, and one per reason for what it leaves out."""
+    audio, duration = samples["audio_size"] > 0, samples["duration"]
+    reasons = {f"shorter than data.min_seconds={data.min_seconds:g}": audio & ~(duration >= data.min_seconds),  # NaN too
+               f"longer than data.max_seconds={data.max_seconds:g}": audio & (duration > data.max_seconds)}
+    if stage == "alignment":
+        reasons["no transcript for CTC"] = samples["characters"] == 0
+        reasons["no audio"] = ~audio
+    left = np.ones(len(samples), dtype=bool)
+    masks = {}
+    for reason, mask in reasons.items():
+        masks[reason] = mask & left
+        left &= ~mask
+    return {"": left, **masks}
+
+
+@dataclass
+class Excluded:
+    """Utterances that the index already rules out."""
+
+    corpus: int
+    reason: str
+    rows: np.ndarray  # [n] u4
+
+
+class SourceOrder:
+    """The endless order of one source: rows [n] in shard order, with their units, shuffled anew in every pass."""
+
+    def __init__(self, index: ShardIndex, rows: np.ndarray, units: np.ndarray, key: str, seed: int, window_shards: int):
+        self._index, self.rows, self.units, self._key, self._seed = index, rows, units, key, seed
+        shard_of = index.samples["shard"][rows]
+        self._starts = np.flatnonzero(np.r_[True, shard_of[1:] != shard_of[:-1]])
+        self._ends = np.r_[self._starts[1:], len(rows)]
+        self._shard_units = np.add.reduceat(units.astype(np.int64), self._starts)
+        self._shard_hash = mix64(shard_of[self._starts].astype(np.uint64))
+        self._window = max(int(window_shards), 1)
+        self.total = int(self._shard_units.sum())  # units of one pass
+        self._cache: OrderedDict[tuple, tuple] = OrderedDict()
+
+    def _remember(self, key: tuple, value: tuple) -> tuple:
+        self._cache[key] = value
+        while len(self._cache) > 4:  # two windows and two passes: what a step at a boundary touches
+            self._cache.popitem(last=False)
+        return value
+
+    def _pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shards in the order of this pass, and the units before each window [W + 1]."""
+        if (found := self._cache.get((number,))) is not None:
+            return found
+        order = np.argsort(mix64(self._shard_hash ^ key64(self._seed, self._key, number)), kind="stable")
+        units = np.add.reduceat(self._shard_units[order], np.arange(0, len(order), self._window))
+        return self._remember((number,), (order, np.r_[0, np.cumsum(units)]))
+
+    def _window_rows(self, number: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions (into self.rows) of one window in the order of this pass, and the units before each within the pass."""
+        if (found := self._cache.get((number, window))) is not None:
+            return found
+        order, before = self._pass(number)
+        shards = order[window * self._window:(window + 1) * self._window]
+        members = np.concatenate([np.arange(self._starts[s], self._ends[s]) for s in shards])
+        hashes = self._index.samples["id_hash"][self.rows[members]]
+        members = members[np.argsort(mix64(hashes ^ key64(self._seed, self._key, number)), kind="stable")]
+        starts = before[window] + np.r_[0, np.cumsum(self.units[members][:-1], dtype=np.int64)]
+        return self._remember((number, window), (members, starts))
+
+    def between(self, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the utterances that begin in units [low, high) of the endless order, and the pass of each."""
+        rows, passes = [np.empty(0, np.uint32)], [np.empty(0, np.uint32)]
+        for number in range(low // self.total, -(-high // self.total)):
+            base = number * self.total
+            _, before = self._pass(number)
+            window = max(int(np.searchsorted(before, low - base, side="right")) - 1, 0)
+            while window < len(before) - 1 and base + before[window] < high:
+                members, starts = self._window_rows(number, window)
+                a, b = np.searchsorted(starts, [low - base, high - base])
+                rows.append(self.rows[members[a:b]])
+                passes.append(np.full(b - a, number, np.uint32))
+                window += 1
+        return np.concatenate(rows), np.concatenate(passes)
+
+    def covering(self, unit: int) -> tuple[np.ndarray, np.ndarray]:
+        """The utterance under way at `unit`."""
+        number, within = divmod(unit, self.total)
+        _, before = self._pass(number)
+        window = int(np.searchsorted(before, within, side="right")) - 1
+        members, starts = self._window_rows(number, window)
+        at = int(np.searchsorted(starts, within, side="right")) - 1
+        return self.rows[members[at:at + 1]], np.array([number], np.uint32)
+
+
+class Plan:
+    """The sequence of global batches of one stage: a pure function of the step.
+
+    indexes: one ShardIndex per corpus of data.train. steps: length of the stage, over which the mixture's tau moves.
+    Errors: RecipeError where nothing is left to train on, a task is unknown, or the batch budget is below one utterance.
+    """
+
+    def __init__(self, indexes: list[ShardIndex], data: DataConfig, stage: str, steps: int):
+        self.indexes, self.data, self.stage = indexes, data, stage
+        self.excluded: list[Excluded] = []
+        self.names: list[str] = []  # of the sources: "folder/task"
+        self.orders: list[SourceOrder] = []
+        self.corpus_of: list[int] = []
+        tasks, weights = [], []
+        for number, (corpus, index) in enumerate(zip(data.train, indexes, strict=True)):
+            for task, rows, units in self._sources(number, corpus, index):
+                key = f"{index.fingerprint}/{task}"
+                self.orders.append(SourceOrder(index, rows, units, key, data.seed, data.shuffle_window_shards))
+                self.names.append(f"{Path(corpus.shards).name}/{task}")
+                self.corpus_of.append(number)
+                tasks.append(task)
+                weights.append(corpus.weight)
+        if not self.orders:
+            why = "; ".join(f"{len(e.rows)} x {e.reason}" for e in self.excluded) or "the folders are empty"
+            raise RecipeError(f"data.train holds nothing that stage '{stage}' can train on: {why}")
+        longest = max(int(order.units.max()) for order in self.orders) / UNITS_PER_SECOND
+        if data.batch_seconds < longest:
+            raise RecipeError(f"data.batch_seconds={data.batch_seconds:g} is below the longest utterance ({longest:.1f} s): "
+                              "raise it, or lower data.max_seconds")
+        self.utterances = np.array([len(order.rows) for order in self.orders])
+        self.mixture = Mixture(data.mixture, tasks, self.utterances, np.array([o.total for o in self.orders]) / self.utterances,
+                               weights, int(round(data.batch_seconds * UNITS_PER_SECOND)), steps)
+        facts = [data.seed, data.batch_seconds, data.shuffle_window_shards, data.min_seconds, data.max_seconds, stage, weights,
+                 [data.mixture.tau_start, data.mixture.tau_end, dict(sorted(data.mixture.task_weights.items()))],
+                 steps if data.mixture.tau_start != data.mixture.tau_end else None,
+                 [(index.fingerprint, corpus.tasks) for index, corpus in zip(indexes, data.train, strict=True)]]
+        self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    @classmethod
+    def open(cls, data: DataConfig, stage: str, steps: int) -> "Plan":
+        if not data.train:
+            raise RecipeError("data.train is empty: name at least one packed folder, e.g. data.train=[{shards: DIR}]")
+        return cls([load_index(corpus.shards) for corpus in data.train], data, stage, steps)
+
+    def _sources(self, number: int, corpus: Corpus, index: ShardIndex):
+        """Usable rows and units of each task of one corpus; what is left out is recorded in self.excluded."""
+        for task in corpus.tasks or []:
+            if task not in index.tasks:
+                raise RecipeError(f"data.train: '{corpus.shards}' has no task '{task}'; it has {', '.join(index.tasks)}")
+        wanted = [i for i, task in enumerate(index.tasks) if corpus.tasks is None or task in corpus.tasks]
+        rows: dict[int, list[np.ndarray]] = {task: [] for task in wanted}
+        units: dict[int, list[np.ndarray]] = {task: [] for task in wanted}
+        left_out: dict[str, list[np.ndarray]] = {}
+        for start in range(0, len(index), _INDEX_CHUNK):  # in chunks: an index of 10 million rows stays out of memory
+            chunk = np.array(index.samples[start:start + _INDEX_CHUNK])
+            masks = usable(chunk, self.data, self.stage)
+            of_task = {task: chunk["task"] == task for task in wanted}
+            for task, mask in of_task.items():
+                at = np.flatnonzero(masks[""] & mask)
+                rows[task].append((at + start).astype(np.uint32))
+                units[task].append(sample_units(chunk[at]))
+            asked = np.logical_or.reduce(list(of_task.values())) if of_task else np.zeros(len(chunk), bool)
+            for reason, mask in masks.items():
+                if reason and (mask & asked).any():
+                    left_out.setdefault(reason, []).append((np.flatnonzero(mask & asked) + start).astype(np.uint32))
+        self.excluded += [Excluded(number, reason, np.concatenate(parts)) for reason, parts in left_out.items()]
+        for task in wanted:
+            if sum(map(len, rows[task])):
+                yield index.tasks[task], np.concatenate(rows[task]), np.concatenate(units[task])
+
+    def global_batch(self, step: int) -> np.ndarray:
+        """The ordered utterances of one optimizer step, all ranks together: PLANNED [N], N >= 1."""
+        low, high = self.mixture.before(step), self.mixture.before(step + 1)
+        parts = [self._planned(s, *order.between(int(low[s]), int(high[s]))) for s, order in enumerate(self.orders)]
+        batch = np.concatenate(parts)
+        if len(batch) == 0:
+            # Only where every source gets less than one utterance a step: no step is empty, the largest source repeats.
+            source = int(np.argmax(high - low))
+            batch = self._planned(source, *self.orders[source].covering(int(low[source])))
+        return batch
+
+    def _planned(self, source: int, rows: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        planned = np.zeros(len(rows), PLANNED)
+        samples = self.indexes[self.corpus_of[source]].samples[rows]
+        planned["corpus"], planned["source"], planned["row"], planned["epoch"] = self.corpus_of[source], source, rows, epochs
+        planned["seconds"] = np.where(samples["audio_size"] > 0, samples["duration"], 0)
+        if self.stage != "alignment":
+            planned["positions"] = llm_positions(samples)
+        return planned
+
+    def replacement(self, entry: np.void, attempt: int) -> np.void:
+        """What takes the place of a broken utterance: another of its source, no longer if possible, a pure function of both."""
+        order = self.orders[entry["source"]]
+        draws = mix64(np.arange(64, dtype=np.uint64) + key64(self.data.seed, "replacement", *entry.tolist(), attempt))
+        candidates = (draws % np.uint64(len(order.rows))).astype(np.int64)
+        candidates = candidates[order.rows[candidates] != entry["row"]]
+        if len(candidates) == 0:
+            return entry
+        units = order.units[candidates].astype(np.int64)
+        limit = np.rint(float(entry["seconds"]) * UNITS_PER_SECOND) if entry["seconds"] > 0 else units.max()
+        fits = units <= limit
+        best = candidates[np.argmax(np.where(fits, units, -1))] if fits.any() else candidates[np.argmin(units)]
+        return self._planned(int(entry["source"]), order.rows[best:best + 1], np.array([entry["epoch"]], np.uint32))[0]
+
+    def passes(self, step: int) -> dict[str, float]:
+        """Passes over each source before `step`, by name."""
+        before = self.mixture.before(step)
+        return {name: float(units / order.total) for name, units, order in zip(self.names, before, self.orders, strict=True)}
+
+    def shares(self, step: int) -> dict[str, float]:
+        """Share of each source among the utterances of `step`, by name."""
+        return dict(zip(self.names, self.mixture.probabilities(np.array([step]))[0].tolist(), strict=True))

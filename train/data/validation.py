@@ -1,0 +1,112 @@
+"""Every utterance of a split exactly once, for validation during training and for the evaluation afterwards.
+
+The split is sorted by length, cut and dealt to ranks as in training (assign), so all ranks get equally many batches; where
+utterances are too few, a rank gets dummies. Nothing is shuffled, augmented or replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from data_tools.shards import ShardIndex
+from model.batch import Batch
+from model.config import SoundwaveConfig
+from train.config import Corpus, DataConfig, RecipeError
+from train.data.assign import Budgets, assign
+from train.data.collate import Collator
+from train.data.plan import PLANNED, llm_positions, load_index, usable
+from train.data.stream import Job, Loader, MicroBatchReader
+
+
+def select(index: ShardIndex, number: int, stage: str, tasks: list[str] | None, limit: int | None) -> np.ndarray:
+    """PLANNED entries of an index that a stage can be scored on; `limit` takes that many, evenly spaced, so that a split
+    sorted by speaker or dialogue is not judged by its first one."""
+    for task in tasks or []:
+        if task not in index.tasks:
+            raise RecipeError(f"'{index.folder}' has no task '{task}'; it has {', '.join(index.tasks)}")
+    samples = np.asarray(index.samples)
+    wanted = usable(samples, DataConfig(min_seconds=0.0, max_seconds=float("inf")), stage)[""]
+    if tasks is not None:
+        wanted &= np.isin(samples["task"], [index.tasks.index(task) for task in tasks])
+    rows = np.flatnonzero(wanted)
+    if limit is not None and limit < len(rows):
+        rows = rows[np.arange(limit) * len(rows) // limit]
+    entries = np.zeros(len(rows), PLANNED)
+    chosen = samples[rows]
+    entries["corpus"], entries["row"] = number, rows
+    entries["seconds"] = np.where(chosen["audio_size"] > 0, chosen["duration"], 0)
+    if stage != "alignment":
+        entries["positions"] = llm_positions(chosen)
+    return entries
+
+
+class EvalStream:
+    """Iterates (Batch, samples): one micro-batch and the JSON of its rows, longest utterances first.
+
+    shards: a packed folder, or a list of Corpus. answers: False gives prompts ready to be continued, True whole
+    conversations with labels. done: ids to leave out. limit: so many utterances of each corpus. batch_seconds: padded audio
+    of one batch. `samples` is empty where a dummy fills up a shorter rank. total: utterances of this rank.
+    rejected: what could not be read, as {"id", "why", ...}.
+    """
+
+    def __init__(self, shards: str | list[Corpus], tokenizer: PreTrainedTokenizerBase, model_config: SoundwaveConfig, stage: str,
+                 *, tasks: list[str] | None = None, limit: int | None = None, batch_seconds: float = 60.0, done=frozenset(),
+                 rank: int = 0, world_size: int = 1, data: DataConfig | None = None, answers: bool = False):
+        data = data or DataConfig()
+        corpora = [Corpus(shards=str(shards), tasks=tasks)] if not isinstance(shards, list) else shards
+        indexes = [load_index(corpus.shards) for corpus in corpora]
+        chosen = [select(index, number, stage, corpus.tasks, limit)
+                  for number, (corpus, index) in enumerate(zip(corpora, indexes, strict=True))]
+        entries = np.concatenate([np.empty(0, PLANNED), *chosen])
+        if done:
+            entries = entries[[str(indexes[e["corpus"]].read(int(e["row"]))[1].get("id")) not in done for e in entries]]
+        features = None
+        if data.cache_features:
+            from train.data.cache import FeatureStore
+
+            features = FeatureStore.open(data.cache_features, model_config)
+        self.data = replace(data, speed_perturb=[], noise_snr_db=[], spec_augment=False)
+        budgets = Budgets(batch_seconds, data.micro_batch_tokens)
+        groups = assign(entries["seconds"], entries["positions"], world_size, budgets)[rank] if len(entries) else []
+        self._parts = [entries[group] for group in groups]
+        self.total = sum(map(len, self._parts))
+        self.rejected: list[dict] = []
+        collator = Collator(tokenizer, model_config, stage, data.ctc_text, answers=answers,
+                            feature_width=features.width if features else None)
+        self._reader = MicroBatchReader(indexes, collator, self.data, features=features, slots=data.workers)
+
+    def __len__(self) -> int:
+        """Batches, the same number on every rank."""
+        return len(self._parts)
+
+    def __iter__(self) -> Iterator[tuple[Batch, list[dict]]]:
+        jobs = (Job(0, position, len(self._parts), part) for position, part in enumerate(self._parts))
+        workers = min(self.data.workers, len(self._parts))
+        for loaded in Loader(self._reader, jobs, workers, self.data.prefetch):
+            self.rejected += [{**record, "why": record["reason"]} for record in loaded.rejected]
+            yield loaded.batch, loaded.metas
+
+
+def reference(sample: dict, stage: str) -> str:
+    """The text that a prediction is scored against: the transcript for ASR and for CTC, else the answer."""
+    if stage == "alignment" or (sample.get("task") == "asr" and not sample.get("response")):
+        return str(sample.get("text") or "")
+    return str(next((sample[key] for key in ("response", "label", "text") if sample.get(key)), ""))
+
+
+def validation_batches(data: DataConfig, stage: str, tokenizer: PreTrainedTokenizerBase, model_config: SoundwaveConfig,
+                       rank: int, world_size: int, utterances: int, *, answers: bool = False) -> list[tuple[Batch, list[str]]]:
+    """data.valid as a list of (Batch, references), one reference a row, equally many batches on every rank; a dummy has none.
+
+    `utterances` are spread evenly over the corpora. answers as in EvalStream. Broken utterances are left out.
+    """
+    if not data.valid:
+        return []
+    share = -(-utterances // len(data.valid))
+    stream = EvalStream(data.valid, tokenizer, model_config, stage, limit=share, batch_seconds=data.micro_batch_seconds,
+                        rank=rank, world_size=world_size, data=replace(data, workers=0), answers=answers)
+    return [(batch, [reference(sample, stage) for sample in samples]) for batch, samples in stream]

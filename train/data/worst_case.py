@@ -1,0 +1,44 @@
+"""The largest micro-batch that a recipe allows, made up before step 0: memory overflows at minute 0, not at hour 20."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from model.batch import Batch
+from model.config import SoundwaveConfig
+from train.config import DataConfig
+from train.data.collate import Collator, Prepared
+from train.data.reader import SAMPLE_RATE, Sample
+
+TOKENS_PER_SECOND = 6  # of a transcript: fast speech, about 300 words a minute
+
+
+def worst_case_batch(data: DataConfig, stage: str, tokenizer: PreTrainedTokenizerBase, model_config: SoundwaveConfig) -> Batch:
+    """A full micro-batch of the longest clips: as many of data.max_seconds as data.micro_batch_seconds holds (at least one).
+
+    They hold noise, not speech, so that no blank run shortens them; transcripts are those of fast speech, and from stage II on
+    the conversations fill data.micro_batch_tokens.
+    """
+    rows = max(int(data.micro_batch_seconds / data.max_seconds), 1)
+    samples = int(data.max_seconds * SAMPLE_RATE)
+    noise = torch.Generator().manual_seed(data.seed)
+    target = [i % 1000 for i in range(int(data.max_seconds * TOKENS_PER_SECOND))]
+    features = None
+    if data.cache_features:
+        from train.data.cache import FeatureStore
+
+        features = FeatureStore.open(data.cache_features, model_config)
+    collator = Collator(tokenizer, model_config, stage, data.ctc_text, feature_width=features.width if features else None)
+    prepared = []
+    for row in range(rows):
+        sample = Sample({"id": f"worst case {row}", "task": "asr", "text": "a", "duration": data.max_seconds, "corpus": ""},
+                        torch.randn(samples, generator=noise) * 0.1)
+        if features is not None:
+            frames = int(data.max_seconds * features.frame_rate)
+            sample = Sample(sample.meta, None, torch.randn(frames, features.width, generator=noise))
+        one = collator.prepare(sample)
+        filler = [] if stage == "alignment" else [target[i % len(target)] for i in range(
+            max(data.micro_batch_tokens // rows - len(one.input_ids), 0))]
+        prepared.append(Prepared(sample, one.input_ids + filler, one.labels + filler, target))
+    return collator(prepared)
