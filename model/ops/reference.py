@@ -103,7 +103,7 @@ def linear_ctc(hidden: Tensor, weight: Tensor, extra_row: Tensor | None, input_l
     labels = columns(hidden, weight, extra_row, targets)
     labels = torch.where(valid[..., None], labels - lse[..., None], 0.0)
     loss = ctc_negative_log_likelihood(labels, blank_logit - lse, targets, input_lengths, target_lengths)
-    return loss, argmax, lse, largest, blank_logit
+    return loss, argmax, lse.detach(), largest, blank_logit.detach()
 
 
 def linear_argmax(hidden: Tensor, weight: Tensor, extra_row: Tensor | None, input_lengths: Tensor,
