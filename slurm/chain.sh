@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Submit the three stages so that each starts when the one before it is done. From anywhere, on a login node:
+#
+#   slurm/chain.sh [--stages 1,2,3] [--recipes DIR] [--dry-run] [sbatch options, as --time=12:00:00] [key=value for every recipe ...]
+#
+# DIR holds stage1.yaml, stage2.yaml and stage3.yaml (default train/recipes). The code and the recipes are frozen now: what is edited
+# later changes nothing for these jobs. Stages that are done are left out, so the same command after a failure goes on where it stopped.
+# --dry-run submits nothing: it prints each sbatch command and script, and what `sbatch --test-only` says of it.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+eval "$(grep '^ENVIRONMENT=' slurm/stage1.sh)"
+# shellcheck source=slurm/common.sh
+source slurm/common.sh
+
+STAGES="1,2,3" RECIPES=train/recipes DRY_RUN=0 OPTIONS=() OVERRIDES=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --stages) STAGES=${2:?--stages needs a list, e.g. 2,3}; shift ;;
+        --recipes) RECIPES=${2:?--recipes needs a folder}; shift ;;
+        --dry-run) DRY_RUN=1 ;;
+        -h|--help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+        -*) OPTIONS+=("$1") ;;
+        *=*) OVERRIDES+=("$1") ;;
+        *) die "'$1' is neither an option nor key=value: see slurm/chain.sh --help" ;;
+    esac
+    shift
+done
+[[ $STAGES =~ ^[123](,[123])*$ ]] || die "--stages $STAGES: write for example 1,2,3 or 2,3"
+CONTROLLER=1
+{ command -v sbatch >/dev/null && client scontrol ping 2>/dev/null | grep -q "is UP"; } || CONTROLLER=0
+[ "$CONTROLLER$DRY_RUN" != 00 ] || die "no Slurm controller answers here (scontrol ping): run this on a login node, or with --dry-run" 1
+
+ID=chain-$(date +%Y%m%d-%H%M%S)-$$
+CODE=$PWD/slurm/jobs/$ID/code
+[ "$DRY_RUN" = 0 ] || trap 'rm -rf "$PWD/slurm/jobs/$ID"' EXIT
+
+# Recipes are read here where the login node can, so that a wrong one is found before anything waits in the queue.
+case $ENVIRONMENT in venv:*|conda:*) open_environment; READER=(python) ;; *) READER=() ;; esac
+
+previous="" submitted=() queue=""
+[ "$CONTROLLER" = 0 ] || queue=$(client squeue -h -u "$(id -un)" -o %A)
+for stage in ${STAGES//,/ }; do
+    script=slurm/stage$stage.sh
+    RECIPE=$(freeze "$CODE" "$RECIPES/stage$stage.yaml")
+    [ -f "$RECIPE" ] || die "$RECIPES/stage$stage.yaml does not exist: give the recipes' folder with --recipes"
+    OUTPUT="" STAGE=stage$stage STATE=unknown
+    if [ ${#READER[@]} -gt 0 ]; then
+        where=$(PYTHONPATH=$CODE "${READER[@]}" "$CODE/train/preflight.py" "$RECIPE" --where "${OVERRIDES[@]}") || exit 2
+        { read -r STAGE; read -r OUTPUT; read -r STATE; } <<<"$where"
+    fi
+    if [ "$STATE" = finished ]; then
+        echo "stage $stage ($STAGE) is done: $OUTPUT/$STAGE/model"
+        continue
+    fi
+    while read -r job; do
+        ! grep -qx "$job" <<<"$queue" || die "job $job of $OUTPUT is still in the queue: wait for it, or scancel $job first" 1
+    done < <(sed -n 's/.*"job": "\([0-9]*\)".*/\1/p' "$OUTPUT/slurm.jsonl" 2>/dev/null | sort -u)
+    command=(sbatch --parsable "--chdir=$PWD" --export=ALL "${OPTIONS[@]}")
+    [ -z "$previous" ] || command+=("--dependency=afterok:$previous" --kill-on-invalid-dep=yes)
+    command+=("$CODE/$script" "${OVERRIDES[@]}")
+    if [ "$DRY_RUN" = 1 ]; then
+        echo "=== stage $stage ($STAGE): SOUNDWAVE_CODE=$CODE RECIPE=$RECIPE ${command[*]}"
+        cat "$CODE/$script"
+        if [ "$CONTROLLER" = 1 ]; then
+            client sbatch --test-only "--chdir=$PWD" "${OPTIONS[@]}" "$CODE/$script" 2>&1 || die "sbatch would refuse stage $stage: see above" 1
+        else
+            echo "(no Slurm controller here: not tested with sbatch --test-only)"
+        fi
+        previous=JOB_OF_STAGE_$stage
+        continue
+    fi
+    if ! job=$(client env SOUNDWAVE_CODE="$CODE" RECIPE="$RECIPE" "${command[@]}") || ! [[ ${job%%;*} =~ ^[0-9]+$ ]]; then
+        # A chain without its end is no chain, and a dependency on a job that does not exist would start at once.
+        [ ${#submitted[@]} = 0 ] || client scancel "${submitted[@]}"
+        die "sbatch refused stage $stage (above); ${#submitted[@]} jobs submitted before it are cancelled" 1
+    fi
+    previous=${job%%;*}
+    submitted+=("$previous")
+    LOG=$PWD/slurm/logs/soundwave-$stage-$previous.log
+    if [ -n "$OUTPUT" ]; then mkdir -p "$OUTPUT"; ID=$previous event submitted "${OVERRIDES[*]}"; fi
+    echo "stage $stage ($STAGE): job $previous, log $LOG"
+done
+[ ${#submitted[@]} -gt 0 ] || exit 0
+ids=$(IFS=,; echo "${submitted[*]}")
+echo "follow: squeue -j $ids        tail -F slurm/logs/soundwave-*-${submitted[0]}.log${OUTPUT:+        python -m train.status $OUTPUT}"
+echo "cancel: scancel ${submitted[*]}"
+echo "frozen: ${CODE%/code}  (may be deleted when these jobs are over)"

@@ -1,0 +1,366 @@
+#!/usr/bin/env bash
+# What the job scripts share: freeze the code, open the environment, check the nodes, run, and requeue when that helps.
+#
+#   sbatch slurm/stage1.sh -> run_stage:  freeze -> environment -> preflight -> training -> exit code decides
+#       0 done                     the job ends COMPLETED and its dependents start
+#       85 stopped and saved       (Slurm's warning before the time limit, preemption) the same job is requeued, or, where the
+#                                  site forbids that, submitted anew with its dependents moved over
+#       a node does not answer     requeued as well
+#       2 wrong recipe or input    FAILED, never requeued
+#       anything else              FAILED, never requeued
+#
+# On the nodes the same file is run, not sourced: bash common.sh worker PROGRAM ARGS (bottom).
+#
+# A job that was started before and has its frozen copy goes on with that copy's version of this file.
+if [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${SOUNDWAVE_CODE:-}" ] && [ -f "$PWD/slurm/jobs/$SLURM_JOB_ID/code/slurm/common.sh" ]; then
+    export SOUNDWAVE_CODE=$PWD/slurm/jobs/$SLURM_JOB_ID/code
+    # shellcheck source=/dev/null
+    source "$SOUNDWAVE_CODE/slurm/common.sh"
+    return
+fi
+
+# Settings, from the stage script's top lines or the environment:
+ENVIRONMENT=${ENVIRONMENT:-venv:.venv}  # venv:DIR | conda:NAME | apptainer:FILE.sif | pyxis:IMAGE
+LAUNCHER=${LAUNCHER:-srun}              # srun: one task per GPU | torchrun: one task per node, which starts the others
+MODULES=${MODULES:-}                    # environment modules to load first, e.g. "cuda/12.4 gcc/12"
+MOUNTS=${MOUNTS:-}                      # containers: further folders (shards, models), comma separated; $PWD is always there
+LOCAL_DISK=${LOCAL_DISK:-${SLURM_TMPDIR:-/tmp}}  # a folder on each node's own disk: caches, and shards with STAGE_SHARDS=1
+STAGE_SHARDS=${STAGE_SHARDS:-0}         # 1: copy the shards to LOCAL_DISK before training
+MAX_RESTARTS=${MAX_RESTARTS:-20}        # a job that was restarted this often fails instead of starting again
+PREFLIGHT_MINUTES=${PREFLIGHT_MINUTES:-15}
+
+say() { printf '[%s] %s\n' "$(date '+%F %T')" "$*"; }
+die() { say "error: $1" >&2; exit "${2:-2}"; }
+
+# --- the job's folder: frozen code and recipe ---------------------------------------------------------------------------
+
+# freeze CODE RECIPE: copy the project's code and the recipe, with the recipes it is based on, to the folder CODE; say where the
+# recipe went. Queued and requeued jobs run this copy, so that editing the checkout meanwhile changes nothing for them.
+freeze() {
+    local code=$1 recipe frozen next part
+    if [ ! -d "$code" ]; then
+        mkdir -p "$code.part"
+        for part in train model data_tools evaluation ds_configs slurm; do
+            tar -cf - --exclude=__pycache__ --exclude=slurm/jobs --exclude=slurm/logs "$part" | tar -xf - -C "$code.part"
+        done
+        { git rev-parse HEAD && git status --short; } >"$code.part/VERSION" 2>/dev/null || true
+        mv "$code.part" "$code"  # complete or not there
+    fi
+    [ -n "$2" ] || return 0
+    recipe=$(realpath -m "$2")
+    next=$recipe
+    while [ -f "$next" ]; do  # `base:` is relative to the recipe that says it, so the folders between them are kept
+        frozen=$(frozen_path "$code" "$next")
+        [ -e "$frozen" ] || { mkdir -p "$(dirname "$frozen")" && cp "$next" "$frozen"; }
+        part=$(sed -n 's/^base:[[:space:]]*\([^[:space:]#]*\).*/\1/p' "$next" | head -n 1)
+        [ -n "$part" ] || break
+        next=$(realpath -m "$(dirname "$next")/$part")
+    done
+    frozen_path "$code" "$recipe"
+}
+
+# frozen_path CODE FILE: where FILE lies in the frozen copy: at its own place in the project, or under outside/.
+frozen_path() {
+    case $2 in
+        "$1"/*) echo "$2" ;;
+        "$PWD"/*) echo "$1/${2#"$PWD"/}" ;;
+        *) echo "$1/outside$2" ;;
+    esac
+}
+
+# event NAME DETAIL: one JSON line in OUTPUT/slurm.jsonl, which `python -m train.status` reads. OUTPUT is known after preflight.
+event() {
+    [ -n "${OUTPUT:-}" ] && [ -d "$OUTPUT" ] || return 0
+    local detail=${2//[\"\\]/}
+    printf '{"time": "%s", "stage": "%s", "job": "%s", "event": "%s", "restarts": %s, "nodes": "%s", "log": "%s", "detail": "%s"}\n' \
+        "$(date -u +%FT%TZ)" "$STAGE" "${SLURM_JOB_ID:-$ID}" "$1" "$(restarts)" "${SLURM_JOB_NODELIST:-}" "${LOG:-}" "$detail" \
+        >>"$OUTPUT/slurm.jsonl"
+}
+
+# --- environment --------------------------------------------------------------------------------------------------------
+
+# Opens the Python environment for this shell (and so for srun, which passes it on), or sets IN_CONTAINER, the words that go
+# before a command on a node, and STEP_OPTIONS, srun's.
+open_environment() {
+    local kind=${ENVIRONMENT%%:*} name=${ENVIRONMENT#*:} module
+    IN_CONTAINER=() STEP_OPTIONS=()
+    for module in $MODULES; do
+        type module >/dev/null 2>&1 || die "MODULES is set, but this site has no 'module' command: load what is needed another way"
+        module load "$module" || die "module load $module failed: see 'module avail'"
+    done
+    case $kind in
+        venv)
+            [ -x "$name/bin/python" ] || die "ENVIRONMENT=$ENVIRONMENT: no $name/bin/python in $PWD: run 'make setup' on the login node"
+            VIRTUAL_ENV=$(cd "$name" && pwd)
+            export VIRTUAL_ENV PATH="$VIRTUAL_ENV/bin:$PATH" ;;
+        conda)
+            command -v conda >/dev/null || die "ENVIRONMENT=$ENVIRONMENT: no conda on the PATH: name its module in MODULES"
+            # shellcheck disable=SC1091
+            source "$(conda info --base)/etc/profile.d/conda.sh"
+            set +u  # conda's own scripts read unset variables
+            conda activate "$name" || die "conda activate $name failed: see 'conda env list'"
+            set -u ;;
+        apptainer)
+            [ -e "$name" ] || die "ENVIRONMENT=$ENVIRONMENT: $name does not exist: build it as docs/slurm.md says"
+            export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$LOCAL_DISK/soundwave-cache-$(id -u)/extensions}  # images are read-only
+            IN_CONTAINER=(apptainer exec --nv --bind "$PWD,$LOCAL_DISK${MOUNTS:+,$MOUNTS}" --pwd "$PWD" "$name") ;;
+        pyxis)
+            local mounts="$PWD:$PWD,$LOCAL_DISK:$LOCAL_DISK" folder
+            for folder in ${MOUNTS//,/ }; do mounts+=",$folder:$folder"; done
+            STEP_OPTIONS=("--container-image=$name" "--container-mounts=$mounts" "--container-workdir=$PWD") ;;
+        *) die "ENVIRONMENT=$ENVIRONMENT: write venv:DIR, conda:NAME, apptainer:FILE.sif or pyxis:IMAGE" ;;
+    esac
+}
+
+# What the ranks need to know. Anything set before (site profile, sbatch --export) is left as it is.
+set_variables() {
+    export PYTHONPATH="$CODE${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
+    export PYTHONSAFEPATH=1  # `python -m` must not find the checkout in the current folder before the frozen copy
+    # Compute nodes often have no network: what the hub holds was fetched on the login node (docs/slurm.md).
+    export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+    # Without this every rank starts a thread per core of the whole node.
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+    # Batches differ in shape from step to step, which splits PyTorch's memory pool into pieces too small to use.
+    export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+    # NCCL says why it stops, and the collective that a rank missed is written down when one times out.
+    export NCCL_DEBUG=${NCCL_DEBUG:-WARN} TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
+    export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+    # 4 us * 2^22 = 17 s per try: a link that flaps for some seconds, or a switch that reroutes, is waited for, not fatal.
+    export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}
+    # Set by the site where NCCL's or Gloo's own choice is wrong (docs/slurm.md): NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME
+    # (the interface of the bootstrap connection), NCCL_IB_HCA (the InfiniBand ports), NCCL_IB_GID_INDEX (RoCE).
+    SOUNDWAVE_NODES=$(client scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')  # names need not share a prefix
+    MASTER_ADDR=${SOUNDWAVE_NODES%% *}
+    MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))  # two jobs that share a node seldom meet
+    export SOUNDWAVE_NODES MASTER_ADDR MASTER_PORT
+    if [ -z "${SLURM_JOB_END_TIME:-}" ]; then  # newer Slurms set it
+        SLURM_JOB_END_TIME=$(date -d "$(job_field EndTime)" +%s 2>/dev/null || true)
+        export SLURM_JOB_END_TIME
+    fi
+}
+
+# --- questions to Slurm; no answer is waited for longer than 60 seconds ---------------------------------------------------
+
+client() { timeout 60 "$@"; }
+job_field() { client scontrol -o show job "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1; }
+restarts() { echo $((${SLURM_RESTART_COUNT:-0} + ${SOUNDWAVE_RESTARTS:-0})); }
+
+# --- steps --------------------------------------------------------------------------------------------------------------
+
+# step SRUN-ARGUMENTS: run a job step; pass Slurm's warning on to its processes; set CODE_OF_STEP.
+# bash runs a trap only while it waits for a background process, hence & and wait.
+step() {
+    local pid reminder="" status
+    rm -f "$JOB"/exit.*
+    srun --export=ALL --kill-on-bad-exit=1 "${STEP_OPTIONS[@]}" "$@" &
+    pid=$!
+    while :; do
+        SIGNALLED=0 status=0
+        wait "$pid" || status=$?
+        [ "$SIGNALLED" = 1 ] || break
+        # Repeated, because a process that is still starting lets the first one pass.
+        [ -n "$reminder" ] || { while kill -USR1 "$pid" 2>/dev/null; do sleep 15; done & reminder=$!; }
+    done
+    [ -z "$reminder" ] || kill "$reminder" 2>/dev/null || true
+    # srun kills what remains of a step after its first bad exit, and then reports that. The tasks of this node noted their codes.
+    if grep -qxs 2 "$JOB"/exit.*; then status=2
+    elif [ "$status" = 0 ] && grep -qxs 85 "$JOB"/exit.*; then status=85
+    fi
+    CODE_OF_STEP=$status
+}
+
+on_warning() {
+    SIGNALLED=1
+    [ "$WARNED" = 1 ] || say "Slurm warns that this job's time ends ($1): saving and stopping"
+    WARNED=1
+}
+
+# train_step: the training program on all GPUs, by srun or by torchrun.
+train_step() {
+    local program=("$CODE/train/run.py" "$RECIPE" "$@") launch=("${IN_CONTAINER[@]}" bash "$CODE/slurm/common.sh")
+    if [ "$LAUNCHER" = torchrun ]; then
+        step --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$((CPUS * TASKS))" \
+            "${launch[@]}" torchrun_worker "$TASKS" "${program[@]}"
+    else
+        step --cpus-per-task="$CPUS" "${launch[@]}" worker "${program[@]}"
+    fi
+}
+
+# nodes_answer: does every node of this job still run commands? Says which does not.
+nodes_answer() {
+    local words
+    words=$(client srun --overlap --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=1 true 2>&1) && return 0
+    say "a node of this job does not answer: $(echo "$words" | grep -i 'error' | head -n 1)"
+    return 1
+}
+
+# --- after a step ---------------------------------------------------------------------------------------------------------
+
+# finish CODE: end the job as the step's exit code demands. Does not return.
+finish() {
+    case $1 in
+        0) event "done" ""; say "$STAGE is done${OUTPUT:+: $OUTPUT/$STAGE/model}"; exit 0 ;;
+        2) event failed "wrong recipe or input"; die "wrong recipe or input: see the line above; not requeued" ;;
+    esac
+    local state
+    state=$(job_field JobState)
+    if [ "$state" != RUNNING ]; then  # cancelled, past its time limit, or on its way back into the queue by Slurm's own hand
+        event "${state,,}" "exit code $1"
+        say "Slurm says that this job is $state: nothing more to do here"
+        exit 85
+    fi
+    [ "$1" != 85 ] || start_again "stopped in time"
+    nodes_answer || start_again "node failure"
+    event failed "exit code $1"
+    die "$STAGE failed with exit code $1: see the lines above; not requeued. Submitting it again goes on where it stopped" 1
+}
+
+# start_again WHY: put this job back into the queue, or submit it anew where that is forbidden. Does not return.
+start_again() {
+    local refusal
+    if [ "$(restarts)" -ge "$MAX_RESTARTS" ]; then
+        event failed "$1, but restarted $MAX_RESTARTS times already"
+        die "$1, but restarted $MAX_RESTARTS times already (MAX_RESTARTS): submit it again to go on where it stopped" 1
+    fi
+    say "$1: requeue, restart $(($(restarts) + 1)) of $MAX_RESTARTS at most"
+    event requeued "$1"
+    if refusal=$(client scontrol requeue "$SLURM_JOB_ID" 2>&1); then
+        sleep 60  # Slurm ends this shell
+        exit 85
+    fi
+    say "this site does not requeue (${refusal//$'\n'/ }): submitting a new job in this one's place"
+    resubmit
+}
+
+# resubmit: a new job of the same script, options and arguments; every job that waits for this one is told to wait for the new one.
+resubmit() {
+    local new count waiting options=(--parsable --chdir="$PWD" --export=ALL --job-name="$SLURM_JOB_NAME" --nodes="$SLURM_JOB_NUM_NODES"
+        --time="$(job_field TimeLimit)" --partition="$SLURM_JOB_PARTITION" --ntasks-per-node="$TASKS" --cpus-per-task="$CPUS")
+    local account qos gpus
+    account=$(job_field Account) qos=$(job_field QOS) gpus=$(job_field TresPerNode)
+    case $account in ""|"(null)") ;; *) options+=("--account=$account") ;; esac
+    case $qos in ""|"(null)"|normal) ;; *) options+=("--qos=$qos") ;; esac
+    if [ -n "${SLURM_GPUS_PER_NODE:-}" ]; then options+=("--gpus-per-node=$SLURM_GPUS_PER_NODE")
+    elif [ -n "$gpus" ]; then gpus=${gpus#gres:}; options+=("--gres=${gpus/gres\/gpu/gpu}")
+    fi
+    cp "$0" "$JOB/script.sh"  # the spool copy goes when this job ends
+    # This job's own SLURM_ variables are not the new job's.
+    new=$(
+        count=$(($(restarts) + 1))
+        for waiting in "${!SLURM_@}"; do [ "$waiting" = SLURM_CONF ] || unset "$waiting"; done
+        client env SOUNDWAVE_CODE="$CODE" SOUNDWAVE_RESTARTS="$count" RECIPE="$RECIPE" \
+            sbatch "${options[@]}" "$JOB/script.sh" "${ARGUMENTS[@]}"
+    ) || { event failed "could not be submitted again"; die "sbatch refused: submit it again by hand to go on where it stopped" 1; }
+    new=${new%%;*}
+    for waiting in $(client squeue -h -t PENDING -o '%i %E' | sed -n "s/^\([^ ]*\) .*\(after[a-z]*\):$SLURM_JOB_ID\([^0-9].*\)\{0,1\}$/\1,\2/p"); do
+        client scontrol update "JobId=${waiting%,*}" "Dependency=${waiting#*,}:$new" \
+            || say "job ${waiting%,*} waits for this job and could not be moved to $new: scontrol update JobId=${waiting%,*} Dependency=afterok:$new"
+    done
+    event resubmitted "as job $new"
+    say "submitted as job $new"
+    exit 85
+}
+
+# --- jobs, from the first line to the last ----------------------------------------------------------------------------------
+
+# prepare RECIPE ARGUMENTS: what every job begins with. RECIPE may be empty.
+prepare() {
+    set -euo pipefail
+    RECIPE=$1
+    shift
+    ARGUMENTS=("$@")
+    JOB=$PWD/slurm/jobs/$SLURM_JOB_ID
+    CODE=${SOUNDWAVE_CODE:-$JOB/code}
+    TASKS=${SLURM_NTASKS_PER_NODE:-1} CPUS=${SLURM_CPUS_PER_TASK:-1}
+    WARNED=0 OUTPUT="" STAGE=$SLURM_JOB_NAME
+    mkdir -p "$JOB"
+    trap 'on_warning USR1' USR1
+    trap 'on_warning TERM' TERM
+    RECIPE=$(freeze "$CODE" "$RECIPE")
+    LOG=$(job_field StdOut)
+    export JOB CODE LOCAL_DISK
+    say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $TASKS tasks a node, restart $(restarts) of $MAX_RESTARTS at most; code $CODE"
+    case $LAUNCHER in srun|torchrun) ;; *) die "LAUNCHER=$LAUNCHER: write srun or torchrun" ;; esac
+    open_environment
+    set_variables
+}
+
+# run_stage key=value ...: what slurm/stage[123].sh do. RECIPE names the recipe.
+run_stage() {
+    [ -n "${SLURM_JOB_ID:-}" ] || die "submit this with sbatch from the project's root, or all three stages with slurm/chain.sh"
+    prepare "$RECIPE" "$@"
+    [ -f "$RECIPE" ] || die "the recipe does not exist ($RECIPE): set RECIPE in the script, and submit from the project's root"
+    [ "${SLURM_GPUS_ON_NODE:-$TASKS}" = "$TASKS" ] \
+        || die "$SLURM_GPUS_ON_NODE GPUs but $TASKS tasks on a node: make --ntasks-per-node the number of GPUs"
+
+    say "preflight"
+    step --time="$PREFLIGHT_MINUTES" --cpus-per-task="$CPUS" "${IN_CONTAINER[@]}" bash "$CODE/slurm/common.sh" worker \
+        "$CODE/train/preflight.py" "$RECIPE" --where-to "$JOB/where" "$@"
+    if [ -f "$JOB/where" ]; then { read -r STAGE; read -r OUTPUT; } <"$JOB/where"; fi
+    go_on
+    if [ "$STAGE_SHARDS" = 1 ]; then
+        export SOUNDWAVE_LOCAL_SHARDS=$LOCAL_DISK/soundwave-shards
+        say "copying the shards to $SOUNDWAVE_LOCAL_SHARDS on every node"
+        step --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$((CPUS * TASKS))" "${IN_CONTAINER[@]}" \
+            bash "$CODE/slurm/common.sh" worker "$CODE/train/staging.py" "$RECIPE" "$@"
+        go_on
+    fi
+    event started ""
+    say "training"
+    train_step "$@"
+    finish "$CODE_OF_STEP"
+}
+
+# run_resumable PROGRAM ARGUMENTS: a program that may be killed at any moment and goes on where it stopped (packing, evaluation).
+# Slurm's warning ends it, and the job is requeued.
+run_resumable() {
+    STOPS_AT_WARNING=1 step --cpus-per-task="$CPUS" "${IN_CONTAINER[@]}" bash "$CODE/slurm/common.sh" worker "$@"
+    [ "$WARNED" = 0 ] || [ "$CODE_OF_STEP" = 0 ] || CODE_OF_STEP=85
+    finish "$CODE_OF_STEP"
+}
+
+# go_on: between two steps. After Slurm's warning there is no time for the next one, and nothing to save yet.
+go_on() {
+    [ "$CODE_OF_STEP" = 0 ] || [ "$WARNED" = 1 ] || finish "$CODE_OF_STEP"
+    [ "$WARNED" = 0 ] || finish 85
+}
+
+# --- on the nodes -----------------------------------------------------------------------------------------------------------
+
+# worker PROGRAM ARGS: one rank. Notes the program's exit code; 85 counts as success for the launcher, lest it kill the other ranks.
+worker() {
+    local code=0 cache
+    # Until the program listens to it itself; the default would kill it.
+    [ "${STOPS_AT_WARNING:-0}" = 1 ] || trap '' USR1
+    if [ -z "${TORCHELASTIC_RUN_ID:-}" ]; then  # under torchrun these are set
+        export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=${SLURM_NTASKS_PER_NODE:-1}
+    fi
+    # Where the site gives each task its own GPU and hides the others, that GPU is number 0.
+    case ${CUDA_VISIBLE_DEVICES-none,} in *,*) ;; *) [ "$LOCAL_WORLD_SIZE" = 1 ] || export LOCAL_RANK=0 ;; esac
+    # Compiled kernels are cached per node: a shared home is slow, and two nodes building one file spoil it for each other.
+    # (C++ ops were built by `make setup`, into the environment itself.)
+    cache=$LOCAL_DISK/soundwave-cache-$(id -u)
+    export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
+    export MPLCONFIGDIR=${MPLCONFIGDIR:-$cache/matplotlib}
+    mkdir -p "$TRITON_CACHE_DIR" "$TORCHINDUCTOR_CACHE_DIR" "$MPLCONFIGDIR"
+    python "$@" || code=$?
+    echo "$code" >"$JOB/exit.$RANK"
+    case $code in
+        0|85) exit 0 ;;
+        *) echo "node ${SLURMD_NODENAME:-$(hostname)}, rank $RANK: $(basename "$1") ended with exit code $code" >&2; exit "$code" ;;
+    esac
+}
+
+# torchrun_worker GPUS PROGRAM ARGS: one node's torchrun, which starts GPUS workers.
+torchrun_worker() {
+    local gpus=$1
+    shift
+    trap '' USR1  # inherited by torchrun, which would otherwise die of it and leave its workers behind
+    exec torchrun --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID" --nproc-per-node="$gpus" \
+        --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --no-python bash "$CODE/slurm/common.sh" worker "$@"
+}
+
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+    set -euo pipefail
+    "$@"
+fi

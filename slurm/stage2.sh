@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Stage II, shrinking: both adapters and LoRA.
+# From the project's root: sbatch slurm/stage2.sh [key=value ...]     All three stages: slurm/chain.sh
+#SBATCH --job-name=soundwave-2
+#SBATCH --signal=B:USR1@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm/logs/%x-%j.log
+# ---- edit from here (a line with ## is off) -----------------------------------------------------------------------------
+##SBATCH --partition=gpu
+##SBATCH --account=project
+#SBATCH --nodes=2
+#SBATCH --gpus-per-node=8
+##SBATCH --gres=gpu:8  # instead, where --gpus-per-node is not known
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+RECIPE=${RECIPE:-train/recipes/stage2.yaml}
+ENVIRONMENT=venv:.venv  # venv:DIR | conda:NAME | apptainer:FILE.sif | pyxis:IMAGE
+# ---- to here; what each line means is in docs/slurm.md --------------------------------------------------------------------
+
+# Slurm runs a copy of this file from a folder of its own, and starts it in the folder where sbatch was called.
+# shellcheck source=slurm/common.sh
+source "${SOUNDWAVE_CODE:-$PWD}/slurm/common.sh" \
+    || { echo "error: no slurm/common.sh in $PWD: call sbatch from the project's root" >&2; exit 2; }
+run_stage "$@"

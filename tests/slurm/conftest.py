@@ -1,0 +1,112 @@
+"""A cluster for the tests of this folder, and a project to submit from: a checkout with the top lines of its scripts edited."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm import cluster as slurm
+from tests.slurm.cluster import Cluster, wait_for
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+TOP_LINES = {"gpus-per-node": 2, "ntasks-per-node": 2, "cpus-per-task": 2}
+
+
+@pytest.fixture(scope="session")
+def slurm_installed() -> None:
+    reason = slurm.install()
+    if reason is not None:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"in CI the Slurm tests must run: {reason}")
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def cluster(slurm_installed):
+    with Cluster() as running:
+        yield running
+
+
+class Project:
+    """A checkout in `folder` and what a user does with it. `output` is where its recipes write."""
+
+    def __init__(self, folder: Path, cluster: Cluster):
+        self.folder, self.cluster = folder, cluster
+        self.output = folder / "runs" / "test"
+        leftovers = re.compile(r"\d+|(chain|pack)-.*|.*\.log")
+        shutil.copytree(ROOT / "slurm", folder / "slurm", ignore=lambda _, names: filter(leftovers.fullmatch, names))
+        for room in ("train", "model", "data_tools", "evaluation", "ds_configs"):
+            shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
+        self.edit_top_lines(TOP_LINES)
+
+    def edit_top_lines(self, values: dict[str, object], scripts: str = "*.sh") -> None:
+        for script in self.folder.glob(f"slurm/{scripts}"):
+            text = script.read_text()
+            for option, value in values.items():
+                text = re.sub(rf"(?m)^#SBATCH --{option}=\S+", f"#SBATCH --{option}={value}", text)
+            text = re.sub(r"(?m)^ENVIRONMENT=venv:\S+", f"ENVIRONMENT=venv:{sys.prefix}", text)
+            script.write_text(text)
+
+    def use_stand_in(self) -> None:
+        (self.folder / "train" / "preflight.py").rename(self.folder / "train" / "whole_preflight.py")
+        for name in ("run.py", "preflight.py"):
+            shutil.copy(HERE / "stand_in" / name, self.folder / "train" / name)
+
+    def recipe(self, stage: str, number: int, text: str = "") -> None:
+        path = self.folder / "recipes" / f"stage{number}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"stage: {stage}\noutput: runs/test\n{text}")
+
+    def run(self, *command: str, timeout: float = 60, env: dict | None = None) -> str:
+        """A command of the user's, in the project's folder."""
+        return self.cluster.client(*command, timeout=timeout, env={"DS_ACCELERATOR": "cpu", **(env or {})}, cwd=self.folder)
+
+    def chain(self, *arguments: str, **options) -> list[str]:
+        """Submit with slurm/chain.sh; the job ids."""
+        text = self.run("bash", "slurm/chain.sh", "--recipes", "recipes", *arguments, **options)
+        return re.findall(r"job (\d+), log", text)
+
+    def sbatch(self, *arguments: str, env: dict | None = None) -> str:
+        return self.run("sbatch", "--parsable", *arguments, env=env).strip()
+
+    def log(self) -> str:
+        """What all jobs of this project have printed, in the order of their ids."""
+        paths = sorted(self.folder.glob("slurm/logs/*.log"), key=lambda p: int(p.stem.rsplit("-", 1)[1].split("_")[0]))
+        return "\n".join(f"--- {path.name}\n{path.read_text()}" for path in paths)
+
+    def events(self) -> list[tuple[str, str]]:
+        path = self.output / "slurm.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [(line["stage"], line["event"]) for line in lines]
+
+    def wait_for_log(self, words: str, timeout: float = 60, count: int = 1) -> None:
+        wait_for(lambda: self.log().count(words) >= count, timeout, lambda: f"{words!r} in the logs:\n{self.log()}")
+
+    def expect(self, job: str, state: str, timeout: float = 120) -> dict[str, str]:
+        """Wait until the job has ended, and in this state; on another one the logs are the message."""
+        facts = self.cluster.wait(job, timeout=timeout)
+        assert facts["JobState"] == state, f"job {job} is {facts['JobState']}, not {state}\n{self.log()}"
+        return facts
+
+
+@pytest.fixture
+def bare_project(cluster, tmp_path) -> Project:
+    """The real trainer; recipes are the test's business."""
+    return Project(tmp_path / "project", cluster)
+
+
+@pytest.fixture
+def project(cluster, tmp_path) -> Project:
+    """The stand-in trainer and recipes of 5 steps (1 s) for three stages."""
+    made = Project(tmp_path / "project", cluster)
+    made.use_stand_in()
+    for number, stage in enumerate(("alignment", "shrinking", "sft"), start=1):
+        made.recipe(stage, number, "optim: {steps: 5}\ndata: {train: [{shards: none}]}\n")
+    return made

@@ -1,0 +1,427 @@
+"""Before any weight is loaded: can the nodes of this job train this recipe? One line for each thing that is wrong, with its node.
+
+    srun python train/preflight.py RECIPE [key=value ...]     in a job, one process per rank, as training itself (slurm/common.sh)
+    python train/preflight.py RECIPE [key=value ...]          here, one process
+    python train/preflight.py RECIPE --where                  only say the stage, the output folder, and whether it is finished
+
+1. Every rank looks at its GPU; one rank per node looks at what a node sees: packages, shards and their index, the frozen base,
+   room on the disks.
+2. The findings travel through a TCP store (no collective, so that a missing node is named, not waited for), and rank 0 compares
+   them: all nodes must see the same shards, the same base, the same versions, the same code.
+3. If all is well so far, an all_reduce over all ranks, checked and timed.
+
+Exit codes as in training: 0 all is well, 1 a node is at fault, 2 the recipe or its input is (starting again does not help).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "train")]
+
+from train.config import Corpus, Recipe, RecipeError, load_recipe  # noqa: E402
+from train.preemption import DONE, FAILED, WRONG_INPUT  # noqa: E402
+from train.stages import initial_folder, stage_folder, stage_of  # noqa: E402
+
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "safetensors", "tokenizers", "numpy")
+GPU_REDUCE_BYTES, CPU_REDUCE_BYTES = 256 << 20, 8 << 20
+REPEATS = 5
+
+
+@dataclass
+class Fault:
+    node: str
+    text: str
+    from_input: bool  # the recipe or its data is to blame, not the node: exit code 2
+
+
+@dataclass
+class Report:
+    """What one rank found."""
+
+    node: str
+    rank: int
+    facts: dict[str, str] = field(default_factory=dict)  # must be equal on all nodes
+    input_faults: list[str] = field(default_factory=list)  # the recipe's or the data's: exit code 2
+    node_faults: list[str] = field(default_factory=list)  # this node's: exit code 1
+    notes: list[str] = field(default_factory=list)
+
+
+def finished(recipe: Recipe) -> bool:
+    """Whether training this stage again would end at once."""
+    folder = stage_folder(recipe)
+    if not (folder / "model" / "soundwave.json").exists() or not (folder / "run.json").exists():
+        return False
+    recorded = json.loads((folder / "run.json").read_text())
+    return recorded.get("status") == "done" and recorded.get("steps") == recipe.optim.steps
+
+
+def node_name() -> str:
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0]
+
+
+# --- what one rank, or one node, sees ---------------------------------------------------------------------------------------
+
+
+def version_facts() -> dict[str, str]:
+    facts = {"python": platform.python_version(), "code": code_hash()}
+    for package in PACKAGES:
+        try:
+            facts[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            facts[package] = "not installed"
+    import torch
+
+    if torch.cuda.is_available():
+        facts["CUDA"] = str(torch.version.cuda)
+        facts["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+        facts["GPU"] = torch.cuda.get_device_name()
+        driver = Path("/proc/driver/nvidia/version")
+        facts["driver"] = driver.read_text().split("Module")[-1].split()[0] if driver.exists() else "unknown"
+    return facts
+
+
+def code_hash() -> str:
+    """First digits of a sha256 over the Python files of model/, train/ and data_tools/."""
+    digest = hashlib.sha256()
+    for room in ("data_tools", "model", "train"):
+        for path in sorted((ROOT / room).rglob("*.py")):
+            digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def packed_folders(recipe: Recipe) -> list[Corpus]:
+    """The recipe's corpora that lie in packed folders, each folder once; a pipe or URL is streamed and cannot be looked at."""
+    corpora = {corpus.shards: corpus for corpus in [*recipe.data.train, *recipe.data.valid]}
+    return [corpus for name, corpus in corpora.items() if "://" not in name and not name.startswith("pipe:")]
+
+
+def look_at_shards(recipe: Recipe, report: Report) -> None:
+    """Every shard is there in full size, and the sample table is the one that the index was written with."""
+    from data_tools.shards import ShardError, ShardIndex, fingerprint
+
+    for corpus in packed_folders(recipe):
+        try:
+            index = ShardIndex.load(corpus.shards)
+        except (ShardError, OSError, KeyError) as error:
+            report.input_faults.append(f"data {corpus.shards}: {one_line(error)}")
+            continue
+        if fingerprint(index.samples, [shard["sha256"] for shard in index.shards]) != index.fingerprint:
+            report.input_faults.append(f"data {corpus.shards}: samples.npy is not the table that index.json was written with: "
+                                       "run the pack command's --merge again")
+        report.facts[f"data {corpus.shards}"] = index.fingerprint[:12]
+
+
+def look_at_base(recipe: Recipe, report: Report) -> None:
+    """The frozen parts are there, and are those that the previous stage and this stage's checkpoints were made with."""
+    from model.pretrained import SourceError, fingerprint, locate
+
+    hashes = {}
+    for part, name, prefix in (("encoder", recipe.model.encoder.name, "encoder."), ("llm", recipe.model.llm.name, "")):
+        try:
+            source = locate(name)
+            hashes[part] = fingerprint(source.folder, prefix)
+            report.facts[f"model.{part} {name}"] = hashes[part][:12]
+        except (SourceError, OSError, ValueError) as error:
+            report.input_faults.append(f"model.{part}: {one_line(error)}")
+    made_with = []
+    if start := initial_folder(recipe):
+        made_with.append((start, json.loads((start / "soundwave.json").read_text())["frozen"]))
+    states = sorted((stage_folder(recipe) / "checkpoints").glob("step-*/state.json"))
+    if states and "base" not in recipe.checkpoint.accept_changes:
+        made_with.append((states[-1].parent, json.loads(states[-1].read_text())["facts"]["base"]))
+    for where, stored in made_with:
+        for part, digest in hashes.items():
+            if stored.get(part, digest) != digest:
+                report.input_faults.append(f"model.{part}: {where} was made with another one (sha256 {stored[part][:12]}..., "
+                                           f"here {digest[:12]}...): set model.{part}.name to the one it was made with")
+
+
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """Size of one checkpoint: of the newest there is, else 16 bytes a trained number (two fp32 copies and Adam's two moments)."""
+    newest = sorted((stage_folder(recipe) / "checkpoints").glob("step-*/manifest.json"))
+    if newest:
+        return sum(entry["size"] for entry in json.loads(newest[-1].read_text())["files"].values())
+    from model.soundwave import Soundwave
+
+    model = Soundwave.build(recipe.model, parts=stage_of(recipe).parts, meta=True)
+    model.set_stage(recipe.stage)
+    return 16 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def look_at_disks(recipe: Recipe, report: Report) -> None:
+    """This node can write to the output folder. Rank 0: there is room for the checkpoints that are kept, and the one in work."""
+    folder = stage_folder(recipe)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f".preflight-{report.node}").write_text(report.node)
+    except OSError as error:
+        report.node_faults.append(f"output {folder} cannot be written: {error.strerror}")
+        return
+    free = shutil.disk_usage(folder).free
+    if report.rank == 0 and not report.input_faults:
+        existing = len(list((folder / "checkpoints").glob("step-*/manifest.json")))
+        size, count = checkpoint_bytes(recipe), max(1, recipe.checkpoint.keep_last + recipe.checkpoint.keep_best + 1 - existing)
+        report.notes.append(f"output {folder}: {free / 1e9:.1f} GB free, {count} more checkpoints of {size / 1e9:.3f} GB to come")
+        if free < size * count:
+            report.input_faults.append(f"output {folder}: {count} more checkpoints of {size / 1e9:.3f} GB do not fit into "
+                                       f"the {free / 1e9:.3f} GB free: make room, lower checkpoint.keep_last, or move output")
+
+
+def look_at_gpu(report: Report) -> None:
+    """This rank's GPU is there, free, and computes; on a CPU machine, that no GPU was given in vain."""
+    import torch
+
+    local_rank, given = int(os.environ.get("LOCAL_RANK", 0)), os.environ.get("SLURM_GPUS_ON_NODE")
+    if not torch.cuda.is_available():
+        if given and os.environ.get("DS_ACCELERATOR") != "cpu" and local_rank == 0:
+            report.node_faults.append(f"{given} GPUs are allocated but PyTorch {torch.__version__} sees none: try nvidia-smi "
+                                      "there, and install a CUDA build (or set DS_ACCELERATOR=cpu to train on CPU)")
+        return
+    if local_rank >= torch.cuda.device_count():
+        report.node_faults.append(f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible; make "
+                                  "--ntasks-per-node the number of GPUs per node")
+        return
+    try:
+        torch.cuda.set_device(local_rank)
+        free, total = torch.cuda.mem_get_info()
+        if free < 0.9 * total:
+            report.node_faults.append(f"GPU {local_rank}: {(total - free) / 1e9:.1f} of {total / 1e9:.1f} GB are taken already: "
+                                      "another process runs on it (nvidia-smi)")
+        generator = torch.Generator().manual_seed(0)
+        a, b = (torch.randn(1024, 1024, generator=generator) for _ in range(2))
+        result = (a.to("cuda", torch.bfloat16) @ b.to("cuda", torch.bfloat16)).float().cpu()
+        expected = a.bfloat16().float() @ b.bfloat16().float()
+        if not torch.allclose(result, expected, atol=2.0, rtol=0.02):  # entries of about 32, rounded to 8 bits
+            report.node_faults.append(f"GPU {local_rank} multiplies matrices wrongly: leave it out (--exclude={report.node})")
+    except RuntimeError as error:
+        report.node_faults.append(f"GPU {local_rank}: {one_line(error)}")
+
+
+def look_at_ecc(report: Report) -> None:
+    """Uncorrected memory errors since the driver started, where nvidia-smi counts them. Noted: the driver retires such rows."""
+    if shutil.which("nvidia-smi") is None:
+        return
+    command = ["nvidia-smi", "--query-gpu=index,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        report.node_faults.append(f"nvidia-smi does not answer within 60 s: leave the node out (--exclude={report.node})")
+        return
+    if answer.returncode != 0:
+        report.node_faults.append(f"nvidia-smi: {one_line(answer.stdout + answer.stderr)}")
+    for line in answer.stdout.splitlines():
+        index, _, count = line.partition(", ")
+        if count.strip().isdigit() and int(count) > 0:
+            report.notes.append(f"node {report.node}: GPU {index} counts {count.strip()} uncorrected memory errors")
+
+
+def one_line(error: object) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+def look(recipe: Recipe, rank: int) -> Report:
+    report = Report(node_name(), rank)
+    look_at_gpu(report)
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        report.facts.update(version_facts())
+        look_at_ecc(report)
+        look_at_shards(recipe, report)
+        look_at_base(recipe, report)
+        look_at_disks(recipe, report)
+    return report
+
+
+# --- all ranks together ------------------------------------------------------------------------------------------------------
+
+
+def compare(reports: list[Report]) -> list[Fault]:
+    """What the ranks found, and where the nodes differ: the minority is at fault."""
+    faults = []
+    for report in reports:
+        faults += [Fault(report.node, text, True) for text in report.input_faults]
+        faults += [Fault(report.node, text, False) for text in report.node_faults]
+    first = {}
+    for report in reports:
+        if report.facts:
+            first.setdefault(report.node, report.facts)
+    for fact in sorted({name for facts in first.values() for name in facts}):
+        values = {node: facts.get(fact, "missing") for node, facts in first.items()}
+        usual, _ = Counter(values.values()).most_common(1)[0]
+        with_usual = [node for node, value in values.items() if value == usual]
+        for node, value in values.items():
+            if value != usual and "missing" not in (value, usual):  # what is missing has a fault of its own
+                where = with_usual[0] + (f" and {len(with_usual) - 1} more" if len(with_usual) > 1 else "")
+                faults.append(Fault(node, f"{fact} is {value}, but {usual} on {where}: give all nodes the same", False))
+    return faults
+
+
+def gather(store, world_size: int, seconds: float) -> tuple[list[Report], list[Fault]]:
+    """The reports of all ranks, and a fault for each node from which some did not come within `seconds`."""
+    deadline, reports, missing = time.monotonic() + seconds, [], {}
+    nodes = os.environ.get("SOUNDWAVE_NODES", "").split()
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    for rank in range(world_size):
+        try:
+            store.wait([f"report-{rank}"], timedelta(seconds=max(1.0, deadline - time.monotonic())))
+            reports.append(Report(**json.loads(store.get(f"report-{rank}"))))
+        except RuntimeError:
+            node = nodes[rank // per_node] if rank // per_node < len(nodes) else "unknown"
+            missing.setdefault(node, []).append(rank)
+    master = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return reports, [Fault(node, f"no word from rank {', '.join(map(str, ranks))} within {seconds:.0f} s: is the node up, does "
+                                 f"Python start there, can it reach {master}?", False) for node, ranks in missing.items()]
+
+
+def check_shared_output(recipe: Recipe, reports: list[Report]) -> list[Fault]:
+    """Rank 0 sees what every node wrote into the output folder: checkpoints need one shared folder."""
+    folder, faults = stage_folder(recipe), []
+    for node in {report.node for report in reports if report.facts and not report.node_faults}:
+        mark = folder / f".preflight-{node}"
+        for _ in range(20):  # a network file system may show a new file some seconds late
+            if mark.exists():
+                break
+            os.listdir(folder)
+            time.sleep(0.5)
+        else:
+            text = f"output {folder} is not the folder that {node_name()} sees: put output on a shared file system"
+            faults.append(Fault(node, text, from_input=True))
+        mark.unlink(missing_ok=True)
+    return faults
+
+
+def all_reduce_line(store, rank: int, world_size: int, seconds: float) -> tuple[str, str | None]:
+    """(how fast, what went wrong or None) of an all_reduce over all ranks, at the size of one gradient bucket.
+
+    Bus bandwidth is bytes / seconds * 2 (n - 1) / n: what each link carries in a ring (NVIDIA nccl-tests, PERFORMANCE.md).
+    """
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.PrefixStore("preflight", store), rank=rank,
+                            world_size=world_size, timeout=timedelta(seconds=seconds))
+    size = GPU_REDUCE_BYTES if on_gpu else CPU_REDUCE_BYTES
+    times = []
+    for repeat in range(REPEATS + 1):  # the first one opens the connections
+        tensor = torch.full((size // 4,), float(rank + 1), device=device)
+        begun = time.perf_counter()
+        work = dist.all_reduce(tensor, async_op=True)
+        while not work.is_completed():
+            if time.perf_counter() - begun > seconds:
+                return "", f"an all_reduce over {world_size} ranks does not end; NCCL_DEBUG=INFO says which network it took"
+            time.sleep(1e-5 if on_gpu else 1e-4)
+        work.wait()
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun)
+        expected = world_size * (world_size + 1) / 2
+        if not bool((tensor == expected).all()):
+            return "", f"an all_reduce gave {tensor.min().item()}..{tensor.max().item()} instead of {expected}"
+    best = min(times[1:])
+    bus = size / best * 2 * (world_size - 1) / world_size / 1e9
+    return f"all_reduce of {size >> 20} MiB over {world_size} ranks: {best * 1e3:.1f} ms, bus bandwidth {bus:.2f} GB/s", None
+
+
+def run(recipe: Recipe, seconds: float) -> int:
+    import torch.distributed as dist
+
+    env = os.environ
+    rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    env.setdefault("MASTER_PORT", "0" if world_size == 1 else "29500")
+    try:
+        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world_size, is_master=rank == 0,
+                              timeout=timedelta(seconds=seconds), wait_for_workers=False)
+    except RuntimeError as error:
+        print(f"preflight: node {node_name()}: rank {rank} cannot reach rank 0 at {env['MASTER_ADDR']}:{env['MASTER_PORT']} "
+              f"({one_line(error)[:120]}): see the firewall and the nodes' host names", file=sys.stderr)
+        return FAILED
+    report = look(recipe, rank)
+    store.set(f"report-{rank}", json.dumps(asdict(report)))
+    code = DONE
+    if rank == 0:
+        reports, faults = gather(store, world_size, seconds)
+        faults += compare(reports) + check_shared_output(recipe, reports)
+        for fault in faults:
+            print(f"preflight: node {fault.node}: {fault.text}", file=sys.stderr)
+        if faults:
+            code = WRONG_INPUT if any(fault.from_input for fault in faults) else FAILED
+        else:
+            facts = reports[0].facts
+            print(f"preflight: {len({r.node for r in reports})} nodes, {world_size} ranks agree: "
+                  + ", ".join(f"{name} {value}" for name, value in facts.items()))
+            for note in (note for r in reports for note in r.notes):
+                print(f"preflight: {note}")
+        store.set("verdict", str(code))
+    else:
+        store.wait(["verdict"], timedelta(seconds=2 * seconds + 60))
+        code = int(store.get("verdict"))
+    if code == DONE:
+        try:
+            speed, fault = all_reduce_line(store, rank, world_size, seconds)
+        except RuntimeError as error:
+            speed, fault = "", f"all_reduce: {one_line(error)}"
+        if fault:
+            print(f"preflight: node {node_name()}, rank {rank}: {fault}", file=sys.stderr)
+            code = FAILED
+        elif rank == 0:
+            print(f"preflight: {speed}")
+    # Rank 0 holds the store, so it leaves last.
+    store.set(f"left-{rank}", "")
+    if rank == 0 and code == DONE:
+        store.wait([f"left-{r}" for r in range(world_size)], timedelta(seconds=seconds))
+    return code
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="train/preflight.py", description="Check the nodes of a job before training.")
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--where", action="store_true", help="print stage, output folder, and finished or unfinished; no more")
+    parser.add_argument("--where-to", type=Path, help="write stage and output folder to this file, one a line")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds to wait for the other ranks")
+    args = parser.parse_intermixed_args(argv)
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        recipe = load_recipe(args.recipe, args.overrides)
+        stage_of(recipe)
+        if args.where:
+            print(recipe.stage, recipe.output, "finished" if finished(recipe) else "unfinished", sep="\n")
+            return DONE
+        if args.where_to and is_main:
+            Path(recipe.output).mkdir(parents=True, exist_ok=True)
+            args.where_to.write_text(f"{recipe.stage}\n{recipe.output}\n")
+        initial_folder(recipe)
+        if not recipe.data.train:
+            raise RecipeError("data.train is empty: name at least one packed folder, e.g. data.train=[{shards: data/train}]")
+    except RecipeError as error:
+        if is_main:
+            print(f"preflight: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    return run(recipe, args.timeout)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm's warning is the batch script's business until training listens
+    exit_code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)  # gloo's threads would abort an ordinary interpreter exit now and then

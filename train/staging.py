@@ -1,0 +1,82 @@
+"""Copy the recipe's shards to a node's own disk before training, for file systems that many nodes read slowly.
+
+    srun --ntasks-per-node=1 python train/staging.py RECIPE [key=value ...]      (slurm/common.sh, STAGE_SHARDS=1)
+
+Copies go to $SOUNDWAVE_LOCAL_SHARDS/FINGERPRINT/, where ShardIndex finds them; only complete, checked files carry a shard's
+name. The recipe and the index stay as they are. A corpus for which there is no room is left where it is, with a line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "train")]
+
+from tqdm import tqdm  # noqa: E402
+
+from data_tools.shards import ShardError, ShardIndex  # noqa: E402
+from train.config import RecipeError, load_recipe  # noqa: E402
+from train.preemption import DONE, FAILED, WRONG_INPUT  # noqa: E402
+from train.preflight import node_name, packed_folders  # noqa: E402
+
+BLOCK = 16 << 20  # bytes; large reads are what parallel file systems are fast at
+COPIES_AT_A_TIME = 4
+RESERVE = 0.05  # share of the local disk left free
+
+
+def copy_shard(source: Path, target: Path, sha256: str, progress: tqdm) -> None:
+    """Errors: ShardError where the bytes read are not those that the index knows; OSError."""
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+    digest = hashlib.sha256()
+    try:
+        with open(source, "rb") as reader, open(unfinished, "wb") as writer:
+            while block := reader.read(BLOCK):
+                digest.update(block)
+                writer.write(block)
+                progress.update(len(block))
+        if digest.hexdigest() != sha256:
+            raise ShardError(f"shard {source} does not have the checksum of its index: copy or pack it again")
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def stage_corpus(shards: str, local: Path) -> str:
+    """Copy what is not there yet; returns a line that says what was done. Errors: ShardError, OSError."""
+    index = ShardIndex.load(shards)
+    folder = local / index.fingerprint
+    folder.mkdir(parents=True, exist_ok=True)
+    todo = [s for s in index.shards if not (folder / s["url"]).exists() or (folder / s["url"]).stat().st_size != s["filesize"]]
+    needed, disk = sum(s["filesize"] for s in todo), shutil.disk_usage(folder)
+    if needed > disk.free - RESERVE * disk.total:
+        return f"{shards}: {needed / 1e9:.2f} GB do not fit into {disk.free / 1e9:.2f} GB free in {local}; read from where it is"
+    with tqdm(total=needed, unit="B", unit_scale=True, desc=f"{node_name()} {shards}", mininterval=10) as progress:
+        with ThreadPoolExecutor(COPIES_AT_A_TIME) as pool:
+            copies = [pool.submit(copy_shard, Path(shards) / s["url"], folder / s["url"], s["sha256"], progress) for s in todo]
+            for copy in copies:
+                copy.result()
+    return f"{shards}: {len(todo)} of {len(index.shards)} shards copied to {folder}, {needed / 1e9:.2f} GB"
+
+
+def main(argv: list[str]) -> int:
+    local = Path(os.environ["SOUNDWAVE_LOCAL_SHARDS"])
+    try:
+        for corpus in packed_folders(load_recipe(argv[0], argv[1:])):
+            print(f"staging: node {node_name()}: {stage_corpus(corpus.shards, local)}")
+    except (RecipeError, ShardError) as error:
+        print(f"staging: node {node_name()}: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    except OSError as error:
+        print(f"staging: node {node_name()}: {error}: see LOCAL_DISK={local.parent}", file=sys.stderr)
+        return FAILED
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
