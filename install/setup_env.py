@@ -57,7 +57,7 @@ class Environment:
         self.state = folder / ".setup"
 
     def run(self, label, command, env=None, cwd=ROOT):
-        """Run with output to a log, pip's milestones shown; returns the time taken. Errors: SetupError with the last error line."""
+        """Run with output to a log, pip's milestones shown; returns the time taken. Errors: SetupError, with the last line."""
         self.state.mkdir(parents=True, exist_ok=True)
         log_path = self.state / (label + ".log")
         tail = []
@@ -256,6 +256,13 @@ def write_environment(env, kind):
     (env.site_packages / "soundwave_environment.pth").write_text(ENVIRONMENT_PTH.format(accelerator=accelerator))
 
 
+SUMMARY = """
+import sys, torch, deepspeed, transformers
+versions = ["%s %s" % (module.__name__, module.__version__) for module in (torch, deepspeed, transformers)]
+print("Python %d.%d" % sys.version_info[:2], *versions, sep=", ")
+"""
+
+
 def set_up(options):
     folder = Path(options.venv)
     folder = folder if folder.is_absolute() else ROOT / folder
@@ -287,10 +294,10 @@ def set_up(options):
         mend_torchaudio(env)
         build_deepspeed(env, kind)
         build_fused_op(env)
-        summary = env.ask("import sys, torch, deepspeed, transformers; print('Python %d.%d, torch %s, deepspeed %s, transformers %s'"
-                          " % (*sys.version_info[:2], torch.__version__, deepspeed.__version__, transformers.__version__))")
+        summary = env.ask(SUMMARY)
         if summary is None:
-            raise SetupError("the packages do not import together: try %s -c 'import torch, deepspeed, transformers'" % env.python)
+            raise SetupError("the packages do not import together: see the error with: "
+                             "%s -c 'import torch, deepspeed, transformers'" % env.python)
         summary = summary.splitlines()[-1]
         partial = stamp.with_name("done.partial")
         partial.write_text(json.dumps({"fingerprint": wanted, "files": files, "summary": summary}))

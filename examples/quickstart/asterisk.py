@@ -13,7 +13,8 @@ from pathlib import Path
 
 import soundfile
 
-VOICES = {"en": "en_US_f_Allison", "es": "es_MX_f_Allison", "fr": "fr_CA_f_June", "it": "it_IT_m_Carlo", "ru": "ru_RU_f_IvrvoiceRU"}
+VOICES = {"en": "en_US_f_Allison", "es": "es_MX_f_Allison", "fr": "fr_CA_f_June", "it": "it_IT_m_Carlo",
+          "ru": "ru_RU_f_IvrvoiceRU"}
 # Lines that describe a sound or comment on the reading instead of saying its words.
 NOT_WORDS = re.compile(r"[\[\]<>()]|\btone\b|\btones\b|\btono\b|\bbeep\b|silence")
 

@@ -1,8 +1,8 @@
 """Who is trained on, tuned on, tested on: the demo's splits and its instruction data. Changes when the demo's data does.
 
     dialogues-{train,valid,test}.jsonl   task asr; split by whole dialogue (descriptions: train)
-    prompts-{train,valid,test}.jsonl     task translation (to and from English), and English asr in valid and test; split by prompt,
-                                         the same in all languages; prompts with the same words in some language stay together
+    prompts-{train,valid,test}.jsonl     task translation (to and from English); also asr (English) in valid and test; split by prompt,
+                                         in all languages alike; prompts with the same words in some language stay together
     instruct-{train,valid,test}.jsonl    what stage III learns, made by code out of the dialogues' transcripts, below
 
 No sentence that valid or test asks a model to write down or to translate into is a target in training, whatever the manifest:
