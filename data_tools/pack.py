@@ -1,24 +1,21 @@
-"""Corpora to shards: `python data_tools/pack.py --manifest M.jsonl --out DIR` (also `python -m data_tools.pack`).
+"""Corpora to shards: `python data_tools/pack.py --corpus librispeech:/data/LibriSpeech --out DIR`.
 
-    manifest --plan--> which sample in which shard --N worker processes, a shard each--> NAME-000000.tar ... --> index
+    corpora --plan--> which sample in which shard --worker processes, a shard each--> NAME-000000.tar ... --merge--> index
 
 Samples are planned before audio is touched, each worker writes whole shards, and a shard gets its name when it is complete:
-the same command again after any interruption goes on, and ends in the same bytes, whatever --workers.
+the same command again after any interruption goes on and ends in the same bytes, whatever --workers. On a cluster every
+task of an array runs `--part i/N`; when all have ended, `--merge --out DIR` writes the index. docs/data.md has an example
+for each kind of corpus.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
-import re
-import shutil
 import sys
-import time
-from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: the repository, not data_tools/, is where imports start
@@ -27,217 +24,260 @@ if __package__ in (None, ""):  # run as a script: the repository, not data_tools
 import numpy as np
 from tqdm import tqdm
 
-from data_tools import audio as audio_module
-from data_tools.corpora import Entry, Fault
-from data_tools.corpora.manifest import Manifest
-from data_tools.plan import SHARD_DTYPE, ShardSize, make_plan, shard_entries
-from data_tools.shards import (
-    INDEX_NAME,
-    OPTIONAL_FIELDS,
-    SAMPLE_DTYPE,
-    OutputError,
-    ShardSummary,
-    ShardWriter,
-    replace_file,
-    write_index,
-)
+from data_tools.audio import CODECS, SAMPLE_RATE
+from data_tools.corpora import Corpus, CorpusError
+from data_tools.filters import Filters, Sieve, load_tokenizer
+from data_tools.normalise import NORMALISERS
+from data_tools.packing import WORK, PackError, Packing
+from data_tools.plan import SHUFFLES, Layout, make_plan, plan_once
+from data_tools.shards import INDEX_NAME, OutputError, ShardError, ShardIndex
 
-WORK = ".pack"  # folder inside the output: the plan, unfinished shards, and what is known of finished ones
-
-
-class UsageError(ValueError):
-    """A command that cannot be carried out: one line, exit code 2."""
-
-
-def record_of(entry: Entry, duration: float, sample_rate: int | None) -> dict:
-    """What KEY.json holds."""
-    record = {"id": entry.id, "corpus": entry.corpus, "task": entry.task, "text": entry.text, "lang": entry.lang,
-              "duration": round(duration, 6), "sample_rate": sample_rate}
-    record.update({name: value for name in OPTIONAL_FIELDS if (value := getattr(entry, name)) is not None})
-    return record
-
-
-def key_of(number: int, sample_id: str) -> str:
-    """Member name: the sample's number in the plan (unique, sorted), then its id as far as tar and WebDataset allow."""
-    return f"{number:09d}-{re.sub(r'[^A-Za-z0-9_-]', '_', sample_id)[:60]}"
-
-
-def write_shard(folder: Path, name: str, shard: int, progress=None) -> None:
-    """Pack one planned shard. Its tar is renamed into place, then its summary: whichever is missing is made again."""
-    first, entries = shard_entries(folder / WORK / "plan", shard)
-    file_name = f"{name}-{shard:06d}.tar"
-    unfinished = folder / WORK / f"{file_name}.{os.uname().nodename}.{os.getpid()}"
-    writer, rejected = ShardWriter(unfinished), []
-    for number, entry in enumerate(entries, first):
-        try:
-            stretch = (None, None) if entry.offset is None else (entry.offset, entry.duration)
-            clip = audio_module.make_clip(entry.audio, *stretch) if entry.audio else None
-        except audio_module.ClipError as error:
-            rejected.append(Fault(entry.id, error.reason, str(error), entry.corpus))
-        else:
-            if clip:
-                writer.add(key_of(number, entry.id), clip.data, clip.codec, record_of(entry, clip.duration, clip.sample_rate))
-            else:
-                writer.add(key_of(number, entry.id), None, "", record_of(entry, 0.0, None))
-            if progress is not None and clip:
-                with progress.get_lock():
-                    progress.value += clip.duration
-    summary = writer.close(file_name)
-    try:
-        if len(summary.rows):
-            os.replace(unfinished, folder / file_name)
-        else:
-            unfinished.unlink()
-    except OSError as error:
-        raise OutputError(f"cannot write {folder / file_name}: {error.strerror}") from error
-    header = {"name": file_name, "filesize": summary.filesize, "sha256": summary.sha256, "tasks": summary.tasks,
-              "langs": summary.langs, "codecs": summary.codecs, "rejected": [fault.to_json() for fault in rejected]}
-    replace_file(summary_path(folder, shard), json.dumps(header).encode() + b"\n" + summary.rows.tobytes())
-
-
-def summary_path(folder: Path, shard: int) -> Path:
-    return folder / WORK / "done" / f"{shard:06d}"
-
-
-class Summaries:
-    """The summaries of shards that hold samples, loaded one by one as write_index goes through them."""
-
-    def __init__(self, folder: Path, shards: int):
-        self.folder, self.shards = folder, shards
-
-    def load(self, shard: int) -> tuple[ShardSummary, list[str]]:
-        header, _, rows = summary_path(self.folder, shard).read_bytes().partition(b"\n")
-        values = json.loads(header)
-        rejected = values.pop("rejected")
-        return ShardSummary(rows=np.frombuffer(rows, dtype=SAMPLE_DTYPE), **values), rejected
-
-    def __iter__(self):
-        for shard in range(self.shards):
-            summary, _ = self.load(shard)
-            if len(summary.rows):
-                yield summary
-
-
-_progress = None
-
-
-def _start_worker(progress) -> None:
-    global _progress
-    _progress = progress
-    import torch
-    torch.set_num_threads(1)
-
-
-def _work(folder: Path, name: str, shard: int) -> int:
-    write_shard(folder, name, shard, _progress)
-    return shard
-
-
-def pack_shards(folder: Path, name: str, shards: list[int], hours: float, workers: int) -> None:
-    """Pack the given planned shards in `workers` processes. A worker that dies, or an output that fails, is raised here."""
-    import torch  # noqa: F401  loaded before the fork, so that workers share it instead of loading it each
-    context = get_context("fork")
-    progress = context.Value("d", 0.0)
-    started, shown = time.monotonic(), 0.0
-    with ProcessPoolExecutor(min(workers, len(shards)), context, _start_worker, (progress,)) as pool:
-        pending = {pool.submit(_work, folder, name, shard) for shard in shards}
-        bar = tqdm(total=round(hours, 3), unit="h", desc=f"packing {len(shards)} shards", disable=None,
-                   bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} h [{elapsed}<{remaining}{postfix}]")
-        try:
-            while pending:
-                done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()
-                bar.update(progress.value / 3600 - shown)
-                shown = progress.value / 3600
-                bar.set_postfix_str(f"{shown / (time.monotonic() - started) * 3600:.0f} audio-hours/h, {len(pending)} shards left")
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        finally:
-            bar.close()
-
-
-def merge(folder: Path, name: str, plan: dict) -> dict:
-    """Join all finished shards into the index and rejected.jsonl; then the working folder goes."""
-    missing = [shard for shard in range(plan["shards"]) if not summary_path(folder, shard).exists()]
-    if missing:
-        raise UsageError(f"{len(missing)} of {plan['shards']} shards of {folder} are not packed yet (first: {missing[0]}): run the other parts")
-    summaries, counts = Summaries(folder, plan["shards"]), Counter(plan["rejected"])
-    unfinished = folder / WORK / "rejected.jsonl"
-    with open(unfinished, "w") as out:
-        with open(folder / WORK / "plan" / "rejected.jsonl") as planned:
-            shutil.copyfileobj(planned, out)
-        for shard in range(plan["shards"]):
-            for line in summaries.load(shard)[1]:
-                counts[json.loads(line)["reason"]] += 1
-                out.write(line + "\n")
-    if not any(True for _ in summaries):
-        raise UsageError(f"no sample was left to pack; {unfinished} says why for each ({dict(counts)})")
-    os.replace(unfinished, folder / "rejected.jsonl")
-    index = write_index(folder, name, summaries, {"rejected": dict(sorted(counts.items()))})
-    shutil.rmtree(folder / WORK)
-    return index
+# Options that change how the work is done but not the bytes that come out.
+_NOT_IN_BYTES = {"out", "workers", "part", "merge", "dry_run", "max_broken_share"}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="pack.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--manifest", action="append", required=True, help="JSONL, one sample a line; may be given several times")
-    parser.add_argument("--out", required=True, type=Path, help="folder for shards and index")
-    parser.add_argument("--name", help="shards are NAME-000000.tar ...; default: the name of --out")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, each writing a shard of its own")
-    parser.add_argument("--shard-mb", type=float, help="about this many MB a shard; default: 256, less for small corpora")
-    parser.add_argument("--shard-hours", type=float, help="about this many hours of audio a shard, instead of --shard-mb")
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffle over the whole corpus")
-    parser.add_argument("--shuffle", choices=("samples", "none"), default="samples")
-    return parser.parse_args(argv)
+    parser = argparse.ArgumentParser(prog="pack.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("corpora").add_argument
+    add(
+        "--corpus",
+        action="append",
+        default=[],
+        metavar="NAME:PATH[,option=value]",
+        help="a corpus by its format's name; repeatable",
+    )
+    add("--manifest", action="append", default=[], metavar="M.jsonl", help="the same as --corpus manifest:M.jsonl")
+    add("--allow-pipes", action="store_true", help="run the shell commands that a corpus gives in place of files")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", required=True, type=Path, help="folder for shards and index")
+    add("--name", help="shards are NAME-000000.tar ...; default: the name of --out")
+    add("--codec", choices=CODECS, default="flac", help="copy: compressed bytes as they are")
+    add("--rate", default=str(SAMPLE_RATE), help="samples a second, or keep (default: 16000); channels are mixed to one")
+    add("--shard-mb", type=float, help="about this many MB a shard; default: 256, less for small corpora")
+    add("--shard-hours", type=float, help="about this many hours of audio a shard, instead of --shard-mb")
+    add(
+        "--shuffle",
+        choices=SHUFFLES,
+        default="samples",
+        help="recordings: a recording's segments stay together (default: samples)",
+    )
+    add("--seed", type=int, default=0, help="of shuffle and splits")
+    add("--measure", action="store_true", help="write level, peak, clipping and estimated SNR of each clip into its JSON")
+    add(
+        "--clearest", type=float, metavar="SECONDS", help="cut clips of task sound to their clearest stretch (the paper: about 3)"
+    )
+    add = parser.add_argument_group("text").add_argument
+    add("--normalise", choices=tuple(NORMALISERS), default="raw", help="transcripts: see data_tools/normalise.py")
+    add("--tokenizer", metavar="DIR", help="the LLM's tokenizer: counts tokens, needed by --ctc-frame-rate")
+    add("--ctc-text", choices=("raw", "lower", "lower_no_punctuation"), default="lower", help="as the recipe's data.ctc_text")
+    add = parser.add_argument_group("filters (refused samples are counted, and named in rejected.jsonl)").add_argument
+    add("--min-seconds", type=float)
+    add("--max-seconds", type=float)
+    add("--min-rate", type=float, help="characters of text a second")
+    add("--max-rate", type=float)
+    add("--langs", help="only these languages: en,de")
+    add("--ctc-frame-rate", type=float, help="CTC frames a second (25: Whisper, two frames stacked): refuse text that cannot fit")
+    add(
+        "--max-wer", type=float, help="of the hypothesis column (data_tools.annotate --whisper) against the text; the paper: 0.10"
+    )
+    add("--drop-duplicates", action="store_true", help="by the audio_hash column (data_tools.annotate --hash)")
+    add("--max-broken-share", type=float, default=0.5, help="stop when more clips than this share are missing or broken")
+    add = parser.add_argument_group("splits").add_argument
+    add("--splits", metavar="train=0.9,valid=0.05,test=0.05", help="shares; with --take")
+    add("--split-by", choices=("speaker", "recording", "id"), default="speaker", help="what is never on two sides of a split")
+    add("--take", metavar="SPLIT", help="pack this split")
+    add = parser.add_argument_group("work").add_argument
+    add("--workers", type=int, default=os.cpu_count(), help="processes, each writing a shard of its own")
+    add("--part", metavar="i/N", help="pack every N-th shard, from i = 0 on (an array job); --merge joins the parts")
+    add("--merge", action="store_true", help="write the index of a folder whose parts are all packed")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="read the corpora, print what would be packed and refused, write nothing but the plan",
+    )
+    options = parser.parse_args(argv)
+    _check(parser, options)
+    return options
 
 
-def run(options: argparse.Namespace) -> dict:
-    folder: Path = options.out
-    name = options.name or folder.absolute().name
-    for manifest in options.manifest:
-        if not Path(manifest).is_file():
-            raise UsageError(f"manifest {manifest} does not exist")
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """What argparse cannot tell, as argparse would say it (exit code 2)."""
+    options.corpus = [*options.corpus, *(f"manifest:{path}" for path in options.manifest)]
+    del options.manifest
+    if not options.corpus and not options.merge:
+        parser.error("give --corpus NAME:PATH or --manifest M.jsonl")
+    if options.rate != "keep" and not options.rate.isdigit():
+        parser.error(f"--rate {options.rate}: a number of samples a second, or keep")
+    if options.ctc_frame_rate and not options.tokenizer:
+        parser.error("--ctc-frame-rate needs --tokenizer")
+    if options.measure and options.codec == "copy":
+        parser.error("--measure decodes, --codec copy does not: leave one of them out")
+    if options.shard_mb and options.shard_hours:
+        parser.error("--shard-mb or --shard-hours, not both")
+    if options.workers < 1:
+        parser.error("--workers must be 1 or more")
+    if bool(options.splits) != bool(options.take):
+        parser.error("--splits and --take go together")
+    try:
+        options.splits = {
+            name: float(share) for name, share in (pair.split("=") for pair in (options.splits or "").split(",") if pair)
+        }
+    except ValueError:
+        parser.error(f"--splits {options.splits}: NAME=SHARE, joined by commas")
+    if options.take and options.take not in options.splits:
+        parser.error(f"--take {options.take}: --splits knows {', '.join(options.splits)}")
+    if options.part:
+        part, _, parts = options.part.partition("/")
+        if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
+            parser.error(f"--part {options.part}: i/N with i from 0 to N-1")
+        options.part = (int(part), int(parts))
+
+
+def packing_of(options: argparse.Namespace) -> tuple[Packing, Layout]:
+    filters = Filters(
+        options.min_seconds,
+        options.max_seconds,
+        options.min_rate,
+        options.max_rate,
+        options.langs.split(",") if options.langs else None,
+        options.max_wer,
+        options.ctc_frame_rate,
+        options.ctc_text,
+        options.tokenizer,
+        options.drop_duplicates,
+    )
+    sieve = Sieve(filters, options.normalise, options.splits, options.split_by, options.take, options.seed, options.allow_pipes)
+    packing = Packing(
+        options.out,
+        options.name or options.out.absolute().name,
+        sieve,
+        options.codec,
+        None if options.rate == "keep" else int(options.rate),
+        options.measure,
+        options.clearest,
+        options.max_broken_share,
+    )
+    return packing, Layout(options.seed, options.shuffle, options.codec, options.shard_mb, options.shard_hours)
+
+
+def shaping_options(options: argparse.Namespace, name: str) -> dict:
+    """The options that shape the bytes, and a digest of them."""
+    shaping = {key: value for key, value in vars(options).items() if key not in _NOT_IN_BYTES} | {"name": name}
+    return {"options": shaping, "digest": hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()}
+
+
+def run(options: argparse.Namespace) -> str:
+    """Carry out a command; returns what to print. Errors: CorpusError, PackError, OutputError, BrokenProcessPool."""
+    packing, layout = packing_of(options)
+    folder, head = options.out, shaping_options(options, packing.name)
+    plan_path = folder / WORK / "plan" / "plan.json"
+    if options.merge and not options.corpus:
+        if not plan_path.exists():
+            raise PackError(
+                f"{folder} holds no unfinished packing to merge"
+                + (": it has its index" if (folder / INDEX_NAME).exists() else "")
+            )
+        plan = json.loads(plan_path.read_bytes())
+        packing.name = plan["options"]["name"]
+        return _report(folder, packing.merge(plan))
     if (folder / INDEX_NAME).exists():
-        raise UsageError(f"{folder} is packed already ({INDEX_NAME} is there): give another --out or remove it")
+        index = ShardIndex.load(folder)
+        done = json.loads((folder / INDEX_NAME).read_bytes())
+        if done.get("options") != head["digest"]:
+            raise CorpusError(f"{folder} is packed already, with other options: give another --out, or remove it")
+        return f"{folder} is packed already: {len(index)} samples, {index.hours:.2f} h"
+    corpora = [Corpus(specification) for specification in options.corpus]
+    if options.tokenizer:
+        try:
+            load_tokenizer(options.tokenizer)
+        except (OSError, ValueError) as error:
+            raise CorpusError(f"--tokenizer {options.tokenizer}: {str(error).splitlines()[0]}") from None
+    _prepare(folder, packing)
+    plan = _plan(folder, corpora, packing, layout, head)
+    if plan["digest"] != head["digest"]:
+        differing = [key for key, value in head["options"].items() if plan["options"].get(key) != json.loads(json.dumps(value))]
+        raise CorpusError(
+            f"{folder} was begun with other options ({', '.join(differing)}): finish it with those, or remove {folder / WORK}"
+        )
+    if not plan["samples"]:
+        raise CorpusError(
+            f"nothing to pack: every sample was refused {plan['rejected']}, see {folder / WORK / 'plan' / 'rejected.jsonl'}"
+        )
+    if options.dry_run:
+        return _dry_report(plan)
+    if not options.merge:
+        part, parts = options.part or (0, 1)
+        shards = [shard for shard in packing.missing(plan["shards"]) if shard % parts == part]
+        if shards:
+            packing.run(shards, float(np.load(plan_path.parent / "shards.npy")["seconds"][shards].sum()) / 3600, options.workers)
+        if options.part:
+            missing = len(packing.missing(plan["shards"]))
+            return (
+                f"part {part}/{parts} of {folder} is packed; {missing} of {plan['shards']} shards are left to other parts, then: "
+                f"pack.py --merge --out {folder}"
+            )
+    return _report(folder, packing.merge(plan))
+
+
+def _prepare(folder: Path, packing: Packing) -> None:
+    begun = (folder / WORK).exists()
+    if not begun and folder.exists() and (strange := next(folder.glob("*.tar"), None)):
+        raise CorpusError(f"{folder} holds {strange.name}, which this command did not write: give an empty --out")
     try:
         (folder / WORK / "done").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror}") from error
-    plan_folder = folder / WORK / "plan"
-    if not (plan_folder / "plan.json").exists():
-        readers = [tqdm(Manifest(path), desc=f"planning {path}", unit=" samples", disable=None) for path in options.manifest]
-        plan = make_plan(plan_folder, readers, seed=options.seed, shuffle=options.shuffle,
-                         size=ShardSize(options.shard_mb, options.shard_hours))
-    else:
-        plan = json.loads((plan_folder / "plan.json").read_bytes())
-    if not plan["samples"]:
-        raise UsageError(f"nothing to pack: every line was rejected ({plan['rejected']}), see {plan_folder / 'rejected.jsonl'}")
-    shards = [shard for shard in range(plan["shards"]) if not summary_path(folder, shard).exists()]
-    if shards:
-        seconds = np.load(plan_folder / "shards.npy").astype(SHARD_DTYPE)["seconds"][shards].sum()
-        pack_shards(folder, name, shards, seconds / 3600, options.workers)
-    return merge(folder, name, plan)
+    packing.clear_unfinished()
+
+
+def _plan(folder: Path, corpora: list[Corpus], packing: Packing, layout: Layout, head: dict) -> dict:
+    bars = (tqdm(corpus, desc=f"planning {corpus.name}", unit=" samples", disable=None, unit_scale=True) for corpus in corpora)
+    return plan_once(folder / WORK / "plan", lambda own: make_plan(own, bars, packing.sieve, layout, head))
+
+
+def _table(counts: dict, hours: dict) -> str:
+    return "".join(f"\n  refused {count:>9,}  {hours.get(reason, 0.0):>10.2f} h  {reason}" for reason, count in counts.items())
+
+
+def _dry_report(plan: dict) -> str:
+    return (
+        f"{plan['samples']:,} samples, about {plan['hours']:.2f} h and {plan['megabytes']:,.0f} MB, in {plan['shards']} shards; "
+        f"{plan['other_splits']:,} belong to other splits"
+        + _table(plan["rejected"], plan["rejected_hours"])
+        + "\nnothing was packed (--dry-run); clips are checked when they are decoded"
+    )
+
+
+def _report(folder: Path, index: dict) -> str:
+    refused = f"; refused {sum(index['rejected'].values()):,}, named in {folder / 'rejected.jsonl'}" if index["rejected"] else ""
+    return (
+        f"{folder}: {index['samples']:,} samples, {index['hours']:.2f} h in {len(index['shardlist'])} shards{refused}"
+        + _table(index["rejected"], index["rejected_hours"])
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 done, 1 stopped on the way (the same command goes on), 2 a command or corpus that cannot be packed."""
     options = parse_arguments(argv)
     try:
-        index = run(options)
-    except UsageError as error:
+        print(run(options))
+        return 0
+    except (CorpusError, ShardError) as error:
         print(f"pack: {error}", file=sys.stderr)
         return 2
+    except PackError as error:
+        print(f"pack: {error}", file=sys.stderr)
     except OutputError as error:
-        print(f"pack: {error}; free space or fix the folder, then run the same command again: it goes on", file=sys.stderr)
-        return 1
+        print(f"pack: {error}; free space or mend the folder, then run the same command again: it goes on", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("pack: interrupted; run the same command again: it goes on", file=sys.stderr)
+        return 130
     except BrokenProcessPool:
-        print("pack: a worker process died (out of memory?); run the same command again, with fewer --workers: it goes on", file=sys.stderr)
-        return 1
-    rejected = index["rejected"]
-    print(f"{options.out}: {index['samples']} samples, {index['hours']:.2f} h in {len(index['shardlist'])} shards; "
-          f"rejected {sum(rejected.values())} {rejected or ''}".rstrip())
-    return 0
+        print(
+            "pack: a worker process died (out of memory?); run the same command again, with fewer --workers: it goes on",
+            file=sys.stderr,
+        )
+    return 1
 
 
 if __name__ == "__main__":

@@ -20,21 +20,23 @@ from pathlib import Path
 
 import numpy as np
 
-SAMPLE_DTYPE = np.dtype([
-    ("shard", "<u4"),              # position in index.json's shardlist
-    ("audio_offset", "<u8"),       # bytes from the start of the tar to the audio's data (not to its header)
-    ("audio_size", "<u4"),         # bytes; 0: a text-only sample
-    ("json_offset", "<u8"),
-    ("json_size", "<u4"),
-    ("duration", "<f4"),           # seconds
-    ("characters", "<u4"),         # of text, the transcript
-    ("tokens", "<u4"),             # of text under the tokenizer given to pack; 0: not counted
-    ("target_characters", "<u4"),  # of prompt + response, or of all turns of messages
-    ("task", "<u2"),               # position in index.json's tasks
-    ("lang", "<u2"),               # ... langs ("" where unknown)
-    ("codec", "<u2"),              # ... codecs ("" for text only)
-    ("id_hash", "<u8"),            # blake2b-64 of corpus/id
-])
+SAMPLE_DTYPE = np.dtype(
+    [
+        ("shard", "<u4"),  # position in index.json's shardlist
+        ("audio_offset", "<u8"),  # bytes from the start of the tar to the audio's data (not to its header)
+        ("audio_size", "<u4"),  # bytes; 0: a text-only sample
+        ("json_offset", "<u8"),
+        ("json_size", "<u4"),
+        ("duration", "<f4"),  # seconds
+        ("characters", "<u4"),  # of text, the transcript
+        ("tokens", "<u4"),  # of text under the tokenizer given to pack; 0: not counted
+        ("target_characters", "<u4"),  # of prompt + response, or of all turns of messages
+        ("task", "<u2"),  # position in index.json's tasks
+        ("lang", "<u2"),  # ... langs ("" where unknown)
+        ("codec", "<u2"),  # ... codecs ("" for text only)
+        ("id_hash", "<u8"),  # blake2b-64 of corpus/id
+    ]
+)
 INDEX_NAME, TABLE_NAME = "index.json", "samples.npy"
 RECORD_FIELDS = ("id", "corpus", "task", "text", "lang", "duration", "sample_rate")
 OPTIONAL_FIELDS = ("prompt", "response", "label", "speaker", "messages", "origin")
@@ -64,7 +66,11 @@ def tar_header(name: str, size: int) -> bytes:
 
 def target_characters(record: dict) -> int:
     turns = record.get("messages") or ()
-    return sum(len(turn.get("content") or "") for turn in turns) + len(record.get("prompt") or "") + len(record.get("response") or "")
+    return (
+        sum(len(turn.get("content") or "") for turn in turns)
+        + len(record.get("prompt") or "")
+        + len(record.get("response") or "")
+    )
 
 
 @dataclass
@@ -100,7 +106,9 @@ class ShardWriter:
     def add(self, key: str, audio: bytes | None, codec: str, record: dict, tokens: int = 0) -> None:
         """Append KEY.`codec` (unless audio is None) and KEY.json. `record` is written as given, in its own key order."""
         if "." in key or "/" in key or not key:
-            raise ValueError(f"key '{key}' must be non-empty and hold no dot or slash: WebDataset groups members by the first dot")
+            raise ValueError(
+                f"key '{key}' must be non-empty and hold no dot or slash: WebDataset groups members by the first dot"
+            )
         text = json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
         if max(len(audio or b""), len(text)) > _MAX_MEMBER_BYTES:
             raise ValueError(f"sample {key} is larger than 4 GiB")
@@ -108,10 +116,27 @@ class ShardWriter:
         if audio is not None:
             audio_offset, audio_size = self._member(f"{key}.{codec}", audio), len(audio)
         json_offset = self._member(f"{key}.json", text)
-        position = lambda table, value: self._tables[table].setdefault(value, len(self._tables[table]))
-        self._rows.append((0, audio_offset, audio_size, json_offset, len(text), record["duration"] or 0.0, len(record["text"] or ""),
-                           tokens, target_characters(record), position("task", record["task"]), position("lang", record["lang"] or ""),
-                           position("codec", codec if audio is not None else ""), id_hash(record["corpus"], record["id"])))
+
+        def position(table: str, value: str) -> int:
+            return self._tables[table].setdefault(value, len(self._tables[table]))
+
+        self._rows.append(
+            (
+                0,
+                audio_offset,
+                audio_size,
+                json_offset,
+                len(text),
+                record["duration"] or 0.0,
+                len(record["text"] or ""),
+                tokens,
+                target_characters(record),
+                position("task", record["task"]),
+                position("lang", record["lang"] or ""),
+                position("codec", codec if audio is not None else ""),
+                id_hash(record["corpus"], record["id"]),
+            )
+        )
 
     def _member(self, name: str, data: bytes) -> int:
         self._write(tar_header(name, len(data)))
@@ -137,15 +162,20 @@ class ShardWriter:
             self._file.close()
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {error.strerror}") from error
-        return ShardSummary(name, np.array(self._rows, dtype=SAMPLE_DTYPE), self._offset, self._digest.hexdigest(),
-                            *(list(table) for table in self._tables.values()))
+        return ShardSummary(
+            name,
+            np.array(self._rows, dtype=SAMPLE_DTYPE),
+            self._offset,
+            self._digest.hexdigest(),
+            *(list(table) for table in self._tables.values()),
+        )
 
 
 def fingerprint(table: np.ndarray, checksums: list[str]) -> str:
     """sha256 over the sample table's bytes and the shards' checksums: one name for a packed folder's content."""
     digest = hashlib.sha256()
     for start in range(0, len(table), 1 << 20):
-        digest.update(np.ascontiguousarray(table[start:start + (1 << 20)]).tobytes())
+        digest.update(np.ascontiguousarray(table[start : start + (1 << 20)]).tobytes())
     for checksum in checksums:
         digest.update(checksum.encode())
     return digest.hexdigest()
@@ -176,15 +206,18 @@ def write_index(folder: str | Path, name: str, summaries, extra: dict | None = N
     for summary in summaries:
         for table, values in tables.items():
             values.update(getattr(summary, table))
-        shardlist.append({"url": summary.name, "nsamples": len(summary.rows), "filesize": summary.filesize, "sha256": summary.sha256})
+        shardlist.append(
+            {"url": summary.name, "nsamples": len(summary.rows), "filesize": summary.filesize, "sha256": summary.sha256}
+        )
         count += len(summary.rows)
     sorted_tables = {table: sorted(values) for table, values in tables.items()}
     unfinished = folder / f".{TABLE_NAME}.{os.getpid()}"
     seconds, digest = 0.0, hashlib.sha256()
     try:
         with open(unfinished, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": np.lib.format.dtype_to_descr(SAMPLE_DTYPE), "fortran_order": False,
-                                                        "shape": (count,)})
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": np.lib.format.dtype_to_descr(SAMPLE_DTYPE), "fortran_order": False, "shape": (count,)}
+            )
             for position, summary in enumerate(summaries):
                 rows = summary.rows.copy()
                 rows["shard"] = position
@@ -201,8 +234,17 @@ def write_index(folder: str | Path, name: str, summaries, extra: dict | None = N
         raise OutputError(f"cannot write {folder / TABLE_NAME}: {error.strerror}") from error
     for shard in shardlist:
         digest.update(shard["sha256"].encode())
-    index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": name, "shardlist": shardlist, **sorted_tables,
-             "samples": count, "hours": round(seconds / 3600, 6), "fingerprint": digest.hexdigest(), **(extra or {})}
+    index = {
+        "__kind__": "wids-shard-index-v1",
+        "wids_version": 1,
+        "name": name,
+        "shardlist": shardlist,
+        **sorted_tables,
+        "samples": count,
+        "hours": round(seconds / 3600, 6),
+        "fingerprint": digest.hexdigest(),
+        **(extra or {}),
+    }
     replace_file(folder / INDEX_NAME, (json.dumps(index, indent=1, ensure_ascii=False) + "\n").encode())
     return index
 
@@ -211,9 +253,12 @@ class ShardIndex:
     """A packed folder, read by sample number: two preads and nothing else, so it serves any order and any worker.
 
     samples: np.memmap [n] of SAMPLE_DTYPE;  shards: the shardlist of index.json;  tasks, langs, codecs: string tables;
-    fingerprint: str;  hours: float.  Files are opened at first use and at most `open_files` are kept open. Safe to pickle
-    and to fork. Where the environment names a folder of node-local copies in SOUNDWAVE_LOCAL_SHARDS, a shard that stands
-    there complete as FINGERPRINT/NAME is read from there.
+    fingerprint: str;  hours: float;  damaged: one line for each shard whose size is not what the index says (its lost
+    samples raise ShardError when read, the others are served).
+
+    Files are opened at first use and at most `open_files` are kept open. Safe to pickle and to fork. Where the environment
+    names a folder of node-local copies in SOUNDWAVE_LOCAL_SHARDS, a shard that stands there complete as FINGERPRINT/NAME is
+    read from there.
     """
 
     def __init__(self, folder: Path, index: dict, samples: np.ndarray, open_files: int = 64):
@@ -225,6 +270,7 @@ class ShardIndex:
         self.codecs: list[str] = index["codecs"]
         self.hours: float = index["hours"]
         self.fingerprint: str = index["fingerprint"]
+        self.damaged: list[str] = []
         self._open_files, self._files = open_files, OrderedDict()
 
     @classmethod
@@ -233,22 +279,30 @@ class ShardIndex:
         folder = Path(folder)
         if not (folder / INDEX_NAME).exists():
             why = "does not exist" if not folder.exists() else f"holds no {INDEX_NAME}"
-            raise ShardError(f"{folder} {why}: give a folder that data_tools/pack.py has finished (run its command again, or --merge)")
+            raise ShardError(
+                f"{folder} {why}: give a folder that data_tools/pack.py has finished (run its command again, or --merge)"
+            )
         try:
             index = json.loads((folder / INDEX_NAME).read_bytes())
             samples = np.load(folder / TABLE_NAME, mmap_mode="r")
         except (OSError, ValueError) as error:
             raise ShardError(f"index of {folder} cannot be read: {error}; run pack again") from error
         if samples.dtype != SAMPLE_DTYPE:
-            raise ShardError(f"{folder / TABLE_NAME} has columns {samples.dtype.names}, not those of this version: pack the corpus again")
+            raise ShardError(
+                f"{folder / TABLE_NAME} has columns {samples.dtype.names}, not those of this version: pack the corpus again"
+            )
         if len(samples) != sum(shard["nsamples"] for shard in index["shardlist"]):
-            raise ShardError(f"{folder / TABLE_NAME} has {len(samples)} rows, {INDEX_NAME} counts another number: run pack --merge again")
+            raise ShardError(
+                f"{folder / TABLE_NAME} has {len(samples)} rows, {INDEX_NAME} counts another number: run pack --merge again"
+            )
+        loaded = cls(folder, index, samples)
         for shard in index["shardlist"]:
             path = folder / shard["url"]
-            if not path.exists() or path.stat().st_size != shard["filesize"]:
-                state = f"{path.stat().st_size} bytes" if path.exists() else "missing"
-                raise ShardError(f"shard {path} is {state}, the index says {shard['filesize']} bytes: copy it again")
-        return cls(folder, index, samples)
+            if not path.exists():
+                raise ShardError(f"shard {path} is missing: copy or pack it again")
+            if (size := path.stat().st_size) != shard["filesize"]:
+                loaded.damaged.append(f"{path} has {size} bytes, the index says {shard['filesize']}: copy or pack it again")
+        return loaded
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -261,7 +315,9 @@ class ShardIndex:
         try:
             return audio, json.loads(text)
         except ValueError as error:
-            raise ShardError(f"{self._path(sample['shard'])}: JSON of sample {row} is broken ({error}); check with data_tools.verify") from None
+            raise ShardError(
+                f"{self._path(sample['shard'])}: JSON of sample {row} is broken ({error}); check with data_tools.verify"
+            ) from None
 
     def _path(self, shard: int) -> Path:
         entry = self.shards[int(shard)]
@@ -282,9 +338,14 @@ class ShardIndex:
                 raise ShardError(f"cannot open shard {self._path(shard)}: {error.strerror}") from error
             if len(self._files) > self._open_files:
                 os.close(self._files.popitem(last=False)[1])
-        data = os.pread(self._files[shard], int(size), int(offset))
+        try:
+            data = os.pread(self._files[shard], int(size), int(offset))
+        except OSError as error:
+            raise ShardError(f"cannot read shard {self._path(shard)}: {error.strerror}") from error
         if len(data) != int(size):
-            raise ShardError(f"shard {self._path(shard)} ends inside sample {row}: copy or pack it again (data_tools.verify names all such)")
+            raise ShardError(
+                f"shard {self._path(shard)} ends inside sample {row}: copy or pack it again (data_tools.verify names all such)"
+            )
         return data
 
     def close(self) -> None:

@@ -1,20 +1,33 @@
-"""What a corpus is to the packer: a reader yields entries (metadata alone) and faults (lines that are none)."""
+"""Readers, one small class a format, found by name: `librispeech:/data/LibriSpeech,subset=train-clean-100`.
+
+A reader takes a path and options and yields entries (metadata alone, no audio is opened) and faults (lines that are none),
+one by one, always in the same order, in memory that does not grow with the corpus.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import importlib
+import inspect
 import json
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+
+class CorpusError(ValueError):
+    """A corpus that cannot be read as told: one line, before anything is packed."""
 
 
 @dataclass(slots=True)
 class Entry:
     """One sample as its corpus describes it, before any audio is opened. Seconds throughout.
 
-    `audio` is a path, or one of the forms that data_tools/audio.py lists (a member of a tar, a row of a parquet file, the
-    output of a command); None for text alone. With an `offset` (0 included) the stretch [offset, offset + duration) is taken;
-    without one the whole file is, and `duration` is only what planning goes by. `group` names what is costly to open more than once: entries of one group
-    stay together in the shuffle.
+    `audio` is an absolute path or one of the forms of data_tools/sources.py; None for text alone. With an `offset` (0
+    included) the stretch [offset, offset + duration) is taken; without one the whole clip is, and `duration` is only what
+    planning goes by. `group` names what is costly to open more than once: entries of one group stay together in the shuffle.
     """
 
     id: str
@@ -31,7 +44,10 @@ class Entry:
     speaker: str | None = None
     messages: list | None = None
     origin: str | None = None
+    recording: str | None = None  # what the clip was cut from, where that matters for splits
     group: str | None = None
+    hypothesis: str | None = None  # what a recogniser made of it
+    audio_hash: str | None = None  # of the audio's samples, equal for duplicates
 
     def to_json(self) -> str:
         return json.dumps({f: v for f in ENTRY_FIELDS if (v := getattr(self, f)) is not None}, ensure_ascii=False)
@@ -55,3 +71,77 @@ class Fault:
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+
+
+READERS = {
+    "manifest": "manifest:Manifest",
+    "table": "table:Table",
+    "librispeech": "librispeech:LibriSpeech",
+    "mls": "librispeech:MLS",
+    "commonvoice": "commonvoice:CommonVoice",
+    "covost": "commonvoice:CoVoST",
+    "gigaspeech": "gigaspeech:GigaSpeech",
+    "wenetspeech": "gigaspeech:WenetSpeech",
+    "fleurs": "fleurs:Fleurs",
+    "kaldi": "kaldi:Kaldi",
+    "nemo": "nemo:Nemo",
+    "lhotse": "lhotse:Lhotse",
+    "huggingface": "huggingface:HuggingFace",
+    "shards": "tars:Shards",
+    "audioset": "sounds:AudioSet",
+    "vggsound": "sounds:VGGSound",
+    "esc50": "sounds:ESC50",
+}
+_DEFAULTS = ("task", "lang", "prompt", "label", "speaker", "origin")  # options of every reader: values for entries without
+
+
+class Corpus:
+    """A reader by name, its options checked, and the values that hold for all its entries."""
+
+    def __init__(self, specification: str):
+        """`NAME:PATH[,option=value...]`. Errors: CorpusError for an unknown name, option or path."""
+        name, colon, rest = specification.partition(":")
+        if not colon or name not in READERS:
+            near = difflib.get_close_matches(name, READERS, n=1)
+            raise CorpusError(
+                f"corpus '{specification}' must be NAME:PATH[,option=value...], NAME one of {', '.join(READERS)}"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )
+        path, *pairs = re.split(r",(?=\w+=)", rest)
+        options = dict(pair.split("=", 1) for pair in pairs)
+        module, class_name = READERS[name].split(":")
+        reader = getattr(importlib.import_module(f"data_tools.corpora.{module}"), class_name)
+        known = [p for p in inspect.signature(reader).parameters if p != "path"]
+        self.name = options.pop("corpus", None) or Path(path.rstrip("/")).name.partition(".")[0]
+        self.defaults = {key: options.pop(key) for key in _DEFAULTS if key in options and key not in known}
+        for option in options:
+            if option not in known:
+                everything = [*known, "corpus", *_DEFAULTS]
+                near = difflib.get_close_matches(option, everything, n=1, cutoff=0.0)[0]
+                raise CorpusError(
+                    f"corpus '{specification}': unknown option '{option}', did you mean '{near}'? ({name} takes "
+                    f"{', '.join(everything)})"
+                )
+        if not Path(path).exists():
+            raise CorpusError(f"corpus '{specification}': {path} does not exist")
+        try:
+            self.reader: Iterable[Entry | Fault] = reader(Path(path).absolute(), **options)
+        except TypeError as error:
+            raise CorpusError(f"corpus '{specification}': {str(error).partition(') ')[2] or error}") from None
+
+    def __iter__(self) -> Iterator[Entry | Fault]:
+        for item in self.reader:
+            item.corpus = item.corpus or self.name
+            if isinstance(item, Entry):
+                for key, value in self.defaults.items():
+                    if getattr(item, key) is None:
+                        setattr(item, key, value)
+            yield item
+
+
+def number(text: str | float | None) -> float | None:
+    """A number out of a table's cell; None where there is none."""
+    try:
+        return float(text) if text not in (None, "") else None
+    except ValueError:
+        return None

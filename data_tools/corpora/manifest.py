@@ -7,43 +7,45 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_tools.corpora import ENTRY_FIELDS, Entry, Fault
+from data_tools.sources import kind_of
 
-STRINGS = ("id", "audio", "text", "corpus", "task", "lang", "prompt", "response", "label", "speaker", "origin")
-NUMBERS = ("offset", "duration")
+_TYPES = {"offset": (int, float), "duration": (int, float), "messages": list}
 
 
 class Manifest:
-    """M.jsonl: id, audio, text, and optionally offset, duration, lang, task, prompt, response, label, speaker, messages.
+    """M.jsonl: id, audio, text, and optionally the other fields of an Entry; other keys are left out.
 
-    A relative audio path is taken from the manifest's folder. A line without id gets its line number as id. Other keys
-    are left out. Text-only samples have no audio.
+    A relative audio path is taken from the manifest's folder. A line without id gets its line number as id. Text-only
+    samples have no audio.
     """
 
-    def __init__(self, path: str | Path, corpus: str | None = None):
-        self.path = Path(path)
-        self.corpus = corpus or self.path.stem
+    def __init__(self, path: Path):
+        self.path = path
 
     def __iter__(self) -> Iterator[Entry | Fault]:
         with open(self.path, "rb") as file:
-            for number, line in enumerate(file, 1):
+            for place, line in enumerate(file, 1):
                 if line.strip():
-                    yield self.entry(line, number)
+                    yield self.entry(line, place)
 
-    def entry(self, line: bytes, number: int) -> Entry | Fault:
-        where = f"{self.path.name}:{number}"
+    def entry(self, line: bytes, place: int) -> Entry | Fault:
+        where = f"{self.path.name}:{place}"
         try:
             row = json.loads(line)
         except ValueError as error:
-            return Fault(where, "bad_json", str(error), self.corpus)
+            return Fault(where, "bad_json", str(error))
         if not isinstance(row, dict):
-            return Fault(where, "bad_json", f"a {type(row).__name__}, not an object", self.corpus)
+            return Fault(where, "bad_json", f"a {type(row).__name__}, not an object")
         row = {key: value for key, value in row.items() if key in ENTRY_FIELDS and value is not None}
-        row["id"] = str(row.get("id", f"{self.path.stem}-{number:09d}"))
+        row["id"] = str(row.get("id", f"{self.path.stem}-{place:09d}"))
         for key, value in row.items():
-            wanted = str if key in STRINGS else (int, float) if key in NUMBERS else list if key == "messages" else str
-            if not isinstance(value, wanted) or isinstance(value, bool):
-                return Fault(row["id"], "bad_json", f"{where}: {key} is a {type(value).__name__}", self.corpus)
-        row.setdefault("corpus", self.corpus)
-        if "audio" in row:
-            row["audio"] = str(self.path.parent.absolute() / row["audio"])
+            if not isinstance(value, _TYPES.get(key, str)) or isinstance(value, bool):
+                return Fault(row["id"], "bad_json", f"{where}: {key} is a {type(value).__name__}")
+        if not all(
+            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+            for turn in row.get("messages", ())
+        ):
+            return Fault(row["id"], "bad_json", f'{where}: messages must be a list of {{"role": ..., "content": ...}}')
+        if "audio" in row and kind_of(row["audio"])[0] == "file":
+            row["audio"] = str(self.path.parent / row["audio"])
         return Entry(**row)

@@ -58,7 +58,7 @@ def test_resampled_tone_keeps_its_pitch_and_level(corpus, tmp_path):
         wave, rate = soundfile.read(io.BytesIO(audio))
         spectrum = np.abs(np.fft.rfft(wave * np.hanning(len(wave))))
         assert abs(spectrum.argmax() * rate / len(wave) - (200 + 50 * number)) < 2 * rate / len(wave)
-        assert abs(np.sqrt(2 * np.mean(wave ** 2)) - 0.3) < 0.02
+        assert abs(np.sqrt(2 * np.mean(wave**2)) - 0.3) < 0.02
 
 
 def test_every_fault_is_one_named_line(corpus, tmp_path, capsys):
@@ -74,7 +74,12 @@ def test_index_points_at_the_members(corpus, tmp_path):
     out = tmp_path / "packed"
     pack.main(["--manifest", str(corpus), "--out", str(out), "--workers", "1", "--shard-mb", "0.1"])
     index = ShardIndex.load(out)
-    assert index.samples.dtype == SAMPLE_DTYPE and len(index) == 13 and index.tasks == ["asr", "text"] and index.codecs == ["", "flac"]
+    assert (
+        index.samples.dtype == SAMPLE_DTYPE
+        and len(index) == 13
+        and index.tasks == ["asr", "text"]
+        and index.codecs == ["", "flac"]
+    )
     members = {}
     for number, shard in enumerate(index.shards):
         with tarfile.open(out / shard["url"]) as tar:
@@ -93,8 +98,10 @@ def test_index_points_at_the_members(corpus, tmp_path):
 def test_same_bytes_whatever_the_workers_and_from_script_or_module(corpus, tmp_path):
     one, two = tmp_path / "one" / "packed", tmp_path / "two" / "packed"
     common = ["--manifest", str(corpus), "--shard-mb", "0.1"]
-    for command in ([str(ROOT / "data_tools" / "pack.py"), *common, "--out", str(one), "--workers", "1"],
-                    ["-m", "data_tools.pack", *common, "--out", str(two), "--workers", "3"]):
+    for command in (
+        [str(ROOT / "data_tools" / "pack.py"), *common, "--out", str(one), "--workers", "1"],
+        ["-m", "data_tools.pack", *common, "--out", str(two), "--workers", "3"],
+    ):
         subprocess.run([sys.executable, *command], check=True, cwd=ROOT, capture_output=True)
     assert folder_bytes(one) == folder_bytes(two)
 

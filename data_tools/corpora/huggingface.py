@@ -1,0 +1,93 @@
+"""Hugging Face `datasets`: Parquet as the hub stores it, and folders written by save_to_disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_tools.corpora import CorpusError, Entry, Fault
+from data_tools.sources import record_batches
+
+TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "normalized_text", "raw_transcription")
+
+
+class HuggingFace:
+    """PATH is a .parquet file, a folder of them, or a save_to_disk folder (data-*.arrow).
+
+    audio, text, id, speaker, label, prompt, response, lang_column: names of columns; audio and text are found where they
+    bear usual names. split: only files whose name begins with it. Rows of one Parquet row group stay together in the
+    shuffle, since a row cannot be read without its group.
+    """
+
+    COLUMNS = ("text", "id", "speaker", "label", "prompt", "response")
+
+    def __init__(
+        self,
+        path: Path,
+        audio: str | None = None,
+        text: str | None = None,
+        id: str | None = None,
+        speaker: str | None = None,
+        label: str | None = None,
+        prompt: str | None = None,
+        response: str | None = None,
+        lang_column: str | None = None,
+        split: str | None = None,
+    ):
+        given = locals()
+        self.named = {column: given[column] for column in self.COLUMNS if given[column]}
+        if lang_column:
+            self.named["lang"] = lang_column
+        self.audio = audio
+        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".parquet", ".arrow"))
+        self.files = [p for p in files if split is None or p.name.startswith(split) or p.parent.name == split]
+        if not self.files:
+            raise CorpusError(f"{path} holds no .parquet or .arrow file" + (f" of split {split}" if split else ""))
+
+    def __iter__(self) -> Iterator[Entry | Fault]:
+        for file in self.files:
+            yield from self._parquet(file) if file.suffix == ".parquet" else self._arrow(file)
+
+    def _columns(self, schema, file: Path) -> tuple[str, dict[str, str]]:
+        """The audio column and {entry field: column} for one file."""
+        names = list(schema.names)
+        for column in [*self.named.values(), *([self.audio] if self.audio else [])]:
+            if column not in names:
+                raise CorpusError(f"{file} has no column '{column}': its columns are {', '.join(names)}")
+        audio = self.audio or next(
+            (name for name in names if name == "audio" or str(schema.field(name).type).startswith("struct<bytes")), None
+        )
+        if audio is None:
+            raise CorpusError(f"{file} has no audio column: name it with audio=COLUMN (columns: {', '.join(names)})")
+        fields = dict(self.named)
+        if "text" not in fields and (text := next((name for name in TEXT_COLUMNS if name in names), None)):
+            fields["text"] = text
+        if "id" not in fields and "id" in names:
+            fields["id"] = "id"
+        return audio, fields
+
+    def _entries(self, batch, audio: str, fields: dict, file: Path, place: str, first: int, kind: str) -> Iterator[Entry | Fault]:
+        columns = {field: batch.column(column).to_pylist() for field, column in fields.items()}
+        for row in range(batch.num_rows):
+            values = {field: None if column[row] is None else str(column[row]) for field, column in columns.items()}
+            values["id"] = values.get("id") or f"{file.stem}-{first + row:09d}"
+            yield Entry(
+                audio=f"{kind}:{file}#{place}/{row}/{audio}", group=f"{file}#{place}" if kind == "parquet" else None, **values
+            )
+
+    def _parquet(self, file: Path) -> Iterator[Entry | Fault]:
+        import pyarrow.parquet
+
+        parquet, first = pyarrow.parquet.ParquetFile(file), 0
+        audio, fields = self._columns(parquet.schema_arrow, file)
+        for group in range(parquet.num_row_groups):
+            table = parquet.read_row_group(group, columns=list(set(fields.values())) or [parquet.schema_arrow.names[0]])
+            yield from self._entries(table, audio, fields, file, str(group), first, "parquet")
+            first += table.num_rows
+
+    def _arrow(self, file: Path) -> Iterator[Entry | Fault]:
+        first = 0
+        for place, batch in enumerate(record_batches(str(file))):
+            audio, fields = self._columns(batch.schema, file)
+            yield from self._entries(batch, audio, fields, file, str(place), first, "arrow")
+            first += batch.num_rows

@@ -1,0 +1,44 @@
+"""NeMo manifests: JSON lines with audio_filepath."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_tools.corpora import Entry, Fault
+
+
+class Nemo:
+    """manifest.json(l): audio_filepath, duration, text, and optionally offset, lang, speaker, pred_text (taken as hypothesis).
+
+    Relative paths start from the manifest's folder. The id is the path with the offset, which is what makes a line unique.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __iter__(self) -> Iterator[Entry | Fault]:
+        with open(self.path, encoding="utf-8", errors="replace") as file:
+            for place, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                    name, offset = row["audio_filepath"], row.get("offset")
+                    duration = row.get("duration")
+                    entry_id = Path(name).with_suffix("").as_posix() + (f"@{offset:.3f}" if offset is not None else "")
+                    yield Entry(
+                        id=entry_id,
+                        audio=str(self.path.parent / name),
+                        text=row.get("text"),
+                        task="asr",
+                        offset=offset,
+                        duration=None if duration is None else float(duration),
+                        lang=row.get("lang") or row.get("target_lang"),
+                        speaker=None if row.get("speaker") is None else str(row["speaker"]),
+                        recording=name,
+                        hypothesis=row.get("pred_text"),
+                    )
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    yield Fault(f"{self.path.name}:{place}", "bad_json", f"{type(error).__name__}: {error}")

@@ -1,0 +1,129 @@
+"""Tables with a column map: CSV, TSV and JSONL of any origin."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_tools.corpora import CorpusError, Entry, Fault, number
+
+csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+
+
+def open_text(path: Path):
+    """A text file, gzipped or not; undecodable bytes become marks rather than errors."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    return opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="")
+
+
+def rows(
+    path: Path, delimiter: str | None = None, quoted: bool = True, header: list[str] | None = None
+) -> Iterator[tuple[int, dict]]:
+    """(line number, row) of a CSV or TSV, one at a time. header: column names of a file without a line of them."""
+    delimiter = delimiter or ("," if ".csv" in path.suffixes else "\t")
+    with open_text(path) as file:
+        reader = csv.DictReader(
+            file, fieldnames=header, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+        )
+        for row in reader:
+            yield reader.line_num, row
+
+
+class Table:
+    """FILE.csv, .tsv or .jsonl (also .gz) whose columns are named by options: audio=path,text=sentence,label=emotion.
+
+    Columns: id, audio, text, duration, offset, end (instead of duration, with offset), lang_column, speaker, prompt,
+    response, label, recording, hypothesis. A column that is not named and exists under its own name is taken. root: folder
+    that relative audio paths start from (default: the table's); suffix: appended to them.
+    """
+
+    COLUMNS = (
+        "id",
+        "audio",
+        "text",
+        "duration",
+        "offset",
+        "end",
+        "speaker",
+        "prompt",
+        "response",
+        "label",
+        "recording",
+        "hypothesis",
+        "audio_hash",
+    )
+
+    def __init__(
+        self,
+        path: Path,
+        id: str | None = None,
+        audio: str | None = None,
+        text: str | None = None,
+        duration: str | None = None,
+        offset: str | None = None,
+        end: str | None = None,
+        lang_column: str | None = None,
+        speaker: str | None = None,
+        prompt: str | None = None,
+        response: str | None = None,
+        label: str | None = None,
+        recording: str | None = None,
+        hypothesis: str | None = None,
+        audio_hash: str | None = None,
+        root: str | None = None,
+        suffix: str = "",
+        delimiter: str | None = None,
+        task: str | None = None,
+        lang: str | None = None,
+    ):
+        self.path, self.suffix, self.delimiter, self.task, self.lang = path, suffix, delimiter, task, lang
+        self.root = Path(root).absolute() if root else path.parent
+        given = locals()
+        self.named = {column: given[column] for column in self.COLUMNS if given[column]}
+        if lang_column:
+            self.named["lang"] = lang_column
+        self.jsonl = ".jsonl" in path.suffixes or ".json" in path.suffixes
+
+    def _rows(self) -> Iterator[tuple[int, dict | None]]:
+        if not self.jsonl:
+            yield from rows(self.path, self.delimiter)
+            return
+        with open_text(self.path) as file:
+            for place, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        yield place, json.loads(line)
+                    except ValueError:
+                        yield place, None
+
+    def __iter__(self) -> Iterator[Entry | Fault]:
+        for place, row in self._rows():
+            where = f"{self.path.name}:{place}"
+            if not isinstance(row, dict):
+                yield Fault(where, "bad_json", "not a JSON object")
+                continue
+            missing = [name for name in self.named.values() if name not in row]
+            if missing:
+                raise CorpusError(f"{self.path} has no column '{missing[0]}': its columns are {', '.join(map(str, row))}")
+            cells = {column: row.get(self.named.get(column, column)) for column in (*self.COLUMNS, "lang")}
+            cells = {column: value for column, value in cells.items() if value not in (None, "")}
+            yield self._entry(cells, where, f"{self.path.stem}-{place:09d}")
+
+    def _entry(self, cells: dict, where: str, default_id: str) -> Entry | Fault:
+        offset, end, duration = (number(cells.pop(column, None)) for column in ("offset", "end", "duration"))
+        if end is not None:
+            offset = offset or 0.0
+            duration = end - offset
+        cells = {column: str(value) for column, value in cells.items()}
+        if "audio" in cells:
+            cells["audio"] = str(self.root / (cells["audio"] + self.suffix))
+        elif not (cells.get("prompt") and cells.get("response")):
+            return Fault(cells.get("id", where), "bad_row", f"{where}: no audio path")
+        cells.setdefault("id", default_id)
+        if self.lang:
+            cells.setdefault("lang", self.lang)
+        return Entry(**cells, task=self.task, offset=offset, duration=duration)

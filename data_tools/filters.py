@@ -1,0 +1,209 @@
+"""Quality before quantity: what is packed and what is refused, each refusal under a fixed word that is counted.
+
+`Sieve.judge` works on metadata, while planning; `Sieve.judge_clip` again on what the decoded clip turned out to be, since
+corpora err about durations and many tell none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from data_tools.corpora import Entry, Fault
+from data_tools.normalise import NORMALISERS, label_sentence
+
+# Reasons that say that something is broken, not that a filter did its work.
+FAULTS = {
+    "bad_json",
+    "bad_row",
+    "missing_file",
+    "unreadable",
+    "command_failed",
+    "undecodable",
+    "truncated",
+    "not_finite",
+    "zero_length",
+}
+
+
+@dataclass
+class Filters:
+    """Bounds that a sample must keep; None: not asked for. Seconds, characters a second, shares."""
+
+    min_seconds: float | None = None
+    max_seconds: float | None = None
+    min_rate: float | None = None  # characters of text a second
+    max_rate: float | None = None
+    langs: list[str] | None = None
+    max_wer: float | None = None  # of the entry's hypothesis against its text, both through Whisper's normaliser
+    ctc_frame_rate: float | None = None  # CTC frames a second: 25 for Whisper with two frames stacked
+    ctc_text: str = "lower"  # how training will write CTC targets (data.ctc_text)
+    tokenizer: str | None = None  # folder of the LLM's tokenizer: counts tokens, and decides CTC feasibility
+    drop_duplicates: bool = False  # by the entries' audio_hash
+
+
+@dataclass
+class Sieve:
+    """Default task, normalised text, split, filters: what every entry passes through before it is planned."""
+
+    filters: Filters = field(default_factory=Filters)
+    normalise: str = "raw"
+    splits: dict[str, float] = field(default_factory=dict)  # name -> share
+    split_by: str = "speaker"
+    take: str | None = None
+    seed: int = 0
+    allow_pipes: bool = False
+
+    def judge(self, entry: Entry) -> Fault | None:
+        """None for an entry to pack (brought into order in place), else why not. OTHER_SPLIT is no fault, only not this one."""
+        if fault := complete(entry, self.normalise):
+            return fault
+        if entry.audio is not None and entry.audio.startswith("pipe:") and not self.allow_pipes:
+            return Fault(
+                entry.id, "pipe", f"a command in place of a file: --allow-pipes runs it ({entry.audio[5:]})", entry.corpus
+            )
+        if self.take is not None:
+            key = split_key(entry, self.split_by)
+            if key is None:
+                return Fault(entry.id, "no_split_key", f"no {self.split_by} to split by", entry.corpus)
+            if split_of(key, self.splits, self.seed) != self.take:
+                return OTHER_SPLIT
+        f = self.filters
+        if f.langs and entry.lang not in f.langs:
+            return Fault(entry.id, "language", f"{entry.lang} is not one of {', '.join(f.langs)}", entry.corpus)
+        if f.drop_duplicates and entry.audio and entry.audio_hash is None:
+            return Fault(
+                entry.id,
+                "no_audio_hash",
+                "duplicates are found by audio_hash: run data_tools.annotate --hash first",
+                entry.corpus,
+            )
+        if f.max_wer is not None and entry.task == "asr":
+            if entry.hypothesis is None:
+                return Fault(
+                    entry.id,
+                    "no_hypothesis",
+                    "no hypothesis to compare with: run data_tools.annotate --whisper first",
+                    entry.corpus,
+                )
+            rate = word_error_rate(entry.text, entry.hypothesis, entry.lang)
+            if rate > f.max_wer:
+                return Fault(entry.id, "wer", f"{rate:.3f} of words differ from: {entry.hypothesis}", entry.corpus)
+        if entry.audio is None or entry.duration is None:
+            return None
+        return self.judge_clip(entry, entry.duration)
+
+    def judge_clip(self, entry: Entry, seconds: float) -> Fault | None:
+        f = self.filters
+
+        def refuse(reason: str, detail: str) -> Fault:
+            return Fault(entry.id, reason, detail, entry.corpus)
+
+        if f.min_seconds is not None and seconds < f.min_seconds:
+            return refuse("too_short", f"{seconds:.3f} s")
+        if f.max_seconds is not None and seconds > f.max_seconds:
+            return refuse("too_long", f"{seconds:.3f} s")
+        if not entry.text:
+            return None
+        rate = len(entry.text) / seconds
+        if f.min_rate is not None and rate < f.min_rate:
+            return refuse("too_slow", f"{rate:.2f} characters a second")
+        if f.max_rate is not None and rate > f.max_rate:
+            return refuse("too_fast", f"{rate:.2f} characters a second")
+        if f.ctc_frame_rate is not None:
+            frames, needed = math.floor(seconds * f.ctc_frame_rate), ctc_frames_needed(self.token_ids(entry.text))
+            if frames < needed:
+                return refuse(
+                    "ctc_infeasible",
+                    f"{needed} frames needed (tokens + repeats), {frames} there at {f.ctc_frame_rate:g} a second",
+                )
+        return None
+
+    def token_ids(self, text: str | None) -> list[int]:
+        """The transcript as training will spell it for CTC; empty without a tokenizer."""
+        if not self.filters.tokenizer or not text:
+            return []
+        from model.prompt import ctc_target_ids
+
+        return ctc_target_ids(load_tokenizer(self.filters.tokenizer), text, self.filters.ctc_text)
+
+
+OTHER_SPLIT = Fault("", "other_split")
+
+
+def complete(entry: Entry, normalise: str = "raw") -> Fault | None:
+    """Give an entry its task, its text in the named form and a sound its sentence; refuse what has nothing to be learnt."""
+    if entry.task is None:
+        answered = entry.response is not None or entry.messages or entry.label is not None
+        entry.task = "text" if entry.audio is None else "chat" if answered else "asr"
+    if entry.audio is None and not entry.messages and not (entry.prompt and entry.response):
+        return Fault(
+            entry.id, "no_audio", "neither audio nor a text-only sample (prompt and response, or messages)", entry.corpus
+        )
+    if entry.task == "sound" and entry.label and entry.text is None:
+        entry.text = label_sentence(entry.label)
+    if entry.text is not None:
+        entry.text = NORMALISERS[normalise](entry.text).strip() or None
+    if entry.task == "asr" and entry.text is None:
+        return Fault(entry.id, "no_text", "task asr needs a transcript in text", entry.corpus)
+    if not (entry.text or entry.response or entry.messages or entry.label):
+        return Fault(entry.id, "no_target", f"task {entry.task} needs a response, label, messages or text", entry.corpus)
+    return None
+
+
+def ctc_frames_needed(ids: list[int]) -> int:
+    """U + repeats: CTC must put a blank between two equal neighbours (Graves et al. 2006, section 3)."""
+    return len(ids) + sum(a == b for a, b in zip(ids, ids[1:]))
+
+
+@lru_cache(maxsize=4)
+def load_tokenizer(folder: str):
+    """Loaded once, before workers are forked. Errors: OSError of transformers for a folder without a tokenizer."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@lru_cache(maxsize=64)
+def _word_normaliser(lang: str | None):
+    from whisper_normalizer.basic import BasicTextNormalizer
+    from whisper_normalizer.english import EnglishTextNormalizer
+
+    code = (lang or "en").lower().replace("_", "-").split("-")[0]
+    return (
+        EnglishTextNormalizer()
+        if code == "en"
+        else BasicTextNormalizer(split_letters=code in ("zh", "yue", "ja", "th", "lo", "my", "km"))
+    )
+
+
+def word_error_rate(reference: str, hypothesis: str, lang: str | None) -> float:
+    """WER after Whisper's normaliser (characters for languages written without spaces); 0 or 1 where no reference word is."""
+    import jiwer
+
+    normaliser = _word_normaliser(lang)
+    reference, hypothesis = (" ".join(normaliser(text).split()) for text in (reference, hypothesis))
+    if not reference:
+        return float(bool(hypothesis))
+    return jiwer.wer(reference, hypothesis)
+
+
+def split_key(entry: Entry, split_by: str) -> str | None:
+    """What must not be on both sides of a split: speaker, recording (what the audio is cut from), or the id alone."""
+    value = {"speaker": entry.speaker, "recording": entry.recording or entry.audio, "id": entry.id}[split_by]
+    return None if value is None else f"{entry.corpus}/{value}"
+
+
+def split_of(key: str, splits: dict[str, float], seed: int) -> str:
+    """The split that a key falls into: by its hash alone, so it is the same in every run, part and order of the corpus."""
+    place = int.from_bytes(hashlib.blake2b(f"split:{seed}:{key}".encode(), digest_size=8).digest(), "big") / 2**64
+    total = sum(splits.values())
+    for name, share in splits.items():
+        place -= share / total
+        if place < 0:
+            return name
+    return next(reversed(splits))

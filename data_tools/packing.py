@@ -1,0 +1,295 @@
+"""Planned shards to tars: worker processes, each writing whole shards; what is finished is never done again.
+
+A shard's tar is written under .pack/, brought to the disk, renamed into place, and only then is its summary written: a shard
+counts as done when its summary is there. Whatever a kill leaves, the next run makes the missing shards again, the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data_tools import quality
+from data_tools.audio import SAMPLE_RATE, make_clip
+from data_tools.corpora import Entry, Fault
+from data_tools.filters import FAULTS, Sieve, load_tokenizer
+from data_tools.plan import shard_entries
+from data_tools.shards import OPTIONAL_FIELDS, SAMPLE_DTYPE, OutputError, ShardSummary, ShardWriter, replace_file, write_index
+from data_tools.sources import ClipError, kind_of, open_sound
+
+WORK = ".pack"  # folder inside the output: the plan, unfinished shards, and what is known of finished ones
+_ENOUGH_TO_JUDGE = 100  # clips before a share of broken ones means something
+
+
+class PackError(RuntimeError):
+    """Packing cannot go on or be joined; one line: what, where, what to do."""
+
+
+@dataclass
+class Packing:
+    """One output folder and everything that its shards' bytes depend on."""
+
+    folder: Path
+    name: str
+    sieve: Sieve = field(default_factory=Sieve)
+    codec: str = "flac"
+    rate: int | None = SAMPLE_RATE
+    measure: bool = False
+    clearest_seconds: float | None = None  # clips of task sound are cut to their clearest stretch of this length
+    max_broken_share: float = 0.5
+
+    def file_name(self, shard: int) -> str:
+        return f"{self.name}-{shard:06d}.tar"
+
+    def summary_path(self, shard: int) -> Path:
+        return self.folder / WORK / "done" / f"{shard:06d}"
+
+    def write_shard(self, shard: int, progress=None) -> tuple[int, int]:
+        """Pack one planned shard; returns (clips tried, clips broken)."""
+        first, entries = shard_entries(self.folder / WORK / "plan", shard)
+        name = self.file_name(shard)
+        unfinished = self.folder / WORK / f"{name}.{os.uname().nodename}.{os.getpid()}"
+        writer, rejected = ShardWriter(unfinished), []
+        for number, entry in enumerate(entries, first):
+            try:
+                fault, seconds = self._add(writer, number, entry)
+            except ClipError as error:
+                fault, seconds = Fault(entry.id, error.reason, str(error), entry.corpus), entry.duration or 0.0
+            if fault is not None:
+                rejected.append((fault, seconds))
+            if progress is not None:
+                with progress.get_lock():
+                    progress.value += seconds
+        summary = writer.close(name)
+        try:
+            if len(summary.rows):
+                os.replace(unfinished, self.folder / name)
+            else:
+                unfinished.unlink()
+        except OSError as error:
+            raise OutputError(f"cannot write {self.folder / name}: {error.strerror}") from error
+        header = {
+            "name": name,
+            "filesize": summary.filesize,
+            "sha256": summary.sha256,
+            "tasks": summary.tasks,
+            "langs": summary.langs,
+            "codecs": summary.codecs,
+            "rejected": [[fault.to_json(), seconds] for fault, seconds in rejected],
+        }
+        replace_file(self.summary_path(shard), json.dumps(header).encode() + b"\n" + summary.rows.tobytes())
+        return len(entries), sum(fault.reason in FAULTS for fault, _ in rejected)
+
+    def _add(self, writer: ShardWriter, number: int, entry: Entry) -> tuple[Fault | None, float]:
+        """Decode, judge and append one sample; (why not, seconds). Errors: ClipError."""
+        key = f"{number:09d}-{re.sub(r'[^A-Za-z0-9_-]', '_', entry.id)[:60]}"
+        if entry.audio is None:
+            writer.add(key, None, "", record_of(entry, 0.0, None))
+            return None, 0.0
+        cut = None
+        if self.clearest_seconds and entry.task == "sound":
+            cut = lambda samples, rate: quality.clearest(samples, rate, self.clearest_seconds)  # noqa: E731
+        # A cut needs samples, so copy cannot pass such a clip through.
+        codec = "flac" if self.codec == "copy" and cut is not None else self.codec
+        clip = make_clip(entry.audio, entry.offset, entry.duration, codec=codec, rate=self.rate, cut=cut)
+        if fault := self.sieve.judge_clip(entry, clip.duration):
+            return fault, clip.duration
+        if len(clip.data) >= 2**32:
+            raise ClipError("too_large", f"{entry.audio}: {len(clip.data)} bytes, a shard's member holds less than 4 GiB")
+        record = record_of(entry, clip.duration, clip.sample_rate)
+        if self.measure and clip.samples is not None:
+            record["quality"] = quality.measure(clip.samples, clip.sample_rate)
+        writer.add(key, clip.data, clip.codec, record, tokens=len(self.sieve.token_ids(entry.text)))
+        return None, clip.duration
+
+    def run(self, shards: list[int], hours: float, workers: int) -> None:
+        """Pack the given planned shards in `workers` processes.
+
+        Errors: OutputError (raised in a worker, re-raised here), PackError past the share of broken clips,
+        BrokenProcessPool for a worker that died.
+        """
+        if self._will_resample(shards):
+            import torchaudio  # noqa: F401  loaded before the fork (seconds), so that workers share it; otherwise nobody pays
+        if self.sieve.filters.tokenizer:
+            load_tokenizer(self.sieve.filters.tokenizer)
+        context = get_context("fork")
+        progress = context.Value("d", 0.0)
+        pool = ProcessPoolExecutor(min(workers, len(shards)), context, _start_worker, (self, progress))
+        try:
+            self._follow({pool.submit(_work, shard) for shard in shards}, hours, progress)
+        finally:
+            # Shards that stand in the queue are dropped; one that is being written when another fails ends first.
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _will_resample(self, shards: list[int]) -> bool:
+        """Whether the first clip of some of the shards is at another rate. A guess: a worker that needs torchaudio loads it."""
+        for shard in shards[:: max(1, len(shards) // 8)]:
+            entries = shard_entries(self.folder / WORK / "plan", shard)[1]
+            audio = next((entry.audio for entry in entries if entry.audio and kind_of(entry.audio)[0] != "pipe"), None)
+            try:
+                if self.rate and self.codec != "copy" and audio and open_sound(audio).samplerate != self.rate:
+                    return True
+            except ClipError:
+                continue
+        return False
+
+    def _follow(self, pending: set[Future], hours: float, progress) -> None:
+        started, shown, tried, broken = time.monotonic(), 0.0, 0, 0
+        with tqdm(
+            total=hours,
+            desc=f"packing {len(pending)} shards",
+            disable=None,
+            mininterval=1.0,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} h [{elapsed}<{remaining}{postfix}]",
+        ) as bar:
+            while pending:
+                done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in done:
+                    clips, bad = future.result()
+                    tried, broken = tried + clips, broken + bad
+                now = progress.value / 3600
+                # Durations that the corpus does not tell are guesses: the total moves when they turn out to be low.
+                bar.total = max(bar.total, now)
+                bar.update(now - shown)
+                shown = now
+                bar.set_postfix_str(f"{now / (time.monotonic() - started) * 3600:.0f} audio-hours/h, {len(pending)} shards left")
+                if tried >= _ENOUGH_TO_JUDGE and broken > self.max_broken_share * tried:
+                    raise PackError(
+                        f"{broken} of {tried} clips are missing or broken: stopped. {self._first_fault()} "
+                        f"Mend the corpus, remove {self.folder / WORK} and run again, or raise --max-broken-share"
+                    )
+
+    def _first_fault(self) -> str:
+        for path in sorted((self.folder / WORK / "done").glob("[0-9]*")):
+            for line, _ in self.load(int(path.name))[1]:
+                fault = json.loads(line)
+                return f"The first: {fault['id']}: {fault['reason']}: {fault['detail']}."
+        return ""
+
+    def load(self, shard: int) -> tuple[ShardSummary, list]:
+        """A finished shard's summary and its [reject line, seconds] pairs."""
+        header, _, rows = self.summary_path(shard).read_bytes().partition(b"\n")
+        values = json.loads(header)
+        rejected = values.pop("rejected")
+        return ShardSummary(rows=np.frombuffer(rows, dtype=SAMPLE_DTYPE), **values), rejected
+
+    def clear_unfinished(self) -> None:
+        """Remove what killed processes of this machine left half written (those of other machines go with the merge)."""
+        host = os.uname().nodename
+        for path in (self.folder / WORK).glob(f"*.{host}.*"):
+            if not Path(f"/proc/{path.name.rpartition('.')[2]}").exists():
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def missing(self, shards: int) -> list[int]:
+        return [shard for shard in range(shards) if not self.summary_path(shard).exists()]
+
+    def merge(self, plan: dict) -> dict:
+        """Join all finished shards into index and rejected.jsonl; then the working folder goes. Returns the index."""
+        missing = self.missing(plan["shards"])
+        if missing:
+            some = ", ".join(map(str, missing[:10])) + (" ..." if len(missing) > 10 else "")
+            raise PackError(
+                f"{len(missing)} of {plan['shards']} shards of {self.folder} are not packed yet (numbers {some}): "
+                "run the parts that hold them again, then merge"
+            )
+        counts, seconds = (
+            Counter(plan["rejected"]),
+            Counter({reason: hours * 3600 for reason, hours in plan["rejected_hours"].items()}),
+        )
+        unfinished = self.folder / WORK / "rejected.jsonl"
+        try:
+            with open(unfinished, "w", encoding="utf-8") as out:
+                with open(self.folder / WORK / "plan" / "rejected.jsonl", encoding="utf-8") as planned:
+                    shutil.copyfileobj(planned, out)
+                for shard in range(plan["shards"]):
+                    for line, duration in self.load(shard)[1]:
+                        reason = json.loads(line)["reason"]
+                        counts[reason] += 1
+                        seconds[reason] += duration
+                        out.write(line + "\n")
+            os.replace(unfinished, self.folder / "rejected.jsonl")
+        except OSError as error:
+            raise OutputError(f"cannot write {unfinished}: {error.strerror}") from error
+        if not any(True for _ in self._summaries(plan["shards"])):
+            raise PackError(f"no sample was left to pack ({dict(counts)}): {self.folder / 'rejected.jsonl'} says why for each")
+        report = {
+            "rejected": dict(sorted(counts.items())),
+            "other_splits": plan["other_splits"],
+            "rejected_hours": {reason: round(value / 3600, 6) for reason, value in sorted(seconds.items())},
+        }
+        index = write_index(
+            self.folder, self.name, _Again(lambda: self._summaries(plan["shards"])), {**report, "options": plan["digest"]}
+        )
+        shutil.rmtree(self.folder / WORK)
+        return index
+
+    def _summaries(self, shards: int):
+        for shard in range(shards):
+            summary, _ = self.load(shard)
+            if len(summary.rows):
+                yield summary
+
+
+class _Again:
+    """An iterable that starts anew each time."""
+
+    def __init__(self, start):
+        self.start = start
+
+    def __iter__(self):
+        return self.start()
+
+
+def record_of(entry: Entry, duration: float, sample_rate: int | None) -> dict:
+    """What KEY.json holds."""
+    record = {
+        "id": entry.id,
+        "corpus": entry.corpus,
+        "task": entry.task,
+        "text": entry.text,
+        "lang": entry.lang,
+        "duration": round(duration, 6),
+        "sample_rate": sample_rate,
+    }
+    record.update({name: value for name in OPTIONAL_FIELDS if (value := getattr(entry, name)) is not None})
+    return record
+
+
+_packing: Packing | None = None
+_progress = None
+
+
+def _start_worker(packing: Packing, progress) -> None:
+    global _packing, _progress
+    _packing, _progress = packing, progress
+    # One thread a worker, whether torch is here already or comes with the first clip to resample.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends workers without a traceback each; the parent says what to do
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    """A worker whose parent was killed would wait for work for ever, since it holds the other end of its own queue."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _work(shard: int) -> tuple[int, int]:
+    return _packing.write_shard(shard, _progress)
