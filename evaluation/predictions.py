@@ -68,9 +68,9 @@ class PredictionFile:
             self.run_file.write_text(json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n")
 
     def done(self) -> set[str]:
-        """Keys (corpus/id) of the rows that some rank has finished."""
+        """Ids of the rows that some rank has finished. (A packed folder is one corpus: its ids are unique.)"""
         files = [*self.parts(), *([self.path] if self.path.exists() else [])]
-        return {row_key(row) for file in files for row in read_rows(file)}
+        return {row["id"] for file in files for row in read_rows(file)}
 
     def append(self, rows: list[dict], rejected: list[dict] = ()) -> None:
         """Add rows; they are on disk when this returns."""

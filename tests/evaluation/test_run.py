@@ -1,0 +1,175 @@
+"""Predictions: what batching, interruption and several ranks must not change."""
+
+import json
+import multiprocessing
+import os
+import socket
+
+import pytest
+import torch
+
+from data_tools.shards import ShardIndex
+from evaluation import run
+from evaluation.predictions import PredictionFile, read_rows
+from model import folder
+from model.batch import Batch
+from model.prompt import chat_ids, messages_of, prompt_of
+from tests.evaluation.conftest import config_of
+from train.data.reader import decode
+
+
+def alone(model, waveform, messages) -> Batch:
+    """A batch of one clip, built without the stream."""
+    ids = chat_ids(model.tokenizer, messages, "chat")[0] if messages else []
+    empty = torch.zeros(1, 0, dtype=torch.long)
+    ids = torch.tensor([ids], dtype=torch.long)
+    return Batch(waveforms=waveform[None], features=None, audio_lengths=torch.tensor([len(waveform)]), audio_is_dummy=False,
+                 ctc_targets=empty, ctc_target_lengths=torch.tensor([0]), has_transcript=torch.tensor([False]),
+                 input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.full_like(ids, -100), ids=["x"])
+
+
+def expected(path, shards, task, generate) -> dict[str, str]:
+    """The answers to each readable clip of a task, one at a time."""
+    model, index, answers = folder.load(path), ShardIndex.load(shards), {}
+    for row in range(len(index)):
+        audio, sample = index.read(row)
+        if sample["task"] != task or sample["id"] == "asr-7":
+            continue
+        batch = alone(model, decode(audio), prompt_of(messages_of(sample)) if generate else None)
+        if generate:
+            tokens = model.generate(batch, max_new_tokens=6)[0]
+            answers[sample["id"]] = model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        else:
+            answers[sample["id"]] = model.ctc_greedy(batch)[0]
+    return answers
+
+
+def command(path, shards, out, *more) -> list[str]:
+    return ["--model", str(path), "--shards", str(shards), "--out", str(out), "--workers", "0", "--max-new-tokens", "6",
+            "--device", "cpu", *more]
+
+
+def predictions(out) -> dict[str, str]:
+    return {row["id"]: row["prediction"] for row in read_rows(out)}
+
+
+def test_stage_one_reads_ctc(folders, packed, tmp_path, capsys):
+    out = tmp_path / "p.jsonl"
+    assert run.main(command(folders / "alignment", packed, out, "--batch-seconds", "3")) == 0
+    wanted = expected(folders / "alignment", packed, "asr", generate=False)
+    assert len(wanted) == 7 and any(wanted.values())
+    assert predictions(out) == wanted
+    assert "WER" in capsys.readouterr().out
+    row = read_rows(out)[1]
+    assert row["reference"] == "words of clip 1" and 0 < row["kept"] <= row["frames"] == 33  # 1.3 s: 65 encoder frames, by twos
+    scores = json.loads(out.with_suffix(".scores.json").read_text())
+    assert scores["rejected"] == 1 and scores["tasks"]["asr"]["utterances"] == 7
+    assert [r["id"] for r in read_rows(out.with_suffix(".rejected.jsonl"))] == ["asr-7"]
+
+
+def test_stage_two_generates(folders, packed, tmp_path):
+    out = tmp_path / "p.jsonl"
+    assert run.main(command(folders / "shrinking", packed, out, "--task", "all", "--batch-seconds", "3")) == 0
+    got = predictions(out)
+    wanted = expected(folders / "shrinking", packed, "asr", generate=True)
+    wanted |= expected(folders / "shrinking", packed, "translation", generate=True)
+    assert {key: got[key] for key in wanted} == wanted and len(set(wanted.values())) > 1
+    scores = json.loads(out.with_suffix(".scores.json").read_text())["tasks"]
+    assert set(scores) == {"asr", "text", "translation"} and scores["text"]["metric"] == "accuracy"
+    assert all(row["tokens"] <= 6 for row in read_rows(out))
+
+
+def test_ctc_of_a_later_stage_scores_transcripts(folders, packed, tmp_path):
+    out = tmp_path / "p.jsonl"
+    assert run.main(command(folders / "shrinking", packed, out, "--task", "translation", "--decode", "ctc")) == 0
+    assert {(row["task"], row["reference"]) for row in read_rows(out)} == {("asr", "words of clip 8"), ("asr", "words of clip 9")}
+
+
+def test_interrupted_run_goes_on(folders, packed, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "p.jsonl"
+    more = ("--batch-seconds", "2.5")
+    assert run.main(command(folders / "alignment", packed, whole, *more)) == 0
+    append, calls = PredictionFile.append, []
+
+    def killed(self, rows, rejected=()):
+        if len(calls) == 2:
+            with self.part.open("a") as part:
+                part.write('{"id": "asr-')  # a write that was cut
+            raise KeyboardInterrupt
+        calls.append(rows)
+        append(self, rows, rejected)
+
+    monkeypatch.setattr(PredictionFile, "append", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.main(command(folders / "alignment", packed, out, *more))
+    done = sum(map(len, calls))
+    assert 0 < done < 7
+    again = []
+
+    def counted(self, rows, rejected=()):
+        again.extend(rows)
+        append(self, rows, rejected)
+
+    monkeypatch.setattr(PredictionFile, "append", counted)
+    assert run.main(command(folders / "alignment", packed, out, *more)) == 0
+    assert len(again) == 7 - done and predictions(out) == predictions(whole)
+    assert not list(tmp_path.glob("*.rank-*"))
+
+
+def test_other_settings_are_refused(folders, packed, tmp_path, capsys):
+    out = tmp_path / "p.jsonl"
+    assert run.main(command(folders / "alignment", packed, out, "--limit", "3")) == 0
+    assert len(read_rows(out)) == 3
+    assert run.main(command(folders / "alignment", packed, out, "--limit", "4")) == 2
+    assert "limit was 3, is 4" in capsys.readouterr().err
+    assert run.main(command(folders / "alignment", packed, out, "--limit", "4", "--restart")) == 0
+    assert len(read_rows(out)) == 4
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (("--task", "emotion"), "give --task asr or text or translation"),
+    (("--decode", "generate"), "stage I, which has no LLM"),
+    (("--split", "nowhere"), "holds no index.json"),
+])
+def test_wrong_commands_are_one_line(folders, packed, tmp_path, capsys, more, message):
+    assert run.main(command(folders / "alignment", packed, tmp_path / "p.jsonl", *more)) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_untrained_is_the_score_before(parts, folders, packed, tmp_path):
+    """The recipe's seed decides it: the same adapters as a build under that seed."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"stage: alignment\nmodel:\n  attention_implementation: sdpa\n  encoder: {{name: {parts / 'whisper'}}}\n"
+                      f"  llm: {{name: {parts / 'llm'}, lora_r: 4}}\n")
+    out = tmp_path / "p.jsonl"
+    arguments = command("x", packed, out)[2:]
+    assert run.main(["--untrained", str(recipe), *arguments, "seed=2"]) == 0
+    assert predictions(out) == expected(folders / "alignment", packed, "asr", generate=False)  # built under seed 2 as well
+    assert config_of(parts).llm.lora_r == 4
+
+
+def one_rank(rank: int, port: int, arguments: list[str]) -> None:
+    """What torchrun gives a process, without a second import of everything."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
+    code = run.main(arguments)
+    run.end_ranks()
+    os._exit(code)
+
+
+def test_two_ranks_share_and_merge(folders, packed, tmp_path):
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    assert run.main(command(folders / "alignment", packed, one)) == 0
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = command(folders / "alignment", packed, two, "--batch-seconds", "2")
+    ranks = [multiprocessing.get_context("fork").Process(target=one_rank, args=(rank, port, arguments)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    assert predictions(two) == predictions(one) and len(read_rows(two)) == 7
+    assert json.loads(two.with_suffix(".scores.json").read_text())["rejected"] == 1
