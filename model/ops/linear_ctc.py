@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from . import cpp, operator, reference
+from . import cpp_backend, operator, reference
 
 IMPLEMENTATIONS = ("auto", "cpp", "triton", "reference")
 
@@ -48,13 +48,13 @@ def linear_ctc(hidden: Tensor, weight: Tensor, input_lengths: Tensor, targets: T
         raise ValueError(f"linear_ctc: reduction='{reduction}' is unknown: give 'none', 'mean' or 'sum'")
     hidden, input_lengths = _checked(hidden, weight, input_lengths, blank, extra_row)
     if targets.dim() != 2 or targets.shape[0] != hidden.shape[0] or target_lengths.shape != hidden.shape[:1]:
-        raise ValueError(f"linear_ctc: targets {tuple(targets.shape)} and target_lengths {tuple(target_lengths.shape)} must be [B, U] "
-                         f"and [B] with B = {hidden.shape[0]}")
+        raise ValueError(f"linear_ctc: targets {tuple(targets.shape)} and target_lengths {tuple(target_lengths.shape)} must be "
+                         f"[B, U] and [B] with B = {hidden.shape[0]}")
     targets, target_lengths = targets.to(hidden.device), target_lengths.to(hidden.device)
     if skip_below is None:
         skip_below = default_skip_below(hidden.dtype)
-    loss, *frames = _run(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank, float(skip_below), implementation,
-                         deterministic)
+    problem = operator.Problem(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank)
+    loss, *frames = _run(problem, float(skip_below), implementation, deterministic)
     if zero_infinity:
         loss = torch.where(loss == torch.inf, 0.0, loss)
     if reduction == "mean":
@@ -69,20 +69,21 @@ def linear_argmax(hidden: Tensor, weight: Tensor, input_lengths: Tensor, *, blan
                   implementation: str = "auto") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sweep alone: argmax [B, T] int64, and lse, largest logit, blank's logit [B, T] float32. Arguments as linear_ctc."""
     hidden, input_lengths = _checked(hidden, weight, input_lengths, blank, extra_row)
-    no_targets = input_lengths.new_zeros((hidden.shape[0], 0))
-    _, *frames = _run(hidden, weight, extra_row, input_lengths, no_targets, torch.zeros_like(input_lengths), blank, 0.0, implementation,
-                      False)
+    none = input_lengths.new_zeros((hidden.shape[0], 0))
+    problem = operator.Problem(hidden, weight, extra_row, input_lengths, none, torch.zeros_like(input_lengths), blank)
+    _, *frames = _run(problem, 0.0, implementation, False)
     return tuple(frames)
 
 
-def _checked(hidden: Tensor, weight: Tensor, input_lengths: Tensor, blank: int, extra_row: Tensor | None) -> tuple[Tensor, Tensor]:
+def _checked(hidden: Tensor, weight: Tensor, input_lengths: Tensor, blank: int,
+             extra_row: Tensor | None) -> tuple[Tensor, Tensor]:
     """What the shapes alone can tell; hidden in the dtype of the products."""
     if hidden.dim() != 3 or weight.dim() != 2 or hidden.shape[2] != weight.shape[1]:
         raise ValueError(f"linear_ctc: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit: they must be "
                          "[B, T, D] and [V, D]")
     if extra_row is not None and (extra_row.shape != weight.shape[1:] or blank != weight.shape[0]):
-        raise ValueError(f"linear_ctc: extra_row {tuple(extra_row.shape)} must be [D] = [{weight.shape[1]}], and blank {blank} its "
-                         f"index V = {weight.shape[0]}")
+        raise ValueError(f"linear_ctc: extra_row {tuple(extra_row.shape)} must be [D] = [{weight.shape[1]}], and blank {blank} "
+                         f"its index V = {weight.shape[0]}")
     vocabulary = weight.shape[0] + (extra_row is not None)
     if not 0 <= blank < vocabulary:
         raise ValueError(f"linear_ctc: blank {blank} lies outside the vocabulary of {vocabulary} tokens")
@@ -102,14 +103,14 @@ def _choose(implementation: str, device: str, dtype: torch.dtype) -> str:
         if dtype == torch.float64:
             return "reference"
         if device == "cpu":
-            return "cpp" if cpp.available() else "reference"
+            return "cpp" if cpp_backend.available() else "reference"
         return "triton" if device == "cuda" and _has_triton() else "reference"
-    if implementation == "cpp" and (device != "cpu" or dtype == torch.float64 or not cpp.available()):
+    if implementation == "cpp" and (device != "cpu" or dtype == torch.float64 or not cpp_backend.available()):
         raise ValueError(f"linear_ctc: implementation='cpp' runs on CPU tensors up to float32 where a C++ compiler is; these are "
                          f"{dtype} on {device}: choose 'auto'")
     if implementation == "triton" and (dtype == torch.float64 or not _has_triton()):
-        raise ValueError(f"linear_ctc: implementation='triton' needs the triton package and tensors up to float32; these are {dtype} on "
-                         f"{device}: choose 'auto'")
+        raise ValueError(f"linear_ctc: implementation='triton' needs the triton package and tensors up to float32; these are "
+                         f"{dtype} on {device}: choose 'auto'")
     return implementation
 
 
@@ -120,16 +121,14 @@ def _has_triton() -> bool:
     return False
 
 
-def _run(hidden: Tensor, weight: Tensor, extra_row: Tensor | None, input_lengths: Tensor, targets: Tensor, target_lengths: Tensor,
-         blank: int, skip_below: float, implementation: str, deterministic: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _run(problem: operator.Problem, skip_below: float, implementation: str,
+         deterministic: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss [B] (inf where impossible), and the four [B, T] results."""
+    hidden, weight, extra_row, *_ = problem
     implementation = _choose(implementation, hidden.device.type, hidden.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         if implementation == "reference":
-            vocabulary = weight.shape[0] + (extra_row is not None)
-            operator.check_values(vocabulary, hidden.shape[1], input_lengths, targets, target_lengths, blank)
-            is_label = torch.arange(targets.shape[1], device=targets.device)[None] < target_lengths[:, None]
-            return reference.linear_ctc(hidden, weight, extra_row, input_lengths, targets.masked_fill(~is_label, 0), target_lengths, blank)
+            problem.check_values()
+            return reference.linear_ctc(*problem._replace(targets=problem.targets.masked_fill(~problem.is_label(), 0)))
         with_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, extra_row))
-        return operator.forward(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank, skip_below, implementation,
-                                deterministic, with_gradient)[:5]
+        return operator.forward(*problem, skip_below, implementation, deterministic, with_gradient)[:5]

@@ -1,13 +1,14 @@
 """The op as torch knows it: schema, shapes without values (fake), gradient. The work is in the backends.
 
-A backend is a module with forward(...) and backward(...) as called below. `weight` is saved as the very tensor that was
-given: under DeepSpeed ZeRO-3 that is the Parameter, whose storage is swapped in place when its module is gathered and
-released; nothing here keeps a view, a cast or a copy of it between forward and backward.
+A backend is a module of this package with `forward` and `backward` as called below. `weight` is saved as the very tensor
+that was given: under DeepSpeed ZeRO-3 that is the Parameter, whose storage is swapped in place when its module is gathered
+and released; nothing here keeps a view, a cast or a copy of it between forward and backward.
 """
 
 from __future__ import annotations
 
 import importlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,87 +17,125 @@ from torch import Tensor
 TILE = 512
 
 
-def _backend(implementation: str):
-    return importlib.import_module(f".{implementation}", __package__)
+class Problem(NamedTuple):
+    """The op's inputs, as linear_ctc describes them."""
 
+    hidden: Tensor
+    weight: Tensor
+    extra_row: Tensor | None
+    input_lengths: Tensor
+    targets: Tensor
+    target_lengths: Tensor
+    blank: int
 
-def check_values(vocabulary: int, frames: int, input_lengths: Tensor, targets: Tensor, target_lengths: Tensor, blank: int) -> None:
-    """ValueError that names the utterance whose lengths or targets do not fit."""
-    for name, lengths, limit, symbol in (("input", input_lengths, frames, "T"), ("target", target_lengths, targets.shape[1], "U")):
-        wrong = ((lengths < 0) | (lengths > limit)).nonzero()
+    @property
+    def vocabulary(self) -> int:
+        return self.weight.shape[0] + (self.extra_row is not None)
+
+    @property
+    def tiles(self) -> int:
+        return (self.weight.shape[0] + TILE - 1) // TILE
+
+    def is_label(self) -> Tensor:
+        """[B, U] bool: which targets are real, not padding."""
+        return torch.arange(self.targets.shape[1], device=self.targets.device)[None] < self.target_lengths[:, None]
+
+    def check_values(self) -> None:
+        """ValueError that names the utterance whose lengths or targets do not fit."""
+        for name, lengths, limit in (("input", self.input_lengths, self.hidden.shape[1]),
+                                     ("target", self.target_lengths, self.targets.shape[1])):
+            wrong = ((lengths < 0) | (lengths > limit)).nonzero()
+            if len(wrong):
+                row = int(wrong[0])
+                raise ValueError(f"linear_ctc: utterance {row}: {name} length {int(lengths[row])} is not within 0 to {limit}")
+        targets = self.targets
+        wrong = (self.is_label() & ((targets < 0) | (targets >= self.vocabulary) | (targets == self.blank))).nonzero()
         if len(wrong):
-            row = int(wrong[0])
-            raise ValueError(f"linear_ctc: utterance {row}: {name} length {int(lengths[row])} is not within 0 to {symbol} = {limit}")
-    is_label = torch.arange(targets.shape[1], device=targets.device)[None] < target_lengths[:, None]
-    wrong = (is_label & ((targets < 0) | (targets >= vocabulary) | (targets == blank))).nonzero()
-    if len(wrong):
-        row, place = wrong[0].tolist()
-        what = "is the blank" if int(targets[row, place]) == blank else f"lies outside the vocabulary of {vocabulary} tokens"
-        raise ValueError(f"linear_ctc: utterance {row}: target {int(targets[row, place])} at position {place} {what}")
+            row, place = wrong[0].tolist()
+            target = int(targets[row, place])
+            what = "is the blank" if target == self.blank else f"lies outside the vocabulary of {self.vocabulary} tokens"
+            raise ValueError(f"linear_ctc: utterance {row}: target {target} at position {place} {what}")
+
+
+class Kept(NamedTuple):
+    """What forward leaves for backward. None of it is as long as frames x vocabulary."""
+
+    loss: Tensor  # [B], inf where no alignment exists
+    lse: Tensor  # [B, T]
+    blank_logit: Tensor  # [B, T]
+    log_mass: Tensor  # [B * T, tiles] log of the sum of exp(logit) over each tile's tokens; unset for padded frames
+    occupancy: Tensor  # [B, T, U + 1] probability of each position of the target at each frame; last column: of any blank
+
+
+def _backend(implementation: str):
+    return importlib.import_module(f".{implementation}_backend", __package__)
 
 
 @torch.library.custom_op("soundwave::linear_ctc", mutates_args=())
-def forward(hidden: Tensor, weight: Tensor, extra_row: Tensor | None, input_lengths: Tensor, targets: Tensor, target_lengths: Tensor,
-            blank: int, skip_below: float, implementation: str, deterministic: bool,
+def forward(hidden: Tensor, weight: Tensor, extra_row: Tensor | None, input_lengths: Tensor, targets: Tensor,
+            target_lengths: Tensor, blank: int, skip_below: float, implementation: str, deterministic: bool,
             with_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss [B] (inf where impossible); argmax, lse, largest logit, blank's logit [B, T]; and what backward needs: the log of
-    each tile's sum of exponentials [B T, tiles] and the occupancy of labels and blank [B, T, U + 1]."""
-    vocabulary = weight.shape[0] + (extra_row is not None)
-    check_values(vocabulary, hidden.shape[1], input_lengths, targets, target_lengths, blank)
-    return _backend(implementation).forward(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank, deterministic,
-                                            with_gradient)
+    """loss, argmax, lse, largest logit, blank's logit; then log_mass and occupancy as in Kept (empty without gradient)."""
+    problem = Problem(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank)
+    problem.check_values()
+    return _backend(implementation).forward(problem, deterministic, with_gradient)
 
 
 @forward.register_fake
-def _(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank, skip_below, implementation, deterministic, with_gradient):
+def _(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank, skip_below, implementation, deterministic,
+      with_gradient):
+    problem = Problem(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank)
     batch, length, _ = hidden.shape
-    tiles = (weight.shape[0] + TILE - 1) // TILE
 
     def float32(*shape):
         return hidden.new_empty(shape, dtype=torch.float32)
 
     occupancy = (batch, length, targets.shape[1] + 1) if with_gradient else (0, 0, 0)
-    return (float32(batch), hidden.new_empty((batch, length), dtype=torch.int64), float32(batch, length), float32(batch, length),
-            float32(batch, length), float32(batch * length, tiles), float32(*occupancy))
+    frames = [float32(batch, length) for _ in range(3)]
+    return (float32(batch), hidden.new_empty((batch, length), dtype=torch.int64), *frames,
+            float32(batch * length, problem.tiles), float32(*occupancy))
 
 
 @torch.library.custom_op("soundwave::linear_ctc_backward", mutates_args=())
-def backward(loss_gradient: Tensor, hidden: Tensor, weight: Tensor, extra_row: Tensor | None, input_lengths: Tensor, targets: Tensor,
-             target_lengths: Tensor, blank: int, skip_below: float, implementation: str, deterministic: bool, loss: Tensor, lse: Tensor,
-             blank_logit: Tensor, log_mass: Tensor, occupancy: Tensor, want_hidden: bool, want_weight: bool,
-             want_extra: bool) -> tuple[Tensor, Tensor, Tensor]:
+def backward(loss_gradient: Tensor, hidden: Tensor, weight: Tensor, extra_row: Tensor | None, input_lengths: Tensor,
+             targets: Tensor, target_lengths: Tensor, blank: int, loss: Tensor, lse: Tensor, blank_logit: Tensor,
+             log_mass: Tensor, occupancy: Tensor, skip_below: float, implementation: str, deterministic: bool,
+             want_hidden: bool, want_weight: bool, want_extra: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and extra_row; an empty tensor for each that is not wanted."""
-    return _backend(implementation).backward(loss_gradient, hidden, weight, extra_row, input_lengths, targets, target_lengths, blank,
-                                             skip_below, deterministic, loss, lse, blank_logit, log_mass, occupancy, want_hidden,
-                                             want_weight, want_extra)
+    problem = Problem(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank)
+    kept = Kept(loss, lse, blank_logit, log_mass, occupancy)
+    wanted = (want_hidden, want_weight, want_extra)
+    return _backend(implementation).backward(problem, kept, loss_gradient, skip_below, deterministic, wanted)
 
 
 @backward.register_fake
-def _(loss_gradient, hidden, weight, extra_row, input_lengths, targets, target_lengths, blank, skip_below, implementation, deterministic,
-      loss, lse, blank_logit, log_mass, occupancy, want_hidden, want_weight, want_extra):
+def _(loss_gradient, hidden, weight, extra_row, input_lengths, targets, target_lengths, blank, loss, lse, blank_logit, log_mass,
+      occupancy, skip_below, implementation, deterministic, want_hidden, want_weight, want_extra):
     def like(tensor, wanted):
-        return torch.empty_like(tensor, memory_format=torch.contiguous_format) if wanted else hidden.new_empty(0, dtype=torch.float32)
+        if not wanted:
+            return hidden.new_empty(0, dtype=torch.float32)
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
     return like(hidden, want_hidden), like(weight, want_weight), like(extra_row, want_extra)
 
 
 def _save(ctx, inputs, output):
-    (hidden, weight, extra_row, input_lengths, targets, target_lengths, ctx.blank, ctx.skip_below, ctx.implementation,
-     ctx.deterministic, with_gradient) = inputs
+    *problem, ctx.skip_below, ctx.implementation, ctx.deterministic, _ = inputs
     loss, argmax, lse, largest, blank_logit, log_mass, occupancy = output
     ctx.mark_non_differentiable(argmax, lse, largest, blank_logit, log_mass, occupancy)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, extra_row, input_lengths, targets, target_lengths, loss, lse, blank_logit, log_mass, occupancy)
+    *tensors, ctx.blank = problem
+    ctx.save_for_backward(*tensors, *Kept(loss, lse, blank_logit, log_mass, occupancy))
 
 
 def _gradient(ctx, loss_gradient, *_):
     nothing = (None,) * 11
     if loss_gradient is None:
         return nothing
-    hidden, weight, extra_row, input_lengths, targets, target_lengths, *kept = ctx.saved_tensors
+    saved = ctx.saved_tensors
+    problem = Problem(*saved[:6], ctx.blank)
     wanted = ctx.needs_input_grad[:3]
-    gradients = backward(loss_gradient, hidden, weight, extra_row, input_lengths, targets, target_lengths, ctx.blank, ctx.skip_below,
-                         ctx.implementation, ctx.deterministic, *kept, *wanted)
+    gradients = backward(loss_gradient, *problem, *saved[6:], ctx.skip_below, ctx.implementation, ctx.deterministic, *wanted)
     return tuple(gradient if want else None for gradient, want in zip(gradients, wanted)) + nothing[3:]
 
 

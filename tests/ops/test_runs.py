@@ -32,6 +32,7 @@ def test_runs(keep, keep_blank_runs):
         assert kept.shape[1] == kept_lengths.max()
         for row in range(batch):
             n = int(lengths[row])
-            expected = by_hand(argmax[row, :n].tolist(), peak[row].tolist(), 0, keep, keep_blank_runs, blank_logprob[row].tolist())
+            expected = by_hand(argmax[row, :n].tolist(), peak[row].tolist(), 0, keep, keep_blank_runs,
+                               blank_logprob[row].tolist())
             assert kept[row, :kept_lengths[row]].tolist() == expected
             assert (kept[row, kept_lengths[row]:] == 0).all()

@@ -245,10 +245,10 @@ struct Column {
 
 // Gradients of sum(loss_gradient * loss) for hidden, weight and extra_row; empty where not wanted.
 std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& loss_gradient, const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& extra_row,
-    const Tensor& input_lengths, const Tensor& targets, const Tensor& target_lengths, int64_t blank, int64_t tile,
-    double skip_below, const Tensor& loss, const Tensor& lse_in, const Tensor& blank_logit_in, const Tensor& log_mass_in,
-    const Tensor& occupancy_in, bool want_hidden, bool want_weight, bool want_extra, bool native_bf16) {
+    const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& extra_row, const Tensor& input_lengths,
+    const Tensor& targets, const Tensor& target_lengths, int64_t blank, const Tensor& loss, const Tensor& lse_in,
+    const Tensor& blank_logit_in, const Tensor& log_mass_in, const Tensor& occupancy_in, const Tensor& loss_gradient, int64_t tile,
+    double skip_below, bool want_hidden, bool want_weight, bool want_extra, bool native_bf16) {
   at::AutoDispatchBelowAutograd guard;
   const int64_t batch = hidden.size(0), length = hidden.size(1), depth = hidden.size(2), vocabulary = weight.size(0);
   const int64_t tiles = (vocabulary + tile - 1) / tile, slots = occupancy_in.size(2);
@@ -401,9 +401,9 @@ TORCH_LIBRARY(soundwave_cpu, library) {
       "int blank, int tile, bool with_gradient, bool native_bf16) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       &soundwave::forward);
   library.def(
-      "backward(Tensor loss_gradient, Tensor hidden, Tensor weight, Tensor? extra_row, Tensor input_lengths, Tensor targets, "
-      "Tensor target_lengths, int blank, int tile, float skip_below, Tensor loss, Tensor lse, Tensor blank_logit, "
-      "Tensor log_mass, Tensor occupancy, bool want_hidden, bool want_weight, bool want_extra, bool native_bf16) "
+      "backward(Tensor hidden, Tensor weight, Tensor? extra_row, Tensor input_lengths, Tensor targets, Tensor target_lengths, "
+      "int blank, Tensor loss, Tensor lse, Tensor blank_logit, Tensor log_mass, Tensor occupancy, Tensor loss_gradient, "
+      "int tile, float skip_below, bool want_hidden, bool want_weight, bool want_extra, bool native_bf16) "
       "-> (Tensor, Tensor, Tensor)",
       &soundwave::backward);
 }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -12,19 +13,56 @@ namespace soundwave {
 
 constexpr double LOG_ZERO = -1e30;
 
-// out[s] = log(exp(a[s]) + exp(b[s]) + exp(c[s] + penalty[s])) + add[s]
+#if defined(__AVX512F__)
+constexpr int64_t WIDE = 8;
+#else
+constexpr int64_t WIDE = 4;
+#endif
+typedef double Doubles __attribute__((vector_size(WIDE * 8)));
+typedef int64_t Longs __attribute__((vector_size(WIDE * 8)));
+
+inline Doubles load(const double* from) {
+  Doubles value;
+  std::memcpy(&value, from, sizeof(value));
+  return value;
+}
+
+inline void store(double* to, Doubles value) { std::memcpy(to, &value, sizeof(value)); }
+
+// exp(x) for x <= 0, relative error below 1e-12: x = k log 2 + r, Taylor series of exp(r) to the 10th power.
+inline Doubles exponential(Doubles x) {
+  x = x < -700.0 ? Doubles{} - 700.0 : x;  // still a normal number; false for NaN, which passes through
+  const double magic = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer, which stays in the low bits
+  const Doubles shifted = x * 1.4426950408889634 + magic;
+  const Doubles power = shifted - magic;
+  const Doubles r = (x - power * 0.693147180369123816490) - power * 1.90821492927058770002e-10;  // log 2 in two parts
+  Doubles sum = Doubles{} + 1.0;
+  for (int k = 10; k > 0; --k) sum = sum * r * (1.0 / k) + 1.0;
+  Longs exponent;
+  std::memcpy(&exponent, &shifted, sizeof(exponent));
+  exponent = (exponent + 1023) << 52;
+  Doubles scale;
+  std::memcpy(&scale, &exponent, sizeof(scale));
+  return sum * scale;
+}
+
+// log(x) for 1 <= x <= 3, error below 1e-12: log x = log sqrt(3) + 2 artanh((x - sqrt 3) / (x + sqrt 3)), by its series.
+inline Doubles logarithm(Doubles x) {
+  const Doubles z = (x - 1.7320508075688772) / (x + 1.7320508075688772), square = z * z;
+  Doubles sum = {};
+  for (int k = 21; k > 0; k -= 2) sum = sum * square + 1.0 / k;
+  return 0.54930614433405485 + 2.0 * z * sum;
+}
+
+// out[s] = log(exp(a[s]) + exp(b[s]) + exp(c[s] + penalty[s])) + add[s] for s < n, and beyond up to a full vector.
 inline void log_add(const double* a, const double* b, const double* c, const double* penalty, const double* add, double* out,
                     int64_t n) {
-#pragma omp simd
-  for (int64_t s = 0; s < n; ++s) {
-    const double third = c[s] + penalty[s];
-    const double two = a[s] > b[s] ? a[s] : b[s];
-    const double top = two > third ? two : third;
-    // exp(-700) is still a normal number; a NaN passes through the comparisons.
-    const double da = a[s] - top < -700.0 ? -700.0 : a[s] - top;
-    const double db = b[s] - top < -700.0 ? -700.0 : b[s] - top;
-    const double dc = third - top < -700.0 ? -700.0 : third - top;
-    out[s] = top + std::log(std::exp(da) + std::exp(db) + std::exp(dc)) + add[s];
+  for (int64_t s = 0; s < n; s += WIDE) {
+    const Doubles first = load(a + s), second = load(b + s), third = load(c + s) + load(penalty + s);
+    Doubles top = first > second ? first : second;
+    top = third > top ? third : top;
+    const Doubles sum = exponential(first - top) + exponential(second - top) + exponential(third - top);
+    store(out + s, top + logarithm(sum) + load(add + s));
   }
 }
 
@@ -37,8 +75,11 @@ inline double ctc(const float* logits, const double* lse, const int64_t* target,
   if (occupancy) std::fill(occupancy, occupancy + frames * row, 0.0f);
   if (frames == 0) return labels == 0 ? 0.0 : infinity;
   const int64_t states = 2 * labels + 1;
-  const int64_t width = states + 4;  // two impossible states on either side
-  std::vector<double> enter(width, LOG_ZERO), zero(width, 0.0), emission(width, 0.0);
+  // Two impossible states on either side, and room for the last vector. What lies past the states is kept impossible: an
+  // emission of LOG_ZERO there.
+  const int64_t width = states + 4 + WIDE;
+  std::vector<double> enter(width, LOG_ZERO), past(width, LOG_ZERO), emission(width, LOG_ZERO);
+  std::fill(past.begin() + 2, past.begin() + 2 + states, 0.0);
   for (int64_t u = 1; u < labels; ++u)
     if (target[u] != target[u - 1]) enter[2 + 2 * u + 1] = 0.0;  // from the label before, past the blank between
   auto emit = [&](int64_t t) {
@@ -73,13 +114,10 @@ inline double ctc(const float* logits, const double* lse, const int64_t* target,
   beta[2 + states - 1] = 0.0;
   if (labels) beta[2 + states - 2] = 0.0;
   for (int64_t t = frames - 1; t >= 0; --t) {
-    if (t < frames - 1) log_add(next.data() + 2, next.data() + 3, next.data() + 4, leave.data() + 2, zero.data() + 2, beta.data() + 2, states);
+    if (t < frames - 1) log_add(next.data() + 2, next.data() + 3, next.data() + 4, leave.data() + 2, past.data() + 2,
+                                beta.data() + 2, states);
     const double* now = alpha_at(t);
-#pragma omp simd
-    for (int64_t s = 2; s < 2 + states; ++s) {
-      const double path = now[s] + beta[s] - total;
-      share[s] = std::exp(path < -700.0 ? -700.0 : path);
-    }
+    for (int64_t s = 2; s < 2 + states; s += WIDE) store(&share[s], exponential(load(now + s) + load(&beta[s]) - total));
     float* out = occupancy + t * row;
     double blank = 0;
     for (int64_t s = 0; s < states; s += 2) blank += share[2 + s];
