@@ -30,6 +30,8 @@ class Batch:
     labels: torch.Tensor  # [B, L] int64, -100 where nothing is to be predicted
     ids: list[str] = field(default_factory=list)  # sample id of each row, for messages and logs
     tasks: list[str] = field(default_factory=list)
+    # SpecAugment: True where the log-mel is masked, [A, n_mels, F]; only with waveforms.
+    mel_mask: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)

@@ -37,15 +37,17 @@ class Encoder(nn.Module, ABC):
         """Frames of clips of that many samples, as integers."""
 
     @abstractmethod
-    def encode(self, waveforms: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def encode(self, waveforms: torch.Tensor, lengths: torch.Tensor, mel_mask: torch.Tensor | None = None) -> torch.Tensor:
         """waveforms [W, S], lengths [W] (samples) -> features [W, T, width]; T covers the longest, or the padded length."""
 
     @torch.no_grad()
-    def forward(self, waveforms: torch.Tensor, lengths: torch.Tensor, padded: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, waveforms: torch.Tensor, lengths: torch.Tensor, padded: bool = False,
+                mel_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """waveforms [A, S] at 16 kHz, lengths [A] (samples) -> features [A, T, width], lengths [A] (frames).
 
         Clips beyond the encoder's window are cut into windows, encoded as a batch and put together again. `padded`: the
-        lengths count the silence of `pad_to_seconds` too. Errors: ValueError beyond `max_seconds`.
+        lengths count the silence of `pad_to_seconds` too. mel_mask [A, n_mels, F]: for clips of one window, and encoders that
+        see a mel. Errors: ValueError beyond `max_seconds`.
         """
         longest = int(lengths.max())
         if longest > self.max_seconds * SAMPLE_RATE:
@@ -53,7 +55,7 @@ class Encoder(nn.Module, ABC):
                              f"{self.max_seconds:g}: cut it, or raise that setting")
         window = self.pad_to_samples or (self.window_seconds and round(self.window_seconds * SAMPLE_RATE))
         if window is None or longest <= window:
-            features = self.encode(waveforms[:, :max(longest, 1)], lengths)
+            features = self.encode(waveforms[:, :max(longest, 1)], lengths, mel_mask)
             frames = self.frames(lengths)
         else:
             features, frames = self._encode_windows(waveforms, lengths, window)
@@ -103,8 +105,11 @@ class WhisperEncoder(Encoder):
     def frames(self, samples: torch.Tensor) -> torch.Tensor:
         return (mel_frames(samples) + 1) // 2
 
-    def encode(self, waveforms: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def encode(self, waveforms: torch.Tensor, lengths: torch.Tensor, mel_mask: torch.Tensor | None = None) -> torch.Tensor:
         mel, frames = log_mel(waveforms, lengths, self.layers.config.num_mel_bins, self.pad_to_samples)
+        if mel_mask is not None:
+            mel_mask = F.pad(mel_mask[..., : mel.shape[-1]], (0, max(0, mel.shape[-1] - mel_mask.shape[-1])))
+            mel = mel.masked_fill(mel_mask, 0.0)
         if self.pad_to_samples:  # as Whisper was trained: it attends over the silence, too
             frames = torch.full_like(frames, mel.shape[-1])
         return self.encode_mel(mel, frames)

@@ -133,12 +133,13 @@ def embedding_statistics(source: Source) -> tuple[float, torch.Tensor]:
             rows = file.get_slice(name)
             size = rows.get_shape()[0]
             for start in range(0, size, 16384):
-                block = rows[start:start + 16384].double()
+                block = rows[start:start + 16384].float()
                 if name == input_name:
-                    squares += float(block.square().sum())
+                    squares += float(block.square().sum(dtype=torch.float64))
                     count += block.numel()
                 if name == output_name:
-                    mean = block.sum(0) / size if mean is None else mean + block.sum(0) / size
+                    share = block.sum(0, dtype=torch.float64) / size
+                    mean = share if mean is None else mean + share
     return scale * (squares / count) ** 0.5, mean.float()
 
 

@@ -182,7 +182,7 @@ class Soundwave(Generation, nn.Module):
             return batch.features, batch.audio_lengths
         if self.encoder is None:
             raise ValueError("the model was built without its encoder: give batches with cached features")
-        return self.encoder(batch.waveforms, batch.audio_lengths, self.config.alignment.ctc_length == "full")
+        return self.encoder(batch.waveforms, batch.audio_lengths, self.config.alignment.ctc_length == "full", batch.mel_mask)
 
     def listen(self, batch: Batch, with_ctc: bool = False) -> Audio:
         """Everything up to the kept frames; with_ctc: the CTC loss, too."""

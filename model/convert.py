@@ -1,0 +1,40 @@
+"""Released weights in and out.
+
+    python -m model.convert --from-official DIR --out DIR [--encoder WHISPER]   the release's folder -> a model folder of ours
+    python -m model.convert --to-official RUN/model --out DIR                   and back, LoRA merged
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from model.folder import FolderError
+from model.official import from_official, to_official
+from model.pretrained import SourceError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    direction = parser.add_mutually_exclusive_group(required=True)
+    direction.add_argument("--from-official", metavar="DIR", help="the release: config, safetensors, tokenizer")
+    direction.add_argument("--to-official", metavar="DIR", help="model folder of stage II or III")
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--encoder", metavar="WHISPER", help="Whisper's folder or hub name; default: the one inside the "
+                        "checkpoint, else the one that the release's config names")
+    options = parser.parse_args(arguments)
+    try:
+        if options.from_official:
+            from_official(options.from_official, options.out, encoder=options.encoder)
+            print(f"{options.out}: load it with model.folder.load('{options.out}')")
+        else:
+            to_official(options.to_official, options.out)
+            print(f"{options.out}: the release's layout, for the release's own code (transformers 4.43)")
+    except (FolderError, SourceError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

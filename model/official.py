@@ -1,0 +1,316 @@
+"""The authors' released weights: their layout into ours, and ours into theirs.
+
+Their checkpoint is one state dict. What stands where:
+
+    theirs                                            ours
+    model.{embed_tokens,layers,norm}, lm_head         llm/ (a plain Llama folder; LoRA is merged in the release)
+    model.audio_tower.*                               encoder/ (a Whisper folder), where the checkpoint holds it
+    model.mm_projector1                               alignment.projection
+    model.asr_transformer_encoder.layers.N            alignment.layers.N
+        self_attn.{in_proj_weight,in_proj_bias}           qkv
+        self_attn.out_proj, linear1, linear2, norm1/2     out, up, down, norm1/2
+    model.out_norm                                    alignment.norm
+    model.audio_feature_head.weight                   ctc_head.weight (blank: the row of <audio_patch>)
+    model.lbm.encoder_attn.in_proj_*                  shrinking.query (first third), shrinking.key_value (the others)
+    model.lbm.encoder_attn.out_proj                   shrinking.out
+    model.lbm.atten_layer_norm                        shrinking.norm
+
+Tensors are read one at a time and written shard by shard: at no moment does more than one shard lie in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig
+
+from model.config import SoundwaveConfig, official_switches
+from model.folder import ADAPTERS, CONFIG, LORA, FolderError, describe, read_config
+from model.language_model import load_tokenizer
+from model.pretrained import Source, fingerprint, locate, tensor_files
+
+SHARD_BYTES = 4 << 30
+_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+# Ours -> theirs, under `alignment.` and `shrinking.`; the look-back's joint projection is treated apart.
+_NAMES = {
+    r"alignment\.projection\.": "model.mm_projector1.",
+    r"alignment\.norm\.": "model.out_norm.",
+    r"alignment\.layers\.(\d+)\.qkv\.": r"model.asr_transformer_encoder.layers.\1.self_attn.in_proj_",
+    r"alignment\.layers\.(\d+)\.out\.": r"model.asr_transformer_encoder.layers.\1.self_attn.out_proj.",
+    r"alignment\.layers\.(\d+)\.up\.": r"model.asr_transformer_encoder.layers.\1.linear1.",
+    r"alignment\.layers\.(\d+)\.down\.": r"model.asr_transformer_encoder.layers.\1.linear2.",
+    r"alignment\.layers\.(\d+)\.norm([12])\.": r"model.asr_transformer_encoder.layers.\1.norm\2.",
+    r"ctc_head\.weight": "model.audio_feature_head.weight",
+    r"shrinking\.out\.": "model.lbm.encoder_attn.out_proj.",
+    r"shrinking\.norm\.": "model.lbm.atten_layer_norm.",
+}
+_ENCODER = "model.audio_tower."
+_JOINT = "model.lbm.encoder_attn.in_proj_"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                    "chat_template.jinja", "tokenizer.model")
+
+
+class ShardWriter:
+    """safetensors shards with transformers' index, one shard in memory at a time."""
+
+    def __init__(self, folder: Path, limit: int = SHARD_BYTES):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.limit = folder, limit
+        self.pending: dict[str, torch.Tensor] = {}
+        self.size = self.total = 0
+        self.shards: list[list[str]] = []
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self.pending and self.size + size > self.limit:
+            self._flush()
+        self.pending[name] = tensor.contiguous()
+        self.size += size
+        self.total += size
+
+    def _flush(self) -> None:
+        save_file(self.pending, self.folder / f"part-{len(self.shards)}", metadata={"format": "pt"})
+        self.shards.append(list(self.pending))
+        self.pending, self.size = {}, 0
+
+    def close(self) -> None:
+        self._flush()
+        count, index = len(self.shards), {}
+        for i, names in enumerate(self.shards):
+            file = "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+            (self.folder / f"part-{i}").rename(self.folder / file)
+            index.update({name: file for name in names})
+        if count > 1:
+            (self.folder / "model.safetensors.index.json").write_text(
+                json.dumps({"metadata": {"total_size": self.total}, "weight_map": index}, indent=2) + "\n")
+
+
+def stream_tensors(folder: Path, progress: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of a folder, one at a time, file by file."""
+    files: dict[Path, list[str]] = {}
+    for name, path in tensor_files(folder).items():
+        files.setdefault(path, []).append(name)
+    with tqdm(total=sum(map(len, files.values())), desc=progress, unit="tensor") as bar:
+        for path, names in sorted(files.items()):
+            with safe_open(path, "pt") as file:
+                for name in names:
+                    yield name, file.get_tensor(name)
+                    bar.update()
+
+
+def from_official(folder: str | Path, out: str | Path, *, encoder: str | None = None) -> Path:
+    """The release's folder as a model folder of ours with its LLM (and encoder, if the checkpoint holds it) inside.
+
+    encoder: Whisper's folder or hub name where the checkpoint has no `audio_tower` tensors (default: what its config names).
+    Errors: FolderError for a tokenizer that is missing or lacks `<audio_patch>`, and for tensors that are missing or unknown.
+    """
+    folder, out = Path(folder), Path(out)
+    theirs = json.loads((folder / "config.json").read_text())
+    config = official_switches(SoundwaveConfig())
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise FolderError(f"{folder} has no tokenizer that loads ({str(error).splitlines()[0]}): "
+                          "copy the release's tokenizer files there") from None
+    if config.audio_token not in tokenizer.get_vocab():
+        raise FolderError(f"the tokenizer in {folder} has no {config.audio_token}: it is not the release's")
+
+    back = {theirs_name: ours for ours, theirs_name in _expected_names(theirs).items()}
+    adapters: dict[str, torch.Tensor] = {}
+    llm, tower = ShardWriter(out / "llm"), {}
+    for name, tensor in stream_tensors(folder, "converting"):
+        if name in back:
+            adapters[back.pop(name)] = tensor
+        elif name.startswith(_JOINT):
+            kind, width = name.removeprefix(_JOINT), tensor.shape[0] // 3
+            adapters[f"shrinking.query.{kind}"] = tensor[:width].clone()
+            adapters[f"shrinking.key_value.{kind}"] = tensor[width:].clone()
+            config.dtype = _DTYPE_NAMES[tensor.dtype]
+        elif name.startswith(_ENCODER):
+            tower["model.encoder." + name.removeprefix(_ENCODER)] = tensor
+        elif re.match(r"model\.(embed_tokens|layers|norm)\.|lm_head\.", name):
+            llm.add(name, tensor)
+        else:
+            raise FolderError(f"{folder} holds '{name}', which is no part of the release's layout")
+    if back or "shrinking.query.weight" not in adapters:
+        raise FolderError(f"{folder} lacks {sorted(back)[0] if back else _JOINT + 'weight'}: it is not the release's layout")
+    llm.close()
+    _llm_config(theirs).save_pretrained(out / "llm")
+    for file in (*_TOKENIZER_FILES, "generation_config.json"):
+        if (folder / file).exists():
+            shutil.copyfile(folder / file, out / "llm" / file)
+
+    named = theirs.get("audio_tower", "")
+    beside = folder / named
+    if tower and encoder is None:
+        (out / "encoder").mkdir(parents=True, exist_ok=True)
+        save_file(tower, out / "encoder" / "model.safetensors", metadata={"format": "pt"})
+        source = beside if named and (beside / "config.json").exists() else folder / "encoder"
+        if not (source / "config.json").exists():
+            raise FolderError(f"{folder} holds an encoder's weights but no encoder/config.json: give --encoder")
+        shutil.copyfile(source / "config.json", out / "encoder" / "config.json")
+        config.encoder.name = "encoder"
+    else:
+        config.encoder.name = encoder or (str(beside.resolve()) if named and beside.is_dir() else named)
+    config.llm.name, config.llm.lora_r = "llm", 0
+    save_file(adapters, out / ADAPTERS)
+    encoder_folder = out / "encoder" if config.encoder.name == "encoder" else locate(config.encoder.name).folder
+    frozen = {"encoder": fingerprint(encoder_folder, "encoder."), "llm": fingerprint(out / "llm")}
+    (out / CONFIG).write_text(json.dumps(
+        {"config": asdict(config), "stage": "sft", "frozen": frozen, "origin": "released weights"}, indent=2) + "\n")
+    return out
+
+
+def _expected_names(theirs: dict) -> dict[str, str]:
+    """Our names -> theirs, for what has a tensor of its own in both; the release has one Transformer layer."""
+    ours = ["alignment.projection", "alignment.norm", "shrinking.out", "shrinking.norm"]
+    ours += [f"alignment.layers.0.{part}" for part in ("qkv", "out", "up", "down", "norm1", "norm2")]
+    return {name: their_name(name) for name in
+            [f"{part}.{kind}" for part in ours for kind in ("weight", "bias")] + ["ctc_head.weight"]}
+
+
+def their_name(name: str) -> str:
+    """Our adapter tensor's name -> the release's."""
+    for pattern, replacement in _NAMES.items():
+        if re.match(pattern, name):
+            return re.sub("^" + pattern, replacement, name)
+    raise FolderError(f"'{name}' has no place in the release's layout")
+
+
+def _llm_config(theirs: dict) -> LlamaConfig:
+    """Their config without what is theirs: a plain Llama's."""
+    extra = {"adapter_size", "audio_tower", "audio_patch_size", "audio_patch_token", "llm_pad_token_id", "model_type",
+             "architectures", "_name_or_path", "transformers_version", "torch_dtype"}
+    return LlamaConfig(**{k: v for k, v in theirs.items() if k not in extra}, architectures=["LlamaForCausalLM"])
+
+
+# What the release's code does whatever the weights say: (setting, value).
+_FIXED = (("alignment.attention", "frame"), ("alignment.stack_frames", 2), ("alignment.layers", 1),
+          ("alignment.ffn_multiple", 2.0), ("alignment.heads", None), ("shrinking.heads", None), ("shrinking.enabled", True),
+          ("shrinking.keep", "first"), ("shrinking.keep_blank_runs", True), ("shrinking.lookback", "kept"),
+          ("encoder.pad_to_seconds", 30.0))
+
+
+def to_official(run: str | Path, out: str | Path) -> Path:
+    """A model folder of ours in the release's layout: names, config, tokenizer with `<audio_patch>`; LoRA merged.
+
+    Tables grow to hold `<audio_patch>`; a tied CTC head is written out with its blank row; tied embeddings are written twice.
+    The encoder's tensors stand under `model.audio_tower`, its configuration in encoder/. Errors: FolderError for a stage I
+    folder, an LLM that is no Llama, and for switches that the release's code does not have.
+    """
+    run, out = Path(run), Path(out)
+    config = read_config(run)
+    if describe(run)["stage"] == "alignment":
+        raise FolderError(f"{run} is a stage I folder: the release's layout holds all parts, give one of stage II or III")
+    for key, value in _FIXED:
+        part, field = key.split(".")
+        have = getattr(getattr(config, part), field)
+        if have != value:
+            raise FolderError(f"{run} has model.{key} = {have}, the release's code knows {value} only: "
+                              "its answers would not be this model's")
+    llm, encoder = locate(config.llm.name), locate(config.encoder.name)
+    if llm.config.model_type != "llama":
+        raise FolderError(f"{llm.name} is a '{llm.config.model_type}' model; the release's layout takes Llama only")
+    tokenizer = load_tokenizer(llm, config.audio_token)
+    audio_id = tokenizer.convert_tokens_to_ids(config.audio_token)
+    if tokenizer.pad_token_id is None:  # the release's code tells padding by a token of its own
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    rows = max(llm.config.vocab_size, len(tokenizer))
+
+    writer = ShardWriter(out)
+    merge = LoRAMerge(run / LORA) if (run / LORA).is_dir() else None
+    output_table = None
+    for name, tensor in stream_tensors(llm.folder, "merging the LLM"):
+        tensor = merge(name, tensor) if merge else tensor
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            table, tensor = tensor, grow(tensor, rows)
+            if name == "lm_head.weight" or llm.config.tie_word_embeddings:
+                output_table = table
+            if llm.config.tie_word_embeddings and name == "model.embed_tokens.weight":
+                writer.add("lm_head.weight", tensor.clone())
+        if name != "lm_head.weight" or not llm.config.tie_word_embeddings:
+            writer.add(name, tensor)
+    if merge:
+        merge.check_all_used()
+
+    adapters = load_file(run / ADAPTERS)
+    blank_row = adapters.pop("ctc_head.blank_row", None)
+    if blank_row is not None:
+        head = grow(output_table, rows)
+        head[audio_id] = blank_row.to(head.dtype)
+        adapters["ctc_head.weight"] = head
+    adapters["ctc_head.weight"] = grow(adapters["ctc_head.weight"], rows)
+    for kind in ("weight", "bias"):
+        joint = torch.cat([adapters.pop(f"shrinking.query.{kind}"), adapters.pop(f"shrinking.key_value.{kind}")])
+        writer.add(_JOINT + kind, joint)
+    for name, tensor in adapters.items():
+        writer.add(their_name(name), tensor)
+    for name, tensor in stream_tensors(encoder.folder, "copying the encoder"):
+        if "encoder." in name and "decoder." not in name:
+            writer.add(_ENCODER + name.split("encoder.", 1)[1], tensor)
+    writer.close()
+
+    theirs = _their_config(llm, encoder, rows, audio_id, tokenizer.pad_token_id)
+    (out / "config.json").write_text(json.dumps(theirs, indent=1) + "\n")
+    tokenizer.save_pretrained(out)
+    (out / "encoder").mkdir(exist_ok=True)
+    shutil.copyfile(encoder.folder / "config.json", out / "encoder" / "config.json")
+    if (llm.folder / "generation_config.json").exists():
+        shutil.copyfile(llm.folder / "generation_config.json", out / "generation_config.json")
+    return out
+
+
+def grow(table: torch.Tensor, rows: int) -> torch.Tensor:
+    """A table with more rows; the new ones are the mean of the old."""
+    if table.shape[0] >= rows:
+        return table.clone()
+    mean = table.float().mean(0, keepdim=True).to(table.dtype)
+    return torch.cat([table, mean.expand(rows - table.shape[0], -1)])
+
+
+class LoRAMerge:
+    """Base tensor + (alpha / r) B A, one tensor at a time, from a peft folder."""
+
+    def __init__(self, folder: Path):
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        self.scale = settings["lora_alpha"] / (settings["r"] ** 0.5 if settings.get("use_rslora") else settings["r"])
+        self.folder = folder
+        self.parts: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+            base, part = re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])\.weight", name).groups()
+            self.parts.setdefault(base + ".weight", {})[part] = tensor.float()
+
+    def __call__(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        pair = self.parts.pop(name, None)
+        return tensor if pair is None else (tensor.float() + self.scale * (pair["B"] @ pair["A"])).to(tensor.dtype)
+
+    def check_all_used(self) -> None:
+        if self.parts:
+            raise FolderError(f"{self.folder} has LoRA for '{next(iter(self.parts))}', which the LLM does not hold")
+
+
+def _their_config(llm: Source, encoder: Source, rows: int, audio_id: int, pad_id: int) -> dict:
+    """A config.json that transformers 4.43, which the release was written for, understands."""
+    raw = json.loads((llm.folder / "config.json").read_text())
+    rope = raw.pop("rope_parameters", None)
+    if rope:  # written by transformers 5
+        scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+        raw["rope_theta"] = rope.get("rope_theta", 10000.0)
+        raw["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
+    if "dtype" in raw:
+        raw["torch_dtype"] = raw.pop("dtype")
+    encoder_width = AutoConfig.from_pretrained(encoder.folder).d_model
+    named = encoder.name if not Path(encoder.name).exists() else "encoder"
+    raw.update(model_type="Soundwave", architectures=["SoundwaveForCausalLM"], vocab_size=rows, tie_word_embeddings=False,
+               adapter_size=encoder_width, audio_tower=named, audio_patch_size=1, audio_patch_token=audio_id,
+               llm_pad_token_id=pad_id)
+    return raw

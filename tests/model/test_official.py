@@ -1,0 +1,155 @@
+"""Released weights in and out, against a plain implementation of the release (release.py) on configurations made on the spot."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model import folder as model_folder
+from model.batch import Batch
+from model.convert import main as convert
+from tests.model import tiny
+from tests.model.release import ReleasedSoundwave
+
+
+def release_tokenizer(extra: tuple[str, ...] = ("<audio_patch>",), pad: str = "<|pad|>"):
+    words = tiny.tokenizer("llama3", extra)
+    words.pad_token = pad
+    return words
+
+
+def released_configs(words, *, width=32, layers=2, heads=4, kv=2, mels=16, encoder_width=24, encoder_layers=2, spare=0, ffn=48):
+    config = dict(vocab_size=len(words) + spare, hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers,
+                  num_attention_heads=heads, num_key_value_heads=kv, rms_norm_eps=1e-6, rope_theta=500000.0,
+                  tie_word_embeddings=False, bos_token_id=1, eos_token_id=words.eos_token_id, max_position_embeddings=4096,
+                  model_type="Soundwave", transformers_version="4.43.1", adapter_size=encoder_width,
+                  audio_tower="encoder", audio_patch_size=1,
+                  audio_patch_token=words.convert_tokens_to_ids("<audio_patch>"), llm_pad_token_id=words.pad_token_id)
+    encoder = dict(d_model=encoder_width, encoder_layers=encoder_layers, decoder_layers=1, encoder_attention_heads=2,
+                   decoder_attention_heads=2, encoder_ffn_dim=2 * encoder_width, decoder_ffn_dim=2 * encoder_width,
+                   num_mel_bins=mels, vocab_size=40, max_source_positions=1500, pad_token_id=0, model_type="whisper")
+    return config, encoder
+
+
+def write_release(folder: Path, words, config: dict, encoder: dict, seed: int = 0) -> ReleasedSoundwave:
+    released = ReleasedSoundwave.random(config, encoder, seed)
+    (folder / "encoder").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "encoder" / "config.json").write_text(json.dumps(encoder))
+    save_file({n: t.contiguous() for n, t in released.state_dict().items()}, folder / "model.safetensors")
+    words.save_pretrained(folder)
+    return released
+
+
+def release_batch(model, mel, input_ids, labels=None, targets=None, pad=None) -> Batch:
+    """The release's inputs as our batch: the encoder's output at 30 s, ids, masks."""
+    audios = len(mel)
+    features = model.encoder.encode_mel(mel, torch.full((audios,), mel.shape[-1]))
+    targets = torch.full((audios, 1), -100) if targets is None else targets
+    mask = torch.ones_like(input_ids) if pad is None else (input_ids != pad).long()
+    return Batch(None, features, torch.full((audios,), features.shape[1]), False, targets.clamp(min=0), (targets != -100).sum(1),
+                 (targets != -100).any(1), input_ids, mask, torch.full_like(input_ids, -100) if labels is None else labels)
+
+
+def compare(model, mel, prompts, expected_tokens, expected_logits, training, pad):
+    """Tokens equal, logits within 1e-4, losses within 1e-4 relative, singly and all prompts in one batch."""
+    for i, ids in enumerate(prompts):
+        batch = release_batch(model, mel[i:i + 1], ids[None])
+        audio = model.listen(batch)
+        assert torch.equal(audio.argmax[0], expected_tokens[i])
+        embeddings, mask, _ = model.embeddings(batch, audio)
+        logits = model.llm(inputs_embeds=embeddings, attention_mask=mask).logits[0]
+        assert logits.shape == expected_logits[i].shape
+        assert (logits - expected_logits[i]).abs().max() < 1e-4
+    together = release_batch(model, mel, torch.stack(prompts))
+    embeddings, mask, _ = model.embeddings(together, model.listen(together), left_padded=True)
+    logits = model.llm(inputs_embeds=embeddings, attention_mask=mask,
+                       position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    for i, expected in enumerate(expected_logits):
+        assert (logits[i, -len(expected):] - expected).abs().max() < 1e-4
+
+    ids, labels, targets, expected_ce, expected_loss = training
+    batch = release_batch(model, mel, ids, labels, targets, pad)
+    output = model(batch, losses=("ce", "ctc"))
+    ce = output.ce_sum / batch.ce_count
+    loss = ce + 0.3 * output.ctc_sum / batch.ctc_count
+    torch.testing.assert_close(ce, expected_ce, rtol=1e-4, atol=0)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-4, atol=0)
+
+
+SHAPES = [dict(), dict(width=48, layers=3, heads=6, kv=3, mels=20, encoder_width=16, encoder_layers=1, spare=7, ffn=40)]
+
+
+def spoken(mels: int, generator: torch.Generator) -> torch.Tensor:
+    mel = torch.randn(3, mels, 3000, generator=generator).cumsum(-1).mul(0.05).sin()
+    mel[1, :, 900:] = -0.4  # trailing silence
+    mel[2, :, 60:] = -0.4
+    return mel
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_release_in_and_out(tmp_path, shape):
+    words = release_tokenizer()
+    config, encoder = released_configs(words, **shape)
+    released = write_release(tmp_path / "released", words, config, encoder)
+    assert convert(["--from-official", str(tmp_path / "released"), "--out", str(tmp_path / "ours")]) == 0
+    model = model_folder.load(tmp_path / "ours")
+
+    generator = torch.Generator().manual_seed(3)
+    mel = spoken(encoder["num_mel_bins"], generator)
+    audio_id, pad = config["audio_patch_token"], config["llm_pad_token_id"]
+    prompts = [torch.randint(0, 250, (11,), generator=generator) for _ in range(3)]
+    for place, ids in zip((0, 4, 10), prompts):
+        ids[place] = audio_id
+    heard = [released.hear(m)[1].argmax(-1) for m in mel]
+    assert all(len(tokens.unique()) > 3 for tokens in heard)
+    expected = [released.logits(ids, m) for ids, m in zip(prompts, mel)]
+    ids = torch.randint(0, 250, (3, 14), generator=generator)
+    ids[:, 2] = audio_id
+    labels = ids.clone()
+    labels[:, :6] = -100
+    for row, length in enumerate((14, 11, 9)):
+        ids[row, length:], labels[row, length:] = pad, -100
+    targets = torch.randint(0, 250, (3, 8), generator=generator)
+    targets[1, 5:] = -100
+    ce, ctc = released.losses(ids, labels, mel, targets)
+    compare(model, mel, prompts, heard, expected, (ids, labels, targets, ce, ce + 0.3 * ctc), pad)
+
+    assert convert(["--to-official", str(tmp_path / "ours"), "--out", str(tmp_path / "again")]) == 0
+    first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("released", "again"))
+    assert first.keys() == again.keys() and all(torch.equal(first[n], again[n]) for n in first)
+    written = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert all(written.get(key) == value for key, value in config.items() if key not in ("transformers_version",))
+
+
+@pytest.mark.skipif("SOUNDWAVE_ORACLE" not in os.environ, reason="SOUNDWAVE_ORACLE: a checkpoint with the authors' answers")
+@torch.no_grad()
+def test_authors_own_answers(tmp_path):
+    """model.safetensors, config.json, encoder/config.json and expected.safetensors, as the authors' code wrote them."""
+    oracle = Path(os.environ["SOUNDWAVE_ORACLE"])
+    expected = load_file(oracle / "expected.safetensors")
+    theirs = json.loads((oracle / "config.json").read_text())
+    words = tiny.tokenizer("llama3")
+    filler = [f"<filler{i}>" for i in range(theirs["llm_pad_token_id"] - len(words))]
+    words = release_tokenizer((*filler, "<padding>", "<audio_patch>"), pad="<padding>")
+    assert words.convert_tokens_to_ids("<audio_patch>") == theirs["audio_patch_token"]
+    for file in ("model.safetensors", "config.json", "encoder/config.json"):
+        (tmp_path / "released" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "released" / file).write_bytes((oracle / file).read_bytes())
+    words.save_pretrained(tmp_path / "released")
+    assert convert(["--from-official", str(tmp_path / "released"), "--out", str(tmp_path / "ours")]) == 0
+    model = model_folder.load(tmp_path / "ours")
+    training = (expected["train_input_ids"], expected["train_labels"], expected["train_asr_targets"],
+                expected["train_ce"][0], expected["train_loss"][0])
+    compare(model, expected["mel"], [expected[f"eval{i}_input_ids"][0] for i in range(3)],
+            [expected[f"eval{i}_ctc_tokens"] for i in range(3)], [expected[f"eval{i}_logits"][0] for i in range(3)],
+            training, theirs["llm_pad_token_id"])
+    assert convert(["--to-official", str(tmp_path / "ours"), "--out", str(tmp_path / "again")]) == 0
+    first, again = load_file(oracle / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert first.keys() == again.keys() and all(torch.equal(first[n], again[n]) for n in first)
