@@ -1,0 +1,138 @@
+"""The demo's scores as one table, on the screen and in README.md: `python -m examples.quickstart.results --readme README.md`.
+
+results.json holds the rows (each score with its 95 % bootstrap interval and number of utterances, before and after training), the
+recipes as they were run, the seconds of each step, the machine, the versions and the commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tabulate import tabulate
+
+if TYPE_CHECKING:
+    from examples.quickstart.demo import Plan
+
+# Of each metric family of evaluation.score: what the table shows, and how it is called.
+SHOWN = {"wer": [("wer", "WER")], "bleu": [("bleu", "BLEU"), ("chrf", "chrF")], "answer": [("exact", "exact answers")],
+         "chain": [("wer", "WER of the transcription"), ("exact", "exact answers")], "accuracy": [("accuracy", "accuracy")]}
+DECODES = {"ctc": "CTC head, greedy", "generate": "LLM, greedy"}
+MARKS = ("<!-- results: written by examples/quickstart/results.py -->", "<!-- end of results -->")
+
+
+def collect(plan: Plan) -> list[dict]:
+    """A row for each stage, scored data and measure; `before` (where scored) and `after`: value, ci95, utterances."""
+    rows = []
+    for stage, recipe in plan.recipes:
+        for score in stage.scores:
+            found = {}
+            for when in score.get("when", ["before", "after"]):
+                path = plan.score_file(recipe, score, when).with_suffix(".scores.json")
+                found[when] = json.loads(path.read_text())["tasks"]
+            for task in score.tasks:
+                for key, label in SHOWN[found["after"][task]["metric"]]:
+                    row = {"stage": stage.title, "data": score.shards, "task": task, "decode": score.decode, "measure": label,
+                           "kept_share": found["after"][task]["length"].get("kept_share")}
+                    for when, tasks in found.items():
+                        row[when] = {"value": tasks[task][key], "ci95": tasks[task].get(f"{key}_ci95"),
+                                     "utterances": tasks[task]["utterances"]}
+                    rows.append(row)
+    return rows
+
+
+def processor() -> str:
+    names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def git(*arguments: str) -> str | None:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def summary(plan: Plan, rows: list[dict], seconds: dict[str, float | None]) -> dict:
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "commit": git("rev-parse", "--short", "HEAD"), "changed_files": bool(git("status", "--porcelain")),
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "memory_gib": round(memory, 1), "gpu": device,
+                    "system": platform.platform(terse=True), "python": platform.python_version()},
+        "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers", "peft")},
+        "ranks": plan.ranks, "seconds": seconds,
+        "recipes": {recipe.stage: asdict(recipe) for _, recipe in plan.recipes},
+        "rows": rows,
+    }
+
+
+def shown(score: dict | None) -> str:
+    if score is None:
+        return ""
+    digits = 1 if score["value"] > 1.5 or (score["ci95"] and score["ci95"][1] > 3) else 3
+    bounds = f" [{score['ci95'][0]:.{digits}f}, {score['ci95'][1]:.{digits}f}]" if score["ci95"] else ""
+    return f"{score['value']:.{digits}f}{bounds}"
+
+
+def table(result: dict) -> str:
+    lines = [[row["stage"], f"{row['data']}, {row['task']}", row["measure"], DECODES[row["decode"]], shown(row.get("before")),
+              shown(row["after"]), row["after"]["utterances"]] for row in result["rows"]]
+    return tabulate(lines, headers=["", "held-out data", "measure", "read from", "before", "after", "utterances"],
+                    tablefmt="github", disable_numparse=True)
+
+
+def machine_line(result: dict) -> str:
+    machine, versions = result["machine"], result["versions"]
+    minutes = sum(value or 0 for value in result["seconds"].values()) / 60
+    where = f", {machine['gpu']}" if machine["gpu"] else ""
+    return (f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB{where}; {result['ranks']} ranks; "
+            f"{minutes:.0f} minutes in all; torch {versions['torch']}, deepspeed {versions['deepspeed']}; "
+            f"commit {result['commit']}{' with local changes' if result['changed_files'] else ''}, {result['date']}")
+
+
+def write_readme(readme: Path, result: dict) -> None:
+    """Replace what stands between the two marks. Errors: ValueError where the marks are missing."""
+    text = readme.read_text()
+    if text.count(MARKS[0]) != 1 or text.count(MARKS[1]) != 1:
+        raise ValueError(f"{readme} needs the line {MARKS[0]} and, below it, the line {MARKS[1]}, once each")
+    head, rest = text.split(MARKS[0])
+    _, tail = rest.split(MARKS[1])
+    steps = ", ".join(f"{name} {recipe['optim']['steps']}" for name, recipe in result["recipes"].items())
+    body = (f"\n{table(result)}\n\nIn brackets: 95 % bootstrap intervals over utterances. One run, seed "
+            f"{next(iter(result['recipes'].values()))['seed']}; optimizer steps: {steps}. Machine: {machine_line(result)}.\n")
+    readme.write_text(head + MARKS[0] + "\n" + body + MARKS[1] + tail)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m examples.quickstart.results", description=__doc__.split("\n")[0])
+    parser.add_argument("--results", type=Path, default=Path("runs/quickstart/results.json"), help="written by the demo")
+    parser.add_argument("--readme", type=Path, help="put the table into this file, between its marks")
+    options = parser.parse_args()
+    if not options.results.exists():
+        print(f"error: {options.results} does not exist: run `make demo` first, or name another with --results", file=sys.stderr)
+        return 2
+    result = json.loads(options.results.read_text())
+    print(table(result))
+    if options.readme:
+        try:
+            write_readme(options.readme, result)
+        except (OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
