@@ -122,9 +122,7 @@ set_variables() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
     # Batches differ in shape from step to step, which splits PyTorch's memory pool into pieces too small to use.
     export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-    # NCCL says why it stops, and the collective that a rank missed is written down when one times out.
-    export NCCL_DEBUG=${NCCL_DEBUG:-WARN} TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
-    export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+    export NCCL_DEBUG=${NCCL_DEBUG:-WARN}  # NCCL says why it stops
     # 4 us * 2^22 = 17 s per try: a link that flaps for some seconds, or a switch that reroutes, is waited for, not fatal.
     export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}
     # Set by the site where NCCL's or Gloo's own choice is wrong (docs/slurm.md): NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME

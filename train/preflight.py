@@ -125,7 +125,9 @@ def look_at_shards(recipe: Recipe, report: Report) -> None:
         if fingerprint(index.samples, [shard["sha256"] for shard in index.shards]) != index.fingerprint:
             report.input_faults.append(f"data {corpus.shards}: samples.npy is not the table that index.json was written with: "
                                        "run the pack command's --merge again")
-        report.facts[f"data {corpus.shards}"] = index.fingerprint[:12]
+        report.facts[f"data {corpus.shards}"] = " with ".join([index.fingerprint[:12], *index.damaged])
+        if report.rank == 0:  # on one node only, it is a difference between nodes; on all, it costs the shard's samples
+            report.notes += [f"{line}; its lost samples are left out" for line in index.damaged]
 
 
 def look_at_base(recipe: Recipe, report: Report) -> None:
@@ -185,14 +187,16 @@ def look_at_disks(recipe: Recipe, report: Report) -> None:
 
 
 def look_at_gpu(report: Report) -> None:
-    """This rank's GPU is there, free, and computes; on a CPU machine, that no GPU was given in vain."""
+    """This rank's GPU is there, free, and computes; where PyTorch sees none, that none is there to be seen."""
     import torch
 
-    local_rank, given = int(os.environ.get("LOCAL_RANK", 0)), os.environ.get("SLURM_GPUS_ON_NODE")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if not torch.cuda.is_available():
-        if given and os.environ.get("DS_ACCELERATOR") != "cpu" and local_rank == 0:
-            report.node_faults.append(f"{given} GPUs are allocated but PyTorch {torch.__version__} sees none: try nvidia-smi "
-                                      "there, and install a CUDA build (or set DS_ACCELERATOR=cpu to train on CPU)")
+        if Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "" and local_rank == 0:
+            report.node_faults.append(f"the node has NVIDIA GPUs but PyTorch {torch.__version__} sees none: make setup GPU=1 "
+                                      "installs a CUDA build; or set CUDA_VISIBLE_DEVICES= to train on CPU")
+        elif report.rank == 0:
+            report.notes.append("no GPU is seen: training will run on CPU")
         return
     if local_rank >= torch.cuda.device_count():
         report.node_faults.append(f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible; make "

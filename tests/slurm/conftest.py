@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -54,10 +55,11 @@ class Project:
             text = re.sub(r"(?m)^ENVIRONMENT=venv:\S+", f"ENVIRONMENT=venv:{sys.prefix}", text)
             script.write_text(text)
 
-    def use_stand_in(self) -> None:
-        (self.folder / "train" / "preflight.py").rename(self.folder / "train" / "whole_preflight.py")
-        for name in ("run.py", "preflight.py"):
-            shutil.copy(HERE / "stand_in" / name, self.folder / "train" / name)
+    def use_stand_in(self, preflight: bool = True) -> None:
+        shutil.copy(HERE / "stand_in" / "run.py", self.folder / "train" / "run.py")
+        if preflight:
+            (self.folder / "train" / "preflight.py").rename(self.folder / "train" / "whole_preflight.py")
+            shutil.copy(HERE / "stand_in" / "preflight.py", self.folder / "train" / "preflight.py")
 
     def recipe(self, stage: str, number: int, text: str = "") -> None:
         path = self.folder / "recipes" / f"stage{number}.yaml"
@@ -96,10 +98,59 @@ class Project:
         return facts
 
 
-@pytest.fixture
-def bare_project(cluster, tmp_path) -> Project:
-    """The real trainer; recipes are the test's business."""
-    return Project(tmp_path / "project", cluster)
+class Assets:
+    """What training needs, as small as it can be: a random Whisper and Llama, and chirps that sing their transcript."""
+
+    STAGES = ("alignment", "shrinking", "sft")
+
+    def __init__(self, folder: Path):
+        import torch
+
+        from tests.model import tiny
+
+        torch.manual_seed(0)
+        self.folder, self.shards = folder, folder / "shards"
+        self.encoder = tiny.whisper(folder / "whisper", mels=80)
+        self.llm = tiny.llm(folder / "llm")
+        self._pack()
+
+    def _pack(self) -> None:
+        """Two shards of 12 one-second clips; each letter of a transcript is a tone."""
+        import numpy
+        import soundfile
+
+        from data_tools.shards import ShardWriter, write_index
+
+        self.shards.mkdir()
+        random, summaries = numpy.random.default_rng(0), []
+        for shard in range(2):
+            name = f"chirps-{shard:06d}.tar"
+            writer = ShardWriter(self.shards / name)
+            for clip in range(12):
+                text = "".join(random.choice(list("abcd"), 4))
+                tones = [numpy.sin(2 * numpy.pi * (300 + 200 * "abcd".index(c)) * numpy.arange(4000) / 16000) for c in text]
+                sound = io.BytesIO()
+                soundfile.write(sound, 0.3 * numpy.concatenate(tones).astype("float32"), 16000, format="FLAC")
+                writer.add(f"{shard}-{clip}", sound.getvalue(), "flac", {
+                    "id": f"{shard}-{clip}", "corpus": "chirps", "task": "asr", "text": text, "lang": "en", "duration": 1.0,
+                    "sample_rate": 16000})
+            summaries.append(writer.close(name))
+        write_index(self.shards, "chirps", summaries)
+
+    def recipes(self, project: "Project", steps: int, output: str = "runs/test") -> None:
+        for number, stage in enumerate(self.STAGES, start=1):
+            project.recipe(stage, number, f"""
+model: {{encoder: {{name: {self.encoder}}}, llm: {{name: {self.llm}, lora_r: 4}}}}
+data: {{train: [{{shards: {self.shards}}}], batch_seconds: 8.0, micro_batch_seconds: 4.0, workers: 1, prefetch: 2}}
+optim: {{steps: {steps}, warmup_steps: 2}}
+checkpoint: {{every_steps: 10}}
+log: {{every_steps: 1, tensorboard: false}}
+""")
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory) -> Assets:
+    return Assets(tmp_path_factory.mktemp("assets"))
 
 
 @pytest.fixture

@@ -1,0 +1,128 @@
+"""Preflight: what is wrong, on which node, in one line; first its judgement alone, then in jobs of a real Slurm."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from train.preflight import Report, compare, gather
+
+
+def report(node: str, rank: int = 0, **facts: str) -> Report:
+    return Report(node, rank, facts=facts)
+
+
+def test_the_minority_is_at_fault():
+    reports = [report("a", torch="2.1"), report("b", 1, torch="2.0"), report("c", 2, torch="2.1"), Report("c", 3)]
+    faults = compare(reports)
+    assert [(fault.node, fault.text, fault.from_input) for fault in faults] == [
+        ("b", "torch is 2.0, but 2.1 on a and 1 more: give all nodes the same", False)]
+    assert compare([report("a", torch="2.1"), report("b", torch="2.1")]) == []
+
+
+def test_a_fault_of_the_input_is_told_from_one_of_a_node():
+    first, second = Report("a", 0, input_faults=["no shard"]), Report("b", 1, node_faults=["no GPU"])
+    assert [(fault.node, fault.text, fault.from_input) for fault in compare([first, second])] == [
+        ("a", "no shard", True), ("b", "no GPU", False)]
+
+
+def test_ranks_that_never_report_are_named_with_their_node(monkeypatch):
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    for name, value in (("SOUNDWAVE_NODES", "a b"), ("LOCAL_WORLD_SIZE", "2"), ("MASTER_ADDR", "a"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    store = dist.TCPStore("127.0.0.1", 0, 4, is_master=True, timeout=timedelta(seconds=5), wait_for_workers=False)
+    for rank in (0, 1):
+        store.set(f"report-{rank}", json.dumps(asdict(report("a", rank, torch="2.1"))))
+    reports, faults = gather(store, 4, seconds=1.0)
+    assert [r.rank for r in reports] == [0, 1]
+    assert len(faults) == 1 and faults[0].node == "b" and "no word from rank 2, 3 within 1 s" in faults[0].text
+
+
+# --- in jobs ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def job(project_with_preflight):
+    def submit(state: str, **environment: str) -> str:
+        identity = project_with_preflight.sbatch("--ntasks-per-node=1", "--gpus-per-node=1", "slurm/stage1.sh",
+                                                 env={"RECIPE": "recipes/stage1.yaml", **environment})
+        project_with_preflight.expect(identity, state, timeout=240)
+        return project_with_preflight.log()
+
+    return submit
+
+
+@pytest.fixture
+def project_with_preflight(cluster, tmp_path, assets):
+    """The real preflight before the stand-in trainer."""
+    from tests.slurm.conftest import Project
+
+    project = Project(tmp_path / "project", cluster)
+    project.use_stand_in(preflight=False)
+    assets.recipes(project, steps=5)
+    return project
+
+
+@pytest.mark.slurm
+def test_all_is_well_and_said_so(job, assets):
+    log = job("COMPLETED")
+    fingerprint = json.loads((assets.shards / "index.json").read_text())["fingerprint"]
+    assert "preflight: 2 nodes, 2 ranks agree: python" in log and f"data {assets.shards} {fingerprint[:12]}" in log
+    assert "all_reduce of 8 MiB over 2 ranks" in log and "bus bandwidth" in log
+    assert "GB free, 4 more checkpoints of 0.00" in log  # two kept, the best, and the one being written
+
+
+@pytest.mark.slurm
+def test_nodes_that_differ_are_named_before_any_training(job, cluster, assets, tmp_path):
+    """Another version of peft, and other weights of the same size, on one node alone."""
+    installed = Path(str(metadata.distribution("peft")._path)) / "METADATA"
+    other_version = tmp_path / "METADATA"
+    other_version.write_text(installed.read_text().replace(f"Version: {metadata.version('peft')}", "Version: 0.1.0", 1))
+    weights = Path(assets.llm) / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    other_weights = tmp_path / "model.safetensors"
+    other_weights.write_bytes(content)
+    cluster.overlay("n1", installed, other_version)
+    cluster.overlay("n1", weights, other_weights)
+    try:
+        log = job("FAILED")
+    finally:
+        cluster.remove_overlay("n1", installed)
+        cluster.remove_overlay("n1", weights)
+    # Of two nodes neither is the minority: the one behind is named, with both values.
+    assert f"preflight: node n1: peft is 0.1.0, but {metadata.version('peft')} on gpu-b7: give all nodes the same" in log
+    assert f"preflight: node n1: model.llm {assets.llm} is " in log
+    assert "requeue, restart" not in log and "alignment from step" not in log
+
+
+@pytest.mark.slurm
+def test_a_shard_that_one_node_does_not_see_whole_is_named(job, cluster, assets, tmp_path):
+    shard = assets.shards / "chirps-000001.tar"
+    (tmp_path / "short.tar").write_bytes(shard.read_bytes()[:1000])
+    cluster.overlay("n1", shard, tmp_path / "short.tar")
+    try:
+        log = job("FAILED")
+    finally:
+        cluster.remove_overlay("n1", shard)
+    assert "preflight: node n1: data" in log and "chirps-000001.tar has 1000 bytes, the index says" in log
+    assert "node gpu-b7: data" not in log and "alignment from step" not in log
+
+
+@pytest.mark.slurm
+def test_shards_are_staged_to_each_nodes_own_disk(job, assets, tmp_path):
+    log = job("COMPLETED", STAGE_SHARDS="1", LOCAL_DISK=str(tmp_path / "disk"))
+    fingerprint = json.loads((assets.shards / "index.json").read_text())["fingerprint"]
+    copies = tmp_path / "disk" / "soundwave-shards" / fingerprint
+    for name in ("chirps-000000.tar", "chirps-000001.tar"):
+        assert (copies / name).read_bytes() == (assets.shards / name).read_bytes()
+    assert "staging: node n1:" in log and "staging: node gpu-b7:" in log
+    shutil.rmtree(copies)
