@@ -45,57 +45,75 @@ def padding_share(seconds: np.ndarray, groups: list[np.ndarray]) -> float:
     return 1 - sum(float(seconds[g].sum()) for g in groups) / padded if padded else 0.0
 
 
-def _stop(audio: np.ndarray, text: np.ndarray, start: int, target: float, slack: float) -> int:
-    """End of the group that begins at `start` and comes nearest to `target` in cost without leaving its budgets.
+def _expected(audio: np.ndarray, text: np.ndarray, groups: int) -> np.ndarray:
+    """Cost of each utterance inside its group, padding included, if the sorted utterances are cut into equal groups. [N]"""
+    cost = audio + text
+    for _ in range(3):  # padding moves the cuts, the cuts move the padding: settled after two rounds
+        before = np.cumsum(cost) - cost
+        group = np.minimum((before * (groups / max(cost.sum(), 1e-12))).astype(np.int64), groups - 1)
+        first = np.flatnonzero(np.r_[True, group[1:] != group[:-1]])
+        sizes = np.diff(np.r_[first, len(cost)])
+        cost = np.repeat(audio[first], sizes) * (audio > 0) + np.repeat(np.maximum.reduceat(text, first), sizes)
+    return cost
 
-    audio, text [N]: seconds and LLM positions as shares of their budgets, audio falling. slack: how far below the target the
-    look-ahead may end; only bounds the work.
-    """
-    longest, n = float(audio[start]), len(audio)
-    per_row = max(longest, float(text[start]) / 4, 1e-9)
-    ahead = n if target == np.inf else min(n, start + int(max(target, slack) / per_row) + 2)
-    widest = np.maximum.accumulate(text[start:ahead])
+
+def _costs(audio: np.ndarray, text: np.ndarray, start: int, bound: float) -> np.ndarray:
+    """Costs of the groups that begin at `start` and hold 1, 2, ... utterances: those within the budgets, up to about `bound`."""
+    longest = float(audio[start])
+    per_row = max(longest, float(text[start]) / 4, 1e-9)  # rows with fewer LLM positions may follow
+    ahead = min(len(audio), start + int(min(bound / per_row, len(audio))) + 2)
     rows = np.arange(1, ahead - start + 1)
-    with_audio = np.minimum(rows, np.count_nonzero(audio[start:ahead]))
-    padded_audio, padded_text = with_audio * longest, rows * widest
+    padded_audio = np.minimum(rows, np.count_nonzero(audio[start:ahead])) * longest
+    padded_text = rows * np.maximum.accumulate(text[start:ahead])
     fits = int(np.count_nonzero((padded_audio <= 1 + 1e-9) & (padded_text <= 1 + 1e-9)))  # a prefix: both grow with the rows
-    if fits <= 1:
-        return start + 1
-    if target == np.inf:
-        return start + fits
-    return start + 1 + int(np.argmin(np.abs(padded_audio[:fits] + padded_text[:fits] - target)))
+    return (padded_audio + padded_text)[:max(fits, 1)]
 
 
-def _cut(audio: np.ndarray, text: np.ndarray, density: np.ndarray, ranks: int, rounds: int) -> list[list[tuple[int, int]]] | None:
+def _cut(audio: np.ndarray, text: np.ndarray, ranks: int, rounds: int) -> list[list[tuple[int, int]]] | None:
     """Groups (start, stop) of each rank, one a round, or None where the budgets need more rounds.
 
-    density [N]: expected cost of each utterance inside its group, padding included.
+    audio, text [N]: seconds and LLM positions as shares of their budgets, audio falling.
     """
-    remaining = np.r_[np.cumsum(density[::-1])[::-1], 0.0]
-    slack = 4 * remaining[0] / (ranks * rounds)
+    expected = _expected(audio, text, ranks * rounds)
+    remaining = np.r_[np.cumsum(expected[::-1])[::-1], 0.0]
+    bound = 3 * remaining[0] / (ranks * rounds) + 1
     groups: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
     load = np.zeros(ranks)
     start, n = 0, len(audio)
-    for turn in range(rounds):
-        last = turn == rounds - 1
-        lacking = 0.0  # of the ranks that this round has served
+    for turn in range(rounds - 1):
         for served, rank in enumerate(np.argsort(load, kind="stable")):
-            if start >= n:
-                groups[rank].append((n, n))
-                continue
-            if last:
-                waiting = ranks - served
-                mean = (load.sum() - lacking + remaining[start]) / waiting
-                target = mean - load[rank]
-            else:
+            stop, cost = start, 0.0
+            if start < n:
+                costs = _costs(audio, text, start, bound)
                 target = remaining[start] / (ranks * (rounds - turn) - served)
-            stop = _stop(audio, text, start, target if served < ranks - 1 or not last else np.inf, slack)
-            cost = np.count_nonzero(audio[start:stop]) * audio[start] + (stop - start) * text[start:stop].max()
+                best = int(np.argmin(np.abs(costs - target)))
+                stop, cost = start + best + 1, float(costs[best])
             groups[rank].append((start, stop))
             load[rank] += cost
-            if last:
-                lacking += load[rank]
             start = stop
+    # The last round: whichever rank lacks what the next group can hold takes it.
+    waiting = np.argsort(load, kind="stable")
+    loads = load[waiting]  # rising
+    waiting_load = float(loads.sum())
+    for left in range(ranks, 0, -1):
+        if start >= n:
+            place, stop = 0, n
+        else:
+            costs = _costs(audio, text, start, bound if left > 1 else np.inf)
+            if left == 1:
+                place, stop = 0, start + len(costs)
+            else:
+                lacks = (waiting_load + remaining[start]) / left - loads[:left]  # falling
+                places = np.clip(left - np.searchsorted(lacks[::-1], costs), 0, left - 1)
+                nearer = np.maximum(places - 1, 0)
+                places = np.where(np.abs(lacks[nearer] - costs) < np.abs(lacks[places] - costs), nearer, places)
+                best = int(np.argmin(np.abs(lacks[places] - costs)))
+                place, stop = int(places[best]), start + best + 1
+        groups[waiting[place]].append((start, stop))
+        waiting_load -= loads[place]
+        loads[place:left - 1] = loads[place + 1:left].copy()
+        waiting[place:left - 1] = waiting[place + 1:left].copy()
+        start = stop
     return groups if start >= n else None
 
 
@@ -107,17 +125,8 @@ def assign(seconds: np.ndarray, positions: np.ndarray, world_size: int, budgets:
     """
     order = np.lexsort((-positions.astype(np.int64), -seconds.astype(np.float64)))
     audio, text = seconds[order] / budgets.seconds, positions[order] / budgets.tokens
-    least = max(audio.sum(), text.sum())
-    rounds = max(1, int(np.ceil(min(least, len(order)) / world_size - 1e-9)))
-    while True:
-        density = audio + text
-        groups = _cut(audio, text, density, world_size, rounds)
-        if groups is not None:
-            break
+    full = max(np.minimum(audio, 1).sum(), np.minimum(text, 1).sum())
+    rounds = max(1, int(np.ceil(full / world_size - 1e-9)))
+    while (groups := _cut(audio, text, world_size, rounds)) is None:
         rounds += 1
-    # Once more with what the first cut taught about padding.
-    for start, stop in (group for rank in groups for group in rank):
-        if stop > start:
-            density[start:stop] = audio[start] * (audio[start:stop] > 0) + text[start:stop].max()
-    groups = _cut(audio, text, density, world_size, rounds) or groups
     return [[order[start:stop] for start, stop in rank] for rank in groups]

@@ -2,10 +2,13 @@
 
     index (samples.npy) -> sources (task x corpus) -> endless order of each source -> the step's stretch of each order
 
-1. Every source has an endless order: pass after pass over its utterances. In each pass its shards are shuffled, cut into
-   windows of `shuffle_window_shards`, and the utterances of a window are shuffled together: reads stay within a window.
-   "Shuffled" means sorted by a hash of (seed, source, pass, sample id): no generator state, no numpy version enters.
-2. An utterance occupies as many units (milliseconds) of that order as it lasts. The mixture says which stretch of units
+1. Every source has an endless order: pass after pass over its utterances. In each pass its shards are shuffled and cut into
+   windows of `shuffle_window_shards`; reads stay within a window. "Shuffled" means sorted by a hash of (seed, source, pass,
+   sample id): no generator state, no numpy version enters.
+2. The utterances of a window are sorted by length (give or take LENGTH_JITTER, another one in each pass), cut into buckets
+   of about one micro-batch, and the buckets are shuffled. A global batch is a random set of whole buckets, each of
+   about one length: that is what keeps padding low where a global batch is only a few micro-batches.
+3. An utterance occupies as many units (milliseconds) of that order as it lasts. The mixture says which stretch of units
    belongs to step s; the utterances that begin in the stretch are the source's part of the global batch.
 
 So step 100,000 costs what step 0 costs: one binary search over windows and the shuffle of one window per source. World
@@ -31,6 +34,7 @@ from train.data.mixture import Mixture
 PLANNED = np.dtype([("corpus", "u2"), ("source", "u2"), ("row", "u4"), ("epoch", "u4"), ("seconds", "f4"), ("positions", "u4")])
 
 UNITS_PER_SECOND = 1000
+LENGTH_JITTER = 0.05  # lengths this close count as one; costs about half of it in padding
 SPOKEN_CHARACTERS_PER_SECOND = 15.0  # English read aloud; a text-only turn weighs as much as it would take to say it
 TEMPLATE_POSITIONS = 48  # chat template and default instruction
 CHARACTERS_PER_TOKEN = 3.0  # where pack counted no tokens; on the safe side for English (about 4)
@@ -122,7 +126,18 @@ class SourceOrder:
         self._shard_hash = mix64(shard_of[self._starts].astype(np.uint64))
         self._window = max(int(window_shards), 1)
         self.total = int(self._shard_units.sum())  # units of one pass
+        self._rate, self._buckets = 0, 0
         self._cache: OrderedDict[tuple, tuple] = OrderedDict()
+
+    def set_buckets(self, rate: int, seconds: float) -> None:
+        """Buckets of about `seconds` that divide the source's `rate` (units a step), so that steps hold whole buckets.
+
+        None is shorter than the longest utterance: in each at least one begins, so no step of a single source is empty.
+        """
+        self._rate = max(rate, 1)
+        most = self._rate // int(self.units.max())
+        self._buckets = max(min(round(self._rate / (seconds * UNITS_PER_SECOND)), most), 1) if seconds > 0 else 0
+        self._cache.clear()
 
     def _remember(self, key: tuple, value: tuple) -> tuple:
         self._cache[key] = value
@@ -145,10 +160,43 @@ class SourceOrder:
         order, before = self._pass(number)
         shards = order[window * self._window:(window + 1) * self._window]
         members = np.concatenate([np.arange(self._starts[s], self._ends[s]) for s in shards])
-        hashes = self._index.samples["id_hash"][self.rows[members]]
-        members = members[np.argsort(mix64(hashes ^ key64(self._seed, self._key, number)), kind="stable")]
-        starts = before[window] + np.r_[0, np.cumsum(self.units[members][:-1], dtype=np.int64)]
+        hashes = mix64(self._index.samples["id_hash"][self.rows[members]] ^ key64(self._seed, self._key, number))
+        if self._buckets:
+            members, starts = self._bucketed(members, hashes, number, int(before[window]))
+        else:
+            members = members[np.argsort(hashes, kind="stable")]
+            starts = before[window] + np.r_[0, np.cumsum(self.units[members][:-1], dtype=np.int64)]
         return self._remember((number, window), (members, starts))
+
+    def _bucketed(self, members: np.ndarray, hashes: np.ndarray, number: int, before: int) -> tuple[np.ndarray, np.ndarray]:
+        """Members of a window in buckets of one length, the buckets shuffled, and the units before each within the pass.
+
+        Bucket j of the endless order takes the units from edge(j) to edge(j + 1), edge(j) = ceil(j rate / buckets): steps begin
+        at edges. The window's first and last bucket may be cut by the window and stay where they are.
+        """
+        offset = number * self.total
+        uniform = (hashes >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        order = np.argsort(self.units[members] * (1 + LENGTH_JITTER * uniform), kind="stable")
+        if key64(self._seed, self._key, number, before) & np.uint64(1):  # which end of the lengths comes first
+            order = order[::-1]
+        members = members[order]
+        starts = offset + before + np.r_[0, np.cumsum(self.units[members][:-1], dtype=np.int64)]
+        bucket = starts * self._buckets // self._rate
+        places = np.arange(bucket[0], bucket[-1] + 1)
+        edges = -(-places * self._rate // self._buckets)
+        widths = -(-(places + 1) * self._rate // self._buckets) - edges
+        shuffled = np.arange(len(places))  # place of each bucket
+        inner = shuffled[1:-1]
+        if len(inner) > 1:
+            keys = mix64(inner.astype(np.uint64) ^ key64(self._seed, self._key, number, before, "buckets"))
+            shuffled[1:-1] = inner[np.argsort(keys, kind="stable")]
+        old = bucket - bucket[0]
+        new = shuffled[old]
+        within = np.minimum(starts - edges[old], widths[new] - 1)  # widths differ by one unit at most
+        # The first bucket keeps what the window's cut took from its front.
+        starts = edges[new] + within
+        order = np.lexsort((np.arange(len(members)), new))
+        return members[order], starts[order] - offset
 
     def between(self, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the utterances that begin in units [low, high) of the endless order, and the pass of each."""
@@ -207,7 +255,11 @@ class Plan:
         self.utterances = np.array([len(order.rows) for order in self.orders])
         self.mixture = Mixture(data.mixture, tasks, self.utterances, np.array([o.total for o in self.orders]) / self.utterances,
                                weights, int(round(data.batch_seconds * UNITS_PER_SECOND)), steps)
-        facts = [data.seed, data.batch_seconds, data.shuffle_window_shards, data.min_seconds, data.max_seconds, stage, weights,
+        rates = self.mixture.before(1)
+        for order, rate in zip(self.orders, rates.tolist(), strict=True):
+            order.set_buckets(rate, data.micro_batch_seconds)
+        facts = [data.seed, data.batch_seconds, data.micro_batch_seconds, data.shuffle_window_shards, data.min_seconds,
+                 data.max_seconds, stage, weights,
                  [data.mixture.tau_start, data.mixture.tau_end, dict(sorted(data.mixture.task_weights.items()))],
                  steps if data.mixture.tau_start != data.mixture.tau_end else None,
                  [(index.fingerprint, corpus.tasks) for index, corpus in zip(indexes, data.train, strict=True)]]
