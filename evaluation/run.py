@@ -14,6 +14,8 @@ import hashlib
 import os
 import sys
 import time
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -170,13 +172,48 @@ def output_file(options: argparse.Namespace, shards: Path) -> Path:
     return (options.model or Path("evaluations") / Path(options.untrained).stem) / "evaluation" / f"{name}.jsonl"
 
 
-def agree(error: str | None) -> str | None:
-    """The first error of any rank, known to every rank, so that all stop together."""
-    if not dist.is_initialized():
-        return error
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    return next((known for known in errors if known), None)
+@dataclass
+class Place:
+    """This process among its peers."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def stop(self, error: str | None) -> bool:
+        """Whether any rank met an error; rank 0 prints the first one, and all ranks know, so that they stop together."""
+        errors: list[str | None] = [error]
+        if self.world_size > 1:
+            errors = [None] * self.world_size
+            dist.all_gather_object(errors, error)
+        found = next((known for known in errors if known), None)
+        if found and self.rank == 0:
+            print(f"error: {found}", file=sys.stderr)
+        return found is not None
+
+
+def start(device: str | None) -> Place:
+    """Ranks from the launcher's environment (one process without), joined by gloo; the answers themselves go through files."""
+    disable_progress_bar()  # of transformers' weight loading; tqdm shows what takes long
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and not dist.is_initialized():
+        # A rank may wait for a slower one as long as the work takes, not for torch's half hour.
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+    default = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    return Place(rank, world_size, torch.device(device or default))
+
+
+def finish(file: PredictionFile, place: Place) -> int:
+    """Wait for all ranks, merge, score, print; returns the exit code."""
+    if place.world_size > 1:
+        dist.barrier()
+    if place.rank == 0:
+        file.merge()
+        result = score_file(file.path)
+        print(table(result["tasks"]))
+        print(f"predictions: {file.path} ({result['utterances']} answered, {result['rejected']} rejected)")
+        print(f"scores: {file.path.with_suffix('.scores.json')}")
+    return 0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -208,41 +245,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    disable_progress_bar()  # of transformers' weight loading; tqdm shows what takes long
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")  # carries barriers and one message; the answers go through files
-    device = torch.device(options.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"))
-    file, error = None, None
+    place = start(options.device)
+    error = file = None
     try:
         shards, settings = check_inputs(options)
-        model, decode = load(options, device)
-        file = PredictionFile(output_file(options, shards), settings | {"decode": decode}, rank, options.restart)
-        if rank == 0:
+        model, decode = load(options, place.device)
+        file = PredictionFile(output_file(options, shards), settings | {"decode": decode}, place.rank, options.restart)
+        if place.rank == 0:
             file.prepare()
     except (InputError, PredictionError, RecipeError, ShardError, folder.FolderError, SourceError) as problem:
         error = str(problem)
-    error = agree(error)
-    if error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+    if place.stop(error):
         return 2
-    torch.manual_seed(options.seed + rank)
+    torch.manual_seed(options.seed + place.rank)
     tasks = None if "all" in options.task else options.task
     stage = STAGE_I if decode == "ctc" else model.stage  # what a batch needs to hold
-    stream = EvalStream(shards, model.tokenizer, model.config, stage, tasks=tasks, limit=options.limit, done=file.done(),
-                        batch_seconds=options.batch_seconds, rank=rank, world_size=world_size,
+    stream = EvalStream(str(shards), model.tokenizer, model.config, stage, tasks=tasks, limit=options.limit, done=file.done(),
+                        batch_seconds=options.batch_seconds, rank=place.rank, world_size=place.world_size,
                         data=DataConfig(workers=options.workers))
     predict(model, stream, file, options, decode)
-    if world_size > 1:
-        dist.barrier()
-    if rank == 0:
-        file.merge()
-        result = score_file(file.path)
-        print(table(result["tasks"]))
-        print(f"predictions: {file.path} ({result['utterances']} answered, {result['rejected']} rejected)")
-        print(f"scores: {file.path.with_suffix('.scores.json')}")
-    return 0
+    return finish(file, place)
 
 
 def end_ranks() -> None:

@@ -1,0 +1,129 @@
+"""The upper anchor: Whisper's own decoder, greedy, on the same clips, scored by the same scorer.
+
+    python -m evaluation.whisper_baseline --whisper DIR --shards DIR --task asr
+
+The predictions file is that of evaluation.run: `python -m evaluation.compare` pairs the two utterance by utterance. The
+language is told to Whisper where the shards name it (it guesses otherwise), and each clip is padded to 30 s, as Whisper is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, WhisperForConditionalGeneration
+
+from data_tools.shards import ShardError, ShardIndex
+from evaluation.predictions import PredictionError, PredictionFile
+from evaluation.run import InputError, end_ranks, finish, prediction_row, shard_folder, start
+from model.features import SAMPLE_RATE, WINDOW_SECONDS, log_mel
+from train.config import RecipeError
+from train.data.reader import decode, read_with_retry
+from train.data.rejected import BrokenSample
+from train.data.validation import select
+
+WINDOW = int(WINDOW_SECONDS * SAMPLE_RATE)
+
+
+class Whisper:
+    """A Whisper folder as a transcriber of waveforms."""
+
+    def __init__(self, path: Path, device: torch.device):
+        self.model = WhisperForConditionalGeneration.from_pretrained(path).to(device).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.languages = getattr(self.model.generation_config, "lang_to_id", None)
+
+    @torch.inference_mode()
+    def transcribe(self, waveforms: list[torch.Tensor], languages: list[str | None]) -> list[list[int]]:
+        """waveforms [S] each at 16 kHz and at most 30 s -> token ids each, greedy."""
+        lengths = torch.tensor([len(waveform) for waveform in waveforms])
+        padded = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
+        device = self.model.device
+        mel, _ = log_mel(padded.to(device), lengths.to(device), self.model.config.num_mel_bins, pad_to_samples=WINDOW)
+        options = {"do_sample": False, "num_beams": 1}
+        if self.languages:  # multilingual: one language for each clip, or a guess for the whole batch where one is unknown
+            options["task"] = "transcribe"
+            if all(f"<|{language}|>" in self.languages for language in languages):
+                options["language"] = list(languages)
+        output = self.model.generate(mel.to(self.model.dtype), attention_mask=torch.ones(len(mel), mel.shape[-1], device=device),
+                                     **options)
+        special = set(self.tokenizer.all_special_ids)
+        return [[token for token in row if token not in special] for row in output.tolist()]
+
+
+def read_batch(index: ShardIndex, rows: list[int]) -> tuple[list[dict], list[torch.Tensor], list[dict]]:
+    """Samples, their waveforms, and what could not be read."""
+    samples, waveforms, rejected = [], [], []
+    for row in rows:
+        name = f"sample {row}"  # until its JSON has been read
+        try:
+            audio, sample, _ = read_with_retry(index, row)
+            name = sample["id"]
+            waveform = decode(audio)
+            if len(waveform) > WINDOW:
+                raise BrokenSample(f"{len(waveform) / SAMPLE_RATE:.1f} s: Whisper's decoder takes 30 s at once")
+        except BrokenSample as error:
+            rejected.append({"id": name, "corpus": index.name, "why": str(error)})
+            continue
+        samples.append(sample)
+        waveforms.append(waveform)
+    return samples, waveforms, rejected
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m evaluation.whisper_baseline", description=__doc__.splitlines()[0])
+    parser.add_argument("--whisper", type=Path, required=True, help="folder of a whole transformers Whisper")
+    parser.add_argument("--shards", required=True, help="folder written by data_tools/pack.py")
+    parser.add_argument("--split", help="sub-folder of --shards")
+    parser.add_argument("--task", nargs="+", default=["asr"], help="tasks whose transcripts to score (default: asr)")
+    parser.add_argument("--limit", type=int, help="only this many utterances, evenly spaced, the same as evaluation.run's")
+    parser.add_argument("--batch", type=int, default=8, help="clips at a time (default: 8)")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--out", type=Path, required=True, help="predictions file")
+    parser.add_argument("--restart", action="store_true", help="throw away what --out already holds")
+    options = parser.parse_args(arguments)
+    place = start(options.device)
+    error = file = None
+    try:
+        index = ShardIndex.load(shard_folder(options.shards, options.split))
+        rows = select(index, 0, "alignment", options.task, options.limit)["row"].tolist()
+        if not (options.whisper / "generation_config.json").exists():
+            raise InputError(f"{options.whisper} holds no generation_config.json: give a whole Whisper folder, with decoder and "
+                             "tokenizer")
+        whisper = Whisper(options.whisper, place.device)
+        settings = {"whisper": str(options.whisper), "shards": index.fingerprint, "tasks": sorted(options.task),
+                    "limit": options.limit}
+        file = PredictionFile(options.out, settings, place.rank, options.restart)
+        if place.rank == 0:
+            file.prepare()
+    except (InputError, PredictionError, RecipeError, ShardError) as problem:
+        error = str(problem)
+    if place.stop(error):
+        return 2
+    done = file.done()
+    mine = sorted(rows, key=lambda row: -float(index.samples[row]["duration"]))[place.rank::place.world_size]
+    with tqdm(total=len(mine), desc=f"whisper {file.path.stem}", unit="utt", disable=place.rank != 0) as progress:
+        for first in range(0, len(mine), options.batch):
+            samples, waveforms, rejected = read_batch(index, mine[first:first + options.batch])
+            left = [i for i, sample in enumerate(samples) if sample["id"] not in done]
+            answers = []
+            if left:
+                began = time.perf_counter()
+                tokens = whisper.transcribe([waveforms[i] for i in left], [samples[i].get("lang") for i in left])
+                wall = round((time.perf_counter() - began) / len(left), 4)
+                for i, ids in zip(left, tokens, strict=True):
+                    text = whisper.tokenizer.decode(ids)
+                    answers.append(prediction_row(samples[i], text, text, "ctc") | {"tokens": len(ids), "wall": wall})
+            file.append(answers, rejected)
+            progress.update(len(samples) + len(rejected))
+    return finish(file, place)
+
+
+if __name__ == "__main__":
+    code = main()
+    end_ranks()
+    sys.exit(code)

@@ -1,0 +1,103 @@
+"""Text retention, speed, and Whisper's own decoder as an anchor."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+from data_tools.shards import ShardIndex
+from evaluation import compare, retention, speed, whisper_baseline
+from evaluation.predictions import read_rows
+from tests.evaluation.conftest import byte_tokenizer
+from train.data.reader import decode
+
+
+def test_retention_against_the_plain_base(parts, folders, tmp_path, capsys):
+    """Without LoRA the LLM is the base as transformers loads it; with LoRA it is another one."""
+    passages, questions = tmp_path / "p.txt", tmp_path / "q.jsonl"
+    passages.write_text("A first passage.\n\nAnd one more, a little longer.\n")
+    questions.write_text(json.dumps({"question": "Say a.", "accept": ["a"]}) + "\n")
+    out = tmp_path / "r.json"
+    arguments = ["--model", str(folders / "shrinking"), "--passages", str(passages), "--questions", str(questions),
+                 "--out", str(out), "--max-new-tokens", "8", "--device", "cpu"]
+    assert retention.main(arguments) == 0
+    result = json.loads(out.read_text())
+    base, tokenizer = LlamaForCausalLM.from_pretrained(parts / "llm"), byte_tokenizer()
+    total = count = 0
+    with torch.no_grad():
+        for passage in ("A first passage.", "And one more, a little longer."):
+            ids = tokenizer(passage, return_tensors="pt").input_ids
+            total += float(base(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+            count += ids.shape[1] - 1
+    assert result["perplexity"]["tokens"] == count
+    assert result["perplexity"]["base"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert abs(result["perplexity"]["ratio"] - 1) > 1e-3
+    assert result["questions"]["questions"] == 1 and len(result["answers"]) == 1
+    assert "ratio" in capsys.readouterr().out
+    assert retention.main(["--model", str(folders / "alignment")]) == 2
+    assert "leaves the LLM alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "accepted", "right"), [
+    ("The capital is Paris.", ["paris"], True), ("Parisian food", ["paris"], False),
+    ("It is London. Paris is not.", ["paris"], False),
+    ("12", ["12", "twelve"], True), ("112", ["12"], False), ("H₂O is water", ["h₂o"], True), ("", ["x"], False),
+])
+def test_answers_are_read_as_whole_words(given, accepted, right):
+    assert retention.is_right(given, accepted) is right
+
+
+def test_shipped_questions_are_well_formed():
+    items = [json.loads(line) for line in (retention.TEXT / "questions.jsonl").read_text().splitlines()]
+    assert len(items) >= 40 and all(item["question"].endswith(("?", ".")) and item["accept"] for item in items)
+    assert not any(retention.is_right(item["question"], item["accept"]) for item in items if "Answer" not in item["question"]
+                   and "which is" not in item["question"].lower())  # no question holds its answer
+
+
+def test_speed_measures_every_stage(folders, packed, tmp_path):
+    out = tmp_path / "s.json"
+    for stage in ("shrinking", "alignment"):
+        assert speed.main(["--model", str(folders / stage), "--shards", str(packed), "--clips", "3", "--max-new-tokens", "4",
+                           "--device", "cpu", "--out", str(out)]) == 0
+        result = json.loads(out.read_text())
+        assert result["clips"] == 3 and 0 < result["kept_per_second"] <= result["frames_per_second"]
+        for clip in result["per_clip"]:
+            assert clip["audio_path"] > 0
+            assert stage == "alignment" or clip["audio_path"] / 5 < clip["first_token"] <= clip["total"]
+        assert ("first_token_ms_median" in result) is (stage == "shrinking")
+
+
+@pytest.fixture(scope="module")
+def whisper(parts, tmp_path_factory):
+    """The tiny Whisper with a tokenizer beside it: a folder that can transcribe."""
+    path = tmp_path_factory.mktemp("whisper")
+    model = WhisperForConditionalGeneration.from_pretrained(parts / "whisper")
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and "embed_positions" not in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.generation_config.max_length = 12
+    model.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_whisper_answers_as_transformers_does(whisper, folders, packed, tmp_path):
+    """Batches of clips of any length against one clip at a time through transformers' own feature extractor."""
+    out = tmp_path / "w.jsonl"
+    assert whisper_baseline.main(["--whisper", str(whisper), "--shards", str(packed), "--out", str(out), "--batch", "3",
+                                  "--device", "cpu"]) == 0
+    rows = {row["id"]: row for row in read_rows(out)}
+    assert len({row["prediction"] for row in rows.values()}) > 1  # the tiny model does listen
+    assert len(rows) == 7 and json.loads(out.with_suffix(".scores.json").read_text())["rejected"] == 1
+    model, tokenizer = WhisperForConditionalGeneration.from_pretrained(whisper), byte_tokenizer()
+    extractor = WhisperFeatureExtractor()
+    index = ShardIndex.load(packed)
+    for number in (0, 3):
+        audio, sample = index.read(number)
+        features = extractor(decode(audio).numpy(), sampling_rate=16000, return_tensors="pt").input_features
+        ids = model.generate(features, do_sample=False, num_beams=1)[0]
+        assert rows[sample["id"]]["prediction"] == tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert compare.compare(out, out)["tasks"]["asr"]["utterances"] == 7
