@@ -78,7 +78,7 @@ class SoundwaveConfig:
     ops: OpsConfig = field(default_factory=OpsConfig)
     prompt: str = "chat"  # chat: the tokenizer's own chat template | release: the released weights' prompt
     audio_token: str = "<audio_patch>"  # its one position in the prompt is replaced by the audio; it is also CTC's blank
-    attention_implementation: str = "auto"  # auto: flash_attention_2 when it imports, else sdpa | sdpa | eager
+    attention_implementation: str = "auto"  # auto: flash_attention_2 when it can, else sdpa | sdpa | eager
     dtype: str = "float32"  # weights of the frozen parts: float32 | bfloat16 | float16
 
 

@@ -133,7 +133,7 @@ class WhisperEncoder(Encoder):
         return net.layer_norm(hidden)
 
 
-def build_encoder(config: EncoderConfig, source: Source, dtype: torch.dtype, attention: str, *, weights: bool = True) -> Encoder:
+def build_encoder(config: EncoderConfig, source: Source, dtype: torch.dtype, attention: str | None, *, weights: bool = True) -> Encoder:
     """The encoder; without `weights` on the meta device, for its sizes. Errors: SourceError for an unknown family."""
     family = source.config.model_type
     if family not in _FAMILIES:

@@ -24,7 +24,7 @@ def load_tokenizer(source: Source, audio_token: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def build_llm(config: LLMConfig, source: Source, dtype: torch.dtype, attention: str) -> nn.Module:
+def build_llm(config: LLMConfig, source: Source, dtype: torch.dtype, attention: str | None) -> nn.Module:
     """The frozen LLM with fresh LoRA (which starts as the identity); on the meta device where the source has no weights."""
     options = {"dtype": dtype, "attn_implementation": attention}
     if hasattr(source.config, "attention_dropout"):
@@ -33,7 +33,13 @@ def build_llm(config: LLMConfig, source: Source, dtype: torch.dtype, attention: 
         with torch.device("meta"):
             llm = AutoModelForCausalLM.from_config(source.config, **options)
     else:
-        llm = AutoModelForCausalLM.from_pretrained(source.folder, config=source.config, **options)
+        try:
+            llm = AutoModelForCausalLM.from_pretrained(source.folder, config=source.config, **options)
+        except (ValueError, ImportError) as error:
+            if attention is None or "attention" not in str(error).lower():
+                raise
+            raise SourceError(f"{source.name} does not run with model.attention_implementation={attention} "
+                              f"({str(error).split('.')[0]}): set it to eager or auto") from None
     llm.requires_grad_(False)
     if config.lora_r == 0:
         return llm

@@ -105,7 +105,8 @@ def embedding_names(config: PretrainedConfig) -> tuple[str, str, float]:
     Tied models have one name for both. The factor is that of embeddings that scale what they look up (Gemma 3).
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        # The class itself: from_config would shard and initialise a model without weights while ZeRO-3 is being set up.
+        model = AutoModelForCausalLM._model_mapping[type(config)](config)
     model.tie_weights()
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     by_parameter = {id(p): n for n, p in model.named_parameters()}
@@ -173,11 +174,14 @@ def fingerprint(folder: Path, prefix: str = "") -> str:
     return digest.hexdigest()
 
 
-def attention_implementation(setting: str, dtype: torch.dtype) -> str:
-    """`auto`: flash_attention_2 where it imports, there is a GPU and the weights are 16-bit (it has no fp32); else sdpa."""
+def attention_implementation(setting: str, dtype: torch.dtype) -> str | None:
+    """`auto`: flash_attention_2 where it imports, there is a GPU and the weights are 16-bit (it has no fp32); else None: sdpa
+    where the model has it (Gemma 2 has not). Errors: ValueError for a setting that is not known."""
+    if setting not in ("auto", "flash_attention_2", "sdpa", "eager"):
+        raise ValueError(f"model.attention_implementation is '{setting}': auto, flash_attention_2, sdpa or eager")
     if setting != "auto":
         return setting
     from transformers.utils import is_flash_attn_2_available
 
     half = dtype in (torch.bfloat16, torch.float16)
-    return "flash_attention_2" if half and torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+    return "flash_attention_2" if half and torch.cuda.is_available() and is_flash_attn_2_available() else None

@@ -39,10 +39,10 @@ def messages_of(sample: dict, audio_token: str = "<audio_patch>") -> list[dict[s
     answer = next((sample[key] for key in ("response", "label", "text") if sample.get(key)), None)
     if answer is None:
         raise PromptError("sample has no response, label or text to answer with")
-    prompt = sample.get("prompt") or INSTRUCTIONS.get(sample.get("task", "asr"), "")
-    prompt = prompt.replace("{lang}", str(sample.get("target_lang") or "English"))
+    prompt = sample.get("prompt") or ""
     if sample.get("duration"):
-        prompt = f"{audio_token}\n{prompt}" if prompt else audio_token
+        instruction = INSTRUCTIONS.get(sample.get("task", "asr"), "").replace("{lang}", sample.get("target_lang") or "English")
+        prompt = f"{audio_token}\n{prompt or instruction}".rstrip("\n")
     elif not prompt:
         raise PromptError("sample has neither audio nor a prompt")
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": str(answer)}]
