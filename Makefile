@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
+MARKERS ?= not slow and not gpu and not slurm
 PY := $(VENV)/bin/python
 SETUP := $(PYTHON) install/setup_env.py --venv $(VENV) $(if $(GPU),--gpu $(if $(filter 0 no,$(GPU)),no,yes)) $(if $(FLASH_ATTN),--flash-attn)
 export HF_HUB_OFFLINE ?= 1
@@ -28,11 +29,8 @@ demo: setup ## the whole road on real speech: fetch, pack, stages I to III, scor
 fetch: setup ## only download and convert what the demo needs; names the commands for full-scale models
 	@$(PY) -m examples.quickstart.fetch $(ARGS)
 
-test: setup-dev ## the fast tests, two-rank ZeRO-3 included
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow and not gpu and not slurm" $(ARGS)
-
-test-all: setup-dev ## every test that this machine can run, the slow ones too
-	@OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS)
+test: setup-dev ## the fast tests, two-rank ZeRO-3 included (MARKERS='not gpu' for all that a machine without a GPU can run)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -m "$(MARKERS)" $(ARGS)
 
 lint: setup-dev ## ruff, shellcheck
 	@$(PY) -m ruff check .

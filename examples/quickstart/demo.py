@@ -139,8 +139,8 @@ class Plan:
                 options += ["--max-new-tokens", str(score.max_new_tokens)]
             title = f"{stage.title}: score {when} training, {', '.join(score.tasks)} on {score.shards} ({score.limit} utterances)"
             steps.append(Step(f"score-{out.stem}", title, score.minutes, [*launcher, *options, *model],
-                              lambda score=score: [OmegaConf.to_container(score), self.fingerprint(score.shards), dict(self.trained),
-                                                   asdict(recipe.model), recipe.seed],
+                              lambda score=score: [OmegaConf.to_container(score), self.fingerprint(score.shards),
+                                                   dict(self.trained), asdict(recipe.model), recipe.seed],
                               out.with_suffix(".scores.json"), set_aside=out))
         return steps
 

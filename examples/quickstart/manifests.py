@@ -1,7 +1,7 @@
 """Who is trained on, tuned on, tested on: the demo's splits and its instruction data. Changes when the demo's data does.
 
     dialogues-{train,valid,test}.jsonl   task asr; split by whole dialogue (descriptions: train)
-    prompts-{train,valid,test}.jsonl     task translation (to and from English); in valid and test also English asr; split by prompt,
+    prompts-{train,valid,test}.jsonl     task translation (to and from English), in valid and test asr (English) too; by prompt,
                                          in all languages alike; prompts with the same words in some language stay together
     instruct-{train,valid,test}.jsonl    what stage III learns, made by code out of the dialogues' transcripts, below
 
