@@ -98,8 +98,9 @@ def ctc_negative_log_likelihood(label_logprob: Tensor, blank_logprob: Tensor, ta
 def linear_ctc(hidden: Tensor, weight: Tensor, extra_row: Tensor | None, input_lengths: Tensor, targets: Tensor,
                target_lengths: Tensor, blank: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss [B] (inf where impossible), and argmax, lse, largest logit and blank's logit [B, T]."""
-    argmax, lse, largest, blank_logit = linear_argmax(hidden, weight, extra_row, input_lengths, blank)
     valid = torch.arange(hidden.shape[1], device=hidden.device)[None] < input_lengths[:, None]
+    hidden = hidden.masked_fill(~valid[..., None], 0.0)  # padded frames may hold anything
+    argmax, lse, largest, blank_logit = linear_argmax(hidden, weight, extra_row, input_lengths, blank)
     labels = columns(hidden, weight, extra_row, targets)
     labels = torch.where(valid[..., None], labels - lse[..., None], 0.0)
     loss = ctc_negative_log_likelihood(labels, blank_logit - lse, targets, input_lengths, target_lengths)

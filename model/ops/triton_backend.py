@@ -1,0 +1,349 @@
+"""The Triton backend: CUDA (and, under TRITON_INTERPRET=1, any tensor, for tests).
+
+The matrix products are cuBLAS's, on tiles whose logits fit the L2 cache; a Triton kernel passes over each tile while it is
+there. Another holds CTC's recursion, one program an utterance. Every sum has one fixed order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .operator import TILE, Kept, Problem
+from .reference import columns
+
+# Logits that exist at one time: 2^24 are 32 MB in bfloat16; an H100's L2 cache holds 50 MB.
+LOGITS_AT_ONCE = 2**24
+LOG_ZERO = tl.constexpr(-1e30)
+
+# Rows of one program, and its warps, tried on first use for each width; the interpreter has nothing to tune.
+_CONFIGS = [triton.Config({"ROWS": rows}, num_warps=warps) for rows, warps in [(1, 4), (2, 4), (4, 4), (4, 8), (8, 8)]]
+_CONFIGS = _CONFIGS[:1] if triton.knobs.runtime.interpret else _CONFIGS
+
+
+@triton.autotune(_CONFIGS, key=["width"])
+@triton.jit
+def _statistics(logits, log_mass, best_value, best_token, rows, first_row, first_token, width, tiles, first_tile,
+                TILE_: tl.constexpr, ROWS: tl.constexpr):
+    """For ROWS rows of logits [rows, width]: log mass of each tile, and the best token so far."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    frame = (first_row + row).to(tl.int64)
+    value = tl.load(best_value + frame, mask=row < rows, other=0.0)
+    token = tl.load(best_token + frame, mask=row < rows, other=0)
+    lane = tl.arange(0, TILE_)
+    for start in range(0, width, TILE_):
+        column = start + lane
+        here = (row < rows)[:, None] & (column < width)[None, :]
+        z = tl.load(logits + row.to(tl.int64)[:, None] * width + column[None, :], mask=here, other=-float("inf")).to(tl.float32)
+        z = tl.where((row < rows)[:, None], z, 0.0)
+        top = tl.max(z, axis=1)
+        mass = top + tl.log(tl.sum(tl.exp(z - top[:, None]), axis=1))
+        tl.store(log_mass + frame * tiles + first_tile + start // TILE_, mass, mask=row < rows)
+        place = first_token + start + tl.argmax(z, axis=1)
+        better = top > value
+        token = tl.where(better, place, token)
+        value = tl.where(better, top, value)
+    tl.store(best_value + frame, value, mask=row < rows)
+    tl.store(best_token + frame, token, mask=row < rows)
+
+
+@triton.autotune(_CONFIGS, key=["width"], restore_value=["logits"])  # in place: each trial needs the logits again
+@triton.jit
+def _probabilities(logits, lse, scale, rows, width, TILE_: tl.constexpr, ROWS: tl.constexpr):
+    """logits [rows, width] <- exp(logits - lse) * scale, in place; lse and scale [rows]."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    shift = tl.load(lse + row, mask=row < rows, other=0.0)
+    factor = tl.load(scale + row, mask=row < rows, other=0.0)
+    for start in range(0, width, TILE_):
+        column = start + tl.arange(0, TILE_)
+        here = (row < rows)[:, None] & (column < width)[None, :]
+        at = logits + row.to(tl.int64)[:, None] * width + column[None, :]
+        z = tl.load(at, mask=here, other=0.0).to(tl.float32)
+        tl.store(at, (tl.exp(z - shift[:, None]) * factor[:, None]).to(logits.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _place_labels(gradient, frame, tokens, values, first_token, width, length, slots, SLOTS: tl.constexpr):
+    """gradient [rows, width] at (row, token - first_token) <- values [B * T, slots] for the tokens [B, slots] of the row's
+    utterance that lie in this range (-1: none). frame [rows]: row of `values`. A token stands once in an utterance's row."""
+    row = tl.program_id(0)
+    source = tl.load(frame + row)
+    slot = tl.arange(0, SLOTS)
+    for start in range(0, slots, SLOTS):
+        inside = start + slot < slots
+        token = tl.load(tokens + source // length * slots + start + slot, mask=inside, other=-1)
+        value = tl.load(values + source * slots + start + slot, mask=inside, other=0.0)
+        place = token - first_token
+        tl.store(gradient + row.to(tl.int64) * width + place, value.to(gradient.dtype.element_ty),
+                 mask=inside & (place >= 0) & (place < width))
+
+
+@triton.jit
+def _log_add(a, b, c):
+    top = tl.maximum(tl.maximum(a, b), c)
+    return top + tl.log(tl.exp(a - top) + tl.exp(b - top) + tl.exp(c - top))
+
+
+@triton.jit
+def _recursion(logprob, targets, input_lengths, target_lengths, loss, occupancy, alpha, beta, length, labels, width,
+               STATES: tl.constexpr, WITH_GRADIENT: tl.constexpr):
+    """CTC's forward-backward recursion, one utterance a program (Graves et al., ICML 2006, equations 6 to 14).
+
+    logprob [B, T, U + 1] (labels, then blank); alpha [B, T, width] scratch (two frames are enough without gradient) and beta
+    [B, 2, width], filled with LOG_ZERO: state s lies at s + 2, so that its neighbours below and above exist. Each frame's
+    alpha is kept relative to its largest; `total` sums what was taken away. A state reads its neighbours from memory, after
+    a barrier.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    frames = tl.load(input_lengths + b)
+    u = tl.load(target_lengths + b)
+    count = 2 * u + 1
+    s = tl.arange(0, STATES)
+    real = s < count
+    is_label = (s % 2) == 1
+    position = tl.where(is_label, s // 2, labels)
+    token = tl.load(targets + b * labels + s // 2, mask=real & is_label, other=-1)
+    before = tl.load(targets + b * labels + s // 2 - 1, mask=real & is_label & (s > 1), other=-1)
+    after = tl.load(targets + b * labels + s // 2 + 1, mask=is_label & (s + 2 < count), other=-1)
+    enter = is_label & (s > 1) & (token != before)
+    leave = is_label & (s + 2 < count) & (token != after)
+    source = logprob + b * length * (labels + 1) + position
+    rows = length if WITH_GRADIENT else 2
+    own_alpha = alpha + b * rows * width + s + 2
+    own_beta = beta + b * 2 * width + s + 2
+
+    total = 0.0
+    impossible = (frames == 0) & (u > 0)
+    for t in range(0, frames):
+        emission = tl.load(source + t * (labels + 1), mask=real, other=0.0)
+        if t == 0:
+            now = tl.where(s < 2, 0.0, LOG_ZERO)
+        else:
+            last = own_alpha + ((t - 1) % rows) * width
+            third = tl.load(last - 2)
+            now = _log_add(tl.load(last), tl.load(last - 1), tl.where(enter, third, LOG_ZERO))
+        now = tl.where(real, now + emission, LOG_ZERO)
+        top = tl.max(now, axis=0)
+        total += top
+        tl.store(own_alpha + (t % rows) * width, tl.where(now < LOG_ZERO / 2, LOG_ZERO, now - top))
+        tl.debug_barrier()
+
+    if frames > 0:
+        final = tl.load(own_alpha + ((frames - 1) % rows) * width)
+        final = tl.where(real & (s >= count - 2), final, LOG_ZERO)
+        end = tl.max(final, axis=0)
+        impossible = end < LOG_ZERO / 2
+        total += end + tl.log(tl.sum(tl.exp(final - end), axis=0))
+    tl.store(loss + b, tl.where(impossible, float("inf"), -total))
+
+    if WITH_GRADIENT:
+        if (frames > 0) & (impossible == 0):
+            for step in range(0, frames):
+                t = frames - 1 - step
+                if step == 0:
+                    now = tl.where(real & (s >= count - 2), 0.0, LOG_ZERO)
+                else:
+                    following = own_beta + ((step - 1) % 2) * width
+                    third = tl.load(following + 2)
+                    now = _log_add(tl.load(following), tl.load(following + 1), tl.where(leave, third, LOG_ZERO))
+                    now = tl.where(real, now, LOG_ZERO)
+                path = tl.load(own_alpha + t * width) + now
+                # At each frame the shares sum to one, whatever constants alpha and beta have dropped.
+                share = tl.exp(path - tl.max(path, axis=0))
+                share = share / tl.sum(share, axis=0)
+                out = occupancy + (b * length + t) * (labels + 1)
+                tl.store(out + position, share, mask=real & is_label)
+                tl.store(out + labels, tl.sum(tl.where(is_label, 0.0, share), axis=0))
+                emission = tl.load(source + t * (labels + 1), mask=real, other=0.0)
+                carried = tl.where(real, now + emission, LOG_ZERO)
+                carried = tl.where(carried < LOG_ZERO / 2, LOG_ZERO, carried - tl.max(carried, axis=0))
+                tl.store(own_beta + (step % 2) * width, carried)
+                tl.debug_barrier()
+
+
+def _products(deterministic: bool):
+    """With `deterministic`, torch refuses products that may differ from run to run, and says what to set."""
+    if not deterministic:
+        return contextlib.nullcontext()
+    return _deterministic()
+
+
+@contextlib.contextmanager
+def _deterministic():
+    before, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+def _pieces(frames: int, tiles: int) -> tuple[int, int]:
+    """Frames and tokens of one product: all frames where a few tiles of theirs fit, whole tiles."""
+    rows = max(1, min(frames, LOGITS_AT_ONCE // (4 * TILE)))
+    return rows, TILE * max(1, min(tiles, LOGITS_AT_ONCE // (rows * TILE)))
+
+
+def _label_columns(problem: Problem, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [B, U + 1] of the labels and the blank, and their log probabilities [B, T, U + 1]."""
+    blank = problem.targets.new_full((problem.targets.shape[0], 1), problem.blank)
+    tokens = torch.cat([problem.targets.masked_fill(~problem.is_label(), 0), blank], dim=1)
+    return tokens, columns(problem.hidden, problem.weight, problem.extra_row, tokens) - lse[..., None]
+
+
+def forward(problem: Problem, deterministic: bool, with_gradient: bool):
+    with _products(deterministic):
+        return _forward(problem, with_gradient)
+
+
+def _forward(problem: Problem, with_gradient: bool):
+    hidden, weight, extra_row, input_lengths, targets, target_lengths, blank = problem
+    batch, length, depth = hidden.shape
+    device, dtype = hidden.device, hidden.dtype
+    valid = torch.arange(length, device=device)[None] < input_lengths[:, None]
+    index = valid.flatten().nonzero()[:, 0]
+    flat = hidden.reshape(batch * length, depth)
+    frames = flat if len(index) == batch * length else flat[index]
+    n = len(index)
+
+    log_mass = torch.empty(n, problem.tiles, device=device)
+    largest = torch.full((n,), -torch.inf, device=device)
+    argmax = torch.zeros(n, dtype=torch.int32, device=device)
+    rows, tokens = _pieces(n, problem.tiles)
+    buffer = torch.empty(rows * tokens if n else 0, device=device, dtype=dtype)
+    for v0 in range(0, weight.shape[0] if n else 0, tokens):
+        part = weight[v0:v0 + tokens].to(dtype)
+        for f0 in range(0, n, rows):
+            chunk = frames[f0:f0 + rows]
+            count, width = chunk.shape[0], part.shape[0]
+            logits = buffer[:count * width].view(count, width)
+            torch.mm(chunk, part.t(), out=logits)
+            _statistics[lambda meta, count=count: (triton.cdiv(count, meta["ROWS"]),)](
+                logits, log_mass, largest, argmax, count, f0, v0, width, problem.tiles, v0 // TILE, TILE_=TILE)
+
+    blank_logit = columns(hidden, weight, extra_row, torch.full((batch, 1), blank, device=device))[..., 0]
+    blank_logit = blank_logit.masked_fill(~valid, 0.0)
+    lse = log_mass.logsumexp(dim=1) if problem.tiles else largest
+    argmax = argmax.long()
+    if extra_row is not None:
+        extra = blank_logit.flatten()[index]
+        lse = torch.logaddexp(lse, extra)
+        argmax = torch.where(extra > largest, weight.shape[0], argmax)
+        largest = torch.maximum(largest, extra)
+
+    def spread(values: Tensor, fill: float) -> Tensor:
+        out = values.new_full((batch * length, *values.shape[1:]), fill)
+        out[index] = values
+        return out
+
+    lse = spread(lse, 0.0).view(batch, length)
+    loss, occupancy = _ctc(problem, _label_columns(problem, lse)[1], with_gradient)
+    return (loss, spread(argmax, blank).view(batch, length), lse, spread(largest, 0.0).view(batch, length), blank_logit,
+            log_mass if n == batch * length else spread(log_mass, 0.0), occupancy)
+
+
+def _ctc(problem: Problem, logprob: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    batch, length, slots = logprob.shape
+    labels = slots - 1
+    loss = logprob.new_zeros(batch)
+    occupancy = logprob.new_zeros((batch, length, slots) if with_gradient else (0, 0, 0))
+    if not batch:
+        return loss, occupancy
+    states = triton.next_power_of_2(2 * labels + 1)
+    width = states + 4
+    alpha = logprob.new_full((batch, max(length, 1) if with_gradient else 2, width), LOG_ZERO.value)
+    beta = logprob.new_full((batch, 2, width), LOG_ZERO.value)
+    targets = problem.targets.contiguous()
+    _recursion[(batch,)](logprob.contiguous(), targets if labels else problem.target_lengths, problem.input_lengths.contiguous(),
+                         problem.target_lengths.contiguous(), loss, occupancy, alpha, beta, length, labels, width, STATES=states,
+                         WITH_GRADIENT=with_gradient, num_warps=min(max(states // 64, 1), 16))
+    return loss, occupancy
+
+
+def backward(problem: Problem, kept: Kept, loss_gradient: Tensor, skip_below: float, deterministic: bool, wanted):
+    with _products(deterministic):
+        return _backward(problem, kept, loss_gradient, skip_below, *wanted)
+
+
+def _backward(problem: Problem, kept: Kept, loss_gradient: Tensor, skip_below: float, want_hidden: bool, want_weight: bool,
+              want_extra: bool):
+    hidden, weight, extra_row, input_lengths, targets, target_lengths, blank = problem
+    batch, length, depth = hidden.shape
+    device, dtype, vocabulary = hidden.device, hidden.dtype, weight.shape[0]
+    flat, lse = hidden.reshape(batch * length, depth), kept.lse.flatten()
+    scale = torch.where(kept.loss.isinf(), 0.0, loss_gradient.float())
+    frame_scale = scale[:, None].expand(batch, length).reshape(-1)
+    valid = (torch.arange(length, device=device)[None] < input_lengths[:, None]).flatten() & (frame_scale != 0)
+
+    # Gradient of the label columns, in float32. A token that stands several times is put at its first place.
+    tokens, logprob = _label_columns(problem, kept.lse)
+    is_column = torch.cat([problem.is_label(), torch.ones(batch, 1, dtype=torch.bool, device=device)], dim=1)
+    tokens = tokens.masked_fill(~is_column, -1)
+    same = tokens[:, :, None] == tokens[:, None, :]
+    position = torch.arange(tokens.shape[1], device=device)
+    first = torch.where(same, position, len(position)).amin(dim=2)
+    is_first = is_column & (first == position)
+    merge = torch.nn.functional.one_hot(first, first.shape[1]).to(kept.occupancy) * is_column[..., None]
+    occupancy = kept.occupancy @ merge
+    values = ((logprob.exp() - occupancy) * scale[:, None, None]).flatten(0, 1)
+    tokens = tokens.masked_fill(~is_first, -1)
+    slots = tokens.shape[1]
+
+    # A pair (frame, piece of the vocabulary) is computed where one of its tiles has mass, or one of its tokens is occupied.
+    threshold = math.log(skip_below) if skip_below > 0 else -math.inf
+    rows, width = _pieces(batch * length, problem.tiles)
+    pieces = (vocabulary + width - 1) // width
+    active = ~(kept.log_mass - lse[:, None] < threshold)
+    active = torch.nn.functional.pad(active, (0, pieces * (width // TILE) - problem.tiles))
+    active = active.view(batch * length, pieces, width // TILE).any(dim=2)
+    occupied = (occupancy > skip_below) & is_first[:, None] & (tokens < vocabulary)[:, None]
+    piece_of = torch.nn.functional.one_hot((tokens // width).clamp(0, max(pieces - 1, 0)), max(pieces, 1)).float()
+    active |= (occupied.float() @ piece_of).flatten(0, 1) > 0
+    active &= valid[:, None]
+    counts = active.sum(dim=0).tolist()
+
+    grad_hidden = torch.zeros(batch * length, depth, device=device) if want_hidden else None
+    grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=device) if want_weight else None
+    buffer = torch.empty(rows * width if any(counts) else 0, device=device, dtype=dtype)
+    for piece, count in enumerate(counts):
+        v0, summed = piece * width, None  # summed: the weight's gradient over several chunks of frames
+        if not count:
+            if want_weight:
+                grad_weight[v0:v0 + width] = 0
+            continue
+        part = weight[v0:v0 + width].to(dtype)
+        frame = torch.nonzero_static(active[:, piece], size=count)[:, 0]
+        for f0 in range(0, count, rows):
+            which = frame[f0:f0 + rows]
+            h = flat if count == len(flat) and count <= rows else flat[which]
+            gradient = buffer[:len(which) * part.shape[0]].view(len(which), part.shape[0])
+            torch.mm(h, part.t(), out=gradient)
+            _probabilities[lambda meta, count=len(which): (triton.cdiv(count, meta["ROWS"]),)](
+                gradient, lse[which], frame_scale[which], len(which), part.shape[0], TILE_=TILE)
+            _place_labels[(len(which),)](gradient, which, tokens, values, v0, part.shape[0], length, slots, SLOTS=128)
+            if want_hidden:
+                grad_hidden[which] += gradient @ part
+            if want_weight:
+                product = gradient.t() @ h
+                summed = product if summed is None else product.float() + summed
+        if want_weight:
+            grad_weight[v0:v0 + width] = summed
+
+    grad_extra = None
+    if extra_row is not None:
+        share = values[:, -1].masked_fill(~valid, 0.0)
+        if want_hidden:
+            grad_hidden += torch.outer(share, extra_row.float())
+        if want_extra:
+            index = valid.nonzero()[:, 0]  # padded frames may hold anything
+            grad_extra = (share[index].to(dtype) @ flat[index]).to(extra_row.dtype)
+
+    def given(tensor: Tensor | None, like: Tensor | None) -> Tensor:
+        return torch.empty(0, device=device) if tensor is None else tensor.to(like.dtype).view(like.shape)
+
+    return given(grad_hidden, hidden), given(grad_weight, weight), given(grad_extra, extra_row)
