@@ -1,17 +1,28 @@
 """The one picture: what the two adapters make of an utterance.
 
+    python -m evaluation.picture --model DIR --shards DIR --index 3 --out picture.png
+
 Above, the log-mel spectrogram with a line at each frame that was kept for the LLM; in the middle the blank's probability over
 time; below, the CTC peaks with their tokens. Demo, training telemetry and the web page draw the same one.
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+
+from data_tools.shards import ShardError, ShardIndex
+from evaluation.clip import clip_batch
+from model import folder
+from model.pretrained import SourceError
+from train.data.reader import decode
+from train.data.rejected import BrokenSample
 
 KEPT = "#ff7f0e"
 
@@ -78,3 +89,30 @@ def draw(inspection: dict, path: str | Path, name_of: Callable[[int], str] = str
     path.parent.mkdir(parents=True, exist_ok=True)
     figure(inspection, name_of, index, title).savefig(path, dpi=110)
     return path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m evaluation.picture", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="model folder")
+    parser.add_argument("--shards", required=True, help="folder written by data_tools/pack.py")
+    parser.add_argument("--index", type=int, default=0, help="which sample of the folder (default: 0)")
+    parser.add_argument("--out", type=Path, required=True, help="a .png, .svg or .pdf file")
+    options = parser.parse_args(arguments)
+    try:
+        index = ShardIndex.load(options.shards)
+        if not 0 <= options.index < len(index):
+            raise ShardError(f"{options.shards} has samples 0 to {len(index) - 1}, not {options.index}")
+        audio, sample = index.read(options.index)
+        if audio is None:
+            raise ShardError(f"sample {options.index} of {options.shards} ({sample['id']}) is text only: choose another --index")
+        model = folder.load(options.model)
+        inspection = model.inspect(clip_batch(model, decode(audio)))
+    except (BrokenSample, ShardError, SourceError, folder.FolderError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(draw(inspection, options.out, lambda token: model.tokenizer.decode([token]), title=sample.get("text") or sample["id"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

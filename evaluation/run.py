@@ -3,8 +3,9 @@
     python -m evaluation.run --model runs/demo/alignment/model --shards shards/dialogues-test --task asr
     torchrun --nproc_per_node 8 -m evaluation.run --model ... --shards ... --task translation
 
-A stage I folder is read out by its CTC head (greedy, no LLM is loaded), folders of stages II and III by generation. Every
-batch is on disk before the next one starts; the same command goes on where a killed one stopped.
+A stage I folder is read out by its CTC head (greedy, no LLM is loaded), folders of stages II and III by generation. In place
+of --model, --untrained RECIPE scores a stage's model before its first step. Every batch is on disk before the next one starts;
+the same command goes on where a killed one stopped.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import hashlib
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from model.pretrained import SourceError
 from model.soundwave import Soundwave
 from train.config import DataConfig, Recipe, RecipeError, load_recipe
 from train.data import EvalStream
+from train.stages import initial_folder, stage_of
 
 STAGE_I = "alignment"
 
@@ -64,12 +66,16 @@ def shard_folder(shards: str, split: str | None) -> Path:
     return path
 
 
-def build_untrained(recipe: Recipe, decode: str | None) -> tuple[Soundwave, str]:
-    """The recipe's model with fresh adapters, and its stage: the score before any training. Stage I and CTC need no LLM."""
+def begin(recipe: Recipe, decode: str | None) -> tuple[Soundwave, str]:
+    """The recipe's model as its stage begins, and the stage: what the previous stage has learnt, the rest fresh from the
+    recipe's seed. Stage I and CTC need no LLM. Errors: RecipeError, SourceError, FolderError."""
+    previous = initial_folder(recipe)
+    parts = ("encoder", "adapters") if decode == "ctc" else stage_of(recipe).parts
     torch.manual_seed(recipe.seed)
-    stage = STAGE_I if decode == "ctc" else recipe.stage
-    parts = ("encoder", "adapters") if stage == STAGE_I else ("encoder", "adapters", "llm")
-    return Soundwave.build(recipe.model, parts=parts), stage
+    model = Soundwave.build(recipe.model, parts=parts)
+    if previous:
+        folder.load_trained(model, previous)
+    return model, STAGE_I if decode == "ctc" else recipe.stage
 
 
 def prediction_row(sample: dict, prediction: str, raw: str, decode: str) -> dict:
@@ -133,7 +139,8 @@ def predict(model: Soundwave, stream: EvalStream, file: PredictionFile, options:
 
 
 def check_inputs(options: argparse.Namespace) -> tuple[Path, dict]:
-    """The shard folder and the settings that predictions depend on; nothing is loaded. Errors: InputError, ShardError."""
+    """The shard folder and the settings that predictions depend on; no model is loaded. Errors: InputError, ShardError,
+    RecipeError."""
     shards = shard_folder(options.shards, options.split)
     index = ShardIndex.load(shards)
     tasks = None if "all" in options.task else sorted(set(options.task))
@@ -147,15 +154,17 @@ def check_inputs(options: argparse.Namespace) -> tuple[Path, dict]:
     if options.model:
         settings["model"] = folder_digest(options.model)
     else:
-        settings["model"] = f"untrained {options.untrained} {' '.join(options.overrides)}".strip()
+        recipe = load_recipe(options.untrained, options.overrides)
+        previous = initial_folder(recipe)
+        settings["model"] = {"untrained": asdict(recipe.model), "stage": recipe.stage, "seed": recipe.seed,
+                             "previous": folder_digest(previous) if previous else None}
     return shards, settings
 
 
 def load(options: argparse.Namespace, device: torch.device) -> tuple[Soundwave, str]:
     """The model on its device, and its decode (ctc | generate)."""
     if options.untrained:
-        recipe = load_recipe(options.untrained, options.overrides)
-        model, stage = build_untrained(recipe, options.decode)
+        model, stage = begin(load_recipe(options.untrained, options.overrides), options.decode)
     else:
         model = folder.load(options.model)
         stage = model.stage
@@ -220,7 +229,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m evaluation.run", description=__doc__.splitlines()[0])
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", type=Path, help="model folder written by a stage: <output>/<stage>/model")
-    source.add_argument("--untrained", metavar="RECIPE", help="the recipe's model with fresh adapters: the score before training")
+    source.add_argument("--untrained", metavar="RECIPE", help="the recipe's model as its stage begins: the score before")
     parser.add_argument("--shards", required=True, help="folder written by data_tools/pack.py")
     parser.add_argument("--split", help="sub-folder of --shards")
     parser.add_argument("--task", nargs="+", default=["asr"], help="tasks to answer, or all (default: asr)")

@@ -4,9 +4,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from evaluation.picture import KEPT, ctc_peaks, draw, figure
-from model import folder
-from tests.evaluation.test_run import alone
+from evaluation import picture
+from evaluation.picture import KEPT, ctc_peaks, figure
 
 
 def test_peaks_are_the_top_of_each_run():
@@ -27,10 +26,13 @@ def test_panels_show_what_was_inspected():
     assert "1 kept" in upper.get_title() and middle.get_ylim() == (0, 1)
 
 
-def test_model_to_file(folders, tmp_path):
-    model = folder.load(folders / "alignment")
-    inspection = model.inspect(alone(model, torch.randn(16000), None))
-    path = draw(inspection, tmp_path / "deep" / "p.png", lambda token: model.tokenizer.decode([token]))
-    pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
+def test_command_draws_a_packed_clip(folders, packed, tmp_path, capsys):
+    out = tmp_path / "deep" / "p.png"
+    command = ["--model", str(folders / "alignment"), "--shards", str(packed), "--out", str(out), "--index"]
+    assert picture.main([*command, "1"]) == 0
+    pixels = np.asarray(Image.open(out).convert("RGB")).reshape(-1, 3).astype(int)
     orange = np.array([int(KEPT[i:i + 2], 16) for i in (1, 3, 5)])
     assert (np.abs(pixels - orange).sum(axis=1) < 10).sum() > 100  # lines of kept frames are really there
+    for index, message in (("10", "text only"), ("11", "has samples 0 to 10"), ("7", "audio")):
+        assert picture.main([*command, index]) == 2
+        assert message in capsys.readouterr().err

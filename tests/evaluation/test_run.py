@@ -14,7 +14,6 @@ from evaluation.predictions import PredictionFile, read_rows
 from model import folder
 from model.batch import Batch
 from model.prompt import chat_ids, messages_of, prompt_of
-from tests.evaluation.conftest import config_of
 from train.data.reader import decode
 
 
@@ -136,16 +135,22 @@ def test_wrong_commands_are_one_line(folders, packed, tmp_path, capsys, more, me
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_untrained_is_the_score_before(parts, folders, packed, tmp_path):
-    """The recipe's seed decides it: the same adapters as a build under that seed."""
+def test_untrained_is_the_score_before(parts, folders, packed, tmp_path, capsys):
+    """Stage I: fresh adapters under the seed. Stage II: what stage I has learnt, and an LLM whose LoRA does nothing yet."""
     recipe = tmp_path / "r.yaml"
-    recipe.write_text(f"stage: alignment\nmodel:\n  attention_implementation: sdpa\n  encoder: {{name: {parts / 'whisper'}}}\n"
-                      f"  llm: {{name: {parts / 'llm'}, lora_r: 4}}\n")
-    out = tmp_path / "p.jsonl"
-    arguments = command("x", packed, out)[2:]
-    assert run.main(["--untrained", str(recipe), *arguments, "seed=2"]) == 0
-    assert predictions(out) == expected(folders / "alignment", packed, "asr", generate=False)  # built under seed 2 as well
-    assert config_of(parts).llm.lora_r == 4
+    recipe.write_text(f"stage: alignment\nseed: 2\nmodel:\n  attention_implementation: sdpa\n"
+                      f"  encoder: {{name: {parts / 'whisper'}}}\n  llm: {{name: {parts / 'llm'}, lora_r: 4}}\n")
+    arguments = command("", packed, tmp_path / "1.jsonl")[2:]
+    assert run.main(["--untrained", str(recipe), *arguments]) == 0
+    first = expected(folders / "alignment", packed, "asr", generate=False)  # built under seed 2 as well
+    assert predictions(tmp_path / "1.jsonl") == first
+    later = ["--untrained", str(recipe), "stage=shrinking", "seed=9", f"init_from={folders / 'alignment'}"]
+    assert run.main([*later, *command("", packed, tmp_path / "2.jsonl")[2:], "--decode", "ctc"]) == 0
+    assert predictions(tmp_path / "2.jsonl") == first
+    assert run.main([*later, *command("", packed, tmp_path / "3.jsonl")[2:]]) == 0
+    assert len(read_rows(tmp_path / "3.jsonl")) == 7 and read_rows(tmp_path / "3.jsonl")[0]["tokens"] > 0
+    assert run.main(["--untrained", str(recipe), "stage=shrinking", f"output={tmp_path}", *arguments]) == 2
+    assert "finish stage I first" in capsys.readouterr().err
 
 
 def one_rank(rank: int, port: int, arguments: list[str]) -> None:
