@@ -1,0 +1,348 @@
+"""Checkpoints: complete or not there. What was trained, the optimizer, the position; the frozen base by hash, never by bytes.
+
+    <stage folder>/checkpoints/
+        step-000500/            one checkpoint: DeepSpeed's files of all ranks, state.json, manifest.json (sha256 of each file)
+        step-001000.partial/    one being written, or what a kill left of it; never read, removed at the next start
+        latest                  name of the newest finished one; moves last
+        best.json               step and score of the best validation so far
+
+Writing: every rank copies its tensors to host memory and goes on training; a thread of its own writes, hashes and syncs them to
+`step-N.partial`. When all ranks report that they are done (a flag in the next step's all-reduce), rank 0 writes the manifest,
+syncs, renames the folder and moves `latest`. A kill at any instant leaves the previous checkpoint as it was. Cost: one copy of
+what is trained and its optimizer states (12 to 14 bytes a parameter, divided by the number of ranks) in host memory.
+
+Reading: newest first; a folder whose files do not have the size and sha256 of its manifest is passed over, with a line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+
+from train.config import CheckpointConfig
+from train.distributed import Ranks
+
+logger = logging.getLogger("soundwave")
+PARTIAL = ".partial"
+NAME = re.compile(r"step-(\d+)$")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or used; one line: what, where, what to do."""
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync of a directory: without it a rename may be lost in a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + PARTIAL)
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _HashingFile:
+    """A file for torch.save that hashes what passes, so that no byte is read twice."""
+
+    def __init__(self, path: Path):
+        self.file = open(path, "wb")
+        self.digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data) -> int:
+        self.digest.update(data)
+        self.size += memoryview(data).nbytes
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+
+def _on_host(value):
+    """A copy of a nested state that later optimizer steps cannot change."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return type(value)((k, _on_host(v)) for k, v in value.items())
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_on_host(v) for v in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_host(v) for v in value)
+    return value
+
+
+class BackgroundWriter(CheckpointEngine):
+    """DeepSpeed hands its states here instead of to torch.save: copied at once, written by a thread."""
+
+    def __init__(self):
+        super().__init__()
+        self.name = "BackgroundWriter"
+        self.thread: threading.Thread | None = None
+        self.pending: list[tuple[dict, Path]] = []
+        self.written: dict[str, dict] = {}  # file name -> size and sha256
+        self.error: OSError | None = None
+
+    def create(self, info) -> None:
+        pass
+
+    def save(self, state_dict, path: str) -> None:
+        self.pending.append((_on_host(state_dict), Path(path)))
+
+    def load(self, path: str, map_location=None):
+        return torch.load(path, map_location=map_location, weights_only=False)
+
+    def commit(self, info) -> bool:
+        return True
+
+    def preserves_storage_sharing(self) -> bool:
+        return False
+
+    def start(self) -> None:
+        self.written, self.error = {}, None
+        work, self.pending = self.pending, []
+
+        def write() -> None:
+            try:
+                for state, path in work:
+                    file = _HashingFile(path)
+                    try:
+                        torch.save(state, file)
+                    finally:
+                        file.close()
+                    self.written[path.name] = {"size": file.size, "sha256": file.digest.hexdigest()}
+            except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
+                self.error = error
+
+        self.thread = threading.Thread(target=write, name="checkpoint-writer")
+        self.thread.start()
+
+    @property
+    def busy(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
+
+    def wait(self) -> None:
+        if self.thread is not None:
+            self.thread.join()
+
+
+def verify(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
+    """None where the folder is complete and sound, else what is wrong. `part` of `parts`: hash only every parts-th file."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return "manifest.json is missing or broken"
+    for name, fact in files.items():
+        path = folder / name
+        if not path.exists():
+            return f"{name} is missing"
+        if path.stat().st_size != fact["size"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {fact['size']}"
+    for name in sorted(files)[part::parts]:
+        if sha256_of(folder / name) != files[name]["sha256"]:
+            return f"{name} does not have its sha256"
+    return None
+
+
+def finished(folder: Path) -> list[Path]:
+    """Checkpoint folders, newest first, complete by name only (`verify` looks inside)."""
+    found = [p for p in folder.glob("step-*") if NAME.match(p.name)] if folder.exists() else []
+    return sorted(found, key=lambda p: int(NAME.match(p.name)[1]), reverse=True)
+
+
+def read_state(folder: Path) -> dict:
+    return json.loads((folder / "state.json").read_text())
+
+
+def find_good(folders: list[Path], ranks: Ranks) -> Path | None:
+    """The newest sound checkpoint, hashing shared among ranks; all return the same. Every one passed over gets a line."""
+    candidates = [[str(p) for folder in folders for p in finished(folder)]] if ranks.is_main else [None]
+    dist.broadcast_object_list(candidates, src=0)
+    for name in candidates[0]:
+        problems = [None] * ranks.world_size
+        dist.all_gather_object(problems, verify(Path(name), part=ranks.rank, parts=ranks.world_size))
+        problem = next((p for p in problems if p), None)
+        if problem is None:
+            return Path(name)
+        if ranks.is_main:
+            logger.warning("checkpoint %s is damaged (%s): the one before it is taken", name, problem)
+    return None
+
+
+class Checkpoints:
+    """Saves and loads for one stage. The methods are collective: call them on every rank at the same step."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig, ranks: Ranks):
+        self.folder, self.config, self.ranks = folder, config, ranks
+        self.writer = BackgroundWriter()
+        self.target: Path | None = None  # the .partial folder being written
+        self.started = 0.0
+        self.save_seconds = 0.0  # the longest save so far, from snapshot to rename: the margin before a time limit
+        self.blocked_seconds = 0.0  # how long the last snapshot held up training
+        self.copier: threading.Thread | None = None
+        if ranks.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob("*" + PARTIAL):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        dist.barrier()
+
+    # ---------------------------------------------------------------- writing
+
+    def _needed_bytes(self, engine) -> int:
+        """All ranks' files together: measured on the newest checkpoint, else 4 bytes a number for weights (twice: fp32 master
+        and module) and the two moments, and 5 % more."""
+        newest = finished(self.folder)
+        if newest and (newest[0] / "manifest.json").exists():
+            files = json.loads((newest[0] / "manifest.json").read_text())["files"]
+            return int(1.05 * sum(fact["size"] for fact in files.values()))
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)
+        return int(1.05 * 16 * trained)
+
+    def save(self, engine, state: dict) -> bool:
+        """Start writing `step-<state["step"]>`. False, with a warning, where the disk has no room; training goes on."""
+        self.finish()
+        begun = time.perf_counter()
+        target = self.folder / f"step-{state['step']:06d}{PARTIAL}"
+        room = [None]
+        if self.ranks.is_main:
+            needed, free = self._needed_bytes(engine), shutil.disk_usage(self.folder).free
+            room[0] = free >= needed
+            if room[0]:
+                target.mkdir(exist_ok=True)
+                (target / "state.json").write_text(json.dumps(state, indent=1))
+            else:
+                logger.error("no room for a checkpoint in %s: it needs %.1f MB and %.1f MB are free; free space or move "
+                             "`output`, training goes on from memory", self.folder, needed / 1e6, free / 1e6)
+        dist.broadcast_object_list(room, src=0)
+        if not room[0]:
+            return False
+        ours, engine.checkpoint_engine = engine.checkpoint_engine, self.writer
+        engine.save_checkpoint(str(self.folder), tag=target.name, save_latest=False, exclude_frozen_parameters=True,
+                               client_state={"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}})
+        engine.checkpoint_engine = ours
+        self.target, self.started = target, begun
+        self.writer.start()
+        self.blocked_seconds = time.perf_counter() - begun
+        return True
+
+    @property
+    def written(self) -> bool:
+        """This rank has written its part and waits for the others."""
+        return self.target is not None and not self.writer.busy
+
+    def finish(self) -> bool:
+        """Wait for the writing in progress, if any, and publish it. Collective. False where it failed, with a line."""
+        if self.target is None:
+            return True
+        self.writer.wait()
+        parts = [None] * self.ranks.world_size
+        dist.all_gather_object(parts, (self.writer.written, str(self.writer.error) if self.writer.error else None))
+        target, self.target = self.target, None
+        problem = next((f"rank {rank}: {error}" for rank, (_, error) in enumerate(parts) if error), None)
+        outcome = [problem]
+        if self.ranks.is_main:
+            if problem is None:
+                try:
+                    self._publish(target, {name: fact for written, _ in parts for name, fact in written.items()})
+                except OSError as error:
+                    outcome = [str(error)]
+            if outcome[0]:
+                shutil.rmtree(target, ignore_errors=True)
+                logger.error("checkpoint %s could not be written (%s): the one before it stays the last good one", target.stem,
+                             outcome[0])
+        dist.broadcast_object_list(outcome, src=0)
+        self.save_seconds = max(self.save_seconds, time.perf_counter() - self.started)
+        return outcome[0] is None
+
+    def _publish(self, target: Path, files: dict[str, dict]) -> None:
+        state = target / "state.json"
+        files["state.json"] = {"size": state.stat().st_size, "sha256": sha256_of(state)}
+        write_atomically(target / "manifest.json", json.dumps({"files": files}, indent=1))
+        final = target.with_name(target.name.removesuffix(PARTIAL))
+        if final.exists():  # the same step again after a roll-back: the newer run of it counts
+            shutil.rmtree(final)
+        os.rename(target, final)
+        sync_folder(self.folder)
+        saved = json.loads((final / "state.json").read_text())
+        if saved.get("best") and saved["best"]["step"] == saved["step"]:
+            write_atomically(self.folder / "best.json", json.dumps(saved["best"]))
+        write_atomically(self.folder / "latest", final.name)
+        self._prune(self.folder)
+        if self.config.copy_to:
+            if self.copier is not None:
+                self.copier.join()
+            self.copier = threading.Thread(target=self._copy, args=(final,), name="checkpoint-copier")
+            self.copier.start()
+        logger.info("checkpoint %s: %.1f MB, training held up %.2f s, written in %.2f s", final,
+                    sum(fact["size"] for fact in files.values()) / 1e6, self.blocked_seconds, time.perf_counter() - self.started)
+
+    def _copy(self, source: Path) -> None:
+        folder = Path(self.config.copy_to)
+        try:
+            partial = folder / (source.name + PARTIAL)
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(source, partial)
+            shutil.rmtree(folder / source.name, ignore_errors=True)
+            os.rename(partial, folder / source.name)
+            sync_folder(folder)
+            if (self.folder / "best.json").exists():
+                write_atomically(folder / "best.json", (self.folder / "best.json").read_text())
+            write_atomically(folder / "latest", source.name)
+            self._prune(folder)
+        except OSError as error:
+            logger.error("checkpoint.copy_to: %s could not be copied to %s: %s", source.name, folder, error)
+
+    def _prune(self, folder: Path) -> None:
+        best = self._best(folder) if self.config.keep_best else None
+        for old in finished(folder)[max(1, self.config.keep_last):]:
+            if int(NAME.match(old.name)[1]) != best:
+                shutil.rmtree(old)
+
+    @staticmethod
+    def _best(folder: Path) -> int | None:
+        path = folder / "best.json"
+        return json.loads(path.read_text())["step"] if path.exists() else None
+
+    def close(self) -> bool:
+        done = self.finish()
+        if self.copier is not None:
+            self.copier.join()
+        return done
+
+    # ---------------------------------------------------------------- reading
+
+    def load(self, engine, folder: Path) -> None:
+        ours, engine.checkpoint_engine = engine.checkpoint_engine, self.writer
+        path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=False)
+        engine.checkpoint_engine = ours
+        if path is None:
+            raise CheckpointError(f"checkpoint {folder} has no files for rank {self.ranks.rank} of {self.ranks.world_size}")

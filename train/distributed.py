@@ -1,0 +1,122 @@
+"""Who am I among the ranks: the same facts from torchrun, the deepspeed launcher, srun or nothing; a clean way in and out."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+logger = logging.getLogger("soundwave")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: str  # "cpu" or "cuda:<local rank>"
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def _slurm_master_address() -> str:
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+    if not nodes or int(os.environ.get("SLURM_NNODES", "1")) == 1:
+        return "127.0.0.1"
+    names = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30, check=True)
+    return names.stdout.split()[0]
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def fill_environment() -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher did not.
+
+    srun sets SLURM_PROCID and its kin only; without any launcher this is one process. Must run before torch and deepspeed
+    are imported: both read DS_ACCELERATOR and TORCH_EXTENSIONS_DIR at import or first use.
+    """
+    env = os.environ
+    if "RANK" not in env:
+        if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
+            env["RANK"] = env["SLURM_PROCID"]
+            env["WORLD_SIZE"] = env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"]
+            env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+            env["LOCAL_WORLD_SIZE"] = (env.get("SLURM_STEP_TASKS_PER_NODE") or "1").split("(")[0].split(",")[0]
+            env.setdefault("MASTER_ADDR", _slurm_master_address())
+            # Every task derives the same port from the job; a second step of the same job gets another one.
+            job, step = int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"])
+            env.setdefault("MASTER_PORT", str(20000 + (job * 7 + step) % 30000))
+        else:
+            env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+            env.setdefault("MASTER_ADDR", "127.0.0.1")
+            env.setdefault("MASTER_PORT", str(_free_port()))
+    env.setdefault("LOCAL_RANK", env["RANK"])
+    env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", env["WORLD_SIZE"]))
+    # One cache of compiled ops per virtual environment: a shared one is spoilt by the next torch version.
+    env.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    env.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of data workers
+
+
+def set_threads(local_world_size: int) -> int:
+    """On CPU, share the cores among the ranks of this node, one thread a core; returns the number of threads per rank.
+
+    torchrun sets OMP_NUM_THREADS=1 of its own accord, so only a value given under another launcher is taken as meant.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0))
+    # srun with --cpus-per-task already binds each task to its own cores.
+    bound_by_slurm = "SLURM_CPUS_PER_TASK" in os.environ and cores <= int(os.environ["SLURM_CPUS_PER_TASK"])
+    threads = cores if bound_by_slurm else max(1, cores // local_world_size)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def connect(timeout_minutes: float = 30.0) -> Ranks:
+    """Join the process group through DeepSpeed; `fill_environment` has run."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Once per call of a collective that DeepSpeed still names the old way; nothing that a user could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # deepspeed sets its own level while being imported
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank, local_world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    device = "cpu"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        device = f"cuda:{local_rank}"
+    set_threads(local_world_size)
+    deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    return Ranks(rank, world_size, local_rank, local_world_size, device)
+
+
+def disconnect() -> None:
+    """Leave together: everyone has finished its collectives before anyone closes a socket."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return
+    dist.barrier()
+    gc.collect()  # work handles hold the backend's threads
+    dist.destroy_process_group()

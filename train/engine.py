@@ -1,0 +1,164 @@
+"""One optimizer step on every rank: global counts, micro-batches, global sums, health, step.
+
+    counts of the global batch (all-reduce) -> per micro-batch: forward, loss over global counts, backward
+      -> sums of the losses (all-reduce) -> gradient norm (DeepSpeed's, global) -> apply or skip, alike on all ranks
+
+Loss: CE = sum over target tokens / their number in the global batch; CTC = sum over transcribed utterances of loss / target
+length, over their number in the global batch. DeepSpeed averages gradients over ranks, so the loss is multiplied by the number
+of ranks: the gradient is that of the global batch, however it is split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass, field
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from model.batch import Batch
+from train import optim, zero
+from train.config import Recipe
+from train.distributed import Ranks
+from train.health import Health
+from train.stages import Stage
+
+
+@dataclass
+class StepResult:
+    step: int
+    loss: float
+    ce: float | None  # per target token
+    ctc: float | None  # per transcribed utterance, divided by its target length
+    grad_norm: float | None
+    skipped: str | None  # why the step was not applied
+    lr: dict[str, float]
+    # Sums over all ranks.
+    sums: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # of this rank
+
+
+def step_seed(*parts: int) -> int:
+    """A 63-bit seed from integers: dropout is a function of (seed, step, rank, micro-batch), so no generator state is saved."""
+    digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def all_reduce(values: list[float], ranks: Ranks) -> list[float]:
+    """Sums over ranks in float64, in one collective."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=ranks.device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+class Engine:
+    """DeepSpeed's engine around the model, with the step above.
+
+    Args:
+        model: a Soundwave whose trainable parts are chosen by `set_stage`.
+        config: resolved DeepSpeed configuration (train/zero.py).
+    """
+
+    def __init__(self, model: torch.nn.Module, recipe: Recipe, stage: Stage, config: dict, ranks: Ranks):
+        self.recipe, self.stage, self.ranks = recipe, stage, ranks
+        self.zero_stage = zero.stage_number(config)
+        if self.zero_stage == 3:
+            for module, parameter in model.shared_parameters():
+                if not any(own is parameter for own in module.parameters(recurse=False)):  # else its own hooks gather it
+                    deepspeed.zero.register_external_parameter(module, parameter)
+        if recipe.optim.activation_checkpointing:
+            model.enable_activation_checkpointing()
+        groups = optim.parameter_groups(model.parameter_groups(), stage.trains, recipe.optim)
+        optimizer = optim.build(groups, recipe.optim, offload=zero.offloads_optimizer(config))
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config, dist_init_required=False)
+        self.model = model
+        self.health = Health(recipe.health)
+        self._loss, self._skip_reason = 0.0, None
+        self._install_gate()
+
+    def _install_gate(self) -> None:
+        """Judge the step where DeepSpeed has just computed the global norm and nothing has moved yet.
+
+        A norm of -1 is DeepSpeed's own sign for a gradient that is not finite: it then clears the gradients and leaves
+        weights and optimizer states alone, which is what skipping a step means.
+        """
+        inner = self.optimizer
+        if self.zero_stage == 3:
+            from deepspeed.runtime.zero.stage3 import combine_grad_norm_groups
+
+            norms = inner._get_norm_groups
+
+            def gated_groups():
+                groups = norms()
+                return [torch.tensor(-1.0)] if self._rejects(float(combine_grad_norm_groups(groups))) else groups
+
+            inner._get_norm_groups = gated_groups
+        else:
+            total = inner.scaled_global_norm
+
+            def gated_total(*args, **kwargs):
+                norm = total(*args, **kwargs)
+                return torch.tensor(-1.0) if self._rejects(float(norm)) else norm
+
+            inner.scaled_global_norm = gated_total
+
+    def _rejects(self, norm: float) -> bool:
+        self._skip_reason = self.health.reason_to_skip(self._loss, norm)
+        return self._skip_reason is not None
+
+    def _micro_loss(self, output, ce_count: float, ctc_count: float) -> torch.Tensor:
+        loss = 0.0
+        if "ce" in self.stage.losses:
+            loss = loss + output.ce_sum / max(ce_count, 1.0)
+        if "ctc" in self.stage.losses:
+            weight = self.recipe.loss.ctc_weight if "ce" in self.stage.losses else 1.0
+            loss = loss + weight * output.ctc_sum / max(ctc_count, 1.0)
+        return loss
+
+    def agree(self, micro_batches: list[Batch], flags: list[float]) -> tuple[float, float, list[float]]:
+        """The collective that opens a step: (target tokens, transcribed utterances) of the global batch, and `flags` summed over
+        ranks; wishes to stop, finished saves and broken data travel so. A rank with broken data may come with no micro-batches.
+        """
+        local = [float(sum(b.ce_count for b in micro_batches)), float(sum(b.ctc_count for b in micro_batches))]
+        ce_count, ctc_count, *flags = all_reduce(local + flags, self.ranks)
+        return ce_count, ctc_count, flags
+
+    def step(self, step: int, micro_batches: list[Batch], ce_count: float, ctc_count: float) -> StepResult:
+        """One optimizer step. Every rank brings the same number of micro-batches (the stream deals them so)."""
+        started = time.perf_counter()
+        number = len(micro_batches)
+        self.deepspeed.train()
+        sums = torch.zeros(5, dtype=torch.float64, device=self.ranks.device)
+        for i, batch in enumerate(micro_batches):
+            torch.manual_seed(step_seed(self.recipe.seed, step, self.ranks.rank, i))
+            self.deepspeed.set_gradient_accumulation_boundary(i == number - 1)
+            output = self.deepspeed(batch.to(self.ranks.device), losses=self.stage.losses)
+            loss = self._micro_loss(output, ce_count, ctc_count)
+            self.deepspeed.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
+            sums += torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.ranks.device).detach() for x in
+                                 (output.ce_sum, output.ctc_sum, output.frames, output.kept, output.llm_tokens)])
+        computed = time.perf_counter()
+        dist.all_reduce(sums)
+        ce_sum, ctc_sum, frames, kept, llm_tokens = sums.tolist()
+        ce = ce_sum / max(ce_count, 1.0) if "ce" in self.stage.losses else None
+        ctc = ctc_sum / max(ctc_count, 1.0) if "ctc" in self.stage.losses else None
+        if ce is None:
+            self._loss = ctc
+        else:
+            self._loss = ce + (self.recipe.loss.ctc_weight * ctc if ctc is not None else 0.0)
+        rates = optim.set_lr(self.optimizer, self.recipe.optim, step)
+        # DeepSpeed finds NaN and infinity itself before it asks for the norm in some modes; then the gate is not asked.
+        self._skip_reason, judged = None, (self.health.skipped, len(self.health.norms))
+        self.deepspeed.step()
+        if self.optimizer.overflow and self._skip_reason is None:
+            assert judged == (self.health.skipped, len(self.health.norms))
+            self._skip_reason = self.health.reason_to_skip(self._loss, float("nan"))
+        norm = None if self._skip_reason else float(self.deepspeed.get_global_grad_norm())
+        result = StepResult(step, self._loss, ce, ctc, norm, self._skip_reason, rates)
+        result.sums = {"frames": frames, "kept": kept, "llm_tokens": llm_tokens, "ce_count": ce_count, "ctc_count": ctc_count,
+                       "micro_batches": number}
+        result.seconds = {"compute": computed - started, "update": time.perf_counter() - computed}
+        return result

@@ -1,0 +1,60 @@
+"""Is this step's gradient fit to be applied? Decided from global numbers before the optimizer moves, hence alike on all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from statistics import median
+
+from train.config import HealthConfig
+
+
+class Health:
+    """Robust statistics of the gradient norm over the last accepted steps.
+
+    A step is skipped when its loss or norm is not finite, or when its norm lies more than `spike_sigma` robust standard
+    deviations (1.4826 x median absolute deviation, which equals the standard deviation for a normal law; Rousseeuw & Croux,
+    1993) above the median. Fewer than `MINIMUM` accepted steps give no statistics, so early steps are judged by finiteness.
+    """
+
+    MINIMUM = 32
+
+    def __init__(self, config: HealthConfig):
+        self.config = config
+        self.norms: deque[float] = deque(maxlen=config.window)
+        self.consecutive = 0
+        self.skipped = 0
+        self.rollbacks = 0
+
+    def reason_to_skip(self, loss: float, norm: float) -> str | None:
+        """None: apply the step (and remember its norm). Otherwise why it is skipped."""
+        reason = None
+        if not math.isfinite(loss):
+            reason = f"loss is {loss}"
+        elif not math.isfinite(norm) or norm < 0:  # DeepSpeed reports a norm that is not finite as -1
+            reason = "gradient is not finite"
+        elif len(self.norms) >= self.MINIMUM:
+            centre = median(self.norms)
+            # A floor under the deviation: norms that hardly vary must not turn a harmless wobble into a spike.
+            deviation = max(1.4826 * median(abs(n - centre) for n in self.norms), 0.05 * centre)
+            if norm > centre + self.config.spike_sigma * deviation:
+                reason = f"gradient norm {norm:.3g} is a spike (median {centre:.3g}, robust deviation {deviation:.3g})"
+        if reason is None:
+            self.norms.append(norm)
+            self.consecutive = 0
+        else:
+            self.skipped += 1
+            self.consecutive += 1
+        return reason
+
+    @property
+    def must_roll_back(self) -> bool:
+        return self.consecutive >= self.config.max_consecutive_skips
+
+    def state(self) -> dict:
+        return {"norms": list(self.norms), "consecutive": self.consecutive, "skipped": self.skipped,
+                "rollbacks": self.rollbacks}
+
+    def load(self, state: dict) -> None:
+        self.norms = deque(state["norms"], maxlen=self.config.window)
+        self.consecutive, self.skipped, self.rollbacks = state["consecutive"], state["skipped"], state["rollbacks"]

@@ -1,0 +1,296 @@
+"""One stage from its recipe to its model folder: load, resume, steps, validation, checkpoints, the finished folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from model import folder as model_folder
+from model.language_model import lora_parameters
+from model.pretrained import locate
+from model.soundwave import Soundwave
+from train import optim, resume, zero
+from train.checkpoint import Checkpoints, find_good, read_state, write_atomically
+from train.config import Recipe, RecipeError
+from train.data import Plan, Stream, StreamStalled
+from train.data.cache import ensure_features
+from train.distributed import Ranks
+from train.engine import Engine, StepResult
+from train.preemption import DONE, FAILED, PREEMPTED, WRONG_INPUT, Preemption
+from train.stages import Stage, initial_folder, stage_folder, stage_of
+from train.telemetry import Telemetry
+from train.validate import validate, validation_set
+
+logger = logging.getLogger("soundwave")
+
+
+def check(recipe: Recipe) -> None:
+    """What can be known without weights or data. Errors: RecipeError."""
+    stage_of(recipe)
+    optim.check(recipe.optim)
+    zero.resolve(recipe, hidden_size=1024)
+    if not recipe.data.train:
+        raise RecipeError("data.train is empty: name at least one packed folder, e.g. data.train=[{shards: data/train}]")
+
+
+class Run:
+    """One process's part in training one stage."""
+
+    def __init__(self, recipe: Recipe, ranks: Ranks):
+        self.recipe, self.ranks = recipe, ranks
+        self.stage: Stage = stage_of(recipe)
+        self.folder: Path = stage_folder(recipe)
+        self.status: dict = {"stage": self.stage.name, "steps": recipe.optim.steps, "world_size": ranks.world_size,
+                             "started": time.time(), "host": os.uname().nodename, "pid": os.getpid()}
+
+    def note(self, status: str, **values) -> None:
+        """run.json: what `python -m train.status` reads, from files alone."""
+        if self.ranks.is_main:
+            self.status.update(status=status, updated=time.time(), **values)
+            write_atomically(self.folder / "run.json", json.dumps(self.status, indent=1))
+
+    def execute(self) -> int:
+        """Train the stage; returns the exit code (train/preemption.py)."""
+        finished_model = self.folder / "model" / "soundwave.json"
+        recorded = json.loads((self.folder / "run.json").read_text()) if (self.folder / "run.json").exists() else {}
+        dist.barrier()  # nobody writes run.json before everybody has read it
+        if finished_model.exists() and recorded.get("status") == "done" and recorded.get("steps") == self.recipe.optim.steps:
+            if self.ranks.is_main:
+                logger.info("stage %s is finished: %s; remove that folder or choose another output to train again",
+                            self.stage.number, finished_model.parent)
+            return DONE
+        self.note("starting")
+        if self.ranks.is_main:
+            OmegaConf.save(OmegaConf.structured(self.recipe), self.folder / "recipe.yaml")
+        self.preemption = Preemption(self.folder)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.recipe.checkpoint, self.ranks)
+        self._load()
+        code = self._train()
+        self.checkpoints.close()
+        return code
+
+    # ---------------------------------------------------------------- start
+
+    def _load(self) -> None:
+        recipe, ranks = self.recipe, self.ranks
+        copies = [Path(recipe.checkpoint.copy_to)] if recipe.checkpoint.copy_to else []
+        source = find_good([self.checkpoints.folder, *copies], ranks)
+        state = read_state(source) if source else None
+        start_from = initial_folder(recipe)
+        ensure_features(recipe, rank=ranks.rank, world_size=ranks.world_size)  # before ZeRO-3 shards what is loaded
+        hidden_size = locate(recipe.model.llm.name, sizes_only=True).config.hidden_size
+        config = zero.resolve(recipe, hidden_size)
+        self.ds_config = config
+        if zero.stage_number(config) == 3:
+            from transformers.integrations import HfDeepSpeedConfig
+
+            self._shard_while_loading = HfDeepSpeedConfig(config)  # from_pretrained asks for it as long as it lives
+        torch.manual_seed(recipe.seed)  # the same new adapters on every rank
+        parts = tuple(p for p in self.stage.parts if p != "encoder" or not recipe.data.cache_features)
+        self.model = model = Soundwave.build(recipe.model, parts=parts)
+        facts = [None]
+        if ranks.is_main:  # reads every byte of the frozen parts: once per machine room, not once per rank
+            facts = [{"base": model.frozen_hash(), "start": _folder_hash(start_from) if start_from else None}]
+        dist.broadcast_object_list(facts, src=0)
+        model._hashes = facts[0]["base"]
+        # A checkpoint holds what this stage trains; what earlier stages trained comes from their folder, on resume too.
+        if start_from is not None:
+            model_folder.load_trained(model, start_from)
+        model.set_stage(self.stage.name)
+        self.plan = Plan.open(recipe.data, self.stage.name, recipe.optim.steps)
+        self.facts = {
+            "base": {**facts[0]["base"], "start": facts[0]["start"]},
+            "tokenizer": hashlib.sha256(model.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+            "recipe": resume.recipe_facts(recipe),
+            "index": self.plan.fingerprint,
+            "code": resume.code_fingerprint(),
+        }
+        self.first_step, self.data_offset, self.best = 0, 0, None
+        if state is not None:
+            for note in resume.check(state["facts"], self.facts, recipe.checkpoint.accept_changes, source):
+                if ranks.is_main:
+                    logger.warning(note)
+        self.engine = Engine(model, recipe, self.stage, config, ranks)
+        if state is not None:
+            self._restore(source, state)
+        self.validation = validation_set(recipe, self.stage, model.tokenizer, ranks)
+        if ranks.is_main:
+            trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+            logger.info("stage %s (%s): %.1fM parameters trained, ZeRO-%d, %d rank(s), %d thread(s) each, steps %d to %d",
+                        self.stage.number, self.stage.name, trained / 1e6, zero.stage_number(config), ranks.world_size,
+                        torch.get_num_threads(), self.first_step, recipe.optim.steps)
+
+    def _restore(self, source: Path, state: dict) -> None:
+        self.checkpoints.load(self.engine.deepspeed, source)
+        self.first_step, self.data_offset, self.best = state["step"], state["data_offset"], state["best"]
+        self.engine.health.load(state["health"])
+        if self.ranks.is_main:
+            logger.info("resuming at step %d from %s", self.first_step, source)
+
+    def _state(self, step: int) -> dict:
+        """What goes into a checkpoint beside DeepSpeed's files; `step` is the next one to do."""
+        return {"step": step, "data_offset": self.data_offset, "best": self.best, "health": self.engine.health.state(),
+                "topology": {"world_size": self.ranks.world_size, "zero_stage": self.engine.zero_stage},
+                "seed": self.recipe.seed, "facts": self.facts}
+
+    # ---------------------------------------------------------------- steps
+
+    def _stream(self, first_step: int) -> Stream:
+        recipe = self.recipe
+        return Stream(recipe.data, self.stage.name, self.model.tokenizer, recipe.model, self.ranks.rank, self.ranks.world_size,
+                      start_step=first_step + self.data_offset, steps=recipe.optim.steps + self.data_offset,
+                      rejected_path=self.folder / "rejected.jsonl", plan=self.plan)
+
+    def _train(self) -> int:
+        recipe, ranks = self.recipe, self.ranks
+        log = Telemetry(self.folder, ranks, first_step=self.first_step, steps=recipe.optim.steps,
+                        stage=f"stage {self.stage.number}", tensorboard=recipe.log.tensorboard)
+        self.log = log
+        self.note("running", step=self.first_step)
+        saved_at, step_seconds = time.monotonic(), 0.0
+        step, stream = self.first_step, self._stream(self.first_step)
+        batches = iter(stream)
+        if step == 0 and self.validation:
+            self._validate(0)
+        while step < recipe.optim.steps:
+            begun = time.perf_counter()
+            problem, micro_batches = None, []
+            try:
+                batch = next(batches)
+                micro_batches = batch.micro_batches
+            except (RecipeError, StreamStalled) as error:
+                problem = error
+            waited = time.perf_counter() - begun
+            wish = self.preemption.wish(self.checkpoints.save_seconds, step_seconds)
+            overdue = ranks.is_main and time.monotonic() - saved_at > 60 * recipe.checkpoint.every_minutes
+            ce_count, ctc_count, (stop, written, save_now, broken) = self.engine.agree(
+                micro_batches, [float(wish is not None), float(self.checkpoints.written), float(overdue),
+                                float(problem is not None)])
+            if written == ranks.world_size:
+                self.checkpoints.finish()
+            if stop or broken:
+                stream.close()
+                self.checkpoints.save(self.engine.deepspeed, self._state(step))
+                if broken:
+                    return self._data_failed(step, problem)
+                return self._preempted(step, wish)
+            result = self.engine.step(step, micro_batches, ce_count, ctc_count)
+            step += 1
+            step_seconds = time.perf_counter() - begun
+            self._tell(result, batch, waited, step_seconds)
+            last = step == recipe.optim.steps
+            improved = False
+            if self.validation and (step % recipe.log.validate_every_steps == 0 or last):
+                improved = self._validate(step)
+            if save_now or improved or last or step % recipe.checkpoint.every_steps == 0:
+                self.checkpoints.save(self.engine.deepspeed, self._state(step))
+                saved_at = time.monotonic()
+        stream.close()
+        if not self.checkpoints.finish():
+            return FAILED
+        self._save_model(step)
+        log.close()
+        self.note("done", step=step, exit_code=DONE)
+        return DONE
+
+    def _preempted(self, step: int, wish: str | None) -> int:
+        saved = self.checkpoints.finish()
+        reasons = [None] * self.ranks.world_size
+        dist.all_gather_object(reasons, wish)
+        why = "; ".join(f"{reason} on rank {rank}" for rank, reason in enumerate(reasons) if reason)
+        self.log.close()
+        code = PREEMPTED if saved else FAILED
+        if self.ranks.is_main:
+            self.preemption.stop_file.unlink(missing_ok=True)
+            logger.info("stopped before step %d (%s), %s; the same command goes on from there", step, why,
+                        f"saved, exit code {code}" if saved else "NOT saved")
+        self.note("preempted" if saved else "failed", step=step, reason=why, exit_code=code)
+        return code
+
+    def _data_failed(self, step: int, problem: Exception | None) -> int:
+        self.checkpoints.finish()
+        problems = [None] * self.ranks.world_size
+        dist.all_gather_object(problems, (type(problem).__name__, str(problem)) if problem else None)
+        self.log.close()
+        rank, (kind, text) = next((r, p) for r, p in enumerate(problems) if p)
+        code = FAILED if kind == StreamStalled.__name__ else WRONG_INPUT
+        if self.ranks.is_main:
+            logger.error("stopped before step %d, weights saved; data on rank %d: %s", step, rank, text)
+        self.note("failed", step=step, reason=text, exit_code=code)
+        return code
+
+    def _tell(self, result: StepResult, batch, waited: float, seconds: float) -> None:
+        sums = result.sums
+        values = {"loss": result.loss, "ce": result.ce, "ctc": result.ctc, "grad_norm": result.grad_norm,
+                  **{f"lr_{name}": rate for name, rate in result.lr.items()},
+                  "step_seconds": seconds, "data_wait_seconds": waited, "audio_seconds": batch.seconds,
+                  "padding_share": batch.padding_share, "shrink_ratio": sums["kept"] / max(sums["frames"], 1.0),
+                  "micro_batches": sums["micro_batches"], "llm_tokens": sums["llm_tokens"],
+                  "skipped_steps": self.engine.health.skipped}
+        values = {k: v for k, v in values.items() if v is not None}
+        if result.skipped:
+            values["skipped"] = result.skipped
+            if self.ranks.is_main:
+                logger.warning("step %d is not applied: %s", result.step, result.skipped)
+        self.log.line("train", result.step, values)
+        if (result.step + 1) % self.recipe.log.every_steps == 0:
+            self.log.scalars("train", result.step, values)
+            self.note("running", step=result.step + 1)
+        shown = {"loss": result.loss}
+        if self.best:
+            shown["wer"] = self.best["score"]
+        self.log.advance(shown)
+
+    def _validate(self, step: int) -> bool:
+        """Validate, tell, and say whether this is the best so far (alike on all ranks: the score is a global number)."""
+        result = validate(self.engine, self.validation, self.model.tokenizer, self.ranks)
+        samples = result.pop("samples")
+        self.log.line("valid", step, result)
+        self.log.scalars("valid", step, result)
+        if samples:
+            self.log.text("valid/samples", step, "\n\n".join(f"**{r}** → {h}" for r, h in samples[:8]))
+        if self.ranks.is_main:
+            logger.info("step %d: validation WER %.3f, loss %.3f", step, result["wer"], result["loss"])
+        if step > 0 and (self.best is None or result["wer"] < self.best["score"]):
+            self.best = {"step": step, "score": result["wer"]}
+            return self.recipe.checkpoint.keep_best
+        return False
+
+    # ---------------------------------------------------------------- end
+
+    def _save_model(self, step: int) -> None:
+        """Write <stage folder>/model: gathered from all ranks, into a partial folder, then renamed."""
+        import deepspeed
+
+        target = self.folder / "model"
+        kept = [*model_folder.trained_tensors(self.model).values(),
+                *(p for _, p in (lora_parameters(self.model.llm) if self.model.llm is not None else []))]
+        parameters = [p for p in kept if hasattr(p, "ds_id")]
+        with deepspeed.zero.GatheredParameters(parameters, enabled=self.engine.zero_stage == 3):
+            if self.ranks.is_main:
+                model_folder.save(self.model, target, extra={
+                    "step": step, "best": self.best, "recipe": dataclasses.asdict(self.recipe),
+                    "tokenizer": self.facts["tokenizer"], "index": self.facts["index"], "code": self.facts["code"]})
+                logger.info("stage %s is done: %s", self.stage.number, target)
+        dist.barrier()
+
+
+def _folder_hash(folder: Path) -> str:
+    """sha256 over a model folder's weights: which earlier stage this one started from."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        digest.update(str(path.relative_to(folder)).encode())
+        with open(path, "rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+

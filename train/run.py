@@ -1,0 +1,94 @@
+"""The one entry of training, for all stages:
+
+    deepspeed train/run.py RECIPE [key=value ...]        one node, one process per GPU (or --num_gpus 2 on CPU)
+    torchrun --nproc-per-node 8 train/run.py RECIPE      the same by torchrun
+    srun python train/run.py RECIPE                      one task per GPU, any number of nodes (slurm/)
+    python -m train.run RECIPE                           one process
+
+Exit codes: 0 done, 1 failure, 2 wrong recipe or input (starting again does not help), 85 stopped early and saved (start again).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# `python train/run.py` puts train/ first on the path, where `import data` or `import config` would find our modules.
+sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "train")]
+
+from train.config import RecipeError, load_recipe  # noqa: E402
+from train.distributed import connect, disconnect, fill_environment  # noqa: E402
+from train.preemption import FAILED, WRONG_INPUT  # noqa: E402
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="train/run.py", description="Train one stage of Soundwave.")
+    parser.add_argument("recipe", help="YAML file, e.g. train/recipes/stage1.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.steps=100")
+    parser.add_argument("--dry-run", action="store_true", help="say what would happen; needs no weights, data or hub")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and end")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    return parser.parse_intermixed_args(argv)
+
+
+def is_main() -> bool:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    try:
+        recipe = load_recipe(args.recipe, args.overrides)
+        if args.print_config:
+            from omegaconf import OmegaConf
+
+            if is_main():
+                print(OmegaConf.to_yaml(OmegaConf.structured(recipe)), end="")
+            return 0
+        fill_environment()
+        if args.dry_run:
+            from train.dry_run import dry_run
+
+            return dry_run(recipe) if is_main() else 0
+        from train.loop import Run, check
+        from train.stages import initial_folder, stage_folder
+        from train.telemetry import start_logging, stop_logging
+
+        check(recipe)
+        initial_folder(recipe)
+    except RecipeError as error:
+        if is_main():
+            print(f"error: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    from data_tools.shards import ShardError
+    from model.folder import FolderError
+    from model.pretrained import SourceError
+
+    ranks = connect()
+    start_logging(stage_folder(recipe), ranks)
+    logger = logging.getLogger("soundwave")
+    run = Run(recipe, ranks)
+    try:
+        code = run.execute()
+    except Exception as error:
+        known = isinstance(error, (RecipeError, SourceError, FolderError, ShardError))
+        code = WRONG_INPUT if known else FAILED
+        if known:
+            logger.error("%s", error) if ranks.is_main else None
+        else:
+            logger.exception("rank %d failed", ranks.rank)
+        run.note("failed", reason=str(error) or type(error).__name__, exit_code=code)
+        stop_logging()
+        # The other ranks may wait in a collective: leave at once, without a farewell that they would not answer.
+        os._exit(code)
+    disconnect()
+    stop_logging()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

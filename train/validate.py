@@ -1,0 +1,78 @@
+"""Validation during training: the loss, and the word error rate of what the model writes, on the same utterances each time."""
+
+from __future__ import annotations
+
+import jiwer
+import torch
+
+from model.batch import Batch
+from train.config import Recipe
+from train.data import validation_batches
+from train.distributed import Ranks
+from train.engine import Engine, all_reduce
+from train.stages import Stage
+
+MAX_NEW_TOKENS = 128
+
+
+def word_errors(references: list[str], hypotheses: list[str]) -> tuple[int, int]:
+    """(errors, reference words) after lower-casing and taking out punctuation (apostrophes stay)."""
+    def plain(text: str) -> str:
+        return " ".join("".join(c if c.isalnum() or c in "' " else " " for c in text.lower()).split())
+
+    pairs = [(plain(r), plain(h)) for r, h in zip(references, hypotheses, strict=True)]
+    pairs = [(r, h) for r, h in pairs if r]
+    if not pairs:
+        return 0, 0
+    result = jiwer.process_words([r for r, _ in pairs], [h for _, h in pairs])
+    return (result.substitutions + result.deletions + result.insertions,
+            result.substitutions + result.deletions + result.hits)
+
+
+ValidationSet = list[tuple[Batch, list[str], Batch | None]]  # (batch with labels, references, prompts to be continued)
+
+
+def validation_set(recipe: Recipe, stage: Stage, tokenizer, ranks: Ranks) -> ValidationSet:
+    """This rank's share of data.valid, read once; the same number of batches on every rank."""
+    arguments = (recipe.data, stage.name, tokenizer, recipe.model, ranks.rank, ranks.world_size, recipe.log.validate_utterances)
+    labelled = validation_batches(*arguments, answers=True)
+    if stage.score == "ctc":
+        return [(batch, references, None) for batch, references in labelled]
+    prompts = validation_batches(*arguments, answers=False)
+    return [(batch, references, prompt) for (batch, references), (prompt, _) in zip(labelled, prompts, strict=True)]
+
+
+@torch.no_grad()
+def validate(engine: Engine, batches: ValidationSet, tokenizer, ranks: Ranks) -> dict[str, float]:
+    """{"loss", "ce", "ctc", "wer", "samples": [(reference, hypothesis), ...]} over all ranks.
+
+    A batch without references fills up a rank's share: it is computed, for the collectives of ZeRO-3, and not counted.
+    """
+    stage, recipe, model = engine.stage, engine.recipe, engine.model
+    engine.deepspeed.eval()
+    sums = [0.0] * 6  # CE sum, CE count, CTC sum, CTC count, word errors, words
+    samples = []
+    for batch, references, prompts in batches:
+        batch = batch.to(ranks.device)
+        output = engine.deepspeed(batch, losses=stage.losses)
+        if stage.score == "ctc":
+            hypotheses = model.ctc_greedy(batch)
+        else:
+            ids = model.generate(prompts.to(ranks.device), max_new_tokens=MAX_NEW_TOKENS, synced_gpus=engine.zero_stage == 3)
+            hypotheses = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+        if references:
+            errors, words = word_errors(references, hypotheses)
+            local = [float(output.ce_sum) if "ce" in stage.losses else 0.0, batch.ce_count,
+                     float(output.ctc_sum) if "ctc" in stage.losses else 0.0, batch.ctc_count, errors, words]
+            sums = [a + b for a, b in zip(sums, local)]
+            samples += list(zip(references, hypotheses))
+    ce_sum, ce_count, ctc_sum, ctc_count, errors, words = all_reduce(sums, ranks)
+    result: dict = {"wer": errors / max(words, 1.0), "words": words}
+    loss = 0.0
+    if "ce" in stage.losses:
+        result["ce"] = ce_sum / max(ce_count, 1.0)
+        loss += result["ce"]
+    if "ctc" in stage.losses:
+        result["ctc"] = ctc_sum / max(ctc_count, 1.0)
+        loss += result["ctc"] * (recipe.loss.ctc_weight if "ce" in stage.losses else 1.0)
+    return {"loss": loss, **result, "samples": samples}
