@@ -158,6 +158,16 @@ def project(cluster, tmp_path) -> Project:
     """The stand-in trainer and recipes of 5 steps (1 s) for three stages."""
     made = Project(tmp_path / "project", cluster)
     made.use_stand_in()
-    for number, stage in enumerate(("alignment", "shrinking", "sft"), start=1):
+    for number, stage in enumerate(Assets.STAGES, start=1):
         made.recipe(stage, number, "optim: {steps: 5}\ndata: {train: [{shards: none}]}\n")
     return made
+
+
+@pytest.fixture(autouse=True)
+def empty_queue(request):
+    """No test leaves jobs to the next one."""
+    yield
+    if "cluster" in request.fixturenames:
+        running = request.getfixturevalue("cluster")
+        running.client("scancel", "--user", "root", check=False)
+        wait_for(lambda: not running.client("squeue", "-h").strip(), 60, "an empty queue")

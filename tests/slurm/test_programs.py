@@ -48,7 +48,7 @@ def names_in(folder) -> list[str]:
 
 
 def test_packed_by_an_array_is_packed_as_by_one_process(project, manifest, tmp_path):
-    options = ("--manifest", str(manifest), "--shard-mb", "0.05", "--seed", "3")
+    options = ("--manifest", str(manifest), "--shard-mb", "0.05", "--seed", "3", "--name", "clips")
     script = project.folder / "slurm" / "pack.sh"
     script.write_text(script.read_text().replace("PARTS=16", "PARTS=3"))
     text = pack(project, *options, "--out", str(tmp_path / "array"))
