@@ -91,7 +91,7 @@ class Plan:
         for stage, recipe in self.recipes:
             if recipe.data.cache_features:
                 steps.append(Step(f"features-{recipe.stage}", f"{stage.title}: the frozen encoder's output, once",
-                                  settings.features_minutes / len(self.recipes),
+                                  stage.features_minutes,
                                   [python, "-m", "train.data.cache", stage.recipe],
                                   lambda recipe=recipe: [asdict(recipe.data), asdict(recipe.model.encoder), self.data_of(recipe)],
                                   Path(recipe.data.cache_features)))

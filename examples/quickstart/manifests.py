@@ -1,7 +1,7 @@
 """Who is trained on, tuned on, tested on: the demo's splits and its instruction data. Changes when the demo's data does.
 
     dialogues-{train,valid,test}.jsonl   task asr; split by whole dialogue (descriptions: train)
-    prompts-{train,valid,test}.jsonl     task translation (to and from English), in valid and test asr (English) too; by prompt,
+    prompts-{train,valid,test}.jsonl     task translation (into and from English), in valid and test asr (English) too; by prompt,
                                          in all languages alike; prompts with the same words in some language stay together
     instruct-{train,valid,test}.jsonl    what stage III learns, made by code out of the dialogues' transcripts, below
 
@@ -69,7 +69,7 @@ def group_prompts(rows: list[dict]) -> dict[str, str]:
 
 
 def split_prompts(rows: list[dict]) -> dict[str, list[dict]]:
-    """ASR rows (English) and translation rows (to and from English), split by group of prompts.
+    """ASR rows (English) and translation rows (into English and from it), split by group of prompts.
 
     Training gets the translations alone: the English prompts stay out of the domain that ASR is trained on.
     """
@@ -90,13 +90,13 @@ def split_prompts(rows: list[dict]) -> dict[str, list[dict]]:
             continue
         if split != "train":
             splits[split].append({**english, "task": "asr"})
-        for lang, row in sorted(speech.items()):
-            if lang != "en":
-                for source, target in ((row, english), (english, row)):
-                    to = LANGUAGES[target["lang"]]
-                    splits[split].append({
-                        **source, "id": f"{source['id']}-to-{target['lang']}", "task": "translation",
-                        "prompt": f"Translate the speech into {to}.", "response": target["text"]})
+        others = [row for lang, row in sorted(speech.items()) if lang != "en"]
+        pairs = [(row, english) for row in others]  # every language into English, English into one of them
+        pairs += [(english, others[int(draw("target", key) * len(others))])] if others else []
+        for source, target in pairs:
+            splits[split].append({
+                **source, "id": f"{source['id']}-to-{target['lang']}", "task": "translation",
+                "prompt": f"Translate the speech into {LANGUAGES[target['lang']]}.", "response": target["text"]})
     return splits
 
 
@@ -105,7 +105,6 @@ def words(text: str) -> list[str]:
 
 
 # Each rule: the ways to ask, and the answer from the sentence (None where the rule does not fit it).
-# {s} in a question is a word of the sentence or, in half of the cases, another one; see `rule_samples`.
 Rule = tuple[tuple[str, ...], Callable[[str], str | None]]
 RULES: dict[str, Rule] = {
     "first": (("What is the first word?", "Which word comes first?", "Say only the first word."),
@@ -125,16 +124,15 @@ CLOSED = {"count", "question"}  # rules whose answer is one of a few: scored as 
 
 
 def rule_samples(rows: list[dict]) -> list[dict]:
-    """Per dialogue clip: one `instruct` and one `chain` sample with different rules; per third clip, one `text` sample."""
+    """Per dialogue clip one sample with audio, `instruct` or `chain`; for a third of them a `text` sample by another rule."""
     samples = []
     for row in rows:
         text, ident = row["text"], row["id"]
         fitting = sorted((name for name in RULES if RULES[name][1](text) is not None), key=lambda name: draw(ident, name))
-        for task, name in zip(("instruct", "chain", "text"), fitting):
-            if task == "text" and draw(ident, "text") >= 1 / 3:
-                continue
-            if task != "instruct" and name == "repeat":  # to transcribe and then repeat teaches nothing
-                name = next(other for other in fitting if other not in ("repeat", fitting[0]))
+        tasks = ["instruct" if draw(ident, "task") < 0.5 else "chain"] + (["text"] if draw(ident, "text") < 1 / 3 else [])
+        for task in tasks:
+            # To transcribe, or to read, and then repeat teaches nothing.
+            name = fitting.pop(0) if task == "instruct" or fitting[0] != "repeat" else fitting.pop(1)
             ways, answer_of = RULES[name]
             question, answer = ways[int(draw(ident, task, "way") * len(ways))], answer_of(text)
             sample = {"id": f"{ident}-{task}-{name}", "lang": "en", "task": task, "origin": f"rule {name} on {ident}"}
