@@ -4,8 +4,8 @@
     FOLDER/<key>/<name>.npy               [frames of all utterances of the pack, width] float16
     FOLDER/<key>/<name>.index.npy         ENTRY_DTYPE, one row per utterance; written last, so it vouches for the pack
 
-The key is made of the encoder's fingerprint and of the settings that change its output. An utterance is found by the hash of
-its id and its audio's size, so packing a corpus again in another order finds what is there. A pack holds about ten minutes of
+The key is made of the encoder's fingerprint and of the settings that change its output. A clip is found by the hash of
+its bytes: packing a corpus again in another order finds what is there, and several tasks on one clip share it. A pack holds about ten minutes of
 audio: that much is lost by an interruption, and what was finished is never computed again.
 
 The trade: 50 frames a second x width x 2 bytes, i.e. 0.18 GB an hour for Whisper base and 0.46 GB for large-v3 (a 10,000 hour
@@ -38,7 +38,7 @@ from model.encoder import Encoder, build_encoder
 from model.pretrained import DTYPES, attention_implementation, fingerprint, locate
 from train.config import DataConfig, Recipe, RecipeError, load_recipe
 from train.data.augment import check
-from train.data.plan import load_index, mix64, usable
+from train.data.plan import load_index, usable
 from train.data.reader import decode, read_with_retry
 from train.data.rejected import BrokenSample
 
@@ -49,8 +49,8 @@ LOGGER = logging.getLogger(__name__)
 
 
 def sample_keys(samples: np.ndarray) -> np.ndarray:
-    """uint64 [N] of index rows: which utterance, and which version of its audio."""
-    return mix64(samples["id_hash"].astype(np.uint64) ^ mix64(samples["audio_size"].astype(np.uint64)))
+    """uint64 [N] of index rows: the audio itself, so that several tasks on one clip share its features."""
+    return samples["audio_hash"]
 
 
 @lru_cache(maxsize=4)

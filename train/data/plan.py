@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ TEMPLATE_POSITIONS = 48  # chat template and default instruction
 CHARACTERS_PER_TOKEN = 3.0  # where pack counted no tokens; on the safe side for English (about 4)
 POSITIONS_PER_SECOND = 3.0  # kept frames of audio without a transcript
 _INDEX_CHUNK = 1 << 20
+LOGGER = logging.getLogger(__name__)
 
 
 def mix64(values: np.ndarray) -> np.ndarray:
@@ -132,11 +134,12 @@ class SourceOrder:
     def set_buckets(self, rate: int, seconds: float) -> None:
         """Buckets of about `seconds` that divide the source's `rate` (units a step), so that steps hold whole buckets.
 
-        None is shorter than the longest utterance: in each at least one begins, so no step of a single source is empty.
+        At least two a step, so that a batch is not of one length only; but none shorter than the longest utterance: in each at
+        least one begins, so no step of a single source is empty.
         """
         self._rate = max(rate, 1)
         most = self._rate // int(self.units.max())
-        self._buckets = max(min(round(self._rate / (seconds * UNITS_PER_SECOND)), most), 1) if seconds > 0 else 0
+        self._buckets = max(min(max(round(self._rate / (seconds * UNITS_PER_SECOND)), 2), most), 1) if seconds > 0 else 0
         self._cache.clear()
 
     def _remember(self, key: tuple, value: tuple) -> tuple:
@@ -227,7 +230,7 @@ class Plan:
     """The sequence of global batches of one stage: a pure function of the step.
 
     indexes: one ShardIndex per corpus of data.train. steps: length of the stage, over which the mixture's tau moves.
-    Errors: RecipeError where nothing is left to train on, a task is unknown, or the batch budget is below one utterance.
+    Errors: RecipeError where nothing is left to train on or a task is unknown.
     """
 
     def __init__(self, indexes: list[ShardIndex], data: DataConfig, stage: str, steps: int):
@@ -250,8 +253,8 @@ class Plan:
             raise RecipeError(f"data.train holds nothing that stage '{stage}' can train on: {why}")
         longest = max(int(order.units.max()) for order in self.orders) / UNITS_PER_SECOND
         if data.batch_seconds < longest:
-            raise RecipeError(f"data.batch_seconds={data.batch_seconds:g} is below the longest utterance ({longest:.1f} s): "
-                              "raise it, or lower data.max_seconds")
+            LOGGER.warning("data.batch_seconds=%g is below the longest utterance (%.1f s): a step in which none begins repeats "
+                           "the one under way; raise it, or lower data.max_seconds", data.batch_seconds, longest)
         self.utterances = np.array([len(order.rows) for order in self.orders])
         self.mixture = Mixture(data.mixture, tasks, self.utterances, np.array([o.total for o in self.orders]) / self.utterances,
                                weights, int(round(data.batch_seconds * UNITS_PER_SECOND)), steps)
@@ -303,7 +306,7 @@ class Plan:
         parts = [self._planned(s, *order.between(int(low[s]), int(high[s]))) for s, order in enumerate(self.orders)]
         batch = np.concatenate(parts)
         if len(batch) == 0:
-            # Only where every source gets less than one utterance a step: no step is empty, the largest source repeats.
+            # Only where no source is given as much a step as its longest utterance lasts: no step is empty, one is repeated.
             source = int(np.argmax(high - low))
             batch = self._planned(source, *self.orders[source].covering(int(low[source])))
         return batch
