@@ -35,6 +35,7 @@ SAMPLE_DTYPE = np.dtype(
         ("lang", "<u2"),  # ... langs ("" where unknown)
         ("codec", "<u2"),  # ... codecs ("" for text only)
         ("id_hash", "<u8"),  # blake2b-64 of corpus/id
+        ("audio_hash", "<u8"),  # blake2b-64 of the audio member's bytes; 0: text only
     ]
 )
 INDEX_NAME, TABLE_NAME = "index.json", "samples.npy"
@@ -55,6 +56,11 @@ class OutputError(OSError):
 def id_hash(corpus: str, sample_id: str) -> int:
     """64 bits that stand for one sample of one corpus."""
     return int.from_bytes(hashlib.blake2b(f"{corpus}/{sample_id}".encode(), digest_size=8).digest(), "little")
+
+
+def audio_hash(audio: bytes | None) -> int:
+    """64 bits that stand for one compressed clip: equal clips of several samples share what is computed from them."""
+    return int.from_bytes(hashlib.blake2b(audio, digest_size=8).digest(), "little") if audio else 0
 
 
 def tar_header(name: str, size: int) -> bytes:
@@ -135,6 +141,7 @@ class ShardWriter:
                 position("lang", record["lang"] or ""),
                 position("codec", codec if audio is not None else ""),
                 id_hash(record["corpus"], record["id"]),
+                audio_hash(audio),
             )
         )
 

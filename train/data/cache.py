@@ -4,9 +4,9 @@
     FOLDER/<key>/<name>.npy               [frames of all utterances of the pack, width] float16
     FOLDER/<key>/<name>.index.npy         ENTRY_DTYPE, one row per utterance; written last, so it vouches for the pack
 
-The key is made of the encoder's fingerprint and of the settings that change its output. A clip is found by the hash of
-its bytes: packing a corpus again in another order finds what is there, and several tasks on one clip share it. A pack holds about ten minutes of
-audio: that much is lost by an interruption, and what was finished is never computed again.
+The key is made of the encoder's fingerprint and of the settings that change its output. A clip is found by the hash of its
+bytes: packing a corpus again in another order finds what is there, and several tasks on one clip share it. A pack holds about
+ten minutes of audio: that much is lost by an interruption, and what was finished is never computed again.
 
 The trade: 50 frames a second x width x 2 bytes, i.e. 0.18 GB an hour for Whisper base and 0.46 GB for large-v3 (a 10,000 hour
 corpus: 4.6 TB), against an encoder forward per utterance and pass. Augmented audio has no place in it.
