@@ -115,17 +115,13 @@ class CTCHead(nn.Module):
         else:
             raise ValueError(f"model.alignment.ctc_head is '{kind}': tied, initialised or free")
 
-    def _operands(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        # The small operands follow the weight's type. The weight is not cast: a copy would outlive ZeRO-3's gather.
-        row = None if self.blank_row is None else self.blank_row.to(self.weight.dtype)
-        return hidden.to(self.weight.dtype), self.weight, row
-
     def forward(self, hidden: torch.Tensor, lengths: torch.Tensor, targets: torch.Tensor | None = None,
                 target_lengths: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """hidden [A, T, D], lengths [A], targets [A, U], target_lengths [A] ->
         (loss [A] each divided by its target length, argmax [A, T], its log-probability [A, T], the blank's [A, T]).
         Without targets the loss is zero and the vocabulary is swept for the argmax alone."""
-        hidden, weight, row = self._operands(hidden)
+        # Whatever their types, the op converts a tile at a time: a copy of the weight would outlive ZeRO-3's gather.
+        weight, row = self.weight, self.blank_row
         how = {"implementation": self.ops_config.implementation}
         if targets is None:
             argmax, lse, top, blank = ops.linear_argmax(hidden, weight, lengths, blank=self.blank, extra_row=row, **how)

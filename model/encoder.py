@@ -6,11 +6,14 @@ takes at once, and encodes. Nothing else in the project knows which one runs.
 
 from __future__ import annotations
 
+import json
+import math
 from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import HubertModel, Wav2Vec2Model, WavLMModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as TransformersWhisperEncoder
 
@@ -25,7 +28,6 @@ class Encoder(nn.Module, ABC):
     width: int  # of one frame
     frame_rate: float  # frames per second
     window_seconds: float | None  # seconds encoded at once; null: any length
-    prefix = ""  # of its tensors in the model folder
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -90,9 +92,7 @@ class WhisperLayers(TransformersWhisperEncoder):
 class WhisperEncoder(Encoder):
     """Whisper's encoder, its layers run by hand: transformers' own forward takes 30 s and nothing else."""
 
-    prefix = "encoder."
-
-    def __init__(self, config: EncoderConfig, layers: WhisperLayers):
+    def __init__(self, config: EncoderConfig, layers: WhisperLayers, source: Source):
         super().__init__(config)
         self.layers = layers
         self.width = layers.config.d_model
@@ -133,12 +133,76 @@ class WhisperEncoder(Encoder):
         return net.layer_norm(hidden)
 
 
-def build_encoder(config: EncoderConfig, source: Source, dtype: torch.dtype, attention: str | None, *, weights: bool = True) -> Encoder:
+class ClipNorm(nn.GroupNorm):
+    """wav2vec2's norm over a clip's time, taken over the frames that the clip has: `lengths` [A] is set before the call."""
+
+    lengths: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [A, C, T] -> [A, C, T]"""
+        valid = (torch.arange(x.shape[-1], device=x.device) < self.lengths[:, None])[:, None]
+        count = self.lengths[:, None, None].to(x.dtype)
+        mean = (x * valid).sum(-1, keepdim=True) / count
+        variance = ((x - mean).square() * valid).sum(-1, keepdim=True) / count
+        return (x - mean) * (variance + self.eps).rsqrt() * self.weight[:, None] + self.bias[:, None]
+
+
+class WaveformEncoder(Encoder):
+    """wav2vec 2.0, HuBERT and WavLM: convolutions on the waveform (50 frames a second), then Transformer layers, any length."""
+
+    window_seconds = None
+
+    def __init__(self, config: EncoderConfig, layers: nn.Module, source: Source):
+        super().__init__(config)
+        self.layers = layers
+        sizes = layers.config
+        self.width = sizes.hidden_size
+        self.convolutions = list(zip(sizes.conv_kernel, sizes.conv_stride))
+        self.frame_rate = SAMPLE_RATE / math.prod(sizes.conv_stride)
+        self.shortest = 1  # samples of the first frame
+        for kernel, stride in reversed(self.convolutions):
+            self.shortest = (self.shortest - 1) * stride + kernel
+        preprocessor = source.folder and source.folder / "preprocessor_config.json"
+        settings = json.loads(preprocessor.read_text()) if preprocessor and preprocessor.exists() else {}
+        self.normalise = settings.get("do_normalize", True)
+        for module in layers.feature_extractor.modules():
+            if isinstance(module, nn.GroupNorm):  # as it is, a clip's padding would move its mean and variance
+                module.__class__ = ClipNorm
+
+    def frames(self, samples: torch.Tensor) -> torch.Tensor:
+        frames = samples.clamp(min=self.shortest)
+        for kernel, stride in self.convolutions:
+            frames = (frames - kernel) // stride + 1
+        return frames
+
+    def encode(self, waveforms: torch.Tensor, lengths: torch.Tensor, mel_mask: torch.Tensor | None = None) -> torch.Tensor:
+        if mel_mask is not None:
+            raise ValueError("data.spec_augment masks a mel, which this encoder does not see: switch it off")
+        valid = torch.arange(waveforms.shape[1], device=waveforms.device) < lengths[:, None]
+        waveforms = waveforms.float().masked_fill(~valid, 0.0)
+        if self.normalise:
+            mean = waveforms.sum(1, keepdim=True) / lengths[:, None]
+            variance = ((waveforms - mean).square() * valid).sum(1, keepdim=True) / lengths[:, None]
+            waveforms = ((waveforms - mean) * (variance + 1e-7).rsqrt()).masked_fill(~valid, 0.0)
+        longest = max(self.shortest, self.pad_to_samples or waveforms.shape[1])
+        waveforms = F.pad(waveforms, (0, longest - waveforms.shape[1]))
+        lengths = torch.full_like(lengths, longest) if self.pad_to_samples else lengths.clamp(min=self.shortest)
+        kernel, stride = self.convolutions[0]
+        for module in self.layers.feature_extractor.modules():
+            if isinstance(module, ClipNorm):  # only the first convolution has one
+                module.lengths = (lengths - kernel) // stride + 1
+        mask = (torch.arange(longest, device=waveforms.device) < lengths[:, None]).long()
+        dtype = self.layers.feature_projection.projection.weight.dtype
+        return self.layers(waveforms.to(dtype), attention_mask=mask).last_hidden_state
+
+
+def build_encoder(config: EncoderConfig, source: Source, dtype: torch.dtype, attention: str | None, *, weights: bool = True
+                  ) -> Encoder:
     """The encoder; without `weights` on the meta device, for its sizes. Errors: SourceError for an unknown family."""
     family = source.config.model_type
     if family not in _FAMILIES:
         raise SourceError(f"{source.name} is a '{family}' model; encoders known: {', '.join(_FAMILIES)}")
-    wrapper, layers, renamed = _FAMILIES[family]
+    wrapper, layers, renamed, _ = _FAMILIES[family]
     if weights:
         network, report = layers.from_pretrained(source.folder, dtype=dtype, attn_implementation=attention, key_mapping=renamed,
                                                  output_loading_info=True)
@@ -148,8 +212,18 @@ def build_encoder(config: EncoderConfig, source: Source, dtype: torch.dtype, att
     else:
         with torch.device("meta"):
             network = layers(source.config).to(dtype)
-    return wrapper(config, network).requires_grad_(False).eval()
+    return wrapper(config, network, source).requires_grad_(False).eval()
 
 
-# model_type -> (our class, transformers' network, how its tensors are called in a whole model's file)
-_FAMILIES = {"whisper": (WhisperEncoder, WhisperLayers, {r"^(model\.)?encoder\.": ""})}
+def tensor_prefix(source: Source) -> str:
+    """What the encoder's tensors are called under in its folder, where the folder holds other things, too."""
+    return _FAMILIES[source.config.model_type][3]
+
+
+# model_type -> (our class, transformers' network, renaming of its tensors in a whole model's file, their prefix there)
+_FAMILIES = {
+    "whisper": (WhisperEncoder, WhisperLayers, {r"^(model\.)?encoder\.": ""}, "encoder."),
+    "wav2vec2": (WaveformEncoder, Wav2Vec2Model, None, "wav2vec2."),
+    "hubert": (WaveformEncoder, HubertModel, None, "hubert."),
+    "wavlm": (WaveformEncoder, WavLMModel, None, "wavlm."),
+}

@@ -15,7 +15,7 @@ from torch import nn
 from model.alignment import AlignmentAdapter, CTCHead
 from model.batch import Batch
 from model.config import SoundwaveConfig
-from model.encoder import build_encoder
+from model.encoder import build_encoder, tensor_prefix
 from model.generation import Generation
 from model.language_model import build_llm, embed, load_tokenizer, lora_parameters, splice, target_loss
 from model.pretrained import (
@@ -170,8 +170,8 @@ class Soundwave(Generation, nn.Module):
     def frozen_hash(self) -> dict[str, str]:
         """sha256 of the frozen parts' tensors, from their files."""
         if not hasattr(self, "_hashes"):
-            prefixes = {"encoder": "encoder.", "llm": ""}
-            self._hashes = {name: fingerprint(source.folder, prefixes[name]) for name, source in self.sources.items()}
+            encoder, llm = self.sources["encoder"], self.sources["llm"]
+            self._hashes = {"encoder": fingerprint(encoder.folder, tensor_prefix(encoder)), "llm": fingerprint(llm.folder)}
         return self._hashes
 
     # ---- forward ----

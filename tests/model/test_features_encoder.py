@@ -7,12 +7,27 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import WhisperFeatureExtractor, WhisperModel
+from transformers import (
+    HubertConfig,
+    HubertForCTC,
+    HubertModel,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+    Wav2Vec2Model,
+    WavLMConfig,
+    WavLMForCTC,
+    WavLMModel,
+    WhisperFeatureExtractor,
+    WhisperModel,
+)
 
+from model import folder as model_folder
 from model.config import EncoderConfig
 from model.encoder import build_encoder
 from model.features import log_mel
 from model.pretrained import SourceError, locate
+from model.soundwave import Soundwave
+from tests.model import tiny
 
 
 def sound(samples: int, seed: int = 0) -> torch.Tensor:
@@ -145,3 +160,58 @@ def test_mel_mask_hides_content(folders):
     masked = [encoder(w, torch.tensor([8000]), mel_mask=everything)[0] for w in (one, two)]
     assert torch.equal(*masked)
     assert not torch.allclose(masked[0], encoder(one, torch.tensor([8000]))[0])
+
+
+WAVEFORM_FAMILIES = {
+    "wav2vec2": (Wav2Vec2Config, Wav2Vec2Model, Wav2Vec2ForCTC, dict(feat_extract_norm="group")),
+    "hubert": (HubertConfig, HubertModel, HubertForCTC, dict(feat_extract_norm="layer", do_stable_layer_norm=True)),
+    "wavlm": (WavLMConfig, WavLMModel, WavLMForCTC, dict(feat_extract_norm="group")),
+}
+
+
+@pytest.fixture(params=list(WAVEFORM_FAMILIES))
+def waveform_encoder(request, tmp_path):
+    """(our encoder, transformers' model) of a family, with and without a head around it in its folder."""
+    config_class, plain, with_head, options = WAVEFORM_FAMILIES[request.param]
+    config = config_class(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, conv_dim=(8, 8, 8),
+                          conv_kernel=(10, 3, 2), conv_stride=(5, 8, 8), num_feat_extract_layers=3, vocab_size=9,
+                          num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, num_codevectors_per_group=4, **options)
+    model = with_head(config).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.3)
+    model.save_pretrained(tmp_path)
+    made = build_encoder(EncoderConfig(name=str(tmp_path)), locate(str(tmp_path)), torch.float32, None)
+    return made, plain.from_pretrained(tmp_path).eval()
+
+
+@torch.no_grad()
+def test_waveform_encoders_equal_transformers_clip_by_clip(waveform_encoder):
+    """Also the norm over time of the first convolution, which in transformers sees a batch's padding."""
+    ours, theirs = waveform_encoder
+    assert (ours.width, ours.frame_rate, ours.window_seconds) == (16, 50.0, None)
+    lengths = torch.tensor([9000, 4321, 900, 3])
+    waves = torch.full((4, 9100), 5.0)
+    for row, length in enumerate(lengths.tolist()):
+        waves[row, :length] = torch.randn(length)
+    features, frames = ours(waves, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        clip = waves[row:row + 1, :length]
+        clip = (clip - clip.mean()) / (clip.var(unbiased=False) + 1e-7).sqrt()
+        expected = theirs(F.pad(clip, (0, max(0, ours.shortest - length)))).last_hidden_state[0]
+        assert int(frames[row]) == len(expected)
+        torch.testing.assert_close(features[row, : len(expected)], expected, rtol=0, atol=3e-5)
+        assert (features[row, len(expected):] == 0).all()
+
+
+def test_another_encoder_changes_nothing_elsewhere(waveform_encoder, folders, tmp_path):
+    """The network is built, trained a step, saved and loaded with an encoder of another width and rate."""
+    config = tiny.config(str(tmp_path), folders("llama_tied"))
+    model = Soundwave.build(config)
+    batch = tiny.batch(model, [tiny.chat("What?", "the wall")], [0.9], ["the wall"])
+    output = model(batch, losses=("ce", "ctc"))
+    (output.ce_sum + output.ctc_sum).backward()
+    assert all(p.grad is not None for group in model.parameter_groups().values() for _, p in group)
+    model_folder.save(model, tmp_path / "saved")
+    again = model_folder.load(tmp_path / "saved")
+    torch.testing.assert_close(model.eval()(batch, losses=("ce",)).ce_sum, again(batch, losses=("ce",)).ce_sum)
+    assert Soundwave.build(config, meta=True).encoder.width == 16
