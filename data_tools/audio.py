@@ -204,11 +204,13 @@ BYTES_PER_SECOND = {"wav": 32000, "flac": 18000, "mp3": 8000, "opus": 4000, "ogg
 _UNKNOWN_BYTES_PER_SECOND, _UNKNOWN_SECONDS = 16000, 5.0
 
 
-def estimate_seconds(audio: str) -> float:
+def estimate_seconds(audio: str, size: int | None = None) -> float:
     """A guess at a clip's duration from its size alone; 0 for a file that is not there (found out when packed)."""
     kind, rest = kind_of(audio)
     suffix = Path(rest).suffix.lower().lstrip(".")
-    if kind == "file":
+    if size is not None:
+        pass
+    elif kind == "file":
         try:
             size = os.stat(rest).st_size
         except OSError:

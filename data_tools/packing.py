@@ -10,9 +10,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import sys
-import threading
 import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -30,6 +27,7 @@ from data_tools.filters import FAULTS, Sieve, load_tokenizer
 from data_tools.plan import shard_entries
 from data_tools.shards import OPTIONAL_FIELDS, SAMPLE_DTYPE, OutputError, ShardSummary, ShardWriter, replace_file, write_index
 from data_tools.sources import ClipError, kind_of, open_sound
+from data_tools.workers import start_worker
 
 WORK = ".pack"  # folder inside the output: the plan, unfinished shards, and what is known of finished ones
 _ENOUGH_TO_JUDGE = 100  # clips before a share of broken ones means something
@@ -136,15 +134,17 @@ class Packing:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _will_resample(self, shards: list[int]) -> bool:
-        """Whether the first clip of some of the shards is at another rate. A guess: a worker that needs torchaudio loads it."""
-        for shard in shards[:: max(1, len(shards) // 8)]:
+        """Whether one of a few clips is at another rate. A guess: a worker that turns out to need torchaudio loads it."""
+        if self.rate is None or self.codec == "copy":
+            return False
+        for shard in shards[:: max(1, len(shards) // 4)]:
             entries = shard_entries(self.folder / WORK / "plan", shard)[1]
-            audio = next((entry.audio for entry in entries if entry.audio and kind_of(entry.audio)[0] != "pipe"), None)
-            try:
-                if self.rate and self.codec != "copy" and audio and open_sound(audio).samplerate != self.rate:
-                    return True
-            except ClipError:
-                continue
+            for entry in entries[:: max(1, len(entries) // 8)]:
+                try:
+                    if entry.audio and kind_of(entry.audio)[0] != "pipe" and open_sound(entry.audio).samplerate != self.rate:
+                        return True
+                except ClipError:
+                    continue
         return False
 
     def _follow(self, pending: set[Future], hours: float, progress) -> None:
@@ -276,19 +276,7 @@ _progress = None
 def _start_worker(packing: Packing, progress) -> None:
     global _packing, _progress
     _packing, _progress = packing, progress
-    # One thread a worker, whether torch is here already or comes with the first clip to resample.
-    os.environ["OMP_NUM_THREADS"] = "1"
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends workers without a traceback each; the parent says what to do
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with_parent(parent: int) -> None:
-    """A worker whose parent was killed would wait for work for ever, since it holds the other end of its own queue."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
+    start_worker()
 
 
 def _work(shard: int) -> tuple[int, int]:

@@ -121,16 +121,18 @@ def _scan(folder: Path, corpora: Iterable[Iterable[Entry | Fault]], sieve: Sieve
             if fault is not None:
                 scan.reject(fault, getattr(item, "duration", None) or 0.0, faults)
                 continue
-            seconds = 0.0 if item.audio is None else item.duration if item.duration is not None else estimate_seconds(item.audio)
+            seconds = (
+                0.0
+                if item.audio is None
+                else item.duration
+                if item.duration is not None
+                else estimate_seconds(item.audio, item.size)
+            )
             line = item.to_json()
             size = _RECORD_BYTES + len(line) + (estimate_bytes(item.audio, seconds, layout.codec) if item.audio else 0)
-            if layout.shuffle == "none":
-                bucket = place = 0
-            else:
-                place = int.from_bytes(
-                    hashlib.blake2b(f"{layout.seed}:{layout.unit(item)}".encode(), digest_size=8).digest(), "big"
-                )
-                bucket = place >> 56
+            unit = f"{layout.seed}:{layout.unit(item)}".encode()
+            place = int.from_bytes(hashlib.blake2b(unit, digest_size=8).digest(), "big")
+            bucket = 0 if layout.shuffle == "none" else place >> 56
             buckets[bucket].write(f"{place:020d}\t{scan.samples:020d}\t{size:.0f}\t{seconds:.3f}\t{line}\n".encode())
             ids.write(np.array([id_hash(item.corpus, item.id), scan.samples], dtype="<u8").tobytes())
             if sieve.filters.drop_duplicates and item.audio:

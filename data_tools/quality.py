@@ -54,7 +54,10 @@ def clearest(samples: np.ndarray, rate: int, seconds: float) -> np.ndarray:
     ends = np.minimum(np.arange(len(above)) + frames, len(above))
     totals = sums[ends] - sums[: len(above)]
     hop = max(1, round(_HOP_SECONDS * rate))
-    # The same sound may fit several stretches: the middle one of the equally good ones leaves air on both sides.
-    best = np.flatnonzero(totals >= totals.max() * (1 - 1e-9))
-    start = min(int(best[len(best) // 2]) * hop, len(samples) - wanted)
+    # A short sound fits many stretches: the middle one of those about as good as the best leaves air on both sides.
+    best = int(totals.argmax())
+    worse = np.flatnonzero(totals < 0.99 * totals[best])
+    first = worse[worse < best].max(initial=-1) + 1
+    last = worse[worse > best].min(initial=len(totals)) - 1
+    start = min(int(first + last) // 2 * hop, len(samples) - wanted)
     return samples[start : start + wanted]

@@ -48,6 +48,7 @@ class Entry:
     group: str | None = None
     hypothesis: str | None = None  # what a recogniser made of it
     audio_hash: str | None = None  # of the audio's samples, equal for duplicates
+    size: int | None = None  # bytes of the clip in the corpus, about, where asking the file system would not tell
 
     def to_json(self) -> str:
         return json.dumps({f: v for f in ENTRY_FIELDS if (v := getattr(self, f)) is not None}, ensure_ascii=False)

@@ -66,28 +66,37 @@ class HuggingFace:
             fields["id"] = "id"
         return audio, fields
 
-    def _entries(self, batch, audio: str, fields: dict, file: Path, place: str, first: int, kind: str) -> Iterator[Entry | Fault]:
-        columns = {field: batch.column(column).to_pylist() for field, column in fields.items()}
-        for row in range(batch.num_rows):
-            values = {field: None if column[row] is None else str(column[row]) for field, column in columns.items()}
-            values["id"] = values.get("id") or f"{file.stem}-{first + row:09d}"
-            yield Entry(
-                audio=f"{kind}:{file}#{place}/{row}/{audio}", group=f"{file}#{place}" if kind == "parquet" else None, **values
-            )
-
     def _parquet(self, file: Path) -> Iterator[Entry | Fault]:
         import pyarrow.parquet
 
         parquet, first = pyarrow.parquet.ParquetFile(file), 0
         audio, fields = self._columns(parquet.schema_arrow, file)
         for group in range(parquet.num_row_groups):
-            table = parquet.read_row_group(group, columns=list(set(fields.values())) or [parquet.schema_arrow.names[0]])
-            yield from self._entries(table, audio, fields, file, str(group), first, "parquet")
-            first += table.num_rows
+            told = parquet.metadata.row_group(group)
+            leaves = [told.column(number) for number in range(told.num_columns)]
+            size = sum(leaf.total_compressed_size for leaf in leaves if leaf.path_in_schema.split(".")[0] == audio)
+            table = parquet.read_row_group(group, columns=sorted(set(fields.values()))) if fields else None
+            columns = {field: table.column(column).to_pylist() for field, column in fields.items()}
+            place = f"parquet:{file}#{group}"
+            yield from _entries(
+                columns, told.num_rows, size // max(1, told.num_rows), place, audio, file.stem, first, group=place
+            )
+            first += told.num_rows
 
     def _arrow(self, file: Path) -> Iterator[Entry | Fault]:
         first = 0
-        for place, batch in enumerate(record_batches(str(file))):
+        for number, batch in enumerate(record_batches(str(file))):
             audio, fields = self._columns(batch.schema, file)
-            yield from self._entries(batch, audio, fields, file, str(place), first, "arrow")
+            columns = {field: batch.column(column).to_pylist() for field, column in fields.items()}
+            size = batch.column(audio).nbytes // max(1, batch.num_rows)
+            yield from _entries(columns, batch.num_rows, size, f"arrow:{file}#{number}", audio, file.stem, first, group=None)
             first += batch.num_rows
+
+
+def _entries(
+    columns: dict[str, list], rows: int, size: int, place: str, audio: str, stem: str, first: int, group: str | None
+) -> Iterator[Entry]:
+    for row in range(rows):
+        values = {field: None if column[row] is None else str(column[row]) for field, column in columns.items()}
+        values["id"] = values.get("id") or f"{stem}-{first + row:09d}"
+        yield Entry(audio=f"{place}/{row}/{audio}", size=size, group=group, **values)

@@ -1,0 +1,219 @@
+"""What metadata does not tell: `python -m data_tools.annotate --corpus NAME:PATH --out M.jsonl --hash --whisper DIR`.
+
+Reads the audio of a corpus once and writes a manifest of it with what was found: duration, and on request audio_hash (for
+pack's --drop-duplicates) and hypothesis, what a Whisper model hears (for pack's --max-wer). `pack --manifest M.jsonl` then
+decides by metadata alone, which is what makes its plan, and so its bytes, the same in every run.
+
+    window of entries -> decode in worker processes -> Whisper, batches of similar length -> lines, in the corpus' order
+
+Lines are kept window by window; the same command again after an interruption goes on behind the last one. A clip that
+cannot be read becomes a line in M.jsonl.rejected.jsonl. Parts of an array job (--part i/N) write one manifest each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data_tools.audio import SAMPLE_RATE, decode, to_mono_16bit
+from data_tools.corpora import Corpus, CorpusError, Entry, Fault
+from data_tools.shards import OutputError
+from data_tools.sources import ClipError
+from data_tools.workers import start_worker
+
+WINDOW = 512  # entries that are decoded, transcribed and written together
+WHISPER_SECONDS = 30.0  # what Whisper hears at once; longer clips are cut and their texts joined
+
+
+def hash_of(samples: np.ndarray, rate: int) -> str:
+    """The same for the same sound: of samples, rate and channels, not of the file (a WAV and its FLAC are duplicates)."""
+    digest = hashlib.blake2b(f"{rate}:{samples.shape[1]}:{samples.dtype}".encode(), digest_size=8)
+    digest.update(np.ascontiguousarray(samples).tobytes())
+    return digest.hexdigest()
+
+
+def look(entry: Entry, want_hash: bool, want_samples: bool) -> tuple[Entry | Fault, np.ndarray | None]:
+    """One entry with its duration (and hash), and its samples [n] int16 at 16 kHz if wanted."""
+    if entry.audio is None:
+        return entry, None
+    try:
+        samples, rate, _ = decode(entry.audio, entry.offset, entry.duration)
+    except ClipError as error:
+        return Fault(entry.id, error.reason, str(error), entry.corpus), None
+    entry.duration = round(len(samples) / rate, 6)
+    if want_hash:
+        entry.audio_hash = hash_of(samples, rate)
+    return entry, to_mono_16bit(samples, rate) if want_samples else None
+
+
+class Transcriber:
+    """A Whisper model of transformers, greedy, in batches of clips of similar length and one language."""
+
+    def __init__(self, folder: str, batch_seconds: float):
+        import torch
+        from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.float16 if self.device == "cuda" else torch.float32
+        try:
+            self.processor = WhisperProcessor.from_pretrained(folder)
+            self.model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(self.device).eval()
+        except (OSError, ValueError) as error:
+            raise CorpusError(f"--whisper {folder}: {str(error).splitlines()[0]}") from None
+        self.batch_clips = max(1, int(batch_seconds // WHISPER_SECONDS))
+
+    def __call__(self, clips: list[tuple[np.ndarray, str | None]]) -> list[str]:
+        """[(samples int16 at 16 kHz, language)] -> texts, in the same order."""
+        pieces = []
+        for number, (samples, lang) in enumerate(clips):
+            step = round(WHISPER_SECONDS * SAMPLE_RATE)
+            pieces += [(number, start, lang, samples[start : start + step]) for start in range(0, max(1, len(samples)), step)]
+        texts: dict[tuple[int, int], str] = {}
+        # Clips of similar length end their texts at about the same token, so that no batch waits long for one of them.
+        pieces.sort(key=lambda piece: (piece[2] or "", len(piece[3]), piece[0], piece[1]))
+        for lang, group in itertools.groupby(pieces, key=lambda piece: piece[2]):
+            group = list(group)
+            for start in range(0, len(group), self.batch_clips):
+                batch = group[start : start + self.batch_clips]
+                for (number, place, _, _), text in zip(batch, self._texts([piece[3] for piece in batch], lang)):
+                    texts[number, place] = text
+        joined = [[] for _ in clips]
+        for number, place in sorted(texts):
+            joined[number].append(texts[number, place].strip())
+        return [" ".join(parts) for parts in joined]
+
+    def _texts(self, waves: list[np.ndarray], lang: str | None) -> list[str]:
+        import torch
+
+        features = self.processor.feature_extractor(
+            [wave.astype(np.float32) / 32768.0 for wave in waves], sampling_rate=SAMPLE_RATE, return_tensors="pt"
+        ).input_features.to(self.device, self.model.dtype)
+        multilingual = getattr(self.model.generation_config, "is_multilingual", False)
+        options = {"language": lang.split("-")[0], "task": "transcribe"} if multilingual and lang else {}
+        with torch.inference_mode():
+            ids = self.model.generate(features, do_sample=False, num_beams=1, **options)
+        return self.processor.batch_decode(ids, skip_special_tokens=True)
+
+
+def annotated(items: Iterable[Entry | Fault], pool: ProcessPoolExecutor, want_hash: bool, transcriber) -> Iterator[list[str]]:
+    """Windows of manifest lines, one line for each item."""
+    items = iter(items)
+    while window := list(itertools.islice(items, WINDOW)):
+        entries = [item for item in window if isinstance(item, Entry)]
+        wanted = itertools.repeat(want_hash), itertools.repeat(transcriber is not None)
+        looked = list(pool.map(look, entries, *wanted, chunksize=8))
+        if transcriber is not None:
+            heard = [(entry, samples) for entry, samples in looked if samples is not None]
+            for (entry, _), text in zip(heard, transcriber([(samples, entry.lang) for entry, samples in heard])):
+                entry.hypothesis = text
+        results = iter(looked)
+        yield [(next(results)[0] if isinstance(item, Entry) else item).to_json() for item in window]
+
+
+def run(options: argparse.Namespace) -> str:
+    """Errors: CorpusError, OutputError, BrokenProcessPool."""
+    unfinished = options.out.with_name(options.out.name + ".unfinished")
+    told = {key: str(value) for key, value in vars(options).items() if key not in ("workers", "batch_seconds")}
+    corpora = [Corpus(specification) for specification in options.corpus]
+    transcriber = Transcriber(options.whisper, options.batch_seconds) if options.whisper else None
+    try:
+        done = _resume(unfinished, told)
+        part, parts = options.part
+        items = itertools.islice((item for corpus in corpora for item in corpus), part + done * parts, None, parts)
+        context = get_context("fork")
+        with ProcessPoolExecutor(options.workers, context, start_worker) as pool, open(unfinished, "a", encoding="utf-8") as out:
+            bar = tqdm(initial=done, unit=" samples", desc="annotating", disable=None)
+            for lines in annotated(items, pool, options.hash, transcriber):
+                out.write("".join(line + "\n" for line in lines))
+                out.flush()
+                os.fsync(out.fileno())
+                bar.update(len(lines))
+            bar.close()
+        return _finish(unfinished, options.out)
+    except OSError as error:
+        raise OutputError(f"cannot write {options.out}: {error.strerror or error}") from error
+
+
+def _resume(unfinished: Path, told: dict) -> int:
+    """How many items are done; what a kill left of a line is cut off. The first line says what the command was."""
+    head = json.dumps(told) + "\n"
+    if not unfinished.exists() or b"\n" not in unfinished.read_bytes()[:65536]:
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(head)
+        return 0
+    lines, length = -1, 0
+    with open(unfinished, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                if lines < 0 and line.decode() != head:
+                    raise CorpusError(f"{unfinished} was begun with other options: finish it with those, or remove it")
+                lines, length = lines + 1, length + len(line)
+    os.truncate(unfinished, length)
+    return lines
+
+
+def _finish(unfinished: Path, out: Path) -> str:
+    entries = faults = 0
+    rejected = out.with_name(out.name + ".rejected.jsonl")
+    sorted_out = out.with_name(out.name + ".sorted")
+    with open(unfinished, encoding="utf-8") as lines, open(sorted_out, "w", encoding="utf-8") as good, open(rejected, "w") as bad:
+        next(lines)
+        for line in lines:
+            is_fault = "reason" in json.loads(line)
+            (bad if is_fault else good).write(line)
+            entries, faults = entries + (not is_fault), faults + is_fault
+    os.replace(sorted_out, out)
+    unfinished.unlink()
+    return f"{out}: {entries:,} samples" + (f"; {faults:,} refused, named in {rejected}" if faults else "")
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
+        raise argparse.ArgumentTypeError(f"{text}: i/N with i from 0 to N-1")
+    return int(part), int(parts)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="data_tools.annotate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--corpus", action="append", required=True, metavar="NAME:PATH[,option=value]")
+    parser.add_argument("--out", type=Path, required=True, metavar="M.jsonl")
+    parser.add_argument("--hash", action="store_true", help="audio_hash: equal for clips with the same samples")
+    parser.add_argument(
+        "--whisper", metavar="DIR", help="hypothesis: what this Whisper model hears (the paper filtered by whisper-medium)"
+    )
+    parser.add_argument(
+        "--batch-seconds", type=float, default=480.0, help="audio that Whisper takes at once, 30 s a clip (default: 480)"
+    )
+    parser.add_argument("--part", type=_part, default=(0, 1), metavar="i/N")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    options = parser.parse_args(argv)
+    try:
+        print(run(options))
+        return 0
+    except CorpusError as error:
+        print(f"annotate: {error}", file=sys.stderr)
+        return 2
+    except OutputError as error:
+        print(f"annotate: {error}; run the same command again: it goes on", file=sys.stderr)
+    except BrokenProcessPool:
+        print("annotate: a worker process died (out of memory?); run the same command again: it goes on", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,311 @@
+"""Instruction data for stages II and III: corpora to chat samples, as a manifest that pack takes. `python -m data_tools.instruct`
+
+    wrap   transcripts, translations and labels under many wordings of their task's instruction, the same wording for the same
+           sample and seed; --chain makes a share of them "transcribe, then answer"
+    text   text-only instruction sets (Alpaca, ShareGPT, OpenAI messages, prompt/response lines), no audio
+    speak  their instructions spoken by a text-to-speech command, so that the audio is the question
+
+Every sample keeps where it came from in `origin`. Templates are text files, a wording a line (data_tools/templates/).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data_tools.corpora import Corpus, CorpusError, Entry, Fault
+from data_tools.normalise import plain_label
+from data_tools.shards import OutputError
+
+TEMPLATES = Path(__file__).parent / "templates"
+CHAIN_ANSWER = "Transcription: {text}\nAnswer: {answer}"
+
+
+@dataclass(frozen=True)
+class Template:
+    """One wording: an instruction, and how the answer is put ({answer}: as the sample has it)."""
+
+    instruction: str
+    answer: str
+    name: str  # FILE:LINE, for `origin`
+
+
+def load_templates(path: Path) -> list[Template]:
+    """Errors: CorpusError for a missing or empty file."""
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.txt")))
+        raise CorpusError(f"{path} does not exist: give --templates FILE, one instruction a line (there are some for {known})")
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip() and not line.startswith("#"):
+            instruction, _, answer = line.partition(" => ")
+            found.append(Template(instruction.strip(), answer.strip() or "{answer}", f"{path.stem}:{number}"))
+    if not found:
+        raise CorpusError(f"{path} holds no instruction")
+    return found
+
+
+def draw(seed: int, what: str, key: str) -> float:
+    """A number in [0, 1) that depends on seed, purpose and sample alone: the same in every run and order."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{what}:{key}".encode(), digest_size=8).digest(), "big") / 2**64
+
+
+def fill(template: str, values: dict[str, str]) -> str:
+    """{name} replaced, other braces left alone (transcripts may hold any)."""
+    for name, value in values.items():
+        template = template.replace("{" + name + "}", value)
+    return template
+
+
+def answer_of(entry: Entry, task: str) -> str | None:
+    if entry.response is not None:
+        return entry.response
+    if entry.label is not None:
+        return plain_label(entry.label)
+    return entry.text if task == "asr" else None
+
+
+def wrap(
+    entry: Entry, task: str, templates: list[Template], chains: list[Template], chain_share: float, target: str, seed: int
+) -> Entry | Fault:
+    """One corpus entry as a chat sample of `task`."""
+    key = f"{entry.corpus}/{entry.id}"
+    answer = answer_of(entry, task)
+    if not answer:
+        return Fault(
+            entry.id,
+            "no_target",
+            f"task {task} needs a response or a label" + (" or text" if task == "asr" else ""),
+            entry.corpus,
+        )
+    template = templates[int(draw(seed, "wording", f"{task}:{key}") * len(templates))]
+    values = {"target": target, "label": plain_label(entry.label or ""), "lang": entry.lang or ""}
+    prompt, response = fill(template.instruction, values), fill(template.answer, values | {"answer": answer})
+    origin = f"{task} template {template.name} on {key}"
+    sample = replace(entry, id=f"{entry.id}-{task}", task=task, prompt=prompt, response=response, origin=origin)
+    return sample if task == "asr" else chained(sample, chains, chain_share, seed)  # a transcript would be given twice
+
+
+def chained(sample: Entry, chains: list[Template], share: float, seed: int) -> Entry:
+    """The sample as "transcribe, then answer", if it has a transcript and is one of the `share` that are to be."""
+    key = f"{sample.corpus}/{sample.id}"
+    if not sample.text or draw(seed, "chain", key) >= share:
+        return sample
+    chain = chains[int(draw(seed, "chain wording", key) * len(chains))]
+    return replace(
+        sample,
+        id=f"{sample.id}-chain",
+        task="chain",
+        prompt=fill(chain.instruction, {"instruction": sample.prompt or ""}).strip(),
+        response=fill(CHAIN_ANSWER, {"text": sample.text, "answer": sample.response}),
+        origin=f"{sample.origin}, {chain.name}",
+    )
+
+
+_ROLES = {"human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def text_sample(row: dict, name: str) -> Entry | Fault:
+    """One row of a text-only instruction set, by the names of its fields; chats of one exchange become prompt and response."""
+    sample_id = str(row.get("id", name))
+    turns = row.get("messages") or row.get("conversations")
+    if turns:
+        try:
+            said = [
+                {"role": _ROLES[turn.get("role") or turn["from"]], "content": str(turn.get("content", turn.get("value")))}
+                for turn in turns
+            ]
+        except (KeyError, TypeError, AttributeError) as error:
+            return Fault(sample_id, "bad_row", f"{name}: a turn without a known role: {error}")
+        if [turn["role"] for turn in said] == ["user", "assistant"]:
+            return Entry(id=sample_id, task="text", prompt=said[0]["content"], response=said[1]["content"])
+        if said[-1]["role"] != "assistant":
+            return Fault(sample_id, "no_target", f"{name}: the last turn is not the assistant's")
+        return Entry(id=sample_id, task="text", messages=said)
+    prompt = row.get("instruction") or row.get("prompt") or row.get("question")
+    response = row.get("output") or row.get("response") or row.get("answer")
+    if not isinstance(prompt, str) or not isinstance(response, str):
+        return Fault(
+            sample_id, "no_target", f"{name}: neither messages nor instruction/prompt/question with output/response/answer"
+        )
+    more = row.get("input")
+    return Entry(id=sample_id, task="text", prompt=f"{prompt}\n{more}" if more else prompt, response=response)
+
+
+def read_text_set(path: Path, lang: str | None) -> Iterator[Entry | Fault]:
+    """JSONL, or one JSON list. Errors: CorpusError."""
+    if not path.exists():
+        raise CorpusError(f"{path} does not exist")
+    with open(path, encoding="utf-8") as file:
+        whole = json.load(file) if path.suffix == ".json" else None
+        for number, item in enumerate(whole if whole is not None else file, 1):
+            name = f"{path.stem}-{number:09d}"
+            if isinstance(item, str) and not item.strip():
+                continue
+            try:
+                row = json.loads(item) if isinstance(item, str) else item
+                if not isinstance(row, dict):
+                    raise ValueError("not an object")
+            except ValueError as error:
+                yield Fault(name, "bad_json", str(error))
+                continue
+            sample = text_sample(row, name)
+            sample.corpus = path.stem
+            if isinstance(sample, Entry):
+                sample.lang, sample.origin = row.get("lang") or lang, f"{path.name}:{number}"
+            yield sample
+
+
+class Voice:
+    """A text-to-speech command. `{out}` is the WAV to write; the text is `{text}`, or else comes on standard input."""
+
+    def __init__(self, command: str, folder: Path):
+        self.command, self.folder = shlex.split(command), folder
+        if not any("{out}" in part for part in self.command):
+            raise CorpusError(
+                f"--tts '{command}' must hold {{out}}, the file to write (and {{text}}, unless it reads standard input)"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, text: str) -> Path:
+        """The clip of a text, spoken once: a file that is there is complete. Errors: OSError, CalledProcessError."""
+        name = hashlib.blake2b(json.dumps([self.command, text]).encode(), digest_size=12).hexdigest()
+        path, unfinished = self.folder / f"{name}.wav", self.folder / f".{name}.{os.getpid()}.wav"
+        if not path.exists():
+            command = [part.replace("{out}", str(unfinished)).replace("{text}", text) for part in self.command]
+            spoken = None if any("{text}" in part for part in self.command) else text
+            subprocess.run(command, input=spoken, text=True, check=True, capture_output=True)
+            os.replace(unfinished, path)
+        return path
+
+
+def speak(entry: Entry | Fault, voice: Voice) -> Entry | Fault:
+    """A text-only sample of one question with the question spoken: the audio is what the user says."""
+    if isinstance(entry, Fault):
+        return entry
+    if entry.messages or not entry.prompt:
+        return Fault(entry.id, "bad_row", "only samples of one question and one answer are spoken", entry.corpus)
+    try:
+        audio = voice(entry.prompt)
+    except FileNotFoundError as error:
+        raise CorpusError(f"--tts: {error.filename} is not there") from None
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr or "").strip().splitlines()
+        return Fault(
+            entry.id,
+            "command_failed",
+            f"text to speech ended with {error.returncode}: {last[-1] if last else 'no message'}",
+            entry.corpus,
+        )
+    origin = f"{entry.origin}, spoken by {Path(voice.command[0]).name}"
+    return replace(
+        entry, id=f"{entry.id}-spoken", audio=str(audio.absolute()), text=entry.prompt, prompt=None, task="chat", origin=origin
+    )
+
+
+def spoken(
+    items: Iterator[Entry | Fault], voice: Voice, pool: ThreadPoolExecutor, chains: list[Template], share: float, seed: int
+):
+    """speak, several commands at a time, in the order of the set; a share of them "transcribe, then answer"."""
+    while window := list(itertools.islice(items, 256)):
+        for item in pool.map(lambda item: speak(item, voice), window):
+            yield item if isinstance(item, Fault) else chained(item, chains, share, seed)
+
+
+def write(items: Iterator[Entry | Fault], out: Path) -> str:
+    """The manifest, complete or not there, and beside it what was refused."""
+    counts, unfinished, rejected = (
+        Counter(),
+        out.with_name(f".{out.name}.{os.getpid()}"),
+        out.with_name(out.name + ".rejected.jsonl"),
+    )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(unfinished, "w", encoding="utf-8") as good, open(rejected, "w", encoding="utf-8") as bad:
+            for item in tqdm(items, desc=out.name, unit=" samples", disable=None):
+                counts[item.reason if isinstance(item, Fault) else item.task] += 1
+                (bad if isinstance(item, Fault) else good).write(item.to_json() + "\n")
+        os.replace(unfinished, out)
+        if not rejected.stat().st_size:
+            rejected.unlink()
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
+    return f"{out}: {', '.join(f'{count:,} {name}' for name, count in sorted(counts.items())) or 'no samples'}"
+
+
+def run(options: argparse.Namespace) -> str:
+    if options.command == "wrap":
+        templates = load_templates(options.templates or TEMPLATES / f"{options.task}.txt")
+        chains = load_templates(options.chain_templates)
+        items = (
+            item
+            if isinstance(item, Fault)
+            else wrap(item, options.task, templates, chains, options.chain, options.target, options.seed)
+            for specification in options.corpus
+            for item in Corpus(specification)
+        )
+        return write(items, options.out)
+    items = (item for path in options.input for item in read_text_set(path, options.lang))
+    if options.command == "text":
+        return write(items, options.out)
+    voice = Voice(options.tts, options.audio)
+    chains = load_templates(options.chain_templates)
+    with ThreadPoolExecutor(options.workers) as pool:
+        return write(spoken(items, voice, pool, chains, options.chain, options.seed), options.out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="data_tools.instruct", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = (wrapping := commands.add_parser("wrap", help="corpora with transcripts, translations or labels")).add_argument
+    add("--corpus", action="append", required=True, metavar="NAME:PATH[,option=value]")
+    add("--task", required=True, help="asr, translation, emotion, gender, sound, or another with --templates")
+    add("--templates", type=Path, help="one instruction a line; default: data_tools/templates/TASK.txt")
+    add("--target", default="English", help="language to translate into, as the instruction names it")
+    reading = commands.add_parser("text", help="text-only instruction sets")
+    speaking = commands.add_parser("speak", help="text-only instruction sets with the question spoken")
+    for sub in (reading, speaking):
+        sub.add_argument("--input", action="append", type=Path, required=True, metavar="FILE.jsonl")
+        sub.add_argument("--lang")
+    speaking.add_argument(
+        "--tts", required=True, metavar="COMMAND", help="'piper -m voice.onnx -f {out}' or 'flite -t {text} -o {out}'"
+    )
+    speaking.add_argument(
+        "--audio", type=Path, required=True, help="folder for the spoken clips; those there are not spoken again"
+    )
+    speaking.add_argument("--workers", type=int, default=os.cpu_count())
+    for sub in (wrapping, speaking):
+        sub.add_argument("--chain", type=float, default=0.0, metavar="SHARE", help='of the samples: "transcribe, then answer"')
+        sub.add_argument("--chain-templates", type=Path, default=TEMPLATES / "chain.txt")
+        sub.add_argument("--seed", type=int, default=0)
+    for sub in (wrapping, reading, speaking):
+        sub.add_argument("--out", type=Path, required=True, metavar="M.jsonl")
+    options = parser.parse_args(argv)
+    try:
+        print(run(options))
+        return 0
+    except CorpusError as error:
+        print(f"instruct: {error}", file=sys.stderr)
+        return 2
+    except OutputError as error:
+        print(f"instruct: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""What is in a packed folder: `python -m data_tools.show DIR`, as text, as a picture, or one clip to listen to.
+
+    --png FILE              histograms of duration and of speaking rate
+    --listen ROW --to FILE  one clip (and its JSON, printed); ROW is a number, or CORPUS/ID
+    --lhotse FILE           a lhotse cut manifest of the shards as they are (bytes are read out of the tars by commands)
+
+Everything but --listen and --lhotse comes from the index alone: no shard is opened.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from tqdm import tqdm
+
+from data_tools.shards import ShardError, ShardIndex, id_hash
+
+_BAR = 40
+
+
+def histogram_text(values: np.ndarray, unit: str, bins: int = 12) -> str:
+    """Rows of `low - high  share  bar`, up to the 99.5th percentile (the last row holds what lies above)."""
+    if len(values) == 0:
+        return "  none"
+    edges = np.linspace(0.0, max(float(np.percentile(values, 99.5)), 1e-6), bins + 1)
+    counts = np.histogram(np.minimum(values, edges[-1]), edges)[0]
+    return "\n".join(
+        f"  {edges[i]:7.1f} - {edges[i + 1]:7.1f} {unit}  {count / len(values):6.1%}  {'#' * round(_BAR * count / counts.max())}"
+        for i, count in enumerate(counts)
+    )
+
+
+def describe(folder: Path, index: ShardIndex) -> str:
+    """The report: totals, a line for each task and language, and two histograms."""
+    told, samples = json.loads((folder / "index.json").read_bytes()), index.samples
+    megabytes = sum(shard["filesize"] for shard in index.shards) / 1e6
+    lines = [
+        f"{index.name}: {len(index):,} samples, {index.hours:,.2f} h in {len(index.shards)} shards of {megabytes:,.0f} MB in all",
+        f"fingerprint {index.fingerprint}",
+        "",
+        f"{'task':<14}{'language':<10}{'codec':<7}{'samples':>12}{'hours':>10}{'s mean':>8}{'s max':>8}"
+        f"{'chars/s':>9}{'tokens/s':>9}",
+    ]
+    kinds = np.stack([samples["task"], samples["lang"], samples["codec"]], 1).astype(np.int64)
+    for kind in np.unique(kinds, axis=0):
+        rows = samples[(kinds == kind).all(1)]
+        seconds = rows["duration"].astype(np.float64)
+        total = seconds.sum()
+        rate = f"{rows['characters'].sum() / total:.1f}" if total else "-"
+        tokens = f"{rows['tokens'].sum() / total:.2f}" if total and rows["tokens"].any() else "-"
+        lines.append(
+            f"{index.tasks[kind[0]]:<14}{index.langs[kind[1]] or '?':<10}{index.codecs[kind[2]] or 'text':<7}{len(rows):>12,}"
+            f"{total / 3600:>10.2f}{seconds.mean():>8.2f}{seconds.max():>8.2f}{rate:>9}{tokens:>9}"
+        )
+    seconds, rates = durations_and_rates(index)
+    lines += ["", "duration", histogram_text(seconds, "s"), "", "characters a second", histogram_text(rates, "/s")]
+    if told.get("rejected"):
+        lines += ["", f"refused when packed (named in {folder / 'rejected.jsonl'})"]
+        lines += [
+            f"  {count:>9,}  {told['rejected_hours'].get(reason, 0):>9.2f} h  {reason}"
+            for reason, count in told["rejected"].items()
+        ]
+    return "\n".join(lines)
+
+
+def durations_and_rates(index: ShardIndex) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of every clip, and characters a second of every clip with a transcript."""
+    seconds, characters = index.samples["duration"], index.samples["characters"]
+    spoken = (seconds > 0) & (characters > 0)
+    return seconds[seconds > 0], characters[spoken] / seconds[spoken]
+
+
+def draw(index: ShardIndex, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for axis, values, label in zip(axes, durations_and_rates(index), ("seconds a clip", "characters a second")):
+        if len(values):
+            axis.hist(np.minimum(values, np.percentile(values, 99.5)), bins=60)
+        axis.set_xlabel(label)
+        axis.set_ylabel("clips")
+    figure.suptitle(f"{index.name}: {len(index):,} samples, {index.hours:,.2f} h")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def find_row(index: ShardIndex, wanted: str) -> int:
+    """A row number, or CORPUS/ID. Errors: ShardError for one that is not there."""
+    if wanted.isdigit():
+        if int(wanted) >= len(index):
+            raise ShardError(f"row {wanted}: {index.folder} has {len(index)} samples, rows count from 0")
+        return int(wanted)
+    corpus, _, sample_id = wanted.partition("/")
+    rows = np.flatnonzero(index.samples["id_hash"] == id_hash(corpus, sample_id))
+    if len(rows) == 0:
+        raise ShardError(f"{index.folder} holds no sample {wanted}: give a row number, or CORPUS/ID as the JSON has them")
+    return int(rows[0])
+
+
+def listen(index: ShardIndex, wanted: str, to: Path) -> str:
+    """Write one clip to a file: its own bytes where the extension is the same, else decoded into the file's format."""
+    row = find_row(index, wanted)
+    audio, record = index.read(row)
+    text = json.dumps(record, ensure_ascii=False, indent=1)
+    if audio is None:
+        return f"{text}\nrow {row} is text alone"
+    if to.suffix == f".{index.codecs[index.samples['codec'][row]]}":
+        to.write_bytes(audio)
+    else:
+        soundfile.write(to, *soundfile.read(io.BytesIO(audio), dtype="int16"))
+    return f"{text}\nrow {row} written to {to}"
+
+
+def write_lhotse_cuts(index: ShardIndex, path: Path) -> int:
+    """A lhotse cut manifest that leaves the shards as they are: each recording's source is the command that cuts its bytes
+    out of the tar. lhotse runs it when the audio is loaded. Returns the number of cuts."""
+    count = 0
+    with gzip.open(path, "wt", encoding="utf-8") as out:
+        for row, sample in enumerate(tqdm(index.samples, desc="cuts", disable=None)):
+            if not sample["audio_size"]:
+                continue
+            record = index.read(row)[1]
+            tar = shlex.quote(str((index.folder / index.shards[sample["shard"]]["url"]).absolute()))
+            source = f"tail -c +{int(sample['audio_offset']) + 1} {tar} | head -c {int(sample['audio_size'])}"
+            name, rate, samples = (
+                f"{record['corpus']}/{record['id']}",
+                record["sample_rate"],
+                round(record["duration"] * record["sample_rate"]),
+            )
+            recording = {
+                "id": name,
+                "sources": [{"type": "command", "channels": [0], "source": source}],
+                "sampling_rate": rate,
+                "num_samples": samples,
+                "duration": samples / rate,
+                "channel_ids": [0],
+            }
+            supervision = {
+                "id": name,
+                "recording_id": name,
+                "start": 0.0,
+                "duration": samples / rate,
+                "channel": 0,
+                "text": record["text"],
+            }
+            optional = {"language": record["lang"], "speaker": record.get("speaker")}
+            supervision |= {key: value for key, value in optional.items() if value is not None}
+            cut = {"id": name, "start": 0.0, "duration": samples / rate, "channel": 0, "supervisions": [supervision]}
+            out.write(json.dumps({**cut, "recording": recording, "type": "MonoCut"}, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="data_tools.show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--png", type=Path)
+    parser.add_argument("--listen", metavar="ROW")
+    parser.add_argument("--to", type=Path, default=Path("clip.wav"))
+    parser.add_argument("--lhotse", type=Path)
+    options = parser.parse_args(argv)
+    try:
+        index = ShardIndex.load(options.folder)
+        if options.listen is not None:
+            print(listen(index, options.listen, options.to))
+            return 0
+        if options.lhotse:
+            print(f"{write_lhotse_cuts(index, options.lhotse)} cuts in {options.lhotse}")
+            return 0
+        print(describe(options.folder, index))
+        if options.png:
+            draw(index, options.png)
+            print(f"\nhistograms in {options.png}")
+        return 0
+    except ShardError as error:
+        print(f"show: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

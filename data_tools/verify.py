@@ -1,0 +1,156 @@
+"""Is a packed folder what its index says? `python -m data_tools.verify DIR [--decode all]`; exit code 0 if so, 1 if not.
+
+every shard:  size, sha256; tar members against the sample table (names, offsets, sizes); JSON against the table
+a sample or all of the clips:  decoded; duration and rate as the JSON says
+the whole:    counts, hours, fingerprint
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import sys
+import tarfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from tqdm import tqdm
+
+from data_tools.shards import ShardError, ShardIndex, audio_hash, fingerprint, id_hash, target_characters
+
+_DURATION_TOLERANCE = 0.002  # seconds: JSON and table keep fewer digits than there are
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_shard(folder: Path, shard: int, decode: int | None) -> list[str]:
+    """Problems of one shard, a line each. decode: at most this many clips, spread over the shard; None: all."""
+    index = ShardIndex.load(folder)
+    path, expected = folder / index.shards[shard]["url"], index.shards[shard]
+    if path.stat().st_size != expected["filesize"]:
+        return [f"{path.name}: {path.stat().st_size} bytes, the index says {expected['filesize']}"]
+    if file_sha256(path) != expected["sha256"]:
+        return [f"{path.name}: content differs from what was packed (sha256)"] + _check_members(index, shard, path, 0)
+    return _check_members(index, shard, path, decode)
+
+
+def _check_members(index: ShardIndex, shard: int, path: Path, decode: int | None) -> list[str]:
+    rows = np.flatnonzero(index.samples["shard"] == shard)
+    wanted = set(
+        rows if decode is None else rows[np.linspace(0, len(rows) - 1, min(decode, len(rows))).astype(int)] if decode else []
+    )
+    try:
+        with tarfile.open(path) as tar:
+            members = [(member.name, member.offset_data, member.size) for member in tar]
+    except (tarfile.TarError, OSError) as error:
+        return [f"{path.name}: not a readable tar: {error}"]
+    problems, place = [], 0
+    for row in rows:
+        sample = index.samples[row]
+        count = 2 if sample["audio_size"] else 1
+        here, place = members[place : place + count], place + count
+        table = [(sample["audio_offset"], sample["audio_size"])] * (count - 1) + [(sample["json_offset"], sample["json_size"])]
+        if [(offset, size) for _, offset, size in here] != table:
+            problems.append(f"{path.name}: sample {row} is not where the table says")
+            continue
+        keys = {name.partition(".")[0] for name, _, _ in here}
+        if len(keys) != 1 or not here[-1][0].endswith(".json") or "/" in here[0][0]:
+            problems.append(f"{path.name}: members of sample {row} are named {', '.join(name for name, _, _ in here)}")
+        try:
+            audio, record = index.read(row)
+        except ShardError as error:
+            problems.append(str(error))
+            continue
+        problems += [
+            f"{path.name}: sample {row} ({record.get('id')}): {problem}" for problem in _check_record(index, sample, record)
+        ]
+        if audio_hash(audio) != sample["audio_hash"]:
+            problems.append(f"{path.name}: sample {row} ({record.get('id')}): the audio is not the one that the table knows")
+        if audio is not None and row in wanted:
+            problems += [f"{path.name}: sample {row} ({record.get('id')}): {problem}" for problem in _check_audio(audio, record)]
+    if place != len(members):
+        problems.append(f"{path.name}: {len(members)} members, the table knows {place}")
+    return problems
+
+
+def _check_record(index: ShardIndex, sample: np.void, record: dict) -> list[str]:
+    told = {
+        "id": (id_hash(record.get("corpus", ""), record.get("id", "")), int(sample["id_hash"])),
+        "task": (record.get("task"), index.tasks[sample["task"]]),
+        "lang": (record.get("lang") or "", index.langs[sample["lang"]]),
+        "characters": (len(record.get("text") or ""), int(sample["characters"])),
+        "target characters": (target_characters(record), int(sample["target_characters"])),
+    }
+    problems = [f"{name} is {here} in the JSON, {there} in the table" for name, (here, there) in told.items() if here != there]
+    if abs((record.get("duration") or 0.0) - float(sample["duration"])) > _DURATION_TOLERANCE:
+        problems.append(f"duration is {record.get('duration')} in the JSON, {sample['duration']} in the table")
+    return problems
+
+
+def _check_audio(audio: bytes, record: dict) -> list[str]:
+    try:
+        wave, rate = soundfile.read(io.BytesIO(audio), dtype="float32")
+    except soundfile.LibsndfileError as error:
+        return [f"does not decode: {error.error_string}"]
+    problems = [] if rate == record["sample_rate"] else [f"{rate} samples a second, the JSON says {record['sample_rate']}"]
+    if abs(len(wave) / rate - record["duration"]) > _DURATION_TOLERANCE:
+        problems.append(f"{len(wave) / rate:.3f} s, the JSON says {record['duration']}")
+    if not np.isfinite(wave).all():
+        problems.append("NaN or infinity in the audio")
+    return problems
+
+
+def check(folder: Path, decode: int | None, workers: int) -> list[str]:
+    """All problems of a packed folder. Errors: ShardError where there is no index to go by."""
+    index = ShardIndex.load(folder)
+    problems = list(index.damaged)
+    damaged = {line.split(" ")[0] for line in index.damaged}
+    if fingerprint(index.samples, [shard["sha256"] for shard in index.shards]) != index.fingerprint:
+        problems.append("samples.npy is not the table that the index was written with (fingerprint)")
+    told = json.loads((folder / "index.json").read_bytes())
+    hours = float(index.samples["duration"].astype(np.float64).sum()) / 3600
+    if told["samples"] != len(index) or abs(hours - index.hours) > 1e-5:
+        problems.append(f"index.json says {told['samples']} samples, {index.hours} h; the table has {len(index)}, {hours:.6f} h")
+    shards = [shard for shard in range(len(index.shards)) if str(folder / index.shards[shard]["url"]) not in damaged]
+    per_shard = None if decode is None else -(-decode // max(1, len(shards)))
+    with ProcessPoolExecutor(max(1, min(workers, len(shards))), get_context("fork")) as pool:
+        futures = [pool.submit(check_shard, folder, shard, per_shard) for shard in shards]
+        for future in tqdm(futures, desc="checking shards", disable=None):
+            problems += future.result()
+    return problems
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="data_tools.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument(
+        "--decode", default="1000", help="how many clips to decode, spread over the shards, or all (default: 1000)"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    options = parser.parse_args(argv)
+    if options.decode != "all" and not options.decode.isdigit():
+        parser.error(f"--decode {options.decode}: a number, or all")
+    try:
+        problems = check(options.folder, None if options.decode == "all" else int(options.decode), options.workers)
+    except ShardError as error:
+        print(f"verify: {error}", file=sys.stderr)
+        return 2
+    for problem in problems:
+        print(problem)
+    print(f"{options.folder}: {f'{len(problems)} problems' if problems else 'as its index says'}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
