@@ -107,6 +107,40 @@ def usable(samples: np.ndarray, data: DataConfig, stage: str) -> dict[str, np.nd
     return {"": left, **masks}
 
 
+@dataclass(frozen=True)
+class PlainPlan:
+    """Stands for a plan where shards are streamed without an index (train/data/web.py): nothing is known beforehand."""
+
+    fingerprint: str  # of the patterns and settings, not of the content
+    names: list[str]
+    weights: list[float]  # share of each corpus among the utterances
+
+    @classmethod
+    def open(cls, data: DataConfig, stage: str) -> PlainPlan:
+        """Errors: RecipeError for settings that need an index."""
+        if not all(is_plain_stream(corpus.shards) for corpus in data.train):
+            raise RecipeError("data.train mixes packed folders and streamed shards: pack all of them, or stream all")
+        mixture = data.mixture
+        if mixture.tau_start != mixture.tau_end or mixture.task_weights:
+            raise RecipeError("data.mixture needs an index: give streamed corpora a `weight` each, or pack them")
+        if data.cache_features:
+            raise RecipeError("data.cache_features needs an index: pack the corpora, or leave it unset")
+        weights = [1.0 if corpus.weight is None else float(corpus.weight) for corpus in data.train]
+        if min(weights) <= 0:
+            raise RecipeError(f"data.train: weights must be above 0, got {weights}")
+        facts = [data.seed, data.batch_seconds, data.micro_batch_seconds, data.min_seconds, data.max_seconds, stage, weights,
+                 [(corpus.shards, corpus.tasks) for corpus in data.train]]
+        return cls(hashlib.sha256(json.dumps(facts).encode()).hexdigest(), [corpus.shards for corpus in data.train],
+                   [weight / sum(weights) for weight in weights])
+
+    def shares(self, step: int) -> dict[str, float]:
+        return dict(zip(self.names, self.weights, strict=True))
+
+    def passes(self, step: int) -> dict[str, float]:
+        """Not known without an index."""
+        return {}
+
+
 @dataclass
 class Excluded:
     """Utterances that the index already rules out."""
@@ -269,9 +303,11 @@ class Plan:
         self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     @classmethod
-    def open(cls, data: DataConfig, stage: str, steps: int) -> "Plan":
+    def open(cls, data: DataConfig, stage: str, steps: int) -> Plan | PlainPlan:
         if not data.train:
             raise RecipeError("data.train is empty: name at least one packed folder, e.g. data.train=[{shards: DIR}]")
+        if any(is_plain_stream(corpus.shards) for corpus in data.train):
+            return PlainPlan.open(data, stage)
         return cls([load_index(corpus.shards) for corpus in data.train], data, stage, steps)
 
     def _sources(self, number: int, corpus: Corpus, index: ShardIndex):

@@ -8,19 +8,14 @@ State: the step. Nothing else is needed to go on, on any number of ranks and wor
 
 from __future__ import annotations
 
-import logging
-import os
-import signal
-import threading
 import time
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from data_tools.shards import ShardIndex
@@ -30,48 +25,13 @@ from train.config import DataConfig
 from train.data import augment
 from train.data.assign import Budgets, assign
 from train.data.collate import Collator, Prepared
-from train.data.plan import Plan
+from train.data.loader import PHASES, Job, Loaded, Loader
+from train.data.plan import PlainPlan, Plan
 from train.data.reader import SAMPLE_RATE, Sample, check_length, decode, read_with_retry
 from train.data.rejected import BrokenSample, RejectedLog
+from train.data.web import PlainReader
 
 REPLACEMENTS = 8  # further utterances that are tried in a broken one's place
-SLOW_AFTER = 60.0  # seconds on one utterance before the watchdog names the worker
-STUCK_AFTER = 900.0  # seconds without a micro-batch before the run stops
-LOGGER = logging.getLogger(__name__)
-
-
-class StreamStalled(RuntimeError):
-    """A worker died or delivers nothing; the message names it and what it was reading."""
-
-
-@dataclass
-class Job:
-    """One micro-batch to make. entries [n] of PLANNED."""
-
-    step: int
-    position: int  # of this micro-batch in the step
-    count: int  # micro-batches of the step
-    entries: np.ndarray
-
-
-@dataclass
-class Loaded:
-    """One micro-batch, made."""
-
-    job: Job
-    batch: Batch
-    metas: list[dict]  # the JSON of each row
-    seconds: float  # of audio
-    padded_seconds: float
-    rejected: list[dict]
-    retries: int
-    timings: dict[str, float]  # seconds of a worker: read, decode, prepare, collate
-
-    def pin_memory(self) -> "Loaded":
-        for name, value in vars(self.batch).items():
-            if isinstance(value, torch.Tensor):
-                setattr(self.batch, name, value.pin_memory())
-        return self
 
 
 @dataclass
@@ -138,7 +98,7 @@ class MicroBatchReader(Dataset):
     def __getitem__(self, job: Job) -> Loaded:
         worker = torch.utils.data.get_worker_info()
         slot = self.at[worker.id if worker else 0]
-        timings = dict.fromkeys(("read", "decode", "prepare", "collate"), 0.0)
+        timings = dict.fromkeys(PHASES, 0.0)
         prepared, rejected, retries = [], [], 0
         for entry in job.entries:
             planned, broken = entry, []
@@ -163,7 +123,7 @@ class MicroBatchReader(Dataset):
         began = time.perf_counter()
         batch = self.collator(prepared)
         timings["collate"] = time.perf_counter() - began
-        rate = SAMPLE_RATE if batch.waveforms is not None else getattr(self.features, "frame_rate", 1)
+        rate = self.features.frame_rate if self.features is not None else SAMPLE_RATE
         lengths = batch.audio_lengths.double() / rate * (not batch.audio_is_dummy)
         return Loaded(job, batch, [p.sample.meta for p in prepared], float(lengths.sum()),
                       float(lengths.max()) * len(lengths), rejected, retries, timings)
@@ -178,95 +138,11 @@ class MicroBatchReader(Dataset):
         return time.time() - began, f"sample {int(row)} of {index.folder}/{shard} (step {int(step)})"
 
 
-def _same(value):
-    return value
-
-
-def _init_worker(worker: int) -> None:
-    """Signals of the batch system go to all processes of a job; what they mean is decided by the main process alone."""
-    for name in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
-def _watch(reader: MicroBatchReader, workers: int, stop: threading.Event, slow_after: float) -> None:
-    """Names a worker that has been at one utterance for too long, once per utterance."""
-    named: dict[int, str] = {}
-    while not stop.wait(min(slow_after / 4, 5.0)):
-        for worker in range(workers):
-            state = reader.doing(worker)
-            if state and state[0] > slow_after and named.get(worker) != state[1]:
-                named[worker] = state[1]
-                LOGGER.warning("data worker %d has been at %s for %.0f s: slow storage or a stuck mount?",
-                               worker, state[1], state[0])
-
-
-def _kill(processes: list) -> None:
-    for process in processes:
-        if process.is_alive():
-            process.kill()
-
-
-class Loader:
-    """Runs jobs through worker processes and yields the results in the order of the jobs; 0 workers: in this process.
-
-    Errors: StreamStalled where a worker died or nothing came for `stuck_after` seconds.
-    """
-
-    def __init__(self, reader: MicroBatchReader, jobs: Iterator[Job], workers: int, prefetch: int, *,
-                 slow_after: float = SLOW_AFTER, stuck_after: float = STUCK_AFTER):
-        self._reader, self._jobs, self._workers, self._prefetch = reader, jobs, workers, max(prefetch, 1)
-        self._slow_after, self._stuck_after = slow_after, stuck_after
-        self._stop = threading.Event()
-        self._finalizer = None
-
-    def __iter__(self) -> Iterator[Loaded]:
-        # A fast tokenizer that has run threads before a fork warns and falls back by itself; this says so beforehand.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        many = {"prefetch_factor": self._prefetch, "multiprocessing_context": "fork", "timeout": self._stuck_after,
-                "worker_init_fn": _init_worker} if self._workers else {}
-        # Its own generator: the loader draws a base seed, which must not move the global one (dropout) from run to run.
-        loader = DataLoader(self._reader, batch_size=None, sampler=self._jobs, num_workers=self._workers, collate_fn=_same,
-                            pin_memory=torch.cuda.is_available(), generator=torch.Generator(), **many)
-        results = iter(loader)
-        processes = list(getattr(results, "_workers", []))
-        # Workers ignore SIGTERM (above), so whatever ends this process must end them by SIGKILL.
-        self._finalizer = weakref.finalize(self, _kill, processes)
-        if processes:
-            threading.Thread(target=_watch, args=(self._reader, self._workers, self._stop, self._slow_after), daemon=True).start()
-        try:
-            while True:
-                try:
-                    yield next(results)
-                except StopIteration:
-                    return
-                except RuntimeError as error:
-                    if not processes:
-                        raise
-                    raise StreamStalled(self._describe(processes, error)) from error
-        finally:
-            self._stop.set()
-            del results
-            _kill(processes)
-
-    def _describe(self, processes: list, error: RuntimeError) -> str:
-        states = []
-        for worker, process in enumerate(processes):
-            doing = self._reader.doing(worker)
-            if not process.is_alive():
-                states.append(f"worker {worker} (pid {process.pid}) is dead, exit code {process.exitcode}"
-                              + (f", at {doing[1]}" if doing else ""))
-            elif doing:
-                states.append(f"worker {worker} (pid {process.pid}) has been at {doing[1]} for {doing[0]:.0f} s")
-        advice = "exit code -9 is often the memory limit: lower data.prefetch or data.workers"
-        state = "; ".join(states) or "no worker is at an utterance"
-        return f"the data stream stopped: {state} ({str(error).splitlines()[0]}); {advice}"
-
-
 class Stream:
     """Iterates StepBatches for steps [start_step, steps) of one rank.
 
-    Every rank gets the same number of steps, and in each step the same number of micro-batches. rejected_path: JSONL that
+    Every rank gets the same number of steps, and in each step the same number of micro-batches. Where data.train names pipes
+    or URLs in place of packed folders, see train/data/web.py for what holds then. rejected_path: JSONL that
     names broken utterances (all ranks append). plan: where the caller has one already.
     Errors: RecipeError before the first step; TooManyRejected past data.max_rejected_share of this rank's utterances;
     StreamStalled.
@@ -274,7 +150,7 @@ class Stream:
 
     def __init__(self, data: DataConfig, stage: str, tokenizer: PreTrainedTokenizerBase, model_config: SoundwaveConfig,
                  rank: int, world_size: int, start_step: int, steps: int, *, rejected_path: str | Path | None = None,
-                 plan: Plan | None = None):
+                 plan: Plan | PlainPlan | None = None):
         augment.check(data)
         self.data, self.rank, self.world_size = data, rank, world_size
         self.start_step, self.steps = start_step, steps
@@ -286,9 +162,12 @@ class Stream:
             features = FeatureStore.open(data.cache_features, model_config)
         collator = Collator(tokenizer, model_config, stage, data.ctc_text, token_limit=data.micro_batch_tokens,
                             feature_width=features.width if features else None)
-        self.reader = MicroBatchReader(self.plan.indexes, collator, data, plan=self.plan, features=features, slots=data.workers)
         self.rejected = RejectedLog(rejected_path, data.max_rejected_share)
         self._iterator: Iterator[StepBatches] | None = None
+        if isinstance(self.plan, PlainPlan):
+            self.reader = PlainReader(self.plan, collator, data, rank, world_size, start_step)
+            return
+        self.reader = MicroBatchReader(self.plan.indexes, collator, data, plan=self.plan, features=features, slots=data.workers)
         if rank == 0 and start_step == 0:
             self.rejected.write(self._excluded())
 
@@ -322,20 +201,24 @@ class Stream:
         return self._iterator
 
     def _steps(self) -> Iterator[StepBatches]:
-        loader = Loader(self.reader, self._jobs(), self.data.workers, self.data.prefetch)
+        jobs = None if isinstance(self.plan, PlainPlan) else self._jobs()
+        loader = Loader(self.reader, jobs, self.data.workers, self.data.prefetch)
         parts: list[Loaded] = []
+        step = self.start_step
         for loaded in loader:
+            if step >= self.steps:
+                break
             parts.append(loaded)
             if len(parts) < loaded.job.count:
                 continue
             rejected = [record for part in parts for record in part.rejected]
             self.rejected.add(rejected, sum(len(part.job.entries) for part in parts))
             yield StepBatches(
-                step=loaded.job.step, micro_batches=[part.batch for part in parts], seconds=sum(part.seconds for part in parts),
+                step=step, micro_batches=[part.batch for part in parts], seconds=sum(part.seconds for part in parts),
                 padded_seconds=sum(part.padded_seconds for part in parts), samples=sum(len(part.metas) for part in parts),
                 rejected=rejected, retries=sum(part.retries for part in parts),
                 timings={name: sum(part.timings[name] for part in parts) for name in loaded.timings})
-            parts = []
+            parts, step = [], step + 1
 
     def close(self) -> None:
         """End the worker processes."""

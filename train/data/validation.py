@@ -18,8 +18,9 @@ from model.config import SoundwaveConfig
 from train.config import Corpus, DataConfig, RecipeError
 from train.data.assign import Budgets, assign
 from train.data.collate import Collator
+from train.data.loader import Job, Loader
 from train.data.plan import PLANNED, llm_positions, load_index, usable
-from train.data.stream import Job, Loader, MicroBatchReader
+from train.data.stream import MicroBatchReader
 
 
 def select(index: ShardIndex, number: int, stage: str, tasks: list[str] | None, limit: int | None) -> np.ndarray:

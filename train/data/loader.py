@@ -1,0 +1,152 @@
+"""Jobs through worker processes, results in order: the machinery under the streams, with a watchdog that names what is slow."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from model.batch import Batch
+
+SLOW_AFTER = 60.0  # seconds on one utterance before the watchdog names the worker
+STUCK_AFTER = 900.0  # seconds without a micro-batch before the run stops
+PHASES = ("read", "decode", "prepare", "collate")  # of a worker's time
+LOGGER = logging.getLogger(__name__)
+
+
+class StreamStalled(RuntimeError):
+    """A worker died or delivers nothing; the message names it and what it was reading."""
+
+
+@dataclass
+class Job:
+    """One micro-batch to make. entries [n] of PLANNED."""
+
+    step: int
+    position: int  # of this micro-batch in the step
+    count: int  # micro-batches of the step
+    entries: np.ndarray
+
+
+@dataclass
+class Loaded:
+    """One micro-batch, made."""
+
+    job: Job
+    batch: Batch
+    metas: list[dict]  # the JSON of each row
+    seconds: float  # of audio
+    padded_seconds: float
+    rejected: list[dict]
+    retries: int
+    timings: dict[str, float]  # seconds of a worker, by PHASES
+
+    def pin_memory(self) -> "Loaded":
+        for name, value in vars(self.batch).items():
+            if isinstance(value, torch.Tensor):
+                setattr(self.batch, name, value.pin_memory())
+        return self
+
+
+class Reader(Protocol):
+    """What a Loader runs: a torch Dataset that knows what its workers are at."""
+
+    at: torch.Tensor  # [workers, 4] float64, shared: [time it began (0: idle), three numbers that `doing` understands]
+
+    def doing(self, worker: int) -> tuple[float, str] | None:
+        """(seconds, what) of the utterance that a worker is at."""
+
+
+def _same(value):
+    return value
+
+
+def _init_worker(worker: int) -> None:
+    """Signals of the batch system go to all processes of a job; what they mean is decided by the main process alone."""
+    for name in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _watch(reader: Reader, workers: int, stop: threading.Event, slow_after: float) -> None:
+    """Names a worker that has been at one utterance for too long, once per utterance."""
+    named: dict[int, str] = {}
+    while not stop.wait(min(slow_after / 4, 5.0)):
+        for worker in range(workers):
+            state = reader.doing(worker)
+            if state and state[0] > slow_after and named.get(worker) != state[1]:
+                named[worker] = state[1]
+                LOGGER.warning("data worker %d has been at %s for %.0f s: slow storage or a stuck mount?",
+                               worker, state[1], state[0])
+
+
+def _kill(processes: list) -> None:
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+
+
+class Loader:
+    """Runs jobs through worker processes and yields the results in the order of the jobs; 0 workers: in this process.
+
+    jobs: None where the reader makes up its own (an IterableDataset): then worker after worker gives one result.
+    Errors: StreamStalled where a worker died or nothing came for `stuck_after` seconds; what a worker raises.
+    """
+
+    def __init__(self, reader: Reader, jobs: Iterator[Job] | None, workers: int, prefetch: int, *,
+                 slow_after: float = SLOW_AFTER, stuck_after: float = STUCK_AFTER):
+        self._reader, self._jobs, self._workers, self._prefetch = reader, jobs, workers, max(prefetch, 1)
+        self._slow_after, self._stuck_after = slow_after, stuck_after
+        self._stop = threading.Event()
+        self._finalizer = None
+
+    def __iter__(self) -> Iterator[Loaded]:
+        # A fast tokenizer that has run threads before a fork warns and falls back by itself; this says so beforehand.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        many = {"prefetch_factor": self._prefetch, "multiprocessing_context": "fork", "timeout": self._stuck_after,
+                "worker_init_fn": _init_worker} if self._workers else {}
+        # Its own generator: the loader draws a base seed, which must not move the global one (dropout) from run to run.
+        loader = DataLoader(self._reader, batch_size=None, sampler=self._jobs, num_workers=self._workers, collate_fn=_same,
+                            pin_memory=torch.cuda.is_available(), generator=torch.Generator(), **many)
+        results = iter(loader)
+        processes = list(getattr(results, "_workers", []))
+        # Workers ignore SIGTERM (above), so whatever ends this process must end them by SIGKILL.
+        self._finalizer = weakref.finalize(self, _kill, processes)
+        if processes:
+            threading.Thread(target=_watch, args=(self._reader, self._workers, self._stop, self._slow_after), daemon=True).start()
+        try:
+            while True:
+                try:
+                    yield next(results)
+                except StopIteration:
+                    return
+                except RuntimeError as error:
+                    if not str(error).startswith("DataLoader "):  # raised by the work itself
+                        raise
+                    raise StreamStalled(self._describe(processes, error)) from error
+        finally:
+            self._stop.set()
+            del results
+            _kill(processes)
+
+    def _describe(self, processes: list, error: RuntimeError) -> str:
+        states = []
+        for worker, process in enumerate(processes):
+            doing = self._reader.doing(worker)
+            if not process.is_alive():
+                states.append(f"worker {worker} (pid {process.pid}) is dead, exit code {process.exitcode}"
+                              + (f", at {doing[1]}" if doing else ""))
+            elif doing:
+                states.append(f"worker {worker} (pid {process.pid}) has been at {doing[1]} for {doing[0]:.0f} s")
+        advice = "exit code -9 is often the memory limit: lower data.prefetch or data.workers"
+        state = "; ".join(states) or "no worker is at an utterance"
+        return f"the data stream stopped: {state} ({str(error).splitlines()[0]}); {advice}"
