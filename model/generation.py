@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from model.batch import Batch
-from model.features import log_mel
+from model.features import SAMPLE_RATE, log_mel
 from model.language_model import base_of
-from model.prompt import stop_ids
+from model.prompt import chat_ids, stop_ids
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
@@ -17,6 +18,30 @@ if TYPE_CHECKING:
 
 class Generation:
     """Inference of `Soundwave` (mixed into it)."""
+
+    def prompts(self, chats: list[list[dict[str, str]]], waveforms: list[torch.Tensor] = ()) -> Batch:
+        """Chats that are to be continued, as one batch on the model's device.
+
+        chats: lists of {"role", "content"}, with the audio token wherever an audio stands; waveforms: each [S] at 16 kHz, in the
+        order of those tokens, chat by chat.
+        """
+        ids = [chat_ids(self.tokenizer, chat, self.config.prompt, self.config.audio_token)[0] for chat in chats]
+        rows = [torch.tensor(row, dtype=torch.long) for row in ids]
+        input_ids, mask = pad_sequence(rows, batch_first=True), pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
+        sounds = [w.float() for w in waveforms] or [torch.zeros(SAMPLE_RATE // 5)]
+        audios = len(sounds)
+        batch = Batch(waveforms=pad_sequence(sounds, batch_first=True), features=None,
+                      audio_lengths=torch.tensor([len(w) for w in sounds]), audio_is_dummy=not len(waveforms),
+                      ctc_targets=torch.zeros(audios, 0, dtype=torch.long),
+                      ctc_target_lengths=torch.zeros(audios, dtype=torch.long),
+                      has_transcript=torch.zeros(audios, dtype=torch.bool), input_ids=input_ids, attention_mask=mask,
+                      labels=torch.full_like(input_ids, -100), ids=[f"chat {i}" for i in range(len(chats))])
+        return batch.to(next(self.parameters()).device)
+
+    def answer(self, chats: list[list[dict[str, str]]], waveforms: list[torch.Tensor] = (), **options) -> list[str]:
+        """The next turn of each chat, as text: `prompts`, then `generate` with its options."""
+        ids = self.generate(self.prompts(chats, waveforms), **options)
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     @torch.no_grad()
     def generate(self, batch: Batch, *, max_new_tokens: int = 512, do_sample: bool = False, temperature: float = 0.2,

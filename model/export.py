@@ -1,0 +1,118 @@
+"""A finished run as a folder for others: `python -m model.export RUN --out DIR [--merge] [--with-encoder]`.
+
+    README.md                model card: method, recipe, data and hours, hashes of the frozen parts, scores
+    config.json              for AutoModel (`import model.auto` registers it)
+    soundwave.json, adapters.safetensors   the model folder (model/folder.py)
+    lora/                    LoRA that plain peft loads onto the base      (not with --merge)
+    llm/                     the LLM with LoRA merged, a folder of its own  (with --merge)
+    encoder/                 the frozen encoder                            (with --with-encoder)
+    tokenizer files, chat template, generation_config.json
+
+RUN is a model folder (<output>/<stage>/model) or the stage's folder. Scores are those that evaluation.run left in RUN's
+model/evaluation/. Nothing of RUN is changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from transformers import GenerationConfig
+
+from model.auto import SoundwaveHubConfig
+from model.encoder import tensor_prefix
+from model.folder import ADAPTERS, CONFIG, LORA, FolderError, describe, read_config
+from model.language_model import load_tokenizer
+from model.model_card import model_card
+from model.official import LoRAMerge, ShardWriter, stream_tensors
+from model.pretrained import Source, SourceError, fingerprint, locate
+from model.prompt import stop_ids
+
+
+def export(run: str | Path, out: str | Path, *, merge: bool = False, with_encoder: bool = False) -> Path:
+    """Write the export (see the module's docstring).
+
+    Errors: FolderError for what is no model folder of stage II or III, for an `out` that holds something, and for a frozen
+    part that is not the one trained with; SourceError where one is not found.
+    """
+    run, out = Path(run), Path(out)
+    run = run / "model" if (run / "model" / CONFIG).exists() else run
+    description, config = describe(run), read_config(run)
+    if description["stage"] == "alignment":
+        raise FolderError(f"{run} is a stage I folder: it has no LLM that answers; export stage II or III")
+    if out.exists() and any(out.iterdir()):
+        raise FolderError(f"{out} is not empty: give a new folder")
+    encoder, llm = locate(config.encoder.name), locate(config.llm.name)
+    frozen = {"encoder": fingerprint(encoder.folder, tensor_prefix(encoder)), "llm": fingerprint(llm.folder)}
+    for part, digest in frozen.items():
+        if description["frozen"].get(part, digest) != digest:
+            raise FolderError(f"{run} was trained with another {part} than {getattr(config, part).name}: "
+                              f"sha256 {digest[:12]}..., expected {description['frozen'][part][:12]}...")
+    out.mkdir(parents=True, exist_ok=True)
+    names = {"encoder": encoder.name, "llm": llm.name}
+    shutil.copyfile(run / ADAPTERS, out / ADAPTERS)
+    tokenizer = load_tokenizer(llm, config.audio_token)
+    generation = GenerationConfig(eos_token_id=stop_ids(tokenizer, config.prompt), bos_token_id=tokenizer.bos_token_id,
+                                  pad_token_id=tokenizer.pad_token_id or stop_ids(tokenizer, config.prompt)[0], max_new_tokens=512)
+    for folder in [out, *([out / "llm"] if merge else [])]:
+        folder.mkdir(exist_ok=True)
+        tokenizer.save_pretrained(folder)
+        generation.save_pretrained(folder)
+    has_lora = (run / LORA).is_dir()
+    if merge:
+        _write_llm(llm, LoRAMerge(run / LORA) if has_lora else None, out / "llm")
+        config.llm.name, config.llm.lora_r, frozen["llm"] = "llm", 0, fingerprint(out / "llm")
+    elif has_lora:
+        shutil.copytree(run / LORA, out / LORA)
+    if with_encoder:
+        _copy_encoder(encoder, out / "encoder")
+        config.encoder.name = "encoder"
+    written = {"config": asdict(config), "stage": description["stage"], "frozen": frozen}
+    (out / CONFIG).write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n")
+    SoundwaveHubConfig(architectures=["Soundwave"], soundwave=asdict(config), llm_config=llm.config.to_dict(),
+                       encoder_config=encoder.config.to_dict()).save_pretrained(out)
+    (out / "README.md").write_text(model_card(run, description, names, frozen, merged=merge, has_lora=has_lora))
+    return out
+
+
+def _write_llm(llm: Source, merge: LoRAMerge | None, out: Path) -> None:
+    writer = ShardWriter(out)
+    for name, tensor in stream_tensors(llm.folder, "merging the LLM"):
+        writer.add(name, merge(name, tensor) if merge else tensor)
+    if merge:
+        merge.check_all_used()
+    writer.close()
+    shutil.copyfile(llm.folder / "config.json", out / "config.json")
+
+
+def _copy_encoder(encoder: Source, out: Path) -> None:
+    out.mkdir()
+    for path in sorted(encoder.folder.iterdir()):
+        if path.is_file() and (path.suffix == ".safetensors" or path.name in (
+                "config.json", "preprocessor_config.json", "model.safetensors.index.json")):
+            shutil.copyfile(path, out / path.name)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m model.export", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="model folder of stage II or III, or the stage's folder")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--merge", action="store_true", help="merge LoRA into the LLM and put the whole LLM inside")
+    parser.add_argument("--with-encoder", action="store_true", help="put the frozen encoder inside, too")
+    options = parser.parse_args(arguments)
+    try:
+        out = export(options.run, options.out, merge=options.merge, with_encoder=options.with_encoder)
+    except (FolderError, SourceError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{out}: import model.auto; transformers.AutoModel.from_pretrained('{out}')")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
