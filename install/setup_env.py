@@ -30,6 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST, NEWEST = (3, 11), (3, 13)  # numpy needs 3.11; wheels of the pinned versions end at 3.13
+REQUIREMENTS = ("requirements.txt", "requirements-dev.txt", "requirements-dev-cpu.txt", "requirements-gpu.txt")
 DISK_GB = {"cpu": 4, "cuda": 14}
 
 # Every process of this environment, however it is started: prebuilt ops and whatever torch still builds stay inside it (the
@@ -105,7 +106,7 @@ def has_gpu():
 def fingerprint(kind):
     """Hash of what the set-up depends on: the pins, this folder, the op's sources, the interpreter, CPU or CUDA."""
     digest = hashlib.sha256(repr((kind, sys.version_info[:3])).encode())
-    sources = sorted(ROOT.glob("requirements*.txt")) + sorted((ROOT / "install").glob("*.*"))
+    sources = [ROOT / name for name in REQUIREMENTS] + sorted((ROOT / "install").glob("*.*"))
     sources += [path for path in sorted((ROOT / "model" / "ops").rglob("*"))
                 if path.suffix in (".cpp", ".h", ".hpp", ".cu", ".cuh") or path.name == "build.py"]
     for path in sources:
@@ -123,7 +124,7 @@ def check_machine(folder, kind):
     if shutil.which(compiler) is None and shutil.which("g++") is None:
         raise SetupError("no C++ compiler (%s): the fused op and DeepSpeed's ops are compiled here. Install one "
                          "(Debian, Ubuntu: apt-get install g++ python3-dev; clusters: module load gcc)" % compiler)
-    free = shutil.disk_usage(str(folder.parent)).free / 1e9
+    free = shutil.disk_usage(str(ROOT if not folder.parent.exists() else folder.parent)).free / 1e9
     if not folder.exists() and free < DISK_GB[kind]:
         raise SetupError("%.1f GB free in %s, about %d GB needed: free some, or name another place: make setup VENV=/path"
                          % (free, folder.parent, DISK_GB[kind]))

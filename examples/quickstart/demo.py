@@ -26,6 +26,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from data_tools.shards import SAMPLE_DTYPE
 from examples.quickstart import results
 from train.config import Recipe, RecipeError, load_recipe
 
@@ -86,7 +87,7 @@ class Plan:
             steps.append(Step(f"pack-{name}", f"pack {name}", settings.pack.minutes,
                               [python, "data_tools/pack.py", "--manifest", str(manifest), "--out", str(shards),
                                "--workers", str(os.cpu_count() or 1), "--shard-mb", str(settings.pack.shard_mb)],
-                              lambda manifest=manifest: [file_digest(manifest), settings.pack.shard_mb],
+                              lambda manifest=manifest: [file_digest(manifest), settings.pack.shard_mb, str(SAMPLE_DTYPE)],
                               shards / "index.json", set_aside=shards))
         for stage, recipe in self.recipes:
             if recipe.data.cache_features:

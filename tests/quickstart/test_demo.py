@@ -1,0 +1,137 @@
+"""The demo does each step once, goes on where it stopped, and ends with a table of what was scored."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from examples.quickstart import demo, results
+from train.config import load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class FewSteps:
+    """A plan of ordinary commands that leave a trace of each run."""
+
+    ranks = 1
+
+    def __init__(self, folder: Path) -> None:
+        self.output, self.keys, self.fail = folder, {"a": 1, "b": 1}, set()
+
+    def steps(self) -> list[demo.Step]:
+        steps = []
+        for name in ("a", "b"):
+            made = self.output / name / "made"
+            code = (f"import pathlib, sys; made = pathlib.Path({str(made)!r}); made.parent.mkdir(exist_ok=True); "
+                    f"made.write_text((made.read_text() if made.exists() else '') + 'x'); sys.exit({int(name in self.fail)})")
+            steps.append(demo.Step(name, f"step {name}", 0.01, [sys.executable, "-c", code], lambda name=name: self.keys[name],
+                                   made, set_aside=made.parent))
+        return steps
+
+    def runs(self, name: str) -> int:
+        return len((self.output / name / "made").read_text())
+
+
+def test_a_step_that_is_done_is_not_done_again(tmp_path):
+    plan = FewSteps(tmp_path)
+    demo.run(plan)
+    demo.run(plan)
+    assert (plan.runs("a"), plan.runs("b")) == (1, 1)
+
+
+def test_a_changed_step_begins_afresh_and_the_former_result_is_kept(tmp_path):
+    plan = FewSteps(tmp_path)
+    demo.run(plan)
+    plan.keys["b"] = 2
+    demo.run(plan)
+    assert (plan.runs("a"), plan.runs("b")) == (1, 1)
+    assert (tmp_path / "former-1/b/made").read_text() == "x"
+
+
+def test_a_failed_step_stops_and_goes_on_in_the_same_folder(tmp_path):
+    plan = FewSteps(tmp_path)
+    plan.fail = {"a"}
+    with pytest.raises(demo.DemoError, match="step a, failed .exit 1.*same command goes on"):
+        demo.run(plan)
+    assert not (tmp_path / "b").exists()
+    plan.fail = set()
+    demo.run(plan)
+    assert (plan.runs("a"), plan.runs("b")) == (2, 1)  # not set aside: it is the same run
+    assert not list(tmp_path.glob("former-*"))
+
+
+def test_the_recipes_and_the_plan_fit_together():
+    plan = demo.Plan(ROOT / "examples/quickstart/demo.yaml", ranks=2)
+    assert [recipe.stage for _, recipe in plan.recipes] == ["alignment", "shrinking", "sft"]
+    assert len({recipe.output for _, recipe in plan.recipes}) == 1
+    steps = plan.steps()
+    assert len({step.name for step in steps}) == len(steps)
+    packed = {name for name in demo.MANIFESTS}
+    for stage, recipe in plan.recipes:
+        corpora = [*recipe.data.train, *recipe.data.valid]
+        assert {Path(corpus.shards).name for corpus in corpora} | {score.shards for score in stage.scores} <= packed
+        assert not any("test" in corpus.shards for corpus in corpora), "tuning and training never see a test split"
+        assert not any("valid" in corpus.shards for corpus in recipe.data.train)
+        assert recipe.deepspeed == "ds_configs/zero3.json"
+    trained = [step for step in steps if step.name.startswith("train-")]
+    assert all("--num_gpus 2" in " ".join(step.command) and "deepspeed" in step.command[0] for step in trained)
+
+
+def test_a_recipe_that_changes_what_is_learnt_changes_what_follows(monkeypatch):
+    plan = demo.Plan(ROOT / "examples/quickstart/demo.yaml", ranks=2)
+
+    def keys() -> dict[str, str]:
+        plan.trained.clear()
+        return {step.name: demo.digest(step.key()) for step in plan.steps()}
+
+    before = keys()
+    plan.recipes[1][1].optim.steps += 1
+    plan.recipes[0][1].log.every_steps += 1
+    after = keys()
+    changed = {name for name in before if before[name] != after[name]}
+    assert "train-shrinking" in changed and "train-sft" in changed and "picture" in changed
+    assert any(name.startswith("score-shrinking-after") for name in changed)
+    assert not any(name.startswith(("pack", "train-alignment", "score-alignment")) for name in changed)
+
+
+def example_result() -> dict:
+    def score(value, low, high):
+        return {"value": value, "ci95": [low, high], "utterances": 200}
+
+    recipes = {stage: {"seed": 0, "optim": {"steps": 7}} for stage in ("alignment", "sft")}
+    return {"rows": [
+        {"stage": "stage I", "data": "dialogues-test", "task": "asr", "decode": "ctc", "measure": "WER",
+         "before": score(1.0, 1.0, 1.0), "after": score(0.25, 0.22, 0.28)},
+        {"stage": "stage III", "data": "dialogues-test", "task": "asr", "decode": "generate", "measure": "WER",
+         "after": score(0.5, 0.4, 0.6)}],
+        "machine": {"processor": "a CPU", "cores": 2, "memory_gib": 8.0, "gpu": None},
+        "versions": {"torch": "2", "deepspeed": "0"}, "ranks": 2, "seconds": {"a": 60.0, "b": None}, "commit": "abc",
+        "changed_files": False, "date": "2026-01-01", "recipes": recipes}
+
+
+def test_the_table_goes_between_the_readme_s_marks(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"above\n\n{results.MARKS[0]}\nold\n{results.MARKS[1]}\n\nbelow\n")
+    results.write_readme(readme, example_result())
+    once = readme.read_text()
+    assert "old" not in once and once.startswith("above\n") and once.endswith("below\n")
+    assert "0.250 [0.220, 0.280]" in once and "1 minutes in all" in once and "alignment 7, sft 7" in once
+    results.write_readme(readme, example_result())
+    assert readme.read_text() == once
+    readme.write_text("no marks")
+    with pytest.raises(ValueError, match="needs the line"):
+        results.write_readme(readme, example_result())
+    assert json.loads(json.dumps(example_result()))["rows"][1].get("before") is None
+
+
+def test_the_project_s_readme_has_the_marks():
+    text = (ROOT / "README.md").read_text()
+    assert [text.count(mark) for mark in results.MARKS] == [1, 1]
+
+
+def test_small_recipes_load():
+    for number in (1, 2, 3):
+        recipe = load_recipe(ROOT / f"examples/quickstart/stage{number}.yaml", ["optim.steps=1"])
+        assert recipe.optim.steps == 1 and recipe.model.llm.name.endswith("smollm2-135m")
