@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import logging
 import os
@@ -46,8 +47,8 @@ def _free_port() -> int:
 def fill_environment() -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher did not.
 
-    srun sets SLURM_PROCID and its kin only; without any launcher this is one process. Must run before torch and deepspeed
-    are imported: both read DS_ACCELERATOR and TORCH_EXTENSIONS_DIR at import or first use.
+    srun sets SLURM_PROCID and its kin only; without any launcher this is one process. Must run before
+    deepspeed is imported, which reads DS_ACCELERATOR then.
     """
     env = os.environ
     if "RANK" not in env:
@@ -69,6 +70,10 @@ def fill_environment() -> None:
     # One cache of compiled ops per virtual environment: a shared one is spoilt by the next torch version.
     env.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     env.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of data workers
+    import torch
+
+    if not torch.cuda.is_available():
+        env.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def set_threads(local_world_size: int) -> int:
@@ -88,12 +93,29 @@ def set_threads(local_world_size: int) -> int:
     return threads
 
 
+def load_communication_op() -> None:
+    """Load (and the first time compile, about 30 s) DeepSpeed's shared-memory collectives for CPU, one process at a time.
+
+    PyTorch guards its cache of compiled ops with a file that a killed process leaves behind, and then waits for ever. Whoever
+    holds the flock here, which dies with its process, may take such a file away.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None:
+        return
+    cache = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / ".soundwave.lock", "w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        (cache / builder.name / "lock").unlink(missing_ok=True)
+        builder.load(verbose=False)  # kept by the builder: init_distributed takes it from there
+
+
 def connect(timeout_minutes: float = 30.0) -> Ranks:
     """Join the process group through DeepSpeed; `fill_environment` has run."""
     import torch
 
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Once per call of a collective that DeepSpeed still names the old way; nothing that a user could act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -107,6 +129,8 @@ def connect(timeout_minutes: float = 30.0) -> Ranks:
         torch.cuda.set_device(local_rank)
         device = f"cuda:{local_rank}"
     set_threads(local_world_size)
+    if device == "cpu":
+        load_communication_op()
     deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
     return Ranks(rank, world_size, local_rank, local_world_size, device)
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import deepspeed
@@ -68,6 +70,9 @@ class Engine:
             for module, parameter in model.shared_parameters():
                 if not any(own is parameter for own in module.parameters(recurse=False)):  # else its own hooks gather it
                     deepspeed.zero.register_external_parameter(module, parameter)
+            leaves = {type(layer) for module in model.modules() if isinstance(module, torch.nn.ModuleList) for layer in module}
+            # Gather a Transformer layer at once: hooks on each Linear and LoRA matrix of it (some 30) cost more than they save.
+            deepspeed.utils.set_z3_leaf_modules(model, sorted(leaves, key=lambda c: c.__name__))
         if recipe.optim.activation_checkpointing:
             model.enable_activation_checkpointing()
         groups = optim.parameter_groups(model.parameter_groups(), stage.trains, recipe.optim)
@@ -117,6 +122,21 @@ class Engine:
             weight = self.recipe.loss.ctc_weight if "ce" in self.stage.losses else 1.0
             loss = loss + weight * output.ctc_sum / max(ctc_count, 1.0)
         return loss
+
+    @contextmanager
+    def whole_model(self) -> Iterator[bool]:
+        """The model for inference; yields whether ranks must run in step (`synced_gpus`).
+
+        Under ZeRO-3 the weights are gathered once (every rank then holds the whole model), unless log.gather_to_validate is
+        off: gathering each layer for each generated token costs more than all else.
+        """
+        self.deepspeed.eval()
+        with torch.no_grad():
+            if self.zero_stage == 3 and self.recipe.log.gather_to_validate:
+                with deepspeed.zero.unwrap_model_for_generation(self.deepspeed):
+                    yield False
+            else:
+                yield self.zero_stage == 3
 
     def agree(self, micro_batches: list[Batch], flags: list[float]) -> tuple[float, float, list[float]]:
         """The collective that opens a step: (target tokens, transcribed utterances) of the global batch, and `flags` summed over

@@ -351,8 +351,9 @@ def run(recipe: Recipe, seconds: float) -> int:
     rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
     env.setdefault("MASTER_ADDR", "127.0.0.1")
     env.setdefault("MASTER_PORT", "0" if world_size == 1 else "29500")
+    serves = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun has opened a store there already
     try:
-        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world_size, is_master=rank == 0,
+        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world_size, is_master=serves,
                               timeout=timedelta(seconds=seconds), wait_for_workers=False)
     except RuntimeError as error:
         print(f"preflight: node {node_name()}: rank {rank} cannot reach rank 0 at {env['MASTER_ADDR']}:{env['MASTER_PORT']} "

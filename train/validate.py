@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import jiwer
-import torch
+from tqdm import tqdm
 
 from model.batch import Batch
 from train.config import Recipe
@@ -42,30 +42,28 @@ def validation_set(recipe: Recipe, stage: Stage, tokenizer, ranks: Ranks) -> Val
     return [(batch, references, prompt) for (batch, references), (prompt, _) in zip(labelled, prompts, strict=True)]
 
 
-@torch.no_grad()
 def validate(engine: Engine, batches: ValidationSet, tokenizer, ranks: Ranks) -> dict[str, float]:
-    """{"loss", "ce", "ctc", "wer", "samples": [(reference, hypothesis), ...]} over all ranks.
-
-    A batch without references fills up a rank's share: it is computed, for the collectives of ZeRO-3, and not counted.
+    """{"loss", "ce", "ctc", "wer", "words", "samples": [(reference, hypothesis), ...]}; numbers over all ranks, samples
+    of this one. A batch without references fills up a rank's share: computed, for the collectives of ZeRO-3, and not counted.
     """
     stage, recipe, model = engine.stage, engine.recipe, engine.model
-    engine.deepspeed.eval()
     sums = [0.0] * 6  # CE sum, CE count, CTC sum, CTC count, word errors, words
     samples = []
-    for batch, references, prompts in batches:
-        batch = batch.to(ranks.device)
-        output = engine.deepspeed(batch, losses=stage.losses)
-        if stage.score == "ctc":
-            hypotheses = model.ctc_greedy(batch)
-        else:
-            ids = model.generate(prompts.to(ranks.device), max_new_tokens=MAX_NEW_TOKENS, synced_gpus=engine.zero_stage == 3)
-            hypotheses = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
-        if references:
-            errors, words = word_errors(references, hypotheses)
-            local = [float(output.ce_sum) if "ce" in stage.losses else 0.0, batch.ce_count,
-                     float(output.ctc_sum) if "ctc" in stage.losses else 0.0, batch.ctc_count, errors, words]
-            sums = [a + b for a, b in zip(sums, local)]
-            samples += list(zip(references, hypotheses))
+    with engine.whole_model() as synced:
+        for batch, references, prompts in tqdm(batches, desc="validate", unit="batch", leave=False, disable=not ranks.is_main):
+            batch = batch.to(ranks.device)
+            output = model(batch, losses=stage.losses)
+            if stage.score == "ctc":
+                hypotheses = model.ctc_greedy(batch)
+            else:
+                ids = model.generate(prompts.to(ranks.device), max_new_tokens=MAX_NEW_TOKENS, synced_gpus=synced)
+                hypotheses = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+            if references:
+                errors, words = word_errors(references, hypotheses)
+                local = [float(output.ce_sum) if "ce" in stage.losses else 0.0, batch.ce_count,
+                         float(output.ctc_sum) if "ctc" in stage.losses else 0.0, batch.ctc_count, errors, words]
+                sums = [a + b for a, b in zip(sums, local)]
+                samples += list(zip(references, hypotheses))
     ce_sum, ce_count, ctc_sum, ctc_count, errors, words = all_reduce(sums, ranks)
     result: dict = {"wer": errors / max(words, 1.0), "words": words}
     loss = 0.0
