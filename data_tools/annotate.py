@@ -1,6 +1,6 @@
 """What metadata does not tell: `python -m data_tools.annotate --corpus NAME:PATH --out M.jsonl --hash --whisper DIR`.
 
-Reads the audio of a corpus once and writes a manifest of it with what was found: duration, and on request audio_hash (for
+Reads the audio of a corpus once and writes a manifest of it with what was found: duration, and on request sound_hash (for
 pack's --drop-duplicates) and hypothesis, what a Whisper model hears (for pack's --max-wer). `pack --manifest M.jsonl` then
 decides by metadata alone, which is what makes its plan, and so its bytes, the same in every run.
 
@@ -54,7 +54,7 @@ def look(entry: Entry, want_hash: bool, want_samples: bool) -> tuple[Entry | Fau
         return Fault(entry.id, error.reason, str(error), entry.corpus), None
     entry.duration = round(len(samples) / rate, 6)
     if want_hash:
-        entry.audio_hash = hash_of(samples, rate)
+        entry.sound_hash = hash_of(samples, rate)
     return entry, to_mono_16bit(samples, rate) if want_samples else None
 
 
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--corpus", action="append", required=True, metavar="NAME:PATH[,option=value]")
     parser.add_argument("--out", type=Path, required=True, metavar="M.jsonl")
-    parser.add_argument("--hash", action="store_true", help="audio_hash: equal for clips with the same samples")
+    parser.add_argument("--hash", action="store_true", help="sound_hash: equal for clips with the same samples")
     parser.add_argument(
         "--whisper", metavar="DIR", help="hypothesis: what this Whisper model hears (the paper filtered by whisper-medium)"
     )

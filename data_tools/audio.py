@@ -13,7 +13,6 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -207,7 +206,7 @@ _UNKNOWN_BYTES_PER_SECOND, _UNKNOWN_SECONDS = 16000, 5.0
 def estimate_seconds(audio: str, size: int | None = None) -> float:
     """A guess at a clip's duration from its size alone; 0 for a file that is not there (found out when packed)."""
     kind, rest = kind_of(audio)
-    suffix = Path(rest).suffix.lower().lstrip(".")
+    suffix = rest.rpartition(".")[2].lower()
     if size is not None:
         pass
     elif kind == "file":
@@ -223,6 +222,6 @@ def estimate_seconds(audio: str, size: int | None = None) -> float:
 
 
 def estimate_bytes(audio: str, seconds: float, codec: str) -> float:
-    suffix = Path(kind_of(audio)[1]).suffix.lower().lstrip(".")
+    suffix = audio.rpartition(".")[2].lower()
     kind = {"wav16": "wav", "copy": suffix}.get(codec, codec)
     return seconds * BYTES_PER_SECOND.get(kind, _UNKNOWN_BYTES_PER_SECOND)

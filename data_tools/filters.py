@@ -42,7 +42,7 @@ class Filters:
     ctc_frame_rate: float | None = None  # CTC frames a second: 25 for Whisper with two frames stacked
     ctc_text: str = "lower"  # how training will write CTC targets (data.ctc_text)
     tokenizer: str | None = None  # folder of the LLM's tokenizer: counts tokens, and decides CTC feasibility
-    drop_duplicates: bool = False  # by the entries' audio_hash
+    drop_duplicates: bool = False  # by the entries' sound_hash
 
 
 @dataclass
@@ -74,11 +74,11 @@ class Sieve:
         f = self.filters
         if f.langs and entry.lang not in f.langs:
             return Fault(entry.id, "language", f"{entry.lang} is not one of {', '.join(f.langs)}", entry.corpus)
-        if f.drop_duplicates and entry.audio and entry.audio_hash is None:
+        if f.drop_duplicates and entry.audio and entry.sound_hash is None:
             return Fault(
                 entry.id,
-                "no_audio_hash",
-                "duplicates are found by audio_hash: run data_tools.annotate --hash first",
+                "no_sound_hash",
+                "duplicates are found by sound_hash: run data_tools.annotate --hash first",
                 entry.corpus,
             )
         if f.max_wer is not None and entry.task == "asr":

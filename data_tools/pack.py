@@ -80,7 +80,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--max-wer", type=float, help="of the hypothesis column (data_tools.annotate --whisper) against the text; the paper: 0.10"
     )
-    add("--drop-duplicates", action="store_true", help="by the audio_hash column (data_tools.annotate --hash)")
+    add("--drop-duplicates", action="store_true", help="by the sound_hash column (data_tools.annotate --hash)")
     add("--max-broken-share", type=float, default=0.5, help="stop when more clips than this share are missing or broken")
     add = parser.add_argument_group("splits").add_argument
     add("--splits", metavar="train=0.9,valid=0.05,test=0.05", help="shares; with --take")
@@ -257,16 +257,14 @@ def _report(folder: Path, index: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 stopped on the way (the same command goes on), 2 a command or corpus that cannot be packed."""
+    """Exit code: 0 done, 1 stopped on the way (the same command goes on), 2 the command or the corpus has to be mended first."""
     options = parse_arguments(argv)
     try:
         print(run(options))
         return 0
-    except (CorpusError, ShardError) as error:
+    except (CorpusError, ShardError, PackError) as error:
         print(f"pack: {error}", file=sys.stderr)
         return 2
-    except PackError as error:
-        print(f"pack: {error}", file=sys.stderr)
     except OutputError as error:
         print(f"pack: {error}; free space or mend the folder, then run the same command again: it goes on", file=sys.stderr)
     except KeyboardInterrupt:

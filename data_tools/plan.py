@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shutil
+import struct
 import threading
 import time
 from collections import Counter
@@ -134,11 +135,11 @@ def _scan(folder: Path, corpora: Iterable[Iterable[Entry | Fault]], sieve: Sieve
             place = int.from_bytes(hashlib.blake2b(unit, digest_size=8).digest(), "big")
             bucket = 0 if layout.shuffle == "none" else place >> 56
             buckets[bucket].write(f"{place:020d}\t{scan.samples:020d}\t{size:.0f}\t{seconds:.3f}\t{line}\n".encode())
-            ids.write(np.array([id_hash(item.corpus, item.id), scan.samples], dtype="<u8").tobytes())
+            ids.write(struct.pack("<QQ", id_hash(item.corpus, item.id), scan.samples))
             if sieve.filters.drop_duplicates and item.audio:
-                stretch = f"{item.audio_hash}:{item.offset}:{item.duration if item.offset is not None else None}"
+                stretch = f"{item.sound_hash}:{item.offset}:{item.duration if item.offset is not None else None}"
                 digest = hashlib.blake2b(f"{stretch}:{item.task}:{item.prompt}".encode(), digest_size=8).digest()
-                hashes.write(digest + np.array(scan.samples, dtype="<u8").tobytes())
+                hashes.write(digest + struct.pack("<Q", scan.samples))
             scan.samples, scan.bytes, scan.seconds = scan.samples + 1, scan.bytes + size, scan.seconds + seconds
     return scan
 

@@ -47,7 +47,7 @@ class Entry:
     recording: str | None = None  # what the clip was cut from, where that matters for splits
     group: str | None = None
     hypothesis: str | None = None  # what a recogniser made of it
-    audio_hash: str | None = None  # of the audio's samples, equal for duplicates
+    sound_hash: str | None = None  # of the audio's samples, equal for duplicates
     size: int | None = None  # bytes of the clip in the corpus, about, where asking the file system would not tell
 
     def to_json(self) -> str:

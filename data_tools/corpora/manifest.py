@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,5 +48,5 @@ class Manifest:
         ):
             return Fault(row["id"], "bad_json", f'{where}: messages must be a list of {{"role": ..., "content": ...}}')
         if "audio" in row and kind_of(row["audio"])[0] == "file":
-            row["audio"] = str(self.path.parent / row["audio"])
+            row["audio"] = os.path.join(self.path.parent, row["audio"])
         return Entry(**row)

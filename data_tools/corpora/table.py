@@ -54,7 +54,7 @@ class Table:
         "label",
         "recording",
         "hypothesis",
-        "audio_hash",
+        "sound_hash",
     )
 
     def __init__(
@@ -73,7 +73,7 @@ class Table:
         label: str | None = None,
         recording: str | None = None,
         hypothesis: str | None = None,
-        audio_hash: str | None = None,
+        sound_hash: str | None = None,
         root: str | None = None,
         suffix: str = "",
         delimiter: str | None = None,

@@ -31,7 +31,7 @@ def judged(filters=None, sieve=None, **fields):
         ("language", {"langs": ["de", "fr"]}, {}),
         ("wer", {"max_wer": 0.10}, {"hypothesis": "hello their"}),
         ("no_hypothesis", {"max_wer": 0.10}, {}),
-        ("no_audio_hash", {"drop_duplicates": True}, {}),
+        ("no_sound_hash", {"drop_duplicates": True}, {}),
         ("no_text", {}, {"text": "  "}),
         ("no_target", {}, {"text": None, "task": "translation"}),
         ("no_audio", {}, {"audio": None, "text": "a"}),

@@ -169,8 +169,8 @@ def test_hashes_find_the_same_sound_in_other_files(clips, tmp_path):
     rows = lines(out)
     assert [row["id"] for row in rows] == [f"{n}{kind}" for n in range(5) for kind in ("wav", "flac")]
     assert (
-        all(rows[i]["audio_hash"] == rows[i + 1]["audio_hash"] for i in range(0, 10, 2))
-        and len({r["audio_hash"] for r in rows}) == 5
+        all(rows[i]["sound_hash"] == rows[i + 1]["sound_hash"] for i in range(0, 10, 2))
+        and len({r["sound_hash"] for r in rows}) == 5
     )
     assert (
         rows[2]["duration"] == pytest.approx(4800 / 16000)

@@ -154,7 +154,7 @@ def test_parts_give_the_bytes_of_one_run(corpus, tmp_path, capsys):
     options = ["--manifest", str(corpus), "--shard-mb", "0.1", "--workers", "1"]
     assert pack.main([*options, "--out", str(whole)]) == 0
     assert pack.main([*options, "--out", str(parts), "--part", "2/3"]) == 0
-    assert pack.main([*options, "--out", str(parts), "--merge"]) == 1 and "not packed yet" in capsys.readouterr().err
+    assert pack.main([*options, "--out", str(parts), "--merge"]) == 2 and "not packed yet" in capsys.readouterr().err
     assert pack.main([*options, "--out", str(parts), "--part", "0/3"]) == 0
     assert pack.main([*options, "--out", str(parts), "--part", "1/3"]) == 0 and not (parts / "index.json").exists()
     assert pack.main(["--merge", "--out", str(parts)]) == 0
@@ -252,14 +252,14 @@ def test_workers_do_not_outlive_a_killed_parent(large_corpus, tmp_path):
 def test_a_corpus_that_is_mostly_missing_stops_the_run(tmp_path, capsys):
     rows = [{"id": f"{i}", "audio": f"gone{i}.wav", "text": "x"} for i in range(150)]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert pack.main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 1
+    assert pack.main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 2
     told = capsys.readouterr().err
     assert "150 of 150 clips are missing or broken" in told and "missing_file" in told
 
 
 def test_nothing_left_to_pack_is_said(tmp_path, capsys):
     (tmp_path / "m.jsonl").write_text('{"id": "a", "audio": "gone.wav", "text": "x"}\n')
-    assert pack.main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 1
+    assert pack.main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 2
     assert "no sample was left to pack ({'missing_file': 1})" in capsys.readouterr().err
     (tmp_path / "n.jsonl").write_text("broken\n")
     assert pack.main(["--manifest", str(tmp_path / "n.jsonl"), "--out", str(tmp_path / "out2"), "--workers", "1"]) == 2

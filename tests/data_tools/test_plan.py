@@ -104,7 +104,7 @@ def test_duplicates_are_named_wherever_they_stand(tmp_path, monkeypatch):
     plan, shards = planned(tmp_path / "p", items)
     assert plan["samples"] == 101 and plan["rejected"] == {"duplicate_id": 3}
     assert all(entry.text != "again" for _, here in shards for entry in here)
-    hashed = [Entry(id=f"{i}", audio=f"/{i}.wav", text="x", corpus="c", duration=1.0, audio_hash=f"{i % 40}") for i in range(100)]
+    hashed = [Entry(id=f"{i}", audio=f"/{i}.wav", text="x", corpus="c", duration=1.0, sound_hash=f"{i % 40}") for i in range(100)]
     plan, shards = planned(tmp_path / "q", hashed, filters=Filters(drop_duplicates=True))
     assert plan["rejected"] == {"duplicate_audio": 60} and sorted(int(e.id) for _, here in shards for e in here) == list(
         range(40)

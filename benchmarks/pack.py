@@ -1,0 +1,249 @@
+"""Packing, side by side: `python -m benchmarks.pack [--manifest M.jsonl] [--hours 8] [--workers 2] [--json FILE]`
+
+The same clips (16 kHz mono WAV), the same codec (FLAC, libsndfile's default level) and worker count, one run, each way in a
+process of its own, start-up included, files in the page cache:
+
+    codec bound   the clips read and encoded by soundfile in as many processes, nothing written: what no packer can beat
+    this project  data_tools/pack.py (plan, checksums, index)
+    lhotse        CutSet.to_shar from a ready cut manifest
+    webdataset    webdataset.ShardWriter with soundfile, each process its slice of the list
+    pool          a task of a process pool for each tar, written with tarfile (the way of shard-list makers)
+    copy          data_tools/pack.py --codec copy against `tar cf` of the same files
+
+Marks: FLAC at least 0.9 of the codec bound and 1.5 times lhotse; copy at least 0.7 of tar.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+ROOT = Path(__file__).resolve().parent.parent
+RATE = 16000
+CLIPS_A_SHARD = 500
+
+
+def synthetic_clip(number: int) -> np.ndarray:
+    """3 to 16 s of noise through formant-like resonances with pauses: compresses about as speech does. [samples] int16."""
+    rng = np.random.default_rng(number)
+    samples = round(rng.uniform(3, 16) * RATE)
+    spectrum = np.fft.rfft(rng.standard_normal(samples))
+    hertz = np.fft.rfftfreq(samples, 1 / RATE)
+    shape = sum(np.exp(-(((hertz - centre) / 250) ** 2)) * gain for centre, gain in ((300, 1.0), (1200, 0.4), (2600, 0.15)))
+    wave = np.fft.irfft(spectrum * (shape + 0.002), samples)
+    syllables = np.clip(np.sin(2 * np.pi * 2.2 * np.arange(samples) / RATE + rng.uniform(0, 6)) + 0.4, 0.02, 1)
+    wave *= syllables
+    return (wave / np.abs(wave).max() * 12000).astype(np.int16)
+
+
+def prepare(folder: Path, manifest: Path | None, hours: float) -> tuple[Path, Path, float]:
+    """16 kHz WAV files of about `hours` (a real manifest is repeated under new names as often as it takes), their manifest
+    and lhotse cut manifest; made once. Returns (manifest, cuts, hours)."""
+    clips, told, cuts = folder / "clips", folder / "manifest.jsonl", folder / "cuts.jsonl"
+    if not told.exists():
+        clips.mkdir(parents=True, exist_ok=True)
+        rows, seconds = [], 0.0
+        sources = [json.loads(line) for line in open(manifest)] if manifest else None
+        while seconds < hours * 3600:
+            name, path = f"clip{len(rows):07d}", clips / f"clip{len(rows):07d}.wav"
+            if sources is None:
+                samples, text = synthetic_clip(len(rows)), "words that are said here"
+            else:
+                from data_tools.audio import decode, to_mono_16bit
+
+                row = sources[len(rows) % len(sources)]
+                samples, text = to_mono_16bit(*decode(str(manifest.parent / row["audio"]))[:2]), row["text"]
+            soundfile.write(path, samples, RATE, subtype="PCM_16")
+            rows.append({"id": name, "audio": str(path), "text": text, "lang": "en", "duration": len(samples) / RATE})
+            seconds += len(samples) / RATE
+        cuts.write_text("".join(json.dumps(cut_of(row)) + "\n" for row in rows))
+        told.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [json.loads(line) for line in told.read_text().splitlines()]
+    return told, cuts, sum(row["duration"] for row in rows) / 3600
+
+
+def cut_of(row: dict) -> dict:
+    recording = {"id": row["id"], "sources": [{"type": "file", "channels": [0], "source": row["audio"]}], "sampling_rate": RATE}
+    recording |= {"num_samples": round(row["duration"] * RATE), "duration": row["duration"], "channel_ids": [0]}
+    supervision = {
+        "id": row["id"],
+        "recording_id": row["id"],
+        "start": 0.0,
+        "duration": row["duration"],
+        "channel": 0,
+        "text": row["text"],
+    }
+    cut = {"id": row["id"], "start": 0.0, "duration": row["duration"], "channel": 0, "supervisions": [supervision]}
+    return {**cut, "recording": recording, "type": "MonoCut"}
+
+
+def flac(path: str) -> bytes:
+    samples, rate = soundfile.read(path, dtype="int16")
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format="FLAC", subtype="PCM_16")
+    return buffer.getvalue()
+
+
+def _encode_all(rows: list[dict]) -> int:
+    return sum(len(flac(row["audio"])) for row in rows)
+
+
+def codec_bound(manifest: Path, cuts: Path, out: Path, workers: int) -> None:
+    with Pool(workers) as pool:
+        pool.map(_encode_all, slices(manifest, CLIPS_A_SHARD), chunksize=1)
+
+
+def slices(manifest: Path, size: int) -> list[list[dict]]:
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def lhotse(manifest: Path, cuts: Path, out: Path, workers: int) -> None:
+    from lhotse import CutSet
+
+    CutSet.from_jsonl_lazy(cuts).to_shar(out, fields={"recording": "flac"}, shard_size=CLIPS_A_SHARD, num_jobs=workers)
+
+
+def _write_webdataset(task: tuple[int, list[dict], Path]) -> None:
+    import webdataset
+
+    number, rows, out = task
+    with webdataset.ShardWriter(f"{out}/part{number}-%06d.tar", maxcount=CLIPS_A_SHARD, verbose=0) as writer:
+        for row in rows:
+            writer.write({"__key__": row["id"], "flac": flac(row["audio"]), "json": {"text": row["text"]}})
+
+
+def webdataset_writer(manifest: Path, cuts: Path, out: Path, workers: int) -> None:
+    rows = [row for part in slices(manifest, CLIPS_A_SHARD) for row in part]
+    with Pool(workers) as pool:
+        pool.map(_write_webdataset, [(number, rows[number::workers], out) for number in range(workers)], chunksize=1)
+
+
+def _write_tar(task: tuple[int, list[dict], Path]) -> None:
+    number, rows, out = task
+    with tarfile.open(out / f"shard_{number:09d}.tar", "w") as tar:
+        for row in rows:
+            for name, data in ((f"{row['id']}.txt", row["text"].encode()), (f"{row['id']}.flac", flac(row["audio"]))):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def pool_per_file(manifest: Path, cuts: Path, out: Path, workers: int) -> None:
+    with Pool(workers) as pool:
+        for result in [pool.apply_async(_write_tar, ((n, rows, out),)) for n, rows in enumerate(slices(manifest, CLIPS_A_SHARD))]:
+            result.get()
+
+
+IN_PROCESS = {"codec bound": codec_bound, "lhotse": lhotse, "webdataset": webdataset_writer, "pool": pool_per_file}
+
+
+def command(way: str, manifest: Path, cuts: Path, out: Path, workers: int) -> list[str]:
+    if way in IN_PROCESS:
+        return [sys.executable, "-m", "benchmarks.pack", "--way", way, str(manifest), str(cuts), str(out), str(workers)]
+    if way == "tar":
+        return ["tar", "cf", str(out / "all.tar"), "-C", str(manifest.parent), "clips"]
+    codec = {"this project": "flac", "copy": "copy"}[way]
+    pack = [sys.executable, str(ROOT / "data_tools" / "pack.py"), "--manifest", str(manifest), "--out", str(out)]
+    return [*pack, "--workers", str(workers), "--codec", codec]
+
+
+def measure(way: str, manifest: Path, cuts: Path, out: Path, workers: int) -> float:
+    """Seconds of one run, from nothing to everything on the disk (`sync` included, for all alike)."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    os.sync()
+    started = time.perf_counter()
+    subprocess.run(
+        command(way, manifest, cuts, out, workers), check=True, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    os.sync()
+    return time.perf_counter() - started
+
+
+def machine() -> dict:
+    def of(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    cpu = next(
+        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor()
+    )
+    packages = ("soundfile", "lhotse", "webdataset", "torch", "torchaudio", "numpy")
+    return {
+        "commit": commit,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{p: of(p) for p in packages},
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--way"]:
+        IN_PROCESS[argv[1]](Path(argv[2]), Path(argv[3]), Path(argv[4]), int(argv[5]))
+        return 0
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.pack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--manifest", type=Path, help="real speech (id, audio, text); default: made up")
+    parser.add_argument("--hours", type=float, default=8.0)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each way, taken in turn; the median counts")
+    parser.add_argument("--folder", type=Path, default=ROOT / ".cache" / "benchmark-pack", help="for clips and output (large)")
+    parser.add_argument("--json", type=Path, help="where to write the numbers")
+    options = parser.parse_args(argv)
+    manifest, cuts, hours = prepare(options.folder.absolute(), options.manifest, options.hours)
+    ways = ["codec bound", "this project", "lhotse", "webdataset", "pool", "copy", "tar"]
+    if machine()["lhotse"] is None:
+        print("lhotse is not installed (pip install -r requirements-bench.txt): left out")
+        ways.remove("lhotse")
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(options.repeat):
+        for way in ways:
+            seconds[way].append(measure(way, manifest, cuts, options.folder.absolute() / "out", options.workers))
+    shutil.rmtree(options.folder / "out", ignore_errors=True)
+    median = {way: statistics.median(values) for way, values in seconds.items()}
+    kind = "real speech" if options.manifest else "made-up sound"
+    print(f"{hours:.2f} h of {kind}, {options.workers} workers, median of {options.repeat}\n")
+    print(f"{'way':<14}{'seconds':>9}{'audio-hours/h':>16}{'of this project':>17}")
+    for way in ways:
+        ours = median["copy" if way in ("copy", "tar") else "this project"]
+        print(f"{way:<14}{median[way]:>9.2f}{hours * 3600 / median[way]:>16.0f}{ours / median[way]:>17.2f}")
+    marks = {
+        "flac / codec bound": (median["codec bound"] / median["this project"], 0.9),
+        "copy / tar": (median["tar"] / median["copy"], 0.7),
+    }
+    if "lhotse" in median:
+        marks["flac / lhotse"] = (median["lhotse"] / median["this project"], 1.5)
+    print()
+    for name, (value, mark) in marks.items():
+        print(f"{name:<20}{value:>6.2f}   mark {mark}   {'reached' if value >= mark else 'missed'}")
+    if options.json:
+        told = {"hours": hours, "corpus": kind, "workers": options.workers, "seconds": seconds, "machine": machine()}
+        told["marks"] = {name: {"value": round(value, 3), "mark": mark} for name, (value, mark) in marks.items()}
+        options.json.write_text(json.dumps(told, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
