@@ -21,7 +21,7 @@ while [ $# -gt 0 ]; do
         -h|--help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
         -*) OPTIONS+=("$1") ;;
         *=*) OVERRIDES+=("$1") ;;
-        *) die "'$1' is neither an option nor key=value: see slurm/chain.sh --help" ;;
+        *) die "'$1' is neither key=value nor an option (write --partition=gpu, not -p gpu): see slurm/chain.sh --help" ;;
     esac
     shift
 done

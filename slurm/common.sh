@@ -173,14 +173,15 @@ on_warning() {
     WARNED=1
 }
 
-# train_step: the training program on all GPUs, by srun or by torchrun.
-train_step() {
-    local program=("$CODE/train/run.py" "$RECIPE" "$@") launch=("${IN_CONTAINER[@]}" bash "$CODE/slurm/common.sh")
+# launch SRUN-OPTION PROGRAM ARGS: a program with one process per GPU, by srun or by torchrun. SRUN-OPTION may be empty.
+launch() {
+    local options=(${1:+"$1"}) command=("${IN_CONTAINER[@]}" bash "$CODE/slurm/common.sh")
+    shift
     if [ "$LAUNCHER" = torchrun ]; then
-        step --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$((CPUS * TASKS))" \
-            "${launch[@]}" torchrun_worker "$TASKS" "${program[@]}"
+        step "${options[@]}" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$((CPUS * TASKS))" \
+            "${command[@]}" torchrun_worker "$TASKS" "$@"
     else
-        step --cpus-per-task="$CPUS" "${launch[@]}" worker "${program[@]}"
+        step "${options[@]}" --cpus-per-task="$CPUS" "${command[@]}" worker "$@"
     fi
 }
 
@@ -232,12 +233,14 @@ start_again() {
 
 # resubmit: a new job of the same script, options and arguments; every job that waits for this one is told to wait for the new one.
 resubmit() {
-    local new count waiting options=(--parsable --chdir="$PWD" --export=ALL --job-name="$SLURM_JOB_NAME" --nodes="$SLURM_JOB_NUM_NODES"
-        --time="$(job_field TimeLimit)" --partition="$SLURM_JOB_PARTITION" --ntasks-per-node="$TASKS" --cpus-per-task="$CPUS")
-    local account qos gpus
-    account=$(job_field Account) qos=$(job_field QOS) gpus=$(job_field TresPerNode)
-    case $account in ""|"(null)") ;; *) options+=("--account=$account") ;; esac
-    case $qos in ""|"(null)"|normal) ;; *) options+=("--qos=$qos") ;; esac
+    local new count waiting kind field value gpus options=(--parsable --chdir="$PWD" --export=ALL --job-name="$SLURM_JOB_NAME"
+        --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$TASKS" --cpus-per-task="$CPUS")
+    for field in Partition:partition Account:account QOS:qos TimeLimit:time Features:constraint Reservation:reservation \
+        ExcNodeList:exclude; do
+        value=$(job_field "${field%:*}")
+        case $value in ""|"(null)"|N/A) ;; *) options+=("--${field#*:}=$value") ;; esac
+    done
+    gpus=$(job_field TresPerNode)
     if [ -n "${SLURM_GPUS_PER_NODE:-}" ]; then options+=("--gpus-per-node=$SLURM_GPUS_PER_NODE")
     elif [ -n "$gpus" ]; then gpus=${gpus#gres:}; options+=("--gres=${gpus/gres\/gpu/gpu}")
     fi
@@ -250,10 +253,10 @@ resubmit() {
             sbatch "${options[@]}" "$JOB/script.sh" "${ARGUMENTS[@]}"
     ) || { event failed "could not be submitted again"; die "sbatch refused: submit it again by hand to go on where it stopped" 1; }
     new=${new%%;*}
-    for waiting in $(client squeue -h -t PENDING -o '%i %E' | sed -n "s/^\([^ ]*\) .*\(after[a-z]*\):$SLURM_JOB_ID\([^0-9].*\)\{0,1\}$/\1,\2/p"); do
-        client scontrol update "JobId=${waiting%,*}" "Dependency=${waiting#*,}:$new" \
-            || say "job ${waiting%,*} waits for this job and could not be moved to $new: scontrol update JobId=${waiting%,*} Dependency=afterok:$new"
-    done
+    while read -r waiting kind; do
+        client scontrol update "JobId=$waiting" "Dependency=$kind:$new" \
+            || say "job $waiting waits for this one and must be told by hand: scontrol update JobId=$waiting Dependency=$kind:$new"
+    done < <(client squeue -h -t PENDING -o '%i %E' | sed -n "s/^\([^ ]*\) .*\(after[a-z]*\):$SLURM_JOB_ID\([^0-9].*\)\{0,1\}$/\1 \2/p")
     event resubmitted "as job $new"
     say "submitted as job $new"
     exit 85
@@ -292,8 +295,7 @@ run_stage() {
         || die "$SLURM_GPUS_ON_NODE GPUs but $TASKS tasks on a node: make --ntasks-per-node the number of GPUs"
 
     say "preflight"
-    step --time="$PREFLIGHT_MINUTES" --cpus-per-task="$CPUS" "${IN_CONTAINER[@]}" bash "$CODE/slurm/common.sh" worker \
-        "$CODE/train/preflight.py" "$RECIPE" --where-to "$JOB/where" "$@"
+    launch "--time=$PREFLIGHT_MINUTES" "$CODE/train/preflight.py" "$RECIPE" --where-to "$JOB/where" "$@"
     if [ -f "$JOB/where" ]; then { read -r STAGE; read -r OUTPUT; } <"$JOB/where"; fi
     go_on
     if [ "$STAGE_SHARDS" = 1 ]; then
@@ -305,14 +307,15 @@ run_stage() {
     fi
     event started ""
     say "training"
-    train_step "$@"
+    launch "" "$CODE/train/run.py" "$RECIPE" "$@"
     finish "$CODE_OF_STEP"
 }
 
 # run_resumable PROGRAM ARGUMENTS: a program that may be killed at any moment and goes on where it stopped (packing, evaluation).
 # Slurm's warning ends it, and the job is requeued.
 run_resumable() {
-    STOPS_AT_WARNING=1 step --cpus-per-task="$CPUS" "${IN_CONTAINER[@]}" bash "$CODE/slurm/common.sh" worker "$@"
+    export STOPS_AT_WARNING=1
+    launch "" "$@"
     [ "$WARNED" = 0 ] || [ "$CODE_OF_STEP" = 0 ] || CODE_OF_STEP=85
     finish "$CODE_OF_STEP"
 }
@@ -353,7 +356,8 @@ worker() {
 torchrun_worker() {
     local gpus=$1
     shift
-    trap '' USR1  # inherited by torchrun, which would otherwise die of it and leave its workers behind
+    # Inherited by torchrun, which would otherwise die of it and leave its workers behind.
+    [ "${STOPS_AT_WARNING:-0}" = 1 ] || trap '' USR1
     exec torchrun --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID" --nproc-per-node="$gpus" \
         --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --no-python bash "$CODE/slurm/common.sh" worker "$@"
 }

@@ -88,10 +88,10 @@ class Project:
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return [(line["stage"], line["event"]) for line in lines]
 
-    def wait_for_log(self, words: str, timeout: float = 60, count: int = 1) -> None:
+    def wait_for_log(self, words: str, timeout: float = 240, count: int = 1) -> None:
         wait_for(lambda: self.log().count(words) >= count, timeout, lambda: f"{words!r} in the logs:\n{self.log()}")
 
-    def expect(self, job: str, state: str, timeout: float = 120) -> dict[str, str]:
+    def expect(self, job: str, state: str, timeout: float = 300) -> dict[str, str]:
         """Wait until the job has ended, and in this state; on another one the logs are the message."""
         facts = self.cluster.wait(job, timeout=timeout)
         assert facts["JobState"] == state, f"job {job} is {facts['JobState']}, not {state}\n{self.log()}"

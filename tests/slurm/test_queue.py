@@ -140,12 +140,28 @@ def test_time_limit_is_a_chain_of_jobs(project):
     # Slurm counts in minutes and may warn up to a minute early: 4,000 steps of 0.2 s would take 13 minutes.
     job = project.sbatch("--time=2", "--signal=B:USR1@60", "slurm/stage1.sh", "optim.steps=4000",
                          env={"RECIPE": "recipes/stage1.yaml"})
-    project.wait_for_log("stopped in time: requeue, restart 1 of 20", timeout=150)
-    project.wait_for_log("alignment from step", timeout=90, count=8)
+    project.wait_for_log("stopped in time: requeue, restart 1 of 20")
+    project.wait_for_log("alignment from step", count=8)
     second = re.findall(r"alignment from step (\d+)", project.log())[4:]
     assert min(map(int, second)) > 5
     project.cluster.client("scancel", job)
     project.expect(job, "CANCELLED")
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_a_program_that_may_be_killed_at_any_time_is_stopped_and_requeued(project, launcher):
+    """What pack.sh and evaluate.sh do, with a program that ends only when started for the second time."""
+    (project.folder / "train" / "twice.py").write_text(
+        "import os, pathlib, time\nmark = pathlib.Path(f'mark-{os.environ[\"RANK\"]}')\nagain = mark.exists()\nmark.touch()\n"
+        "print('again' if again else 'first', flush=True)\nagain or time.sleep(600)\n")
+    script = (project.folder / "slurm" / "evaluate.sh").read_text().replace("--nodes=1", "--nodes=2").replace(
+        'run_resumable -m evaluation.run "$@"', 'run_resumable "$CODE/train/twice.py"')
+    (project.folder / "slurm" / "twice.sh").write_text(script)
+    job = project.sbatch("slurm/twice.sh", env={"LAUNCHER": launcher})
+    project.wait_for_log("first", count=4)
+    warn(project, job)
+    assert project.expect(job, "COMPLETED")["Restarts"] == "1"
+    assert project.log().count("again") == 4
 
 
 def test_a_chain_for_the_same_output_is_refused_while_one_is_queued(project):
