@@ -14,11 +14,12 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from model.batch import Batch
 
 SLOW_AFTER = 60.0  # seconds on one utterance before the watchdog names the worker
-STUCK_AFTER = 900.0  # seconds without a micro-batch before the run stops
+STUCK_AFTER = 900.0  # seconds on one utterance before the worker is ended and the run stops
 PHASES = ("read", "decode", "prepare", "collate")  # of a worker's time
 LOGGER = logging.getLogger(__name__)
 
@@ -77,18 +78,6 @@ def _init_worker(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def _watch(reader: Reader, workers: int, stop: threading.Event, slow_after: float) -> None:
-    """Names a worker that has been at one utterance for too long, once per utterance."""
-    named: dict[int, str] = {}
-    while not stop.wait(min(slow_after / 4, 5.0)):
-        for worker in range(workers):
-            state = reader.doing(worker)
-            if state and state[0] > slow_after and named.get(worker) != state[1]:
-                named[worker] = state[1]
-                LOGGER.warning("data worker %d has been at %s for %.0f s: slow storage or a stuck mount?",
-                               worker, state[1], state[0])
-
-
 def _kill(processes: list) -> None:
     for process in processes:
         if process.is_alive():
@@ -99,7 +88,7 @@ class Loader:
     """Runs jobs through worker processes and yields the results in the order of the jobs; 0 workers: in this process.
 
     jobs: None where the reader makes up its own (an IterableDataset): then worker after worker gives one result.
-    Errors: StreamStalled where a worker died or nothing came for `stuck_after` seconds; what a worker raises.
+    Errors: StreamStalled where a worker died, or was at one utterance for `stuck_after` seconds; what a worker raises.
     """
 
     def __init__(self, reader: Reader, jobs: Iterator[Job] | None, workers: int, prefetch: int, *,
@@ -107,12 +96,13 @@ class Loader:
         self._reader, self._jobs, self._workers, self._prefetch = reader, jobs, workers, max(prefetch, 1)
         self._slow_after, self._stuck_after = slow_after, stuck_after
         self._stop = threading.Event()
+        self._stuck: dict[int, float] = {}  # worker -> seconds it was at one utterance when it was ended
         self._finalizer = None
 
     def __iter__(self) -> Iterator[Loaded]:
         # A fast tokenizer that has run threads before a fork warns and falls back by itself; this says so beforehand.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        many = {"prefetch_factor": self._prefetch, "multiprocessing_context": "fork", "timeout": self._stuck_after,
+        many = {"prefetch_factor": self._prefetch, "multiprocessing_context": "fork",
                 "worker_init_fn": _init_worker} if self._workers else {}
         # Its own generator: the loader draws a base seed, which must not move the global one (dropout) from run to run.
         loader = DataLoader(self._reader, batch_size=None, sampler=self._jobs, num_workers=self._workers, collate_fn=_same,
@@ -122,7 +112,11 @@ class Loader:
         # Workers ignore SIGTERM (above), so whatever ends this process must end them by SIGKILL.
         self._finalizer = weakref.finalize(self, _kill, processes)
         if processes:
-            threading.Thread(target=_watch, args=(self._reader, self._workers, self._stop, self._slow_after), daemon=True).start()
+            # torch raises from SIGCHLD when a worker dies, wherever the main thread is then: inside a backward pass, say. Taken
+            # off its list, a death is found by next() below (it looks every 5 s), where the run can stop in good order.
+            _remove_worker_pids(id(results))
+            results._worker_pids_set = False
+            threading.Thread(target=self._watch, args=(processes,), daemon=True).start()
         try:
             while True:
                 try:
@@ -135,18 +129,33 @@ class Loader:
                     raise StreamStalled(self._describe(processes, error)) from error
         finally:
             self._stop.set()
-            del results
-            _kill(processes)
+            if processes:
+                results._shutdown_workers()  # a traceback may keep `results` alive
+                _kill(processes)
+
+    def _watch(self, processes: list) -> None:
+        """Names a worker that is slow, once per utterance, and ends one that is stuck: next() then finds it dead."""
+        named: dict[int, str] = {}
+        while not self._stop.wait(min(self._slow_after / 4, 5.0)):
+            for worker, process in enumerate(processes):
+                seconds, what = self._reader.doing(worker) or (0.0, "")
+                if seconds > self._stuck_after and process.is_alive():
+                    self._stuck[worker] = seconds
+                    process.kill()
+                elif seconds > self._slow_after and named.get(worker) != what:
+                    named[worker] = what
+                    LOGGER.warning("data worker %d has been at %s for %.0f s: slow storage or a stuck mount?",
+                                   worker, what, seconds)
 
     def _describe(self, processes: list, error: RuntimeError) -> str:
         states = []
         for worker, process in enumerate(processes):
             doing = self._reader.doing(worker)
-            if not process.is_alive():
-                states.append(f"worker {worker} (pid {process.pid}) is dead, exit code {process.exitcode}"
-                              + (f", at {doing[1]}" if doing else ""))
-            elif doing:
-                states.append(f"worker {worker} (pid {process.pid}) has been at {doing[1]} for {doing[0]:.0f} s")
-        advice = "exit code -9 is often the memory limit: lower data.prefetch or data.workers"
-        state = "; ".join(states) or "no worker is at an utterance"
-        return f"the data stream stopped: {state} ({str(error).splitlines()[0]}); {advice}"
+            at = f", at {doing[1]}" if doing else ""
+            if worker in self._stuck:
+                states.append(f"worker {worker} (pid {process.pid}) was stuck for {self._stuck[worker]:.0f} s and was ended{at}: "
+                              "look at that file's storage")
+            elif not process.is_alive():
+                states.append(f"worker {worker} (pid {process.pid}) is dead, exit code {process.exitcode}{at}; -9 is often the "
+                              "memory limit: lower data.prefetch or data.workers")
+        return f"the data stream stopped: {'; '.join(states) or str(error).splitlines()[0]}"

@@ -357,18 +357,24 @@ class Plan:
         return planned
 
     def replacement(self, entry: np.void, attempt: int) -> np.void:
-        """What takes the place of a broken utterance: another of its source, no longer if possible, a pure function of both."""
-        order = self.orders[entry["source"]]
-        draws = mix64(np.arange(64, dtype=np.uint64) + key64(self.data.seed, "replacement", *entry.tolist(), attempt))
-        candidates = (draws % np.uint64(len(order.rows))).astype(np.int64)
-        candidates = candidates[order.rows[candidates] != entry["row"]]
-        if len(candidates) == 0:
+        """What takes the place of a broken utterance: the `attempt`-th choice of its source, a pure function of the entry.
+
+        Of 64 drawn utterances those that are not longer (the micro-batch's budget holds), from other shards first (a whole shard
+        may be gone), then by closeness in length; the shortest where none is. The entry itself where the source has no other.
+        """
+        order, index = self.orders[entry["source"]], self.indexes[entry["corpus"]]
+        draws = mix64(np.arange(64, dtype=np.uint64) + key64(self.data.seed, "replacement", *entry.tolist()))
+        drawn = np.unique((draws % np.uint64(len(order.rows))).astype(np.int64))
+        drawn = drawn[order.rows[drawn] != entry["row"]]
+        if len(drawn) == 0:
             return entry
-        units = order.units[candidates].astype(np.int64)
-        limit = np.rint(float(entry["seconds"]) * UNITS_PER_SECOND) if entry["seconds"] > 0 else units.max()
-        fits = units <= limit
-        best = candidates[np.argmax(np.where(fits, units, -1))] if fits.any() else candidates[np.argmin(units)]
-        return self._planned(int(entry["source"]), order.rows[best:best + 1], np.array([entry["epoch"]], np.uint32))[0]
+        units = order.units[drawn].astype(np.int64)
+        limit = int(np.rint(float(entry["seconds"]) * UNITS_PER_SECOND)) if entry["seconds"] > 0 else int(units.max())
+        shard = index.samples["shard"]
+        choices = drawn[np.lexsort((-units, shard[order.rows[drawn]] == shard[entry["row"]]))]
+        fitting = choices[order.units[choices] <= limit]
+        chosen = fitting[(attempt - 1) % len(fitting)] if len(fitting) else drawn[np.argmin(units)]
+        return self._planned(int(entry["source"]), order.rows[chosen:chosen + 1], np.array([entry["epoch"]], np.uint32))[0]
 
     def passes(self, step: int) -> dict[str, float]:
         """Passes over each source before `step`, by name."""

@@ -14,7 +14,7 @@ import torch
 
 from data_tools.shards import ShardIndex
 from train.config import DataConfig
-from train.data.rejected import BrokenSample
+from train.data.rejected import BrokenSample, UnreadableSample
 
 SAMPLE_RATE = 16_000
 RETRY_PAUSES = (0.2, 1.0, 5.0)  # seconds before each further attempt at a read that the file system refused
@@ -59,12 +59,13 @@ def decode(audio: bytes) -> torch.Tensor:
     return waveform if rate == SAMPLE_RATE else _resampler(rate)(waveform)
 
 
-def read_with_retry(index: ShardIndex, row: int, pauses: tuple[float, ...] = RETRY_PAUSES) -> tuple[bytes | None, dict, int]:
+def read_with_retry(index: ShardIndex, row: int, pauses: tuple[float, ...] | None = None) -> tuple[bytes | None, dict, int]:
     """index.read(row) and the number of retries it took.
 
-    What the file system refuses (a stalled or remounted NFS, a vanished shard) is tried again after `pauses`; content
-    that is wrong is not. Errors: BrokenSample with the last reason.
+    What the file system refuses (a stalled or remounted NFS, a vanished shard) is tried again after `pauses` (RETRY_PAUSES);
+    content that is wrong is not. Errors: BrokenSample with the last reason, UnreadableSample where the file system refused.
     """
+    pauses = RETRY_PAUSES if pauses is None else pauses
     for attempt, pause in enumerate((*pauses, None)):
         try:
             return *index.read(row), attempt
@@ -75,7 +76,7 @@ def read_with_retry(index: ShardIndex, row: int, pauses: tuple[float, ...] = RET
                 raise BrokenSample(str(error)) from None
             why = error
         if pause is None:
-            raise BrokenSample(f"cannot be read after {attempt + 1} attempts: {why}")
+            raise UnreadableSample(f"cannot be read after {attempt + 1} attempt(s): {why}")
         LOGGER.warning("reading sample %d: %s; trying again in %g s", row, why, pause)
         index.close()  # stale handles do not come back by themselves
         time.sleep(pause)

@@ -16,12 +16,16 @@ class BrokenSample(ValueError):
     """One utterance that cannot be used; the message says why."""
 
 
+class UnreadableSample(BrokenSample):
+    """... because the file system refused it, again and again."""
+
+
 class TooManyRejected(RecipeError):
     """More than `data.max_rejected_share` of the utterances were broken; the message lists them."""
 
 
 class RejectedLog:
-    """Counts and names broken utterances of one rank; appends one JSON line each to `path` (None: only counts).
+    """Counts and names broken utterances of one rank, each once; appends one JSON line each to `path` (None: only counts).
 
     Every rank appends to the same file, one write() per line, so lines of different ranks do not mix.
     """
@@ -30,6 +34,7 @@ class RejectedLog:
         self.path, self.share = None if path is None else Path(path), share
         self.seen = 0  # utterances asked for
         self.records: list[dict] = []
+        self._names: set[tuple] = set()
 
     def write(self, records: list[dict]) -> None:
         """Name utterances without counting them against the share (the recipe's own limits)."""
@@ -46,8 +51,14 @@ class RejectedLog:
     def add(self, records: list[dict], seen: int) -> None:
         """Errors: TooManyRejected past the share."""
         self.seen += seen
-        self.records += records
-        self.write(records)
+        new = []
+        for record in records:
+            name = (record["corpus"], record["id"])
+            if name not in self._names:
+                self._names.add(name)
+                new.append(record)
+        self.records += new
+        self.write(new)
         if len(self.records) > self.share * max(self.seen, LEAST_UTTERANCES):
             last = "; ".join(f"{r['id']} ({r['reason']})" for r in self.records[-10:])
             where = f"all in {self.path}, " if self.path else ""

@@ -28,10 +28,11 @@ from train.data.collate import Collator, Prepared
 from train.data.loader import PHASES, Job, Loaded, Loader
 from train.data.plan import PlainPlan, Plan
 from train.data.reader import SAMPLE_RATE, Sample, check_length, decode, read_with_retry
-from train.data.rejected import BrokenSample, RejectedLog
+from train.data.rejected import BrokenSample, RejectedLog, UnreadableSample
 from train.data.web import PlainReader
 
 REPLACEMENTS = 8  # further utterances that are tried in a broken one's place
+GIVE_UP_SECONDS = 600.0  # that a shard whose reads failed is asked only once per utterance
 
 
 @dataclass
@@ -58,13 +59,21 @@ class MicroBatchReader(Dataset):
     def __init__(self, indexes: list[ShardIndex], collator: Collator, data: DataConfig, *, plan: Plan | None = None,
                  features=None, slots: int = 1):
         self.indexes, self.collator, self.data, self.plan, self.features = indexes, collator, data, plan, features
+        self._refused: dict[tuple[int, int], float] = {}  # (corpus, shard) -> when its reads failed to the last attempt
         # What each worker is at, for the watchdog: [time it began (0: idle), corpus, row, step].
         self.at = torch.zeros(max(slots, 1), 4, dtype=torch.float64).share_memory_()
 
     def _sample(self, entry: np.void, timings: dict[str, float]) -> tuple[Prepared, int]:
         index, row = self.indexes[entry["corpus"]], int(entry["row"])
         began = time.perf_counter()
-        audio, meta, retries = read_with_retry(index, row)
+        shard = int(entry["corpus"]), int(index.samples["shard"][row])
+        # Of a vanished shard not every utterance has to wait through all attempts.
+        given_up = time.monotonic() - self._refused.get(shard, -np.inf) < GIVE_UP_SECONDS
+        try:
+            audio, meta, retries = read_with_retry(index, row, () if given_up else None)
+        except UnreadableSample:
+            self._refused[shard] = time.monotonic()
+            raise
         read = time.perf_counter()
         if audio is None:
             sample = Sample(meta, None)
@@ -97,7 +106,7 @@ class MicroBatchReader(Dataset):
 
     def __getitem__(self, job: Job) -> Loaded:
         worker = torch.utils.data.get_worker_info()
-        slot = self.at[worker.id if worker else 0]
+        slot = self.at[worker.id if worker else 0].numpy()
         timings = dict.fromkeys(PHASES, 0.0)
         prepared, rejected, retries = [], [], 0
         for entry in job.entries:
@@ -105,8 +114,7 @@ class MicroBatchReader(Dataset):
             for attempt in range(REPLACEMENTS + 1 if self.plan is not None else 1):
                 if attempt:
                     entry = self.plan.replacement(planned, attempt)
-                slot[1:] = torch.tensor([float(entry["corpus"]), float(entry["row"]), float(job.step)], dtype=torch.float64)
-                slot[0] = time.time()
+                slot[:] = time.time(), entry["corpus"], entry["row"], job.step
                 try:
                     one, more = self._sample(entry, timings)
                 except BrokenSample as error:

@@ -86,15 +86,14 @@ class PlainReader(IterableDataset):
                     return
                 time.sleep(pause)
 
-    def _samples(self, corpus: int, slot: int, slots: int, at: torch.Tensor, broken: list[dict]) -> Iterator[tuple[dict, int]]:
+    def _samples(self, corpus: int, slot: int, slots: int, at: np.ndarray, broken: list[dict]) -> Iterator[tuple[dict, int]]:
         """Undecoded samples of one corpus and their pass, for ever."""
         shards, first, every = self._shards(corpus, slot, slots)
         number = 0
         while True:
             counted = found = 0
             for shard in sorted(shards, key=lambda s: int(key64(self.data.seed, self.start_step, number, corpus, s))):
-                at[1:] = torch.tensor([corpus, shard, number], dtype=torch.float64)
-                at[0] = time.time()
+                at[:] = time.time(), corpus, shard, number
                 for sample in self._open(self.urls[corpus][shard], broken):
                     at[0] = 0
                     counted += 1
@@ -141,7 +140,7 @@ class PlainReader(IterableDataset):
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         slot, slots = self.rank * workers + number, self.world_size * workers
         random = np.random.Generator(np.random.PCG64(int(key64("plain", self.data.seed, self.start_step, slot))))
-        at, broken, timings = self.at[number], [], dict.fromkeys(PHASES, 0.0)
+        at, broken, timings = self.at[number].numpy(), [], dict.fromkeys(PHASES, 0.0)
         sources = [self._samples(corpus, slot, slots, at, broken) for corpus in range(len(self.urls))]
         buffer: list[tuple[dict, int]] = []
         pool: list[Prepared] = []

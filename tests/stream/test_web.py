@@ -1,0 +1,100 @@
+"""Shards without an index, through pipes and HTTP: equal steps, each utterance once per pass and slot, faults named."""
+
+import functools
+import http.server
+import threading
+from collections import Counter
+
+import pytest
+
+from tests.stream.conftest import data_config
+from train.config import Corpus, MixtureConfig, RecipeError
+from train.data import Plan, Stream
+from train.data import web as web_module
+from train.data.web import PlainReader, micro_batches_per_step
+
+
+def streamed(pattern, **settings):
+    data = data_config(**{"batch_seconds": 12.0, "micro_batch_seconds": 4.0, **settings})
+    data.train = [Corpus(shards=pattern)]
+    return data
+
+
+def pipe(folder):
+    return f"pipe:cat {folder}/toy-{{000000..000004}}.tar"
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 1), (4, 2)])
+def test_equal_steps_and_micro_batches_whatever_the_slots(packed, tokenizer, model_config, world_size, workers, monkeypatch):
+    monkeypatch.setattr(web_module, "SHUFFLE_BUFFER", 10)
+    data = streamed(pipe(packed), workers=workers)
+    counts, names = [], Counter()
+    for rank in range(world_size):
+        steps = list(Stream(data, "alignment", tokenizer, model_config, rank, world_size, 2, 7))
+        assert [step.step for step in steps] == [2, 3, 4, 5, 6]
+        counts.append([len(step.micro_batches) for step in steps])
+        names.update(name for step in steps for batch in step.micro_batches for name in batch.ids)
+        seconds = sum(step.seconds for step in steps) / 5
+        assert abs(seconds - 12.0 / world_size) < 3.0 / world_size + 1
+    assert all(count == counts[0] for count in counts)
+    assert counts[0] == [micro_batches_per_step(data, world_size)] * 5
+    assert len(names) > 10
+
+
+@pytest.mark.parametrize("slots", [1, 3, 5, 8])  # 8: more slots than shards, each takes its share of the samples
+def test_slots_share_the_samples_without_overlap(packed, tokenizer, model_config, slots):
+    data = streamed(pipe(packed))
+    seen = Counter()
+    for slot in range(slots):
+        stream = Stream(data, "alignment", tokenizer, model_config, slot, slots, 0, 1)
+        assert isinstance(stream.reader, PlainReader)
+        source = stream.reader._samples(0, slot, slots, stream.reader.at[0].numpy(), [])
+        for sample, number in source:
+            if number == 2:
+                break
+            seen[sample["__key__"], number] += 1
+    assert len(seen) == 2 * 23 and set(seen.values()) == {1}
+
+
+def test_over_http(packed, tokenizer, model_config):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(packed))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        data = streamed(f"pipe:curl -s -f http://127.0.0.1:{server.server_port}/toy-{{000000..000004}}.tar", workers=1)
+        steps = list(Stream(data, "shrinking", tokenizer, model_config, 0, 1, 0, 3))
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert len(steps) == 3 and not any(step.rejected for step in steps)
+    assert all(batch.input_ids.shape[1] > 0 for step in steps for batch in step.micro_batches)
+
+
+def test_what_cannot_be_read_is_named(packed, tokenizer, model_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(web_module, "RETRY_PAUSES", (0.01,))
+    (packed / "toy-000002.tar").unlink()
+    shard = packed / "toy-000003.tar"
+    shard.write_bytes(shard.read_bytes()[:-60_000])
+    stream = Stream(streamed(pipe(packed)), "alignment", tokenizer, model_config, 0, 1, 0, 3, rejected_path=tmp_path / "r.jsonl")
+    steps = list(stream)
+    reasons = {record["id"]: record["reason"] for step in steps for record in step.rejected}
+    assert any("toy-000002.tar after 0 samples" in name for name in reasons)
+    assert any("toy-000003.tar after" in name for name in reasons)
+    assert all(step.samples for step in steps) and (tmp_path / "r.jsonl").read_text().count("\n") >= 2
+    for path in packed.glob("*.tar"):
+        path.unlink()
+    with pytest.raises(RecipeError, match="gives rank 0 nothing in a whole pass"):
+        next(iter(Stream(streamed(pipe(packed)), "alignment", tokenizer, model_config, 0, 1, 0, 3)))
+
+
+def test_settings_that_need_an_index_are_named(packed):
+    for change, words in (({"mixture": MixtureConfig(tau_end=2.0)}, "data.mixture needs an index"),
+                          ({"cache_features": "x"}, "data.cache_features needs an index")):
+        with pytest.raises(RecipeError, match=words):
+            Plan.open(streamed(pipe(packed), **change), "alignment", 5)
+    data = streamed(pipe(packed))
+    data.train.append(Corpus(shards=str(packed)))
+    with pytest.raises(RecipeError, match="mixes packed folders and streamed shards"):
+        Plan.open(data, "alignment", 5)
+    ours, other = (Plan.open(streamed(pattern), "alignment", 5).fingerprint for pattern in (pipe(packed), "pipe:x"))
+    assert ours != other
