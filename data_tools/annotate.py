@@ -133,7 +133,10 @@ def run(options: argparse.Namespace) -> str:
         part, parts = options.part
         items = itertools.islice((item for corpus in corpora for item in corpus), part + done * parts, None, parts)
         context = get_context("fork")
-        with ProcessPoolExecutor(options.workers, context, start_worker) as pool, open(unfinished, "a", encoding="utf-8") as out:
+        with (
+            ProcessPoolExecutor(options.workers, context, start_worker, (os.getpid(),)) as pool,
+            open(unfinished, "a", encoding="utf-8") as out,
+        ):
             bar = tqdm(initial=done, unit=" samples", desc="annotating", disable=None)
             for lines in annotated(items, pool, options.hash, transcriber):
                 out.write("".join(line + "\n" for line in lines))

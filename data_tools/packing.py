@@ -126,7 +126,7 @@ class Packing:
             load_tokenizer(self.sieve.filters.tokenizer)
         context = get_context("fork")
         progress = context.Value("d", 0.0)
-        pool = ProcessPoolExecutor(min(workers, len(shards)), context, _start_worker, (self, progress))
+        pool = ProcessPoolExecutor(min(workers, len(shards)), context, _start_worker, (self, progress, os.getpid()))
         try:
             self._follow({pool.submit(_work, shard) for shard in shards}, hours, progress)
         finally:
@@ -273,10 +273,10 @@ _packing: Packing | None = None
 _progress = None
 
 
-def _start_worker(packing: Packing, progress) -> None:
+def _start_worker(packing: Packing, progress, parent: int) -> None:
     global _packing, _progress
     _packing, _progress = packing, progress
-    start_worker()
+    start_worker(parent)
 
 
 def _work(shard: int) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -31,7 +32,6 @@ from data_tools.corpora import CorpusError, Entry, Fault
 from data_tools.filters import OTHER_SPLIT, Sieve
 from data_tools.shards import OutputError, id_hash, replace_file
 
-BUCKETS = 256
 SHARD_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u8"), ("first", "<u8"), ("count", "<u4"), ("seconds", "<f8")])
 # Without a wanted size: shards of 256 MB, smaller where a small corpus would not feed 32 readers.
 _SHARD_BYTES, _SMALL_SHARD_BYTES, _SMALL_CORPUS_SHARDS = 256e6, 4e6, 32
@@ -113,7 +113,7 @@ def _scan(folder: Path, corpora: Iterable[Iterable[Entry | Fault]], sieve: Sieve
     scan = _Scan()
     with ExitStack() as stack:
         ids, hashes = (stack.enter_context(open(folder / name, "wb")) for name in ("ids", "hashes"))
-        buckets = [stack.enter_context(open(folder / "buckets" / f"{number:03d}", "wb")) for number in range(BUCKETS)]
+        buckets: dict[int, BinaryIO] = {}
         for item in _items(corpora):
             fault = item if isinstance(item, Fault) else sieve.judge(item)
             if fault is OTHER_SPLIT:
@@ -133,7 +133,9 @@ def _scan(folder: Path, corpora: Iterable[Iterable[Entry | Fault]], sieve: Sieve
             size = _RECORD_BYTES + len(line) + (estimate_bytes(item.audio, seconds, layout.codec) if item.audio else 0)
             unit = f"{layout.seed}:{layout.unit(item)}".encode()
             place = int.from_bytes(hashlib.blake2b(unit, digest_size=8).digest(), "big")
-            bucket = 0 if layout.shuffle == "none" else place >> 56
+            bucket = 0 if layout.shuffle == "none" else place >> 56  # one of 256
+            if bucket not in buckets:
+                buckets[bucket] = stack.enter_context(open(folder / "buckets" / f"{bucket:03d}", "wb"))
             buckets[bucket].write(f"{place:020d}\t{scan.samples:020d}\t{size:.0f}\t{seconds:.3f}\t{line}\n".encode())
             ids.write(struct.pack("<QQ", id_hash(item.corpus, item.id), scan.samples))
             if sieve.filters.drop_duplicates and item.audio:
@@ -181,8 +183,8 @@ def _sort(
     start = offset = first = count = 0
     filled, seconds_here, last_unit = 0.0, 0.0, None
     with open(folder / "entries.jsonl", "wb") as entries:
-        for number in range(BUCKETS if layout.shuffle != "none" else 1):
-            for packed in _bucket(folder / "buckets" / f"{number:03d}", ordered=layout.shuffle == "none"):
+        for bucket in sorted((folder / "buckets").iterdir()):
+            for packed in _bucket(bucket, ordered=layout.shuffle == "none"):
                 unit, sequence_text, size, seconds_text, line = packed.split(b"\t", 4)
                 sequence, seconds = int(sequence_text), float(seconds_text)
                 if same_id(sequence) or same_audio(sequence):

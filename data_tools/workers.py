@@ -9,14 +9,14 @@ import threading
 import time
 
 
-def start_worker() -> None:
-    """To be run first in each worker: one thread of its own, a quiet end on Ctrl-C, and no life without its parent."""
+def start_worker(parent: int) -> None:
+    """To be run first in each worker: one thread of its own, a quiet end on Ctrl-C, and no life without its parent (a pid)."""
     # One thread, whether torch is here already or comes with the first clip to resample.
     os.environ["OMP_NUM_THREADS"] = "1"
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from each worker; the parent says what to do
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
 
 
 def _end_with_parent(parent: int) -> None:
