@@ -73,7 +73,8 @@ def figure(inspection: dict, name_of: Callable[[int], str], index: int = 0, titl
         lower.vlines(at, 0, heights, color="#1f77b4")
         lower.plot(at, heights, "o", color="#1f77b4", markersize=3)
         for x, (_, token) in zip(at, peaks, strict=True):
-            name = name_of(token).replace(" ", "\u2423").replace("$", r"\$") or "?"
+            name = "".join(c if c.isprintable() and c != "\ufffd" else "?" for c in name_of(token)) or "?"
+            name = name.replace(" ", "\u2423").replace("$", r"\$")
             lower.text(x, 1.08, name, rotation=90, ha="center", va="bottom", fontsize=8)
     lower.set_ylim(0, 2.4)
     lower.set_yticks([0, 1])

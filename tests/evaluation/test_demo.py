@@ -1,0 +1,119 @@
+"""The page, in a real browser: Debian's chromium, headless, driven by playwright."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+import soundfile
+
+from evaluation.demo import QUESTION
+from tests.evaluation.conftest import SECONDS, sound
+
+
+@pytest.fixture
+def clip(tmp_path):
+    path = tmp_path / "clip.flac"
+    path.write_bytes(sound(SECONDS[3], 3))
+    return path
+
+
+@pytest.fixture
+def server(folders, request):
+    """The page's own command, on a free port of this machine."""
+    pytest.importorskip("gradio")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "evaluation.demo", str(folders / request.param), "--port", str(port),
+                                "--device", "cpu", "--max-new-tokens", "12"], env=environment, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            assert process.poll() is None, process.stdout.read()
+            try:
+                urllib.request.urlopen(url, timeout=5)
+                break
+            except OSError:
+                time.sleep(1)
+        yield url
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """chromium with a microphone that plays a file."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("needs Debian's chromium: apt-get install chromium")
+    spoken = tmp_path / "spoken.wav"
+    soundfile.write(spoken, [0.1, -0.1] * 48000, 48000)
+    with playwright.sync_playwright() as driver:
+        program = driver.chromium.launch(executable_path=chromium, args=[
+            "--no-sandbox", "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
+            f"--use-file-for-fake-audio-capture={spoken}"])
+        yield program
+        program.close()
+
+
+def outside(requests: list[str], url: str) -> list[str]:
+    return [request for request in requests if not request.startswith((url, "data:", "blob:"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["shrinking"], indirect=True)
+def test_upload_ask_see(server, browser, clip):
+    tab = browser.new_page()
+    asked = []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.goto(server)
+    tab.get_by_role("button", name="Ask").wait_for(timeout=120_000)
+    assert tab.locator("#question textarea, #question input").input_value() == QUESTION
+    tab.get_by_role("button", name="Ask").click()  # without audio: a message, no crash
+    tab.get_by_text("record or upload some first").wait_for(timeout=60_000)
+    tab.get_by_text("record or upload some first").wait_for(state="hidden", timeout=60_000)
+    tab.get_by_role("button", name="Upload file").click()
+    tab.locator("input[type=file]").set_input_files(str(clip))
+    tab.get_by_role("button", name="Play", exact=True).wait_for(timeout=60_000)
+    tab.get_by_role("button", name="Ask").click()
+    tab.get_by_text("real-time factor").wait_for(timeout=120_000)
+    times = tab.locator("#timings").inner_text()
+    assert f"{SECONDS[3]:.2f} s" in times and "time to first words" in times
+    assert re.search(r"53, \d+ kept", times)  # 2.1 s: 105 encoder frames, by twos
+    assert tab.locator("#transcript textarea").input_value() or tab.locator("#answer textarea").input_value()
+    assert tab.locator("#picture img").count() == 1
+    assert tab.evaluate("document.querySelector('#picture img').naturalWidth") > 300
+    assert outside(asked, server) == []  # the page works without a network, and tells nobody
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["alignment"], indirect=True)
+def test_microphone_of_a_stage_one_model(server, browser):
+    context = browser.new_context(permissions=["microphone"])
+    tab = context.new_page()
+    tab.goto(server)
+    tab.get_by_role("button", name="Ask").wait_for(timeout=120_000)
+    assert tab.locator("#question").count() == 0  # nothing to ask without an LLM
+    tab.get_by_role("button", name="Record", exact=True).click()
+    tab.wait_for_timeout(2500)
+    tab.get_by_role("button", name="Stop").first.click()
+    tab.get_by_role("button", name="Play", exact=True).wait_for(timeout=60_000)
+    tab.get_by_role("button", name="Ask").click()
+    tab.get_by_text("encoder, adapter and CTC").wait_for(timeout=120_000)
+    seconds = float(re.search(r"audio\s+([\d.]+) s", tab.locator("#timings").inner_text()).group(1))
+    assert 1 < seconds < 10
+    assert "has no LLM" in tab.locator("#answer textarea").input_value()
