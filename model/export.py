@@ -56,8 +56,9 @@ def export(run: str | Path, out: str | Path, *, merge: bool = False, with_encode
     names = {"encoder": encoder.name, "llm": llm.name}
     shutil.copyfile(run / ADAPTERS, out / ADAPTERS)
     tokenizer = load_tokenizer(llm, config.audio_token)
-    generation = GenerationConfig(eos_token_id=stop_ids(tokenizer, config.prompt), bos_token_id=tokenizer.bos_token_id,
-                                  pad_token_id=tokenizer.pad_token_id or stop_ids(tokenizer, config.prompt)[0], max_new_tokens=512)
+    stop = stop_ids(tokenizer, config.prompt)
+    pad = stop[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    generation = GenerationConfig(eos_token_id=stop, bos_token_id=tokenizer.bos_token_id, pad_token_id=pad, max_new_tokens=512)
     for folder in [out, *([out / "llm"] if merge else [])]:
         folder.mkdir(exist_ok=True)
         tokenizer.save_pretrained(folder)

@@ -62,9 +62,9 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_m
 class ShardWriter:
     """safetensors shards with transformers' index, one shard in memory at a time."""
 
-    def __init__(self, folder: Path, limit: int = SHARD_BYTES):
+    def __init__(self, folder: Path, limit: int | None = None):
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.limit = folder, limit
+        self.folder, self.limit = folder, limit or SHARD_BYTES
         self.pending: dict[str, torch.Tensor] = {}
         self.size = self.total = 0
         self.shards: list[list[str]] = []
@@ -262,11 +262,29 @@ def to_official(run: str | Path, out: str | Path) -> Path:
     theirs = _their_config(llm, encoder, rows, audio_id, tokenizer.pad_token_id)
     (out / "config.json").write_text(json.dumps(theirs, indent=1) + "\n")
     tokenizer.save_pretrained(out)
+    _write_tokenizer_for_transformers_4(out)
     (out / "encoder").mkdir(exist_ok=True)
     shutil.copyfile(encoder.folder / "config.json", out / "encoder" / "config.json")
     if (llm.folder / "generation_config.json").exists():
         shutil.copyfile(llm.folder / "generation_config.json", out / "generation_config.json")
     return out
+
+
+def _write_tokenizer_for_transformers_4(folder: Path) -> None:
+    """What transformers 5 wrote, in the words of 4.43 (tokenizers 0.19): its class, the template inside the settings, each
+    merge as one string."""
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings.pop("backend", None)
+    template = folder / "chat_template.jinja"
+    if template.exists():
+        settings["chat_template"] = template.read_text()
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    backend = json.loads((folder / "tokenizer.json").read_text())
+    merges = backend["model"].get("merges", [])
+    backend["model"]["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+    (folder / "tokenizer.json").write_text(json.dumps(backend, ensure_ascii=False))
 
 
 def grow(table: torch.Tensor, rows: int) -> torch.Tensor:

@@ -120,28 +120,23 @@ def output_embeddings(source: Source, dtype: torch.dtype) -> torch.Tensor:
     return read_tensor(source.folder, embedding_names(source.config)[1]).to(dtype)
 
 
-def embedding_statistics(source: Source) -> tuple[float, torch.Tensor]:
-    """(root mean square of the input embeddings: the scale of the space that the LLM's first layer expects,
-    mean output embedding [D]), from the files, a block of rows at a time (the table of an 8B model is 1 GB)."""
+def embedding_statistics(source: Source) -> tuple[float, float]:
+    """Root mean square of the input embeddings (the scale of the space that the LLM's first layer expects) and of the output
+    embeddings (the scale of CTC's target space), from the files, a block of rows at a time (the table of an 8B model is 1 GB)."""
     input_name, output_name, scale = embedding_names(source.config)
     files = tensor_files(source.folder)
-    squares = count = 0
-    mean = None
+    mean_square = {}
     for name in dict.fromkeys((input_name, output_name)):
         if name not in files:
             raise SourceError(f"{source.folder} holds no tensor '{name}'")
         with safe_open(files[name], "pt") as file:
             rows = file.get_slice(name)
-            size = rows.get_shape()[0]
+            size, width = rows.get_shape()
+            squares = 0.0
             for start in range(0, size, 16384):
-                block = rows[start:start + 16384].float()
-                if name == input_name:
-                    squares += float(block.square().sum(dtype=torch.float64))
-                    count += block.numel()
-                if name == output_name:
-                    share = block.sum(0, dtype=torch.float64) / size
-                    mean = share if mean is None else mean + share
-    return scale * (squares / count) ** 0.5, mean.float()
+                squares += float(rows[start:start + 16384].float().square().sum(dtype=torch.float64))
+            mean_square[name] = squares / (size * width)
+    return scale * mean_square[input_name] ** 0.5, mean_square[output_name] ** 0.5
 
 
 def fingerprint(folder: Path, prefix: str = "") -> str:

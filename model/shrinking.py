@@ -13,16 +13,8 @@ import torch
 from torch import nn
 
 from model import ops
+from model.alignment import ScaledLayerNorm
 from model.config import ShrinkingConfig
-
-
-class ScaledLayerNorm(nn.LayerNorm):
-    """LayerNorm whose gain starts at a value of choice (set in the constructor: under ZeRO-3 that is the last moment)."""
-
-    def __init__(self, width: int, gain: float):
-        super().__init__(width)
-        with torch.no_grad():
-            self.weight.fill_(gain)
 
 
 class ZeroLinear(nn.Linear):

@@ -98,15 +98,16 @@ class Soundwave(Generation, nn.Module):
         with torch.device("meta" if meta else "cpu"):
             tokenizer = None if meta else load_tokenizer(sources["llm"], config.audio_token)
             audio_id = rows if meta else tokenizer.convert_tokens_to_ids(config.audio_token)
-            scale, mean_row = (1.0, torch.zeros(width)) if meta else embedding_statistics(sources["llm"])
+            input_rms, output_rms = (1.0, 1.0) if meta else embedding_statistics(sources["llm"])
             llm = build_llm(config.llm, sources["llm"], dtype, attention) if "llm" in parts else None
-            alignment = AlignmentAdapter(config.alignment, encoder.width, width, heads)
+            alignment = AlignmentAdapter(config.alignment, encoder.width, width, heads,
+                                         gain=min(1.0, 1 / (output_rms * width ** 0.5)))
             if llm is not None and config.alignment.ctc_head == "tied":
                 embeddings = llm.get_output_embeddings().weight
             else:
                 embeddings = torch.empty(rows, width, dtype=dtype) if meta else output_embeddings(sources["llm"], dtype)
-            ctc_head = CTCHead(config.alignment.ctc_head, embeddings, mean_row, audio_id, config.ops)
-            gain = scale if config.shrinking.init_gain_to_embeddings else 1.0
+            ctc_head = CTCHead(config.alignment.ctc_head, embeddings, output_rms, audio_id, config.ops)
+            gain = input_rms if config.shrinking.init_gain_to_embeddings else 1.0
             shrinking = ShrinkingAdapter(config.shrinking, width, heads, gain) if llm is not None else None
         model = cls(config, tokenizer=tokenizer, encoder=encoder if "encoder" in parts else None, alignment=alignment,
                     ctc_head=ctc_head, shrinking=shrinking, llm=llm, sources=sources)

@@ -58,7 +58,7 @@ class ReleasedSoundwave(nn.Module):
 
         model = cls(*(json.loads((folder / path).read_text()) for path in ("config.json", "encoder/config.json")))
         state = {}
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in sorted(folder.glob("model*.safetensors")):
             state.update(load_file(file))
         model.load_state_dict(state, strict=True)
         return model.float().eval()

@@ -12,8 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from model import folder as model_folder
 from model.batch import Batch
+from model.config import official_switches
 from model.convert import main as convert
+from model.official import ShardWriter
+from model.prompt import chat_ids
+from model.soundwave import Soundwave
 from tests.model import tiny
+from tests.model.check_release_layout import TEXT
+from tests.model.check_release_layout import main as check_release_layout
 from tests.model.release import ReleasedSoundwave
 
 
@@ -153,3 +159,99 @@ def test_authors_own_answers(tmp_path):
     assert convert(["--to-official", str(tmp_path / "ours"), "--out", str(tmp_path / "again")]) == 0
     first, again = load_file(oracle / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
     assert first.keys() == again.keys() and all(torch.equal(first[n], again[n]) for n in first)
+
+
+def release_like(folders, **llm_options):
+    """A model of our own, with LoRA and a tied head, in the switches that the release's layout can express."""
+    config = official_switches(tiny.config(folders("whisper"), folders("llama", **llm_options)))
+    config.alignment.ctc_head = "tied"
+    torch.manual_seed(2)
+    model = Soundwave.build(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or name.startswith("shrinking.out") or name == "ctc_head.blank_row":
+                parameter.normal_(0, 0.2)
+    return model
+
+
+@torch.no_grad()
+def expected_answers(model, folder: Path) -> None:
+    """Inputs and our logits, for check_release_layout."""
+    mel = spoken(16, torch.Generator().manual_seed(4))[1]
+    ids, _ = chat_ids(model.tokenizer, [{"role": "user", "content": "<audio_patch>\nWhat?"}], "release")
+    batch = release_batch(model, mel[None], torch.tensor([ids]))
+    audio = model.listen(batch)
+    assert int(audio.kept_lengths) > 3
+    embeddings, mask, _ = model.embeddings(batch, audio)
+    save_file({"input_ids": torch.tensor(ids), "mel": mel, "text_ids": torch.tensor(model.tokenizer(TEXT).input_ids),
+               "logits": model.llm(inputs_embeds=embeddings, attention_mask=mask).logits[0]}, folder / "expected.safetensors")
+
+
+@torch.no_grad()
+def test_our_own_training_in_the_releases_layout(folders, tmp_path):
+    """LoRA merged, the tied head written out, tables grown for <audio_patch> and padding."""
+    model = release_like(folders)
+    model_folder.save(model, tmp_path / "run")
+    assert convert(["--to-official", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    expected_answers(model, tmp_path / "out")
+    expected = load_file(tmp_path / "out" / "expected.safetensors")
+    (tmp_path / "out" / "expected.safetensors").unlink()
+    released = ReleasedSoundwave.load(tmp_path / "out")
+    assert released.config["vocab_size"] == model.audio_id + 2  # the padding token is the last one
+    logits = released.logits(expected["input_ids"], expected["mel"])[:, : expected["logits"].shape[1]]
+    assert (logits - expected["logits"]).abs().max() < 1e-4
+    # and in again: our folder of it gives the same
+    assert convert(["--from-official", str(tmp_path / "out"), "--out", str(tmp_path / "back")]) == 0
+    back = model_folder.load(tmp_path / "back")
+    batch = release_batch(back, expected["mel"][None], expected["input_ids"][None])
+    embeddings, mask, _ = back.embeddings(batch, back.listen(batch))
+    again = back.llm(inputs_embeds=embeddings, attention_mask=mask).logits[0][:, : expected["logits"].shape[1]]
+    assert (again - expected["logits"]).abs().max() < 1e-4
+
+
+def test_what_the_layout_cannot_express_is_one_line(folders, tmp_path, capsys):
+    build = tiny.config(folders("whisper"), folders("llama"))
+    model_folder.save(Soundwave.build(build), tmp_path / "ours")
+    stage_one = Soundwave.build(build, parts=("encoder", "adapters"))
+    model_folder.save(stage_one, tmp_path / "one")
+    model_folder.save(Soundwave.build(official_switches(tiny.config(folders("whisper"), folders("qwen2")))), tmp_path / "qwen")
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "config.json").write_text("{}")
+    for arguments, message in (
+            (["--to-official", tmp_path / "ours"], "model.alignment.attention = time, the release's code knows frame only"),
+            (["--to-official", tmp_path / "one"], "stage I folder"),
+            (["--to-official", tmp_path / "qwen"], "takes Llama only"),
+            (["--from-official", tmp_path / "strange"], "has no tokenizer that loads")):
+        assert convert([*map(str, arguments), "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ") and message in error
+
+
+@torch.no_grad()
+def test_shards_of_any_size(folders, tmp_path, monkeypatch):
+    """A checkpoint in many files in, many files out; no shard is larger than asked for."""
+    monkeypatch.setattr("model.official.SHARD_BYTES", 40_000)
+    words = release_tokenizer()
+    config, encoder = released_configs(words)
+    released = write_release(tmp_path / "released", words, config, encoder)
+    writer = ShardWriter(tmp_path / "released", 30_000)
+    for name, tensor in released.state_dict().items():
+        writer.add(name, tensor)
+    (tmp_path / "released" / "model.safetensors").unlink()
+    writer.close()
+    assert convert(["--from-official", str(tmp_path / "released"), "--out", str(tmp_path / "ours")]) == 0
+    assert convert(["--to-official", str(tmp_path / "ours"), "--out", str(tmp_path / "again")]) == 0
+    for folder in (tmp_path / "ours" / "llm", tmp_path / "again"):
+        shards = [load_file(f) for f in folder.glob("model-*.safetensors")]
+        assert len(shards) > 2 and all(len(s) == 1 or sum(t.nbytes for t in s.values()) <= 40_000 for s in shards)
+    again = ReleasedSoundwave.load(tmp_path / "again").state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in released.state_dict().items())
+
+
+@pytest.mark.slow
+def test_transformers_4_43_takes_the_folder(folders, tmp_path):
+    model = release_like(folders, extra_tokens=("<audio_patch>",))
+    model_folder.save(model, tmp_path / "run")
+    assert convert(["--to-official", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    expected_answers(model, tmp_path / "out")
+    assert check_release_layout([str(tmp_path / "out")]) == 0
