@@ -7,11 +7,13 @@ import functools
 import torch
 from torch import Tensor
 
-from .build import load
 from .operator import TILE, Kept, Problem
 
 
 def available() -> bool:
+    """Whether it is built or can be built here; the first call compiles it where the set-up has not."""
+    from .build import load  # here, because `python -m model.ops.build` must not find itself imported already
+
     return load()
 
 

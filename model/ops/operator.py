@@ -62,9 +62,10 @@ class Kept(NamedTuple):
 
     loss: Tensor  # [B], inf where no alignment exists
     lse: Tensor  # [B, T]
-    blank_logit: Tensor  # [B, T]
     log_mass: Tensor  # [B * T, tiles] log of the sum of exp(logit) over each tile's tokens; unset for padded frames
-    occupancy: Tensor  # [B, T, U + 1] probability of each position of the target at each frame; last column: of any blank
+    # [B, T, U + 1] gradient of each loss for the logits of its labels (one that stands several times: at its first place, the
+    # others zero) and, last, of the blank: softmax minus occupancy.
+    label_gradient: Tensor
 
 
 def _backend(implementation: str):
@@ -75,7 +76,7 @@ def _backend(implementation: str):
 def forward(hidden: Tensor, weight: Tensor, extra_row: Tensor | None, input_lengths: Tensor, targets: Tensor,
             target_lengths: Tensor, blank: int, skip_below: float, implementation: str, deterministic: bool,
             with_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, argmax, lse, largest logit, blank's logit; then log_mass and occupancy as in Kept (empty without gradient)."""
+    """loss, argmax, lse, largest logit, blank's logit; then log_mass and label_gradient as in Kept (empty without gradient)."""
     problem = Problem(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank)
     problem.check_values()
     return _backend(implementation).forward(problem, deterministic, with_gradient)
@@ -90,27 +91,27 @@ def _(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank, 
     def float32(*shape):
         return hidden.new_empty(shape, dtype=torch.float32)
 
-    occupancy = (batch, length, targets.shape[1] + 1) if with_gradient else (0, 0, 0)
+    label_gradient = (batch, length, targets.shape[1] + 1) if with_gradient else (0, 0, 0)
     frames = [float32(batch, length) for _ in range(3)]
     return (float32(batch), hidden.new_empty((batch, length), dtype=torch.int64), *frames,
-            float32(batch * length, problem.tiles), float32(*occupancy))
+            float32(batch * length, problem.tiles), float32(*label_gradient))
 
 
 @torch.library.custom_op("soundwave::linear_ctc_backward", mutates_args=())
 def backward(loss_gradient: Tensor, hidden: Tensor, weight: Tensor, extra_row: Tensor | None, input_lengths: Tensor,
-             targets: Tensor, target_lengths: Tensor, blank: int, loss: Tensor, lse: Tensor, blank_logit: Tensor,
-             log_mass: Tensor, occupancy: Tensor, skip_below: float, implementation: str, deterministic: bool,
+             targets: Tensor, target_lengths: Tensor, blank: int, loss: Tensor, lse: Tensor, log_mass: Tensor,
+             label_gradient: Tensor, skip_below: float, implementation: str, deterministic: bool,
              want_hidden: bool, want_weight: bool, want_extra: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and extra_row; an empty tensor for each that is not wanted."""
     problem = Problem(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank)
-    kept = Kept(loss, lse, blank_logit, log_mass, occupancy)
+    kept = Kept(loss, lse, log_mass, label_gradient)
     wanted = (want_hidden, want_weight, want_extra)
     return _backend(implementation).backward(problem, kept, loss_gradient, skip_below, deterministic, wanted)
 
 
 @backward.register_fake
-def _(loss_gradient, hidden, weight, extra_row, input_lengths, targets, target_lengths, blank, loss, lse, blank_logit, log_mass,
-      occupancy, skip_below, implementation, deterministic, want_hidden, want_weight, want_extra):
+def _(loss_gradient, hidden, weight, extra_row, input_lengths, targets, target_lengths, blank, loss, lse, log_mass,
+      label_gradient, skip_below, implementation, deterministic, want_hidden, want_weight, want_extra):
     def like(tensor, wanted):
         if not wanted:
             return hidden.new_empty(0, dtype=torch.float32)
@@ -121,11 +122,11 @@ def _(loss_gradient, hidden, weight, extra_row, input_lengths, targets, target_l
 
 def _save(ctx, inputs, output):
     *problem, ctx.skip_below, ctx.implementation, ctx.deterministic, _ = inputs
-    loss, argmax, lse, largest, blank_logit, log_mass, occupancy = output
-    ctx.mark_non_differentiable(argmax, lse, largest, blank_logit, log_mass, occupancy)
+    loss, argmax, lse, largest, blank_logit, log_mass, label_gradient = output
+    ctx.mark_non_differentiable(argmax, lse, largest, blank_logit, log_mass, label_gradient)
     ctx.set_materialize_grads(False)
     *tensors, ctx.blank = problem
-    ctx.save_for_backward(*tensors, *Kept(loss, lse, blank_logit, log_mass, occupancy))
+    ctx.save_for_backward(*tensors, *Kept(loss, lse, log_mass, label_gradient))
 
 
 def _gradient(ctx, loss_gradient, *_):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 from torch.utils.checkpoint import checkpoint
 
 # Frames whose logits exist at one time: 64 x 128,257 x 4 B = 33 MB.
@@ -16,45 +16,31 @@ FRAMES_AT_ONCE = 64
 LOG_ZERO = -1e30
 
 
-def _logits(frames: Tensor, weight: Tensor, extra_row: Tensor | None) -> Tensor:
-    """frames [C, D] -> logits [C, V (+ 1)], product in the frames' dtype, result in at least float32."""
-    logits = linear(frames, weight.to(frames.dtype))
+def _piece(frames: Tensor, weight: Tensor, extra_row: Tensor | None, tokens: Tensor) -> tuple[Tensor, ...]:
+    """Of the logits of frames [C, D]: log-sum-exp, largest, argmax, [C]; log probabilities of the columns `tokens` [C, K] of
+    each frame, and the last of these columns' logit [C]. Only the log probabilities have a gradient."""
+    logits = linear(frames, weight.to(frames.dtype))  # the product in the frames' dtype, the rest in float32 at least
     if extra_row is not None:
         logits = torch.cat([logits, linear(frames, extra_row.to(frames.dtype)[None])], dim=1)
-    return logits.to(torch.promote_types(frames.dtype, torch.float32))
-
-
-def _log_normaliser(frames: Tensor, weight: Tensor, extra_row: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    logits = _logits(frames, weight, extra_row)
+    logits = logits.to(torch.promote_types(frames.dtype, torch.float32))
     largest, argmax = logits.detach().max(dim=1)
-    return torch.logsumexp(logits, dim=1), largest, argmax
+    logprob = logits.log_softmax(dim=1)
+    lse = largest - logprob.detach().gather(1, argmax[:, None])[:, 0]
+    return lse, largest, argmax, logprob.gather(1, tokens), logits.detach().gather(1, tokens[:, -1:])[:, 0]
 
 
-def sweep(frames: Tensor, weight: Tensor, extra_row: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exp, largest logit and its token, for each of the frames [N, D]; all [N].
+def sweep(frames: Tensor, weight: Tensor, extra_row: Tensor | None, tokens: Tensor) -> list[Tensor]:
+    """The results of _piece for all of the frames [N, D] with their tokens [N, K].
 
     Chunks of frames one after the other, each computed again in backward, so that N x V logits are never held.
     """
-    pieces = []
-    for chunk in frames.split(FRAMES_AT_ONCE):
-        if torch.is_grad_enabled():
-            pieces.append(checkpoint(_log_normaliser, chunk, weight, extra_row, use_reentrant=False, preserve_rng_state=False))
-        else:
-            pieces.append(_log_normaliser(chunk, weight, extra_row))
-    if not pieces:
-        empty = frames.sum(dim=1, dtype=torch.promote_types(frames.dtype, torch.float32))
-        return empty, empty.detach(), empty.detach().long()
-    lse, largest, argmax = (torch.cat(column) for column in zip(*pieces))
-    return lse, largest, argmax
-
-
-def columns(hidden: Tensor, weight: Tensor, extra_row: Tensor | None, tokens: Tensor) -> Tensor:
-    """Logits of chosen tokens: hidden [B, T, D], tokens [B, C] -> [B, T, C]."""
-    in_weight = tokens.clamp(max=weight.shape[0] - 1)
-    rows = weight[in_weight].to(hidden.dtype)
-    if extra_row is not None:
-        rows = torch.where((tokens == weight.shape[0])[..., None], extra_row.to(hidden.dtype), rows)
-    return (hidden @ rows.transpose(1, 2)).to(torch.promote_types(hidden.dtype, torch.float32))
+    chunks = list(zip(frames.split(FRAMES_AT_ONCE), tokens.split(FRAMES_AT_ONCE)))
+    if torch.is_grad_enabled():
+        pieces = [checkpoint(_piece, chunk, weight, extra_row, its_tokens, use_reentrant=False, preserve_rng_state=False)
+                  for chunk, its_tokens in chunks]
+    else:
+        pieces = [_piece(chunk, weight, extra_row, its_tokens) for chunk, its_tokens in chunks]
+    return [torch.cat(column) for column in zip(*pieces)]
 
 
 def ctc_negative_log_likelihood(label_logprob: Tensor, blank_logprob: Tensor, targets: Tensor, input_lengths: Tensor,
@@ -73,7 +59,7 @@ def ctc_negative_log_likelihood(label_logprob: Tensor, blank_logprob: Tensor, ta
     skip[:, 3::2] = targets[:, 1:] != targets[:, :-1]
 
     def from_below(alpha: Tensor, by: int) -> Tensor:
-        return torch.nn.functional.pad(alpha, (by, 0), value=LOG_ZERO)[:, :states]
+        return pad(alpha, (by, 0), value=LOG_ZERO)[:, :states]
 
     # Before the first frame all mass sits just below state 0, so that frame 0 enters the states 0 and 1.
     alpha = logprob.new_full((batch, states), LOG_ZERO)
@@ -97,26 +83,17 @@ def ctc_negative_log_likelihood(label_logprob: Tensor, blank_logprob: Tensor, ta
 
 def linear_ctc(hidden: Tensor, weight: Tensor, extra_row: Tensor | None, input_lengths: Tensor, targets: Tensor,
                target_lengths: Tensor, blank: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss [B] (inf where impossible), and argmax, lse, largest logit and blank's logit [B, T]."""
-    valid = torch.arange(hidden.shape[1], device=hidden.device)[None] < input_lengths[:, None]
-    hidden = hidden.masked_fill(~valid[..., None], 0.0)  # padded frames may hold anything
-    argmax, lse, largest, blank_logit = linear_argmax(hidden, weight, extra_row, input_lengths, blank)
-    labels = columns(hidden, weight, extra_row, targets)
-    labels = torch.where(valid[..., None], labels - lse[..., None], 0.0)
-    loss = ctc_negative_log_likelihood(labels, blank_logit - lse, targets, input_lengths, target_lengths)
-    return loss, argmax, lse.detach(), largest, blank_logit.detach()
-
-
-def linear_argmax(hidden: Tensor, weight: Tensor, extra_row: Tensor | None, input_lengths: Tensor,
-                  blank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Argmax, lse, largest logit and blank's logit, [B, T]; a frame past its utterance's length reads as a certain blank."""
+    """Loss [B] (inf where impossible), and argmax, lse, largest logit and blank's logit [B, T]; a frame past its
+    utterance's length reads as a certain blank. Targets [B, U] hold valid tokens in their padding too."""
     batch, length, _ = hidden.shape
     valid = torch.arange(length, device=hidden.device)[None] < input_lengths[:, None]
-    lse, largest, argmax = sweep(hidden[valid], weight, extra_row)
+    tokens = torch.cat([targets, targets.new_full((batch, 1), blank)], dim=1)
+    lse, largest, argmax, logprob, blank_logit = sweep(hidden[valid], weight, extra_row, tokens[valid.nonzero()[:, 0]])
 
     def spread(values: Tensor, fill: float) -> Tensor:
-        return values.new_full((batch, length), fill).masked_scatter(valid, values)
+        out = values.new_full((batch, length, *values.shape[1:]), fill)
+        return out.masked_scatter(valid.view(batch, length, *[1] * (values.dim() - 1)), values)
 
-    blank_token = torch.full((batch, 1), blank, device=hidden.device)
-    blank_logit = torch.where(valid, columns(hidden, weight, extra_row, blank_token)[..., 0], 0.0)
-    return spread(argmax, blank), spread(lse, 0.0), spread(largest, 0.0), blank_logit
+    logprob = spread(logprob, 0.0)
+    loss = ctc_negative_log_likelihood(logprob[..., :-1], logprob[..., -1], targets, input_lengths, target_lengths)
+    return loss, spread(argmax, blank), spread(lse, 0.0), spread(largest, 0.0), spread(blank_logit, 0.0)

@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .operator import TILE, Kept, Problem
-from .reference import columns
 
 # Logits that exist at one time: 2^24 are 32 MB in bfloat16; an H100's L2 cache holds 50 MB.
 LOGITS_AT_ONCE = 2**24
@@ -23,7 +22,7 @@ LOG_ZERO = tl.constexpr(-1e30)
 
 # Rows of one program, and its warps, tried on first use for each width; the interpreter has nothing to tune.
 _CONFIGS = [triton.Config({"ROWS": rows}, num_warps=warps) for rows, warps in [(1, 4), (2, 4), (4, 4), (4, 8), (8, 8)]]
-_CONFIGS = _CONFIGS[:1] if triton.knobs.runtime.interpret else _CONFIGS
+_CONFIGS = _CONFIGS[-1:] if triton.knobs.runtime.interpret else _CONFIGS
 
 
 @triton.autotune(_CONFIGS, key=["width"])
@@ -68,19 +67,21 @@ def _probabilities(logits, lse, scale, rows, width, TILE_: tl.constexpr, ROWS: t
 
 
 @triton.jit
-def _place_labels(gradient, frame, tokens, values, first_token, width, length, slots, SLOTS: tl.constexpr):
-    """gradient [rows, width] at (row, token - first_token) <- values [B * T, slots] for the tokens [B, slots] of the row's
-    utterance that lie in this range (-1: none). frame [rows]: row of `values`. A token stands once in an utterance's row."""
+def _label_logits(logits, frame, tokens, values, first_token, width, length, slots, SLOTS: tl.constexpr, PLACE: tl.constexpr):
+    """Between logits [rows, width] of the tokens from first_token on, and values [B * T, slots] of the tokens [B, slots] of
+    each utterance (-1: none; none stands twice): values are taken from the logits, or, with PLACE, put in their stead.
+    frame [rows]: the rows' places in `values`."""
     row = tl.program_id(0)
-    source = tl.load(frame + row)
-    slot = tl.arange(0, SLOTS)
+    own = tl.load(frame + row)
     for start in range(0, slots, SLOTS):
-        inside = start + slot < slots
-        token = tl.load(tokens + source // length * slots + start + slot, mask=inside, other=-1)
-        value = tl.load(values + source * slots + start + slot, mask=inside, other=0.0)
-        place = token - first_token
-        tl.store(gradient + row.to(tl.int64) * width + place, value.to(gradient.dtype.element_ty),
-                 mask=inside & (place >= 0) & (place < width))
+        slot = start + tl.arange(0, SLOTS)
+        place = tl.load(tokens + own // length * slots + slot, mask=slot < slots, other=-1) - first_token
+        here = (slot < slots) & (place >= 0) & (place < width)
+        at = logits + row.to(tl.int64) * width + place
+        if PLACE:
+            tl.store(at, tl.load(values + own * slots + slot, mask=here, other=0.0).to(logits.dtype.element_ty), mask=here)
+        else:
+            tl.store(values + own * slots + slot, tl.load(at, mask=here, other=0.0).to(tl.float32), mask=here)
 
 
 @triton.jit
@@ -189,11 +190,15 @@ def _pieces(frames: int, tiles: int) -> tuple[int, int]:
     return rows, TILE * max(1, min(tiles, LOGITS_AT_ONCE // (rows * TILE)))
 
 
-def _label_columns(problem: Problem, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [B, U + 1] of the labels and the blank, and their log probabilities [B, T, U + 1]."""
-    blank = problem.targets.new_full((problem.targets.shape[0], 1), problem.blank)
-    tokens = torch.cat([problem.targets.masked_fill(~problem.is_label(), 0), blank], dim=1)
-    return tokens, columns(problem.hidden, problem.weight, problem.extra_row, tokens) - lse[..., None]
+def _own_tokens(problem: Problem) -> tuple[Tensor, Tensor]:
+    """tokens [B, U + 1] of each utterance's columns, labels then blank, -1 in the padding and where a label stands again; and
+    first [B, U + 1]: the place where each stands first."""
+    batch, device = problem.targets.shape[0], problem.targets.device
+    blank = problem.targets.new_full((batch, 1), problem.blank)
+    tokens = torch.cat([problem.targets.masked_fill(~problem.is_label(), -1), blank], dim=1)
+    place = torch.arange(tokens.shape[1], device=device)
+    first = torch.where(tokens[:, :, None] == tokens[:, None, :], place, len(place)).amin(dim=2)
+    return tokens.masked_fill(first != place, -1), first
 
 
 def forward(problem: Problem, deterministic: bool, with_gradient: bool):
@@ -211,13 +216,16 @@ def _forward(problem: Problem, with_gradient: bool):
     frames = flat if len(index) == batch * length else flat[index]
     n = len(index)
 
-    log_mass = torch.empty(n, problem.tiles, device=device)
+    tokens, first = _own_tokens(problem)
+    slots = tokens.shape[1]
+    picked = torch.zeros(batch * length, slots, device=device)
+    log_mass = torch.zeros(n, problem.tiles, device=device)
     largest = torch.full((n,), -torch.inf, device=device)
     argmax = torch.zeros(n, dtype=torch.int32, device=device)
-    rows, tokens = _pieces(n, problem.tiles)
-    buffer = torch.empty(rows * tokens if n else 0, device=device, dtype=dtype)
-    for v0 in range(0, weight.shape[0] if n else 0, tokens):
-        part = weight[v0:v0 + tokens].to(dtype)
+    rows, columns = _pieces(n, problem.tiles)
+    buffer = torch.empty(rows * columns if n else 0, device=device, dtype=dtype)
+    for v0 in range(0, weight.shape[0] if n else 0, columns):
+        part = weight[v0:v0 + columns].to(dtype)
         for f0 in range(0, n, rows):
             chunk = frames[f0:f0 + rows]
             count, width = chunk.shape[0], part.shape[0]
@@ -225,13 +233,12 @@ def _forward(problem: Problem, with_gradient: bool):
             torch.mm(chunk, part.t(), out=logits)
             _statistics[lambda meta, count=count: (triton.cdiv(count, meta["ROWS"]),)](
                 logits, log_mass, largest, argmax, count, f0, v0, width, problem.tiles, v0 // TILE, TILE_=TILE)
+            _label_logits[(count,)](logits, index[f0:f0 + rows], tokens, picked, v0, width, length, slots, SLOTS=128, PLACE=False)
 
-    blank_logit = columns(hidden, weight, extra_row, torch.full((batch, 1), blank, device=device))[..., 0]
-    blank_logit = blank_logit.masked_fill(~valid, 0.0)
-    lse = log_mass.logsumexp(dim=1) if problem.tiles else largest
-    argmax = argmax.long()
+    lse, argmax = log_mass.logsumexp(dim=1), argmax.long()
     if extra_row is not None:
-        extra = blank_logit.flatten()[index]
+        extra = (frames @ extra_row.to(dtype)).float()
+        picked[index, -1] = extra
         lse = torch.logaddexp(lse, extra)
         argmax = torch.where(extra > largest, weight.shape[0], argmax)
         largest = torch.maximum(largest, extra)
@@ -241,27 +248,31 @@ def _forward(problem: Problem, with_gradient: bool):
         out[index] = values
         return out
 
-    lse = spread(lse, 0.0).view(batch, length)
-    loss, occupancy = _ctc(problem, _label_columns(problem, lse)[1], with_gradient)
-    return (loss, spread(argmax, blank).view(batch, length), lse, spread(largest, 0.0).view(batch, length), blank_logit,
-            log_mass if n == batch * length else spread(log_mass, 0.0), occupancy)
+    lse = spread(lse, 0.0)
+    logprob = (picked - lse[:, None]).view(batch, length, slots).gather(2, first[:, None].expand(-1, length, -1))
+    loss, label_gradient = _ctc(problem, logprob, with_gradient)
+    if with_gradient:
+        merge = torch.nn.functional.one_hot(first, slots).to(logprob)
+        label_gradient = torch.where((tokens >= 0)[:, None], logprob.exp() - label_gradient @ merge, 0.0)
+    return (loss, spread(argmax, blank).view(batch, length), lse.view(batch, length), spread(largest, 0.0).view(batch, length),
+            picked[:, -1].view(batch, length).clone(), log_mass if n == batch * length else spread(log_mass, 0.0), label_gradient)
 
 
 def _ctc(problem: Problem, logprob: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    """loss [B]; occupancy [B, T, U + 1], each position of the target and, last, the blank (empty without gradient)."""
     batch, length, slots = logprob.shape
-    labels = slots - 1
     loss = logprob.new_zeros(batch)
     occupancy = logprob.new_zeros((batch, length, slots) if with_gradient else (0, 0, 0))
     if not batch:
         return loss, occupancy
-    states = triton.next_power_of_2(2 * labels + 1)
+    states = triton.next_power_of_2(2 * slots - 1)
     width = states + 4
     alpha = logprob.new_full((batch, max(length, 1) if with_gradient else 2, width), LOG_ZERO.value)
     beta = logprob.new_full((batch, 2, width), LOG_ZERO.value)
-    targets = problem.targets.contiguous()
-    _recursion[(batch,)](logprob.contiguous(), targets if labels else problem.target_lengths, problem.input_lengths.contiguous(),
-                         problem.target_lengths.contiguous(), loss, occupancy, alpha, beta, length, labels, width, STATES=states,
-                         WITH_GRADIENT=with_gradient, num_warps=min(max(states // 64, 1), 16))
+    targets = problem.targets.contiguous() if slots > 1 else problem.target_lengths
+    lengths = problem.input_lengths.contiguous(), problem.target_lengths.contiguous()
+    _recursion[(batch,)](logprob.contiguous(), targets, *lengths, loss, occupancy, alpha, beta, length, slots - 1, width,
+                         STATES=states, WITH_GRADIENT=with_gradient, num_warps=min(max(states // 64, 1), 16))
     return loss, occupancy
 
 
@@ -272,38 +283,26 @@ def backward(problem: Problem, kept: Kept, loss_gradient: Tensor, skip_below: fl
 
 def _backward(problem: Problem, kept: Kept, loss_gradient: Tensor, skip_below: float, want_hidden: bool, want_weight: bool,
               want_extra: bool):
-    hidden, weight, extra_row, input_lengths, targets, target_lengths, blank = problem
+    hidden, weight, extra_row, input_lengths, *_ = problem
     batch, length, depth = hidden.shape
     device, dtype, vocabulary = hidden.device, hidden.dtype, weight.shape[0]
     flat, lse = hidden.reshape(batch * length, depth), kept.lse.flatten()
     scale = torch.where(kept.loss.isinf(), 0.0, loss_gradient.float())
     frame_scale = scale[:, None].expand(batch, length).reshape(-1)
     valid = (torch.arange(length, device=device)[None] < input_lengths[:, None]).flatten() & (frame_scale != 0)
+    tokens, _ = _own_tokens(problem)
+    values = (kept.label_gradient * scale[:, None, None]).flatten(0, 1)
 
-    # Gradient of the label columns, in float32. A token that stands several times is put at its first place.
-    tokens, logprob = _label_columns(problem, kept.lse)
-    is_column = torch.cat([problem.is_label(), torch.ones(batch, 1, dtype=torch.bool, device=device)], dim=1)
-    tokens = tokens.masked_fill(~is_column, -1)
-    same = tokens[:, :, None] == tokens[:, None, :]
-    position = torch.arange(tokens.shape[1], device=device)
-    first = torch.where(same, position, len(position)).amin(dim=2)
-    is_first = is_column & (first == position)
-    merge = torch.nn.functional.one_hot(first, first.shape[1]).to(kept.occupancy) * is_column[..., None]
-    occupancy = kept.occupancy @ merge
-    values = ((logprob.exp() - occupancy) * scale[:, None, None]).flatten(0, 1)
-    tokens = tokens.masked_fill(~is_first, -1)
-    slots = tokens.shape[1]
-
-    # A pair (frame, piece of the vocabulary) is computed where one of its tiles has mass, or one of its tokens is occupied.
+    # A pair (frame, piece of the vocabulary) is computed where one of its tiles has mass, or a column of its own a gradient.
     threshold = math.log(skip_below) if skip_below > 0 else -math.inf
     rows, width = _pieces(batch * length, problem.tiles)
     pieces = (vocabulary + width - 1) // width
     active = ~(kept.log_mass - lse[:, None] < threshold)
     active = torch.nn.functional.pad(active, (0, pieces * (width // TILE) - problem.tiles))
     active = active.view(batch * length, pieces, width // TILE).any(dim=2)
-    occupied = (occupancy > skip_below) & is_first[:, None] & (tokens < vocabulary)[:, None]
-    piece_of = torch.nn.functional.one_hot((tokens // width).clamp(0, max(pieces - 1, 0)), max(pieces, 1)).float()
-    active |= (occupied.float() @ piece_of).flatten(0, 1) > 0
+    piece_of = torch.nn.functional.one_hot((tokens // width).clamp(0, pieces - 1), pieces).float()
+    steep = (kept.label_gradient.abs() > skip_below) & ((tokens >= 0) & (tokens < vocabulary))[:, None]
+    active |= (steep.float() @ piece_of).flatten(0, 1) > 0
     active &= valid[:, None]
     counts = active.sum(dim=0).tolist()
 
@@ -325,7 +324,8 @@ def _backward(problem: Problem, kept: Kept, loss_gradient: Tensor, skip_below: f
             torch.mm(h, part.t(), out=gradient)
             _probabilities[lambda meta, count=len(which): (triton.cdiv(count, meta["ROWS"]),)](
                 gradient, lse[which], frame_scale[which], len(which), part.shape[0], TILE_=TILE)
-            _place_labels[(len(which),)](gradient, which, tokens, values, v0, part.shape[0], length, slots, SLOTS=128)
+            _label_logits[(len(which),)](gradient, which, tokens, values, v0, part.shape[0], length, tokens.shape[1], SLOTS=128,
+                                         PLACE=True)
             if want_hidden:
                 grad_hidden[which] += gradient @ part
             if want_weight:

@@ -102,6 +102,36 @@ void on_elements(const Tensor& tile, const Fn& fn) {
     fn(tile.mutable_data_ptr<float>());
 }
 
+// A token that an utterance's recursion uses: the first place of each label, and the blank, whose slot is the last.
+struct Column {
+  int64_t utterance, slot, column;  // column: within the token's tile
+};
+
+// Those tokens, by tile. The blank's own row beside the weight lies in no tile.
+std::vector<std::vector<Column>> columns_by_tile(const std::vector<int64_t>& first_place, const std::vector<int64_t>& target,
+                                                 const std::vector<int64_t>& labels, int64_t slots, int64_t blank, int64_t tile,
+                                                 int64_t vocabulary) {
+  std::vector<std::vector<Column>> columns((vocabulary + tile - 1) / tile);
+  for (int64_t b = 0; b < int64_t(labels.size()); ++b) {
+    for (int64_t u = 0; u <= labels[b]; ++u) {
+      if (u < labels[b] && first_place[b * slots + u] != u) continue;
+      const int64_t token = u < labels[b] ? target[b * (slots - 1) + u] : blank;
+      if (token < vocabulary) columns[token / tile].push_back({b, u < labels[b] ? u : slots - 1, token % tile});
+    }
+  }
+  return columns;
+}
+
+// [B * slots]: where in its utterance each label stands first.
+std::vector<int64_t> first_places(const std::vector<int64_t>& target, const std::vector<int64_t>& labels, int64_t slots) {
+  std::vector<int64_t> first(labels.size() * slots, 0);
+  for (size_t b = 0; b < labels.size(); ++b) {
+    const int64_t* own = target.data() + b * (slots - 1);
+    for (int64_t u = 0; u < labels[b]; ++u) first[b * slots + u] = std::find(own, own + u, own[u]) - own;
+  }
+  return first;
+}
+
 struct Sweep {
   Tensor log_mass;              // [B * T, tiles] log of the sum of exp(logit) over each tile's tokens
   std::vector<double> lse;      // [N], over the frames that exist
@@ -109,12 +139,18 @@ struct Sweep {
   std::vector<int64_t> argmax;  // [N]
 };
 
-Sweep sweep(const Frames& frames, const Tensor& weight, const float* extra_logit, int64_t tile, at::ScalarType type) {
+// `picked` [N, slots] takes the logits of each utterance's columns; starts[b] is its first frame.
+Sweep sweep(const Frames& frames, const Tensor& weight, const float* extra_logit, int64_t tile, at::ScalarType type,
+            const std::vector<std::vector<Column>>& columns_of, const std::vector<int64_t>& starts, float* picked, int64_t slots) {
   const int64_t n = frames.size(), vocabulary = weight.size(0), tiles = (vocabulary + tile - 1) / tile;
   const int64_t block = block_frames(type == at::kBFloat16), blocks = (n + block - 1) / block;
   Sweep out;
+  // First the largest logit of each (frame, tile), with the sum of exponentials below it in `sums`; at the end the log mass.
+  // Apart they lose nothing: where one token has nearly all mass, log p = -log(1 + the rest), not a difference of two large.
   out.log_mass = at::empty({frames.matrix.size(0), tiles}, at::kFloat);
   float* log_mass = out.log_mass.mutable_data_ptr<float>();
+  const Tensor sum_tensor = at::empty({n, tiles}, at::kDouble);
+  double* sums = sum_tensor.mutable_data_ptr<double>();
 
   // Each seat keeps the best token it has seen of every frame; the smallest index wins among equals, in any order.
   struct Best {
@@ -140,13 +176,17 @@ Sweep sweep(const Frames& frames, const Tensor& weight, const float* extra_logit
       for (int64_t r = 0; r < rows; ++r) {
         const auto* row = data + r * columns;
         const float top = row_max(row, columns);
-        log_mass[frames.index[first + r] * tiles + j] = top + std::log(row_exp_sum(row, columns, top));
+        log_mass[frames.index[first + r] * tiles + j] = top;
+        sums[(first + r) * tiles + j] = row_exp_sum(row, columns, top);
         float& value = best.value[first + r];
         if (top > value || (top == value && v0 < best.token[first + r])) {
           value = top;
           best.token[first + r] = v0 + row_find(row, columns, top);
         }
       }
+      for (const Column& c : columns_of[j])
+        for (int64_t i = std::max(first, starts[c.utterance]); i < std::min(first + rows, starts[c.utterance + 1]); ++i)
+          picked[i * slots + c.slot] = data[(i - first) * columns + c.column];
     });
   });
 
@@ -161,66 +201,78 @@ Sweep sweep(const Frames& frames, const Tensor& weight, const float* extra_logit
         if (better) out.largest[i] = best.value[i], out.argmax[i] = best.token[i];
       }
       if (extra_logit && extra_logit[i] > out.largest[i]) out.largest[i] = extra_logit[i], out.argmax[i] = vocabulary;
-      const float* mass = log_mass + frames.index[i] * tiles;
+      float* mass = log_mass + frames.index[i] * tiles;
+      const double* sum = sums + i * tiles;
       const double top = out.largest[i];
       double total = extra_logit ? std::exp(extra_logit[i] - top) : 0.0;
-      for (int64_t j = 0; j < tiles; ++j) total += std::exp(double(mass[j]) - top);
+      for (int64_t j = 0; j < tiles; ++j) {
+        total += std::exp(mass[j] - top) * sum[j];
+        mass[j] += float(std::log(sum[j]));
+      }
       out.lse[i] = top + std::log(total);
     }
   });
   return out;
 }
 
-// loss [B]; argmax, lse, largest logit, blank's logit [B, T]; log mass [B * T, tiles]; occupancy [B, T, U + 1] (its last
-// column is the blank's), empty unless `with_gradient`.
+// loss [B]; argmax, lse, largest logit, blank's logit [B, T]; log mass [B * T, tiles]; and, `with_gradient`, the gradient of
+// each loss for the logits of its labels and its blank, [B, T, U + 1] (a label that stands several times: at its first place).
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& extra_row, const Tensor& input_lengths,
     const Tensor& targets, const Tensor& target_lengths, int64_t blank, int64_t tile, bool with_gradient, bool native_bf16) {
   at::AutoDispatchBelowAutograd guard;
-  const int64_t batch = hidden.size(0), length = hidden.size(1), width = targets.size(1);
-  const std::vector<int64_t> lengths = to_vector(input_lengths), labels = to_vector(target_lengths);
-  const Tensor target = targets.to(at::kLong).contiguous();
+  const int64_t batch = hidden.size(0), length = hidden.size(1), slots = targets.size(1) + 1;
+  const std::vector<int64_t> lengths = to_vector(input_lengths), labels = to_vector(target_lengths), target = to_vector(targets);
   const at::ScalarType type = product_type(hidden, native_bf16);
   const Frames frames(hidden, lengths);
+  const int64_t n = frames.size();
   std::vector<int64_t> starts(batch + 1, 0);
   std::partial_sum(lengths.begin(), lengths.end(), starts.begin() + 1);
 
-  // Logits of each utterance's labels and of the blank.
-  std::vector<Tensor> columns(batch);
-  std::vector<float> blank_logit(frames.size());
-  for (int64_t b = 0; b < batch; ++b) {
-    Tensor rows = weight.index_select(0, target[b].narrow(0, 0, labels[b])).to(type);
-    const Tensor blank_row = extra_row ? *extra_row : weight.select(0, blank);
-    rows = at::cat({rows, blank_row.to(type).unsqueeze(0)});
-    columns[b] = at::mm(frames.matrix.narrow(0, b * length, lengths[b]).to(type), rows.t()).to(at::kFloat).contiguous();
-    const float* from = columns[b].const_data_ptr<float>();
-    for (int64_t t = 0; t < lengths[b]; ++t) blank_logit[starts[b] + t] = from[t * (labels[b] + 1) + labels[b]];
+  std::vector<float> extra_logit;
+  if (extra_row) {
+    const Tensor row = extra_row->to(type);
+    extra_logit.resize(n);
+    for (int64_t first = 0; first < n; first += 1024) {
+      const Tensor index = frames.index_tensor.narrow(0, first, std::min<int64_t>(1024, n - first));
+      const Tensor product = at::mv(frames.matrix.index_select(0, index).to(type), row).to(at::kFloat);
+      std::copy_n(product.const_data_ptr<float>(), product.numel(), extra_logit.begin() + first);
+    }
   }
-
-  const Sweep swept = sweep(frames, weight, extra_row ? blank_logit.data() : nullptr, tile, type);
+  const std::vector<int64_t> first_place = first_places(target, labels, slots);
+  const auto columns = columns_by_tile(first_place, target, labels, slots, blank, tile, weight.size(0));
+  std::vector<float> picked(n * slots, 0.0f);
+  const Sweep swept = sweep(frames, weight, extra_row ? extra_logit.data() : nullptr, tile, type, columns, starts, picked.data(), slots);
+  if (extra_row)
+    for (int64_t i = 0; i < n; ++i) picked[i * slots + slots - 1] = extra_logit[i];
 
   const auto options = at::TensorOptions(at::kFloat);
   Tensor argmax = at::full({batch, length}, blank, at::kLong), lse = at::zeros({batch, length}, options);
-  Tensor largest = at::zeros({batch, length}, options), blanks = at::zeros({batch, length}, options);
-  for (int64_t i = 0; i < frames.size(); ++i) {
+  Tensor largest = at::zeros({batch, length}, options), blank_logit = at::zeros({batch, length}, options);
+  for (int64_t i = 0; i < n; ++i) {
     const int64_t at = frames.index[i];
     argmax.mutable_data_ptr<int64_t>()[at] = swept.argmax[i];
     lse.mutable_data_ptr<float>()[at] = float(swept.lse[i]);
     largest.mutable_data_ptr<float>()[at] = swept.largest[i];
-    blanks.mutable_data_ptr<float>()[at] = blank_logit[i];
+    blank_logit.mutable_data_ptr<float>()[at] = picked[i * slots + slots - 1];
   }
 
   Tensor loss = at::empty({batch}, options);
-  Tensor occupancy = at::zeros(with_gradient ? at::IntArrayRef{batch, length, width + 1} : at::IntArrayRef{0, 0, 0}, options);
+  Tensor label_gradient = at::zeros(with_gradient ? at::IntArrayRef{batch, length, slots} : at::IntArrayRef{0, 0, 0}, options);
+  float* losses = loss.mutable_data_ptr<float>();
   at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      float* out = with_gradient ? occupancy.mutable_data_ptr<float>() + b * length * (width + 1) : nullptr;
-      loss.mutable_data_ptr<float>()[b] =
-          float(ctc(columns[b].const_data_ptr<float>(), swept.lse.data() + starts[b], target.const_data_ptr<int64_t>() + b * width,
-                    lengths[b], labels[b], out, width + 1));
+      float* logits = picked.data() + starts[b] * slots;
+      const int64_t* first = first_place.data() + b * slots;
+      for (int64_t u = 0; u < labels[b]; ++u)
+        if (first[u] != u)
+          for (int64_t t = 0; t < lengths[b]; ++t) logits[t * slots + u] = logits[t * slots + first[u]];
+      float* share = with_gradient ? label_gradient.mutable_data_ptr<float>() + b * length * slots : nullptr;
+      losses[b] = float(ctc(logits, swept.lse.data() + starts[b], target.data() + b * (slots - 1), first, lengths[b], labels[b],
+                            share, slots));
     }
   });
-  return {loss, argmax, lse, largest, blanks, swept.log_mass, occupancy};
+  return {loss, argmax, lse, largest, blank_logit, swept.log_mass, label_gradient};
 }
 
 // Lets each tile add to a block of frames only after the tile before it has: sums in one order, whatever the threads do.
@@ -238,28 +290,21 @@ struct Turns {
   }
 };
 
-// The columns of one tile that some utterance's recursion uses.
-struct Column {
-  int64_t utterance, position, column;  // position in the occupancy's last dimension; column within the tile
-};
-
 // Gradients of sum(loss_gradient * loss) for hidden, weight and extra_row; empty where not wanted.
 std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& extra_row, const Tensor& input_lengths,
     const Tensor& targets, const Tensor& target_lengths, int64_t blank, const Tensor& loss, const Tensor& lse_in,
-    const Tensor& blank_logit_in, const Tensor& log_mass_in, const Tensor& occupancy_in, const Tensor& loss_gradient, int64_t tile,
-    double skip_below, bool want_hidden, bool want_weight, bool want_extra, bool native_bf16) {
+    const Tensor& log_mass_in, const Tensor& label_gradient_in, const Tensor& loss_gradient, int64_t tile, double skip_below,
+    bool want_hidden, bool want_weight, bool want_extra, bool native_bf16) {
   at::AutoDispatchBelowAutograd guard;
   const int64_t batch = hidden.size(0), length = hidden.size(1), depth = hidden.size(2), vocabulary = weight.size(0);
-  const int64_t tiles = (vocabulary + tile - 1) / tile, slots = occupancy_in.size(2);
+  const int64_t tiles = (vocabulary + tile - 1) / tile, slots = label_gradient_in.size(2);
   const std::vector<int64_t> labels = to_vector(target_lengths), target = to_vector(targets);
   const at::ScalarType type = product_type(hidden, native_bf16);
-  const Tensor lse_tensor = lse_in.contiguous(), mass_tensor = log_mass_in.contiguous(), occupancy_tensor = occupancy_in.contiguous();
-  const Tensor blank_tensor = blank_logit_in.contiguous();
+  const Tensor lse_tensor = lse_in.contiguous(), mass_tensor = log_mass_in.contiguous(), label_tensor = label_gradient_in.contiguous();
   const float* lse = lse_tensor.const_data_ptr<float>();
   const float* log_mass = mass_tensor.const_data_ptr<float>();
-  const float* occupancy = occupancy_tensor.const_data_ptr<float>();
-  const float* blank_logit = blank_tensor.const_data_ptr<float>();
+  const float* label_gradient = label_tensor.const_data_ptr<float>();
 
   // Utterances whose loss has no gradient (an impossible alignment, a zero from above) are left out like padding.
   std::vector<int64_t> lengths = to_vector(input_lengths);
@@ -270,14 +315,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   const Frames frames(hidden, lengths);
   const int64_t n = frames.size(), block = block_frames(type == at::kBFloat16), blocks = (n + block - 1) / block;
 
-  std::vector<std::vector<Column>> columns(tiles);
-  for (int64_t b = 0; b < batch; ++b) {
-    if (!lengths[b]) continue;
-    for (int64_t u = 0; u <= labels[b]; ++u) {
-      const int64_t token = u < labels[b] ? target[b * (slots - 1) + u] : blank;
-      if (token < vocabulary) columns[token / tile].push_back({b, u < labels[b] ? u : slots - 1, token % tile});
-    }
-  }
+  const auto columns = columns_by_tile(first_places(target, labels, slots), target, labels, slots, blank, tile, vocabulary);
 
   Tensor grad_hidden, grad_weight, grad_extra;
   if (want_hidden) grad_hidden = at::zeros({batch * length, depth}, at::kFloat);
@@ -290,13 +328,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   Turns turns(blocks, failed);
   share_out(want_hidden || want_weight ? tiles : 0, type, failed, [&](int64_t j, Workspace& space) {
     const int64_t v0 = j * tile, width = std::min(tile, vocabulary - v0);
-    // Rows to compute: enough softmax mass in this tile, or a label (or the blank) of this tile is occupied.
+    // Rows to compute: enough softmax mass in this tile, or enough gradient for a label (or the blank) of this tile.
     std::vector<char> wanted(batch * length, 0);
     for (const int64_t row : frames.index) wanted[row] = !(log_mass[row * tiles + j] - lse[row] < threshold);
     for (const Column& c : columns[j])
       for (int64_t t = 0; t < lengths[c.utterance]; ++t) {
         const int64_t row = c.utterance * length + t;
-        if (occupancy[row * slots + c.position] > smallest) wanted[row] = 1;
+        if (std::abs(label_gradient[row * slots + c.slot]) > smallest) wanted[row] = 1;
       }
     std::vector<int64_t> active, order;  // row, and its place among the frames
     for (int64_t i = 0; i < n; ++i)
@@ -322,9 +360,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
         for (const Column& c : columns[j])
           for (int64_t t = 0; t < lengths[c.utterance]; ++t) {
             const int64_t row = c.utterance * length + t;
-            if (local[row] < 0) continue;
-            auto& element = data[local[row] * width + c.column];
-            element = float(element) - occupancy[row * slots + c.position] * scale[c.utterance];
+            if (local[row] >= 0) data[local[row] * width + c.column] = label_gradient[row * slots + c.slot] * scale[c.utterance];
           }
         if (!local.empty())
           for (int64_t r = 0; r < rows; ++r) local[active[first + r]] = -1;
@@ -371,8 +407,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     std::vector<double> sum(depth, 0.0);
     const Tensor column = at::zeros({batch * length}, at::kFloat);
     float* share = column.mutable_data_ptr<float>();
-    for (const int64_t i : frames.index)
-      share[i] = (std::exp(blank_logit[i] - lse[i]) - occupancy[i * slots + slots - 1]) * scale[i / length];
+    for (const int64_t i : frames.index) share[i] = label_gradient[i * slots + slots - 1] * scale[i / length];
     if (want_hidden)
       at::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
         for (int64_t k = begin; k < end; ++k)
@@ -402,7 +437,7 @@ TORCH_LIBRARY(soundwave_cpu, library) {
       &soundwave::forward);
   library.def(
       "backward(Tensor hidden, Tensor weight, Tensor? extra_row, Tensor input_lengths, Tensor targets, Tensor target_lengths, "
-      "int blank, Tensor loss, Tensor lse, Tensor blank_logit, Tensor log_mass, Tensor occupancy, Tensor loss_gradient, "
+      "int blank, Tensor loss, Tensor lse, Tensor log_mass, Tensor label_gradient, Tensor loss_gradient, "
       "int tile, float skip_below, bool want_hidden, bool want_weight, bool want_extra, bool native_bf16) "
       "-> (Tensor, Tensor, Tensor)",
       &soundwave::backward);

@@ -66,13 +66,15 @@ inline void log_add(const double* a, const double* b, const double* c, const dou
   }
 }
 
-// One utterance. logits [frames, labels + 1] (the label at each position of the target, then the blank), lse [frames].
-// Returns the negative log likelihood, inf where no path exists. occupancy [frames, row] (may be null): the probability,
-// given the target, of being at each position, and in its last column (row - 1) of being at a blank; zero where no path exists.
-inline double ctc(const float* logits, const double* lse, const int64_t* target, int64_t frames, int64_t labels,
-                  float* occupancy, int64_t row) {
+// One utterance. logits [frames, row]: of the label at each position of the target, and in the last column (row - 1) of the
+// blank; lse [frames]; first[u]: where the label of position u stands first. Returns the negative log likelihood, inf where
+// no path exists. gradient [frames, row], in the same columns (may be null), is the loss's for those logits: the softmax
+// minus the probability, given the target, of being at the label (all its positions together) or at a blank. It is taken in
+// double, since the two are nearly equal where training has succeeded. Zero where no path exists.
+inline double ctc(const float* logits, const double* lse, const int64_t* target, const int64_t* first, int64_t frames,
+                  int64_t labels, float* gradient, int64_t row) {
   const double infinity = std::numeric_limits<double>::infinity();
-  if (occupancy) std::fill(occupancy, occupancy + frames * row, 0.0f);
+  if (gradient) std::fill(gradient, gradient + frames * row, 0.0f);
   if (frames == 0) return labels == 0 ? 0.0 : infinity;
   const int64_t states = 2 * labels + 1;
   // Two impossible states on either side, and room for the last vector. What lies past the states is kept impossible: an
@@ -83,12 +85,12 @@ inline double ctc(const float* logits, const double* lse, const int64_t* target,
   for (int64_t u = 1; u < labels; ++u)
     if (target[u] != target[u - 1]) enter[2 + 2 * u + 1] = 0.0;  // from the label before, past the blank between
   auto emit = [&](int64_t t) {
-    const float* from = logits + t * (labels + 1);
-    for (int64_t s = 0; s < states; ++s) emission[2 + s] = double(s % 2 ? from[s / 2] : from[labels]) - lse[t];
+    const float* from = logits + t * row;
+    for (int64_t s = 0; s < states; ++s) emission[2 + s] = double(s % 2 ? from[s / 2] : from[row - 1]) - lse[t];
   };
 
-  std::vector<double> alpha((occupancy ? frames : 2) * width, LOG_ZERO);
-  auto alpha_at = [&](int64_t t) { return alpha.data() + (occupancy ? t : t % 2) * width; };
+  std::vector<double> alpha((gradient ? frames : 2) * width, LOG_ZERO);
+  auto alpha_at = [&](int64_t t) { return alpha.data() + (gradient ? t : t % 2) * width; };
   for (int64_t t = 0; t < frames; ++t) {
     emit(t);
     double* now = alpha_at(t);
@@ -106,10 +108,11 @@ inline double ctc(const float* logits, const double* lse, const int64_t* target,
     total = top + std::log(std::exp(total - top) + std::exp(last[states - 2] - top));
   }
   if (total < LOG_ZERO / 2) return infinity;
-  if (!occupancy) return -total;
+  if (!gradient) return -total;
 
   // beta without the emission of its own frame; `next` is beta of frame t + 1 with it.
-  std::vector<double> beta(width, LOG_ZERO), next(width, LOG_ZERO), leave(width, LOG_ZERO), share(width, 0.0);
+  std::vector<double> beta(width, LOG_ZERO), next(width, LOG_ZERO), leave(width, LOG_ZERO);
+  std::vector<double> share(width, 0.0), softmax(width, 0.0), occupancy(labels, 0.0);
   for (int64_t s = 0; s + 2 < states; ++s) leave[2 + s] = enter[2 + s + 2];
   beta[2 + states - 1] = 0.0;
   if (labels) beta[2 + states - 2] = 0.0;
@@ -117,13 +120,18 @@ inline double ctc(const float* logits, const double* lse, const int64_t* target,
     if (t < frames - 1) log_add(next.data() + 2, next.data() + 3, next.data() + 4, leave.data() + 2, past.data() + 2,
                                 beta.data() + 2, states);
     const double* now = alpha_at(t);
-    for (int64_t s = 2; s < 2 + states; s += WIDE) store(&share[s], exponential(load(now + s) + load(&beta[s]) - total));
-    float* out = occupancy + t * row;
+    emit(t);
+    for (int64_t s = 2; s < 2 + states; s += WIDE) {
+      store(&share[s], exponential(load(now + s) + load(&beta[s]) - total));
+      store(&softmax[s], exponential(load(&emission[s])));
+    }
+    float* out = gradient + t * row;
     double blank = 0;
     for (int64_t s = 0; s < states; s += 2) blank += share[2 + s];
-    for (int64_t u = 0; u < labels; ++u) out[u] = float(share[2 + 2 * u + 1]);
-    out[row - 1] = float(blank);
-    emit(t);
+    out[row - 1] = float(softmax[2] - blank);
+    std::fill(occupancy.begin(), occupancy.end(), 0.0);
+    for (int64_t u = 0; u < labels; ++u) occupancy[first[u]] += share[2 + 2 * u + 1];
+    for (int64_t u = 0; u < labels; ++u) out[u] = first[u] == u ? float(softmax[2 + 2 * u + 1] - occupancy[u]) : 0.0f;
     for (int64_t s = 2; s < 2 + states; ++s) next[s] = beta[s] + emission[s];
   }
   return -total;

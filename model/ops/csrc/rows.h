@@ -84,12 +84,6 @@ inline Floats exponential(Floats x) {
   return tiny ? zero : poly * scale;
 }
 
-inline float sum_of(Floats value) {
-  float total = 0;
-  for (int64_t i = 0; i < LANES; ++i) total += value[i];
-  return total;
-}
-
 template <typename Element>
 inline float row_max(const Element* row, int64_t n) {
   const float lowest = -std::numeric_limits<float>::infinity();
@@ -111,20 +105,25 @@ inline float row_max(const Element* row, int64_t n) {
   return top;
 }
 
-// sum over the row of exp(value - shift)
+// sum over the row of exp(value - shift). Added up in double: beside a 1, float32 would lose what is below 6e-8, and the
+// gradient of a frame that is nearly certain is made of just that.
 template <typename Element>
-inline float row_exp_sum(const Element* row, int64_t n, float shift) {
-  Floats total[2] = {};
-  int64_t i = 0;
-  for (; i + 2 * LANES <= n; i += 2 * LANES) {
-    total[0] += exponential(load(row + i) - shift);
-    total[1] += exponential(load(row + i + LANES) - shift);
-  }
-  for (; i < n; i += LANES) {
+inline double row_exp_sum(const Element* row, int64_t n, float shift) {
+  typedef float Half __attribute__((vector_size(LANES * 2)));
+  typedef double Doubles __attribute__((vector_size(LANES * 4)));
+  Doubles total[2] = {};
+  for (int64_t i = 0; i < n; i += LANES) {
     const Floats value = i + LANES <= n ? load(row + i) : load_part(row + i, n - i, -std::numeric_limits<float>::infinity());
-    total[0] += exponential(value - shift);
+    const Floats term = exponential(value - shift);
+    Half parts[2];
+    std::memcpy(parts, &term, sizeof(term));
+    total[0] += __builtin_convertvector(parts[0], Doubles);
+    total[1] += __builtin_convertvector(parts[1], Doubles);
   }
-  return sum_of(total[0] + total[1]);
+  const Doubles both = total[0] + total[1];
+  double sum = 0;
+  for (int64_t i = 0; i < LANES / 2; ++i) sum += both[i];
+  return sum;
 }
 
 // row <- exp(row - lse) * scale

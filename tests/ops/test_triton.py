@@ -1,0 +1,81 @@
+"""The Triton backend: on a GPU where there is one, else by Triton's interpreter, which needs a process of its own.
+
+(TRITON_INTERPRET must be set before triton is first imported, and anything may have imported it here.)
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from model.ops import linear_ctc
+from tests.ops.truth import cases, check, peaked
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+few = settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_interpreter starts")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "4 passed" in done.stdout
+
+
+def run(case, leaves, **options):
+    hidden, weight, extra_row = leaves
+    return linear_ctc(hidden, weight, case.input_lengths, case.targets, case.target_lengths, case.blank, extra_row=extra_row,
+                      implementation="triton", reduction="none", **options)
+
+
+@interpreted
+def test_as_ctc_loss_in_float32():
+    @few
+    @given(cases(most_frames=8, vocabularies=(3, 513, 1100)))
+    def holds(case):
+        leaves = case.inputs(torch.float32)
+        check(case, run(case, leaves, skip_below=0.0), leaves, relative=3e-5)
+
+    holds()
+
+
+@interpreted
+def test_as_ctc_loss_in_bfloat16():
+    @few
+    @given(cases(most_frames=8, vocabularies=(7, 600), scale=0.7))
+    def holds(case):
+        leaves = case.inputs(torch.bfloat16)
+        check(case, run(case, leaves, skip_below=0.0), leaves, relative=0.05)
+
+    holds()
+
+
+@interpreted
+def test_several_pieces_of_frames_and_vocabulary(monkeypatch):
+    from model.ops import triton_backend
+
+    monkeypatch.setattr(triton_backend, "LOGITS_AT_ONCE", 4 * 512 * 8)  # 8 frames x 4 tiles
+    case = peaked(2, 10, 16, 2600, 4, sharpness=4.0)
+    case.input_lengths = torch.tensor([10, 9])
+    leaves = case.inputs(torch.float32)
+    check(case, run(case, leaves, skip_below=0.0), leaves, relative=3e-5)
+    check(case, run(case, leaves), leaves, relative=3e-5)
+
+
+@interpreted
+def test_frozen_weight_skipped_tiles_and_infinite_loss():
+    case = peaked(2, 12, 64, 1600, 3, sharpness=20.0, extra_row=True, label_pool=400)
+    hidden, weight, extra_row = case.inputs(torch.float32)
+    check(case, run(case, (hidden, weight, extra_row), deterministic=True), (hidden, weight, extra_row), relative=3e-5)
+    case.input_lengths = torch.tensor([12, 2])
+    loss, *_ = run(case, (hidden, weight.detach(), extra_row), zero_infinity=False)
+    loss.sum().backward()
+    assert loss[1] == torch.inf and (hidden.grad[1] == 0).all() and hidden.grad[0].any() and weight.grad is None
