@@ -6,6 +6,7 @@ import fcntl
 import gc
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -69,6 +70,8 @@ def fill_environment() -> None:
     env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", env["WORLD_SIZE"]))
     # One cache of compiled ops per virtual environment: a shared one is spoilt by the next torch version.
     env.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    if shutil.which("ninja") is None:  # the compiler driver lies beside this python; started by its path, PATH lacks it
+        env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
     env.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of data workers
     import torch
 

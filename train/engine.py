@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from model.batch import Batch
+from model.language_model import base_of
 from train import optim, zero
 from train.config import Recipe
 from train.distributed import Ranks
@@ -73,6 +74,10 @@ class Engine:
             leaves = {type(layer) for module in model.modules() if isinstance(module, torch.nn.ModuleList) for layer in module}
             # Gather a Transformer layer at once: hooks on each Linear and LoRA matrix of it (some 30) cost more than they save.
             deepspeed.utils.set_z3_leaf_modules(model, sorted(leaves, key=lambda c: c.__name__))
+            if model.llm is not None:
+                # DeepSpeed hangs the release of a layer's weights on the gradient of its input. In stage III the first layer's
+                # input has none, and its LoRA weights would be gone before their gradients arrive.
+                base_of(model.llm).enable_input_require_grads()
         if recipe.optim.activation_checkpointing:
             model.enable_activation_checkpointing()
         groups = optim.parameter_groups(model.parameter_groups(), stage.trains, recipe.optim)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -87,6 +88,9 @@ def main(argv: list[str] | None = None) -> int:
         os._exit(code)
     disconnect()
     stop_logging()
+    # A repeated signal must not turn a clean end into a failure: finalisation restores default handlers, but keeps SIG_IGN.
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     return code
 
 

@@ -1,0 +1,152 @@
+"""What a recipe would do, from sizes alone: parameters, memory per rank, steps, hours, arithmetic, and what is missing.
+
+Nothing is read or fetched but configuration files; sizes of known models ship in model/presets/.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from tabulate import tabulate
+
+from model.pretrained import SourceError, presets
+from model.soundwave import Soundwave
+from train import zero
+from train.config import Recipe, RecipeError
+from train.flops import Flops, numel
+from train.stages import initial_folder, stage_folder, stage_of
+
+RANKS = (1, 8, 16, 64)
+GIB = 2**30
+H100_FLOPS = 989e12  # dense bf16, NVIDIA H100 SXM data sheet
+ASSUMED_UTILISATION = 0.4
+
+
+def _known(name: str) -> str:
+    """A folder that is not there yet, but is named like a known model, stands for that model's sizes."""
+    return Path(name).name if not Path(name).exists() and Path(name).name in presets() else name
+
+
+def meta_model(recipe: Recipe) -> Soundwave:
+    """The network on the meta device, stage set. Errors: RecipeError for a model of unknown size."""
+    config = replace(recipe.model, encoder=replace(recipe.model.encoder, name=_known(recipe.model.encoder.name)),
+                     llm=replace(recipe.model.llm, name=_known(recipe.model.llm.name)))
+    try:
+        model = Soundwave.build(config, parts=stage_of(recipe).parts, meta=True)
+    except (SourceError, ValueError) as error:
+        raise RecipeError(str(error)) from None
+    model.set_stage(recipe.stage)
+    return model
+
+
+def parameters_by_module(model: Soundwave) -> list[tuple[str, int, int]]:
+    """(module, trained, frozen)"""
+    rows: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        part = "lora" if "lora_" in name else name.split(".")[0]
+        rows.setdefault(part, [0, 0])[0 if parameter.requires_grad else 1] += numel(parameter)
+    return [(name, trained, frozen) for name, (trained, frozen) in rows.items()]
+
+
+def states_per_rank(trained: int, frozen: int, ranks: int, zero_stage: int, weight_bytes: int) -> float:
+    """Bytes of weights, gradients (fp32) and optimizer states (fp32 master where weights are 16-bit, two moments) on a rank
+    (Rajbhandari et al., 2020, figure 1, with frozen weights beside the trained ones)."""
+    weights = weight_bytes * (trained + frozen)
+    gradients = 4 * trained
+    states = (12 if weight_bytes < 4 else 8) * trained
+    return {1: weights + gradients + states / ranks, 2: weights + (gradients + states) / ranks,
+            3: (weights + gradients + states) / ranks}[zero_stage]
+
+
+def missing(recipe: Recipe) -> list[str]:
+    """What has to be there before this recipe can run, and is not."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    lines = []
+    for part in ("encoder", "llm"):
+        name = getattr(recipe.model, part).name
+        if Path(name).is_dir():
+            if not list(Path(name).glob("*.safetensors")):
+                lines.append(f"model.{part}.name: {name} has no safetensors")
+            continue
+        if name.startswith((".", "/", "~")):
+            lines.append(f"model.{part}.name: folder {name}")
+            continue
+        repository = presets()[name]["names"][0] if name in presets() else name
+        try:
+            snapshot_download(repository, allow_patterns=["*.safetensors"], local_files_only=True)
+        except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
+            lines.append(f"model.{part}.name: {repository} is not in the hub cache; on a machine with network: "
+                         f"hf download {repository}")
+    for kind in ("train", "valid"):
+        for corpus in getattr(recipe.data, kind):
+            if not (Path(corpus.shards) / "index.json").exists():
+                lines.append(f"data.{kind}: {corpus.shards} has no index.json; pack it with data_tools/pack.py")
+    if not recipe.data.train:
+        lines.append("data.train: names no packed folder")
+    try:
+        initial_folder(recipe)
+    except RecipeError as error:
+        lines.append(str(error))
+    return lines
+
+
+def _plan(recipe: Recipe) -> list[str]:
+    """Hours of audio, and passes over the data where its index is there."""
+    steps, seconds = recipe.optim.steps, recipe.data.batch_seconds
+    lines = [f"{steps} steps x {seconds:g} s of audio = {steps * seconds / 3600:,.1f} hours"]
+    if recipe.data.train and all((Path(c.shards) / "index.json").exists() for c in recipe.data.train):
+        from train.data import Plan
+
+        plan = Plan.open(recipe.data, recipe.stage, steps)
+        passes = ", ".join(f"{name} {number:.2f}" for name, number in plan.passes(steps).items())
+        lines.append(f"passes over each source: {passes}")
+    return lines
+
+
+def _number(value: float) -> str:
+    return f"{value / 1e6:,.1f}M" if value >= 1e5 else f"{value:,.0f}"
+
+
+def dry_run(recipe: Recipe) -> int:
+    """Print the whole; returns the exit code 0. Errors: RecipeError for a wrong recipe."""
+    from train.loop import check
+
+    check(recipe)
+    stage, model = stage_of(recipe), meta_model(recipe)
+    rows = parameters_by_module(model)
+    trained, frozen = sum(r[1] for r in rows), sum(r[2] for r in rows)
+    weight_bytes = 2 if recipe.model.dtype == "bfloat16" else 4
+    config = zero.resolve(recipe, model.ctc_head.weight.shape[1])
+    print(f"stage {stage.number} ({stage.name}): losses {' + '.join(stage.losses)}, weights in {recipe.model.dtype}, "
+          f"{recipe.deepspeed} (ZeRO-{zero.stage_number(config)}) -> {stage_folder(recipe)}\n")
+    print(tabulate([(n, _number(t), _number(f)) for n, t, f in rows] + [("all", _number(trained), _number(frozen))],
+                   headers=("parameters", "trained", "frozen"), colalign=("left", "right", "right")))
+    print("\nModel states per rank in GiB (weights, fp32 gradients of what is trained, AdamW)")
+    states = [(f"ZeRO-{z}", *(states_per_rank(trained, frozen, r, z, weight_bytes) / GIB for r in RANKS)) for z in (1, 2, 3)]
+    print(tabulate(states, headers=("ranks", *map(str, RANKS)), floatfmt=".2f"))
+    flops = Flops.of(model)
+    if stage.score == "generate":
+        tokens, width, layers = recipe.data.micro_batch_tokens, flops.width, flops.llm_layers
+        full = 34 * tokens * width * layers * weight_bytes / 2  # bytes; Korthikanti et al., 2022, without the score matrices
+        kept = weight_bytes * tokens * width * layers
+        on = "on" if recipe.optim.activation_checkpointing else "off"
+        print(f"Activations of the LLM come on top: about {full / GIB:.1f} GiB for {tokens} positions (data.micro_batch_tokens), "
+              f"{kept / GIB:.1f} GiB with optim.activation_checkpointing (now {on})")
+    print()
+    for line in _plan(recipe):
+        print(line)
+    seconds = recipe.data.batch_seconds
+    frames = seconds * (model.encoder.frame_rate if model.encoder is not None else 50) / flops.stack
+    clips = seconds / 10
+    # Speech gives some 3 words a second; prompt and answer together about three times that in positions.
+    tokens = 9 * seconds if stage.score == "generate" else 0
+    per_step = sum(flops.step(frames, clips, tokens, clips, tokens / 2).values())
+    hours = per_step * recipe.optim.steps / (ASSUMED_UTILISATION * H100_FLOPS) / 3600
+    print(f"arithmetic: {per_step / 1e15:.2f} PFLOP a step (clips of 10 s), {hours:,.1f} H100 hours in all if "
+          f"{ASSUMED_UTILISATION:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s are reached (an assumption, not a measurement)")
+    absent = missing(recipe)
+    print("\nmissing: nothing" if not absent else "\nmissing:\n" + "\n".join(f"  - {line}" for line in absent))
+    return 0
