@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -185,6 +186,7 @@ def run(options: argparse.Namespace) -> str:
         done = json.loads((folder / INDEX_NAME).read_bytes())
         if done.get("options") != head["digest"]:
             raise CorpusError(f"{folder} is packed already, with other options: give another --out, or remove it")
+        shutil.rmtree(folder / WORK, ignore_errors=True)  # a kill may have come while the merge was removing it
         return f"{folder} is packed already: {len(index)} samples, {index.hours:.2f} h"
     corpora = [Corpus(specification) for specification in options.corpus]
     if options.tokenizer:

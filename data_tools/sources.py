@@ -30,6 +30,7 @@ class ClipError(ValueError):
         self.reason = reason
 
 
+_MAX_FRAMES_PER_BYTE = 4096  # silence in FLAC comes to about 300
 _FORM = re.compile(r"(tar|ark|parquet|arrow|pipe):(.+)", re.DOTALL)
 
 
@@ -44,10 +45,14 @@ def read_bytes(audio: str) -> bytes:
     kind, rest = kind_of(audio)
     try:
         return _READERS[kind](rest)
+    except ClipError:
+        raise
     except FileNotFoundError:
         raise ClipError("missing_file", f"{audio} does not exist") from None
     except OSError as error:
         raise ClipError("unreadable", f"{audio}: {error.strerror or error}") from None
+    except ValueError as error:  # pyarrow's own errors, and places that do not parse
+        raise ClipError("unreadable", f"{audio}: {error}") from None
 
 
 def open_sound(audio: str) -> soundfile.SoundFile:
@@ -66,7 +71,7 @@ def _open_sound(audio: str) -> soundfile.SoundFile:
     if not os.path.exists(rest):
         raise ClipError("missing_file", f"{rest} does not exist")
     try:
-        return soundfile.SoundFile(rest)
+        return _believable(soundfile.SoundFile(rest), os.path.getsize(rest), audio)
     except (soundfile.LibsndfileError, OSError) as error:
         raise ClipError("undecodable", f"{rest}: {getattr(error, 'error_string', error)}") from None
 
@@ -76,9 +81,17 @@ def sound_of(data: bytes, audio: str) -> soundfile.SoundFile:
     if not data:
         raise ClipError("zero_length", f"{audio} has no bytes")
     try:
-        return soundfile.SoundFile(io.BytesIO(data))
+        return _believable(soundfile.SoundFile(io.BytesIO(data)), len(data), audio)
     except soundfile.LibsndfileError as error:
         raise ClipError("undecodable", f"{audio}: {error.error_string}") from None
+
+
+def _believable(file: soundfile.SoundFile, size: int, audio: str) -> soundfile.SoundFile:
+    """Refuse headers that promise more than any codec packs into `size` bytes: memory is taken by what they say. (FLAC written
+    to a pipe has no length in its header, which libsndfile reads as the largest number there is.)"""
+    if file.frames > _MAX_FRAMES_PER_BYTE * size + 65536:
+        raise ClipError("undecodable", f"{audio}: no length, or an impossible one, in its header; write it to a file again")
+    return file
 
 
 def _file(path: str) -> bytes:

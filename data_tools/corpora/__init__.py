@@ -11,6 +11,7 @@ import difflib
 import importlib
 import inspect
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ class Entry:
 
 
 ENTRY_FIELDS = tuple(f.name for f in dataclasses.fields(Entry))
+_NUMBERS = ("offset", "duration", "size")
+_STRINGS = tuple(name for name in ENTRY_FIELDS if name not in (*_NUMBERS, "messages"))
 
 
 @dataclass(slots=True)
@@ -72,6 +75,35 @@ class Fault:
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+
+
+def malformed(entry: Entry) -> Fault | None:
+    """What is wrong with an entry's types, whatever a reader took them from; None for a sound one."""
+
+    def fault(what: str) -> Fault:
+        return Fault(str(entry.id).encode("utf-8", "replace").decode(), "bad_row", what, entry.corpus)
+
+    for name in _STRINGS:
+        value = getattr(entry, name)
+        if value is not None and type(value) is not str:
+            return fault(f"{name} is a {type(value).__name__}, not a string")
+    for name in _NUMBERS:
+        value = getattr(entry, name)
+        if value is not None and not (type(value) in (int, float) and math.isfinite(value) and value >= 0):
+            return fault(f"{name} is {value!r}, not a number from 0 on")
+    if entry.messages is not None and not (isinstance(entry.messages, list) and all(map(_is_turn, entry.messages))):
+        return fault('messages must be a list of {"role": ..., "content": ...}')
+    if entry.audio is not None and "\0" in entry.audio:
+        return fault("audio holds a null byte")
+    try:
+        entry.to_json().encode()
+    except UnicodeEncodeError as error:
+        return fault(f"not valid Unicode: {error.reason}")
+    return None
+
+
+def _is_turn(turn: object) -> bool:
+    return isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
 
 
 READERS = {
@@ -137,6 +169,7 @@ class Corpus:
                 for key, value in self.defaults.items():
                     if getattr(item, key) is None:
                         setattr(item, key, value)
+                item = malformed(item) or item
             yield item
 
 

@@ -123,6 +123,15 @@ def test_reasons_for_refusal(tmp_path):
     assert reason(tmp_path) == "unreadable"
 
 
+def test_impossible_lengths_do_not_take_memory(tmp_path):
+    data = bytearray(open(write(tmp_path / "a.flac", tone(1.0)), "rb").read())
+    for low, rest in ((0x00, bytes(4)), (0x0F, b"\xff" * 4)):  # none told (as written to a pipe), and 2^36 - 1 samples
+        data[21], data[22:26] = data[21] & 0xF0 | low, rest
+        (tmp_path / "b.flac").write_bytes(bytes(data))
+        for stretch in ((), (0.0, 0.5), (0.0, None)):
+            assert reason(tmp_path / "b.flac", *stretch) == "undecodable"
+
+
 def test_a_wav_from_a_pipe_has_no_honest_size(tmp_path):
     data = bytearray(open(write(tmp_path / "a.wav", tone(0.5)), "rb").read())
     data[4:8] = b"\xff\xff\xff\xff"

@@ -10,11 +10,17 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_tools import pack, sources
-from data_tools.corpora import READERS, Corpus, CorpusError, Entry, Fault
+from data_tools.audio import make_clip
+from data_tools.corpora import ENTRY_FIELDS, READERS, Corpus, CorpusError, Entry, Fault
+from data_tools.filters import Filters, Sieve
 from data_tools.packing import Packing
+from data_tools.plan import Layout, make_plan, shard_entries
 from data_tools.shards import ShardIndex
+from data_tools.sources import ClipError
 from tests.data_tools.conftest import tone
 
 
@@ -375,3 +381,24 @@ def test_parquet_row_groups_stay_together_and_are_read_once(tmp_path, monkeypatc
     ]
     assert len(index.shards) > 1 and sum(len(set(group)) for group in groups) == 4, "no row group is in two shards"
     assert sources._row_group.cache_info().misses == 4, "each row group is read once"
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers(-5, 10**12) | st.text(st.characters(codec=None), max_size=8),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["role", "content", "x"]), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=st.lists(st.dictionaries(st.sampled_from([*ENTRY_FIELDS, "other"]), anything, max_size=6) | anything, max_size=4))
+def test_whatever_stands_in_a_line_it_costs_at_most_that_line(tmp_path_factory, rows):
+    folder = tmp_path_factory.mktemp("fuzz")
+    (folder / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan = make_plan(folder / "plan", [Corpus(f"manifest:{folder / 'm.jsonl'}")], Sieve(Filters(0.1, 20, 1, 30)), Layout(), {})
+    kept = [entry for shard in range(plan["shards"]) for entry in shard_entries(folder / "plan", shard)[1]]
+    assert len(kept) + sum(plan["rejected"].values()) == len(rows)
+    for entry in kept:
+        if entry.audio:
+            with pytest.raises(ClipError):
+                make_clip(entry.audio, entry.offset, entry.duration)
