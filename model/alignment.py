@@ -4,8 +4,8 @@
     CTC head: hidden x (the LLM's output embeddings, one blank row) -> loss and argmax, without T x |V| logits (model.ops)
 
 The LayerNorm's gain starts so small that the first logits have a standard deviation of 1 at most (0.31 for SmolLM2-135M, whose
-output embeddings have an RMS of 0.136; 1 for Llama-3.1-8B): from gain 1, SmolLM2's first frames cost 16 nats instead of 11, and the
-loss after 50 steps of the quick start was five times as high. The blank's row starts random on the embeddings' scale. Their
+output embeddings have an RMS of 0.136; 1 for Llama-3.1-8B): from gain 1, SmolLM2's first frames cost 16 nats instead of 11, and
+the loss after 50 steps of the quick start was five times as high. The blank's row starts random on the embeddings' scale. Their
 mean would be a trap: every token shares that direction, so no frame can choose the blank without choosing them all. What the LLM
 reads passes another LayerNorm, in the shrinking adapter, which has the scale of the input embeddings.
 """
@@ -97,8 +97,8 @@ class CTCHead(nn.Module):
     """Linear over the LLM's vocabulary and the blank, without bias; it owns its weight, so ZeRO-3 gathers it here.
 
     tied         `weight` is the LLM's output embeddings [V, D], frozen (the very same parameter where the LLM is loaded);
-                 `blank_row` [D] is trained and starts random, on their scale. The blank is index V, whatever number `<audio_patch>` has
-                 in the tokenizer (a vocabulary may be padded beyond it).
+                 `blank_row` [D] is trained and starts random, on their scale. The blank is index V, whatever number
+                 `<audio_patch>` has in the tokenizer (a vocabulary may be padded beyond it).
     initialised  `weight` [V', D] starts as a copy of them (the blank's row: random), and is trained
     free         `weight` [V', D] starts random, and is trained (what the released weights have)
     """
