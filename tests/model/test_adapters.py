@@ -109,7 +109,7 @@ def test_trained_heads_hold_the_blank_where_the_tokenizer_has_it():
         assert 0.02 < copied.weight[audio_id].std() < 0.3 and torch.equal(copied.weight[:6], table[:6])
         assert CTCHead("free", table, 0.1, audio_id, OpsConfig()).weight.shape == (rows, WIDTH)
     with pytest.raises(ValueError, match="tied, initialised or free"):
-        CTCHead("frozen", table, mean, 9, OpsConfig())
+        CTCHead("frozen", table, 0.1, 9, OpsConfig())
 
 
 @pytest.mark.parametrize("lookback", ["all", "kept", "none"])
