@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Submit the three stages so that each starts when the one before it is done. From anywhere, on a login node:
 #
-#   slurm/chain.sh [--stages 1,2,3] [--recipes DIR] [--dry-run] [sbatch options, as --time=12:00:00] [key=value for every recipe ...]
+#   slurm/chain.sh [--stages 1,2,3] [--recipes DIR] [--dry-run] [sbatch options, as --time=12:00:00] [key=value for all recipes]
 #
-# DIR holds stage1.yaml, stage2.yaml and stage3.yaml (default train/recipes). The code and the recipes are frozen now: what is edited
-# later changes nothing for these jobs. Stages that are done are left out, so the same command after a failure goes on where it stopped.
+# DIR holds stage1.yaml, stage2.yaml and stage3.yaml (default train/recipes). The code and the recipes are frozen now: what is
+# edited later changes nothing for these jobs. Stages that are done are left out: the same command after a failure goes on.
 # --dry-run submits nothing: it prints each sbatch command and script, and what `sbatch --test-only` says of it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -28,7 +28,7 @@ done
 [[ $STAGES =~ ^[123](,[123])*$ ]] || die "--stages $STAGES: write for example 1,2,3 or 2,3"
 CONTROLLER=1
 { command -v sbatch >/dev/null && client scontrol ping 2>/dev/null | grep -q "is UP"; } || CONTROLLER=0
-[ "$CONTROLLER$DRY_RUN" != 00 ] || die "no Slurm controller answers here (scontrol ping): run this on a login node, or with --dry-run" 1
+[ "$CONTROLLER$DRY_RUN" != 00 ] || die "no Slurm controller answers (scontrol ping): go to a login node, or add --dry-run" 1
 
 ID=chain-$(date +%Y%m%d-%H%M%S)-$$
 CODE=$PWD/slurm/jobs/$ID/code
@@ -62,7 +62,8 @@ for stage in ${STAGES//,/ }; do
         echo "=== stage $stage ($STAGE): SOUNDWAVE_CODE=$CODE RECIPE=$RECIPE ${command[*]}"
         cat "$CODE/$script"
         if [ "$CONTROLLER" = 1 ]; then
-            client sbatch --test-only "--chdir=$PWD" "${OPTIONS[@]}" "$CODE/$script" 2>&1 || die "sbatch would refuse stage $stage: see above" 1
+            client sbatch --test-only "--chdir=$PWD" "${OPTIONS[@]}" "$CODE/$script" 2>&1 \
+                || die "sbatch would refuse stage $stage: see above" 1
         else
             echo "(no Slurm controller here: not tested with sbatch --test-only)"
         fi
@@ -82,6 +83,8 @@ for stage in ${STAGES//,/ }; do
 done
 [ ${#submitted[@]} -gt 0 ] || exit 0
 ids=$(IFS=,; echo "${submitted[*]}")
-echo "follow: squeue -j $ids        tail -F slurm/logs/soundwave-*-${submitted[0]}.log${OUTPUT:+        python -m train.status $OUTPUT}"
+echo "follow: squeue -j $ids"
+echo "        tail -F slurm/logs/soundwave-*-${submitted[0]}.log"
+[ -z "$OUTPUT" ] || echo "        python -m train.status $OUTPUT"
 echo "cancel: scancel ${submitted[*]}"
 echo "frozen: ${CODE%/code}  (may be deleted when these jobs are over)"

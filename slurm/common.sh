@@ -71,10 +71,10 @@ frozen_path() {
 # event NAME DETAIL: one JSON line in OUTPUT/slurm.jsonl, which `python -m train.status` reads. OUTPUT is known after preflight.
 event() {
     [ -n "${OUTPUT:-}" ] && [ -d "$OUTPUT" ] || return 0
-    local detail=${2//[\"\\]/}
-    printf '{"time": "%s", "stage": "%s", "job": "%s", "event": "%s", "restarts": %s, "nodes": "%s", "log": "%s", "detail": "%s"}\n' \
-        "$(date -u +%FT%TZ)" "$STAGE" "${SLURM_JOB_ID:-$ID}" "$1" "$(restarts)" "${SLURM_JOB_NODELIST:-}" "${LOG:-}" "$detail" \
-        >>"$OUTPUT/slurm.jsonl"
+    printf '{"time": "%s", "stage": "%s", "job": "%s", "event": "%s", "restarts": %s, ' \
+        "$(date -u +%FT%TZ)" "$STAGE" "${SLURM_JOB_ID:-$ID}" "$1" "$(restarts)" >>"$OUTPUT/slurm.jsonl"
+    printf '"nodes": "%s", "log": "%s", "detail": "%s"}\n' \
+        "${SLURM_JOB_NODELIST:-}" "${LOG:-}" "${2//[\"\\]/}" >>"$OUTPUT/slurm.jsonl"
 }
 
 # --- environment --------------------------------------------------------------------------------------------------------
@@ -85,12 +85,12 @@ open_environment() {
     local kind=${ENVIRONMENT%%:*} name=${ENVIRONMENT#*:} module
     IN_CONTAINER=() STEP_OPTIONS=()
     for module in $MODULES; do
-        type module >/dev/null 2>&1 || die "MODULES is set, but this site has no 'module' command: load what is needed another way"
+        type module >/dev/null 2>&1 || die "MODULES=$MODULES, but this site has no 'module' command: leave MODULES empty"
         module load "$module" || die "module load $module failed: see 'module avail'"
     done
     case $kind in
         venv)
-            [ -x "$name/bin/python" ] || die "ENVIRONMENT=$ENVIRONMENT: no $name/bin/python in $PWD: run 'make setup' on the login node"
+            [ -x "$name/bin/python" ] || die "ENVIRONMENT=$ENVIRONMENT: no $name/bin/python in $PWD: run 'make setup' first"
             VIRTUAL_ENV=$(cd "$name" && pwd)
             export VIRTUAL_ENV PATH="$VIRTUAL_ENV/bin:$PATH" ;;
         conda)
@@ -102,7 +102,8 @@ open_environment() {
             set -u ;;
         apptainer)
             [ -e "$name" ] || die "ENVIRONMENT=$ENVIRONMENT: $name does not exist: build it as docs/slurm.md says"
-            export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$LOCAL_DISK/soundwave-cache-$(id -u)/extensions}  # images are read-only
+            # Images are read-only.
+            export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$LOCAL_DISK/soundwave-cache-$(id -u)/extensions}
             IN_CONTAINER=(apptainer exec --nv --bind "$PWD,$LOCAL_DISK${MOUNTS:+,$MOUNTS}" --pwd "$PWD" "$name") ;;
         pyxis)
             local mounts="$PWD:$PWD,$LOCAL_DISK:$LOCAL_DISK" folder
@@ -148,7 +149,7 @@ restarts() { echo $((${SLURM_RESTART_COUNT:-0} + ${SOUNDWAVE_RESTARTS:-0})); }
 # step SRUN-ARGUMENTS: run a job step; pass Slurm's warning on to its processes; set CODE_OF_STEP.
 # bash runs a trap only while it waits for a background process, hence & and wait.
 step() {
-    local pid reminder="" status
+    local pid status
     rm -f "$JOB"/exit.*
     srun --export=ALL --kill-on-bad-exit=1 "${STEP_OPTIONS[@]}" "$@" &
     pid=$!
@@ -156,10 +157,9 @@ step() {
         SIGNALLED=0 status=0
         wait "$pid" || status=$?
         [ "$SIGNALLED" = 1 ] || break
-        # Repeated, because a process that is still starting lets the first one pass.
-        [ -n "$reminder" ] || { while kill -USR1 "$pid" 2>/dev/null; do sleep 15; done & reminder=$!; }
+        kill -USR1 "$pid" 2>/dev/null || true
+        [ -z "${STOP_FILE:-}" ] || touch "$STOP_FILE"  # for ranks that are still starting, and let the signal pass
     done
-    [ -z "$reminder" ] || kill "$reminder" 2>/dev/null || true
     # srun kills what remains of a step after its first bad exit, and then reports that. The tasks of this node noted their codes.
     if grep -qxs 2 "$JOB"/exit.*; then status=2
     elif [ "$status" = 0 ] && grep -qxs 85 "$JOB"/exit.*; then status=85
@@ -208,6 +208,11 @@ finish() {
         say "Slurm says that this job is $state: nothing more to do here"
         exit 85
     fi
+    if [ "$1$WARNED" = 850 ] && grep -qs '"reason": "STOP file' "$OUTPUT/$STAGE/run.json"; then
+        event stopped "STOP file"
+        say "$STAGE has saved and stopped, as its STOP file asked; not requeued. Submitting it again goes on from there"
+        exit 85
+    fi
     [ "$1" != 85 ] || start_again "stopped in time"
     nodes_answer || start_again "node failure"
     event failed "exit code $1"
@@ -231,7 +236,7 @@ start_again() {
     resubmit
 }
 
-# resubmit: a new job of the same script, options and arguments; every job that waits for this one is told to wait for the new one.
+# resubmit: a new job of the same script, options and arguments; every job that waits for this one shall wait for the new one.
 resubmit() {
     local new count waiting kind field value gpus options=(--parsable --chdir="$PWD" --export=ALL --job-name="$SLURM_JOB_NAME"
         --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$TASKS" --cpus-per-task="$CPUS")
@@ -251,12 +256,13 @@ resubmit() {
         for waiting in "${!SLURM_@}"; do [ "$waiting" = SLURM_CONF ] || unset "$waiting"; done
         client env SOUNDWAVE_CODE="$CODE" SOUNDWAVE_RESTARTS="$count" RECIPE="$RECIPE" \
             sbatch "${options[@]}" "$JOB/script.sh" "${ARGUMENTS[@]}"
-    ) || { event failed "could not be submitted again"; die "sbatch refused: submit it again by hand to go on where it stopped" 1; }
+    ) || { event failed "could not be submitted again"; die "sbatch refused: submit it again by hand, and it goes on" 1; }
     new=${new%%;*}
     while read -r waiting kind; do
         client scontrol update "JobId=$waiting" "Dependency=$kind:$new" \
-            || say "job $waiting waits for this one and must be told by hand: scontrol update JobId=$waiting Dependency=$kind:$new"
-    done < <(client squeue -h -t PENDING -o '%i %E' | sed -n "s/^\([^ ]*\) .*\(after[a-z]*\):$SLURM_JOB_ID\([^0-9].*\)\{0,1\}$/\1 \2/p")
+            || say "job $waiting waits for this one; tell it by hand: scontrol update JobId=$waiting Dependency=$kind:$new"
+    done < <(client squeue -h -t PENDING -o '%i %E' \
+        | sed -n "s/^\([^ ]*\) .*\(after[a-z]*\):$SLURM_JOB_ID\([^0-9].*\)\{0,1\}$/\1 \2/p")
     event resubmitted "as job $new"
     say "submitted as job $new"
     exit 85
@@ -301,13 +307,16 @@ run_stage() {
     if [ "$STAGE_SHARDS" = 1 ]; then
         export SOUNDWAVE_LOCAL_SHARDS=$LOCAL_DISK/soundwave-shards
         say "copying the shards to $SOUNDWAVE_LOCAL_SHARDS on every node"
-        step --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$((CPUS * TASKS))" "${IN_CONTAINER[@]}" \
-            bash "$CODE/slurm/common.sh" worker "$CODE/train/staging.py" "$RECIPE" "$@"
+        STOPS_AT_WARNING=1 step --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$((CPUS * TASKS))" \
+            "${IN_CONTAINER[@]}" bash "$CODE/slurm/common.sh" worker "$CODE/train/staging.py" "$RECIPE" "$@"
         go_on
     fi
     event started ""
     say "training"
+    STOP_FILE=$OUTPUT/$STAGE/STOP
+    rm -f "$STOP_FILE"
     launch "" "$CODE/train/run.py" "$RECIPE" "$@"
+    rm -f "$STOP_FILE"
     finish "$CODE_OF_STEP"
 }
 
@@ -328,7 +337,7 @@ go_on() {
 
 # --- on the nodes -----------------------------------------------------------------------------------------------------------
 
-# worker PROGRAM ARGS: one rank. Notes the program's exit code; 85 counts as success for the launcher, lest it kill the other ranks.
+# worker PROGRAM ARGS: one rank. Notes the program's exit code; for the launcher, 85 is success, lest it kill the other ranks.
 worker() {
     local code=0 cache
     # Until the program listens to it itself; the default would kill it.
@@ -348,7 +357,9 @@ worker() {
     echo "$code" >"$JOB/exit.$RANK"
     case $code in
         0|85) exit 0 ;;
-        *) echo "node ${SLURMD_NODENAME:-$(hostname)}, rank $RANK: $(basename "$1") ended with exit code $code" >&2; exit "$code" ;;
+        *)
+            echo "node ${SLURMD_NODENAME:-$(hostname)}, rank $RANK: $(basename "$1") ended with exit code $code" >&2
+            exit "$code" ;;
     esac
 }
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Score a model folder on packed shards, with every GPU of the job.
 # From the project's root: sbatch slurm/evaluate.sh --model runs/x/sft/model --shards /shards/test --task asr ...
-# (options: python -m evaluation.run --help). What is predicted is on disk at once: a stopped job goes on, by itself or submitted again.
+# (options: python -m evaluation.run --help). What is predicted is on disk at once: a job that was stopped goes on.
 #SBATCH --job-name=soundwave-evaluate
 #SBATCH --signal=B:USR1@60
 #SBATCH --requeue

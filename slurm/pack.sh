@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pack a corpus with many nodes: an array job, one task for every PARTS-th shard, and a job behind it that writes the index.
 # Run it on the login node (it submits both jobs):   slurm/pack.sh [sbatch options, as --time=8:00:00 --] PACK OPTIONS
-#   e.g.  slurm/pack.sh --corpus librispeech:/data/LibriSpeech --out /shards/librispeech       (options: data_tools/pack.py --help)
+#   e.g.  slurm/pack.sh --corpus librispeech:/data/LibriSpeech --out /shards/librispeech    (see data_tools/pack.py --help)
 # A task that is stopped goes on where it was; so does the same command again.
 #SBATCH --job-name=soundwave-pack
 #SBATCH --signal=B:USR1@120
@@ -23,7 +23,7 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
     cd "$(dirname "${BASH_SOURCE[0]}")/.."
     # shellcheck source=slurm/common.sh
     source slurm/common.sh
-    case " $* " in *" --out "*|*" --out="*) ;; *) die "say what to pack and where to, e.g. slurm/pack.sh --manifest M.jsonl --out DIR" ;; esac
+    case " $* " in *" --out "*|*" --out="*) ;; *) die "say what and where to: slurm/pack.sh --manifest M.jsonl --out DIR" ;; esac
     options=()
     case " $* " in *" -- "*) while [ "$1" != -- ]; do options+=("$1"); shift; done; shift ;; esac
     SOUNDWAVE_CODE=$PWD/slurm/jobs/pack-$(date +%Y%m%d-%H%M%S)-$$/code
@@ -31,8 +31,9 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
     freeze "$SOUNDWAVE_CODE" ""
     script=$SOUNDWAVE_CODE/slurm/pack.sh
     array=$(client sbatch --parsable --array="0-$((PARTS - 1))" --nodes=1 --ntasks=1 "${options[@]}" "$script" "$@")
-    merge=$(client sbatch --parsable --dependency="afterok:${array%%;*}" --kill-on-invalid-dep=yes --nodes=1 --ntasks=1 --cpus-per-task=1 \
-        --output=slurm/logs/%x-%j.log "${options[@]}" "$script" "$@") || { client scancel "${array%%;*}"; exit 1; }
+    merge=$(client sbatch --parsable --dependency="afterok:${array%%;*}" --kill-on-invalid-dep=yes --nodes=1 --ntasks=1 \
+        --cpus-per-task=1 --output=slurm/logs/%x-%j.log "${options[@]}" "$script" "$@") \
+        || { client scancel "${array%%;*}"; exit 1; }
     echo "pack: job ${array%%;*}, $PARTS parts, logs slurm/logs/soundwave-pack-${array%%;*}_*.log"
     echo "merge: job ${merge%%;*}, log slurm/logs/soundwave-pack-${merge%%;*}.log"
     echo "cancel: scancel ${array%%;*} ${merge%%;*}"

@@ -58,6 +58,15 @@ def test_warning_saves_requeues_and_goes_on(project):
     assert [event for _, event in project.events()] == ["started", "requeued", "started", "done"]
 
 
+def test_a_stop_file_stops_for_good(project):
+    job = project.sbatch("slurm/stage1.sh", "optim.steps=10000", env={"RECIPE": "recipes/stage1.yaml"})
+    project.wait_for_log("alignment from step 0", count=4)
+    (project.output / "alignment" / "STOP").touch()
+    project.expect(job, "FAILED")
+    assert "as its STOP file asked; not requeued" in project.log()
+    assert project.events()[-1] == ("alignment", "stopped") and not (project.output / "alignment" / "STOP").exists()
+
+
 def test_too_many_restarts_end_the_job(project):
     job = project.sbatch("slurm/stage1.sh", "optim.steps=10000", env={"RECIPE": "recipes/stage1.yaml", "MAX_RESTARTS": "1"})
     project.wait_for_log("alignment from step", count=4)

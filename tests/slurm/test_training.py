@@ -47,9 +47,9 @@ def run_chain(project: Project, disturb=()) -> None:
     disturb = dict(disturb)
     for stage, job in zip(Assets.STAGES, project.chain(), strict=True):
         if stage in disturb:
-            wait_for(lambda stage=stage: steps_done(project, stage) >= 12, 300, lambda: f"12 steps:\n{project.log()}")
+            wait_for(lambda stage=stage: steps_done(project, stage) >= 12, 900, lambda: f"12 steps:\n{project.log()}")
             disturb[stage](job)
-        project.expect(job, "COMPLETED", timeout=400)
+        project.expect(job, "COMPLETED", timeout=900)
 
 
 def undisturbed(tmp_path: Path, cluster: Cluster, assets: Assets) -> Project:
@@ -91,7 +91,7 @@ def test_a_preemption_in_stage_ii_and_a_dead_node_in_stage_iii_leave_no_trace(sl
 def test_torchrun_saves_at_the_warning_too(cluster, assets, tmp_path):
     project = real_project(tmp_path / "project", cluster, assets)
     job = project.sbatch("slurm/stage1.sh", f"optim.steps={STEPS}", env={"RECIPE": "recipes/stage1.yaml", "LAUNCHER": "torchrun"})
-    wait_for(lambda: steps_done(project, "alignment") >= 12, 300, lambda: f"12 steps:\n{project.log()}")
+    wait_for(lambda: steps_done(project, "alignment") >= 12, 900, lambda: f"12 steps:\n{project.log()}")
     cluster.client("scancel", "--batch", "--signal=USR1", job)
     assert project.expect(job, "COMPLETED", timeout=300)["Restarts"] == "1"
     assert "resuming at step" in project.log()

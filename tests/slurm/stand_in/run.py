@@ -1,8 +1,8 @@
 """Stands in for train/run.py where a test is about the scripts and the queue: the real one needs 20 s to start on two cores.
 
 The same command line, recipe, ranks, exit codes and signals, and the same files as far as the scripts and `preflight --where`
-read them; what it trains is a number. It counts steps of 0.2 s, notes USR1 and TERM, saves and ends with 85; it goes on from what
-it saved. A file OUTPUT/FAIL-<stage> makes it fail with the exit code in it, at step 3, on the last rank.
+read them; what it trains is a number. It counts steps of 0.2 s; at USR1, TERM or a STOP file it saves and ends with 85; started
+again it goes on. A file OUTPUT/FAIL-<stage> makes it fail with the exit code in it, at step 3, on the last rank.
 """
 
 import json
@@ -39,7 +39,8 @@ def main() -> int:
     print(f"rank {rank} of {world_size} local {os.environ['LOCAL_RANK']} on {os.environ['SLURMD_NODENAME']}: {recipe.stage} from "
           f"step {saved['step']}, generation {GENERATION}, end {os.environ['SLURM_JOB_END_TIME']}", flush=True)
     fail = Path(recipe.output) / f"FAIL-{recipe.stage}"
-    while saved["step"] < recipe.optim.steps and not wishes:
+    stop = folder / "STOP"
+    while saved["step"] < recipe.optim.steps and not wishes and not stop.exists():
         time.sleep(STEP_SECONDS)
         saved["step"] += 1
         saved["value"] = saved["value"] * 31 % 1000003
@@ -49,6 +50,7 @@ def main() -> int:
             return int(fail.read_text())
     state.write_text(json.dumps(saved))
     if saved["step"] < recipe.optim.steps:
+        (folder / "run.json").write_text(json.dumps({"reason": "signal on rank 0" if wishes else "STOP file on rank 0"}))
         return 85
     if rank == 0:
         (folder / "model").mkdir(exist_ok=True)
