@@ -45,7 +45,8 @@ class Generation:
 
     @torch.no_grad()
     def generate(self, batch: Batch, *, max_new_tokens: int = 512, do_sample: bool = False, temperature: float = 0.2,
-                 top_p: float = 0.9, streamer: "BaseStreamer | None" = None, synced_gpus: bool = False) -> list[list[int]]:
+                 top_p: float = 0.9, min_new_tokens: int = 0, streamer: "BaseStreamer | None" = None,
+                 synced_gpus: bool = False) -> list[list[int]]:
         """Answers as token ids, one list per conversation, without the end of turn.
 
         batch: prompts that end with the assistant's opening (`prompt.chat_ids` of a chat without its answer), padded on either
@@ -65,7 +66,8 @@ class Generation:
             "temperature": None, "top_p": None, "top_k": None}
         ids = self.llm.generate(inputs_embeds=embeddings, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=do_sample,
                                 eos_token_id=stop, pad_token_id=stop[0], streamer=streamer, synced_gpus=synced_gpus,
-                                use_cache=True, num_beams=1, repetition_penalty=1.0, **sampling)
+                                min_new_tokens=min_new_tokens or None, use_cache=True, num_beams=1, repetition_penalty=1.0,
+                                **sampling)
         self.train(training)
         answers = []
         for row in ids.tolist():
