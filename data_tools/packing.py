@@ -231,9 +231,8 @@ class Packing:
             "other_splits": plan["other_splits"],
             "rejected_hours": {reason: round(value / 3600, 6) for reason, value in sorted(seconds.items())},
         }
-        index = write_index(
-            self.folder, self.name, _Again(lambda: self._summaries(plan["shards"])), {**report, "options": plan["digest"]}
-        )
+        summaries, extra = _Again(lambda: self._summaries(plan["shards"])), {**report, "options": plan["digest"]}
+        index = write_index(self.folder, self.name, summaries, extra, scratch=self.folder / WORK)
         shutil.rmtree(self.folder / WORK)
         return index
 

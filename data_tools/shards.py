@@ -199,9 +199,10 @@ def fingerprint(table: np.ndarray, checksums: list[str]) -> str:
     return digest.hexdigest()
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that its name only ever stands for complete content."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+def replace_file(path: Path, data: bytes, scratch: Path | None = None) -> None:
+    """Write a file so that its name only ever stands for complete content. scratch: a folder of the same file system for
+    what is not finished (default: the file's own), so that a kill leaves nothing beside finished files."""
+    unfinished = (scratch or path.parent) / f".{path.name}.{os.getpid()}"
     try:
         with open(unfinished, "wb") as file:
             file.write(data)
@@ -212,11 +213,11 @@ def replace_file(path: Path, data: bytes) -> None:
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
 
 
-def write_index(folder: str | Path, name: str, summaries, extra: dict | None = None) -> dict:
+def write_index(folder: str | Path, name: str, summaries, extra: dict | None = None, scratch: Path | None = None) -> dict:
     """Join the shards' summaries into samples.npy and index.json; returns the index.
 
     `summaries` is gone through twice, in shard order, and may load each summary when it is its turn: memory is then that
-    of one shard's table. index.json is written last: a folder with an index is a complete one.
+    of one shard's table. index.json is written last: a folder with an index is a complete one. scratch: as in replace_file.
     """
     folder = Path(folder)
     tables = {"tasks": set(), "langs": set(), "codecs": set()}
@@ -229,7 +230,7 @@ def write_index(folder: str | Path, name: str, summaries, extra: dict | None = N
         )
         count += len(summary.rows)
     sorted_tables = {table: sorted(values) for table, values in tables.items()}
-    unfinished = folder / f".{TABLE_NAME}.{os.getpid()}"
+    unfinished = (scratch or folder) / f".{TABLE_NAME}.{os.getpid()}"
     seconds, digest = 0.0, hashlib.sha256()
     try:
         with open(unfinished, "wb") as file:
@@ -263,7 +264,7 @@ def write_index(folder: str | Path, name: str, summaries, extra: dict | None = N
         "fingerprint": digest.hexdigest(),
         **(extra or {}),
     }
-    replace_file(folder / INDEX_NAME, (json.dumps(index, indent=1, ensure_ascii=False) + "\n").encode())
+    replace_file(folder / INDEX_NAME, (json.dumps(index, indent=1, ensure_ascii=False) + "\n").encode(), scratch)
     return index
 
 

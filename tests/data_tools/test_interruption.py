@@ -54,33 +54,28 @@ def complete_tars(folder: Path) -> None:
 
 def kill_and_finish(manifest, out, rng, undisturbed, kills):
     """Kill -9 the whole process group, or the parent alone, at random moments, then let it end; returns how many were hit."""
-    started = time.monotonic()
-    process = start(manifest, out)
-    assert process.wait() == 0, process.stderr.read()
-    whole = time.monotonic() - started
-    assert folder_bytes(out) == undisturbed
-    shutil.rmtree(out)
-    killed = 0
+    killed, longest = 0, 3.0
     for _ in range(kills):
+        started = time.monotonic()
         process = start(manifest, out)
-        time.sleep(rng.uniform(0.25 * whole, whole))  # before that, Python is still importing
-        if process.poll() is None:
+        try:
+            process.wait(timeout=rng.uniform(0.2, longest))
+            longest = time.monotonic() - started  # it ended by itself: kill earlier
+        except subprocess.TimeoutExpired:
             killed += 1
+            longest = max(longest, 1.2 * (time.monotonic() - started))
             if rng.random() < 0.5:
-                process.kill()
-                time.sleep(0.1)
+                process.kill()  # its workers are left behind, and end by themselves
             else:
                 os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        process.stderr.close()
-        if out.exists():
-            complete_tars(out)
+        process.communicate()
+        complete_tars(out)
         if (out / "index.json").exists():
             assert folder_bytes(out) == undisturbed
             shutil.rmtree(out)
     process = start(manifest, out)
-    assert process.wait() == 0, process.stderr.read()
+    errors = process.communicate()[1]
+    assert process.returncode == 0, errors
     assert folder_bytes(out) == undisturbed and not (out / ".pack").exists()
     return killed
 
@@ -90,10 +85,10 @@ def test_twenty_kills_at_random_moments_leave_the_same_bytes(large_corpus, tmp_p
     reference = tmp_path / "a" / "packed"
     assert pack.main(["--manifest", str(large_corpus), "--out", str(reference), *OPTIONS]) == 0
     assert len(list(reference.glob("*.tar"))) >= 20
-    rng, killed = random.Random(0), 0
+    rng, killed, out = random.Random(0), 0, tmp_path / "b" / "packed"
     while killed < 20:
-        killed += kill_and_finish(large_corpus, tmp_path / "b" / "packed", rng, folder_bytes(reference), kills=10)
-        shutil.rmtree(tmp_path / "b" / "packed")
+        killed += kill_and_finish(large_corpus, out, rng, folder_bytes(reference), kills=6)
+        shutil.rmtree(out)
 
 
 def test_a_kill_between_any_two_steps_of_a_shard_leaves_the_same_bytes(corpus, tmp_path, monkeypatch):
