@@ -17,6 +17,7 @@ beyond what is there before the step, less the gradients.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import math
@@ -162,6 +163,7 @@ def extra_memory(step: Callable[[], int], device: str) -> int | None:
         return -step() + torch.cuda.max_memory_allocated() - before
     if not Path("/proc/self/clear_refs").exists():
         return None
+    ctypes.CDLL(None).malloc_trim(0)  # pages that the C library keeps for itself would hide growth
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")
     return -step() + status("VmHWM") - before
@@ -220,7 +222,7 @@ def compare(work: Work, repeats: int, device: str, chunked: bool) -> tuple[dict,
         mark = MARKS[key][column] if key in MARKS else None
         rows.append({"dtype": dtype, "B,T,D,V": "x".join(map(str, shape)), "posteriors": work.posteriors, "what": what,
                      "seconds": ours[0], "other seconds": theirs[0], "ratio": ours[0] / theirs[0],
-                     "ratio of CPU time": ours[1] / theirs[1] if device == "cpu" else None, "mark": mark})
+                     "ratio of CPU time": ours[1] / theirs[1] if device == "cpu" and theirs[1] else None, "mark": mark})
 
     for name in ("trained", "frozen"):
         row(f"{name}: op / ordinary", times[name]["op"], times[name]["ordinary"], (kind, name))
