@@ -364,3 +364,18 @@ def test_attention_that_a_model_lacks_is_one_line(folders):
     config.attention_implementation = "fast"
     with pytest.raises(ValueError, match="model.attention_implementation is 'fast'"):
         Soundwave.build(config)
+
+
+def test_frozen_parts_in_bfloat16_with_adapters_in_float32(folders):
+    """Types differ between the parts; gradients reach what is trained, in its own type, and the losses stay near."""
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        config = tiny.config(folders("whisper"), folders("llama_tied"))
+        config.dtype = dtype
+        torch.manual_seed(5)
+        model = Soundwave.build(config).eval()
+        output = model(mixed(model), losses=("ce", "ctc"))
+        (output.ce_sum + output.ctc_sum).backward()
+        assert all(p.dtype == p.grad.dtype == torch.float32 for group in model.parameter_groups().values() for _, p in group)
+        losses.append(output.ctc_sum.float().detach())
+    torch.testing.assert_close(*losses, rtol=0.03, atol=0)
