@@ -97,13 +97,14 @@ class Transcriber:
     def _texts(self, waves: list[np.ndarray], lang: str | None) -> list[str]:
         import torch
 
-        features = self.processor.feature_extractor(
-            [wave.astype(np.float32) / 32768.0 for wave in waves], sampling_rate=SAMPLE_RATE, return_tensors="pt"
-        ).input_features.to(self.device, self.model.dtype)
+        waves = [wave.astype(np.float32) / 32768.0 for wave in waves]
+        options = {"sampling_rate": SAMPLE_RATE, "return_tensors": "pt", "return_attention_mask": True}
+        inputs = self.processor.feature_extractor(waves, **options).to(self.device)
+        features, mask = inputs.input_features.to(self.model.dtype), inputs.attention_mask
         multilingual = getattr(self.model.generation_config, "is_multilingual", False)
-        options = {"language": lang.split("-")[0], "task": "transcribe"} if multilingual and lang else {}
+        told = {"language": lang.split("-")[0], "task": "transcribe"} if multilingual and lang else {}
         with torch.inference_mode():
-            ids = self.model.generate(features, do_sample=False, num_beams=1, **options)
+            ids = self.model.generate(features, attention_mask=mask, do_sample=False, num_beams=1, **told)
         return self.processor.batch_decode(ids, skip_special_tokens=True)
 
 

@@ -14,6 +14,7 @@ import gzip
 import io
 import json
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -191,4 +192,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `show DIR | head` ends quietly
     sys.exit(main())
