@@ -128,3 +128,14 @@ def test_no_server_is_one_line(tmp_path, monkeypatch, capsys):
     file.write_text(json.dumps({"id": "1", "reference": "a", "prediction": "b"}) + "\n")
     assert judge.main([str(file), "--endpoint", "http://127.0.0.1:9/v1"]) == 1
     assert "start the server" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_local_judge_that_answers_nonsense_gives_no_score(parts, tmp_path, capsys):
+    """A random model as judge: its replies are kept and counted as unread, and no score is made up."""
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({"id": "1", "task": "chat", "reference": "a", "prediction": "b", "prompt": "Why?"}) + "\n")
+    assert judge.main([str(file), "--local", str(parts / "llm")]) == 0
+    assert "1 replies unread" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "p.judge.jsonl").read_text())
+    assert kept["score"] is None and len(kept["replies"]) == 2
+    assert judge.main([str(file), "--local", str(tmp_path)]) == 2
