@@ -10,6 +10,7 @@ too (`config_overrides`), because honest ones would leave the project's scripts 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -192,15 +193,17 @@ class Cluster:
             while time.monotonic() < deadline and any(p.poll() is None for p in self.daemons.values()):
                 time.sleep(0.05)
         for pid in self.step_processes():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         if self.kind == "netns":
             for node in self.nodes:
+                subprocess.run(["ip", "link", "del", self._link(node)], capture_output=True, timeout=10)
                 subprocess.run(["ip", "netns", "del", self._namespace(node)], capture_output=True, timeout=10)
             subprocess.run(["ip", "link", "del", f"br{self.tag}"], capture_output=True, timeout=10)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def step_processes(self) -> list[int]:
-        """Processes on this machine that belong to this cluster's job steps: their environment names its slurm.conf."""
+        """Processes that the daemons started (job steps and their keepers): their environment names this slurm.conf."""
         mine, found = str(self.folder / "slurm.conf").encode(), []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != os.getpid():
@@ -208,7 +211,7 @@ class Cluster:
                     environment = (entry / "environ").read_bytes()
                 except OSError:
                     continue
-                if b"SLURM_CONF=" + mine in environment and b"SLURM_JOB_ID=" in environment:
+                if b"SLURM_CONF=" + mine in environment:
                     found.append(int(entry.name))
         return found
 
@@ -250,10 +253,8 @@ class Cluster:
         self._ip("link", "set", self._link(node), "down")
         pids = subprocess.run(["ip", "netns", "pids", self._namespace(node)], capture_output=True, text=True, timeout=10).stdout
         for pid in pids.split():
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         self.daemons.pop(node).wait(timeout=10)
 
     def revive_node(self, node: str) -> None:
