@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import mmap
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,9 @@ SPOKEN_CHARACTERS_PER_SECOND = 15.0  # English read aloud; a text-only turn weig
 TEMPLATE_POSITIONS = 48  # chat template and default instruction
 CHARACTERS_PER_TOKEN = 3.0  # where pack counted no tokens; on the safe side for English (about 4)
 POSITIONS_PER_SECOND = 3.0  # kept frames of audio without a transcript
-_INDEX_CHUNK = 1 << 20
+_PLAN_COLUMNS = ("shard", "audio_size", "duration", "characters", "target_characters", "task")
+_INDEX_CHUNK = 1 << 15  # rows (2 MB): a chunk stays in the processor's cache while its columns are taken out
+_RELEASE_CHUNKS = 32
 LOGGER = logging.getLogger(__name__)
 
 
@@ -56,6 +59,12 @@ def key64(*parts: object) -> np.uint64:
     """64-bit key of a tuple of names and numbers."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return np.uint64(int.from_bytes(digest, "little"))
+
+
+def _release(samples: np.ndarray) -> None:
+    """Let go of the pages of a memory-mapped table that were read: 10 million rows are 0.7 GB, and every rank maps them."""
+    if isinstance(samples, np.memmap):
+        samples._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def is_plain_stream(shards: str) -> bool:
@@ -86,9 +95,13 @@ def llm_positions(samples: np.ndarray) -> np.ndarray:
 
 def sample_units(samples: np.ndarray) -> np.ndarray:
     """Cost of index rows in units of the plan: milliseconds of audio; of text, the time it would take to say it."""
-    text = (samples["characters"].astype(np.float64) + samples["target_characters"]) / SPOKEN_CHARACTERS_PER_SECOND
-    seconds = np.where(samples["audio_size"] > 0, samples["duration"], text)
-    return np.maximum(np.rint(seconds * UNITS_PER_SECOND), 1).astype(np.uint32)
+    seconds = samples["duration"].astype(np.float64)
+    if len(silent := np.flatnonzero(samples["audio_size"] == 0)):
+        characters = samples["characters"][silent].astype(np.float64) + samples["target_characters"][silent]
+        seconds[silent] = characters / SPOKEN_CHARACTERS_PER_SECOND
+    np.rint(seconds * UNITS_PER_SECOND, out=seconds)
+    # What has no sensible length is left out by `usable`.
+    return np.clip(np.nan_to_num(seconds, copy=False), 1, 2**32 - 1).astype(np.uint32)
 
 
 def usable(samples: np.ndarray, data: DataConfig, stage: str) -> dict[str, np.ndarray]:
@@ -99,7 +112,7 @@ def usable(samples: np.ndarray, data: DataConfig, stage: str) -> dict[str, np.nd
     if stage == "alignment":
         reasons["no transcript for CTC"] = samples["characters"] == 0
         reasons["no audio"] = ~audio
-    left = np.ones(len(samples), dtype=bool)
+    left = np.ones(len(duration), dtype=bool)
     masks = {}
     for reason, mask in reasons.items():
         masks[reason] = mask & left
@@ -153,12 +166,12 @@ class Excluded:
 class SourceOrder:
     """The endless order of one source: rows [n] in shard order, with their units, shuffled anew in every pass."""
 
-    def __init__(self, index: ShardIndex, rows: np.ndarray, units: np.ndarray, key: str, seed: int, window_shards: int):
+    def __init__(self, index: ShardIndex, rows: np.ndarray, units: np.ndarray, shard_of: np.ndarray, key: str, seed: int,
+                 window_shards: int):
         self._index, self.rows, self.units, self._key, self._seed = index, rows, units, key, seed
-        shard_of = index.samples["shard"][rows]
         self._starts = np.flatnonzero(np.r_[True, shard_of[1:] != shard_of[:-1]])
         self._ends = np.r_[self._starts[1:], len(rows)]
-        self._shard_units = np.add.reduceat(units.astype(np.int64), self._starts)
+        self._shard_units = np.add.reduceat(units, self._starts, dtype=np.int64)
         self._shard_hash = mix64(shard_of[self._starts].astype(np.uint64))
         self._window = max(int(window_shards), 1)
         self.total = int(self._shard_units.sum())  # units of one pass
@@ -275,9 +288,9 @@ class Plan:
         self.corpus_of: list[int] = []
         tasks, weights = [], []
         for number, (corpus, index) in enumerate(zip(data.train, indexes, strict=True)):
-            for task, rows, units in self._sources(number, corpus, index):
+            for task, rows, units, shard_of in self._sources(number, corpus, index):
                 key = f"{index.fingerprint}/{task}"
-                self.orders.append(SourceOrder(index, rows, units, key, data.seed, data.shuffle_window_shards))
+                self.orders.append(SourceOrder(index, rows, units, shard_of, key, data.seed, data.shuffle_window_shards))
                 self.names.append(f"{Path(corpus.shards).name}/{task}")
                 self.corpus_of.append(number)
                 tasks.append(task)
@@ -311,30 +324,37 @@ class Plan:
         return cls([load_index(corpus.shards) for corpus in data.train], data, stage, steps)
 
     def _sources(self, number: int, corpus: Corpus, index: ShardIndex):
-        """Usable rows and units of each task of one corpus; what is left out is recorded in self.excluded."""
+        """(task, usable rows, their units, their shards) of one corpus; what is left out is recorded in self.excluded."""
         for task in corpus.tasks or []:
             if task not in index.tasks:
                 raise RecipeError(f"data.train: '{corpus.shards}' has no task '{task}'; it has {', '.join(index.tasks)}")
         wanted = [i for i, task in enumerate(index.tasks) if corpus.tasks is None or task in corpus.tasks]
-        rows: dict[int, list[np.ndarray]] = {task: [] for task in wanted}
-        units: dict[int, list[np.ndarray]] = {task: [] for task in wanted}
+        # Rows, units and shards of each task; what is not filled costs no memory.
+        found = {task: tuple(np.empty(len(index), np.uint32) for _ in range(3)) for task in wanted}
+        counts = dict.fromkeys(wanted, 0)
         left_out: dict[str, list[np.ndarray]] = {}
-        for start in range(0, len(index), _INDEX_CHUNK):  # in chunks: an index of 10 million rows stays out of memory
-            chunk = np.array(index.samples[start:start + _INDEX_CHUNK])
-            masks = usable(chunk, self.data, self.stage)
+        for start in range(0, len(index), _INDEX_CHUNK):
+            table = index.samples[start:start + _INDEX_CHUNK]
+            chunk = {name: np.ascontiguousarray(table[name]) for name in _PLAN_COLUMNS}
+            masks, units = usable(chunk, self.data, self.stage), sample_units(chunk)
             of_task = {task: chunk["task"] == task for task in wanted}
             for task, mask in of_task.items():
                 at = np.flatnonzero(masks[""] & mask)
-                rows[task].append((at + start).astype(np.uint32))
-                units[task].append(sample_units(chunk[at]))
-            asked = np.logical_or.reduce(list(of_task.values())) if of_task else np.zeros(len(chunk), bool)
+                here = slice(counts[task], counts[task] + len(at))
+                for column, values in zip(found[task], (at + start, units[at], chunk["shard"][at]), strict=True):
+                    column[here] = values
+                counts[task] = here.stop
+            if start // _INDEX_CHUNK % _RELEASE_CHUNKS == 0:
+                _release(index.samples)
+            asked = np.logical_or.reduce(list(of_task.values())) if of_task else np.zeros(len(table), bool)
             for reason, mask in masks.items():
                 if reason and (mask & asked).any():
                     left_out.setdefault(reason, []).append((np.flatnonzero(mask & asked) + start).astype(np.uint32))
-        self.excluded += [Excluded(number, reason, np.concatenate(parts)) for reason, parts in left_out.items()]
+        _release(index.samples)
+        self.excluded += [Excluded(number, reason, np.concatenate(rows)) for reason, rows in left_out.items()]
         for task in wanted:
-            if sum(map(len, rows[task])):
-                yield index.tasks[task], np.concatenate(rows[task]), np.concatenate(units[task])
+            if counts[task]:
+                yield index.tasks[task], *(column[:counts[task]] for column in found.pop(task))
 
     def global_batch(self, step: int) -> np.ndarray:
         """The ordered utterances of one optimizer step, all ranks together: PLANNED [N], N >= 1."""
