@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import WhisperConfig
 
 from tests.stream.conftest import data_config
 from train.config import DataConfig, RecipeError
@@ -38,6 +39,30 @@ def test_speed_and_noise_do_what_they_say():
         snr = 10 * torch.log10(wave.square().mean() / (noisy - wave).square().mean())
         assert abs(float(snr) - 15) < 0.3
     assert len(augment(wave, DataConfig(speed_perturb=[0.8], max_seconds=2.2), 0, "a")) == 32000  # would be 2.5 s
+
+
+def test_spec_augment_masks_reach_the_batch(packed, tokenizer, model_config, tmp_path):
+    (tmp_path / "whisper").mkdir()
+    WhisperConfig(num_mel_bins=40).save_pretrained(tmp_path / "whisper")
+    model_config.encoder.name = str(tmp_path / "whisper")
+    data = data_config(packed, spec_augment=True)
+    state = torch.get_rng_state()
+    steps, again = (list(Stream(data, "alignment", tokenizer, model_config, 0, 1, 0, 4)) for _ in range(2))
+    assert torch.equal(state, torch.get_rng_state())  # dropout does not notice
+    shares = []
+    for step, same in zip(steps, again, strict=True):
+        for batch, other in zip(step.micro_batches, same.micro_batches, strict=True):
+            frames = -(-batch.audio_lengths // 160)
+            assert batch.mel_mask.dtype == torch.bool and batch.mel_mask.shape == (len(batch.ids), 40, int(frames.max()))
+            assert torch.equal(batch.mel_mask, other.mel_mask)
+            for mask, length in zip(batch.mel_mask, frames.tolist(), strict=True):
+                bands, stretches = mask[:, :length].all(1), mask[:, :length].all(0)
+                assert torch.equal(mask[:, :length], bands[:, None] | stretches[None]) and not mask[:, length:].any()
+                assert bands.sum() <= 2 * 14 and stretches.sum() <= 0.4 * length
+                shares.append(float(mask[:, :length].float().mean()))
+    assert 0.15 < sum(shares) / len(shares) < 0.6 and len(set(shares)) > 10
+    plain = next(iter(Stream(data_config(packed), "alignment", tokenizer, model_config, 0, 1, 0, 1)))
+    assert plain.micro_batches[0].mel_mask is None
 
 
 def test_other_seed_epoch_or_id_is_other_noise():

@@ -94,7 +94,15 @@ class Collator:
             has_transcript=torch.tensor([bool(t) for t in targets]),
             input_ids=input_ids, attention_mask=attention_mask, labels=labels,
             ids=[str(p.sample.meta.get("id", "")) for p in prepared],
-            tasks=[str(p.sample.meta.get("task", "")) for p in prepared])
+            tasks=[str(p.sample.meta.get("task", "")) for p in prepared],
+            mel_mask=self._pad_masks([p.sample.mel_mask for p in heard]))
+
+    @staticmethod
+    def _pad_masks(masks: list[torch.Tensor | None]) -> torch.Tensor | None:
+        """[n_mels, F] each -> [A, n_mels, F]; nothing is masked behind a clip's end."""
+        if not masks or masks[0] is None:
+            return None
+        return pad_sequence([mask.T for mask in masks], batch_first=True).transpose(1, 2)
 
     def _dummy_row(self) -> tuple[list[int], list[int]]:
         messages = [{"role": "user", "content": "."}] + ([{"role": "assistant", "content": "."}] if self.answers else [])

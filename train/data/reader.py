@@ -28,6 +28,7 @@ class Sample:
     meta: dict  # KEY.json
     waveform: torch.Tensor | None
     features: torch.Tensor | None = None  # [T, D] from the feature cache, in place of the waveform
+    mel_mask: torch.Tensor | None = None  # [n_mels, F] bool, where data.spec_augment is on
 
     @property
     def has_audio(self) -> bool:

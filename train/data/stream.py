@@ -57,7 +57,8 @@ class MicroBatchReader(Dataset):
     """Makes a micro-batch from a job: the work of a worker process. replace: another utterance in a broken one's place."""
 
     def __init__(self, indexes: list[ShardIndex], collator: Collator, data: DataConfig, *, plan: Plan | None = None,
-                 features=None, slots: int = 1):
+                 features=None, slots: int = 1, mel_channels: int | None = None):
+        self.mel_channels = mel_channels
         self.indexes, self.collator, self.data, self.plan, self.features = indexes, collator, data, plan, features
         self._refused: dict[tuple[int, int], float] = {}  # (corpus, shard) -> when its reads failed to the last attempt
         # What each worker is at, for the watchdog: [time it began (0: idle), corpus, row, step].
@@ -83,9 +84,9 @@ class MicroBatchReader(Dataset):
             waveform = decode(audio)
             if self.plan is not None:
                 check_length(waveform, self.data)
-                if augment.is_on(self.data):
-                    waveform = augment.augment(waveform, self.data, int(entry["epoch"]), f"{meta.get('corpus')}/{meta.get('id')}")
-            sample = Sample(meta, waveform)
+                sample = augment.augmented(waveform, meta, self.data, int(entry["epoch"]), self.mel_channels)
+            else:
+                sample = Sample(meta, waveform)
         decoded = time.perf_counter()
         prepared = self.collator.prepare(sample)
         timings["read"] += read - began
@@ -170,12 +171,14 @@ class Stream:
             features = FeatureStore.open(data.cache_features, model_config)
         collator = Collator(tokenizer, model_config, stage, data.ctc_text, token_limit=data.micro_batch_tokens,
                             feature_width=features.width if features else None)
+        channels = augment.mel_channels(data, model_config)
         self.rejected = RejectedLog(rejected_path, data.max_rejected_share)
         self._iterator: Iterator[StepBatches] | None = None
         if isinstance(self.plan, PlainPlan):
-            self.reader = PlainReader(self.plan, collator, data, rank, world_size, start_step)
+            self.reader = PlainReader(self.plan, collator, data, rank, world_size, start_step, channels)
             return
-        self.reader = MicroBatchReader(self.plan.indexes, collator, data, plan=self.plan, features=features, slots=data.workers)
+        self.reader = MicroBatchReader(self.plan.indexes, collator, data, plan=self.plan, features=features, slots=data.workers,
+                                       mel_channels=channels)
         if rank == 0 and start_step == 0:
             self.rejected.write(self._excluded())
 

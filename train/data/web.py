@@ -50,7 +50,9 @@ def sample_seconds(prepared: Prepared) -> float:
 class PlainReader(IterableDataset):
     """Micro-batches for ever; the work of a worker process. Errors: RecipeError where a whole pass yields nothing."""
 
-    def __init__(self, plan: PlainPlan, collator: Collator, data: DataConfig, rank: int, world_size: int, start_step: int):
+    def __init__(self, plan: PlainPlan, collator: Collator, data: DataConfig, rank: int, world_size: int, start_step: int,
+                 mel_channels: int | None = None):
+        self.mel_channels = mel_channels
         self.plan, self.collator, self.data = plan, collator, data
         self.rank, self.world_size, self.start_step = rank, world_size, start_step
         self.urls = [expand_urls(corpus.shards) for corpus in data.train]
@@ -127,10 +129,11 @@ class PlainReader(IterableDataset):
         if audio is not None:
             waveform = decode(audio)
             check_length(waveform, self.data)
-            if augment.is_on(self.data):
-                waveform = augment.augment(waveform, self.data, epoch, f"{meta.get('corpus')}/{meta.get('id')}")
+        sample = Sample(meta, None)
+        if waveform is not None:
+            sample = augment.augmented(waveform, meta, self.data, epoch, self.mel_channels)
         decoded = time.perf_counter()
-        prepared = self.collator.prepare(Sample(meta, waveform))
+        prepared = self.collator.prepare(sample)
         timings["decode"] += decoded - began
         timings["prepare"] += time.perf_counter() - decoded
         return prepared
