@@ -1,0 +1,95 @@
+"""Training as a user starts it: real ranks, real DeepSpeed, tiny random models."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.train.tiny import STAGES, workspace
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 240  # seconds for any one run: a hang is a failure
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return workspace(tmp_path_factory.mktemp("train"))
+
+
+def command(recipe: Path, *overrides: str, ranks: int = 2) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "train/run.py"]
+    return [*(launcher if ranks > 1 else [sys.executable, "-m", "train.run"]), str(recipe), *overrides]
+
+
+def run(*args, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*args, **kwargs), cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+
+
+def losses(stage_folder: Path) -> dict[int, float]:
+    """Loss by step; of a step that was done again, the last one."""
+    lines = map(json.loads, (stage_folder / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+
+
+def test_misspelt_key_stops_with_the_nearest_right_one(tiny):
+    done = run(tiny / "stage1.yaml", "optim.lr_adapter=1", ranks=1)
+    assert done.returncode == 2 and "did you mean 'optim.lr_adapters'" in done.stderr
+    assert not (tiny / "run").exists()
+
+
+def test_missing_previous_stage_is_named(tiny):
+    done = run(tiny / "stage2.yaml", f"output={tiny / 'alone'}", ranks=1)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert "alignment" in done.stderr and str(tiny / "alone") in done.stderr
+
+
+@pytest.mark.parametrize("number", STAGES)
+def test_dry_run_of_the_full_recipes_needs_nothing(number):
+    done = subprocess.run([sys.executable, "-m", "train.run", f"train/recipes/stage{number}.yaml", "--dry-run"], cwd=ROOT,
+                          capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0, done.stderr
+    assert "ZeRO-3" in done.stdout and "alignment" in done.stdout
+
+
+def test_three_stages_on_two_ranks_under_zero3(tiny):
+    output = tiny / "road"
+    for number, stage in STAGES.items():
+        done = run(tiny / f"stage{number}.yaml", f"output={output}")
+        assert done.returncode == 0, done.stderr[-3000:]
+        steps = losses(output / stage)
+        assert sorted(steps) == list(range(8)) and all(torch.isfinite(torch.tensor(list(steps.values()))))
+        assert (output / stage / "model" / "soundwave.json").exists()
+    one, two, three = (load_file(output / stage / "model" / "adapters.safetensors") for stage in STAGES.values())
+    assert any(not torch.equal(one[name], two[name]) for name in one), "stage II trains the alignment adapter"
+    assert all(torch.equal(two[name], three[name]) for name in two), "stage III trains LoRA alone"
+
+
+def test_killed_and_started_again_equals_undisturbed(tiny):
+    """kill -9 of all ranks behind a checkpoint; the same command goes on, bit for bit."""
+    options = ["optim.steps=24", "checkpoint.every_steps=4", "data.valid=[]"]
+    whole, killed = tiny / "whole", tiny / "killed"
+    assert run(tiny / "stage1.yaml", f"output={whole}", *options).returncode == 0
+    again = command(tiny / "stage1.yaml", f"output={killed}", *options)
+    launcher = subprocess.Popen(again, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + LIMIT
+    while not (killed / "alignment" / "checkpoints" / "latest").exists():
+        assert time.monotonic() < deadline and launcher.poll() is None
+        time.sleep(0.02)
+    for process in [*psutil.Process(launcher.pid).children(recursive=True), psutil.Process(launcher.pid)]:
+        process.send_signal(signal.SIGKILL)
+    launcher.wait()
+    assert not (killed / "alignment" / "model").exists(), "it was over before the kill"
+    done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0 and "resuming at step" in done.stdout + done.stderr
+    assert losses(killed / "alignment") == losses(whole / "alignment")
+    ours, theirs = (load_file(folder / "alignment" / "model" / "adapters.safetensors") for folder in (killed, whole))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
