@@ -9,13 +9,13 @@ export HF_HUB_OFFLINE ?= 1
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo fetch test lint bench-ctc gpu-check soak test-slurm clean
+.PHONY: help setup setup-dev demo fetch test lint bench-ctc gpu-check test-slurm clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
 	@echo
 	@echo "  PYTHON=python3.12  another interpreter    VENV=/path  another place    GPU=1  CUDA torch though no GPU is seen here"
-	@echo "  FLASH_ATTN=1  flash-attn too (with setup)    ARGS='...'  arguments for demo, test, bench-ctc, gpu-check, soak, test-slurm"
+	@echo "  FLASH_ATTN=1  flash-attn too (with setup)    ARGS='...'  arguments for demo, test, bench-ctc, gpu-check, test-slurm"
 
 setup: ## fill .venv: packages, CPU or CUDA torch, prebuilt ops; quick when repeated
 	@$(SETUP)
@@ -41,9 +41,6 @@ bench-ctc: setup ## the fused op against the ordinary path, one run
 
 gpu-check: setup-dev ## every CUDA parity test and benchmark; one JSON, one table
 	@$(PY) -m benchmarks.gpu_check $(ARGS)
-
-soak: setup-dev ## kill and resume training at 30 random moments; the weights must not differ
-	@$(PY) -m benchmarks.soak $(ARGS)
 
 test-slurm: setup-dev ## the SLURM scripts on a two-node cluster started on this machine
 	@$(PY) -m pytest -m slurm tests/slurm $(ARGS)

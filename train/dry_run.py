@@ -14,6 +14,7 @@ from model.pretrained import SourceError, presets
 from model.soundwave import Soundwave
 from train import zero
 from train.config import Recipe, RecipeError
+from train.data.plan import Plan, load_index
 from train.flops import Flops, numel
 from train.stages import initial_folder, stage_folder, stage_of
 
@@ -84,6 +85,11 @@ def missing(recipe: Recipe) -> list[str]:
         for corpus in getattr(recipe.data, kind):
             if not (Path(corpus.shards) / "index.json").exists():
                 lines.append(f"data.{kind}: {corpus.shards} has no index.json; pack it with data_tools/pack.py")
+                continue
+            try:
+                load_index(corpus.shards)
+            except RecipeError as error:
+                lines.append(str(error))
     if not recipe.data.train:
         lines.append("data.train: names no packed folder")
     try:
@@ -93,13 +99,11 @@ def missing(recipe: Recipe) -> list[str]:
     return lines
 
 
-def _plan(recipe: Recipe) -> list[str]:
-    """Hours of audio, and passes over the data where its index is there."""
+def _plan(recipe: Recipe, ready: bool) -> list[str]:
+    """Hours of audio, and passes over the data where its indexes are there."""
     steps, seconds = recipe.optim.steps, recipe.data.batch_seconds
     lines = [f"{steps} steps x {seconds:g} s of audio = {steps * seconds / 3600:,.1f} hours"]
-    if recipe.data.train and all((Path(c.shards) / "index.json").exists() for c in recipe.data.train):
-        from train.data import Plan
-
+    if ready:
         plan = Plan.open(recipe.data, recipe.stage, steps)
         passes = ", ".join(f"{name} {number:.2f}" for name, number in plan.passes(steps).items())
         lines.append(f"passes over each source: {passes}")
@@ -136,7 +140,8 @@ def dry_run(recipe: Recipe) -> int:
         print(f"Activations of the LLM come on top: about {full / GIB:.1f} GiB for {tokens} positions (data.micro_batch_tokens), "
               f"{kept / GIB:.1f} GiB with optim.activation_checkpointing (now {on})")
     print()
-    for line in _plan(recipe):
+    absent = missing(recipe)
+    for line in _plan(recipe, ready=not any(line.startswith("data") for line in absent)):
         print(line)
     seconds = recipe.data.batch_seconds
     frames = seconds * (model.encoder.frame_rate if model.encoder is not None else 50) / flops.stack
@@ -147,6 +152,5 @@ def dry_run(recipe: Recipe) -> int:
     hours = per_step * recipe.optim.steps / (ASSUMED_UTILISATION * H100_FLOPS) / 3600
     print(f"arithmetic: {per_step / 1e15:.2f} PFLOP a step (clips of 10 s), {hours:,.1f} H100 hours in all if "
           f"{ASSUMED_UTILISATION:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s are reached (an assumption, not a measurement)")
-    absent = missing(recipe)
     print("\nmissing: nothing" if not absent else "\nmissing:\n" + "\n".join(f"  - {line}" for line in absent))
     return 0

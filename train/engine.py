@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.utils import get_global_norm_of_tensors
 
 from model.batch import Batch
 from model.language_model import base_of
@@ -73,10 +75,11 @@ class Engine:
                     deepspeed.zero.register_external_parameter(module, parameter)
             leaves = {type(layer) for module in model.modules() if isinstance(module, torch.nn.ModuleList) for layer in module}
             # Gather a Transformer layer at once: hooks on each Linear and LoRA matrix of it (some 30) cost more than they save.
-            deepspeed.utils.set_z3_leaf_modules(model, sorted(leaves, key=lambda c: c.__name__))
+            if leaves:
+                deepspeed.utils.set_z3_leaf_modules(model, sorted(leaves, key=lambda c: c.__name__))
             if model.llm is not None:
-                # DeepSpeed hangs the release of a layer's weights on the gradient of its input. In stage III the first layer's
-                # input has none, and its LoRA weights would be gone before their gradients arrive.
+                # DeepSpeed collects such a layer's gradients when the gradient of its input is there. In stage III the first
+                # layer's input would have none, and the hook would fire before the gradients of its LoRA exist.
                 base_of(model.llm).enable_input_require_grads()
         if recipe.optim.activation_checkpointing:
             model.enable_activation_checkpointing()
@@ -106,6 +109,16 @@ class Engine:
                 return [torch.tensor(-1.0)] if self._rejects(float(combine_grad_norm_groups(groups))) else groups
 
             inner._get_norm_groups = gated_groups
+        elif isinstance(inner, BF16_Optimizer):  # ZeRO-1 in bf16 with fp32 gradients
+            gradients = inner.get_grads_for_norm
+
+            def gated_gradients(for_clipping=False):
+                found = gradients(for_clipping=for_clipping)
+                if not for_clipping and self._rejects(float(get_global_norm_of_tensors(found[0], mpu=inner.mpu))):
+                    return [torch.full((1,), float("nan"), device=self.ranks.device)], {}
+                return found
+
+            inner.get_grads_for_norm = gated_gradients
         else:
             total = inner.scaled_global_norm
 
