@@ -1,0 +1,37 @@
+"""What `python -m train.status` says of files as the trainer and the job scripts leave them."""
+
+from __future__ import annotations
+
+import json
+import time
+
+from train.status import SILENT_SECONDS, main, stage_status
+
+
+def note(run, stage, **values):
+    (run / stage / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (run / stage / "run.json").write_text(json.dumps(values))
+
+
+def test_running_stage_with_its_speed_restarts_and_one_in_the_queue(tmp_path, capsys):
+    now = time.time()
+    note(tmp_path, "alignment", status="running", step=40, steps=100, updated=now)
+    (tmp_path / "alignment" / "checkpoints" / "latest").write_text("step-000030")
+    lines = [json.dumps({"kind": "train", "step": i, "step_seconds": 2.0}) for i in range(40)]
+    (tmp_path / "alignment" / "metrics.jsonl").write_text("\n".join(lines) + '\n{"kind": "tra')  # being written
+    events = [{"stage": "alignment", "job": "7", "event": "requeued", "restarts": 1},
+              {"stage": "shrinking", "job": "8", "event": "submitted", "restarts": 0}]
+    (tmp_path / "slurm.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    row = stage_status(tmp_path, "alignment", now)
+    assert (row["state"], row["step"], row["s/step"], row["left"]) == ("running", "40/100", "2.00", "0:02:00")
+    assert (row["restarts"], row["checkpoint"], row["job"]) == (1, "step-000030", "7")
+    assert stage_status(tmp_path, "shrinking", now)["state"] == "submitted" and stage_status(tmp_path, "sft", now) is None
+    assert stage_status(tmp_path, "alignment", now + SILENT_SECONDS + 60)["state"].startswith("silent")
+    assert main([str(tmp_path)]) == 0 and "II shrinking" in capsys.readouterr().out
+
+
+def test_failed_stage_tells_why_and_a_wrong_folder_is_said(tmp_path, capsys):
+    note(tmp_path, "sft", status="failed", step=3, steps=9, updated=0.0, reason="disk full")
+    row = stage_status(tmp_path, "sft", time.time())
+    assert (row["state"], row["last error"]) == ("failed", "disk full")
+    assert main([str(tmp_path / "nowhere")]) == 2 and "give the recipes' `output`" in capsys.readouterr().err

@@ -1,0 +1,86 @@
+"""Where a run stands, from its files alone: `python -m train.status RUN`, RUN being the recipes' `output`.
+
+    RUN/<stage>/run.json         state, steps, last error (the trainer writes it)
+    RUN/<stage>/metrics.jsonl    seconds of the last steps: speed and time left
+    RUN/<stage>/checkpoints/     the last good checkpoint
+    RUN/slurm.jsonl              jobs and restarts (slurm/ writes it), also of stages that only wait in the queue
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+from tabulate import tabulate
+
+from train.stages import STAGES
+
+SILENT_SECONDS = 600  # a running stage that has not written for so long is called silent
+_TAIL_BYTES = 1 << 16
+_RECENT_STEPS = 50
+
+
+def _lines(path: Path) -> list[dict]:
+    """The last JSON lines of a file that may be growing: a line that is cut at either end is left out."""
+    if not path.exists():
+        return []
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        raw = file.read().splitlines()
+    found = []
+    for line in raw:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def stage_status(run: Path, name: str, now: float) -> dict | None:
+    """One stage's state; None where nothing of it is there yet."""
+    folder, jobs = run / name, [line for line in _lines(run / "slurm.jsonl") if line.get("stage") == name]
+    path = folder / "run.json"
+    if not path.exists() and not jobs:
+        return None
+    noted = json.loads(path.read_text()) if path.exists() else {}
+    state = noted.get("status", jobs[-1]["event"] if jobs else "unknown")
+    if state == "running" and now - noted["updated"] > SILENT_SECONDS:
+        state = f"silent for {_clock(now - noted['updated'])}"
+    train = [line for line in _lines(folder / "metrics.jsonl") if line.get("kind") == "train"][-_RECENT_STEPS:]
+    seconds = median(line["step_seconds"] for line in train) if train else None
+    step, steps = noted.get("step", 0), noted.get("steps")
+    latest = folder / "checkpoints" / "latest"
+    return {
+        "stage": f"{STAGES[name].number} {name}", "state": state, "step": f"{step}/{steps}" if steps else "-",
+        "s/step": f"{seconds:.2f}" if seconds else "-",
+        "left": _clock((steps - step) * seconds) if seconds and steps and state == "running" else "-",
+        "restarts": max((line.get("restarts", 0) for line in jobs), default=0),
+        "checkpoint": latest.read_text().strip() if latest.exists() else "-",
+        "job": jobs[-1]["job"] if jobs else "-", "last error": noted.get("reason", "-"),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m train.status", description="Where a run stands, from its files alone.")
+    parser.add_argument("run", type=Path, help="the recipes' `output` folder")
+    run = parser.parse_args(argv).run
+    rows = [row for name in STAGES if (row := stage_status(run, name, time.time()))]
+    if not rows:
+        print(f"error: {run} holds no stage ({', '.join(STAGES)}) and no slurm.jsonl: give the recipes' `output`",
+              file=sys.stderr)
+        return 2
+    print(tabulate(rows, headers="keys"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
