@@ -5,8 +5,9 @@
 
 The LayerNorm's gain starts so small that the first logits have a standard deviation of 1 at most (0.31 for SmolLM2-135M, whose
 output embeddings have an RMS of 0.136; 1 for Llama-3.1-8B): from gain 1, SmolLM2's first frames cost about ln V + 3.3^2 / 2 =
-16 nats instead of 11. The blank's row starts random on the embeddings' scale. Their mean would be a poor start: every token shares
-that direction, so a frame cannot choose the blank without raising them all. What the LLM reads passes another LayerNorm, in the shrinking adapter, which has the scale of the input embeddings.
+16 nats instead of 11. The blank's row starts random on the embeddings' scale. Their mean would be a poor start: every token
+shares that direction, so a frame cannot choose the blank without raising them all. What the LLM reads passes another LayerNorm,
+in the shrinking adapter, which has the scale of the input embeddings.
 """
 
 from __future__ import annotations
