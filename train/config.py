@@ -95,6 +95,7 @@ class LogConfig:
     every_steps: int = 10
     validate_every_steps: int = 500
     validate_utterances: int = 200
+    validate_at_start: bool = True  # score the untrained stage too, before its first step
     gather_to_validate: bool = True  # ZeRO-3: hold the whole model on every rank while validating; false: layer by layer
     tensorboard: bool = True
 

@@ -26,7 +26,7 @@ from train.data.cache import ensure_features
 from train.distributed import Ranks
 from train.engine import Engine, StepResult
 from train.preemption import DONE, FAILED, PREEMPTED, WRONG_INPUT, Preemption
-from train.stages import Stage, initial_folder, stage_folder, stage_of
+from train.stages import Stage, finished, initial_folder, stage_folder, stage_of
 from train.telemetry import Telemetry
 from train.validate import validate, validation_set
 
@@ -60,13 +60,12 @@ class Run:
 
     def execute(self) -> int:
         """Train the stage; returns the exit code (train/preemption.py)."""
-        finished_model = self.folder / "model" / "soundwave.json"
-        recorded = json.loads((self.folder / "run.json").read_text()) if (self.folder / "run.json").exists() else {}
+        is_finished = finished(self.recipe)
         dist.barrier()  # nobody writes run.json before everybody has read it
-        if finished_model.exists() and recorded.get("status") == "done" and recorded.get("steps") == self.recipe.optim.steps:
+        if is_finished:
             if self.ranks.is_main:
                 logger.info("stage %s is finished: %s; remove that folder or choose another output to train again",
-                            self.stage.number, finished_model.parent)
+                            self.stage.number, self.folder / "model")
             return DONE
         self.note("starting")
         if self.ranks.is_main:
@@ -159,7 +158,7 @@ class Run:
         saved_at, step_seconds = time.monotonic(), 0.0
         step, stream = self.first_step, self._stream(self.first_step)
         batches = iter(stream)
-        if step == 0 and self.validation:
+        if step == 0 and self.validation and recipe.log.validate_at_start:
             self._validate(0)
         while step < recipe.optim.steps:
             begun = time.perf_counter()

@@ -37,7 +37,7 @@ sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() not
 
 from train.config import Corpus, Recipe, RecipeError, load_recipe  # noqa: E402
 from train.preemption import DONE, FAILED, WRONG_INPUT  # noqa: E402
-from train.stages import initial_folder, stage_folder, stage_of  # noqa: E402
+from train.stages import finished, initial_folder, stage_folder, stage_of  # noqa: E402
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 GPU_REDUCE_BYTES, CPU_REDUCE_BYTES = 256 << 20, 8 << 20
@@ -61,15 +61,6 @@ class Report:
     input_faults: list[str] = field(default_factory=list)  # the recipe's or the data's: exit code 2
     node_faults: list[str] = field(default_factory=list)  # this node's: exit code 1
     notes: list[str] = field(default_factory=list)
-
-
-def finished(recipe: Recipe) -> bool:
-    """Whether training this stage again would end at once."""
-    folder = stage_folder(recipe)
-    if not (folder / "model" / "soundwave.json").exists() or not (folder / "run.json").exists():
-        return False
-    recorded = json.loads((folder / "run.json").read_text())
-    return recorded.get("status") == "done" and recorded.get("steps") == recipe.optim.steps
 
 
 def node_name() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,15 @@ def stage_of(recipe: Recipe) -> Stage:
 
 def stage_folder(recipe: Recipe) -> Path:
     return Path(recipe.output) / recipe.stage
+
+
+def finished(recipe: Recipe) -> bool:
+    """Whether training this stage again would end at once: its model is there, and it was made with as many steps."""
+    folder = stage_folder(recipe)
+    if not (folder / "model" / "soundwave.json").exists() or not (folder / "run.json").exists():
+        return False
+    recorded = json.loads((folder / "run.json").read_text())
+    return recorded.get("status") == "done" and recorded.get("steps") == recipe.optim.steps
 
 
 def initial_folder(recipe: Recipe) -> Path | None:
