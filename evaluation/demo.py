@@ -18,9 +18,9 @@ import torch
 from transformers import TextIteratorStreamer
 from transformers.utils.logging import disable_progress_bar
 
-from evaluation.clip import clip_batch
 from evaluation.picture import ctc_peaks, figure
 from model import folder
+from model.batch import Batch
 from model.pretrained import SourceError
 from model.soundwave import Soundwave
 from train.data.reader import SAMPLE_RATE, decode
@@ -52,6 +52,11 @@ class Talker:
             raise ValueError("no audio: record or upload some first")
         yield from self.answer(decode(Path(file).read_bytes()), question)
 
+    def conversation(self, waveform: torch.Tensor, question: str) -> Batch:
+        """The recording, then the question, as a conversation ready to be continued."""
+        content = f"{self.model.config.audio_token}\n{question}".rstrip("\n")
+        return self.model.prompts([[{"role": "user", "content": content}]], [waveform])
+
     def answer(self, waveform: torch.Tensor, question: str) -> Iterator[tuple]:
         """The same for a waveform [S] at 16 kHz."""
         seconds = len(waveform) / SAMPLE_RATE
@@ -59,7 +64,7 @@ class Talker:
         if seconds > longest:
             raise ValueError(f"the recording lasts {seconds:.0f} s, this model takes {longest:g} s at most")
         began = time.perf_counter()
-        inspection = self.model.inspect(clip_batch(self.model, waveform))
+        inspection = self.model.inspect(self.conversation(waveform, ""))
         heard = time.perf_counter() - began
         tokens = [token for _, token in ctc_peaks(inspection["tokens"][0], inspection["peak"][0], inspection["blank"])]
         transcript = self.model.tokenizer.decode([t for t in tokens if t < len(self.model.tokenizer)]).strip()
@@ -72,7 +77,7 @@ class Talker:
             return
         yield "", transcript, picture, timings(lines)
         began, text, first = time.perf_counter(), "", None
-        for piece in self.stream(clip_batch(self.model, waveform, question.strip())):
+        for piece in self.stream(self.conversation(waveform, question.strip())):
             first = first or time.perf_counter() - began
             text += piece
             yield text, None, None, timings([*lines, ("time to first words", f"{first * 1000:.0f} ms")])

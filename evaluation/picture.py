@@ -18,7 +18,6 @@ import torch
 from matplotlib.figure import Figure
 
 from data_tools.shards import ShardError, ShardIndex
-from evaluation.clip import clip_batch
 from model import folder
 from model.pretrained import SourceError
 from train.data.reader import decode
@@ -107,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         if audio is None:
             raise ShardError(f"sample {options.index} of {options.shards} ({sample['id']}) is text only: choose another --index")
         model = folder.load(options.model)
-        inspection = model.inspect(clip_batch(model, decode(audio)))
+        inspection = model.inspect(model.prompts([[{"role": "user", "content": model.config.audio_token}]], [decode(audio)]))
     except (BrokenSample, ShardError, SourceError, folder.FolderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -47,7 +47,8 @@ def negative_log_likelihood(model: Soundwave, passage: str) -> tuple[float, int]
 @torch.inference_mode()
 def answer(model: Soundwave, question: str, max_new_tokens: int) -> str:
     """The greedy answer to a text question."""
-    ids, _ = chat_ids(model.tokenizer, [{"role": "user", "content": question}], model.config.prompt)
+    ids, _ = chat_ids(model.tokenizer, [{"role": "user", "content": question}], model.config.prompt,
+                      system=model.config.system_prompt)
     device = next(model.llm.parameters()).device
     prompt, stop = torch.tensor([ids], device=device), stop_ids(model.tokenizer, model.config.prompt)
     output = model.llm.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max_new_tokens,

@@ -77,6 +77,8 @@ class SoundwaveConfig:
     shrinking: ShrinkingConfig = field(default_factory=ShrinkingConfig)
     ops: OpsConfig = field(default_factory=OpsConfig)
     prompt: str = "chat"  # chat: the tokenizer's own chat template | release: the released weights' prompt
+    # Said before each conversation that brings no system turn of its own; null: what the template itself says, "": nothing.
+    system_prompt: str | None = None
     audio_token: str = "<audio_patch>"  # its one position in the prompt is replaced by the audio; it is also CTC's blank
     attention_implementation: str = "auto"  # auto: flash_attention_2 when it can, else sdpa | sdpa | eager
     dtype: str = "float32"  # weights of the frozen parts: float32 | bfloat16 | float16

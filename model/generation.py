@@ -25,7 +25,8 @@ class Generation:
         chats: lists of {"role", "content"}, with the audio token wherever an audio stands; waveforms: each [S] at 16 kHz, in the
         order of those tokens, chat by chat.
         """
-        ids = [chat_ids(self.tokenizer, chat, self.config.prompt, self.config.audio_token)[0] for chat in chats]
+        config = self.config
+        ids = [chat_ids(self.tokenizer, chat, config.prompt, config.audio_token, config.system_prompt)[0] for chat in chats]
         rows = [torch.tensor(row, dtype=torch.long) for row in ids]
         input_ids, mask = pad_sequence(rows, batch_first=True), pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
         sounds = [w.float() for w in waveforms] or [torch.zeros(SAMPLE_RATE // 5)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from functools import lru_cache
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
@@ -54,8 +55,10 @@ def prompt_of(messages: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], style: str = "chat",
-             audio_token: str = "<audio_patch>") -> tuple[list[int], list[int]]:
+             audio_token: str = "<audio_patch>", system: str | None = None) -> tuple[list[int], list[int]]:
     """A chat as token ids and labels (-100 but on the assistants' words and their end of turn).
+
+    system: the system turn of a chat that has none; None leaves it to the template.
 
     A chat that does not end with an assistant's turn ends with that turn's opening, ready to be continued; the ids are then a
     prefix of the ids with the answer. An audio stands where `audio_token` stands. Errors: PromptError.
@@ -67,6 +70,8 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]],
             raise PromptError(f"an assistant's turn holds {audio_token}")
     if style not in ("chat", "release"):
         raise PromptError(f"model.prompt is '{style}': chat or release")
+    if system is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
     pieces = _template_pieces(tokenizer, messages) if style == "chat" else _release_pieces(tokenizer, messages, audio_token)
     ids = [i for piece, _ in pieces for i in piece]
     labels = [i if target else IGNORED for piece, target in pieces for i in piece]
@@ -76,7 +81,10 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]],
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], opening: bool) -> str:
     if not tokenizer.chat_template:
         raise PromptError("the tokenizer has no chat template: take an instruction-tuned LLM, or give its tokenizer one")
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening, date_string=_TEMPLATE_DATE)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening, date_string=_TEMPLATE_DATE)
+    except TemplateError as error:  # Gemma's template, for one, refuses a system turn
+        raise PromptError(f"the chat template refuses this conversation: {error}") from None
 
 
 def _template_pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[tuple[list[int], bool]]:

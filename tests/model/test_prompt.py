@@ -53,6 +53,17 @@ def test_what_is_generated_from_is_what_was_learnt(style):
         assert none[-1] == IGNORED
 
 
+def test_a_system_prompt_is_said_where_the_chat_has_none():
+    words, chat = words_of("chatml"), MULTI[1:3]
+    assert chat_ids(words, chat, system="Listen.") == chat_ids(words, [{"role": "system", "content": "Listen."}, *chat])
+    assert chat_ids(words, MULTI, system="Listen.") == chat_ids(words, MULTI)
+    assert len(chat_ids(words, chat, system="")[0]) < len(chat_ids(words, chat, system="Listen.")[0])
+    refusing = words_of("chatml")
+    refusing.chat_template = "{{ raise_exception('System role not supported') }}"  # as Gemma's does for a system turn
+    with pytest.raises(PromptError, match="refuses this conversation: System role"):
+        chat_ids(refusing, chat, system="Listen.")
+
+
 def test_samples_become_chats():
     asr = messages_of({"task": "asr", "text": "hi", "duration": 2.0})
     assert asr == [{"role": "user", "content": "<audio_patch>\nPlease transcribe the following audio."},

@@ -38,7 +38,8 @@ class Collator:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model_config: SoundwaveConfig, stage: str, ctc_text: str, *,
                  answers: bool = True, token_limit: int | None = None, feature_width: int | None = None):
         self.tokenizer, self.stage, self.ctc_text = tokenizer, stage, ctc_text
-        self.style, self.audio_token = model_config.prompt, model_config.audio_token
+        self.chat = {"style": model_config.prompt, "audio_token": model_config.audio_token, "system": model_config.system_prompt}
+        self.audio_token = model_config.audio_token
         self.answers, self.token_limit, self.feature_width = answers, token_limit, feature_width
 
     def prepare(self, sample: Sample) -> Prepared:
@@ -58,7 +59,7 @@ class Collator:
             audios = sum(message["content"].count(self.audio_token) for message in messages)
             if audios != sample.has_audio:
                 raise BrokenSample(f"its messages hold {audios} x {self.audio_token}, its audio counts {int(sample.has_audio)}")
-            input_ids, labels = chat_ids(self.tokenizer, messages, self.style, self.audio_token)
+            input_ids, labels = chat_ids(self.tokenizer, messages, **self.chat)
         except BrokenSample:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:  # whatever malformed JSON leads to in a chat
@@ -106,7 +107,7 @@ class Collator:
 
     def _dummy_row(self) -> tuple[list[int], list[int]]:
         messages = [{"role": "user", "content": "."}] + ([{"role": "assistant", "content": "."}] if self.answers else [])
-        ids, _ = chat_ids(self.tokenizer, messages, self.style, self.audio_token)
+        ids, _ = chat_ids(self.tokenizer, messages, **self.chat)
         return ids, [IGNORED] * len(ids)
 
     def _pad_rows(self, rows: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
