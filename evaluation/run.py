@@ -34,6 +34,7 @@ from model.pretrained import SourceError
 from model.soundwave import Soundwave
 from train.config import DataConfig, Recipe, RecipeError, load_recipe
 from train.data import EvalStream
+from train.distributed import disconnect, leave
 from train.stages import initial_folder, stage_of
 
 STAGE_I = "alignment"
@@ -276,15 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
     return finish(file, place)
 
 
-def end_ranks() -> None:
-    """Leave together: a gloo thread that outlives its peers aborts the interpreter at exit now and then."""
-    if dist.is_initialized():
-        dist.barrier()
-        time.sleep(0.5)
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
     code = main()
-    end_ranks()
-    sys.exit(code)
+    disconnect()
+    leave(code)

@@ -9,7 +9,6 @@ language is told to Whisper where the shards name it (it guesses otherwise), and
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -19,12 +18,13 @@ from transformers import AutoTokenizer, WhisperForConditionalGeneration
 
 from data_tools.shards import ShardError, ShardIndex
 from evaluation.predictions import PredictionError, PredictionFile
-from evaluation.run import InputError, end_ranks, finish, prediction_row, shard_folder, start
+from evaluation.run import InputError, finish, prediction_row, shard_folder, start
 from model.features import SAMPLE_RATE, WINDOW_SECONDS, log_mel
 from train.config import RecipeError
 from train.data.reader import decode, read_with_retry
 from train.data.rejected import BrokenSample
 from train.data.validation import select
+from train.distributed import disconnect, leave
 
 WINDOW = int(WINDOW_SECONDS * SAMPLE_RATE)
 
@@ -125,5 +125,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     code = main()
-    end_ranks()
-    sys.exit(code)
+    disconnect()
+    leave(code)

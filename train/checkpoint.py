@@ -2,7 +2,8 @@
 
     <stage folder>/checkpoints/
         step-000500/            one checkpoint: DeepSpeed's files of all ranks, state.json, manifest.json (sha256 of each file)
-        step-001000.partial/    one being written, or what a kill left of it; never read, removed at the next start
+        step-001000.partial/    one being written, or what a kill left of it; removed at the next start, unless its manifest
+                                stands: then only the rename was missing
         latest                  name of the newest finished one; moves last
         best.json               step and score of the best validation so far
 
@@ -11,7 +12,8 @@ Writing: every rank copies its tensors to host memory and goes on training; a th
 syncs, renames the folder and moves `latest`. A kill at any instant leaves the previous checkpoint as it was. Cost: one copy of
 what is trained and its optimizer states (12 to 14 bytes a parameter, divided by the number of ranks) in host memory.
 
-Reading: newest first; a folder whose files do not have the size and sha256 of its manifest is passed over, with a line.
+Reading: newest first; a folder whose files do not have the size and sha256 of its manifest is passed over, with a line. Another
+number of ranks than at the time of writing: train/universal.py.
 """
 
 from __future__ import annotations
@@ -30,11 +32,12 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
+from train import universal
 from train.config import CheckpointConfig
 from train.distributed import Ranks
 
 logger = logging.getLogger("soundwave")
-PARTIAL = ".partial"
+PARTIAL, REPLACED = ".partial", ".replaced"
 NAME = re.compile(r"step-(\d+)$")
 
 
@@ -183,9 +186,12 @@ def read_state(folder: Path) -> dict:
     return json.loads((folder / "state.json").read_text())
 
 
-def find_good(folders: list[Path], ranks: Ranks) -> Path | None:
-    """The newest sound checkpoint, hashing shared among ranks; all return the same. Every one passed over gets a line."""
-    candidates = [[str(p) for folder in folders for p in finished(folder)]] if ranks.is_main else [None]
+def find_good(folders: list[Path], ranks: Ranks, *, among=lambda folder: True) -> Path | None:
+    """The newest sound checkpoint, hashing shared among ranks; all return the same. Every damaged one gets a line.
+
+    among: asked on rank 0 for each folder, whether it is a candidate at all.
+    """
+    candidates = [[str(p) for folder in folders for p in finished(folder) if among(p)]] if ranks.is_main else [None]
     dist.broadcast_object_list(candidates, src=0)
     for name in candidates[0]:
         problems = [None] * ranks.world_size
@@ -212,7 +218,13 @@ class Checkpoints:
         if ranks.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob("*" + PARTIAL):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                final = leftover.with_name(leftover.name.removesuffix(PARTIAL))
+                if (leftover / "manifest.json").exists() and not final.exists():  # the manifest is written when all else is
+                    os.rename(leftover, final)
+                else:
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            for old in folder.glob("*" + REPLACED):  # the one that replaces it stands by now
+                shutil.rmtree(old)
         dist.barrier()
 
     # ---------------------------------------------------------------- writing
@@ -288,10 +300,12 @@ class Checkpoints:
         files["state.json"] = {"size": state.stat().st_size, "sha256": sha256_of(state)}
         write_atomically(target / "manifest.json", json.dumps({"files": files}, indent=1))
         final = target.with_name(target.name.removesuffix(PARTIAL))
-        if final.exists():  # the same step again after a roll-back: the newer run of it counts
-            shutil.rmtree(final)
+        replaced = final.with_name(final.name + REPLACED)
+        if final.exists():  # the same step again: saved and then asked to stop, or after a roll-back; the newer one counts
+            os.rename(final, replaced)
         os.rename(target, final)
         sync_folder(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
         saved = json.loads((final / "state.json").read_text())
         if saved.get("best") and saved["best"]["step"] == saved["step"]:
             write_atomically(self.folder / "best.json", json.dumps(saved["best"]))
@@ -338,11 +352,34 @@ class Checkpoints:
             self.copier.join()
         return done
 
+    def forget_after(self, step: int) -> None:
+        """Remove what was saved after `step`: the run goes another way from there. Collective."""
+        if self.ranks.is_main:
+            for later in finished(self.folder):
+                if int(NAME.match(later.name)[1]) > step:
+                    shutil.rmtree(later)
+            write_atomically(self.folder / "latest", f"step-{step:06d}")
+        dist.barrier()
+
     # ---------------------------------------------------------------- reading
 
-    def load(self, engine, folder: Path) -> None:
+    def load(self, engine, folder: Path, saved: dict, now: dict) -> None:
+        """Weights and optimizer from `folder` into an engine, fresh or in use. `saved`, `now`: topologies (train/universal.py).
+
+        Rates, decay and names of the optimizer's groups stay the recipe's. Errors: RecipeError, ConversionError, CheckpointError.
+        """
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups]
+        convert = universal.needed(saved, now, folder)
+        source = universal.convert(folder, self.ranks) if convert else folder
+        # The configuration's checkpoint.load_universal, which DeepSpeed reads at each load: a roll-back may need the other kind.
+        engine._config.load_universal_checkpoint = convert
         ours, engine.checkpoint_engine = engine.checkpoint_engine, self.writer
-        path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=False)
+        path, _ = engine.load_checkpoint(str(source.parent), tag=source.name, load_module_strict=False)
         engine.checkpoint_engine = ours
         if path is None:
             raise CheckpointError(f"checkpoint {folder} has no files for rank {self.ranks.rank} of {self.ranks.world_size}")
+        for group, own in zip(engine.optimizer.param_groups, groups, strict=True):
+            group.update(own)
+        for state in engine.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):  # one tensor for all would count once for each of them in every step
+                state["step"] = state["step"].clone()

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import deque
+from pathlib import Path
 from statistics import median
 
+import torch.distributed as dist
+
+from model.batch import Batch
 from train.config import HealthConfig
+from train.distributed import Ranks
 
 
 class Health:
@@ -58,3 +64,33 @@ class Health:
     def load(self, state: dict) -> None:
         self.norms = deque(state["norms"], maxlen=self.config.window)
         self.consecutive, self.skipped, self.rollbacks = state["consecutive"], state["skipped"], state["rollbacks"]
+
+
+class BadStretch:
+    """The steps skipped in a row up to now: which, why, whose utterances. `<stage folder>/skipped.jsonl` names all there were."""
+
+    SHOWN = 20  # utterances in a message
+
+    def __init__(self, folder: Path, ranks: Ranks):
+        self.path, self.ranks = folder / "skipped.jsonl", ranks
+        self.steps: list[dict] = []
+
+    def note(self, step: int, data_step: int, reason: str | None, micro_batches: list[Batch]) -> None:
+        """After every step; `reason` None: it was applied. `data_step`: the plan's step. Collective where it was skipped."""
+        if reason is None:
+            self.steps = []
+            return
+        ids = [None] * self.ranks.world_size
+        dist.all_gather_object(ids, [name for batch in micro_batches for name in batch.ids])
+        self.steps.append({"step": step, "data_step": data_step, "reason": reason,
+                           "ids": [name for names in ids for name in names]})
+        if self.ranks.is_main:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(self.steps[-1]) + "\n")
+
+    def __str__(self) -> str:
+        names = [name for step in self.steps for name in step["ids"]]
+        reasons = "; ".join(dict.fromkeys(step["reason"] for step in self.steps))
+        more = f" and {len(names) - self.SHOWN} more, all in {self.path}" if len(names) > self.SHOWN else ""
+        return (f"steps {', '.join(str(step['step']) for step in self.steps)} were not fit to be applied ({reasons}); their "
+                f"utterances: {', '.join(names[:self.SHOWN])}{more}")

@@ -18,13 +18,14 @@ from model import folder as model_folder
 from model.language_model import lora_parameters
 from model.pretrained import locate
 from model.soundwave import Soundwave
-from train import optim, resume, zero
+from train import desync, optim, resume, zero
 from train.checkpoint import Checkpoints, find_good, read_state, write_atomically
 from train.config import Recipe, RecipeError
 from train.data import Plan, Stream, StreamStalled
 from train.data.cache import ensure_features
 from train.distributed import Ranks
 from train.engine import Engine, StepResult
+from train.health import BadStretch
 from train.preemption import DONE, FAILED, PREEMPTED, WRONG_INPUT, Preemption
 from train.stages import Stage, finished, initial_folder, stage_folder, stage_of
 from train.telemetry import Telemetry
@@ -113,7 +114,10 @@ class Run:
             "index": self.plan.fingerprint,
             "code": resume.code_fingerprint(),
         }
+        self._same_on_all_ranks()
         self.first_step, self.data_offset, self.best = 0, 0, None
+        self.bad_stretch = BadStretch(self.folder, ranks)
+        self.agreed_at = None  # the last step at which the ranks were found equal
         if state is not None:
             for note in resume.check(state["facts"], self.facts, recipe.checkpoint.accept_changes, source):
                 if ranks.is_main:
@@ -128,17 +132,30 @@ class Run:
                         self.stage.number, self.stage.name, trained / 1e6, zero.stage_number(config), ranks.world_size,
                         torch.get_num_threads(), self.first_step, recipe.optim.steps)
 
+    def _same_on_all_ranks(self) -> None:
+        """Errors: RecipeError where nodes read different files: code, recipe, tokenizer or index."""
+        found = [None] * self.ranks.world_size
+        dist.all_gather_object(found, self.facts)
+        for rank, facts in enumerate(found):
+            kinds = [kind for kind in facts if facts[kind] != found[0][kind]]
+            if kinds:
+                raise RecipeError(f"rank {rank} and rank 0 have different {' and '.join(kinds)}: all nodes must see the same "
+                                  "files; bring them up to date and start again")
+
     def _restore(self, source: Path, state: dict) -> None:
-        self.checkpoints.load(self.engine.deepspeed, source)
+        self.checkpoints.load(self.engine.deepspeed, source, state["topology"], self._topology())
         self.first_step, self.data_offset, self.best = state["step"], state["data_offset"], state["best"]
         self.engine.health.load(state["health"])
         if self.ranks.is_main:
             logger.info("resuming at step %d from %s", self.first_step, source)
 
+    def _topology(self) -> dict:
+        return {"world_size": self.ranks.world_size, "zero_stage": zero.stage_number(self.ds_config)}
+
     def _state(self, step: int) -> dict:
         """What goes into a checkpoint beside DeepSpeed's files; `step` is the next one to do."""
         return {"step": step, "data_offset": self.data_offset, "best": self.best, "health": self.engine.health.state(),
-                "topology": {"world_size": self.ranks.world_size, "zero_stage": self.engine.zero_stage},
+                "topology": self._topology(),
                 "seed": self.recipe.seed, "facts": self.facts}
 
     # ---------------------------------------------------------------- steps
@@ -178,14 +195,30 @@ class Run:
                 self.checkpoints.finish()
             if stop or broken:
                 stream.close()
-                self.checkpoints.save(self.engine.deepspeed, self._state(step))
+                saved = self.checkpoints.save(self.engine.deepspeed, self._state(step)) and self.checkpoints.finish()
                 if broken:
-                    return self._data_failed(step, problem)
-                return self._preempted(step, wish)
+                    return self._data_failed(step, problem, saved)
+                return self._preempted(step, wish, saved)
             result = self.engine.step(step, micro_batches, ce_count, ctc_count)
             step += 1
             step_seconds = time.perf_counter() - begun
             self._tell(result, batch, waited, step_seconds)
+            self.bad_stretch.note(step - 1, step - 1 + self.data_offset, result.skipped, micro_batches)
+            if self.engine.health.must_roll_back:
+                stream.close()
+                back_to = self._roll_back(step)
+                if back_to is None:
+                    return self._unhealthy(step)
+                step, stream = back_to, self._stream(back_to)
+                batches = iter(stream)
+                continue
+            check_every = recipe.health.desync_every_steps
+            if check_every > 0 and step % check_every == 0:
+                apart = desync.difference(self.model, ranks)
+                if apart:
+                    stream.close()
+                    return self._apart(step, apart)
+                self.agreed_at = step
             last = step == recipe.optim.steps
             improved = False
             if self.validation and (step % recipe.log.validate_every_steps == 0 or last):
@@ -201,8 +234,7 @@ class Run:
         self.note("done", step=step, exit_code=DONE)
         return DONE
 
-    def _preempted(self, step: int, wish: str | None) -> int:
-        saved = self.checkpoints.finish()
+    def _preempted(self, step: int, wish: str | None, saved: bool) -> int:
         reasons = [None] * self.ranks.world_size
         dist.all_gather_object(reasons, wish)
         why = "; ".join(f"{reason} on rank {rank}" for rank, reason in enumerate(reasons) if reason)
@@ -215,15 +247,53 @@ class Run:
         self.note("preempted" if saved else "failed", step=step, reason=why, exit_code=code)
         return code
 
-    def _data_failed(self, step: int, problem: Exception | None) -> int:
-        self.checkpoints.finish()
+    def _data_failed(self, step: int, problem: Exception | None, saved: bool) -> int:
         problems = [None] * self.ranks.world_size
         dist.all_gather_object(problems, (type(problem).__name__, str(problem)) if problem else None)
-        self.log.close()
         rank, (kind, text) = next((r, p) for r, p in enumerate(problems) if p)
-        code = FAILED if kind == StreamStalled.__name__ else WRONG_INPUT
+        weights = "saved" if saved else "NOT saved"
+        return self._stopped(step, f"stopped before step {step}, weights {weights}; data on rank {rank}: {text}",
+                             FAILED if kind == StreamStalled.__name__ else WRONG_INPUT)
+
+    def _roll_back(self, step: int) -> int | None:
+        """Back to the last checkpoint from before the bad stretch; the data goes on behind it (as for PaLM after spikes:
+        Chowdhery et al., 2022, section 5.1). Returns the step to go on with; None where that is used up or nothing is left."""
+        health = self.engine.health
+        if health.rollbacks >= self.recipe.health.max_rollbacks:
+            return None
+        self.checkpoints.finish()
+        source = find_good([self.checkpoints.folder], self.ranks,
+                           among=lambda folder: read_state(folder)["health"]["consecutive"] == 0)
+        if source is None:
+            return None
+        state = read_state(source)
+        self.checkpoints.load(self.engine.deepspeed, source, state["topology"], self._topology())
+        health.load({**state["health"], "skipped": health.skipped, "rollbacks": health.rollbacks + 1})
+        self.data_offset += step - state["step"]
+        self.checkpoints.forget_after(state["step"])
+        self.log.line("event", step, {"event": "roll_back", "to_step": state["step"], "data_offset": self.data_offset})
         if self.ranks.is_main:
-            logger.error("stopped before step %d, weights saved; data on rank %d: %s", step, rank, text)
+            logger.warning("roll-back %d of %d: %s; going on from %s with the data behind the bad stretch", health.rollbacks,
+                           self.recipe.health.max_rollbacks, self.bad_stretch, source)
+        return state["step"]
+
+    def _unhealthy(self, step: int) -> int:
+        done = self.engine.health.rollbacks
+        tried = f"{done} roll-back(s) did not help" if done >= self.recipe.health.max_rollbacks else "no checkpoint is older"
+        return self._stopped(step, f"stopped before step {step}: {self.bad_stretch}; {tried}: look at these utterances, lower "
+                                   "the learning rates, or raise health.spike_sigma", FAILED)
+
+    def _apart(self, step: int, difference: str) -> int:
+        since = f"they were equal at step {self.agreed_at}" if self.agreed_at is not None else "no check before found them equal"
+        return self._stopped(step, f"stopped before step {step}: the ranks have come apart: {difference}; {since}: remove the "
+                                   f"checkpoints made since from {self.checkpoints.folder}, look for a faulty device, and start "
+                                   "the same command again", FAILED)
+
+    def _stopped(self, step: int, text: str, code: int) -> int:
+        self.checkpoints.finish()
+        self.log.close()
+        if self.ranks.is_main:
+            logger.error("%s", text)
         self.note("failed", step=step, reason=text, exit_code=code)
         return code
 

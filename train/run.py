@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "train")]
 
 from train.config import RecipeError, load_recipe  # noqa: E402
-from train.distributed import connect, disconnect, fill_environment  # noqa: E402
+from train.distributed import connect, disconnect, fill_environment, leave  # noqa: E402
 from train.preemption import FAILED, WRONG_INPUT  # noqa: E402
 
 
@@ -68,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     from data_tools.shards import ShardError
     from model.folder import FolderError
     from model.pretrained import SourceError
+    from train.checkpoint import CheckpointError
+    from train.universal import ConversionError
 
     ranks = connect()
     start_logging(stage_folder(recipe), ranks)
@@ -76,23 +77,19 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code = run.execute()
     except Exception as error:
-        known = isinstance(error, (RecipeError, SourceError, FolderError, ShardError))
-        code = WRONG_INPUT if known else FAILED
-        if known:
-            logger.error("%s", error) if ranks.is_main else None
+        wrong_input = isinstance(error, (RecipeError, SourceError, FolderError, ShardError))
+        code = WRONG_INPUT if wrong_input else FAILED
+        if wrong_input or isinstance(error, (CheckpointError, ConversionError)):
+            logger.error("%s", error)
         else:
             logger.exception("rank %d failed", ranks.rank)
         run.note("failed", reason=str(error) or type(error).__name__, exit_code=code)
         stop_logging()
-        # The other ranks may wait in a collective: leave at once, without a farewell that they would not answer.
-        os._exit(code)
+        leave(code)  # at once: the other ranks may wait in a collective and would not answer a farewell
     disconnect()
     stop_logging()
-    # A repeated signal must not turn a clean end into a failure: finalisation restores default handlers, but keeps SIG_IGN.
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

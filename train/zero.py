@@ -26,7 +26,7 @@ def _read(name: str) -> dict:
         raise RecipeError(f"deepspeed: {path} line {error.lineno}: {error.msg}") from None
 
 
-def resolve(recipe: Recipe, hidden_size: int, *, load_universal: bool = False) -> dict:
+def resolve(recipe: Recipe, hidden_size: int) -> dict:
     """The dictionary for deepspeed.initialize. `hidden_size` is the LLM's: buckets are sized by it, as Hugging Face's are.
 
     The number of micro-batches changes from step to step, so the engine marks accumulation boundaries itself and
@@ -65,8 +65,6 @@ def resolve(recipe: Recipe, hidden_size: int, *, load_universal: bool = False) -
         if config.setdefault(key, value) != value:
             raise RecipeError(f"deepspeed: {recipe.deepspeed}: {key} must be \"auto\": batches are counted in seconds "
                               "(data.batch_seconds, data.micro_batch_seconds)")
-    if load_universal:
-        config.setdefault("checkpoint", {})["load_universal"] = True
     return config
 
 

@@ -15,6 +15,7 @@ from model import folder
 from model.batch import Batch
 from model.prompt import chat_ids, messages_of, prompt_of
 from train.data.reader import decode
+from train.distributed import disconnect, leave
 
 
 def alone(model, waveform, messages) -> Batch:
@@ -159,8 +160,8 @@ def one_rank(rank: int, port: int, arguments: list[str]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port)}
     code = run.main(arguments)
-    run.end_ranks()
-    os._exit(code)
+    disconnect()
+    leave(code)
 
 
 def test_two_ranks_share_and_merge(folders, packed, tmp_path):
