@@ -1,6 +1,6 @@
 """Real ranks without the wait: a server process imports everything once and forks each run's ranks from itself.
 
-Importing takes longer than a tiny training run. What a rank then does is what `python train/run.py` does: a process of its own, the
+Importing takes longer than a tiny training run. What a rank then does is what `python train/run.py` does: its own process, the
 environment that a launcher gives (one task per rank, as srun does), real DeepSpeed over gloo, real signals.
 
     with Server() as server:
