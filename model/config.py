@@ -56,6 +56,8 @@ class ShrinkingConfig:
     lookback: str = "all"  # all: every valid frame of the utterance | kept: kept frames only (release) | none
     heads: int | None = None
     dropout: float = 0.1
+    # true: a kept frame carries the input embedding of its CTC token, too (neither the paper nor the release has it)
+    token_embeddings: bool = False
     # The last LayerNorm's gain starts at the RMS of the LLM's input embeddings, so that its output lies on their scale.
     init_gain_to_embeddings: bool = True
 

@@ -199,6 +199,11 @@ class Soundwave(Generation, nn.Module):
                    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The LLM's input: embeddings [B, L, D], mask [B, L], labels [B, L]."""
         shrunk = self.shrinking(audio.hidden, audio.lengths, audio.kept, audio.kept_lengths)
+        if self.config.shrinking.token_embeddings:
+            tokens = audio.argmax.gather(1, audio.kept)
+            said = (tokens != self.ctc_head.blank) & (torch.arange(tokens.shape[1], device=tokens.device)
+                                                      < audio.kept_lengths[:, None])
+            shrunk = shrunk + said[..., None] * embed(self.llm, tokens.masked_fill(~said, 0), self.audio_id).to(shrunk.dtype)
         text = embed(self.llm, batch.input_ids, self.audio_id)
         places = int((batch.attention_mask.bool() & (batch.input_ids == self.audio_id)).sum())
         audios = 0 if batch.audio_is_dummy else len(shrunk)

@@ -155,6 +155,27 @@ def test_audio_reaches_the_llm_on_its_embeddings_scale(folders):
     torch.testing.assert_close(shrunk.square().mean().sqrt(), table.square().mean().sqrt(), rtol=1e-2, atol=0)
 
 
+def test_token_embeddings_are_added_to_what_is_not_blank(folders):
+    config = tiny.config(folders("whisper"), folders("llama_tied"))
+    model = Soundwave.build(config).eval()
+    batch = mixed(model)
+    audio = model.listen(batch)
+    audio.argmax[0, audio.kept[0, 0]] = model.ctc_head.blank
+    plain = model.embeddings(batch, audio)[0]
+    config.shrinking.token_embeddings = True
+    added = model.embeddings(batch, audio)[0] - plain
+    table, blank = base_of(model.llm).get_input_embeddings().weight, model.ctc_head.blank
+    seen = set()
+    for row in range(2):
+        at = int((batch.input_ids[row] == model.audio_id).nonzero())
+        for k in range(int(audio.kept_lengths[row])):
+            token = int(audio.argmax[row, audio.kept[row, k]])
+            seen.add(token == blank)
+            torch.testing.assert_close(added[row, at + k], table[token] if token != blank else torch.zeros_like(added[row, 0]))
+            added[row, at + k] = 0
+    assert not added.any() and seen == {True, False}
+
+
 def test_batch_without_audio_runs_the_audio_path_and_adds_zero(folders):
     model = build(folders)
     text = [chat("2 + 2?", "four", audio=False), chat("the?", "a", audio=False)]
