@@ -196,8 +196,8 @@ def _llm_config(theirs: dict) -> LlamaConfig:
 # What the release's code does whatever the weights say: (setting, value).
 _FIXED = (("alignment.attention", "frame"), ("alignment.stack_frames", 2), ("alignment.layers", 1),
           ("alignment.ffn_multiple", 2.0), ("alignment.heads", None), ("shrinking.heads", None), ("shrinking.enabled", True),
-          ("shrinking.token_embeddings", False), ("shrinking.keep", "first"), ("shrinking.keep_blank_runs", True), ("shrinking.lookback", "kept"),
-          ("encoder.pad_to_seconds", 30.0))
+          ("shrinking.keep", "first"), ("shrinking.keep_blank_runs", True), ("shrinking.lookback", "kept"),
+          ("shrinking.token_embeddings", False), ("encoder.pad_to_seconds", 30.0))
 
 
 def to_official(run: str | Path, out: str | Path) -> Path:
