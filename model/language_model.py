@@ -66,28 +66,82 @@ def embed(llm: nn.Module, input_ids: torch.Tensor, audio_id: int) -> torch.Tenso
     return base_of(llm).get_input_embeddings()(input_ids.masked_fill(input_ids == audio_id, 0))
 
 
+CHUNK_LOGITS = 1 << 24  # logits that exist at once: 64 MiB in fp32
+
+
+class HeadCrossEntropy(torch.autograd.Function):
+    """hidden [N, D], weight [V, D] (frozen), targets [N] -> cross-entropy of hidden x weight^T summed over N, in fp32.
+
+    A chunk of positions at a time: its logits become its loss and, at once, the gradient of its hidden states, so that neither
+    N x |V| numbers nor the weight are kept for backward (ZeRO-3 has released it by then). The arithmetic is that of
+    `F.cross_entropy((hidden @ weight.T).float(), targets)`. torch's own `F.linear_cross_entropy` does the same, but returns the
+    sum over bf16 inputs in bf16: 2 to 3 digits of a sum over thousands of tokens.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        rows = max(1, CHUNK_LOGITS // weight.shape[0])
+        for start in range(0, len(hidden), rows):
+            at = slice(start, start + rows)
+            logits = (hidden[at] @ weight.t()).float()
+            lse = logits.logsumexp(1)
+            loss += (lse - logits.gather(1, targets[at, None])[:, 0]).sum()
+            if gradient is not None:
+                logits.sub_(lse[:, None]).exp_()
+                logits.scatter_add_(1, targets[at, None], logits.new_full((len(logits), 1), -1.0))
+                gradient[at] = logits.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx, of_loss: torch.Tensor):
+        return ctx.saved_tensors[0] * of_loss.to(ctx.saved_tensors[0].dtype), None, None
+
+
 def target_loss(llm: nn.Module, embeddings: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """embeddings [B, L, D], mask [B, L], labels [B, L] (-100: none) -> cross-entropy summed over the target tokens.
 
-    Logits exist only where a label is: the hidden states in front of the output embeddings are reduced to those positions
-    (L x |V| in fp32 is 0.5 GiB for 1,024 positions at |V| = 128,256). A hook does it, so that what the model's own
-    forward does behind its head (Gemma 2 caps its logits) stays. Without any target one position is run and counts nothing.
+    Logits exist only where a label is, and of those a chunk at a time: a hook takes the hidden states in front of the output
+    embeddings to the loss, and sends one position on through the head and the model's end. A model that does more there than
+    multiply (a bias, LoRA, Gemma 2's cap on its logits) is known by its result for that position; it gets all logits at target
+    positions. Without any target one position is run and counts nothing.
     """
     rows, columns = torch.nonzero(labels[:, 1:] != -100, as_tuple=True)  # position i predicts label i + 1
-    targets = labels[rows, columns + 1]
+    targets, counts = labels[rows, columns + 1], 1.0
     if not len(rows):
-        rows, columns, targets = rows.new_zeros(1), columns.new_zeros(1), targets.new_full((1,), -100)
+        rows, columns, targets, counts = rows.new_zeros(1), columns.new_zeros(1), targets.new_zeros(1), 0.0
+    head = base_of(llm).get_output_embeddings()
+    product = getattr(llm, "head_is_a_product", None)  # None: not known yet
+    if product is None and (type(head) is not nn.Linear or head.bias is not None):
+        product = llm.head_is_a_product = False
+    seen = {}
 
     def select(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (inputs[0][rows, columns].unsqueeze(0),)
+        hidden = inputs[0][rows, columns]
+        if product is False:
+            return (hidden.unsqueeze(0),)
+        seen["loss"] = HeadCrossEntropy.apply(hidden, module.weight, targets)
+        return (hidden[None, :1].detach(),)
 
-    handle = base_of(llm).get_output_embeddings().register_forward_pre_hook(select)
+    def remember(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if product is None:
+            seen["product"] = output.detach().float().clone()
+
+    handles = head.register_forward_pre_hook(select), head.register_forward_hook(remember)
     try:
-        logits = llm(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).logits[0]  # [N, V]
+        logits = llm(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).logits  # [1, 1 or N, V]
     finally:
-        handle.remove()
-    loss = F.cross_entropy(logits.float(), targets.clamp(min=0), reduction="none")
-    return (loss * (targets != -100)).sum()
+        for handle in handles:
+            handle.remove()
+    if product is None:
+        product = llm.head_is_a_product = torch.equal(seen["product"], logits.float())
+        if not product:
+            return target_loss(llm, embeddings, mask, labels)
+    if product:
+        return counts * seen["loss"]
+    return counts * F.cross_entropy(logits[0].float(), targets, reduction="sum")
 
 
 def splice(text: torch.Tensor, input_ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor | None, audio: torch.Tensor,

@@ -15,12 +15,11 @@ from model.soundwave import Soundwave
 from train import zero
 from train.config import Recipe, RecipeError
 from train.data.plan import Plan, load_index
-from train.flops import Flops, numel
+from train.flops import PEAKS, Flops, numel
 from train.stages import initial_folder, stage_folder, stage_of
 
 RANKS = (1, 8, 16, 64)
 GIB = 2**30
-H100_FLOPS = 989e12  # dense bf16, NVIDIA H100 SXM data sheet
 ASSUMED_UTILISATION = 0.4
 
 
@@ -149,8 +148,8 @@ def dry_run(recipe: Recipe) -> int:
     # Speech gives some 3 words a second; prompt and answer together about three times that in positions.
     tokens = 9 * seconds if stage.score == "generate" else 0
     per_step = sum(flops.step(frames, clips, tokens, clips, tokens / 2).values())
-    hours = per_step * recipe.optim.steps / (ASSUMED_UTILISATION * H100_FLOPS) / 3600
+    hours = per_step * recipe.optim.steps / (ASSUMED_UTILISATION * PEAKS["H100"]) / 3600
     print(f"arithmetic: {per_step / 1e15:.2f} PFLOP a step (clips of 10 s), {hours:,.1f} H100 hours in all if "
-          f"{ASSUMED_UTILISATION:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s are reached (an assumption, not a measurement)")
+          f"{ASSUMED_UTILISATION:.0%} of {PEAKS['H100'] / 1e12:.0f} TFLOP/s are reached (an assumption, not a measurement)")
     print("\nmissing: nothing" if not absent else "\nmissing:\n" + "\n".join(f"  - {line}" for line in absent))
     return 0

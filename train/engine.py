@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import get_global_norm_of_tensors
+from torch.profiler import record_function
 
 from model.batch import Batch
 from model.language_model import base_of
@@ -173,9 +174,11 @@ class Engine:
         for i, batch in enumerate(micro_batches):
             torch.manual_seed(step_seed(self.recipe.seed, step, self.ranks.rank, i))
             self.deepspeed.set_gradient_accumulation_boundary(i == number - 1)
-            output = self.deepspeed(batch.to(self.ranks.device), losses=self.stage.losses)
-            loss = self._micro_loss(output, ce_count, ctc_count)
-            self.deepspeed.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
+            with record_function("forward"):
+                output = self.deepspeed(batch.to(self.ranks.device), losses=self.stage.losses)
+                loss = self._micro_loss(output, ce_count, ctc_count)
+            with record_function("backward"):
+                self.deepspeed.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
             sums += torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.ranks.device).detach() for x in
                                  (output.ce_sum, output.ctc_sum, output.frames, output.kept, output.llm_tokens)])
         computed = time.perf_counter()
@@ -190,7 +193,8 @@ class Engine:
         rates = optim.set_lr(self.optimizer, self.recipe.optim, step)
         # DeepSpeed finds NaN and infinity itself before it asks for the norm in some modes; then the gate is not asked.
         self._skip_reason, judged = None, (self.health.skipped, len(self.health.norms))
-        self.deepspeed.step()
+        with record_function("update"):
+            self.deepspeed.step()
         if self.optimizer.overflow and self._skip_reason is None:
             assert judged == (self.health.skipped, len(self.health.norms))
             self._skip_reason = self.health.reason_to_skip(self._loss, float("nan"))

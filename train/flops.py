@@ -4,7 +4,8 @@ A matrix of N numbers costs 2 N operations a position forward, 2 N for the gradi
 gradient. Below the lowest trained part nothing flows back, so the frozen encoder costs its forward pass alone; through the
 frozen LLM the gradient flows but its weights have none. Recomputation (activation checkpointing, the fused op's second sweep)
 is not counted: these are model FLOPs, not hardware FLOPs (Chowdhery et al., 2022, appendix B). Attention: 4 x length x
-width operations a position and layer forward (scores and mixture), twice that backward.
+width operations a position and layer forward (scores and mixture), twice that backward. Norms, activations, the log-mel and
+the look-back's scores are left out: they are small.
 """
 
 from __future__ import annotations
@@ -15,13 +16,24 @@ from torch import nn
 
 from model.language_model import base_of
 
+# Dense bf16 matrix products a second, from NVIDIA's data sheets; the name as torch.cuda.get_device_name() gives it holds the key.
+# More particular names come first.
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12,
+         "L40S": 362e12, "A10G": 70e12, "A10": 125e12, "A30": 165e12}
+
+
+def peak_of(device_name: str) -> float | None:
+    """FLOP/s that a device can reach in bf16; None where it is not known."""
+    return next((peak for name, peak in PEAKS.items() if name in device_name), None)
+
 
 def numel(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def sizes(model) -> dict[str, int]:
-    """Parameters of each part: encoder, alignment, ctc_head, shrinking, llm (without embeddings), embeddings, lora."""
+    """Parameters that are multiplied with, by part: encoder, alignment, ctc_head, shrinking, llm (without embeddings),
+    embeddings, lora."""
     found = dict.fromkeys(("encoder", "alignment", "ctc_head", "shrinking", "llm", "embeddings", "lora"), 0)
     tables = set()
     if model.llm is not None:
@@ -29,6 +41,8 @@ def sizes(model) -> dict[str, int]:
         tables = {id(base.get_input_embeddings().weight), id(base.get_output_embeddings().weight)}
     for name, parameter in model.named_parameters():
         part = name.split(".")[0]
+        if name.endswith("embed_positions.weight"):  # added, not multiplied
+            continue
         if id(parameter) in tables:
             part = "embeddings"
         elif "lora_" in name:
@@ -48,6 +62,8 @@ class Flops:
     encoder_layers: int
     llm_layers: int
     stack: int
+    adapter_layers: int
+    projection: int
     stage: str
     head_is_trained: bool
 
@@ -58,20 +74,26 @@ class Flops:
         rows, width = getattr(model.ctc_head.weight, "ds_shape", model.ctc_head.weight.shape)
         return cls(sizes(model), width, rows, 0 if model.encoder is None else model.encoder.width,
                    0 if encoder is None else len(encoder.layers) if hasattr(encoder, "layers") else len(encoder),
-                   0 if llm is None else llm.num_hidden_layers, model.config.alignment.stack_frames, model.stage,
+                   0 if llm is None else llm.num_hidden_layers, model.config.alignment.stack_frames, len(model.alignment.layers),
+                   numel(model.alignment.projection.weight), model.stage,
                    model.stage != "sft" and model.ctc_head.kind != "tied")
 
-    def step(self, frames: float, clips: float, llm_tokens: float, rows: float, targets: float) -> dict[str, float]:
+    def step(self, frames: float, clips: float, llm_tokens: float, rows: float, targets: float, kept: float = 0.0
+             ) -> dict[str, float]:
         """frames: adapter frames of all audio; clips: audios; llm_tokens: LLM positions in `rows` conversations; targets: target
-        tokens of the cross-entropy. Attention is counted at mean lengths."""
+        tokens of the cross-entropy; kept: frames that the shrinking adapter keeps. Attention is counted at mean lengths."""
         learns = self.stage != "sft"  # alignment adapter and CTC head
         encoder_frames = frames * self.stack
         mean = encoder_frames / max(clips, 1.0)
+        attention = 4 * self.adapter_layers * frames / max(clips, 1.0) * self.width
         out = {
             "encoder": encoder_frames * (2 * self.counts["encoder"] + 4 * self.encoder_layers * mean * self.encoder_width),
-            "alignment": frames * (6 if learns else 2) * self.counts["alignment"],
+            # Below the adapter nothing flows back: its projection, which the encoder feeds, has no gradient of its input.
+            "alignment": frames * ((6 if learns else 2) * self.counts["alignment"] - 2 * learns * self.projection
+                                   + (3 if learns else 1) * attention),
             "ctc_head": frames * 2 * self.width * self.vocabulary * ((2 if learns else 1) + self.head_is_trained),
-            "shrinking": frames * (6 if self.stage == "shrinking" else 2) * self.counts["shrinking"] / 2,  # half of it per key
+            # Key and value for every frame, query and output for the kept ones.
+            "shrinking": (frames + kept) / 2 * (6 if self.stage == "shrinking" else 2) * self.counts["shrinking"],
         }
         if self.counts["llm"]:
             mean = llm_tokens / max(rows, 1.0)

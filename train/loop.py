@@ -18,7 +18,7 @@ from model import folder as model_folder
 from model.language_model import lora_parameters
 from model.pretrained import locate
 from model.soundwave import Soundwave
-from train import desync, optim, resume, zero
+from train import desync, optim, report, resume, zero
 from train.checkpoint import Checkpoints, find_good, read_state, write_atomically
 from train.config import Recipe, RecipeError
 from train.data import Plan, Stream, StreamStalled
@@ -27,8 +27,9 @@ from train.distributed import Ranks
 from train.engine import Engine, StepResult
 from train.health import BadStretch
 from train.preemption import DONE, FAILED, PREEMPTED, WRONG_INPUT, Preemption
+from train.profiling import Profiler
 from train.stages import Stage, finished, initial_folder, stage_folder, stage_of
-from train.telemetry import Telemetry
+from train.telemetry import Meter, Telemetry, stream_sums
 from train.validate import validate, validation_set
 
 logger = logging.getLogger("soundwave")
@@ -46,8 +47,8 @@ def check(recipe: Recipe) -> None:
 class Run:
     """One process's part in training one stage."""
 
-    def __init__(self, recipe: Recipe, ranks: Ranks):
-        self.recipe, self.ranks = recipe, ranks
+    def __init__(self, recipe: Recipe, ranks: Ranks, profile_steps: int = 0):
+        self.recipe, self.ranks, self.profile_steps = recipe, ranks, profile_steps
         self.stage: Stage = stage_of(recipe)
         self.folder: Path = stage_folder(recipe)
         self.status: dict = {"stage": self.stage.name, "steps": recipe.optim.steps, "world_size": ranks.world_size,
@@ -74,8 +75,15 @@ class Run:
         self.preemption = Preemption(self.folder)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.recipe.checkpoint, self.ranks)
         self._load()
+        self.profiler = Profiler(self.folder, self.profile_steps if self.ranks.is_main else 0)
         code = self._train()
+        self.profiler.close()
         self.checkpoints.close()
+        if self.ranks.is_main:
+            try:
+                logger.info("report: %s", report.write(self.folder))
+            except Exception:  # all is saved by now: a report that fails must not make the run fail
+                logger.exception("no report was written; python -m train.report %s tries again", self.folder)
         return code
 
     # ---------------------------------------------------------------- start
@@ -170,7 +178,7 @@ class Run:
         recipe, ranks = self.recipe, self.ranks
         log = Telemetry(self.folder, ranks, first_step=self.first_step, steps=recipe.optim.steps,
                         stage=f"stage {self.stage.number}", tensorboard=recipe.log.tensorboard)
-        self.log = log
+        self.log, self.meter = log, Meter(self.model, ranks)
         self.note("running", step=self.first_step)
         saved_at, step_seconds = time.monotonic(), 0.0
         step, stream = self.first_step, self._stream(self.first_step)
@@ -179,7 +187,7 @@ class Run:
             self._validate(0)
         while step < recipe.optim.steps:
             begun = time.perf_counter()
-            problem, micro_batches = None, []
+            problem, batch, micro_batches = None, None, []
             try:
                 batch = next(batches)
                 micro_batches = batch.micro_batches
@@ -188,9 +196,9 @@ class Run:
             waited = time.perf_counter() - begun
             wish = self.preemption.wish(self.checkpoints.save_seconds, step_seconds)
             overdue = ranks.is_main and time.monotonic() - saved_at > 60 * recipe.checkpoint.every_minutes
-            ce_count, ctc_count, (stop, written, save_now, broken) = self.engine.agree(
+            ce_count, ctc_count, (stop, written, save_now, broken, *streamed) = self.engine.agree(
                 micro_batches, [float(wish is not None), float(self.checkpoints.written), float(overdue),
-                                float(problem is not None)])
+                                float(problem is not None), *stream_sums(batch)])
             if written == ranks.world_size:
                 self.checkpoints.finish()
             if stop or broken:
@@ -202,7 +210,8 @@ class Run:
             result = self.engine.step(step, micro_batches, ce_count, ctc_count)
             step += 1
             step_seconds = time.perf_counter() - begun
-            self._tell(result, batch, waited, step_seconds)
+            self.profiler.step()
+            self._tell(result, streamed, waited, step_seconds)
             self.bad_stretch.note(step - 1, step - 1 + self.data_offset, result.skipped, micro_batches)
             if self.engine.health.must_roll_back:
                 stream.close()
@@ -297,22 +306,18 @@ class Run:
         self.note("failed", step=step, reason=text, exit_code=code)
         return code
 
-    def _tell(self, result: StepResult, batch, waited: float, seconds: float) -> None:
-        sums = result.sums
-        values = {"loss": result.loss, "ce": result.ce, "ctc": result.ctc, "grad_norm": result.grad_norm,
-                  **{f"lr_{name}": rate for name, rate in result.lr.items()},
-                  "step_seconds": seconds, "data_wait_seconds": waited, "audio_seconds": batch.seconds,
-                  "padding_share": batch.padding_share, "shrink_ratio": sums["kept"] / max(sums["frames"], 1.0),
-                  "micro_batches": sums["micro_batches"], "llm_tokens": sums["llm_tokens"],
-                  "skipped_steps": self.engine.health.skipped}
-        values = {k: v for k, v in values.items() if v is not None}
+    def _tell(self, result: StepResult, streamed: list[float], waited: float, seconds: float) -> None:
+        values = {**self.meter.values(result, streamed, waited, seconds), "skipped_steps": self.engine.health.skipped}
         if result.skipped:
             values["skipped"] = result.skipped
             if self.ranks.is_main:
                 logger.warning("step %d is not applied: %s", result.step, result.skipped)
-        self.log.line("train", result.step, values)
-        if (result.step + 1) % self.recipe.log.every_steps == 0:
-            self.log.scalars("train", result.step, values)
+        told = (result.step + 1) % self.recipe.log.every_steps == 0
+        passes = self.plan.passes(result.step + 1 + self.data_offset) if told and self.ranks.is_main else {}
+        self.log.line("train", result.step, {**values, **({"passes": passes} if passes else {})})
+        if told:
+            self.log.scalars("train", result.step, {**values, **self.log.totals})
+            self.log.scalars("passes", result.step, passes)
             self.note("running", step=result.step + 1)
         shown = {"loss": result.loss}
         if self.best:
@@ -322,8 +327,12 @@ class Run:
     def _validate(self, step: int) -> bool:
         """Validate, tell, and say whether this is the best so far (alike on all ranks: the score is a global number)."""
         result = validate(self.engine, self.validation, self.model.tokenizer, self.ranks)
-        samples = result.pop("samples")
-        self.log.line("valid", step, result)
+        samples, clip = result.pop("samples"), result.pop("clip")
+        self.log.line("valid", step, {**result, "samples": samples[:8]})
+        if clip:
+            inspection, reference, hypothesis = clip
+            self.log.picture(step, inspection, f"step {step}: {reference} → {hypothesis}",
+                             lambda token: self.model.tokenizer.decode([token]))
         self.log.scalars("valid", step, result)
         if samples:
             self.log.text("valid/samples", step, "\n\n".join(f"**{r}** → {h}" for r, h in samples[:8]))

@@ -31,6 +31,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.steps=100")
     parser.add_argument("--dry-run", action="store_true", help="say what would happen; needs no weights, data or hub")
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and end")
+    parser.add_argument("--profile", type=int, default=0, metavar="N",
+                        help="record N steps with torch.profiler into <output>/<stage>/profile/, then go on")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     return parser.parse_intermixed_args(argv)
 
@@ -73,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     ranks = connect()
     start_logging(stage_folder(recipe), ranks)
     logger = logging.getLogger("soundwave")
-    run = Run(recipe, ranks)
+    run = Run(recipe, ranks, profile_steps=args.profile)
     try:
         code = run.execute()
     except Exception as error:

@@ -6,15 +6,22 @@ import faulthandler
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import _TqdmLoggingHandler
 
+from train.data import StepBatches
 from train.distributed import Ranks
+from train.engine import StepResult
+from train.flops import Flops, peak_of
 
 logger = logging.getLogger("soundwave")
 
@@ -45,6 +52,50 @@ def stop_logging() -> None:
         logger.removeHandler(handler)
 
 
+def stream_sums(batch: StepBatches | None) -> list[float]:
+    """What a rank's stream says of a step, to be summed over ranks; None (broken data): zeros. The order is `Meter.values`'s."""
+    if batch is None:
+        return [0.0] * 6
+    audios = sum(0 if b.audio_is_dummy else len(b.audio_lengths) for b in batch.micro_batches)
+    return [batch.seconds, batch.padded_seconds, float(batch.samples), float(audios), float(len(batch.rejected)),
+            float(batch.retries)]
+
+
+def peak_memory() -> float:
+    """GiB: the most that this process has had at once, of GPU memory for tensors, or of main memory where there is no GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Meter:
+    """A step's numbers as they are logged; docs/training.md explains each."""
+
+    def __init__(self, model, ranks: Ranks):
+        self.flops, self.world_size = Flops.of(model), ranks.world_size
+        fast = torch.cuda.is_available() and model.config.dtype in ("bfloat16", "float16")
+        self.peak = peak_of(torch.cuda.get_device_name()) if fast else None
+
+    def values(self, result: StepResult, streamed: list[float], waited: float, seconds: float) -> dict[str, float]:
+        """streamed: `stream_sums` over all ranks; waited, seconds: this rank's wait for data and whole step."""
+        sums = result.sums
+        audio, padded, samples, audios, rejected, retries = streamed
+        operations = sum(self.flops.step(sums["frames"], audios, sums["llm_tokens"], samples, sums["ce_count"],
+                                         sums["kept"]).values())
+        rate = operations / seconds / self.world_size
+        values = {"loss": result.loss, "ce": result.ce, "ctc": result.ctc, "grad_norm": result.grad_norm,
+                  **{f"lr_{name}": rate for name, rate in result.lr.items()},
+                  "step_seconds": seconds, "data_wait_seconds": waited, "data_wait_share": waited / seconds,
+                  "compute_seconds": result.seconds["compute"], "update_seconds": result.seconds["update"],
+                  "audio_seconds": audio, "audio_seconds_per_second": audio / seconds / self.world_size,
+                  "padding_share": 1 - audio / padded if padded else 0.0, "samples": samples,
+                  "shrink_ratio": sums["kept"] / max(sums["frames"], 1.0), "micro_batches": sums["micro_batches"],
+                  "llm_tokens": sums["llm_tokens"], "target_tokens": sums["ce_count"],
+                  "flops_per_second": rate, "utilisation": rate / self.peak if self.peak else None,
+                  "peak_memory_gib": peak_memory(), "rejected": rejected, "retries": retries}
+        return {name: value for name, value in values.items() if value is not None}
+
+
 class Telemetry:
     """Rank 0's record of the run; on other ranks every method does nothing.
 
@@ -55,11 +106,15 @@ class Telemetry:
     def __init__(self, folder: Path, ranks: Ranks, *, first_step: int, steps: int, stage: str, tensorboard: bool):
         self.active = ranks.is_main
         self.board = self.file = self.bar = None
+        self.totals = {"rejected": 0.0, "retries": 0.0}  # over the whole stage, earlier processes included
         if not self.active:
             return
+        self.pictures = folder / "pictures"
         path = folder / "metrics.jsonl"
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) < first_step]
+            for line in kept:
+                self._count(json.loads(line))
             temporary = path.with_suffix(".partial")
             temporary.write_text("".join(line + "\n" for line in kept))
             os.replace(temporary, path)
@@ -74,8 +129,13 @@ class Telemetry:
     def line(self, kind: str, step: int, values: dict) -> None:
         """One line of metrics.jsonl: kind (train | valid | event), step, time and the values; flushed at once."""
         if self.active:
+            self._count(values)
             self.file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
             self.file.flush()
+
+    def _count(self, values: dict) -> None:
+        for name in self.totals:
+            self.totals[name] += values.get(name, 0.0)
 
     def scalars(self, prefix: str, step: int, values: dict) -> None:
         if self.board is not None:
@@ -87,6 +147,21 @@ class Telemetry:
         if self.active:
             self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
             self.bar.update()
+
+    def picture(self, step: int, inspection: dict, title: str, name_of: Callable[[int], str]) -> None:
+        """What the adapters make of one clip (`Soundwave.inspect`'s result), to pictures/step-N.png and to TensorBoard."""
+        if not self.active:
+            return
+        from evaluation.picture import figure
+
+        title = "".join(c if c.isprintable() else "?" for c in title[:160]).replace("$", r"\$")
+        drawn = figure(inspection, name_of, title=title)
+        self.pictures.mkdir(exist_ok=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a script that the font lacks is drawn as boxes
+            drawn.savefig(self.pictures / f"step-{step:06d}.png", dpi=70)
+            if self.board is not None:
+                self.board.add_figure("valid/clip", drawn, step, close=False)
 
     def text(self, name: str, step: int, text: str) -> None:
         if self.board is not None:

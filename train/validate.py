@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jiwer
+import torch
 from tqdm import tqdm
 
 from model.batch import Batch
@@ -42,13 +45,27 @@ def validation_set(recipe: Recipe, stage: Stage, tokenizer, ranks: Ranks) -> Val
     return [(batch, references, prompt) for (batch, references), (prompt, _) in zip(labelled, prompts, strict=True)]
 
 
+def fixed_clip(batches: ValidationSet, audio_id: int | None) -> tuple[int, int, int]:
+    """(batch, audio in it, row in it) of the clip that is drawn each time: of this rank's, one of median length. A rank without
+    audio draws nothing, but computes along with the others: its first dummy."""
+    found = sorted((int(length), number, audio) for number, (batch, _, _) in enumerate(batches) if not batch.audio_is_dummy
+                   for audio, length in enumerate(batch.audio_lengths.tolist()))
+    if not found:
+        return 0, 0, -1
+    _, number, audio = found[len(found) // 2]
+    ids = batches[number][0].input_ids
+    per_row = (ids == audio_id).sum(1).cumsum(0) if ids.shape[1] else torch.arange(1, len(ids) + 1)
+    return number, audio, int((per_row <= audio).sum())
+
+
 def validate(engine: Engine, batches: ValidationSet, tokenizer, ranks: Ranks) -> dict[str, float]:
-    """{"loss", "ce", "ctc", "wer", "words", "samples": [(reference, hypothesis), ...]}; numbers over all ranks, samples
-    of this one. A batch without references fills up a rank's share: computed, for the collectives of ZeRO-3, and not counted.
+    """{"loss", "ce", "ctc", "wer", "words", "samples": [(reference, hypothesis), ...], "clip": (inspection, reference,
+    hypothesis) or None}; numbers over all ranks, samples and clip of this one. A batch without references fills up a rank's
+    share: computed, for the collectives of ZeRO-3, and not counted.
     """
     stage, recipe, model = engine.stage, engine.recipe, engine.model
     sums = [0.0] * 6  # CE sum, CE count, CTC sum, CTC count, word errors, words
-    samples = []
+    samples, written = [], []
     with engine.whole_model() as synced:
         for batch, references, prompts in tqdm(batches, desc="validate", unit="batch", leave=False, disable=not ranks.is_main):
             batch = batch.to(ranks.device)
@@ -58,12 +75,19 @@ def validate(engine: Engine, batches: ValidationSet, tokenizer, ranks: Ranks) ->
             else:
                 ids = model.generate(prompts.to(ranks.device), max_new_tokens=MAX_NEW_TOKENS, synced_gpus=synced)
                 hypotheses = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+            written.append(hypotheses)
             if references:
                 errors, words = word_errors(references, hypotheses)
                 local = [float(output.ce_sum) if "ce" in stage.losses else 0.0, batch.ce_count,
                          float(output.ctc_sum) if "ctc" in stage.losses else 0.0, batch.ctc_count, errors, words]
                 sums = [a + b for a, b in zip(sums, local)]
                 samples += list(zip(references, hypotheses))
+        number, audio, row = fixed_clip(batches, model.audio_id)
+        batch, references, _ = batches[number]
+        alone = slice(audio, audio + 1)
+        audios = {name: getattr(batch, name)[alone] for name in ("waveforms", "features") if getattr(batch, name) is not None}
+        inspection = model.inspect(replace(batch, **audios, audio_lengths=batch.audio_lengths[alone]).to(ranks.device))
+        clip = (inspection, references[row], written[number][row]) if row >= 0 else None
     ce_sum, ce_count, ctc_sum, ctc_count, errors, words = all_reduce(sums, ranks)
     result: dict = {"wer": errors / max(words, 1.0), "words": words}
     loss = 0.0
@@ -73,4 +97,4 @@ def validate(engine: Engine, batches: ValidationSet, tokenizer, ranks: Ranks) ->
     if "ctc" in stage.losses:
         result["ctc"] = ctc_sum / max(ctc_count, 1.0)
         loss += result["ctc"] * (recipe.loss.ctc_weight if "ce" in stage.losses else 1.0)
-    return {"loss": loss, **result, "samples": samples}
+    return {"loss": loss, **result, "samples": samples, "clip": clip}
