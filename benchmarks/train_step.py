@@ -89,9 +89,11 @@ def joined(folders: list[str], target: Path, count: int) -> Path:
     writer = ShardWriter(target / "joined-000000.tar")
     for number, seconds in enumerate(tqdm(librispeech_lengths(count), desc="join clips", unit="clip", leave=False)):
         waves, words, samples = [], [], 0
-        while samples < seconds * SAMPLE_RATE:
+        while True:
             audio, meta = ShardIndex.read(*clips[next(order)])
-            wave = decode(audio)[:int(35 * SAMPLE_RATE) - samples]
+            wave = decode(audio)[:35 * SAMPLE_RATE - samples]
+            if waves and samples + len(wave) / 2 > seconds * SAMPLE_RATE:
+                break
             waves.append(wave)
             words.append(str(meta["text"]))
             samples += len(wave)

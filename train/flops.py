@@ -41,7 +41,8 @@ def sizes(model) -> dict[str, int]:
         tables = {id(base.get_input_embeddings().weight), id(base.get_output_embeddings().weight)}
     for name, parameter in model.named_parameters():
         part = name.split(".")[0]
-        if name.endswith("embed_positions.weight"):  # added, not multiplied
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        if len(shape) < 2 or name.endswith("embed_positions.weight"):  # added, not multiplied
             continue
         if id(parameter) in tables:
             part = "embeddings"

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.train.tiny import STAGES, workspace
 
@@ -63,11 +64,19 @@ def test_dry_run_of_the_full_recipes_needs_nothing(number):
 def test_three_stages_on_two_ranks_under_zero3(tiny):
     output = tiny / "road"
     for number, stage in STAGES.items():
-        done = run(tiny / f"stage{number}.yaml", f"output={output}")
+        done = run(tiny / f"stage{number}.yaml", f"output={output}", *(["--profile", "2"] if number == 1 else []))
         assert done.returncode == 0, done.stderr[-3000:]
         steps = losses(output / stage)
         assert sorted(steps) == list(range(8)) and all(torch.isfinite(torch.tensor(list(steps.values()))))
         assert (output / stage / "model" / "soundwave.json").exists()
+        assert (output / stage / "report.html").exists() and f"{output / stage / 'report.html'}" in done.stderr
+        told = EventAccumulator(str(output / stage / "tensorboard")).Reload()
+        assert [event.step for event in told.Images("valid/clip")] == [0, 4, 8] == [
+            int(path.stem.removeprefix("step-")) for path in sorted((output / stage / "pictures").iterdir())]
+        assert {"train/rejected", "train/retries", "train/peak_memory_gib", "passes/train/asr"} <= set(told.Tags()["scalars"])
+        assert all(event.value > 0 for event in told.Scalars("train/flops_per_second"))
+    assert list((output / "alignment" / "profile").glob("*.pt.trace.json.gz"))
+    assert "backward" in (output / "alignment" / "profile" / "summary.txt").read_text()
     one, two, three = (load_file(output / stage / "model" / "adapters.safetensors") for stage in STAGES.values())
     assert any(not torch.equal(one[name], two[name]) for name in one), "stage II trains the alignment adapter"
     assert all(torch.equal(two[name], three[name]) for name in two), "stage III trains LoRA alone"

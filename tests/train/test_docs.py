@@ -1,0 +1,34 @@
+"""docs/recipes.md names every key of a recipe, with the default that the code has."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+from omegaconf import OmegaConf
+
+from train.config import Recipe, known_keys
+
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text()
+
+
+def test_every_key_is_explained():
+    assert [key for key in known_keys() if f"`{key}`" not in TEXT] == []
+
+
+def test_defaults_are_those_of_the_code():
+    recipe = OmegaConf.structured(Recipe)
+    rows = re.findall(r"^\| `([a-z_.]+)` \| `(.*?)` \| \S", TEXT, re.MULTILINE)
+    told = dict(rows)
+    leaves = [key for key in known_keys() if not OmegaConf.is_dict(OmegaConf.select(recipe, key)) or key.endswith("task_weights")]
+    assert len(told) == len(rows) and set(told) == set(leaves)
+
+    def text(key: str) -> str:
+        value = OmegaConf.select(recipe, key)
+        value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        if isinstance(value, str):
+            return value
+        return "null" if value is None else yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
+
+    assert {key: told[key] for key in leaves} == {key: text(key) for key in leaves}

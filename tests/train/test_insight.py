@@ -1,0 +1,137 @@
+"""What a run tells about itself: the report, totals over restarts, the fixed clip, model FLOPs."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import image
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.soundwave import Soundwave
+from tests.model import tiny
+from train import report
+from train.distributed import Ranks
+from train.flops import Flops, peak_of
+from train.telemetry import Telemetry
+from train.validate import fixed_clip
+
+ALONE = Ranks(0, 1, 0, 1, "cpu")
+
+
+def metrics(folder, steps: int, **more) -> list[dict]:
+    folder.mkdir(parents=True)
+    lines = []
+    for step in range(steps):
+        lines.append({"kind": "train", "step": step, "time": 0.0, "loss": 9.0 / (step + 1), "ctc": 9.0 / (step + 1),
+                      "grad_norm": 1.0, "lr_adapters": 1e-3, "step_seconds": 2.0, "data_wait_seconds": 0.5,
+                      "audio_seconds": 90.0, "padding_share": 0.1, "audio_seconds_per_second": 45.0, "shrink_ratio": 0.2,
+                      "flops_per_second": 1e12, "peak_memory_gib": 3.0, "rejected": 1.0, "retries": 0.0, **more})
+    lines[3]["loss"], lines[3]["skipped"] = float("nan"), "loss is nan"
+    lines[-1]["passes"] = {"corpus/asr": 1.25}
+    lines.append({"kind": "valid", "step": steps, "time": 0.0, "loss": 2.0, "wer": 0.25, "words": 8.0,
+                  "samples": [["a <b> & c", "a & c"]]})
+    lines.append({"kind": "event", "step": 5, "time": 0.0, "event": "roll_back"})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "train", "st')
+    return lines
+
+
+def test_report_from_metrics_alone(tmp_path, capsys):
+    folder = tmp_path / "run" / "alignment"
+    metrics(folder, steps=1200)  # beyond what a curve shows
+    assert report.main([str(tmp_path / "run")]) == 0 and str(folder / "report.html") in capsys.readouterr().out
+    text = (folder / "report.html").read_text()
+    pictures = re.findall(r'alt="([^"]+)" src="data:image/png;base64,([^"]+)"', text)
+    assert {"loss", "throughput", "step time", "padding", "shrink ratio", "rejected data", "memory"} <= {n for n, _ in pictures}
+    for _, png in pictures:
+        assert image.imread(io.BytesIO(base64.b64decode(png))).ndim == 3
+    assert "://" not in text and "<script" not in text, "one file, for an air-gapped reader"
+    cells = dict(re.findall(r"<td>([^<]+)</td><td>([^<]+)</td>", text))
+    assert cells["waiting for data"] == "25.00% of the time" and cells["audio"] == "30.00 hours seen"
+    assert cells["padding"].startswith("10.0%") and cells["rejected samples, read retries"] == "1200, 0"
+    assert cells["steps not applied"] == "1" and cells["passes over corpus/asr"] == "1.25"
+    assert cells["validation WER"] == "last 0.250 (step 1200), best 0.250 (step 1200)"
+    assert "a &lt;b&gt; &amp; c" in text and "roll_back" in text
+    assert report.main([str(tmp_path / "nothing")]) == 2 and "metrics.jsonl" in capsys.readouterr().err
+
+
+def test_curves_sum_what_is_counted_and_take_the_last_of_repeated_steps():
+    lines = [{"step": step, "loss": float(step), "rejected": 2.0} for step in (0, 1, 2, 1, 2, 3)]
+    lines[1]["loss"] = float("inf")
+    steps, values = report.series(lines, "loss")
+    assert steps.tolist() == [0, 1, 2, 3] and values.tolist() == [0, 1, 2, 3]
+    assert report.series(lines, "rejected")[1].tolist() == [2, 4, 6, 8]
+    assert report.series(lines, "ce")[0].size == 0
+    steps, values = report.series([{"step": s, "loss": 1.0 * s} for s in range(5000)], "loss")
+    assert len(steps) == report.POINTS and np.allclose(steps, values)
+
+
+def test_totals_and_lines_survive_a_kill(tmp_path):
+    def start(first_step: int) -> Telemetry:
+        return Telemetry(tmp_path, ALONE, first_step=first_step, steps=9, stage="test", tensorboard=False)
+
+    log = start(0)
+    for step in range(4):
+        log.line("train", step, {"loss": 1.0, "rejected": 2.0, "retries": 1.0})
+    log.file.write('{"kind": "train", "step": 4, "rej')  # killed here; the last checkpoint was before step 3
+    log.file.flush()
+    log = start(3)
+    assert log.totals == {"rejected": 6.0, "retries": 3.0}
+    log.line("train", 3, {"loss": 1.0, "rejected": 5.0, "retries": 0.0})
+    assert log.totals == {"rejected": 11.0, "retries": 3.0}
+    log.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Soundwave:
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    config = tiny.config(tiny.whisper(folder / "whisper", width=48, heads=4),
+                         tiny.llm(folder / "llm", "llama", width=64), ctc_head="free")
+    config.attention_implementation, config.ops.implementation = "eager", "reference"
+    return Soundwave.build(config)
+
+
+def test_the_fixed_clip_has_its_row_and_median_length(model):
+    chats = [tiny.chat("2 + 2?", "four", audio=False), tiny.chat("What?", "the wall"), tiny.chat("Say it.", "a")]
+    spoken = tiny.batch(model, chats, [0.9, 0.4], ["the wall", "a"])
+    silent = tiny.batch(model, chats[:1], [], [])
+    refs = (["four", "the wall", "a"], None)
+    assert fixed_clip([(silent, ["four"], None), (spoken, *refs)], model.audio_id) == (1, 0, 1)  # 0.4 and 0.9: the upper median
+    assert fixed_clip([(silent, ["four"], None)], model.audio_id) == (0, 0, -1)
+
+
+@pytest.mark.parametrize("stage, losses", [("alignment", ("ctc",)), ("shrinking", ("ce", "ctc")), ("sft", ("ce",))])
+def test_model_flops_are_those_of_the_operations(model, stage, losses):
+    """torch counts every matrix product of a forward and backward pass; conversations are of one length, so nothing is padded.
+    The look-back's scores, which are left out, and the CTC reference's own recomputation make up the tolerance."""
+    model.set_stage(stage)
+    model.train()
+    chats = [tiny.chat("What is said here, please?", "the wall and the hall")] * 3
+    batch = tiny.batch(model, chats, [2.0] * 3, ["the wall"] * 3)
+    with FlopCounterMode(model, depth=2, display=False) as counter:
+        output = model(batch, losses=losses)
+        (output.ce_sum + output.ctc_sum if len(losses) == 2 else output.ce_sum + output.ctc_sum).backward()
+    counts = counter.get_flop_counts()
+
+    def counted(part: str) -> int:
+        return sum(counts[f"Soundwave.{part}"].values())
+
+    flops = Flops.of(model).step(int(output.frames), 3, int(output.llm_tokens), 3, batch.ce_count, int(output.kept))
+    assert flops["encoder"] == pytest.approx(counted("encoder"), rel=0.1), "forward alone"
+    assert flops["alignment"] == pytest.approx(counted("alignment"), rel=0.02)
+    if "ce" in losses:
+        ours = flops["llm"] + flops["lora"] + flops["lm_head"]
+        # In stage III the first layer's input needs no gradient: of two layers that is something, of thirty nothing.
+        assert ours == pytest.approx(counted("llm"), rel=0.1 if stage == "sft" else 0.05)
+
+
+def test_peaks_by_device_name():
+    assert peak_of("NVIDIA H100 80GB HBM3") == 989e12 and peak_of("NVIDIA H100 PCIe") == 756e12
+    assert peak_of("NVIDIA A100-SXM4-80GB") == 312e12 and peak_of("Some other device") is None
