@@ -55,7 +55,7 @@ from train.data.reader import SAMPLE_RATE, Sample, decode
 from train.distributed import Ranks, connect, disconnect, fill_environment
 
 PADDED_SECONDS = 30
-PARTS = ("data wait", "encoder", "alignment", "ctc", "shrinking", "llm", "cross-entropy", "backward", "update")
+PARTS = ("data wait", "encoder", "alignment", "ctc", "shrinking", "splice", "llm", "cross-entropy", "backward", "update")
 
 
 def wait() -> None:
@@ -179,6 +179,7 @@ def ours(recipe: Recipe, model: Soundwave, ranks: Ranks, steps: int) -> dict:
                          (model.shrinking, "shrinking"), (model.llm, "llm"),
                          (base_of(model.llm).get_output_embeddings(), "cross-entropy")):
         clock.watch(module, part)
+    clock.wrap(model, "embeddings", "splice")
     clock.wrap(engine.deepspeed, "backward", "backward")
     clock.wrap(engine.deepspeed, "step", "update")
     totals, parts, audio, padded, clips, sums = [], [], 0.0, 0.0, 0, []
@@ -195,6 +196,7 @@ def ours(recipe: Recipe, model: Soundwave, ranks: Ranks, steps: int) -> dict:
         seconds = time.perf_counter() - begun
         if step:  # the first one warms up
             clock.seconds["llm"] -= clock.seconds["cross-entropy"]  # it runs inside
+            clock.seconds["splice"] -= clock.seconds["shrinking"]
             totals.append(seconds)
             parts.append({**clock.seconds, "other": seconds - sum(clock.seconds.values())})
             audio, padded, clips = audio + batch.seconds, padded + batch.padded_seconds, clips + batch.samples
