@@ -4,8 +4,8 @@ A matrix of N numbers costs 2 N operations a position forward, 2 N for the gradi
 gradient. Below the lowest trained part nothing flows back, so the frozen encoder costs its forward pass alone; through the
 frozen LLM the gradient flows but its weights have none. Recomputation (activation checkpointing, the fused op's second sweep)
 is not counted: these are model FLOPs, not hardware FLOPs (Chowdhery et al., 2022, appendix B). Attention: 4 x length x
-width operations a position and layer forward (scores and mixture), twice that backward. Norms, activations, the log-mel and
-the look-back's scores are left out: they are small.
+width operations a position and layer forward (scores and mixture), twice that backward. Left out, because they are small:
+norms, activations, the log-mel, the look-back's scores, every second frame of Whisper's first convolution.
 """
 
 from __future__ import annotations

@@ -124,7 +124,8 @@ def test_model_flops_are_those_of_the_operations(model, stage, losses):
         return sum(counts[f"Soundwave.{part}"].values())
 
     flops = Flops.of(model).step(int(output.frames), 3, int(output.llm_tokens), 3, batch.ce_count, int(output.kept))
-    assert flops["encoder"] == pytest.approx(counted("encoder"), rel=0.1), "forward alone"
+    left_out = 3 * (200 * 2 * 16 * 201 + 100 * 2 * 16 * 3 * 48)  # mel filters; the first convolution's second frame in two
+    assert flops["encoder"] == pytest.approx(counted("encoder") - left_out, rel=0.01), "forward alone"
     assert flops["alignment"] == pytest.approx(counted("alignment"), rel=0.02)
     if "ce" in losses:
         ours = flops["llm"] + flops["lora"] + flops["lm_head"]
