@@ -2,9 +2,9 @@
 
     python -m benchmarks.train_step RECIPE [key=value ...] [--clips 12] [--steps 5] [--json FILE]
 
-RECIPE: a stage II recipe (models, corpora, optimizer) with a Whisper encoder; `init_from=DIR` starts from a trained stage I, so
-that frames shrink as they do in training. Two corpora of the same speech: the recipe's clips as they are, and the same clips
-joined to lengths like LibriSpeech's (12 s on average, 35 s at most). Ways:
+RECIPE: a stage II recipe (models, corpora, optimizer) with a Whisper encoder; its corpora's transcribed clips are
+measured. `init_from=DIR` starts from a trained stage I, so that frames shrink as they do in training. Two corpora of the same
+speech: the clips as they are, and joined to lengths like LibriSpeech's (12 s on average, 35 s at most). Ways:
 
     ours    train.engine on the training stream: true length, shrinking, the fused CTC op, balanced micro-batches, no full logits
     plain   the same modules and weights in a plain PyTorch loop, one utterance at a time as the released code does: padded to
@@ -51,6 +51,7 @@ from train import optim, zero
 from train.config import Corpus, MixtureConfig, Recipe, RecipeError, load_recipe
 from train.data import Plan, Stream
 from train.data.collate import Collator
+from train.data.plan import load_index
 from train.data.reader import SAMPLE_RATE, Sample, decode
 from train.distributed import Ranks, connect, disconnect, fill_environment
 
@@ -396,19 +397,20 @@ def main(argv: list[str] | None = None) -> int:
         plain_data = ["data.cache_features=null", "data.spec_augment=false", "data.speed_perturb=[]", "data.noise_snr_db=[]"]
         recipe = load_recipe(options.recipe, [*options.overrides, "stage=shrinking", *still, *plain_data])
         optim.check(recipe.optim)
-        if not recipe.data.train:
-            raise RecipeError("data.train is empty: name at least one packed folder, e.g. data.train=[{shards: data/train}]")
+        folders = [c.shards for c in recipe.data.train if "asr" in load_index(c.shards).tasks]
+        if not folders:
+            raise RecipeError("data.train names no packed folder with the task asr, which both ways are measured on")
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     recipe.data.mixture = MixtureConfig()
-    recipe.data.train = [Corpus(shards=c.shards, tasks=["asr"]) for c in recipe.data.train]
+    recipe.data.train = [Corpus(shards=folder, tasks=["asr"]) for folder in folders]
     fill_environment()
     ranks = connect()
     report = {**machine(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
               "threads": torch.get_num_threads(), "options": {k: str(v) for k, v in vars(options).items()}, "results": {}}
     with tempfile.TemporaryDirectory() as scratch:
-        made = joined([c.shards for c in recipe.data.train], Path(scratch) / "joined", options.joined)
+        made = joined(folders, Path(scratch) / "joined", options.joined)
         long = replace(recipe.data, train=[Corpus(shards=str(made))], max_seconds=35.0)
         for name, data in (("clips as they are", recipe.data), ("LibriSpeech-like", long)):
             result = compare(replace(recipe, data=data), ranks, options.clips, options.steps, options.plain_steps)

@@ -93,10 +93,10 @@ class Flops:
             "alignment": frames * ((6 if learns else 2) * self.counts["alignment"] - 2 * learns * self.projection
                                    + (3 if learns else 1) * attention),
             "ctc_head": frames * 2 * self.width * self.vocabulary * ((2 if learns else 1) + self.head_is_trained),
-            # Key and value for every frame, query and output for the kept ones.
-            "shrinking": (frames + kept) / 2 * (6 if self.stage == "shrinking" else 2) * self.counts["shrinking"],
         }
-        if self.counts["llm"]:
+        if self.stage != "alignment":
+            # Key and value for every frame, query and output for the kept ones.
+            out["shrinking"] = (frames + kept) / 2 * (6 if self.stage == "shrinking" else 2) * self.counts["shrinking"]
             mean = llm_tokens / max(rows, 1.0)
             out["llm"] = llm_tokens * (4 * self.counts["llm"] + 12 * self.llm_layers * mean * self.width)
             out["lora"] = llm_tokens * 6 * self.counts["lora"]

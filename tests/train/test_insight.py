@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.soundwave import Soundwave
@@ -110,12 +111,14 @@ def test_the_fixed_clip_has_its_row_and_median_length(model):
 @pytest.mark.parametrize("stage, losses", [("alignment", ("ctc",)), ("shrinking", ("ce", "ctc")), ("sft", ("ce",))])
 def test_model_flops_are_those_of_the_operations(model, stage, losses):
     """torch counts every matrix product of a forward and backward pass; conversations are of one length, so nothing is padded.
-    The look-back's scores, which are left out, and the CTC reference's own recomputation make up the tolerance."""
+    The tolerance is for what is left out (the look-back's scores), and for the gradient of the first LLM layer's input, which
+    stage III does not need: of two layers that is something, of thirty nothing."""
     model.set_stage(stage)
     model.train()
     chats = [tiny.chat("What is said here, please?", "the wall and the hall")] * 3
     batch = tiny.batch(model, chats, [2.0] * 3, ["the wall"] * 3)
-    with FlopCounterMode(model, depth=2, display=False) as counter:
+    # The counter does not know SDPA's fused kernel for CPU.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         output = model(batch, losses=losses)
         (output.ce_sum + output.ctc_sum if len(losses) == 2 else output.ce_sum + output.ctc_sum).backward()
     counts = counter.get_flop_counts()
@@ -127,10 +130,10 @@ def test_model_flops_are_those_of_the_operations(model, stage, losses):
     left_out = 3 * (200 * 2 * 16 * 201 + 100 * 2 * 16 * 3 * 48)  # mel filters; the first convolution's second frame in two
     assert flops["encoder"] == pytest.approx(counted("encoder") - left_out, rel=0.01), "forward alone"
     assert flops["alignment"] == pytest.approx(counted("alignment"), rel=0.02)
-    if "ce" in losses:
-        ours = flops["llm"] + flops["lora"] + flops["lm_head"]
-        # In stage III the first layer's input needs no gradient: of two layers that is something, of thirty nothing.
-        assert ours == pytest.approx(counted("llm"), rel=0.1 if stage == "sft" else 0.05)
+    # The counter gives some of the LLM's backward pass to other parts, so it is held to the whole. The CTC reference counts
+    # as what it does: it computes its logits again in backward.
+    total = sum(flops.values()) + left_out + counted("ctc_head") - flops["ctc_head"]
+    assert total == pytest.approx(sum(counts["Global"].values()), rel=0.04)
 
 
 def test_peaks_by_device_name():
