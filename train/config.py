@@ -51,12 +51,14 @@ class DataConfig:
     seed: int = 0
     workers: int = 2
     prefetch: int = 4  # micro-batches ready ahead per worker
+    bucket_seconds: float = 120.0  # audio of about one length that goes into a step together: more pads less, less mixes more
     shuffle_window_shards: int = 16  # shards whose utterances are shuffled together
     cache_features: str | None = None  # folder for the frozen encoder's output, computed once; null: encode in each step
     max_rejected_share: float = 0.01  # past this share of broken samples the run stops with the list
     speed_perturb: list[float] = field(default_factory=list)  # e.g. [0.9, 1.0, 1.1]; off when empty
     spec_augment: bool = False
     noise_snr_db: list[float] = field(default_factory=list)  # [low, high] white noise; off when empty
+    try_largest: bool | None = None  # run the largest micro-batch before the first step; null: on GPUs
 
 
 @dataclass
@@ -95,6 +97,7 @@ class LogConfig:
     every_steps: int = 10
     validate_every_steps: int = 500
     validate_utterances: int = 200
+    sample_ids: bool = False  # samples.jsonl: the ids that each rank consumed in each step
     validate_at_start: bool = True  # score the untrained stage too, before its first step
     gather_to_validate: bool = True  # ZeRO-3: hold the whole model on every rank while validating; false: layer by layer
     tensorboard: bool = True

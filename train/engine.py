@@ -90,7 +90,7 @@ class Engine:
             model=model, optimizer=optimizer, config=config, dist_init_required=False)
         self.model = model
         self.health = Health(recipe.health)
-        self._loss, self._skip_reason = 0.0, None
+        self._loss, self._skip_reason, self._rehearsing = 0.0, None, False
         self._install_gate()
 
     def _install_gate(self) -> None:
@@ -129,8 +129,11 @@ class Engine:
 
             inner.scaled_global_norm = gated_total
 
+    def _reason_to_skip(self, norm: float) -> str | None:
+        return "a rehearsal" if self._rehearsing else self.health.reason_to_skip(self._loss, norm)
+
     def _rejects(self, norm: float) -> bool:
-        self._skip_reason = self.health.reason_to_skip(self._loss, norm)
+        self._skip_reason = self._reason_to_skip(norm)
         return self._skip_reason is not None
 
     def _micro_loss(self, output, ce_count: float, ctc_count: float) -> torch.Tensor:
@@ -165,6 +168,18 @@ class Engine:
         ce_count, ctc_count, *flags = all_reduce(local + flags, self.ranks)
         return ce_count, ctc_count, flags
 
+    def rehearse(self, batch: Batch) -> None:
+        """One micro-batch all the way to the update, which is refused: memory is asked for, and no state moves.
+
+        On all ranks alike. DeepSpeed's own way to skip a step clears the gradients; its counters are put back.
+        """
+        counters = {name: getattr(self.deepspeed, name) for name in
+                    ("global_steps", "global_samples", "micro_steps", "skipped_steps")}
+        self._rehearsing = True
+        self.step(0, [batch], *self.agree([batch], [])[:2])
+        self._rehearsing = False
+        vars(self.deepspeed).update(counters)
+
     def step(self, step: int, micro_batches: list[Batch], ce_count: float, ctc_count: float) -> StepResult:
         """One optimizer step. Every rank brings the same number of micro-batches (the stream deals them so)."""
         started = time.perf_counter()
@@ -197,7 +212,7 @@ class Engine:
             self.deepspeed.step()
         if self.optimizer.overflow and self._skip_reason is None:
             assert judged == (self.health.skipped, len(self.health.norms))
-            self._skip_reason = self.health.reason_to_skip(self._loss, float("nan"))
+            self._skip_reason = self._reason_to_skip(float("nan"))
         norm = None if self._skip_reason else float(self.deepspeed.get_global_grad_norm())
         result = StepResult(step, self._loss, ce, ctc, norm, self._skip_reason, rates)
         result.sums = {"frames": frames, "kept": kept, "llm_tokens": llm_tokens, "ce_count": ce_count, "ctc_count": ctc_count,

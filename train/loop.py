@@ -21,7 +21,7 @@ from model.soundwave import Soundwave
 from train import desync, optim, report, resume, zero
 from train.checkpoint import Checkpoints, find_good, read_state, write_atomically
 from train.config import Recipe, RecipeError
-from train.data import Plan, Stream, StreamStalled
+from train.data import Plan, Stream, StreamStalled, consumed, worst_case_batch
 from train.data.cache import ensure_features
 from train.distributed import Ranks
 from train.engine import Engine, StepResult
@@ -166,6 +166,23 @@ class Run:
                 "topology": self._topology(),
                 "seed": self.recipe.seed, "facts": self.facts}
 
+    def _try_largest(self) -> None:
+        """Forward and backward of the largest micro-batch that the recipe allows. Errors: RecipeError where memory runs out."""
+        data, begun = self.recipe.data, time.perf_counter()
+        audio = "data.micro_batch_seconds" if data.micro_batch_seconds > data.max_seconds else "data.max_seconds"
+        keys = [audio] if self.stage.name == "alignment" else ["data.micro_batch_tokens", audio]
+        try:
+            self.engine.rehearse(worst_case_batch(data, self.stage.name, self.model.tokenizer, self.recipe.model))
+        except RuntimeError as error:  # of CPU memory, PyTorch has no type of its own
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            settings = " or ".join(f"{key}={getattr(data, key.removeprefix('data.')):g}" for key in keys)
+            raise RecipeError("the largest micro-batch that the recipe allows does not fit into memory: lower "
+                              f"{settings} ({str(error).splitlines()[0]})") from None
+        if self.ranks.is_main:
+            peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most" if torch.cuda.is_available() else ""
+            logger.info("the largest micro-batch of the recipe fits (%.1f s%s)", time.perf_counter() - begun, peak)
+
     # ---------------------------------------------------------------- steps
 
     def _stream(self, first_step: int) -> Stream:
@@ -180,6 +197,11 @@ class Run:
                         stage=f"stage {self.stage.number}", tensorboard=recipe.log.tensorboard)
         self.log, self.meter = log, Meter(self.model, ranks)
         self.note("running", step=self.first_step)
+        if ranks.is_main and recipe.log.sample_ids:
+            consumed.begin(self.folder, self.first_step)
+        if recipe.data.try_largest if recipe.data.try_largest is not None else torch.cuda.is_available():
+            self._try_largest()
+        rejected, samples = 0, 0  # utterances of all ranks since the start of this process
         saved_at, step_seconds = time.monotonic(), 0.0
         step, stream = self.first_step, self._stream(self.first_step)
         batches = iter(stream)
@@ -199,6 +221,9 @@ class Run:
             ce_count, ctc_count, (stop, written, save_now, broken, *streamed) = self.engine.agree(
                 micro_batches, [float(wish is not None), float(self.checkpoints.written), float(overdue),
                                 float(problem is not None), *stream_sums(batch)])
+            rejected, samples = rejected + int(streamed[4]), samples + int(streamed[2])
+            if not broken and (problem := stream.rejected.too_many(rejected, samples)):
+                broken = 1.0
             if written == ranks.world_size:
                 self.checkpoints.finish()
             if stop or broken:
@@ -208,6 +233,8 @@ class Run:
                     return self._data_failed(step, problem, saved)
                 return self._preempted(step, wish, saved)
             result = self.engine.step(step, micro_batches, ce_count, ctc_count)
+            if recipe.log.sample_ids:
+                consumed.note(self.folder, step, batch.step, ranks.rank, micro_batches)
             step += 1
             step_seconds = time.perf_counter() - begun
             self.profiler.step()

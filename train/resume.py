@@ -9,8 +9,11 @@ from pathlib import Path
 from train.config import Recipe, RecipeError
 
 # Keys that do not change what is computed: they may differ between a run and its continuation.
-_FREE = ("output", "checkpoint.", "log.", "deepspeed", "data.workers", "data.prefetch", "health.desync_every_steps", "init_from",
-         "data.cache_features", "model.encoder.name", "model.llm.name")  # names: the base's hash is compared instead
+_FREE = ("output", "checkpoint.", "log.", "deepspeed", "data.workers", "data.prefetch", "data.try_largest",
+         "data.max_rejected_share",
+         "data.micro_batch_seconds",  # the global batches, hence the gradients, stay the same
+         "health.desync_every_steps", "init_from", "data.cache_features",
+         "model.encoder.name", "model.llm.name")  # names: the base's hash is compared instead
 KINDS = ("base", "tokenizer", "recipe", "index")
 
 

@@ -228,9 +228,9 @@ def test_fingerprint_names_what_the_plan_depends_on():
     def fingerprint(**changes):
         return make(([20, 20], np.full(40, 2.0), {"batch_seconds": 20.0, "micro_batch_seconds": 10.0, **changes})).fingerprint
 
-    assert fingerprint() == fingerprint(workers=7, micro_batch_tokens=99)
+    assert fingerprint() == fingerprint(workers=7, micro_batch_tokens=99, micro_batch_seconds=7.0)
     assert len({fingerprint(), fingerprint(seed=1), fingerprint(batch_seconds=21.0), fingerprint(shuffle_window_shards=1),
-                fingerprint(max_seconds=9.0)}) == 5
+                fingerprint(max_seconds=9.0), fingerprint(bucket_seconds=9.0)}) == 6
 
 
 def test_the_same_batches_on_every_machine():

@@ -5,7 +5,8 @@
 Every rank gets the same number m of micro-batches, the smallest for which all groups fit their budgets. All groups of a
 round hold utterances of about the same length and have about the same padded cost, because under ZeRO-3 ranks meet in
 every micro-batch. The last round holds the shortest utterances and is cut to measure: each rank gets as much of it as it
-lacks to the mean, so what earlier rounds left uneven is evened out.
+lacks to the mean, so what earlier rounds left uneven is evened out. Where one round is enough, its costliest group is as cheap
+as it can be.
 
 A pure function of the sizes: every rank computes the whole assignment and takes its part, nothing is communicated.
 """
@@ -69,6 +70,38 @@ def _costs(audio: np.ndarray, text: np.ndarray, start: int, bound: float) -> np.
     return (padded_audio + padded_text)[:max(fits, 1)]
 
 
+def _cut_once(audio: np.ndarray, text: np.ndarray, ranks: int) -> list[list[tuple[int, int]]] | None:
+    """One group a rank, the costliest as cheap as can be, or None where the budgets need more rounds. Arguments as of _cut.
+
+    Under a cap, taking as many of the longest as fit, again and again, needs the fewest groups: the smallest cap for which
+    they are no more than the ranks is found by bisection. What is left uneven is one utterance's share of its group.
+    """
+    def groups(cap: float) -> list[tuple[int, int]] | None:
+        found, start = [], 0
+        while start < len(audio):
+            if len(found) == ranks:
+                return None
+            rows = int(np.searchsorted(_costs(audio, text, start, cap), cap + 1e-9, side="right"))
+            found.append((start, start + max(rows, 1)))
+            start = found[-1][1]
+        return found
+
+    cost = audio + text
+    low, high = max(float(cost.sum()) / ranks, float(cost.max())), max(2.0, float(cost.max()))
+    best = groups(min(1.1 * low, high))
+    if best is not None:
+        high = min(1.1 * low, high)
+    else:
+        low, best = min(1.1 * low, high), groups(high)
+    while best is not None and high - low > 2e-3 * high:
+        middle = (low + high) / 2
+        if (found := groups(middle)) is None:
+            low = middle
+        else:
+            best, high = found, middle
+    return None if best is None else [[group] for group in best + [(len(audio), len(audio))] * (ranks - len(best))]
+
+
 def _cut(audio: np.ndarray, text: np.ndarray, ranks: int, rounds: int) -> list[list[tuple[int, int]]] | None:
     """Groups (start, stop) of each rank, one a round, or None where the budgets need more rounds.
 
@@ -127,6 +160,6 @@ def assign(seconds: np.ndarray, positions: np.ndarray, world_size: int, budgets:
     audio, text = seconds[order] / budgets.seconds, positions[order] / budgets.tokens
     full = max(np.minimum(audio, 1).sum(), np.minimum(text, 1).sum())
     rounds = max(1, int(np.ceil(full / world_size - 1e-9)))
-    while (groups := _cut(audio, text, world_size, rounds)) is None:
+    while (groups := _cut(audio, text, world_size, rounds) if rounds > 1 else _cut_once(audio, text, world_size)) is None:
         rounds += 1
     return [[order[start:stop] for start, stop in rank] for rank in groups]

@@ -6,7 +6,7 @@
    windows of `shuffle_window_shards`; reads stay within a window. "Shuffled" means sorted by a hash of (seed, source, pass,
    sample id): no generator state, no numpy version enters.
 2. The utterances of a window are sorted by length (give or take LENGTH_JITTER, another one in each pass), cut into buckets
-   of about one micro-batch, and the buckets are shuffled. A global batch is a random set of whole buckets, each of
+   of about `bucket_seconds`, and the buckets are shuffled. A global batch is a random set of whole buckets, each of
    about one length: that is what keeps padding low where a global batch is only a few micro-batches.
 3. An utterance occupies as many units (milliseconds) of that order as it lasts. The mixture says which stretch of units
    belongs to step s; the utterances that begin in the stretch are the source's part of the global batch.
@@ -307,8 +307,8 @@ class Plan:
                                weights, int(round(data.batch_seconds * UNITS_PER_SECOND)), steps)
         rates = self.mixture.before(1)
         for order, rate in zip(self.orders, rates.tolist(), strict=True):
-            order.set_buckets(rate, data.micro_batch_seconds)
-        facts = [data.seed, data.batch_seconds, data.micro_batch_seconds, data.shuffle_window_shards, data.min_seconds,
+            order.set_buckets(rate, data.bucket_seconds)
+        facts = [data.seed, data.batch_seconds, data.bucket_seconds, data.shuffle_window_shards, data.min_seconds,
                  data.max_seconds, stage, weights,
                  [data.mixture.tau_start, data.mixture.tau_end, dict(sorted(data.mixture.task_weights.items()))],
                  steps if data.mixture.tau_start != data.mixture.tau_end else None,

@@ -24,44 +24,47 @@ class TooManyRejected(RecipeError):
     """More than `data.max_rejected_share` of the utterances were broken; the message lists them."""
 
 
-class RejectedLog:
-    """Counts and names broken utterances of one rank, each once; appends one JSON line each to `path` (None: only counts).
+def append_lines(path: Path, records: list[dict]) -> None:
+    """One JSON line each, in one write(): lines that several ranks append to the same file do not mix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, lines.encode())
+    finally:
+        os.close(descriptor)
 
-    Every rank appends to the same file, one write() per line, so lines of different ranks do not mix.
-    """
+
+class RejectedLog:
+    """Names broken utterances, one JSON line each in `path` (None: nowhere), and judges their share."""
 
     def __init__(self, path: str | Path | None, share: float):
         self.path, self.share = None if path is None else Path(path), share
-        self.seen = 0  # utterances asked for
-        self.records: list[dict] = []
-        self._names: set[tuple] = set()
+        self._named: set[tuple] = set()
 
     def write(self, records: list[dict]) -> None:
-        """Name utterances without counting them against the share (the recipe's own limits)."""
-        if self.path is None or not records:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(descriptor, lines.encode())
-        finally:
-            os.close(descriptor)
+        if self.path is not None and records:
+            append_lines(self.path, records)
 
-    def add(self, records: list[dict], seen: int) -> None:
-        """Errors: TooManyRejected past the share."""
-        self.seen += seen
-        new = []
-        for record in records:
-            name = (record["corpus"], record["id"])
-            if name not in self._names:
-                self._names.add(name)
-                new.append(record)
-        self.records += new
-        self.write(new)
-        if len(self.records) > self.share * max(self.seen, LEAST_UTTERANCES):
-            last = "; ".join(f"{r['id']} ({r['reason']})" for r in self.records[-10:])
-            where = f"all in {self.path}, " if self.path else ""
-            raise TooManyRejected(f"{len(self.records)} of {self.seen} utterances could not be used, more than "
-                                  f"data.max_rejected_share={self.share:g}: {where}the last: {last}. Mend the shards "
-                                  "(python -m data_tools.verify DIR) or raise the share")
+    def _broken(self) -> list[dict]:
+        """Lines about broken utterances, not about what the index rules out."""
+        lines = self.path.read_text().splitlines() if self.path and self.path.exists() else []
+        return [record for record in map(json.loads, lines) if "replaced_by" in record]
+
+    def add(self, records: list[dict]) -> None:
+        """Write those that nobody named before: not this rank, not another one, not before an interruption."""
+        new = {(r["corpus"], r["id"]): r for r in reversed(records) if (r["corpus"], r["id"]) not in self._named}
+        if new:
+            self._named |= new.keys()
+            told = {(r["corpus"], r["id"]) for r in self._broken()}
+            self.write([record for name, record in reversed(new.items()) if name not in told])
+
+    def too_many(self, rejected: int, seen: int) -> TooManyRejected | None:
+        """What stops the run where `rejected` of `seen` utterances are past the share. Numbers over all ranks, so that all
+        decide alike; a broken utterance counts each time it is met."""
+        if rejected <= self.share * max(seen, LEAST_UTTERANCES):
+            return None
+        last = "; ".join(f"{r['id']} ({r['reason']})" for r in self._broken()[-10:])
+        listed = f"all in {self.path}, the last: {last}. " if last else ""
+        return TooManyRejected(f"{rejected} of {seen} utterances could not be used, more than data.max_rejected_share="
+                               f"{self.share:g}: {listed}Mend the shards (python -m data_tools.verify DIR) or raise the share")

@@ -44,6 +44,7 @@ class StepBatches:
     seconds: float  # audio of this rank
     padded_seconds: float
     samples: int
+    seen: int  # utterances asked for, broken ones among them
     rejected: list[dict]  # id, reason, step, replaced_by ...: named in rejected.jsonl already
     retries: int = 0
     timings: dict[str, float] = field(default_factory=dict)
@@ -153,8 +154,8 @@ class Stream:
     Every rank gets the same number of steps, and in each step the same number of micro-batches. Where data.train names pipes
     or URLs in place of packed folders, see train/data/web.py for what holds then. rejected_path: JSONL that
     names broken utterances (all ranks append). plan: where the caller has one already.
-    Errors: RecipeError before the first step; TooManyRejected past data.max_rejected_share of this rank's utterances;
-    StreamStalled.
+    Errors: RecipeError before the first step; StreamStalled. How many broken utterances are too many is the caller's to judge,
+    who knows those of all ranks: `rejected.too_many(...)`.
     """
 
     def __init__(self, data: DataConfig, stage: str, tokenizer: PreTrainedTokenizerBase, model_config: SoundwaveConfig,
@@ -223,11 +224,11 @@ class Stream:
             if len(parts) < loaded.job.count:
                 continue
             rejected = [record for part in parts for record in part.rejected]
-            self.rejected.add(rejected, sum(len(part.job.entries) for part in parts))
+            self.rejected.add(rejected)
             yield StepBatches(
                 step=step, micro_batches=[part.batch for part in parts], seconds=sum(part.seconds for part in parts),
                 padded_seconds=sum(part.padded_seconds for part in parts), samples=sum(len(part.metas) for part in parts),
-                rejected=rejected, retries=sum(part.retries for part in parts),
+                seen=sum(len(part.job.entries) for part in parts), rejected=rejected, retries=sum(part.retries for part in parts),
                 timings={name: sum(part.timings[name] for part in parts) for name in loaded.timings})
             parts, step = [], step + 1
 
