@@ -60,11 +60,13 @@ def log_mel(waveforms: torch.Tensor, lengths: torch.Tensor, n_mels: int, pad_to_
     with torch.autocast(waveforms.device.type, enabled=False):
         window = torch.hann_window(WINDOW, device=waveforms.device)
         filters, mel_power = _filters(n_mels, waveforms.device), []
-        # On CPU clip by clip: one clip's spectrum stays in cache (twice as fast as the batch at once).
+        # On CPU clip by clip: one clip's spectrum stays in cache (twice as fast as the batch at once). The transform of frames
+        # leaves a frame's bins side by side, which torch.stft does not, and squares are summed where they stand.
         for piece in waveforms.split(1 if waveforms.device.type == "cpu" else max(len(waveforms), 1)):
-            spectrum = torch.stft(piece, WINDOW, HOP, window=window, center=True, pad_mode="reflect", return_complex=True)
-            squares = torch.view_as_real(spectrum[..., : size // HOP]).square()
-            mel_power.append(torch.matmul(filters, squares[..., 0] + squares[..., 1]))
+            padded = F.pad(piece, (WINDOW // 2, WINDOW // 2), mode="reflect")
+            frames = padded.unfold(1, WINDOW, HOP)[:, : size // HOP] * window
+            squares = torch.view_as_real(torch.fft.rfft(frames)).square_()
+            mel_power.append(torch.matmul(filters, (squares[..., 0] + squares[..., 1]).transpose(1, 2)))
         log = torch.cat(mel_power).clamp(min=1e-10).log10()
     log = torch.maximum(log, log.amax(dim=(1, 2), keepdim=True) - 8.0)
     mel = (log + 4.0) / 4.0

@@ -17,13 +17,14 @@ def test_the_command(packed, tmp_path, capsys):
     assert main([str(recipe), "--steps", "3", "--ranks", "2"]) == 0
     told = capsys.readouterr().out
     assert "toy/asr" in told and "shuffle quality" in told and "2 x longer than data.max_seconds=2.35" in told
-    assert main(["--json", str(recipe), "data.seed=3", "--steps", "3", "--first", "2", "--ranks", "2"]) == 0
+    assert main(["--json", str(recipe), "data.seed=3", "--steps", "3", "--first", "2", "--ranks", "2", "--ids"]) == 0
     facts = json.loads(capsys.readouterr().out)
     plan = Plan.open(data_config(packed, max_seconds=2.35, seed=3), "alignment", 10)
     assert facts["fingerprint"] == plan.fingerprint and [row["step"] for row in facts["steps"]] == [2, 3, 4]
     for row in facts["steps"]:
         batch = plan.global_batch(row["step"])
         assert row["utterances"] == len(batch) and row["seconds"] == pytest.approx(float(batch["seconds"].sum()))
+        assert facts["ids"][str(row["step"])] == [f"toy/asr-{number}" for number in batch["row"]]
         assert 0 <= row["padding"] < 1 and row["micro_batches"] >= 1
     assert main([str(recipe), "data.batchseconds=3"]) == 2
     assert "did you mean 'data.batch_seconds'" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from tests.stream.conftest import data_config, record, sound, write_folder
 from train.config import RecipeError
 from train.data import EvalStream, Plan, Stream, TooManyRejected, validation_batches, worst_case_batch
 from train.data.plan import PLANNED
+from train.data.rejected import RejectedLog
 
 
 def consumed(data, stage, tokenizer, model_config, world_size, start, steps):
@@ -136,10 +137,28 @@ def test_faults_cost_one_named_sample_each(tmp_path, tokenizer, model_config):
 
 
 def test_past_the_share_the_run_stops_with_the_list(tmp_path, tokenizer, model_config):
+    """Judged over all ranks."""
     data = data_config(faulty(tmp_path), batch_seconds=16.0, max_rejected_share=0.002)
-    with pytest.raises(TooManyRejected, match=r"3 of \d+ utterances.*asr-\d+ \("):
-        for _ in Stream(data, "alignment", tokenizer, model_config, 0, 1, 0, 4, rejected_path=tmp_path / "r.jsonl"):
-            pass
+    rejected = seen = 0
+    for rank in range(2):
+        stream = Stream(data, "alignment", tokenizer, model_config, rank, 2, 0, 4, rejected_path=tmp_path / "r.jsonl")
+        for step in stream:
+            rejected, seen = rejected + len(step.rejected), seen + step.seen
+    assert seen == sum(len(stream.plan.global_batch(step)) for step in range(4)) and rejected >= 3
+    assert stream.rejected.too_many(2, seen) is None and stream.rejected.too_many(19, 10_000) is None
+    told = stream.rejected.too_many(rejected, seen)
+    assert isinstance(told, TooManyRejected)
+    assert f"{rejected} of {seen} utterances" in str(told) and all(f"asr-{number} (" in str(told) for number in (3, 7, 15))
+
+
+def test_a_broken_utterance_is_named_once_by_all_ranks_and_restarts(tmp_path):
+    broken = {"id": "a", "corpus": "c", "reason": "why", "step": 3, "replaced_by": "b"}
+    for _ in range(2):
+        log = RejectedLog(tmp_path / "r.jsonl", 0.01)
+        log.add([broken, {**broken, "step": 4}])
+        log.add([{**broken, "step": 5}, {**broken, "id": "other"}])
+    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [(line["id"], line["step"]) for line in lines] == [("a", 3), ("other", 3)]
 
 
 def test_what_the_index_rules_out_is_named(packed, tokenizer, model_config, tmp_path):

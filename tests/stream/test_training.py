@@ -6,26 +6,20 @@ import io
 import json
 import random
 import re
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import soundfile
 import torch
 from safetensors.torch import load_file
 
 from tests.stream.conftest import record, sound, write_folder
+from tests.train.ranks import LIMIT, Running, Server
 from tests.train.tiny import workspace
 from train.config import load_recipe
 from train.data import Plan, consumed
-
-ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 600  # seconds for any one run: a hang is a failure
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +27,20 @@ def tiny(tmp_path_factory) -> Path:
     return workspace(tmp_path_factory.mktemp("stream"))
 
 
-def command(recipe: Path, *overrides: str, ranks: int = 2) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "train/run.py"]
-    return [*(launcher if ranks > 1 else [sys.executable, "-m", "train.run"]), str(recipe), "data.valid=[]",
-            "log.sample_ids=true", "log.tensorboard=false", *overrides]
+@pytest.fixture(scope="module")
+def server():
+    with Server() as started:
+        yield started
 
 
-def run(*args, **kwargs) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*args, **kwargs), cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+def start(server: Server, recipe: Path, *overrides: str, ranks: int = 2) -> Running:
+    return server.start([recipe, "data.valid=[]", "log.sample_ids=true", "log.tensorboard=false", *overrides], ranks=ranks)
+
+
+def run(server: Server, recipe: Path, *overrides: str, ranks: int = 2) -> tuple[list[int], str]:
+    """Exit codes and what all ranks printed."""
+    running = start(server, recipe, *overrides, ranks=ranks)
+    return running.wait(patience=20), running.text()
 
 
 def metrics(stage: Path) -> list[dict]:
@@ -91,15 +91,15 @@ BROKEN = {3: "no samples", 12: "NaN", 17: "no transcript", 29: "ends inside samp
 
 
 @pytest.fixture(scope="module")
-def faults(tiny) -> Path:
+def faults(tiny, server) -> Path:
     """The stage folder of a run over broken shards that was stopped by them once."""
     folder, output = faulty(tiny / "faulty"), tiny / "faults"
     options = [f"output={output}", f"data.train=[{{shards: {folder}}}]", "optim.steps=6"]
-    stopped = run(tiny / "stage1.yaml", *options, "data.max_rejected_share=0.002")
-    assert stopped.returncode == 2 and re.search(r"3 of \d+ utterances .* data.max_rejected_share=0.002", stopped.stderr)
-    assert sum(f"asr-{number} (" in stopped.stderr or f"row {number} of" in stopped.stderr for number in BROKEN) >= 3
-    done = run(tiny / "stage1.yaml", *options, "data.max_rejected_share=1")
-    assert done.returncode == 0 and "resuming at step" in done.stderr, done.stderr[-3000:]
+    codes, told = run(server, tiny / "stage1.yaml", *options, "data.max_rejected_share=0.002")
+    assert codes == [2, 2] and re.search(r"\d of \d+ utterances .* data.max_rejected_share=0.002", told), told[-3000:]
+    assert sum(f"asr-{number} (" in told or f"row {number} of" in told for number in BROKEN) >= 2
+    codes, told = run(server, tiny / "stage1.yaml", *options, "data.max_rejected_share=1")
+    assert codes == [0, 0] and "resuming at step" in told, told[-3000:]
     return output / "alignment"
 
 
@@ -117,18 +117,17 @@ def test_faults_cost_one_counted_named_sample_each(tiny, faults):
     assert not {f"asr-{number}" for number in BROKEN} & seen and all(line["replaced_by"] in seen for line in told)
 
 
-def test_a_rank_that_has_only_text(tiny, faults):
+def test_a_rank_that_has_only_text(tiny, server, faults):
     """Under ZeRO-3, beside a rank with audio, in more than one step; the largest micro-batch is tried before."""
     samples = [(record(i, None, "text", text=None, prompt="Two and two?", response="Four, of course. " * 4), None, "")
                for i in range(24)]
     samples += [(record(30 + i, 1.0, text=f"clip {i}"), sound(1.0, i), "flac") for i in range(12)]
     folder = write_folder(tiny / "mostly-text", samples, per_shard=12)
     output = tiny / "text"
-    done = run(tiny / "stage2.yaml", f"output={output}", f"init_from={faults / 'model'}", "optim.steps=6",
+    codes, told = run(server, tiny / "stage2.yaml", f"output={output}", f"init_from={faults / 'model'}", "optim.steps=6",
                f"data.train=[{{shards: {folder}}}]", "data.batch_seconds=12", "data.mixture.task_weights={asr: 1, text: 2}",
                "data.try_largest=true", "data.max_seconds=2", "data.micro_batch_tokens=2000")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "the largest micro-batch of the recipe fits" in done.stderr
+    assert codes == [0, 0] and "the largest micro-batch of the recipe fits" in told, told[-3000:]
     steps = consumed.read(output / "shrinking")
     kinds = [{rank: {name.split("-")[0] for part in parts for name in part} for rank, parts in ranks.items()}
              for ranks in steps.values()]
@@ -137,43 +136,37 @@ def test_a_rank_that_has_only_text(tiny, faults):
     assert all(np.isfinite(line["loss"]) for line in metrics(output / "shrinking"))
 
 
-def kill(launcher: subprocess.Popen) -> None:
-    for process in [*psutil.Process(launcher.pid).children(recursive=True), psutil.Process(launcher.pid)]:
-        process.send_signal(signal.SIGKILL)
-    launcher.wait()
-
-
-@pytest.mark.slow  # four starts of two real ranks
-@pytest.mark.parametrize("worlds", [(2, 2, 2)])
-def test_killed_at_random_steps_consumes_what_was_planned(tiny, worlds):
-    """kill -9 wherever it stands, twice; every step's ids are the plan's, and the rehearsal before each start leaves no trace."""
+@pytest.mark.slow  # four starts, two of them killed
+@pytest.mark.parametrize("worlds", [(2, 2, 2), (2, 1, 2)])
+def test_killed_at_random_steps_consumes_what_was_planned(tiny, server, worlds):
+    """kill -9 wherever it stands, twice, and on with another number of ranks: every step's ids are the plan's. On the same
+    number all is as if nothing had happened, the rehearsal before each start included."""
     options, steps = ["optim.steps=30", "checkpoint.every_steps=4"], 30
-    whole, killed = tiny / "whole", tiny / "killed"
-    assert run(tiny / "stage1.yaml", f"output={whole}", *options).returncode == 0
-    chance = random.Random(worlds.__repr__())
-    for start, ranks in enumerate(worlds):
-        again = command(tiny / "stage1.yaml", f"output={killed}", *options, "data.try_largest=true", ranks=ranks)
-        with open(tiny / "launcher.log", "w") as log:
-            launcher = subprocess.Popen(again, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-        if start == len(worlds) - 1:
-            assert launcher.wait(LIMIT) == 0, (tiny / "launcher.log").read_text()[-3000:]
-            assert "resuming at step" in (tiny / "launcher.log").read_text()
-            break
-        target, deadline = chance.randint(5 + 9 * start, 12 + 9 * start), time.monotonic() + LIMIT
+    killed = tiny / f"killed-{worlds[1]}"
+    chance = random.Random(repr(worlds))
+    for number, ranks in enumerate(worlds[:-1]):
+        running = start(server, tiny / "stage1.yaml", f"output={killed}", *options, "data.try_largest=true", ranks=ranks)
+        target, deadline = chance.randint(5 + 9 * number, 12 + 9 * number), time.monotonic() + LIMIT
         while len(consumed.read(killed / "alignment")) <= target:
-            assert time.monotonic() < deadline and launcher.poll() is None, (tiny / "launcher.log").read_text()[-3000:]
+            assert time.monotonic() < deadline and None in running.codes(), running.text()[-3000:]
             time.sleep(0.01)
-        kill(launcher)
+        running.kill()
+        running.wait()
+    codes, told = run(server, tiny / "stage1.yaml", f"output={killed}", *options, "data.try_largest=true", ranks=worlds[-1])
+    assert codes == [0] * worlds[-1] and "resuming at step" in told, told[-3000:]
     found = consumed.read(killed / "alignment")
     assert [of_step(found[step]) for step in range(steps)] == planned(tiny / "stage1.yaml", steps)
-    if len(set(worlds)) == 1:
-        ours, theirs = metrics(killed / "alignment"), metrics(whole / "alignment")
-        assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
-        ours, theirs = (load_file(folder / "alignment" / "model" / "adapters.safetensors") for folder in (killed, whole))
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    if len(set(worlds)) > 1:
+        return
+    whole = tiny / "whole"
+    assert run(server, tiny / "stage1.yaml", f"output={whole}", *options)[0] == [0, 0]
+    ours, theirs = metrics(killed / "alignment"), metrics(whole / "alignment")
+    assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
+    ours, theirs = (load_file(folder / "alignment" / "model" / "adapters.safetensors") for folder in (killed, whole))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_too_large_a_micro_batch_says_which_key_to_lower(tiny):
-    done = run(tiny / "stage1.yaml", f"output={tiny / 'large'}", "data.try_largest=true", "data.max_seconds=6000000",
-               "data.micro_batch_seconds=6000000", "data.batch_seconds=6000000", ranks=1)
-    assert done.returncode == 2 and "does not fit into memory: lower data.max_seconds=6e+06 (" in done.stderr
+def test_too_large_a_micro_batch_says_which_key_to_lower(tiny, server):
+    codes, told = run(server, tiny / "stage1.yaml", f"output={tiny / 'large'}", "data.try_largest=true",
+                      "data.max_seconds=6000000", "data.micro_batch_seconds=6000000", "data.batch_seconds=6000000", ranks=1)
+    assert codes == [2] and "does not fit into memory: lower data.max_seconds=6e+06 (" in told

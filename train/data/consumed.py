@@ -1,7 +1,8 @@
 """What each step consumed: `samples.jsonl`, kept where `log.sample_ids` is on.
 
 One line per step and rank: {"step", "planned" (the plan's step), "rank", "ids": [[of a micro-batch], ...]}. A step that is done
-again after an interruption stands once. What a step was meant to hold needs no record: `python -m train.data RECIPE --ids`.
+again after an interruption stands once; after a roll-back the later line counts. What a step was meant to hold needs no record:
+`python -m train.data RECIPE --ids`.
 """
 
 from __future__ import annotations

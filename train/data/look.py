@@ -1,6 +1,6 @@
 """Look before training: what the plan holds and how well it is mixed, from the index alone; with --profile, how fast it is read.
 
-`python -m train.data RECIPE --steps 5 [--ranks 8] [--profile] [key=value ...]`
+`python -m train.data RECIPE --steps 5 [--ranks 8] [--profile] [--ids] [key=value ...]`
 """
 
 from __future__ import annotations
@@ -71,6 +71,13 @@ def describe_step(plan: Plan, step: int, ranks: int) -> dict:
             "tasks": {name: count for name, count in tasks.items() if count}}
 
 
+def step_ids(plan: Plan, step: int) -> list[str]:
+    """corpus/id of every utterance of a step, in plan order. A broken one's replacement stands in rejected.jsonl."""
+    entries = plan.global_batch(step)
+    return [f"{plan.indexes[entry['corpus']].name}/{plan.indexes[entry['corpus']].read(int(entry['row']))[1]['id']}"
+            for entry in entries]
+
+
 def profile(recipe: Recipe, plan: Plan, steps: int, ranks: int) -> dict:
     """Read `steps` steps of rank 0 with the recipe's workers, and say how fast it went and where workers spent their time."""
     from model.language_model import load_tokenizer
@@ -100,6 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="the first step shown")
     parser.add_argument("--ranks", type=int, default=int(os.environ.get("WORLD_SIZE", 1)))
     parser.add_argument("--profile", action="store_true", help="read the steps of rank 0, too (needs the LLM's tokenizer)")
+    parser.add_argument("--ids", action="store_true", help="the ids of each step's utterances: what did step N see?")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of tables")
     options = parser.parse_intermixed_args(arguments)
     try:
@@ -112,6 +120,8 @@ def main(arguments: list[str] | None = None) -> int:
         facts = {"plan_seconds": took, "fingerprint": plan.fingerprint, "shuffle_quality": shuffle_quality(plan),
                  "sources": describe_sources(plan, recipe.optim.steps), "excluded": excluded,
                  "steps": [describe_step(plan, step, options.ranks) for step in shown]}
+        if options.ids:
+            facts["ids"] = {step: step_ids(plan, step) for step in shown}
         if options.profile:
             facts["profile"] = profile(recipe, plan, options.steps, options.ranks)
     except ValueError as error:
@@ -136,6 +146,8 @@ def report(facts: dict, recipe: Recipe, ranks: int) -> str:
         lines.append(f"{row['step']:6} {row['utterances']:10} {row['seconds']:8.1f} {row['longest']:7.1f} {row['padding']:7.1%} "
                      f"{row['micro_batches']:5} {row['imbalance']:9.1%} {row['tokens']:10,}  "
                      + " ".join(f"{name}:{count}" for name, count in row["tasks"].items()))
+    for step, ids in facts.get("ids", {}).items():
+        lines += ["", f"step {step}:", *(f"  {name}" for name in ids)]
     if "profile" in facts:
         found = facts["profile"]
         total = sum(found["worker_seconds"].values()) or 1.0
