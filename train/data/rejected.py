@@ -59,12 +59,13 @@ class RejectedLog:
             told = {(r["corpus"], r["id"]) for r in self._broken()}
             self.write([record for name, record in reversed(new.items()) if name not in told])
 
-    def too_many(self, rejected: int, seen: int) -> TooManyRejected | None:
-        """What stops the run where `rejected` of `seen` utterances are past the share. Numbers over all ranks, so that all
-        decide alike; a broken utterance counts each time it is met."""
-        if rejected <= self.share * max(seen, LEAST_UTTERANCES):
+    def too_many(self, rejected: int, samples: int) -> TooManyRejected | None:
+        """What stops the run where `rejected` utterances beside `samples` good ones are past the share. Numbers over all ranks,
+        so that all decide alike; a broken utterance counts each time it is met."""
+        read = rejected + samples
+        if rejected <= self.share * max(read, LEAST_UTTERANCES):
             return None
         last = "; ".join(f"{r['id']} ({r['reason']})" for r in self._broken()[-10:])
         listed = f"all in {self.path}, the last: {last}. " if last else ""
-        return TooManyRejected(f"{rejected} of {seen} utterances could not be used, more than data.max_rejected_share="
+        return TooManyRejected(f"{rejected} of {read} utterances could not be used, more than data.max_rejected_share="
                                f"{self.share:g}: {listed}Mend the shards (python -m data_tools.verify DIR) or raise the share")

@@ -44,7 +44,6 @@ class StepBatches:
     seconds: float  # audio of this rank
     padded_seconds: float
     samples: int
-    seen: int  # utterances asked for, broken ones among them
     rejected: list[dict]  # id, reason, step, replaced_by ...: named in rejected.jsonl already
     retries: int = 0
     timings: dict[str, float] = field(default_factory=dict)
@@ -228,7 +227,7 @@ class Stream:
             yield StepBatches(
                 step=step, micro_batches=[part.batch for part in parts], seconds=sum(part.seconds for part in parts),
                 padded_seconds=sum(part.padded_seconds for part in parts), samples=sum(len(part.metas) for part in parts),
-                seen=sum(len(part.job.entries) for part in parts), rejected=rejected, retries=sum(part.retries for part in parts),
+                rejected=rejected, retries=sum(part.retries for part in parts),
                 timings={name: sum(part.timings[name] for part in parts) for name in loaded.timings})
             parts, step = [], step + 1
 
