@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from statistics import median
 
@@ -20,6 +21,7 @@ from tabulate import tabulate
 from train.stages import STAGES
 
 SILENT_SECONDS = 600  # a running stage that has not written for so long is called silent
+NO_END = {"submitted", "started", "done", "resubmitted"}  # events of slurm.jsonl after which nothing has gone wrong
 _TAIL_BYTES = 1 << 16
 _RECENT_STEPS = 50
 
@@ -45,16 +47,28 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
+def _time_of(event: dict) -> float:
+    return datetime.fromisoformat(event["time"]).timestamp()
+
+
 def stage_status(run: Path, name: str, now: float) -> dict | None:
-    """One stage's state; None where nothing of it is there yet."""
+    """One stage's state; None where nothing of it is there yet. The trainer's word and the job's: the later one counts."""
     folder, jobs = run / name, [line for line in _lines(run / "slurm.jsonl") if line.get("stage") == name]
     path = folder / "run.json"
     if not path.exists() and not jobs:
         return None
     noted = json.loads(path.read_text()) if path.exists() else {}
-    state = noted.get("status", jobs[-1]["event"] if jobs else "unknown")
-    if state == "running" and now - noted["updated"] > SILENT_SECONDS:
-        state = f"silent for {_clock(now - noted['updated'])}"
+    updated = noted.get("updated", 0.0)
+    state, later = noted.get("status", "unknown"), [job for job in jobs if _time_of(job) > updated]
+    if later:
+        state = later[-1]["event"]
+    elif state == "running" and now - updated > SILENT_SECONDS:
+        state = f"silent for {_clock(now - updated)}"
+    # The first end that a job notes after the trainer's last word is the one that the trainer gave its reason for.
+    ends = [job for job in jobs if job["event"] not in NO_END]
+    after, error = sum(job in later for job in ends), ends[-1]["detail"] if ends else "-"
+    if noted.get("reason") and after <= 1:
+        error = f"{error}; {noted['reason']}" if after else noted["reason"]
     train = [line for line in _lines(folder / "metrics.jsonl") if line.get("kind") == "train"][-_RECENT_STEPS:]
     seconds = median(line["step_seconds"] for line in train) if train else None
     step, steps = noted.get("step", 0), noted.get("steps")
@@ -65,7 +79,7 @@ def stage_status(run: Path, name: str, now: float) -> dict | None:
         "left": _clock((steps - step) * seconds) if seconds and steps and state == "running" else "-",
         "restarts": max((line.get("restarts", 0) for line in jobs), default=0),
         "checkpoint": latest.read_text().strip() if latest.exists() else "-",
-        "job": jobs[-1]["job"] if jobs else "-", "last error": noted.get("reason", "-"),
+        "job": jobs[-1]["job"] if jobs else "-", "last error": error,
     }
 
 

@@ -13,18 +13,26 @@ def note(run, stage, **values):
     (run / stage / "run.json").write_text(json.dumps(values))
 
 
+def events(run, *lines):
+    """slurm.jsonl as slurm/common.sh writes it: stage, job, event, time, detail, restarts."""
+    with open(run / "slurm.jsonl", "w") as file:
+        for stage, job, name, when, *rest in lines:
+            detail, restarts = (*rest, *("", 0)[len(rest):])
+            file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(when)), "stage": stage, "job": job,
+                                   "event": name, "restarts": restarts, "detail": detail}) + "\n")
+
+
 def test_running_stage_with_its_speed_restarts_and_one_in_the_queue(tmp_path, capsys):
     now = time.time()
     note(tmp_path, "alignment", status="running", step=40, steps=100, updated=now)
     (tmp_path / "alignment" / "checkpoints" / "latest").write_text("step-000030")
     lines = [json.dumps({"kind": "train", "step": i, "step_seconds": 2.0}) for i in range(40)]
     (tmp_path / "alignment" / "metrics.jsonl").write_text("\n".join(lines) + '\n{"kind": "tra')  # being written
-    events = [{"stage": "alignment", "job": "7", "event": "requeued", "restarts": 1},
-              {"stage": "shrinking", "job": "8", "event": "submitted", "restarts": 0}]
-    (tmp_path / "slurm.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    events(tmp_path, ("alignment", "7", "requeued", now - 60, "node failure", 1), ("shrinking", "8", "submitted", now - 90))
     row = stage_status(tmp_path, "alignment", now)
     assert (row["state"], row["step"], row["s/step"], row["left"]) == ("running", "40/100", "2.00", "0:02:00")
     assert (row["restarts"], row["checkpoint"], row["job"]) == (1, "step-000030", "7")
+    assert row["last error"] == "node failure"  # that the trainer which runs now has never known
     assert stage_status(tmp_path, "shrinking", now)["state"] == "submitted" and stage_status(tmp_path, "sft", now) is None
     assert stage_status(tmp_path, "alignment", now + SILENT_SECONDS + 60)["state"].startswith("silent")
     assert main([str(tmp_path)]) == 0 and "II shrinking" in capsys.readouterr().out
@@ -35,3 +43,16 @@ def test_failed_stage_tells_why_and_a_wrong_folder_is_said(tmp_path, capsys):
     row = stage_status(tmp_path, "sft", time.time())
     assert (row["state"], row["last error"]) == ("failed", "disk full")
     assert main([str(tmp_path / "nowhere")]) == 2 and "give the recipes' `output`" in capsys.readouterr().err
+
+
+def test_of_trainer_and_job_the_later_word_counts(tmp_path):
+    """Preempted, requeued, and then stopped by the preflight: the trainer's run.json is from the start before."""
+    now = time.time()
+    note(tmp_path, "shrinking", status="preempted", step=14, steps=40, updated=now - 100, reason="SIGUSR1 on rank 0")
+    told = [("shrinking", "8", "started", now - 300), ("shrinking", "8", "requeued", now - 98, "stopped in time")]
+    events(tmp_path, *told)
+    row = stage_status(tmp_path, "shrinking", now)
+    assert (row["state"], row["step"], row["last error"]) == ("requeued", "14/40", "stopped in time; SIGUSR1 on rank 0")
+    events(tmp_path, *told, ("shrinking", "8", "failed", now - 50, "node n1: peft is 0.1.0", 1))
+    row = stage_status(tmp_path, "shrinking", now)
+    assert (row["state"], row["restarts"], row["last error"]) == ("failed", 1, "node n1: peft is 0.1.0")
