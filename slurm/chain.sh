@@ -8,7 +8,7 @@
 # --dry-run submits nothing: it prints each sbatch command and script, and what `sbatch --test-only` says of it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-eval "$(grep '^ENVIRONMENT=' slurm/stage1.sh)"
+eval "$(grep -E '^(ENVIRONMENT|MODULES)=' slurm/stage1.sh)"
 # shellcheck source=slurm/common.sh
 source slurm/common.sh
 

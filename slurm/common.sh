@@ -72,7 +72,7 @@ frozen_path() {
 event() {
     [ -n "${OUTPUT:-}" ] && [ -d "$OUTPUT" ] || return 0
     printf '{"time": "%s", "stage": "%s", "job": "%s", "event": "%s", "restarts": %s, ' \
-        "$(date -u +%FT%TZ)" "$STAGE" "${SLURM_JOB_ID:-$ID}" "$1" "$(restarts)" >>"$OUTPUT/slurm.jsonl"
+        "$(date -u +%FT%T.%3NZ)" "$STAGE" "${SLURM_JOB_ID:-$ID}" "$1" "$(restarts)" >>"$OUTPUT/slurm.jsonl"
     printf '"nodes": "%s", "log": "%s", "detail": "%s"}\n' \
         "${SLURM_JOB_NODELIST:-}" "${LOG:-}" "${2//[\"\\]/}" >>"$OUTPUT/slurm.jsonl"
 }
@@ -82,8 +82,15 @@ event() {
 # Opens the Python environment for this shell (and so for srun, which passes it on), or sets IN_CONTAINER, the words that go
 # before a command on a node, and STEP_OPTIONS, srun's.
 open_environment() {
-    local kind=${ENVIRONMENT%%:*} name=${ENVIRONMENT#*:} module
+    local kind=${ENVIRONMENT%%:*} name=${ENVIRONMENT#*:} module file tool
     IN_CONTAINER=() STEP_OPTIONS=()
+    set +u  # the site's and conda's own scripts read unset variables
+    if [ -n "$MODULES" ] && ! type module >/dev/null 2>&1; then  # a batch shell is no login shell: nobody has defined it yet
+        for file in "$MODULESHOME/init/bash" /etc/profile.d/{lmod,z00_lmod,modules}.sh; do
+            # shellcheck source=/dev/null
+            if [ -r "$file" ]; then source "$file" || true; break; fi
+        done
+    fi
     for module in $MODULES; do
         type module >/dev/null 2>&1 || die "MODULES=$MODULES, but this site has no 'module' command: leave MODULES empty"
         module load "$module" || die "module load $module failed: see 'module avail'"
@@ -97,20 +104,21 @@ open_environment() {
             command -v conda >/dev/null || die "ENVIRONMENT=$ENVIRONMENT: no conda on the PATH: name its module in MODULES"
             # shellcheck disable=SC1091
             source "$(conda info --base)/etc/profile.d/conda.sh"
-            set +u  # conda's own scripts read unset variables
-            conda activate "$name" || die "conda activate $name failed: see 'conda env list'"
-            set -u ;;
+            conda activate "$name" || die "conda activate $name failed: see 'conda env list'" ;;
         apptainer)
             [ -e "$name" ] || die "ENVIRONMENT=$ENVIRONMENT: $name does not exist: build it as docs/slurm.md says"
+            for tool in apptainer singularity; do command -v "$tool" >/dev/null && break; tool=""; done  # its name until 2021
+            [ -n "$tool" ] || die "ENVIRONMENT=$ENVIRONMENT: no apptainer on the PATH: name its module in MODULES"
             # Images are read-only.
             export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$LOCAL_DISK/soundwave-cache-$(id -u)/extensions}
-            IN_CONTAINER=(apptainer exec --nv --bind "$PWD,$LOCAL_DISK${MOUNTS:+,$MOUNTS}" --pwd "$PWD" "$name") ;;
+            IN_CONTAINER=("$tool" exec --nv --bind "$PWD,$LOCAL_DISK${MOUNTS:+,$MOUNTS}" --pwd "$PWD" "$name") ;;
         pyxis)
             local mounts="$PWD:$PWD,$LOCAL_DISK:$LOCAL_DISK" folder
             for folder in ${MOUNTS//,/ }; do mounts+=",$folder:$folder"; done
             STEP_OPTIONS=("--container-image=$name" "--container-mounts=$mounts" "--container-workdir=$PWD") ;;
         *) die "ENVIRONMENT=$ENVIRONMENT: write venv:DIR, conda:NAME, apptainer:FILE.sif or pyxis:IMAGE" ;;
     esac
+    set -u
 }
 
 # What the ranks need to know. Anything set before (site profile, sbatch --export) is left as it is.
@@ -141,7 +149,24 @@ set_variables() {
 # --- questions to Slurm; no answer is waited for longer than 60 seconds ---------------------------------------------------
 
 client() { timeout 60 "$@"; }
-job_field() { client scontrol -o show job "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1; }
+
+# patient COMMAND: a client command. A controller that is too busy to answer, as on large clusters for minutes, is asked eight
+# times: a saved job that was not requeued is a night lost. A refusal is not repeated. Prints the answer, or the last error.
+patient() {
+    local answer code try
+    for try in 1 2 3 4 5 6 7 8; do
+        code=0
+        answer=$(client "$@" 2>&1) || code=$?
+        [ "$code" = 124 ] || [[ ${answer,,} =~ "timed out"|"unable to contact"|"communication"|"connection refused" ]] || break
+        [ "$code" != 0 ] || break
+        [ "$try" = 8 ] || sleep "${BUSY_SECONDS:-15}"
+    done
+    echo "$answer"
+    return "$code"
+}
+
+# job_field NAME: one field of `scontrol show job`, empty where Slurm does not say.
+job_field() { { patient scontrol -o show job "$SLURM_JOB_ID" || true; } | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1; }
 restarts() { echo $((${SLURM_RESTART_COUNT:-0} + ${SOUNDWAVE_RESTARTS:-0})); }
 
 # --- steps --------------------------------------------------------------------------------------------------------------
@@ -160,11 +185,13 @@ step() {
         kill -USR1 "$pid" 2>/dev/null || true
         [ -z "${STOP_FILE:-}" ] || touch "$STOP_FILE"  # for ranks that are still starting, and let the signal pass
     done
-    # srun kills what remains of a step after its first bad exit, and then reports that. The tasks of this node noted their codes.
+    # srun kills what remains of a step after its first bad exit, and then reports that. Ranks that ended of themselves noted
+    # their codes.
     if grep -qxs 2 "$JOB"/exit.*; then status=2
     elif [ "$status" = 0 ] && grep -qxs 85 "$JOB"/exit.*; then status=85
     fi
     CODE_OF_STEP=$status
+    CULPRITS=$(grep -Lxs -e 0 -e 85 "$JOB"/exit.* | sed 's/.*exit\./rank /' | sort -k 2 -n | head -n 4 | tr '\n' ' ' || true)
 }
 
 on_warning() {
@@ -199,11 +226,11 @@ nodes_answer() {
 finish() {
     case $1 in
         0) event "done" ""; say "$STAGE is done${OUTPUT:+: $OUTPUT/$STAGE/model}"; exit 0 ;;
-        2) event failed "wrong recipe or input"; die "wrong recipe or input: see the line above; not requeued" ;;
+        2) event failed "${FAULT:-wrong recipe or input}"; die "wrong recipe or input: see the line above; not requeued" ;;
     esac
     local state
     state=$(job_field JobState)
-    if [ "$state" != RUNNING ]; then  # cancelled, past its time limit, or on its way back into the queue by Slurm's own hand
+    if [ "${state:-RUNNING}" != RUNNING ]; then  # cancelled, past its time limit, or put back into the queue by Slurm itself
         event "${state,,}" "exit code $1"
         say "Slurm says that this job is $state: nothing more to do here"
         exit 85
@@ -215,7 +242,7 @@ finish() {
     fi
     [ "$1" != 85 ] || start_again "stopped in time"
     nodes_answer || start_again "node failure"
-    event failed "exit code $1"
+    event failed "${FAULT:-exit code $1${CULPRITS:+ of ${CULPRITS% }}}"
     die "$STAGE failed with exit code $1: see the lines above; not requeued. Submitting it again goes on where it stopped" 1
 }
 
@@ -228,7 +255,7 @@ start_again() {
     fi
     say "$1: requeue, restart $(($(restarts) + 1)) of $MAX_RESTARTS at most"
     event requeued "$1"
-    if refusal=$(client scontrol requeue "$SLURM_JOB_ID" 2>&1); then
+    if refusal=$(patient scontrol requeue "$SLURM_JOB_ID"); then
         sleep 60  # Slurm ends this shell
         exit 85
     fi
@@ -279,7 +306,7 @@ prepare() {
     JOB=$PWD/slurm/jobs/$SLURM_JOB_ID
     CODE=${SOUNDWAVE_CODE:-$JOB/code}
     TASKS=${SLURM_NTASKS_PER_NODE:-1} CPUS=${SLURM_CPUS_PER_TASK:-1}
-    WARNED=0 OUTPUT="" STAGE=$SLURM_JOB_NAME
+    WARNED=0 OUTPUT="" STAGE=$SLURM_JOB_NAME FAULT="" CULPRITS=""
     mkdir -p "$JOB"
     trap 'on_warning USR1' USR1
     trap 'on_warning TERM' TERM
@@ -302,10 +329,11 @@ run_stage() {
 
     say "preflight"
     launch "--time=$PREFLIGHT_MINUTES" "$CODE/train/preflight.py" "$RECIPE" --where-to "$JOB/where" "$@"
-    if [ -f "$JOB/where" ]; then { read -r STAGE; read -r OUTPUT; } <"$JOB/where"; fi
+    if [ -f "$JOB/where" ]; then { read -r STAGE; read -r OUTPUT; read -r FAULT || true; } <"$JOB/where"; fi
     go_on
     if [ "$STAGE_SHARDS" = 1 ]; then
-        export SOUNDWAVE_LOCAL_SHARDS=$LOCAL_DISK/soundwave-shards
+        SOUNDWAVE_LOCAL_SHARDS=$LOCAL_DISK/soundwave-shards-$(id -u)
+        export SOUNDWAVE_LOCAL_SHARDS
         say "copying the shards to $SOUNDWAVE_LOCAL_SHARDS on every node"
         STOPS_AT_WARNING=1 step --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$((CPUS * TASKS))" \
             "${IN_CONTAINER[@]}" bash "$CODE/slurm/common.sh" worker "$CODE/train/staging.py" "$RECIPE" "$@"

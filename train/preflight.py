@@ -335,7 +335,7 @@ def all_reduce_line(store, rank: int, world_size: int, seconds: float) -> tuple[
     return f"all_reduce of {size >> 20} MiB over {world_size} ranks: {best * 1e3:.1f} ms, bus bandwidth {bus:.2f} GB/s", None
 
 
-def run(recipe: Recipe, seconds: float) -> int:
+def run(recipe: Recipe, seconds: float, where_to: Path | None = None) -> int:
     import torch.distributed as dist
 
     env = os.environ
@@ -358,6 +358,9 @@ def run(recipe: Recipe, seconds: float) -> int:
         faults += compare(reports) + check_shared_output(recipe, reports)
         for fault in faults:
             print(f"preflight: node {fault.node}: {fault.text}", file=sys.stderr)
+        if faults and where_to:
+            with open(where_to, "a") as file:
+                file.writelines(f"node {fault.node}: {fault.text}\n" for fault in faults)
         if faults:
             code = WRONG_INPUT if any(fault.from_input for fault in faults) else FAILED
         else:
@@ -392,7 +395,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--where", action="store_true", help="print stage, output folder, and finished or unfinished; no more")
-    parser.add_argument("--where-to", type=Path, help="write stage and output folder to this file, one a line")
+    parser.add_argument("--where-to", type=Path, help="write stage, output folder and faults to this file, one a line")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds to wait for the other ranks")
     args = parser.parse_intermixed_args(argv)
     is_main = os.environ.get("RANK", "0") == "0"
@@ -411,8 +414,11 @@ def main(argv: list[str] | None = None) -> int:
     except RecipeError as error:
         if is_main:
             print(f"preflight: {error}", file=sys.stderr)
+            if args.where_to and args.where_to.exists():
+                with open(args.where_to, "a") as file:
+                    file.write(f"{one_line(error)}\n")
         return WRONG_INPUT
-    return run(recipe, args.timeout)
+    return run(recipe, args.timeout, args.where_to)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class Cluster:
     """A slurmd for each name in `nodes`, with `gpus` GPUs each. Use as a context manager.
 
     `settings` are further lines of slurm.conf, e.g. {"JobRequeue": 0}. Raises RuntimeError, with the daemons' last words, when
-    the nodes are not idle within 30 seconds.
+    the nodes are not idle within 120 seconds.
     """
 
     def __init__(self, kind: str = "loop", nodes: tuple[str, ...] = ("n1", "gpu-b7"), gpus: int = 8, **settings: object):
@@ -173,7 +173,7 @@ class Cluster:
         for node in self.nodes:
             self.start_node(node)
         try:
-            wait_for(lambda: self.node_states() == ["idle"] * len(self.nodes), 30, "idle nodes")
+            wait_for(lambda: self.node_states() == ["idle"] * len(self.nodes), 120, "idle nodes")
         except TimeoutError:
             words = {p.name: p.read_text()[-800:] for p in sorted((self.folder / "log").iterdir())}
             raise RuntimeError("the test cluster did not come up: " + json.dumps(words, indent=1)) from None
@@ -217,7 +217,7 @@ class Cluster:
 
     # --- what tests do with it -------------------------------------------------------------------------------------------
 
-    def client(self, *command: str, check: bool = True, timeout: float = 30, env: dict | None = None,
+    def client(self, *command: str, check: bool = True, timeout: float = 120, env: dict | None = None,
                cwd: Path | None = None) -> str:
         """Run a Slurm client command; its standard output. Nothing waits longer than `timeout` seconds."""
         done = subprocess.run(command, env=self._environment() | (env or {}), cwd=cwd, capture_output=True, text=True,

@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +24,7 @@ TOP_LINES = {"gpus-per-node": 2, "ntasks-per-node": 2, "cpus-per-task": 2}
 
 @pytest.fixture(scope="session")
 def slurm_installed() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends the tests ends their daemons, too
     reason = slurm.install()
     if reason is not None:
         if os.environ.get("CI") == "true":
@@ -33,6 +36,13 @@ def slurm_installed() -> None:
 def cluster(slurm_installed):
     with Cluster() as running:
         yield running
+
+
+def write_recipe(folder: Path, stage: str, number: int, text: str) -> Path:
+    path = folder / "recipes" / f"stage{number}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"stage: {stage}\noutput: runs/test\n{text}")
+    return path
 
 
 class Project:
@@ -62,11 +72,9 @@ class Project:
             shutil.copy(HERE / "stand_in" / "preflight.py", self.folder / "train" / "preflight.py")
 
     def recipe(self, stage: str, number: int, text: str = "") -> None:
-        path = self.folder / "recipes" / f"stage{number}.yaml"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f"stage: {stage}\noutput: runs/test\n{text}")
+        write_recipe(self.folder, stage, number, text)
 
-    def run(self, *command: str, timeout: float = 60, env: dict | None = None) -> str:
+    def run(self, *command: str, timeout: float = 300, env: dict | None = None) -> str:
         """A command of the user's, in the project's folder."""
         return self.cluster.client(*command, timeout=timeout, env={"DS_ACCELERATOR": "cpu", **(env or {})}, cwd=self.folder)
 
@@ -88,10 +96,17 @@ class Project:
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return [(line["stage"], line["event"]) for line in lines]
 
-    def wait_for_log(self, words: str, timeout: float = 240, count: int = 1) -> None:
+    def status(self) -> dict[str, dict[str, str]]:
+        """What `python -m train.status` prints: stage -> its row, by column."""
+        lines = self.run(sys.executable, "-m", "train.status", "runs/test").splitlines()
+        edges = [(match.start(), match.end()) for match in re.finditer("-+", lines[1])]
+        head, _, *rows = [[line[start:end + 1].strip() for start, end in edges] for line in lines]
+        return {row[0].split()[1]: dict(zip(head, row, strict=True)) for row in rows}
+
+    def wait_for_log(self, words: str, timeout: float = 600, count: int = 1) -> None:
         wait_for(lambda: self.log().count(words) >= count, timeout, lambda: f"{words!r} in the logs:\n{self.log()}")
 
-    def expect(self, job: str, state: str, timeout: float = 300) -> dict[str, str]:
+    def expect(self, job: str, state: str, timeout: float = 900) -> dict[str, str]:
         """Wait until the job has ended, and in this state; on another one the logs are the message."""
         facts = self.cluster.wait(job, timeout=timeout)
         assert facts["JobState"] == state, f"job {job} is {facts['JobState']}, not {state}\n{self.log()}"
@@ -102,6 +117,7 @@ class Assets:
     """What training needs, as small as it can be: a random Whisper and Llama, and chirps that sing their transcript."""
 
     STAGES = ("alignment", "shrinking", "sft")
+    STEPS = {"alignment": 6, "shrinking": 24, "sft": 20}  # enough in II and III to be disturbed half-way
 
     def __init__(self, folder: Path):
         import torch
@@ -137,20 +153,39 @@ class Assets:
             summaries.append(writer.close(name))
         write_index(self.shards, "chirps", summaries)
 
-    def recipes(self, project: "Project", steps: int, output: str = "runs/test") -> None:
-        for number, stage in enumerate(self.STAGES, start=1):
-            project.recipe(stage, number, f"""
+    def recipes(self, folder: Path) -> list[Path]:
+        """The three stages' recipes, in FOLDER/recipes."""
+        return [write_recipe(folder, stage, number, f"""
 model: {{encoder: {{name: {self.encoder}}}, llm: {{name: {self.llm}, lora_r: 4}}}}
 data: {{train: [{{shards: {self.shards}}}], batch_seconds: 8.0, micro_batch_seconds: 4.0, workers: 1, prefetch: 2}}
-optim: {{steps: {steps}, warmup_steps: 2}}
-checkpoint: {{every_steps: 10}}
+optim: {{steps: {self.STEPS[stage]}, warmup_steps: 2}}
+checkpoint: {{every_steps: 5}}
 log: {{every_steps: 1, tensorboard: false}}
-""")
+""") for number, stage in enumerate(self.STAGES, start=1)]
 
 
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory) -> Assets:
     return Assets(tmp_path_factory.mktemp("assets"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(assets, tmp_path_factory) -> Path:
+    """The output folder of the three stages, trained by two ranks that nothing disturbed (undisturbed.py)."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    command = [sys.executable, "-m", "tests.slurm.undisturbed", *map(str, assets.recipes(folder))]
+    ranks = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(slurm.free_ports(1)[0]), "PYTHONPATH": str(ROOT)}
+    with open(folder / "log", "w") as log:
+        running = [subprocess.Popen(command, cwd=folder, env={**os.environ, **ranks, "RANK": str(rank)}, stdout=log, stderr=log)
+                   for rank in range(2)]
+        try:
+            codes = [process.wait(timeout=1200) for process in running]
+        finally:
+            for process in running:
+                process.kill()
+    assert codes == [0, 0], (folder / "log").read_text()
+    return folder / "runs" / "test"
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import asdict
 from importlib import metadata
@@ -54,7 +55,7 @@ def job(project_with_preflight):
     def submit(state: str, **environment: str) -> str:
         identity = project_with_preflight.sbatch("--ntasks-per-node=1", "--gpus-per-node=1", "slurm/stage1.sh",
                                                  env={"RECIPE": "recipes/stage1.yaml", **environment})
-        project_with_preflight.expect(identity, state, timeout=240)
+        project_with_preflight.expect(identity, state)
         return project_with_preflight.log()
 
     return submit
@@ -67,7 +68,7 @@ def project_with_preflight(cluster, tmp_path, assets):
 
     project = Project(tmp_path / "project", cluster)
     project.use_stand_in(preflight=False)
-    assets.recipes(project, steps=5)
+    assets.recipes(project.folder)
     return project
 
 
@@ -81,7 +82,7 @@ def test_all_is_well_and_said_so(job, assets):
 
 
 @pytest.mark.slurm
-def test_nodes_that_differ_are_named_before_any_training(job, cluster, assets, tmp_path):
+def test_nodes_that_differ_are_named_before_any_training(job, project_with_preflight, cluster, assets, tmp_path):
     """Another version of peft, and other weights of the same size, on one node alone."""
     installed = Path(str(metadata.distribution("peft")._path)) / "METADATA"
     other_version = tmp_path / "METADATA"
@@ -102,6 +103,8 @@ def test_nodes_that_differ_are_named_before_any_training(job, cluster, assets, t
     assert f"preflight: node n1: peft is 0.1.0, but {metadata.version('peft')} on gpu-b7: give all nodes the same" in log
     assert f"preflight: node n1: model.llm {assets.llm} is " in log
     assert "requeue, restart" not in log and "alignment from step" not in log
+    row = project_with_preflight.status()["alignment"]
+    assert row["state"] == "failed" and row["last error"].startswith("node n1: ")
 
 
 @pytest.mark.slurm
@@ -121,7 +124,7 @@ def test_a_shard_that_one_node_does_not_see_whole_is_named(job, cluster, assets,
 def test_shards_are_staged_to_each_nodes_own_disk(job, assets, tmp_path):
     log = job("COMPLETED", STAGE_SHARDS="1", LOCAL_DISK=str(tmp_path / "disk"))
     fingerprint = json.loads((assets.shards / "index.json").read_text())["fingerprint"]
-    copies = tmp_path / "disk" / "soundwave-shards" / fingerprint
+    copies = tmp_path / "disk" / f"soundwave-shards-{os.getuid()}" / fingerprint
     for name in ("chirps-000000.tar", "chirps-000001.tar"):
         assert (copies / name).read_bytes() == (assets.shards / name).read_bytes()
     assert "staging: node n1:" in log and "staging: node gpu-b7:" in log

@@ -54,7 +54,7 @@ def test_packed_by_an_array_is_packed_as_by_one_process(project, manifest, tmp_p
     text = pack(project, *options, "--out", str(tmp_path / "array"))
     array, merge = re.search(r"pack: job (\d+), 3 parts", text).group(1), re.search(r"merge: job (\d+)", text).group(1)
     assert f"afterok:{array}" in project.cluster.job(merge)["Dependency"]
-    project.expect(merge, "COMPLETED", timeout=240)
+    project.expect(merge, "COMPLETED")
     alone = [sys.executable, ROOT / "data_tools" / "pack.py", *options, "--out", tmp_path / "alone"]
     subprocess.run(alone, check=True, timeout=120, capture_output=True)
     names = names_in(tmp_path / "alone")
@@ -65,7 +65,7 @@ def test_packed_by_an_array_is_packed_as_by_one_process(project, manifest, tmp_p
 def test_a_part_that_fails_keeps_the_index_from_being_written(project, tmp_path):
     text = pack(project, "--manifest", "nowhere.jsonl", "--out", str(tmp_path / "out"))
     merge = re.search(r"merge: job (\d+)", text).group(1)
-    project.expect(merge, "CANCELLED", timeout=240)
+    project.expect(merge, "CANCELLED")
     assert "nowhere.jsonl" in project.log() and not (tmp_path / "out" / "index.json").exists()
 
 
@@ -83,7 +83,7 @@ def test_evaluation_with_all_tasks_of_the_job(project, assets, tmp_path):
     folder.save(model, tmp_path / "model")
     job = project.sbatch("--nodes=2", "slurm/evaluate.sh", "--model", str(tmp_path / "model"), "--shards", str(assets.shards),
                          "--task", "asr", "--out", str(tmp_path / "predictions.jsonl"))
-    project.expect(job, "COMPLETED", timeout=240)
+    project.expect(job, "COMPLETED")
     predictions = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     ids = sorted(line["id"] for line in predictions if "id" in line)
     assert ids == sorted(f"{shard}-{clip}" for shard in range(2) for clip in range(12))

@@ -103,6 +103,9 @@ def test_failure_ends_the_chain_and_the_same_command_goes_on(project, launcher):
     log = project.log()
     assert "node n1, rank 3: run.py ended with exit code 1" in log
     assert "shrinking failed with exit code" in log and "requeue, restart" not in log
+    rows = project.status()
+    assert [rows[stage]["state"] for stage in ("alignment", "shrinking", "sft")] == ["done", "failed", "submitted"]
+    assert "of rank 3" in rows["shrinking"]["last error"]
     (project.output / "FAIL-shrinking").unlink()
     again = project.chain(steps, env={"LAUNCHER": launcher})
     assert len(again) == 2  # stage I is done
@@ -131,7 +134,7 @@ def test_a_misspelt_key_stops_the_chain_before_the_queue_and_the_job_in_its_pref
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_where_requeueing_is_forbidden_a_new_job_takes_the_place_and_the_chain_follows(project, launcher):
-    jobs = project.chain("--no-requeue", "--gres=gpu:2", "optim.steps=60", env={"LAUNCHER": launcher})
+    jobs = project.chain("--no-requeue", "--gres=gpu:2", "optim.steps=30", env={"LAUNCHER": launcher})
     project.wait_for_log("alignment from step 0", count=4)
     warn(project, jobs[0])
     project.wait_for_log("submitted as job")
@@ -139,7 +142,7 @@ def test_where_requeueing_is_forbidden_a_new_job_takes_the_place_and_the_chain_f
     assert f"afterok:{new}" in project.cluster.job(jobs[1])["Dependency"]
     for job in (new, *jobs[1:]):
         project.expect(job, "COMPLETED")
-    assert value(project, "alignment") == value(project, "sft") == after(60)
+    assert value(project, "alignment") == value(project, "sft") == after(30)
     states = [json.loads((project.output / "alignment" / f"state-{rank}.json").read_text()) for rank in range(4)]
     assert {state["starts"] for state in states} == {2}
     assert ("alignment", "resubmitted") in project.events()

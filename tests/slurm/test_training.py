@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -13,13 +14,20 @@ from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.conftest import Assets, Project
 
 ONE_RANK_A_NODE = {"ntasks-per-node": 1, "gpus-per-node": 1, "cpus-per-task": 1}
-STEPS = 40
 
 
-def steps_done(project: Project, stage: str) -> int:
-    path = project.output / stage / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return max((line.get("step", 0) for line in lines), default=0)
+def real_project(folder: Path, cluster: Cluster, assets: Assets) -> Project:
+    project = Project(folder, cluster)
+    project.edit_top_lines(ONE_RANK_A_NODE)
+    assets.recipes(project.folder)
+    return project
+
+
+def losses(output: Path, stage: str) -> dict[int, float]:
+    """Step -> loss of all ranks."""
+    path = output / stage / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
 
 
 def weights(folder: Path) -> dict:
@@ -28,70 +36,94 @@ def weights(folder: Path) -> dict:
             for name, tensor in load_file(path).items()}
 
 
-def assert_same_weights(first: Path, second: Path) -> None:
-    ours, theirs = weights(first), weights(second)
-    assert ours.keys() == theirs.keys() and len(ours) > 4
-    different = [name for name in ours if not ours[name].equal(theirs[name])]
-    assert not different, f"{len(different)} of {len(ours)} tensors differ: {different[:5]}"
+def assert_no_trace(output: Path, undisturbed: Path, *stages: str) -> None:
+    """Bit for bit the losses and weights of a run that nothing disturbed."""
+    for stage in stages:
+        assert losses(output, stage) == losses(undisturbed, stage) and len(losses(output, stage)) == Assets.STEPS[stage]
+        ours, theirs = weights(output / stage / "model"), weights(undisturbed / stage / "model")
+        assert ours.keys() == theirs.keys() and len(ours) > 4
+        different = [name for name in ours if not ours[name].equal(theirs[name])]
+        assert not different, f"{stage}: {len(different)} of {len(ours)} tensors differ: {different[:5]}"
 
 
-def real_project(folder: Path, cluster: Cluster, assets: Assets) -> Project:
-    project = Project(folder, cluster)
-    project.edit_top_lines(ONE_RANK_A_NODE)
-    assets.recipes(project, steps=STEPS)
-    return project
+def wait_for_steps(project: Project, stage: str, steps: int) -> None:
+    wait_for(lambda: len(losses(project.output, stage)) >= steps, 1800, lambda: f"{steps} steps:\n{project.log()}")
 
 
-def run_chain(project: Project, disturb=()) -> None:
-    """Submit the three stages and wait for their end. `disturb`: stage -> what to do to its job once 12 steps are done."""
-    disturb = dict(disturb)
-    for stage, job in zip(Assets.STAGES, project.chain(), strict=True):
-        if stage in disturb:
-            wait_for(lambda stage=stage: steps_done(project, stage) >= 12, 900, lambda: f"12 steps:\n{project.log()}")
-            disturb[stage](job)
-        project.expect(job, "COMPLETED", timeout=900)
+def preempt(project: Project, stage: str, job: str) -> None:
+    """Slurm's warning, when a few steps are done that no checkpoint holds yet."""
+    wait_for_steps(project, stage, 4)
+    project.cluster.client("scancel", "--batch", "--signal=USR1", job)
 
 
-def undisturbed(tmp_path: Path, cluster: Cluster, assets: Assets) -> Project:
-    project = real_project(tmp_path / "undisturbed", cluster, assets)
-    run_chain(project)
-    assert all(event in ("submitted", "started", "done") for _, event in project.events())
-    return project
+def kill(project: Project, stage: str, job: str, node: str) -> None:
+    """Take a node's power when it is some steps past its first checkpoint; give it back when Slurm has noticed."""
+    wait_for_steps(project, stage, 8)
+    project.cluster.kill_node(node)
+    project.cluster.wait(job, {"PENDING", "COMPLETING", "REQUEUED"}, timeout=300)
+    time.sleep(3)
+    project.cluster.revive_node(node)
 
 
 @pytest.mark.slurm
 @pytest.mark.slurm_ci
-def test_a_chain_preempted_in_stage_ii_ends_with_the_weights_of_one_that_was_not(cluster, assets, tmp_path):
-    preempted = real_project(tmp_path / "preempted", cluster, assets)
-    run_chain(preempted, {"shrinking": lambda job: cluster.client("scancel", "--batch", "--signal=USR1", job)})
-    assert [event for stage, event in preempted.events() if stage == "shrinking"] == [
-        "submitted", "started", "requeued", "started", "done"]
-    assert_same_weights(preempted.output / "sft" / "model", undisturbed(tmp_path, cluster, assets).output / "sft" / "model")
-
-
-@pytest.mark.slurm
-@pytest.mark.parametrize("victim", ["gpu-b7", "n1"], ids=["first-node", "other-node"])
-def test_a_preemption_in_stage_ii_and_a_dead_node_in_stage_iii_leave_no_trace(slurm_installed, assets, tmp_path, victim):
-    # Slurm's usual 300 s until a silent node counts as dead would only make the test slower.
-    with Cluster("netns", SlurmdTimeout=12) as cluster:
-        project = real_project(tmp_path / "disturbed", cluster, assets)
-
-        def kill(job: str) -> None:
-            cluster.kill_node(victim)
-            cluster.wait(job, {"PENDING", "COMPLETING", "REQUEUED"}, timeout=120)
-            time.sleep(3)
-            cluster.revive_node(victim)
-
-        run_chain(project, {"shrinking": lambda job: cluster.client("scancel", "--batch", "--signal=USR1", job), "sft": kill})
-        assert [event for stage, event in project.events() if stage == "sft"].count("started") == 2
-        assert_same_weights(project.output / "sft" / "model", undisturbed(tmp_path, cluster, assets).output / "sft" / "model")
-
-
-@pytest.mark.slurm
-def test_torchrun_saves_at_the_warning_too(cluster, assets, tmp_path):
+def test_a_chain_preempted_in_stage_ii_ends_with_the_weights_of_one_that_was_not(cluster, assets, undisturbed, tmp_path):
     project = real_project(tmp_path / "project", cluster, assets)
-    job = project.sbatch("slurm/stage1.sh", f"optim.steps={STEPS}", env={"RECIPE": "recipes/stage1.yaml", "LAUNCHER": "torchrun"})
-    wait_for(lambda: steps_done(project, "alignment") >= 12, 900, lambda: f"12 steps:\n{project.log()}")
-    cluster.client("scancel", "--batch", "--signal=USR1", job)
-    assert project.expect(job, "COMPLETED", timeout=300)["Restarts"] == "1"
+    jobs = project.chain()
+    assert [(stage, row["state"]) for stage, row in project.status().items()][1:] == [
+        ("shrinking", "submitted"), ("sft", "submitted")]
+    preempt(project, "shrinking", jobs[1])
+    row = project.status()["shrinking"]
+    assert row["job"] == jobs[1] and row["step"].endswith("/24") and float(row["s/step"]) > 0
+    for job in jobs:
+        project.expect(job, "COMPLETED", timeout=1800)
+    assert [event for stage, event in project.events() if stage == "shrinking"] == [
+        "submitted", "started", "requeued", "started", "done"]
+    assert [(row["state"], row["restarts"]) for row in project.status().values()] == [("done", "0"), ("done", "1"), ("done", "0")]
+    assert_no_trace(project.output, undisturbed, *Assets.STAGES)
+
+
+@pytest.fixture
+def mortal_cluster(slurm_installed):
+    # Slurm's usual 300 s until a silent node counts as dead would only make the tests slower.
+    with Cluster("netns", SlurmdTimeout=12) as running:
+        yield running
+
+
+@pytest.mark.slurm
+def test_a_preemption_in_stage_ii_and_a_dead_first_node_in_iii_leave_no_trace(mortal_cluster, assets, undisturbed, tmp_path):
+    """The first node runs the job's batch shell, which dies with it: only Slurm itself is left to requeue the job."""
+    project = real_project(tmp_path / "project", mortal_cluster, assets)
+    jobs = project.chain()
+    preempt(project, "shrinking", jobs[1])
+    project.expect(jobs[1], "COMPLETED", timeout=1800)
+    kill(project, "sft", jobs[2], mortal_cluster.job(jobs[2])["BatchHost"])
+    assert project.expect(jobs[2], "COMPLETED", timeout=1800)["Restarts"] == "1"
+    assert [event for stage, event in project.events() if stage == "sft"] == ["submitted", "started", "started", "done"]
+    assert project.status()["sft"]["restarts"] == "1"
+    assert_no_trace(project.output, undisturbed, *Assets.STAGES)
+
+
+@pytest.mark.slurm
+def test_another_dead_node_leaves_no_trace(mortal_cluster, assets, undisturbed, tmp_path):
+    project = real_project(tmp_path / "project", mortal_cluster, assets)
+    for stage in ("alignment", "shrinking"):
+        shutil.copytree(undisturbed / stage, project.output / stage)
+    (job,) = project.chain()  # stages I and II are done
+    wait_for_steps(project, "sft", 1)
+    other = next(node for node in mortal_cluster.nodes if node != mortal_cluster.job(job)["BatchHost"])
+    kill(project, "sft", job, other)
+    project.expect(job, "COMPLETED", timeout=1800)
+    assert [event for _, event in project.events()].count("started") == 2
+    assert_no_trace(project.output, undisturbed, "sft")
+
+
+@pytest.mark.slurm
+def test_torchrun_saves_at_the_warning_and_goes_on_with_equal_losses(cluster, assets, undisturbed, tmp_path):
+    project = real_project(tmp_path / "project", cluster, assets)
+    shutil.copytree(undisturbed / "alignment", project.output / "alignment")
+    job = project.sbatch("slurm/stage2.sh", env={"RECIPE": "recipes/stage2.yaml", "LAUNCHER": "torchrun"})
+    preempt(project, "shrinking", job)
+    assert project.expect(job, "COMPLETED", timeout=1800)["Restarts"] == "1"
     assert "resuming at step" in project.log()
+    assert_no_trace(project.output, undisturbed, "shrinking")

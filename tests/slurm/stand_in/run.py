@@ -48,14 +48,18 @@ def main() -> int:
         if fail.exists() and saved["step"] == 3 and rank == world_size - 1:
             print(f"rank {rank} fails, as told", flush=True)
             return int(fail.read_text())
+    for number in (signal.SIGUSR1, signal.SIGTERM):  # as train/run.py: a signal that comes late must not spoil the end
+        signal.signal(number, signal.SIG_IGN)
     state.write_text(json.dumps(saved))
+    note = {"step": saved["step"], "steps": recipe.optim.steps, "updated": time.time()}
     if saved["step"] < recipe.optim.steps:
-        (folder / "run.json").write_text(json.dumps({"reason": "signal on rank 0" if wishes else "STOP file on rank 0"}))
+        reason = "signal on rank 0" if wishes else "STOP file on rank 0"
+        (folder / "run.json").write_text(json.dumps({"status": "preempted", **note, "reason": reason}))
         return 85
     if rank == 0:
         (folder / "model").mkdir(exist_ok=True)
         (folder / "model" / "soundwave.json").write_text(json.dumps({"value": saved["value"]}))
-        (folder / "run.json").write_text(json.dumps({"status": "done", "steps": recipe.optim.steps}))
+        (folder / "run.json").write_text(json.dumps({"status": "done", **note}))
     return 0
 
 
