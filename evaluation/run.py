@@ -201,6 +201,13 @@ class Place:
             print(f"error: {found}", file=sys.stderr)
         return found is not None
 
+    def first(self, value):
+        """Rank 0's value, on every rank."""
+        shared = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(shared, src=0)
+        return shared[0]
+
 
 def start(device: str | None) -> Place:
     """Ranks from the launcher's environment (one process without), joined by gloo; the answers themselves go through files."""
@@ -270,7 +277,8 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(options.seed + place.rank)
     tasks = None if "all" in options.task else options.task
     stage = STAGE_I if decode == "ctc" else model.stage  # what a batch needs to hold
-    stream = EvalStream(str(shards), model.tokenizer, model.config, stage, tasks=tasks, limit=options.limit, done=file.done(),
+    done = place.first(file.done())  # one list for all: a slower rank would find the faster one's first rows in it
+    stream = EvalStream(str(shards), model.tokenizer, model.config, stage, tasks=tasks, limit=options.limit, done=done,
                         batch_seconds=options.batch_seconds, rank=place.rank, world_size=place.world_size,
                         data=DataConfig(workers=options.workers))
     predict(model, stream, file, options, decode)

@@ -186,6 +186,14 @@ def read_state(folder: Path) -> dict:
     return json.loads((folder / "state.json").read_text())
 
 
+def saved_in_health(folder: Path) -> bool:
+    """Whether no step was skipped right before it was saved. True where that cannot be read: `verify` tells of the damage."""
+    try:
+        return read_state(folder)["health"]["consecutive"] == 0
+    except (OSError, ValueError, KeyError):
+        return True
+
+
 def find_good(folders: list[Path], ranks: Ranks, *, among=lambda folder: True) -> Path | None:
     """The newest sound checkpoint, hashing shared among ranks; all return the same. Every damaged one gets a line.
 

@@ -18,8 +18,8 @@ from model import folder as model_folder
 from model.language_model import lora_parameters
 from model.pretrained import locate
 from model.soundwave import Soundwave
-from train import desync, optim, report, resume, zero
-from train.checkpoint import Checkpoints, find_good, read_state, write_atomically
+from train import desync, optim, report, resume, universal, zero
+from train.checkpoint import Checkpoints, find_good, read_state, saved_in_health, write_atomically
 from train.config import Recipe, RecipeError
 from train.data import Plan, Stream, StreamStalled, consumed, worst_case_batch
 from train.data.cache import ensure_features
@@ -130,6 +130,7 @@ class Run:
             for note in resume.check(state["facts"], self.facts, recipe.checkpoint.accept_changes, source):
                 if ranks.is_main:
                     logger.warning(note)
+            universal.needed(state["topology"], self._topology(), source)  # another ZeRO stage is told before the engine starts
         self.engine = Engine(model, recipe, self.stage, config, ranks)
         if state is not None:
             self._restore(source, state)
@@ -298,8 +299,7 @@ class Run:
         if health.rollbacks >= self.recipe.health.max_rollbacks:
             return None
         self.checkpoints.finish()
-        source = find_good([self.checkpoints.folder], self.ranks,
-                           among=lambda folder: read_state(folder)["health"]["consecutive"] == 0)
+        source = find_good([self.checkpoints.folder], self.ranks, among=saved_in_health)
         if source is None:
             return None
         state = read_state(source)
@@ -311,6 +311,7 @@ class Run:
         if self.ranks.is_main:
             logger.warning("roll-back %d of %d: %s; going on from %s with the data behind the bad stretch", health.rollbacks,
                            self.recipe.health.max_rollbacks, self.bad_stretch, source)
+        self.bad_stretch.steps.clear()
         return state["step"]
 
     def _unhealthy(self, step: int) -> int:
