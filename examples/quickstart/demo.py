@@ -49,6 +49,7 @@ class Step:
     command: list[str]
     key: Callable[[], object]  # what the result depends on; read when the step's turn has come
     output: Path  # is there when the step is done
+    processes: int = 1  # among which the cores are shared
     set_aside: Path | None = None  # moved out of the way when the key has changed since it was begun
 
 
@@ -116,7 +117,7 @@ class Plan:
         launcher = [str(BIN / "deepspeed"), "--num_gpus", str(self.ranks), "--master_port", str(free_port())]
         train = Step(f"train-{recipe.stage}", f"{stage.title}: train ({recipe.optim.steps} steps, {self.ranks} ranks)",
                      stage.minutes, [*launcher, "train/run.py", stage.recipe], train_key, folder / "model" / "soundwave.json",
-                     set_aside=folder)
+                     set_aside=folder, processes=self.ranks)
         return [*self.score_steps(stage, recipe, "before"), train, *self.score_steps(stage, recipe, "after")]
 
     def score_file(self, recipe: Recipe, score: object, when: str) -> Path:
@@ -142,7 +143,7 @@ class Plan:
             steps.append(Step(f"score-{out.stem}", title, score.minutes, [*launcher, *options, *model],
                               lambda score=score: [OmegaConf.to_container(score), self.fingerprint(score.shards),
                                                    dict(self.trained), asdict(recipe.model), recipe.seed],
-                              out.with_suffix(".scores.json"), set_aside=out))
+                              out.with_suffix(".scores.json"), set_aside=out, processes=self.ranks))
         return steps
 
     def picture(self) -> Step:
@@ -169,9 +170,9 @@ def rank_count(wanted: int) -> int:
     return min(wanted, torch.cuda.device_count()) if torch.cuda.is_available() else wanted
 
 
-def child_environment(ranks: int) -> dict[str, str]:
+def child_environment(processes: int) -> dict[str, str]:
     """What every command gets, unless the user has set it."""
-    threads = max(1, (os.cpu_count() or 1) // ranks)
+    threads = max(1, (os.cpu_count() or 1) // processes)
     defaults = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
                 "PYTHONWARNINGS": "ignore::FutureWarning", "PYTHONPATH": os.getcwd(), "TORCH_CPP_LOG_LEVEL": "ERROR"}
     if not sys.stderr.isatty():
@@ -233,7 +234,7 @@ def run(plan: Plan) -> None:
         before = known.get("seconds", 0.0) if known.get("key") == key else 0.0  # of attempts that were interrupted
         began = time.monotonic()
         try:
-            code = subprocess.run(step.command, env=child_environment(plan.ranks), stdin=subprocess.DEVNULL).returncode
+            code = subprocess.run(step.command, env=child_environment(step.processes), stdin=subprocess.DEVNULL).returncode
         finally:
             seconds = time.monotonic() - began
             state.note(step.name, key=key, status="begun", seconds=round(before + seconds, 1))
