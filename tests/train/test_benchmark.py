@@ -22,6 +22,7 @@ def test_lengths_are_like_librispeech():
     assert np.array_equal(librispeech_lengths(5000), seconds)
 
 
+@pytest.mark.slow  # both sides of the benchmark, if tiny
 def test_a_step_is_accounted_for(tmp_path):
     folder = workspace(tmp_path / "tiny")
     done = subprocess.run([sys.executable, "-m", "benchmarks.train_step", str(folder / "stage2.yaml"), "--clips", "3", "--steps",

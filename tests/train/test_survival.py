@@ -91,6 +91,7 @@ def test_damaged_checkpoint_is_passed_over_with_a_line(server, tiny, whole, tmp_
     assert_same_end(tmp_path, whole)
 
 
+@pytest.mark.slow  # several starts of real ranks
 def test_copies_serve_where_the_first_folder_is_lost(server, tiny, whole, tmp_path):
     copies, folder = tmp_path / "copies", tmp_path / "alignment" / "checkpoints"
     stop_after(server, tiny, tmp_path, 4, f"checkpoint.copy_to={copies}")
@@ -102,6 +103,7 @@ def test_copies_serve_where_the_first_folder_is_lost(server, tiny, whole, tmp_pa
     assert_same_end(tmp_path, whole)
 
 
+@pytest.mark.slow  # several starts of real ranks
 def test_complete_checkpoint_that_only_lacks_its_name_counts(server, tiny, tmp_path):
     stop_after(server, tiny, tmp_path, 2, ranks=1)
     done = tmp_path / "alignment" / "checkpoints" / "step-000003"
@@ -123,6 +125,7 @@ def test_best_and_last_are_kept(server, tiny, tmp_path):
     assert {p.name for p in folder.glob("step-*")} == {f"step-{best:06d}", "step-000008"}
 
 
+@pytest.mark.slow  # several starts of real ranks
 def test_full_disk_is_found_before_writing(server, tiny, whole, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
@@ -154,6 +157,7 @@ def other_tokenizer(llm: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow  # several starts of real ranks
 def test_another_recipe_base_or_tokenizer_is_named_with_its_switch(server, tiny, tmp_path):
     stop_after(server, tiny, tmp_path, 3, ranks=1)
     torch.manual_seed(7)
@@ -215,6 +219,7 @@ def test_two_ranks_one_rank_two_ranks(server, tiny, whole, tmp_path, stage, zero
     elastic(server, tiny, tmp_path, [(2, 2), (1, 4), (2, None)], *options, stage=stage)
 
 
+@pytest.mark.slow  # several starts of real ranks
 def test_activation_checkpointing_gives_the_same_losses(server, tiny, whole, tmp_path):
     start = f"init_from={whole / 'alignment' / 'model'}"
     for name in ("false", "true"):
@@ -249,6 +254,7 @@ def test_margin_before_a_time_limit_follows_the_longest_save(tmp_path):
 # ------------------------------------------------------------------------------------------------ health
 
 
+@pytest.mark.slow  # several starts of real ranks
 def test_roll_back_goes_on_behind_the_bad_stretch(server, tiny, tmp_path):
     """Against a second opinion: the checkpoint it went back to, resumed by a new process at the data behind the stretch."""
     options = ["health.max_consecutive_skips=2", "checkpoint.keep_last=9"]
@@ -277,12 +283,13 @@ def test_roll_back_goes_on_behind_the_bad_stretch(server, tiny, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow  # several starts of real ranks
 def test_a_stretch_that_does_not_end_stops_with_a_report(server, tiny, tmp_path):
     options = ["health.max_consecutive_skips=2", "health.max_rollbacks=1"]
     codes, text = train(server, tiny, tmp_path, *options, fault=["loud_clips", 4, 1000], ranks=1)
     assert codes == [1]
     line = next(line for line in text.splitlines() if "stopped before step 6: " in line)
-    assert "steps 4, 5 were not fit to be applied (" in line and "utterances: asr-" in line
+    assert "steps 4, 5 were not fit to be applied (" in line and "; their utterances: " in line and " asr-" in line
     assert "1 roll-back(s) did not help" in line
     assert json.loads((tmp_path / "alignment" / "run.json").read_text())["status"] == "failed"
 
