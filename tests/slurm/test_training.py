@@ -56,9 +56,11 @@ def preempt(project: Project, stage: str, job: str) -> None:
     project.cluster.client("scancel", "--batch", "--signal=USR1", job)
 
 
-def kill(project: Project, stage: str, job: str, node: str) -> None:
-    """Take a node's power when it is some steps past its first checkpoint; give it back when Slurm has noticed."""
+def kill(project: Project, stage: str, job: str, *, first: bool) -> None:
+    """Take a node's power, the first one's or another's, some steps past a checkpoint; give it back when Slurm has noticed."""
     wait_for_steps(project, stage, 8)
+    batch_host = project.cluster.job(job)["BatchHost"]
+    node = next(node for node in project.cluster.nodes if (node == batch_host) == first)
     project.cluster.kill_node(node)
     project.cluster.wait(job, {"PENDING", "COMPLETING", "REQUEUED"}, timeout=300)
     time.sleep(3)
@@ -97,7 +99,7 @@ def test_a_preemption_in_stage_ii_and_a_dead_first_node_in_iii_leave_no_trace(mo
     jobs = project.chain()
     preempt(project, "shrinking", jobs[1])
     project.expect(jobs[1], "COMPLETED", timeout=1800)
-    kill(project, "sft", jobs[2], mortal_cluster.job(jobs[2])["BatchHost"])
+    kill(project, "sft", jobs[2], first=True)
     assert project.expect(jobs[2], "COMPLETED", timeout=1800)["Restarts"] == "1"
     assert [event for stage, event in project.events() if stage == "sft"] == ["submitted", "started", "started", "done"]
     assert project.status()["sft"]["restarts"] == "1"
@@ -110,9 +112,7 @@ def test_another_dead_node_leaves_no_trace(mortal_cluster, assets, undisturbed, 
     for stage in ("alignment", "shrinking"):
         shutil.copytree(undisturbed / stage, project.output / stage)
     (job,) = project.chain()  # stages I and II are done
-    wait_for_steps(project, "sft", 1)
-    other = next(node for node in mortal_cluster.nodes if node != mortal_cluster.job(job)["BatchHost"])
-    kill(project, "sft", job, other)
+    kill(project, "sft", job, first=False)
     project.expect(job, "COMPLETED", timeout=1800)
     assert [event for _, event in project.events()].count("started") == 2
     assert_no_trace(project.output, undisturbed, "sft")
