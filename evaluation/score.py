@@ -15,6 +15,7 @@ from pathlib import Path
 import jiwer
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics.base import Score
 from tabulate import tabulate
 
 from evaluation.normalise import UNSPACED, describe, normalise
@@ -60,10 +61,18 @@ def bleu_metric(rows: list[dict]) -> BLEU:
     return BLEU(tokenize="zh" if target == "zh" else "char" if target in UNSPACED else "13a")
 
 
+def as_float(score: Score) -> Score:
+    score.score = float(score.score)
+    return score
+
+
 def score_bleu(rows: list[dict]) -> dict:
     predictions, references = [row["prediction"] for row in rows], [[row["reference"] for row in rows]]
     scores = {}
     for name, metric in (("bleu", bleu_metric(rows)), ("chrf", CHRF())):
+        # Of its resamples sacrebleu makes np.float32, or float where nothing matches, and then cannot average the two.
+        compute = metric._compute_score_from_stats
+        metric._compute_score_from_stats = lambda stats, compute=compute: as_float(compute(stats))
         # One sentence has no distribution to draw from.
         result = metric.corpus_score(predictions, references, n_bootstrap=BOOTSTRAP if len(rows) > 1 else 1)
         scores[name] = float(result.score)
