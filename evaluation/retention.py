@@ -26,7 +26,7 @@ from evaluation.resampling import interval, paired_test
 from model import folder
 from model.language_model import base_of
 from model.pretrained import SourceError
-from model.prompt import PromptError, chat_ids, stop_ids
+from model.prompt import PromptError
 from model.soundwave import Soundwave
 
 TEXT = Path(__file__).parent / "text"
@@ -44,17 +44,9 @@ def negative_log_likelihood(model: Soundwave, passage: str) -> tuple[float, int]
     return float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")), ids.shape[1] - 1
 
 
-@torch.inference_mode()
 def answer(model: Soundwave, question: str, max_new_tokens: int) -> str:
     """The greedy answer to a text question."""
-    ids, _ = chat_ids(model.tokenizer, [{"role": "user", "content": question}], model.config.prompt,
-                      system=model.config.system_prompt)
-    device = next(model.llm.parameters()).device
-    prompt, stop = torch.tensor([ids], device=device), stop_ids(model.tokenizer, model.config.prompt)
-    output = model.llm.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max_new_tokens,
-                                do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, eos_token_id=stop,
-                                pad_token_id=stop[0])
-    return model.tokenizer.decode(output[0, len(ids):], skip_special_tokens=True).strip()
+    return model.answer([[{"role": "user", "content": question}]], max_new_tokens=max_new_tokens)[0].strip()
 
 
 def is_right(given: str, accepted: list[str]) -> bool:

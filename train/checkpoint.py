@@ -35,33 +35,15 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 from train import universal
 from train.config import CheckpointConfig
 from train.distributed import Ranks
+from train.files import PARTIAL, sync_folder, write_atomically
 
 logger = logging.getLogger("soundwave")
-PARTIAL, REPLACED = ".partial", ".replaced"
+REPLACED = ".replaced"
 NAME = re.compile(r"step-(\d+)$")
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or used; one line: what, where, what to do."""
-
-
-def sync_folder(folder: Path) -> None:
-    """fsync of a directory: without it a rename may be lost in a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + PARTIAL)
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
 
 
 def sha256_of(path: Path) -> str:

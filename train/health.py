@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from model.batch import Batch
 from train.config import HealthConfig
 from train.distributed import Ranks
+from train.files import append_lines
 
 
 class Health:
@@ -85,8 +85,7 @@ class BadStretch:
         self.steps.append({"step": step, "data_step": data_step, "reason": reason,
                            "ids": [name for names in ids for name in names]})
         if self.ranks.is_main:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(self.steps[-1]) + "\n")
+            append_lines(self.path, [self.steps[-1]])
 
     def __str__(self) -> str:
         names = [name for step in self.steps for name in step["ids"]]

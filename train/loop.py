@@ -19,17 +19,18 @@ from model.language_model import lora_parameters
 from model.pretrained import locate
 from model.soundwave import Soundwave
 from train import desync, optim, report, resume, universal, zero
-from train.checkpoint import Checkpoints, find_good, read_state, saved_in_health, write_atomically
+from train.checkpoint import Checkpoints, find_good, read_state, saved_in_health
 from train.config import Recipe, RecipeError
 from train.data import Plan, Stream, StreamStalled, consumed, worst_case_batch
 from train.data.cache import ensure_features
 from train.distributed import Ranks
 from train.engine import Engine, StepResult
+from train.files import write_atomically
 from train.health import BadStretch
 from train.preemption import DONE, FAILED, PREEMPTED, WRONG_INPUT, Preemption
 from train.profiling import Profiler
 from train.stages import Stage, finished, initial_folder, stage_folder, stage_of
-from train.telemetry import Meter, Telemetry, stream_sums
+from train.telemetry import Meter, StreamSums, Telemetry
 from train.validate import validate, validation_set
 
 logger = logging.getLogger("soundwave")
@@ -221,8 +222,9 @@ class Run:
             overdue = ranks.is_main and time.monotonic() - saved_at > 60 * recipe.checkpoint.every_minutes
             ce_count, ctc_count, (stop, written, save_now, broken, *streamed) = self.engine.agree(
                 micro_batches, [float(wish is not None), float(self.checkpoints.written), float(overdue),
-                                float(problem is not None), *stream_sums(batch)])
-            rejected, samples = rejected + int(streamed[4]), samples + int(streamed[2])
+                                float(problem is not None), *StreamSums.of(batch)])
+            streamed = StreamSums(*streamed)
+            rejected, samples = rejected + int(streamed.rejected), samples + int(streamed.samples)
             if not broken and (problem := stream.rejected.too_many(rejected, samples)):
                 broken = 1.0
             if written == ranks.world_size:
@@ -334,7 +336,7 @@ class Run:
         self.note("failed", step=step, reason=text, exit_code=code)
         return code
 
-    def _tell(self, result: StepResult, streamed: list[float], waited: float, seconds: float) -> None:
+    def _tell(self, result: StepResult, streamed: StreamSums, waited: float, seconds: float) -> None:
         values = {**self.meter.values(result, streamed, waited, seconds), "skipped_steps": self.engine.health.skipped}
         if result.skipped:
             values["skipped"] = result.skipped

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from train.checkpoint import write_atomically
+from train.files import read_lines, write_atomically
 from train.stages import STAGES
 
 POINTS = 500  # of a curve: longer runs are averaged in bins
@@ -45,15 +45,10 @@ STYLE = ("body{font:15px/1.45 sans-serif;max-width:1180px;margin:2em auto;paddin
 
 
 def read(path: Path) -> dict[str, list[dict]]:
-    """Lines of metrics.jsonl by kind; a line cut short by a kill is left out."""
+    """Lines of metrics.jsonl by kind."""
     lines: dict[str, list[dict]] = {"train": [], "valid": [], "event": []}
-    with open(path) as file:
-        for text in file:
-            try:
-                line = json.loads(text)
-                lines.setdefault(line["kind"], []).append(line)
-            except (ValueError, KeyError):
-                continue
+    for line in read_lines(path):
+        lines.setdefault(line["kind"], []).append(line)
     return lines
 
 

@@ -18,28 +18,13 @@ from statistics import median
 
 from tabulate import tabulate
 
+from train.files import read_lines
 from train.stages import STAGES
 
 SILENT_SECONDS = 600  # a running stage that has not written for so long is called silent
 NO_END = {"submitted", "started", "done", "resubmitted"}  # events of slurm.jsonl after which nothing has gone wrong
 _TAIL_BYTES = 1 << 16
 _RECENT_STEPS = 50
-
-
-def _lines(path: Path) -> list[dict]:
-    """The last JSON lines of a file that may be growing: a line that is cut at either end is left out."""
-    if not path.exists():
-        return []
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-        raw = file.read().splitlines()
-    found = []
-    for line in raw:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
 
 
 def _clock(seconds: float) -> str:
@@ -53,7 +38,7 @@ def _time_of(event: dict) -> float:
 
 def stage_status(run: Path, name: str, now: float) -> dict | None:
     """One stage's state; None where nothing of it is there yet. The trainer's word and the job's: the later one counts."""
-    folder, jobs = run / name, [line for line in _lines(run / "slurm.jsonl") if line.get("stage") == name]
+    folder, jobs = run / name, [line for line in read_lines(run / "slurm.jsonl", _TAIL_BYTES) if line.get("stage") == name]
     path = folder / "run.json"
     if not path.exists() and not jobs:
         return None
@@ -69,7 +54,7 @@ def stage_status(run: Path, name: str, now: float) -> dict | None:
     after, error = sum(job in later for job in ends), ends[-1]["detail"] if ends else "-"
     if noted.get("reason") and after <= 1:
         error = f"{error}; {noted['reason']}" if after else noted["reason"]
-    train = [line for line in _lines(folder / "metrics.jsonl") if line.get("kind") == "train"][-_RECENT_STEPS:]
+    train = [line for line in read_lines(folder / "metrics.jsonl", _TAIL_BYTES) if line.get("kind") == "train"][-_RECENT_STEPS:]
     seconds = median(line["step_seconds"] for line in train) if train else None
     step, steps = noted.get("step", 0), noted.get("steps")
     latest = folder / "checkpoints" / "latest"

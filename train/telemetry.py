@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import json
 import logging
-import os
 import resource
 import signal
 import sys
@@ -13,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -21,6 +21,7 @@ from tqdm.contrib.logging import _TqdmLoggingHandler
 from train.data import StepBatches
 from train.distributed import Ranks
 from train.engine import StepResult
+from train.files import keep_before
 from train.flops import Flops, peak_of
 
 logger = logging.getLogger("soundwave")
@@ -52,13 +53,23 @@ def stop_logging() -> None:
         logger.removeHandler(handler)
 
 
-def stream_sums(batch: StepBatches | None) -> list[float]:
-    """What a rank's stream says of a step, to be summed over ranks; None (broken data): zeros. The order is `Meter.values`'s."""
-    if batch is None:
-        return [0.0] * 6
-    audios = sum(0 if b.audio_is_dummy else len(b.audio_lengths) for b in batch.micro_batches)
-    return [batch.seconds, batch.padded_seconds, float(batch.samples), float(audios), float(len(batch.rejected)),
-            float(batch.retries)]
+class StreamSums(NamedTuple):
+    """What the stream says of a step: of one rank's share, or summed over ranks."""
+
+    seconds: float = 0.0  # of audio
+    padded_seconds: float = 0.0
+    samples: float = 0.0
+    audios: float = 0.0
+    rejected: float = 0.0
+    retries: float = 0.0
+
+    @classmethod
+    def of(cls, batch: StepBatches | None) -> StreamSums:
+        """None (broken data): zeros."""
+        if batch is None:
+            return cls()
+        audios = sum(0 if b.audio_is_dummy else len(b.audio_lengths) for b in batch.micro_batches)
+        return cls(batch.seconds, batch.padded_seconds, batch.samples, audios, len(batch.rejected), batch.retries)
 
 
 def peak_memory() -> float:
@@ -76,8 +87,8 @@ class Meter:
         fast = torch.cuda.is_available() and model.config.dtype in ("bfloat16", "float16")
         self.peak = peak_of(torch.cuda.get_device_name()) if fast else None
 
-    def values(self, result: StepResult, streamed: list[float], waited: float, seconds: float) -> dict[str, float]:
-        """streamed: `stream_sums` over all ranks; waited, seconds: this rank's wait for data and whole step."""
+    def values(self, result: StepResult, streamed: StreamSums, waited: float, seconds: float) -> dict[str, float]:
+        """streamed: over all ranks; waited, seconds: this rank's wait for data and whole step."""
         sums = result.sums
         audio, padded, samples, audios, rejected, retries = streamed
         operations = sum(self.flops.step(sums["frames"], audios, sums["llm_tokens"], samples, sums["ce_count"],
@@ -111,13 +122,8 @@ class Telemetry:
             return
         self.pictures = folder / "pictures"
         path = folder / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) < first_step]
-            for line in kept:
-                self._count(json.loads(line))
-            temporary = path.with_suffix(".partial")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            os.replace(temporary, path)
+        for line in keep_before(path, first_step):
+            self._count(line)
         self.file = open(path, "a")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -173,10 +179,3 @@ class Telemetry:
             self.file.close()
             if self.board is not None:
                 self.board.close()
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return float("inf")  # a line cut short by a kill

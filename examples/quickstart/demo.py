@@ -89,7 +89,7 @@ class Plan:
                               [python, "data_tools/pack.py", "--manifest", str(manifest), "--out", str(shards),
                                "--workers", str(os.cpu_count() or 1), "--shard-mb", str(settings.pack.shard_mb)],
                               lambda manifest=manifest: [file_digest(manifest), settings.pack.shard_mb, str(SAMPLE_DTYPE)],
-                              shards / "index.json", set_aside=shards))
+                              shards / "index.json", set_aside=shards, processes=os.cpu_count() or 1))
         for stage, recipe in self.recipes:
             if recipe.data.cache_features:
                 steps.append(Step(f"features-{recipe.stage}", f"{stage.title}: the frozen encoder's output, once",

@@ -55,7 +55,7 @@ def _speed(factor: float):
 
 def augment(waveform: torch.Tensor, data: DataConfig, epoch: int, sample_id: str) -> torch.Tensor:
     """waveform [S] at 16 kHz -> [S'] : played faster or slower by one of `speed_perturb`, white noise at an SNR drawn evenly
-    from `noise_snr_db`, A longer clip than data.max_seconds is left at its speed: the batch budgets count the length it had."""
+    from `noise_snr_db`. A longer clip than data.max_seconds is left at its speed: the batch budgets count the length it had."""
     random = np.random.Generator(np.random.PCG64(int(key64("augment", data.seed, epoch, sample_id))))
     if data.speed_perturb:
         factor = float(data.speed_perturb[random.integers(len(data.speed_perturb))])

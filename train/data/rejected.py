@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 
 from train.config import RecipeError
+from train.files import append_lines, read_lines
 
 # A share is judged over at least this many utterances: one broken clip among the first three is not a third of a corpus.
 LEAST_UTTERANCES = 1000
@@ -24,17 +23,6 @@ class TooManyRejected(RecipeError):
     """More than `data.max_rejected_share` of the utterances were broken; the message lists them."""
 
 
-def append_lines(path: Path, records: list[dict]) -> None:
-    """One JSON line each, in one write(): lines that several ranks append to the same file do not mix."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(descriptor, lines.encode())
-    finally:
-        os.close(descriptor)
-
-
 class RejectedLog:
     """Names broken utterances, one JSON line each in `path` (None: nowhere), and judges their share."""
 
@@ -48,8 +36,7 @@ class RejectedLog:
 
     def _broken(self) -> list[dict]:
         """Lines about broken utterances, not about what the index rules out."""
-        lines = self.path.read_text().splitlines() if self.path and self.path.exists() else []
-        return [record for record in map(json.loads, lines) if "replaced_by" in record]
+        return [record for record in (read_lines(self.path) if self.path else []) if "replaced_by" in record]
 
     def add(self, records: list[dict]) -> None:
         """Write those that nobody named before: not this rank, not another one, not before an interruption."""

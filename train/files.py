@@ -1,0 +1,65 @@
+"""Files that a kill must not spoil: whole ones that appear at once, and logs of JSON lines."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+PARTIAL = ".partial"
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync of a directory: without it a rename may be lost in a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + PARTIAL)
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def append_lines(path: Path, records: list[dict]) -> None:
+    """One JSON line each, in one write(): lines that several ranks append to the same file do not mix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, lines.encode())
+    finally:
+        os.close(descriptor)
+
+
+def read_lines(path: Path, last_bytes: int | None = None) -> list[dict]:
+    """The records of a file of JSON lines, which may be growing or absent; a line that is cut, by a kill or at the beginning of
+    the last `last_bytes`, is left out."""
+    if not path.exists():
+        return []
+    with open(path, "rb") as file:
+        if last_bytes is not None:
+            file.seek(max(0, path.stat().st_size - last_bytes))
+        lines = file.read().splitlines()
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def keep_before(path: Path, first_step: int) -> list[dict]:
+    """Take the lines of `first_step` and later ones, which are done again, out of a log of steps; returns what stays."""
+    kept = [record for record in read_lines(path) if record["step"] < first_step]
+    if path.exists():
+        write_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+    return kept
