@@ -1,7 +1,7 @@
 """Predictions of a model folder on packed shards, and their scores.
 
     python -m evaluation.run --model runs/demo/alignment/model --shards shards/dialogues-test --task asr
-    torchrun --nproc_per_node 8 -m evaluation.run --model ... --shards ... --task translation
+    torchrun --nproc_per_node 8 -m evaluation.run --model ... --shards shards/test-a shards/test-b --task asr translation
 
 A stage I folder is read out by its CTC head (greedy, no LLM is loaded), folders of stages II and III by generation. In place
 of --model, --untrained RECIPE scores a stage's model before its first step. Every batch is on disk before the next one starts;
@@ -139,27 +139,45 @@ def predict(model: Soundwave, stream: EvalStream, file: PredictionFile, options:
             progress.update(len(rows))
 
 
-def check_inputs(options: argparse.Namespace) -> tuple[Path, dict]:
-    """The shard folder and the settings that predictions depend on; no model is loaded. Errors: InputError, ShardError,
-    RecipeError."""
-    shards = shard_folder(options.shards, options.split)
-    index = ShardIndex.load(shards)
-    tasks = None if "all" in options.task else sorted(set(options.task))
-    for task in tasks or []:
-        if task not in index.tasks:
-            raise InputError(f"{shards} has no task '{task}': give --task {' or '.join(index.tasks)}, or --task all")
+@dataclass
+class TestSet:
+    """One of the folders to answer, which of its tasks, and what its predictions depend on."""
+
+    shards: Path
+    tasks: list[str] | None  # None: all
+    settings: dict
+
+
+def check_inputs(options: argparse.Namespace) -> list[TestSet]:
+    """No model is loaded. Errors: InputError, ShardError, RecipeError."""
+    folders = [shard_folder(shards, options.split) for shards in options.shards]
+    if len({path.name for path in folders}) < len(folders):
+        raise InputError("--shards: two folders of the same name would write to the same file: score them one after the other")
+    if options.out and len(folders) > 1 and options.out.suffix:
+        raise InputError(f"--out {options.out} is one file for {len(folders)} folders: name a folder, where each has its own")
     if options.model and not (options.model / "soundwave.json").exists():
         raise InputError(f"{options.model} holds no soundwave.json: give a model folder, e.g. <output>/<stage>/model")
-    settings = {"shards": index.fingerprint, "tasks": tasks, "limit": options.limit, "max_new_tokens": options.max_new_tokens,
-                "sampling": [options.temperature, options.top_p, options.seed] if options.sample else None}
     if options.model:
-        settings["model"] = folder_digest(options.model)
+        model = folder_digest(options.model)
     else:
         recipe = load_recipe(options.untrained, options.overrides)
         previous = initial_folder(recipe)
-        settings["model"] = {"untrained": asdict(recipe.model), "stage": recipe.stage, "seed": recipe.seed,
-                             "previous": folder_digest(previous) if previous else None}
-    return shards, settings
+        model = {"untrained": asdict(recipe.model), "stage": recipe.stage, "seed": recipe.seed,
+                 "previous": folder_digest(previous) if previous else None}
+    indexes = [ShardIndex.load(path) for path in folders]
+    wanted = None if "all" in options.task else set(options.task)
+    there = sorted({task for index in indexes for task in index.tasks})
+    for task in sorted((wanted or set()) - set(there)):
+        raise InputError(f"{' '.join(map(str, folders))}: no task '{task}': give --task {' or '.join(there)}, or --task all")
+    sets = []
+    for path, index in zip(folders, indexes, strict=True):
+        tasks = None if wanted is None else sorted(wanted & set(index.tasks))
+        if tasks == []:
+            raise InputError(f"{path} has none of the tasks asked for: it has {', '.join(index.tasks)}")
+        sets.append(TestSet(path, tasks, {
+            "shards": index.fingerprint, "tasks": tasks, "limit": options.limit, "max_new_tokens": options.max_new_tokens,
+            "sampling": [options.temperature, options.top_p, options.seed] if options.sample else None, "model": model}))
+    return sets
 
 
 def load(options: argparse.Namespace, device: torch.device) -> tuple[Soundwave, str]:
@@ -175,11 +193,12 @@ def load(options: argparse.Namespace, device: torch.device) -> tuple[Soundwave, 
     return model.to(device).eval(), options.decode or ("ctc" if stage == STAGE_I else "generate")
 
 
-def output_file(options: argparse.Namespace, shards: Path) -> Path:
-    if options.out:
+def output_file(options: argparse.Namespace, test: TestSet) -> Path:
+    if options.out and len(options.shards) == 1 and options.out.suffix:
         return options.out
-    name = "-".join([shards.name, *sorted(set(options.task)), *([options.decode] if options.decode else [])])
-    return (options.model or Path("evaluations") / Path(options.untrained).stem) / "evaluation" / f"{name}.jsonl"
+    place = options.out or (options.model or Path("evaluations") / Path(options.untrained).stem) / "evaluation"
+    name = "-".join([test.shards.name, *(test.tasks or ["all"]), *([options.decode] if options.decode else [])])
+    return place / f"{name}.jsonl"
 
 
 @dataclass
@@ -220,8 +239,8 @@ def start(device: str | None) -> Place:
     return Place(rank, world_size, torch.device(device or default))
 
 
-def finish(file: PredictionFile, place: Place) -> int:
-    """Wait for all ranks, merge, score, print; returns the exit code."""
+def finish(file: PredictionFile, place: Place) -> None:
+    """Wait for all ranks, merge, score, print."""
     if place.world_size > 1:
         dist.barrier()
     if place.rank == 0:
@@ -230,7 +249,6 @@ def finish(file: PredictionFile, place: Place) -> int:
         print(table(result["tasks"]))
         print(f"predictions: {file.path} ({result['utterances']} answered, {result['rejected']} rejected)")
         print(f"scores: {file.path.with_suffix('.scores.json')}")
-    return 0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -238,11 +256,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", type=Path, help="model folder written by a stage: <output>/<stage>/model")
     source.add_argument("--untrained", metavar="RECIPE", help="the recipe's model as its stage begins: the score before")
-    parser.add_argument("--shards", required=True, help="folder written by data_tools/pack.py")
-    parser.add_argument("--split", help="sub-folder of --shards")
-    parser.add_argument("--task", nargs="+", default=["asr"], help="tasks to answer, or all (default: asr)")
+    parser.add_argument("--shards", nargs="+", required=True, help="one or more folders written by data_tools/pack.py")
+    parser.add_argument("--split", help="sub-folder of each --shards")
+    parser.add_argument("--task", nargs="+", default=["asr"], help="tasks to answer, each where a folder has it, or all "
+                        "(default: asr)")
     parser.add_argument("--decode", choices=["ctc", "generate"], help="default: ctc for stage I, generate for stages II and III")
-    parser.add_argument("--limit", type=int, help="only this many utterances, evenly spaced over the folder")
+    parser.add_argument("--limit", type=int, help="only this many utterances, evenly spaced, of each folder")
     parser.add_argument("--batch-seconds", type=float, default=60.0, help="padded audio seconds in a batch (default: 60)")
     parser.add_argument("--workers", type=int, default=2, help="processes that read and decode ahead (default: 2)")
     parser.add_argument("--max-new-tokens", type=int, default=200)
@@ -251,7 +270,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=0.9)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--out", type=Path, help="predictions file (default: <model>/evaluation/<shards>-<task>.jsonl)")
+    parser.add_argument("--out", type=Path, help="predictions file, or a folder for <shards>-<task>[-<decode>].jsonl of each "
+                        "folder (default: <model>/evaluation)")
     parser.add_argument("--restart", action="store_true", help="throw away what --out already holds")
     parser.add_argument("overrides", nargs="*", help="key=value for the recipe of --untrained")
     options = parser.parse_args(arguments)
@@ -263,26 +283,29 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     place = start(options.device)
-    error = file = None
+    error, files = None, []
     try:
-        shards, settings = check_inputs(options)
+        tests = check_inputs(options)
         model, decode = load(options, place.device)
-        file = PredictionFile(output_file(options, shards), settings | {"decode": decode}, place.rank, options.restart)
-        if place.rank == 0:
-            file.prepare()
+        for test in tests:
+            path, settings = output_file(options, test), test.settings | {"decode": decode}
+            files.append(PredictionFile(path, settings, place.rank, options.restart))
+            if place.rank == 0:
+                files[-1].prepare()
     except (InputError, PredictionError, RecipeError, ShardError, folder.FolderError, SourceError) as problem:
         error = str(problem)
     if place.stop(error):
         return 2
-    torch.manual_seed(options.seed + place.rank)
-    tasks = None if "all" in options.task else options.task
     stage = STAGE_I if decode == "ctc" else model.stage  # what a batch needs to hold
-    done = place.first(file.done())  # one list for all: a slower rank would find the faster one's first rows in it
-    stream = EvalStream(str(shards), model.tokenizer, model.config, stage, tasks=tasks, limit=options.limit, done=done,
-                        batch_seconds=options.batch_seconds, rank=place.rank, world_size=place.world_size,
-                        data=DataConfig(workers=options.workers))
-    predict(model, stream, file, options, decode)
-    return finish(file, place)
+    for test, file in zip(tests, files, strict=True):
+        torch.manual_seed(options.seed + place.rank)
+        done = place.first(file.done())  # one list for all: a slower rank would find the faster one's first rows in it
+        stream = EvalStream(str(test.shards), model.tokenizer, model.config, stage, tasks=test.tasks, limit=options.limit,
+                            done=done, batch_seconds=options.batch_seconds, rank=place.rank, world_size=place.world_size,
+                            data=DataConfig(workers=options.workers))
+        predict(model, stream, file, options, decode)
+        finish(file, place)
+    return 0
 
 
 if __name__ == "__main__":

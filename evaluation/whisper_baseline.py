@@ -120,7 +120,8 @@ def main(arguments: list[str] | None = None) -> int:
                     answers.append(prediction_row(samples[i], text, text, "ctc") | {"tokens": len(ids), "wall": wall})
             file.append(answers, rejected)
             progress.update(len(samples) + len(rejected))
-    return finish(file, place)
+    finish(file, place)
+    return 0
 
 
 if __name__ == "__main__":

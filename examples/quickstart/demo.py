@@ -2,7 +2,7 @@
 
     python -m examples.quickstart.demo [--dry-run] [--ranks N] [--plan examples/quickstart/demo.yaml]
 
-    fetch -> pack -> features -> for each stage: score, train, score -> picture -> table
+    fetch -> pack -> for each stage: score, train, score -> picture -> table
 
 Each step is an ordinary command of the project, printed before it runs, so that it can be run alone. A step that is done is
 not done again, unless something that it depends on has changed; an interrupted one goes on where it stopped. What is trained how
@@ -91,13 +91,6 @@ class Plan:
                               lambda manifest=manifest: [file_digest(manifest), settings.pack.shard_mb, str(SAMPLE_DTYPE)],
                               shards / "index.json", set_aside=shards, processes=os.cpu_count() or 1))
         for stage, recipe in self.recipes:
-            if recipe.data.cache_features:
-                steps.append(Step(f"features-{recipe.stage}", f"{stage.title}: the frozen encoder's output, once",
-                                  stage.features_minutes,
-                                  [python, "-m", "train.data.cache", stage.recipe],
-                                  lambda recipe=recipe: [asdict(recipe.data), asdict(recipe.model.encoder), self.data_of(recipe)],
-                                  Path(recipe.data.cache_features)))
-        for stage, recipe in self.recipes:
             steps += self.stage_steps(stage, recipe)
         steps.append(self.picture())
         return steps
@@ -118,33 +111,26 @@ class Plan:
         train = Step(f"train-{recipe.stage}", f"{stage.title}: train ({recipe.optim.steps} steps, {self.ranks} ranks)",
                      stage.minutes, [*launcher, "train/run.py", stage.recipe], train_key, folder / "model" / "soundwave.json",
                      set_aside=folder, processes=self.ranks)
-        return [*self.score_steps(stage, recipe, "before"), train, *self.score_steps(stage, recipe, "after")]
+        return [self.score(stage, recipe, "before"), train, self.score(stage, recipe, "after")]
 
-    def score_file(self, recipe: Recipe, score: object, when: str) -> Path:
-        """Where the predictions go; the scores lie beside it as .scores.json."""
-        name = "-".join([recipe.stage, when, score.shards, *score.tasks, score.decode])
-        return self.output / "evaluation" / f"{name}.jsonl"
+    def scores(self, recipe: Recipe, when: str) -> Path:
+        """Where the predictions on each folder go, the scores beside them as .scores.json."""
+        return self.output / "evaluation" / f"{recipe.stage}-{when}"
 
-    def score_steps(self, stage: object, recipe: Recipe, when: str) -> list[Step]:
+    def score(self, stage: object, recipe: Recipe, when: str) -> Step:
+        wanted, out = stage[when], self.scores(recipe, when)
+        launcher = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(self.ranks), "-m", "evaluation.run"]
+        shards = [str(self.cache / "shards" / name) for name in wanted.shards]
+        options = ["--shards", *shards, "--task", *wanted.tasks, "--decode", wanted.decode, "--limit", str(wanted.limit),
+                   "--max-new-tokens", str(wanted.get("max_new_tokens", 40)), "--out", str(out)]
         model = ["--untrained", stage.recipe]  # as the stage begins: what earlier stages have learnt, the rest fresh
         if when == "after":
             model = ["--model", str(Path(recipe.output) / recipe.stage / "model")]
-        launcher = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(self.ranks), "-m", "evaluation.run"]
-        steps = []
-        for score in stage.scores:
-            if when not in score.get("when", ["before", "after"]):
-                continue
-            out = self.score_file(recipe, score, when)
-            options = ["--shards", str(self.cache / "shards" / score.shards), "--task", *score.tasks, "--decode", score.decode,
-                       "--limit", str(score.limit), "--out", str(out)]
-            if "max_new_tokens" in score:
-                options += ["--max-new-tokens", str(score.max_new_tokens)]
-            title = f"{stage.title}: score {when} training, {', '.join(score.tasks)} on {score.shards} ({score.limit} utterances)"
-            steps.append(Step(f"score-{out.stem}", title, score.minutes, [*launcher, *options, *model],
-                              lambda score=score: [OmegaConf.to_container(score), self.fingerprint(score.shards),
-                                                   dict(self.trained), asdict(recipe.model), recipe.seed],
-                              out.with_suffix(".scores.json"), set_aside=out, processes=self.ranks))
-        return steps
+        title = f"{stage.title}: score {when} training ({', '.join(wanted.shards)}; {wanted.limit} utterances each)"
+        return Step(f"score-{out.name}", title, wanted.minutes, [*launcher, *options, *model],
+                    lambda: [OmegaConf.to_container(wanted), [self.fingerprint(name) for name in wanted.shards],
+                             dict(self.trained), asdict(recipe.model), recipe.seed],
+                    out, set_aside=out, processes=self.ranks)
 
     def picture(self) -> Step:
         _, recipe = self.recipes[0]

@@ -35,20 +35,27 @@ def collect(plan: Plan) -> list[dict]:
     """A row for each stage, scored data and measure; `before` (where scored) and `after`: value, ci95, utterances."""
     rows = []
     for stage, recipe in plan.recipes:
-        for score in stage.scores:
-            found = {}
-            for when in score.get("when", ["before", "after"]):
-                path = plan.score_file(recipe, score, when).with_suffix(".scores.json")
-                found[when] = json.loads(path.read_text())["tasks"]
-            for task in score.tasks:
-                for key, label in SHOWN[found["after"][task]["metric"]]:
-                    row = {"stage": stage.title, "data": score.shards, "task": task, "decode": score.decode, "measure": label,
-                           "kept_share": found["after"][task]["length"].get("kept_share")}
-                    for when, tasks in found.items():
-                        row[when] = {"value": tasks[task][key], "ci95": tasks[task].get(f"{key}_ci95"),
-                                     "utterances": tasks[task]["utterances"]}
+        found = {when: {name: scores_of(plan.scores(recipe, when), name) for name in stage[when].shards}
+                 for when in ("before", "after")}
+        for name, tasks in found["after"].items():
+            for task, scores in tasks.items():
+                for key, label in SHOWN[scores["metric"]]:
+                    row = {"stage": stage.title, "data": name, "task": task, "decode": stage.after.decode, "measure": label,
+                           "kept_share": scores["length"].get("kept_share")}
+                    for when in ("before", "after"):
+                        if task in found[when].get(name, {}):
+                            value = found[when][name][task]
+                            row[when] = {"value": value[key], "ci95": value.get(f"{key}_ci95"), "utterances": value["utterances"]}
                     rows.append(row)
     return rows
+
+
+def scores_of(folder: Path, shards: str) -> dict[str, dict]:
+    """task -> scores that evaluation.run left in FOLDER for a packed folder of that name. Errors: ValueError."""
+    files = list(folder.glob(f"{shards}-*.scores.json"))
+    if len(files) != 1:
+        raise ValueError(f"{folder} has {len(files)} score files of {shards}, not one: remove it and run the demo again")
+    return json.loads(files[0].read_text())["tasks"]
 
 
 def processor() -> str:

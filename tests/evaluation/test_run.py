@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 
 import pytest
@@ -65,6 +66,23 @@ def test_stage_one_reads_ctc(folders, packed, tmp_path, capsys):
     scores = json.loads(out.with_suffix(".scores.json").read_text())
     assert scores["rejected"] == 1 and scores["tasks"]["asr"]["utterances"] == 7
     assert [r["id"] for r in read_rows(out.with_suffix(".rejected.jsonl"))] == ["asr-7"]
+
+
+def test_several_folders_are_scored_each_by_itself(folders, packed, tmp_path, capsys):
+    copies = [tmp_path / "shards" / name for name in ("first", "second")]
+    for copy in copies:
+        shutil.copytree(packed, copy)
+    more = ["--shards", *map(str, copies), "--task", "asr", "translation", "--decode", "generate"]
+    assert run.main(command(folders / "shrinking", packed, tmp_path / "out", *more)) == 0
+    one = tmp_path / "one.jsonl"
+    assert run.main(command(folders / "shrinking", packed, one, "--task", "asr", "translation")) == 0
+    for name in ("first", "second"):
+        assert predictions(tmp_path / "out" / f"{name}-asr-translation-generate.jsonl") == predictions(one)
+    capsys.readouterr()
+    assert run.main(command(folders / "shrinking", packed, one, *more)) == 2
+    assert "name a folder" in capsys.readouterr().err
+    assert run.main(command(folders / "shrinking", packed, tmp_path / "out", *more[:3], "--task", "asr", "emotion")) == 2
+    assert "no task 'emotion': give --task asr or text" in capsys.readouterr().err
 
 
 def test_stage_two_generates(folders, packed, tmp_path):

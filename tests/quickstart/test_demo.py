@@ -71,7 +71,7 @@ def test_the_recipes_and_the_plan_fit_together():
     packed = {name for name in demo.MANIFESTS}
     for stage, recipe in plan.recipes:
         corpora = [*recipe.data.train, *recipe.data.valid]
-        assert {Path(corpus.shards).name for corpus in corpora} | {score.shards for score in stage.scores} <= packed
+        assert {Path(corpus.shards).name for corpus in corpora} | {*stage.before.shards, *stage.after.shards} <= packed
         assert not any("test" in corpus.shards for corpus in corpora), "tuning and training never see a test split"
         assert not any("valid" in corpus.shards for corpus in recipe.data.train)
         assert recipe.deepspeed == "ds_configs/zero3.json"
