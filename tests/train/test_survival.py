@@ -228,6 +228,19 @@ def test_activation_checkpointing_gives_the_same_losses(server, tiny, whole, tmp
     torch.testing.assert_close(losses(tmp_path / "true", "shrinking"), losses(tmp_path / "false", "shrinking"), rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow  # several starts of real ranks
+def test_validation_layer_by_layer_writes_what_whole_models_write(server, tiny, whole, tmp_path):
+    """ZeRO-3 ranks with unequal answers to write keep in step without holding the model, and write the same."""
+    start, found = f"init_from={whole / 'alignment' / 'model'}", []
+    for name in ("true", "false"):
+        codes, text = train(server, tiny, tmp_path / name, start, f"log.gather_to_validate={name}", "optim.steps=2",
+                            "log.validate_every_steps=2", f"data.valid=[{{shards: {tiny / 'valid'}}}]", stage=2)
+        assert codes == [0, 0], text
+        keys = ("step", "ce", "ctc", "wer", "words")
+        found.append([{key: line[key] for key in keys} for line in metrics(tmp_path / name, "valid", "shrinking")])
+    assert found[0] and found[0] == found[1]
+
+
 # ------------------------------------------------------------------------------------------------ preemption
 
 
