@@ -9,13 +9,13 @@ export HF_HUB_OFFLINE ?= 1
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo fetch test lint bench-ctc gpu-check test-slurm clean
+.PHONY: help setup setup-dev demo fetch test lint soak bench-ctc gpu-check test-slurm clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
 	@echo
 	@echo "  PYTHON=python3.12  another interpreter    VENV=/path  another place    GPU=1  CUDA torch though no GPU is seen here"
-	@echo "  FLASH_ATTN=1  flash-attn too (with setup)    ARGS='...'  arguments for demo, test, bench-ctc, gpu-check, test-slurm"
+	@echo "  FLASH_ATTN=1  flash-attn too (with setup)    ARGS='...'  arguments for demo, test, soak, bench-ctc, gpu-check, test-slurm"
 
 setup: ## fill .venv: packages, CPU or CUDA torch, prebuilt ops; quick when repeated
 	@$(SETUP)
@@ -31,6 +31,9 @@ fetch: setup ## only download and convert what the demo needs; names the command
 
 test: setup-dev ## the fast tests, two-rank ZeRO-3 included (MARKERS='not gpu' for all that a machine without a GPU can run)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -m "$(MARKERS)" $(ARGS)
+
+soak: setup-dev ## kill two-rank ZeRO-3 training 30 times over the three stages; the end must equal the undisturbed run's
+	@OMP_NUM_THREADS=1 $(PY) -m tests.train.soak $(ARGS)
 
 lint: setup-dev ## ruff, shellcheck
 	@$(PY) -m ruff check .

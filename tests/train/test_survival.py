@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from tests.model import tiny as tiny_models
 from tests.train.ranks import Server
+from tests.train.soak import soak
 from tests.train.tiny import STAGES, workspace
 from train.config import load_recipe
 from train.data import Plan
@@ -316,3 +317,10 @@ def test_ranks_that_come_apart_are_told(server, tiny, whole, tmp_path, zero):
     told = f"rank 1 holds another {name} than rank 0" if zero == 1 else "rank 1"
     assert "stopped before step 3: the ranks have come apart: " in text and told in text and name in text
     assert "they were equal at step 2" in text
+
+
+# The whole of stages I to III twice, and eight starts: 40 s on two cores. `make soak` kills 30 times.
+@pytest.mark.slow
+def test_three_kills_over_three_stages_change_nothing(tmp_path):
+    result = soak(kills=3, minutes=30, seed=1, folder=tmp_path)
+    assert result["kills"] == 3 and result["tensors_equal"] > 30
