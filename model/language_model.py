@@ -100,16 +100,39 @@ class HeadCrossEntropy(torch.autograd.Function):
         return ctx.saved_tensors[0] * of_loss.to(ctx.saved_tensors[0].dtype), None, None
 
 
+def one_row_is_cheaper(llm: nn.Module, mask: torch.Tensor, width: int) -> bool:
+    """Whether the rows of a batch, mask [B, L], cost a model of this width less joined to one row without padding.
+
+    A token costs a layer about 24 D^2 operations in its products and 4 D for each position that attention computes; in one row
+    those are all N tokens of the batch (block-diagonal, but computed), unless FlashAttention runs, which skips other rows.
+    """
+    base = base_of(llm)
+    if getattr(base, "_is_stateful", False):  # a state runs through the row (Mamba and its kin): rows would mix
+        return False
+    (rows, length), tokens = mask.shape, int(mask.sum())
+    if "flash" in (base.config._attn_implementation or ""):
+        return tokens > 0
+    return 0 < tokens * (6 * width + tokens) < rows * length * (6 * width + length)
+
+
 def target_loss(llm: nn.Module, embeddings: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """embeddings [B, L, D], mask [B, L], labels [B, L] (-100: none) -> cross-entropy summed over the target tokens.
 
-    Logits exist only where a label is, and of those a chunk at a time: a hook takes the hidden states in front of the output
-    embeddings to the loss, and sends one position on through the head and the model's end. A model that does more there than
-    multiply (a bias, LoRA, Gemma 2's cap on its logits) is known by its result for that position; it gets all logits at target
-    positions. Without any target one position is run and counts nothing.
+    Rows are joined to one without padding where that is cheaper; their positions start at 0 again, by which transformers keeps
+    them apart in attention. Logits exist only where a label is, and of those a chunk at a time: a hook takes the hidden states in
+    front of the output embeddings to the loss, and sends one position on through the head and the model's end. A model that does
+    more there than multiply (a bias, LoRA, Gemma 2's cap on its logits) is known by its result for that position; it gets all
+    logits at target positions. Without any target one position is run and counts nothing.
     """
-    rows, columns = torch.nonzero(labels[:, 1:] != -100, as_tuple=True)  # position i predicts label i + 1
-    targets, counts = labels[rows, columns + 1], 1.0
+    arguments = {"inputs_embeds": embeddings, "attention_mask": mask}
+    if one_row_is_cheaper(llm, mask, embeddings.shape[-1]):
+        there = mask.bool()
+        arguments = {"inputs_embeds": embeddings[there][None], "position_ids": (mask.long().cumsum(1) - 1)[there][None]}
+        heard = labels.masked_fill(mask.cumsum(1) == 1, -100)[there][None]  # the row before does not predict a row's first token
+    else:
+        heard = labels
+    rows, columns = torch.nonzero(heard[:, 1:] != -100, as_tuple=True)  # position i predicts label i + 1
+    targets, counts = heard[rows, columns + 1], 1.0
     if not len(rows):
         rows, columns, targets, counts = rows.new_zeros(1), columns.new_zeros(1), targets.new_zeros(1), 0.0
     head = base_of(llm).get_output_embeddings()
@@ -131,7 +154,7 @@ def target_loss(llm: nn.Module, embeddings: torch.Tensor, mask: torch.Tensor, la
 
     handles = head.register_forward_pre_hook(select), head.register_forward_hook(remember)
     try:
-        logits = llm(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).logits  # [1, 1 or N, V]
+        logits = llm(**arguments, use_cache=False).logits  # [1, 1 or N, V]
     finally:
         for handle in handles:
             handle.remove()

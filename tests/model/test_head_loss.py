@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from model import language_model
-from model.language_model import HeadCrossEntropy, base_of, target_loss
+from model.language_model import HeadCrossEntropy, base_of, one_row_is_cheaper, target_loss
+from tests.model import tiny
 from tests.model.conftest import build
 
 
@@ -48,6 +49,39 @@ def test_a_model_that_does_more_than_multiply_keeps_its_end(folders, family, pro
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
         assert llm.head_is_a_product is product
     assert float(target_loss(llm, embeddings, mask, torch.full_like(labels, -100))) == 0.0
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+def test_rows_joined_without_padding_are_the_rows_alone(folders, family, attention):
+    """Also where a label stands on a row's first token, which the row before must not predict."""
+    llm = build(folders, family).llm
+    if attention == "sdpa" and not base_of(llm)._supports_sdpa:
+        pytest.skip("transformers runs this family with eager attention alone")
+    base_of(llm).set_attn_implementation(attention)
+    generator = torch.Generator().manual_seed(1)
+    lengths = (9, 2, 5, 1)
+    embeddings = torch.randn(4, 9, 32, generator=generator).requires_grad_()
+    mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
+    labels = torch.randint(250, (4, 9), generator=generator).masked_fill(mask == 0, -100)
+    plain = 0.0
+    for row, length in enumerate(lengths):
+        logits = llm(inputs_embeds=embeddings[row:row + 1, :length], use_cache=False).logits[0]
+        plain = plain + F.cross_entropy(logits[:-1], labels[row, 1:length], reduction="sum")
+    expected, = torch.autograd.grad(plain, embeddings)
+    assert one_row_is_cheaper(llm, mask, 32)
+    loss = target_loss(llm, embeddings, mask, labels)
+    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=1e-4)
+    gradient, = torch.autograd.grad(loss, embeddings)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_stay_apart_where_joining_saves_nothing(folders):
+    llm = build(folders, "llama").llm
+    assert not one_row_is_cheaper(llm, torch.ones(8, 64, dtype=torch.long), 32), "no padding to save, attention to lose"
+    assert not one_row_is_cheaper(llm, torch.zeros(2, 3, dtype=torch.long), 32)
+    base_of(llm)._is_stateful = True
+    assert not one_row_is_cheaper(llm, torch.tensor([[1, 1, 1], [1, 0, 0]]), 32)
 
 
 def test_nothing_as_large_as_the_logits_is_kept(folders):

@@ -22,7 +22,6 @@ import math
 import os
 import sys
 from collections import OrderedDict
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -36,11 +35,12 @@ from data_tools.shards import ShardIndex, replace_file
 from model.config import SoundwaveConfig
 from model.encoder import Encoder, build_encoder
 from model.pretrained import DTYPES, attention_implementation, fingerprint, locate
-from train.config import DataConfig, Recipe, RecipeError, load_recipe
+from train.config import Recipe, RecipeError, load_recipe
 from train.data.augment import check
 from train.data.plan import load_index, usable
 from train.data.reader import decode, read_with_retry
 from train.data.rejected import BrokenSample
+from train.data.validation import select
 
 ENTRY_DTYPE = np.dtype([("key", "<u8"), ("start", "<u8"), ("frames", "<u4")])
 PACK_SECONDS = 600.0
@@ -138,18 +138,20 @@ def _write_pack(folder: Path, keys: list[int], features: list[np.ndarray]) -> No
         os.replace(unfinished, folder / f"{name}{suffix}")
 
 
-def _needed(data: DataConfig, stage: str) -> list[tuple[ShardIndex, np.ndarray]]:
+def _needed(recipe: Recipe) -> list[tuple[ShardIndex, np.ndarray]]:
     """Rows with audio that training or validation may read."""
-    chosen = []
-    for corpora, limits in ((data.train, data), (data.valid, replace(data, min_seconds=0.0, max_seconds=float("inf")))):
-        for corpus in corpora:
-            index = load_index(corpus.shards)
-            samples = np.asarray(index.samples)
-            wanted = usable(samples, limits, stage)[""] & (samples["audio_size"] > 0)
-            if corpus.tasks is not None:
-                wanted &= np.isin(samples["task"], [index.tasks.index(t) for t in corpus.tasks if t in index.tasks])
-            chosen.append((index, np.flatnonzero(wanted)))
-    return chosen
+    data, chosen = recipe.data, []
+    for corpus in data.train:
+        index = load_index(corpus.shards)
+        samples = np.asarray(index.samples)
+        wanted = usable(samples, data, recipe.stage)[""]
+        if corpus.tasks is not None:
+            wanted &= np.isin(samples["task"], [index.tasks.index(t) for t in corpus.tasks if t in index.tasks])
+        chosen.append((index, np.flatnonzero(wanted)))
+    for corpus in data.valid:
+        index = load_index(corpus.shards)
+        chosen.append((index, select(index, 0, recipe.stage, corpus.tasks, recipe.log.validate_utterances)["row"].astype(int)))
+    return [(index, rows[index.samples[rows]["audio_size"] > 0]) for index, rows in chosen]
 
 
 def _packs(needed: list[tuple[ShardIndex, np.ndarray]], store: FeatureStore, rank: int, world_size: int
@@ -234,7 +236,7 @@ def ensure_features(recipe: Recipe, model=None, rank: int = 0, world_size: int =
         sizes = encoder or build_encoder(config.encoder, source, DTYPES[config.dtype], "sdpa", weights=False)
         facts = {**_settings(config), "name": config.encoder.name, "width": sizes.width, "frame_rate": sizes.frame_rate}
         replace_file(folder / "settings.json", (json.dumps(facts, indent=1) + "\n").encode())
-    packs = _packs(_needed(data, recipe.stage), FeatureStore(folder), rank, world_size)
+    packs = _packs(_needed(recipe), FeatureStore(folder), rank, world_size)
     if packs:
         if encoder is None:
             attention = attention_implementation(config.attention_implementation, DTYPES[config.dtype])
