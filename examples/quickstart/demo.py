@@ -241,7 +241,7 @@ def finish(plan: Plan) -> None:
     print("\n" + results.table(summary) + "\n")
     print(f"machine      {results.machine_line(summary)}")
     print(f"results      {path}")
-    print(f"predictions  {plan.output / 'evaluation'}/*.jsonl")
+    print(f"predictions  {plan.output / 'evaluation'}/*/*.jsonl")
     print(f"picture      {plan.output / 'picture.png'}")
     print(f"TensorBoard  {BIN / 'tensorboard'} --logdir {plan.output}")
 
