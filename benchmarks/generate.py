@@ -15,12 +15,8 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
-import platform
 import statistics
-import subprocess
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import soundfile
@@ -28,12 +24,12 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
+from benchmarks.machine import keep, machine
 from data_tools.shards import ShardIndex
 from model import folder as model_folder
 from model.config import EncoderConfig, LLMConfig, SoundwaveConfig
 from model.soundwave import Soundwave
 
-ROOT = Path(__file__).resolve().parent.parent
 CHAT = [{"role": "user", "content": "<audio_patch>\nPlease transcribe the following audio."}]
 
 
@@ -86,13 +82,6 @@ def measure(model: Soundwave, sounds: list[torch.Tensor], batch: int, tokens: in
             "first_token_ms": 1000 * statistics.median(first), "positions_per_audio": kept / len(sounds)}
 
 
-def machine(device: str) -> dict:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
-    return {"commit": commit, "machine": name, "threads": torch.get_num_threads(),
-            "versions": {package: version(package) for package in ("torch", "transformers")}}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model folder of stage II or III")
@@ -103,9 +92,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="where to write the numbers, the table beside them (.txt)")
     options = parser.parse_args()
     torch.manual_seed(0)
+    facts = machine(options.device)
     if options.model:
         model = model_folder.load(options.model, device=options.device)
     else:
@@ -117,13 +107,13 @@ def main() -> None:
     as_the_release_does(model)
     results.append(measure(model, sounds, 1, options.tokens, "release"))
     seconds = sum(map(len, sounds)) / 16000
-    print(f"{len(sounds)} clips, {seconds:.0f} s of audio, {options.tokens} new tokens each, {options.device}")
-    print(tabulate([[r["way"], *(f"{v:.1f}" for v in list(r.values())[1:])] for r in results], tablefmt="github",
-                   headers=["way", "audio s / s", "tokens / s", "first token, ms", "LLM positions / audio"]))
-    report = {**machine(options.device), "options": {k: str(v) for k, v in vars(options).items()}, "audio_seconds": seconds,
-              "results": results}
+    told = (f"{len(sounds)} clips, {seconds:.0f} s of audio, {options.tokens} new tokens each, {options.device}\n"
+            + tabulate([[r["way"], *(f"{v:.1f}" for v in list(r.values())[1:])] for r in results], tablefmt="github",
+                       headers=["way", "audio s / s", "tokens / s", "first token, ms", "LLM positions / audio"]))
+    print(told)
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        keep(options.json, {"machine": facts, "options": {name: str(value) for name, value in vars(options).items()},
+                            "audio_seconds": seconds, "results": results}, told)
 
 
 if __name__ == "__main__":

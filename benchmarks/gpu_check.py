@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import subprocess
 import sys
 import tempfile
@@ -89,13 +88,14 @@ def lookback() -> list[dict]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", default="benchmarks/gpu_check.json", help="where the report goes, its table beside it (.txt)")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/gpu_check.json"),
+                        help="where the report goes, its table beside it (.txt)")
     parser.add_argument("--tests-only", action="store_true")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu-check needs a CUDA GPU and a CUDA build of torch; this machine's torch sees none", file=sys.stderr)
         return 2
-    from benchmarks.linear_ctc import machine
+    from benchmarks.machine import keep, machine
 
     told = machine("cuda") | {name: importlib.util.find_spec(name) is not None for name in WANTED}
     rows, details = run_tests(), None
@@ -103,10 +103,9 @@ def main() -> int:
         more, details = linear_ctc()
         rows += more + lookback()
     names = ["check", "outcome", "seconds", "why"]
-    table = "\n".join([str(told), tabulate([[row.get(name) for name in names] for row in rows], names, floatfmt=".4f")])
+    table = tabulate([[row.get(name) for name in names] for row in rows], names, floatfmt=".4f")
     print(table)
-    Path(options.json).write_text(json.dumps({"machine": told, "rows": rows, "linear_ctc": details}, indent=1) + "\n")
-    Path(options.json).with_suffix(".txt").write_text(table + "\n")
+    keep(options.json, {"machine": told, "rows": rows, "linear_ctc": details}, table)
     return int(any(row["outcome"] == "failed" for row in rows))
 
 

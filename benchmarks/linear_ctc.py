@@ -9,7 +9,7 @@
 Liger-Kernel's and cut-cross-entropy's kernels fuse the projection with a cross-entropy, not with CTC, and need a GPU.
 
 Posteriors: "random", as at the start of training; "peaked", from a trained stage I folder and its shards (--checkpoint DIR
---shards DIR), or else made up: each frame points at the blank or at a label, 30 logits above the rest (labelled "synthetic").
+--shards DIR), and made up: each frame points at the blank or at a label, 30 logits above the rest (labelled "synthetic").
 Sides take turns, and the fastest of --repeats counts. Memory is the growth of the process's peak (on CUDA, of the allocator's)
 beyond what is there before the step, less the gradients.
 """
@@ -19,11 +19,8 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
 import math
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -36,6 +33,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from benchmarks.machine import keep, machine
 from model.ops import linear_argmax, linear_ctc
 from model.ops.linear_ctc import default_skip_below
 from model.ops.operator import forward as op_forward
@@ -256,21 +254,10 @@ def compare_memory(dtype: torch.dtype, device: str, shape: tuple) -> tuple[dict,
     return result, [row]
 
 
-def machine(device: str) -> dict:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    return {"commit": commit.stdout.strip(), "cpu": cpu, "capability": torch.backends.cpu.get_cpu_capability(),
-            "native_bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported(), "threads": torch.get_num_threads(),
-            "cores": os.cpu_count(), "load_before": os.getloadavg()[0], "torch": torch.__version__,
-            "python": platform.python_version(), "gpu": torch.cuda.get_device_name() if device == "cuda" else None}
-
-
 def run(device: str, dtypes: list[torch.dtype], full: bool, repeats: int, memory: bool, checkpoint: str | None = None,
         shards: str | None = None) -> dict:
-    told, results, rows = machine(device), [], []
+    told = machine(device) | {"native_bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported()}
+    results, rows = [], []
     shapes = SHAPES if full or device == "cuda" else SHAPES[:1]
     for dtype in dtypes:
         # Where bfloat16 products run in plain loops (30 times slower), the ordinary path gets a short clip.
@@ -280,8 +267,7 @@ def run(device: str, dtypes: list[torch.dtype], full: bool, repeats: int, memory
             works = [made_up(shape, "random", dtype, device)]
             if checkpoint and shape[2:] == SHAPES[0][2:]:
                 works.append(from_checkpoint(checkpoint, shards, shape[0] * shape[1], dtype, device))
-            else:
-                works.append(made_up(shape, "peaked", dtype, device))
+            works.append(made_up(shape, "peaked", dtype, device))
             for work in works:
                 result, more = compare(work, 1 if slow else repeats, device, chunked=not slow)
                 results.append(result)
@@ -297,9 +283,8 @@ def table(report: dict) -> str:
     names = ["dtype", "B,T,D,V", "posteriors", "what", "seconds", "other seconds", "ratio", "ratio of CPU time", "mark"]
     skipped = [f"skipped {r['dtype']} {r['posteriors']} {r['shape']}: {r['skipped_share']:.4f} of the (frame, tile) pairs"
                for r in report["results"] if "skipped_share" in r]
-    told = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
     rows = [[row.get(name) for name in names] for row in report["rows"]]
-    return "\n".join([told, tabulate(rows, names, floatfmt=".3f"), *skipped])
+    return "\n".join([tabulate(rows, names, floatfmt=".3f"), *skipped])
 
 
 def main() -> int:
@@ -310,7 +295,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--checkpoint", help="stage I model folder to take peaked posteriors from; needs --shards")
     parser.add_argument("--shards", help="packed folder for --checkpoint")
-    parser.add_argument("--json", default="benchmarks/linear_ctc.json", help="where the report goes, its table beside it (.txt)")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/linear_ctc.json"),
+                        help="where the report goes, its table beside it (.txt)")
     options = parser.parse_args()
     if bool(options.checkpoint) != bool(options.shards):
         sys.exit("--checkpoint and --shards go together: a stage I model folder and a packed folder to run it on")
@@ -319,8 +305,7 @@ def main() -> int:
     report = run(device, dtypes, options.full, options.repeats, not options.no_memory, options.checkpoint, options.shards)
     told = table(report)
     print(told)
-    Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
-    Path(options.json).with_suffix(".txt").write_text(told + "\n")
+    keep(options.json, report, told)
     return 0
 
 

@@ -19,19 +19,19 @@ import argparse
 import io
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import tarfile
 import time
-from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
 import soundfile
+
+from benchmarks.machine import keep, machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RATE = 16000
@@ -176,27 +176,6 @@ def measure(way: str, manifest: Path, cuts: Path, out: Path, workers: int) -> fl
     return time.perf_counter() - started
 
 
-def machine() -> dict:
-    def of(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    cpu = next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor()
-    )
-    packages = ("soundfile", "lhotse", "webdataset", "torch", "torchaudio", "numpy")
-    return {
-        "commit": commit,
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{p: of(p) for p in packages},
-    }
-
-
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--way"]:
@@ -210,11 +189,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--repeat", type=int, default=3, help="runs of each way, taken in turn; the median counts")
     parser.add_argument("--folder", type=Path, default=ROOT / ".cache" / "benchmark-pack", help="for clips and output (large)")
-    parser.add_argument("--json", type=Path, help="where to write the numbers")
+    parser.add_argument("--json", type=Path, help="where to write the numbers, the table beside them (.txt)")
     options = parser.parse_args(argv)
     manifest, cuts, hours = prepare(options.folder.absolute(), options.manifest, options.hours)
+    facts = machine()
     ways = ["codec bound", "this project", "lhotse", "webdataset", "pool", "copy", "tar"]
-    if machine()["lhotse"] is None:
+    if facts["versions"]["lhotse"] is None:
         print("lhotse is not installed (pip install -r requirements-bench.txt): left out")
         ways.remove("lhotse")
     seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -224,24 +204,25 @@ def main(argv: list[str] | None = None) -> int:
     shutil.rmtree(options.folder / "out", ignore_errors=True)
     median = {way: statistics.median(values) for way, values in seconds.items()}
     kind = "real speech" if options.manifest else "made-up sound"
-    print(f"{hours:.2f} h of {kind}, {options.workers} workers, median of {options.repeat}\n")
-    print(f"{'way':<14}{'seconds':>9}{'audio-hours/h':>16}{'of this project':>17}")
+    lines = [f"{hours:.2f} h of {kind}, {options.workers} workers, median of {options.repeat}", "",
+             f"{'way':<14}{'seconds':>9}{'audio-hours/h':>16}{'of this project':>17}"]
     for way in ways:
         ours = median["copy" if way in ("copy", "tar") else "this project"]
-        print(f"{way:<14}{median[way]:>9.2f}{hours * 3600 / median[way]:>16.0f}{ours / median[way]:>17.2f}")
+        lines.append(f"{way:<14}{median[way]:>9.2f}{hours * 3600 / median[way]:>16.0f}{ours / median[way]:>17.2f}")
     marks = {
         "flac / codec bound": (median["codec bound"] / median["this project"], 0.9),
         "copy / tar": (median["tar"] / median["copy"], 0.7),
     }
     if "lhotse" in median:
         marks["flac / lhotse"] = (median["lhotse"] / median["this project"], 1.5)
-    print()
+    lines.append("")
     for name, (value, mark) in marks.items():
-        print(f"{name:<20}{value:>6.2f}   mark {mark}   {'reached' if value >= mark else 'missed'}")
+        lines.append(f"{name:<20}{value:>6.2f}   mark {mark}   {'reached' if value >= mark else 'missed'}")
+    print("\n".join(lines))
     if options.json:
-        told = {"hours": hours, "corpus": kind, "workers": options.workers, "seconds": seconds, "machine": machine()}
+        told = {"machine": facts, "hours": hours, "corpus": kind, "workers": options.workers, "seconds": seconds}
         told["marks"] = {name: {"value": round(value, 3), "mark": mark} for name, (value, mark) in marks.items()}
-        options.json.write_text(json.dumps(told, indent=1) + "\n")
+        keep(options.json, told, "\n".join(lines))
     return 0
 
 

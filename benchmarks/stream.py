@@ -30,7 +30,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.pack import machine, measure, prepare
+from benchmarks.machine import keep, machine
+from benchmarks.pack import measure, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 8  # clips a batch of the ways that count clips
@@ -283,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--utterances", type=int, default=10_000_000, help="of the large plan; 0: leave it out")
     parser.add_argument("--folder", type=Path, default=ROOT / ".cache" / "benchmark-stream", help="for clips and shards (large)")
     parser.add_argument("--llm", default=".cache/quickstart/models/smollm2-135m", help="folder with the tokenizer (make fetch)")
-    parser.add_argument("--json", type=Path, help="where to write the numbers")
+    parser.add_argument("--json", type=Path, help="where to write the numbers, the table beside them (.txt)")
     options = parser.parse_args(argv)
     facts = machine()
     ways = [way for way in WAYS if way not in ("lhotse", "datasets") or _installed(way)]
@@ -295,11 +296,12 @@ def main(argv: list[str] | None = None) -> int:
             runs[way].append(child("--way", way, folder, options.workers, options.llm))
     best = {way: min(found, key=lambda r: r["cpu"] / r["audio_seconds"]) for way, found in runs.items()}
     ours = best["this project"]
-    print(f"{ours['audio_seconds'] / 3600:.2f} h, {ours['clips']} clips, {options.workers} workers, best of {options.repeat}; "
-          f"{facts['cpu']}\n")
-    print(f"{'way':20}{'clips/s':>9}{'audio s/s':>11}{'audio s/core s':>16}{'padding':>9}")
+    hours = ours["audio_seconds"] / 3600
+    lines = [f"{hours:.2f} h, {ours['clips']} clips, {options.workers} workers, best of {options.repeat}", ""]
+    say = lines.append
+    say(f"{'way':20}{'clips/s':>9}{'audio s/s':>11}{'audio s/core s':>16}{'padding':>9}")
     for way, found in best.items():
-        print(f"{way:20}{found['clips'] / found['wall']:9.1f}{found['audio_seconds'] / found['wall']:11.0f}"
+        say(f"{way:20}{found['clips'] / found['wall']:9.1f}{found['audio_seconds'] / found['wall']:11.0f}"
               f"{found['audio_seconds'] / found['cpu']:16.0f}{found['padding']:9.1%}")
     per_core = {way: found["audio_seconds"] / found["cpu"] for way, found in best.items()}
     ratio = per_core["this project"] / max(value for way, value in per_core.items() if way != "this project")
@@ -308,23 +310,24 @@ def main(argv: list[str] | None = None) -> int:
     if options.utterances:
         large = large_index(folder / f"large-{options.utterances}", options.utterances)
         child("--plan", large, 0)  # the index into the page cache
-        print(f"\nplan of {options.utterances:,} utterances\n{'step':>9}{'open s':>9}{'batch s':>9}{'next s':>9}{'CPU s':>9}"
+        say(f"\nplan of {options.utterances:,} utterances\n{'step':>9}{'open s':>9}{'batch s':>9}{'next s':>9}{'CPU s':>9}"
               f"{'peak MB':>9}")
         for step in (0, 1, 1000, 100_000):
             plans[step] = found = child("--plan", large, step)
-            print(f"{step:9,}{found['open']:9.2f}{found['batch']:9.3f}{found['next']:9.3f}{found['cpu']:9.2f}"
+            say(f"{step:9,}{found['open']:9.2f}{found['batch']:9.3f}{found['next']:9.3f}{found['cpu']:9.2f}"
                   f"{found['peak_mb']:9.0f}")
         worst = max(found["total"] for found in plans.values())
         peak = max(found["peak_mb"] for found in plans.values()) / 1024
         marks |= {"plan, seconds": {"value": plans[0]["total"], "mark": 20.0, "reached": plans[0]["total"] <= 20},
                   "plan, GB": {"value": peak, "mark": 1.0, "reached": peak <= 1},
                   "resume, seconds": {"value": worst, "mark": 2.0, "reached": worst <= 2}}
-    print()
+    say("")
     for name, mark in marks.items():
-        print(f"{name:26}{mark['value']:8.2f}   mark {mark['mark']:g}   {'reached' if mark['reached'] else 'missed'}")
+        say(f"{name:26}{mark['value']:8.2f}   mark {mark['mark']:g}   {'reached' if mark['reached'] else 'missed'}")
+    print("\n".join(lines))
     if options.json:
-        options.json.write_text(json.dumps({"machine": facts, "workers": options.workers, "hours": options.hours, "runs": runs,
-                                            "plans": plans, "marks": marks}, indent=1) + "\n")
+        keep(options.json, {"machine": facts, "workers": options.workers, "hours": options.hours, "runs": runs, "plans": plans,
+                            "marks": marks}, "\n".join(lines))
     return 0
 
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import statistics
 import sys
 import tempfile
@@ -40,7 +39,7 @@ from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.pack import machine
+from benchmarks.machine import keep, machine
 from data_tools.shards import ShardIndex, ShardWriter, write_index
 from model import folder as model_folder
 from model.batch import Batch
@@ -390,7 +389,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=5, help="measured steps of ours")
     parser.add_argument("--plain-steps", type=int, default=2, help="measured steps of the plain way")
     parser.add_argument("--joined", type=int, default=100, help="LibriSpeech-like utterances to make")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="where to write the numbers, the table beside them (.txt)")
     options = parser.parse_intermixed_args(argv)
     try:
         still = ["optim.lr_adapters=0", "optim.lr_ctc_head=0", "optim.lr_lora=0"]
@@ -407,17 +406,19 @@ def main(argv: list[str] | None = None) -> int:
     recipe.data.train = [Corpus(shards=folder, tasks=["asr"]) for folder in folders]
     fill_environment()
     ranks = connect()
-    report = {**machine(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-              "threads": torch.get_num_threads(), "options": {k: str(v) for k, v in vars(options).items()}, "results": {}}
+    report = {"machine": machine("cuda" if torch.cuda.is_available() else "cpu"), "results": {},
+              "options": {name: str(value) for name, value in vars(options).items()}}
+    told = []
     with tempfile.TemporaryDirectory() as scratch:
         made = joined(folders, Path(scratch) / "joined", options.joined)
         long = replace(recipe.data, train=[Corpus(shards=str(made))], max_seconds=35.0)
         for name, data in (("clips as they are", recipe.data), ("LibriSpeech-like", long)):
             result = compare(replace(recipe, data=data), ranks, options.clips, options.steps, options.plain_steps)
             report["results"][name] = result
-            print(tell(name, result), flush=True)
+            told.append(tell(name, result))
+            print(told[-1], flush=True)
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        keep(options.json, report, "\n".join(told))
     disconnect()
     return 0
 

@@ -126,10 +126,11 @@ class Plan:
         model = ["--untrained", stage.recipe]  # as the stage begins: what earlier stages have learnt, the rest fresh
         if when == "after":
             model = ["--model", str(Path(recipe.output) / recipe.stage / "model")]
+        asked = {name: value for name, value in OmegaConf.to_container(wanted).items() if name != "minutes"}
         title = f"{stage.title}: score {when} training ({', '.join(wanted.shards)}; {wanted.limit} utterances each)"
         return Step(f"score-{out.name}", title, wanted.minutes, [*launcher, *options, *model],
-                    lambda: [OmegaConf.to_container(wanted), [self.fingerprint(name) for name in wanted.shards],
-                             dict(self.trained), asdict(recipe.model), recipe.seed],
+                    lambda: [asked, [self.fingerprint(name) for name in wanted.shards], dict(self.trained), asdict(recipe.model),
+                             recipe.seed],
                     out, set_aside=out, processes=self.ranks)
 
     def picture(self) -> Step:

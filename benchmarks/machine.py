@@ -1,0 +1,50 @@
+"""What every report says of where it was made."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "soundfile", "lhotse", "datasets")
+
+
+def cpu_name() -> str:
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine(device: str = "cpu") -> dict:
+    """Commit (with -dirty where files were changed), processor, threads, load before the run, versions."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return {"commit": commit.stdout.strip(), "cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(), "load_before": os.getloadavg()[0],
+            "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None, "python": platform.python_version(),
+            "versions": found}
+
+
+def line(facts: dict) -> str:
+    where = facts["gpu"] or f"{facts['cpu']}, {facts['cores']} cores, {facts['capability']}, {facts['threads']} threads"
+    return (f"{where}; load before {facts['load_before']:.1f}; torch {facts['versions']['torch']}, Python {facts['python']}; "
+            f"commit {facts['commit']}")
+
+
+def keep(path: Path, report: dict, table: str) -> None:
+    """The report as JSON, and its table beside it (.txt) under the machine's line."""
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.with_suffix(".txt").write_text(f"{line(report['machine'])}\n\n{table.strip()}\n")
