@@ -9,8 +9,6 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "soundfile", "lhotse", "datasets")
 
@@ -25,6 +23,8 @@ def cpu_name() -> str:
 
 def machine(device: str = "cpu") -> dict:
     """Commit (with -dirty where files were changed), processor, threads, load before the run, versions."""
+    import torch  # not above: benchmarks/pack.py times processes, imports included, that need no torch
+
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
     found = {}
     for package in PACKAGES:
