@@ -35,7 +35,7 @@ SAMPLE_DTYPE = np.dtype(
         ("lang", "<u2"),  # ... langs ("" where unknown)
         ("codec", "<u2"),  # ... codecs ("" for text only)
         ("id_hash", "<u8"),  # blake2b-64 of corpus/id
-        ("audio_hash", "<u8"),  # blake2b-64 of the audio member's bytes; 0: text only
+        ("audio_hash", "<u8"),  # the first 64 bits of the sha256 of the audio member's bytes; 0: text only
     ]
 )
 INDEX_NAME, TABLE_NAME = "index.json", "samples.npy"
@@ -60,7 +60,8 @@ def id_hash(corpus: str, sample_id: str) -> int:
 
 def audio_hash(audio: bytes | None) -> int:
     """64 bits that stand for one compressed clip: equal clips of several samples share what is computed from them."""
-    return int.from_bytes(hashlib.blake2b(audio, digest_size=8).digest(), "little") if audio else 0
+    # sha256, for which processors have instructions: twice as fast as blake2b where they do
+    return int.from_bytes(hashlib.sha256(audio).digest()[:8], "little") if audio else 0
 
 
 # A ustar header but for name, size and checksum: regular file, mode 0644, no owner, time 0, so that equal content is equal
