@@ -15,6 +15,8 @@ def waves(data, tokenizer, model_config, world_size, start, steps):
     for rank in range(world_size):
         for step in Stream(data, "alignment", tokenizer, model_config, rank, world_size, start, steps):
             for batch in step.micro_batches:
+                if batch.audio_is_dummy:  # a step of fewer utterances than ranks
+                    continue
                 for name, wave, length in zip(batch.ids, batch.waveforms, batch.audio_lengths, strict=True):
                     found[step.step, name] = wave[:length]
     return found

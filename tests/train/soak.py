@@ -32,8 +32,7 @@ from tests.train.ranks import Running, Server
 from tests.train.tiny import STAGES, workspace
 
 WAYS = ("kill_one", "in_save", "term", "disk_full", "kill_all", "usr1")
-STEPS = 60
-OPTIONS = [f"optim.steps={STEPS}", "checkpoint.every_steps=5", "data.valid=[]", "log.tensorboard=false"]
+OPTIONS = ["checkpoint.every_steps=5", "data.valid=[]", "log.tensorboard=false"]
 
 
 class SoakError(AssertionError):
@@ -78,15 +77,15 @@ def wait_until(met, run: Running, limit: float = 300.0) -> bool:
             return False
         if time.monotonic() > deadline:
             raise SoakError(f"nothing happened for {limit:.0f} s:\n{run.text()[-4000:]}")
-        time.sleep(0.002)
+        time.sleep(0.005)
     return True
 
 
-def disturb(way: str, run: Running, folder: Path, disk: SmallDisk, dice: random.Random) -> bool:
+def disturb(way: str, run: Running, folder: Path, disk: SmallDisk, dice: random.Random, steps: int) -> bool:
     """One kill; returns whether it met a running stage."""
     begin, checkpoints = steps_written(folder), folder / "checkpoints"
     # A resumed run first cuts the lines behind its checkpoint off, so a smaller number than now is reached soon.
-    wanted = dice.randint(1, STEPS // 4)
+    wanted = dice.randint(1, steps // 4)
     progressed = {"lines": begin, "new": 0}
 
     def enough() -> bool:
@@ -138,7 +137,7 @@ def losses(output: Path) -> dict[str, dict[int, float]]:
     return found
 
 
-def soak(kills: int, minutes: float, seed: int, folder: Path) -> dict:
+def soak(kills: int, minutes: float, seed: int, folder: Path, steps: int = 60) -> dict:
     """Returns the result; raises SoakError where a run failed or its end differs from the undisturbed one."""
     dice, begun = random.Random(seed), time.monotonic()
     workspace(folder)
@@ -149,7 +148,7 @@ def soak(kills: int, minutes: float, seed: int, folder: Path) -> dict:
     try:
         with Server() as server:
             def start(stage: int, output: Path) -> Running:
-                return server.start([folder / f"stage{stage}.yaml", f"output={output}", *OPTIONS])
+                return server.start([folder / f"stage{stage}.yaml", f"output={output}", f"optim.steps={steps}", *OPTIONS])
 
             for number in STAGES:
                 run = start(number, folder / "still")
@@ -165,7 +164,7 @@ def soak(kills: int, minutes: float, seed: int, folder: Path) -> dict:
                     late = time.monotonic() - begun > 60 * minutes
                     if len(done) < share and not late:
                         way = ways[len(done) % len(ways)]
-                        counts = disturb(way, run, folder / "killed" / stage, disk, dice)
+                        counts = disturb(way, run, folder / "killed" / stage, disk, dice, steps)
                         if counts:
                             done.append({"stage": stage, "way": way})
                             print(f"{len(done)}/{kills} {stage} {way}", file=sys.stderr, flush=True)

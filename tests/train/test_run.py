@@ -82,6 +82,7 @@ def test_three_stages_on_two_ranks_under_zero3(tiny):
     assert all(torch.equal(two[name], three[name]) for name in two), "stage III trains LoRA alone"
 
 
+@pytest.mark.slow  # several starts of real ranks
 def test_killed_and_started_again_equals_undisturbed(tiny):
     """kill -9 of all ranks behind a checkpoint; the same command goes on, bit for bit."""
     options = ["optim.steps=24", "checkpoint.every_steps=4", "data.valid=[]"]

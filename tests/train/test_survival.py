@@ -78,6 +78,7 @@ def assert_same_end(one: Path, two: Path, stage: str = "alignment") -> None:
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
+@pytest.mark.slow  # several starts of real ranks
 def test_damaged_checkpoint_is_passed_over_with_a_line(server, tiny, whole, tmp_path):
     stop_after(server, tiny, tmp_path, 4)
     newest = tmp_path / "alignment" / "checkpoints" / "step-000005"
@@ -206,6 +207,7 @@ def elastic(server, tiny, tmp_path, road: list[tuple[int, int | None]], *options
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=5e-5)
 
 
+@pytest.mark.slow  # several starts of real ranks
 def test_two_ranks_then_one(server, tiny, tmp_path):
     elastic(server, tiny, tmp_path, [(2, 3), (1, None)])
 
@@ -308,6 +310,7 @@ def test_a_stretch_that_does_not_end_stops_with_a_report(server, tiny, tmp_path)
     assert json.loads((tmp_path / "alignment" / "run.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.slow  # several starts of real ranks
 @pytest.mark.parametrize("zero", [1, 3])
 def test_ranks_that_come_apart_are_told(server, tiny, whole, tmp_path, zero):
     name = next(iter(sorted(load_file(whole / "alignment" / "model" / "adapters.safetensors"))))
@@ -319,8 +322,7 @@ def test_ranks_that_come_apart_are_told(server, tiny, whole, tmp_path, zero):
     assert "they were equal at step 2" in text
 
 
-# The whole of stages I to III twice, and eight starts: 40 s on two cores. `make soak` kills 30 times.
-@pytest.mark.slow
+@pytest.mark.slow  # stages I to III twice, nine starts of real ranks; `make soak` kills 30 times
 def test_three_kills_over_three_stages_change_nothing(tmp_path):
-    result = soak(kills=3, minutes=30, seed=1, folder=tmp_path)
+    result = soak(kills=3, minutes=30, seed=1, folder=tmp_path, steps=16)
     assert result["kills"] == 3 and result["tensors_equal"] > 30
