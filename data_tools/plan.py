@@ -237,7 +237,8 @@ def plan_once(folder: Path, make: Callable[[Path], dict], patience_seconds: floa
     The lock only saves work: plans are equal, and the rename of a finished one into place is what counts. A planner that
     died (its process is gone, or its lock has not moved for `patience_seconds`) is replaced by who waits.
     """
-    lock, own = folder.with_name("plan.lock"), folder.with_name(f"plan.{os.uname().nodename}.{os.getpid()}")
+    lock = folder.with_name("plan.lock")
+    own = folder.with_name(f"plan.{os.uname().nodename}.{os.getpid()}.{threading.get_ident()}")
     me = f"{os.uname().nodename} {os.getpid()}"
     seen, since = None, time.monotonic()
     while not (folder / "plan.json").exists():
@@ -249,7 +250,7 @@ def plan_once(folder: Path, make: Callable[[Path], dict], patience_seconds: floa
             if state != seen:
                 seen, since = state, time.monotonic()
             if state is not None and (time.monotonic() - since > patience_seconds or _is_dead(state[0])):
-                lock.unlink(missing_ok=True)
+                _take_away(lock, state, own.with_name(own.name + ".lock"))
             else:
                 time.sleep(0.2)
             continue
@@ -259,6 +260,8 @@ def plan_once(folder: Path, make: Callable[[Path], dict], patience_seconds: floa
         beat = threading.Thread(target=_beat, args=(lock, stop, patience_seconds / 6), daemon=True)
         beat.start()
         try:
+            if (folder / "plan.json").exists():  # finished between the look for it and the lock
+                continue
             make(own)
             shutil.rmtree(folder, ignore_errors=True) if not (folder / "plan.json").exists() else None
             try:
@@ -279,6 +282,17 @@ def _lock_state(lock: Path) -> tuple[str, int] | None:
         return lock.read_text(), lock.stat().st_mtime_ns
     except OSError:
         return None
+
+
+def _take_away(lock: Path, state: tuple[str, int], aside: Path) -> None:
+    """Remove the lock that was seen in this state, and no other: who waited too may have replaced it in the meantime."""
+    try:
+        os.rename(lock, aside)
+        if _lock_state(aside) != state:
+            os.link(aside, lock)  # a living planner's: back to its place, unless there is another one by now
+    except OSError:
+        pass
+    aside.unlink(missing_ok=True)
 
 
 def _is_dead(owner: str) -> bool:
