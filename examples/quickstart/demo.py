@@ -114,7 +114,10 @@ class Plan:
         return [self.score(stage, recipe, "before"), train, self.score(stage, recipe, "after")]
 
     def scores(self, recipe: Recipe, when: str) -> Path:
-        """Where the predictions on each folder go, the scores beside them as .scores.json."""
+        """Where the predictions on each folder go, the scores beside them as .scores.json: of a trained model where
+        evaluation.run puts them without being told, so that an exported model's card shows them."""
+        if when == "after":
+            return Path(recipe.output) / recipe.stage / "model" / "evaluation"
         return self.output / "evaluation" / f"{recipe.stage}-{when}"
 
     def score(self, stage: object, recipe: Recipe, when: str) -> Step:
@@ -128,7 +131,7 @@ class Plan:
             model = ["--model", str(Path(recipe.output) / recipe.stage / "model")]
         asked = {name: value for name, value in OmegaConf.to_container(wanted).items() if name != "minutes"}
         title = f"{stage.title}: score {when} training ({', '.join(wanted.shards)}; {wanted.limit} utterances each)"
-        return Step(f"score-{out.name}", title, wanted.minutes, [*launcher, *options, *model],
+        return Step(f"score-{recipe.stage}-{when}", title, wanted.minutes, [*launcher, *options, *model],
                     lambda: [asked, [self.fingerprint(name) for name in wanted.shards], dict(self.trained), asdict(recipe.model),
                              recipe.seed],
                     out, set_aside=out, processes=self.ranks)
@@ -242,7 +245,7 @@ def finish(plan: Plan) -> None:
     print("\n" + results.table(summary) + "\n")
     print(f"machine      {results.machine_line(summary)}")
     print(f"results      {path}")
-    print(f"predictions  {plan.output / 'evaluation'}/*/*.jsonl")
+    print(f"predictions  {plan.output}/*/model/evaluation/*.jsonl; before training: {plan.output / 'evaluation'}/*/*.jsonl")
     print(f"picture      {plan.output / 'picture.png'}")
     print(f"TensorBoard  {BIN / 'tensorboard'} --logdir {plan.output}")
 
