@@ -69,7 +69,7 @@ def steps_written(folder: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def wait_until(met, run: Running, limit: float = 300.0) -> bool:
+def wait_until(met, run: Running, limit: float = 300.0, every: float = 0.01) -> bool:
     """False where the run ended first."""
     deadline = time.monotonic() + limit
     while not met():
@@ -77,7 +77,7 @@ def wait_until(met, run: Running, limit: float = 300.0) -> bool:
             return False
         if time.monotonic() > deadline:
             raise SoakError(f"nothing happened for {limit:.0f} s:\n{run.text()[-4000:]}")
-        time.sleep(0.005)
+        time.sleep(every)
     return True
 
 
@@ -96,7 +96,7 @@ def disturb(way: str, run: Running, folder: Path, disk: SmallDisk, dice: random.
 
     if not wait_until(enough, run):
         return False
-    if way == "in_save" and not wait_until(lambda: any(checkpoints.glob("step-*.partial")), run):
+    if way == "in_save" and not wait_until(lambda: any(checkpoints.glob("step-*.partial")), run, every=0.002):
         return False
     time.sleep(dice.random() * (0.02 if way == "in_save" else 0.2))
     if None not in run.codes():

@@ -325,5 +325,5 @@ def test_ranks_that_come_apart_are_told(server, tiny, whole, tmp_path, zero):
 
 @pytest.mark.slow  # stages I to III twice, nine starts of real ranks; `make soak` kills 30 times
 def test_three_kills_over_three_stages_change_nothing(tmp_path):
-    result = soak(kills=3, minutes=30, seed=1, folder=tmp_path, steps=12)
+    result = soak(kills=3, minutes=30, seed=1, folder=tmp_path, steps=16)
     assert result["kills"] == 3 and result["tensors_equal"] > 30
