@@ -85,7 +85,7 @@ def disturb(way: str, run: Running, folder: Path, disk: SmallDisk, dice: random.
     """One kill; returns whether it met a running stage."""
     begin, checkpoints = steps_written(folder), folder / "checkpoints"
     # A resumed run first cuts the lines behind its checkpoint off, so a smaller number than now is reached soon.
-    wanted = dice.randint(1, steps // 4)
+    wanted = dice.randint(1, steps // 8)
     progressed = {"lines": begin, "new": 0}
 
     def enough() -> bool:
