@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
+from benchmarks.machine import keep, machine
+
 ROOT = Path(__file__).resolve().parent.parent
 TEST_SECONDS = 420
 WANTED = ("triton", "transformers", "peft", "deepspeed", "flash_attn", "hypothesis", "pytest")
@@ -95,8 +97,6 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("gpu-check needs a CUDA GPU and a CUDA build of torch; this machine's torch sees none", file=sys.stderr)
         return 2
-    from benchmarks.machine import keep, machine
-
     told = machine("cuda") | {name: importlib.util.find_spec(name) is not None for name in WANTED}
     rows, details = run_tests(), None
     if not options.tests_only:

@@ -38,7 +38,6 @@ from model.ops import linear_argmax, linear_ctc
 from model.ops.linear_ctc import default_skip_below
 from model.ops.operator import forward as op_forward
 
-ROOT = Path(__file__).resolve().parent.parent
 FRAMES_A_SECOND = 25
 LABELS_A_SECOND = 2.7
 # (utterances, seconds, D, |V|); the first is always run.

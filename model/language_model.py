@@ -124,15 +124,13 @@ def target_loss(llm: nn.Module, embeddings: torch.Tensor, mask: torch.Tensor, la
     more there than multiply (a bias, LoRA, Gemma 2's cap on its logits) is known by its result for that position; it gets all
     logits at target positions. Without any target one position is run and counts nothing.
     """
-    arguments = {"inputs_embeds": embeddings, "attention_mask": mask}
+    arguments, wanted = {"inputs_embeds": embeddings, "attention_mask": mask}, labels
     if one_row_is_cheaper(llm, mask, embeddings.shape[-1]):
         there = mask.bool()
         arguments = {"inputs_embeds": embeddings[there][None], "position_ids": (mask.long().cumsum(1) - 1)[there][None]}
-        heard = labels.masked_fill(mask.cumsum(1) == 1, -100)[there][None]  # the row before does not predict a row's first token
-    else:
-        heard = labels
-    rows, columns = torch.nonzero(heard[:, 1:] != -100, as_tuple=True)  # position i predicts label i + 1
-    targets, counts = heard[rows, columns + 1], 1.0
+        wanted = labels.masked_fill(mask.cumsum(1) == 1, -100)[there][None]  # the row before does not predict a row's first token
+    rows, columns = torch.nonzero(wanted[:, 1:] != -100, as_tuple=True)  # position i predicts label i + 1
+    targets, counts = wanted[rows, columns + 1], 1.0
     if not len(rows):
         rows, columns, targets, counts = rows.new_zeros(1), columns.new_zeros(1), targets.new_zeros(1), 0.0
     head = base_of(llm).get_output_embeddings()

@@ -20,7 +20,7 @@ def sync_folder(folder: Path) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + PARTIAL)
-    with open(temporary, "w") as file:
+    with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -90,20 +90,21 @@ class Meter:
     def values(self, result: StepResult, streamed: StreamSums, waited: float, seconds: float) -> dict[str, float]:
         """streamed: over all ranks; waited, seconds: this rank's wait for data and whole step."""
         sums = result.sums
-        audio, padded, samples, audios, rejected, retries = streamed
-        operations = sum(self.flops.step(sums["frames"], audios, sums["llm_tokens"], samples, sums["ce_count"],
-                                         sums["kept"]).values())
+        operations = sum(self.flops.step(sums["frames"], streamed.audios, sums["llm_tokens"], streamed.samples,
+                                         sums["ce_count"], sums["kept"]).values())
         rate = operations / seconds / self.world_size
         values = {"loss": result.loss, "ce": result.ce, "ctc": result.ctc, "grad_norm": result.grad_norm,
                   **{f"lr_{name}": rate for name, rate in result.lr.items()},
                   "step_seconds": seconds, "data_wait_seconds": waited, "data_wait_share": waited / seconds,
                   "compute_seconds": result.seconds["compute"], "update_seconds": result.seconds["update"],
-                  "audio_seconds": audio, "audio_seconds_per_second": audio / seconds / self.world_size,
-                  "padding_share": 1 - audio / padded if padded else 0.0, "samples": samples,
+                  "audio_seconds": streamed.seconds,
+                  "audio_seconds_per_second": streamed.seconds / seconds / self.world_size,
+                  "padding_share": 1 - streamed.seconds / streamed.padded_seconds if streamed.padded_seconds else 0.0,
+                  "samples": streamed.samples,
                   "shrink_ratio": sums["kept"] / max(sums["frames"], 1.0), "micro_batches": sums["micro_batches"],
                   "llm_tokens": sums["llm_tokens"], "target_tokens": sums["ce_count"],
                   "flops_per_second": rate, "utilisation": rate / self.peak if self.peak else None,
-                  "peak_memory_gib": peak_memory(), "rejected": rejected, "retries": retries}
+                  "peak_memory_gib": peak_memory(), "rejected": streamed.rejected, "retries": streamed.retries}
         return {name: value for name, value in values.items() if value is not None}
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 MAX_SECONDS = 30.0  # the longest clip a Whisper encoder takes
 HELD_OUT_DIALOGUES = 8  # for valid, and as many for test
-PROMPT_SHARES = {"valid": 0.15, "test": 0.30, "train": 0.18}  # the rest is left out: the demo's few steps would not get to it
+PROMPT_SHARES = {"test": 0.30, "valid": 0.15, "train": 0.18}  # the rest is left out: the demo's few steps would not get to it
 LANGUAGES = {"en": "English", "es": "Spanish", "fr": "French", "it": "Italian", "ru": "Russian"}
 CHAIN = "Please transcribe the following audio and then answer based on the audio's transcription. "
 
@@ -78,8 +78,8 @@ def split_prompts(rows: list[dict]) -> dict[str, list[dict]]:
 
     def split_of(key: str) -> str | None:
         x = draw("prompt", groups[key])
-        bounds = accumulate(PROMPT_SHARES[split] for split in ("test", "valid", "train"))
-        return next((split for split, bound in zip(("test", "valid", "train"), bounds, strict=True) if x < bound), None)
+        bounds = accumulate(PROMPT_SHARES.values())
+        return next((split for split, bound in zip(PROMPT_SHARES, bounds, strict=True) if x < bound), None)
 
     by_key: dict[str, dict[str, dict]] = defaultdict(dict)
     for row in rows:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from examples import steps
 from examples.quickstart import demo, results
 from train.config import load_recipe
 
@@ -15,20 +16,21 @@ ROOT = Path(__file__).resolve().parents[2]
 class FewSteps:
     """A plan of ordinary commands that leave a trace of each run."""
 
-    ranks = 1
-
     def __init__(self, folder: Path) -> None:
         self.output, self.keys, self.fail = folder, {"a": 1, "b": 1}, set()
 
-    def steps(self) -> list[demo.Step]:
-        steps = []
+    def run(self) -> None:
+        steps.run(self.output / "record.json", self.steps())
+
+    def steps(self) -> list[steps.Step]:
+        planned = []
         for name in ("a", "b"):
             made = self.output / name / "made"
             code = (f"import pathlib, sys; made = pathlib.Path({str(made)!r}); made.parent.mkdir(exist_ok=True); "
                     f"made.write_text((made.read_text() if made.exists() else '') + 'x'); sys.exit({int(name in self.fail)})")
-            steps.append(demo.Step(name, f"step {name}", 0.01, [sys.executable, "-c", code], lambda name=name: self.keys[name],
-                                   made, set_aside=made.parent))
-        return steps
+            planned.append(steps.Step(name, f"step {name}", 0.01, [sys.executable, "-c", code],
+                                      lambda name=name: self.keys[name], made, set_aside=made.parent))
+        return planned
 
     def runs(self, name: str) -> int:
         return len((self.output / name / "made").read_text())
@@ -36,16 +38,16 @@ class FewSteps:
 
 def test_a_step_that_is_done_is_not_done_again(tmp_path):
     plan = FewSteps(tmp_path)
-    demo.run(plan)
-    demo.run(plan)
+    plan.run()
+    plan.run()
     assert (plan.runs("a"), plan.runs("b")) == (1, 1)
 
 
 def test_a_changed_step_begins_afresh_and_the_former_result_is_kept(tmp_path):
     plan = FewSteps(tmp_path)
-    demo.run(plan)
+    plan.run()
     plan.keys["b"] = 2
-    demo.run(plan)
+    plan.run()
     assert (plan.runs("a"), plan.runs("b")) == (1, 1)
     assert (tmp_path / "former-1/b/made").read_text() == "x"
 
@@ -53,11 +55,11 @@ def test_a_changed_step_begins_afresh_and_the_former_result_is_kept(tmp_path):
 def test_a_failed_step_stops_and_goes_on_in_the_same_folder(tmp_path):
     plan = FewSteps(tmp_path)
     plan.fail = {"a"}
-    with pytest.raises(demo.DemoError, match="step a, failed .exit 1.*same command goes on"):
-        demo.run(plan)
+    with pytest.raises(steps.StepError, match="step a, failed .exit 1.*same command goes on"):
+        plan.run()
     assert not (tmp_path / "b").exists()
     plan.fail = set()
-    demo.run(plan)
+    plan.run()
     assert (plan.runs("a"), plan.runs("b")) == (2, 1)  # not set aside: it is the same run
     assert not list(tmp_path.glob("former-*"))
 
@@ -66,8 +68,8 @@ def test_the_recipes_and_the_plan_fit_together():
     plan = demo.Plan(ROOT / "examples/quickstart/demo.yaml", ranks=2)
     assert [recipe.stage for _, recipe in plan.recipes] == ["alignment", "shrinking", "sft"]
     assert len({recipe.output for _, recipe in plan.recipes}) == 1
-    steps = plan.steps()
-    assert len({step.name for step in steps}) == len(steps)
+    planned = plan.steps()
+    assert len({step.name for step in planned}) == len(planned)
     packed = {name for name in demo.MANIFESTS}
     for stage, recipe in plan.recipes:
         corpora = [*recipe.data.train, *recipe.data.valid]
@@ -75,7 +77,7 @@ def test_the_recipes_and_the_plan_fit_together():
         assert not any("test" in corpus.shards for corpus in corpora), "tuning and training never see a test split"
         assert not any("valid" in corpus.shards for corpus in recipe.data.train)
         assert recipe.deepspeed == "ds_configs/zero3.json"
-    trained = [step for step in steps if step.name.startswith("train-")]
+    trained = [step for step in planned if step.name.startswith("train-")]
     assert all("--num_gpus 2" in " ".join(step.command) and "deepspeed" in step.command[0] for step in trained)
 
 
@@ -84,7 +86,7 @@ def test_a_recipe_that_changes_what_is_learnt_changes_what_follows(monkeypatch):
 
     def keys() -> dict[str, str]:
         plan.trained.clear()
-        return {step.name: demo.digest(step.key()) for step in plan.steps()}
+        return {step.name: steps.digest(step.key()) for step in plan.steps()}
 
     before = keys()
     plan.recipes[1][1].optim.steps += 1

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.conftest import Assets, Project
+from tests.train.tiny import losses, weights
 
 ONE_RANK_A_NODE = {"ntasks-per-node": 1, "gpus-per-node": 1, "cpus-per-task": 1}
 
@@ -23,31 +22,18 @@ def real_project(folder: Path, cluster: Cluster, assets: Assets) -> Project:
     return project
 
 
-def losses(output: Path, stage: str) -> dict[int, float]:
-    """Step -> loss of all ranks."""
-    path = output / stage / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
-
-
-def weights(folder: Path) -> dict:
-    """Every trained tensor of a model folder, by file and name."""
-    return {f"{path.relative_to(folder)}:{name}": tensor for path in sorted(folder.rglob("*.safetensors"))
-            for name, tensor in load_file(path).items()}
-
-
 def assert_no_trace(output: Path, undisturbed: Path, *stages: str) -> None:
     """Bit for bit the losses and weights of a run that nothing disturbed."""
     for stage in stages:
-        assert losses(output, stage) == losses(undisturbed, stage) and len(losses(output, stage)) == Assets.STEPS[stage]
-        ours, theirs = weights(output / stage / "model"), weights(undisturbed / stage / "model")
+        assert losses(output / stage) == losses(undisturbed / stage) and len(losses(output / stage)) == Assets.STEPS[stage]
+        ours, theirs = weights(output / stage), weights(undisturbed / stage)
         assert ours.keys() == theirs.keys() and len(ours) > 4
         different = [name for name in ours if not ours[name].equal(theirs[name])]
         assert not different, f"{stage}: {len(different)} of {len(ours)} tensors differ: {different[:5]}"
 
 
 def wait_for_steps(project: Project, stage: str, steps: int) -> None:
-    wait_for(lambda: len(losses(project.output, stage)) >= steps, 1800, lambda: f"{steps} steps:\n{project.log()}")
+    wait_for(lambda: len(losses(project.output / stage)) >= steps, 1800, lambda: f"{steps} steps:\n{project.log()}")
 
 
 def preempt(project: Project, stage: str, job: str) -> None:

@@ -26,10 +26,9 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from tests.train.ranks import Running, Server
-from tests.train.tiny import STAGES, workspace
+from tests.train.tiny import STAGES, losses, weights, workspace
 
 WAYS = ("kill_one", "in_save", "term", "disk_full", "kill_all", "usr1")
 OPTIONS = ["checkpoint.every_steps=5", "data.valid=[]", "log.tensorboard=false"]
@@ -83,16 +82,17 @@ def wait_until(met, run: Running, limit: float = 300.0, every: float = 0.01) -> 
 
 def disturb(way: str, run: Running, folder: Path, disk: SmallDisk, dice: random.Random, steps: int) -> bool:
     """One kill; returns whether it met a running stage."""
-    begin, checkpoints = steps_written(folder), folder / "checkpoints"
+    checkpoints = folder / "checkpoints"
     # A resumed run first cuts the lines behind its checkpoint off, so a smaller number than now is reached soon.
     wanted = dice.randint(1, steps // 8)
-    progressed = {"lines": begin, "new": 0}
+    lines, new = steps_written(folder), 0
 
     def enough() -> bool:
+        nonlocal lines, new
         now = steps_written(folder)
-        progressed["new"] += max(0, now - progressed["lines"])
-        progressed["lines"] = now
-        return progressed["new"] >= wanted
+        new += max(0, now - lines)
+        lines = now
+        return new >= wanted
 
     if not wait_until(enough, run):
         return False
@@ -122,19 +122,6 @@ def disturb(way: str, run: Running, folder: Path, disk: SmallDisk, dice: random.
     time.sleep(dice.random())
     run.kill()
     return -signal.SIGKILL in run.wait()
-
-
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    return {f"{path.relative_to(output)}/{name}": tensor for path in sorted(output.glob("*/model/**/*.safetensors"))
-            for name, tensor in load_file(path).items()}
-
-
-def losses(output: Path) -> dict[str, dict[int, float]]:
-    found = {}
-    for stage in STAGES.values():
-        lines = map(json.loads, (output / stage / "metrics.jsonl").read_text().splitlines())
-        found[stage] = {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
-    return found
 
 
 def soak(kills: int, minutes: float, seed: int, folder: Path, steps: int = 60) -> dict:
@@ -175,14 +162,17 @@ def soak(kills: int, minutes: float, seed: int, folder: Path, steps: int = 60) -
                     break
     finally:
         disk.close()
-    ours, theirs = weights(folder / "killed"), weights(folder / "still")
-    different = [name for name in theirs if name not in ours or not torch.equal(ours[name], theirs[name])]
-    if different or ours.keys() != theirs.keys():
-        raise SoakError(f"{len(different)} of {len(theirs)} tensors differ from the undisturbed run, first {different[:3]}")
-    if losses(folder / "killed") != losses(folder / "still"):
-        raise SoakError("the losses differ from the undisturbed run's")
+    equal = 0
+    for stage in STAGES.values():
+        ours, theirs = weights(folder / "killed" / stage), weights(folder / "still" / stage)
+        different = [name for name in theirs if name not in ours or not torch.equal(ours[name], theirs[name])]
+        if different or ours.keys() != theirs.keys():
+            raise SoakError(f"{stage}: {len(different)} of {len(theirs)} tensors differ from the still run's: {different[:3]}")
+        if losses(folder / "killed" / stage) != losses(folder / "still" / stage):
+            raise SoakError(f"{stage}: the losses differ from the undisturbed run's")
+        equal += len(theirs)
     return {"kills": len(done), "ways": dict(Counter(kill["way"] for kill in done)),
-            "stages": dict(Counter(kill["stage"] for kill in done)), "starts": launches, "tensors_equal": len(theirs),
+            "stages": dict(Counter(kill["stage"] for kill in done)), "starts": launches, "tensors_equal": equal,
             "seed": seed, "seconds": round(time.monotonic() - begun, 1)}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.train.tiny import STAGES, workspace
+from tests.train.tiny import STAGES, losses, workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 240  # seconds for any one run: a hang is a failure
@@ -33,12 +32,6 @@ def command(recipe: Path, *overrides: str, ranks: int = 2) -> list[str]:
 
 def run(*args, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(command(*args, **kwargs), cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
-
-
-def losses(stage_folder: Path) -> dict[int, float]:
-    """Loss by step; of a step that was done again, the last one."""
-    lines = map(json.loads, (stage_folder / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
 
 
 def test_misspelt_key_stops_with_the_nearest_right_one(tiny):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tests.model import tiny as tiny_models
 from tests.train.ranks import Server
 from tests.train.soak import soak
-from tests.train.tiny import STAGES, workspace
+from tests.train.tiny import STAGES, losses, weights, workspace
 from train.config import load_recipe
 from train.data import Plan
 from train.preemption import Preemption
@@ -58,21 +58,15 @@ def metrics(output: Path, kind: str = "train", stage: str = "alignment") -> list
     return [line for line in map(json.loads, (output / stage / "metrics.jsonl").read_text().splitlines()) if line["kind"] == kind]
 
 
-def losses(output: Path, stage: str = "alignment") -> torch.Tensor:
-    """By step; of a step that was done again, the last one."""
-    found = {line["step"]: line["loss"] for line in metrics(output, stage=stage)}
+def loss_curve(output: Path, stage: str = "alignment") -> torch.Tensor:
+    found = losses(output / stage)
     return torch.tensor([found[step] for step in sorted(found)], dtype=torch.float64)
 
 
-def weights(output: Path, stage: str = "alignment") -> dict[str, torch.Tensor]:
-    return {f"{path.parent.name}/{name}": tensor for path in sorted((output / stage / "model").rglob("*.safetensors"))
-            for name, tensor in load_file(path).items()}
-
-
 def assert_same_end(one: Path, two: Path, stage: str = "alignment") -> None:
-    ours, theirs = weights(one, stage), weights(two, stage)
+    ours, theirs = weights(one / stage), weights(two / stage)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert torch.equal(losses(one, stage), losses(two, stage))
+    assert losses(one / stage) == losses(two / stage)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -200,8 +194,8 @@ def elastic(server, tiny, tmp_path, road: list[tuple[int, int | None]], *options
             assert codes == [0] * ranks and "for another number of ranks, once" in text, text
     assert not (newest / "universal.partial").exists() and (newest / "universal" / "zero").is_dir()
     # The same sums in another order. Measured: at most 1.1e-7, under every ZeRO stage.
-    torch.testing.assert_close(losses(output, name), losses(tmp_path / "still", name), rtol=1e-6, atol=0)
-    ours, theirs = weights(output, name), weights(tmp_path / "still", name)
+    torch.testing.assert_close(loss_curve(output, name), loss_curve(tmp_path / "still", name), rtol=1e-6, atol=0)
+    ours, theirs = weights(output / name), weights(tmp_path / "still" / name)
     assert ours.keys() == theirs.keys()
     for key in ours:  # a bias of attention keys has no gradient but rounding, which Adam blows up to some 1e-5
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=5e-5)
@@ -228,7 +222,8 @@ def test_activation_checkpointing_gives_the_same_losses(server, tiny, whole, tmp
     for name in ("false", "true"):
         codes, text = train(server, tiny, tmp_path / name, start, f"optim.activation_checkpointing={name}", stage=2, ranks=1)
         assert codes == [0], text
-    torch.testing.assert_close(losses(tmp_path / "true", "shrinking"), losses(tmp_path / "false", "shrinking"), rtol=1e-6, atol=0)
+    with_it, without = (loss_curve(tmp_path / name, "shrinking") for name in ("true", "false"))
+    torch.testing.assert_close(with_it, without, rtol=1e-6, atol=0)
 
 
 @pytest.mark.slow  # several starts of real ranks
@@ -295,8 +290,8 @@ def test_roll_back_goes_on_behind_the_bad_stretch(server, tiny, tmp_path):
     (target / "manifest.json").write_text(json.dumps(manifest))
     codes, text = train(server, tiny, tmp_path / "resumed", *options)
     assert codes == [0, 0], text
-    assert torch.equal(losses(tmp_path / "back")[4:], losses(tmp_path / "resumed"))
-    ours, theirs = weights(tmp_path / "back"), weights(tmp_path / "resumed")
+    assert torch.equal(loss_curve(tmp_path / "back")[4:], loss_curve(tmp_path / "resumed"))
+    ours, theirs = (weights(tmp_path / name / "alignment") for name in ("back", "resumed"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 

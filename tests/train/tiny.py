@@ -11,9 +11,11 @@ from pathlib import Path
 
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from tests.model import tiny
 from tests.stream.conftest import record, sound, write_folder
+from train.files import read_lines
 
 STAGES = {1: "alignment", 2: "shrinking", 3: "sft"}
 
@@ -52,6 +54,18 @@ def workspace(root: Path, **overrides) -> Path:
         }
         (root / f"stage{number}.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     return root
+
+
+def losses(stage_folder: Path) -> dict[int, float]:
+    """Step -> loss over all ranks, of a run that may still go on; of a step that was done again, the last one."""
+    return {line["step"]: line["loss"] for line in read_lines(stage_folder / "metrics.jsonl") if line["kind"] == "train"}
+
+
+def weights(stage_folder: Path) -> dict[str, torch.Tensor]:
+    """Every trained tensor of a stage, by file and name."""
+    folder = stage_folder / "model"
+    return {f"{path.relative_to(folder)}:{name}": tensor for path in sorted(folder.rglob("*.safetensors"))
+            for name, tensor in load_file(path).items()}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,154 @@
+"""A list of commands, each done once: what the examples run on.
+
+A step is an ordinary command of the project, printed before it runs, so that it can be run alone. It is done again only when
+something that it depends on has changed; an interrupted one goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+
+
+class StepError(Exception):
+    """One line: which step stopped, why, what to do."""
+
+
+@dataclass
+class Step:
+    """One command, and what decides whether it has to run."""
+
+    name: str
+    title: str
+    minutes: float  # expected; only feeds the estimate of the time left
+    command: list[str]
+    key: Callable[[], object]  # what the result depends on; read when the step's turn has come
+    output: Path  # is there when the step is done
+    processes: int = 1  # among which the cores are shared
+    set_aside: Path | None = None  # moved out of the way when the key has changed since it was begun
+
+
+def digest(*of: object) -> str:
+    return hashlib.sha256(json.dumps(of, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "missing"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def rank_count(wanted: int) -> int:
+    import torch
+
+    return min(wanted, torch.cuda.device_count()) if torch.cuda.is_available() else wanted
+
+
+def training(ranks: int, recipe: str, *overrides: str) -> list[str]:
+    """The command that trains a recipe on this machine."""
+    launcher = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    return [*launcher, "train/run.py", recipe, *overrides]
+
+
+def scoring(ranks: int, *arguments: str) -> list[str]:
+    """The command that answers and scores on this machine."""
+    return [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(ranks), "-m", "evaluation.run", *arguments]
+
+
+def child_environment(processes: int) -> dict[str, str]:
+    """What every command gets, unless the user has set it."""
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    defaults = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+                "PYTHONWARNINGS": "ignore::FutureWarning", "PYTHONPATH": os.getcwd(), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    if not sys.stderr.isatty():
+        defaults["TQDM_MININTERVAL"] = "15"  # a line now and then where there is no terminal to draw a bar in
+    return {**defaults, **os.environ}
+
+
+class State:
+    """What is done, in one JSON file: step name -> key, status, seconds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.steps: dict[str, dict] = json.loads(path.read_text())["steps"] if path.exists() else {}
+
+    def note(self, name: str, **values: object) -> None:
+        self.steps[name] = {**self.steps.get(name, {}), **values}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps({"steps": self.steps}, indent=1))
+        partial.replace(self.path)
+
+
+def set_aside(path: Path) -> None:
+    """Rename what an earlier, different run left, so that it is neither mixed with the new one nor lost."""
+    family = sorted(path.parent.glob(path.stem + ".*")) + [path] if path.suffix else [path]
+    family = [member for member in family if member.exists()]
+    if not family:
+        return
+    number = 1
+    while (path.parent / f"former-{number}" / path.name).exists():
+        number += 1
+    place = path.parent / f"former-{number}"
+    place.mkdir(exist_ok=True)
+    for member in dict.fromkeys(family):
+        member.rename(place / member.name)
+    print(f"      what it depends on has changed: the former result is kept in {place}")
+
+
+def clock(minutes: float) -> str:
+    return "less than a minute" if minutes < 1 else f"about {minutes:.0f} min"
+
+
+def show(steps: list[Step]) -> None:
+    """What `run` would do."""
+    for number, step in enumerate(steps, 1):
+        print(f"[{number:2d}/{len(steps)}] {step.title} ({clock(step.minutes)})\n      {shlex.join(step.command)}")
+    print(f"{clock(sum(step.minutes for step in steps))} in all")
+
+
+def run(record: Path, steps: list[Step]) -> None:
+    """All steps; `record`: the file that says what is done. Errors: StepError."""
+    state = State(record)
+    spent = expected = 0.0  # of the steps that ran now: how this machine compares with the one that `minutes` were taken on
+    for number, step in enumerate(steps, 1):
+        key, known = digest(step.key()), state.steps.get(step.name, {})
+        label = f"[{number:2d}/{len(steps)}] {step.title}"
+        if known.get("status") == "done" and known.get("key") == key and step.output.exists():
+            print(f"{label}: done")
+            continue
+        pace = max(0.2, spent / expected) if expected > 1 else 1.0
+        left = sum(later.minutes for later in steps[number:] if state.steps.get(later.name, {}).get("status") != "done")
+        print(f"\n{label} ({clock(step.minutes * pace)}; after it {clock(left * pace)} to go)", flush=True)
+        print(f"      {shlex.join(step.command)}", flush=True)
+        if step.set_aside and known.get("key") not in (None, key):
+            set_aside(step.set_aside)
+        before = known.get("seconds", 0.0) if known.get("key") == key else 0.0  # of attempts that were interrupted
+        began = time.monotonic()
+        try:
+            code = subprocess.run(step.command, env=child_environment(step.processes), stdin=subprocess.DEVNULL).returncode
+        finally:
+            seconds = time.monotonic() - began
+            state.note(step.name, key=key, status="begun", seconds=round(before + seconds, 1))
+        if code or not step.output.exists():
+            why = "was preempted and has saved" if code == 85 else f"failed (exit {code}); its messages are above"
+            raise StepError(f"step {number}, {step.title}, {why}. The same command goes on from there")
+        spent, expected = spent + seconds / 60, expected + step.minutes
+        state.note(step.name, status="done")
+
+
