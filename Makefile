@@ -3,19 +3,21 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 MARKERS ?= not slow and not gpu and not slurm
+WORKERS ?= 2
 PY := $(VENV)/bin/python
 SETUP := $(PYTHON) install/setup_env.py --venv $(VENV) $(if $(GPU),--gpu $(if $(filter 0 no,$(GPU)),no,yes)) $(if $(FLASH_ATTN),--flash-attn)
 export HF_HUB_OFFLINE ?= 1
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo fetch test lint soak bench-ctc gpu-check test-slurm clean
+.PHONY: help setup setup-dev demo less-is-more fetch test lint soak bench-ctc gpu-check test-slurm clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
 	@echo
 	@echo "  PYTHON=python3.12  another interpreter    VENV=/path  another place    GPU=1  CUDA torch though no GPU is seen here"
-	@echo "  FLASH_ATTN=1  flash-attn too (with setup)    ARGS='...'  arguments for demo, test, soak, bench-ctc, gpu-check, test-slurm"
+	@echo "  WORKERS=2  test files at a time (0: one process, for a debugger)"
+	@echo "  FLASH_ATTN=1  flash-attn too (with setup)    ARGS='...'  arguments for demo, less-is-more, test, soak, bench-ctc, gpu-check, test-slurm"
 
 setup: ## fill .venv: packages, CPU or CUDA torch, prebuilt ops; quick when repeated
 	@$(SETUP)
@@ -26,11 +28,14 @@ setup-dev: # setup, and what tests need
 demo: setup ## the whole road on real speech: fetch, pack, stages I to III, scores, one table (2 cores, no GPU)
 	@$(PY) -m examples.quickstart.demo $(ARGS)
 
+less-is-more: setup ## the comparisons on the demo's data (ARGS="--seeds 0 --only ours projector" for some of them; hours on 2 cores)
+	@$(PY) -m examples.less_is_more.study $(ARGS)
+
 fetch: setup ## only download and convert what the demo needs; names the commands for full-scale models
 	@$(PY) -m examples.quickstart.fetch $(ARGS)
 
 test: setup-dev ## the fast tests, two-rank ZeRO-3 included (MARKERS='not gpu' for all that a machine without a GPU can run)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -m "$(MARKERS)" $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile -m "$(MARKERS)" $(ARGS)
 
 soak: setup-dev ## kill two-rank ZeRO-3 training 30 times over the three stages; the end must equal the undisturbed run's
 	@OMP_NUM_THREADS=1 $(PY) -m tests.train.soak $(ARGS)

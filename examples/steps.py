@@ -15,8 +15,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from train.config import Recipe
 
 BIN = Path(sys.executable).parent
 
@@ -59,15 +61,20 @@ def rank_count(wanted: int) -> int:
     return min(wanted, torch.cuda.device_count()) if torch.cuda.is_available() else wanted
 
 
+def what_is_learnt(recipe: Recipe) -> dict:
+    """What of a recipe its trained weights depend on, the data aside."""
+    return {name: value for name, value in asdict(recipe).items() if name not in ("log", "checkpoint")}
+
+
 def training(ranks: int, recipe: str, *overrides: str) -> list[str]:
     """The command that trains a recipe on this machine."""
     launcher = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
     return [*launcher, "train/run.py", recipe, *overrides]
 
 
-def scoring(ranks: int, *arguments: str) -> list[str]:
+def scoring(ranks: int, *arguments: str, module: str = "evaluation.run") -> list[str]:
     """The command that answers and scores on this machine."""
-    return [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(ranks), "-m", "evaluation.run", *arguments]
+    return [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(ranks), "-m", module, *arguments]
 
 
 def child_environment(processes: int) -> dict[str, str]:

@@ -26,6 +26,7 @@ class Corpus:
     shards: str = ""  # folder written by data_tools/pack.py, or a pipe/URL pattern for plain streaming
     weight: float | None = None  # explicit weight within its task; null: by its number of utterances
     tasks: list[str] | None = None  # take only these tasks of the folder; null: all
+    share: float = 1.0  # train on this share of its utterances, drawn by id: those of 0.1 are among those of 0.25
 
 
 @dataclass
@@ -116,7 +117,7 @@ class HealthConfig:
 class Recipe:
     stage: str = "alignment"  # alignment (I) | shrinking (II) | sft (III)
     output: str = "runs/soundwave"  # <output>/<stage>/ holds checkpoints, logs and the finished model folder
-    init_from: str | None = None  # model folder of the previous stage; null: <output>/<previous stage>/model
+    init_from: str | None = None  # model folder of the previous stage; null: <output>/<previous stage>/model | fresh: none
     seed: int = 0
     model: SoundwaveConfig = field(default_factory=SoundwaveConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from train.config import Recipe, RecipeError
 
+FRESH = "fresh"  # init_from: start from no model folder
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -54,12 +56,13 @@ def finished(recipe: Recipe) -> bool:
 
 
 def initial_folder(recipe: Recipe) -> Path | None:
-    """The model folder that this stage starts from: `init_from`, or the previous stage's. None in stage I by default.
+    """The model folder that this stage starts from: `init_from`, or the previous stage's. None in stage I by default, and
+    where `init_from` is `fresh`: new adapters in any stage (a baseline, not the method).
 
     Errors: RecipeError where the folder does not hold a finished model.
     """
     stage = stage_of(recipe)
-    if recipe.init_from is None and stage.previous is None:
+    if recipe.init_from == FRESH or (recipe.init_from is None and stage.previous is None):
         return None
     folder = Path(recipe.init_from) if recipe.init_from else Path(recipe.output) / stage.previous / "model"
     if not (folder / "soundwave.json").exists():

@@ -22,7 +22,20 @@ from omegaconf import OmegaConf
 
 from data_tools.shards import SAMPLE_DTYPE
 from examples.quickstart import results
-from examples.steps import BIN, State, Step, StepError, digest, file_digest, rank_count, run, scoring, show, training
+from examples.steps import (
+    BIN,
+    State,
+    Step,
+    StepError,
+    digest,
+    file_digest,
+    rank_count,
+    run,
+    scoring,
+    show,
+    training,
+    what_is_learnt,
+)
 from train.config import Recipe, RecipeError, load_recipe
 
 HERE = Path(__file__).resolve().parent
@@ -45,7 +58,8 @@ class Plan:
         index = self.cache / "shards" / shards / "index.json"
         return json.loads(index.read_text())["fingerprint"] if index.exists() else "missing"
 
-    def steps(self) -> list[Step]:
+    def data_steps(self) -> list[Step]:
+        """Models and packed corpora."""
         settings, python = self.settings, sys.executable
         scripts = sorted(HERE.glob("*.py"))
         steps = [Step("fetch", "download and convert models and corpora", settings.fetch_minutes,
@@ -59,6 +73,10 @@ class Plan:
                                "--workers", str(os.cpu_count() or 1), "--shard-mb", str(settings.pack.shard_mb)],
                               lambda manifest=manifest: [file_digest(manifest), settings.pack.shard_mb, str(SAMPLE_DTYPE)],
                               shards / "index.json", set_aside=shards, processes=os.cpu_count() or 1))
+        return steps
+
+    def steps(self) -> list[Step]:
+        steps = self.data_steps()
         for stage, recipe in self.recipes:
             steps += self.stage_steps(stage, recipe)
         steps.append(self.picture())
@@ -71,8 +89,7 @@ class Plan:
         folder = Path(recipe.output) / recipe.stage
 
         def train_key() -> str:
-            learnt = {name: value for name, value in asdict(recipe).items() if name not in ("log", "checkpoint")}
-            key = digest(learnt, self.data_of(recipe), dict(self.trained), self.ranks)
+            key = digest(what_is_learnt(recipe), self.data_of(recipe), dict(self.trained), self.ranks)
             self.trained[recipe.stage] = key
             return key
 

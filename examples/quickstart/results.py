@@ -1,4 +1,5 @@
-"""The demo's scores as one table, on the screen and in README.md: `python -m examples.quickstart.results --readme README.md`.
+"""The demo's scores as one table, on the screen and in the documents:
+`python -m examples.quickstart.results --into README.md docs/results.md`.
 
 results.json holds the rows (each score with its 95 % bootstrap interval and number of utterances, before and after training), the
 recipes as they were run, the seconds of each step, the machine, the versions and the commit.
@@ -109,32 +110,32 @@ def machine_line(result: dict) -> str:
             f"commit {result['commit']}{' with local changes' if result['changed_files'] else ''}, {result['date']}")
 
 
-def write_readme(readme: Path, result: dict) -> None:
+def write_into(path: Path, result: dict) -> None:
     """Replace what stands between the two marks. Errors: ValueError where the marks are missing."""
-    text = readme.read_text()
+    text = path.read_text()
     if text.count(MARKS[0]) != 1 or text.count(MARKS[1]) != 1:
-        raise ValueError(f"{readme} needs the line {MARKS[0]} and, below it, the line {MARKS[1]}, once each")
+        raise ValueError(f"{path} needs the line {MARKS[0]} and, below it, the line {MARKS[1]}, once each")
     head, rest = text.split(MARKS[0])
     _, tail = rest.split(MARKS[1])
     steps = ", ".join(f"{name} {recipe['optim']['steps']}" for name, recipe in result["recipes"].items())
     body = (f"\n{table(result)}\n\nIn brackets: 95 % bootstrap intervals over utterances. One run, seed "
             f"{next(iter(result['recipes'].values()))['seed']}; optimizer steps: {steps}. Machine: {machine_line(result)}.\n")
-    readme.write_text(head + MARKS[0] + "\n" + body + MARKS[1] + tail)
+    path.write_text(head + MARKS[0] + "\n" + body + MARKS[1] + tail)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.quickstart.results", description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=Path("runs/quickstart/results.json"), help="written by the demo")
-    parser.add_argument("--readme", type=Path, help="put the table into this file, between its marks")
+    parser.add_argument("--into", type=Path, nargs="+", default=[], help="put the table into these files, between their marks")
     options = parser.parse_args()
     if not options.results.exists():
         print(f"error: {options.results} does not exist: run `make demo` first, or name another with --results", file=sys.stderr)
         return 2
     result = json.loads(options.results.read_text())
     print(table(result))
-    if options.readme:
+    for path in options.into:
         try:
-            write_readme(options.readme, result)
+            write_into(path, result)
         except (OSError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

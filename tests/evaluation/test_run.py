@@ -168,6 +168,9 @@ def test_untrained_is_the_score_before(parts, folders, packed, tmp_path, capsys)
     assert predictions(tmp_path / "2.jsonl") == first
     assert run.main([*later, *command("", packed, tmp_path / "3.jsonl")[2:]]) == 0
     assert len(read_rows(tmp_path / "3.jsonl")) == 7 and read_rows(tmp_path / "3.jsonl")[0]["tokens"] > 0
+    without = ["--untrained", str(recipe), "stage=shrinking", "init_from=fresh", "seed=2"]  # no stage I: its adapters are new
+    assert run.main([*without, *command("", packed, tmp_path / "4.jsonl")[2:], "--decode", "ctc"]) == 0
+    assert predictions(tmp_path / "4.jsonl") == first
     assert run.main(["--untrained", str(recipe), "stage=shrinking", f"output={tmp_path}", *arguments]) == 2
     assert "finish stage I first" in capsys.readouterr().err
 

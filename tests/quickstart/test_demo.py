@@ -116,20 +116,21 @@ def example_result() -> dict:
 def test_the_table_goes_between_the_readme_s_marks(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"above\n\n{results.MARKS[0]}\nold\n{results.MARKS[1]}\n\nbelow\n")
-    results.write_readme(readme, example_result())
+    results.write_into(readme, example_result())
     once = readme.read_text()
     assert "old" not in once and once.startswith("above\n") and once.endswith("below\n")
     assert "0.250 [0.220, 0.280]" in once and "1 minutes in all" in once and "alignment 7, sft 7" in once
-    results.write_readme(readme, example_result())
+    results.write_into(readme, example_result())
     assert readme.read_text() == once
     readme.write_text("no marks")
     with pytest.raises(ValueError, match="needs the line"):
-        results.write_readme(readme, example_result())
+        results.write_into(readme, example_result())
     assert json.loads(json.dumps(example_result()))["rows"][1].get("before") is None
 
 
-def test_the_project_s_readme_has_the_marks():
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
+def test_the_documents_have_the_marks(name):
+    text = (ROOT / name).read_text()
     assert [text.count(mark) for mark in results.MARKS] == [1, 1]
 
 

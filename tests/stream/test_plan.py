@@ -217,6 +217,25 @@ def test_corpora_of_one_task_share_it_by_size_or_weight():
         Plan(indexes, data, "alignment", 10)
 
 
+def test_a_share_of_a_corpus_is_drawn_by_id_and_the_smaller_lies_within_the_larger():
+    index = table_index(np.random.default_rng(0).uniform(1, 8, 2000), [100] * 20)
+    rows, prints = {}, set()
+    for share in (0.1, 0.25, 1.0):
+        for seed in (0, 1):  # other seeds shuffle alike many, the same utterances
+            data = data_config("x", batch_seconds=500.0, seed=seed)
+            data.train[0].share = share
+            plan = Plan([index], data, "alignment", 10)
+            rows.setdefault(share, set(plan.orders[0].rows.tolist()))
+            assert rows[share] == set(plan.orders[0].rows.tolist())
+            prints.add(plan.fingerprint)
+    assert rows[0.1] < rows[0.25] < rows[1.0] and len(rows[1.0]) == 2000 and len(prints) == 6
+    assert len(rows[0.1]) == pytest.approx(200, abs=50) and len(rows[0.25]) == pytest.approx(500, abs=70)
+    for share in (0.0, -1.0, 1.5):
+        data.train[0].share = share
+        with pytest.raises(RecipeError, match="above 0, at most 1"):
+            Plan([index], data, "alignment", 10)
+
+
 def test_wrong_mixtures_are_named():
     with pytest.raises(RecipeError, match="no weight for task 'sound'"):
         two_tasks(task_weights={"asr": 1.0})

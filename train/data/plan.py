@@ -138,6 +138,8 @@ class PlainPlan:
             raise RecipeError("data.mixture needs an index: give streamed corpora a `weight` each, or pack them")
         if data.cache_features:
             raise RecipeError("data.cache_features needs an index: pack the corpora, or leave it unset")
+        if any(corpus.share != 1 for corpus in data.train):
+            raise RecipeError("data.train: `share` needs an index: pack the corpora, or leave it unset")
         weights = [1.0 if corpus.weight is None else float(corpus.weight) for corpus in data.train]
         if min(weights) <= 0:
             raise RecipeError(f"data.train: weights must be above 0, got {weights}")
@@ -313,6 +315,8 @@ class Plan:
                  [data.mixture.tau_start, data.mixture.tau_end, dict(sorted(data.mixture.task_weights.items()))],
                  steps if data.mixture.tau_start != data.mixture.tau_end else None,
                  [(index.fingerprint, corpus.tasks) for index, corpus in zip(indexes, data.train, strict=True)]]
+        if any(corpus.share != 1 for corpus in data.train):
+            facts.append([corpus.share for corpus in data.train])
         self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     @classmethod
@@ -325,6 +329,8 @@ class Plan:
 
     def _sources(self, number: int, corpus: Corpus, index: ShardIndex):
         """(task, usable rows, their units, their shards) of one corpus; what is left out is recorded in self.excluded."""
+        if not 0 < corpus.share <= 1:
+            raise RecipeError(f"data.train: '{corpus.shards}' has share {corpus.share}: above 0, at most 1 (all of it)")
         for task in corpus.tasks or []:
             if task not in index.tasks:
                 raise RecipeError(f"data.train: '{corpus.shards}' has no task '{task}'; it has {', '.join(index.tasks)}")
@@ -337,6 +343,9 @@ class Plan:
             table = index.samples[start:start + _INDEX_CHUNK]
             chunk = {name: np.ascontiguousarray(table[name]) for name in _PLAN_COLUMNS}
             masks, units = usable(chunk, self.data, self.stage), sample_units(chunk)
+            if corpus.share < 1:  # whatever the seed: runs with other seeds see the same utterances
+                drawn = mix64(table["id_hash"] ^ key64("share")) < np.uint64(corpus.share * 2.0**64)
+                masks = {reason: mask & drawn for reason, mask in masks.items()}
             of_task = {task: chunk["task"] == task for task in wanted}
             for task, mask in of_task.items():
                 at = np.flatnonzero(masks[""] & mask)

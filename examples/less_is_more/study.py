@@ -1,0 +1,146 @@
+"""Is less more? Ours against its own parts left out, against a projector baseline, and against less data: one command,
+
+    python -m examples.less_is_more.study [--seeds 0 1] [--only ours projector ...] [--dry-run]        (make less-is-more)
+
+    quick start's data -> for each seed: stage I of each kind -> for each variant: stage II, score, speed -> table, picture
+
+plan.yaml says what is compared, on what, with how many steps. Each step is an ordinary command of the project, done once
+(examples/steps.py): a study that was interrupted, or begun with --only, goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from examples.less_is_more import table
+from examples.quickstart.demo import Plan as QuickStart
+from examples.steps import Step, StepError, digest, file_digest, rank_count, run, scoring, show, training, what_is_learnt
+from train.config import Recipe, RecipeError, load_recipe
+
+HERE = Path(__file__).resolve().parent
+
+
+class Study:
+    """plan.yaml as a list of steps. Errors: StepError for a name that the plan does not know."""
+
+    def __init__(self, path: Path, seeds: list[int] | None = None, only: list[str] | None = None) -> None:
+        self.plan = OmegaConf.load(path)
+        self.data = QuickStart(HERE.parent / "quickstart" / "demo.yaml", ranks=None)
+        self.output = Path(self.plan.output)
+        self.ranks = rank_count(self.plan.ranks)
+        self.seeds = list(self.plan.seeds) if seeds is None else seeds
+        unknown = sorted(set(only or ()) - set(self.plan.variants))
+        if unknown:
+            raise StepError(f"no variant {', '.join(unknown)}: {path} has {', '.join(self.plan.variants)}")
+        self.variants = {name: variant for name, variant in self.plan.variants.items() if only is None or name in only}
+        self._keys: dict[Path, str] = {}  # stage folder -> key of its training, which what comes behind it depends on
+
+    def overrides(self, variant: str, stage: str, seed: int) -> list[str]:
+        """Of the quick start's recipe: what makes this variant's stage."""
+        of = self.plan.variants[variant]
+        common = [*self.plan.overrides, f"seed={seed}", f"data.seed={seed}"]
+        if stage == "alignment":
+            return [*common, *self.plan.alignments[of.alignment], f"output={self.output / f'stage-1-{of.alignment}-seed-{seed}'}"]
+        start = f"{self.output / f'stage-1-{of.alignment}-seed-{seed}'}/alignment/model" if of.alignment else "fresh"
+        return [*common, *of.shrinking, f"init_from={start}", f"output={self.folder(variant, seed).parent}"]
+
+    def recipe(self, variant: str, stage: str, seed: int) -> Recipe:
+        return load_recipe(self.plan.recipes[stage], self.overrides(variant, stage, seed))
+
+    def folder(self, variant: str, seed: int) -> Path:
+        """Of stage II."""
+        return self.output / f"{variant}-seed-{seed}" / "shrinking"
+
+    def train(self, variant: str, stage: str, seed: int) -> Step:
+        overrides = self.overrides(variant, stage, seed)
+        recipe = load_recipe(self.plan.recipes[stage], overrides)
+        folder = Path(recipe.output) / stage
+        before = Path(recipe.init_from).parent if stage == "shrinking" and recipe.init_from != "fresh" else None
+
+        def key() -> str:
+            self._keys[folder] = digest(what_is_learnt(recipe), self.data.data_of(recipe), self._keys.get(before), self.ranks)
+            return self._keys[folder]
+
+        name = folder.parent.name
+        return Step(f"train-{name}-{stage}", f"{name}: train ({stage}, {recipe.optim.steps} steps)", self.plan.minutes[stage],
+                    training(self.ranks, self.plan.recipes[stage], *overrides), key, folder / "model" / "soundwave.json",
+                    set_aside=folder, processes=self.ranks)
+
+    def score(self, folder: Path, decode: str) -> Step:
+        wanted, out = self.plan.score, folder / "model" / f"evaluation-{decode}"
+        shards = [str(self.data.cache / "shards" / name) for name in wanted.shards]
+        options = ["--model", str(folder / "model"), "--shards", *shards, "--task", "asr", "--decode", decode,
+                   "--limit", str(wanted.limit), "--max-new-tokens", str(wanted.max_new_tokens), "--out", str(out)]
+        return Step(f"score-{folder.parent.name}-{decode}", f"{folder.parent.name}: score ({decode})", self.plan.minutes.score,
+                    scoring(self.ranks, *options),
+                    lambda: [OmegaConf.to_container(wanted), [self.data.fingerprint(name) for name in wanted.shards],
+                             self._keys.get(folder)],
+                    out / f"{wanted.shards[-1]}-asr-{decode}.scores.json", set_aside=out, processes=self.ranks)
+
+    def speed(self, folder: Path) -> Step:
+        wanted, out = self.plan.speed, folder / "speed.json"
+        return Step(f"speed-{folder.parent.name}", f"{folder.parent.name}: time to first token", self.plan.minutes.speed,
+                    [sys.executable, "-m", "evaluation.speed", "--model", str(folder / "model"), "--shards",
+                     str(self.data.cache / "shards" / wanted.shards), "--clips", str(wanted.clips), "--max-new-tokens", "8",
+                     "--out", str(out)],
+                    lambda: [OmegaConf.to_container(wanted), self.data.fingerprint(wanted.shards), self._keys.get(folder)],
+                    out, set_aside=out)
+
+    def whisper(self) -> list[Step]:
+        steps = []
+        for name in self.plan.score.shards:
+            out = self.output / "whisper" / f"{name}.jsonl"
+            shards = self.data.cache / "shards" / name
+            steps.append(Step(
+                f"whisper-{name}", f"Whisper's own decoder on {name}", self.plan.minutes.score,
+                scoring(self.ranks, "--whisper", self.plan.whisper, "--shards", str(shards), "--limit",
+                        str(self.plan.score.limit), "--out", str(out), module="evaluation.whisper_baseline"),
+                lambda name=name: [self.plan.whisper, self.plan.score.limit, self.data.fingerprint(name),
+                                   file_digest(Path(self.plan.whisper) / "config.json")],
+                out.with_suffix(".scores.json"), set_aside=out, processes=self.ranks))
+        return steps
+
+    def steps(self) -> list[Step]:
+        steps, begun = self.whisper(), set()
+        for seed in self.seeds:
+            for name, variant in self.variants.items():
+                kind = (variant.alignment, seed)
+                if variant.alignment and kind not in begun:
+                    begun.add(kind)
+                    first = self.train(name, "alignment", seed)
+                    steps += [first, self.score(first.output.parent.parent, "ctc")]
+                folder = self.folder(name, seed)
+                steps += [self.train(name, "shrinking", seed), self.score(folder, "generate"), self.speed(folder)]
+        return steps
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m examples.less_is_more.study", description=__doc__.split("\n")[0])
+    parser.add_argument("--plan", type=Path, default=HERE / "plan.yaml", help="what is compared (default: plan.yaml)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: the plan's")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants alone (default: all of the plan's)")
+    parser.add_argument("--dry-run", action="store_true", help="only list the steps and their commands")
+    options = parser.parse_args()
+    try:
+        study = Study(options.plan, options.seeds, options.only)
+        if options.dry_run:
+            show(study.steps())
+            return 0
+        run(study.data.record, study.data.data_steps())
+        run(study.output / "study.json", study.steps())
+        print("\n" + table.finish(study))
+    except (StepError, RecipeError) as error:
+        print(f"\nstudy stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstudy interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""The study's scores as one table and one picture: `python -m examples.less_is_more.table [--docs docs/results.md]`.
+
+results.json holds each variant and seed: WER with its 95 % bootstrap interval, the paired test against ours on the same
+utterances, hours of data, kept frames, seconds; the machine, versions and commit. What has not been run yet is not in the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from benchmarks.machine import line, machine
+from evaluation.compare import compare
+from train.data import Plan
+from train.files import read_lines, write_atomically
+
+if TYPE_CHECKING:
+    from examples.less_is_more.study import Study
+
+MARKS = ("<!-- less is more: written by examples/less_is_more/table.py -->", "<!-- end of less is more -->")
+OURS = "ours"
+
+
+def trained(folder: Path) -> dict:
+    """Steps, median seconds of a step and minutes in all, from a stage's metrics.jsonl; a step done again counts once."""
+    lines = read_lines(folder / "metrics.jsonl")
+    seconds = {record["step"]: record["step_seconds"] for record in lines if record["kind"] == "train"}
+    return {"steps": len(seconds), "step_seconds": float(np.median(list(seconds.values()))),
+            "minutes": sum(seconds.values()) / 60}
+
+
+def wer_of(path: Path) -> dict:
+    scores = json.loads(path.with_suffix(".scores.json").read_text())["tasks"]["asr"]
+    return {"wer": scores["wer"], "ci95": scores["wer_ci95"], "utterances": scores["utterances"],
+            "kept_per_second": scores["length"].get("kept_per_second"), "predictions": str(path)}
+
+
+def against(ours: Path, other: Path) -> dict:
+    found = compare(ours, other)["tasks"]["asr"]["metrics"]["wer"]
+    return {"difference": found["difference"], "ci95": found["difference_ci95"], "p_value": found["p_value"]}
+
+
+def collect(study: Study) -> dict:
+    """What has been run so far, of any seed and variant of the plan."""
+    shards = list(study.plan.score.shards)
+    rows, first_stages = [], []
+    for seed in study.plan.seeds:
+        for name, variant in study.plan.variants.items():
+            folder = study.folder(name, seed)
+            files = {data: folder / "model" / "evaluation-generate" / f"{data}-asr-generate.jsonl" for data in shards}
+            if not all(path.with_suffix(".scores.json").exists() for path in files.values()):
+                continue
+            recipe = study.recipe(name, "shrinking", seed)
+            plan = Plan.open(recipe.data, "shrinking", recipe.optim.steps)
+            row = {"variant": name, "title": variant.title, "seed": seed, "stage_2": trained(folder),
+                   "hours": sum(order.total for order in plan.orders) / 3.6e6,
+                   "scores": {data: wer_of(path) for data, path in files.items()}}
+            if variant.alignment:
+                row["stage_1"] = trained(study.output / f"stage-1-{variant.alignment}-seed-{seed}" / "alignment")
+            if (folder / "speed.json").exists():
+                speed = json.loads((folder / "speed.json").read_text())
+                row["first_token_ms"] = speed["first_token_ms_median"]
+            ours = study.folder(OURS, seed) / "model" / "evaluation-generate"
+            if name != OURS and ours.exists():
+                row["against_ours"] = {data: against(ours / path.name, path) for data, path in files.items()}
+            rows.append(row)
+        for kind in study.plan.alignments:
+            folder = study.output / f"stage-1-{kind}-seed-{seed}" / "alignment" / "model" / "evaluation-ctc"
+            files = {data: folder / f"{data}-asr-ctc.jsonl" for data in shards}
+            if all(path.with_suffix(".scores.json").exists() for path in files.values()):
+                scores = {data: wer_of(path) for data, path in files.items()}
+                first_stages.append({"alignment": kind, "seed": seed, "scores": scores})
+    whisper = {data: study.output / "whisper" / f"{data}.jsonl" for data in shards}
+    return {"machine": machine(), "ranks": study.ranks, "shards": shards, "rows": rows, "stage_1_ctc": first_stages,
+            "whisper": {data: wer_of(path) for data, path in whisper.items() if path.with_suffix(".scores.json").exists()}}
+
+
+def score(found: dict) -> str:
+    digits = 2 if found["wer"] > 1 else 3
+    return f"{found['wer']:.{digits}f} [{found['ci95'][0]:.{digits}f}, {found['ci95'][1]:.{digits}f}]"
+
+
+def table(result: dict) -> str:
+    """One row a variant and seed, WER on each test set with its interval."""
+    lines = []
+    if result["whisper"]:
+        lines.append(["Whisper's own decoder, greedy", "", *(score(result["whisper"][d]) for d in result["shards"])])
+    for row in result["stage_1_ctc"]:
+        lines.append([f"stage I alone, CTC read-out ({row['alignment']})", row["seed"],
+                      *(score(row["scores"][d]) for d in result["shards"])])
+    for row in result["rows"]:
+        minutes = row["stage_2"]["minutes"] + row.get("stage_1", {"minutes": 0.0})["minutes"]
+        p = row.get("against_ours", {}).get(result["shards"][0], {}).get("p_value")
+        speed = row.get("first_token_ms")
+        lines.append([row["title"], row["seed"], *(score(row["scores"][d]) for d in result["shards"]),
+                      "" if p is None else f"{p:.2g}", f"{row['hours']:.2f}",
+                      f"{row['scores'][result['shards'][0]]['kept_per_second']:.1f}",
+                      "" if speed is None else f"{speed:.0f}", f"{row['stage_2']['step_seconds']:.1f}", f"{minutes:.1f}"])
+    counts = [score["utterances"] for score in result["rows"][0]["scores"].values()]
+    headers = ["", "seed", *(f"WER {d} ({n})" for d, n in zip(result["shards"], counts, strict=True)), "p, against ours", "hours",
+               "frames / s to the LLM", "first token, ms", "s / step, II", "training, min"]
+    return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def picture(result: dict) -> Figure:
+    """WER of each variant (left), and of ours against hours of data (right), on the first test set, every seed a point."""
+    data = result["shards"][0]
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    names = list(dict.fromkeys(row["variant"] for row in result["rows"]))[::-1]
+    for row in result["rows"]:
+        found, place = row["scores"][data], names.index(row["variant"]) + 0.15 * row["seed"]
+        left.errorbar(found["wer"], place, xerr=[[found["wer"] - found["ci95"][0]], [found["ci95"][1] - found["wer"]]],
+                      fmt="o" if row["variant"] != OURS else "D", color=f"C{row['seed']}", markersize=4)
+    left.set_yticks(range(len(names)), names)
+    if result["whisper"]:
+        left.axvline(result["whisper"][data]["wer"], linestyle=":", color="gray")
+        left.text(result["whisper"][data]["wer"], len(names) - 0.4, " Whisper's decoder", color="gray", fontsize=8)
+    left.set_xlabel(f"WER on {data}, 95 % interval")
+    curves = defaultdict(list)
+    for row in result["rows"]:
+        if row["variant"] == OURS or row["variant"].startswith("data-"):
+            curves[row["seed"]].append((row["hours"], row["scores"][data]["wer"]))
+    for seed, points in sorted(curves.items()):
+        right.plot(*zip(*sorted(points), strict=True), "o-", color=f"C{seed}", label=f"seed {seed}")
+    right.set_xlabel("hours of training data, equal steps")
+    right.set_ylabel(f"WER on {data}")
+    right.set_ylim(bottom=0)
+    right.legend()
+    return figure
+
+
+def finish(study: Study, docs: Path | None = None) -> str:
+    """Collects, writes results.json, its table (.txt) and picture.png into the study's folder, and into `docs` between its marks.
+    Errors: ValueError where nothing has been scored yet, or the marks are missing."""
+    result = collect(study)
+    if not result["rows"]:
+        raise ValueError(f"{study.output} holds no scored variant: run python -m examples.less_is_more.study first")
+    text = table(result)
+    write_atomically(study.output / "results.json", json.dumps(result, indent=1) + "\n")
+    picture(result).savefig(study.output / "picture.png", dpi=80)
+    told = f"{text}\n\nMachine: {line(result['machine'])}; {result['ranks']} ranks."
+    if docs:
+        whole = docs.read_text()
+        if [whole.count(mark) for mark in MARKS] != [1, 1]:
+            raise ValueError(f"{docs} needs the line {MARKS[0]} and, below it, the line {MARKS[1]}, once each")
+        head, rest = whole.split(MARKS[0])
+        write_atomically(docs, f"{head}{MARKS[0]}\n{told}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+        picture(result).savefig(docs.with_name("less_is_more.png"), dpi=80)
+    return told
+
+
+def main() -> int:
+    from examples.less_is_more.study import HERE, Study
+
+    parser = argparse.ArgumentParser(prog="python -m examples.less_is_more.table", description=__doc__.split("\n")[0])
+    parser.add_argument("--plan", type=Path, default=HERE / "plan.yaml")
+    parser.add_argument("--docs", type=Path, help="put the table there too, between its marks, less_is_more.png beside it")
+    options = parser.parse_args()
+    try:
+        print(finish(Study(options.plan), options.docs))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""The study's variants differ in what their titles say; what was scored is collected, compared and written down."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from evaluation.score import score_file
+from examples.less_is_more import table
+from examples.less_is_more.study import HERE, Study
+from examples.steps import StepError, what_is_learnt
+
+PLAN = HERE / "plan.yaml"
+
+
+def flat(node: dict, prefix: str = "") -> dict:
+    found = {}
+    for key, value in node.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def test_a_variant_differs_from_ours_in_what_it_is_about():
+    study = Study(PLAN)
+    ours = flat(what_is_learnt(study.recipe("ours", "shrinking", 0)))
+    about = {"no-lookback": {"model.shrinking.lookback"}, "no-ctc": {"loss.ctc_weight"},
+             "blank-kept": {"model.shrinking.keep_blank_runs"}, "frame": {"model.alignment.attention"},
+             "no-token-embeddings": {"model.shrinking.token_embeddings"}, "no-stage-1": {"optim.steps"},
+             "data-10": {"data.train"}, "data-25": {"data.train"}, "data-50": {"data.train"}, "ours": set(),
+             "projector": {"model.alignment.stack_frames", "model.alignment.layers", "model.shrinking.enabled",
+                           "model.shrinking.token_embeddings", "loss.ctc_weight", "optim.steps"}}
+    assert about.keys() == study.variants.keys()
+    for name, changed in about.items():
+        recipe = study.recipe(name, "shrinking", 0)
+        theirs = flat(what_is_learnt(recipe))
+        assert {key for key in theirs if theirs[key] != ours.get(key)} - {"output", "init_from"} == changed, name
+        assert not any("test" in corpus.shards or "valid" in corpus.shards for corpus in recipe.data.train)
+        if study.plan.variants[name].alignment:
+            first = study.recipe(name, "alignment", 0)
+            assert recipe.init_from == f"{first.output}/alignment/model"
+            assert [corpus.share for corpus in first.data.train] == [recipe.data.train[0].share]
+        else:
+            assert recipe.init_from == "fresh"
+
+
+def test_variants_share_a_stage_one_and_every_step_has_a_name_of_its_own():
+    steps = Study(PLAN, seeds=[0, 1], only=["ours", "no-ctc", "data-10"]).steps()
+    names = [step.name for step in steps]
+    assert len(set(names)) == len(names)
+    assert sum("alignment" in name and name.startswith("train") for name in names) == 4  # full and data-10, of two seeds
+    with pytest.raises(StepError, match="no variant others: .* has ours, projector"):
+        Study(PLAN, only=["others"])
+
+
+def scored(path: Path, answers: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"id": f"{i}", "corpus": "c", "task": "asr", "lang": "en", "duration": 2.0, "reference": "one good word more",
+             "prediction": answer, "raw": answer, "frames": 25, "kept": 5} for i, answer in enumerate(answers)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    score_file(path)
+
+
+def trained(folder: Path, seconds: list[float]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [{"kind": "train", "step": step, "step_seconds": value} for step, value in enumerate(seconds)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
+    study = Study(PLAN, seeds=[0])
+    study.output = tmp_path / "study"
+    monkeypatch.setattr(table.Plan, "open", lambda *_: type("Planned", (), {"orders": [type("Order", (), {"total": 7_200_000})]}))
+    with pytest.raises(ValueError, match="no scored variant"):
+        table.finish(study)
+    for name, wrong in (("ours", 1), ("projector", 7)):
+        for data in study.plan.score.shards:
+            answers = ["one bad word more"] * wrong + ["one good word more"] * (8 - wrong)
+            scored(study.folder(name, 0) / "model/evaluation-generate" / f"{data}-asr-generate.jsonl", answers)
+        trained(study.folder(name, 0), [2.0, 4.0, 3.0])
+    trained(study.output / "stage-1-full-seed-0" / "alignment", [60.0, 60.0])
+    for data in study.plan.score.shards:
+        scored(study.output / "whisper" / f"{data}.jsonl", ["one good word more"] * 8)
+    docs = tmp_path / "results.md"
+    docs.write_text(f"above\n{table.MARKS[0]}\nold\n{table.MARKS[1]}\nbelow\n")
+    told = table.finish(study, docs)
+    result = json.loads((study.output / "results.json").read_text())
+    ours, other = result["rows"]
+    assert (ours["variant"], other["variant"]) == ("ours", "projector")
+    assert ours["scores"]["dialogues-test"]["wer"] == pytest.approx(1 / 32)
+    assert other["scores"]["dialogues-test"]["wer"] == pytest.approx(7 / 32)
+    assert ours["stage_2"] == {"steps": 3, "step_seconds": 3.0, "minutes": 0.15} and ours["stage_1"]["minutes"] == 2.0
+    assert "stage_1" not in other and ours["hours"] == 2.0
+    assert other["against_ours"]["dialogues-test"]["difference"] == pytest.approx(6 / 32)
+    assert 0 < other["against_ours"]["dialogues-test"]["p_value"] < 0.1
+    text = docs.read_text()
+    assert told in text and "old" not in text and text.startswith("above\n") and text.endswith("below\n")
+    assert (tmp_path / "less_is_more.png").stat().st_size > 5000
+    docs.write_text("no marks")
+    with pytest.raises(ValueError, match="needs the line"):
+        table.finish(study, docs)
