@@ -39,8 +39,8 @@ def model(folders) -> Soundwave:
 def build(folders, family: str = "llama_tied", parts=("encoder", "adapters", "llm"), llm_options: dict | None = None,
           **alignment) -> Soundwave:
     """As `model`, of another family or with other settings of the alignment adapter."""
-    torch.manual_seed(1)
     config = tiny.config(folders("whisper"), folders(family, **(llm_options or {})), **alignment)
+    torch.manual_seed(1)  # behind what may make the folders: whichever test comes first
     model = Soundwave.build(config, parts=parts).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

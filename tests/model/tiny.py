@@ -85,9 +85,11 @@ def llm(folder: Path, family: str = "llama_tied", *, width: int = 32, layers: in
     config = AutoConfig.for_model(family.removesuffix("_tied"), **sizes)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.25)
+            elif family == "gemma3_text" and "layernorm" in name:  # gain 1 + w: from 1, no layer outweighs the last token
+                parameter.fill_(4.0)
     model.generation_config = GenerationConfig(eos_token_id=words.eos_token_id, bos_token_id=words.bos_token_id)
     model.save_pretrained(folder)
     words.save_pretrained(folder)
