@@ -46,33 +46,58 @@ def log_mel(waveforms: torch.Tensor, lengths: torch.Tensor, n_mels: int, pad_to_
     `pad_to_samples` asks for Whisper's own way (480000: 30 s): then F = pad_to_samples / 160 frames are filled, silence
     included, and `frames` still counts those of the clip.
     """
-    waveforms = waveforms.float()
+    waveforms, longest = waveforms.float(), waveforms.shape[1]
+    if pad_to_samples is not None and longest > pad_to_samples:
+        raise ValueError(f"a clip of {longest / SAMPLE_RATE:.2f} s does not fit into {pad_to_samples / SAMPLE_RATE:.2f} s")
+    with torch.autocast(waveforms.device.type, enabled=False):
+        compute = _each if waveforms.device.type == "cpu" else _together
+        return compute(waveforms, lengths, n_mels, pad_to_samples), mel_frames(lengths)
+
+
+def _together(waveforms: torch.Tensor, lengths: torch.Tensor, n_mels: int, pad_to_samples: int | None) -> torch.Tensor:
+    """All clips at once, as a GPU likes it."""
     longest = waveforms.shape[1]
     positions = torch.arange(longest, device=waveforms.device)
     waveforms = waveforms.masked_fill(positions >= lengths[:, None], 0.0)
+    size = pad_to_samples or (_FULL if _FULL - WINDOW < longest <= _FULL else longest + WINDOW)
+    padded = F.pad(F.pad(waveforms, (0, size - longest)), (WINDOW // 2, WINDOW // 2), mode="reflect")
+    frames = padded.unfold(1, WINDOW, HOP)[:, : size // HOP] * torch.hann_window(WINDOW, device=waveforms.device)
+    power = torch.view_as_real(torch.fft.rfft(frames)).square_().sum(-1)
+    log = torch.matmul(_filters(n_mels, waveforms.device), power.transpose(1, 2)).clamp(min=1e-10).log10()
+    mel = (torch.maximum(log, log.amax(dim=(1, 2), keepdim=True) - 8.0) + 4.0) / 4.0
     if pad_to_samples is not None:
-        if longest > pad_to_samples:
-            raise ValueError(f"a clip of {longest / SAMPLE_RATE:.2f} s does not fit into {pad_to_samples / SAMPLE_RATE:.2f} s")
-        size = pad_to_samples
-    else:
-        size = _FULL if _FULL - WINDOW < longest <= _FULL else longest + WINDOW
-    waveforms = F.pad(waveforms, (0, size - longest))
-    with torch.autocast(waveforms.device.type, enabled=False):
-        window = torch.hann_window(WINDOW, device=waveforms.device)
-        filters, mel_power = _filters(n_mels, waveforms.device), []
-        # On CPU clip by clip: one clip's spectrum stays in cache (twice as fast as the batch at once). The transform of frames
-        # leaves a frame's bins side by side, which torch.stft does not, and squares are summed where they stand.
-        for piece in waveforms.split(1 if waveforms.device.type == "cpu" else max(len(waveforms), 1)):
-            padded = F.pad(piece, (WINDOW // 2, WINDOW // 2), mode="reflect")
-            frames = padded.unfold(1, WINDOW, HOP)[:, : size // HOP] * window
-            squares = torch.view_as_real(torch.fft.rfft(frames)).square_()
-            mel_power.append(torch.matmul(filters, (squares[..., 0] + squares[..., 1]).transpose(1, 2)))
-        log = torch.cat(mel_power).clamp(min=1e-10).log10()
-    log = torch.maximum(log, log.amax(dim=(1, 2), keepdim=True) - 8.0)
-    mel = (log + 4.0) / 4.0
-    frames = mel_frames(lengths)
-    if pad_to_samples is not None:
-        return mel, frames
+        return mel
     mel = mel[..., : int(mel_frames(torch.tensor(longest)))]
-    behind = torch.arange(mel.shape[-1], device=mel.device) >= frames[:, None]
-    return mel.masked_fill(behind[:, None], 0.0), frames
+    behind = torch.arange(mel.shape[-1], device=mel.device) >= mel_frames(lengths)[:, None]
+    return mel.masked_fill(behind[:, None], 0.0)
+
+
+def _each(waveforms: torch.Tensor, lengths: torch.Tensor, n_mels: int, pad_to_samples: int | None) -> torch.Tensor:
+    """Clip by clip in the same memory, as a CPU likes it: a clip's spectrum stays in cache, and silence is not transformed."""
+    longest, half, bins = waveforms.shape[1], WINDOW // 2, WINDOW // 2 + 1
+    most = pad_to_samples // HOP if pad_to_samples else int(mel_frames(torch.tensor(longest)))
+    mel = waveforms.new_zeros(len(waveforms), n_mels, most)
+    window, filters = torch.hann_window(WINDOW), _filters(n_mels, waveforms.device).T
+    samples = waveforms.new_zeros(max(longest, pad_to_samples or 0) + 2 * WINDOW)
+    framed, power, logs = (waveforms.new_empty(most + 2, width) for width in (WINDOW, bins, n_mels))
+    spectra = waveforms.new_empty(most + 2, bins, dtype=torch.complex64)
+    for clip, length, out in zip(waveforms, lengths.tolist(), mel):
+        size = pad_to_samples or (_FULL if _FULL - WINDOW < length <= _FULL else length + WINDOW)
+        padded = samples[: size + WINDOW].zero_()
+        padded[half : half + length] = clip[:length]
+        padded[:half] = padded[half + 1 : WINDOW + 1].flip(0)  # the mirror image, without the edge
+        padded[half + size :] = padded[size - 1 : half + size - 1].flip(0)
+        heard = min((length + half - 1) // HOP + 1, size // HOP)  # frames that see a sample of the clip
+        torch.mul(padded.unfold(0, WINDOW, HOP)[:heard], window, out=framed[:heard])
+        # The transform of frames leaves a frame's bins side by side, which torch.stft does not.
+        squares = torch.view_as_real(torch.fft.rfft(framed[:heard], out=spectra[:heard])).square_()
+        torch.add(squares[..., 0], squares[..., 1], out=power[:heard])
+        log = torch.mm(power[:heard], filters, out=logs[:heard]).clamp_(min=1e-10).log10_()
+        floor = log.max() - 8.0
+        torch.maximum(log, floor, out=log)
+        out[:, :heard] = log.add_(4.0).div_(4.0).T[:, :most]
+        if pad_to_samples:
+            out[:, heard:] = (floor.clamp(min=-10.0) + 4.0) / 4.0  # of silence
+        else:
+            out[:, (length + HOP - 1) // HOP or 1 :] = 0.0
+    return mel

@@ -82,12 +82,10 @@ class Collator:
             waveforms = pad_sequence(clips, batch_first=True)
             lengths = torch.tensor([len(clip) for clip in clips])
         targets = [p.ctc_target for p in heard] or [[]]
-        rows = [(p.input_ids, p.labels) for p in prepared]
-        if not rows:
-            rows = [([], [])] if self.stage == "alignment" else [self._dummy_row()]
-        input_ids, attention_mask, labels = self._pad_rows(rows)
         if self.stage == "alignment":  # as many rows as audios, none with tokens
-            input_ids, attention_mask, labels = (t[:, :0] for t in (input_ids, attention_mask, labels))
+            input_ids = attention_mask = labels = torch.zeros(max(len(prepared), 1), 0, dtype=torch.long)
+        else:
+            input_ids, attention_mask, labels = self._pad_rows([(p.input_ids, p.labels) for p in prepared] or [self._dummy_row()])
         return Batch(
             waveforms=waveforms, features=features, audio_lengths=lengths, audio_is_dummy=not heard,
             ctc_targets=pad_sequence([torch.tensor(t, dtype=torch.long) for t in targets], batch_first=True),
