@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from train.config import Recipe
+from train.files import write_atomically
 
 BIN = Path(sys.executable).parent
 
@@ -97,9 +98,7 @@ class State:
     def note(self, name: str, **values: object) -> None:
         self.steps[name] = {**self.steps.get(name, {}), **values}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps({"steps": self.steps}, indent=1))
-        partial.replace(self.path)
+        write_atomically(self.path, json.dumps({"steps": self.steps}, indent=1))
 
 
 def set_aside(path: Path) -> None:

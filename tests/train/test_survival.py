@@ -44,6 +44,7 @@ def train(server, tiny, output, *options, stage: int = 1, **how) -> tuple[list[i
 def stop_after(server, tiny, output, step, *options, ranks: int = 2, **how) -> None:
     codes, text = train(server, tiny, output, *options, ranks=ranks, fault=["signal_after", step, "SIGTERM", ranks - 1], **how)
     assert codes == [85] * ranks and f"stopped before step {step + 1} (SIGTERM on rank {ranks - 1}), saved" in text, text
+    assert "</html>" in (output / STAGES[how.get("stage", 1)] / "report.html").read_text()
 
 
 @pytest.fixture(scope="module")
