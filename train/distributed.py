@@ -83,11 +83,12 @@ def fill_environment() -> None:
 def set_threads(local_world_size: int) -> int:
     """On CPU, share the cores among the ranks of this node, one thread a core; returns the number of threads per rank.
 
-    torchrun sets OMP_NUM_THREADS=1 of its own accord, so only a value given under another launcher is taken as meant.
+    A value of OMP_NUM_THREADS is taken as meant, but for the 1 that torchrun sets of its own accord where it starts several.
     """
     import torch
 
-    if "OMP_NUM_THREADS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and local_world_size > 1 and os.environ.get("OMP_NUM_THREADS") == "1"
+    if "OMP_NUM_THREADS" in os.environ and not by_torchrun:
         return torch.get_num_threads()
     cores = len(os.sched_getaffinity(0))
     # srun with --cpus-per-task already binds each task to its own cores.

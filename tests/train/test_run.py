@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.train.tiny import STAGES, losses, workspace
+from train import distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 240  # seconds for any one run: a hang is a failure
@@ -38,6 +39,27 @@ def test_misspelt_key_stops_with_the_nearest_right_one(tiny):
     done = run(tiny / "stage1.yaml", "optim.lr_adapter=1", ranks=1)
     assert done.returncode == 2 and "did you mean 'optim.lr_adapters'" in done.stderr
     assert not (tiny / "run").exists()
+
+
+@pytest.mark.parametrize("ranks, environment, threads", [
+    (2, {}, 4),
+    (8, {}, 1),
+    (2, {"OMP_NUM_THREADS": "3"}, 3),  # meant
+    (2, {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 4),  # torchrun's own doing
+    (2, {"OMP_NUM_THREADS": "3", "TORCHELASTIC_RUN_ID": "x"}, 3),  # it leaves what it finds
+    (1, {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 1),  # with one rank it sets nothing
+    (2, {"SLURM_CPUS_PER_TASK": "8"}, 8),  # bound by srun already
+])
+def test_threads_are_shared_among_the_ranks_of_a_node(monkeypatch, ranks, environment, threads):
+    for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda _: set(range(8)))
+    now = [int(environment.get("OMP_NUM_THREADS", 2))]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: now.append(number))
+    assert distributed.set_threads(ranks) == threads == now[-1]
 
 
 def test_missing_previous_stage_is_named(tiny):
