@@ -138,7 +138,8 @@ set_variables() {
     # (the interface of the bootstrap connection), NCCL_IB_HCA (the InfiniBand ports), NCCL_IB_GID_INDEX (RoCE).
     SOUNDWAVE_NODES=$(client scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')  # names need not share a prefix
     MASTER_ADDR=${SOUNDWAVE_NODES%% *}
-    MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))  # two jobs that share a node seldom meet
+    # Two jobs that share a node seldom meet, nor does a restarted job what a dead node has left of its former self.
+    MASTER_PORT=$((20000 + (SLURM_JOB_ID + 7919 * $(restarts)) % 20000))
     export SOUNDWAVE_NODES MASTER_ADDR MASTER_PORT
     if [ -z "${SLURM_JOB_END_TIME:-}" ]; then  # newer Slurms set it
         SLURM_JOB_END_TIME=$(date -d "$(job_field EndTime)" +%s 2>/dev/null || true)
