@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import wave
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ def decode(audio: str, offset: float | None = None, duration: float | None = Non
     truncated | not_finite.
     """
     data = read_bytes(audio) if offset is None else None
+    if data is not None and (plain := _plain_wav(data)):
+        return *plain, data
     file = sound_of(data, audio) if data is not None else open_sound(audio)
     rate, start = file.samplerate, round((offset or 0.0) * file.samplerate)
     if start >= file.frames:
@@ -75,6 +78,22 @@ def decode(audio: str, offset: float | None = None, duration: float | None = Non
         bad = int((~np.isfinite(samples)).any(1).argmax())
         raise ClipError("not_finite", f"{audio}: NaN or infinity at {(start + bad) / rate:.3f} s")
     return samples, rate, data
+
+
+def _plain_wav(data: bytes) -> tuple[np.ndarray, int] | None:
+    """A whole 16-bit WAV: samples [n, channels] int16 as they stand there, and the rate; None leaves it to libsndfile, which
+    reads through callbacks into Python and takes seven times as long."""
+    if data[:4] != b"RIFF" or _wav_cut_short(data):
+        return None
+    try:
+        buffer = io.BytesIO(data)
+        with wave.open(buffer) as file:  # stands at the first sample then
+            if file.getsampwidth() != 2 or not file.getnframes():
+                return None
+            count = file.getnframes() * file.getnchannels()
+            return np.frombuffer(data, "<i2", count, buffer.tell()).reshape(-1, file.getnchannels()), file.getframerate()
+    except (wave.Error, EOFError, ValueError):  # whatever is wrong with it, libsndfile has the words
+        return None
 
 
 def _wav_cut_short(data: bytes) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 from data_tools import quality
-from data_tools.audio import encode, make_clip, ogg_checksum, to_mono_16bit, with_serial
+from data_tools.audio import decode, encode, make_clip, ogg_checksum, to_mono_16bit, with_serial
 from data_tools.sources import ClipError
 from tests.data_tools.conftest import tone
 
@@ -177,3 +177,17 @@ def test_clearest_stretch_holds_the_event():
         cut = quality.clearest(clip, rate, 3.0)
         assert len(cut) == 3 * rate and (np.abs(cut) > 3000).sum() > 0.99 * (np.abs(bark) > 3000).sum()
     assert len(quality.clearest(bark, rate, 3.0)) == len(bark)
+
+
+@pytest.mark.parametrize("kind, subtype", [("WAV", "PCM_16"), ("WAVEX", "PCM_16"), ("WAV", "PCM_U8"), ("WAV", "PCM_24")])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_wav_decodes_as_libsndfile_decodes_it(tmp_path, kind, subtype, channels):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, (1001, channels)), 22050, format=kind, subtype=subtype)
+    data = path.read_bytes()
+    before = data.index(b"data")
+    extra = b"LIST" + (7).to_bytes(4, "little") + b"INFOabc" + b"\0"  # of odd size, so it is padded
+    path.write_bytes(b"RIFF" + (len(data) - 8 + len(extra)).to_bytes(4, "little") + data[8:before] + extra + data[before:])
+    samples, rate, _ = decode(str(path))
+    assert rate == 22050 and np.array_equal(samples, soundfile.read(path, dtype=samples.dtype, always_2d=True)[0])
+    assert samples.dtype == (np.float32 if subtype == "PCM_24" else np.int16)

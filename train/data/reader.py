@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from functools import lru_cache
 
+import miniaudio
 import numpy as np
 import soundfile
 import torch
@@ -47,10 +48,7 @@ def decode(audio: bytes) -> torch.Tensor:
 
     Errors: BrokenSample for what cannot be decoded, holds no samples, or holds NaN or infinite values.
     """
-    try:
-        data, rate = soundfile.read(io.BytesIO(audio), dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, RuntimeError) as error:
-        raise BrokenSample(f"audio cannot be decoded: {error}") from None
+    data, rate = _flac(audio) or _any(audio)
     if len(data) == 0:
         raise BrokenSample("audio holds no samples")
     mono = data[:, 0] if data.shape[1] == 1 else data.mean(axis=1)
@@ -58,6 +56,30 @@ def decode(audio: bytes) -> torch.Tensor:
         raise BrokenSample("audio holds NaN or infinite samples")
     waveform = torch.from_numpy(np.ascontiguousarray(mono))
     return waveform if rate == SAMPLE_RATE else _resampler(rate)(waveform)
+
+
+def _any(audio: bytes) -> tuple[np.ndarray, int]:
+    try:
+        return soundfile.read(io.BytesIO(audio), dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        raise BrokenSample(f"audio cannot be decoded: {error}") from None
+
+
+def _flac(audio: bytes) -> tuple[np.ndarray, int] | None:
+    """Whole FLAC files by dr_flac, which needs about half of libFLAC's time and gives the same samples; else None.
+
+    It leaves out damaged frames without a word, so its answer counts only where it is as long as the header says.
+    """
+    if audio[:4] != b"fLaC":
+        return None
+    samples = int.from_bytes(audio[18:26], "big") & ((1 << 36) - 1)  # of STREAMINFO; 0: the encoder did not know
+    try:
+        sound = miniaudio.flac_read_f32(audio)
+    except miniaudio.DecodeError:
+        return None
+    if not samples or len(sound.samples) != samples * sound.nchannels:
+        return None
+    return np.frombuffer(sound.samples, np.float32).reshape(samples, sound.nchannels), sound.sample_rate
 
 
 def read_with_retry(index: ShardIndex, row: int, pauses: tuple[float, ...] | None = None) -> tuple[bytes | None, dict, int]:
