@@ -66,7 +66,7 @@ def _any(audio: bytes) -> tuple[np.ndarray, int]:
 
 
 def _flac(audio: bytes) -> tuple[np.ndarray, int] | None:
-    """Whole FLAC files by dr_flac, which needs about half of libFLAC's time and gives the same samples; else None.
+    """Whole FLAC files by dr_flac, which needs 0.6 of libFLAC's time and gives the same samples; else None.
 
     It leaves out damaged frames without a word, so its answer counts only where it is as long as the header says.
     """
