@@ -48,11 +48,13 @@ def decode(audio: bytes) -> torch.Tensor:
 
     Errors: BrokenSample for what cannot be decoded, holds no samples, or holds NaN or infinite values.
     """
-    data, rate = _flac(audio) or _any(audio)
+    flac = _flac(audio)
+    data, rate = flac or _any(audio)
     if len(data) == 0:
         raise BrokenSample("audio holds no samples")
     mono = data[:, 0] if data.shape[1] == 1 else data.mean(axis=1)
-    if not np.isfinite(mono.sum(dtype=np.float64)):  # one NaN or infinity anywhere spoils the sum
+    # FLAC holds whole numbers; elsewhere one NaN or infinity anywhere spoils the sum.
+    if not flac and not np.isfinite(mono.sum(dtype=np.float64)):
         raise BrokenSample("audio holds NaN or infinite samples")
     waveform = torch.from_numpy(np.ascontiguousarray(mono))
     return waveform if rate == SAMPLE_RATE else _resampler(rate)(waveform)
