@@ -81,12 +81,15 @@ def _each(waveforms: torch.Tensor, lengths: torch.Tensor, n_mels: int, pad_to_sa
     samples = waveforms.new_zeros(max(longest, pad_to_samples or 0) + 2 * WINDOW)
     framed, power, logs = (waveforms.new_empty(most + 2, width) for width in (WINDOW, bins, n_mels))
     spectra = waveforms.new_empty(most + 2, bins, dtype=torch.complex64)
+    one = torch.ones(())
     for clip, length, out in zip(waveforms, lengths.tolist(), mel):
         size = pad_to_samples or (_FULL if _FULL - WINDOW < length <= _FULL else length + WINDOW)
-        padded = samples[: size + WINDOW].zero_()
+        padded = samples[: size + WINDOW]
         padded[half : half + length] = clip[:length]
+        padded[half + length :] = 0.0
         padded[:half] = padded[half + 1 : WINDOW + 1].flip(0)  # the mirror image, without the edge
-        padded[half + size :] = padded[size - 1 : half + size - 1].flip(0)
+        if size - length <= half:  # the mirror image at the end: elsewhere it is of silence
+            padded[half + size :] = padded[size - 1 : half + size - 1].flip(0)
         heard = min((length + half - 1) // HOP + 1, size // HOP)  # frames that see a sample of the clip
         torch.mul(padded.unfold(0, WINDOW, HOP)[:heard], window, out=framed[:heard])
         # The transform of frames leaves a frame's bins side by side, which torch.stft does not.
@@ -94,10 +97,8 @@ def _each(waveforms: torch.Tensor, lengths: torch.Tensor, n_mels: int, pad_to_sa
         torch.add(squares[..., 0], squares[..., 1], out=power[:heard])
         log = torch.mm(power[:heard], filters, out=logs[:heard]).clamp_(min=1e-10).log10_()
         floor = log.max() - 8.0
-        torch.maximum(log, floor, out=log)
-        out[:, :heard] = log.add_(4.0).div_(4.0).T[:, :most]
+        shown = heard if pad_to_samples else (length + HOP - 1) // HOP or 1
+        torch.add(one, torch.maximum(log, floor, out=log)[:shown].T, alpha=0.25, out=out[:, :shown])  # (x + 4) / 4, to the bit
         if pad_to_samples:
             out[:, heard:] = (floor.clamp(min=-10.0) + 4.0) / 4.0  # of silence
-        else:
-            out[:, (length + HOP - 1) // HOP or 1 :] = 0.0
     return mel

@@ -1,4 +1,7 @@
-"""The page, in a real browser: Debian's chromium, headless, driven by playwright."""
+"""The page, in a real browser: Debian's chromium, headless, driven by playwright.
+
+Not part of `make setup`: pip install -r requirements-demo.txt playwright==1.65.2; apt-get install chromium.
+"""
 
 import os
 import re

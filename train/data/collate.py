@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,20 @@ class Prepared:
     input_ids: list[int]  # empty in stage I
     labels: list[int]
     ctc_target: list[int]  # empty: takes no part in the CTC term
+
+
+def _padded(clips: list[torch.Tensor]) -> torch.Tensor:
+    """[S, ...] float32 each -> [A, longest, ...], zero behind each. A worker makes it in shared memory, where it would be copied
+    to otherwise."""
+    shape = len(clips), max(map(len, clips)), *clips[0].shape[1:]
+    if torch.utils.data.get_worker_info() is None:
+        padded = torch.zeros(shape)
+    else:
+        memory = torch.UntypedStorage._new_shared(4 * math.prod(shape))  # of zeros; as torch's own default_collate does it
+        padded = torch.empty(0).set_(memory, 0, shape)
+    for row, clip in zip(padded, clips, strict=True):
+        row[:len(clip)] = clip
+    return padded
 
 
 class Collator:
@@ -75,11 +90,11 @@ class Collator:
         waveforms = features = None
         if self.feature_width is not None:
             frames = [p.sample.features.float() for p in heard] or [torch.zeros(DUMMY_FRAMES, self.feature_width)]
-            features = pad_sequence(frames, batch_first=True)
+            features = _padded(frames)
             lengths = torch.tensor([len(f) for f in frames])
         else:
             clips = [p.sample.waveform for p in heard] or [torch.zeros(DUMMY_SAMPLES)]
-            waveforms = pad_sequence(clips, batch_first=True)
+            waveforms = _padded(clips)
             lengths = torch.tensor([len(clip) for clip in clips])
         targets = [p.ctc_target for p in heard] or [[]]
         if self.stage == "alignment":  # as many rows as audios, none with tokens

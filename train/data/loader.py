@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from model.batch import Batch
 
 SLOW_AFTER = 60.0  # seconds on one utterance before the watchdog names the worker
 STUCK_AFTER = 900.0  # seconds on one utterance before the worker is ended and the run stops
+SMALL = 1 << 16  # bytes of a tensor that goes through the pipe between processes
 PHASES = ("read", "decode", "prepare", "collate")  # of a worker's time
 LOGGER = logging.getLogger(__name__)
 
@@ -52,9 +53,19 @@ class Loaded:
     timings: dict[str, float]  # seconds of a worker, by PHASES
 
     def pin_memory(self) -> "Loaded":
+        return self.unpacked()._each(torch.Tensor, torch.Tensor.pin_memory)
+
+    def packed(self) -> "Loaded":
+        """Small tensors as arrays: a tensor leaves a worker as a file of shared memory, which costs more than they do."""
+        return self._each(torch.Tensor, lambda value: value.numpy() if value.nbytes <= SMALL else value)
+
+    def unpacked(self) -> "Loaded":
+        return self._each(np.ndarray, torch.from_numpy)
+
+    def _each(self, kind: type, change: Callable) -> "Loaded":
         for name, value in vars(self.batch).items():
-            if isinstance(value, torch.Tensor):
-                setattr(self.batch, name, value.pin_memory())
+            if isinstance(value, kind):
+                setattr(self.batch, name, change(value))
         return self
 
 
@@ -67,8 +78,8 @@ class Reader(Protocol):
         """(seconds, what) of the utterance that a worker is at."""
 
 
-def _same(value):
-    return value
+def _packed(loaded: "Loaded") -> "Loaded":
+    return loaded.packed() if torch.utils.data.get_worker_info() else loaded
 
 
 def _init_worker(worker: int) -> None:
@@ -105,7 +116,7 @@ class Loader:
         many = {"prefetch_factor": self._prefetch, "multiprocessing_context": "fork",
                 "worker_init_fn": _init_worker} if self._workers else {}
         # Its own generator: the loader draws a base seed, which must not move the global one (dropout) from run to run.
-        loader = DataLoader(self._reader, batch_size=None, sampler=self._jobs, num_workers=self._workers, collate_fn=_same,
+        loader = DataLoader(self._reader, batch_size=None, sampler=self._jobs, num_workers=self._workers, collate_fn=_packed,
                             pin_memory=torch.cuda.is_available(), generator=torch.Generator(), **many)
         results = iter(loader)
         processes = list(getattr(results, "_workers", []))
@@ -119,14 +130,20 @@ class Loader:
             threading.Thread(target=self._watch, args=(processes,), daemon=True).start()
         try:
             while True:
+                threads = torch.get_num_threads()
                 try:
-                    yield next(results)
+                    if not processes:
+                        torch.set_num_threads(1)  # as in a worker: resampling rounds by the number of threads
+                    loaded = next(results)
                 except StopIteration:
                     return
                 except RuntimeError as error:
                     if not str(error).startswith("DataLoader "):  # raised by the work itself
                         raise
                     raise StreamStalled(self._describe(processes, error)) from error
+                finally:
+                    torch.set_num_threads(threads)
+                yield loaded.unpacked()
         finally:
             self._stop.set()
             if processes:
