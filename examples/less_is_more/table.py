@@ -111,10 +111,15 @@ def table(result: dict) -> str:
 
 
 def picture(result: dict) -> Figure:
-    """WER of each variant (left), and of ours against hours of data (right), on the first test set, every seed a point."""
+    """WER of each variant on the first test set, every seed a point; beside it ours against hours of data, where that was run."""
     data = result["shards"][0]
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    curves = defaultdict(list)
+    for row in result["rows"]:
+        if row["variant"] == OURS or row["variant"].startswith("data-"):
+            curves[row["seed"]].append((row["hours"], row["scores"][data]["wer"]))
+    curves = {seed: sorted(points) for seed, points in sorted(curves.items()) if len(points) > 1}
+    figure = Figure(figsize=(11 if curves else 6.6, 4.2), layout="constrained")
+    left, *right = figure.subplots(1, 2, width_ratios=(3, 2)) if curves else [figure.subplots()]
     names = list(dict.fromkeys(row["variant"] for row in result["rows"]))[::-1]
     for row in result["rows"]:
         found, place = row["scores"][data], names.index(row["variant"]) + 0.15 * row["seed"]
@@ -125,16 +130,13 @@ def picture(result: dict) -> Figure:
         left.axvline(result["whisper"][data]["wer"], linestyle=":", color="gray")
         left.text(result["whisper"][data]["wer"], len(names) - 0.4, " Whisper's decoder", color="gray", fontsize=8)
     left.set_xlabel(f"WER on {data}, 95 % interval")
-    curves = defaultdict(list)
-    for row in result["rows"]:
-        if row["variant"] == OURS or row["variant"].startswith("data-"):
-            curves[row["seed"]].append((row["hours"], row["scores"][data]["wer"]))
-    for seed, points in sorted(curves.items()):
-        right.plot(*zip(*sorted(points), strict=True), "o-", color=f"C{seed}", label=f"seed {seed}")
-    right.set_xlabel("hours of training data, equal steps")
-    right.set_ylabel(f"WER on {data}")
-    right.set_ylim(bottom=0)
-    right.legend()
+    for axes in right:
+        for seed, points in curves.items():
+            axes.plot(*zip(*points, strict=True), "o-", color=f"C{seed}", label=f"seed {seed}")
+        axes.set_xlabel("hours of training data, equal steps")
+        axes.set_ylabel(f"WER on {data}")
+        axes.set_ylim(bottom=0)
+        axes.legend()
     return figure
 
 
