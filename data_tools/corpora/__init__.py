@@ -96,11 +96,7 @@ def malformed(entry: Entry) -> Fault | None:
     if entry.audio is not None and "\0" in entry.audio:
         return fault("audio holds a null byte")
     try:
-        for name in _STRINGS:
-            if (value := getattr(entry, name)) is not None and not value.isascii():
-                value.encode()
-        if entry.messages is not None:
-            json.dumps(entry.messages, ensure_ascii=False).encode()
+        entry.to_json().encode()
     except UnicodeEncodeError as error:
         return fault(f"not valid Unicode: {error.reason}")
     return None

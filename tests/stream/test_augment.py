@@ -22,7 +22,16 @@ def waves(data, tokenizer, model_config, world_size, start, steps):
     return found
 
 
-def test_keyed_by_utterance_and_pass_not_by_rank_worker_or_history(packed, tokenizer, model_config):
+@pytest.fixture
+def two_threads():
+    """More than a worker has, whatever OMP_NUM_THREADS says."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_keyed_by_utterance_and_pass_not_by_rank_worker_or_history(packed, tokenizer, model_config, two_threads):
     options = {"speed_perturb": [0.9, 1.0, 1.1], "noise_snr_db": [10.0, 20.0]}
     alone = waves(data_config(packed, **options), tokenizer, model_config, 1, 0, 8)
     spread = waves(data_config(packed, workers=2, **options), tokenizer, model_config, 3, 3, 8)

@@ -8,6 +8,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -89,6 +90,17 @@ def _init_worker(worker: int) -> None:
     torch.set_num_threads(1)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """As in a worker: resampling rounds by the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _kill(processes: list) -> None:
     for process in processes:
         if process.is_alive():
@@ -130,19 +142,15 @@ class Loader:
             threading.Thread(target=self._watch, args=(processes,), daemon=True).start()
         try:
             while True:
-                threads = torch.get_num_threads()
                 try:
-                    if not processes:
-                        torch.set_num_threads(1)  # as in a worker: resampling rounds by the number of threads
-                    loaded = next(results)
+                    with nullcontext() if processes else _one_thread():
+                        loaded = next(results)
                 except StopIteration:
                     return
                 except RuntimeError as error:
                     if not str(error).startswith("DataLoader "):  # raised by the work itself
                         raise
                     raise StreamStalled(self._describe(processes, error)) from error
-                finally:
-                    torch.set_num_threads(threads)
                 yield loaded.unpacked()
         finally:
             self._stop.set()
