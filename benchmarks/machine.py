@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from train.files import code_version
+
 PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "soundfile", "lhotse", "datasets")
 
 
@@ -25,14 +25,13 @@ def machine(device: str = "cpu") -> dict:
     """Commit (with -dirty where files were changed), processor, threads, load before the run, versions."""
     import torch  # not above: benchmarks/pack.py times processes, imports included, that need no torch
 
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
     found = {}
     for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
-    return {"commit": commit.stdout.strip(), "cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+    return {"commit": code_version(), "cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
             "capability": torch.backends.cpu.get_cpu_capability(), "load_before": os.getloadavg()[0],
             "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None, "python": platform.python_version(),
             "versions": found}

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 PARTIAL = ".partial"
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def code_version() -> str | None:
+    """Commit of this code, with -dirty where tracked files were changed; None where there is no git or no checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]  # tags differ between clones: the hash alone
+    try:
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
 
 
 def sync_folder(folder: Path) -> None:

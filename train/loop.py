@@ -25,7 +25,7 @@ from train.data import Plan, Stream, StreamStalled, consumed, worst_case_batch
 from train.data.cache import ensure_features
 from train.distributed import Ranks
 from train.engine import Engine, StepResult
-from train.files import write_atomically
+from train.files import code_version, write_atomically
 from train.health import BadStretch
 from train.preemption import DONE, FAILED, PREEMPTED, WRONG_INPUT, Preemption
 from train.profiling import Profiler
@@ -53,7 +53,8 @@ class Run:
         self.stage: Stage = stage_of(recipe)
         self.folder: Path = stage_folder(recipe)
         self.status: dict = {"stage": self.stage.name, "steps": recipe.optim.steps, "world_size": ranks.world_size,
-                             "started": time.time(), "host": os.uname().nodename, "pid": os.getpid()}
+                             "started": time.time(), "host": os.uname().nodename, "pid": os.getpid(),
+                             "commit": code_version() if ranks.is_main else None}
 
     def note(self, status: str, **values) -> None:
         """run.json: what `python -m train.status` reads, from files alone."""

@@ -30,11 +30,11 @@ OURS = "ours"
 
 
 def trained(folder: Path) -> dict:
-    """Steps, median seconds of a step and minutes in all, from a stage's metrics.jsonl; a step done again counts once."""
+    """Steps, median seconds of a step (one done again counts once), minutes in all and commit, from what the trainer left."""
     lines = read_lines(folder / "metrics.jsonl")
     seconds = {record["step"]: record["step_seconds"] for record in lines if record["kind"] == "train"}
     return {"steps": len(seconds), "step_seconds": float(np.median(list(seconds.values()))),
-            "minutes": sum(seconds.values()) / 60}
+            "minutes": sum(seconds.values()) / 60, "commit": json.loads((folder / "run.json").read_text())["commit"]}
 
 
 def wer_of(path: Path) -> dict:
@@ -149,7 +149,9 @@ def finish(study: Study, docs: Path | None = None) -> str:
     text = table(result)
     write_atomically(study.output / "results.json", json.dumps(result, indent=1) + "\n")
     picture(result).savefig(study.output / "picture.png", dpi=80)
-    told = f"{text}\n\nMachine: {line(result['machine'])}; {result['ranks']} ranks."
+    runs = [row[stage] for row in result["rows"] for stage in ("stage_1", "stage_2") if stage in row]
+    commits = sorted({trained["commit"] or "unknown" for trained in runs})
+    told = f"{text}\n\nTrained at commit {', '.join(commits)}; table by: {line(result['machine'])}; {result['ranks']} ranks."
     if docs:
         whole = docs.read_text()
         if [whole.count(mark) for mark in MARKS] != [1, 1]:

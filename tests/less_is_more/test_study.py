@@ -60,8 +60,9 @@ def scored(path: Path, answers: list[str]) -> None:
     score_file(path)
 
 
-def trained(folder: Path, seconds: list[float]) -> None:
+def trained(folder: Path, seconds: list[float], commit: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(json.dumps({"commit": commit}))
     lines = [{"kind": "train", "step": step, "step_seconds": value} for step, value in enumerate(seconds)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -76,8 +77,8 @@ def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
         for data in study.plan.score.shards:
             answers = ["one bad word more"] * wrong + ["one good word more"] * (8 - wrong)
             scored(study.folder(name, 0) / "model/evaluation-generate" / f"{data}-asr-generate.jsonl", answers)
-        trained(study.folder(name, 0), [2.0, 4.0, 3.0])
-    trained(study.output / "stage-1-full-seed-0" / "alignment", [60.0, 60.0])
+        trained(study.folder(name, 0), [2.0, 4.0, 3.0], commit="c0ffee")
+    trained(study.output / "stage-1-full-seed-0" / "alignment", [60.0, 60.0], commit="bead")
     for data in study.plan.score.shards:
         scored(study.output / "whisper" / f"{data}.jsonl", ["one good word more"] * 8)
     docs = tmp_path / "results.md"
@@ -88,7 +89,9 @@ def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
     assert (ours["variant"], other["variant"]) == ("ours", "projector")
     assert ours["scores"]["dialogues-test"]["wer"] == pytest.approx(1 / 32)
     assert other["scores"]["dialogues-test"]["wer"] == pytest.approx(7 / 32)
-    assert ours["stage_2"] == {"steps": 3, "step_seconds": 3.0, "minutes": 0.15} and ours["stage_1"]["minutes"] == 2.0
+    assert ours["stage_2"] == {"steps": 3, "step_seconds": 3.0, "minutes": 0.15, "commit": "c0ffee"}
+    assert "Trained at commit bead, c0ffee;" in told
+    assert ours["stage_1"]["minutes"] == 2.0
     assert "stage_1" not in other and ours["hours"] == 2.0
     assert other["against_ours"]["dialogues-test"]["difference"] == pytest.approx(6 / 32)
     assert 0 < other["against_ours"]["dialogues-test"]["p_value"] < 0.1
