@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 
@@ -52,7 +53,7 @@ class Entry:
     size: int | None = None  # bytes of the clip in the corpus, about, where asking the file system would not tell
 
     def to_json(self) -> str:
-        return json.dumps({f: v for f in ENTRY_FIELDS if (v := getattr(self, f)) is not None}, ensure_ascii=False)
+        return _encode({name: value for name, value in zip(ENTRY_FIELDS, _values(self), strict=True) if value is not None})
 
     @classmethod
     def from_json(cls, line: str | bytes) -> Entry:
@@ -60,8 +61,11 @@ class Entry:
 
 
 ENTRY_FIELDS = tuple(f.name for f in dataclasses.fields(Entry))
+_values = attrgetter(*ENTRY_FIELDS)
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 _NUMBERS = ("offset", "duration", "size")
 _STRINGS = tuple(name for name in ENTRY_FIELDS if name not in (*_NUMBERS, "messages"))
+_strings = attrgetter(*_STRINGS)
 
 
 @dataclass(slots=True)
@@ -74,7 +78,7 @@ class Fault:
     corpus: str = ""
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+        return _encode(dataclasses.asdict(self))
 
 
 def malformed(entry: Entry) -> Fault | None:
@@ -83,8 +87,7 @@ def malformed(entry: Entry) -> Fault | None:
     def fault(what: str) -> Fault:
         return Fault(str(entry.id).encode("utf-8", "replace").decode(), "bad_row", what, entry.corpus)
 
-    for name in _STRINGS:
-        value = getattr(entry, name)
+    for name, value in zip(_STRINGS, _strings(entry), strict=True):
         if value is not None and type(value) is not str:
             return fault(f"{name} is a {type(value).__name__}, not a string")
     for name in _NUMBERS:

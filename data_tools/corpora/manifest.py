@@ -19,7 +19,7 @@ class Manifest:
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.folder, self.name = path, str(path.parent), path.name
 
     def __iter__(self) -> Iterator[Entry | Fault]:
         with open(self.path, "rb") as file:
@@ -28,7 +28,7 @@ class Manifest:
                     yield self.entry(line, place)
 
     def entry(self, line: bytes, place: int) -> Entry | Fault:
-        where = f"{self.path.name}:{place}"
+        where = f"{self.name}:{place}"
         try:
             row = json.loads(line)
         except ValueError as error:
@@ -36,7 +36,7 @@ class Manifest:
         if not isinstance(row, dict):
             return Fault(where, "bad_json", f"a {type(row).__name__}, not an object")
         row = {key: value for key, value in row.items() if key in ENTRY_FIELDS and value is not None}
-        row["id"] = str(row.get("id", f"{self.path.stem}-{place:09d}"))
+        row["id"] = str(row["id"]) if "id" in row else f"{self.path.stem}-{place:09d}"
         if isinstance(row.get("audio"), str) and kind_of(row["audio"])[0] == "file":
-            row["audio"] = os.path.join(self.path.parent, row["audio"])
+            row["audio"] = os.path.join(self.folder, row["audio"])
         return Entry(**row)
