@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from examples.less_is_more.study import Study
 
 MARKS = ("<!-- less is more: written by examples/less_is_more/table.py -->", "<!-- end of less is more -->")
-OURS = "ours"
+OURS, BASELINE = "ours", "projector"
 
 
 def trained(folder: Path) -> dict:
@@ -111,7 +111,8 @@ def table(result: dict) -> str:
 
 
 def picture(result: dict) -> Figure:
-    """WER of each variant on the first test set, every seed a point; beside it ours against hours of data, where that was run."""
+    """WER of each variant on the first test set, every seed a point; beside it ours and the baseline
+    against hours of data, where that was run."""
     data = result["shards"][0]
     curves = defaultdict(list)
     for row in result["rows"]:
@@ -128,14 +129,21 @@ def picture(result: dict) -> Figure:
     left.set_yticks(range(len(names)), names)
     if result["whisper"]:
         left.axvline(result["whisper"][data]["wer"], linestyle=":", color="gray")
-        left.text(result["whisper"][data]["wer"], len(names) - 0.4, " Whisper's decoder", color="gray", fontsize=8)
+        place = (result["whisper"][data]["wer"], 0.02)
+        left.annotate(" Whisper's decoder", place, xycoords=("data", "axes fraction"), color="gray", fontsize=8)
+    left.set_ylim(-0.6, len(names) - 0.4)
     left.set_xlabel(f"WER on {data}, 95 % interval")
     for axes in right:
         for seed, points in curves.items():
-            axes.plot(*zip(*points, strict=True), "o-", color=f"C{seed}", label=f"seed {seed}")
+            axes.plot(*zip(*points, strict=True), "o-", color=f"C{seed}", label=f"ours, seed {seed}")
+        for row in result["rows"]:
+            if row["variant"] == BASELINE and row["seed"] in curves:
+                axes.plot(row["hours"], row["scores"][data]["wer"], "s", color=f"C{row['seed']}", fillstyle="none",
+                          label=f"{BASELINE}, seed {row['seed']}")
         axes.set_xlabel("hours of training data, equal steps")
         axes.set_ylabel(f"WER on {data}")
-        axes.set_ylim(bottom=0)
+        axes.set_xlim(left=0)
+        axes.set_ylim(0, 1.1 * max(np.max(drawn.get_ydata()) for drawn in axes.lines))
         axes.legend()
     return figure
 

@@ -73,20 +73,25 @@ def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(table.Plan, "open", lambda *_: type("Planned", (), {"orders": [type("Order", (), {"total": 7_200_000})]}))
     with pytest.raises(ValueError, match="no scored variant"):
         table.finish(study)
-    for name, wrong in (("ours", 1), ("projector", 7)):
+    for name, wrong in (("ours", 1), ("projector", 7), ("data-10", 3)):
         for data in study.plan.score.shards:
             answers = ["one bad word more"] * wrong + ["one good word more"] * (8 - wrong)
             scored(study.folder(name, 0) / "model/evaluation-generate" / f"{data}-asr-generate.jsonl", answers)
         trained(study.folder(name, 0), [2.0, 4.0, 3.0], commit="c0ffee")
-    trained(study.output / "stage-1-full-seed-0" / "alignment", [60.0, 60.0], commit="bead")
+    for kind in ("full", "data-10"):
+        trained(study.output / f"stage-1-{kind}-seed-0" / "alignment", [60.0, 60.0], commit="bead")
     for data in study.plan.score.shards:
         scored(study.output / "whisper" / f"{data}.jsonl", ["one good word more"] * 8)
     docs = tmp_path / "results.md"
     docs.write_text(f"above\n{table.MARKS[0]}\nold\n{table.MARKS[1]}\nbelow\n")
     told = table.finish(study, docs)
     result = json.loads((study.output / "results.json").read_text())
-    ours, other = result["rows"]
-    assert (ours["variant"], other["variant"]) == ("ours", "projector")
+    ours, other, less = result["rows"]
+    assert (ours["variant"], other["variant"], less["variant"]) == ("ours", "projector", "data-10")
+    bars, curve = table.picture(result).axes
+    assert [label.get_text() for label in bars.get_yticklabels()] == ["data-10", "projector", "ours"]
+    shown = {drawn.get_label(): sorted(map(float, drawn.get_ydata())) for drawn in curve.lines}
+    assert shown == {"ours, seed 0": pytest.approx([1 / 32, 3 / 32]), "projector, seed 0": pytest.approx([7 / 32])}
     assert ours["scores"]["dialogues-test"]["wer"] == pytest.approx(1 / 32)
     assert other["scores"]["dialogues-test"]["wer"] == pytest.approx(7 / 32)
     assert ours["stage_2"] == {"steps": 3, "step_seconds": 3.0, "minutes": 0.15, "commit": "c0ffee"}
