@@ -10,6 +10,7 @@ one bucket is in memory at a time: 10 million entries of 500 bytes make buckets 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
@@ -20,7 +21,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -250,7 +251,7 @@ def plan_once(folder: Path, make: Callable[[Path], dict], patience_seconds: floa
             if state != seen:
                 seen, since = state, time.monotonic()
             if state is not None and (time.monotonic() - since > patience_seconds or _is_dead(state[0])):
-                _take_away(lock, state, own.with_name(own.name + ".lock"))
+                _take_away(lock, state)
             else:
                 time.sleep(0.2)
             continue
@@ -284,15 +285,13 @@ def _lock_state(lock: Path) -> tuple[str, int] | None:
         return None
 
 
-def _take_away(lock: Path, state: tuple[str, int], aside: Path) -> None:
+def _take_away(lock: Path, state: tuple[str, int]) -> None:
     """Remove the lock that was seen in this state, and no other: who waited too may have replaced it in the meantime."""
-    try:
-        os.rename(lock, aside)
-        if _lock_state(aside) != state:
-            os.link(aside, lock)  # a living planner's: back to its place, unless there is another one by now
-    except OSError:
-        pass
-    aside.unlink(missing_ok=True)
+    with suppress(OSError), open(lock, "r+") as file:  # gone: somebody was faster
+        with suppress(OSError):  # a file system without flock: two may plan the same then
+            fcntl.flock(file, fcntl.LOCK_EX)  # one at a time; who comes after finds another file under this name, or none
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)) and _lock_state(lock) == state:
+            lock.unlink()
 
 
 def _is_dead(owner: str) -> bool:

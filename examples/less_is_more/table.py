@@ -158,7 +158,7 @@ def finish(study: Study, docs: Path | None = None) -> str:
     write_atomically(study.output / "results.json", json.dumps(result, indent=1) + "\n")
     picture(result).savefig(study.output / "picture.png", dpi=80)
     runs = [row[stage] for row in result["rows"] for stage in ("stage_1", "stage_2") if stage in row]
-    commits = sorted({trained["commit"] or "unknown" for trained in runs})
+    commits = sorted({run["commit"] or "unknown" for run in runs})
     told = f"{text}\n\nTrained at commit {', '.join(commits)}; table by: {line(result['machine'])}; {result['ranks']} ranks."
     if docs:
         whole = docs.read_text()
