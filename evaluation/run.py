@@ -30,6 +30,7 @@ from evaluation.score import score_file, table
 from evaluation.tasks import lettered_choices, reference_of
 from model import folder
 from model.batch import Batch
+from model.joint import JointSearch
 from model.pretrained import SourceError
 from model.soundwave import Soundwave
 from train.config import DataConfig, Recipe, RecipeError, load_recipe
@@ -67,6 +68,15 @@ def shard_folder(shards: str, split: str | None) -> Path:
     return path
 
 
+def joint_search(options: argparse.Namespace) -> JointSearch:
+    """The search of `--decode joint`; the text that CTC was taught is the trained or the untrained recipe's."""
+    if options.model:
+        ctc_text = folder.describe(options.model).get("recipe", {}).get("data", {}).get("ctc_text", DataConfig.ctc_text)
+    else:
+        ctc_text = load_recipe(options.untrained, options.overrides).data.ctc_text
+    return JointSearch(options.ctc_weight, options.beams, ctc_text=ctc_text)
+
+
 def begin(recipe: Recipe, decode: str | None) -> tuple[Soundwave, str]:
     """The recipe's model as its stage begins, and the stage: what the previous stage has learnt, the rest fresh from the
     recipe's seed. Stage I and CTC need no LLM. Errors: RecipeError, SourceError, FolderError."""
@@ -85,7 +95,7 @@ def prediction_row(sample: dict, prediction: str, raw: str, decode: str) -> dict
            "lang": sample.get("lang"), "duration": sample.get("duration"),
            "reference": (sample.get("text") or "") if decode == "ctc" else reference_of(sample),
            "prediction": prediction.strip(), "raw": raw}
-    if decode == "generate":
+    if decode != "ctc":
         row |= {key: sample[key] for key in ("label", "prompt") if sample.get(key) is not None}
         choices = lettered_choices(sample.get("prompt"))
         row |= {"choices": choices} if choices and sample.get("label") else {}
@@ -109,6 +119,7 @@ def audio_lengths(model: Soundwave, batch: Batch) -> list[dict]:
 @torch.inference_mode()
 def predict(model: Soundwave, stream: EvalStream, file: PredictionFile, options: argparse.Namespace, decode: str) -> None:
     """Answer every batch of the stream and append it to the file. A batch without samples fills up a shorter rank: no answer."""
+    joint = joint_search(options) if decode == "joint" else None
     device = next(model.parameters()).device
     reported = 0
     with tqdm(total=stream.total, desc=f"{decode} {file.path.stem}", unit="utt", disable=file.rank != 0) as progress:
@@ -122,7 +133,7 @@ def predict(model: Soundwave, stream: EvalStream, file: PredictionFile, options:
                 texts, counts = raws, [None] * len(raws)
             else:
                 tokens = model.generate(batch, max_new_tokens=options.max_new_tokens, do_sample=options.sample,
-                                        temperature=options.temperature, top_p=options.top_p)
+                                        temperature=options.temperature, top_p=options.top_p, joint=joint)
                 raws = [model.tokenizer.decode(ids, skip_special_tokens=False) for ids in tokens]
                 texts = [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
                 counts = [len(ids) for ids in tokens]
@@ -176,18 +187,19 @@ def check_inputs(options: argparse.Namespace) -> list[TestSet]:
             raise InputError(f"{path} has none of the tasks asked for: it has {', '.join(index.tasks)}")
         sets.append(TestSet(path, tasks, {
             "shards": index.fingerprint, "tasks": tasks, "limit": options.limit, "max_new_tokens": options.max_new_tokens,
-            "sampling": [options.temperature, options.top_p, options.seed] if options.sample else None, "model": model}))
+            "sampling": [options.temperature, options.top_p, options.seed] if options.sample else None, "model": model,
+            **({"joint": [options.ctc_weight, options.beams]} if options.decode == "joint" else {})}))
     return sets
 
 
 def load(options: argparse.Namespace, device: torch.device) -> tuple[Soundwave, str]:
-    """The model on its device, and its decode (ctc | generate)."""
+    """The model on its device, and its decode (ctc | generate | joint)."""
     if options.untrained:
         model, stage = begin(load_recipe(options.untrained, options.overrides), options.decode)
     else:
         model = folder.load(options.model)
         stage = model.stage
-    if options.decode == "generate" and stage == STAGE_I:
+    if options.decode in ("generate", "joint") and stage == STAGE_I:
         raise InputError(f"{options.model or options.untrained} is of stage I, which has no LLM: use --decode ctc, or the folder "
                          "of a later stage")
     return model.to(device).eval(), options.decode or ("ctc" if stage == STAGE_I else "generate")
@@ -260,7 +272,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", help="sub-folder of each --shards")
     parser.add_argument("--task", nargs="+", default=["asr"], help="tasks to answer, each where a folder has it, or all "
                         "(default: asr)")
-    parser.add_argument("--decode", choices=["ctc", "generate"], help="default: ctc for stage I, generate for stages II and III")
+    parser.add_argument("--decode", choices=["ctc", "generate", "joint"],
+                        help="default: ctc for stage I, generate for II and III; joint: transcripts by LLM and CTC together")
+    parser.add_argument("--beams", type=int, default=JointSearch.beams, help="hypotheses of joint (default: %(default)s)")
+    parser.add_argument("--ctc-weight", type=float, default=JointSearch.weight,
+                        help="of CTC's log-probability beside the LLM's in joint (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="only this many utterances, evenly spaced, of each folder")
     parser.add_argument("--batch-seconds", type=float, default=60.0, help="padded audio seconds in a batch (default: 60)")
     parser.add_argument("--workers", type=int, default=2, help="processes that read and decode ahead (default: 2)")
@@ -277,6 +293,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.overrides and not options.untrained:
         parser.error(f"'{options.overrides[0]}': key=value goes with --untrained RECIPE only")
+    if options.decode == "joint" and options.sample:
+        parser.error("--decode joint is a beam search: without --sample")
+    if options.decode == "joint" and options.task != ["asr"]:
+        parser.error("--decode joint writes transcripts: with --task asr alone")
     return options
 
 

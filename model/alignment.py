@@ -145,3 +145,10 @@ class CTCHead(nn.Module):
             loss = loss / target_lengths.clamp(min=1)
         return loss, argmax, top - lse, blank - lse
 
+    def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [T, D] of one utterance -> [T, V'] log-probabilities, the blank's in column `blank`, in fp32. All at once:
+        4 bytes x T x V' (0.2 GB for 30 s over Llama's vocabulary)."""
+        logits = hidden.to(self.weight.dtype) @ self.weight.T
+        if self.blank_row is not None:
+            logits = torch.cat([logits, hidden.to(logits.dtype) @ self.blank_row.to(logits.dtype)[:, None]], dim=1)
+        return logits.float().log_softmax(-1)

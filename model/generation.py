@@ -9,11 +9,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model.batch import Batch
 from model.features import SAMPLE_RATE, log_mel
+from model.joint import CTCPrefixScores, JointScores, JointSearch
 from model.language_model import base_of
 from model.prompt import chat_ids, stop_ids
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
+
+    from model.soundwave import Audio
 
 
 class Generation:
@@ -47,34 +50,54 @@ class Generation:
     @torch.no_grad()
     def generate(self, batch: Batch, *, max_new_tokens: int = 512, do_sample: bool = False, temperature: float = 0.2,
                  top_p: float = 0.9, min_new_tokens: int = 0, streamer: "BaseStreamer | None" = None,
-                 synced_gpus: bool = False) -> list[list[int]]:
+                 synced_gpus: bool = False, joint: JointSearch | None = None) -> list[list[int]]:
         """Answers as token ids, one list per conversation, without the end of turn.
 
         batch: prompts that end with the assistant's opening (`prompt.chat_ids` of a chat without its answer), padded on either
         side, with any number of audios anywhere, or none. temperature and top_p count with do_sample (the values are the
         release's). streamer: transformers' TextStreamer or TextIteratorStreamer, for one conversation. synced_gpus: under
-        ZeRO-3 every rank decodes until the last one has finished.
+        ZeRO-3 every rank decodes until the last one has finished. joint: search the answers together with the CTC head (for
+        transcripts; model/joint.py), without sampling or streamer.
         """
         if self.llm is None:
             raise ValueError("this model has no LLM (stage I): use ctc_greedy")
+        if joint is not None and (do_sample or streamer is not None):
+            raise ValueError("joint decoding is a beam search: no do_sample, no streamer")
         training = self.training
         self.eval()
-        embeddings, mask, _ = self.embeddings(batch, self.listen(batch), left_padded=True)
+        audio = self.listen(batch)
+        embeddings, mask, _ = self.embeddings(batch, audio, left_padded=True)
         stop = stop_ids(self.tokenizer, self.config.prompt)
         configured = base_of(self.llm).generation_config.eos_token_id
         stop += [i for i in (configured if isinstance(configured, list) else [configured]) if i is not None and i not in stop]
         sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {
             "temperature": None, "top_p": None, "top_k": None}
+        beams, searched = {"num_beams": 1}, None
+        if joint is not None:
+            searched = JointScores(self.tokenizer, self.ctc_scores(batch, audio), joint, stop, max_new_tokens)
+            # Sums are compared, not means: the CTC term knows when all has been said.
+            beams = {"num_beams": joint.beams, "length_penalty": 0.0, "logits_processor": [searched]}
         ids = self.llm.generate(inputs_embeds=embeddings, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=do_sample,
                                 eos_token_id=stop, pad_token_id=stop[0], streamer=streamer, synced_gpus=synced_gpus,
-                                min_new_tokens=min_new_tokens or None, use_cache=True, num_beams=1, repetition_penalty=1.0,
+                                min_new_tokens=min_new_tokens or None, use_cache=True, repetition_penalty=1.0, **beams,
                                 **sampling)
         self.train(training)
         answers = []
-        for row in ids.tolist():
+        for place, row in enumerate(ids.tolist()):
             end = next((i for i, token in enumerate(row) if token in stop), len(row))
-            answers.append(row[:end])
+            answers.append(row[:end] if searched is None or searched.ctc[place] is None else searched.best[place][1])
         return answers
+
+    def ctc_scores(self, batch: Batch, audio: Audio) -> list[CTCPrefixScores | None]:
+        """The CTC head's scores of token sequences, for each conversation of a batch with exactly one audio."""
+        counts = (batch.attention_mask.bool() & (batch.input_ids == self.audio_id)).sum(dim=1).tolist()
+        scores, place = [], 0
+        for count in counts:
+            hidden = audio.hidden[place, :audio.lengths[place]] if count == 1 else None
+            scores.append(None if hidden is None else CTCPrefixScores(self.ctc_head.log_probs(hidden).cpu().numpy(),
+                                                                      self.ctc_head.blank))
+            place += count
+        return scores
 
     @torch.no_grad()
     def ctc_greedy(self, batch: Batch) -> list[str]:

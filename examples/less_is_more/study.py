@@ -114,7 +114,8 @@ class Study:
                     first = self.train(name, "alignment", seed)
                     steps += [first, self.score(first.output.parent.parent, "ctc")]
                 folder = self.folder(name, seed)
-                steps += [self.train(name, "shrinking", seed), self.score(folder, "generate"), self.speed(folder)]
+                joint = [self.score(folder, "joint")] if name in self.plan.joint else []
+                steps += [self.train(name, "shrinking", seed), self.score(folder, "generate"), *joint, self.speed(folder)]
         return steps
 
 

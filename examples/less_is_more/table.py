@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 MARKS = ("<!-- less is more: written by examples/less_is_more/table.py -->", "<!-- end of less is more -->")
 OURS, BASELINE = "ours", "projector"
+# How a variant is read out: what that adds to its name and title.
+DECODES = {"generate": ("", ""), "joint": (", joint", ": LLM and CTC head together, beam search")}
 
 
 def trained(folder: Path) -> dict:
@@ -52,31 +54,38 @@ def collect(study: Study) -> dict:
     """What has been run so far, of any seed and variant of the plan."""
     shards = list(study.plan.score.shards)
     rows, first_stages = [], []
+
+    def files(folder: Path, decode: str) -> dict[str, Path]:
+        """Predictions on each test set; {} where one has not been scored."""
+        found = {data: folder / "model" / f"evaluation-{decode}" / f"{data}-asr-{decode}.jsonl" for data in shards}
+        return found if all(path.with_suffix(".scores.json").exists() for path in found.values()) else {}
+
     for seed in study.plan.seeds:
+        ours = files(study.folder(OURS, seed), "generate")
         for name, variant in study.plan.variants.items():
             folder = study.folder(name, seed)
-            files = {data: folder / "model" / "evaluation-generate" / f"{data}-asr-generate.jsonl" for data in shards}
-            if not all(path.with_suffix(".scores.json").exists() for path in files.values()):
+            if not files(folder, "generate"):
                 continue
             recipe = study.recipe(name, "shrinking", seed)
             plan = Plan.open(recipe.data, "shrinking", recipe.optim.steps)
-            row = {"variant": name, "title": variant.title, "seed": seed, "stage_2": trained(folder),
-                   "hours": sum(order.total for order in plan.orders) / 3.6e6,
-                   "scores": {data: wer_of(path) for data, path in files.items()}}
+            first = study.output / f"stage-1-{variant.alignment}-seed-{seed}" / "alignment"
+            common = {"seed": seed, "stage_2": trained(folder), "hours": sum(order.total for order in plan.orders) / 3.6e6}
             if variant.alignment:
-                row["stage_1"] = trained(study.output / f"stage-1-{variant.alignment}-seed-{seed}" / "alignment")
-            if (folder / "speed.json").exists():
-                speed = json.loads((folder / "speed.json").read_text())
-                row["first_token_ms"] = speed["first_token_ms_median"]
-            ours = study.folder(OURS, seed) / "model" / "evaluation-generate"
-            if name != OURS and ours.exists():
-                row["against_ours"] = {data: against(ours / path.name, path) for data, path in files.items()}
-            rows.append(row)
+                common["stage_1"] = trained(first)
+            for decode in DECODES:
+                if not (found := files(folder, decode)):
+                    continue
+                row = {"variant": name + DECODES[decode][0], "title": variant.title + DECODES[decode][1], **common,
+                       "scores": {data: wer_of(path) for data, path in found.items()}}
+                for key, others in (("against_ours", ours if found != ours else {}), ("against_ctc", files(first, "ctc"))):
+                    if others:
+                        row[key] = {data: against(others[data], path) for data, path in found.items()}
+                if decode == "generate" and (folder / "speed.json").exists():
+                    row["first_token_ms"] = json.loads((folder / "speed.json").read_text())["first_token_ms_median"]
+                rows.append(row)
         for kind in study.plan.alignments:
-            folder = study.output / f"stage-1-{kind}-seed-{seed}" / "alignment" / "model" / "evaluation-ctc"
-            files = {data: folder / f"{data}-asr-ctc.jsonl" for data in shards}
-            if all(path.with_suffix(".scores.json").exists() for path in files.values()):
-                scores = {data: wer_of(path) for data, path in files.items()}
+            if found := files(study.output / f"stage-1-{kind}-seed-{seed}" / "alignment", "ctc"):
+                scores = {data: wer_of(path) for data, path in found.items()}
                 first_stages.append({"alignment": kind, "seed": seed, "scores": scores})
     whisper = {data: study.output / "whisper" / f"{data}.jsonl" for data in shards}
     return {"machine": machine(), "ranks": study.ranks, "shards": shards, "rows": rows, "stage_1_ctc": first_stages,
@@ -98,15 +107,15 @@ def table(result: dict) -> str:
                       *(score(row["scores"][d]) for d in result["shards"])])
     for row in result["rows"]:
         minutes = row["stage_2"]["minutes"] + row.get("stage_1", {"minutes": 0.0})["minutes"]
-        p = row.get("against_ours", {}).get(result["shards"][0], {}).get("p_value")
+        tests = [row.get(key, {}).get(result["shards"][0], {}).get("p_value") for key in ("against_ours", "against_ctc")]
         speed = row.get("first_token_ms")
         lines.append([row["title"], row["seed"], *(score(row["scores"][d]) for d in result["shards"]),
-                      "" if p is None else f"{p:.2g}", f"{row['hours']:.2f}",
+                      *("" if p is None else f"{p:.2g}" for p in tests), f"{row['hours']:.2f}",
                       f"{row['scores'][result['shards'][0]]['kept_per_second']:.1f}",
                       "" if speed is None else f"{speed:.0f}", f"{row['stage_2']['step_seconds']:.1f}", f"{minutes:.1f}"])
     counts = [score["utterances"] for score in result["rows"][0]["scores"].values()]
-    headers = ["", "seed", *(f"WER {d} ({n})" for d, n in zip(result["shards"], counts, strict=True)), "p, against ours", "hours",
-               "frames / s to the LLM", "first token, ms", "s / step, II", "training, min"]
+    headers = ["", "seed", *(f"WER {d} ({n})" for d, n in zip(result["shards"], counts, strict=True)), "p, against ours",
+               "p, against its stage I", "hours", "frames / s to the LLM", "first token, ms", "s / step, II", "training, min"]
     return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
 
 

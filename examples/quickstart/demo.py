@@ -39,6 +39,7 @@ from examples.steps import (
 from train.config import Recipe, RecipeError, load_recipe
 
 HERE = Path(__file__).resolve().parent
+WHEN = {"before": "before training", "after": "after training", "joint": "after training, LLM and CTC head together"}
 MANIFESTS = [f"{corpus}-{split}" for corpus in ("dialogues", "prompts", "instruct") for split in ("train", "valid", "test")]
 
 
@@ -96,13 +97,14 @@ class Plan:
         train = Step(f"train-{recipe.stage}", f"{stage.title}: train ({recipe.optim.steps} steps, {self.ranks} ranks)",
                      stage.minutes, training(self.ranks, stage.recipe), train_key, folder / "model" / "soundwave.json",
                      set_aside=folder, processes=self.ranks)
-        return [self.score(stage, recipe, "before"), train, self.score(stage, recipe, "after")]
+        joint = [self.score(stage, recipe, "joint")] if "joint" in stage else []
+        return [self.score(stage, recipe, "before"), train, self.score(stage, recipe, "after"), *joint]
 
     def scores(self, recipe: Recipe, when: str) -> Path:
         """Where the predictions on each folder go, the scores beside them as .scores.json: of a trained model where
         evaluation.run puts them without being told, so that an exported model's card shows them."""
-        if when == "after":
-            return Path(recipe.output) / recipe.stage / "model" / "evaluation"
+        if when != "before":
+            return Path(recipe.output) / recipe.stage / "model" / {"after": "evaluation", "joint": "evaluation-joint"}[when]
         return self.output / "evaluation" / f"{recipe.stage}-{when}"
 
     def score(self, stage: object, recipe: Recipe, when: str) -> Step:
@@ -113,10 +115,10 @@ class Plan:
         if "max_new_tokens" in wanted:
             options += ["--max-new-tokens", str(wanted.max_new_tokens)]
         model = ["--untrained", stage.recipe]  # as the stage begins: what earlier stages have learnt, the rest fresh
-        if when == "after":
+        if when != "before":
             model = ["--model", str(Path(recipe.output) / recipe.stage / "model")]
         asked = {name: value for name, value in OmegaConf.to_container(wanted).items() if name != "minutes"}
-        title = f"{stage.title}: score {when} training ({', '.join(wanted.shards)}; {wanted.limit} utterances each)"
+        title = f"{stage.title}: score {WHEN[when]} ({', '.join(wanted.shards)}; {wanted.limit} utterances each)"
         return Step(f"score-{recipe.stage}-{when}", title, wanted.minutes, scoring(self.ranks, *options, *model),
                     lambda: [asked, [self.fingerprint(name) for name in wanted.shards], dict(self.trained), asdict(recipe.model),
                              recipe.seed],
@@ -142,7 +144,7 @@ def finish(plan: Plan) -> None:
     print("\n" + results.table(summary) + "\n")
     print(f"machine      {results.machine_line(summary)}")
     print(f"results      {path}")
-    print(f"predictions  {plan.output}/*/model/evaluation/*.jsonl; before training: {plan.output / 'evaluation'}/*/*.jsonl")
+    print(f"predictions  {plan.output}/*/model/evaluation*/*.jsonl; before training: {plan.output / 'evaluation'}/*/*.jsonl")
     print(f"picture      {plan.output / 'picture.png'}")
     print(f"TensorBoard  {BIN / 'tensorboard'} --logdir {plan.output}")
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # Of each metric family of evaluation.score: what the table shows, and how it is called.
 SHOWN = {"wer": [("wer", "WER")], "bleu": [("bleu", "BLEU"), ("chrf", "chrF")], "answer": [("exact", "exact answers")],
          "chain": [("wer", "WER of the transcription"), ("exact", "exact answers")], "accuracy": [("accuracy", "accuracy")]}
-DECODES = {"ctc": "CTC head, greedy", "generate": "LLM, greedy"}
+DECODES = {"ctc": "CTC head, greedy", "generate": "LLM, greedy", "joint": "LLM and CTC head, beam search"}
 MARKS = ("<!-- results: written by examples/quickstart/results.py -->", "<!-- end of results -->")
 
 
@@ -37,18 +37,21 @@ def collect(plan: Plan) -> list[dict]:
     rows = []
     for stage, recipe in plan.recipes:
         found = {when: {name: scores_of(plan.scores(recipe, when), name) for name in stage[when].shards}
-                 for when in ("before", "after")}
-        for name, tasks in found["after"].items():
-            for task, scores in tasks.items():
-                for key, label in SHOWN[scores["metric"]]:
-                    row = {"stage": stage.title, "data": name, "task": task, "decode": stage.after.decode, "measure": label,
-                           "kept_share": scores["length"].get("kept_share")}
-                    for when in ("before", "after"):
-                        if task in found[when].get(name, {}):
-                            value = found[when][name][task]
-                            row[when] = {"value": value[key], "ci95": value.get(f"{key}_ci95"), "utterances": value["utterances"]}
-                    rows.append(row)
+                 for when in ("before", "after", "joint") if when in stage}
+        for how in ("after", "joint"):
+            for name, tasks in found.get(how, {}).items():
+                for task, scores in tasks.items():
+                    for key, label in SHOWN[scores["metric"]]:
+                        row = {"stage": stage.title, "data": name, "task": task, "decode": stage[how].decode, "measure": label,
+                               "kept_share": scores["length"].get("kept_share"), "after": value_of(scores, key)}
+                        if how == "after" and task in found["before"].get(name, {}):
+                            row["before"] = value_of(found["before"][name][task], key)
+                        rows.append(row)
     return rows
+
+
+def value_of(scores: dict, key: str) -> dict:
+    return {"value": scores[key], "ci95": scores.get(f"{key}_ci95"), "utterances": scores["utterances"]}
 
 
 def scores_of(folder: Path, shards: str) -> dict[str, dict]:

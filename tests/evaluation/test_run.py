@@ -14,6 +14,7 @@ from evaluation import run
 from evaluation.predictions import PredictionFile, read_rows
 from model import folder
 from model.batch import Batch
+from model.joint import JointSearch
 from model.prompt import chat_ids, messages_of, prompt_of
 from train.data.reader import decode
 from train.distributed import disconnect, leave
@@ -29,7 +30,7 @@ def alone(model, waveform, messages) -> Batch:
                  input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.full_like(ids, -100), ids=["x"])
 
 
-def expected(path, shards, task, generate) -> dict[str, str]:
+def expected(path, shards, task, generate, joint=None) -> dict[str, str]:
     """The answers to each readable clip of a task, one at a time."""
     model, index, answers = folder.load(path), ShardIndex.load(shards), {}
     for row in range(len(index)):
@@ -38,7 +39,7 @@ def expected(path, shards, task, generate) -> dict[str, str]:
             continue
         batch = alone(model, decode(audio), prompt_of(messages_of(sample)) if generate else None)
         if generate:
-            tokens = model.generate(batch, max_new_tokens=6)[0]
+            tokens = model.generate(batch, max_new_tokens=6, joint=joint)[0]
             answers[sample["id"]] = model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
         else:
             answers[sample["id"]] = model.ctc_greedy(batch)[0]
@@ -97,6 +98,23 @@ def test_stage_two_generates(folders, packed, tmp_path):
     assert all(row["tokens"] <= 6 for row in read_rows(out))
 
 
+def test_stage_two_writes_transcripts_together_with_ctc(folders, packed, tmp_path, capsys):
+    """Each as alone; stored under what the search depends on."""
+    out = tmp_path / "p.jsonl"
+    joint = command(folders / "shrinking", packed, out, "--decode", "joint", "--batch-seconds", "3", "--ctc-weight")
+    assert run.main([*joint, "2.0", "--beams", "2"]) == 0
+    got = predictions(out)
+    assert got == expected(folders / "shrinking", packed, "asr", generate=True, joint=JointSearch(2.0, 2)) and len(got) == 7
+    assert got != expected(folders / "shrinking", packed, "asr", generate=True)
+    capsys.readouterr()
+    assert run.main([*joint, "1.0", "--beams", "2"]) == 2
+    assert "--restart" in capsys.readouterr().err
+    for more, message in ((["--sample"], "without --sample"), (["--task", "asr", "translation"], "with --task asr alone")):
+        with pytest.raises(SystemExit):
+            run.main([*joint, "2.0", *more])
+        assert message in capsys.readouterr().err
+
+
 def test_ctc_of_a_later_stage_scores_transcripts(folders, packed, tmp_path):
     out = tmp_path / "p.jsonl"
     assert run.main(command(folders / "shrinking", packed, out, "--task", "translation", "--decode", "ctc")) == 0
@@ -147,6 +165,7 @@ def test_other_settings_are_refused(folders, packed, tmp_path, capsys):
 @pytest.mark.parametrize(("more", "message"), [
     (("--task", "emotion"), "give --task asr or text or translation"),
     (("--decode", "generate"), "stage I, which has no LLM"),
+    (("--decode", "joint"), "stage I, which has no LLM"),
     (("--split", "nowhere"), "holds no index.json"),
 ])
 def test_wrong_commands_are_one_line(folders, packed, tmp_path, capsys, more, message):

@@ -78,8 +78,12 @@ def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
         for data in study.plan.score.shards:
             answers = ["one bad word more"] * wrong + ["one good word more"] * (8 - wrong)
             scored(study.folder(name, 0) / "model/evaluation-generate" / f"{data}-asr-generate.jsonl", answers)
+            if name == "ours":
+                scored(study.folder(name, 0) / "model/evaluation-joint" / f"{data}-asr-joint.jsonl", ["one good word more"] * 8)
         trained(study.folder(name, 0), [2.0, 4.0, 3.0], commit="c0ffee")
     for kind in ("full", "data-10"):
+        for data in study.plan.score.shards if kind == "full" else ():
+            scored(study.output / "stage-1-full-seed-0/alignment/model/evaluation-ctc" / f"{data}-asr-ctc.jsonl", ["one"] * 8)
         trained(study.output / f"stage-1-{kind}-seed-0" / "alignment", [60.0, 60.0], commit="bead")
     for data in study.plan.score.shards:
         scored(study.output / "whisper" / f"{data}.jsonl", ["one good word more"] * 8)
@@ -87,13 +91,17 @@ def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
     docs.write_text(f"above\n{table.MARKS[0]}\nold\n{table.MARKS[1]}\nbelow\n")
     told = table.finish(study, docs)
     result = json.loads((study.output / "results.json").read_text())
-    ours, other, less = result["rows"]
-    assert (ours["variant"], other["variant"], less["variant"]) == ("ours", "projector", "data-10")
+    ours, joint, other, less = result["rows"]
+    assert [row["variant"] for row in result["rows"]] == ["ours", "ours, joint", "projector", "data-10"]
     bars, curve = table.picture(result).axes
-    assert [label.get_text() for label in bars.get_yticklabels()] == ["data-10", "projector", "ours"]
+    assert [label.get_text() for label in bars.get_yticklabels()] == ["data-10", "projector", "ours, joint", "ours"]
     shown = {drawn.get_label(): sorted(map(float, drawn.get_ydata())) for drawn in curve.lines}
     assert shown == {"ours, seed 0": pytest.approx([1 / 32, 3 / 32]), "projector, seed 0": pytest.approx([7 / 32])}
     assert ours["scores"]["dialogues-test"]["wer"] == pytest.approx(1 / 32)
+    assert joint["scores"]["dialogues-test"]["wer"] == 0 and joint["stage_1"] == ours["stage_1"]
+    assert joint["against_ours"]["dialogues-test"]["difference"] == pytest.approx(-1 / 32)
+    assert joint["against_ctc"]["dialogues-test"]["difference"] == pytest.approx(-3 / 4)
+    assert ours["against_ctc"]["dialogues-test"]["difference"] == pytest.approx(1 / 32 - 3 / 4) and "against_ours" not in ours
     assert other["scores"]["dialogues-test"]["wer"] == pytest.approx(7 / 32)
     assert ours["stage_2"] == {"steps": 3, "step_seconds": 3.0, "minutes": 0.15, "commit": "c0ffee"}
     assert "Trained at commit bead, c0ffee;" in told
