@@ -29,7 +29,7 @@ class JointSearch:
     """How to search. weight: of CTC's log-probability beside the LLM's. beams: hypotheses kept. candidates: next tokens of each
     that CTC judges, the LLM's likeliest. ctc_text: the normalisation of CTC's targets, as in the recipe."""
 
-    weight: float = 0.45
+    weight: float = 0.7
     beams: int = 4
     candidates: int = 8
     ctc_text: str = "lower"
