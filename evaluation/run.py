@@ -74,7 +74,7 @@ def joint_search(options: argparse.Namespace) -> JointSearch:
         ctc_text = folder.describe(options.model).get("recipe", {}).get("data", {}).get("ctc_text", DataConfig.ctc_text)
     else:
         ctc_text = load_recipe(options.untrained, options.overrides).data.ctc_text
-    return JointSearch(options.ctc_weight, options.beams, ctc_text=ctc_text)
+    return JointSearch(options.ctc_weight, options.beams, token_bonus=options.token_bonus, ctc_text=ctc_text)
 
 
 def begin(recipe: Recipe, decode: str | None) -> tuple[Soundwave, str]:
@@ -188,7 +188,7 @@ def check_inputs(options: argparse.Namespace) -> list[TestSet]:
         sets.append(TestSet(path, tasks, {
             "shards": index.fingerprint, "tasks": tasks, "limit": options.limit, "max_new_tokens": options.max_new_tokens,
             "sampling": [options.temperature, options.top_p, options.seed] if options.sample else None, "model": model,
-            **({"joint": [options.ctc_weight, options.beams]} if options.decode == "joint" else {})}))
+            **({"joint": [options.ctc_weight, options.beams, options.token_bonus]} if options.decode == "joint" else {})}))
     return sets
 
 
@@ -277,6 +277,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--beams", type=int, default=JointSearch.beams, help="hypotheses of joint (default: %(default)s)")
     parser.add_argument("--ctc-weight", type=float, default=JointSearch.weight,
                         help="of CTC's log-probability beside the LLM's in joint (default: %(default)s)")
+    parser.add_argument("--token-bonus", type=float, default=JointSearch.token_bonus,
+                        help="added in joint for each token of the text, against words left out (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="only this many utterances, evenly spaced, of each folder")
     parser.add_argument("--batch-seconds", type=float, default=60.0, help="padded audio seconds in a batch (default: 60)")
     parser.add_argument("--workers", type=int, default=2, help="processes that read and decode ahead (default: 2)")

@@ -1,6 +1,6 @@
 """Joint decoding: a beam search over the LLM's answers in which the CTC head has a say.
 
-    score(answer) = log p_LLM(answer | audio, prompt) + weight * log p_CTC(text of the answer | audio)
+    score(y) = log p_LLM(y | audio, prompt) + weight * log p_CTC(text of y | audio) + token_bonus * tokens in the text of y
 
 The CTC head is trained over the LLM's own vocabulary, so every answer can be asked back to the frames: words that are fluent
 and were not said cost CTC probability, and so does an end of turn in front of words that were said. During the search the CTC
@@ -27,11 +27,13 @@ IMPOSSIBLE = -1e4  # log-probability of what no path can spell; finite, so that 
 @dataclass(frozen=True)
 class JointSearch:
     """How to search. weight: of CTC's log-probability beside the LLM's. beams: hypotheses kept. candidates: next tokens of each
-    that CTC judges, the LLM's likeliest. ctc_text: the normalisation of CTC's targets, as in the recipe."""
+    that CTC judges, the LLM's likeliest. token_bonus: added for each token of the text (a sum of log-probabilities likes short
+    answers). ctc_text: the normalisation of CTC's targets, as in the recipe."""
 
     weight: float = 0.7
     beams: int = 4
     candidates: int = 8
+    token_bonus: float = 2.0
     ctc_text: str = "lower"
 
 
@@ -96,9 +98,9 @@ def _accumulate(entering: np.ndarray, step: np.ndarray) -> np.ndarray:
 
 class JointScores(LogitsProcessor):
     """For transformers' beam search: adds to each candidate what its text costs CTC beyond the hypothesis it continues. Over a
-    finished answer these sum up to weight * log p_CTC(its whole text). The best finished answer is kept here (`best`): an end
-    of turn pays at once for all that it leaves unsaid, so it is rarely among a step's best candidates, where transformers
-    would take note of it. When no hypothesis can beat it any more, the search is ended.
+    finished answer these sum up to weight * log p_CTC(its whole text), plus the bonus. The best finished answer is kept here
+    (`best`): an end of turn pays at once for all that it leaves unsaid, so it is rarely among a step's best candidates, where
+    transformers would take note of it. When no hypothesis is ahead of it any more, the search ends.
 
     ctc: of each conversation, None where there is not exactly one audio (the LLM searches alone there); stop: ids that end a
     turn.
@@ -149,7 +151,8 @@ class JointScores(LogitsProcessor):
             longer = answer if token in self.stop else (*answer, token)
             text = so_far if token in self.stop else self.text_tokens(longer)
             ended = cut or token in self.stop
-            judged.append(value + self.search.weight * ((ctc.whole(text) if ended else self.begun(ctc, text)) - paid))
+            cost = (ctc.whole(text) if ended else self.begun(ctc, text)) - paid
+            judged.append(value + self.search.weight * cost + self.search.token_bonus * (len(text) - len(so_far)))
             if not ended:
                 totals[longer] = total + judged[-1]
             elif total + judged[-1] > self.best[conversation][0]:

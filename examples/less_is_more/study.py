@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -19,6 +20,7 @@ from omegaconf import OmegaConf
 from examples.less_is_more import table
 from examples.quickstart.demo import Plan as QuickStart
 from examples.steps import Step, StepError, digest, file_digest, rank_count, run, scoring, show, training, what_is_learnt
+from model.joint import JointSearch
 from train.config import Recipe, RecipeError, load_recipe
 
 HERE = Path(__file__).resolve().parent
@@ -78,7 +80,7 @@ class Study:
         return Step(f"score-{folder.parent.name}-{decode}", f"{folder.parent.name}: score ({decode})", self.plan.minutes.score,
                     scoring(self.ranks, *options),
                     lambda: [OmegaConf.to_container(wanted), [self.data.fingerprint(name) for name in wanted.shards],
-                             self._keys.get(folder)],
+                             self._keys.get(folder), *([asdict(JointSearch())] if decode == "joint" else [])],
                     out / f"{wanted.shards[-1]}-asr-{decode}.scores.json", set_aside=out, processes=self.ranks)
 
     def speed(self, folder: Path) -> Step:

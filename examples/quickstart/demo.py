@@ -36,6 +36,7 @@ from examples.steps import (
     training,
     what_is_learnt,
 )
+from model.joint import JointSearch
 from train.config import Recipe, RecipeError, load_recipe
 
 HERE = Path(__file__).resolve().parent
@@ -118,6 +119,8 @@ class Plan:
         if when != "before":
             model = ["--model", str(Path(recipe.output) / recipe.stage / "model")]
         asked = {name: value for name, value in OmegaConf.to_container(wanted).items() if name != "minutes"}
+        if wanted.decode == "joint":
+            asked["search"] = asdict(JointSearch())
         title = f"{stage.title}: score {WHEN[when]} ({', '.join(wanted.shards)}; {wanted.limit} utterances each)"
         return Step(f"score-{recipe.stage}-{when}", title, wanted.minutes, scoring(self.ranks, *options, *model),
                     lambda: [asked, [self.fingerprint(name) for name in wanted.shards], dict(self.trained), asdict(recipe.model),

@@ -54,22 +54,23 @@ def test_costs_of_an_answer_sum_up_to_ctc_of_its_text(answer, cut):
     lp = log_probs(40, len(words) + 1).astype(np.float32)
     ids = words.encode(answer, add_special_tokens=False)
     stop = [words.eos_token_id]
-    search = JointSearch(weight=0.7, beams=1, candidates=len(words), ctc_text="lower_no_punctuation")
+    search = JointSearch(weight=0.7, beams=1, candidates=len(words), token_bonus=1.5, ctc_text="lower_no_punctuation")
     processor = JointScores(words, [CTCPrefixScores(lp, len(words))], search, stop, len(ids) if cut else len(ids) + 9)
     total, steps = 0.0, ids if cut else [*ids, *stop]
     for place, token in enumerate(steps):
         total += float(processor(torch.tensor([steps[:place]], dtype=torch.long), torch.zeros(1, len(words)))[0, token])
-    assert total == pytest.approx(0.7 * ctc_of(words, lp, answer) if steps else 0.0, rel=1e-4)
+    assert total == pytest.approx(score_of(words, lp, answer) if steps else 0.0, rel=1e-4)
     best, found = processor.best[0]  # of those that ended on the way
     assert not steps or best >= total - 1e-3
-    assert not steps or best == pytest.approx(0.7 * ctc_of(words, lp, words.decode(found)), rel=1e-4)
+    assert not steps or best == pytest.approx(score_of(words, lp, words.decode(found)), rel=1e-4)
 
 
-def ctc_of(words, lp: np.ndarray, text: str) -> float:
-    """log p(text) by torch's own loss."""
+def score_of(words, lp: np.ndarray, text: str) -> float:
+    """Where the LLM finds all alike; log p(text) by torch's own loss."""
     tokens = torch.tensor([ctc_target_ids(words, text, "lower_no_punctuation")], dtype=torch.long)
-    return -torch.nn.functional.ctc_loss(torch.from_numpy(lp)[:, None], tokens, [len(lp)], [tokens.shape[1]], blank=len(words),
-                                         reduction="sum").item()
+    loss = torch.nn.functional.ctc_loss(torch.from_numpy(lp)[:, None], tokens, [len(lp)], [tokens.shape[1]], blank=len(words),
+                                        reduction="sum")
+    return -0.7 * loss.item() + 1.5 * tokens.shape[1]
 
 
 def test_a_begun_word_costs_nothing_while_it_may_become_what_was_said():
@@ -79,7 +80,7 @@ def test_a_begun_word_costs_nothing_while_it_may_become_what_was_said():
     assert len(the) == 1
     lp = np.full((5, len(words) + 1), -30.0)
     lp[:, -1], lp[2, -1], lp[2, the[0]] = 0.0, -30.0, 0.0
-    search = JointSearch(weight=1.0, beams=1, candidates=len(words))
+    search = JointSearch(weight=1.0, beams=1, candidates=len(words), token_bonus=0.0)
     processor = JointScores(words, [CTCPrefixScores(lp, len(words))], search, [words.eos_token_id], 99)
     costs = processor(torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, len(words)))[0]
     half, wrong = (words.encode(text, add_special_tokens=False)[0] for text in ("t", "s"))
@@ -91,7 +92,7 @@ def test_a_begun_word_costs_nothing_while_it_may_become_what_was_said():
 def test_search_follows_ctc_where_it_is_sure_and_the_llm_where_nothing_is_asked(folders):
     model = build(folders)
     batch = conversations(model, [0, 1, 2, 4])  # one audio | none | two | one
-    unweighted = JointSearch(weight=0.0, beams=3, candidates=12)
+    unweighted = JointSearch(weight=0.0, beams=3, candidates=12, token_bonus=0.0)
     for c, answer in zip((0, 1, 2, 4), model.generate(batch, max_new_tokens=6, joint=unweighted), strict=True):
         one = conversations(model, [c])
         plain = beam_search(model, one, 6)
