@@ -61,7 +61,7 @@ def collect(study: Study) -> dict:
         return found if all(path.with_suffix(".scores.json").exists() for path in found.values()) else {}
 
     for seed in study.plan.seeds:
-        ours = files(study.folder(OURS, seed), "generate")
+        ours = {decode: files(study.folder(OURS, seed), decode) for decode in DECODES}
         for name, variant in study.plan.variants.items():
             folder = study.folder(name, seed)
             if not files(folder, "generate"):
@@ -77,7 +77,9 @@ def collect(study: Study) -> dict:
                     continue
                 row = {"variant": name + DECODES[decode][0], "title": variant.title + DECODES[decode][1], **common,
                        "scores": {data: wer_of(path) for data, path in found.items()}}
-                for key, others in (("against_ours", ours if found != ours else {}), ("against_ctc", files(first, "ctc"))):
+                # Against ours read out the same way; ours together with CTC against ours alone.
+                same = ours[decode] if name != OURS else ours["generate"] if decode != "generate" else {}
+                for key, others in (("against_ours", same), ("against_ctc", files(first, "ctc"))):
                     if others:
                         row[key] = {data: against(others[data], path) for data, path in found.items()}
                 if decode == "generate" and (folder / "speed.json").exists():
@@ -128,9 +130,9 @@ def picture(result: dict) -> Figure:
         if row["variant"] == OURS or row["variant"].startswith("data-"):
             curves[row["seed"]].append((row["hours"], row["scores"][data]["wer"]))
     curves = {seed: sorted(points) for seed, points in sorted(curves.items()) if len(points) > 1}
-    figure = Figure(figsize=(11 if curves else 6.6, 4.2), layout="constrained")
-    left, *right = figure.subplots(1, 2, width_ratios=(3, 2)) if curves else [figure.subplots()]
     names = list(dict.fromkeys(row["variant"] for row in result["rows"]))[::-1]
+    figure = Figure(figsize=(11 if curves else 6.6, max(4.2, 1 + 0.28 * len(names))), layout="constrained")
+    left, *right = figure.subplots(1, 2, width_ratios=(3, 2)) if curves else [figure.subplots()]
     for row in result["rows"]:
         found, place = row["scores"][data], names.index(row["variant"]) + 0.15 * row["seed"]
         left.errorbar(found["wer"], place, xerr=[[found["wer"] - found["ci95"][0]], [found["ci95"][1] - found["wer"]]],
