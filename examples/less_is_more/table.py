@@ -2,6 +2,9 @@
 
 results.json holds each variant and seed: WER with its 95 % bootstrap interval, the paired test against ours on the same
 utterances, hours of data, kept frames, seconds; the machine, versions and commit. What has not been run yet is not in the table.
+
+The whole study takes longer than many a machine is at hand. So with --docs the rows are kept beside the document
+(docs/less_is_more.json), and those of former runs stay in the table until the same variant and seed is run again.
 """
 
 from __future__ import annotations
@@ -72,6 +75,7 @@ def collect(study: Study) -> dict:
             common = {"seed": seed, "stage_2": trained(folder), "hours": sum(order.total for order in plan.orders) / 3.6e6}
             if variant.alignment:
                 common["stage_1"] = trained(first)
+            common["minutes"] = sum(common[stage]["minutes"] for stage in ("stage_1", "stage_2") if stage in common)
             for decode in DECODES:
                 if not (found := files(folder, decode)):
                     continue
@@ -94,6 +98,16 @@ def collect(study: Study) -> dict:
             "whisper": {data: wer_of(path) for data, path in whisper.items() if path.with_suffix(".scores.json").exists()}}
 
 
+def with_former(result: dict, former: dict, study: Study) -> dict:
+    """The result and, of what it lacks, the former one's; in the plan's order, seeds of a variant side by side."""
+    variants = [name + DECODES[decode][0] for name in study.plan.variants for decode in DECODES]
+    merged = {**result, "whisper": former["whisper"] | result["whisper"]}
+    for kind, of, order in (("rows", "variant", variants), ("stage_1_ctc", "alignment", list(study.plan.alignments))):
+        found = {(row[of], row["seed"]): row for row in [*former[kind], *result[kind]] if row[of] in order}
+        merged[kind] = [found[key] for key in sorted(found, key=lambda key: (order.index(key[0]), key[1]))]
+    return merged
+
+
 def score(found: dict) -> str:
     digits = 2 if found["wer"] > 1 else 3
     return f"{found['wer']:.{digits}f} [{found['ci95'][0]:.{digits}f}, {found['ci95'][1]:.{digits}f}]"
@@ -108,13 +122,12 @@ def table(result: dict) -> str:
         lines.append([f"stage I alone, CTC read-out ({row['alignment']})", row["seed"],
                       *(score(row["scores"][d]) for d in result["shards"])])
     for row in result["rows"]:
-        minutes = row["stage_2"]["minutes"] + row.get("stage_1", {"minutes": 0.0})["minutes"]
         tests = [row.get(key, {}).get(result["shards"][0], {}).get("p_value") for key in ("against_ours", "against_ctc")]
         speed = row.get("first_token_ms")
         lines.append([row["title"], row["seed"], *(score(row["scores"][d]) for d in result["shards"]),
                       *("" if p is None else f"{p:.2g}" for p in tests), f"{row['hours']:.2f}",
                       f"{row['scores'][result['shards'][0]]['kept_per_second']:.1f}",
-                      "" if speed is None else f"{speed:.0f}", f"{row['stage_2']['step_seconds']:.1f}", f"{minutes:.1f}"])
+                      "" if speed is None else f"{speed:.0f}", f"{row['stage_2']['step_seconds']:.1f}", f"{row['minutes']:.1f}"])
     counts = [score["utterances"] for score in result["rows"][0]["scores"].values()]
     headers = ["", "seed", *(f"WER {d} ({n})" for d, n in zip(result["shards"], counts, strict=True)), "p, against ours",
                "p, against its stage I", "hours", "frames / s to the LLM", "first token, ms", "s / step, II", "training, min"]
@@ -160,9 +173,12 @@ def picture(result: dict) -> Figure:
 
 
 def finish(study: Study, docs: Path | None = None) -> str:
-    """Collects, writes results.json, its table (.txt) and picture.png into the study's folder, and into `docs` between its marks.
-    Errors: ValueError where nothing has been scored yet, or the marks are missing."""
+    """Collects, writes results.json, its table (.txt) and picture.png into the study's folder, and into `docs` between its marks,
+    there with the rows of former runs. Errors: ValueError where nothing has been scored yet, or the marks are missing."""
     result = collect(study)
+    kept = docs.with_name("less_is_more.json") if docs else None
+    if kept and kept.exists():
+        result = with_former(result, json.loads(kept.read_text()), study)
     if not result["rows"]:
         raise ValueError(f"{study.output} holds no scored variant: run python -m examples.less_is_more.study first")
     text = table(result)
@@ -177,6 +193,7 @@ def finish(study: Study, docs: Path | None = None) -> str:
             raise ValueError(f"{docs} needs the line {MARKS[0]} and, below it, the line {MARKS[1]}, once each")
         head, rest = whole.split(MARKS[0])
         write_atomically(docs, f"{head}{MARKS[0]}\n{told}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+        write_atomically(kept, json.dumps(result, indent=1) + "\n")
         picture(result).savefig(docs.with_name("less_is_more.png"), dpi=80)
     return told
 

@@ -112,6 +112,16 @@ def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
     text = docs.read_text()
     assert told in text and "old" not in text and text.startswith("above\n") and text.endswith("below\n")
     assert (tmp_path / "less_is_more.png").stat().st_size > 5000
+    # What former runs kept stays until it is run again: here seed 1, and a seed 0 that this run replaces.
+    kept = json.loads((tmp_path / "less_is_more.json").read_text())
+    assert kept["rows"] == result["rows"]
+    former = [{**joint, "seed": 1}, {**ours, "hours": 99.0}, {**ours, "seed": 1}, {**ours, "variant": "given-up"}]
+    (tmp_path / "less_is_more.json").write_text(json.dumps({**kept, "rows": former, "stage_1_ctc": [], "whisper": {}}))
+    table.finish(study, docs)
+    merged = json.loads((tmp_path / "less_is_more.json").read_text())
+    assert [(row["variant"], row["seed"]) for row in merged["rows"]] == [
+        ("ours", 0), ("ours", 1), ("ours, joint", 0), ("ours, joint", 1), ("projector", 0), ("data-10", 0)]
+    assert merged["rows"][0] == ours and merged["whisper"] == kept["whisper"]
     docs.write_text("no marks")
     with pytest.raises(ValueError, match="needs the line"):
         table.finish(study, docs)
