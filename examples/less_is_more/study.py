@@ -68,7 +68,8 @@ class Study:
             return self._keys[folder]
 
         name = folder.parent.name
-        return Step(f"train-{name}-{stage}", f"{name}: train ({stage}, {recipe.optim.steps} steps)", self.plan.minutes[stage],
+        minutes = self.plan.minutes[stage] * recipe.optim.steps / load_recipe(self.plan.recipes[stage]).optim.steps
+        return Step(f"train-{name}-{stage}", f"{name}: train ({stage}, {recipe.optim.steps} steps)", minutes,
                     training(self.ranks, self.plan.recipes[stage], *overrides), key, folder / "model" / "soundwave.json",
                     set_aside=folder, processes=self.ranks)
 
@@ -106,8 +107,23 @@ class Study:
                 out.with_suffix(".scores.json"), set_aside=out, processes=self.ranks))
         return steps
 
+    def synthetic(self) -> list[Step]:
+        """What a variant's stage I needs beyond the quick start's data; [] where none of those chosen does."""
+        wanted, cache = self.plan.synthetic, self.data.cache
+        shards = str(cache / "shards" / wanted.shards)
+        recipes = [self.recipe(name, "alignment", 0) for name, variant in self.variants.items() if variant.alignment]
+        if not any(corpus.shards == shards for recipe in recipes for corpus in recipe.data.train):
+            return []
+        manifest = cache / "synthetic" / "train.jsonl"
+        speak = Step("synthetic", f"make {wanted.hours:g} h of synthetic speech", wanted.minutes,
+                     [sys.executable, "-m", "examples.less_is_more.synthetic", "--cache", str(cache),
+                      "--hours", str(wanted.hours)],
+                     lambda: [wanted.hours, file_digest(HERE / "synthetic.py"),
+                              file_digest(cache / "manifests" / "dialogues-train.jsonl")], manifest)
+        return [speak, self.data.pack(wanted.shards, manifest)]
+
     def steps(self) -> list[Step]:
-        steps, begun = self.whisper(), set()
+        steps, begun = [*self.whisper(), *self.synthetic()], set()
         for seed in self.seeds:
             for name, variant in self.variants.items():
                 kind = (variant.alignment, seed)

@@ -27,6 +27,7 @@ from train.files import read_lines, write_atomically
 
 if TYPE_CHECKING:
     from examples.less_is_more.study import Study
+    from train.config import Recipe
 
 MARKS = ("<!-- less is more: written by examples/less_is_more/table.py -->", "<!-- end of less is more -->")
 OURS, BASELINE = "ours", "projector"
@@ -40,6 +41,11 @@ def trained(folder: Path) -> dict:
     seconds = {record["step"]: record["step_seconds"] for record in lines if record["kind"] == "train"}
     return {"steps": len(seconds), "step_seconds": float(np.median(list(seconds.values()))),
             "minutes": sum(seconds.values()) / 60, "commit": json.loads((folder / "run.json").read_text())["commit"]}
+
+
+def hours(recipe: Recipe) -> float:
+    """Of audio that a stage's corpora hold."""
+    return sum(order.total for order in Plan.open(recipe.data, recipe.stage, recipe.optim.steps).orders) / 3.6e6
 
 
 def wer_of(path: Path) -> dict:
@@ -69,10 +75,9 @@ def collect(study: Study) -> dict:
             folder = study.folder(name, seed)
             if not files(folder, "generate"):
                 continue
-            recipe = study.recipe(name, "shrinking", seed)
-            plan = Plan.open(recipe.data, "shrinking", recipe.optim.steps)
+            stages = ["alignment", "shrinking"] if variant.alignment else ["shrinking"]
             first = study.output / f"stage-1-{variant.alignment}-seed-{seed}" / "alignment"
-            common = {"seed": seed, "stage_2": trained(folder), "hours": sum(order.total for order in plan.orders) / 3.6e6}
+            common = {"seed": seed, "stage_2": trained(folder), "hours": max(hours(study.recipe(name, s, seed)) for s in stages)}
             if variant.alignment:
                 common["stage_1"] = trained(first)
             common["minutes"] = sum(common[stage]["minutes"] for stage in ("stage_1", "stage_2") if stage in common)

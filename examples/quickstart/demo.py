@@ -68,14 +68,16 @@ class Plan:
                       [python, "-m", "examples.quickstart.fetch", "--cache", str(self.cache)],
                       lambda: [file_digest(path) for path in scripts if path.name not in ("demo.py", "results.py")],
                       self.cache / "manifests")]
-        for name in MANIFESTS:
-            manifest, shards = self.cache / "manifests" / f"{name}.jsonl", self.cache / "shards" / name
-            steps.append(Step(f"pack-{name}", f"pack {name}", settings.pack.minutes,
-                              [python, "data_tools/pack.py", "--manifest", str(manifest), "--out", str(shards),
-                               "--workers", str(os.cpu_count() or 1), "--shard-mb", str(settings.pack.shard_mb)],
-                              lambda manifest=manifest: [file_digest(manifest), settings.pack.shard_mb, str(SAMPLE_DTYPE)],
-                              shards / "index.json", set_aside=shards, processes=os.cpu_count() or 1))
-        return steps
+        return steps + [self.pack(name, self.cache / "manifests" / f"{name}.jsonl") for name in MANIFESTS]
+
+    def pack(self, name: str, manifest: Path) -> Step:
+        """A manifest to shards."""
+        settings, shards = self.settings, self.cache / "shards" / name
+        return Step(f"pack-{name}", f"pack {name}", settings.pack.minutes,
+                    [sys.executable, "data_tools/pack.py", "--manifest", str(manifest), "--out", str(shards),
+                     "--workers", str(os.cpu_count() or 1), "--shard-mb", str(settings.pack.shard_mb)],
+                    lambda: [file_digest(manifest), settings.pack.shard_mb, str(SAMPLE_DTYPE)],
+                    shards / "index.json", set_aside=shards, processes=os.cpu_count() or 1)
 
     def steps(self) -> list[Step]:
         steps = self.data_steps()

@@ -26,7 +26,7 @@ def test_a_variant_differs_from_ours_in_what_it_is_about():
     about = {"no-lookback": {"model.shrinking.lookback"}, "no-ctc": {"loss.ctc_weight"},
              "blank-kept": {"model.shrinking.keep_blank_runs"}, "frame": {"model.alignment.attention"},
              "no-token-embeddings": {"model.shrinking.token_embeddings"}, "no-stage-1": {"optim.steps"},
-             "longer": {"optim.steps"},
+             "longer": {"optim.steps"}, "synthetic": set(),
              "data-10": {"data.train"}, "data-25": {"data.train"}, "data-50": {"data.train"}, "ours": set(),
              "projector": {"model.alignment.stack_frames", "model.alignment.layers", "model.shrinking.enabled",
                            "model.shrinking.token_embeddings", "loss.ctc_weight", "optim.steps"}}
@@ -39,7 +39,9 @@ def test_a_variant_differs_from_ours_in_what_it_is_about():
         if study.plan.variants[name].alignment:
             first = study.recipe(name, "alignment", 0)
             assert recipe.init_from == f"{first.output}/alignment/model"
-            assert [corpus.share for corpus in first.data.train] == [recipe.data.train[0].share]
+            assert first.data.train[0].share == recipe.data.train[0].share
+            assert [Path(corpus.shards).name for corpus in first.data.train] == [
+                "dialogues-train", *(["synthetic-train"] if name == "synthetic" else [])]
         else:
             assert recipe.init_from == "fresh"
 
@@ -49,6 +51,9 @@ def test_variants_share_a_stage_one_and_every_step_has_a_name_of_its_own():
     names = [step.name for step in steps]
     assert len(set(names)) == len(names)
     assert sum("alignment" in name and name.startswith("train") for name in names) == 4  # full and data-10, of two seeds
+    assert not any("synthetic" in name for name in names)
+    more = [step.name for step in Study(PLAN, seeds=[1], only=["synthetic"]).steps()]
+    assert more.index("synthetic") < more.index("pack-synthetic-train") < more.index("train-stage-1-synthetic-seed-1-alignment")
     with pytest.raises(StepError, match="no variant others: .* has ours, .*projector"):
         Study(PLAN, only=["others"])
 
