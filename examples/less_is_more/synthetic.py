@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from examples.quickstart.fetch import DEFAULT_CACHE, FetchError, Source, download, make_folder, unpack_deb
 from examples.quickstart.manifests import draw, plain, targets, write
+from examples.steps import digest, file_digest
 
 FLITE = ("BSD-like, of Carnegie Mellon University", "Flite, by Alan W Black and others")
 WORDNET = Source("apt", "wordnet-base", "1:3.0-37", "wordnet-base_1%3a3.0-37_all.deb", 6467132,
@@ -158,7 +159,7 @@ def build(cache: Path, hours: float) -> Path:
     allowed = [text for text in sentences(wordnet) if plain(text) not in known]
     shown = [token for row in rows_of(manifests / "dialogues-train.jsonl") for token in tokens_of(row["text"])]
     clips = cache / "synthetic" / "clips"
-    make_folder(clips, json.dumps([hours, allowed[:1], len(allowed), len(shown)]), make)
+    make_folder(clips, digest(hours, file_digest(Path(__file__)), allowed, shown), make)
     manifest = cache / "synthetic" / "train.jsonl"
     write(manifest, ({**row, "audio": str((clips / row["audio"]).resolve())} for row in rows_of(clips / "rows.jsonl")))
     return manifest
