@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo less-is-more fetch test lint soak bench-ctc gpu-check test-slurm clean
+.PHONY: help setup setup-dev demo less-is-more results fetch test lint soak bench-ctc gpu-check test-slurm clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -30,6 +30,13 @@ demo: setup ## the whole road on real speech: fetch, pack, stages I to III, scor
 
 less-is-more: setup ## the comparisons on the demo's data (ARGS="--seeds 0 --only ours projector" for some of them; hours on 2 cores)
 	@$(PY) -m examples.less_is_more.study $(ARGS)
+
+results: setup ## the tables of docs/results.md made again: demo, comparisons, both documents (hours; goes on where it stopped)
+	@$(PY) -m examples.quickstart.demo
+	@$(PY) -m examples.less_is_more.study
+	@$(PY) -m examples.quickstart.results --into README.md docs/results.md
+	@$(PY) -m examples.less_is_more.table --docs docs/results.md
+	@$(PY) -m examples.less_is_more.rare_words --docs docs/results.md
 
 fetch: setup ## only download and convert what the demo needs; names the commands for full-scale models
 	@$(PY) -m examples.quickstart.fetch $(ARGS)

@@ -22,6 +22,7 @@ from tabulate import tabulate
 
 from benchmarks.machine import line, machine
 from evaluation.compare import compare
+from examples.documents import put_between
 from train.data import Plan
 from train.files import read_lines, write_atomically
 
@@ -193,11 +194,7 @@ def finish(study: Study, docs: Path | None = None) -> str:
     commits = sorted({run["commit"] or "unknown" for run in runs})
     told = f"{text}\n\nTrained at commit {', '.join(commits)}; table by: {line(result['machine'])}; {result['ranks']} ranks."
     if docs:
-        whole = docs.read_text()
-        if [whole.count(mark) for mark in MARKS] != [1, 1]:
-            raise ValueError(f"{docs} needs the line {MARKS[0]} and, below it, the line {MARKS[1]}, once each")
-        head, rest = whole.split(MARKS[0])
-        write_atomically(docs, f"{head}{MARKS[0]}\n{told}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+        put_between(docs, MARKS, told)
         write_atomically(kept, json.dumps(result, indent=1) + "\n")
         picture(result).savefig(docs.with_name("less_is_more.png"), dpi=80)
     return told

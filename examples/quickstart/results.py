@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
+from examples.documents import put_between
+
 if TYPE_CHECKING:
     from examples.quickstart.demo import Plan
 
@@ -115,15 +117,10 @@ def machine_line(result: dict) -> str:
 
 def write_into(path: Path, result: dict) -> None:
     """Replace what stands between the two marks. Errors: ValueError where the marks are missing."""
-    text = path.read_text()
-    if text.count(MARKS[0]) != 1 or text.count(MARKS[1]) != 1:
-        raise ValueError(f"{path} needs the line {MARKS[0]} and, below it, the line {MARKS[1]}, once each")
-    head, rest = text.split(MARKS[0])
-    _, tail = rest.split(MARKS[1])
     steps = ", ".join(f"{name} {recipe['optim']['steps']}" for name, recipe in result["recipes"].items())
-    body = (f"\n{table(result)}\n\nIn brackets: 95 % bootstrap intervals over utterances. One run, seed "
-            f"{next(iter(result['recipes'].values()))['seed']}; optimizer steps: {steps}. Machine: {machine_line(result)}.\n")
-    path.write_text(head + MARKS[0] + "\n" + body + MARKS[1] + tail)
+    seed = next(iter(result["recipes"].values()))["seed"]
+    put_between(path, MARKS, f"\n{table(result)}\n\nIn brackets: 95 % bootstrap intervals over utterances. One run, seed {seed}; "
+                             f"optimizer steps: {steps}. Machine: {machine_line(result)}.")
 
 
 def main() -> int:

@@ -1,0 +1,108 @@
+"""Which words are got wrong: those that training hardly showed? `python -m examples.less_is_more.rare_words [--docs docs/results.md]`
+
+Words of the study's first test set are sorted by how often their rarest token stands in the CTC targets of the quick start's
+recordings (`dialogues-train`); the table holds the share of them that each read-out deletes or replaces, insertions aside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jiwer
+from tabulate import tabulate
+
+from evaluation.normalise import normalise
+from evaluation.predictions import read_rows
+from examples.documents import put_between
+from examples.less_is_more.synthetic import CTC_TEXT
+
+if TYPE_CHECKING:
+    from examples.less_is_more.study import Study
+
+MARKS = ("<!-- rare words: written by examples/less_is_more/rare_words.py -->", "<!-- end of rare words -->")
+BINS = {"never": 0, "1 to 4 times": 1, "5 to 19 times": 5, "20 to 99 times": 20, "100 times and more": 100}  # from how many on
+READ_OUTS = {"stage I, CTC": ("full", "ctc"), "ours, LLM": ("ours", "generate"), "ours, both": ("ours", "joint"),
+             "synthetic, stage I, CTC": ("synthetic", "ctc"), "synthetic, both": ("synthetic", "joint")}
+
+
+def bin_of(count: int) -> str:
+    return [name for name, least in BINS.items() if count >= least][-1]
+
+
+def wrong_words(rows: Iterable[dict]) -> list[tuple[str, bool]]:
+    """Each reference word after Whisper's normaliser, and whether it was deleted or replaced."""
+    rows = list(rows)
+    texts = [[normalise(row[key], row.get("lang")) for row in rows] for key in ("reference", "prediction")]
+    output = jiwer.process_words(*texts)
+    return [(word, chunk.type != "equal") for words, chunks in zip(output.references, output.alignments, strict=True)
+            for chunk in chunks for word in words[chunk.ref_start_idx:chunk.ref_end_idx]]
+
+
+def shares(rows: Iterable[dict], count_of: Callable[[str], int]) -> dict[str, tuple[int, float]]:
+    """Bin -> (words, share of them that is wrong). count_of: how often training showed a word's rarest token."""
+    words, wrong = Counter(), Counter()
+    for word, missed in wrong_words(rows):
+        words[name := bin_of(count_of(word))] += 1
+        wrong[name] += missed
+    return {name: (words[name], wrong[name] / words[name]) for name in BINS if words[name]}
+
+
+def files(study: Study, seed: int) -> dict[str, Path]:
+    """Read-out -> its predictions, of those that were scored."""
+    data = study.plan.score.shards[0]
+    found = {}
+    for title, (name, decode) in READ_OUTS.items():
+        folder = study.output / f"stage-1-{name}-seed-{seed}" / "alignment" if decode == "ctc" else study.folder(name, seed)
+        found[title] = folder / "model" / f"evaluation-{decode}" / f"{data}-asr-{decode}.jsonl"
+    found["Whisper's own decoder"] = study.output / "whisper" / f"{data}.jsonl"
+    return {title: path for title, path in found.items() if path.exists()}
+
+
+def build(study: Study, seed: int) -> str:
+    """The table. Errors: ValueError where nothing of that seed was scored."""
+    from transformers import AutoTokenizer
+
+    from model.prompt import ctc_target_ids
+
+    predictions, cache = files(study, seed), study.data.cache
+    if not any("seed" in str(path) for path in predictions.values()):
+        raise ValueError(f"{study.output} holds no predictions of seed {seed}: run python -m examples.less_is_more.study first")
+    tokenizer = AutoTokenizer.from_pretrained(cache / "models" / "smollm2-135m")
+    lines = (cache / "manifests" / "dialogues-train.jsonl").read_text(encoding="utf-8").splitlines()
+    shown = Counter(token for line in lines for token in ctc_target_ids(tokenizer, json.loads(line)["text"], CTC_TEXT))
+
+    def count_of(word: str) -> int:
+        return min((shown[token] for token in ctc_target_ids(tokenizer, word, CTC_TEXT)), default=0)
+
+    found = {title: shares(read_rows(path), count_of) for title, path in predictions.items()}
+    words = next(iter(found.values()))
+    table = [[name, words[name][0], *(f"{of[name][1]:.2f}" for of in found.values())] for name in words]
+    return tabulate(table, headers=["rarest token seen", "words", *found], tablefmt="github", disable_numparse=True)
+
+
+def main() -> int:
+    from examples.less_is_more.study import HERE, Study
+
+    parser = argparse.ArgumentParser(prog="python -m examples.less_is_more.rare_words", description=__doc__.split("\n")[0])
+    parser.add_argument("--seed", type=int, default=1, help="whose runs (default: 1)")
+    parser.add_argument("--docs", type=Path, help="put the table there too, between its marks")
+    options = parser.parse_args()
+    try:
+        text = build(Study(HERE / "plan.yaml"), options.seed)
+        print(text)
+        if options.docs:
+            put_between(options.docs, MARKS, f"Seed {options.seed}:\n\n{text}")
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
