@@ -1,4 +1,4 @@
-"""Which words are got wrong: those that training hardly showed? `python -m examples.less_is_more.rare_words [--docs docs/results.md]`
+"""Which words are got wrong: those that training hardly showed? `python -m examples.less_is_more.rare_words [--docs FILE]`
 
 Words of the study's first test set are sorted by how often their rarest token stands in the CTC targets of the quick start's
 recordings (`dialogues-train`); the table holds the share of them that each read-out deletes or replaces, insertions aside.
