@@ -53,6 +53,9 @@ class Study:
     def recipe(self, variant: str, stage: str, seed: int) -> Recipe:
         return load_recipe(self.plan.recipes[stage], self.overrides(variant, stage, seed))
 
+    def stages(self, variant: str) -> list[str]:
+        return ["alignment", "shrinking"] if self.plan.variants[variant].alignment else ["shrinking"]
+
     def folder(self, variant: str, seed: int) -> Path:
         """Of stage II."""
         return self.output / f"{variant}-seed-{seed}" / "shrinking"
@@ -108,10 +111,10 @@ class Study:
         return steps
 
     def synthetic(self) -> list[Step]:
-        """What a variant's stage I needs beyond the quick start's data; [] where none of those chosen does."""
+        """What a variant needs beyond the quick start's data; [] where none of those chosen does."""
         wanted, cache = self.plan.synthetic, self.data.cache
         shards = str(cache / "shards" / wanted.shards)
-        recipes = [self.recipe(name, "alignment", 0) for name, variant in self.variants.items() if variant.alignment]
+        recipes = [self.recipe(name, stage, 0) for name in self.variants for stage in self.stages(name)]
         if not any(corpus.shards == shards for recipe in recipes for corpus in recipe.data.train):
             return []
         manifest = cache / "synthetic" / "train.jsonl"

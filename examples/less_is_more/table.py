@@ -76,9 +76,9 @@ def collect(study: Study) -> dict:
             folder = study.folder(name, seed)
             if not files(folder, "generate"):
                 continue
-            stages = ["alignment", "shrinking"] if variant.alignment else ["shrinking"]
             first = study.output / f"stage-1-{variant.alignment}-seed-{seed}" / "alignment"
-            common = {"seed": seed, "stage_2": trained(folder), "hours": max(hours(study.recipe(name, s, seed)) for s in stages)}
+            held = [hours(study.recipe(name, stage, seed)) for stage in study.stages(name)]
+            common = {"seed": seed, "stage_2": trained(folder), "hours": max(held)}
             if variant.alignment:
                 common["stage_1"] = trained(first)
             common["minutes"] = sum(common[stage]["minutes"] for stage in ("stage_1", "stage_2") if stage in common)

@@ -30,6 +30,7 @@ def test_a_variant_differs_from_ours_in_what_it_is_about():
              "data-10": {"data.train"}, "data-25": {"data.train"}, "data-50": {"data.train"}, "ours": set(),
              "projector": {"model.alignment.stack_frames", "model.alignment.layers", "model.shrinking.enabled",
                            "model.shrinking.token_embeddings", "loss.ctc_weight", "optim.steps"}}
+    about["projector-synthetic"] = about["projector"] | {"data.train"}
     assert about.keys() == study.variants.keys()
     for name, changed in about.items():
         recipe = study.recipe(name, "shrinking", 0)
@@ -52,8 +53,10 @@ def test_variants_share_a_stage_one_and_every_step_has_a_name_of_its_own():
     assert len(set(names)) == len(names)
     assert sum("alignment" in name and name.startswith("train") for name in names) == 4  # full and data-10, of two seeds
     assert not any("synthetic" in name for name in names)
-    more = [step.name for step in Study(PLAN, seeds=[1], only=["synthetic"]).steps()]
-    assert more.index("synthetic") < more.index("pack-synthetic-train") < more.index("train-stage-1-synthetic-seed-1-alignment")
+    for variant, first in (("synthetic", "train-stage-1-synthetic-seed-1-alignment"),
+                           ("projector-synthetic", "train-projector-synthetic-seed-1-shrinking")):
+        more = [step.name for step in Study(PLAN, seeds=[1], only=[variant]).steps()]
+        assert more.index("synthetic") < more.index("pack-synthetic-train") < more.index(first)
     with pytest.raises(StepError, match="no variant others: .* has ours, .*projector"):
         Study(PLAN, only=["others"])
 

@@ -1,4 +1,4 @@
-"""docs/recipes.md names every key of a recipe, with the default that the code has."""
+"""docs/recipes.md names every key of a recipe, with the default that the code has; docs/architecture.md every module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 from train.config import Recipe, known_keys
 
-TEXT = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text()
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "docs" / "recipes.md").read_text()
 
 
 def test_every_key_is_explained():
@@ -32,3 +33,11 @@ def test_defaults_are_those_of_the_code():
         return "null" if value is None else yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
 
     assert {key: told[key] for key in leaves} == {key: text(key) for key in leaves}
+
+
+def test_every_module_has_its_place_in_the_architecture():
+    rows = dict(re.findall(r"^\| `([a-z_/]+/)` \| (.*?) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE))
+    rooms = ("model/", "model/ops/", "data_tools/", "train/", "train/data/", "evaluation/")
+    names = {room: {path.stem for path in (ROOT / room).glob("*.py") if not path.stem.startswith("__")} for room in rooms}
+    told = {room: {name.removesuffix(".py") for name in re.findall(r"`([a-z_.]+)`", rows[room])} for room in rooms}
+    assert told == names
