@@ -44,12 +44,14 @@ def wrong_words(rows: Iterable[dict]) -> list[tuple[str, bool]]:
             for chunk in chunks for word in words[chunk.ref_start_idx:chunk.ref_end_idx]]
 
 
-def shares(rows: Iterable[dict], count_of: Callable[[str], int]) -> dict[str, tuple[int, float]]:
-    """Bin -> (words, share of them that is wrong). count_of: how often training showed a word's rarest token."""
+def shares(rows: Iterable[dict], count_of: Callable[[str], int | None]) -> dict[str, tuple[int, float]]:
+    """Bin -> (words, share of them that is wrong). count_of: how often training showed a word's rarest token; None for what has
+    no token, which is left out (the normaliser takes the dots of "end..." for one)."""
     words, wrong = Counter(), Counter()
     for word, missed in wrong_words(rows):
-        words[name := bin_of(count_of(word))] += 1
-        wrong[name] += missed
+        if (count := count_of(word)) is not None:
+            words[name := bin_of(count)] += 1
+            wrong[name] += missed
     return {name: (words[name], wrong[name] / words[name]) for name in BINS if words[name]}
 
 
@@ -77,8 +79,8 @@ def build(study: Study, seed: int) -> str:
     lines = (cache / "manifests" / "dialogues-train.jsonl").read_text(encoding="utf-8").splitlines()
     shown = Counter(token for line in lines for token in ctc_target_ids(tokenizer, json.loads(line)["text"], CTC_TEXT))
 
-    def count_of(word: str) -> int:
-        return min((shown[token] for token in ctc_target_ids(tokenizer, word, CTC_TEXT)), default=0)
+    def count_of(word: str) -> int | None:
+        return min((shown[token] for token in ctc_target_ids(tokenizer, word, CTC_TEXT)), default=None)
 
     found = {title: shares(read_rows(path), count_of) for title, path in predictions.items()}
     words = next(iter(found.values()))

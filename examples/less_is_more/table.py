@@ -159,8 +159,8 @@ def picture(result: dict) -> Figure:
     left.set_yticks(range(len(names)), names)
     if result["whisper"]:
         left.axvline(result["whisper"][data]["wer"], linestyle=":", color="gray")
-        place = (result["whisper"][data]["wer"], 0.02)
-        left.annotate(" Whisper's decoder", place, xycoords=("data", "axes fraction"), color="gray", fontsize=8)
+        place = (result["whisper"][data]["wer"], 1.01)
+        left.annotate("Whisper's decoder", place, xycoords=("data", "axes fraction"), color="gray", fontsize=8, ha="center")
     left.set_ylim(-0.6, len(names) - 0.4)
     left.set_xlabel(f"WER on {data}, 95 % interval")
     for axes in right:

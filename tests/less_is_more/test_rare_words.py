@@ -20,8 +20,9 @@ def test_bins_hold_every_count_once():
     assert [bin_of(n) for n in (0, 1, 4, 5, 19, 20, 99, 100, 10**6)] == [
         "never", *["1 to 4 times"] * 2, *["5 to 19 times"] * 2, *["20 to 99 times"] * 2, *["100 times and more"] * 2]
     counts = Counter({"the": 500, "home": 30, "take": 2})
-    found = shares(ROWS, counts.__getitem__)
-    assert found == {"never": (2, 1.0), "1 to 4 times": (1, 1.0), "20 to 99 times": (1, 0.0), "100 times and more": (2, 0.5)}
+    found = shares([*ROWS, {"lang": "en", "reference": "end...", "prediction": "end"}],
+                   lambda word: None if word == "." else counts[word])
+    assert found == {"never": (3, 2 / 3), "1 to 4 times": (1, 1.0), "20 to 99 times": (1, 0.0), "100 times and more": (2, 0.5)}
     assert list(found) == [name for name in BINS if name in found]
 
 
