@@ -31,7 +31,7 @@ demo: setup ## the whole road on real speech: fetch, pack, stages I to III, scor
 less-is-more: setup ## the comparisons on the demo's data (ARGS="--seeds 0 --only ours projector" for some of them; hours on 2 cores)
 	@$(PY) -m examples.less_is_more.study $(ARGS)
 
-results: setup ## the tables of docs/results.md made again: demo, comparisons, both documents (hours; goes on where it stopped)
+results: setup ## demo and comparisons, their tables put into README.md and docs/results.md (hours; goes on where it stopped)
 	@$(PY) -m examples.quickstart.demo
 	@$(PY) -m examples.less_is_more.study
 	@$(PY) -m examples.quickstart.results --into README.md docs/results.md

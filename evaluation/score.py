@@ -26,16 +26,21 @@ from evaluation.tasks import metric_of, parse_choice, parse_letter, split_chain,
 BOOTSTRAP = 1000  # resamples behind each 95 % interval
 
 
+def aligned(rows: list[dict], *, characters: bool = False) -> jiwer.WordOutput | jiwer.CharacterOutput:
+    """References and predictions after normalisation, aligned in words or characters."""
+    references = [normalise(row["reference"], row.get("lang")) for row in rows]
+    predictions = [normalise(row["prediction"], row.get("lang")) for row in rows]
+    process = jiwer.process_characters if characters else jiwer.process_words
+    return process(references, predictions)
+
+
 def word_counts(rows: list[dict], *, characters: bool = False) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
     """Errors and reference units per utterance after normalisation, and the totals by kind of error.
 
     Units are words, or characters with `characters` (spaces count, as in jiwer's CER). An utterance whose reference is empty
     after normalisation adds its insertions as errors and no units.
     """
-    references = [normalise(row["reference"], row.get("lang")) for row in rows]
-    predictions = [normalise(row["prediction"], row.get("lang")) for row in rows]
-    process = jiwer.process_characters if characters else jiwer.process_words
-    output = process(references, predictions)
+    output = aligned(rows, characters=characters)
     errors, units = np.zeros(len(rows)), np.zeros(len(rows))
     for i, (reference, alignment) in enumerate(zip(output.references, output.alignments, strict=True)):
         units[i] = len(reference)

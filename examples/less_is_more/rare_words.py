@@ -10,15 +10,14 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jiwer
 from tabulate import tabulate
 
-from evaluation.normalise import normalise
 from evaluation.predictions import read_rows
+from evaluation.score import aligned
 from examples.documents import put_between
 from examples.less_is_more.synthetic import CTC_TEXT
 
@@ -29,22 +28,21 @@ MARKS = ("<!-- rare words: written by examples/less_is_more/rare_words.py -->", 
 BINS = {"never": 0, "1 to 4 times": 1, "5 to 19 times": 5, "20 to 99 times": 20, "100 times and more": 100}  # from how many on
 READ_OUTS = {"stage I, CTC": ("full", "ctc"), "ours, LLM": ("ours", "generate"), "ours, both": ("ours", "joint"),
              "synthetic, stage I, CTC": ("synthetic", "ctc"), "synthetic, both": ("synthetic", "joint")}
+WHISPER = "Whisper's own decoder"  # has no seed
 
 
 def bin_of(count: int) -> str:
     return [name for name, least in BINS.items() if count >= least][-1]
 
 
-def wrong_words(rows: Iterable[dict]) -> list[tuple[str, bool]]:
+def wrong_words(rows: list[dict]) -> list[tuple[str, bool]]:
     """Each reference word after Whisper's normaliser, and whether it was deleted or replaced."""
-    rows = list(rows)
-    texts = [[normalise(row[key], row.get("lang")) for row in rows] for key in ("reference", "prediction")]
-    output = jiwer.process_words(*texts)
+    output = aligned(rows)
     return [(word, chunk.type != "equal") for words, chunks in zip(output.references, output.alignments, strict=True)
             for chunk in chunks for word in words[chunk.ref_start_idx:chunk.ref_end_idx]]
 
 
-def shares(rows: Iterable[dict], count_of: Callable[[str], int | None]) -> dict[str, tuple[int, float]]:
+def shares(rows: list[dict], count_of: Callable[[str], int | None]) -> dict[str, tuple[int, float]]:
     """Bin -> (words, share of them that is wrong). count_of: how often training showed a word's rarest token; None for what has
     no token, which is left out (the normaliser takes the dots of "end..." for one)."""
     words, wrong = Counter(), Counter()
@@ -60,9 +58,9 @@ def files(study: Study, seed: int) -> dict[str, Path]:
     data = study.plan.score.shards[0]
     found = {}
     for title, (name, decode) in READ_OUTS.items():
-        folder = study.output / f"stage-1-{name}-seed-{seed}" / "alignment" if decode == "ctc" else study.folder(name, seed)
-        found[title] = folder / "model" / f"evaluation-{decode}" / f"{data}-asr-{decode}.jsonl"
-    found["Whisper's own decoder"] = study.output / "whisper" / f"{data}.jsonl"
+        folder = study.first(name, seed) if decode == "ctc" else study.folder(name, seed)
+        found[title] = study.predictions(folder, decode, data)
+    found[WHISPER] = study.output / "whisper" / f"{data}.jsonl"
     return {title: path for title, path in found.items() if path.exists()}
 
 
@@ -73,7 +71,7 @@ def build(study: Study, seed: int) -> str:
     from model.prompt import ctc_target_ids
 
     predictions, cache = files(study, seed), study.data.cache
-    if not any("seed" in str(path) for path in predictions.values()):
+    if predictions.keys() <= {WHISPER}:
         raise ValueError(f"{study.output} holds no predictions of seed {seed}: run python -m examples.less_is_more.study first")
     tokenizer = AutoTokenizer.from_pretrained(cache / "models" / "smollm2-135m")
     lines = (cache / "manifests" / "dialogues-train.jsonl").read_text(encoding="utf-8").splitlines()

@@ -46,8 +46,8 @@ class Study:
         of = self.plan.variants[variant]
         common = [*self.plan.overrides, f"seed={seed}", f"data.seed={seed}"]
         if stage == "alignment":
-            return [*common, *self.plan.alignments[of.alignment], f"output={self.output / f'stage-1-{of.alignment}-seed-{seed}'}"]
-        start = f"{self.output / f'stage-1-{of.alignment}-seed-{seed}'}/alignment/model" if of.alignment else "fresh"
+            return [*common, *self.plan.alignments[of.alignment], f"output={self.first(of.alignment, seed).parent}"]
+        start = self.first(of.alignment, seed) / "model" if of.alignment else "fresh"
         return [*common, *of.shrinking, f"init_from={start}", f"output={self.folder(variant, seed).parent}"]
 
     def recipe(self, variant: str, stage: str, seed: int) -> Recipe:
@@ -56,9 +56,17 @@ class Study:
     def stages(self, variant: str) -> list[str]:
         return ["alignment", "shrinking"] if self.plan.variants[variant].alignment else ["shrinking"]
 
+    def first(self, alignment: str, seed: int) -> Path:
+        """The folder of a stage I."""
+        return self.output / f"stage-1-{alignment}-seed-{seed}" / "alignment"
+
     def folder(self, variant: str, seed: int) -> Path:
         """Of stage II."""
         return self.output / f"{variant}-seed-{seed}" / "shrinking"
+
+    def predictions(self, folder: Path, decode: str, data: str) -> Path:
+        """Of a stage's folder on one test set; their scores lie beside them."""
+        return folder / "model" / f"evaluation-{decode}" / f"{data}-asr-{decode}.jsonl"
 
     def train(self, variant: str, stage: str, seed: int) -> Step:
         overrides = self.overrides(variant, stage, seed)
@@ -77,7 +85,9 @@ class Study:
                     set_aside=folder, processes=self.ranks)
 
     def score(self, folder: Path, decode: str) -> Step:
-        wanted, out = self.plan.score, folder / "model" / f"evaluation-{decode}"
+        wanted = self.plan.score
+        last = self.predictions(folder, decode, wanted.shards[-1])
+        out = last.parent
         shards = [str(self.data.cache / "shards" / name) for name in wanted.shards]
         options = ["--model", str(folder / "model"), "--shards", *shards, "--task", "asr", "--decode", decode,
                    "--limit", str(wanted.limit), "--max-new-tokens", str(wanted.max_new_tokens), "--out", str(out)]
@@ -85,7 +95,7 @@ class Study:
                     scoring(self.ranks, *options),
                     lambda: [OmegaConf.to_container(wanted), [self.data.fingerprint(name) for name in wanted.shards],
                              self._keys.get(folder), *([asdict(JointSearch())] if decode == "joint" else [])],
-                    out / f"{wanted.shards[-1]}-asr-{decode}.scores.json", set_aside=out, processes=self.ranks)
+                    last.with_suffix(".scores.json"), set_aside=out, processes=self.ranks)
 
     def speed(self, folder: Path) -> Step:
         wanted, out = self.plan.speed, folder / "speed.json"

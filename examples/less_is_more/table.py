@@ -67,7 +67,7 @@ def collect(study: Study) -> dict:
 
     def files(folder: Path, decode: str) -> dict[str, Path]:
         """Predictions on each test set; {} where one has not been scored."""
-        found = {data: folder / "model" / f"evaluation-{decode}" / f"{data}-asr-{decode}.jsonl" for data in shards}
+        found = {data: study.predictions(folder, decode, data) for data in shards}
         return found if all(path.with_suffix(".scores.json").exists() for path in found.values()) else {}
 
     for seed in study.plan.seeds:
@@ -76,7 +76,7 @@ def collect(study: Study) -> dict:
             folder = study.folder(name, seed)
             if not files(folder, "generate"):
                 continue
-            first = study.output / f"stage-1-{variant.alignment}-seed-{seed}" / "alignment"
+            first = study.first(variant.alignment, seed)
             held = [hours(study.recipe(name, stage, seed)) for stage in study.stages(name)]
             common = {"seed": seed, "stage_2": trained(folder), "hours": max(held)}
             if variant.alignment:
@@ -96,7 +96,7 @@ def collect(study: Study) -> dict:
                     row["first_token_ms"] = json.loads((folder / "speed.json").read_text())["first_token_ms_median"]
                 rows.append(row)
         for kind in study.plan.alignments:
-            if found := files(study.output / f"stage-1-{kind}-seed-{seed}" / "alignment", "ctc"):
+            if found := files(study.first(kind, seed), "ctc"):
                 scores = {data: wer_of(path) for data, path in found.items()}
                 first_stages.append({"alignment": kind, "seed": seed, "scores": scores})
     whisper = {data: study.output / "whisper" / f"{data}.jsonl" for data in shards}
