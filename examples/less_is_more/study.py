@@ -1,11 +1,13 @@
 """Is less more? Ours against its own parts left out, against a projector baseline, and against less data: one command,
 
     python -m examples.less_is_more.study [--seeds 0 1] [--only ours projector ...] [--dry-run]        (make less-is-more)
+    python -m examples.less_is_more.study --plan examples/less_is_more/trials.yaml
 
     quick start's data -> for each seed: stage I of each kind -> for each variant: stage II, score, speed -> table, picture
 
-plan.yaml says what is compared, on what, with how many steps. Each step is an ordinary command of the project, done once
-(examples/steps.py): a study that was interrupted, or begun with --only, goes on with the same command.
+plan.yaml says what is compared, on what, with how many steps; trials.yaml what was tried on the valid split. Each step is an
+ordinary command of the project, done once (examples/steps.py): a study that was interrupted, or begun with --only, goes on with
+the same command.
 """
 
 from __future__ import annotations
@@ -45,10 +47,11 @@ class Study:
         """Of the quick start's recipe: what makes this variant's stage."""
         of = self.plan.variants[variant]
         common = [*self.plan.overrides, f"seed={seed}", f"data.seed={seed}"]
+        like = self.plan.variants[of.like].shrinking if "like" in of else []
         if stage == "alignment":
             return [*common, *self.plan.alignments[of.alignment], f"output={self.first(of.alignment, seed).parent}"]
         start = self.first(of.alignment, seed) / "model" if of.alignment else "fresh"
-        return [*common, *of.shrinking, f"init_from={start}", f"output={self.folder(variant, seed).parent}"]
+        return [*common, *like, *of.shrinking, f"init_from={start}", f"output={self.folder(variant, seed).parent}"]
 
     def recipe(self, variant: str, stage: str, seed: int) -> Recipe:
         return load_recipe(self.plan.recipes[stage], self.overrides(variant, stage, seed))
@@ -79,7 +82,9 @@ class Study:
             return self._keys[folder]
 
         name = folder.parent.name
-        minutes = self.plan.minutes[stage] * recipe.optim.steps / load_recipe(self.plan.recipes[stage]).optim.steps
+        usual = load_recipe(self.plan.recipes[stage])
+        minutes = self.plan.minutes[stage] * (recipe.optim.steps * recipe.data.batch_seconds
+                                              / (usual.optim.steps * usual.data.batch_seconds))
         return Step(f"train-{name}-{stage}", f"{name}: train ({stage}, {recipe.optim.steps} steps)", minutes,
                     training(self.ranks, self.plan.recipes[stage], *overrides), key, folder / "model" / "soundwave.json",
                     set_aside=folder, processes=self.ranks)
@@ -97,18 +102,20 @@ class Study:
                              self._keys.get(folder), *([asdict(JointSearch())] if decode == "joint" else [])],
                     last.with_suffix(".scores.json"), set_aside=out, processes=self.ranks)
 
-    def speed(self, folder: Path) -> Step:
+    def speed(self, folder: Path) -> list[Step]:
         wanted, out = self.plan.speed, folder / "speed.json"
-        return Step(f"speed-{folder.parent.name}", f"{folder.parent.name}: time to first token", self.plan.minutes.speed,
+        if wanted is None:
+            return []
+        return [Step(f"speed-{folder.parent.name}", f"{folder.parent.name}: time to first token", self.plan.minutes.speed,
                     [sys.executable, "-m", "evaluation.speed", "--model", str(folder / "model"), "--shards",
                      str(self.data.cache / "shards" / wanted.shards), "--clips", str(wanted.clips), "--max-new-tokens", "8",
                      "--out", str(out)],
                     lambda: [OmegaConf.to_container(wanted), self.data.fingerprint(wanted.shards), self._keys.get(folder)],
-                    out, set_aside=out)
+                    out, set_aside=out)]
 
     def whisper(self) -> list[Step]:
         steps = []
-        for name in self.plan.score.shards:
+        for name in self.plan.score.shards if self.plan.whisper else ():
             out = self.output / "whisper" / f"{name}.jsonl"
             shards = self.data.cache / "shards" / name
             steps.append(Step(
@@ -123,6 +130,8 @@ class Study:
     def synthetic(self) -> list[Step]:
         """What a variant needs beyond the quick start's data; [] where none of those chosen does."""
         wanted, cache = self.plan.synthetic, self.data.cache
+        if wanted is None:
+            return []
         shards = str(cache / "shards" / wanted.shards)
         recipes = [self.recipe(name, stage, 0) for name in self.variants for stage in self.stages(name)]
         if not any(corpus.shards == shards for recipe in recipes for corpus in recipe.data.train):
@@ -146,7 +155,7 @@ class Study:
                     steps += [first, self.score(first.output.parent.parent, "ctc")]
                 folder = self.folder(name, seed)
                 joint = [self.score(folder, "joint")] if name in self.plan.joint else []
-                steps += [self.train(name, "shrinking", seed), self.score(folder, "generate"), *joint, self.speed(folder)]
+                steps += [self.train(name, "shrinking", seed), self.score(folder, "generate"), *joint, *self.speed(folder)]
         return steps
 
 

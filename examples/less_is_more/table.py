@@ -1,10 +1,10 @@
-"""The study's scores as one table and one picture: `python -m examples.less_is_more.table [--docs docs/results.md]`.
+"""A study's scores as one table and one picture: `python -m examples.less_is_more.table [--plan PLAN] [--docs docs/results.md]`.
 
 results.json holds each variant and seed: WER with its 95 % bootstrap interval, the paired test against ours on the same
 utterances, hours of data, kept frames, seconds; the machine, versions and commit. What has not been run yet is not in the table.
 
-The whole study takes longer than many a machine is at hand. So with --docs the rows are kept beside the document
-(docs/less_is_more.json), and those of former runs stay in the table until the same variant and seed is run again.
+The whole study takes longer than many a machine is at hand. So with --docs the rows are kept beside the document, by the plan's
+name (docs/less_is_more.json), and those of former runs stay in the table until the same variant and seed is run again.
 """
 
 from __future__ import annotations
@@ -30,10 +30,15 @@ if TYPE_CHECKING:
     from examples.less_is_more.study import Study
     from train.config import Recipe
 
-MARKS = ("<!-- less is more: written by examples/less_is_more/table.py -->", "<!-- end of less is more -->")
 OURS, BASELINE = "ours", "projector"
+ERRORS = ("substitutions", "deletions", "insertions")
 # How a variant is read out: what that adds to its name and title.
 DECODES = {"generate": ("", ""), "joint": (", joint", ": LLM and CTC head together, beam search")}
+
+
+def marks(study: Study) -> tuple[str, str]:
+    """Between which lines of a document the table stands."""
+    return (f"<!-- {study.plan.name}: written by examples/less_is_more/table.py -->", f"<!-- end of {study.plan.name} -->")
 
 
 def trained(folder: Path) -> dict:
@@ -52,6 +57,7 @@ def hours(recipe: Recipe) -> float:
 def wer_of(path: Path) -> dict:
     scores = json.loads(path.with_suffix(".scores.json").read_text())["tasks"]["asr"]
     return {"wer": scores["wer"], "ci95": scores["wer_ci95"], "utterances": scores["utterances"],
+            "errors": {kind: scores[kind] for kind in ERRORS},
             "kept_per_second": scores["length"].get("kept_per_second"), "predictions": str(path)}
 
 
@@ -119,25 +125,35 @@ def score(found: dict) -> str:
     return f"{found['wer']:.{digits}f} [{found['ci95'][0]:.{digits}f}, {found['ci95'][1]:.{digits}f}]"
 
 
+def errors(found: dict) -> str:
+    """Of words; "" in rows of runs that did not keep them apart."""
+    return " + ".join(str(found["errors"][kind]) for kind in ERRORS) if "errors" in found else ""
+
+
 def table(result: dict) -> str:
-    """One row a variant and seed, WER on each test set with its interval."""
-    lines = []
-    if result["whisper"]:
-        lines.append(["Whisper's own decoder, greedy", "", *(score(result["whisper"][d]) for d in result["shards"])])
-    for row in result["stage_1_ctc"]:
-        lines.append([f"stage I alone, CTC read-out ({row['alignment']})", row["seed"],
-                      *(score(row["scores"][d]) for d in result["shards"])])
+    """One row a variant and seed, WER on each test set with its interval; a column that would be empty is left out."""
+    first = result["shards"][0]
+
+    def line(title: str, seed: object, scores: dict) -> dict:
+        counts = {data: scores[data]["utterances"] for data in result["shards"]}
+        return {"": title, "seed": seed, **{f"WER {data} ({counts[data]})": score(scores[data]) for data in result["shards"]},
+                f"replaced + left out + added, {first}": errors(scores[first])}
+
+    lines = [line("Whisper's own decoder, greedy", "", result["whisper"])] if result["whisper"] else []
+    lines += [line(f"stage I alone, CTC read-out ({row['alignment']})", row["seed"], row["scores"])
+              for row in result["stage_1_ctc"]]
     for row in result["rows"]:
-        tests = [row.get(key, {}).get(result["shards"][0], {}).get("p_value") for key in ("against_ours", "against_ctc")]
+        p = {key: row.get(key, {}).get(first, {}).get("p_value") for key in ("against_ours", "against_ctc")}
         speed = row.get("first_token_ms")
-        lines.append([row["title"], row["seed"], *(score(row["scores"][d]) for d in result["shards"]),
-                      *("" if p is None else f"{p:.2g}" for p in tests), f"{row['hours']:.2f}",
-                      f"{row['scores'][result['shards'][0]]['kept_per_second']:.1f}",
-                      "" if speed is None else f"{speed:.0f}", f"{row['stage_2']['step_seconds']:.1f}", f"{row['minutes']:.1f}"])
-    counts = [score["utterances"] for score in result["rows"][0]["scores"].values()]
-    headers = ["", "seed", *(f"WER {d} ({n})" for d, n in zip(result["shards"], counts, strict=True)), "p, against ours",
-               "p, against its stage I", "hours", "frames / s to the LLM", "first token, ms", "s / step, II", "training, min"]
-    return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
+        lines.append({**line(row["title"], row["seed"], row["scores"]),
+                      "p, against ours": "" if p["against_ours"] is None else f"{p['against_ours']:.2g}",
+                      "p, against its stage I": "" if p["against_ctc"] is None else f"{p['against_ctc']:.2g}",
+                      "hours": f"{row['hours']:.2f}", "frames / s to the LLM": f"{row['scores'][first]['kept_per_second']:.1f}",
+                      "first token, ms": "" if speed is None else f"{speed:.0f}",
+                      "s / step, II": f"{row['stage_2']['step_seconds']:.1f}", "training, min": f"{row['minutes']:.1f}"})
+    headers = [name for name in lines[-1] if name == "" or any(row.get(name, "") != "" for row in lines)]
+    return tabulate([[row.get(name, "") for name in headers] for row in lines], headers=headers, tablefmt="github",
+                    disable_numparse=True)
 
 
 def picture(result: dict) -> Figure:
@@ -182,7 +198,7 @@ def finish(study: Study, docs: Path | None = None) -> str:
     """Collects, writes results.json, its table (.txt) and picture.png into the study's folder, and into `docs` between its marks,
     there with the rows of former runs. Errors: ValueError where nothing has been scored yet, or the marks are missing."""
     result = collect(study)
-    kept = docs.with_name("less_is_more.json") if docs else None
+    kept = docs.with_name(f"{study.plan.name}.json") if docs else None
     if kept and kept.exists():
         result = with_former(result, json.loads(kept.read_text()), study)
     if not result["rows"]:
@@ -194,9 +210,9 @@ def finish(study: Study, docs: Path | None = None) -> str:
     commits = sorted({run["commit"] or "unknown" for run in runs})
     told = f"{text}\n\nTrained at commit {', '.join(commits)}; table by: {line(result['machine'])}; {result['ranks']} ranks."
     if docs:
-        put_between(docs, MARKS, told)
+        put_between(docs, marks(study), told)
         write_atomically(kept, json.dumps(result, indent=1) + "\n")
-        picture(result).savefig(docs.with_name("less_is_more.png"), dpi=80)
+        picture(result).savefig(docs.with_name(f"{study.plan.name}.png"), dpi=80)
     return told
 
 
@@ -204,8 +220,8 @@ def main() -> int:
     from examples.less_is_more.study import HERE, Study
 
     parser = argparse.ArgumentParser(prog="python -m examples.less_is_more.table", description=__doc__.split("\n")[0])
-    parser.add_argument("--plan", type=Path, default=HERE / "plan.yaml")
-    parser.add_argument("--docs", type=Path, help="put the table there too, between its marks, less_is_more.png beside it")
+    parser.add_argument("--plan", type=Path, default=HERE / "plan.yaml", help="whose table (default: plan.yaml)")
+    parser.add_argument("--docs", type=Path, help="put the table there too, between its marks, and a picture beside it")
     options = parser.parse_args()
     try:
         print(finish(Study(options.plan), options.docs))

@@ -47,6 +47,23 @@ def test_a_variant_differs_from_ours_in_what_it_is_about():
             assert recipe.init_from == "fresh"
 
 
+def test_trials_stay_on_the_valid_split_and_the_baseline_has_as_many_as_ours():
+    study = Study(HERE / "trials.yaml")
+    assert [shards.endswith("-valid") for shards in study.plan.score.shards] == [True]
+    names = list(study.variants)
+    assert sum(name.startswith("baseline") for name in names) >= sum(name.startswith("ours") for name in names) > 1
+    theirs = {name: flat(what_is_learnt(study.recipe(name, "shrinking", 0))) for name in names}
+    for name in names:
+        of = theirs[name.split("-")[0]]
+        changed = {key for key in of if of[key] != theirs[name][key]} - {"output"}
+        assert bool(changed) == ("-" in name), name
+        assert study.recipe(name, "shrinking", 0).model.shrinking.enabled == name.startswith("ours")
+        # A trial's batches may be smaller: the audio that it hears is the same.
+        assert theirs[name]["optim.steps"] * theirs[name]["data.batch_seconds"] == 64 * 30
+    steps = [step.name for step in study.steps()]
+    assert len(steps) == len(set(steps)) == 2 + 2 * len(names)  # stage I and each trial, trained and scored; nothing timed
+
+
 def test_variants_share_a_stage_one_and_every_step_has_a_name_of_its_own():
     steps = Study(PLAN, seeds=[0, 1], only=["ours", "no-ctc", "data-10"]).steps()
     names = [step.name for step in steps]
@@ -96,7 +113,8 @@ def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
     for data in study.plan.score.shards:
         scored(study.output / "whisper" / f"{data}.jsonl", ["one good word more"] * 8)
     docs = tmp_path / "results.md"
-    docs.write_text(f"above\n{table.MARKS[0]}\nold\n{table.MARKS[1]}\nbelow\n")
+    marks = table.marks(study)
+    docs.write_text(f"above\n{marks[0]}\nold\n{marks[1]}\nbelow\n")
     told = table.finish(study, docs)
     result = json.loads((study.output / "results.json").read_text())
     ours, joint, other, less = result["rows"]
@@ -113,6 +131,12 @@ def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
     assert other["scores"]["dialogues-test"]["wer"] == pytest.approx(7 / 32)
     assert ours["stage_2"] == {"steps": 3, "step_seconds": 3.0, "minutes": 0.15, "commit": "c0ffee"}
     assert "Trained at commit bead, c0ffee;" in told
+    heads, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines() if line.startswith("|")]
+    shown = {row[0]: dict(zip(heads, row, strict=True)) for row in rows}
+    assert shown["ours, 10 % of the data"]["replaced + left out + added, dialogues-test"] == "3 + 0 + 0"
+    assert shown["stage I alone, CTC read-out (full)"]["replaced + left out + added, dialogues-test"] == "0 + 24 + 0"
+    assert shown["ours"]["training, min"] == "2.1" and shown["Whisper's own decoder, greedy"]["hours"] == ""
+    assert "first token, ms" not in heads  # nothing was timed here
     assert ours["stage_1"]["minutes"] == 2.0
     assert "stage_1" not in other and ours["hours"] == 2.0
     assert other["against_ours"]["dialogues-test"]["difference"] == pytest.approx(6 / 32)
@@ -123,7 +147,9 @@ def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
     # What former runs kept stays until it is run again: here seed 1, and a seed 0 that this run replaces.
     kept = json.loads((tmp_path / "less_is_more.json").read_text())
     assert kept["rows"] == result["rows"]
-    former = [{**joint, "seed": 1}, {**ours, "hours": 99.0}, {**ours, "seed": 1}, {**ours, "variant": "given-up"}]
+    before = {data: {key: value for key, value in found.items() if key != "errors"} for data, found in ours["scores"].items()}
+    former = [{**joint, "seed": 1}, {**ours, "hours": 99.0}, {**ours, "seed": 1, "scores": before},
+              {**ours, "variant": "given-up"}]
     (tmp_path / "less_is_more.json").write_text(json.dumps({**kept, "rows": former, "stage_1_ctc": [], "whisper": {}}))
     table.finish(study, docs)
     merged = json.loads((tmp_path / "less_is_more.json").read_text())
