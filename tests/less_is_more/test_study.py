@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from evaluation.score import score_file
 from examples.less_is_more import table
 from examples.less_is_more.study import HERE, Study
-from examples.steps import StepError, what_is_learnt
+from examples.steps import StepError, run, what_is_learnt
+from tests.train.tiny import workspace
 
 PLAN = HERE / "plan.yaml"
 
@@ -159,3 +161,56 @@ def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
     docs.write_text("no marks")
     with pytest.raises(ValueError, match="needs the line"):
         table.finish(study, docs)
+
+
+@pytest.mark.slow  # twelve starts of real ranks and scorers, of 13 s each
+def test_a_study_in_miniature_from_its_first_step_to_the_table(tmp_path):
+    """The commands themselves, with random models of width 32 and a few steps; a second run has nothing left to do, and a changed
+    variant alone is made again."""
+    root = workspace(tmp_path / "tiny")
+    (root / "shards").mkdir()
+    for name in ("train", "valid"):
+        (root / "shards" / name).symlink_to(root / name)
+    plan = {"name": "miniature", "output": str(tmp_path / "study"), "seeds": [3], "ranks": 2,
+            "recipes": {"alignment": str(root / "stage1.yaml"), "shrinking": str(root / "stage2.yaml")},
+            "overrides": ["deepspeed=ds_configs/zero1.json", "optim.steps=3", "data.valid=[]"],
+            "minutes": {"alignment": 0.2, "shrinking": 0.2, "score": 0.2, "speed": 0.2},
+            "score": {"shards": ["valid"], "limit": 4, "max_new_tokens": 4}, "joint": ["ours"],
+            "speed": {"shards": "valid", "clips": 2}, "synthetic": None, "whisper": None, "alignments": {"full": []},
+            "variants": {"ours": {"title": "ours", "alignment": "full", "shrinking": []},
+                         "projector": {"title": "baseline", "alignment": None, "shrinking": [
+                             "model.alignment.layers=0", "model.shrinking.enabled=false", "loss.ctc_weight=0"]}}}
+
+    def study() -> Study:
+        (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+        made = Study(tmp_path / "plan.yaml")
+        made.data.cache = root
+        return made
+
+    def again() -> list[str]:
+        """Names of the steps that ran."""
+        record = tmp_path / "study" / "study.json"
+        before = json.loads(record.read_text())["steps"] if record.exists() else {}
+        run(record, study().steps())
+        return [name for name, step in json.loads(record.read_text())["steps"].items() if step != before.get(name)]
+
+    first, second = "stage-1-full-seed-3", "ours-seed-3"
+    assert again() == [f"train-{first}-alignment", f"score-{first}-ctc", f"train-{second}-shrinking",
+                       *(f"score-{second}-{decode}" for decode in ("generate", "joint")), f"speed-{second}",
+                       "train-projector-seed-3-shrinking", "score-projector-seed-3-generate", "speed-projector-seed-3"]
+    told = table.finish(study())
+    result = json.loads((tmp_path / "study" / "results.json").read_text())
+    assert [row["variant"] for row in result["rows"]] == ["ours", "ours, joint", "projector"]
+    ours, joint, projector = result["rows"]
+    assert [row["stage_2"]["steps"] for row in result["rows"]] == [3, 3, 3]
+    assert ours["stage_1"]["steps"] == 3 and "stage_1" not in projector
+    for row in result["rows"]:
+        scored = row["scores"]["valid"]
+        assert scored["utterances"] == 4 and sum(scored["errors"].values()) > 0 and table.score(scored) in told
+    assert projector["scores"]["valid"]["kept_per_second"] > 20 > ours["scores"]["valid"]["kept_per_second"]
+    assert {"p_value", "difference", "ci95"} <= projector["against_ours"]["valid"].keys()
+    assert joint["against_ctc"]["valid"] and ours["first_token_ms"] > 0
+    assert again() == []
+    plan["variants"]["projector"]["shrinking"].append("optim.steps=4")
+    assert again() == ["train-projector-seed-3-shrinking", "score-projector-seed-3-generate", "speed-projector-seed-3"]
+    assert (tmp_path / "study" / "projector-seed-3" / "former-1" / "shrinking").is_dir()
