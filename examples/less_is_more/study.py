@@ -67,9 +67,9 @@ class Study:
         """Of stage II."""
         return self.output / f"{variant}-seed-{seed}" / "shrinking"
 
-    def predictions(self, folder: Path, decode: str, data: str) -> Path:
-        """Of a stage's folder on one test set; their scores lie beside them."""
-        return folder / "model" / f"evaluation-{decode}" / f"{data}-asr-{decode}.jsonl"
+    def predictions(self, folder: Path, decode: str, data: str, whole: bool = False) -> Path:
+        """Of a stage's folder on one test set, or on the whole of it; their scores lie beside them."""
+        return folder / "model" / f"evaluation-{decode}{'-whole' if whole else ''}" / f"{data}-asr-{decode}.jsonl"
 
     def train(self, variant: str, stage: str, seed: int) -> Step:
         overrides = self.overrides(variant, stage, seed)
@@ -91,15 +91,27 @@ class Study:
 
     def score(self, folder: Path, decode: str) -> Step:
         wanted = self.plan.score
-        last = self.predictions(folder, decode, wanted.shards[-1])
-        out = last.parent
-        shards = [str(self.data.cache / "shards" / name) for name in wanted.shards]
-        options = ["--model", str(folder / "model"), "--shards", *shards, "--task", "asr", "--decode", decode,
-                   "--limit", str(wanted.limit), "--max-new-tokens", str(wanted.max_new_tokens), "--out", str(out)]
-        return Step(f"score-{folder.parent.name}-{decode}", f"{folder.parent.name}: score ({decode})", self.plan.minutes.score,
-                    scoring(self.ranks, *options),
-                    lambda: [OmegaConf.to_container(wanted), [self.data.fingerprint(name) for name in wanted.shards],
-                             self._keys.get(folder), *([asdict(JointSearch())] if decode == "joint" else [])],
+        return self._score(folder, decode, list(wanted.shards), ["--limit", str(wanted.limit)], self.plan.minutes.score,
+                           OmegaConf.to_container(wanted))
+
+    def score_whole(self, folder: Path, decode: str, names: list[str], name: str) -> list[Step]:
+        """On every utterance of the first test set, where the plan asks for it (`names`): what a few cannot tell from chance."""
+        if name not in names:
+            return []
+        first = self.plan.score.shards[0]
+        return [self._score(folder, decode, [first], [], self.plan.minutes.whole, self.plan.score.max_new_tokens, whole=True)]
+
+    def _score(self, folder: Path, decode: str, names: list[str], more: list[str], minutes: float, asked: object,
+               whole: bool = False) -> Step:
+        last = self.predictions(folder, decode, names[-1], whole)
+        out, of = last.parent, " all of it" if whole else ""
+        shards = [str(self.data.cache / "shards" / name) for name in names]
+        options = ["--model", str(folder / "model"), "--shards", *shards, "--task", "asr", "--decode", decode, *more,
+                   "--max-new-tokens", str(self.plan.score.max_new_tokens), "--out", str(out)]
+        return Step(f"score-{folder.parent.name}-{out.name.removeprefix('evaluation-')}",
+                    f"{folder.parent.name}: score{of} ({decode})", minutes, scoring(self.ranks, *options),
+                    lambda: [asked, [self.data.fingerprint(name) for name in names], self._keys.get(folder),
+                             *([asdict(JointSearch())] if decode == "joint" else [])],
                     last.with_suffix(".scores.json"), set_aside=out, processes=self.ranks)
 
     def speed(self, folder: Path) -> list[Step]:
@@ -146,16 +158,20 @@ class Study:
 
     def steps(self) -> list[Step]:
         steps, begun = [*self.whisper(), *self.synthetic()], set()
+        whole = {"ctc": (), "generate": (), "joint": (), **(self.plan.whole or {})}
         for seed in self.seeds:
             for name, variant in self.variants.items():
                 kind = (variant.alignment, seed)
                 if variant.alignment and kind not in begun:
                     begun.add(kind)
                     first = self.train(name, "alignment", seed)
-                    steps += [first, self.score(first.output.parent.parent, "ctc")]
+                    at = first.output.parent.parent
+                    steps += [first, self.score(at, "ctc"), *self.score_whole(at, "ctc", whole["ctc"], variant.alignment)]
                 folder = self.folder(name, seed)
                 joint = [self.score(folder, "joint")] if name in self.plan.joint else []
-                steps += [self.train(name, "shrinking", seed), self.score(folder, "generate"), *joint, *self.speed(folder)]
+                steps += [self.train(name, "shrinking", seed), self.score(folder, "generate"), *joint,
+                          *self.score_whole(folder, "generate", whole["generate"], name),
+                          *self.score_whole(folder, "joint", whole["joint"], name), *self.speed(folder)]
         return steps
 
 

@@ -76,6 +76,11 @@ def collect(study: Study) -> dict:
         found = {data: study.predictions(folder, decode, data) for data in shards}
         return found if all(path.with_suffix(".scores.json").exists() for path in found.values()) else {}
 
+    def whole(folder: Path, decode: str) -> Path | None:
+        """Predictions on every utterance of the first test set; None where it has not been scored so."""
+        path = study.predictions(folder, decode, shards[0], whole=True)
+        return path if path.with_suffix(".scores.json").exists() else None
+
     for seed in study.plan.seeds:
         ours = {decode: files(study.folder(OURS, seed), decode) for decode in DECODES}
         for name, variant in study.plan.variants.items():
@@ -98,13 +103,24 @@ def collect(study: Study) -> dict:
                 for key, others in (("against_ours", same), ("against_ctc", files(first, "ctc"))):
                     if others:
                         row[key] = {data: against(others[data], path) for data, path in found.items()}
+                if of := whole(folder, decode):
+                    row["whole"] = wer_of(of)
+                    same = None
+                    if name != OURS or decode != "generate":
+                        same = whole(study.folder(OURS, seed), "generate" if name == OURS else decode)
+                    for key, other in (("whole_against_ours", same), ("whole_against_ctc", whole(first, "ctc"))):
+                        if other:
+                            row[key] = against(other, of)
                 if decode == "generate" and (folder / "speed.json").exists():
                     row["first_token_ms"] = json.loads((folder / "speed.json").read_text())["first_token_ms_median"]
                 rows.append(row)
         for kind in study.plan.alignments:
             if found := files(study.first(kind, seed), "ctc"):
                 scores = {data: wer_of(path) for data, path in found.items()}
-                first_stages.append({"alignment": kind, "seed": seed, "scores": scores})
+                row = {"alignment": kind, "seed": seed, "scores": scores}
+                if of := whole(study.first(kind, seed), "ctc"):
+                    row["whole"] = wer_of(of)
+                first_stages.append(row)
     whisper = {data: study.output / "whisper" / f"{data}.jsonl" for data in shards}
     return {"machine": machine(), "ranks": study.ranks, "shards": shards, "rows": rows, "stage_1_ctc": first_stages,
             "whisper": {data: wer_of(path) for data, path in whisper.items() if path.with_suffix(".scores.json").exists()}}
@@ -130,6 +146,28 @@ def errors(found: dict) -> str:
     return " + ".join(str(found["errors"][kind]) for kind in ERRORS) if "errors" in found else ""
 
 
+def p_of(compared: dict | None) -> str:
+    return f"{compared['p_value']:.2g}" if compared else ""
+
+
+def whole_table(result: dict) -> str:
+    """What was scored on every utterance of the first test set; "" where nothing was."""
+    lines = [[f"stage I alone, CTC read-out ({row['alignment']})", row["seed"], score(row["whole"]), errors(row["whole"])]
+             for row in result["stage_1_ctc"] if "whole" in row]
+    for row in result["rows"]:
+        if "whole" not in row:
+            continue
+        ours = row.get("whole_against_ours")
+        lines.append([row["title"], row["seed"], score(row["whole"]), errors(row["whole"]),
+                      f"{ours['difference']:+.3f} [{ours['ci95'][0]:+.3f}, {ours['ci95'][1]:+.3f}]" if ours else "",
+                      p_of(ours), p_of(row.get("whole_against_ctc"))])
+    if not lines:
+        return ""
+    count = next(row["whole"]["utterances"] for row in [*result["stage_1_ctc"], *result["rows"]] if "whole" in row)
+    return tabulate(lines, headers=["", "seed", f"WER, all of {result['shards'][0]} ({count})", "replaced + left out + added",
+                                    "against ours", "p", "p, against its stage I"], tablefmt="github", disable_numparse=True)
+
+
 def table(result: dict) -> str:
     """One row a variant and seed, WER on each test set with its interval; a column that would be empty is left out."""
     first = result["shards"][0]
@@ -143,11 +181,10 @@ def table(result: dict) -> str:
     lines += [line(f"stage I alone, CTC read-out ({row['alignment']})", row["seed"], row["scores"])
               for row in result["stage_1_ctc"]]
     for row in result["rows"]:
-        p = {key: row.get(key, {}).get(first, {}).get("p_value") for key in ("against_ours", "against_ctc")}
         speed = row.get("first_token_ms")
         lines.append({**line(row["title"], row["seed"], row["scores"]),
-                      "p, against ours": "" if p["against_ours"] is None else f"{p['against_ours']:.2g}",
-                      "p, against its stage I": "" if p["against_ctc"] is None else f"{p['against_ctc']:.2g}",
+                      "p, against ours": p_of(row.get("against_ours", {}).get(first)),
+                      "p, against its stage I": p_of(row.get("against_ctc", {}).get(first)),
                       "hours": f"{row['hours']:.2f}", "frames / s to the LLM": f"{row['scores'][first]['kept_per_second']:.1f}",
                       "first token, ms": "" if speed is None else f"{speed:.0f}",
                       "s / step, II": f"{row['stage_2']['step_seconds']:.1f}", "training, min": f"{row['minutes']:.1f}"})
@@ -203,7 +240,7 @@ def finish(study: Study, docs: Path | None = None) -> str:
         result = with_former(result, json.loads(kept.read_text()), study)
     if not result["rows"]:
         raise ValueError(f"{study.output} holds no scored variant: run python -m examples.less_is_more.study first")
-    text = table(result)
+    text = "\n\n".join(filter(None, (table(result), whole_table(result))))
     write_atomically(study.output / "results.json", json.dumps(result, indent=1) + "\n")
     picture(result).savefig(study.output / "picture.png", dpi=80)
     runs = [row[stage] for row in result["rows"] for stage in ("stage_1", "stage_2") if stage in row]

@@ -95,6 +95,13 @@ def trained(folder: Path, seconds: list[float], commit: str) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def read_table(text: str) -> dict[str, dict[str, str]]:
+    """Of its first column: the other ones by their heads."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    heads, _, *rows = lines or [[], []]
+    return {row[0]: dict(zip(heads, row, strict=True)) for row in rows}
+
+
 def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
     study = Study(PLAN, seeds=[0])
     study.output = tmp_path / "study"
@@ -108,6 +115,11 @@ def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
             if name == "ours":
                 scored(study.folder(name, 0) / "model/evaluation-joint" / f"{data}-asr-joint.jsonl", ["one good word more"] * 8)
         trained(study.folder(name, 0), [2.0, 4.0, 3.0], commit="c0ffee")
+        if name != "data-10":
+            scored(study.folder(name, 0) / "model/evaluation-generate-whole/dialogues-test-asr-generate.jsonl",
+                   ["one bad word more"] * wrong + ["one good word more"] * (20 - wrong))
+    scored(study.folder("ours", 0) / "model/evaluation-joint-whole/dialogues-test-asr-joint.jsonl", ["one good word more"] * 20)
+    scored(study.output / "stage-1-full-seed-0/alignment/model/evaluation-ctc-whole/dialogues-test-asr-ctc.jsonl", ["one"] * 20)
     for kind in ("full", "data-10"):
         for data in study.plan.score.shards if kind == "full" else ():
             scored(study.output / "stage-1-full-seed-0/alignment/model/evaluation-ctc" / f"{data}-asr-ctc.jsonl", ["one"] * 8)
@@ -133,12 +145,19 @@ def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
     assert other["scores"]["dialogues-test"]["wer"] == pytest.approx(7 / 32)
     assert ours["stage_2"] == {"steps": 3, "step_seconds": 3.0, "minutes": 0.15, "commit": "c0ffee"}
     assert "Trained at commit bead, c0ffee;" in told
-    heads, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines() if line.startswith("|")]
-    shown = {row[0]: dict(zip(heads, row, strict=True)) for row in rows}
+    shown, whole, _ = map(read_table, told.split("\n\n"))
     assert shown["ours, 10 % of the data"]["replaced + left out + added, dialogues-test"] == "3 + 0 + 0"
     assert shown["stage I alone, CTC read-out (full)"]["replaced + left out + added, dialogues-test"] == "0 + 24 + 0"
     assert shown["ours"]["training, min"] == "2.1" and shown["Whisper's own decoder, greedy"]["hours"] == ""
-    assert "first token, ms" not in heads  # nothing was timed here
+    assert "first token, ms" not in shown["ours"]  # nothing was timed here
+    # The second table: all of the first test set, where that was scored.
+    assert len(whole) == 4
+    ctc, alone, both, baseline = (whole[title] for title in (
+        "stage I alone, CTC read-out (full)", ours["title"], joint["title"], other["title"]))
+    assert ctc["WER, all of dialogues-test (20)"] == "0.750 [0.750, 0.750]" and ctc["replaced + left out + added"] == "0 + 60 + 0"
+    assert alone["against ours"] == "" and float(alone["p, against its stage I"]) < 0.001
+    assert both["against ours"].startswith("-0.013 [") and baseline["against ours"].startswith("+0.075 [")
+    assert 0 < float(baseline["p"]) < 0.1
     assert ours["stage_1"]["minutes"] == 2.0
     assert "stage_1" not in other and ours["hours"] == 2.0
     assert other["against_ours"]["dialogues-test"]["difference"] == pytest.approx(6 / 32)
@@ -174,8 +193,8 @@ def test_a_study_in_miniature_from_its_first_step_to_the_table(tmp_path):
     plan = {"name": "miniature", "output": str(tmp_path / "study"), "seeds": [3], "ranks": 2,
             "recipes": {"alignment": str(root / "stage1.yaml"), "shrinking": str(root / "stage2.yaml")},
             "overrides": ["deepspeed=ds_configs/zero1.json", "optim.steps=3", "data.valid=[]"],
-            "minutes": {"alignment": 0.2, "shrinking": 0.2, "score": 0.2, "speed": 0.2},
-            "score": {"shards": ["valid"], "limit": 4, "max_new_tokens": 4}, "joint": ["ours"],
+            "minutes": {"alignment": 0.2, "shrinking": 0.2, "score": 0.2, "whole": 0.2, "speed": 0.2},
+            "score": {"shards": ["valid"], "limit": 4, "max_new_tokens": 4}, "joint": ["ours"], "whole": {"ctc": ["full"]},
             "speed": {"shards": "valid", "clips": 2}, "synthetic": None, "whisper": None, "alignments": {"full": []},
             "variants": {"ours": {"title": "ours", "alignment": "full", "shrinking": []},
                          "projector": {"title": "baseline", "alignment": None, "shrinking": [
@@ -195,7 +214,7 @@ def test_a_study_in_miniature_from_its_first_step_to_the_table(tmp_path):
         return [name for name, step in json.loads(record.read_text())["steps"].items() if step != before.get(name)]
 
     first, second = "stage-1-full-seed-3", "ours-seed-3"
-    assert again() == [f"train-{first}-alignment", f"score-{first}-ctc", f"train-{second}-shrinking",
+    assert again() == [f"train-{first}-alignment", f"score-{first}-ctc", f"score-{first}-ctc-whole", f"train-{second}-shrinking",
                        *(f"score-{second}-{decode}" for decode in ("generate", "joint")), f"speed-{second}",
                        "train-projector-seed-3-shrinking", "score-projector-seed-3-generate", "speed-projector-seed-3"]
     told = table.finish(study())
