@@ -89,28 +89,20 @@ class Study:
                     training(self.ranks, self.plan.recipes[stage], *overrides), key, folder / "model" / "soundwave.json",
                     set_aside=folder, processes=self.ranks)
 
-    def score(self, folder: Path, decode: str) -> Step:
+    def score(self, folder: Path, decode: str, whole: bool = False) -> Step:
+        """On some utterances of each test set; whole: on every one of the first set, for what a few cannot tell from chance."""
         wanted = self.plan.score
-        return self._score(folder, decode, list(wanted.shards), ["--limit", str(wanted.limit)], self.plan.minutes.score,
-                           OmegaConf.to_container(wanted))
-
-    def score_whole(self, folder: Path, decode: str, names: list[str], name: str) -> list[Step]:
-        """On every utterance of the first test set, where the plan asks for it (`names`): what a few cannot tell from chance."""
-        if name not in names:
-            return []
-        first = self.plan.score.shards[0]
-        return [self._score(folder, decode, [first], [], self.plan.minutes.whole, self.plan.score.max_new_tokens, whole=True)]
-
-    def _score(self, folder: Path, decode: str, names: list[str], more: list[str], minutes: float, asked: object,
-               whole: bool = False) -> Step:
+        names, limit = (wanted.shards[:1], []) if whole else (wanted.shards, ["--limit", str(wanted.limit)])
         last = self.predictions(folder, decode, names[-1], whole)
-        out, of = last.parent, " all of it" if whole else ""
+        out, all_of_it = last.parent, " all of it" if whole else ""
         shards = [str(self.data.cache / "shards" / name) for name in names]
-        options = ["--model", str(folder / "model"), "--shards", *shards, "--task", "asr", "--decode", decode, *more,
-                   "--max-new-tokens", str(self.plan.score.max_new_tokens), "--out", str(out)]
+        options = ["--model", str(folder / "model"), "--shards", *shards, "--task", "asr", "--decode", decode, *limit,
+                   "--max-new-tokens", str(wanted.max_new_tokens), "--out", str(out)]
         return Step(f"score-{folder.parent.name}-{out.name.removeprefix('evaluation-')}",
-                    f"{folder.parent.name}: score{of} ({decode})", minutes, scoring(self.ranks, *options),
-                    lambda: [asked, [self.data.fingerprint(name) for name in names], self._keys.get(folder),
+                    f"{folder.parent.name}: score{all_of_it} ({decode})", self.plan.minutes["whole" if whole else "score"],
+                    scoring(self.ranks, *options),
+                    lambda: [wanted.max_new_tokens if whole else OmegaConf.to_container(wanted),
+                             [self.data.fingerprint(name) for name in names], self._keys.get(folder),
                              *([asdict(JointSearch())] if decode == "joint" else [])],
                     last.with_suffix(".scores.json"), set_aside=out, processes=self.ranks)
 
@@ -158,20 +150,23 @@ class Study:
 
     def steps(self) -> list[Step]:
         steps, begun = [*self.whisper(), *self.synthetic()], set()
-        whole = {"ctc": (), "generate": (), "joint": (), **(self.plan.whole or {})}
         for seed in self.seeds:
             for name, variant in self.variants.items():
                 kind = (variant.alignment, seed)
                 if variant.alignment and kind not in begun:
                     begun.add(kind)
                     first = self.train(name, "alignment", seed)
-                    at = first.output.parent.parent
-                    steps += [first, self.score(at, "ctc"), *self.score_whole(at, "ctc", whole["ctc"], variant.alignment)]
+                    folder = self.first(variant.alignment, seed)
+                    steps += [first, self.score(folder, "ctc")]
+                    if variant.alignment in self.plan.whole.ctc:
+                        steps.append(self.score(folder, "ctc", whole=True))
                 folder = self.folder(name, seed)
-                joint = [self.score(folder, "joint")] if name in self.plan.joint else []
-                steps += [self.train(name, "shrinking", seed), self.score(folder, "generate"), *joint,
-                          *self.score_whole(folder, "generate", whole["generate"], name),
-                          *self.score_whole(folder, "joint", whole["joint"], name), *self.speed(folder)]
+                steps += [self.train(name, "shrinking", seed), self.score(folder, "generate")]
+                if name in self.plan.joint:
+                    steps.append(self.score(folder, "joint"))
+                steps += [self.score(folder, decode, whole=True) for decode in ("generate", "joint")
+                          if name in self.plan.whole[decode]]
+                steps += self.speed(folder)
         return steps
 
 

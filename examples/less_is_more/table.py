@@ -99,16 +99,14 @@ def collect(study: Study) -> dict:
                 row = {"variant": name + DECODES[decode][0], "title": variant.title + DECODES[decode][1], **common,
                        "scores": {data: wer_of(path) for data, path in found.items()}}
                 # Against ours read out the same way; ours together with CTC against ours alone.
-                same = ours[decode] if name != OURS else ours["generate"] if decode != "generate" else {}
-                for key, others in (("against_ours", same), ("against_ctc", files(first, "ctc"))):
+                same = decode if name != OURS else "generate" if decode != "generate" else None
+                for key, others in (("against_ours", same and ours[same]), ("against_ctc", files(first, "ctc"))):
                     if others:
                         row[key] = {data: against(others[data], path) for data, path in found.items()}
                 if of := whole(folder, decode):
                     row["whole"] = wer_of(of)
-                    same = None
-                    if name != OURS or decode != "generate":
-                        same = whole(study.folder(OURS, seed), "generate" if name == OURS else decode)
-                    for key, other in (("whole_against_ours", same), ("whole_against_ctc", whole(first, "ctc"))):
+                    for key, other in (("whole_against_ours", same and whole(study.folder(OURS, seed), same)),
+                                       ("whole_against_ctc", whole(first, "ctc"))):
                         if other:
                             row[key] = against(other, of)
                 if decode == "generate" and (folder / "speed.json").exists():

@@ -182,7 +182,7 @@ def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
         table.finish(study, docs)
 
 
-@pytest.mark.slow  # twelve starts of real ranks and scorers, of 13 s each
+@pytest.mark.slow  # thirteen starts of real ranks and scorers, of some 12 s each
 def test_a_study_in_miniature_from_its_first_step_to_the_table(tmp_path):
     """The commands themselves, with random models of width 32 and a few steps; a second run has nothing left to do, and a changed
     variant alone is made again."""
@@ -194,7 +194,8 @@ def test_a_study_in_miniature_from_its_first_step_to_the_table(tmp_path):
             "recipes": {"alignment": str(root / "stage1.yaml"), "shrinking": str(root / "stage2.yaml")},
             "overrides": ["deepspeed=ds_configs/zero1.json", "optim.steps=3", "data.valid=[]"],
             "minutes": {"alignment": 0.2, "shrinking": 0.2, "score": 0.2, "whole": 0.2, "speed": 0.2},
-            "score": {"shards": ["valid"], "limit": 4, "max_new_tokens": 4}, "joint": ["ours"], "whole": {"ctc": ["full"]},
+            "score": {"shards": ["valid"], "limit": 4, "max_new_tokens": 4}, "joint": ["ours"],
+            "whole": {"ctc": ["full"], "generate": [], "joint": []},
             "speed": {"shards": "valid", "clips": 2}, "synthetic": None, "whisper": None, "alignments": {"full": []},
             "variants": {"ours": {"title": "ours", "alignment": "full", "shrinking": []},
                          "projector": {"title": "baseline", "alignment": None, "shrinking": [
