@@ -1,6 +1,6 @@
 """Everything that needs a CUDA GPU, in one run of a few minutes: `python -m benchmarks.gpu_check [--json FILE]`
 
-First every test marked `gpu`, by pytest; then the fused op's benchmark in bfloat16 and look-back attention through
+First the tests on the GPU (tests/*/test_gpu.py), by pytest; then the fused op's benchmark in bfloat16 and look-back attention through
 FlashAttention and through PyTorch. What is not installed is skipped by name. One JSON, one table; exit code 1 if a test failed.
 """
 
@@ -31,8 +31,9 @@ def run_tests() -> list[dict]:
         return [{"check": "tests", "outcome": "skipped", "why": "pytest or hypothesis is not installed"}]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
+        side_by_side = ["-n", "4", "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors", f"--junitxml={report}",
-                   "tests"]
+                   *side_by_side, *map(str, sorted(ROOT.glob("tests/*/test_gpu.py")))]
         try:
             subprocess.run(command, cwd=ROOT, timeout=TEST_SECONDS, check=False)
         except subprocess.TimeoutExpired:

@@ -6,6 +6,7 @@ something that it depends on has changed; an interrupted one goes on where it st
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -40,6 +41,7 @@ class Step:
     output: Path  # is there when the step is done
     processes: int = 1  # among which the cores are shared
     set_aside: Path | None = None  # moved out of the way when the key has changed since it was begun
+    after: tuple[str, ...] | None = None  # steps that it needs; None: all that stand before it
 
 
 def digest(*of: object) -> str:
@@ -79,7 +81,7 @@ def scoring(ranks: int, *arguments: str, module: str = "evaluation.run") -> list
 
 
 def child_environment(processes: int) -> dict[str, str]:
-    """What every command gets, unless the user has set it."""
+    """What every command gets, unless the user has set it. processes: that run at one time."""
     threads = max(1, (os.cpu_count() or 1) // processes)
     defaults = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
                 "PYTHONWARNINGS": "ignore::FutureWarning", "PYTHONPATH": os.getcwd(), "TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -128,33 +130,104 @@ def show(steps: list[Step]) -> None:
     print(f"{clock(sum(step.minutes for step in steps))} in all")
 
 
-def run(record: Path, steps: list[Step]) -> None:
-    """All steps; `record`: the file that says what is done. Errors: StepError."""
-    state = State(record)
+@dataclass
+class Running:
+    """A step's command on its way; with a log, its output goes there instead of to the console."""
+
+    number: int
+    step: Step
+    key: str
+    before: float  # seconds of attempts that were interrupted
+    process: subprocess.Popen
+    log: Path | None
+    began: float
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+
+def run(record: Path, steps: list[Step], at_once: int = 1) -> None:
+    """All steps; `record`: the file that says what is done. at_once: steps that may run side by side where `after` allows it;
+    with more than one, each one's output goes to logs/NAME.log beside the record. A failed step stops those that need it, not the
+    others. Errors: StepError, of the first that failed, when no other can be done.
+    """
+    state, running, finished = State(record), [], set()
+    waiting, failed = list(enumerate(steps, 1)), []
     spent = expected = 0.0  # of the steps that ran now: how this machine compares with the one that `minutes` were taken on
-    for number, step in enumerate(steps, 1):
+
+    def label(number: int, step: Step) -> str:
+        return f"[{number:2d}/{len(steps)}] {step.title}"
+
+    def ready(number: int, step: Step) -> bool:
+        before = {earlier.name for earlier in steps[:number - 1]}
+        return (before if step.after is None else before & set(step.after)) <= finished
+
+    def start(number: int, step: Step) -> Running | None:
+        """None where the step is done already."""
         key, known = digest(step.key()), state.steps.get(step.name, {})
-        label = f"[{number:2d}/{len(steps)}] {step.title}"
         if known.get("status") == "done" and known.get("key") == key and step.output.exists():
-            print(f"{label}: done")
-            continue
+            print(f"{label(number, step)}: done")
+            return None
         pace = max(0.2, spent / expected) if expected > 1 else 1.0
-        left = sum(later.minutes for later in steps[number:] if state.steps.get(later.name, {}).get("status") != "done")
-        print(f"\n{label} ({clock(step.minutes * pace)}; after it {clock(left * pace)} to go)", flush=True)
+        left = sum(later.minutes for _, later in waiting if state.steps.get(later.name, {}).get("status") != "done") / at_once
+        print(f"\n{label(number, step)} ({clock(step.minutes * pace)}; after it {clock(left * pace)} to go)", flush=True)
         print(f"      {shlex.join(step.command)}", flush=True)
         if step.set_aside and known.get("key") not in (None, key):
             set_aside(step.set_aside)
-        before = known.get("seconds", 0.0) if known.get("key") == key else 0.0  # of attempts that were interrupted
-        began = time.monotonic()
-        try:
-            code = subprocess.run(step.command, env=child_environment(step.processes), stdin=subprocess.DEVNULL).returncode
-        finally:
-            seconds = time.monotonic() - began
-            state.note(step.name, key=key, status="begun", seconds=round(before + seconds, 1))
-        if code or not step.output.exists():
-            why = "was preempted and has saved" if code == 85 else f"failed (exit {code}); its messages are above"
-            raise StepError(f"step {number}, {step.title}, {why}. The same command goes on from there")
-        spent, expected = spent + seconds / 60, expected + step.minutes
-        state.note(step.name, status="done")
+        log = record.parent / "logs" / f"{step.name}.log" if at_once > 1 else None
+        with contextlib.ExitStack() as opened:
+            output = None
+            if log:
+                log.parent.mkdir(parents=True, exist_ok=True)
+                output = opened.enter_context(open(log, "a"))
+            process = subprocess.Popen(step.command, env=child_environment(step.processes * at_once), stdin=subprocess.DEVNULL,
+                                       stdout=output, stderr=output)
+        return Running(number, step, key, known.get("seconds", 0.0) if known.get("key") == key else 0.0, process, log,
+                       time.monotonic())
 
+    def note(one: Running, status: str = "begun") -> None:
+        state.note(one.step.name, key=one.key, status=status, seconds=round(one.before + one.seconds, 1))
 
+    try:
+        while True:
+            for number, step in list(waiting):
+                if len(running) < at_once and ready(number, step):
+                    waiting.remove((number, step))
+                    if one := start(number, step):
+                        running.append(one)
+                    else:
+                        finished.add(step.name)
+            if not running:
+                if any(ready(*one) for one in waiting):
+                    continue
+                break
+            while not (ended := [one for one in running if one.process.poll() is not None]):
+                time.sleep(0.05)
+            for one in ended:
+                running.remove(one)
+                code = one.process.returncode
+                if code or not one.step.output.exists():
+                    note(one)
+                    messages = f"in {one.log}" if one.log else "above"
+                    why = "was preempted and has saved" if code == 85 else f"failed (exit {code}); its messages are {messages}"
+                    failed.append(f"step {one.number}, {one.step.title}, {why}. The same command goes on from there")
+                    if at_once > 1:
+                        print(f"{label(one.number, one.step)}: failed (exit {code}), {one.log}", flush=True)
+                    continue
+                note(one, "done")
+                finished.add(one.step.name)
+                spent, expected = spent + one.seconds / 60, expected + one.step.minutes
+                if at_once > 1:
+                    print(f"{label(one.number, one.step)}: done in {clock(one.seconds / 60)}", flush=True)
+    finally:  # only an interruption finds something still running: it gets the time to save that a launcher gives its ranks
+        for one in running:
+            one.process.terminate()
+        for one in running:
+            try:
+                one.process.wait(60)
+            except subprocess.TimeoutExpired:
+                one.process.kill()
+            note(one)
+    if failed:
+        raise StepError(failed[0])

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from examples.less_is_more import table
 from examples.quickstart.demo import Plan as QuickStart
@@ -28,11 +28,17 @@ from train.config import Recipe, RecipeError, load_recipe
 HERE = Path(__file__).resolve().parent
 
 
+def load(path: Path) -> DictConfig:
+    """A plan, over the one beside it that its `base` names."""
+    plan = OmegaConf.load(path)
+    return OmegaConf.merge(load(path.with_name(plan.base)), plan) if "base" in plan else plan
+
+
 class Study:
     """plan.yaml as a list of steps. Errors: StepError for a name that the plan does not know."""
 
     def __init__(self, path: Path, seeds: list[int] | None = None, only: list[str] | None = None) -> None:
-        self.plan = OmegaConf.load(path)
+        self.plan = load(path)
         self.data = QuickStart(HERE.parent / "quickstart" / "demo.yaml", ranks=None)
         self.output = Path(self.plan.output)
         self.ranks = rank_count(self.plan.ranks)
@@ -40,13 +46,14 @@ class Study:
         unknown = sorted(set(only or ()) - set(self.plan.variants))
         if unknown:
             raise StepError(f"no variant {', '.join(unknown)}: {path} has {', '.join(self.plan.variants)}")
+        only = list(self.plan.only) if only is None and "only" in self.plan else only
         self.variants = {name: variant for name, variant in self.plan.variants.items() if only is None or name in only}
         self._keys: dict[Path, str] = {}  # stage folder -> key of its training, which what comes behind it depends on
 
     def overrides(self, variant: str, stage: str, seed: int) -> list[str]:
         """Of the quick start's recipe: what makes this variant's stage."""
         of = self.plan.variants[variant]
-        common = [*self.plan.overrides, f"seed={seed}", f"data.seed={seed}"]
+        common = [*self.plan.overrides, *self.plan.get("stages", {}).get(stage, []), f"seed={seed}", f"data.seed={seed}"]
         like = self.plan.variants[of.like].shrinking if "like" in of else []
         if stage == "alignment":
             return [*common, *self.plan.alignments[of.alignment], f"output={self.first(of.alignment, seed).parent}"]
@@ -85,9 +92,18 @@ class Study:
         usual = load_recipe(self.plan.recipes[stage])
         minutes = self.plan.minutes[stage] * (recipe.optim.steps * recipe.data.batch_seconds
                                               / (usual.optim.steps * usual.data.batch_seconds))
-        return Step(f"train-{name}-{stage}", f"{name}: train ({stage}, {recipe.optim.steps} steps)", minutes,
+        return Step(self.trains(folder), f"{name}: train ({stage}, {recipe.optim.steps} steps)", minutes,
                     training(self.ranks, self.plan.recipes[stage], *overrides), key, folder / "model" / "soundwave.json",
-                    set_aside=folder, processes=self.ranks)
+                    set_aside=folder, processes=self.ranks, after=self.needs(before))
+
+    def trains(self, folder: Path) -> str:
+        """The name of the step that trains a stage's folder."""
+        return f"train-{folder.parent.name}-{folder.name}"
+
+    def needs(self, before: Path | None) -> tuple[str, ...]:
+        """Steps that must be done before a stage is trained: the one before it, and the synthetic speech where there is some."""
+        speech = [f"pack-{self.plan.synthetic.shards}"] if self.plan.synthetic else []
+        return (*speech, *([self.trains(before)] if before else []))
 
     def score(self, folder: Path, decode: str, whole: bool = False) -> Step:
         """On some utterances of each test set; whole: on every one of the first set, for what a few cannot tell from chance."""
@@ -104,7 +120,7 @@ class Study:
                     lambda: [wanted.max_new_tokens if whole else OmegaConf.to_container(wanted),
                              [self.data.fingerprint(name) for name in names], self._keys.get(folder),
                              *([asdict(JointSearch())] if decode == "joint" else [])],
-                    last.with_suffix(".scores.json"), set_aside=out, processes=self.ranks)
+                    last.with_suffix(".scores.json"), set_aside=out, processes=self.ranks, after=(self.trains(folder),))
 
     def speed(self, folder: Path) -> list[Step]:
         wanted, out = self.plan.speed, folder / "speed.json"
@@ -115,7 +131,7 @@ class Study:
                      str(self.data.cache / "shards" / wanted.shards), "--clips", str(wanted.clips), "--max-new-tokens", "8",
                      "--out", str(out)],
                     lambda: [OmegaConf.to_container(wanted), self.data.fingerprint(wanted.shards), self._keys.get(folder)],
-                    out, set_aside=out)]
+                    out, set_aside=out, after=(self.trains(folder),))]
 
     def whisper(self) -> list[Step]:
         steps = []
@@ -128,7 +144,7 @@ class Study:
                         str(self.plan.score.limit), "--out", str(out), module="evaluation.whisper_baseline"),
                 lambda name=name: [self.plan.whisper, self.plan.score.limit, self.data.fingerprint(name),
                                    file_digest(Path(self.plan.whisper) / "config.json")],
-                out.with_suffix(".scores.json"), set_aside=out, processes=self.ranks))
+                out.with_suffix(".scores.json"), set_aside=out, processes=self.ranks, after=()))
         return steps
 
     def synthetic(self) -> list[Step]:
@@ -145,8 +161,8 @@ class Study:
                      [sys.executable, "-m", "examples.less_is_more.synthetic", "--cache", str(cache),
                       "--hours", str(wanted.hours)],
                      lambda: [wanted.hours, file_digest(HERE / "synthetic.py"),
-                              file_digest(cache / "manifests" / "dialogues-train.jsonl")], manifest)
-        return [speak, self.data.pack(wanted.shards, manifest)]
+                              file_digest(cache / "manifests" / "dialogues-train.jsonl")], manifest, after=())
+        return [speak, replace(self.data.pack(wanted.shards, manifest), after=(speak.name,))]
 
     def steps(self) -> list[Step]:
         steps, begun = [*self.whisper(), *self.synthetic()], set()
@@ -175,6 +191,7 @@ def main() -> int:
     parser.add_argument("--plan", type=Path, default=HERE / "plan.yaml", help="what is compared (default: plan.yaml)")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the plan's")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants alone (default: all of the plan's)")
+    parser.add_argument("--at-once", type=int, help="steps side by side, e.g. on one large GPU (default: the plan's, or 1)")
     parser.add_argument("--dry-run", action="store_true", help="only list the steps and their commands")
     options = parser.parse_args()
     try:
@@ -183,7 +200,7 @@ def main() -> int:
             show(study.steps())
             return 0
         run(study.data.record, study.data.data_steps())
-        run(study.output / "study.json", study.steps())
+        run(study.output / "study.json", study.steps(), options.at_once or study.plan.get("at_once", 1))
         print("\n" + table.finish(study))
     except (StepError, RecipeError) as error:
         print(f"\nstudy stopped: {error}", file=sys.stderr)

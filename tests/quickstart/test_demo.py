@@ -138,3 +138,35 @@ def test_small_recipes_load():
     for number in (1, 2, 3):
         recipe = load_recipe(ROOT / f"examples/quickstart/stage{number}.yaml", ["optim.steps=1"])
         assert recipe.optim.steps == 1 and recipe.model.llm.name.endswith("smollm2-135m")
+
+
+def waiting_for(folder: Path, name: str, code: str, **options) -> steps.Step:
+    """A step whose command runs `code` in `folder` and then leaves a file of its own name."""
+    code = f"import os, pathlib, sys, time; os.chdir({str(folder)!r}); here = pathlib.Path('.'); {code}; (here / {name!r}).touch()"
+    return steps.Step(name, f"step {name}", 0.01, [sys.executable, "-c", code], lambda: name, folder / name, **options)
+
+
+MEET = ("(here / '{own}-begun').touch(); end = time.monotonic() + 30\n"
+        "while not (here / '{other}-begun').exists():\n    assert time.monotonic() < end; time.sleep(0.01)\n1")
+
+
+def test_steps_run_side_by_side_where_they_do_not_need_each_other(tmp_path, capsys):
+    """a and b wait for each other, so neither would end alone; c needs both, d none."""
+    meet = {own: "exec(" + repr(MEET.format(own=own, other=other)) + ")" for own, other in (("a", "b"), ("b", "a"))}
+    planned = [waiting_for(tmp_path, "a", meet["a"], after=()), waiting_for(tmp_path, "b", meet["b"], after=()),
+               waiting_for(tmp_path, "c", "assert (here / 'a').exists() and (here / 'b').exists(); print('he' + 'ard')"),
+               waiting_for(tmp_path, "d", "1", after=("not in this list",))]
+    steps.run(tmp_path / "record.json", planned, at_once=2)
+    assert {step["status"] for step in steps.State(tmp_path / "record.json").steps.values()} == {"done"}
+    assert (tmp_path / "logs/c.log").read_text() == "heard\n" and "heard" not in capsys.readouterr().out
+    steps.run(tmp_path / "record.json", planned, at_once=2)
+    assert capsys.readouterr().out.count(": done\n") == 4
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_a_failed_step_stops_only_what_needs_it(tmp_path, at_once):
+    planned = [waiting_for(tmp_path, "a", "sys.exit(3)", after=()), waiting_for(tmp_path, "b", "1", after=()),
+               waiting_for(tmp_path, "c", "1", after=("a",)), waiting_for(tmp_path, "d", "1", after=("b",))]
+    with pytest.raises(steps.StepError, match="step 1, step a, failed .exit 3."):
+        steps.run(tmp_path / "record.json", planned, at_once=at_once)
+    assert [name for name in "abcd" if (tmp_path / name).exists()] == ["b", "d"]
