@@ -112,7 +112,8 @@ class Study:
         last = self.predictions(folder, decode, names[-1], whole)
         out, all_of_it = last.parent, " all of it" if whole else ""
         shards = [str(self.data.cache / "shards" / name) for name in names]
-        options = ["--model", str(folder / "model"), "--shards", *shards, "--task", "asr", "--decode", decode, *limit,
+        batches = ["--batch-seconds", str(wanted.batch_seconds)] if "batch_seconds" in wanted else []
+        options = ["--model", str(folder / "model"), "--shards", *shards, "--task", "asr", "--decode", decode, *limit, *batches,
                    "--max-new-tokens", str(wanted.max_new_tokens), "--out", str(out)]
         return Step(f"score-{folder.parent.name}-{out.name.removeprefix('evaluation-')}",
                     f"{folder.parent.name}: score{all_of_it} ({decode})", self.plan.minutes["whole" if whole else "score"],

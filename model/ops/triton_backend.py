@@ -20,17 +20,16 @@ from .operator import TILE, Kept, Problem
 LOGITS_AT_ONCE = 2**24
 LOG_ZERO = tl.constexpr(-1e30)
 
-# Rows of one program, and its warps, tried on first use for each width; the interpreter has nothing to tune.
-_CONFIGS = [triton.Config({"ROWS": rows}, num_warps=warps) for rows, warps in [(1, 4), (2, 4), (4, 4), (4, 8), (8, 8)]]
-_CONFIGS = _CONFIGS[-1:] if triton.knobs.runtime.interpret else _CONFIGS
+# Rows of one program, and its warps. Fixed: tuning at run time would be done again for each width of a tile, which follows the
+# number of frames (0.4 s and more a step on an H200), and what it chose would decide the order of sums.
+ROWS, WARPS = 4, 8
 
 
-@triton.autotune(_CONFIGS, key=["width"])
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "first_row", "first_token", "tiles", "first_tile"])
 def _statistics(logits, log_mass, best_value, best_token, rows, first_row, first_token, width, tiles, first_tile,
-                TILE_: tl.constexpr, ROWS: tl.constexpr):
-    """For ROWS rows of logits [rows, width]: log mass of each tile, and the best token so far."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+                TILE_: tl.constexpr, ROWS_: tl.constexpr):
+    """For ROWS_ rows of logits [rows, width]: log mass of each tile, and the best token so far."""
+    row = tl.program_id(0) * ROWS_ + tl.arange(0, ROWS_)
     frame = (first_row + row).to(tl.int64)
     value = tl.load(best_value + frame, mask=row < rows, other=0.0)
     token = tl.load(best_token + frame, mask=row < rows, other=0)
@@ -51,11 +50,10 @@ def _statistics(logits, log_mass, best_value, best_token, rows, first_row, first
     tl.store(best_token + frame, token, mask=row < rows)
 
 
-@triton.autotune(_CONFIGS, key=["width"], restore_value=["logits"])  # in place: each trial needs the logits again
-@triton.jit
-def _probabilities(logits, lse, scale, rows, width, TILE_: tl.constexpr, ROWS: tl.constexpr):
+@triton.jit(do_not_specialize=["rows"])
+def _probabilities(logits, lse, scale, rows, width, TILE_: tl.constexpr, ROWS_: tl.constexpr):
     """logits [rows, width] <- exp(logits - lse) * scale, in place; lse and scale [rows]."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS_ + tl.arange(0, ROWS_)
     shift = tl.load(lse + row, mask=row < rows, other=0.0)
     factor = tl.load(scale + row, mask=row < rows, other=0.0)
     for start in range(0, width, TILE_):
@@ -66,7 +64,7 @@ def _probabilities(logits, lse, scale, rows, width, TILE_: tl.constexpr, ROWS: t
         tl.store(at, (tl.exp(z - shift[:, None]) * factor[:, None]).to(logits.dtype.element_ty), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_token", "length", "slots"])
 def _label_logits(logits, frame, tokens, values, first_token, width, length, slots, SLOTS: tl.constexpr, PLACE: tl.constexpr):
     """Between logits [rows, width] of the tokens from first_token on, and values [B * T, slots] of the tokens [B, slots] of
     each utterance (-1: none; none stands twice): values are taken from the logits, or, with PLACE, put in their stead.
@@ -90,7 +88,7 @@ def _log_add(a, b, c):
     return top + tl.log(tl.exp(a - top) + tl.exp(b - top) + tl.exp(c - top))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "labels", "width"])
 def _recursion(logprob, targets, input_lengths, target_lengths, loss, occupancy, alpha, beta, length, labels, width,
                STATES: tl.constexpr, WITH_GRADIENT: tl.constexpr):
     """CTC's forward-backward recursion, one utterance a program (Graves et al., ICML 2006, equations 6 to 14).
@@ -231,8 +229,8 @@ def _forward(problem: Problem, with_gradient: bool):
             count, width = chunk.shape[0], part.shape[0]
             logits = buffer[:count * width].view(count, width)
             torch.mm(chunk, part.t(), out=logits)
-            _statistics[lambda meta, count=count: (triton.cdiv(count, meta["ROWS"]),)](
-                logits, log_mass, largest, argmax, count, f0, v0, width, problem.tiles, v0 // TILE, TILE_=TILE)
+            _statistics[(triton.cdiv(count, ROWS),)](logits, log_mass, largest, argmax, count, f0, v0, width, problem.tiles,
+                                                     v0 // TILE, TILE_=TILE, ROWS_=ROWS, num_warps=WARPS)
             _label_logits[(count,)](logits, index[f0:f0 + rows], tokens, picked, v0, width, length, slots, SLOTS=128, PLACE=False)
 
     lse, argmax = log_mass.logsumexp(dim=1), argmax.long()
@@ -322,8 +320,8 @@ def _backward(problem: Problem, kept: Kept, loss_gradient: Tensor, skip_below: f
             h = flat if count == len(flat) and count <= rows else flat[which]
             gradient = buffer[:len(which) * part.shape[0]].view(len(which), part.shape[0])
             torch.mm(h, part.t(), out=gradient)
-            _probabilities[lambda meta, count=len(which): (triton.cdiv(count, meta["ROWS"]),)](
-                gradient, lse[which], frame_scale[which], len(which), part.shape[0], TILE_=TILE)
+            _probabilities[(triton.cdiv(len(which), ROWS),)](gradient, lse[which], frame_scale[which], len(which), part.shape[0],
+                                                             TILE_=TILE, ROWS_=ROWS, num_warps=WARPS)
             _label_logits[(len(which),)](gradient, which, tokens, values, v0, part.shape[0], length, tokens.shape[1], SLOTS=128,
                                          PLACE=True)
             if want_hidden:

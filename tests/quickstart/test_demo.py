@@ -142,7 +142,7 @@ def test_small_recipes_load():
 
 def waiting_for(folder: Path, name: str, code: str, **options) -> steps.Step:
     """A step whose command runs `code` in `folder` and then leaves a file of its own name."""
-    code = f"import os, pathlib, sys, time; os.chdir({str(folder)!r}); here = pathlib.Path('.'); {code}; (here / {name!r}).touch()"
+    code = f"import pathlib, sys, time; here = pathlib.Path({str(folder)!r}); {code}; (here / {name!r}).touch()"
     return steps.Step(name, f"step {name}", 0.01, [sys.executable, "-c", code], lambda: name, folder / name, **options)
 
 
