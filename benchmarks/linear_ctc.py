@@ -207,7 +207,7 @@ def compare(work: Work, repeats: int, device: str, chunked: bool) -> tuple[dict,
         return linear_argmax(work.hidden, work.weight, work.lengths, blank=work.blank, extra_row=work.extra_row)
 
     with torch.no_grad():
-        sweep()  # compiles, tunes and warms up
+        sweep()  # compiles and warms up
         alone = seconds_of({"product": product, "forward": sweep}, repeats, device, told)
     times = {"trained": seconds_of(trained, repeats, device, told), "frozen": seconds_of(frozen, repeats, device, told)}
     flops = 2 * work.hidden.shape[0] * work.hidden.shape[1] * work.hidden.shape[2] * shape[-1]

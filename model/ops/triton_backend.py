@@ -20,48 +20,39 @@ from .operator import TILE, Kept, Problem
 LOGITS_AT_ONCE = 2**24
 LOG_ZERO = tl.constexpr(-1e30)
 
-# Rows of one program, and its warps. Fixed: tuning at run time would be done again for each width of a tile, which follows the
-# number of frames (0.4 s and more a step on an H200), and what it chose would decide the order of sums.
-ROWS, WARPS = 4, 8
+# Rows of a program; each holds one tile of theirs. Nothing is tuned at run time: the width of a product follows the number of
+# frames, so it would be tuned again and again (on an H200 the first 23 steps of the quick start's stage I took 1.4 s each), and
+# what was chosen would decide the order of sums.
+ROWS = tl.constexpr(4)
 
 
+# Numbers that follow the batch are not specialised: each kind of them would be compiled anew, in the middle of training.
 @triton.jit(do_not_specialize=["rows", "first_row", "first_token", "tiles", "first_tile"])
 def _statistics(logits, log_mass, best_value, best_token, rows, first_row, first_token, width, tiles, first_tile,
-                TILE_: tl.constexpr, ROWS_: tl.constexpr):
-    """For ROWS_ rows of logits [rows, width]: log mass of each tile, and the best token so far."""
-    row = tl.program_id(0) * ROWS_ + tl.arange(0, ROWS_)
-    frame = (first_row + row).to(tl.int64)
-    value = tl.load(best_value + frame, mask=row < rows, other=0.0)
-    token = tl.load(best_token + frame, mask=row < rows, other=0)
-    lane = tl.arange(0, TILE_)
-    for start in range(0, width, TILE_):
-        column = start + lane
-        here = (row < rows)[:, None] & (column < width)[None, :]
-        z = tl.load(logits + row.to(tl.int64)[:, None] * width + column[None, :], mask=here, other=-float("inf")).to(tl.float32)
-        z = tl.where((row < rows)[:, None], z, 0.0)
-        top = tl.max(z, axis=1)
-        mass = top + tl.log(tl.sum(tl.exp(z - top[:, None]), axis=1))
-        tl.store(log_mass + frame * tiles + first_tile + start // TILE_, mass, mask=row < rows)
-        place = first_token + start + tl.argmax(z, axis=1)
-        better = top > value
-        token = tl.where(better, place, token)
-        value = tl.where(better, top, value)
-    tl.store(best_value + frame, value, mask=row < rows)
-    tl.store(best_token + frame, token, mask=row < rows)
+                TILE_: tl.constexpr):
+    """Of a tile of logits [rows, width], into its place in [frames, tiles]: log mass, largest logit, the token that has it."""
+    row, tile = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    column = tile * TILE_ + tl.arange(0, TILE_)
+    here = (row < rows)[:, None] & (column < width)[None, :]
+    z = tl.load(logits + row.to(tl.int64)[:, None] * width + column[None, :], mask=here, other=-float("inf")).to(tl.float32)
+    z = tl.where((row < rows)[:, None], z, 0.0)
+    top = tl.max(z, axis=1)
+    place = (first_row + row).to(tl.int64) * tiles + first_tile + tile
+    tl.store(log_mass + place, top + tl.log(tl.sum(tl.exp(z - top[:, None]), axis=1)), mask=row < rows)
+    tl.store(best_value + place, top, mask=row < rows)
+    tl.store(best_token + place, first_token + tile * TILE_ + tl.argmax(z, axis=1), mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _probabilities(logits, lse, scale, rows, width, TILE_: tl.constexpr, ROWS_: tl.constexpr):
+def _probabilities(logits, lse, scale, rows, width, TILE_: tl.constexpr):
     """logits [rows, width] <- exp(logits - lse) * scale, in place; lse and scale [rows]."""
-    row = tl.program_id(0) * ROWS_ + tl.arange(0, ROWS_)
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * TILE_ + tl.arange(0, TILE_)
     shift = tl.load(lse + row, mask=row < rows, other=0.0)
     factor = tl.load(scale + row, mask=row < rows, other=0.0)
-    for start in range(0, width, TILE_):
-        column = start + tl.arange(0, TILE_)
-        here = (row < rows)[:, None] & (column < width)[None, :]
-        at = logits + row.to(tl.int64)[:, None] * width + column[None, :]
-        z = tl.load(at, mask=here, other=0.0).to(tl.float32)
-        tl.store(at, (tl.exp(z - shift[:, None]) * factor[:, None]).to(logits.dtype.element_ty), mask=here)
+    here = (row < rows)[:, None] & (column < width)[None, :]
+    at = logits + row.to(tl.int64)[:, None] * width + column[None, :]
+    z = tl.load(at, mask=here, other=0.0).to(tl.float32)
+    tl.store(at, (tl.exp(z - shift[:, None]) * factor[:, None]).to(logits.dtype.element_ty), mask=here)
 
 
 @triton.jit(do_not_specialize=["first_token", "length", "slots"])
@@ -188,6 +179,10 @@ def _pieces(frames: int, tiles: int) -> tuple[int, int]:
     return rows, TILE * max(1, min(tiles, LOGITS_AT_ONCE // (rows * TILE)))
 
 
+def _grid(rows: int, width: int) -> tuple[int, int]:
+    return triton.cdiv(rows, ROWS.value), triton.cdiv(width, TILE)
+
+
 def _own_tokens(problem: Problem) -> tuple[Tensor, Tensor]:
     """tokens [B, U + 1] of each utterance's columns, labels then blank, -1 in the padding and where a label stands again; and
     first [B, U + 1]: the place where each stands first."""
@@ -218,8 +213,7 @@ def _forward(problem: Problem, with_gradient: bool):
     slots = tokens.shape[1]
     picked = torch.zeros(batch * length, slots, device=device)
     log_mass = torch.zeros(n, problem.tiles, device=device)
-    largest = torch.full((n,), -torch.inf, device=device)
-    argmax = torch.zeros(n, dtype=torch.int32, device=device)
+    best_value, best_token = torch.zeros_like(log_mass), torch.zeros_like(log_mass, dtype=torch.int32)
     rows, columns = _pieces(n, problem.tiles)
     buffer = torch.empty(rows * columns if n else 0, device=device, dtype=dtype)
     for v0 in range(0, weight.shape[0] if n else 0, columns):
@@ -229,11 +223,13 @@ def _forward(problem: Problem, with_gradient: bool):
             count, width = chunk.shape[0], part.shape[0]
             logits = buffer[:count * width].view(count, width)
             torch.mm(chunk, part.t(), out=logits)
-            _statistics[(triton.cdiv(count, ROWS),)](logits, log_mass, largest, argmax, count, f0, v0, width, problem.tiles,
-                                                     v0 // TILE, TILE_=TILE, ROWS_=ROWS, num_warps=WARPS)
+            _statistics[_grid(count, width)](logits, log_mass, best_value, best_token, count, f0, v0, width, problem.tiles,
+                                             v0 // TILE, TILE_=TILE)
             _label_logits[(count,)](logits, index[f0:f0 + rows], tokens, picked, v0, width, length, slots, SLOTS=128, PLACE=False)
 
-    lse, argmax = log_mass.logsumexp(dim=1), argmax.long()
+    lse = log_mass.logsumexp(dim=1)
+    largest, tile = best_value.max(dim=1)
+    argmax = best_token.gather(1, tile[:, None])[:, 0].long()
     if extra_row is not None:
         extra = (frames @ extra_row.to(dtype)).float()
         picked[index, -1] = extra
@@ -320,8 +316,7 @@ def _backward(problem: Problem, kept: Kept, loss_gradient: Tensor, skip_below: f
             h = flat if count == len(flat) and count <= rows else flat[which]
             gradient = buffer[:len(which) * part.shape[0]].view(len(which), part.shape[0])
             torch.mm(h, part.t(), out=gradient)
-            _probabilities[(triton.cdiv(len(which), ROWS),)](gradient, lse[which], frame_scale[which], len(which), part.shape[0],
-                                                             TILE_=TILE, ROWS_=ROWS, num_warps=WARPS)
+            _probabilities[_grid(*gradient.shape)](gradient, lse[which], frame_scale[which], *gradient.shape, TILE_=TILE)
             _label_logits[(len(which),)](gradient, which, tokens, values, v0, part.shape[0], length, tokens.shape[1], SLOTS=128,
                                          PLACE=True)
             if want_hidden:

@@ -30,6 +30,40 @@ def test_interpreter():
     assert "4 passed" in done.stdout
 
 
+BATCH = {"rows", "first_row", "first_token", "tiles", "first_tile", "length", "slots", "labels"}  # what follows the batch
+KERNELS = {
+    "_statistics": {"logits": None, "log_mass": "*fp32", "best_value": "*fp32", "best_token": "*i32", "width": "i32"},
+    "_probabilities": {"logits": None, "lse": "*fp32", "scale": "*fp32", "width": "i32"},
+    "_label_logits": {"logits": None, "frame": "*i64", "tokens": "*i64", "values": "*fp32", "width": "i32"},
+    "_recursion": {"logprob": "*fp32", "targets": "*i64", "input_lengths": "*i64", "target_lengths": "*i64", "loss": "*fp32",
+                   "occupancy": "*fp32", "alpha": "*fp32", "beta": "*fp32", "width": "i32"},
+}
+CONSTANTS = {"TILE_": 512, "SLOTS": 128, "PLACE": True, "STATES": 256, "WITH_GRADIENT": True}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("logits", ["*bf16", "*fp32"])
+def test_kernels_compile_for_a_gpu_and_once_for_all_batches(kernel, logits):
+    """For an H100, whatever this machine has. A number that follows the batch must not be specialised (each kind of it would be
+    compiled anew within training), nor anything tuned by it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from model.ops import triton_backend
+
+    function = getattr(triton_backend, kernel)
+    assert type(function) is triton.JITFunction
+    names = {p.name for p in function.params}
+    constants = {(place,): CONSTANTS[p.name] for place, p in enumerate(function.params) if p.is_constexpr}
+    types = {name: kind or logits for name, kind in KERNELS[kernel].items()} | dict.fromkeys(names & BATCH, "i32")
+    signature = {p.name: "constexpr" if p.is_constexpr else types[p.name] for p in function.params}
+    made = triton.compile(ASTSource(function, signature, constants), target=GPUTarget("cuda", 90, 32))
+    assert made.asm["cubin"]
+    assert {p.name for p in function.params if not p.is_constexpr and not p.do_not_specialize} <= set(KERNELS[kernel])
+
+
 def run(case, leaves, **options):
     hidden, weight, extra_row = leaves
     return linear_ctc(hidden, weight, case.input_lengths, case.targets, case.target_lengths, case.blank, extra_row=extra_row,
