@@ -66,6 +66,23 @@ def test_trials_stay_on_the_valid_split_and_the_baseline_has_as_many_as_ours():
     assert len(steps) == len(set(steps)) == 2 + 2 * len(names)  # stage I and each trial, trained and scored; nothing timed
 
 
+def test_the_gpu_plan_is_the_study_with_other_numbers():
+    small, large = Study(PLAN), Study(HERE / "gpu.yaml")
+    assert "no-lookback" in large.variants and "longer" not in large.variants and large.plan.whole.ctc == []
+    for name in large.variants:
+        for stage in large.stages(name):
+            before, now = (flat(what_is_learnt(study.recipe(name, stage, 0))) for study in (small, large))
+            changed = {key for key in now if now[key] != before[key]} - {"output", "init_from"}
+            assert changed == {"model.dtype", "optim.steps", "optim.warmup_steps", "data.cache_features", "data.speed_perturb",
+                               "data.spec_augment", "data.valid"} | ({"data.workers"} if stage == "alignment" else set()), name
+            assert now["optim.steps"] > before["optim.steps"]
+    steps = {step.name: step for step in large.steps()}
+    assert all(set(step.after) <= set(steps) for step in steps.values())
+    assert "train-stage-1-full-seed-1-alignment" in steps["train-ours-seed-1-shrinking"].after
+    assert steps["score-ours-seed-1-joint"].after == ("train-ours-seed-1-shrinking",)
+    assert steps["train-projector-seed-0-shrinking"].after == ("pack-synthetic-train",)
+
+
 def test_variants_share_a_stage_one_and_every_step_has_a_name_of_its_own():
     steps = Study(PLAN, seeds=[0, 1], only=["ours", "no-ctc", "data-10"]).steps()
     names = [step.name for step in steps]
