@@ -199,10 +199,9 @@ def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
         table.finish(study, docs)
 
 
-@pytest.mark.slow  # thirteen starts of real ranks and scorers, of some 12 s each
+@pytest.mark.slow  # ten starts of real ranks and scorers, of some 12 s each
 def test_a_study_in_miniature_from_its_first_step_to_the_table(tmp_path):
-    """The commands themselves, with random models of width 32 and a few steps; a second run has nothing left to do, and a changed
-    variant alone is made again."""
+    """The commands themselves, two at a time, with random models of width 32 and a few steps; a second run has nothing left to do."""
     root = workspace(tmp_path / "tiny")
     (root / "shards").mkdir()
     for name in ("train", "valid"):
@@ -224,17 +223,17 @@ def test_a_study_in_miniature_from_its_first_step_to_the_table(tmp_path):
         made.data.cache = root
         return made
 
-    def again() -> list[str]:
+    def again() -> set[str]:
         """Names of the steps that ran."""
         record = tmp_path / "study" / "study.json"
         before = json.loads(record.read_text())["steps"] if record.exists() else {}
-        run(record, study().steps())
-        return [name for name, step in json.loads(record.read_text())["steps"].items() if step != before.get(name)]
+        run(record, study().steps(), at_once=2)
+        return {name for name, step in json.loads(record.read_text())["steps"].items() if step != before.get(name)}
 
     first, second = "stage-1-full-seed-3", "ours-seed-3"
-    assert again() == [f"train-{first}-alignment", f"score-{first}-ctc", f"score-{first}-ctc-whole", f"train-{second}-shrinking",
+    assert again() == {f"train-{first}-alignment", f"score-{first}-ctc", f"score-{first}-ctc-whole", f"train-{second}-shrinking",
                        *(f"score-{second}-{decode}" for decode in ("generate", "joint")), f"speed-{second}",
-                       "train-projector-seed-3-shrinking", "score-projector-seed-3-generate", "speed-projector-seed-3"]
+                       "train-projector-seed-3-shrinking", "score-projector-seed-3-generate", "speed-projector-seed-3"}
     told = table.finish(study())
     result = json.loads((tmp_path / "study" / "results.json").read_text())
     assert [row["variant"] for row in result["rows"]] == ["ours", "ours, joint", "projector"]
@@ -247,7 +246,4 @@ def test_a_study_in_miniature_from_its_first_step_to_the_table(tmp_path):
     assert projector["scores"]["valid"]["kept_per_second"] > 20 > ours["scores"]["valid"]["kept_per_second"]
     assert {"p_value", "difference", "ci95"} <= projector["against_ours"]["valid"].keys()
     assert joint["against_ctc"]["valid"] and ours["first_token_ms"] > 0
-    assert again() == []
-    plan["variants"]["projector"]["shrinking"].append("optim.steps=4")
-    assert again() == ["train-projector-seed-3-shrinking", "score-projector-seed-3-generate", "speed-projector-seed-3"]
-    assert (tmp_path / "study" / "projector-seed-3" / "former-1" / "shrinking").is_dir()
+    assert again() == set()
