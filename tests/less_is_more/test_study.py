@@ -201,7 +201,7 @@ def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
 
 @pytest.mark.slow  # ten starts of real ranks and scorers, of some 12 s each
 def test_a_study_in_miniature_from_its_first_step_to_the_table(tmp_path):
-    """The commands themselves, two at a time, with random models of width 32 and a few steps; a second run has nothing left to do."""
+    """The commands themselves, two at a time, with random models of width 32 and a few steps; then nothing is left to do."""
     root = workspace(tmp_path / "tiny")
     (root / "shards").mkdir()
     for name in ("train", "valid"):
