@@ -9,7 +9,7 @@ import yaml
 from evaluation.score import score_file
 from examples.less_is_more import table
 from examples.less_is_more.study import HERE, Study
-from examples.steps import StepError, run, what_is_learnt
+from examples.steps import StepError, digest, run, what_is_learnt
 from tests.train.tiny import workspace
 
 PLAN = HERE / "plan.yaml"
@@ -201,7 +201,8 @@ def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
 
 @pytest.mark.slow  # ten starts of real ranks and scorers, of some 12 s each
 def test_a_study_in_miniature_from_its_first_step_to_the_table(tmp_path):
-    """The commands themselves, two at a time, with random models of width 32 and a few steps; then nothing is left to do."""
+    """The commands themselves, two at a time, with random models of width 32 and a few steps; then nothing is left to do, and
+    a changed variant's steps alone would be done again."""
     root = workspace(tmp_path / "tiny")
     (root / "shards").mkdir()
     for name in ("train", "valid"):
@@ -247,3 +248,7 @@ def test_a_study_in_miniature_from_its_first_step_to_the_table(tmp_path):
     assert {"p_value", "difference", "ci95"} <= projector["against_ours"]["valid"].keys()
     assert joint["against_ctc"]["valid"] and ours["first_token_ms"] > 0
     assert again() == set()
+    before = {step.name: digest(step.key()) for step in study().steps()}
+    plan["variants"]["projector"]["shrinking"].append("optim.steps=4")
+    changed = {step.name for step in study().steps() if digest(step.key()) != before[step.name]}
+    assert changed == {"train-projector-seed-3-shrinking", "score-projector-seed-3-generate", "speed-projector-seed-3"}

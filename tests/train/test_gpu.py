@@ -17,7 +17,7 @@ from tests.train.tiny import STAGES, losses, workspace
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 300  # seconds for any one run: a hang is a failure
-# Random numbers of CPU and GPU differ, and one rank has less to do than the recipe's two.
+# Random numbers of CPU and GPU differ.
 SAME = ["model.alignment.dropout=0", "model.llm.lora_dropout=0"]
 KINDS = {
     "cpu": ["model.dtype=float32", "deepspeed=ds_configs/zero1.json"],
