@@ -20,7 +20,7 @@ from data_tools.shards import ShardError, ShardIndex
 from evaluation.predictions import PredictionError, PredictionFile
 from evaluation.run import InputError, finish, prediction_row, shard_folder, start
 from model.features import SAMPLE_RATE, WINDOW_SECONDS, log_mel
-from train.config import RecipeError
+from train.config import Corpus, RecipeError
 from train.data.reader import decode, read_with_retry
 from train.data.rejected import BrokenSample
 from train.data.validation import select
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     error = file = None
     try:
         index = ShardIndex.load(shard_folder(options.shards, options.split))
-        rows = select(index, 0, "alignment", options.task, options.limit)["row"].tolist()
+        rows = select(index, 0, "alignment", Corpus(tasks=options.task), options.limit)["row"].tolist()
         if not (options.whisper / "generation_config.json").exists():
             raise InputError(f"{options.whisper} holds no generation_config.json: give a whole Whisper folder, with decoder and "
                              "tokenizer")

@@ -200,9 +200,7 @@ def build_encoder(config: EncoderConfig, source: Source, dtype: torch.dtype, att
                   ) -> Encoder:
     """The encoder; without `weights` on the meta device, for its sizes. Errors: SourceError for an unknown family."""
     family = source.config.model_type
-    if family not in _FAMILIES:
-        raise SourceError(f"{source.name} is a '{family}' model; encoders known: {', '.join(_FAMILIES)}")
-    wrapper, layers, renamed, _ = _FAMILIES[family]
+    wrapper, layers, renamed, _ = _family(source)
     if weights:
         network, report = layers.from_pretrained(source.folder, dtype=dtype, attn_implementation=attention, key_mapping=renamed,
                                                  output_loading_info=True)
@@ -215,9 +213,16 @@ def build_encoder(config: EncoderConfig, source: Source, dtype: torch.dtype, att
     return wrapper(config, network, source).requires_grad_(False).eval()
 
 
+def _family(source: Source) -> tuple:
+    if source.config.model_type not in _FAMILIES:
+        raise SourceError(f"{source.name} is a '{source.config.model_type}' model; encoders known: {', '.join(_FAMILIES)}")
+    return _FAMILIES[source.config.model_type]
+
+
 def tensor_prefix(source: Source) -> str:
-    """What the encoder's tensors are called under in its folder, where the folder holds other things, too."""
-    return _FAMILIES[source.config.model_type][3]
+    """What the encoder's tensors are called under in its folder, where the folder holds other things, too. Errors:
+    SourceError for an unknown family."""
+    return _family(source)[3]
 
 
 # model_type -> (our class, transformers' network, renaming of its tensors in a whole model's file, their prefix there)

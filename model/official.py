@@ -21,6 +21,7 @@ Tensors are read one at a time and written shard by shard: at no moment does mor
 from __future__ import annotations
 
 import json
+import operator
 import re
 import shutil
 from collections.abc import Iterator
@@ -197,7 +198,8 @@ def _llm_config(theirs: dict) -> LlamaConfig:
 _FIXED = (("alignment.attention", "frame"), ("alignment.stack_frames", 2), ("alignment.layers", 1),
           ("alignment.ffn_multiple", 2.0), ("alignment.heads", None), ("shrinking.heads", None), ("shrinking.enabled", True),
           ("shrinking.keep", "first"), ("shrinking.keep_blank_runs", True), ("shrinking.lookback", "kept"),
-          ("shrinking.token_embeddings", False), ("encoder.pad_to_seconds", 30.0))
+          ("shrinking.token_embeddings", False), ("encoder.pad_to_seconds", 30.0), ("alignment.ctc_length", "full"),
+          ("prompt", "release"))
 
 
 def to_official(run: str | Path, out: str | Path) -> Path:
@@ -212,8 +214,7 @@ def to_official(run: str | Path, out: str | Path) -> Path:
     if describe(run)["stage"] == "alignment":
         raise FolderError(f"{run} is a stage I folder: the release's layout holds all parts, give one of stage II or III")
     for key, value in _FIXED:
-        part, field = key.split(".")
-        have = getattr(getattr(config, part), field)
+        have = operator.attrgetter(key)(config)
         if have != value:
             raise FolderError(f"{run} has model.{key} = {have}, the release's code knows {value} only: "
                               "its answers would not be this model's")

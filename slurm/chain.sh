@@ -3,7 +3,7 @@
 #
 #   slurm/chain.sh [--stages 1,2,3] [--recipes DIR] [--dry-run] [sbatch options, as --time=12:00:00] [key=value for all recipes]
 #
-# DIR holds stage1.yaml, stage2.yaml and stage3.yaml (default train/recipes). The code and the recipes are frozen now: what is
+# DIR holds stage1.yaml, stage2.yaml and stage3.yaml; without it each script's own RECIPE line counts. The code and the recipes are frozen now: what is
 # edited later changes nothing for these jobs. Stages that are done are left out: the same command after a failure goes on.
 # --dry-run submits nothing: it prints each sbatch command and script, and what `sbatch --test-only` says of it.
 set -euo pipefail
@@ -12,7 +12,7 @@ eval "$(grep -E '^(ENVIRONMENT|MODULES)=' slurm/stage1.sh)"
 # shellcheck source=slurm/common.sh
 source slurm/common.sh
 
-STAGES="1,2,3" RECIPES=train/recipes DRY_RUN=0 OPTIONS=() OVERRIDES=()
+STAGES="1,2,3" RECIPES="" DRY_RUN=0 OPTIONS=() OVERRIDES=()
 while [ $# -gt 0 ]; do
     case $1 in
         --stages) STAGES=${2:?--stages needs a list, e.g. 2,3}; shift ;;
@@ -41,8 +41,11 @@ previous="" submitted=() queue=""
 [ "$CONTROLLER" = 0 ] || queue=$(client squeue -h -u "$(id -un)" -o %A)
 for stage in ${STAGES//,/ }; do
     script=slurm/stage$stage.sh
-    RECIPE=$(freeze "$CODE" "$RECIPES/stage$stage.yaml")
-    [ -f "$RECIPE" ] || die "$RECIPES/stage$stage.yaml does not exist: give the recipes' folder with --recipes"
+    # A RECIPE of the environment is one stage's: not meant for three.
+    recipe=${RECIPES:+$RECIPES/stage$stage.yaml}
+    [ -n "$recipe" ] || recipe=$(unset RECIPE; eval "$(grep -E '^RECIPE=' "$script")"; echo "$RECIPE")
+    RECIPE=$(freeze "$CODE" "$recipe")
+    [ -f "$RECIPE" ] || die "$recipe does not exist: give the recipes' folder with --recipes, or the right RECIPE in $script"
     OUTPUT="" STAGE=stage$stage STATE=unknown
     if [ ${#READER[@]} -gt 0 ]; then
         where=$(PYTHONPATH=$CODE "${READER[@]}" "$CODE/train/preflight.py" "$RECIPE" --where "${OVERRIDES[@]}") || exit 2

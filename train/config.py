@@ -27,6 +27,7 @@ class Corpus:
     weight: float | None = None  # explicit weight within its task; null: by its number of utterances
     tasks: list[str] | None = None  # take only these tasks of the folder; null: all
     share: float = 1.0  # train on this share of its utterances, drawn by id: those of 0.1 are among those of 0.25
+    share_from: float = 0.0  # where that share begins: 0.75 takes a share of 0.25 from those that share: 0.75 leaves out
 
 
 @dataclass

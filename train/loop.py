@@ -23,6 +23,8 @@ from train.checkpoint import Checkpoints, find_good, read_state, saved_in_health
 from train.config import Recipe, RecipeError
 from train.data import Plan, Stream, StreamStalled, consumed, worst_case_batch
 from train.data.cache import ensure_features
+from train.data.plan import load_index
+from train.data.validation import select
 from train.distributed import Ranks
 from train.engine import Engine, StepResult
 from train.files import code_version, write_atomically
@@ -96,6 +98,9 @@ class Run:
         source = find_good([self.checkpoints.folder, *copies], ranks)
         state = read_state(source) if source else None
         start_from = initial_folder(recipe)
+        self.plan = Plan.open(recipe.data, self.stage.name, recipe.optim.steps)  # wrong data is told before models are read
+        for corpus in recipe.data.valid:
+            select(load_index(corpus.shards), 0, self.stage.name, corpus, recipe.log.validate_utterances)
         ensure_features(recipe, rank=ranks.rank, world_size=ranks.world_size)  # before ZeRO-3 shards what is loaded
         hidden_size = locate(recipe.model.llm.name, sizes_only=True).config.hidden_size
         config = zero.resolve(recipe, hidden_size)
@@ -116,7 +121,6 @@ class Run:
         if start_from is not None:
             model_folder.load_trained(model, start_from)
         model.set_stage(self.stage.name)
-        self.plan = Plan.open(recipe.data, self.stage.name, recipe.optim.steps)
         self.facts = {
             "base": {**facts[0]["base"], "start": facts[0]["start"]},
             "tokenizer": hashlib.sha256(model.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),

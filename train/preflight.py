@@ -123,13 +123,14 @@ def look_at_shards(recipe: Recipe, report: Report) -> None:
 
 def look_at_base(recipe: Recipe, report: Report) -> None:
     """The frozen parts are there, and are those that the previous stage and this stage's checkpoints were made with."""
+    from model.encoder import tensor_prefix
     from model.pretrained import SourceError, fingerprint, locate
 
     hashes = {}
-    for part, name, prefix in (("encoder", recipe.model.encoder.name, "encoder."), ("llm", recipe.model.llm.name, "")):
+    for part, name in (("encoder", recipe.model.encoder.name), ("llm", recipe.model.llm.name)):
         try:
             source = locate(name)
-            hashes[part] = fingerprint(source.folder, prefix)
+            hashes[part] = fingerprint(source.folder, tensor_prefix(source) if part == "encoder" else "")
             report.facts[f"model.{part} {name}"] = hashes[part][:12]
         except (SourceError, OSError, ValueError) as error:
             report.input_faults.append(f"model.{part}: {one_line(error)}")

@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 def load(path: Path) -> DictConfig:
     """A plan, over the one beside it that its `base` names."""
     plan = OmegaConf.load(path)
-    return OmegaConf.merge(load(path.with_name(plan.base)), plan) if "base" in plan else plan
+    return OmegaConf.merge(load(path.parent / plan.base), plan) if "base" in plan else plan
 
 
 class Study:

@@ -44,14 +44,19 @@ def _cpu_features() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(keys)}))
 
 
-def _key(compiler: str | None) -> str:
+def _key() -> str:
+    """Of all that a library must fit to be loaded here."""
     digest = hashlib.sha256()
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout if compiler else ""
-    for part in (torch.__version__, platform.machine(), _cpu_features(), version, *FLAGS):
+    for part in (torch.__version__, platform.machine(), _cpu_features(), *FLAGS):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def _compiler_key(compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    return hashlib.sha256(version.encode()).hexdigest()[:8]
 
 
 def _folder() -> Path:
@@ -78,18 +83,22 @@ def _command(compiler: str, output: Path) -> list[str]:
 
 
 def build() -> Path:
-    """The compiled library's path, compiled now if it is not there.
+    """The compiled library's path, compiled now if it is not there. Without a compiler, the newest that any compiler made.
 
     Processes that build at the same time wait for the first one; the file appears under its name only when complete.
     Errors: BuildError.
     """
     compiler = _compiler()
     folder = _folder()
-    library = folder / f"linear_ctc-{_key(compiler)}.so"
+    key = _key()
+    if compiler is None:
+        made = sorted(folder.glob(f"linear_ctc-{key}-*.so"), key=lambda path: path.stat().st_mtime)
+        if not made:
+            raise BuildError("no C++ compiler found: install g++ (or set CXX) for the fast CPU implementation")
+        return made[-1]
+    library = folder / f"linear_ctc-{key}-{_compiler_key(compiler)}.so"
     if library.exists():
         return library
-    if compiler is None:
-        raise BuildError("no C++ compiler found: install g++ (or set CXX) for the fast CPU implementation")
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if library.exists():

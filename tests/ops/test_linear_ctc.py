@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch.utils.checkpoint import checkpoint
 
-from model.ops import cpp_backend, linear_argmax, linear_ctc, operator
+from model.ops import build, cpp_backend, linear_argmax, linear_ctc, operator
 from tests.ops.truth import Case, cases, check, ordinary, peaked
 
 needs_cpp = pytest.mark.skipif(not cpp_backend.available(), reason="no C++ compiler")
@@ -21,6 +21,17 @@ def run(case: Case, leaves, implementation: str, **options):
     options.setdefault("reduction", "none")
     return linear_ctc(hidden, weight, case.input_lengths, case.targets, case.target_lengths, case.blank, extra_row=extra_row,
                       implementation=implementation, **options)
+
+
+@needs_cpp
+def test_without_a_compiler_the_library_that_was_built_is_taken(monkeypatch, tmp_path):
+    made = build.build()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert build.build().name.split("-")[:2] == made.name.split("-")[:2]
+    monkeypatch.setattr(build, "_folder", lambda: tmp_path)
+    with pytest.raises(build.BuildError, match="no C.. compiler found"):
+        build.build()
 
 
 @pytest.fixture

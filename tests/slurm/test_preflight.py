@@ -10,8 +10,13 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import Wav2Vec2Config, Wav2Vec2Model
 
-from train.preflight import Report, compare, gather
+from model.encoder import build_encoder
+from model.pretrained import fingerprint, locate
+from train.config import Recipe
+from train.preflight import Report, compare, gather, look_at_base
 
 
 def report(node: str, rank: int = 0, **facts: str) -> Report:
@@ -45,6 +50,27 @@ def test_ranks_that_never_report_are_named_with_their_node(monkeypatch):
     reports, faults = gather(store, 4, seconds=1.0)
     assert [r.rank for r in reports] == [0, 1]
     assert len(faults) == 1 and faults[0].node == "b" and "no word from rank 2, 3 within 1 s" in faults[0].text
+
+
+def test_an_encoder_of_another_family_is_hashed_as_training_does(tmp_path):
+    encoder = tmp_path / "wav2vec2"
+    Wav2Vec2Model(Wav2Vec2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=(8,),
+                                 conv_stride=(4,), conv_kernel=(8,), num_feat_extract_layers=1, num_conv_pos_embeddings=4,
+                                 num_conv_pos_embedding_groups=2)).save_pretrained(encoder)
+    recipe = Recipe(stage="alignment", output=str(tmp_path / "run"))
+    recipe.model.encoder.name, recipe.model.llm.name = str(encoder), str(tmp_path / "nowhere")
+    source = locate(str(encoder))
+    layers = build_encoder(recipe.model.encoder, source, torch.float32, None).layers
+    checkpoint = tmp_path / "run" / "alignment" / "checkpoints" / "step-000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps({"facts": {"base": {"encoder": fingerprint(encoder, "wav2vec2.")}}}))
+    found = Report("a", 0)
+    look_at_base(recipe, found)
+    assert [fault for fault in found.input_faults if "model.encoder" in fault] == []
+    next(layers.parameters()).data.add_(1.0)
+    layers.save_pretrained(encoder)
+    look_at_base(recipe, found := Report("a", 0))
+    assert ["was made with another one" in fault for fault in found.input_faults if "model.encoder" in fault] == [True]
 
 
 # --- in jobs ---------------------------------------------------------------------------------------------------------------

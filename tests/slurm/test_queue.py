@@ -197,6 +197,17 @@ def test_dry_run_prints_the_scripts_and_submits_nothing(project):
         project.run("bash", "slurm/chain.sh", "--recipes", "recipes", "--dry-run", "--partition=nowhere")
 
 
+def test_without_recipes_each_script_s_own_line_counts(project):
+    for number in (1, 2, 3):
+        script = project.folder / "slurm" / f"stage{number}.sh"
+        script.write_text(script.read_text().replace("train/recipes/", "recipes/"))
+    text = project.run("bash", "slurm/chain.sh", "--dry-run", env={"RECIPE": "another.yaml"})
+    assert [f"recipes/stage{number}.yaml sbatch" in text for number in (1, 2, 3)] == [True] * 3
+    script.write_text(script.read_text().replace("recipes/stage3.yaml", "recipes/mine.yaml"))
+    with pytest.raises(RuntimeError, match="recipes/mine.yaml does not exist: .* the right RECIPE in slurm/stage3.sh"):
+        project.run("bash", "slurm/chain.sh", "--dry-run")
+
+
 def test_tasks_that_do_not_match_the_gpus_stop_at_once(project):
     job = project.sbatch("--gpus-per-node=1", "slurm/stage1.sh", env={"RECIPE": "recipes/stage1.yaml"})
     project.expect(job, "FAILED")

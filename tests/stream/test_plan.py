@@ -236,6 +236,35 @@ def test_a_share_of_a_corpus_is_drawn_by_id_and_the_smaller_lies_within_the_larg
             Plan([index], data, "alignment", 10)
 
 
+def test_the_rest_of_a_corpus_is_what_its_share_leaves_out():
+    index = table_index(np.random.default_rng(0).uniform(1, 8, 2000), [100] * 20)
+
+    def plan(share, start):
+        data = data_config("x", batch_seconds=500.0)
+        data.train[0].share, data.train[0].share_from = share, start
+        return Plan([index], data, "alignment", 10)
+
+    parts = [set(plan(share, start).orders[0].rows.tolist()) for share, start in ((0.5, 0.0), (0.25, 0.5), (0.25, 0.75))]
+    assert sum(map(len, parts)) == 2000 and set.union(*parts) == set(range(2000))
+    assert [len(part) for part in parts] == pytest.approx([1000, 500, 500], abs=70)
+    assert plan(0.5, 0.0).fingerprint != plan(0.5, 0.5).fingerprint
+    for share, start in ((0.5, -0.1), (0.5, 0.6), (1.0, 0.1)):
+        with pytest.raises(RecipeError, match="together at most 1"):
+            plan(share, start)
+
+
+@pytest.mark.parametrize("folders, names", [
+    (["/data/a", "/data/b"], ["a", "b"]),
+    (["/a/train", "/b/train", "/c/x/train"], ["a/train", "b/train", "x/train"]),
+    (["/1/x/train", "/2/x/train"], ["1/x/train", "2/x/train"]),
+    (["/x/train", "/y/train", "/x/train"], ["x/train#1", "y/train", "x/train#2"])])
+def test_corpora_of_one_name_are_told_apart(folders, names):
+    index = table_index(np.full(40, 2.0), [20, 20])
+    plan = Plan([index] * len(folders), data_config(*folders, batch_seconds=20.0, micro_batch_seconds=10.0), "alignment", 10)
+    assert list(plan.passes(5)) == [f"{name}/asr" for name in names]
+    assert sum(plan.shares(5).values()) == pytest.approx(1)
+
+
 def test_wrong_mixtures_are_named():
     with pytest.raises(RecipeError, match="no weight for task 'sound'"):
         two_tasks(task_weights={"asr": 1.0})

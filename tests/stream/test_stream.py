@@ -10,9 +10,9 @@ import soundfile
 import torch
 
 from tests.stream.conftest import data_config, record, sound, write_folder
-from train.config import RecipeError
+from train.config import Corpus, RecipeError
 from train.data import EvalStream, Plan, Stream, TooManyRejected, validation_batches, worst_case_batch
-from train.data.plan import PLANNED
+from train.data.plan import PLANNED, load_index
 from train.data.rejected import RejectedLog
 
 
@@ -193,6 +193,18 @@ def test_eval_limit_and_done(packed, tokenizer, model_config):
     stream = EvalStream(str(packed), tokenizer, model_config, "alignment", limit=6, done={"asr-0"})
     names = sorted(name for batch, _ in stream for name in batch.ids)
     assert stream.total == 5 and names == sorted(f"asr-{n}" for n in (3, 7, 11, 15, 19))
+
+
+def test_held_out_share_of_the_pack_that_is_trained_on(packed, tokenizer, model_config):
+    data = data_config(packed)
+    data.train[0].share = 0.7
+    data.valid = [Corpus(shards=str(packed), share=0.3, share_from=0.7)]
+    trained = set(Plan.open(data, "alignment", 1).orders[0].rows.tolist())
+    pairs = validation_batches(data, "alignment", tokenizer, model_config, 0, 1, 100)
+    held_out = {int(name.removeprefix("asr-")) for batch, _ in pairs for name in batch.ids}
+    index = load_index(str(packed))
+    trained = {int(index.read(row)[1]["id"].removeprefix("asr-")) for row in trained}
+    assert held_out and not trained & held_out and trained | held_out == set(range(23))
 
 
 def test_validation_references(mixed, tokenizer, model_config):

@@ -68,6 +68,12 @@ def test_missing_previous_stage_is_named(tiny):
     assert "alignment" in done.stderr and str(tiny / "alone") in done.stderr
 
 
+def test_missing_validation_shards_are_named_before_models_are_read(tiny):
+    done = run(tiny / "stage1.yaml", f"output={tiny / 'alone'}", "data.valid=[{shards: nowhere}]", "model.encoder.name=nowhere",
+               ranks=1)
+    assert done.returncode == 2 and "nowhere" in done.stderr and "index.json" in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("number", STAGES)
 def test_dry_run_of_the_full_recipes_needs_nothing(number):
     done = subprocess.run([sys.executable, "-m", "train.run", f"train/recipes/stage{number}.yaml", "--dry-run"], cwd=ROOT,

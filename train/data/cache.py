@@ -33,11 +33,11 @@ from tqdm import tqdm
 
 from data_tools.shards import ShardIndex, replace_file
 from model.config import SoundwaveConfig
-from model.encoder import Encoder, build_encoder
+from model.encoder import Encoder, build_encoder, tensor_prefix
 from model.pretrained import DTYPES, attention_implementation, fingerprint, locate
 from train.config import Recipe, RecipeError, load_recipe
 from train.data.augment import check
-from train.data.plan import load_index, usable
+from train.data.plan import drawn_share, load_index, usable
 from train.data.reader import decode, read_with_retry
 from train.data.rejected import BrokenSample
 from train.data.validation import select
@@ -54,15 +54,16 @@ def sample_keys(samples: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=4)
-def _encoder_fingerprint(folder: Path) -> str:
-    return fingerprint(folder, "encoder.")
+def _encoder_fingerprint(folder: Path, prefix: str) -> str:
+    return fingerprint(folder, prefix)
 
 
 def _settings(config: SoundwaveConfig) -> dict:
     """What the encoder's output depends on."""
     source = locate(config.encoder.name)
-    return {"encoder": _encoder_fingerprint(source.folder), "pad_to_seconds": config.encoder.pad_to_seconds,
-            "padded_length": config.alignment.ctc_length == "full", "dtype": config.dtype}
+    return {"encoder": _encoder_fingerprint(source.folder, tensor_prefix(source)),
+            "pad_to_seconds": config.encoder.pad_to_seconds, "padded_length": config.alignment.ctc_length == "full",
+            "dtype": config.dtype}
 
 
 def cache_folder(folder: str | Path, config: SoundwaveConfig) -> Path:
@@ -147,10 +148,12 @@ def _needed(recipe: Recipe) -> list[tuple[ShardIndex, np.ndarray]]:
         wanted = usable(samples, data, recipe.stage)[""]
         if corpus.tasks is not None:
             wanted &= np.isin(samples["task"], [index.tasks.index(t) for t in corpus.tasks if t in index.tasks])
+        if (drawn := drawn_share(samples, corpus)) is not None:
+            wanted &= drawn
         chosen.append((index, np.flatnonzero(wanted)))
     for corpus in data.valid:
         index = load_index(corpus.shards)
-        chosen.append((index, select(index, 0, recipe.stage, corpus.tasks, recipe.log.validate_utterances)["row"].astype(int)))
+        chosen.append((index, select(index, 0, recipe.stage, corpus, recipe.log.validate_utterances)["row"].astype(int)))
     return [(index, rows[index.samples[rows]["audio_size"] > 0]) for index, rows in chosen]
 
 

@@ -120,6 +120,30 @@ def usable(samples: np.ndarray, data: DataConfig, stage: str) -> dict[str, np.nd
     return {"": left, **masks}
 
 
+def drawn_share(samples: np.ndarray, corpus: Corpus) -> np.ndarray | None:
+    """Bool [N]: the index rows that `share` and `share_from` take; None: all. By id alone: runs with other seeds see the same
+    utterances, and all tasks on one clip's id fall on one side. Errors: RecipeError."""
+    if not 0 < corpus.share <= 1:
+        raise RecipeError(f"data: '{corpus.shards}' has share {corpus.share}: above 0, at most 1 (all of it)")
+    if not 0 <= corpus.share_from <= 1 - corpus.share + 1e-9:
+        raise RecipeError(f"data: '{corpus.shards}' has share {corpus.share} from {corpus.share_from} on: "
+                          "at least 0, together at most 1")
+    if corpus.share == 1:
+        return None
+    at = mix64(samples["id_hash"] ^ key64("share")) / 2.0**64
+    return (corpus.share_from <= at) & (at < corpus.share_from + corpus.share)
+
+
+def corpus_names(corpora: list[Corpus]) -> list[str]:
+    """What metrics and reports call them: the paths' ends, as long as tells them apart; a folder named twice has a number."""
+    paths = [Path(corpus.shards).parts for corpus in corpora]
+    depth = 1
+    while len({path[-depth:] for path in paths}) < len(set(paths)):
+        depth += 1
+    names = ["/".join(path[-depth:]) for path in paths]
+    return [f"{name}#{names[:at + 1].count(name)}" if names.count(name) > 1 else name for at, name in enumerate(names)]
+
+
 @dataclass(frozen=True)
 class PlainPlan:
     """Stands for a plan where shards are streamed without an index (train/data/web.py): nothing is known beforehand."""
@@ -138,7 +162,7 @@ class PlainPlan:
             raise RecipeError("data.mixture needs an index: give streamed corpora a `weight` each, or pack them")
         if data.cache_features:
             raise RecipeError("data.cache_features needs an index: pack the corpora, or leave it unset")
-        if any(corpus.share != 1 for corpus in data.train):
+        if any((corpus.share, corpus.share_from) != (1, 0) for corpus in data.train):
             raise RecipeError("data.train: `share` needs an index: pack the corpora, or leave it unset")
         weights = [1.0 if corpus.weight is None else float(corpus.weight) for corpus in data.train]
         if min(weights) <= 0:
@@ -289,11 +313,12 @@ class Plan:
         self.orders: list[SourceOrder] = []
         self.corpus_of: list[int] = []
         tasks, weights = [], []
-        for number, (corpus, index) in enumerate(zip(data.train, indexes, strict=True)):
+        names = corpus_names(data.train)
+        for number, (corpus, index, name) in enumerate(zip(data.train, indexes, names, strict=True)):
             for task, rows, units, shard_of in self._sources(number, corpus, index):
                 key = f"{index.fingerprint}/{task}"
                 self.orders.append(SourceOrder(index, rows, units, shard_of, key, data.seed, data.shuffle_window_shards))
-                self.names.append(f"{Path(corpus.shards).name}/{task}")
+                self.names.append(f"{name}/{task}")
                 self.corpus_of.append(number)
                 tasks.append(task)
                 weights.append(corpus.weight)
@@ -317,6 +342,8 @@ class Plan:
                  [(index.fingerprint, corpus.tasks) for index, corpus in zip(indexes, data.train, strict=True)]]
         if any(corpus.share != 1 for corpus in data.train):
             facts.append([corpus.share for corpus in data.train])
+        if any(corpus.share_from for corpus in data.train):
+            facts.append([corpus.share_from for corpus in data.train])
         self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     @classmethod
@@ -329,8 +356,6 @@ class Plan:
 
     def _sources(self, number: int, corpus: Corpus, index: ShardIndex):
         """(task, usable rows, their units, their shards) of one corpus; what is left out is recorded in self.excluded."""
-        if not 0 < corpus.share <= 1:
-            raise RecipeError(f"data.train: '{corpus.shards}' has share {corpus.share}: above 0, at most 1 (all of it)")
         for task in corpus.tasks or []:
             if task not in index.tasks:
                 raise RecipeError(f"data.train: '{corpus.shards}' has no task '{task}'; it has {', '.join(index.tasks)}")
@@ -343,8 +368,7 @@ class Plan:
             table = index.samples[start:start + _INDEX_CHUNK]
             chunk = {name: np.ascontiguousarray(table[name]) for name in _PLAN_COLUMNS}
             masks, units = usable(chunk, self.data, self.stage), sample_units(chunk)
-            if corpus.share < 1:  # whatever the seed: runs with other seeds see the same utterances
-                drawn = mix64(table["id_hash"] ^ key64("share")) < np.uint64(corpus.share * 2.0**64)
+            if (drawn := drawn_share(table, corpus)) is not None:
                 masks = {reason: mask & drawn for reason, mask in masks.items()}
             of_task = {task: chunk["task"] == task for task in wanted}
             for task, mask in of_task.items():

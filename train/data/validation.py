@@ -19,13 +19,14 @@ from train.config import Corpus, DataConfig, RecipeError
 from train.data.assign import Budgets, assign
 from train.data.collate import Collator
 from train.data.loader import Job, Loader
-from train.data.plan import PLANNED, llm_positions, load_index, usable
+from train.data.plan import PLANNED, drawn_share, llm_positions, load_index, usable
 from train.data.stream import MicroBatchReader
 
 
-def select(index: ShardIndex, number: int, stage: str, tasks: list[str] | None, limit: int | None) -> np.ndarray:
-    """PLANNED entries of an index that a stage can be scored on; `limit` takes that many, evenly spaced, so that a split
+def select(index: ShardIndex, number: int, stage: str, corpus: Corpus, limit: int | None) -> np.ndarray:
+    """PLANNED entries of a corpus that a stage can be scored on; `limit` takes that many, evenly spaced, so that a split
     sorted by speaker or dialogue is not judged by its first one."""
+    tasks = corpus.tasks
     for task in tasks or []:
         if task not in index.tasks:
             raise RecipeError(f"'{index.folder}' has no task '{task}'; it has {', '.join(index.tasks)}")
@@ -33,6 +34,8 @@ def select(index: ShardIndex, number: int, stage: str, tasks: list[str] | None, 
     wanted = usable(samples, DataConfig(min_seconds=0.0, max_seconds=float("inf")), stage)[""]
     if tasks is not None:
         wanted &= np.isin(samples["task"], [index.tasks.index(task) for task in tasks])
+    if (drawn := drawn_share(samples, corpus)) is not None:
+        wanted &= drawn
     rows = np.flatnonzero(wanted)
     if limit is not None and limit < len(rows):
         rows = rows[np.arange(limit) * len(rows) // limit]
@@ -60,7 +63,7 @@ class EvalStream:
         data = data or DataConfig()
         corpora = [Corpus(shards=str(shards), tasks=tasks)] if not isinstance(shards, list) else shards
         indexes = [load_index(corpus.shards) for corpus in corpora]
-        chosen = [select(index, number, stage, corpus.tasks, limit)
+        chosen = [select(index, number, stage, corpus, limit)
                   for number, (corpus, index) in enumerate(zip(corpora, indexes, strict=True))]
         entries = np.concatenate([np.empty(0, PLANNED), *chosen])
         if done:
