@@ -50,6 +50,8 @@ class CTCPrefixScores:
         self._paths: dict[Tokens, tuple[np.ndarray, np.ndarray]] = {(): (np.full_like(silent, -np.inf), silent)}
         self._begun: dict[tuple[Tokens, str], float] = {}
         self._masses: dict[tuple[str, int | None], np.ndarray] = {}
+        best = log_probs.argmax(axis=1)
+        self.spoken = int(((best != blank) & (best != np.concatenate([[blank], best[:-1]]))).sum())  # tokens of the greedy text
 
     def whole(self, tokens: Tokens) -> float:
         """Of exactly these tokens."""
@@ -100,7 +102,7 @@ class JointScores(LogitsProcessor):
     """For transformers' beam search: adds to each candidate what its text costs CTC beyond the hypothesis it continues. Over a
     finished answer these sum up to weight * log p_CTC(its whole text), plus the bonus. The best finished answer is kept here
     (`best`): an end of turn pays at once for all that it leaves unsaid, so it is rarely among a step's best candidates, where
-    transformers would take note of it. When no hypothesis is ahead of it any more, the search ends.
+    transformers would take note of it. When no hypothesis can come out ahead of it any more, the search ends.
 
     ctc: of each conversation, None where there is not exactly one audio (the LLM searches alone there); stop: ids that end a
     turn.
@@ -131,14 +133,19 @@ class JointScores(LogitsProcessor):
             if ctc is None or not rows:
                 continue
             judged[rows] = -torch.inf
-            if max(totals[answers[row]] for row in rows) <= self.best[conversation][0]:
+            if max(self.within_reach(conversation, answers[row]) for row in rows) <= self.best[conversation][0]:
                 judged[rows, self.stop[0]] = 0.0
                 continue
             for row in rows:
                 tokens = sorted({*candidates[row], *self.stop})
-                values = [float(scores[row, token]) for token in tokens]
+                values = scores[row, tokens].tolist()
                 judged[row, tokens] = torch.tensor(self.judge(conversation, answers[row], tokens, values)).to(scores)
         return judged
+
+    def within_reach(self, conversation: int, answer: Tokens) -> float:
+        """What an answer may still come to: the bonus of tokens that CTC hears and it does not hold yet is still to come."""
+        unsaid = max(0, self.ctc[conversation].spoken - len(self.text_tokens(answer)))
+        return self._totals[conversation][answer] + self.search.token_bonus * unsaid
 
     def judge(self, conversation: int, answer: Tokens, tokens: list[int], values: list[float]) -> list[float]:
         """The LLM's log-probabilities of an answer's next tokens -> those of the search."""

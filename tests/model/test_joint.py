@@ -148,3 +148,29 @@ def test_a_score_that_the_search_is_not_given_stays_as_it_was():
     processor: LogitsProcessor = JointScores(words, [None], JointSearch(beams=2), [words.eos_token_id], 9)
     scores = torch.randn(2, len(words))
     assert torch.equal(processor(torch.tensor([[1], [2]]), scores), scores)
+
+
+def test_search_waits_for_the_bonus_of_what_is_not_said_yet():
+    """After one token the empty answer is ahead: the bonus of those to come is still missing."""
+    words = tiny.tokenizer()
+    said = words.encode(" the wall", add_special_tokens=False)
+    log_probs = np.full((2 * len(said) + 1, len(words) + 1), -20.0)
+    log_probs[:, -1] = np.log(0.9)
+    for place, token in enumerate(said):
+        log_probs[2 * place + 1, -1], log_probs[2 * place + 1, token] = np.log(0.5), np.log(0.5)
+    log_probs -= np.log(np.exp(log_probs).sum(axis=1, keepdims=True))
+    stop = words.eos_token_id
+    search = JointSearch(weight=0.1, beams=1, candidates=2, token_bonus=2.0)
+    processor = JointScores(words, [CTCPrefixScores(log_probs, len(words))], search, [stop], 20)
+    answer: list[int] = []
+    while True:
+        scores = torch.full((1, len(words)), -30.0)
+        scores[0, said[min(len(answer), len(said) - 1)]] = -6.0 if not answer else -0.1
+        scores[0, stop] = -1.5
+        judged = processor(torch.tensor([answer], dtype=torch.long).reshape(1, -1), scores)[0]
+        going = judged.clone()
+        going[stop] = -torch.inf
+        if len(answer) == len(said) or not torch.isfinite(going).any():
+            break
+        answer.append(int(going.argmax()))
+    assert answer == said and processor.best[0][1] == said
