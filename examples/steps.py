@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -42,6 +43,7 @@ class Step:
     processes: int = 1  # among which the cores are shared
     set_aside: Path | None = None  # moved out of the way when the key has changed since it was begun
     after: tuple[str, ...] | None = None  # steps that it needs; None: all that stand before it
+    alone: bool = False  # it measures time: nothing else may run beside it
 
 
 def digest(*of: object) -> str:
@@ -56,6 +58,14 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def with_free_port(command: list[str]) -> list[str]:
+    """What was free when the steps were listed may be taken hours later."""
+    if "--master_port" not in command:
+        return command
+    place = command.index("--master_port") + 1
+    return [*command[:place], str(free_port()), *command[place + 1:]]
 
 
 def rank_count(wanted: int) -> int:
@@ -172,7 +182,8 @@ def run(record: Path, steps: list[Step], at_once: int = 1) -> None:
         pace = max(0.2, spent / expected) if expected > 1 else 1.0
         left = sum(later.minutes for _, later in waiting if state.steps.get(later.name, {}).get("status") != "done") / at_once
         print(f"\n{label(number, step)} ({clock(step.minutes * pace)}; after it {clock(left * pace)} to go)", flush=True)
-        print(f"      {shlex.join(step.command)}", flush=True)
+        command = with_free_port(step.command)
+        print(f"      {shlex.join(command)}", flush=True)
         if step.set_aside and known.get("key") not in (None, key):
             set_aside(step.set_aside)
         log = record.parent / "logs" / f"{step.name}.log" if at_once > 1 else None
@@ -181,17 +192,25 @@ def run(record: Path, steps: list[Step], at_once: int = 1) -> None:
             if log:
                 log.parent.mkdir(parents=True, exist_ok=True)
                 output = opened.enter_context(open(log, "a"))
-            process = subprocess.Popen(step.command, env=child_environment(step.processes * at_once), stdin=subprocess.DEVNULL,
+            # Noted before it begins: whatever ends this process, what the step leaves is known as that of this key.
+            before = known.get("seconds", 0.0) if known.get("key") == key else 0.0
+            state.note(step.name, key=key, status="begun", seconds=before)
+            process = subprocess.Popen(command, env=child_environment(step.processes * at_once), stdin=subprocess.DEVNULL,
                                        stdout=output, stderr=output)
-        return Running(number, step, key, known.get("seconds", 0.0) if known.get("key") == key else 0.0, process, log,
-                       time.monotonic())
+        return Running(number, step, key, before, process, log, time.monotonic())
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt  # as Ctrl-C: commands get the time to save, and none goes on without us
 
     def note(one: Running, status: str = "begun") -> None:
         state.note(one.step.name, key=one.key, status=status, seconds=round(one.before + one.seconds, 1))
 
+    on_term = signal.signal(signal.SIGTERM, interrupt)
     try:
         while True:
             for number, step in list(waiting):
+                if running and (step.alone or running[0].step.alone):
+                    continue
                 if len(running) < at_once and ready(number, step):
                     waiting.remove((number, step))
                     if one := start(number, step):
@@ -229,5 +248,6 @@ def run(record: Path, steps: list[Step], at_once: int = 1) -> None:
             except subprocess.TimeoutExpired:
                 one.process.kill()
             note(one)
+        signal.signal(signal.SIGTERM, on_term)
     if failed:
         raise StepError(failed[0])

@@ -132,7 +132,7 @@ class Study:
                      str(self.data.cache / "shards" / wanted.shards), "--clips", str(wanted.clips), "--max-new-tokens", "8",
                      "--out", str(out)],
                     lambda: [OmegaConf.to_container(wanted), self.data.fingerprint(wanted.shards), self._keys.get(folder)],
-                    out, set_aside=out, after=(self.trains(folder),))]
+                    out, set_aside=out, after=(self.trains(folder),), alone=True)]
 
     def whisper(self) -> list[Step]:
         steps = []

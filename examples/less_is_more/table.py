@@ -125,11 +125,14 @@ def collect(study: Study) -> dict:
 
 
 def with_former(result: dict, former: dict, study: Study) -> dict:
-    """The result and, of what it lacks, the former one's; in the plan's order, seeds of a variant side by side."""
+    """The result and, of what it lacks, the former one's; in the plan's order, seeds of a variant side by side. Where ours of a
+    seed is not the former one any more, the former rows of that seed say so (`former`): they were compared with another ours."""
     variants = [name + DECODES[decode][0] for name in study.plan.variants for decode in DECODES]
     merged = {**result, "whisper": former["whisper"] | result["whisper"]}
     for kind, of, order in (("rows", "variant", variants), ("stage_1_ctc", "alignment", list(study.plan.alignments))):
-        found = {(row[of], row["seed"]): row for row in [*former[kind], *result[kind]] if row[of] in order}
+        fresh = {row["seed"] for row in result["rows"] if row["variant"] == OURS}
+        left = [{**row, "former": True} if row["seed"] in fresh else row for row in former[kind]]
+        found = {(row[of], row["seed"]): row for row in [*left, *result[kind]] if row[of] in order}
         merged[kind] = [found[key] for key in sorted(found, key=lambda key: (order.index(key[0]), key[1]))]
     return merged
 
@@ -144,8 +147,8 @@ def errors(found: dict) -> str:
     return " + ".join(str(found["errors"][kind]) for kind in ERRORS) if "errors" in found else ""
 
 
-def p_of(compared: dict | None) -> str:
-    return f"{compared['p_value']:.2g}" if compared else ""
+def p_of(row: dict, compared: dict | None) -> str:
+    return f"{compared['p_value']:.2g}" + " †" * row.get("former", False) if compared else ""
 
 
 def whole_table(result: dict) -> str:
@@ -158,7 +161,7 @@ def whole_table(result: dict) -> str:
         ours = row.get("whole_against_ours")
         lines.append([row["title"], row["seed"], score(row["whole"]), errors(row["whole"]),
                       f"{ours['difference']:+.3f} [{ours['ci95'][0]:+.3f}, {ours['ci95'][1]:+.3f}]" if ours else "",
-                      p_of(ours), p_of(row.get("whole_against_ctc"))])
+                      p_of(row, ours), p_of(row, row.get("whole_against_ctc"))])
     if not lines:
         return ""
     count = next(row["whole"]["utterances"] for row in [*result["stage_1_ctc"], *result["rows"]] if "whole" in row)
@@ -181,8 +184,8 @@ def table(result: dict) -> str:
     for row in result["rows"]:
         speed = row.get("first_token_ms")
         lines.append({**line(row["title"], row["seed"], row["scores"]),
-                      "p, against ours": p_of(row.get("against_ours", {}).get(first)),
-                      "p, against its stage I": p_of(row.get("against_ctc", {}).get(first)),
+                      "p, against ours": p_of(row, row.get("against_ours", {}).get(first)),
+                      "p, against its stage I": p_of(row, row.get("against_ctc", {}).get(first)),
                       "hours": f"{row['hours']:.2f}", "frames / s to the LLM": f"{row['scores'][first]['kept_per_second']:.1f}",
                       "first token, ms": "" if speed is None else f"{speed:.0f}",
                       "s / step, II": f"{row['stage_2']['step_seconds']:.1f}", "training, min": f"{row['minutes']:.1f}"})
@@ -243,6 +246,8 @@ def finish(study: Study, docs: Path | None = None) -> str:
     picture(result).savefig(study.output / "picture.png", dpi=80)
     runs = [row[stage] for row in result["rows"] for stage in ("stage_1", "stage_2") if stage in row]
     commits = sorted({run["commit"] or "unknown" for run in runs})
+    if any(row.get("former") for row in result["rows"]):
+        text += "\n\n† of a former run, against ours and stage I of that run, which are not in the table any more."
     told = f"{text}\n\nTrained at commit {', '.join(commits)}; table by: {line(result['machine'])}; {result['ranks']} ranks."
     if docs:
         put_between(docs, marks(study), told)

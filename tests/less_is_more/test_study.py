@@ -187,12 +187,14 @@ def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
     assert kept["rows"] == result["rows"]
     before = {data: {key: value for key, value in found.items() if key != "errors"} for data, found in ours["scores"].items()}
     former = [{**joint, "seed": 1}, {**ours, "hours": 99.0}, {**ours, "seed": 1, "scores": before},
-              {**ours, "variant": "given-up"}]
+              {**ours, "variant": "given-up"}, {**ours, "variant": "no-ctc", "title": "an earlier one"}]
     (tmp_path / "less_is_more.json").write_text(json.dumps({**kept, "rows": former, "stage_1_ctc": [], "whisper": {}}))
     table.finish(study, docs)
     merged = json.loads((tmp_path / "less_is_more.json").read_text())
     assert [(row["variant"], row["seed"]) for row in merged["rows"]] == [
-        ("ours", 0), ("ours", 1), ("ours, joint", 0), ("ours, joint", 1), ("projector", 0), ("data-10", 0)]
+        ("ours", 0), ("ours", 1), ("ours, joint", 0), ("ours, joint", 1), ("projector", 0), ("no-ctc", 0), ("data-10", 0)]
+    (marked,) = [row for row in merged["rows"] if row.get("former")]  # it was compared with an ours that is gone
+    assert marked["variant"] == "no-ctc" and "† of a former run" in docs.read_text()
     assert merged["rows"][0] == ours and merged["whisper"] == kept["whisper"]
     docs.write_text("no marks")
     with pytest.raises(ValueError, match="needs the line"):

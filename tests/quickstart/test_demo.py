@@ -1,7 +1,10 @@
 """The demo does each step once, goes on where it stopped, and ends with a table of what was scored."""
 
 import json
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -170,3 +173,55 @@ def test_a_failed_step_stops_only_what_needs_it(tmp_path, at_once):
     with pytest.raises(steps.StepError, match="step 1, step a, failed .exit 3."):
         steps.run(tmp_path / "record.json", planned, at_once=at_once)
     assert [name for name in "abcd" if (tmp_path / name).exists()] == ["b", "d"]
+
+
+SAVES_ON_TERM = """
+import pathlib, signal, sys, time
+here = pathlib.Path(sys.argv[1]) / "a"
+here.mkdir(exist_ok=True)
+if (here / "part").exists():
+    sys.exit((here / "made").touch())
+signal.signal(signal.SIGTERM, lambda *_: sys.exit((here / "saved").touch()))
+(here / "part").touch()
+time.sleep(20)
+"""
+RUNS_IT = """
+import pathlib, sys
+from examples import steps
+here = pathlib.Path(sys.argv[1])
+command = [sys.executable, str(here / "saves_on_term.py"), str(here)]
+steps.run(here / "record.json", [steps.Step("a", "step a", 0.01, command, lambda: 1, here / "a" / "made", set_aside=here / "a")])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_what_is_ended_goes_on_where_it_was(tmp_path, number):
+    """Whatever ends it, what its step left is not taken for another run's; on SIGTERM the step gets the time to save."""
+    (tmp_path / "saves_on_term.py").write_text(SAVES_ON_TERM)
+    command = [sys.executable, "-c", RUNS_IT, str(tmp_path)]
+    first, end = subprocess.Popen(command, cwd=ROOT), time.monotonic() + 60
+    while not (tmp_path / "a" / "part").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    first.send_signal(number)
+    assert first.wait(30) != 0
+    assert steps.State(tmp_path / "record.json").steps["a"]["status"] == "begun"
+    assert (tmp_path / "a" / "saved").exists() == (number == signal.SIGTERM)
+    subprocess.run(command, cwd=ROOT, check=True, timeout=60)
+    assert (tmp_path / "a" / "made").exists() and not list(tmp_path.glob("former-*"))
+
+
+def test_what_measures_time_runs_alone(tmp_path):
+    planned = [waiting_for(tmp_path, name, "assert not list(here.glob('busy-*')); (here / 'busy-m').touch(); time.sleep(0.3); "
+                           "(here / 'busy-m').unlink()" if name == "m" else
+                           f"assert not (here / 'busy-m').exists(); (here / 'busy-{name}').touch(); time.sleep(0.3); "
+                           f"(here / 'busy-{name}').unlink()", after=(), alone=name == "m") for name in "ambc"]
+    steps.run(tmp_path / "record.json", planned, at_once=3)
+    assert all((tmp_path / name).exists() for name in "abcm")
+
+
+def test_a_port_is_chosen_when_a_step_begins():
+    command = steps.training(2, "recipe.yaml", "seed=1")
+    again = steps.with_free_port(command)
+    assert [a for a, b in zip(command, again, strict=True) if a == b] == [a for a in command if not a.isdigit() or a == "2"]
+    assert steps.with_free_port(["python", "x"]) == ["python", "x"]
