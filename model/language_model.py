@@ -157,7 +157,7 @@ def target_loss(llm: nn.Module, embeddings: torch.Tensor, mask: torch.Tensor, la
         for handle in handles:
             handle.remove()
     if product is None:
-        product = llm.head_is_a_product = torch.equal(seen["product"], logits.float())
+        product = llm.head_is_a_product = torch.allclose(seen["product"], logits.float(), rtol=0.0, atol=0.0, equal_nan=True)
         if not product:
             return target_loss(llm, embeddings, mask, labels)
     if product:

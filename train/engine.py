@@ -84,6 +84,12 @@ class Engine:
                 base_of(model.llm).enable_input_require_grads()
         if recipe.optim.activation_checkpointing:
             model.enable_activation_checkpointing()
+        if self.zero_stage == 3 and recipe.model.dtype == "bfloat16":
+            # DeepSpeed (0.19.8) casts a model to bf16, but not one that was sharded while it was loaded, as the LLM is here:
+            # what is new would compute in fp32, slower than it need be and unlike ZeRO-2. The optimizer keeps fp32 masters of it.
+            for parameter in model.parameters():
+                if parameter.requires_grad and not hasattr(parameter, "ds_id"):
+                    parameter.data = parameter.data.to(torch.bfloat16)
         groups = optim.parameter_groups(model.parameter_groups(), stage.trains, recipe.optim)
         optimizer = optim.build(groups, recipe.optim, offload=zero.offloads_optimizer(config))
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
@@ -92,6 +98,8 @@ class Engine:
         self.health = Health(recipe.health)
         self._loss, self._skip_reason, self._rehearsing = 0.0, None, False
         self._install_gate()
+        # What the gate refuses DeepSpeed takes for an overflow, and says so; the reason is told by the loop.
+        deepspeed.utils.logger.addFilter(lambda record: not (self._skip_reason and "OVERFLOW" in record.getMessage()))
 
     def _install_gate(self) -> None:
         """Judge the step where DeepSpeed has just computed the global norm and nothing has moved yet.

@@ -9,6 +9,7 @@ import torch
 
 from train.config import Recipe, RecipeError
 
+LAYER = 20  # parameters of a decoder layer over the square of its width, at most: Llama-3.1-8B 13, Qwen2.5-7B 18
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -42,7 +43,8 @@ def resolve(recipe: Recipe, hidden_size: int) -> dict:
         "bf16.enabled": recipe.model.dtype == "bfloat16",
         "zero_optimization.reduce_bucket_size": max(hidden_size * hidden_size, 1_000_000),
         "zero_optimization.allgather_bucket_size": max(hidden_size * hidden_size, 1_000_000),
-        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        # A Transformer layer is gathered as one (train/engine.py): prefetching less than one leaves the rest to be waited for.
+        "zero_optimization.stage3_prefetch_bucket_size": LAYER * hidden_size * hidden_size,
         "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
         "zero_optimization.overlap_comm": torch.cuda.is_available(),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -197,6 +198,18 @@ def test_a_stopped_run_ends_as_an_undisturbed_one_under(server, tiny, whole, tmp
     codes, text = train(server, tiny, tmp_path / "moved", *options, stage=2)
     assert codes == [0, 0] and "resuming at step 4" in text, text
     alike(tmp_path / "moved", tmp_path / "still", "shrinking")
+
+
+@pytest.mark.slow  # several starts of real ranks
+def test_bf16_is_bf16_under_each_zero_stage(server, tiny, whole, tmp_path):
+    """DeepSpeed leaves what it has not built itself in fp32 under ZeRO-3."""
+    for number in (2, 3):
+        options = [f"deepspeed=ds_configs/zero{number}.json", "model.dtype=bfloat16", "optim.steps=1"]
+        codes, text = train(server, tiny, tmp_path / str(number), *options, f"init_from={whole / 'alignment' / 'model'}", stage=2,
+                            fault=["tell_types"])
+        assert codes == [0, 0], text
+        (told,) = re.findall(r"trained: .*", text)
+        assert "float32" not in told and all(part in told for part in ("alignment", "shrinking", "ctc_head", "llm")), told
 
 
 def test_another_zero_stage_is_refused(server, tiny, tmp_path):
