@@ -20,17 +20,17 @@ def read_rows(path: Path) -> list[dict]:
     """All complete rows. A last line cut short by a kill is dropped; a broken line elsewhere is an error."""
     if not path.exists():
         raise PredictionError(f"{path} does not exist: give a file written by evaluation.run")
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")  # as bytes: a kill may cut a character, too
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             if number == len(lines):  # no newline after it: the write was cut
                 break
-            raise PredictionError(f"{path}, line {number} is not JSON ({error.msg}): restore the file or delete it") from None
+            raise PredictionError(f"{path}, line {number} is not JSON ({error}): restore the file or delete it") from None
     return rows
 
 
@@ -68,9 +68,9 @@ class PredictionFile:
             self.run_file.write_text(json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n")
 
     def done(self) -> set[str]:
-        """Ids of the rows that some rank has finished. (A packed folder is one corpus: its ids are unique.)"""
+        """Keys of the rows that some rank has finished."""
         files = [*self.parts(), *([self.path] if self.path.exists() else [])]
-        return {row["id"] for file in files for row in read_rows(file)}
+        return {row_key(row) for file in files for row in read_rows(file)}
 
     def append(self, rows: list[dict], rejected: list[dict] = ()) -> None:
         """Add rows; they are on disk when this returns."""
@@ -91,6 +91,8 @@ class PredictionFile:
                     if row_key(row) not in rows}
         if rejected:
             _replace(target, list(rejected.values()))
+        else:
+            target.unlink(missing_ok=True)
         for part in [*self.parts(), *self._rejected_parts()]:
             part.unlink()
         return ordered

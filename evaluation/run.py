@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from data_tools.shards import ShardError, ShardIndex
-from evaluation.predictions import PredictionError, PredictionFile
+from evaluation.predictions import PredictionError, PredictionFile, row_key
 from evaluation.score import score_file, table
 from evaluation.tasks import lettered_choices, reference_of
 from model import folder
@@ -124,7 +124,9 @@ def predict(model: Soundwave, stream: EvalStream, file: PredictionFile, options:
     reported = 0
     with tqdm(total=stream.total, desc=f"{decode} {file.path.stem}", unit="utt", disable=file.rank != 0) as progress:
         for batch, samples in stream:
+            rejected, reported = stream.rejected[reported:], len(stream.rejected)
             if not samples:  # no rank waits for another here
+                file.append([], rejected)
                 continue
             began = time.perf_counter()
             batch = batch.to(device)
@@ -145,9 +147,9 @@ def predict(model: Soundwave, stream: EvalStream, file: PredictionFile, options:
                 if counts[i] is not None:
                     row["tokens"] = counts[i]
                 rows.append(row | lengths[i])
-            rejected, reported = stream.rejected[reported:], len(stream.rejected)
             file.append(rows, rejected)
             progress.update(len(rows))
+    file.append([], stream.rejected[reported:])  # of a stream without batches
 
 
 @dataclass
@@ -251,16 +253,21 @@ def start(device: str | None) -> Place:
     return Place(rank, world_size, torch.device(device or default))
 
 
-def finish(file: PredictionFile, place: Place) -> None:
-    """Wait for all ranks, merge, score, print."""
+def finish(file: PredictionFile, place: Place) -> bool:
+    """Wait for all ranks, merge, score, print. False where there is nothing to score: rank 0 has said why."""
     if place.world_size > 1:
         dist.barrier()
+    error = None
     if place.rank == 0:
         file.merge()
-        result = score_file(file.path)
-        print(table(result["tasks"]))
-        print(f"predictions: {file.path} ({result['utterances']} answered, {result['rejected']} rejected)")
-        print(f"scores: {file.path.with_suffix('.scores.json')}")
+        try:
+            result = score_file(file.path)
+            print(table(result["tasks"]))
+            print(f"predictions: {file.path} ({result['utterances']} answered, {result['rejected']} rejected)")
+            print(f"scores: {file.path.with_suffix('.scores.json')}")
+        except PredictionError as problem:
+            error = str(problem)
+    return not place.stop(error)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -321,12 +328,14 @@ def main(arguments: list[str] | None = None) -> int:
     stage = STAGE_I if decode == "ctc" else model.stage  # what a batch needs to hold
     for test, file in zip(tests, files, strict=True):
         torch.manual_seed(options.seed + place.rank)
-        done = place.first(file.done())  # one list for all: a slower rank would find the faster one's first rows in it
+        # One list for all: a slower rank would find the faster one's first rows in it.
+        done = place.first(file.done() if place.rank == 0 else None)
         stream = EvalStream(str(test.shards), model.tokenizer, model.config, stage, tasks=test.tasks, limit=options.limit,
-                            done=done, batch_seconds=options.batch_seconds, rank=place.rank, world_size=place.world_size,
-                            data=DataConfig(workers=options.workers))
+                            done=lambda sample, done=done: row_key(sample) in done, batch_seconds=options.batch_seconds,
+                            rank=place.rank, world_size=place.world_size, data=DataConfig(workers=options.workers))
         predict(model, stream, file, options, decode)
-        finish(file, place)
+        if not finish(file, place):
+            return 2
     return 0
 
 

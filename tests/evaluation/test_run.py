@@ -152,6 +152,33 @@ def test_interrupted_run_goes_on(folders, packed, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.rank-*"))
 
 
+def test_what_the_encoder_cannot_take_is_rejected_and_the_rest_answered(folders, packed, tmp_path, capsys):
+    model, out = shutil.copytree(folders / "alignment", tmp_path / "model"), tmp_path / "p.jsonl"
+    written = json.loads((model / "soundwave.json").read_text())
+    for seconds, answered, code in ((1.25, 5, 0), (0.01, 0, 2)):
+        written["config"]["encoder"]["max_seconds"] = seconds
+        (model / "soundwave.json").write_text(json.dumps(written))
+        assert run.main(command(model, packed, out, "--restart")) == code
+        rejected = {row["id"]: row["why"] for row in read_rows(out.with_suffix(".rejected.jsonl"))}
+        assert len(read_rows(out)) == answered and len(rejected) == 8 - answered
+        assert f"longer than model.encoder.max_seconds = {seconds:g}" in rejected.values()
+    assert "holds no predictions" in capsys.readouterr().err
+
+
+def test_a_predictions_file_survives_a_cut_character_and_tells_corpora_apart(tmp_path):
+    file = PredictionFile(tmp_path / "p.jsonl", {})
+    file.prepare()
+    file.append([{"id": "0", "corpus": "en"}], [{"id": "1", "corpus": "de", "why": "unreadable"}])
+    with file.part.open("ab") as part:
+        part.write('{"id": "2", "prediction": "你'.encode()[:-1])
+    assert file.done() == {"en/0"}
+    file.append([{"id": "0", "corpus": "de"}])
+    assert file.done() == {"en/0", "de/0"} and len(file.merge()) == 2
+    assert [row["id"] for row in read_rows(tmp_path / "p.rejected.jsonl")] == ["1"]
+    file.append([{"id": "1", "corpus": "de"}])  # readable by now
+    assert len(file.merge()) == 3 and not (tmp_path / "p.rejected.jsonl").exists()
+
+
 def test_other_settings_are_refused(folders, packed, tmp_path, capsys):
     out = tmp_path / "p.jsonl"
     assert run.main(command(folders / "alignment", packed, out, "--limit", "3")) == 0

@@ -94,16 +94,17 @@ class MicroBatchReader(Dataset):
         timings["prepare"] += time.perf_counter() - decoded
         return prepared, retries
 
-    def _identity(self, entry: np.void) -> dict:
+    def identity(self, entry: np.void) -> dict:
         """Name of an utterance, its id too where its JSON can be read."""
         index, row = self.indexes[entry["corpus"]], int(entry["row"])
         try:
-            name = index.read(row)[1].get("id")
+            sample = index.read(row)[1]
         except (OSError, ValueError):
-            name = None
+            sample = {}
+        name = sample.get("id")
         shard = index.shards[int(index.samples["shard"][row])]["url"]
         name = f"row {row} of {shard}" if name is None else str(name)
-        return {"id": name, "corpus": index.name, "row": row, "shard": shard}
+        return {"id": name, "corpus": sample.get("corpus") or index.name, "row": row, "shard": shard}
 
     def __getitem__(self, job: Job) -> Loaded:
         worker = torch.utils.data.get_worker_info()
@@ -120,7 +121,7 @@ class MicroBatchReader(Dataset):
                     one, more = self._sample(entry, timings)
                 except BrokenSample as error:
                     if not any(record["row"] == entry["row"] for record in broken):
-                        broken.append({**self._identity(entry), "reason": str(error), "step": job.step, "replaced_by": None})
+                        broken.append({**self.identity(entry), "reason": str(error), "step": job.step, "replaced_by": None})
                     continue
                 for record in broken:
                     record["replaced_by"] = str(one.sample.meta.get("id"))
@@ -188,7 +189,7 @@ class Stream:
         for excluded in self.plan.excluded:
             entries = np.zeros(min(len(excluded.rows), most), [("corpus", "u2"), ("row", "u4")])
             entries["corpus"], entries["row"] = excluded.corpus, excluded.rows[:most]
-            lines += [{**self.reader._identity(entry), "reason": excluded.reason, "step": None} for entry in entries]
+            lines += [{**self.reader.identity(entry), "reason": excluded.reason, "step": None} for entry in entries]
             if len(excluded.rows) > most:
                 lines.append({"id": None, "corpus": self.plan.indexes[excluded.corpus].name, "reason": excluded.reason,
                               "step": None, "further": len(excluded.rows) - most})

@@ -6,7 +6,7 @@ utterances are too few, a rank gets dummies. Nothing is shuffled, augmented or r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -52,14 +52,15 @@ class EvalStream:
     """Iterates (Batch, samples): one micro-batch and the JSON of its rows, longest utterances first.
 
     shards: a packed folder, or a list of Corpus. answers: False gives prompts ready to be continued, True whole
-    conversations with labels. done: ids to leave out. limit: so many utterances of each corpus. batch_seconds: padded audio
-    of one batch. `samples` is empty where a dummy fills up a shorter rank. total: utterances of this rank.
-    rejected: what could not be read, as {"id", "why", ...}.
+    conversations with labels. done: tells which samples to leave out. limit: so many utterances of each corpus. batch_seconds:
+    padded audio of one batch. `samples` is empty where a dummy fills up a shorter rank. total: utterances of this rank.
+    rejected: what could not be read, or is too long for the encoder, as {"id", "reason", ...}.
     """
 
     def __init__(self, shards: str | list[Corpus], tokenizer: PreTrainedTokenizerBase, model_config: SoundwaveConfig, stage: str,
-                 *, tasks: list[str] | None = None, limit: int | None = None, batch_seconds: float = 60.0, done=frozenset(),
-                 rank: int = 0, world_size: int = 1, data: DataConfig | None = None, answers: bool = False):
+                 *, tasks: list[str] | None = None, limit: int | None = None, batch_seconds: float = 60.0,
+                 done: Callable[[dict], bool] | None = None, rank: int = 0, world_size: int = 1, data: DataConfig | None = None,
+                 answers: bool = False):
         data = data or DataConfig()
         corpora = [Corpus(shards=str(shards), tasks=tasks)] if not isinstance(shards, list) else shards
         indexes = [load_index(corpus.shards) for corpus in corpora]
@@ -67,7 +68,9 @@ class EvalStream:
                   for number, (corpus, index) in enumerate(zip(corpora, indexes, strict=True))]
         entries = np.concatenate([np.empty(0, PLANNED), *chosen])
         if done:
-            entries = entries[[str(indexes[e["corpus"]].read(int(e["row"]))[1].get("id")) not in done for e in entries]]
+            entries = entries[[not done(indexes[e["corpus"]].read(int(e["row"]))[1]) for e in entries]]
+        longest = model_config.encoder.max_seconds
+        too_long, entries = entries[entries["seconds"] > longest], entries[entries["seconds"] <= longest]
         features = None
         if data.cache_features:
             from train.data.cache import FeatureStore
@@ -78,10 +81,11 @@ class EvalStream:
         groups = assign(entries["seconds"], entries["positions"], world_size, budgets)[rank] if len(entries) else []
         self._parts = [entries[group] for group in groups]
         self.total = sum(map(len, self._parts))
-        self.rejected: list[dict] = []
         collator = Collator(tokenizer, model_config, stage, data.ctc_text, answers=answers,
                             feature_width=features.width if features else None)
         self._reader = MicroBatchReader(indexes, collator, self.data, features=features, slots=data.workers)
+        why = f"longer than model.encoder.max_seconds = {longest:g}"
+        self.rejected = [{**self._reader.identity(entry), "reason": why, "why": why} for entry in too_long] if rank == 0 else []
 
     def __len__(self) -> int:
         """Batches, the same number on every rank."""
