@@ -94,8 +94,9 @@ class BackgroundWriter(CheckpointEngine):
         self.name = "BackgroundWriter"
         self.thread: threading.Thread | None = None
         self.pending: list[tuple[dict, Path]] = []
+        self.queued: set[str] = set()  # names of the files that the thread has to write
         self.written: dict[str, dict] = {}  # file name -> size and sha256
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
 
     def create(self, info) -> None:
         pass
@@ -115,6 +116,7 @@ class BackgroundWriter(CheckpointEngine):
     def start(self) -> None:
         self.written, self.error = {}, None
         work, self.pending = self.pending, []
+        self.queued = {path.name for _, path in work}
 
         def write() -> None:
             try:
@@ -125,7 +127,7 @@ class BackgroundWriter(CheckpointEngine):
                     finally:
                         file.close()
                     self.written[path.name] = {"size": file.size, "sha256": file.digest.hexdigest()}
-            except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
+            except BaseException as error:  # whatever it was, memory for one: a thread's end tells nobody
                 self.error = error
 
         self.thread = threading.Thread(target=write, name="checkpoint-writer")
@@ -138,6 +140,14 @@ class BackgroundWriter(CheckpointEngine):
     def wait(self) -> None:
         if self.thread is not None:
             self.thread.join()
+
+    @property
+    def problem(self) -> str | None:
+        """Why not all that was queued is on disk; asked when the thread has ended."""
+        if self.error is not None:
+            return str(self.error) or repr(self.error)
+        missing = sorted(self.queued - self.written.keys())
+        return f"not written: {', '.join(missing)}" if missing else None
 
 
 def verify(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
@@ -192,6 +202,18 @@ def find_good(folders: list[Path], ranks: Ranks, *, among=lambda folder: True) -
         if ranks.is_main:
             logger.warning("checkpoint %s is damaged (%s): the one before it is taken", name, problem)
     return None
+
+
+def own_steps(optimizer) -> None:
+    """Give every parameter its own step counter: one tensor for all would count once for each of them in every step.
+
+    AdamW's fused kernel wants the counter where the parameter lies; DeepSpeed's universal loader leaves it where it was saved.
+    """
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    for parameter, state in optimizer.state.items():
+        if torch.is_tensor(state.get("step")):
+            step = state["step"]
+            state["step"] = step.to(parameter.device if on_device else step.device, copy=True)
 
 
 class Checkpoints:
@@ -267,7 +289,7 @@ class Checkpoints:
             return True
         self.writer.wait()
         parts = [None] * self.ranks.world_size
-        dist.all_gather_object(parts, (self.writer.written, str(self.writer.error) if self.writer.error else None))
+        dist.all_gather_object(parts, (self.writer.written, self.writer.problem))
         target, self.target = self.target, None
         problem = next((f"rank {rank}: {error}" for rank, (_, error) in enumerate(parts) if error), None)
         outcome = [problem]
@@ -342,14 +364,40 @@ class Checkpoints:
             self.copier.join()
         return done
 
-    def forget_after(self, step: int) -> None:
-        """Remove what was saved after `step`: the run goes another way from there. Collective."""
+    def forget_after(self, step: int, best: dict | None) -> dict | None:
+        """Remove what was saved after `step`, here and in `copy_to`: the run goes another way from there. Collective.
+
+        best: the best score so far at `step`. Returns it; None where its own checkpoint has gone since, for a better one that
+        goes now: the next score is then the best of those that are kept.
+        """
+        kept = [best]
         if self.ranks.is_main:
-            for later in finished(self.folder):
-                if int(NAME.match(later.name)[1]) > step:
-                    shutil.rmtree(later)
-            write_atomically(self.folder / "latest", f"step-{step:06d}")
-        dist.barrier()
+            if self.copier is not None:
+                self.copier.join()  # it may be copying what goes
+            if best and self.config.keep_best and not (self.folder / f"step-{best['step']:06d}").exists():
+                kept = [None]
+            self._forget_after(self.folder, step, kept[0])
+            if self.config.copy_to and Path(self.config.copy_to).exists():
+                try:
+                    self._forget_after(Path(self.config.copy_to), step, kept[0])
+                except OSError as error:  # a second folder must not end the run
+                    logger.error("checkpoint.copy_to: what was saved after step %d could not be removed from %s: %s", step,
+                                 self.config.copy_to, error)
+        dist.broadcast_object_list(kept, src=0)
+        return kept[0]
+
+    @staticmethod
+    def _forget_after(folder: Path, step: int, best: dict | None) -> None:
+        for later in finished(folder):
+            if int(NAME.match(later.name)[1]) > step:
+                shutil.rmtree(later)
+        left = [path.name for path in finished(folder)]
+        for name, text in (("latest", left[0] if left else None),
+                           ("best.json", json.dumps(best) if best and f"step-{best['step']:06d}" in left else None)):
+            if text is not None:
+                write_atomically(folder / name, text)
+            else:
+                (folder / name).unlink(missing_ok=True)
 
     # ---------------------------------------------------------------- reading
 
@@ -370,6 +418,4 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint {folder} has no files for rank {self.ranks.rank} of {self.ranks.world_size}")
         for group, own in zip(engine.optimizer.param_groups, groups, strict=True):
             group.update(own)
-        for state in engine.optimizer.state.values():
-            if torch.is_tensor(state.get("step")):  # one tensor for all would count once for each of them in every step
-                state["step"] = state["step"].clone()
+        own_steps(engine.optimizer)

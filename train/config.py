@@ -91,7 +91,7 @@ class CheckpointConfig:
     keep_last: int = 2
     keep_best: bool = True  # by validation score
     copy_to: str | None = None  # a second folder that gets each finished checkpoint
-    accept_changes: list[str] = field(default_factory=list)  # base | tokenizer | recipe | index | code: accepted on resume
+    accept_changes: list[str] = field(default_factory=list)  # base | tokenizer | recipe | index: accepted on resume
 
 
 @dataclass

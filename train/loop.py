@@ -16,13 +16,13 @@ from omegaconf import OmegaConf
 
 from model import folder as model_folder
 from model.language_model import lora_parameters
-from model.pretrained import locate
+from model.pretrained import locate, text_config
 from model.soundwave import Soundwave
 from train import desync, optim, report, resume, universal, zero
 from train.checkpoint import Checkpoints, find_good, read_state, saved_in_health
 from train.config import Recipe, RecipeError
 from train.data import Plan, Stream, StreamStalled, consumed, worst_case_batch
-from train.data.cache import ensure_features
+from train.data.cache import Interrupted, ensure_features
 from train.data.plan import load_index
 from train.data.validation import select
 from train.distributed import Ranks
@@ -78,7 +78,10 @@ class Run:
             OmegaConf.save(OmegaConf.structured(self.recipe), self.folder / "recipe.yaml")
         self.preemption = Preemption(self.folder)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.recipe.checkpoint, self.ranks)
-        self._load()
+        try:
+            self._load()
+        except Interrupted as stop:
+            return self._features_unfinished(str(stop))
         self.profiler = Profiler(self.folder, self.profile_steps if self.ranks.is_main else 0)
         code = self._train()
         self.profiler.close()
@@ -101,8 +104,9 @@ class Run:
         self.plan = Plan.open(recipe.data, self.stage.name, recipe.optim.steps)  # wrong data is told before models are read
         for corpus in recipe.data.valid:
             select(load_index(corpus.shards), 0, self.stage.name, corpus, recipe.log.validate_utterances)
-        ensure_features(recipe, rank=ranks.rank, world_size=ranks.world_size)  # before ZeRO-3 shards what is loaded
-        hidden_size = locate(recipe.model.llm.name, sizes_only=True).config.hidden_size
+        ensure_features(recipe, rank=ranks.rank, world_size=ranks.world_size,  # before ZeRO-3 shards what is loaded
+                        wish=lambda seconds: self.preemption.wish(0.0, seconds))
+        hidden_size = text_config(locate(recipe.model.llm.name, sizes_only=True).config).hidden_size
         config = zero.resolve(recipe, hidden_size)
         self.ds_config = config
         if zero.stage_number(config) == 3:
@@ -271,12 +275,22 @@ class Run:
                 self.checkpoints.save(self.engine.deepspeed, self._state(step))
                 saved_at = time.monotonic()
         stream.close()
-        if not self.checkpoints.finish():
-            return FAILED
-        self._save_model(step)
+        saved = self.checkpoints.finish()
+        self._save_model(step)  # whatever became of the checkpoint: what was trained is in memory, and there only
+        if not saved:
+            return self._stopped(step, f"the checkpoint of the last step, {step}, could not be written; the model could: "
+                                       f"{self.folder / 'model'}", FAILED)
         log.close()
         self.note("done", step=step, exit_code=DONE)
         return DONE
+
+    def _features_unfinished(self, why: str) -> int:
+        if self.ranks.is_main:
+            self.preemption.stop_file.unlink(missing_ok=True)
+            logger.info("stopped while encoder features were computed (%s), exit code %d; the same command goes on from there",
+                        why, PREEMPTED)
+        self.note("preempted", reason=why, exit_code=PREEMPTED)
+        return PREEMPTED
 
     def _preempted(self, step: int, wish: str | None, saved: bool) -> int:
         reasons = [None] * self.ranks.world_size
@@ -313,7 +327,7 @@ class Run:
         self.checkpoints.load(self.engine.deepspeed, source, state["topology"], self._topology())
         health.load({**state["health"], "skipped": health.skipped, "rollbacks": health.rollbacks + 1})
         self.data_offset += step - state["step"]
-        self.checkpoints.forget_after(state["step"])
+        self.best = self.checkpoints.forget_after(state["step"], state["best"])
         self.log.line("event", step, {"event": "roll_back", "to_step": state["step"], "data_offset": self.data_offset})
         if self.ranks.is_main:
             logger.warning("roll-back %d of %d: %s; going on from %s with the data behind the bad stretch", health.rollbacks,

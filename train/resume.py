@@ -12,6 +12,7 @@ from train.config import Recipe, RecipeError
 _FREE = ("output", "checkpoint.", "log.", "deepspeed", "data.workers", "data.prefetch", "data.try_largest",
          "data.max_rejected_share",
          "data.micro_batch_seconds",  # the global batches, hence the gradients, stay the same
+         "optim.activation_checkpointing",
          "health.desync_every_steps", "init_from", "data.cache_features",
          "model.encoder.name", "model.llm.name")  # names: the base's hash is compared instead
 KINDS = ("base", "tokenizer", "recipe", "index")
@@ -29,11 +30,12 @@ def flat(node: object, prefix: str = "") -> dict[str, object]:
     return out
 
 
-def recipe_facts(recipe: Recipe) -> dict[str, object]:
-    def free(key: str) -> bool:
-        return any(key == f or (f.endswith(".") and key.startswith(f)) for f in _FREE)
+def _free(key: str) -> bool:
+    return any(key == f or (f.endswith(".") and key.startswith(f)) for f in _FREE)
 
-    facts = {key: value for key, value in flat(recipe).items() if not free(key)}
+
+def recipe_facts(recipe: Recipe) -> dict[str, object]:
+    facts = {key: value for key, value in flat(recipe).items() if not _free(key)}
     for kind in ("train", "valid"):  # where the shards lie may change; what they hold is the index's fingerprint
         facts[f"data.{kind}"] = [{k: v for k, v in corpus.items() if k != "shards"} for corpus in facts[f"data.{kind}"]]
     return facts
@@ -56,7 +58,7 @@ def differences(saved: dict, now: dict) -> dict[str, list[str]]:
         old = flat(saved[kind]) if isinstance(saved[kind], dict) else {kind: saved[kind]}
         new = flat(now[kind]) if isinstance(now[kind], dict) else {kind: now[kind]}
         lines = [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted(old.keys() | new.keys())
-                 if old.get(key) != new.get(key)]
+                 if old.get(key) != new.get(key) and not (kind == "recipe" and _free(key))]  # one that has become free since
         if lines:
             found[kind] = lines
     return found

@@ -12,7 +12,7 @@ from tests.stream.conftest import data_config, record, sound, write_folder
 from train.config import Corpus, Recipe, RecipeError
 from train.data import EvalStream, Stream
 from train.data import cache as cache_module
-from train.data.cache import FeatureStore, ensure_features
+from train.data.cache import FeatureStore, Interrupted, ensure_features
 
 
 @pytest.fixture
@@ -80,6 +80,22 @@ def test_written_once_resumed_and_found_after_packing_anew(recipe, tokenizer, tm
     recipe.data.train = recipe.data.valid = [Corpus(shards=str(write_folder(tmp_path / "again", samples, per_shard=4)))]
     monkeypatch.setattr(cache_module, "_encode", lambda *a: pytest.fail("encoded again"))
     assert len(ensure_features(recipe)) == 23
+
+
+def test_a_wish_to_stop_is_heard_between_packs(recipe, tokenizer, monkeypatch):
+    monkeypatch.setattr(cache_module, "PACK_SECONDS", 8.0)
+    asked = []
+
+    def wish(seconds):
+        asked.append(seconds)
+        return "SIGTERM" if len(asked) == 3 else None
+
+    with pytest.raises(Interrupted, match="SIGTERM on rank 0"):
+        ensure_features(recipe, wish=wish)
+    store = FeatureStore.open(recipe.data.cache_features, recipe.model)
+    assert len(store._packs) == 2 and asked[0] == 0 < asked[1]
+    assert len(ensure_features(recipe)) == 23
+    assert len(ensure_features(recipe, wish=lambda seconds: "SIGTERM")) == 23, "nothing is left to stop"
 
 
 def test_another_encoder_or_setting_has_its_own_features(recipe, tokenizer):

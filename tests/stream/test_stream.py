@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import torch
 
-from tests.stream.conftest import data_config, record, sound, write_folder
+from tests.stream.conftest import data_config, record, sound, table_index, write_folder
 from train.config import Corpus, RecipeError
 from train.data import EvalStream, Plan, Stream, TooManyRejected, validation_batches, worst_case_batch
 from train.data.plan import PLANNED, load_index
@@ -190,7 +190,8 @@ def test_a_split_is_evaluated_once_with_equal_batches(packed, tokenizer, model_c
 
 
 def test_eval_limit_and_done(packed, tokenizer, model_config):
-    stream = EvalStream(str(packed), tokenizer, model_config, "alignment", limit=6, done={"asr-0"})
+    stream = EvalStream(str(packed), tokenizer, model_config, "alignment", limit=6,
+                        done=lambda sample: sample["id"] == "asr-0")
     names = sorted(name for batch, _ in stream for name in batch.ids)
     assert stream.total == 5 and names == sorted(f"asr-{n}" for n in (3, 7, 11, 15, 19))
 
@@ -223,6 +224,13 @@ def test_worst_case_batch_fills_the_budgets(packed, tokenizer, model_config):
     assert worst_case_batch(data, "alignment", tokenizer, model_config).input_ids.shape == (3, 0)
 
 
+@pytest.mark.parametrize("micro, shape", [(9.0, (4, 40000)), (10.0, (5, 35555)), (2.0, (1, 40000))])
+def test_worst_case_batch_knows_that_clips_are_slowed(packed, tokenizer, model_config, micro, shape):
+    """At 0.9, 9 s last 10 s: four clips of 2.5 s, not three. A clip that would last longer than max_seconds keeps its speed."""
+    data = data_config(packed, micro_batch_seconds=micro, max_seconds=2.5, speed_perturb=[0.9, 1.0, 1.1])
+    assert worst_case_batch(data, "alignment", tokenizer, model_config).waveforms.shape == shape
+
+
 def test_wrong_settings_are_named(packed, tmp_path, caplog):
     with pytest.raises(RecipeError, match="pack the corpus first"):
         Plan.open(data_config(tmp_path / "nowhere"), "alignment", 1)
@@ -242,3 +250,13 @@ def test_replacement_is_a_function_of_the_plan(packed):
     again = Plan.open(data_config(packed), "alignment", 1)
     assert first == [again.replacement(entry, attempt)["row"] for attempt in (1, 2, 3)]
     assert entry.dtype == PLANNED and entry["row"] not in first
+
+
+def test_what_replaces_a_text_only_turn_is_not_longer():
+    index = table_index(np.zeros(40), [10] * 4, tasks=("text",))
+    index.samples["audio_size"], index.samples["characters"], index.samples["target_characters"] = 0, 0, np.arange(15, 615, 15)
+    plan = Plan([index], data_config("x", batch_seconds=1000.0), "sft", 1)
+    said = index.samples["target_characters"]
+    for entry in plan.global_batch(0):
+        chosen = [plan.replacement(entry, attempt)["row"] for attempt in (1, 2, 3)]
+        assert (said[chosen] <= max(said[entry["row"]], 60)).all()  # of the shortest, what is shortest of what was drawn

@@ -21,7 +21,9 @@ import logging
 import math
 import os
 import sys
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -46,6 +48,10 @@ ENTRY_DTYPE = np.dtype([("key", "<u8"), ("start", "<u8"), ("frames", "<u4")])
 PACK_SECONDS = 600.0
 _OPEN_PACKS = 64
 LOGGER = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """A rank was asked to stop, and all have stopped, between two packs: the next start goes on from there. Says why."""
 
 
 def sample_keys(samples: np.ndarray) -> np.ndarray:
@@ -220,12 +226,24 @@ def _fill_pack(folder: Path, pack: list[tuple[ShardIndex, int]], encoder: Encode
     return broken
 
 
-def ensure_features(recipe: Recipe, model=None, rank: int = 0, world_size: int = 1) -> FeatureStore | None:
-    """Compute whatever features data.train and data.valid lack; every rank does its share of the packs and waits for the others.
+def _of_all_ranks(value: object) -> list:
+    """What every rank has to say, once all have said it; without other ranks, our own."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [value]
+    values = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
 
+
+def ensure_features(recipe: Recipe, model=None, rank: int = 0, world_size: int = 1,
+                    wish: Callable[[float], str | None] = lambda seconds: None) -> FeatureStore | None:
+    """Compute whatever features data.train and data.valid lack; every rank does its share of the packs.
+
+    The ranks meet after every pack: none waits for another longer than that takes (a collective has a time limit), and all stop
+    together. wish: given the seconds that the last pack took, why this rank wants to stop, or None (train/preemption.py).
     Nothing to do (and None) where data.cache_features is not set. model: lends its encoder; None, or a model built without
     one: the encoder alone is loaded, and only where something is missing. Call it before ZeRO-3 partitions parameters.
-    Errors: RecipeError; RuntimeError for a partitioned encoder.
+    Errors: RecipeError; Interrupted; RuntimeError for a partitioned encoder.
     """
     data, config = recipe.data, recipe.model
     if not data.cache_features:
@@ -248,14 +266,22 @@ def ensure_features(recipe: Recipe, model=None, rank: int = 0, world_size: int =
                 encoder = encoder.cuda()
         if any(hasattr(parameter, "ds_id") for parameter in encoder.parameters()):
             raise RuntimeError("ensure_features: ZeRO-3 has partitioned the encoder already; call it before deepspeed.initialize")
-        seconds = sum(float(index.samples["duration"][row]) for pack in packs for index, row in pack)
-        padded = config.alignment.ctc_length == "full"
-        with tqdm(total=math.ceil(seconds), unit="s", desc="encoder features", disable=rank != 0) as progress:
-            broken = sum(_fill_pack(folder, pack, encoder, padded, data.micro_batch_seconds, progress) for pack in packs)
-        if broken:
-            LOGGER.warning("%d utterances have no features; training names and replaces them", broken)
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.barrier()
+    seconds = sum(float(index.samples["duration"][row]) for pack in packs for index, row in pack)
+    padded = config.alignment.ctc_length == "full"
+    broken, took = 0, 0.0
+    with tqdm(total=math.ceil(seconds), unit="s", desc="encoder features", disable=rank != 0 or not packs) as progress:
+        while True:
+            left, wishes = zip(*_of_all_ranks((len(packs), wish(took))), strict=True)
+            if not any(left):
+                break
+            if any(wishes):
+                raise Interrupted("; ".join(f"{why} on rank {number}" for number, why in enumerate(wishes) if why))
+            if packs:
+                begun = time.monotonic()
+                broken += _fill_pack(folder, packs.pop(0), encoder, padded, data.micro_batch_seconds, progress)
+                took = time.monotonic() - begun
+    if broken:
+        LOGGER.warning("%d utterances have no features; training names and replaces them", broken)
     return FeatureStore(folder)
 
 

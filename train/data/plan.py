@@ -422,7 +422,7 @@ class Plan:
         if len(drawn) == 0:
             return entry
         units = order.units[drawn].astype(np.int64)
-        limit = int(np.rint(float(entry["seconds"]) * UNITS_PER_SECOND)) if entry["seconds"] > 0 else int(units.max())
+        limit = sample_units(index.samples[[entry["row"]]])[0]
         shard = index.samples["shard"]
         choices = drawn[np.lexsort((-units, shard[order.rows[drawn]] == shard[entry["row"]]))]
         fitting = choices[order.units[choices] <= limit]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -19,11 +21,18 @@ def worst_case_batch(data: DataConfig, stage: str, tokenizer: PreTrainedTokenize
 
     They hold noise, not speech, so that no blank run shortens them; transcripts are those of fast speech, and from stage II on
     the conversations fill data.micro_batch_tokens.
+
+    Clips that data.speed_perturb slows are planned at their own length: together they exceed data.micro_batch_seconds by as much
+    as it slows them, while none exceeds data.max_seconds (train/data/augment.py).
     """
-    rows = max(int(data.micro_batch_seconds / data.max_seconds), 1)
-    samples = int(data.max_seconds * SAMPLE_RATE)
+    rows, seconds = max(int(data.micro_batch_seconds / data.max_seconds), 1), data.max_seconds
+    slowed = data.micro_batch_seconds / min([1.0, *data.speed_perturb])
+    if slowed > max(data.micro_batch_seconds, data.max_seconds):
+        rows = math.ceil(slowed / data.max_seconds)
+        seconds = slowed / rows
+    samples = int(seconds * SAMPLE_RATE)
     noise = torch.Generator().manual_seed(data.seed)
-    target = [i % 1000 for i in range(int(data.max_seconds * TOKENS_PER_SECOND))]
+    target = [i % 1000 for i in range(int(seconds * TOKENS_PER_SECOND))]
     features = None
     if data.cache_features:
         from train.data.cache import FeatureStore
@@ -32,10 +41,10 @@ def worst_case_batch(data: DataConfig, stage: str, tokenizer: PreTrainedTokenize
     collator = Collator(tokenizer, model_config, stage, data.ctc_text, feature_width=features.width if features else None)
     prepared = []
     for row in range(rows):
-        sample = Sample({"id": f"worst case {row}", "task": "asr", "text": "a", "duration": data.max_seconds, "corpus": ""},
+        sample = Sample({"id": f"worst case {row}", "task": "asr", "text": "a", "duration": seconds, "corpus": ""},
                         torch.randn(samples, generator=noise) * 0.1)
         if features is not None:
-            frames = int(data.max_seconds * features.frame_rate)
+            frames = int(seconds * features.frame_rate)
             sample = Sample(sample.meta, None, torch.randn(frames, features.width, generator=noise))
         one = collator.prepare(sample)
         filler = [] if stage == "alignment" else [target[i % len(target)] for i in range(

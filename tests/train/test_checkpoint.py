@@ -1,0 +1,240 @@
+"""Checkpoints by themselves, one rank: what the writer's thread may not hide, what a roll-back leaves, whose counter is whose."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.train.ranks import Server
+from tests.train.tiny import workspace
+from train import checkpoint, loop, resume
+from train.checkpoint import Checkpoints, finished, own_steps
+from train.config import CheckpointConfig, Recipe, RecipeError
+from train.distributed import Ranks
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Server() as started:
+        yield started
+
+
+def checkpoints(tmp_path: Path, **settings) -> Checkpoints:
+    return Checkpoints(tmp_path / "checkpoints", CheckpointConfig(**settings), Ranks(0, 1, 0, 1, "cpu"))
+
+
+def write(to: Checkpoints, step: int, best: dict | None = None) -> bool:
+    """What `save` and `finish` do, without DeepSpeed: two files and the state."""
+    to.target = to.folder / f"step-{step:06d}.partial"
+    to.target.mkdir()
+    (to.target / "state.json").write_text(json.dumps({"step": step, "best": best}))
+    for name in ("one.pt", "two.pt"):
+        to.writer.save({"step": torch.tensor(step)}, str(to.target / name))
+    to.writer.start()
+    return to.finish()
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in reversed(finished(folder))]
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+@pytest.mark.parametrize("error, told", [(MemoryError(), "MemoryError()"), (OSError("disk full"), "disk full"),
+                                         (SystemExit(1), "1")])
+def test_whatever_ends_the_writer_the_checkpoint_does_not_count(tmp_path, monkeypatch, caplog, error, told):
+    to, save = checkpoints(tmp_path, keep_last=1), torch.save
+    assert write(to, 1)
+
+    def fails(state, file):
+        if file.file.name.endswith("two.pt"):
+            raise error
+        save(state, file)
+
+    monkeypatch.setattr(checkpoint.torch, "save", fails)
+    assert not write(to, 2)
+    assert f"step-000002 could not be written (rank 0: {told})" in caplog.text
+    assert names(to.folder) == ["step-000001"] and (to.folder / "latest").read_text() == "step-000001"
+    assert not list(to.folder.glob("*.partial"))
+    monkeypatch.undo()
+    assert write(to, 2) and names(to.folder) == ["step-000002"]
+
+
+def test_a_queued_file_that_was_not_written_is_missed(tmp_path, monkeypatch, caplog):
+    to = checkpoints(tmp_path)
+    monkeypatch.setattr(checkpoint.threading.Thread, "run", lambda self: None)
+    assert not write(to, 1)
+    assert "not written: one.pt, two.pt" in caplog.text and names(to.folder) == []
+
+
+# ------------------------------------------------------------------------------------------------ roll-back
+
+
+def test_a_roll_back_reaches_the_copies_too(tmp_path, monkeypatch):
+    copies = tmp_path / "copies"
+    to = checkpoints(tmp_path, keep_last=2, copy_to=str(copies))
+    for step in (550, 600, 700):
+        assert write(to, step)
+    assert to.close() and names(copies) == ["step-000600", "step-000700"]
+    to.forget_after(600, None)
+    for folder in (to.folder, copies):
+        assert names(folder) == ["step-000600"] and (folder / "latest").read_text() == "step-000600"
+    copy = to._copy
+    monkeypatch.setattr(to, "_copy", lambda source: (checkpoint.time.sleep(0.2), copy(source)))
+    assert write(to, 650)
+    to.forget_after(600, None)  # while 650 is being copied
+    assert names(copies) == ["step-000600"] and (copies / "latest").read_text() == "step-000600"
+    for step in (610, 620):
+        assert write(to, step)
+    assert to.close() and names(copies) == ["step-000610", "step-000620"] and (copies / "latest").read_text() == "step-000620"
+
+
+def test_latest_of_copies_that_lack_the_step_names_what_is_there(tmp_path):
+    copies = tmp_path / "copies"
+    to = checkpoints(tmp_path)
+    assert write(to, 1)
+    to.config.copy_to = str(copies)
+    assert write(to, 2) and to.close()
+    to.forget_after(1, None)
+    assert names(copies) == [] and not (copies / "latest").exists()
+
+
+def test_the_best_goes_back_with_the_weights(tmp_path):
+    copies, old = tmp_path / "copies", {"step": 1, "score": 0.3}
+    to = checkpoints(tmp_path, keep_last=2, copy_to=str(copies))
+    for step in (1, 2, 3):
+        assert write(to, step, old)
+    assert names(to.folder) == ["step-000001", "step-000002", "step-000003"]
+    to.config.keep_last = 9
+    assert write(to, 4, {"step": 4, "score": 0.2})
+    assert to.forget_after(3, old) == old
+    assert all(json.loads((folder / "best.json").read_text()) == old for folder in (to.folder, copies))
+    to.config.keep_last = 2
+    assert write(to, 5, {"step": 5, "score": 0.1}) and names(to.folder) == ["step-000003", "step-000005"]
+    assert to.forget_after(3, old) is None, "its checkpoint went for step 5's: the next score is the best of those that are kept"
+    assert not any((folder / "best.json").exists() for folder in (to.folder, copies))
+    assert write(to, 6, {"step": 6, "score": 0.4}) and write(to, 7) and write(to, 8) and to.close()
+    assert names(to.folder) == names(copies) == ["step-000006", "step-000007", "step-000008"]
+    to.config.keep_best = False
+    assert to.forget_after(8, old) == old, "where the best is not kept it is only told"
+
+
+def test_the_loop_takes_the_best_back(tmp_path, monkeypatch):
+    run = loop.Run.__new__(loop.Run)
+    source, old = tmp_path / "step-000002", {"step": 2, "score": 0.3}
+    run.recipe, run.ranks, run.data_offset, run.best = Recipe(), Ranks(0, 1, 0, 1, "cpu"), 0, {"step": 3, "score": 0.2}
+    health = SimpleNamespace(rollbacks=0, skipped=1, load=lambda state: None)
+    run.engine = SimpleNamespace(health=health, deepspeed=None)
+    run.log = SimpleNamespace(line=lambda *a: None)
+    run.bad_stretch = SimpleNamespace(steps=[])
+    run.checkpoints = SimpleNamespace(folder=tmp_path, finish=lambda: True, load=lambda *a: None,
+                                      forget_after=lambda step, best: best)
+    run._topology = dict
+    monkeypatch.setattr(loop, "find_good", lambda *a, **k: source)
+    monkeypatch.setattr(loop, "read_state", lambda folder: {"step": 2, "best": old, "topology": {}, "health": {}})
+    assert run._roll_back(5) == 2 and run.best == old and run.data_offset == 3
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+@pytest.mark.parametrize("group, place", [({"fused": True}, "meta"), ({"capturable": True}, "meta"), ({"fused": None}, "cpu")])
+def test_counters_lie_where_the_optimizer_wants_them_one_each(group, place):
+    shared = torch.tensor(7.0)
+    parameters = [torch.nn.Parameter(torch.zeros(2, device="meta")) for _ in range(2)]
+    optimizer = SimpleNamespace(param_groups=[group], state={p: {"step": shared} for p in parameters})
+    own_steps(optimizer)
+    one, two = (optimizer.state[p]["step"] for p in parameters)
+    assert one.device.type == two.device.type == place and one is not two is not shared
+    if place == "cpu":
+        one += 1
+        assert (float(one), float(two), float(shared)) == (8, 7, 7)
+
+
+def test_activation_checkpointing_may_change_behind_a_checkpoint():
+    """Also behind one that was made when it might not: such a checkpoint has noted it."""
+    plain, saving = Recipe(), Recipe()
+    saving.optim.activation_checkpointing = True
+    facts = [{"base": {}, "tokenizer": "", "recipe": resume.recipe_facts(recipe), "index": "", "code": ""}
+             for recipe in (plain, saving)]
+    assert resume.check(*facts, [], Path("step-000001")) == []
+    facts[0]["recipe"]["optim.activation_checkpointing"] = False
+    assert resume.check(*facts, [], Path("step-000001")) == []
+    facts[0]["recipe"]["optim.lr_lora"] = 1.0
+    with pytest.raises(RecipeError, match=r"another recipe \(optim.lr_lora: 1.0 -> 0.0002\)"):
+        resume.check(*facts, [], Path("step-000001"))
+
+
+# ------------------------------------------------------------------------------------------------ start and end
+
+
+def test_models_that_hold_a_language_model_tell_its_width(tmp_path, monkeypatch):
+    """Gemma 3 with its vision tower: the sizes lie one level down."""
+    from transformers import Gemma3Config
+
+    class Enough(Exception):
+        pass
+
+    def resolve(recipe, hidden_size):
+        raise Enough(hidden_size)
+
+    config = Gemma3Config(text_config={"hidden_size": 48, "num_hidden_layers": 1})
+    run = loop.Run.__new__(loop.Run)
+    run.recipe, run.ranks, run.stage = Recipe(), Ranks(0, 1, 0, 1, "cpu"), SimpleNamespace(name="alignment")
+    run.checkpoints = SimpleNamespace(folder=tmp_path)
+    for name, value in (("find_good", None), ("initial_folder", None), ("ensure_features", None),
+                        ("locate", SimpleNamespace(config=config))):
+        monkeypatch.setattr(loop, name, lambda *a, value=value, **k: value)
+    monkeypatch.setattr(loop.Plan, "open", lambda *a: None)
+    monkeypatch.setattr(loop.zero, "resolve", resolve)
+    with pytest.raises(Enough, match="48"):
+        run._load()
+
+
+def test_a_last_checkpoint_that_fails_is_told_and_the_model_is_there(server, tmp_path):
+    tiny = workspace(tmp_path)
+    run = server.start([tiny / "stage1.yaml", "optim.steps=2", "checkpoint.every_steps=1", "data.valid=[]",
+                        "log.tensorboard=false"], ranks=1, fault=["no_memory_to_save", 2])
+    codes, text = run.wait(), run.text()
+    folder = tiny / "run" / "alignment"
+    assert codes == [1] and "checkpoint step-000002 could not be written (rank 0: no memory)" in text, text
+    noted = json.loads((folder / "run.json").read_text())
+    assert (noted["status"], noted["step"], noted["exit_code"]) == ("failed", 2, 1)
+    assert noted["reason"].startswith("the checkpoint of the last step, 2, could not be written")
+    assert (folder / "model" / "soundwave.json").exists() and names(folder / "checkpoints") == ["step-000001"]
+    run = server.start([tiny / "stage1.yaml", "optim.steps=2", "checkpoint.every_steps=1", "data.valid=[]",
+                        "log.tensorboard=false"], ranks=1)
+    codes, text = run.wait(), run.text()
+    assert codes == [0] and "resuming at step 1" in text, text
+
+
+def test_a_stop_while_features_are_computed(server, tmp_path):
+    """All ranks leave together with exit code 85, and the next start computes only what is missing."""
+    tiny = workspace(tmp_path)
+    arguments = [tiny / "stage1.yaml", "optim.steps=1", "data.valid=[]", "log.tensorboard=false",
+                 f"data.cache_features={tmp_path / 'features'}"]
+    run = server.start(arguments, ranks=2, fault=["stop_after_pack", "SIGTERM", 1])
+    codes, text = run.wait(), run.text()
+    assert codes == [85, 85] and "stopped while encoder features were computed (SIGTERM on rank 1), exit code 85" in text, text
+    noted = json.loads((tiny / "run" / "alignment" / "run.json").read_text())
+    assert (noted["status"], noted["exit_code"]) == ("preempted", 85)
+    packs = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.index.npy")}
+    assert packs
+    run = server.start(arguments, ranks=2)
+    codes, text = run.wait(), run.text()
+    assert codes == [0, 0], text
+    assert all(path.stat().st_mtime_ns == made for path, made in packs.items())
+    assert len(list((tmp_path / "features").rglob("*.index.npy"))) > len(packs)
