@@ -9,21 +9,21 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from sacrebleu.metrics import CHRF
+from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 from tabulate import tabulate
 
 from evaluation.predictions import PredictionError, read_rows, row_key
 from evaluation.resampling import paired_test
-from evaluation.score import bleu_metric, correct_answers, exact_answers, word_counts
+from evaluation.score import bleu_tokenizer, correct_answers, direction, exact_answers, word_counts
 from evaluation.tasks import metric_of
 
 
 def paired(first: list[dict], second: list[dict]) -> dict[str, dict]:
     """Per metric: both scores, the difference (second - first), its 95 % interval where known, and a two-sided p-value.
 
-    Rows are of one task and stand in the same order. Error rates and accuracy: approximate randomisation over utterances
-    (evaluation.resampling); BLEU and chrF: sacrebleu's paired approximate randomisation.
+    Rows are of one task, translations of one BLEU tokenizer, and stand in the same order. Error rates and accuracy: approximate
+    randomisation over utterances (evaluation.resampling); BLEU and chrF: sacrebleu's paired approximate randomisation.
     """
     metric = metric_of(first)
     if metric == "wer":
@@ -39,7 +39,8 @@ def paired(first: list[dict], second: list[dict]) -> dict[str, dict]:
         return {"exact": paired_test(exact_answers(first), exact_answers(second), np.ones(len(first)))}
     systems = [("first", [row["prediction"] for row in first]), ("second", [row["prediction"] for row in second])]
     references = [[row["reference"] for row in first]]
-    _, scores = PairedTest(systems, {"bleu": bleu_metric(first), "chrf": CHRF()}, references, test_type="ar")()
+    bleu = BLEU(tokenize=bleu_tokenizer(first[0]))
+    _, scores = PairedTest(systems, {"bleu": bleu, "chrf": CHRF()}, references, test_type="ar")()
     results = {}
     for name, pair in scores.items():
         if name != "System":
@@ -50,7 +51,8 @@ def paired(first: list[dict], second: list[dict]) -> dict[str, dict]:
 
 
 def compare(first: Path, second: Path) -> dict:
-    """{task: {utterances, metrics}} and how many utterances only one file has. PredictionError where they cannot be compared."""
+    """{task: {utterances, metrics}} and how many utterances only one file has; translations whose directions need several BLEU
+    tokenizers stand by direction, as "translation en-zh". PredictionError where they cannot be compared."""
     tables = [{row_key(row): row for row in read_rows(path)} for path in (first, second)]
     shared = [key for key in tables[0] if key in tables[1]]
     differing = [key for key in shared if tables[0][key]["reference"] != tables[1][key]["reference"]]
@@ -62,6 +64,12 @@ def compare(first: Path, second: Path) -> dict:
     by_task = defaultdict(list)
     for key in shared:
         by_task[tables[0][key].get("task") or "asr"].append(key)
+    for task, keys in list(by_task.items()):
+        rows = [tables[0][key] for key in keys]
+        if metric_of(rows) == "bleu" and len({bleu_tokenizer(row) for row in rows}) > 1:
+            del by_task[task]
+            for key, row in zip(keys, rows, strict=True):
+                by_task[f"{task} {direction(row)}"].append(key)
     counts = {"only_first": len(tables[0]) - len(shared), "only_second": len(tables[1]) - len(shared)}
     return {"first": str(first), "second": str(second), **counts,
             "tasks": {task: {"utterances": len(keys), "metrics": paired(*([part[key] for key in keys] for part in tables))}

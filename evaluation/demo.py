@@ -12,8 +12,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 
+import soundfile
 import torch
 from transformers import TextIteratorStreamer
 from transformers.utils.logging import disable_progress_bar
@@ -27,6 +29,19 @@ from train.data.reader import SAMPLE_RATE, decode
 from train.data.rejected import BrokenSample
 
 QUESTION = "Please transcribe the following audio."
+
+
+class Streamer(TextIteratorStreamer):
+    """The answer in pieces, until `stopped` is set: then the next token ends the generation."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.stopped = threading.Event()
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.stopped.is_set():
+            raise CancelledError("nobody reads on")
+        super().put(value)
 
 
 class Talker:
@@ -50,7 +65,16 @@ class Talker:
         """
         if not file:
             raise ValueError("no audio: record or upload some first")
+        try:
+            self.check_length(soundfile.info(file).duration)  # of the header: a long one is not read at all
+        except soundfile.SoundFileError as error:
+            raise BrokenSample(f"audio cannot be decoded: {error}") from None
         yield from self.answer(decode(Path(file).read_bytes()), question)
+
+    def check_length(self, seconds: float) -> None:
+        longest = self.model.config.encoder.max_seconds
+        if seconds > longest:
+            raise ValueError(f"the recording lasts {seconds:.0f} s, this model takes {longest:g} s at most")
 
     def conversation(self, waveform: torch.Tensor, question: str) -> Batch:
         """The recording, then the question, as a conversation ready to be continued."""
@@ -60,9 +84,7 @@ class Talker:
     def answer(self, waveform: torch.Tensor, question: str) -> Iterator[tuple]:
         """The same for a waveform [S] at 16 kHz."""
         seconds = len(waveform) / SAMPLE_RATE
-        longest = self.model.config.encoder.max_seconds
-        if seconds > longest:
-            raise ValueError(f"the recording lasts {seconds:.0f} s, this model takes {longest:g} s at most")
+        self.check_length(seconds)
         began = time.perf_counter()
         inspection = self.model.inspect(self.conversation(waveform, ""))
         heard = time.perf_counter() - began
@@ -87,8 +109,8 @@ class Talker:
         yield text, None, None, timings(lines)
 
     def stream(self, batch) -> Iterator[str]:
-        """The answer in pieces. What goes wrong in the generating thread is raised here."""
-        streamer = TextIteratorStreamer(self.model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        """The answer in pieces. What goes wrong in the generating thread is raised here; it ends before this does."""
+        streamer = Streamer(self.model.tokenizer)
         problems: list[BaseException] = []
 
         def work() -> None:
@@ -100,8 +122,11 @@ class Talker:
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
-        yield from streamer
-        thread.join()
+        try:
+            yield from streamer
+        finally:  # also where the visitor has left: the next question must not run beside this one
+            streamer.stopped.set()
+            thread.join()
         if problems:
             raise problems[0]
 
@@ -167,10 +192,12 @@ def main(arguments: list[str] | None = None) -> int:
     title = f"`{options.model}` (stage {model.stage}): {encoder} and {llm}"
     # Fonts of the system: Gradio's own theme fetches its fonts from the network.
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    # The longest recording as stereo at 48 kHz in 32 bits, and room for headers.
+    largest = int(model.config.encoder.max_seconds * 2 * 48_000 * 4) + 2**20
     try:
         page(talker, title).queue().launch(
             server_name=options.host, server_port=options.port, share=False, theme=theme, ssr_mode=False, quiet=True,
-            prevent_thread_lock=True, footer_links=[])
+            prevent_thread_lock=True, footer_links=[], max_file_size=largest)
     except OSError as error:
         print(f"error: cannot listen on {options.host}:{options.port} ({error}): choose another --port", file=sys.stderr)
         return 2

@@ -5,13 +5,14 @@
 
 Each answer is rated from 1 to 10 against the reference answer, given a description of the audio (AIR-Bench's `meta_info` with
 --meta, else the transcript), twice with the two answers in either order; the mean of both counts. Judgements are kept in
-P.judge.jsonl, so an interrupted run goes on, and the score is recomputed from that file. The wording is this project's
-(replace it with --template): scores by another wording or another judge are not comparable.
+P.judge.jsonl, so an interrupted run goes on, and the score is recomputed from those of this judge, wording and answer. The
+wording is this project's (replace it with --template): scores by another wording or another judge are not comparable.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -26,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from evaluation.air_bench import read_meta, sample_id
-from evaluation.predictions import PredictionError, read_rows, row_key
+from evaluation.predictions import PredictionError, end_last_line, read_rows, row_key
 from evaluation.resampling import interval
 
 TEMPLATE = """You grade two answers to a question about an audio recording. You cannot hear it; this is what is in it:
@@ -101,6 +102,12 @@ def parse_scores(reply: str) -> tuple[float, float] | None:
     return (numbers[0], numbers[1]) if numbers and all(1 <= n <= 10 for n in numbers) else None
 
 
+def digest_of(row: dict, description: str, judge: str, template: str = TEMPLATE) -> str:
+    """sha256 over all that a judgement depends on: one of another judge, wording, answer or reference does not stand for it."""
+    parts = [row_key(row), judge, template, row.get("prompt"), row["prediction"], row["reference"], description]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 def judge_row(row: dict, description: str, ask: Callable[[str], str], template: str = TEMPLATE) -> dict:
     """Both orders of one answer and its reference: {id, corpus, task, score, reference_score, replies}; score None: unread."""
     values = {"description": description, "question": row.get("prompt") or "What is said?"}
@@ -143,23 +150,31 @@ def main(arguments: list[str] | None = None) -> int:
         rows = read_rows(options.predictions)
         described = {sample_id(item): item.get("meta_info") for item in read_meta(options.meta)} if options.meta else {}
         template = options.template.read_text() if options.template else TEMPLATE
+        judge_name = str(options.local or f"{options.endpoint} {options.judge_model}")
+        wanted = {}
+        for row in rows:
+            description = described.get(row["id"]) or row.get("transcript") or row["reference"]
+            wanted[digest_of(row, description, judge_name, template)] = row, description
         kept = options.predictions.with_suffix(".judge.jsonl")
-        judgements = read_rows(kept) if kept.exists() else []
-        done = {row_key(j) for j in judgements}
+        end_last_line(kept)
+        before = read_rows(kept) if kept.exists() else []
+        judged = {judgement["digest"]: judgement for judgement in before if judgement.get("digest") in wanted}
         if options.local and not (options.local / "config.json").exists():
             raise PredictionError(f"{options.local} is no model folder (it holds no config.json)")
         ask = local_judge(options.local) if options.local else endpoint_judge(options.endpoint, options.judge_model,
                                                                               os.environ.get(options.key_env))
         with kept.open("a", encoding="utf-8") as out:
-            for row in tqdm([row for row in rows if row_key(row) not in done], desc="judging", unit="answer"):
-                description = described.get(row["id"]) or row.get("transcript") or row["reference"]
-                judgements.append(judge_row(row, description, ask, template))
-                out.write(json.dumps(judgements[-1], ensure_ascii=False) + "\n")
+            for digest in tqdm([digest for digest in wanted if digest not in judged], desc="judging", unit="answer"):
+                judged[digest] = judge_row(*wanted[digest], ask, template) | {"digest": digest}
+                out.write(json.dumps(judged[digest], ensure_ascii=False) + "\n")
                 out.flush()
     except (PredictionError, JudgeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, PredictionError) else 1
-    summary = {"judge": str(options.local or f"{options.endpoint} {options.judge_model}"), "tasks": summarise(judgements)}
+    others = sum(judgement.get("digest") not in wanted for judgement in before)
+    if others:
+        print(f"{others} judgements in {kept} are of another judge, wording or answer: not counted")
+    summary = {"judge": judge_name, "tasks": summarise(list(judged.values()))}
     options.predictions.with_suffix(".judge.json").write_text(json.dumps(summary, indent=1) + "\n")
     for task, part in summary["tasks"].items():
         low, high = part.get("score_ci95", (0, 0))

@@ -77,7 +77,7 @@ class PredictionFile:
         for file, new in ((self.part, rows), (self.rejected_part, rejected)):
             if not new:
                 continue
-            _end_last_line(file)
+            end_last_line(file)
             with file.open("a", encoding="utf-8") as out:
                 out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
 
@@ -106,7 +106,7 @@ def row_key(row: dict) -> str:
     return f"{row.get('corpus') or ''}/{row['id']}"
 
 
-def _end_last_line(file: Path) -> None:
+def end_last_line(file: Path) -> None:
     """Cut a half-written last line off before appending to it."""
     if file.exists() and file.stat().st_size:
         content = file.read_bytes()

@@ -60,10 +60,10 @@ def score_wer(rows: list[dict]) -> dict:
             "normaliser": {lang: describe(lang) for lang in languages}}
 
 
-def bleu_metric(rows: list[dict]) -> BLEU:
-    """sacrebleu's BLEU with the tokenizer of the target language: `zh`, characters where no spaces are written, else `13a`."""
-    target = target_language(rows[0])
-    return BLEU(tokenize="zh" if target == "zh" else "char" if target in UNSPACED else "13a")
+def bleu_tokenizer(row: dict) -> str:
+    """sacrebleu's tokenizer for the target language: `zh`, characters where no spaces are written, else `13a`."""
+    target = target_language(row)
+    return "zh" if target == "zh" else "char" if target in UNSPACED else "13a"
 
 
 def as_float(score: Score) -> Score:
@@ -72,9 +72,15 @@ def as_float(score: Score) -> Score:
 
 
 def score_bleu(rows: list[dict]) -> dict:
+    """BLEU and chrF; `bleu` is None, with a `bleu_note`, where the directions need several tokenizers."""
     predictions, references = [row["prediction"] for row in rows], [[row["reference"] for row in rows]]
-    scores = {}
-    for name, metric in (("bleu", bleu_metric(rows)), ("chrf", CHRF())):
+    scores, metrics = {}, {"chrf": CHRF()}
+    tokenizers = sorted({bleu_tokenizer(row) for row in rows})
+    if len(tokenizers) == 1:
+        metrics = {"bleu": BLEU(tokenize=tokenizers[0])} | metrics
+    else:  # one tokenizer for all would be wrong for some, and which one would depend on the order of the rows
+        scores = {"bleu": None, "bleu_note": f"needs tokenizers {', '.join(tokenizers)}: see the groups by direction"}
+    for name, metric in metrics.items():
         # Of its resamples sacrebleu makes np.float32, or float where nothing matches, and then cannot average the two.
         compute = metric._compute_score_from_stats
         metric._compute_score_from_stats = lambda stats, compute=compute: as_float(compute(stats))
@@ -163,11 +169,15 @@ def lengths(rows: list[dict]) -> dict:
     return stats
 
 
+def direction(row: dict) -> str:
+    return f"{row.get('lang') or '?'}-{target_language(row) or '?'}"
+
+
 def groups(rows: list[dict]) -> dict[str, list[dict]]:
     """The rows by corpus, by language and, for translations, by direction: every grouping that has more than one group."""
     keys = {"corpus": lambda row: row.get("corpus") or "", "lang": lambda row: row.get("lang") or ""}
     if rows[0].get("task") == "translation":
-        keys["direction"] = lambda row: f"{row.get('lang') or '?'}-{target_language(row) or '?'}"
+        keys["direction"] = direction
         del keys["lang"]
     found = {}
     for kind, key in keys.items():
@@ -209,7 +219,7 @@ def table(scores: dict) -> str:
             for name in COLUMNS[whole["metric"]]:
                 value, bounds = part[name], part.get(f"{name}_ci95")
                 text = f"{name.upper() if name in ('wer', 'cer', 'bleu') else name} "
-                text += f"{value:.3f}" if isinstance(value, float) else str(value)
+                text += f"{value:.3f}" if isinstance(value, float) else "by direction" if value is None else str(value)
                 shown.append(text + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else ""))
             kept = part["length"].get("kept_per_second")
             lines.append([task, group, part["utterances"], *shown, "" if kept is None else f"{kept:.1f}"])

@@ -106,6 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     clips = []
     for batch, samples in tqdm(stream, desc="speed", unit="clip", total=len(stream)):
+        if not samples:  # the clip could not be read
+            continue
         batch = batch.to(device)
         if not clips:
             measure(model, batch, options.max_new_tokens)  # the first run pays for allocations and compiled kernels
@@ -114,7 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {shards} holds no readable clip of task {', '.join(options.task)}", file=sys.stderr)
         return 2
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    result = {"device": f"{name}, {torch.get_num_threads()} CPU threads", **summarise(clips), "per_clip": clips}
+    result = {"device": f"{name}, {torch.get_num_threads()} CPU threads", **summarise(clips), "skipped": len(stream.rejected),
+              "per_clip": clips}
     for key, value in result.items():
         if key != "per_clip":
             print(f"{key:24} {value:.4g}" if isinstance(value, float) else f"{key:24} {value}")

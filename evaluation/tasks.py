@@ -23,7 +23,9 @@ SYNONYMS = [
     {"surprise", "surprised"},
     {"neutral", "unemotional"},
 ]
-NEGATION = re.compile(r"(?:\bnot|n't|\bno|\bnever|\brather than|\binstead of|\bneither|\bnor)(?:\s+(?:a|an|the))?\s*$")
+ADVERBS = "very|really|so|too|quite|exactly|particularly|especially|at all"  # "not very happy" is not happy
+NEGATION = re.compile(rf"(?:(?:\bnot|n't|\bnever)(?:\s+an?)?(?:\s+(?:{ADVERBS}))?|"
+                      r"\bno|\brather than|\binstead of|\bneither|\bnor)(?:\s+(?:a|an|the))?\s*$")
 
 
 def reference_of(sample: dict) -> str:
@@ -64,10 +66,10 @@ def split_chain(text: str) -> tuple[str | None, str]:
 def parse_choice(answer: str, choices: list[str]) -> str | None:
     """The one choice that a free-text answer names, or None when it names none or several.
 
-    Whole words only, case and punctuation aside, longer choices first ("not sad" is not "sad"; "female" does not hold "male");
-    a choice after a negation does not count, and a synonym counts where it is not a choice itself.
+    Whole words only, case, punctuation and the possessive aside, longer choices first ("not sad" is not "sad"; "female" does not
+    hold "male"); a choice after a negation does not count, and a synonym counts where it is not a choice itself.
     """
-    text = " " + re.sub(r"[^\w']+", " ", answer.lower()).strip() + " "
+    text = f" {_plain(answer)} "
     names: dict[str, str] = {}
     for choice in choices:
         names[_plain(choice)] = choice
@@ -91,16 +93,18 @@ def parse_choice(answer: str, choices: list[str]) -> str | None:
 def parse_letter(answer: str, choices: list[str]) -> str | None:
     """The choice that an answer to lettered options ("A. ...", "B. ...") gives, by letter, else by its words.
 
-    The article in "A man speaks" is not option A: a leading letter counts when it stands alone or before . ) : or ,
+    The article in "A man speaks" is not option A: a letter counts when it stands alone or before . ) : or , with quotes and
+    asterisks aside. "Answer: B" and "the answer is B" count first, the last of them: the options may be listed before it.
     """
     letters = "ABCDEFGHIJ"[:len(choices)]
-    for pattern in (rf"^\W*([{letters}])\s*(?:[.):,]|$)", rf"\(([{letters}])\)",
-                    rf"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)(?:\s+is)?\s*:?\s*\W?([{letters}])\s*(?:[.):,]|$)"):
-        match = re.search(pattern, answer.strip(), re.MULTILINE)
-        if match:
-            return choices[letters.index(match.group(1))]
-    return parse_choice(answer, choices)
+    letter, end, word = f"([{letters}])", r"""[\s*"']*(?:[.):,]|$)""", "(?i:answer|option|choice)"
+    said = rf"(?<!wrong )\b{word}(?:\W*:|\W+is\b)\W*(?:{word}\W+)?{letter}(?:{end}|\s+because\b)"
+    found = re.findall(said, answer, re.MULTILINE)[-1:]
+    for pattern in (rf"^\W*{letter}{end}", rf"\({letter}\)", rf"\b{word}\s*\W?{letter}{end}"):
+        found += re.findall(pattern, answer, re.MULTILINE)
+    return choices[letters.index(found[0])] if found else parse_choice(answer, choices)
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"[^\w']+", " ", text.lower()).strip()
+    """Lower case, words alone, without quotes and possessive 's."""
+    return " ".join(re.sub(r"'s\b|\B'|'\B|[^\w']", " ", text.lower().replace("’", "'")).split())

@@ -17,9 +17,10 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
 
 from data_tools.shards import ShardError, ShardIndex
-from evaluation.predictions import PredictionError, PredictionFile
+from evaluation.predictions import PredictionError, PredictionFile, row_key
 from evaluation.run import InputError, finish, prediction_row, shard_folder, start
 from model.features import SAMPLE_RATE, WINDOW_SECONDS, log_mel
+from model.pretrained import SourceError, fingerprint
 from train.config import Corpus, RecipeError
 from train.data.reader import decode, read_with_retry
 from train.data.rejected import BrokenSample
@@ -95,21 +96,21 @@ def main(arguments: list[str] | None = None) -> int:
             raise InputError(f"{options.whisper} holds no generation_config.json: give a whole Whisper folder, with decoder and "
                              "tokenizer")
         whisper = Whisper(options.whisper, place.device)
-        settings = {"whisper": str(options.whisper), "shards": index.fingerprint, "tasks": sorted(options.task),
-                    "limit": options.limit}
+        settings = {"whisper": str(options.whisper), "weights": fingerprint(options.whisper), "shards": index.fingerprint,
+                    "tasks": sorted(options.task), "limit": options.limit}
         file = PredictionFile(options.out, settings, place.rank, options.restart)
         if place.rank == 0:
             file.prepare()
-    except (InputError, PredictionError, RecipeError, ShardError) as problem:
+    except (InputError, PredictionError, RecipeError, ShardError, SourceError) as problem:
         error = str(problem)
     if place.stop(error):
         return 2
-    done = file.done()
+    done = place.first(file.done() if place.rank == 0 else None)
     mine = sorted(rows, key=lambda row: -float(index.samples[row]["duration"]))[place.rank::place.world_size]
     with tqdm(total=len(mine), desc=f"whisper {file.path.stem}", unit="utt", disable=place.rank != 0) as progress:
         for first in range(0, len(mine), options.batch):
             samples, waveforms, rejected = read_batch(index, mine[first:first + options.batch])
-            left = [i for i, sample in enumerate(samples) if sample["id"] not in done]
+            left = [i for i, sample in enumerate(samples) if row_key(sample) not in done]
             answers = []
             if left:
                 began = time.perf_counter()
@@ -120,8 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
                     answers.append(prediction_row(samples[i], text, text, "ctc") | {"tokens": len(ids), "wall": wall})
             file.append(answers, rejected)
             progress.update(len(samples) + len(rejected))
-    finish(file, place)
-    return 0
+    return 0 if finish(file, place) else 2
 
 
 if __name__ == "__main__":

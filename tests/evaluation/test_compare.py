@@ -33,6 +33,17 @@ def test_translation_uses_sacrebleu(tmp_path):
     assert metrics["chrf"]["difference"] < 0
 
 
+def test_directions_of_several_tokenizers_are_compared_by_themselves(tmp_path):
+    both = [("Chinese", "今天天气很好我们去公园"), ("French", "le petit chat est sur le tapis")]
+    rows = [{"id": f"{to}-{i}", "task": "translation", "lang": "en", "prompt": f"Translate the speech into {to}.",
+             "reference": text, "prediction": text} for i in range(3) for to, text in both]
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = compare.compare(file, file)["tasks"]
+    assert {task: part["utterances"] for task, part in tasks.items()} == {"translation en-fr": 3, "translation en-zh": 3}
+    assert all(part["metrics"]["bleu"]["first"] == pytest.approx(100) for part in tasks.values())
+
+
 def test_other_references_are_refused(tmp_path, capsys):
     first, second = write(tmp_path / "a.jsonl", ["x"]), write(tmp_path / "b.jsonl", ["x"], reference="else")
     assert compare.main([str(first), str(second)]) == 2

@@ -1,6 +1,6 @@
-"""The page, in a real browser: Debian's chromium, headless, driven by playwright.
+"""The page: what it refuses and how it ends, and, in a real browser (Debian's chromium, headless, driven by playwright), its use.
 
-Not part of `make setup`: pip install -r requirements-demo.txt playwright==1.65.2; apt-get install chromium.
+The browser is not part of `make setup`: pip install -r requirements-demo.txt playwright==1.65.2; apt-get install chromium.
 """
 
 import os
@@ -10,14 +10,20 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 
+import numpy as np
 import pytest
 import soundfile
+import torch
 
+from evaluation import demo
 from evaluation.demo import QUESTION
+from model import folder
 from tests.evaluation.conftest import SECONDS, sound
+from train.data.rejected import BrokenSample
 
 
 @pytest.fixture
@@ -75,6 +81,28 @@ def browser(tmp_path):
 
 def outside(requests: list[str], url: str) -> list[str]:
     return [request for request in requests if not request.startswith((url, "data:", "blob:"))]
+
+
+def test_a_long_upload_is_refused_unread(folders, tmp_path, monkeypatch):
+    talker = demo.Talker(folder.load(folders / "alignment"), 4)
+    monkeypatch.setattr(demo, "decode", lambda audio: pytest.fail("was read"))
+    long, broken = tmp_path / "long.flac", tmp_path / "broken.flac"
+    soundfile.write(long, np.zeros(301 * 8000), 8000)
+    broken.write_bytes(b"no audio")
+    with pytest.raises(ValueError, match="lasts 301 s, this model takes 300 s"):
+        next(talker.ask(str(long), ""))
+    with pytest.raises(BrokenSample, match="cannot be decoded"):
+        next(talker.ask(str(broken), ""))
+
+
+def test_who_leaves_ends_the_generation(folders):
+    talker, threads = demo.Talker(folder.load(folders / "shrinking"), 400), threading.active_count()
+    pieces = talker.answer(torch.zeros(16000), QUESTION)
+    next(pieces), next(pieces)
+    assert threading.active_count() == threads + 1
+    pieces.close()
+    assert threading.active_count() == threads
+    assert list(talker.answer(torch.zeros(16000), QUESTION))  # and the next question is answered
 
 
 @pytest.mark.slow

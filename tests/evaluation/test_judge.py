@@ -122,6 +122,40 @@ def test_judge_over_http_both_orders_and_goes_on(server, tmp_path, monkeypatch):
     assert "secret" not in (tmp_path / "p.judge.jsonl").read_text()
 
 
+def test_judgements_of_another_judge_wording_or_answer_do_not_count(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(judge.time, "sleep", lambda seconds: None)
+    row = {"id": "1", "task": "chat", "prompt": "Why?", "reference": "a fine reply", "prediction": "a good reply"}
+    file, template = tmp_path / "p.jsonl", tmp_path / "t.txt"
+    template.write_text("{description} {question} <answer 1>{first}</answer 1> {second}")
+
+    def asked(*options: str, **changes) -> int:
+        file.write_text(json.dumps(row | changes) + "\n")
+        before = len(Server.asked)
+        assert judge.main([str(file), "--endpoint", server, *options]) == 0
+        return len(Server.asked) - before
+
+    assert asked("--judge-model", "m") == 3  # 503, then both orders
+    assert asked("--judge-model", "n") == 2
+    assert "1 judgements in" in capsys.readouterr().out
+    assert asked("--judge-model", "n", "--template", str(template)) == 2
+    assert asked("--judge-model", "n", prediction="a bad reply") == 2
+    summary = json.loads((tmp_path / "p.judge.json").read_text())
+    assert summary["judge"].endswith(" n") and summary["tasks"]["chat"]["judged"] == 1 and summary["tasks"]["chat"]["score"] == 6
+    assert asked("--judge-model", "m") == 0  # all are kept
+
+
+def test_judging_goes_on_after_a_line_that_was_cut(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(judge.time, "sleep", lambda seconds: None)
+    file, kept = tmp_path / "p.jsonl", tmp_path / "p.judge.jsonl"
+    file.write_text("".join(json.dumps({"id": str(i), "reference": "a", "prediction": "good"}) + "\n" for i in range(2)))
+    command = [str(file), "--endpoint", server]
+    assert judge.main(command) == 0
+    kept.write_bytes(kept.read_bytes()[:-30])
+    for _ in range(2):
+        assert judge.main(command) == 0
+    assert len(kept.read_text().splitlines()) == 2 and len(Server.asked) == 7
+
+
 def test_no_server_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(judge.time, "sleep", lambda seconds: None)
     file = tmp_path / "p.jsonl"

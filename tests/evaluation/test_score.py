@@ -83,7 +83,9 @@ def test_paired_test_agrees_with_full_enumeration():
 @pytest.mark.parametrize(("answer", "expected"), [
     ("happy", "happy"), ("The speaker is HAPPY.", "happy"), ("She sounds joyful", "happy"), ("not happy but sad", "sad"),
     ("happy or sad", None), ("unhappy", None), ("It isn't sad", None), ("", None),
-    ("an angry voice, rather than a sad one", "angry"),
+    ("an angry voice, rather than a sad one", "angry"), ("not very happy", None), ("not a very happy voice", None),
+    ("She isn't really happy, but sad", "sad"), ("It isn’t at all sad", None), ("No, very happy", "happy"),
+    ("The emotion is 'sad'.", "sad"), ("‘happy’", "happy"),
 ])
 def test_parse_emotion(answer, expected):
     assert parse_choice(answer, ["happy", "sad", "angry"]) == expected
@@ -91,6 +93,8 @@ def test_parse_emotion(answer, expected):
 
 @pytest.mark.parametrize(("answer", "expected"), [
     ("female", "female"), ("It is a woman.", "female"), ("a man", "male"), ("The speaker is male, not female", "male"),
+    ("It is a man's voice.", "male"), ("It's a woman's voice", "female"), ("It’s not a man’s voice", None),
+    ("a man's or a woman's voice", None),
 ])
 def test_parse_gender(answer, expected):
     assert parse_choice(answer, ["male", "female"]) == expected
@@ -99,6 +103,10 @@ def test_parse_gender(answer, expected):
 @pytest.mark.parametrize(("answer", "expected"), [
     ("B", "a dog"), ("B. a dog", "a dog"), ("(C)", "a cat"), ("The answer is A.", "a man"), ("A man speaks", "a man"),
     ("A dog barks", "a dog"), ("Answer: C", "a cat"), ("a cat and a dog", None), ("D", None),
+    ("A. a man\nB. a dog\nAnswer: B", "a dog"), ("**B**", "a dog"), ('"B"', "a dog"), ("The answer is **B**.", "a dog"),
+    ("The correct answer is B because it barks", "a dog"), ("Answer: A\nNo. Answer: Option C", "a cat"),
+    ("B. This is better than option A.", "a dog"), ("A, since option B is wrong", "a man"), ("The answer is A dog", "a dog"),
+    ("The answer is not B.", None), ("The wrong answer is A.", None),
 ])
 def test_parse_letter(answer, expected):
     assert parse_letter(answer, ["a man", "a dog", "a cat"]) == expected
@@ -139,6 +147,21 @@ def test_translations_are_grouped_by_direction():
             for i, (lang, to) in enumerate([("fr", "English"), ("en", "French"), ("en", "French")])]
     assert {name: part["utterances"] for name, part in score.score_rows(rows)["translation"]["groups"].items()} == {
         "direction en-fr": 2, "direction fr-en": 1}
+
+
+@pytest.mark.parametrize("turned", [1, -1])
+def test_directions_of_several_tokenizers_have_no_common_bleu(turned):
+    """It would depend on which row comes first."""
+    rows = [{"id": "1", "task": "translation", "lang": "en", "prompt": "Translate the speech into Chinese.",
+             "reference": "今天天气很好我们去公园", "prediction": "今天天气很好我们去学校"},
+            {"id": "2", "task": "translation", "lang": "en", "prompt": "Translate the speech into French.",
+             "reference": "le petit chat est sur le tapis", "prediction": "le petit chat est sur un tapis"}][::turned]
+    scores = score.score_rows(rows)
+    whole = scores["translation"]
+    assert whole["bleu"] is None and "13a, zh" in whole["bleu_note"] and whole["chrf"] > 0
+    assert "tok:zh" in whole["groups"]["direction en-zh"]["bleu_signature"]
+    assert "tok:13a" in whole["groups"]["direction en-fr"]["bleu_signature"]
+    assert "by direction" in score.table(scores)
 
 
 def test_bleu_of_a_model_that_hardly_ever_matches_has_an_interval():

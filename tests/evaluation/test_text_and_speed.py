@@ -2,13 +2,14 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 from data_tools.shards import ShardIndex
-from evaluation import compare, retention, speed, whisper_baseline
+from evaluation import compare, retention, score, speed, whisper_baseline
 from evaluation.predictions import read_rows
 from tests.evaluation.conftest import byte_tokenizer
 from train.data.reader import decode
@@ -69,6 +70,15 @@ def test_speed_measures_every_stage(folders, packed, tmp_path):
         assert ("first_token_ms_median" in result) is (stage == "shrinking")
 
 
+def test_speed_skips_a_broken_clip(folders, packed, tmp_path, capsys):
+    out = tmp_path / "s.json"
+    assert speed.main(["--model", str(folders / "alignment"), "--shards", str(packed), "--clips", "8", "--device", "cpu",
+                       "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result["clips"] == 7 and result["skipped"] == 1
+    assert "skipped" in capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def whisper(parts, tmp_path_factory):
     """The tiny Whisper with a tokenizer beside it: a folder that can transcribe."""
@@ -101,3 +111,19 @@ def test_whisper_answers_as_transformers_does(whisper, folders, packed, tmp_path
         ids = model.generate(features, do_sample=False, num_beams=1)[0]
         assert rows[sample["id"]]["prediction"] == tokenizer.decode(ids, skip_special_tokens=True).strip()
     assert compare.compare(out, out)["tasks"]["asr"]["utterances"] == 7
+
+
+def test_other_weights_in_the_same_folder_are_another_whisper(whisper, packed, tmp_path, capsys):
+    path = tmp_path / "whisper"
+    shutil.copytree(whisper, path)
+    out = tmp_path / "w.jsonl"
+    command = ["--whisper", str(path), "--shards", str(packed), "--out", str(out), "--limit", "1", "--device", "cpu"]
+    assert whisper_baseline.main(command) == whisper_baseline.main(command) == 0
+    model = WhisperForConditionalGeneration.from_pretrained(path)
+    torch.nn.init.normal_(model.model.encoder.conv1.weight)
+    model.save_pretrained(path)
+    assert whisper_baseline.main(command) == 2
+    assert "made with other settings (weights was" in capsys.readouterr().err
+    settings = out.with_suffix(".run.json")  # predictions made before the weights were noted are scored as ever
+    settings.write_text(json.dumps({k: v for k, v in json.loads(settings.read_text()).items() if k != "weights"}))
+    assert score.main([str(out)]) == 0
