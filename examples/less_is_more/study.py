@@ -53,26 +53,34 @@ class Study:
     def overrides(self, variant: str, stage: str, seed: int) -> list[str]:
         """Of the quick start's recipe: what makes this variant's stage."""
         of = self.plan.variants[variant]
+        if "after" in of and stage != "sft":
+            return self.overrides(of.after, stage, seed)
         common = [*self.plan.overrides, *self.plan.get("stages", {}).get(stage, []), f"seed={seed}", f"data.seed={seed}"]
         like = self.plan.variants[of.like].shrinking if "like" in of else []
         if stage == "alignment":
             return [*common, *self.plan.alignments[of.alignment], f"output={self.first(of.alignment, seed).parent}"]
-        start = self.first(of.alignment, seed) / "model" if of.alignment else "fresh"
-        return [*common, *like, *of.shrinking, f"init_from={start}", f"output={self.folder(variant, seed).parent}"]
+        if stage == "sft":
+            start, own = self.folder(of.after, seed) / "model", of.sft
+        else:
+            start, own = self.first(of.alignment, seed) / "model" if of.alignment else "fresh", [*like, *of.shrinking]
+        return [*common, *own, f"init_from={start}", f"output={self.folder(variant, seed).parent}"]
 
     def recipe(self, variant: str, stage: str, seed: int) -> Recipe:
         return load_recipe(self.plan.recipes[stage], self.overrides(variant, stage, seed))
 
     def stages(self, variant: str) -> list[str]:
-        return ["alignment", "shrinking"] if self.plan.variants[variant].alignment else ["shrinking"]
+        of = self.plan.variants[variant]
+        if "after" in of:
+            return [*self.stages(of.after), "sft"]
+        return ["alignment", "shrinking"] if of.alignment else ["shrinking"]
 
     def first(self, alignment: str, seed: int) -> Path:
         """The folder of a stage I."""
         return self.output / f"stage-1-{alignment}-seed-{seed}" / "alignment"
 
     def folder(self, variant: str, seed: int) -> Path:
-        """Of stage II."""
-        return self.output / f"{variant}-seed-{seed}" / "shrinking"
+        """Of a variant's last stage: II, or III where it comes after another variant."""
+        return self.output / f"{variant}-seed-{seed}" / self.stages(variant)[-1]
 
     def predictions(self, folder: Path, decode: str, data: str, whole: bool = False) -> Path:
         """Of a stage's folder on one test set, or on the whole of it; their scores lie beside them."""
@@ -82,7 +90,7 @@ class Study:
         overrides = self.overrides(variant, stage, seed)
         recipe = load_recipe(self.plan.recipes[stage], overrides)
         folder = Path(recipe.output) / stage
-        before = Path(recipe.init_from).parent if stage == "shrinking" and recipe.init_from != "fresh" else None
+        before = Path(recipe.init_from).parent if stage != "alignment" and recipe.init_from != "fresh" else None
 
         def key() -> str:
             self._keys[folder] = digest(what_is_learnt(recipe), self.data.data_of(recipe), self._keys.get(before), self.ranks)
@@ -169,7 +177,7 @@ class Study:
         steps, begun = [*self.whisper(), *self.synthetic()], set()
         for seed in self.seeds:
             for name, variant in self.variants.items():
-                kind = (variant.alignment, seed)
+                kind = ("stage 1", variant.alignment, seed)
                 if variant.alignment and kind not in begun:
                     begun.add(kind)
                     first = self.train(name, "alignment", seed)
@@ -178,7 +186,10 @@ class Study:
                     if variant.alignment in self.plan.whole.ctc:
                         steps.append(self.score(folder, "ctc", whole=True))
                 folder = self.folder(name, seed)
-                steps += [self.train(name, "shrinking", seed), self.score(folder, "generate")]
+                if "after" in variant and (variant.after, seed) not in begun:
+                    steps.append(self.train(variant.after, "shrinking", seed))
+                begun.add((name, seed))
+                steps += [self.train(name, self.stages(name)[-1], seed), self.score(folder, "generate")]
                 if name in self.plan.joint:
                     steps.append(self.score(folder, "joint"))
                 steps += [self.score(folder, decode, whole=True) for decode in ("generate", "joint")

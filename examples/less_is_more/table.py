@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from train.config import Recipe
 
 OURS, BASELINE = "ours", "projector"
+STAGES = ("stage_1", "stage_2", "stage_3")
 ERRORS = ("substitutions", "deletions", "insertions")
 # How a variant is read out: what that adds to its name and title.
 DECODES = {"generate": ("", ""), "joint": (", joint", ": LLM and CTC head together, beam search")}
@@ -88,11 +89,14 @@ def collect(study: Study) -> dict:
             if not files(folder, "generate"):
                 continue
             first = study.first(variant.alignment, seed)
-            held = [hours(study.recipe(name, stage, seed)) for stage in study.stages(name)]
-            common = {"seed": seed, "stage_2": trained(folder), "hours": max(held)}
+            held = [hours(study.recipe(name, stage, seed)) for stage in study.stages(name) if stage != "sft"]  # the same clips
+            second = study.folder(variant.get("after", name), seed)
+            common = {"seed": seed, "stage_2": trained(second), "hours": max(held)}
             if variant.alignment:
                 common["stage_1"] = trained(first)
-            common["minutes"] = sum(common[stage]["minutes"] for stage in ("stage_1", "stage_2") if stage in common)
+            if folder != second:
+                common["stage_3"] = trained(folder)
+            common["minutes"] = sum(common[stage]["minutes"] for stage in STAGES if stage in common)
             for decode in DECODES:
                 if not (found := files(folder, decode)):
                     continue
@@ -244,7 +248,7 @@ def finish(study: Study, docs: Path | None = None) -> str:
     text = "\n\n".join(filter(None, (table(result), whole_table(result))))
     write_atomically(study.output / "results.json", json.dumps(result, indent=1) + "\n")
     picture(result).savefig(study.output / "picture.png", dpi=80)
-    runs = [row[stage] for row in result["rows"] for stage in ("stage_1", "stage_2") if stage in row]
+    runs = [row[stage] for row in result["rows"] for stage in STAGES if stage in row]
     commits = sorted({run["commit"] or "unknown" for run in runs})
     if any(row.get("former") for row in result["rows"]):
         text += "\n\n† of a former run, against ours and stage I of that run, which are not in the table any more."

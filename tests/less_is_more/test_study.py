@@ -30,6 +30,7 @@ def test_a_variant_differs_from_ours_in_what_it_is_about():
              "no-token-embeddings": {"model.shrinking.token_embeddings"}, "no-stage-1": {"optim.steps"},
              "longer": {"optim.steps"}, "synthetic": set(), "synthetic-2": {"data.train"},
              "data-10": {"data.train"}, "data-25": {"data.train"}, "data-50": {"data.train"}, "ours": set(),
+             "ours-sft": set(), "synthetic-sft": set(),
              "projector": {"model.alignment.stack_frames", "model.alignment.layers", "model.shrinking.enabled",
                            "model.shrinking.token_embeddings", "loss.ctc_weight", "optim.steps"}}
     about["projector-synthetic"] = about["projector"] | {"data.train"}
@@ -47,6 +48,9 @@ def test_a_variant_differs_from_ours_in_what_it_is_about():
                 "dialogues-train", *(["synthetic-train"] if name.startswith("synthetic") else [])]
         else:
             assert recipe.init_from == "fresh"
+    assert study.stages("synthetic-sft") == ["alignment", "shrinking", "sft"]
+    second = study.recipe("synthetic", "shrinking", 1).output
+    assert study.recipe("synthetic-sft", "sft", 1).init_from == f"{second}/shrinking/model"
 
 
 def test_trials_stay_on_the_valid_split_and_the_baseline_has_as_many_as_ours():
@@ -93,6 +97,10 @@ def test_variants_share_a_stage_one_and_every_step_has_a_name_of_its_own():
                            ("projector-synthetic", "train-projector-synthetic-seed-1-shrinking")):
         more = [step.name for step in Study(PLAN, seeds=[1], only=[variant]).steps()]
         assert more.index("synthetic") < more.index("pack-synthetic-train") < more.index(first)
+    behind = {step.name: step for step in Study(PLAN, seeds=[1], only=["ours-sft"]).steps()}
+    assert behind["train-ours-sft-seed-1-sft"].after == ("pack-synthetic-train", "train-ours-seed-1-shrinking")
+    assert behind["score-ours-sft-seed-1-joint-whole"].after == ("train-ours-sft-seed-1-sft",) and len(
+        [name for name in behind if name.startswith("train")]) == 3
     with pytest.raises(StepError, match="no variant others: .* has ours, .*projector"):
         Study(PLAN, only=["others"])
 
@@ -201,7 +209,7 @@ def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
         table.finish(study, docs)
 
 
-@pytest.mark.slow  # ten starts of real ranks and scorers, of some 12 s each
+@pytest.mark.slow  # twelve starts of real ranks and scorers, of some 12 s each
 def test_a_study_in_miniature_from_its_first_step_to_the_table(tmp_path):
     """The commands themselves, two at a time, with random models of width 32 and a few steps; then nothing is left to do, and
     a changed variant's steps alone would be done again."""
@@ -210,13 +218,15 @@ def test_a_study_in_miniature_from_its_first_step_to_the_table(tmp_path):
     for name in ("train", "valid"):
         (root / "shards" / name).symlink_to(root / name)
     plan = {"name": "miniature", "output": str(tmp_path / "study"), "seeds": [3], "ranks": 2,
-            "recipes": {"alignment": str(root / "stage1.yaml"), "shrinking": str(root / "stage2.yaml")},
+            "recipes": {"alignment": str(root / "stage1.yaml"), "shrinking": str(root / "stage2.yaml"),
+                        "sft": str(root / "stage3.yaml")},
             "overrides": ["deepspeed=ds_configs/zero1.json", "optim.steps=3", "data.valid=[]"],
-            "minutes": {"alignment": 0.2, "shrinking": 0.2, "score": 0.2, "whole": 0.2, "speed": 0.2},
+            "minutes": {"alignment": 0.2, "shrinking": 0.2, "sft": 0.2, "score": 0.2, "whole": 0.2, "speed": 0.2},
             "score": {"shards": ["valid"], "limit": 4, "max_new_tokens": 4}, "joint": ["ours"],
             "whole": {"ctc": ["full"], "generate": [], "joint": []},
             "speed": {"shards": "valid", "clips": 2}, "synthetic": None, "whisper": None, "alignments": {"full": []},
             "variants": {"ours": {"title": "ours", "alignment": "full", "shrinking": []},
+                         "later": {"title": "after stage III", "alignment": "full", "after": "ours", "sft": ["optim.steps=2"]},
                          "projector": {"title": "baseline", "alignment": None, "shrinking": [
                              "model.alignment.layers=0", "model.shrinking.enabled=false", "loss.ctc_weight=0"]}}}
 
@@ -236,12 +246,14 @@ def test_a_study_in_miniature_from_its_first_step_to_the_table(tmp_path):
     first, second = "stage-1-full-seed-3", "ours-seed-3"
     assert again() == {f"train-{first}-alignment", f"score-{first}-ctc", f"score-{first}-ctc-whole", f"train-{second}-shrinking",
                        *(f"score-{second}-{decode}" for decode in ("generate", "joint")), f"speed-{second}",
+                       "train-later-seed-3-sft", "score-later-seed-3-generate", "speed-later-seed-3",
                        "train-projector-seed-3-shrinking", "score-projector-seed-3-generate", "speed-projector-seed-3"}
     told = table.finish(study())
     result = json.loads((tmp_path / "study" / "results.json").read_text())
-    assert [row["variant"] for row in result["rows"]] == ["ours", "ours, joint", "projector"]
-    ours, joint, projector = result["rows"]
-    assert [row["stage_2"]["steps"] for row in result["rows"]] == [3, 3, 3]
+    assert [row["variant"] for row in result["rows"]] == ["ours", "ours, joint", "later", "projector"]
+    ours, joint, later, projector = result["rows"]
+    assert [row["stage_2"]["steps"] for row in result["rows"]] == [3, 3, 3, 3] and later["stage_3"]["steps"] == 2
+    assert later["minutes"] > ours["minutes"] and later["hours"] == ours["hours"] and "stage_3" not in ours
     assert ours["stage_1"]["steps"] == 3 and "stage_1" not in projector
     for row in result["rows"]:
         scored = row["scores"]["valid"]
