@@ -50,12 +50,13 @@ def look(entry: Entry, want_hash: bool, want_samples: bool) -> tuple[Entry | Fau
         return entry, None
     try:
         samples, rate, _ = decode(entry.audio, entry.offset, entry.duration)
+        wave = to_mono_16bit(samples, rate) if want_samples else None
     except ClipError as error:
         return Fault(entry.id, error.reason, str(error), entry.corpus), None
     entry.duration = round(len(samples) / rate, 6)
     if want_hash:
         entry.sound_hash = hash_of(samples, rate)
-    return entry, to_mono_16bit(samples, rate) if want_samples else None
+    return entry, wave
 
 
 class Transcriber:

@@ -9,6 +9,7 @@ on the same kind of CPU).
 from __future__ import annotations
 
 import io
+import math
 import os
 import wave
 import zlib
@@ -33,6 +34,8 @@ _EXTENSIONS = {
 }
 # A segment may end this much after its recording (annotators round), a clip this much before what its header promises.
 TOLERANCE_SECONDS = 0.25
+MAX_SECONDS = 4 * 3600.0  # of a clip where no filter says less: what is decoded stands in memory whole
+_MAX_FILTER = 1 << 24  # numbers in the resampler's filter, 64 MB
 
 
 @dataclass
@@ -46,15 +49,18 @@ class Clip:
     samples: np.ndarray | None = None  # [samples] int16 where it was decoded to mono at sample_rate
 
 
-def decode(audio: str, offset: float | None = None, duration: float | None = None) -> tuple[np.ndarray, int, bytes | None]:
+def decode(
+    audio: str, offset: float | None = None, duration: float | None = None, max_seconds: float = MAX_SECONDS
+) -> tuple[np.ndarray, int, bytes | None]:
     """Samples [n, channels] (int16 where the source has 16 bits or fewer, else float32), sample rate, and the source's bytes.
 
     With an offset the stretch [offset, offset + duration) seconds is decoded and nothing else (bytes: None); without one
-    the whole clip. Errors: ClipError, reasons missing_file | unreadable | command_failed | undecodable | zero_length |
-    truncated | not_finite.
+    the whole clip. What is longer than max_seconds is not decoded. Errors: ClipError, reasons missing_file | unreadable |
+    command_failed | undecodable | zero_length | truncated | not_finite | too_large | too_long.
     """
     data = read_bytes(audio) if offset is None else None
     if data is not None and (plain := _plain_wav(data)):
+        _check_length(len(plain[0]), plain[1], max_seconds)
         return *plain, data
     file = sound_of(data, audio) if data is not None else open_sound(audio)
     rate, start = file.samplerate, round((offset or 0.0) * file.samplerate)
@@ -63,10 +69,12 @@ def decode(audio: str, offset: float | None = None, duration: float | None = Non
     wanted = file.frames - start if offset is None or duration is None else round(duration * rate)
     if wanted <= 0:
         raise ClipError("zero_length", f"{audio}: a stretch of {duration} s")
+    there = min(wanted, file.frames - start)
+    _check_length(there, rate, max_seconds)
     exact = file.subtype in ("PCM_16", "PCM_S8", "PCM_U8")
     try:
         file.seek(start)
-        samples = file.read(min(wanted, file.frames - start), dtype="int16" if exact else "float32", always_2d=True)
+        samples = file.read(there, dtype="int16" if exact else "float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise ClipError("undecodable", f"{audio}: {error.error_string}") from None
     if len(samples) == 0:
@@ -81,6 +89,11 @@ def decode(audio: str, offset: float | None = None, duration: float | None = Non
     return samples, rate, data
 
 
+def _check_length(frames: int, rate: int, max_seconds: float) -> None:
+    if (seconds := frames / rate) > max_seconds:
+        raise ClipError("too_long", f"{seconds:.3f} s, more than {max_seconds:g}", seconds)
+
+
 def _plain_wav(data: bytes) -> tuple[np.ndarray, int] | None:
     """A whole 16-bit WAV: samples [n, channels] int16 as they stand there, and the rate; None leaves it to libsndfile, which
     reads through callbacks into Python and takes about three times as long."""
@@ -89,7 +102,7 @@ def _plain_wav(data: bytes) -> tuple[np.ndarray, int] | None:
     try:
         buffer = io.BytesIO(data)
         with wave.open(buffer) as file:  # stands at the first sample then
-            if file.getsampwidth() != 2 or not file.getnframes():
+            if file.getsampwidth() != 2 or not file.getnframes() or not file.getframerate():
                 return None
             count = file.getnframes() * file.getnchannels()
             return np.frombuffer(data, "<i2", count, buffer.tell()).reshape(-1, file.getnchannels()), file.getframerate()
@@ -111,8 +124,20 @@ def _resampler(rate: int, target: int):
     return torchaudio.transforms.Resample(rate, target)
 
 
+def check_rate(rate: int, target: int = SAMPLE_RATE) -> None:
+    """Errors: ClipError odd_rate where the resampler, which keeps (rate / gcd) x (target / gcd) numbers, would take too much
+    memory: 2.8 GB from 44101 to 16000 Hz, where 44100 takes 0.3 MB."""
+    common = math.gcd(rate, target)
+    if (rate // common) * (target // common) > _MAX_FILTER:
+        raise ClipError("odd_rate", f"{rate} Hz is not resampled to {target} Hz here: bring it to a usual rate first")
+
+
 def to_mono_16bit(samples: np.ndarray, rate: int, target_rate: int = SAMPLE_RATE) -> np.ndarray:
-    """[samples, channels] at `rate` -> [samples'] int16 at `target_rate`: channels averaged, then band-limited resampling."""
+    """[samples, channels] at `rate` -> [samples'] int16 at `target_rate`: channels averaged, then band-limited resampling.
+
+    Errors: ClipError odd_rate.
+    """
+    check_rate(rate, target_rate)
     if samples.dtype == np.int16 and samples.shape[1] == 1 and rate == target_rate:
         return samples[:, 0]
     wave = samples.astype(np.float32) / 32768.0 if samples.dtype == np.int16 else samples
@@ -172,6 +197,7 @@ def make_clip(
     codec: str = "flac",
     rate: int | None = SAMPLE_RATE,
     cut: Callable[[np.ndarray, int], np.ndarray] | None = None,
+    max_seconds: float = MAX_SECONDS,
 ) -> Clip:
     """The whole way for one entry. rate: samples a second, None keeps the source's. cut: chooses a part of the samples.
 
@@ -182,7 +208,7 @@ def make_clip(
     if codec == "copy" and offset is None:
         return _copied(audio)
     codec = "flac" if codec == "copy" else codec
-    samples, source_rate, data = decode(audio, offset, duration)
+    samples, source_rate, data = decode(audio, offset, duration, max_seconds)
     target = rate or source_rate
     wave = to_mono_16bit(samples, source_rate, target)
     if cut is not None:

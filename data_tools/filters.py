@@ -26,6 +26,7 @@ FAULTS = {
     "truncated",
     "not_finite",
     "zero_length",
+    "odd_rate",
 }
 
 
@@ -102,6 +103,8 @@ class Sieve:
         def refuse(reason: str, detail: str) -> Fault:
             return Fault(entry.id, reason, detail, entry.corpus)
 
+        if seconds <= 0:
+            return refuse("zero_length", f"a stretch of {seconds} s")
         if f.min_seconds is not None and seconds < f.min_seconds:
             return refuse("too_short", f"{seconds:.3f} s")
         if f.max_seconds is not None and seconds > f.max_seconds:
@@ -139,6 +142,8 @@ def complete(entry: Entry, normalise: str = "raw") -> Fault | None:
     if entry.task is None:
         answered = entry.response is not None or entry.messages or entry.label is not None
         entry.task = "text" if entry.audio is None else "chat" if answered else "asr"
+    if entry.offset is None and not entry.duration:
+        entry.duration = None  # a 0 there is a corpus that does not know; the decoded clip tells
     if entry.audio is None and not entry.messages and not (entry.prompt and entry.response):
         return Fault(
             entry.id, "no_audio", "neither audio nor a text-only sample (prompt and response, or messages)", entry.corpus

@@ -79,9 +79,9 @@ def answer_of(entry: Entry, task: str) -> str | None:
 
 
 def wrap(
-    entry: Entry, task: str, templates: list[Template], chains: list[Template], chain_share: float, target: str, seed: int
+    entry: Entry, task: str, templates: list[Template], chains: list[Template], chain_share: float, target: str | None, seed: int
 ) -> Entry | Fault:
-    """One corpus entry as a chat sample of `task`."""
+    """One corpus entry as a chat sample of `task`. target: language to translate into; None: the entry's, else English."""
     key = f"{entry.corpus}/{entry.id}"
     answer = answer_of(entry, task)
     if not answer:
@@ -92,10 +92,13 @@ def wrap(
             entry.corpus,
         )
     template = templates[int(draw(seed, "wording", f"{task}:{key}") * len(templates))]
+    target = target or entry.target_lang or "English"
     values = {"target": target, "label": plain_label(entry.label or ""), "lang": entry.lang or ""}
     prompt, response = fill(template.instruction, values), fill(template.answer, values | {"answer": answer})
     origin = f"{task} template {template.name} on {key}"
     sample = replace(entry, id=f"{entry.id}-{task}", task=task, prompt=prompt, response=response, origin=origin)
+    if task == "translation":
+        sample.target_lang = target
     return sample if task == "asr" else chained(sample, chains, chain_share, seed)  # a transcript would be given twice
 
 
@@ -276,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--corpus", action="append", required=True, metavar="NAME:PATH[,option=value]")
     add("--task", required=True, help="asr, translation, emotion, gender, sound, or another with --templates")
     add("--templates", type=Path, help="one instruction a line; default: data_tools/templates/TASK.txt")
-    add("--target", default="English", help="language to translate into, as the instruction names it")
+    add("--target", help="language to translate into, as the instruction names it; default: the corpus' target_lang, or English")
     reading = commands.add_parser("text", help="text-only instruction sets")
     speaking = commands.add_parser("speak", help="text-only instruction sets with the question spoken")
     for sub in (reading, speaking):

@@ -272,9 +272,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("pack: interrupted; run the same command again: it goes on", file=sys.stderr)
         return 130
-    except BrokenProcessPool:
+    except BrokenProcessPool as error:
+        where = f" while it wrote {error}" if str(error) else ""
         print(
-            "pack: a worker process died (out of memory?); run the same command again, with fewer --workers: it goes on",
+            f"pack: a worker process died{where} (out of memory?); run the same command again, with fewer --workers: it goes on",
             file=sys.stderr,
         )
     return 1

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_tools import quality
-from data_tools.audio import SAMPLE_RATE, make_clip
+from data_tools.audio import MAX_SECONDS, SAMPLE_RATE, make_clip
 from data_tools.corpora import Entry, Fault
 from data_tools.filters import FAULTS, Sieve, load_tokenizer
 from data_tools.plan import shard_entries
@@ -66,7 +67,10 @@ class Packing:
             try:
                 fault, seconds = self._add(writer, number, entry)
             except ClipError as error:
-                fault, seconds = Fault(entry.id, error.reason, str(error), entry.corpus), entry.duration or 0.0
+                fault = Fault(entry.id, error.reason, str(error), entry.corpus)
+                seconds = error.seconds or entry.duration or 0.0
+            except ValueError as error:  # what this row alone holds and a shard cannot: one row is no reason to stop
+                fault, seconds = Fault(entry.id, "bad_row", str(error), entry.corpus), entry.duration or 0.0
             if fault is not None:
                 rejected.append((fault, seconds))
             if progress is not None:
@@ -93,7 +97,7 @@ class Packing:
         return len(entries), sum(fault.reason in FAULTS for fault, _ in rejected)
 
     def _add(self, writer: ShardWriter, number: int, entry: Entry) -> tuple[Fault | None, float]:
-        """Decode, judge and append one sample; (why not, seconds). Errors: ClipError."""
+        """Decode, judge and append one sample; (why not, seconds). Errors: ClipError, ValueError (no JSON)."""
         key = f"{number:09d}-{re.sub(r'[^A-Za-z0-9_-]', '_', entry.id)[:60]}"
         if entry.audio is None:
             writer.add(key, None, "", record_of(entry, 0.0, None))
@@ -103,7 +107,11 @@ class Packing:
             cut = lambda samples, rate: quality.clearest(samples, rate, self.clearest_seconds)  # noqa: E731
         # A cut needs samples, so copy cannot pass such a clip through.
         codec = "flac" if self.codec == "copy" and cut is not None else self.codec
-        clip = make_clip(entry.audio, entry.offset, entry.duration, codec=codec, rate=self.rate, cut=cut)
+        # What is too long is refused before it is decoded: a clip of days would take all memory.
+        most = self.sieve.filters.max_seconds
+        if most is None or cut is not None:  # the filter judges what a cut leaves
+            most = MAX_SECONDS
+        clip = make_clip(entry.audio, entry.offset, entry.duration, codec=codec, rate=self.rate, cut=cut, max_seconds=most)
         if fault := self.sieve.judge_clip(entry, clip.duration):
             return fault, clip.duration
         if len(clip.data) >= 2**32:
@@ -118,7 +126,7 @@ class Packing:
         """Pack the given planned shards in `workers` processes.
 
         Errors: OutputError (raised in a worker, re-raised here), PackError past the share of broken clips,
-        BrokenProcessPool for a worker that died.
+        BrokenProcessPool for a worker that died, its text naming the shards that were being written.
         """
         if self._will_resample(shards):
             import torchaudio  # noqa: F401  loaded before the fork (seconds), so that workers share it; otherwise nobody pays
@@ -129,6 +137,10 @@ class Packing:
         pool = ProcessPoolExecutor(min(workers, len(shards)), context, _start_worker, (self, progress, os.getpid()))
         try:
             self._follow({pool.submit(_work, shard) for shard in shards}, hours, progress)
+        except BrokenProcessPool:
+            pool.shutdown(wait=True)  # the other workers end too, each inside its shard
+            names = sorted(path.name.rpartition(".tar.")[0] for path in self._left_behind() if ".tar." in path.name)
+            raise BrokenProcessPool(" or ".join(f"{name}.tar" for name in names)) from None
         finally:
             # Shards that stand in the queue are dropped; one that is being written when another fails ends first.
             pool.shutdown(wait=True, cancel_futures=True)
@@ -189,10 +201,13 @@ class Packing:
 
     def clear_unfinished(self) -> None:
         """Remove what killed processes of this machine left half written (those of other machines go with the merge)."""
-        host = os.uname().nodename
-        for path in (self.folder / WORK).glob(f"*.{host}.*"):
-            if not Path(f"/proc/{path.name.rpartition('.')[2]}").exists():
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for path in self._left_behind():
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def _left_behind(self) -> list[Path]:
+        """Unfinished work of this machine's processes that are no more."""
+        found = (self.folder / WORK).glob(f"*.{os.uname().nodename}.*")
+        return [path for path in found if not Path(f"/proc/{path.name.rpartition('.')[2]}").exists()]
 
     def missing(self, shards: int) -> list[int]:
         return [shard for shard in range(shards) if not self.summary_path(shard).exists()]

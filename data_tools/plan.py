@@ -141,7 +141,8 @@ def _scan(folder: Path, corpora: Iterable[Iterable[Entry | Fault]], sieve: Sieve
             ids.write(struct.pack("<QQ", id_hash(item.corpus, item.id), scan.samples))
             if sieve.filters.drop_duplicates and item.audio:
                 stretch = f"{item.sound_hash}:{item.offset}:{item.duration if item.offset is not None else None}"
-                digest = hashlib.blake2b(f"{stretch}:{item.task}:{item.prompt}".encode(), digest_size=8).digest()
+                asked = f"{item.task}:{item.prompt}:{item.target_lang}"
+                digest = hashlib.blake2b(f"{stretch}:{asked}".encode(), digest_size=8).digest()
                 hashes.write(digest + struct.pack("<Q", scan.samples))
             scan.samples, scan.bytes, scan.seconds = scan.samples + 1, scan.bytes + size, scan.seconds + seconds
     return scan

@@ -41,7 +41,7 @@ SAMPLE_DTYPE = np.dtype(
 )
 INDEX_NAME, TABLE_NAME = "index.json", "samples.npy"
 RECORD_FIELDS = ("id", "corpus", "task", "text", "lang", "duration", "sample_rate")
-OPTIONAL_FIELDS = ("prompt", "response", "label", "speaker", "messages", "origin")
+OPTIONAL_FIELDS = ("target_lang", "prompt", "response", "label", "speaker", "messages", "origin")
 _BLOCK = 512
 _WRITE_OUT_BYTES = 4 << 20
 _MAX_MEMBER_BYTES = 2**32 - 1

@@ -23,13 +23,14 @@ import soundfile
 
 
 class ClipError(ValueError):
-    """One clip that cannot be used: `reason` is a fixed word, the text says what was found."""
+    """One clip that cannot be used: `reason` is a fixed word, the text says what was found, `seconds` its length if known."""
 
-    def __init__(self, reason: str, detail: str):
+    def __init__(self, reason: str, detail: str, seconds: float | None = None):
         super().__init__(detail)
-        self.reason = reason
+        self.reason, self.seconds = reason, seconds
 
 
+_MAX_BYTES = 1 << 32  # of a whole clip, which is held in memory
 _MAX_FRAMES_PER_BYTE = 4096  # silence in FLAC comes to about 300
 _FORM = re.compile(r"(tar|ark|parquet|arrow|pipe):(.+)", re.DOTALL)
 
@@ -41,7 +42,10 @@ def kind_of(audio: str) -> tuple[str, str]:
 
 
 def read_bytes(audio: str) -> bytes:
-    """All bytes of one clip as they stand in the corpus. Errors: ClipError missing_file | unreadable | command_failed."""
+    """All bytes of one clip as they stand in the corpus.
+
+    Errors: ClipError missing_file | unreadable | command_failed | too_large.
+    """
     kind, rest = kind_of(audio)
     try:
         return _READERS[kind](rest)
@@ -96,6 +100,8 @@ def _believable(file: soundfile.SoundFile, size: int, audio: str) -> soundfile.S
 
 def _file(path: str) -> bytes:
     with open(path, "rb") as file:
+        if (size := os.fstat(file.fileno()).st_size) > _MAX_BYTES:
+            raise ClipError("too_large", f"{path}: {size} bytes, a whole clip may have 4 GiB: give stretches of it (offset)")
         return file.read()
 
 

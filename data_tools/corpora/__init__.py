@@ -38,6 +38,7 @@ class Entry:
     corpus: str = ""
     task: str | None = None
     lang: str | None = None
+    target_lang: str | None = None  # a translation's, by the name that an instruction has for it: German
     offset: float | None = None
     duration: float | None = None
     prompt: str | None = None
@@ -62,7 +63,7 @@ class Entry:
 
 ENTRY_FIELDS = tuple(f.name for f in dataclasses.fields(Entry))
 _values = attrgetter(*ENTRY_FIELDS)
-_encode = json.JSONEncoder(ensure_ascii=False).encode
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode  # NaN is no JSON: shards refuse it too
 _NUMBERS = ("offset", "duration", "size")
 _STRINGS = tuple(name for name in ENTRY_FIELDS if name not in (*_NUMBERS, "messages"))
 _strings = attrgetter(*_STRINGS)
@@ -102,6 +103,8 @@ def malformed(entry: Entry) -> Fault | None:
         entry.to_json().encode()
     except UnicodeEncodeError as error:
         return fault(f"not valid Unicode: {error.reason}")
+    except ValueError as error:  # NaN or infinity somewhere inside messages
+        return fault(str(error))
     return None
 
 
@@ -128,7 +131,8 @@ READERS = {
     "vggsound": "sounds:VGGSound",
     "esc50": "sounds:ESC50",
 }
-_DEFAULTS = ("task", "lang", "prompt", "label", "speaker", "origin")  # options of every reader: values for entries without
+# Options of every reader: values for entries without.
+_DEFAULTS = ("task", "lang", "target_lang", "prompt", "label", "speaker", "origin")
 
 
 class Corpus:

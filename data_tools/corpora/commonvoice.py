@@ -84,6 +84,7 @@ class CoVoST:
                 audio=str(self.clips / row["path"]),
                 text=(row.get("sentence") or "").strip('"') or None,
                 lang=self.source,
+                target_lang=self.target,
                 task="translation",
                 prompt=f"Please translate the following audio into {self.target}.",
                 response=row["translation"],

@@ -36,9 +36,9 @@ def rows(
 class Table:
     """FILE.csv, .tsv or .jsonl (also .gz) whose columns are named by options: audio=path,text=sentence,label=emotion.
 
-    Columns: id, audio, text, duration, offset, end (instead of duration, with offset), lang_column, speaker, prompt,
-    response, label, recording, hypothesis. A column that is not named and exists under its own name is taken. root: folder
-    that relative audio paths start from (default: the table's); suffix: appended to them.
+    Columns: id, audio, text, duration, offset, end (instead of duration, with offset), lang_column, target_lang, speaker,
+    prompt, response, label, recording, hypothesis. A column that is not named and exists under its own name is taken. root:
+    folder that relative audio paths start from (default: the table's); suffix: appended to them.
     """
 
     COLUMNS = (
@@ -48,6 +48,7 @@ class Table:
         "duration",
         "offset",
         "end",
+        "target_lang",
         "speaker",
         "prompt",
         "response",
@@ -67,6 +68,7 @@ class Table:
         offset: str | None = None,
         end: str | None = None,
         lang_column: str | None = None,
+        target_lang: str | None = None,
         speaker: str | None = None,
         prompt: str | None = None,
         response: str | None = None,

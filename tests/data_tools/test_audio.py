@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from data_tools import quality
-from data_tools.audio import decode, encode, make_clip, ogg_checksum, to_mono_16bit, with_serial
+from data_tools import audio, quality, sources
+from data_tools.audio import check_rate, decode, encode, make_clip, ogg_checksum, to_mono_16bit, with_serial
 from data_tools.sources import ClipError
 from tests.data_tools.conftest import tone
 
@@ -130,6 +130,38 @@ def test_impossible_lengths_do_not_take_memory(tmp_path):
         (tmp_path / "b.flac").write_bytes(bytes(data))
         for stretch in ((), (0.0, 0.5), (0.0, None)):
             assert reason(tmp_path / "b.flac", *stretch) == "undecodable"
+
+
+def test_what_would_take_all_memory_is_refused(tmp_path, monkeypatch):
+    short, long = write(tmp_path / "short.flac", tone(0.5)), write(tmp_path / "long.flac", tone(2.0))
+    whole = write(tmp_path / "long.wav", tone(2.0))
+    with monkeypatch.context() as patched:
+        patched.setattr(soundfile.SoundFile, "read", lambda *arguments, **options: pytest.fail("it was decoded"))
+        for path in (long, whole):
+            assert reason(path, max_seconds=1.0) == reason(path, 0.25, 1.5, max_seconds=1.0) == "too_long"
+    assert make_clip(long, 0.25, 1.0, max_seconds=1.0).duration == 1.0
+    assert make_clip(short).duration == 0.5 and audio.MAX_SECONDS == 4 * 3600
+    monkeypatch.setattr(sources, "_MAX_BYTES", 20_000)
+    assert reason(whole) == "too_large" and make_clip(whole, 0.0, 0.5).duration == 0.5
+
+
+def test_a_wav_without_a_rate_is_refused(tmp_path):
+    data = bytearray(open(write(tmp_path / "a.wav", tone(0.5)), "rb").read())
+    data[24:28] = bytes(4)
+    (tmp_path / "b.wav").write_bytes(bytes(data))
+    assert reason(tmp_path / "b.wav") == "undecodable"
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 12000, 16000, 22050, 24000, 32000, 44056, 44100, 48000, 88200, 96000, 192000])
+def test_usual_rates_are_resampled(rate):
+    check_rate(rate)
+    assert len(to_mono_16bit(tone(0.1, rate)[:, None], rate)) == pytest.approx(1600, abs=1)
+
+
+@pytest.mark.parametrize("rate", [7999, 22254, 44101, 47999])
+def test_a_rate_whose_resampler_takes_gigabytes_is_refused(rate, tmp_path):
+    path = write(tmp_path / "a.flac", tone(0.1, rate), rate)
+    assert reason(path) == "odd_rate" and make_clip(path, rate=None).sample_rate == rate
 
 
 def test_a_wav_from_a_pipe_has_no_honest_size(tmp_path):

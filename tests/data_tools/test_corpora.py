@@ -84,7 +84,8 @@ def covost(root):
         "path\tsentence\ttranslation\tclient_id\ncommon_voice_en_7.mp3\tGood morning\tGuten Morgen\tx\ngone.mp3\ta\t\ty\n",
     )
     told = {"text": "Good morning", "response": "Guten Morgen", "task": "translation", "lang": "en"}
-    return f"covost:{table}", 1, 1, told | {"prompt": "Please translate the following audio into German."}
+    asked = {"target_lang": "German", "prompt": "Please translate the following audio into German."}
+    return f"covost:{table}", 1, 1, told | asked
 
 
 def _giga(name):
@@ -313,6 +314,14 @@ def test_a_command_that_fails_costs_its_clip(tmp_path):
     assert pack.main(["--manifest", str(manifest_path), "--out", str(out), "--workers", "1", "--allow-pipes"]) == 0
     fault = json.loads((out / "rejected.jsonl").read_text())
     assert fault["reason"] == "command_failed" and "ended with 3: no" in fault["detail"]
+
+
+def test_every_reader_takes_a_target_language_and_tables_have_a_column_of_it(tmp_path):
+    specification, *_ = commonvoice(tmp_path)
+    found = [item for item in Corpus(f"{specification},target_lang=German") if isinstance(item, Entry)]
+    assert [entry.target_lang for entry in found] == ["German"]
+    path = text(tmp_path / "t.csv", "audio,text,response,target_lang\na.wav,hi,hallo,German\nb.wav,hi,salut,French\n")
+    assert [entry.target_lang for entry in Corpus(f"table:{path},task=translation")] == ["German", "French"]
 
 
 def test_reading_again_what_was_packed_keeps_every_field(corpus, tmp_path):

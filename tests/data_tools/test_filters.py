@@ -67,6 +67,20 @@ def test_default_tasks():
     assert sound.text == "the sound is dog bark" and sound.label == "Dog_bark"
 
 
+def test_a_duration_of_zero_is_not_known_and_a_stretch_of_zero_holds_nothing(tmp_path):
+    assert judged(duration=0).duration is judged(duration=0.0).duration is None
+    assert judged(duration=0, offset=0.0) == "zero_length"
+    soundfile.write(tmp_path / "a.wav", tone(0.5), 16000)
+    rows = [{"id": "whole", "audio": "a.wav", "text": "x", "duration": 0}]
+    rows.append({"id": "stretch", "audio": "a.wav", "text": "x", "offset": 0.1, "duration": 0})
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert pack.main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
+    index = ShardIndex.load(tmp_path / "out")
+    assert [index.read(row)[1]["id"] for row in range(len(index))] == ["whole"] and index.samples["duration"][0] == 0.5
+    (refused,) = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(refused)["id"] == "stretch" and json.loads(refused)["reason"] == "zero_length"
+
+
 def test_word_error_rate_is_jiwers_after_whispers_normaliser():
     assert word_error_rate("Mr. Smith's colour, okay?", "mister smith's color okay", "en") == 0
     assert word_error_rate("one two three four", "one too three", "de") == jiwer.wer("one two three four", "one too three") == 0.5

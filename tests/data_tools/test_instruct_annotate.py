@@ -69,6 +69,16 @@ def test_each_shipped_task(task, fields, answer):
     )
 
 
+def test_a_translation_without_target_goes_into_the_language_of_its_entry():
+    entry = Entry(id="a", audio="/a", text="hi", response="hallo", target_lang="German")
+    templates = load_templates(TEMPLATES / "translation.txt")
+    for target, expected in ((None, "German"), ("Deutsch", "Deutsch")):
+        sample = wrap(entry, "translation", templates, [], 0.0, target, 0)
+        assert expected in sample.prompt and sample.target_lang == expected
+    sample = wrap(Entry(id="a", audio="/a", response="hi"), "translation", templates, [], 0.0, None, 0)
+    assert "English" in sample.prompt and sample.target_lang == "English"
+
+
 def test_a_transcript_with_braces_is_left_alone():
     templates = [instruct.Template("Write {label}", "{answer}", "t:1")]
     sample = wrap(Entry(id="a", audio="/a", text="use {label} and {answer}"), "asr", templates, [], 0.0, "English", 0)

@@ -227,6 +227,16 @@ def test_a_worker_that_dies_is_an_error(corpus, tmp_path, monkeypatch, capsys):
     assert pack.main(["--manifest", str(corpus), "--out", str(tmp_path / "packed"), "--workers", "1"]) == 0
 
 
+def test_a_worker_that_dies_leaves_its_shards_name(corpus, tmp_path, monkeypatch, capsys):
+    def die(self, *arguments):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(Packing, "_add", die)
+    options = ["--manifest", str(corpus), "--out", str(tmp_path / "packed"), "--workers", "1", "--shard-mb", "0.1"]
+    assert pack.main(options) == 1
+    assert "a worker process died while it wrote packed-000000.tar (out of memory?)" in capsys.readouterr().err
+
+
 def test_workers_do_not_outlive_a_killed_parent(large_corpus, tmp_path):
     process = start(large_corpus, tmp_path / "packed")
     children = []

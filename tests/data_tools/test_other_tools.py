@@ -84,3 +84,19 @@ def test_lhotse_shar_can_be_packed(tmp_path):
             wave = soundfile.read(io.BytesIO(audio), dtype="int16")[0]
             assert record["text"] == cut.supervisions[0].text
             assert np.array_equal(wave, np.rint(cut.load_audio()[0] * 32768)), "the cut, not its recording"
+
+
+def test_a_benchmark_does_not_take_the_clips_of_other_options(tmp_path):
+    from benchmarks.pack import prepare
+
+    manifest, cuts, hours = prepare(tmp_path / "b", None, 0.001)
+    before = manifest.stat().st_mtime_ns
+    assert prepare(tmp_path / "b", None, 0.001)[2] == hours and manifest.stat().st_mtime_ns == before
+    real = tmp_path / "m.jsonl"
+    real.write_text('{"audio": "a.wav", "text": "x"}\n')
+    for options in ((None, 0.002), (real, 0.001)):
+        with pytest.raises(SystemExit, match="made with another --manifest or --hours: remove it, or give another --folder"):
+            prepare(tmp_path / "b", *options)
+    (tmp_path / "b" / "source.json").unlink()
+    with pytest.raises(SystemExit, match="made with another"):
+        prepare(tmp_path / "b", None, 0.001)

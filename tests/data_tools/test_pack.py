@@ -13,8 +13,10 @@ import soundfile
 import webdataset
 
 from data_tools import pack
+from data_tools.corpora import Entry
+from data_tools.packing import Packing
 from data_tools.shards import SAMPLE_DTYPE, ShardIndex, id_hash
-from tests.data_tools.conftest import REASONS
+from tests.data_tools.conftest import REASONS, tone
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -114,3 +116,57 @@ def test_seed_changes_the_order_and_none_keeps_it(corpus, tmp_path):
         orders[name] = [index.read(row)[1]["id"] for row in range(len(index))]
     assert orders["seed0"] != orders["seed1"] and sorted(orders["seed0"]) == sorted(orders["seed1"])
     assert orders["none"] == [f"spk.{number}/é" for number in range(11)] + ["stereo", "text"]
+
+
+def test_nan_inside_a_turn_costs_that_line(corpus, tmp_path):
+    turns = [{"role": "user", "content": "<audio_patch>"}, {"role": "assistant", "content": "A bird.", "score": float("nan")}]
+    with open(corpus, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"id": "turns", "audio": "clip 0.wav", "messages": turns}) + "\n")
+    out = tmp_path / "packed"
+    assert pack.main(["--manifest", str(corpus), "--out", str(out), "--workers", "1"]) == 0
+    lines = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert {line["id"]: line["reason"] for line in lines} == REASONS | {"turns": "bad_row"}
+
+
+def test_a_row_that_a_shard_cannot_hold_does_not_end_its_worker(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", tone(0.5), 16000)
+    entries = [Entry(id=name, audio=str(tmp_path / "a.wav"), text="x", corpus="c", task="asr") for name in ("bad", "good")]
+    entries[0].messages = [{"role": "assistant", "content": "x", "score": float("inf")}]
+    monkeypatch.setattr("data_tools.packing.shard_entries", lambda folder, shard: (0, entries))
+    packing = Packing(tmp_path, "p")
+    packing.summary_path(0).parent.mkdir(parents=True)
+    assert packing.write_shard(0) == (2, 1)
+    summary, ((line, _),) = packing.load(0)
+    assert len(summary.rows) == 1 and (json.loads(line)["id"], json.loads(line)["reason"]) == ("bad", "bad_row")
+
+
+def test_too_long_is_found_before_decoding(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "long.flac", tone(3.0), 16000)
+    soundfile.write(tmp_path / "long.wav", tone(3.0), 16000)
+    soundfile.write(tmp_path / "good.flac", tone(0.5), 16000)
+    rows = [{"id": name, "audio": name, "text": "x"} for name in ("long.flac", "long.wav", "good.flac")]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read, most = soundfile.SoundFile.read, []
+
+    def reading(self, frames=-1, **options):
+        most.append(frames)
+        return read(self, frames, **options)
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", reading)
+    monkeypatch.setattr(Packing, "run", lambda self, shards, hours, workers: [self.write_shard(shard) for shard in shards])
+    options = ["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out")]
+    assert pack.main([*options, "--max-seconds", "2"]) == 0
+    assert most == [8000], "the long one is not decoded"
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert index["rejected"] == {"too_long": 2} and abs(index["rejected_hours"]["too_long"] - 6 / 3600) < 1e-5
+
+
+def test_a_translation_keeps_its_language(tmp_path):
+    from model.prompt import messages_of
+
+    soundfile.write(tmp_path / "a.wav", tone(0.5), 16000)
+    row = {"id": "a", "audio": "a.wav", "task": "translation", "text": "hi", "response": "hallo", "target_lang": "German"}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
+    pack.main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"])
+    record = ShardIndex.load(tmp_path / "out").read(0)[1]
+    assert record["target_lang"] == "German" and "into German" in messages_of(record)[0]["content"]

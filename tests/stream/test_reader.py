@@ -10,9 +10,9 @@ from train.data.reader import decode
 from train.data.rejected import BrokenSample
 
 
-def encoded(samples: np.ndarray, subtype: str, kind: str = "FLAC") -> bytes:
+def encoded(samples: np.ndarray, subtype: str, kind: str = "FLAC", rate: int = 16_000) -> bytes:
     buffer = io.BytesIO()
-    soundfile.write(buffer, samples, 16_000, format=kind, subtype=subtype)
+    soundfile.write(buffer, samples, rate, format=kind, subtype=subtype)
     return buffer.getvalue()
 
 
@@ -28,6 +28,13 @@ def test_samples_are_those_of_libsndfile(noise, kind, subtype, channels):
     audio = encoded(noise[:, :channels], subtype, kind)
     expected = soundfile.read(io.BytesIO(audio), dtype="float32", always_2d=True)[0].mean(axis=1)
     np.testing.assert_array_equal(decode(audio).numpy(), expected)
+
+
+def test_a_rate_whose_resampler_takes_gigabytes_is_broken(noise):
+    for rate, length in ((44_100, 3_266), (8_000, 18_000)):
+        assert len(decode(encoded(noise, "PCM_16", rate=rate))) == length
+    with pytest.raises(BrokenSample, match="44101 Hz is not resampled"):
+        decode(encoded(noise, "PCM_16", rate=44_101))
 
 
 @pytest.mark.parametrize("keep", [0, 3, 4, 30, 100, 0.5, -3])

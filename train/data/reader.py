@@ -13,7 +13,9 @@ import numpy as np
 import soundfile
 import torch
 
+from data_tools.audio import check_rate
 from data_tools.shards import ShardIndex
+from data_tools.sources import ClipError
 from train.config import DataConfig
 from train.data.rejected import BrokenSample, UnreadableSample
 
@@ -46,7 +48,8 @@ def _resampler(rate: int):
 def decode(audio: bytes) -> torch.Tensor:
     """Any format that libsndfile reads -> waveform [S] float32, mono (mean of channels), 16 kHz.
 
-    Errors: BrokenSample for what cannot be decoded, holds no samples, or holds NaN or infinite values.
+    Errors: BrokenSample for what cannot be decoded, holds no samples, holds NaN or infinite values, or has a
+    rate that is not resampled.
     """
     flac = _by_dr_flac(audio)
     data, rate = flac or _by_libsndfile(audio)
@@ -57,7 +60,13 @@ def decode(audio: bytes) -> torch.Tensor:
     if not flac and not np.isfinite(mono.sum(dtype=np.float64)):
         raise BrokenSample("audio holds NaN or infinite samples")
     waveform = torch.from_numpy(np.ascontiguousarray(mono))
-    return waveform if rate == SAMPLE_RATE else _resampler(rate)(waveform)
+    if rate == SAMPLE_RATE:
+        return waveform
+    try:
+        check_rate(rate, SAMPLE_RATE)
+    except ClipError as error:
+        raise BrokenSample(f"audio at {error}") from None
+    return _resampler(rate)(waveform)
 
 
 def _by_libsndfile(audio: bytes) -> tuple[np.ndarray, int]:
