@@ -188,11 +188,13 @@ step() {
     done
     # srun kills what remains of a step after its first bad exit, and then reports that. Ranks that ended of themselves noted
     # their codes.
+    CULPRITS=$(grep -Lxs -E '0|85|143' "$JOB"/exit.* | sed 's/.*exit\./rank /' | sort -k 2 -n | head -n 4 | tr '\n' ' ' || true)
     if grep -qxs 2 "$JOB"/exit.*; then status=2
     elif [ "$status" = 0 ] && grep -qxs 85 "$JOB"/exit.*; then status=85
+    # 143, ended by TERM: a preemption's, which this shell does not get; or srun's own after a rank failed, which noted its code.
+    elif [ "$status${STOPS_AT_WARNING:-0}$CULPRITS" = 1431 ]; then status=85
     fi
     CODE_OF_STEP=$status
-    CULPRITS=$(grep -Lxs -e 0 -e 85 "$JOB"/exit.* | sed 's/.*exit\./rank /' | sort -k 2 -n | head -n 4 | tr '\n' ' ' || true)
 }
 
 on_warning() {
@@ -242,6 +244,10 @@ finish() {
         exit 85
     fi
     [ "$1" != 85 ] || start_again "stopped in time"
+    # A signal ended the step behind the warning or a save, and no rank noted a failure (a crash is noted: 139, 137, ...).
+    if [ "$1" -gt 128 ] && [ -z "$CULPRITS" ] && { [ "$WARNED" = 1 ] || grep -qxs 85 "$JOB"/exit.*; }; then
+        start_again "killed after the warning"
+    fi
     nodes_answer || start_again "node failure"
     event failed "${FAULT:-exit code $1${CULPRITS:+ of ${CULPRITS% }}}"
     die "$STAGE failed with exit code $1: see the lines above; not requeued. Submitting it again goes on where it stopped" 1
@@ -369,8 +375,9 @@ go_on() {
 # worker PROGRAM ARGS: one rank. Notes the program's exit code; for the launcher, 85 is success, lest it kill the other ranks.
 worker() {
     local code=0 cache
-    # Until the program listens to it itself; the default would kill it.
-    [ "${STOPS_AT_WARNING:-0}" = 1 ] || trap '' USR1
+    # Until the program listens to them itself; the default would kill it. Preemption sends TERM to every process of a step, and
+    # this shell must live to note the program's code.
+    [ "${STOPS_AT_WARNING:-0}" = 1 ] || trap '' USR1 TERM
     if [ -z "${TORCHELASTIC_RUN_ID:-}" ]; then  # under torchrun these are set
         export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=${SLURM_NTASKS_PER_NODE:-1}
     fi
@@ -396,9 +403,11 @@ worker() {
 torchrun_worker() {
     local gpus=$1
     shift
-    # Inherited by torchrun, which would otherwise die of it and leave its workers behind.
-    [ "${STOPS_AT_WARNING:-0}" = 1 ] || trap '' USR1
-    exec torchrun --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID" --nproc-per-node="$gpus" \
+    # Inherited by torchrun, which would otherwise die of them and leave its workers behind. TERM it would also handle, and kill
+    # its workers 30 seconds later; they get the signal themselves, and may need longer to save.
+    [ "${STOPS_AT_WARNING:-0}" = 1 ] || trap '' USR1 TERM
+    exec torchrun --signals-to-handle=SIGINT,SIGHUP,SIGQUIT \
+        --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID" --nproc-per-node="$gpus" \
         --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --no-python bash "$CODE/slurm/common.sh" worker "$@"
 }
 

@@ -10,7 +10,8 @@
    them: all nodes must see the same shards, the same base, the same versions, the same code.
 3. If all is well so far, an all_reduce over all ranks, checked and timed.
 
-Exit codes as in training: 0 all is well, 1 a node is at fault, 2 the recipe or its input is (starting again does not help).
+Exit codes as in training: 0 all is well, 1 a node is at fault, 2 the recipe or its input is (starting again does not help),
+85 all is well, but SIGTERM came meanwhile (preemption): training had better not begin.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "train")]
 
 from train.config import Corpus, Recipe, RecipeError, load_recipe  # noqa: E402
-from train.preemption import DONE, FAILED, WRONG_INPUT  # noqa: E402
+from train.preemption import DONE, FAILED, PREEMPTED, WRONG_INPUT  # noqa: E402
 from train.stages import finished, initial_folder, stage_folder, stage_of  # noqa: E402
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "safetensors", "tokenizers", "numpy")
@@ -184,7 +185,8 @@ def look_at_gpu(report: Report) -> None:
 
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if not torch.cuda.is_available():
-        if Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "" and local_rank == 0:
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+        if Path("/dev/nvidiactl").exists() and not hidden and first_of_node(report.rank):
             report.node_faults.append(f"the node has NVIDIA GPUs but PyTorch {torch.__version__} sees none: make setup GPU=1 "
                                       "installs a CUDA build; or set CUDA_VISIBLE_DEVICES= to train on CPU")
         elif report.rank == 0:
@@ -232,10 +234,17 @@ def one_line(error: object) -> str:
     return " ".join(str(error).split())[:400]
 
 
+def first_of_node(rank: int) -> bool:
+    """LOCAL_RANK does not tell: it is the GPU's number, and 0 on every rank where the site shows each rank its own GPU alone."""
+    if "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's ranks inherit torchrun's own
+        return os.environ["SLURM_LOCALID"] == "0"
+    return rank % int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 0
+
+
 def look(recipe: Recipe, rank: int) -> Report:
     report = Report(node_name(), rank)
     look_at_gpu(report)
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if first_of_node(rank):
         report.facts.update(version_facts())
         look_at_ecc(report)
         look_at_shards(recipe, report)
@@ -424,7 +433,11 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm's warning is the batch script's business until training listens
+    terms: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _frame: terms.append(number))  # of which the batch script hears nothing
     exit_code = main()
+    if exit_code == DONE and terms:
+        exit_code = PREEMPTED
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)  # gloo's threads would abort an ordinary interpreter exit now and then

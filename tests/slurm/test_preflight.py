@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +19,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 from model.encoder import build_encoder
 from model.pretrained import fingerprint, locate
 from train.config import Recipe
-from train.preflight import Report, compare, gather, look_at_base
+from train.preflight import Report, compare, first_of_node, gather, look_at_base
 
 
 def report(node: str, rank: int = 0, **facts: str) -> Report:
@@ -50,6 +53,34 @@ def test_ranks_that_never_report_are_named_with_their_node(monkeypatch):
     reports, faults = gather(store, 4, seconds=1.0)
     assert [r.rank for r in reports] == [0, 1]
     assert len(faults) == 1 and faults[0].node == "b" and "no word from rank 2, 3 within 1 s" in faults[0].text
+
+
+@pytest.mark.parametrize("local_id, by_torchrun, rank, first", [
+    ("0", False, 8, True), ("1", False, 9, False),  # each sees its own GPU alone
+    ("0", False, 1, True), ("1", False, 8, False),  # ranks dealt out to two nodes in turn
+    ("0", True, 9, False), (None, False, 8, True), (None, False, 9, False),
+])
+def test_one_rank_a_node_looks_at_the_node(monkeypatch, local_id, by_torchrun, rank, first):
+    for name, value in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "8"), ("SLURM_LOCALID", local_id),
+                        ("TORCHELASTIC_RUN_ID", "none" if by_torchrun else None)):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    assert first_of_node(rank) == first
+
+
+def test_a_preemption_meanwhile_is_told(tmp_path, assets):
+    """The recipe is a pipe: whoever opened it listens to signals already."""
+    pipe = tmp_path / "recipe.yaml"
+    os.mkfifo(pipe)
+    preflight = Path(__file__).resolve().parents[2] / "train" / "preflight.py"
+    process = subprocess.Popen([sys.executable, str(preflight), str(pipe)], cwd=tmp_path,
+                               env={**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0", "DS_ACCELERATOR": "cpu"})
+    try:
+        with open(pipe, "w") as recipe:
+            process.send_signal(signal.SIGTERM)
+            recipe.write(assets.recipes(tmp_path / "real")[0].read_text())
+        assert process.wait(timeout=300) == 85
+    finally:
+        process.kill()
 
 
 def test_an_encoder_of_another_family_is_hashed_as_training_does(tmp_path):

@@ -15,6 +15,11 @@ def warn(project, job: str) -> None:
     project.cluster.client("scancel", "--batch", "--signal=USR1", job)
 
 
+def preempt(project, job: str) -> None:
+    """What preemption sends at the start of its GraceTime: TERM to every process of the steps, nothing to the batch shell."""
+    project.cluster.client("scancel", "--signal=TERM", job)
+
+
 def value(project, stage: str) -> int:
     return json.loads((project.output / stage / "model" / "soundwave.json").read_text())["value"]
 
@@ -45,10 +50,11 @@ def test_chain_runs_to_its_end_with_the_code_it_was_submitted_with(project):
     assert project.chain("optim.steps=5") == []  # all done: nothing to submit
 
 
-def test_warning_saves_requeues_and_goes_on(project):
-    job = project.sbatch("slurm/stage1.sh", "optim.steps=40", env={"RECIPE": "recipes/stage1.yaml"})
+@pytest.mark.parametrize("signal, launcher", [(warn, "srun"), (preempt, "srun"), (preempt, "torchrun")])
+def test_warning_saves_requeues_and_goes_on(project, signal, launcher):
+    job = project.sbatch("slurm/stage1.sh", "optim.steps=40", env={"RECIPE": "recipes/stage1.yaml", "LAUNCHER": launcher})
     project.wait_for_log("alignment from step 0", count=4)
-    warn(project, job)
+    signal(project, job)
     project.wait_for_log("stopped in time: requeue, restart 1 of 20")
     facts = project.expect(job, "COMPLETED")
     assert facts["Restarts"] == "1"
@@ -114,6 +120,16 @@ def test_failure_ends_the_chain_and_the_same_command_goes_on(project, launcher):
     assert value(project, "sft") == after(20)
 
 
+def test_a_crash_is_not_taken_for_a_preemption(project):
+    """137, as after the kernel's out-of-memory killer; the other ranks get TERM because of it, and save."""
+    project.output.mkdir(parents=True)
+    (project.output / "FAIL-alignment").write_text("137")
+    job = project.sbatch("slurm/stage1.sh", "optim.steps=40", env={"RECIPE": "recipes/stage1.yaml"})
+    assert project.expect(job, "FAILED")["Restarts"] == "0"
+    assert "requeue, restart" not in project.log()
+    assert "of rank 3" in project.status()["alignment"]["last error"]
+
+
 def test_wrong_input_is_never_requeued(project):
     project.output.mkdir(parents=True)
     (project.output / "FAIL-alignment").write_text("2")
@@ -160,8 +176,9 @@ def test_time_limit_is_a_chain_of_jobs(project):
     project.expect(job, "CANCELLED")
 
 
+@pytest.mark.parametrize("signal", [warn, preempt])
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
-def test_a_program_that_may_be_killed_at_any_time_is_stopped_and_requeued(project, launcher):
+def test_a_program_that_may_be_killed_at_any_time_is_stopped_and_requeued(project, launcher, signal):
     """What pack.sh and evaluate.sh do, with a program that ends only when started for the second time."""
     (project.folder / "train" / "twice.py").write_text(
         "import os, pathlib, time\nmark = pathlib.Path(f'mark-{os.environ[\"RANK\"]}')\nagain = mark.exists()\nmark.touch()\n"
@@ -171,7 +188,7 @@ def test_a_program_that_may_be_killed_at_any_time_is_stopped_and_requeued(projec
     (project.folder / "slurm" / "twice.sh").write_text(script)
     job = project.sbatch("slurm/twice.sh", env={"LAUNCHER": launcher})
     project.wait_for_log("first", count=4)
-    warn(project, job)
+    signal(project, job)
     assert project.expect(job, "COMPLETED")["Restarts"] == "1"
     assert project.log().count("again") == 4
 
