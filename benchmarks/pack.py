@@ -16,6 +16,7 @@ Marks: FLAC at least 0.9 of the codec bound and 1.5 times lhotse; copy at least 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import os
@@ -53,10 +54,17 @@ def synthetic_clip(number: int) -> np.ndarray:
 
 def prepare(folder: Path, manifest: Path | None, hours: float) -> tuple[Path, Path, float]:
     """16 kHz WAV files of about `hours` (a real manifest is repeated under new names as often as it takes), their manifest
-    and lhotse cut manifest; made once. Returns (manifest, cuts, hours)."""
-    clips, told, cuts = folder / "clips", folder / "manifest.jsonl", folder / "cuts.jsonl"
+    and lhotse cut manifest; made once. Returns (manifest, cuts, hours).
+
+    Errors: SystemExit for a folder that was made from another manifest or number of hours: the report would name the wrong one.
+    """
+    clips, told, cuts, source = (folder / name for name in ("clips", "manifest.jsonl", "cuts.jsonl", "source.json"))
+    wanted = {"manifest": hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest else None, "hours": hours}
+    if told.exists() and (not source.exists() or json.loads(source.read_text()) != wanted):
+        raise SystemExit(f"{folder} was made with another --manifest or --hours: remove it, or give another --folder")
     if not told.exists():
-        clips.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(clips, ignore_errors=True)  # of a run that did not end, with other options perhaps
+        clips.mkdir(parents=True)
         rows, seconds = [], 0.0
         sources = [json.loads(line) for line in open(manifest)] if manifest else None
         while seconds < hours * 3600:
@@ -72,6 +80,7 @@ def prepare(folder: Path, manifest: Path | None, hours: float) -> tuple[Path, Pa
             rows.append({"id": name, "audio": str(path), "text": text, "lang": "en", "duration": len(samples) / RATE})
             seconds += len(samples) / RATE
         cuts.write_text("".join(json.dumps(cut_of(row)) + "\n" for row in rows))
+        source.write_text(json.dumps(wanted) + "\n")
         told.write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows = [json.loads(line) for line in told.read_text().splitlines()]
     return told, cuts, sum(row["duration"] for row in rows) / 3600

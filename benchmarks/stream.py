@@ -258,7 +258,7 @@ def child(*arguments: object) -> dict:
 
 
 def corpora(folder: Path, manifest: Path | None, hours: float, workers: int, with_lhotse: bool) -> None:
-    """The same clips as our shards and as lhotse's; made once."""
+    """The same clips as our shards and as lhotse's; made once. Errors: as prepare."""
     told, cuts, _ = prepare(folder, manifest, hours)
     for way, out in (("this project", "shards"), ("lhotse", "shar")):
         done = folder / f".{out}.done"

@@ -96,7 +96,7 @@ def prediction_row(sample: dict, prediction: str, raw: str, decode: str) -> dict
            "reference": (sample.get("text") or "") if decode == "ctc" else reference_of(sample),
            "prediction": prediction.strip(), "raw": raw}
     if decode != "ctc":
-        row |= {key: sample[key] for key in ("label", "prompt") if sample.get(key) is not None}
+        row |= {key: sample[key] for key in ("label", "prompt", "target_lang") if sample.get(key) is not None}
         choices = lettered_choices(sample.get("prompt"))
         row |= {"choices": choices} if choices and sample.get("label") else {}
     return row

@@ -45,7 +45,10 @@ def metric_of(rows: list[dict]) -> str:
 
 
 def target_language(row: dict) -> str | None:
-    """Code of the language that a translation prompt asks for ("... into French"), or None where it names none."""
+    """Code of a translation's target: of its `target_lang` (a name, or a code), else of the language that its prompt asks for
+    ("... into French"); None where neither says."""
+    if said := row.get("target_lang"):
+        return LANGUAGES.get(said.capitalize(), said)
     match = re.search(r"\b(?:into|in|to)\s+([A-Z][a-z]+)", row.get("prompt") or "")
     return LANGUAGES.get(match.group(1)) if match else None
 

@@ -12,7 +12,8 @@ Steps, each skipped when it is done already, so that a repeat is quick and an in
 5. fused op        python -m model.ops.build
 
 The stamp .venv/.setup/done holds the hash of everything that these steps depend on. Only the standard library is used here, and
-syntax that an old Python can read, so that it can say that it is too old.
+syntax that an old Python can read, so that it can say that it is too old. One set-up works at a time: .venv.lock stands beside
+the folder, which step 1 may empty.
 """
 
 from __future__ import annotations
@@ -129,6 +130,14 @@ def check_machine(folder, kind):
     if not folder.exists() and free < DISK_GB[kind]:
         raise SetupError("%.1f GB free in %s, about %d GB needed: free some, or name another place: make setup VENV=/path"
                          % (free, folder.parent, DISK_GB[kind]))
+
+
+def last_set_up(env):
+    """What the stamp says of the last complete set-up; another one may take it away at any moment."""
+    try:
+        return json.loads((env.state / "done").read_text())
+    except FileNotFoundError:
+        return {"files": []}
 
 
 def make_venv(env):
@@ -276,20 +285,29 @@ def set_up(options):
         files += ["requirements-gpu.txt"]
     env = Environment(folder)
     stamp, wanted = env.state / "done", fingerprint(kind)
-    done = json.loads(stamp.read_text()) if stamp.exists() else {"files": []}
-    if done.get("fingerprint") == wanted and set(files) <= set(done["files"]) and env.python.exists():
-        say("set-up: %s is complete (%s)" % (options.venv, done["summary"]))
+
+    def complete():
+        done = last_set_up(env)
+        if done.get("fingerprint") == wanted and set(files) <= set(done["files"]) and env.python.exists():
+            say("set-up: %s is complete (%s)" % (options.venv, done["summary"]))
+            return True
+        return False
+
+    if complete():
         return 0
     if options.check:
         say("set-up: %s is not complete: make setup" % options.venv)
         return 1
     check_machine(folder, kind)
-    files += [name for name in done["files"] if name not in files and (ROOT / name).exists()]  # what was there stays
-    if stamp.exists():
-        stamp.unlink()
-    began = time.time()
-    make_venv(env)
-    with lock(env):
+    with lock(folder):
+        if complete():  # by the set-up that was waited for
+            return 0
+        # What was there stays.
+        files += [name for name in last_set_up(env)["files"] if name not in files and (ROOT / name).exists()]
+        if stamp.exists():
+            stamp.unlink()
+        began = time.time()
+        make_venv(env)
         write_environment(env, kind)
         install_packages(env, kind, files)
         mend_torchaudio(env)
@@ -307,15 +325,20 @@ def set_up(options):
 
 
 class lock:
-    """One set-up at a time in a folder: a second one waits, then finds the work done."""
+    """One set-up at a time in a folder: a second one waits, then finds the work done. The lock stands beside the folder, which
+    making the environment empties."""
 
-    def __init__(self, env):
-        self.path = env.state / "lock"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder):
+        folder = folder.resolve()
+        self.path = folder.with_name(folder.name + ".lock")
 
     def __enter__(self):
         import fcntl
-        self.file = open(str(self.path), "w")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(str(self.path), "w")
+        except OSError as error:
+            raise SetupError("cannot write %s: %s" % (self.path, error.strerror))
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

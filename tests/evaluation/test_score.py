@@ -206,3 +206,9 @@ def test_command_refuses_what_it_cannot_score(tmp_path, capsys):
     assert score.main([str(broken)]) == 2
     error = capsys.readouterr().err
     assert "does not exist" in error and "line 1 is not JSON" in error
+
+
+def test_a_translation_s_target_is_what_its_row_says():
+    rows = ({"target_lang": "Chinese"}, {"target_lang": "ja"}, {"prompt": "Put it into French."},
+            {"prompt": "Put it into French.", "target_lang": "german"}, {})
+    assert [target_language(row) for row in rows] == ["zh", "ja", "fr", "de", None]

@@ -1,9 +1,13 @@
 """The set-up refuses what cannot work, says why, and is quick when repeated; the README's commands exist."""
 
+import argparse
+import fcntl
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -78,6 +82,35 @@ def test_check_says_that_a_set_up_is_missing(tmp_path):
                           capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "not complete" in done.stdout
     assert not (tmp_path / "none").exists()
+
+
+def test_the_environment_is_made_under_a_lock_that_stands_beside_it(monkeypatch, tmp_path):
+    folder, made = tmp_path / "env", []
+
+    def make_venv(env):  # as `venv --clear`
+        with open(tmp_path / "env.lock") as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+        env.python.parent.mkdir(parents=True)
+        env.state.mkdir()
+        env.python.touch()
+        made.append(env)
+        if len(made) == 1:
+            second.start()
+            second.join(0.5)  # it must not get in meanwhile
+
+    codes = []
+    second = threading.Thread(target=lambda: codes.append(setup_env.set_up(options)))
+    for step in ("check_machine", "write_environment", "install_packages", "mend_torchaudio", "build_deepspeed",
+                 "build_fused_op"):
+        monkeypatch.setattr(setup_env, step, lambda *arguments: None)
+    monkeypatch.setattr(setup_env, "make_venv", make_venv)
+    monkeypatch.setattr(setup_env.Environment, "ask", lambda self, code: "Python")
+    options = argparse.Namespace(venv=str(folder), gpu="no", dev=False, flash_attn=False, check=False)
+    assert setup_env.set_up(options) == 0
+    second.join()
+    assert codes == [0] and len(made) == 1, "the second one waits, and finds the work done"
+    assert ".venv.lock" in (ROOT / ".gitignore").read_text().splitlines()
 
 
 def fenced(text: str) -> list[str]:
