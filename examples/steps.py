@@ -22,6 +22,7 @@ from pathlib import Path
 
 from train.config import Recipe
 from train.files import write_atomically
+from train.resume import known
 
 BIN = Path(sys.executable).parent
 
@@ -76,7 +77,9 @@ def rank_count(wanted: int) -> int:
 
 def what_is_learnt(recipe: Recipe) -> dict:
     """What of a recipe its trained weights depend on, the data aside."""
-    return {name: value for name, value in asdict(recipe).items() if name not in ("log", "checkpoint")}
+    learnt = {name: value for name, value in asdict(recipe).items() if name not in ("log", "checkpoint")}
+    corpora = {kind: [known(corpus) for corpus in learnt["data"][kind]] for kind in ("train", "valid")}
+    return learnt | {"data": learnt["data"] | corpora}
 
 
 def training(ranks: int, recipe: str, *overrides: str) -> list[str]:

@@ -34,10 +34,15 @@ def _free(key: str) -> bool:
     return any(key == f or (f.endswith(".") and key.startswith(f)) for f in _FREE)
 
 
+def known(corpus: dict) -> dict:
+    """A corpus without a key that checkpoints made before there was one do not hold, where it changes nothing."""
+    return {key: value for key, value in corpus.items() if (key, value) != ("share_from", 0.0)}
+
+
 def recipe_facts(recipe: Recipe) -> dict[str, object]:
     facts = {key: value for key, value in flat(recipe).items() if not _free(key)}
     for kind in ("train", "valid"):  # where the shards lie may change; what they hold is the index's fingerprint
-        facts[f"data.{kind}"] = [{k: v for k, v in corpus.items() if k != "shards"} for corpus in facts[f"data.{kind}"]]
+        facts[f"data.{kind}"] = [{k: v for k, v in known(corpus).items() if k != "shards"} for corpus in facts[f"data.{kind}"]]
     return facts
 
 

@@ -16,6 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.train.tiny import STAGES, losses, workspace
 from train import distributed
+from train.config import Corpus, DataConfig, Recipe
+from train.resume import recipe_facts
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 240  # seconds for any one run: a hang is a failure
@@ -72,6 +74,11 @@ def test_missing_validation_shards_are_named_before_models_are_read(tiny):
     done = run(tiny / "stage1.yaml", f"output={tiny / 'alone'}", "data.valid=[{shards: nowhere}]", "model.encoder.name=nowhere",
                ranks=1)
     assert done.returncode == 2 and "nowhere" in done.stderr and "index.json" in done.stderr, done.stderr
+
+
+def test_a_checkpoint_from_before_a_corpus_could_begin_later_still_fits():
+    recipe = Recipe(data=DataConfig(train=[Corpus(shards="x"), Corpus(shards="y", share=0.25, share_from=0.75)]))
+    assert ["share_from" in corpus for corpus in recipe_facts(recipe)["data.train"]] == [False, True]
 
 
 @pytest.mark.parametrize("number", STAGES)
