@@ -186,10 +186,13 @@ class Study:
                     if variant.alignment in self.plan.whole.ctc:
                         steps.append(self.score(folder, "ctc", whole=True))
                 folder = self.folder(name, seed)
-                if "after" in variant and (variant.after, seed) not in begun:
-                    steps.append(self.train(variant.after, "shrinking", seed))
-                begun.add((name, seed))
-                steps += [self.train(name, self.stages(name)[-1], seed), self.score(folder, "generate")]
+                second = variant.get("after", name)
+                if (second, seed) not in begun:
+                    begun.add((second, seed))
+                    steps.append(self.train(second, "shrinking", seed))
+                if "after" in variant:
+                    steps.append(self.train(name, "sft", seed))
+                steps.append(self.score(folder, "generate"))
                 if name in self.plan.joint:
                     steps.append(self.score(folder, "joint"))
                 steps += [self.score(folder, decode, whole=True) for decode in ("generate", "joint")
