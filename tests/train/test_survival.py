@@ -208,8 +208,9 @@ def test_bf16_is_bf16_under_each_zero_stage(server, tiny, whole, tmp_path):
         codes, text = train(server, tiny, tmp_path / str(number), *options, f"init_from={whole / 'alignment' / 'model'}", stage=2,
                             fault=["tell_types"])
         assert codes == [0, 0], text
-        (told,) = re.findall(r"trained: .*", text)
-        assert "float32" not in told and all(part in told for part in ("alignment", "shrinking", "ctc_head", "llm")), told
+        told = re.findall(r"trained: .*", text)  # of one rank or both
+        assert told and "float32" not in "".join(told), told
+        assert all(part in told[0] for part in ("alignment", "shrinking", "ctc_head", "llm")), told
 
 
 def test_another_zero_stage_is_refused(server, tiny, tmp_path):
