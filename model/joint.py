@@ -102,7 +102,7 @@ class JointScores(LogitsProcessor):
     """For transformers' beam search: adds to each candidate what its text costs CTC beyond the hypothesis it continues. Over a
     finished answer these sum up to weight * log p_CTC(its whole text), plus the bonus. The best finished answer is kept here
     (`best`): an end of turn pays at once for all that it leaves unsaid, so it is rarely among a step's best candidates, where
-    transformers would take note of it. When no hypothesis can come out ahead of it any more, the search ends.
+    transformers would take note of it. When no hypothesis is within reach of it any more, the search ends.
 
     ctc: of each conversation, None where there is not exactly one audio (the LLM searches alone there); stop: ids that end a
     turn.
@@ -143,7 +143,7 @@ class JointScores(LogitsProcessor):
         return judged
 
     def within_reach(self, conversation: int, answer: Tokens) -> float:
-        """What an answer may still come to: the bonus of tokens that CTC hears and it does not hold yet is still to come."""
+        """What an answer may come to: its score, and the bonus of as many tokens as CTC's greedy text is longer."""
         unsaid = max(0, self.ctc[conversation].spoken - len(self.text_tokens(answer)))
         return self._totals[conversation][answer] + self.search.token_bonus * unsaid
 

@@ -3,9 +3,9 @@
 #
 #   slurm/chain.sh [--stages 1,2,3] [--recipes DIR] [--dry-run] [sbatch options, as --time=12:00:00] [key=value for all recipes]
 #
-# DIR holds stage1.yaml, stage2.yaml and stage3.yaml; without it each script's own RECIPE line counts. The code and the recipes are frozen now: what is
-# edited later changes nothing for these jobs. Stages that are done are left out: the same command after a failure goes on.
-# --dry-run submits nothing: it prints each sbatch command and script, and what `sbatch --test-only` says of it.
+# DIR holds stage1.yaml, stage2.yaml and stage3.yaml; without it each script's own RECIPE line counts. The code and the recipes
+# are frozen now: what is edited later changes nothing for these jobs. Stages that are done are left out: the same command after a
+# failure goes on. --dry-run submits nothing: it prints each sbatch command and script, and what `sbatch --test-only` says of it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 eval "$(grep -E '^(ENVIRONMENT|MODULES)=' slurm/stage1.sh)"

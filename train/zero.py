@@ -9,7 +9,7 @@ import torch
 
 from train.config import Recipe, RecipeError
 
-LAYER = 20  # parameters of a decoder layer over the square of its width, at most: Llama-3.1-8B 13, Qwen2.5-7B 18
+LAYER = 20  # parameters of a decoder layer over the square of its width: Llama-3.1-8B 13, Qwen2.5-7B 18
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -43,7 +43,7 @@ def resolve(recipe: Recipe, hidden_size: int) -> dict:
         "bf16.enabled": recipe.model.dtype == "bfloat16",
         "zero_optimization.reduce_bucket_size": max(hidden_size * hidden_size, 1_000_000),
         "zero_optimization.allgather_bucket_size": max(hidden_size * hidden_size, 1_000_000),
-        # A Transformer layer is gathered as one (train/engine.py): prefetching less than one leaves the rest to be waited for.
+        # A Transformer layer is gathered as one (train/engine.py): what is not prefetched of it is waited for.
         "zero_optimization.stage3_prefetch_bucket_size": LAYER * hidden_size * hidden_size,
         "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
         "zero_optimization.overlap_comm": torch.cuda.is_available(),

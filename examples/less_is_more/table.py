@@ -133,10 +133,10 @@ def with_former(result: dict, former: dict, study: Study) -> dict:
     seed is not the former one any more, the former rows of that seed say so (`former`): they were compared with another ours."""
     variants = [name + DECODES[decode][0] for name in study.plan.variants for decode in DECODES]
     merged = {**result, "whisper": former["whisper"] | result["whisper"]}
+    fresh = {row["seed"] for row in result["rows"] if row["variant"] == OURS}
+    former = {**former, "rows": [{**row, "former": True} if row["seed"] in fresh else row for row in former["rows"]]}
     for kind, of, order in (("rows", "variant", variants), ("stage_1_ctc", "alignment", list(study.plan.alignments))):
-        fresh = {row["seed"] for row in result["rows"] if row["variant"] == OURS}
-        left = [{**row, "former": True} if row["seed"] in fresh else row for row in former[kind]]
-        found = {(row[of], row["seed"]): row for row in [*left, *result[kind]] if row[of] in order}
+        found = {(row[of], row["seed"]): row for row in [*former[kind], *result[kind]] if row[of] in order}
         merged[kind] = [found[key] for key in sorted(found, key=lambda key: (order.index(key[0]), key[1]))]
     return merged
 

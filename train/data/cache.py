@@ -59,9 +59,7 @@ def sample_keys(samples: np.ndarray) -> np.ndarray:
     return samples["audio_hash"]
 
 
-@lru_cache(maxsize=4)
-def _encoder_fingerprint(folder: Path, prefix: str) -> str:
-    return fingerprint(folder, prefix)
+_encoder_fingerprint = lru_cache(maxsize=4)(fingerprint)
 
 
 def _settings(config: SoundwaveConfig) -> dict:

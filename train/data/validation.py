@@ -54,7 +54,7 @@ class EvalStream:
     shards: a packed folder, or a list of Corpus. answers: False gives prompts ready to be continued, True whole
     conversations with labels. done: tells which samples to leave out. limit: so many utterances of each corpus. batch_seconds:
     padded audio of one batch. `samples` is empty where a dummy fills up a shorter rank. total: utterances of this rank.
-    rejected: what could not be read, or is too long for the encoder, as {"id", "reason", ...}.
+    rejected: what could not be read, or is too long for the encoder, as {"id", "why", ...}.
     """
 
     def __init__(self, shards: str | list[Corpus], tokenizer: PreTrainedTokenizerBase, model_config: SoundwaveConfig, stage: str,
