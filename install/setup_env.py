@@ -105,6 +105,15 @@ def has_gpu():
     return listed.returncode == 0 and "GPU" in listed.stdout
 
 
+def which_kind(env, gpu):
+    """cpu or cuda: as said (yes, no), else cuda where this machine has a GPU, or where the environment was made for one: jobs run
+    from it, and a login node's `make test` must not turn it into a CPU one under them."""
+    if gpu == "auto":
+        kept = env.state / "kind"
+        return "cuda" if has_gpu() or (kept.exists() and kept.read_text() == "cuda") else "cpu"
+    return "cuda" if gpu == "yes" else "cpu"
+
+
 def fingerprint(kind):
     """Hash of what the set-up depends on: the pins, this folder, the op's sources, the interpreter, CPU or CUDA."""
     digest = hashlib.sha256(repr((kind, sys.version_info[:3])).encode())
@@ -204,6 +213,8 @@ def mend_torchaudio(env):
 
 
 OPS_CHECK = """
+import os
+os.environ["DS_ACCELERATOR"] = %r
 wanted = %r
 from deepspeed.git_version_info import installed_ops
 assert all(installed_ops[w] for w in wanted), installed_ops
@@ -218,32 +229,26 @@ print("ok")
 """
 
 
-def deepspeed_ops(kind):
-    """Which ops are built: communication through shared memory and CPU Adam on CPU; on CUDA, Adam for both sides."""
-    if kind == "cpu":
-        return ["deepspeed_shm_comm", "cpu_adam"]
-    return ["cpu_adam"] + (["fused_adam"] if shutil.which("nvcc") else [])
-
-
-BUILD_FLAGS = {"deepspeed_shm_comm": "DS_BUILD_SHM_COMM", "cpu_adam": "DS_BUILD_CPU_ADAM", "fused_adam": "DS_BUILD_FUSED_ADAM"}
+# Communication through shared memory is CPU ranks'; Adam on the CPU is also that of offloaded optimizer states.
+DEEPSPEED_OPS = {"cpu": ["deepspeed_shm_comm", "cpu_adam"], "cuda": ["cpu_adam"]}
+BUILD_FLAGS = {"deepspeed_shm_comm": "DS_BUILD_SHM_COMM", "cpu_adam": "DS_BUILD_CPU_ADAM"}
 
 
 def build_deepspeed(env, kind):
-    wanted = deepspeed_ops(kind)
-    check = OPS_CHECK % (wanted,)
+    wanted = DEEPSPEED_OPS[kind]
+    check = OPS_CHECK % (kind, wanted)
     if env.ask(check) == "ok":
         return
     requirement = pinned("deepspeed")
     say("[4/5] DeepSpeed's ops (%s), about 2 minutes" % ", ".join(wanted))
-    if kind == "cuda" and not shutil.which("nvcc"):
-        say("      no nvcc on PATH: GPU ops are left out (training uses torch's fused AdamW); module load cuda, then repeat")
-    flags = {BUILD_FLAGS[name]: "1" for name in wanted}
+    # DeepSpeed uses a prebuilt op only where the accelerator is the one that it was built under; a login node shows none.
+    flags = {"DS_ACCELERATOR": kind, **{BUILD_FLAGS[name]: "1" for name in wanted}}
     if kind == "cpu":
         # DeepSpeed's build does without ninja: one file after the other. This lets the extensions at least be built side by side.
         side_by_side = env.state / "distutils.cfg"
         env.state.mkdir(parents=True, exist_ok=True)
         side_by_side.write_text("[build_ext]\nparallel = %d\n" % len(wanted))
-        flags.update(DS_ACCELERATOR="cpu", DIST_EXTRA_CONFIG=str(side_by_side))
+        flags.update(DIST_EXTRA_CONFIG=str(side_by_side))
     # --no-cache-dir: pip keeps the wheel that it once built without ops, and would install that one again.
     took = env.run("deepspeed-ops", [
         str(env.python), "-m", "pip", "install", "--disable-pip-version-check", "--no-build-isolation", "--no-deps",
@@ -276,14 +281,13 @@ print("Python %d.%d" % sys.version_info[:2], *versions, sep=", ")
 def set_up(options):
     folder = Path(options.venv)
     folder = folder if folder.is_absolute() else ROOT / folder
-    gpu = has_gpu() if options.gpu == "auto" else options.gpu == "yes"
-    kind = "cuda" if gpu else "cpu"
+    env = Environment(folder)
+    kind = which_kind(env, options.gpu)
     files = ["requirements.txt"]
     if options.dev:
         files += ["requirements-dev.txt"] + (["requirements-dev-cpu.txt"] if kind == "cpu" else [])
     if options.flash_attn:
         files += ["requirements-gpu.txt"]
-    env = Environment(folder)
     stamp, wanted = env.state / "done", fingerprint(kind)
 
     def complete():
@@ -308,6 +312,8 @@ def set_up(options):
             stamp.unlink()
         began = time.time()
         make_venv(env)
+        env.state.mkdir(exist_ok=True)
+        (env.state / "kind").write_text(kind)
         write_environment(env, kind)
         install_packages(env, kind, files)
         mend_torchaudio(env)
@@ -353,7 +359,8 @@ def main():
     parser = argparse.ArgumentParser(description="Fill .venv: packages, mends, prebuilt ops. Quick when repeated.")
     parser.add_argument("--venv", default=".venv", help="folder of the virtual environment (default: .venv)")
     parser.add_argument("--gpu", choices=("auto", "yes", "no"), default="auto",
-                        help="which torch: by whether this machine has an NVIDIA GPU, or said (a login node without one: yes)")
+                        help="which torch: CUDA's where this machine has an NVIDIA GPU or the environment was made for one; or "
+                             "said (a login node without one: yes)")
     parser.add_argument("--dev", action="store_true", help="also what tests and linting need")
     parser.add_argument("--flash-attn", action="store_true", help="also flash-attn (compiled; needs CUDA's nvcc)")
     parser.add_argument("--check", action="store_true", help="only say whether the set-up is complete (exit 1: not)")

@@ -77,6 +77,18 @@ def test_the_stamp_knows_what_the_set_up_depends_on(monkeypatch, tmp_path):
     assert setup_env.fingerprint("cpu") in seen
 
 
+def test_an_environment_for_gpus_stays_one_on_a_login_node(monkeypatch, tmp_path):
+    env = setup_env.Environment(tmp_path)
+    monkeypatch.setattr(setup_env, "has_gpu", lambda: False)
+    assert setup_env.which_kind(env, "auto") == "cpu" and setup_env.which_kind(env, "yes") == "cuda"
+    env.state.mkdir()
+    (env.state / "kind").write_text("cuda")  # left by `make setup GPU=1`
+    assert setup_env.which_kind(env, "auto") == "cuda" and setup_env.which_kind(env, "no") == "cpu"
+    (env.state / "kind").write_text("cpu")
+    monkeypatch.setattr(setup_env, "has_gpu", lambda: True)
+    assert setup_env.which_kind(env, "auto") == "cuda"
+
+
 def test_check_says_that_a_set_up_is_missing(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "install/setup_env.py", "--venv", tmp_path / "none", "--check"],
                           capture_output=True, text=True, timeout=60)
@@ -109,6 +121,7 @@ def test_the_environment_is_made_under_a_lock_that_stands_beside_it(monkeypatch,
     options = argparse.Namespace(venv=str(folder), gpu="no", dev=False, flash_attn=False, check=False)
     assert setup_env.set_up(options) == 0
     second.join()
+    assert (folder / ".setup/kind").read_text() == "cpu"
     assert codes == [0] and len(made) == 1, "the second one waits, and finds the work done"
     assert ".venv.lock" in (ROOT / ".gitignore").read_text().splitlines()
 
