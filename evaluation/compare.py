@@ -37,6 +37,8 @@ def paired(first: list[dict], second: list[dict]) -> dict[str, dict]:
         return {"accuracy": paired_test(correct_answers(first)[0], correct_answers(second)[0], np.ones(len(first)))}
     if metric in ("answer", "chain"):
         return {"exact": paired_test(exact_answers(first), exact_answers(second), np.ones(len(first)))}
+    if metric != "bleu":
+        raise PredictionError(f"metric '{metric}' has no paired test: add one to evaluation/compare.py")
     systems = [("first", [row["prediction"] for row in first]), ("second", [row["prediction"] for row in second])]
     references = [[row["reference"] for row in first]]
     bleu = BLEU(tokenize=bleu_tokenizer(first[0]))

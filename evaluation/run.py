@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 import sys
 import time
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from data_tools.shards import ShardError, ShardIndex
-from evaluation.predictions import PredictionError, PredictionFile, row_key
+from evaluation.predictions import PredictionError, PredictionFile, read_rows, row_key
 from evaluation.score import score_file, table
 from evaluation.tasks import lettered_choices, reference_of
 from model import folder
@@ -253,8 +254,9 @@ def start(device: str | None) -> Place:
     return Place(rank, world_size, torch.device(device or default))
 
 
-def finish(file: PredictionFile, place: Place) -> bool:
-    """Wait for all ranks, merge, score, print. False where there is nothing to score: rank 0 has said why."""
+def finish(file: PredictionFile, place: Place, longest: int | None = None) -> bool:
+    """Wait for all ranks, merge, score, print. longest: tokens at which an answer was cut.
+    False where there is nothing to score: rank 0 has said why."""
     if place.world_size > 1:
         dist.barrier()
     error = None
@@ -263,6 +265,8 @@ def finish(file: PredictionFile, place: Place) -> bool:
         try:
             result = score_file(file.path)
             print(table(result["tasks"]))
+            if cut := sum(row.get("tokens", 0) >= (longest or math.inf) for row in read_rows(file.path)):
+                print(f"{cut} answers were cut at --max-new-tokens {longest}")
             print(f"predictions: {file.path} ({result['utterances']} answered, {result['rejected']} rejected)")
             print(f"scores: {file.path.with_suffix('.scores.json')}")
         except PredictionError as problem:
@@ -289,7 +293,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="only this many utterances, evenly spaced, of each folder")
     parser.add_argument("--batch-seconds", type=float, default=60.0, help="padded audio seconds in a batch (default: 60)")
     parser.add_argument("--workers", type=int, default=2, help="processes that read and decode ahead (default: 2)")
-    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="longer answers are cut (default: %(default)s)")
     parser.add_argument("--sample", action="store_true", help="sample instead of greedy search")
     parser.add_argument("--temperature", type=float, default=0.2)
     parser.add_argument("--top-p", type=float, default=0.9)
@@ -334,7 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
                             done=lambda sample, done=done: row_key(sample) in done, batch_seconds=options.batch_seconds,
                             rank=place.rank, world_size=place.world_size, data=DataConfig(workers=options.workers))
         predict(model, stream, file, options, decode)
-        if not finish(file, place):
+        if not finish(file, place, options.max_new_tokens):
             return 2
     return 0
 

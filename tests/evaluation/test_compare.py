@@ -5,6 +5,7 @@ import json
 import pytest
 
 from evaluation import compare
+from evaluation.predictions import PredictionError
 
 
 def write(path, predictions, task="asr", reference="red green blue yellow"):
@@ -31,6 +32,12 @@ def test_translation_uses_sacrebleu(tmp_path):
     metrics = compare.compare(good, bad)["tasks"]["translation"]["metrics"]
     assert metrics["bleu"]["first"] == pytest.approx(100) and metrics["bleu"]["p_value"] < 0.01
     assert metrics["chrf"]["difference"] < 0
+
+
+def test_a_metric_without_a_paired_test_is_told(monkeypatch):
+    monkeypatch.setattr(compare, "metric_of", lambda rows: "keyword")
+    with pytest.raises(PredictionError, match="keyword"):
+        compare.paired([{"task": "x"}], [{"task": "x"}])
 
 
 def test_directions_of_several_tokenizers_are_compared_by_themselves(tmp_path):
