@@ -90,6 +90,25 @@ def check_base(model: Soundwave, folder: str | Path) -> None:
                               f"{model.sources[part].folder} is {digest[:12]}...; set model.{part}.name to the right one")
 
 
+def other_switches(config: SoundwaveConfig, folder: str | Path) -> list[str]:
+    """Where this configuration uses what a folder trained in another way than it was trained, one line a switch.
+
+    Sizes are not meant (`load_trained` refuses those), nor what matters in training alone (dropout). Errors: FolderError.
+    """
+    description, now, found = describe(folder), asdict(config), []
+    shared = {"alignment": set(now["alignment"]), "encoder": {"pad_to_seconds"}}
+    if description["stage"] != "alignment":
+        shared |= {"shrinking": set(now["shrinking"]), "llm": {"lora_alpha"}}
+    for part, keys in shared.items():
+        then = description["config"].get(part, {})
+        found += [f"model.{part}.{key} was {then[key]} when {folder} was trained, and is {now[part][key]} here"
+                  for key in sorted(keys & then.keys()) if key != "dropout" and then[key] != now[part][key]]
+    if description["stage"] != "alignment":
+        found += [f"model.{key} was {description['config'][key]!r} when {folder} was trained, and is {now[key]!r} here"
+                  for key in ("prompt", "system_prompt") if description["config"].get(key, now[key]) != now[key]]
+    return found
+
+
 def load_trained(model: Soundwave, folder: str | Path, *, verify: bool = True) -> list[str]:
     """Put a folder's trained parts into a built model, where both have them; returns the parts taken.
 

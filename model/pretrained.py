@@ -73,7 +73,8 @@ def locate(name: str, *, sizes_only: bool = False) -> Source:
         folder = Path(snapshot_download(repository, allow_patterns=patterns))
     except Exception as error:  # the hub client's errors have many types; all mean that it cannot be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        known = f"known sizes: {', '.join(presets())}" if sizes_only else (
+        known = (f"fetch its sizes on a machine with network (hf download {repository} config.json), give a folder with its "
+                 f"config.json, or a known size: {', '.join(presets())}") if sizes_only else (
             f"fetch it on a machine with network (hf download {repository}) or give a folder")
         raise SourceError(f"model '{name}' is neither a folder nor in the hub cache ({reason}); {known}") from None
     return Source(name, AutoConfig.from_pretrained(folder), None if sizes_only else folder)

@@ -130,6 +130,9 @@ class Recipe:
     deepspeed: str = "ds_configs/zero3.json"
 
 
+CORPORA = ("data.train", "data.valid")
+
+
 def known_keys(node: object = None, prefix: str = "") -> list[str]:
     node = OmegaConf.structured(Recipe) if node is None else node
     keys = []
@@ -140,6 +143,14 @@ def known_keys(node: object = None, prefix: str = "") -> list[str]:
         if OmegaConf.is_dict(child):
             keys += known_keys(child, full + ".")
     return keys
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    """The key whose last word reads most alike: of the same section if there is one, unless the word stands elsewhere."""
+    section, _, word = key.rpartition(".")
+    names = {k: k.rpartition(".")[2] for k in known}
+    near = [k for k in known if section and k.startswith(section + ".") and word not in names.values()] or known
+    return max(near, key=lambda k: difflib.SequenceMatcher(None, word, names[k]).ratio())
 
 
 def _flat(node: dict, prefix: str = "") -> list[str]:
@@ -178,11 +189,11 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     for where, layer in layers:
         for key in _flat(OmegaConf.to_container(layer)):
             if key not in known and not key.startswith("data.mixture.task_weights."):
-                near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-                leaf = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-                raise RecipeError(f"{where}: unknown key '{key}'; did you mean '{(leaf or near)[0]}'?")
+                raise RecipeError(f"{where}: unknown key '{key}'; did you mean '{_nearest(key, known)}'?")
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
-            raise RecipeError(f"{where}: {error.full_key or ''}: {str(error).splitlines()[0]}") from None
+            where_in = error.full_key or ""
+            hint = next((f"; write {key}=[{{shards: DIR}}], or [] for none" for key in CORPORA if where_in.startswith(key)), "")
+            raise RecipeError(f"{where}: {where_in}: {str(error).splitlines()[0]}{hint}") from None
     return OmegaConf.to_object(merged)

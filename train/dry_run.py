@@ -10,11 +10,11 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from model.pretrained import SourceError, presets
+from model.pretrained import SourceError, presets, tensor_files
 from model.soundwave import Soundwave
 from train import zero
 from train.config import Recipe, RecipeError
-from train.data.plan import Plan, load_index
+from train.data.plan import Plan, is_plain_stream, load_index
 from train.flops import PEAKS, Flops, numel
 from train.stages import initial_folder, stage_folder, stage_of
 
@@ -75,13 +75,18 @@ def missing(recipe: Recipe) -> list[str]:
             lines.append(f"model.{part}.name: folder {name}")
             continue
         repository = presets()[name]["names"][0] if name in presets() else name
-        try:
-            snapshot_download(repository, allow_patterns=["*.safetensors"], local_files_only=True)
+        try:  # it also finds what holds config.json alone
+            folder = Path(snapshot_download(repository, allow_patterns=["*.safetensors"], local_files_only=True))
+            there = all(path.exists() for path in set(tensor_files(folder).values()))
         except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
+            there = False
+        if not there:
             lines.append(f"model.{part}.name: {repository} is not in the hub cache; on a machine with network: "
                          f"hf download {repository}")
     for kind in ("train", "valid"):
         for corpus in getattr(recipe.data, kind):
+            if kind == "train" and is_plain_stream(corpus.shards):
+                continue
             if not (Path(corpus.shards) / "index.json").exists():
                 lines.append(f"data.{kind}: {corpus.shards} has no index.json; pack it with data_tools/pack.py")
                 continue

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from omegaconf import OmegaConf
 from model import folder as model_folder
 from model.language_model import lora_parameters
 from model.pretrained import locate, text_config
+from model.shrinking import check_switches
 from model.soundwave import Soundwave
 from train import desync, optim, report, resume, universal, zero
 from train.checkpoint import Checkpoints, find_good, read_state, saved_in_health
@@ -43,6 +45,10 @@ def check(recipe: Recipe) -> None:
     stage_of(recipe)
     optim.check(recipe.optim)
     zero.resolve(recipe, hidden_size=1024)
+    try:
+        check_switches(recipe.model.shrinking)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
     if not recipe.data.train:
         raise RecipeError("data.train is empty: name at least one packed folder, e.g. data.train=[{shards: data/train}]")
 
@@ -124,6 +130,8 @@ class Run:
         # A checkpoint holds what this stage trains; what earlier stages trained comes from their folder, on resume too.
         if start_from is not None:
             model_folder.load_trained(model, start_from)
+            for line in model_folder.other_switches(recipe.model, start_from) if ranks.is_main else ():
+                logger.warning("%s", line)
         model.set_stage(self.stage.name)
         self.facts = {
             "base": {**facts[0]["base"], "start": facts[0]["start"]},
@@ -271,12 +279,14 @@ class Run:
             improved = False
             if self.validation and (step % recipe.log.validate_every_steps == 0 or last):
                 improved = self._validate(step)
+                if improved:
+                    self._save_model(step, "model-best")
             if save_now or improved or last or step % recipe.checkpoint.every_steps == 0:
                 self.checkpoints.save(self.engine.deepspeed, self._state(step))
                 saved_at = time.monotonic()
         stream.close()
         saved = self.checkpoints.finish()
-        self._save_model(step)  # whatever became of the checkpoint: what was trained is in memory, and there only
+        self._save_model(step, "model")  # whatever became of the checkpoint: what was trained is in memory, and there only
         if not saved:
             return self._stopped(step, f"the checkpoint of the last step, {step}, could not be written; the model could: "
                                        f"{self.folder / 'model'}", FAILED)
@@ -328,6 +338,8 @@ class Run:
         health.load({**state["health"], "skipped": health.skipped, "rollbacks": health.rollbacks + 1})
         self.data_offset += step - state["step"]
         self.best = self.checkpoints.forget_after(state["step"], state["best"])
+        if self.ranks.is_main and self.best is None:
+            shutil.rmtree(self.folder / "model-best", ignore_errors=True)
         self.log.line("event", step, {"event": "roll_back", "to_step": state["step"], "data_offset": self.data_offset})
         if self.ranks.is_main:
             logger.warning("roll-back %d of %d: %s; going on from %s with the data behind the bad stretch", health.rollbacks,
@@ -394,11 +406,11 @@ class Run:
 
     # ---------------------------------------------------------------- end
 
-    def _save_model(self, step: int) -> None:
-        """Write <stage folder>/model: gathered from all ranks, into a partial folder, then renamed."""
+    def _save_model(self, step: int, name: str) -> None:
+        """Write <stage folder>/<name>, a model folder: gathered from all ranks, into a partial folder, then renamed."""
         import deepspeed
 
-        target = self.folder / "model"
+        target = self.folder / name
         kept = [*model_folder.trained_tensors(self.model).values(),
                 *(p for _, p in (lora_parameters(self.model.llm) if self.model.llm is not None else []))]
         parameters = [p for p in kept if hasattr(p, "ds_id")]
@@ -407,7 +419,8 @@ class Run:
                 model_folder.save(self.model, target, extra={
                     "step": step, "best": self.best, "recipe": dataclasses.asdict(self.recipe),
                     "tokenizer": self.facts["tokenizer"], "index": self.facts["index"], "code": self.facts["code"]})
-                logger.info("stage %s is done: %s", self.stage.number, target)
+                if name == "model":
+                    logger.info("stage %s is done: %s", self.stage.number, target)
         dist.barrier()
 
 

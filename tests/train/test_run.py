@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -16,7 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.train.tiny import STAGES, losses, workspace
 from train import distributed
-from train.config import Corpus, DataConfig, Recipe
+from train.config import Corpus, DataConfig, Recipe, RecipeError, load_recipe
+from train.dry_run import missing
+from train.loop import check
 from train.resume import recipe_facts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +44,35 @@ def test_misspelt_key_stops_with_the_nearest_right_one(tiny):
     done = run(tiny / "stage1.yaml", "optim.lr_adapter=1", ranks=1)
     assert done.returncode == 2 and "did you mean 'optim.lr_adapters'" in done.stderr
     assert not (tiny / "run").exists()
+
+
+@pytest.mark.parametrize("override, words", [
+    ("data.train=data/train", "write data.train=[{shards: DIR}]"),
+    ("data.train=[data/train]", "write data.train=[{shards: DIR}]"),
+    ("data.valid=null", "write data.valid=[{shards: DIR}], or []"),
+    ("stepz=3", "did you mean 'optim.steps'"),
+    ("model.lora_r=3", "did you mean 'model.llm.lora_r'"),
+    ("optim.lr=1", "did you mean 'optim.lr_"),
+])
+def test_likely_mistakes_in_a_recipe_are_told_in_one_line(override, words):
+    with pytest.raises(RecipeError) as told:
+        load_recipe(ROOT / "train/recipes/stage1.yaml", [override])
+    assert words in str(told.value) and "\n" not in str(told.value)
+
+
+def test_a_switch_that_there_is_not_is_told_in_stage_i():
+    recipe = load_recipe(ROOT / "train/recipes/stage1.yaml", ["model.shrinking.keep=middle"])
+    with pytest.raises(RecipeError, match="model.shrinking.keep is 'middle': peak or first"):
+        check(recipe)
+
+
+def test_dry_run_misses_weights_where_the_hub_s_cache_holds_sizes_alone(monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    overrides = ["model.llm.name=some/llm", "data.train=[{shards: 'pipe:cat x.tar'}]"]
+    recipe = load_recipe(ROOT / "train/recipes/stage1.yaml", overrides)
+    absent = missing(recipe)
+    assert any("model.llm.name: some/llm" in line for line in absent) and not any("pipe:" in line for line in absent)
 
 
 @pytest.mark.parametrize("ranks, environment, threads", [
@@ -97,6 +129,8 @@ def test_three_stages_on_two_ranks_under_zero3(tiny):
         steps = losses(output / stage)
         assert sorted(steps) == list(range(8)) and all(torch.isfinite(torch.tensor(list(steps.values()))))
         assert (output / stage / "model" / "soundwave.json").exists()
+        best = [json.loads((output / stage / name).read_text()) for name in ("model-best/soundwave.json", "model/soundwave.json")]
+        assert best[0]["step"] == best[0]["best"]["step"] == best[1]["best"]["step"], "the folder of the best validation"
         assert (output / stage / "report.html").exists() and f"{output / stage / 'report.html'}" in done.stderr
         told = EventAccumulator(str(output / stage / "tensorboard")).Reload()
         assert [event.step for event in told.Images("valid/clip")] == [0, 4, 8] == [
