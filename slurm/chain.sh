@@ -11,6 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 eval "$(grep -E '^(ENVIRONMENT|MODULES)=' slurm/stage1.sh)"
 # shellcheck source=slurm/common.sh
 source slurm/common.sh
+forget_this_job  # of an interactive allocation that this runs in
 
 STAGES="1,2,3" RECIPES="" DRY_RUN=0 OPTIONS=() OVERRIDES=()
 while [ $# -gt 0 ]; do
@@ -35,9 +36,14 @@ CODE=$PWD/slurm/jobs/$ID/code
 [ "$DRY_RUN" = 0 ] || trap 'rm -rf "$PWD/slurm/jobs/$ID"' EXIT
 
 # Recipes are read here where the login node can, so that a wrong one is found before anything waits in the queue.
-case $ENVIRONMENT in venv:*|conda:*) open_environment; READER=(python) ;; *) READER=() ;; esac
+case $ENVIRONMENT in
+    pyxis:*) echo "recipes cannot be read here ($ENVIRONMENT): stages that are done and jobs in the queue are not looked for" >&2
+        READER=() ;;
+    *) open_environment; READER=("${IN_CONTAINER[@]}" python) ;;
+esac
 
-previous="" submitted=() queue=""
+# First all stages are looked at, then all are submitted: four words each: number, recipe, stage, output.
+queue="" plan=()
 [ "$CONTROLLER" = 0 ] || queue=$(client squeue -h -u "$(id -un)" -o %A)
 for stage in ${STAGES//,/ }; do
     script=slurm/stage$stage.sh
@@ -58,6 +64,15 @@ for stage in ${STAGES//,/ }; do
     while read -r job; do
         ! grep -qx "$job" <<<"$queue" || die "job $job of $OUTPUT is still in the queue: wait for it, or scancel $job first" 1
     done < <(sed -n 's/.*"job": "\([0-9]*\)".*/\1/p' "$OUTPUT/slurm.jsonl" 2>/dev/null | sort -u)
+    plan+=("$stage" "$RECIPE" "$STAGE" "$OUTPUT")
+done
+
+previous="" submitted=()
+# For a job that has to submit itself again.
+SOUNDWAVE_OPTIONS=$([ ${#OPTIONS[@]} = 0 ] || printf '%q ' "${OPTIONS[@]}")
+export SOUNDWAVE_OPTIONS
+for ((i = 0; i < ${#plan[@]}; i += 4)); do
+    stage=${plan[i]} script=slurm/stage$stage.sh RECIPE=${plan[i + 1]} STAGE=${plan[i + 2]} OUTPUT=${plan[i + 3]}
     command=(sbatch --parsable "--chdir=$PWD" --export=ALL "${OPTIONS[@]}")
     [ -z "$previous" ] || command+=("--dependency=afterok:$previous" --kill-on-invalid-dep=yes)
     command+=("$CODE/$script" "${OVERRIDES[@]}")
@@ -81,13 +96,13 @@ for stage in ${STAGES//,/ }; do
     previous=${job%%;*}
     submitted+=("$previous")
     LOG=$PWD/slurm/logs/soundwave-$stage-$previous.log
-    if [ -n "$OUTPUT" ]; then mkdir -p "$OUTPUT"; ID=$previous event submitted "${OVERRIDES[*]}"; fi
+    if [ -n "$OUTPUT" ]; then mkdir -p "$OUTPUT"; EVENT_JOB=$previous event submitted "${OVERRIDES[*]}"; fi
     echo "stage $stage ($STAGE): job $previous, log $LOG"
 done
 [ ${#submitted[@]} -gt 0 ] || exit 0
 ids=$(IFS=,; echo "${submitted[*]}")
 echo "follow: squeue -j $ids"
 echo "        tail -F slurm/logs/soundwave-*-${submitted[0]}.log"
-[ -z "$OUTPUT" ] || echo "        python -m train.status $OUTPUT"
+[ -z "$OUTPUT" ] || echo "        $([ "${ENVIRONMENT%%:*}" = venv ] && echo "${ENVIRONMENT#*:}/bin/")python -m train.status $OUTPUT"
 echo "cancel: scancel ${submitted[*]}"
 echo "frozen: ${CODE%/code}  (may be deleted when these jobs are over)"

@@ -29,6 +29,11 @@ STAGE_SHARDS=${STAGE_SHARDS:-0}         # 1: copy the shards to LOCAL_DISK befor
 MAX_RESTARTS=${MAX_RESTARTS:-20}        # a job that was restarted this often fails instead of starting again
 PREFLIGHT_MINUTES=${PREFLIGHT_MINUTES:-15}
 
+GIVEN=()  # of these, what the user's environment says; what is set here is one node's and one job's own
+for name in LOCAL_DISK TORCH_EXTENSIONS_DIR; do
+    [ -z "$(printenv "$name")" ] || GIVEN+=("$name=$(printenv "$name")")
+done
+
 say() { printf '[%s] %s\n' "$(date '+%F %T')" "$*"; }
 die() { say "error: $1" >&2; exit "${2:-2}"; }
 
@@ -37,13 +42,13 @@ die() { say "error: $1" >&2; exit "${2:-2}"; }
 # freeze CODE RECIPE: copy the project's code and the recipe, with the recipes it is based on, to the folder CODE; say where the
 # recipe went. Queued and requeued jobs run this copy, so that editing the checkout meanwhile changes nothing for them.
 freeze() {
-    local code=$1 recipe frozen next part
+    local code=$1 recipe frozen next part outside
     if [ ! -d "$code" ]; then
         mkdir -p "$code.part"
         for part in train model data_tools evaluation ds_configs slurm; do
             tar -cf - --exclude=__pycache__ --exclude=slurm/jobs --exclude=slurm/logs "$part" | tar -xf - -C "$code.part"
         done
-        { git rev-parse HEAD && git status --short; } >"$code.part/VERSION" 2>/dev/null || true
+        git describe --always --dirty '--exclude=*' >"$code.part/VERSION" 2>/dev/null || true  # train/files.py, code_version
         mv "$code.part" "$code"  # complete or not there
     fi
     [ -n "$2" ] || return 0
@@ -52,9 +57,14 @@ freeze() {
     while [ -f "$next" ]; do  # `base:` is relative to the recipe that says it, so the folders between them are kept
         frozen=$(frozen_path "$code" "$next")
         [ -e "$frozen" ] || { mkdir -p "$(dirname "$frozen")" && cp "$next" "$frozen"; }
-        part=$(sed -n 's/^base:[[:space:]]*\([^[:space:]#]*\).*/\1/p' "$next" | head -n 1)
+        part=$(sed -n 's/^base:[[:space:]]*\([^[:space:]#]*\).*/\1/p' "$next" | head -n 1 | tr -d "\"'")
         [ -n "$part" ] || break
-        next=$(realpath -m "$(dirname "$next")/$part")
+        case $part in /*) die "$next: base $part is an absolute path, and would not be frozen: write it relative to the recipe" ;; esac
+        part=$(realpath -m "$(dirname "$next")/$part")
+        case $next in "$PWD"/*) outside=0 ;; *) outside=1 ;; esac
+        case $part in "$PWD"/*) ;; *) outside=$((1 - outside)) ;; esac
+        [ "$outside" = 0 ] || die "$next: base $part lies on the other side of $PWD: keep a recipe and its base in one folder"
+        next=$part
     done
     frozen_path "$code" "$recipe"
 }
@@ -69,10 +79,11 @@ frozen_path() {
 }
 
 # event NAME DETAIL: one JSON line in OUTPUT/slurm.jsonl, which `python -m train.status` reads. OUTPUT is known after preflight.
+# EVENT_JOB: whose it is, if not this job's.
 event() {
     [ -n "${OUTPUT:-}" ] && [ -d "$OUTPUT" ] || return 0
     printf '{"time": "%s", "stage": "%s", "job": "%s", "event": "%s", "restarts": %s, ' \
-        "$(date -u +%FT%T.%3NZ)" "$STAGE" "${SLURM_JOB_ID:-$ID}" "$1" "$(restarts)" >>"$OUTPUT/slurm.jsonl"
+        "$(date -u +%FT%T.%3NZ)" "$STAGE" "${EVENT_JOB:-$SLURM_JOB_ID}" "$1" "$(restarts)" >>"$OUTPUT/slurm.jsonl"
     printf '"nodes": "%s", "log": "%s", "detail": "%s"}\n' \
         "${SLURM_JOB_NODELIST:-}" "${LOG:-}" "${2//[\"\\]/}" >>"$OUTPUT/slurm.jsonl"
 }
@@ -97,7 +108,7 @@ open_environment() {
     done
     case $kind in
         venv)
-            [ -x "$name/bin/python" ] || die "ENVIRONMENT=$ENVIRONMENT: no $name/bin/python in $PWD: run 'make setup' first"
+            [ -x "$name/bin/python" ] || die "ENVIRONMENT=$ENVIRONMENT: no $name/bin/python in $PWD: run 'make setup GPU=1' first"
             VIRTUAL_ENV=$(cd "$name" && pwd)
             export VIRTUAL_ENV PATH="$VIRTUAL_ENV/bin:$PATH" ;;
         conda)
@@ -138,8 +149,9 @@ set_variables() {
     # (the interface of the bootstrap connection), NCCL_IB_HCA (the InfiniBand ports), NCCL_IB_GID_INDEX (RoCE).
     SOUNDWAVE_NODES=$(client scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')  # names need not share a prefix
     MASTER_ADDR=${SOUNDWAVE_NODES%% *}
-    # Two jobs that share a node seldom meet, nor does a restarted job what a dead node has left of its former self.
-    MASTER_PORT=$((20000 + (SLURM_JOB_ID + 7919 * $(restarts)) % 20000))
+    # Two jobs that share a node seldom meet, nor does a restarted job what a dead node has left of its former self. From 32768
+    # on Linux gives ports to whoever asks.
+    MASTER_PORT=$((20000 + (SLURM_JOB_ID + 7919 * $(restarts)) % 12768))
     export SOUNDWAVE_NODES MASTER_ADDR MASTER_PORT
     if [ -z "${SLURM_JOB_END_TIME:-}" ]; then  # newer Slurms set it
         SLURM_JOB_END_TIME=$(date -d "$(job_field EndTime)" +%s 2>/dev/null || true)
@@ -198,7 +210,7 @@ step() {
 }
 
 on_warning() {
-    SIGNALLED=1
+    SIGNALLED=1 WARNING=$1
     [ "$WARNED" = 1 ] || say "Slurm warns that this job's time ends ($1): saving and stopping"
     WARNED=1
 }
@@ -266,8 +278,17 @@ start_again() {
         sleep 60  # Slurm ends this shell
         exit 85
     fi
+    if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then  # the job that merges waits for this array, and a part can't be submitted alone
+        die "this site does not requeue (${refusal//$'\n'/ }): run the same slurm/pack.sh command again, it goes on" 1
+    fi
     say "this site does not requeue (${refusal//$'\n'/ }): submitting a new job in this one's place"
     resubmit
+}
+
+# forget_this_job: what is submitted from inside a job, or an interactive allocation, must not inherit its SLURM_ variables.
+forget_this_job() {
+    local name
+    for name in "${!SLURM_@}"; do [ "$name" = SLURM_CONF ] || unset "$name"; done
 }
 
 # resubmit: a new job of the same script, options and arguments; every job that waits for this one shall wait for the new one.
@@ -283,13 +304,13 @@ resubmit() {
     if [ -n "${SLURM_GPUS_PER_NODE:-}" ]; then options+=("--gpus-per-node=$SLURM_GPUS_PER_NODE")
     elif [ -n "$gpus" ]; then gpus=${gpus#gres:}; options+=("--gres=${gpus/gres\/gpu/gpu}")
     fi
+    eval "options+=(${SOUNDWAVE_OPTIONS:-})"  # chain.sh's own, quoted there; of two of a kind sbatch takes the last
     cp "$0" "$JOB/script.sh"  # the spool copy goes when this job ends
-    # This job's own SLURM_ variables are not the new job's.
     new=$(
         count=$(($(restarts) + 1))
-        for waiting in "${!SLURM_@}"; do [ "$waiting" = SLURM_CONF ] || unset "$waiting"; done
-        client env SOUNDWAVE_CODE="$CODE" SOUNDWAVE_RESTARTS="$count" RECIPE="$RECIPE" \
-            sbatch "${options[@]}" "$JOB/script.sh" "${ARGUMENTS[@]}"
+        forget_this_job
+        client env -u LOCAL_DISK -u TORCH_EXTENSIONS_DIR "${GIVEN[@]}" SOUNDWAVE_CODE="$CODE" SOUNDWAVE_RESTARTS="$count" \
+            RECIPE="$RECIPE" sbatch "${options[@]}" "$JOB/script.sh" "${ARGUMENTS[@]}"
     ) || { event failed "could not be submitted again"; die "sbatch refused: submit it again by hand, and it goes on" 1; }
     new=${new%%;*}
     while read -r waiting kind; do
@@ -298,6 +319,7 @@ resubmit() {
     done < <(client squeue -h -t PENDING -o '%i %E' \
         | sed -n "s/^\([^ ]*\) .*\(after[a-z]*\):$SLURM_JOB_ID\([^0-9].*\)\{0,1\}$/\1 \2/p")
     event resubmitted "as job $new"
+    EVENT_JOB=$new event submitted "in place of job $SLURM_JOB_ID"
     say "submitted as job $new"
     exit 85
 }
@@ -313,7 +335,7 @@ prepare() {
     JOB=$PWD/slurm/jobs/$SLURM_JOB_ID
     CODE=${SOUNDWAVE_CODE:-$JOB/code}
     TASKS=${SLURM_NTASKS_PER_NODE:-1} CPUS=${SLURM_CPUS_PER_TASK:-1}
-    WARNED=0 OUTPUT="" STAGE=$SLURM_JOB_NAME FAULT="" CULPRITS=""
+    WARNED=0 WARNING="" BEGAN=$(date +%s) OUTPUT="" STAGE=$SLURM_JOB_NAME FAULT="" CULPRITS=""
     mkdir -p "$JOB"
     trap 'on_warning USR1' USR1
     trap 'on_warning TERM' TERM
@@ -335,7 +357,9 @@ run_stage() {
         || die "$SLURM_GPUS_ON_NODE GPUs but $TASKS tasks on a node: make --ntasks-per-node the number of GPUs"
 
     say "preflight"
-    launch "--time=$PREFLIGHT_MINUTES" "$CODE/train/preflight.py" "$RECIPE" --where-to "$JOB/where" "$@"
+    # Its parts may take a third of the time each.
+    launch "--time=$PREFLIGHT_MINUTES" "$CODE/train/preflight.py" "$RECIPE" --where-to "$JOB/where" \
+        --timeout "$((PREFLIGHT_MINUTES * 20))" "$@"
     if [ -f "$JOB/where" ]; then { read -r STAGE; read -r OUTPUT; read -r FAULT || true; } <"$JOB/where"; fi
     go_on
     if [ "$STAGE_SHARDS" = 1 ]; then
@@ -364,10 +388,24 @@ run_resumable() {
     finish "$CODE_OF_STEP"
 }
 
+# warning_seconds: how long before the time limit Slurm warns, by chain.sh's options or the script.
+warning_seconds() {
+    { sed -n 's/^.SBATCH --signal=.*@\([0-9]*\).*/\1/p' "$0"; echo "${SOUNDWAVE_OPTIONS:-}" | tr ' ' '\n' \
+        | sed -n 's/^--signal=.*@\([0-9]*\).*/\1/p'; } | tail -n 1
+}
+
 # go_on: between two steps. After Slurm's warning there is no time for the next one, and nothing to save yet.
 go_on() {
     [ "$CODE_OF_STEP" = 0 ] || [ "$WARNED" = 1 ] || finish "$CODE_OF_STEP"
-    [ "$WARNED" = 0 ] || finish 85
+    [ "$WARNED" = 1 ] || return 0
+    local now end=${SLURM_JOB_END_TIME:-0}
+    now=$(date +%s)
+    # Slurm warns of the time limit, and less time has passed than is left: every start would end here. (Preemption may send the
+    # same signal; more is left then than the script's own line asks for.)
+    if [ "$WARNING" = USR1 ] && [ $((now - BEGAN)) -lt $((end - now)) ] && [ $((end - now)) -le $(($(warning_seconds) + 90)) ]; then
+        die "Slurm's warning came before training could begin: give --time more than twice the seconds of --signal=B:USR1@SECONDS"
+    fi
+    finish 85
 }
 
 # --- on the nodes -----------------------------------------------------------------------------------------------------------
@@ -394,6 +432,7 @@ worker() {
     case $code in
         0|85) exit 0 ;;
         *)
+            [ "$1" != -m ] || shift
             echo "node ${SLURMD_NODENAME:-$(hostname)}, rank $RANK: $(basename "$1") ended with exit code $code" >&2
             exit "$code" ;;
     esac

@@ -18,11 +18,13 @@ PARTS=16
 ENVIRONMENT=venv:.venv  # venv:DIR | conda:NAME | apptainer:FILE.sif | pyxis:IMAGE
 # ---- to here --------------------------------------------------------------------------------------------------------------
 
-if [ -z "${SLURM_JOB_ID:-}" ]; then
+# In a job SOUNDWAVE_CODE is set; and sbatch runs a copy, beside which there is no common.sh.
+if [ -z "${SOUNDWAVE_CODE:-}" ] && [ -f "$(dirname "${BASH_SOURCE[0]}")/common.sh" ]; then
     set -euo pipefail
     cd "$(dirname "${BASH_SOURCE[0]}")/.."
     # shellcheck source=slurm/common.sh
     source slurm/common.sh
+    forget_this_job
     case " $* " in *" --out "*|*" --out="*) ;; *) die "say what and where to: slurm/pack.sh --manifest M.jsonl --out DIR" ;; esac
     options=()
     case " $* " in *" -- "*) while [ "$1" != -- ]; do options+=("$1"); shift; done; shift ;; esac

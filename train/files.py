@@ -12,7 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def code_version() -> str | None:
-    """Commit of this code, with -dirty where tracked files were changed; None where there is no git or no checkout."""
+    """Commit of this code, with -dirty where tracked files were changed; None where there is no git or no checkout. A frozen
+    copy lies in a checkout that may have moved on since: its VERSION says what it is a copy of (slurm/common.sh)."""
+    if (ROOT / "VERSION").exists():
+        return (ROOT / "VERSION").read_text().strip() or None
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]  # tags differ between clones: the hash alone
     try:
         found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)

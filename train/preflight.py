@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -122,6 +123,18 @@ def look_at_shards(recipe: Recipe, report: Report) -> None:
             report.notes += [f"{line}; its lost samples are left out" for line in index.damaged]
 
 
+def newest(recipe: Recipe, name: str) -> tuple[Path, dict] | None:
+    """The newest finished checkpoint and what its file `name` holds. One that cannot be read, as a node that died leaves it, is
+    training's business: it passes over it."""
+    folders = [path for path in (stage_folder(recipe) / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    for folder in sorted(folders, reverse=True):
+        try:
+            return folder, json.loads((folder / name).read_text())
+        except (OSError, ValueError):
+            continue
+    return None
+
+
 def look_at_base(recipe: Recipe, report: Report) -> None:
     """The frozen parts are there, and are those that the previous stage and this stage's checkpoints were made with."""
     from model.encoder import tensor_prefix
@@ -138,9 +151,9 @@ def look_at_base(recipe: Recipe, report: Report) -> None:
     made_with = []
     if start := initial_folder(recipe):
         made_with.append((start, json.loads((start / "soundwave.json").read_text())["frozen"]))
-    states = sorted((stage_folder(recipe) / "checkpoints").glob("step-*/state.json"))
-    if states and "base" not in recipe.checkpoint.accept_changes:
-        made_with.append((states[-1].parent, json.loads(states[-1].read_text())["facts"]["base"]))
+    saved = newest(recipe, "state.json")
+    if saved and "base" not in recipe.checkpoint.accept_changes:
+        made_with.append((saved[0], saved[1]["facts"]["base"]))
     for where, stored in made_with:
         for part, digest in hashes.items():
             if stored.get(part, digest) != digest:
@@ -150,9 +163,8 @@ def look_at_base(recipe: Recipe, report: Report) -> None:
 
 def checkpoint_bytes(recipe: Recipe) -> int:
     """Size of one checkpoint: of the newest there is, else 16 bytes a trained number (two fp32 copies and Adam's two moments)."""
-    newest = sorted((stage_folder(recipe) / "checkpoints").glob("step-*/manifest.json"))
-    if newest:
-        return sum(entry["size"] for entry in json.loads(newest[-1].read_text())["files"].values())
+    if saved := newest(recipe, "manifest.json"):
+        return sum(entry["size"] for entry in saved[1]["files"].values())
     from model.soundwave import Soundwave
 
     model = Soundwave.build(recipe.model, parts=stage_of(recipe).parts, meta=True)
@@ -266,7 +278,7 @@ def compare(reports: list[Report]) -> list[Fault]:
     for report in reports:
         if report.facts:
             first.setdefault(report.node, report.facts)
-    for fact in sorted({name for facts in first.values() for name in facts}):
+    for fact in sorted({name for facts in first.values() for name in facts} - {"driver"}):  # which sites update node by node
         values = {node: facts.get(fact, "missing") for node, facts in first.items()}
         usual, _ = Counter(values.values()).most_common(1)[0]
         with_usual = [node for node, value in values.items() if value == usual]
@@ -381,8 +393,13 @@ def run(recipe: Recipe, seconds: float, where_to: Path | None = None) -> int:
                 print(f"preflight: {note}")
         store.set("verdict", str(code))
     else:
-        store.wait(["verdict"], timedelta(seconds=2 * seconds + 60))
-        code = int(store.get("verdict"))
+        try:
+            store.wait(["verdict"], timedelta(seconds=2 * seconds + 60))
+            code = int(store.get("verdict"))
+        except RuntimeError as error:
+            print(f"preflight: node {node_name()}: rank {rank} heard nothing more from rank 0 ({one_line(error)[:120]})",
+                  file=sys.stderr)
+            return FAILED
     if code == DONE:
         try:
             speed, fault = all_reduce_line(store, rank, world_size, seconds)
@@ -393,10 +410,16 @@ def run(recipe: Recipe, seconds: float, where_to: Path | None = None) -> int:
             code = FAILED
         elif rank == 0:
             print(f"preflight: {speed}")
-    # Rank 0 holds the store, so it leaves last.
-    store.set(f"left-{rank}", "")
-    if rank == 0 and code == DONE:
-        store.wait([f"left-{r}" for r in range(world_size)], timedelta(seconds=seconds))
+    # Rank 0 holds the store, so it leaves last; after a fault it does not wait long for those who never came, or are stuck.
+    try:
+        store.set(f"left-{rank}", "")
+        if rank == 0:
+            there = range(world_size) if code == DONE else [report.rank for report in reports]
+            store.wait([f"left-{r}" for r in there], timedelta(seconds=seconds if code == DONE else 10))
+    except RuntimeError as error:
+        if code == DONE:
+            print(f"preflight: node {node_name()}: rank {rank}: {one_line(error)[:200]}", file=sys.stderr)
+            code = FAILED
     return code
 
 

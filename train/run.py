@@ -29,7 +29,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="train/run.py", description="Train one stage of Soundwave.")
     parser.add_argument("recipe", help="YAML file, e.g. train/recipes/stage1.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.steps=100")
-    parser.add_argument("--dry-run", action="store_true", help="say what would happen; needs no weights or data, and of models that are not in model/presets/ only their config.json")
+    parser.add_argument("--dry-run", action="store_true", help="say what would happen; needs no weights and no data, and "
+                        "only the config.json of models that are not in model/presets/")
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and end")
     parser.add_argument("--profile", type=int, default=0, metavar="N",
                         help="record N steps with torch.profiler into <output>/<stage>/profile/, then go on")

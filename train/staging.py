@@ -47,12 +47,18 @@ def copy_shard(source: Path, target: Path, sha256: str, progress: tqdm) -> None:
         unfinished.unlink(missing_ok=True)
 
 
+def size(path: Path) -> int | None:
+    return path.stat().st_size if path.exists() else None
+
+
 def stage_corpus(shards: str, local: Path) -> str:
     """Copy what is not there yet; returns a line that says what was done. Errors: ShardError, OSError."""
     index = ShardIndex.load(shards)
     folder = local / index.fingerprint
     folder.mkdir(parents=True, exist_ok=True)
-    todo = [s for s in index.shards if not (folder / s["url"]).exists() or (folder / s["url"]).stat().st_size != s["filesize"]]
+    # A shard that is cut where it lies is read from there: the stream leaves out what it has lost (the preflight has told).
+    whole = [s for s in index.shards if size(Path(shards) / s["url"]) == s["filesize"]]
+    todo = [s for s in whole if size(folder / s["url"]) != s["filesize"]]
     needed, disk = sum(s["filesize"] for s in todo), shutil.disk_usage(folder)
     if needed > disk.free - RESERVE * disk.total:
         return f"{shards}: {needed / 1e9:.2f} GB do not fit into {disk.free / 1e9:.2f} GB free in {local}; read from where it is"

@@ -18,8 +18,10 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from model.encoder import build_encoder
 from model.pretrained import fingerprint, locate
+from train import files
 from train.config import Recipe
 from train.preflight import Report, compare, first_of_node, gather, look_at_base
+from train.staging import stage_corpus
 
 
 def report(node: str, rank: int = 0, **facts: str) -> Report:
@@ -100,8 +102,26 @@ def test_an_encoder_of_another_family_is_hashed_as_training_does(tmp_path):
     assert [fault for fault in found.input_faults if "model.encoder" in fault] == []
     next(layers.parameters()).data.add_(1.0)
     layers.save_pretrained(encoder)
+    for name in ("step-000002", "step-000003.partial"):  # as a node leaves it that dies while it saves
+        (checkpoint.parent / name).mkdir()
+        (checkpoint.parent / name / "state.json").touch()
     look_at_base(recipe, found := Report("a", 0))
     assert ["was made with another one" in fault for fault in found.input_faults if "model.encoder" in fault] == [True]
+
+
+def test_a_shard_that_is_cut_is_not_staged(assets, tmp_path):
+    shutil.copytree(assets.shards, tmp_path / "shards")
+    os.truncate(tmp_path / "shards" / "chirps-000001.tar", 1000)
+    assert "1 of 2 shards copied" in stage_corpus(str(tmp_path / "shards"), tmp_path / "disk")
+    assert [path.name for path in (tmp_path / "disk").rglob("*.tar")] == ["chirps-000000.tar"]
+
+
+def test_a_frozen_copy_names_the_commit_that_it_is_a_copy_of(monkeypatch, tmp_path):
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    (tmp_path / "VERSION").write_text("abc1234-dirty\n")
+    assert files.code_version() == "abc1234-dirty"
+    (tmp_path / "VERSION").write_text("")
+    assert files.code_version() is None
 
 
 # --- in jobs ---------------------------------------------------------------------------------------------------------------
