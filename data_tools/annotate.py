@@ -7,7 +7,8 @@ decides by metadata alone, which is what makes its plan, and so its bytes, the s
     window of entries -> decode in worker processes -> Whisper, batches of similar length -> lines, in the corpus' order
 
 Lines are kept window by window; the same command again after an interruption goes on behind the last one. A clip that
-cannot be read becomes a line in M.jsonl.rejected.jsonl. Parts of an array job (--part i/N) write one manifest each.
+cannot be read becomes a line in M.jsonl.rejected.jsonl, and so does a shell command in place of a file, unless --allow-pipes
+is given. Parts of an array job (--part i/N) write one manifest each.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 from data_tools.audio import SAMPLE_RATE, decode, to_mono_16bit
 from data_tools.corpora import Corpus, CorpusError, Entry, Fault
+from data_tools.filters import piped
 from data_tools.shards import OutputError
 from data_tools.sources import ClipError
 from data_tools.workers import start_worker
@@ -134,6 +136,8 @@ def run(options: argparse.Namespace) -> str:
         done = _resume(unfinished, told)
         part, parts = options.part
         items = itertools.islice((item for corpus in corpora for item in corpus), part + done * parts, None, parts)
+        if not options.allow_pipes:
+            items = ((piped(item) if isinstance(item, Entry) else None) or item for item in items)
         context = get_context("fork")
         with (
             ProcessPoolExecutor(options.workers, context, start_worker, (os.getpid(),)) as pool,
@@ -197,6 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--corpus", action="append", required=True, metavar="NAME:PATH[,option=value]")
     parser.add_argument("--out", type=Path, required=True, metavar="M.jsonl")
+    parser.add_argument("--allow-pipes", action="store_true", help="run the shell commands that a corpus gives in place of files")
     parser.add_argument("--hash", action="store_true", help="sound_hash: equal for clips with the same samples")
     parser.add_argument(
         "--whisper", metavar="DIR", help="hypothesis: what this Whisper model hears (the paper filtered by whisper-medium)"

@@ -62,10 +62,8 @@ class Sieve:
         """None for an entry to pack (brought into order in place), else why not. OTHER_SPLIT is no fault, only not this one."""
         if fault := complete(entry, self.normalise):
             return fault
-        if entry.audio is not None and entry.audio.startswith("pipe:") and not self.allow_pipes:
-            return Fault(
-                entry.id, "pipe", f"a command in place of a file: --allow-pipes runs it ({entry.audio[5:]})", entry.corpus
-            )
+        if not self.allow_pipes and (fault := piped(entry)):
+            return fault
         if self.take is not None:
             key = split_key(entry, self.split_by)
             if key is None:
@@ -135,6 +133,13 @@ class Sieve:
 
 
 OTHER_SPLIT = Fault("", "other_split")
+
+
+def piped(entry: Entry) -> Fault | None:
+    """Why an entry whose audio is a shell command is not read unasked: it would run with the caller's rights."""
+    if entry.audio is None or not entry.audio.startswith("pipe:"):
+        return None
+    return Fault(entry.id, "pipe", f"a command in place of a file: --allow-pipes runs it ({entry.audio[5:]})", entry.corpus)
 
 
 def complete(entry: Entry, normalise: str = "raw") -> Fault | None:

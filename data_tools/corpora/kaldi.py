@@ -36,7 +36,7 @@ class _Lookup:
 
 
 class Kaldi:
-    """PATH is the data folder. Commands in wav.scp (`... |`) are refused by pack unless --allow-pipes; with it each runs once.
+    """PATH is the data folder. Commands in wav.scp (`... |`) are refused unless --allow-pipes is given; then each runs once.
 
     Offsets into archives (`data.ark:1234`) are followed. Relative paths start from root (default: where the command runs).
     """

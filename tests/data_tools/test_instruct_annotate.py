@@ -193,6 +193,24 @@ def test_hashes_find_the_same_sound_in_other_files(clips, tmp_path):
     assert json.loads((packed / "index.json").read_text())["rejected"] == {"duplicate_audio": 5}
 
 
+def test_commands_in_place_of_files_are_run_only_when_asked_for(clips, tmp_path):
+    (tmp_path / "kaldi").mkdir()
+    (tmp_path / "kaldi" / "wav.scp").write_text(f"a touch {tmp_path}/kaldi-ran; cat {tmp_path}/0.wav |\n")
+    (tmp_path / "kaldi" / "text").write_text("a x\n")
+    piped = {"id": "b", "audio": f"pipe:touch {tmp_path}/manifest-ran; cat {tmp_path}/1.wav", "text": "x", "corpus": "m"}
+    (tmp_path / "m.jsonl").write_text(json.dumps(piped) + "\n")
+    command = ["--corpus", f"kaldi:{tmp_path / 'kaldi'}", "--corpus", f"manifest:{tmp_path / 'm.jsonl'}", "--workers", "1"]
+    assert annotate.main([*command, "--hash", "--out", str(tmp_path / "out.jsonl")]) == 0
+    assert not list(tmp_path.glob("*-ran")) and not lines(tmp_path / "out.jsonl")
+    annotated = lines(tmp_path / "out.jsonl.rejected.jsonl")
+    assert [row["reason"] for row in annotated] == ["pipe", "pipe"]
+    assert pack.main([*command, "--out", str(tmp_path / "packed")]) == 2, "nothing is left to pack"
+    assert lines(tmp_path / "packed" / ".pack" / "plan" / "rejected.jsonl") == annotated, "the same words as pack's"
+    assert annotate.main([*command, "--allow-pipes", "--out", str(tmp_path / "out.jsonl")]) == 0
+    assert len(list(tmp_path.glob("*-ran"))) == 2
+    assert [row["duration"] for row in lines(tmp_path / "out.jsonl")] == pytest.approx([0.25, 0.3])
+
+
 def test_annotating_goes_on_where_it_was_killed(clips, tmp_path, monkeypatch, capsys):
     command = ["--corpus", f"manifest:{clips}", "--hash", "--workers", "1", "--out"]
     assert annotate.main([*command, str(tmp_path / "whole.jsonl")]) == 0
