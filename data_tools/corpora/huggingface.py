@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_tools.corpora import CorpusError, Entry, Fault
+from data_tools.corpora import CorpusError, Entry, Fault, number
 from data_tools.sources import record_batches
 
 TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "normalized_text", "raw_transcription")
@@ -14,12 +15,13 @@ TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "normalized_t
 class HuggingFace:
     """PATH is a .parquet file, a folder of them, or a save_to_disk folder (data-*.arrow).
 
-    audio, text, id, speaker, label, prompt, response, lang_column: names of columns; audio and text are found where they
-    bear usual names. split: only files whose name begins with it. Rows of one Parquet row group stay together in the
-    shuffle, since a row cannot be read without its group.
+    audio, text, id, speaker, label, prompt, response, lang_column, duration (seconds): names of columns; audio and text are
+    found where they bear usual names. Numbers of classes become the names that the file has for them; a list of classes or
+    strings under label, these joined by commas. split: only files whose name begins with it, or whose folder has it. Rows
+    of one Parquet row group stay together in the shuffle, since a row cannot be read without its group.
     """
 
-    COLUMNS = ("text", "id", "speaker", "label", "prompt", "response")
+    COLUMNS = ("text", "id", "speaker", "label", "prompt", "response", "duration")
 
     def __init__(
         self,
@@ -32,6 +34,7 @@ class HuggingFace:
         prompt: str | None = None,
         response: str | None = None,
         lang_column: str | None = None,
+        duration: str | None = None,
         split: str | None = None,
     ):
         given = locals()
@@ -64,6 +67,8 @@ class HuggingFace:
             fields["text"] = text
         if "id" not in fields and "id" in names:
             fields["id"] = "id"
+        for field, column in fields.items():
+            _check_type(field, column, schema.field(column).type, _class_names(schema, column), file)
         return audio, fields
 
     def _parquet(self, file: Path) -> Iterator[Entry | Fault]:
@@ -76,7 +81,7 @@ class HuggingFace:
             leaves = [told.column(number) for number in range(told.num_columns)]
             size = sum(leaf.total_compressed_size for leaf in leaves if leaf.path_in_schema.split(".")[0] == audio)
             table = parquet.read_row_group(group, columns=sorted(set(fields.values()))) if fields else None
-            columns = {field: table.column(column).to_pylist() for field, column in fields.items()}
+            columns = {field: _values(table.column(column), parquet.schema_arrow, column) for field, column in fields.items()}
             place = f"parquet:{file}#{group}"
             yield from _entries(
                 columns, told.num_rows, size // max(1, told.num_rows), place, audio, file.stem, first, group=place
@@ -85,12 +90,50 @@ class HuggingFace:
 
     def _arrow(self, file: Path) -> Iterator[Entry | Fault]:
         first = 0
-        for number, batch in enumerate(record_batches(str(file))):
+        for place, batch in enumerate(record_batches(str(file))):
             audio, fields = self._columns(batch.schema, file)
-            columns = {field: batch.column(column).to_pylist() for field, column in fields.items()}
+            columns = {field: _values(batch.column(column), batch.schema, column) for field, column in fields.items()}
             size = batch.column(audio).nbytes // max(1, batch.num_rows)
-            yield from _entries(columns, batch.num_rows, size, f"arrow:{file}#{number}", audio, file.stem, first, group=None)
+            yield from _entries(columns, batch.num_rows, size, f"arrow:{file}#{place}", audio, file.stem, first, group=None)
             first += batch.num_rows
+
+
+def _class_names(schema, column: str) -> list[str] | None:
+    """What `datasets` noted in the file: names of the classes that a column, or the lists in it, holds the numbers of."""
+    try:
+        feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]
+        while isinstance(feature, list) or feature["_type"] != "ClassLabel":  # [...] is how older versions wrote a list
+            feature = feature[0] if isinstance(feature, list) else feature["feature"]
+        return feature["names"] if isinstance(feature["names"], list) else None
+    except (TypeError, LookupError, ValueError):  # no metadata, not datasets' own, or no classes in this column
+        return None
+
+
+def _check_type(field: str, column: str, kind, names: list[str] | None, file: Path) -> None:
+    """Refuse what nobody wants as a training target: the bare number of a class, a list or struct as Python prints it."""
+    from pyarrow import types
+
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    value = kind.value_type if is_list else kind
+    option = "lang_column" if field == "lang" else field
+    if types.is_nested(value) or is_list and field != "label":
+        raise CorpusError(f"{file}: column '{column}' holds {kind}, which is no {field}: name another with {option}=COLUMN")
+    if field in ("text", "label", "prompt", "response", "lang") and types.is_integer(value) and names is None:
+        raise CorpusError(
+            f"{file}: column '{column}' holds numbers, and the file has no class names for them: name a column of words with "
+            f"{option}=COLUMN, or write the words into one"
+        )
+
+
+def _values(array, schema, column: str) -> list:
+    """A column's values; classes by their names, and None for a number that has none (-1: the class is not known)."""
+    values, names = array.to_pylist(), _class_names(schema, column)
+    if names is not None:
+        known = dict(enumerate(names))
+        values = [[known.get(v) for v in value] if isinstance(value, list) else known.get(value) for value in values]
+    return [
+        ", ".join(str(v) for v in value if v is not None) or None if isinstance(value, list) else value for value in values
+    ]
 
 
 def _entries(
@@ -98,5 +141,6 @@ def _entries(
 ) -> Iterator[Entry]:
     for row in range(rows):
         values = {field: None if column[row] is None else str(column[row]) for field, column in columns.items()}
+        values["duration"] = number(values.get("duration"))
         values["id"] = values.get("id") or f"{stem}-{first + row:09d}"
         yield Entry(audio=f"{place}/{row}/{audio}", size=size, group=group, **values)

@@ -197,6 +197,69 @@ def huggingface(root):
     return f"huggingface:{root},speaker=client", 6, 0, {"text": "a", "speaker": "x"}
 
 
+def features(**columns):
+    """Schema metadata as `datasets` writes it."""
+    return {b"huggingface": json.dumps({"info": {"features": columns}}).encode()}
+
+
+CLASSES = {"names": ["anger", "joy", "fear", "calm"], "_type": "ClassLabel"}
+
+
+def write_both(root, columns, metadata=None):
+    """The columns as Parquet and as save_to_disk leaves them, two clips each."""
+    table = pyarrow.table({"audio": [sound_bytes(0.2), sound_bytes(0.3)], **columns}).replace_schema_metadata(metadata)
+    pyarrow.parquet.write_table(table, root / "train-0.parquet")
+    (root / "saved").mkdir()
+    with pyarrow.ipc.new_stream(root / "saved" / "data-0.arrow", table.schema) as stream:
+        stream.write_table(table)
+
+
+@pytest.mark.parametrize(
+    "column, feature, expected",
+    [
+        ([3, 0], CLASSES, ["calm", "anger"]),
+        ([3, -1], CLASSES, ["calm", None]),
+        ([[1, 2], []], {"feature": CLASSES, "_type": "Sequence"}, ["joy, fear", None]),
+        ([[1, 2], [0]], {"feature": CLASSES, "length": -1, "_type": "List"}, ["joy, fear", "anger"]),
+        ([[1], [0]], [CLASSES], ["joy", "anger"]),
+        ([["Dog", "Bark"], None], {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"}, ["Dog, Bark", None]),
+        (["happy", "sad"], {"dtype": "string", "_type": "Value"}, ["happy", "sad"]),
+        (["happy", "sad"], None, ["happy", "sad"]),
+    ],
+)
+def test_classes_of_a_hub_dataset_are_their_names(column, feature, expected, tmp_path):
+    write_both(tmp_path, {"emotion": column}, None if feature is None else features(emotion=feature))
+    found = [entry.label for entry in Corpus(f"huggingface:{tmp_path},label=emotion")]
+    assert found == expected * 2, "of the Arrow file and of the Parquet file"
+
+
+@pytest.mark.parametrize(
+    "field, column, metadata, message",
+    [
+        ("label", [3, 0], None, "no class names"),
+        ("text", [3, 0], {b"pandas": b"{}"}, "no class names"),
+        ("label", [3, 0], {b"huggingface": b"broken"}, "no class names"),
+        ("label", [3, 0], features(x={"dtype": "int64", "_type": "Value"}), "no class names"),
+        ("label", [3, 0], features(x={"names": None, "_type": "ClassLabel"}), "no class names"),
+        ("label", [[3], [0]], features(x={"feature": {"dtype": "int64", "_type": "Value"}, "_type": "List"}), "no class names"),
+        ("lang_column", [3, 0], None, "lang_column=COLUMN"),
+        ("text", [{"de": "a"}, {"de": "b"}], None, "which is no text"),
+        ("response", [["a"], ["b"]], None, "which is no response"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["train-0.parquet", "saved"])
+def test_a_column_that_holds_no_words_is_no_training_target(field, column, metadata, message, kind, tmp_path):
+    write_both(tmp_path, {"x": column}, metadata)
+    with pytest.raises(CorpusError, match=f"'x' holds .*{message}"):
+        list(Corpus(f"huggingface:{tmp_path / kind},{field}=x"))
+
+
+def test_numbers_of_speakers_and_durations_are_taken(tmp_path):
+    write_both(tmp_path, {"who": [7, 8], "text": ["a", "b"], "seconds": [0.2, None]})
+    found = list(Corpus(f"huggingface:{tmp_path},speaker=who,duration=seconds"))
+    assert [(entry.speaker, entry.duration) for entry in found] == [("7", 0.2), ("8", None)] * 2
+
+
 def table(root):
     sound(root / "wavs" / "a.wav", 1.0)
     path = text(root / "emotions.csv", 'file,start,stop,emotion\n"a",0.25,0.75,Very_Happy\n,0,1,sad\n')
