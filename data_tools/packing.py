@@ -206,8 +206,9 @@ class Packing:
 
     def _left_behind(self) -> list[Path]:
         """Unfinished work of this machine's processes that are no more."""
-        found = (self.folder / WORK).glob(f"*.{os.uname().nodename}.*")
-        return [path for path in found if not Path(f"/proc/{path.name.rpartition('.')[2]}").exists()]
+        here = f".{os.uname().nodename}."
+        found = (self.folder / WORK).glob(f"*{here}*")  # WHAT.MACHINE.PROCESS, and a thread's number behind it for a plan
+        return [path for path in found if not Path(f"/proc/{path.name.rpartition(here)[2].partition('.')[0]}").exists()]
 
     def missing(self, shards: int) -> list[int]:
         return [shard for shard in range(shards) if not self.summary_path(shard).exists()]
