@@ -6,7 +6,7 @@ import tarfile
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.shards import ShardError, ShardIndex, ShardWriter, audio_hash, fingerprint, id_hash, tar_header, write_index
@@ -39,6 +39,7 @@ samples = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(shards=st.lists(samples, min_size=1, max_size=3))
 def test_what_was_written_is_read(tmp_path_factory, shards):
     folder, summaries, written = tmp_path_factory.mktemp("shards"), [], []
