@@ -94,7 +94,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--dry-run",
         action="store_true",
-        help="read the corpora, print what would be packed and refused, write nothing but the plan",
+        help="read the corpora, print what would be packed and refused, keep nothing: other options may follow",
     )
     options = parser.parse_args(argv)
     _check(parser, options)
@@ -180,7 +180,7 @@ def run(options: argparse.Namespace) -> str:
             )
         plan = json.loads(plan_path.read_bytes())
         packing.name = plan["options"]["name"]
-        return _report(folder, packing.merge(plan))
+        return _report(folder, packing.merge(plan), plan)
     if (folder / INDEX_NAME).exists():
         index = ShardIndex.load(folder)
         done = json.loads((folder / INDEX_NAME).read_bytes())
@@ -195,16 +195,15 @@ def run(options: argparse.Namespace) -> str:
         except (OSError, ValueError) as error:
             raise CorpusError(f"--tokenizer {options.tokenizer}: {str(error).splitlines()[0]}") from None
     _prepare(folder, packing)
-    plan = _plan(folder, corpora, packing, layout, head)
+    plan = _plan(folder, corpora, packing, layout, head, options.dry_run)
     if plan["digest"] != head["digest"]:
         differing = [key for key, value in head["options"].items() if plan["options"].get(key) != json.loads(json.dumps(value))]
         raise CorpusError(
             f"{folder} was begun with other options ({', '.join(differing)}): finish it with those, or remove {folder / WORK}"
         )
     if not plan["samples"]:
-        raise CorpusError(
-            f"nothing to pack: every sample was refused {plan['rejected']}, see {folder / WORK / 'plan' / 'rejected.jsonl'}"
-        )
+        where = "" if options.dry_run else f", see {plan_path.parent / 'rejected.jsonl'}"
+        raise CorpusError(f"nothing to pack: every sample was refused {plan['rejected']}{where}")
     if options.dry_run:
         return _dry_report(plan)
     if not options.merge:
@@ -218,7 +217,7 @@ def run(options: argparse.Namespace) -> str:
                 f"part {part}/{parts} of {folder} is packed; {missing} of {plan['shards']} shards are left to other parts, then: "
                 f"pack.py --merge --out {folder}"
             )
-    return _report(folder, packing.merge(plan))
+    return _report(folder, packing.merge(plan), plan)
 
 
 def _prepare(folder: Path, packing: Packing) -> None:
@@ -232,8 +231,15 @@ def _prepare(folder: Path, packing: Packing) -> None:
     packing.clear_unfinished()
 
 
-def _plan(folder: Path, corpora: list[Corpus], packing: Packing, layout: Layout, head: dict) -> dict:
+def _plan(folder: Path, corpora: list[Corpus], packing: Packing, layout: Layout, head: dict, trial: bool) -> dict:
+    """The plan of a packing that has begun, else a new one. A trial's is not kept: the next command may have other options."""
     bars = (tqdm(corpus, desc=f"planning {corpus.name}", unit=" samples", disable=None, unit_scale=True) for corpus in corpora)
+    if trial and not (folder / WORK / "plan" / "plan.json").exists():
+        own = folder / WORK / f"trial.{os.uname().nodename}.{os.getpid()}"  # so named, it is cleared away after a kill
+        try:
+            return make_plan(own, bars, packing.sieve, layout, head)
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
     return plan_once(folder / WORK / "plan", lambda own: make_plan(own, bars, packing.sieve, layout, head))
 
 
@@ -241,20 +247,44 @@ def _table(counts: dict, hours: dict) -> str:
     return "".join(f"\n  refused {count:>9,}  {hours.get(reason, 0.0):>10.2f} h  {reason}" for reason, count in counts.items())
 
 
+def _unasked(plan: dict) -> str:
+    """A line about tasks whose clips are trained on without a word of what is asked; "" where there is none."""
+    tasks = set(plan.get("unprompted", ())) - {"asr", "chat"}  # asr has an instruction; of chat, the audio is the question
+    if tasks:
+        from model.prompt import INSTRUCTIONS  # not at the top: it loads transformers, for which asr need not wait
+
+        tasks -= set(INSTRUCTIONS)
+    if not tasks:
+        return ""
+    return (
+        f"\nno instruction: clips of task {', '.join(sorted(tasks))} have no prompt, and such a task has no default instruction; "
+        "give --corpus NAME:PATH,prompt=..., or wordings by data_tools.instruct wrap --templates"
+    )
+
+
 def _dry_report(plan: dict) -> str:
+    unknown = (
+        f"\n{count:,} samples have no known duration: filters by seconds, rate and CTC frames judge them when they are decoded; "
+        "data_tools.annotate finds durations"
+        if (count := plan.get("unknown_durations"))
+        else ""
+    )
     return (
         f"{plan['samples']:,} samples, about {plan['hours']:.2f} h and {plan['megabytes']:,.0f} MB, in {plan['shards']} shards; "
         f"{plan['other_splits']:,} belong to other splits"
         + _table(plan["rejected"], plan["rejected_hours"])
+        + unknown
+        + _unasked(plan)
         + "\nnothing was packed (--dry-run); clips are checked when they are decoded"
     )
 
 
-def _report(folder: Path, index: dict) -> str:
+def _report(folder: Path, index: dict, plan: dict) -> str:
     refused = f"; refused {sum(index['rejected'].values()):,}, named in {folder / 'rejected.jsonl'}" if index["rejected"] else ""
     return (
         f"{folder}: {index['samples']:,} samples, {index['hours']:.2f} h in {len(index['shardlist'])} shards{refused}"
         + _table(index["rejected"], index["rejected_hours"])
+        + _unasked(plan)
     )
 
 

@@ -70,8 +70,16 @@ class _Scan:
     bytes: float = 0.0
     seconds: float = 0.0
     other_split: int = 0
+    unknown_durations: int = 0  # clips that filters by seconds can only judge when they are decoded
+    unprompted: Counter = field(default_factory=Counter)  # task -> clips that bring no prompt
     rejected: Counter = field(default_factory=Counter)
     rejected_seconds: Counter = field(default_factory=Counter)
+
+    def note(self, entry: Entry, by: int = 1) -> None:
+        """What the report says of samples that are kept; by -1: this one is not after all."""
+        if entry.audio is not None:
+            self.unknown_durations += by * (entry.duration is None)
+            self.unprompted[entry.task] += by * (not entry.prompt and not entry.messages)
 
     def reject(self, fault: Fault, seconds: float, out) -> None:
         self.rejected[fault.reason] += 1
@@ -103,6 +111,8 @@ def make_plan(folder: Path, corpora: Iterable[Iterable[Entry | Fault]], sieve: S
         "hours": sum(row[4] for row in rows) / 3600,
         "megabytes": scan.bytes / 1e6,
         "other_splits": scan.other_split,
+        "unknown_durations": scan.unknown_durations,
+        "unprompted": sorted(task for task, count in scan.unprompted.items() if count),
         "rejected": dict(sorted(scan.rejected.items())),
         "rejected_hours": {reason: seconds / 3600 for reason, seconds in sorted(scan.rejected_seconds.items())},
     }
@@ -144,6 +154,7 @@ def _scan(folder: Path, corpora: Iterable[Iterable[Entry | Fault]], sieve: Sieve
                 asked = f"{item.task}:{item.prompt}:{item.target_lang}"
                 digest = hashlib.blake2b(f"{stretch}:{asked}".encode(), digest_size=8).digest()
                 hashes.write(digest + struct.pack("<Q", scan.samples))
+            scan.note(item)
             scan.samples, scan.bytes, scan.seconds = scan.samples + 1, scan.bytes + size, scan.seconds + seconds
     return scan
 
@@ -197,6 +208,7 @@ def _sort(
                         else ("duplicate_audio", "an earlier sample has the same audio")
                     )
                     scan.reject(Fault(entry.id, reason, detail, entry.corpus), seconds, faults)
+                    scan.note(entry, -1)
                     continue
                 # A unit (one recording, one row group) is not torn apart, unless it alone is larger than a shard.
                 full = filled >= per_shard * (len(rows) + 1) and (unit != last_unit or filled >= per_shard * (len(rows) + 2))

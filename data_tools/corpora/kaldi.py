@@ -1,4 +1,4 @@
-"""Kaldi data folders: wav.scp, text, and where they are segments, utt2spk, utt2lang."""
+"""Kaldi data folders: wav.scp, text, and where they are segments, utt2spk, utt2lang, utt2dur."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_tools.corpora import CorpusError, Entry, Fault
+from data_tools.corpora import CorpusError, Entry, Fault, number
 
 
 def keyed_lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -55,10 +55,15 @@ class Kaldi:
 
     def __iter__(self) -> Iterator[Entry | Fault]:
         text, speaker, lang = (_Lookup(self.folder / name) for name in ("text", "utt2spk", "utt2lang"))
+        seconds = _Lookup(self.folder / "utt2dur")
         for key, audio, recording, offset, duration in self._clips():
             if audio is None:
                 yield Fault(key, "bad_row", f"segments speaks of recording '{recording}', wav.scp does not")
                 continue
+            if offset is None and (told := seconds[key]) is not None:  # of a stretch, segments says more exactly what is meant
+                duration = number(told)
+                if duration is None:
+                    raise CorpusError(f"{self.folder / 'utt2dur'}: '{key} {told}' is not UTTERANCE SECONDS")
             pipe = audio.startswith("pipe:")
             yield Entry(
                 id=key,

@@ -366,6 +366,22 @@ def test_pipes_run_only_when_asked_for(tmp_path, capsys):
     assert {line["id"]: line["reason"] for line in refused} == {"utt3": "pipe", "utt4": "bad_row"}
 
 
+def test_durations_of_a_kaldi_folder_reach_the_filters(tmp_path, capsys):
+    wav = sound(tmp_path / "a.wav", 0.3)
+    text(tmp_path / "data" / "wav.scp", "".join(f"{name} {wav}\n" for name in "abcd"))
+    text(tmp_path / "data" / "text", "".join(f"{name} some words\n" for name in "abcd"))
+    text(tmp_path / "data" / "utt2dur", "a 0.3\nb 0.05\nd 0\n")
+    options = ["--corpus", f"kaldi:{tmp_path / 'data'}", "--out", str(tmp_path / "out"), "--workers", "1", "--max-rate", "100"]
+    assert pack.main([*options, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "3 samples" in told and "too_fast" in told and "2 samples have no known duration" in told
+    text(tmp_path / "data" / "utt2dur", "a 0.3\nb long\n")
+    assert pack.main([*options, "--dry-run"]) == 2 and "'b long' is not UTTERANCE SECONDS" in capsys.readouterr().err
+    text(tmp_path / "data" / "utt2dur", "a 9\nb 9\nc 9\nd 9\n")
+    text(tmp_path / "data" / "segments", "a a 0.1 0.2\nb b 0.1 -1\n")
+    assert [(e.offset, e.duration) for e in Corpus(f"kaldi:{tmp_path / 'data'}")] == [(0.1, pytest.approx(0.1)), (0.1, None)]
+
+
 def test_a_command_that_fails_costs_its_clip(tmp_path):
     manifest_path = text(
         tmp_path / "m.jsonl",

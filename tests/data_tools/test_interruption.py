@@ -179,6 +179,40 @@ def test_a_dry_run_writes_no_shard_and_says_what_would_be(corpus, tmp_path, caps
     assert pack.main(["--manifest", str(corpus), "--out", str(out), "--workers", "1"]) == 0 and len(ShardIndex.load(out)) == 13
 
 
+def test_after_a_dry_run_any_options_may_follow(corpus, tmp_path, capsys):
+    out = tmp_path / "packed"
+    options = ["--manifest", str(corpus), "--out", str(out), "--workers", "1"]
+    assert pack.main([*options, "--dry-run"]) == 0
+    assert pack.main([*options, "--dry-run", "--langs", "en"]) == 0 and "language" in capsys.readouterr().out
+    assert pack.main([*options, "--dry-run", "--langs", "de"]) == 2 and "nothing to pack" in capsys.readouterr().err
+    assert not [path for path in out.rglob("*") if path.is_file()], "a dry run leaves no file"
+    with open(corpus, "a") as file:
+        file.write(json.dumps({"id": "later", "audio": "clip 0.wav", "text": "mended since"}) + "\n")
+    assert pack.main([*options, "--seed", "1"]) == 0 and len(ShardIndex.load(out)) == 14
+
+
+def test_a_dry_run_leaves_what_was_begun_alone(corpus, tmp_path, capsys):
+    out = tmp_path / "packed"
+    options = ["--manifest", str(corpus), "--out", str(out), "--workers", "1", "--shard-mb", "0.1"]
+    assert pack.main([*options, "--part", "0/2"]) == 0
+    before = folder_bytes(out / ".pack" / "plan") | folder_bytes(out / ".pack" / "done")
+    assert pack.main([*options, "--dry-run"]) == 0
+    assert pack.main([*options, "--dry-run", "--langs", "en"]) == 2 and "begun with other options" in capsys.readouterr().err
+    assert folder_bytes(out / ".pack" / "plan") | folder_bytes(out / ".pack" / "done") == before
+    assert pack.main([*options, "--part", "1/2"]) == 0 and pack.main(["--merge", "--out", str(out)]) == 0
+
+
+def test_a_plan_that_another_process_of_this_machine_is_making_is_left_alone(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    here = os.uname().nodename
+    for process in (os.getpid(), dead.pid):
+        for name in (f"plan.{here}.{process}.140123456789", f"trial.{here}.{process}", f"p-000000.tar.{here}.{process}"):
+            (tmp_path / ".pack" / name).mkdir(parents=True)
+    Packing(tmp_path, "p").clear_unfinished()
+    assert len(left := list((tmp_path / ".pack").iterdir())) == 3 and all(f".{os.getpid()}" in path.name for path in left)
+
+
 def limited(bytes_at_most):
     """For a child: writing past this many bytes of a file fails, as on a full disk (EFBIG in place of ENOSPC)."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

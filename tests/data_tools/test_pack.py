@@ -161,6 +161,23 @@ def test_too_long_is_found_before_decoding(tmp_path, monkeypatch):
     assert index["rejected"] == {"too_long": 2} and abs(index["rejected_hours"]["too_long"] - 6 / 3600) < 1e-5
 
 
+def test_what_is_trained_on_without_an_instruction_is_said(tmp_path, capsys):
+    soundfile.write(tmp_path / "a.wav", tone(0.5), 16000)
+    turns = [{"role": "user", "content": "<audio_patch>"}, {"role": "assistant", "content": "x"}]
+    rows = [{"task": task, "label": "x"} for task in ("emotion", "age", "sound", "chat", "accent")]
+    rows += [{"text": "x"}, {"task": "age", "label": "y", "prompt": "How old?"}, {"task": "topic", "messages": turns}]
+    rows += [{"task": "keyword", "id": "0", "label": "x"}, {"task": "text", "audio": None, "prompt": "a", "response": "b"}]
+    rows = [{"id": str(number), "audio": "a.wav"} | row for number, row in enumerate(rows)]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"]
+    for last in (["--dry-run"], []):
+        assert pack.main([*options, *last]) == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no instruction")]
+        assert "task accent, age have no prompt" in line and "prompt=..." in line and "data_tools.instruct" in line
+    assert pack.main(["--corpus", f"shards:{tmp_path / 'out'},prompt=What?", "--out", str(tmp_path / "asked")]) == 0
+    assert "no instruction" not in capsys.readouterr().out
+
+
 def test_a_translation_keeps_its_language(tmp_path):
     from model.prompt import messages_of
 
