@@ -40,7 +40,8 @@ def json_array(path: Path, key: str) -> Iterator[dict]:
 
 
 class GigaSpeech:
-    """GigaSpeech.json beside audio/; PATH is the JSON. subset: XL, L, M, S, XS, DEV or TEST.
+    """GigaSpeech.json beside audio/; PATH is the JSON, or its folder. subset: XL, L, M, S, XS, DEV or TEST. root: folder that
+    audio paths start from (default: the JSON's).
 
     Punctuation tags become punctuation (punctuation=no leaves them out); garbage segments (<SIL>, <MUSIC>, <NOISE>,
     <OTHER>) are no speech and are reported as such.
@@ -95,7 +96,8 @@ class GigaSpeech:
 
 
 class WenetSpeech(GigaSpeech):
-    """WenetSpeech.json: the same shape, Chinese. subset: L, M, S, W, DEV, TEST_NET, TEST_MEETING."""
+    """WenetSpeech.json: the same shape, Chinese. subset: L, M, S, W, DEV, TEST_NET, TEST_MEETING. root: as for GigaSpeech;
+    punctuation: without effect, there are no tags."""
 
     TAGS: dict[str, str] = {}
     default_lang = "zh"

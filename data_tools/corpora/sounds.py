@@ -81,7 +81,8 @@ class VGGSound:
 
 
 class ESC50:
-    """esc50.csv (filename, fold, category, src_file) beside ../audio, as the repository unpacks; folds: 1+2+3+4, default all."""
+    """PATH is the repository, or its esc50.csv (filename, fold, category, src_file). folds: 1+2+3+4 (default: all); clips:
+    folder of the audio (default: ../audio from the table, as the repository unpacks)."""
 
     def __init__(self, path: Path, folds: str | None = None, clips: str | None = None):
         self.path = path if path.is_file() else path / "meta" / "esc50.csv"

@@ -37,8 +37,9 @@ class Table:
     """FILE.csv, .tsv or .jsonl (also .gz) whose columns are named by options: audio=path,text=sentence,label=emotion.
 
     Columns: id, audio, text, duration, offset, end (instead of duration, with offset), lang_column, target_lang, speaker,
-    prompt, response, label, recording, hypothesis. A column that is not named and exists under its own name is taken. root:
-    folder that relative audio paths start from (default: the table's); suffix: appended to them.
+    prompt, response, label, recording, hypothesis, sound_hash. A column that is not named and exists under its own name is
+    taken. root: folder that relative audio paths start from (default: the table's); suffix: appended to them. delimiter:
+    between cells (default: a comma in .csv, else a tab).
     """
 
     COLUMNS = (

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from data_tools import annotate, instruct, pack, show, verify
-from data_tools.corpora import READERS, Corpus
+from data_tools.corpora import _DEFAULTS, READERS, Corpus
 from data_tools.filters import FAULTS
+from model.prompt import INSTRUCTIONS
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text()
 SPECIFICATIONS = re.findall(r"--corpus ([a-z0-9]+:\S+?)(?=[ `\n])", TEXT)
-LINES = re.findall(r"python (?:-m )?data_tools[./][^`\n]*", re.sub(r"\\\n\s*", "", TEXT))
-COMMANDS = [re.sub(r"\s+#.*|   .*", "", line) for line in LINES]
+LINES = re.findall(r"python (?:-m )?data_tools[./][^`';\n]*", re.sub(r"\\\n\s*", "", TEXT))
+VARIABLES = {"$split": "train", "$SLURM_CPUS_PER_TASK": "8", "$SLURM_ARRAY_TASK_ID": "3"}
+COMMANDS = [re.sub(r"\$\w+", lambda name: VARIABLES[name[0]], re.sub(r"\s+#.*|   .*", "", line)) for line in LINES]
 
 
 def test_every_format_has_an_example():
@@ -38,7 +40,7 @@ def test_commands_parse(command, monkeypatch, capsys):
     arguments = words[2:] if words[1] != "-m" else words[3:]
     module = {"data_tools/pack.py": pack, "data_tools.annotate": annotate, "data_tools.instruct": instruct}.get(tool)
     if module is pack:
-        pack.parse_arguments([word.replace("$split", "train") for word in arguments])
+        pack.parse_arguments(arguments)
         return
     if module is None:
         module = {"data_tools.show": show, "data_tools.verify": verify}[tool]
@@ -46,6 +48,26 @@ def test_commands_parse(command, monkeypatch, capsys):
         return
     monkeypatch.setattr(module, "run", lambda options: "")
     assert module.main(arguments) == 0
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_readers_options_stand_in_its_docstring(name):
+    module, class_name = READERS[name].split(":")
+    reader = getattr(import_module(f"data_tools.corpora.{module}"), class_name)
+    own = set(inspect.signature(reader).parameters) - {"path", *_DEFAULTS}
+    assert not [option for option in own if not re.search(rf"\b{option}\b", reader.__doc__)]
+
+
+def test_every_folder_of_the_recipes_has_its_commands():
+    recipes = "".join(path.read_text() for path in Path(pack.__file__).parents[1].glob("train/recipes/*.yaml"))
+    made = {words[words.index("--out") + 1] for words in map(str.split, COMMANDS) if "--out" in words}
+    wanted = {folder.replace("/valid", "/train") for folder in re.findall(r"- shards: (\S+)", recipes)}  # $split is train here
+    assert len(wanted) == 8 and wanted <= made
+
+
+def test_tasks_with_a_default_instruction_are_named():
+    sentence = TEXT.split("**Instructions.**")[1].split("have a default")[0]
+    assert set(re.findall(r"`(\w+)`", sentence)) - {"prompt"} == set(INSTRUCTIONS)
 
 
 def test_every_reason_is_documented():
