@@ -1,0 +1,91 @@
+"""What does a model folder say to sound files? `python -m evaluation.answer MODEL FILE ...` needs no shards.
+
+    python -m evaluation.answer runs/mine/sft/model clip.wav other.flac                    # transcribes
+    python -m evaluation.answer runs/mine/sft/model clip.wav --prompt "What is asked here?"
+
+One line a file on standard output: the file, a tab, the answer. A stage I folder has no LLM: its CTC head transcribes. A file
+that cannot be used is named in one line on standard error, the others are answered all the same, and the exit code is 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import soundfile
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from evaluation.run import InputError, joint_search, load
+from model.folder import FolderError
+from model.joint import JointSearch
+from model.pretrained import SourceError
+from model.prompt import INSTRUCTIONS, PromptError
+from train.data.reader import decode
+from train.data.rejected import BrokenSample
+
+
+def sound(file: Path, longest: float) -> torch.Tensor:
+    """The file's waveform [S], 16 kHz, of at most `longest` seconds. Errors: BrokenSample, OSError."""
+    audio = file.read_bytes()  # first, for the file system's own words
+    try:
+        seconds = soundfile.info(file).duration  # of the header: a long one is not decoded at all
+    except soundfile.LibsndfileError as error:
+        raise BrokenSample(f"is not read as sound ({error.error_string.strip(' .')}): convert it to WAV or FLAC") from None
+    if seconds > longest:
+        raise BrokenSample(f"lasts {seconds:.0f} s, this model takes {longest:g} s at most (model.encoder.max_seconds): cut it")
+    return decode(audio)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m evaluation.answer", description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="model folder: <output>/<stage>/model")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="sound: WAV, FLAC, MP3, Ogg ...")
+    parser.add_argument("--prompt", help=f"what the LLM is asked about each file (default: \"{INSTRUCTIONS['asr']}\")")
+    parser.add_argument("--decode", choices=["ctc", "generate", "joint"],
+                        help="default: ctc for stage I, generate for II and III; joint: transcripts by LLM and CTC together")
+    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    search = JointSearch()  # evaluation.run's options, at their defaults
+    parser.set_defaults(untrained=None, ctc_weight=search.weight, beams=search.beams, token_bonus=search.token_bonus)
+    options = parser.parse_args(arguments)
+    if options.prompt and options.decode in ("ctc", "joint"):
+        parser.error(f"--decode {options.decode} writes transcripts: without --prompt")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    disable_progress_bar()  # of transformers' weight loading
+    code = 0
+    try:
+        model, how = load(options, torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        if options.prompt and how == "ctc":
+            raise InputError(f"{options.model} is of stage I, which has no LLM to ask: leave --prompt out for a transcript, or "
+                             "give the folder of a later stage")
+        token = model.config.audio_token
+        if token in (options.prompt or ""):
+            raise InputError(f"--prompt holds {token}: leave it out, the sound stands before the prompt")
+        joint = joint_search(options) if how == "joint" else None
+        chat = [{"role": "user", "content": f"{token}\n{options.prompt or INSTRUCTIONS['asr']}"}]
+        for file in options.files:
+            try:
+                waveform = sound(file, model.config.encoder.max_seconds)
+            except (BrokenSample, OSError) as error:
+                print(f"error: {file}: {getattr(error, 'strerror', error)}", file=sys.stderr)
+                code = 2
+                continue
+            if how == "ctc":
+                text = model.ctc_greedy(model.prompts([chat], [waveform]))[0]
+            else:
+                text = model.answer([chat], [waveform], max_new_tokens=options.max_new_tokens, joint=joint)[0]
+            print(file, " ".join(text.split()), sep="\t", flush=True)
+    except (InputError, FolderError, SourceError, PromptError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

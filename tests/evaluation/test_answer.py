@@ -1,0 +1,85 @@
+"""Sound files in, one line each out."""
+
+import numpy as np
+import pytest
+import soundfile
+
+from data_tools.shards import ShardIndex
+from evaluation import answer
+from model import folder
+from model.joint import JointSearch
+from model.prompt import INSTRUCTIONS
+from tests.evaluation.test_run import expected
+from train.data.reader import decode
+
+
+@pytest.fixture
+def files(packed, tmp_path):
+    """Two packed clips as files: FLAC as packed, and WAV in stereo."""
+    index = ShardIndex.load(packed)
+    first, second = tmp_path / "0.flac", tmp_path / "1.wav"
+    first.write_bytes(index.read(0)[0])
+    soundfile.write(second, np.stack([decode(index.read(1)[0]).numpy()] * 2, axis=1), 16000)
+    return [first, second]
+
+
+def answers(capsys) -> dict[str, str]:
+    return dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("stage, how", [("alignment", None), ("shrinking", None), ("shrinking", "joint"), ("shrinking", "ctc")])
+def test_files_are_answered_as_shards_are(folders, packed, files, capsys, stage, how):
+    more = ["--decode", how] if how else []
+    assert answer.main([str(folders / stage), *map(str, files), "--max-new-tokens", "6", "--device", "cpu", *more]) == 0
+    joint = JointSearch() if how == "joint" else None
+    wanted = expected(folders / stage, packed, "asr", generate=stage == "shrinking" and how != "ctc", joint=joint)
+    assert answers(capsys) == {str(file): one_line(wanted[f"asr-{i}"]) for i, file in enumerate(files)}
+
+
+def test_a_prompt_stands_behind_the_sound(folders, files, capsys):
+    model = folder.load(folders / "shrinking")
+    waveform = decode(files[0].read_bytes())
+    said = [model.answer([[{"role": "user", "content": f"<audio_patch>\n{prompt}"}]], [waveform], max_new_tokens=6)[0]
+            for prompt in ("How many?", INSTRUCTIONS["asr"])]
+    assert said[0] != said[1]
+    command = [str(folders / "shrinking"), str(files[0]), "--max-new-tokens", "6", "--device", "cpu", "--prompt", "How many?"]
+    assert answer.main(command) == 0
+    assert answers(capsys) == {str(files[0]): one_line(said[0])}
+
+
+def test_a_file_that_is_no_use_costs_its_own_line(folders, files, tmp_path, capsys):
+    text, empty, long, windows = (tmp_path / name for name in ("a.txt", "b.wav", "c.flac", "d.flac"))
+    text.write_text("no sound")
+    soundfile.write(empty, [], 16000)
+    soundfile.write(long, np.zeros(301 * 8000), 8000)
+    soundfile.write(windows, np.zeros(31 * 16000), 16000)  # beyond Whisper's 30 s: encoded in two windows
+    bad = [tmp_path / "none.wav", text, empty, long]
+    assert answer.main([str(folders / "alignment"), *map(str, [*bad, windows, files[0]]), "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert [line.split("\t")[0] for line in out.splitlines()] == [str(windows), str(files[0])]
+    wanted = ["No such file", "is not read as sound (Format not recognised)", "holds no samples", "takes 300 s at most"]
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 4
+    for line, file, words in zip(lines, bad, wanted, strict=True):
+        assert line.startswith(f"error: {file}: ") and words in line
+
+
+@pytest.mark.parametrize("stage, more, words", [
+    ("alignment", ["--decode", "generate"], "of stage I, which has no LLM: use --decode ctc"),
+    ("alignment", ["--prompt", "Why?"], "which has no LLM to ask"),
+    ("shrinking", ["--prompt", "<audio_patch> twice?"], "--prompt holds <audio_patch>"),
+    ("nowhere", [], "is not a model folder")])
+def test_what_cannot_be_asked(folders, files, capsys, stage, more, words):
+    assert answer.main([str(folders / stage), str(files[0]), "--device", "cpu", *more]) == 2
+    out, err = capsys.readouterr()
+    assert not out and words in err
+
+
+def test_a_transcript_takes_no_prompt(folders, files, capsys):
+    with pytest.raises(SystemExit):
+        answer.main([str(folders / "shrinking"), str(files[0]), "--decode", "joint", "--prompt", "Why?"])
+    assert "--decode joint writes transcripts: without --prompt" in capsys.readouterr().err
