@@ -94,7 +94,7 @@ def test_cancelled_stays_cancelled_and_takes_the_chain_with_it(project):
     again = project.chain()  # the same command, fewer steps than were done before the cancellation
     for job in again:
         project.expect(job, "COMPLETED")
-    assert "alignment from step 0" in (project.folder / f"slurm/logs/soundwave-1-{again[0]}.log").read_text()
+    assert "alignment is done" in (project.folder / f"slurm/logs/soundwave-1-{again[0]}.log").read_text()
 
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
