@@ -29,11 +29,6 @@ STAGE_SHARDS=${STAGE_SHARDS:-0}         # 1: copy the shards to LOCAL_DISK befor
 MAX_RESTARTS=${MAX_RESTARTS:-20}        # a job that was restarted this often fails instead of starting again
 PREFLIGHT_MINUTES=${PREFLIGHT_MINUTES:-15}
 
-GIVEN=()  # of these, what the user's environment says; what is set here is one node's and one job's own
-for name in LOCAL_DISK TORCH_EXTENSIONS_DIR; do
-    [ -z "$(printenv "$name")" ] || GIVEN+=("$name=$(printenv "$name")")
-done
-
 say() { printf '[%s] %s\n' "$(date '+%F %T')" "$*"; }
 die() { say "error: $1" >&2; exit "${2:-2}"; }
 
@@ -285,7 +280,7 @@ start_again() {
     resubmit
 }
 
-# forget_this_job: what is submitted from inside a job, or an interactive allocation, must not inherit its SLURM_ variables.
+# forget_this_job: what is submitted from inside an interactive allocation must not inherit its SLURM_ variables.
 forget_this_job() {
     local name
     for name in "${!SLURM_@}"; do [ "$name" = SLURM_CONF ] || unset "$name"; done
@@ -293,7 +288,7 @@ forget_this_job() {
 
 # resubmit: a new job of the same script, options and arguments; every job that waits for this one shall wait for the new one.
 resubmit() {
-    local new count waiting kind field value gpus options=(--parsable --chdir="$PWD" --export=ALL --job-name="$SLURM_JOB_NAME"
+    local new count waiting kind field value gpus given=() options=(--parsable --chdir="$PWD" --export=ALL --job-name="$SLURM_JOB_NAME"
         --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$TASKS" --cpus-per-task="$CPUS")
     for field in Partition:partition Account:account QOS:qos TimeLimit:time Features:constraint Reservation:reservation \
         ExcNodeList:exclude; do
@@ -304,13 +299,19 @@ resubmit() {
     if [ -n "${SLURM_GPUS_PER_NODE:-}" ]; then options+=("--gpus-per-node=$SLURM_GPUS_PER_NODE")
     elif [ -n "$gpus" ]; then gpus=${gpus#gres:}; options+=("--gres=${gpus/gres\/gpu/gpu}")
     fi
-    eval "options+=(${SOUNDWAVE_OPTIONS:-})"  # chain.sh's own, quoted there; of two of a kind sbatch takes the last
+    eval "given=(${SOUNDWAVE_OPTIONS:-})"  # chain.sh's, quoted there; of two of a kind sbatch takes the last
+    for value in "${given[@]}"; do  # what two of them ask for has been waited for
+        case $value in --begin=*|--dependency=*) ;; *) options+=("$value") ;; esac
+    done
     cp "$0" "$JOB/script.sh"  # the spool copy goes when this job ends
-    new=$(
-        count=$(($(restarts) + 1))
-        forget_this_job
-        client env -u LOCAL_DISK -u TORCH_EXTENSIONS_DIR "${GIVEN[@]}" SOUNDWAVE_CODE="$CODE" SOUNDWAVE_RESTARTS="$count" \
-            RECIPE="$RECIPE" sbatch "${options[@]}" "$JOB/script.sh" "${ARGUMENTS[@]}"
+    # The new job gets what this one was given, not what it has made of that: folders on its nodes' disks, say, that go with it.
+    given=()
+    while IFS= read -r -d '' value; do
+        case $value in SLURM_CONF=*) given+=("$value") ;; SLURM_*) ;; *) given+=("$value") ;; esac
+    done <"/proc/$$/environ"
+    count=$(($(restarts) + 1))
+    new=$(client env -i "${given[@]}" SOUNDWAVE_CODE="$CODE" SOUNDWAVE_RESTARTS="$count" RECIPE="$RECIPE" \
+        sbatch "${options[@]}" "$JOB/script.sh" "${ARGUMENTS[@]}"
     ) || { event failed "could not be submitted again"; die "sbatch refused: submit it again by hand, and it goes on" 1; }
     new=${new%%;*}
     while read -r waiting kind; do
@@ -319,7 +320,7 @@ resubmit() {
     done < <(client squeue -h -t PENDING -o '%i %E' \
         | sed -n "s/^\([^ ]*\) .*\(after[a-z]*\):$SLURM_JOB_ID\([^0-9].*\)\{0,1\}$/\1 \2/p")
     event resubmitted "as job $new"
-    EVENT_JOB=$new event submitted "in place of job $SLURM_JOB_ID"
+    EVENT_JOB=$new LOG=${LOG//$SLURM_JOB_ID/$new} event submitted "in place of job $SLURM_JOB_ID"  # chain.sh asks for it
     say "submitted as job $new"
     exit 85
 }

@@ -123,11 +123,15 @@ def look_at_shards(recipe: Recipe, report: Report) -> None:
             report.notes += [f"{line}; its lost samples are left out" for line in index.damaged]
 
 
+def checkpoints(recipe: Recipe) -> list[Path]:
+    """Newest first; not what a save that died has left."""
+    found = [path for path in (stage_folder(recipe) / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
 def newest(recipe: Recipe, name: str) -> tuple[Path, dict] | None:
-    """The newest finished checkpoint and what its file `name` holds. One that cannot be read, as a node that died leaves it, is
-    training's business: it passes over it."""
-    folders = [path for path in (stage_folder(recipe) / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    for folder in sorted(folders, reverse=True):
+    """The newest checkpoint whose file `name` can be read, and what it holds: training passes over damaged ones, too."""
+    for folder in checkpoints(recipe):
         try:
             return folder, json.loads((folder / name).read_text())
         except (OSError, ValueError):
@@ -183,7 +187,7 @@ def look_at_disks(recipe: Recipe, report: Report) -> None:
         return
     free = shutil.disk_usage(folder).free
     if report.rank == 0 and not report.input_faults:
-        existing = len(list((folder / "checkpoints").glob("step-*/manifest.json")))
+        existing = len(checkpoints(recipe))
         size, count = checkpoint_bytes(recipe), max(1, recipe.checkpoint.keep_last + recipe.checkpoint.keep_best + 1 - existing)
         report.notes.append(f"output {folder}: {free / 1e9:.1f} GB free, {count} more checkpoints of {size / 1e9:.3f} GB to come")
         if free < size * count:

@@ -58,7 +58,7 @@ def site(tmp_path) -> Site:
 
 
 STATE = ('TASKS=1 CPUS=1 CODE=$PWD RECIPE=r.yaml ARGUMENTS=(a=1) WARNED=0 WARNING="" BEGAN=$(date +%s) STAGE=alignment '
-         'OUTPUT=$PWD/out FAULT="" CULPRITS=""; mkdir -p out\n')
+         'OUTPUT=$PWD/out FAULT="" CULPRITS="" LOG=soundwave-7.log; mkdir -p out\n')
 
 
 def test_a_chain_from_inside_an_allocation_knows_its_own_jobs(site):
@@ -102,9 +102,9 @@ def test_the_recipes_that_a_recipe_is_based_on_are_frozen_with_it(site, base, wo
 def test_a_new_job_in_this_one_s_place_is_of_the_same_kind(site):
     """Where a site does not requeue: options of the command line go along, folders of the dead job's own disk do not."""
     done = site.call(STATE + 'export LOCAL_DISK\nstart_again "stopped in time"', SLURM_TMPDIR="/scratch/job.7",
-                     SOUNDWAVE_OPTIONS="--mem=200G --comment=a\\ b ")
+                     SOUNDWAVE_OPTIONS="--mem=200G --begin=now+1hour --comment=a\\ b ")
     assert done.returncode == 85, done.stderr
-    assert {"--mem=200G", "--comment=a b", "a=1"} <= set(site.submitted[0])
+    assert {"--mem=200G", "--comment=a b", "a=1"} <= set(site.submitted[0]) and "--begin=now+1hour" not in site.submitted[0]
     assert "LOCAL_DISK" not in site.environment(101) and "SLURM_JOB_ID" not in site.environment(101)
     site.call(STATE + 'export LOCAL_DISK\nstart_again "stopped in time"', LOCAL_DISK="/mine")
     assert "LOCAL_DISK=/mine" in site.environment(102)
