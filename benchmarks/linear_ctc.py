@@ -103,8 +103,10 @@ def from_checkpoint(folder: str, shards: str, seconds: float, dtype: torch.dtype
 
 def ordinary(work: Work, leaves: tuple) -> Tensor:
     hidden, weight, row = leaves
-    whole = weight if row is None else torch.cat([weight, row[None]])
-    logprob = functional.linear(hidden, whole).float().log_softmax(-1)
+    logits = functional.linear(hidden, weight)
+    if row is not None:  # behind the product: joined to a frozen weight, the row would make autograd compute its gradient, too
+        logits = torch.cat([logits, functional.linear(hidden, row[None])], -1)
+    logprob = logits.float().log_softmax(-1)
     return functional.ctc_loss(logprob.transpose(0, 1), work.targets, work.lengths, work.target_lengths, blank=work.blank,
                                zero_infinity=True)
 

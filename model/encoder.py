@@ -18,7 +18,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as TransformersWhisperEncoder
 
 from model.config import EncoderConfig
-from model.features import SAMPLE_RATE, log_mel, mel_frames
+from model.features import HOP, SAMPLE_RATE, log_mel, mel_frames
 from model.pretrained import Source, SourceError
 
 
@@ -48,8 +48,8 @@ class Encoder(nn.Module, ABC):
         """waveforms [A, S] at 16 kHz, lengths [A] (samples) -> features [A, T, width], lengths [A] (frames).
 
         Clips beyond the encoder's window are cut into windows, encoded as a batch and put together again. `padded`: the
-        lengths count the silence of `pad_to_seconds` too. mel_mask [A, n_mels, F]: for clips of one window, and encoders that
-        see a mel. Errors: ValueError beyond `max_seconds`.
+        lengths count the silence of `pad_to_seconds` too. mel_mask [A, n_mels, F]: for encoders that see a mel.
+        Errors: ValueError beyond `max_seconds`.
         """
         longest = int(lengths.max())
         if longest > self.max_seconds * SAMPLE_RATE:
@@ -60,14 +60,15 @@ class Encoder(nn.Module, ABC):
             features = self.encode(waveforms[:, :max(longest, 1)], lengths, mel_mask)
             frames = self.frames(lengths)
         else:
-            features, frames = self._encode_windows(waveforms, lengths, window)
+            features, frames = self._encode_windows(waveforms, lengths, window, mel_mask)
         if padded and self.pad_to_samples:
             frames = torch.full_like(frames, features.shape[1])
         features = features[:, : int(frames.max())]
         behind = torch.arange(features.shape[1], device=features.device) >= frames[:, None]
         return features.masked_fill(behind[..., None], 0.0), frames
 
-    def _encode_windows(self, waveforms: torch.Tensor, lengths: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _encode_windows(self, waveforms: torch.Tensor, lengths: torch.Tensor, window: int, mel_mask: torch.Tensor | None
+                        ) -> tuple[torch.Tensor, torch.Tensor]:
         """Each clip's windows stand one behind the other; all but a clip's last one are full, so its frames are contiguous."""
         audios = waveforms.shape[0]
         count = -(-int(lengths.max()) // window)
@@ -75,7 +76,11 @@ class Encoder(nn.Module, ABC):
         sizes = (lengths[:, None] - window * torch.arange(count, device=lengths.device)).clamp(0, window)
         used = sizes > 0
         used[:, 0] = True
-        encoded = self.encode(pieces[used.flatten()], sizes[used])
+        if mel_mask is not None:
+            length = window // HOP
+            mel_mask = F.pad(mel_mask, (0, max(0, count * length - mel_mask.shape[-1])))[..., : count * length]
+            mel_mask = mel_mask.unflatten(-1, (count, length)).transpose(1, 2).flatten(0, 1)[used.flatten()]
+        encoded = self.encode(pieces[used.flatten()], sizes[used], mel_mask)
         per_window = int(self.frames(torch.tensor(window)))
         features = encoded.new_zeros(audios * count, per_window, self.width)
         features[used.flatten(), : encoded.shape[1]] = encoded

@@ -142,6 +142,7 @@ def newest(recipe: Recipe, name: str) -> tuple[Path, dict] | None:
 def look_at_base(recipe: Recipe, report: Report) -> None:
     """The frozen parts are there, and are those that the previous stage and this stage's checkpoints were made with."""
     from model.encoder import tensor_prefix
+    from model.folder import other_switches
     from model.pretrained import SourceError, fingerprint, locate
 
     hashes = {}
@@ -154,6 +155,7 @@ def look_at_base(recipe: Recipe, report: Report) -> None:
             report.input_faults.append(f"model.{part}: {one_line(error)}")
     made_with = []
     if start := initial_folder(recipe):
+        report.notes += other_switches(recipe.model, start) if report.rank == 0 else []
         made_with.append((start, json.loads((start / "soundwave.json").read_text())["frozen"]))
     saved = newest(recipe, "state.json")
     if saved and "base" not in recipe.checkpoint.accept_changes:

@@ -140,6 +140,12 @@ def test_long_audio_is_encoded_in_windows(folders):
         pieces = waves[row, : lengths[row]].split(16_000)
         expected = torch.cat([encoder(p[None], torch.tensor([len(p)]))[0][0] for p in pieces])
         torch.testing.assert_close(features[row, : frames[row]], expected, rtol=0, atol=2e-5)
+    mask = torch.rand(3, 16, 325) < 0.3  # a clip is masked as it is alone, whoever its companions are
+    masked, _ = encoder(waves, lengths, mel_mask=mask)
+    short = encoder(waves[1:2, :9_000], torch.tensor([9_000]), mel_mask=mask[1:2, :, :57])[0][0]
+    torch.testing.assert_close(masked[1, :29], short, rtol=0, atol=2e-5)
+    second = encoder(waves[2:, 16_000:32_000], torch.tensor([16_000]), mel_mask=mask[2:, :, 100:200])[0][0]
+    torch.testing.assert_close(masked[2, 50:100], second, rtol=0, atol=2e-5)
     with pytest.raises(ValueError, match=r"audio of 4.1 s is longer than model.encoder.max_seconds = 4"):
         encoder(torch.zeros(1, 65_600), torch.tensor([65_600]))
 

@@ -10,7 +10,7 @@ from transformers import WhisperConfig, WhisperModel
 
 from tests.stream.conftest import data_config, record, sound, write_folder
 from train.config import Corpus, Recipe, RecipeError
-from train.data import EvalStream, Stream
+from train.data import EvalStream, Stream, validation_batches
 from train.data import cache as cache_module
 from train.data.cache import FeatureStore, Interrupted, ensure_features
 
@@ -52,6 +52,20 @@ def test_batches_hold_what_the_encoder_gives(recipe, tokenizer):
             torch.testing.assert_close(a.features, features, atol=5e-3, rtol=1e-3)
     validation = EvalStream(recipe.data.valid, tokenizer, recipe.model, "alignment", data=recipe.data)
     assert all(batch.features is not None for batch, _ in validation)
+
+
+def test_validation_of_several_folders_finds_all_its_features(recipe, tokenizer, packed, tmp_path, caplog):
+    """Cache and validation take the same utterances, and leave out what the encoder does not take."""
+    recipe.data.valid = [Corpus(shards=str(packed)), *(Corpus(shards=str(write_folder(tmp_path / name, [
+        (record(number, 0.5), sound(0.5, 100 * place + number), "flac") for number in range(11)], name=name)))
+        for place, name in enumerate(("one", "two")))]
+    recipe.model.encoder.max_seconds, recipe.log.validate_utterances = 2.0, 19
+    recipe.data.max_seconds = 1.0
+    ensure_features(recipe)
+    batches = validation_batches(recipe.data, "alignment", tokenizer, recipe.model, 0, 1, recipe.log.validate_utterances)
+    longer = sum(0.3 + 0.1 * (number * 23 // 7) > 2.0 for number in range(7))
+    assert longer and sum(len(references) for _, references in batches) == 21 - longer
+    assert f"{longer} utterances of data.valid are left out" in caplog.text
 
 
 def test_written_once_resumed_and_found_after_packing_anew(recipe, tokenizer, tmp_path, monkeypatch):

@@ -28,6 +28,8 @@ def test_the_command(packed, tmp_path, capsys):
         assert 0 <= row["padding"] < 1 and row["micro_batches"] >= 1
     assert main([str(recipe), "data.batchseconds=3"]) == 2
     assert "did you mean 'data.batch_seconds'" in capsys.readouterr().err
+    assert main([str(recipe), "data.train=[{shards: 'pipe:cat x.tar'}]"]) == 2
+    assert "streamed without an index" in capsys.readouterr().err
 
 
 def test_profile_reads_the_steps(packed, tmp_path, tokenizer, capsys):

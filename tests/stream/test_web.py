@@ -2,6 +2,9 @@
 
 import functools
 import http.server
+import io
+import json
+import tarfile
 import threading
 from collections import Counter
 
@@ -85,6 +88,23 @@ def test_what_cannot_be_read_is_named(packed, tokenizer, model_config, tmp_path,
         path.unlink()
     with pytest.raises(RecipeError, match="gives rank 0 nothing in a whole pass"):
         next(iter(Stream(streamed(pipe(packed)), "alignment", tokenizer, model_config, 0, 1, 0, 3)))
+
+
+@pytest.mark.parametrize("stage", ["alignment", "shrinking"])
+def test_a_clip_s_own_length_counts_where_its_json_tells_none(packed, tokenizer, model_config, tmp_path, stage):
+    """Tars of others: no `duration`, which tells a conversation that there is audio."""
+    for path in packed.glob("*.tar"):
+        with tarfile.open(path) as old, tarfile.open(tmp_path / path.name, "w") as new:
+            for member in old:
+                content = old.extractfile(member).read()
+                if member.name.endswith(".json"):
+                    content = json.dumps({key: v for key, v in json.loads(content).items() if key != "duration"}).encode()
+                    member.size = len(content)
+                new.addfile(member, io.BytesIO(content))
+    data = streamed(pipe(tmp_path), max_seconds=1.05)
+    steps = list(Stream(data, stage, tokenizer, model_config, 0, 1, 0, 3))
+    assert not any(step.rejected for step in steps) and all(step.samples for step in steps)
+    assert max(int(batch.audio_lengths.max()) for step in steps for batch in step.micro_batches) <= 16800
 
 
 def test_settings_that_need_an_index_are_named(packed):

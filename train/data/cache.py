@@ -42,7 +42,7 @@ from train.data.augment import check
 from train.data.plan import drawn_share, load_index, usable
 from train.data.reader import decode, read_with_retry
 from train.data.rejected import BrokenSample
-from train.data.validation import select
+from train.data.validation import select, share_of_each
 
 ENTRY_DTYPE = np.dtype([("key", "<u8"), ("start", "<u8"), ("frames", "<u4")])
 PACK_SECONDS = 600.0
@@ -157,7 +157,9 @@ def _needed(recipe: Recipe) -> list[tuple[ShardIndex, np.ndarray]]:
         chosen.append((index, np.flatnonzero(wanted)))
     for corpus in data.valid:
         index = load_index(corpus.shards)
-        chosen.append((index, select(index, 0, recipe.stage, corpus, recipe.log.validate_utterances)["row"].astype(int)))
+        entries = select(index, 0, recipe.stage, corpus, share_of_each(data, recipe.log.validate_utterances))
+        entries = entries[entries["seconds"] <= recipe.model.encoder.max_seconds]  # the others are left out
+        chosen.append((index, entries["row"].astype(int)))
     return [(index, rows[index.samples[rows]["audio_size"] > 0]) for index, rows in chosen]
 
 

@@ -13,9 +13,9 @@ import time
 
 import numpy as np
 
-from train.config import Recipe, load_recipe
+from train.config import Recipe, RecipeError, load_recipe
 from train.data.assign import Budgets, assign, padded_cost
-from train.data.plan import UNITS_PER_SECOND, Plan, mix64
+from train.data.plan import UNITS_PER_SECOND, PlainPlan, Plan, mix64
 
 
 def effective_number(labels: np.ndarray) -> float:
@@ -115,6 +115,9 @@ def main(arguments: list[str] | None = None) -> int:
         began = time.perf_counter()
         plan = Plan.open(recipe.data, recipe.stage, recipe.optim.steps)
         took = time.perf_counter() - began
+        if isinstance(plan, PlainPlan):
+            raise RecipeError("data.train is streamed without an index, so nothing is known of its steps beforehand: pack it "
+                              "(python data_tools/pack.py)")
         shown = range(options.first, options.first + options.steps)
         excluded = [{"corpus": plan.indexes[e.corpus].name, "reason": e.reason, "utterances": len(e.rows)} for e in plan.excluded]
         facts = {"plan_seconds": took, "fingerprint": plan.fingerprint, "shuffle_quality": shuffle_quality(plan),

@@ -6,6 +6,7 @@ utterances are too few, a rank gets dummies. Nothing is shuffled, augmented or r
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -21,6 +22,8 @@ from train.data.collate import Collator
 from train.data.loader import Job, Loader
 from train.data.plan import PLANNED, drawn_share, llm_positions, load_index, usable
 from train.data.stream import MicroBatchReader
+
+LOGGER = logging.getLogger(__name__)
 
 
 def select(index: ShardIndex, number: int, stage: str, corpus: Corpus, limit: int | None) -> np.ndarray:
@@ -46,6 +49,11 @@ def select(index: ShardIndex, number: int, stage: str, corpus: Corpus, limit: in
     if stage != "alignment":
         entries["positions"] = llm_positions(chosen)
     return entries
+
+
+def share_of_each(data: DataConfig, utterances: int) -> int:
+    """How many of `utterances` each corpus of data.valid gives."""
+    return -(-utterances // max(1, len(data.valid)))
 
 
 class EvalStream:
@@ -114,7 +122,10 @@ def validation_batches(data: DataConfig, stage: str, tokenizer: PreTrainedTokeni
     """
     if not data.valid:
         return []
-    share = -(-utterances // len(data.valid))
-    stream = EvalStream(data.valid, tokenizer, model_config, stage, limit=share, batch_seconds=data.micro_batch_seconds,
-                        rank=rank, world_size=world_size, data=replace(data, workers=0), answers=answers)
-    return [(batch, [reference(sample, stage) for sample in samples]) for batch, samples in stream]
+    stream = EvalStream(data.valid, tokenizer, model_config, stage, limit=share_of_each(data, utterances),
+                        batch_seconds=data.micro_batch_seconds, rank=rank, world_size=world_size,
+                        data=replace(data, workers=0), answers=answers)
+    batches = [(batch, [reference(sample, stage) for sample in samples]) for batch, samples in stream]
+    if stream.rejected:
+        LOGGER.warning("%d utterances of data.valid are left out; the first: %s", len(stream.rejected), stream.rejected[0])
+    return batches

@@ -128,6 +128,10 @@ class PlainReader(IterableDataset):
         waveform = None
         if audio is not None:
             waveform = decode(audio)
+            if not duration:  # no index has told
+                meta["duration"] = len(waveform) / SAMPLE_RATE
+                if not self.data.min_seconds <= meta["duration"] <= self.data.max_seconds:
+                    return None
             check_length(waveform, self.data)
         sample = Sample(meta, None)
         if waveform is not None:
