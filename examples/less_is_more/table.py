@@ -82,7 +82,9 @@ def collect(study: Study) -> dict:
         path = study.predictions(folder, decode, shards[0], whole=True)
         return path if path.with_suffix(".scores.json").exists() else None
 
-    for seed in study.plan.seeds:
+    # The plan's seeds, and those that --seeds has added.
+    run = {int(path.name.rpartition("-seed-")[2]) for path in study.output.glob("*-seed-*")}
+    for seed in sorted({*study.plan.seeds, *run}):
         ours = {decode: files(study.folder(OURS, seed), decode) for decode in DECODES}
         for name, variant in study.plan.variants.items():
             folder = study.folder(name, seed)
