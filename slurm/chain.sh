@@ -8,7 +8,7 @@
 # failure goes on. --dry-run submits nothing: it prints each sbatch command and script, and what `sbatch --test-only` says of it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-eval "$(grep -E '^(ENVIRONMENT|MODULES)=' slurm/stage1.sh)"
+eval "$(grep -E '^(ENVIRONMENT|MODULES|MOUNTS)=' slurm/stage1.sh)"
 # shellcheck source=slurm/common.sh
 source slurm/common.sh
 forget_this_job  # of an interactive allocation that this runs in
@@ -39,7 +39,9 @@ CODE=$PWD/slurm/jobs/$ID/code
 case $ENVIRONMENT in
     pyxis:*) echo "recipes cannot be read here ($ENVIRONMENT): stages that are done and jobs in the queue are not looked for" >&2
         READER=() ;;
-    *) open_environment; READER=("${IN_CONTAINER[@]}" python) ;;
+    *) extensions=${TORCH_EXTENSIONS_DIR:-}
+        open_environment; READER=("${IN_CONTAINER[@]}" python)
+        [ -n "$extensions" ] || unset TORCH_EXTENSIONS_DIR ;;  # this node's; the jobs choose their own
 esac
 
 # First all stages are looked at, then all are submitted: four words each: number, recipe, stage, output.
