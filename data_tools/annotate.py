@@ -76,6 +76,7 @@ class Transcriber:
         except (OSError, ValueError) as error:
             raise CorpusError(f"--whisper {folder}: {str(error).splitlines()[0]}") from None
         self.batch_clips = max(1, int(batch_seconds // WHISPER_SECONDS))
+        self.unknown: set[str] = set()  # languages that were told already
 
     def __call__(self, clips: list[tuple[np.ndarray, str | None]]) -> list[str]:
         """[(samples int16 at 16 kHz, language)] -> texts, in the same order."""
@@ -99,13 +100,20 @@ class Transcriber:
 
     def _texts(self, waves: list[np.ndarray], lang: str | None) -> list[str]:
         import torch
+        from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
         waves = [wave.astype(np.float32) / 32768.0 for wave in waves]
         options = {"sampling_rate": SAMPLE_RATE, "return_tensors": "pt", "return_attention_mask": True}
         inputs = self.processor.feature_extractor(waves, **options).to(self.device)
         features, mask = inputs.input_features.to(self.model.dtype), inputs.attention_mask
         multilingual = getattr(self.model.generation_config, "is_multilingual", False)
-        told = {"language": lang.split("-")[0], "task": "transcribe"} if multilingual and lang else {}
+        known = getattr(self.model.generation_config, "lang_to_id", None) or {}
+        code = lang.split("-")[0].lower() if multilingual and lang else None
+        code = TO_LANGUAGE_CODE.get(code, code)
+        if code and f"<|{code}|>" not in known and code not in self.unknown:
+            self.unknown.add(code)
+            print(f"annotate: this Whisper does not know language '{code}': it is left to detect one", file=sys.stderr)
+        told = {"language": code, "task": "transcribe"} if f"<|{code}|>" in known else {}
         with torch.inference_mode():
             ids = self.model.generate(features, attention_mask=mask, do_sample=False, num_beams=1, **told)
         return self.processor.batch_decode(ids, skip_special_tokens=True)

@@ -16,8 +16,10 @@ import itertools
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -128,9 +130,11 @@ def text_sample(row: dict, name: str) -> Entry | Fault:
     if turns:
         try:
             said = [
-                {"role": _ROLES[turn.get("role") or turn["from"]], "content": str(turn.get("content", turn.get("value")))}
+                {"role": _ROLES[turn.get("role") or turn["from"]], "content": turn.get("content", turn.get("value"))}
                 for turn in turns
             ]
+            if not all(isinstance(turn["content"], str) for turn in said):  # null: a call of a tool; a list: of parts
+                return Fault(sample_id, "bad_row", f"{name}: a turn whose content is no text")
         except (KeyError, TypeError, AttributeError) as error:
             return Fault(sample_id, "bad_row", f"{name}: a turn without a known role: {error}")
         if [turn["role"] for turn in said] == ["user", "assistant"]:
@@ -186,7 +190,8 @@ class Voice:
     def __call__(self, text: str) -> Path:
         """The clip of a text, spoken once: a file that is there is complete. Errors: OSError, CalledProcessError."""
         name = hashlib.blake2b(json.dumps([self.command, text]).encode(), digest_size=12).hexdigest()
-        path, unfinished = self.folder / f"{name}.wav", self.folder / f".{name}.{os.getpid()}.wav"
+        path = self.folder / f"{name}.wav"
+        unfinished = self.folder / f".{name}.{os.getpid()}.{threading.get_ident()}.wav"  # two samples may ask the same at once
         if not path.exists():
             command = [part.replace("{out}", str(unfinished)).replace("{text}", text) for part in self.command]
             spoken = None if any("{text}" in part for part in self.command) else text
@@ -204,6 +209,8 @@ def speak(entry: Entry | Fault, voice: Voice) -> Entry | Fault:
     try:
         audio = voice(entry.prompt)
     except FileNotFoundError as error:
+        if shutil.which(voice.command[0]):
+            return Fault(entry.id, "command_failed", "text to speech wrote no file", entry.corpus)
         raise CorpusError(f"--tts: {error.filename} is not there") from None
     except subprocess.CalledProcessError as error:
         last = (error.stderr or "").strip().splitlines()

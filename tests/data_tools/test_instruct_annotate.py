@@ -106,6 +106,9 @@ def test_longer_chats_stay_chats_and_odd_ones_are_refused():
     assert text_sample({"conversations": turns[:2]}, "x").reason == "no_target"
     assert text_sample({"conversations": [{"from": "tool", "value": "Q"}]}, "x").reason == "bad_row"
     assert text_sample({"instruction": "only"}, "x").reason == "no_target"
+    for content in (None, [{"type": "text", "text": "A"}]):  # a call of a tool, a list of parts
+        chat = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": content}]}
+        assert text_sample(chat, "x").reason == "bad_row"
 
 
 SPEAKER = """
@@ -248,6 +251,15 @@ def test_parts_of_annotations_are_the_whole(clips, tmp_path):
     assert sorted(found) == sorted(f"{n}{kind}" for n in range(5) for kind in ("wav", "flac"))
 
 
+def test_equal_questions_are_spoken_side_by_side(tmp_path):
+    (tmp_path / "tts.py").write_text("import time\n" + SPEAKER + "time.sleep(0.5)\n")
+    (tmp_path / "set.jsonl").write_text((json.dumps({"instruction": "Why?", "output": "So."}) + "\n") * 4)
+    command = ["speak", "--input", str(tmp_path / "set.jsonl"), "--tts", f"{sys.executable} {tmp_path / 'tts.py'} {{out}}",
+               "--lang", "en", "--audio", str(tmp_path / "spoken"), "--out", str(tmp_path / "m.jsonl"), "--workers", "4"]
+    assert instruct.main(command) == 0
+    assert len(lines(tmp_path / "m.jsonl")) == 4 and len(list((tmp_path / "spoken").iterdir())) == 1
+
+
 @pytest.fixture(scope="module")
 def whisper_folder(tmp_path_factory):
     """A Whisper of transformers with random weights and a small vocabulary: real shapes, no knowledge."""
@@ -300,6 +312,18 @@ def test_whisper_hears_every_clip_and_bad_transcripts_are_refused(clips, whisper
     assert {line["id"] for line in refused} == {row["id"] for row in rows} - good and {line["reason"] for line in refused} == {
         "wer"
     }
+
+
+def test_a_language_that_whisper_does_not_know_is_left_to_it(whisper_folder, monkeypatch, capsys):
+    transcriber, told = annotate.Transcriber(str(whisper_folder), 60), []
+    transcriber.model.generation_config.is_multilingual = True
+    transcriber.model.generation_config.lang_to_id = {"<|en|>": 2, "<|de|>": 3}
+    monkeypatch.setattr(transcriber.model, "generate", lambda features, **options: told.append(options.get("language")) or
+                        features.new_zeros((len(features), 1), dtype=int))
+    clip = np.zeros(1600, dtype=np.int16)
+    transcriber([(clip, "en-US"), (clip, "german"), (clip, "zu"), (clip, None), (clip, "zu")])
+    assert sorted(told, key=str) == [None, None, "de", "en"]
+    assert capsys.readouterr().err.count("does not know language 'zu'") == 1
 
 
 def test_long_clips_are_heard_in_pieces(whisper_folder, monkeypatch):
