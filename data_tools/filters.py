@@ -57,6 +57,7 @@ class Sieve:
     take: str | None = None
     seed: int = 0
     allow_pipes: bool = False
+    clearest_seconds: float | None = None  # what packing leaves of a sound
 
     def judge(self, entry: Entry) -> Fault | None:
         """None for an entry to pack (brought into order in place), else why not. OTHER_SPLIT is no fault, only not this one."""
@@ -93,7 +94,8 @@ class Sieve:
                 return Fault(entry.id, "wer", f"{rate:.3f} of words differ from: {entry.hypothesis}", entry.corpus)
         if entry.audio is None or entry.duration is None:
             return None
-        return self.judge_clip(entry, entry.duration)
+        cut = self.clearest_seconds if self.clearest_seconds and entry.task == "sound" else math.inf
+        return self.judge_clip(entry, min(entry.duration, cut))
 
     def judge_clip(self, entry: Entry, seconds: float) -> Fault | None:
         f = self.filters

@@ -147,7 +147,8 @@ def packing_of(options: argparse.Namespace) -> tuple[Packing, Layout]:
         options.tokenizer,
         options.drop_duplicates,
     )
-    sieve = Sieve(filters, options.normalise, options.splits, options.split_by, options.take, options.seed, options.allow_pipes)
+    sieve = Sieve(filters, options.normalise, options.splits, options.split_by, options.take, options.seed, options.allow_pipes,
+                  options.clearest)
     packing = Packing(
         options.out,
         options.name or options.out.absolute().name,
@@ -199,10 +200,14 @@ def run(options: argparse.Namespace) -> str:
     if plan["digest"] != head["digest"]:
         differing = [key for key, value in head["options"].items() if plan["options"].get(key) != json.loads(json.dumps(value))]
         raise CorpusError(
-            f"{folder} was begun with other options ({', '.join(differing)}): finish it with those, or remove {folder / WORK}"
+            f"{folder} was begun with other options ({', '.join(differing)}): finish it with those, or remove {folder}"
         )
     if not plan["samples"]:
-        where = "" if options.dry_run else f", see {plan_path.parent / 'rejected.jsonl'}"
+        where = ""
+        if not options.dry_run:  # no plan stays behind: the corpus may be mended
+            (plan_path.parent / "rejected.jsonl").replace(folder / "rejected.jsonl")
+            shutil.rmtree(folder / WORK, ignore_errors=True)
+            where = f", see {folder / 'rejected.jsonl'}"
         raise CorpusError(f"nothing to pack: every sample was refused {plan['rejected']}{where}")
     if options.dry_run:
         return _dry_report(plan)

@@ -182,7 +182,7 @@ class Packing:
                 if tried >= _ENOUGH_TO_JUDGE and broken > self.max_broken_share * tried:
                     raise PackError(
                         f"{broken} of {tried} clips are missing or broken: stopped. {self._first_fault()} "
-                        f"Mend the corpus, remove {self.folder / WORK} and run again, or raise --max-broken-share"
+                        f"Mend the corpus, remove {self.folder} and run again, or raise --max-broken-share"
                     )
 
     def _first_fault(self) -> str:
@@ -241,6 +241,7 @@ class Packing:
         except OSError as error:
             raise OutputError(f"cannot write {unfinished}: {error.strerror}") from error
         if not any(True for _ in self._summaries(plan["shards"])):
+            shutil.rmtree(self.folder / WORK, ignore_errors=True)  # so that the same command does its work on a mended corpus
             raise PackError(f"no sample was left to pack ({dict(counts)}): {self.folder / 'rejected.jsonl'} says why for each")
         report = {
             "rejected": dict(sorted(counts.items())),

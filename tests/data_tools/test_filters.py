@@ -21,6 +21,14 @@ def judged(filters=None, sieve=None, **fields):
     return fault.reason if fault else entry
 
 
+def test_a_sound_is_judged_by_what_the_cut_leaves():
+    """Told by the corpus or found when decoded: the same."""
+    long = {"task": "sound", "label": "rain", "duration": 10.0}
+    assert judged(Filters(max_seconds=5), **long) == "too_long"
+    assert isinstance(judged(sieve=Sieve(Filters(max_seconds=5), clearest_seconds=3.0), **long), Entry)
+    assert judged(sieve=Sieve(Filters(max_seconds=5), clearest_seconds=3.0), duration=10.0) == "too_long", "speech is not cut"
+
+
 @pytest.mark.parametrize(
     "reason, filters, fields",
     [

@@ -298,9 +298,14 @@ def test_nothing_left_to_pack_is_said(tmp_path, capsys):
     (tmp_path / "m.jsonl").write_text('{"id": "a", "audio": "gone.wav", "text": "x"}\n')
     assert pack.main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 2
     assert "no sample was left to pack ({'missing_file': 1})" in capsys.readouterr().err
+    soundfile.write(tmp_path / "gone.wav", [0.0] * 8000, 16000)  # mended: the same command packs it
+    assert pack.main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
+    capsys.readouterr()
     (tmp_path / "n.jsonl").write_text("broken\n")
     assert pack.main(["--manifest", str(tmp_path / "n.jsonl"), "--out", str(tmp_path / "out2"), "--workers", "1"]) == 2
-    assert "every sample was refused" in capsys.readouterr().err
+    assert "every sample was refused" in capsys.readouterr().err and "bad_json" in (tmp_path / "out2/rejected.jsonl").read_text()
+    (tmp_path / "n.jsonl").write_text('{"id": "a", "audio": "gone.wav", "text": "x"}\n')
+    assert pack.main(["--manifest", str(tmp_path / "n.jsonl"), "--out", str(tmp_path / "out2"), "--workers", "1"]) == 0
 
 
 def test_reject_file_is_the_same_after_an_interruption(corpus, tmp_path):

@@ -89,7 +89,7 @@ def test_wrong_records_are_named(packed, capsys):
 def test_audio_that_does_not_decode_is_found_by_decoding(packed, capsys):
     rewrite(packed, lambda name, data: data if name.endswith(".json") else bytes(len(data)))
     assert "does not decode" in verdict(packed, capsys, "--decode", "all")[1]
-    assert verdict(packed, capsys, "--decode", "0")[0] in (0, 1)
+    assert "does not decode" not in verdict(packed, capsys, "--decode", "0")[1]
 
 
 def test_a_changed_table_is_found(packed, capsys):
@@ -110,14 +110,12 @@ def test_show_counts_what_is_there(packed, tmp_path, capsys):
     told = capsys.readouterr().out
     index = ShardIndex.load(packed)
     assert f"{len(index)} samples, {index.hours:,.2f} h in {len(index.shards)} shards" in told and index.fingerprint in told
-    asr = next(line for line in told.splitlines() if line.startswith("asr"))
-    assert (
-        "12" in next(line for line in told.splitlines() if line.startswith("asr           en") or line.startswith("asr")) or asr
-    )
+    rows = [line.split() for line in told.splitlines() if line.split()[:1] and line.split()[0] in index.tasks]
+    assert sum(int(row[3]) for row in rows) == len(index), "samples by task, language and codec"
     seconds = index.samples["duration"][index.samples["duration"] > 0]
     percentages = [float(line.split("%")[0].split()[-1]) for line in told.split("duration\n")[1].splitlines() if "%" in line][:12]
     assert sum(percentages) == pytest.approx(100, abs=0.6) and len(seconds) == 12
-    assert "zero_length" in told and soundfile  # what was refused is part of the report
+    assert "zero_length" in told, "what was refused is part of the report"
     assert (tmp_path / "h.png").read_bytes()[:4] == b"\x89PNG"
 
 
