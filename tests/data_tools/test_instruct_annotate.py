@@ -208,7 +208,7 @@ def test_commands_in_place_of_files_are_run_only_when_asked_for(clips, tmp_path)
     annotated = lines(tmp_path / "out.jsonl.rejected.jsonl")
     assert [row["reason"] for row in annotated] == ["pipe", "pipe"]
     assert pack.main([*command, "--out", str(tmp_path / "packed")]) == 2, "nothing is left to pack"
-    assert lines(tmp_path / "packed" / ".pack" / "plan" / "rejected.jsonl") == annotated, "the same words as pack's"
+    assert lines(tmp_path / "packed" / "rejected.jsonl") == annotated, "the same words as pack's"
     assert annotate.main([*command, "--allow-pipes", "--out", str(tmp_path / "out.jsonl")]) == 0
     assert len(list(tmp_path.glob("*-ran"))) == 2
     assert [row["duration"] for row in lines(tmp_path / "out.jsonl")] == pytest.approx([0.25, 0.3])
