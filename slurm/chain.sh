@@ -65,7 +65,7 @@ for stage in ${STAGES//,/ }; do
     fi
     while read -r job; do
         ! grep -qx "$job" <<<"$queue" || die "job $job of $OUTPUT is still in the queue: wait for it, or scancel $job first" 1
-    done < <(sed -n 's/.*"job": "\([0-9]*\)".*/\1/p' "$OUTPUT/slurm.jsonl" 2>/dev/null | sort -u)
+    done < <(sed -n 's/.*"job": "\([0-9]*\)".*/\1/p' "$OUTPUT/slurm.jsonl" 2>/dev/null | sort -nu)
     plan+=("$stage" "$RECIPE" "$STAGE" "$OUTPUT")
 done
 
