@@ -107,13 +107,15 @@ class Transcriber:
         inputs = self.processor.feature_extractor(waves, **options).to(self.device)
         features, mask = inputs.input_features.to(self.model.dtype), inputs.attention_mask
         multilingual = getattr(self.model.generation_config, "is_multilingual", False)
-        known = getattr(self.model.generation_config, "lang_to_id", None) or {}
-        code = lang.split("-")[0].lower() if multilingual and lang else None
-        code = TO_LANGUAGE_CODE.get(code, code)
-        if code and f"<|{code}|>" not in known and code not in self.unknown:
-            self.unknown.add(code)
-            print(f"annotate: this Whisper does not know language '{code}': it is left to detect one", file=sys.stderr)
-        told = {"language": code, "task": "transcribe"} if f"<|{code}|>" in known else {}
+        told = {}
+        if multilingual and lang:
+            code = lang.split("-")[0].lower()
+            code = TO_LANGUAGE_CODE.get(code, code)
+            if f"<|{code}|>" in (getattr(self.model.generation_config, "lang_to_id", None) or {}):
+                told = {"language": code, "task": "transcribe"}
+            elif code not in self.unknown:
+                self.unknown.add(code)
+                print(f"annotate: this Whisper does not know language '{code}': it is left to detect one", file=sys.stderr)
         with torch.inference_mode():
             ids = self.model.generate(features, attention_mask=mask, do_sample=False, num_beams=1, **told)
         return self.processor.batch_decode(ids, skip_special_tokens=True)

@@ -57,7 +57,7 @@ class Sieve:
     take: str | None = None
     seed: int = 0
     allow_pipes: bool = False
-    clearest_seconds: float | None = None  # what packing leaves of a sound
+    clearest_seconds: float | None = None  # clips of task sound are cut to their clearest stretch of this length
 
     def judge(self, entry: Entry) -> Fault | None:
         """None for an entry to pack (brought into order in place), else why not. OTHER_SPLIT is no fault, only not this one."""

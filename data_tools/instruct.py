@@ -16,7 +16,6 @@ import itertools
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import threading
@@ -188,14 +187,18 @@ class Voice:
         folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, text: str) -> Path:
-        """The clip of a text, spoken once: a file that is there is complete. Errors: OSError, CalledProcessError."""
+        """The clip of a text, spoken once: a file that is there is complete. Errors: CorpusError where there is no such program;
+        CalledProcessError; FileNotFoundError where it wrote nothing."""
         name = hashlib.blake2b(json.dumps([self.command, text]).encode(), digest_size=12).hexdigest()
         path = self.folder / f"{name}.wav"
         unfinished = self.folder / f".{name}.{os.getpid()}.{threading.get_ident()}.wav"  # two samples may ask the same at once
         if not path.exists():
             command = [part.replace("{out}", str(unfinished)).replace("{text}", text) for part in self.command]
             spoken = None if any("{text}" in part for part in self.command) else text
-            subprocess.run(command, input=spoken, text=True, check=True, capture_output=True)
+            try:
+                subprocess.run(command, input=spoken, text=True, check=True, capture_output=True)
+            except FileNotFoundError as error:
+                raise CorpusError(f"--tts: {error.filename} is not there") from None
             os.replace(unfinished, path)
         return path
 
@@ -208,10 +211,8 @@ def speak(entry: Entry | Fault, voice: Voice) -> Entry | Fault:
         return Fault(entry.id, "bad_row", "only samples of one question and one answer are spoken", entry.corpus)
     try:
         audio = voice(entry.prompt)
-    except FileNotFoundError as error:
-        if shutil.which(voice.command[0]):
-            return Fault(entry.id, "command_failed", "text to speech wrote no file", entry.corpus)
-        raise CorpusError(f"--tts: {error.filename} is not there") from None
+    except FileNotFoundError:
+        return Fault(entry.id, "command_failed", "text to speech wrote no file", entry.corpus)
     except subprocess.CalledProcessError as error:
         last = (error.stderr or "").strip().splitlines()
         return Fault(

@@ -156,7 +156,6 @@ def packing_of(options: argparse.Namespace) -> tuple[Packing, Layout]:
         options.codec,
         None if options.rate == "keep" else int(options.rate),
         options.measure,
-        options.clearest,
         options.max_broken_share,
     )
     return packing, Layout(options.seed, options.shuffle, options.codec, options.shard_mb, options.shard_hours)

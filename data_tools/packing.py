@@ -48,7 +48,6 @@ class Packing:
     codec: str = "flac"
     rate: int | None = SAMPLE_RATE
     measure: bool = False
-    clearest_seconds: float | None = None  # clips of task sound are cut to their clearest stretch of this length
     max_broken_share: float = 0.5
 
     def file_name(self, shard: int) -> str:
@@ -102,9 +101,9 @@ class Packing:
         if entry.audio is None:
             writer.add(key, None, "", record_of(entry, 0.0, None))
             return None, 0.0
-        cut = None
-        if self.clearest_seconds and entry.task == "sound":
-            cut = lambda samples, rate: quality.clearest(samples, rate, self.clearest_seconds)  # noqa: E731
+        cut, seconds = None, self.sieve.clearest_seconds
+        if seconds and entry.task == "sound":
+            cut = lambda samples, rate: quality.clearest(samples, rate, seconds)  # noqa: E731
         # A cut needs samples, so copy cannot pass such a clip through.
         codec = "flac" if self.codec == "copy" and cut is not None else self.codec
         # What is too long is refused before it is decoded: a clip of days would take all memory.

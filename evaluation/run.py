@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import math
 import os
 import sys
 import time
@@ -265,7 +264,7 @@ def finish(file: PredictionFile, place: Place, longest: int | None = None) -> bo
         try:
             result = score_file(file.path)
             print(table(result["tasks"]))
-            if cut := sum(row.get("tokens", 0) >= (longest or math.inf) for row in read_rows(file.path)):
+            if longest and (cut := sum(row.get("tokens", 0) >= longest for row in read_rows(file.path))):
                 print(f"{cut} answers were cut at --max-new-tokens {longest}")
             print(f"predictions: {file.path} ({result['utterances']} answered, {result['rejected']} rejected)")
             print(f"scores: {file.path.with_suffix('.scores.json')}")

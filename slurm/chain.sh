@@ -36,13 +36,14 @@ CODE=$PWD/slurm/jobs/$ID/code
 [ "$DRY_RUN" = 0 ] || trap 'rm -rf "$PWD/slurm/jobs/$ID"' EXIT
 
 # Recipes are read here where the login node can, so that a wrong one is found before anything waits in the queue.
-case $ENVIRONMENT in
-    pyxis:*) echo "recipes cannot be read here ($ENVIRONMENT): stages that are done and jobs in the queue are not looked for" >&2
-        READER=() ;;
-    *) extensions=${TORCH_EXTENSIONS_DIR:-}
-        open_environment; READER=("${IN_CONTAINER[@]}" python)
-        [ -n "$extensions" ] || unset TORCH_EXTENSIONS_DIR ;;  # this node's; the jobs choose their own
-esac
+# In a shell of its own: the jobs open the environment themselves, on their nodes.
+stage_and_output() (
+    open_environment
+    PYTHONPATH=$CODE "${IN_CONTAINER[@]}" python "$CODE/train/preflight.py" "$RECIPE" --where "${OVERRIDES[@]}"
+)
+case $ENVIRONMENT in pyxis:*) READABLE=0 ;; *) READABLE=1 ;; esac
+[ "$READABLE" = 1 ] \
+    || echo "recipes cannot be read here ($ENVIRONMENT): stages that are done and jobs in the queue are not looked for" >&2
 
 # First all stages are looked at, then all are submitted: four words each: number, recipe, stage, output.
 queue="" plan=()
@@ -55,8 +56,8 @@ for stage in ${STAGES//,/ }; do
     RECIPE=$(freeze "$CODE" "$recipe")
     [ -f "$RECIPE" ] || die "$recipe does not exist: give the recipes' folder with --recipes, or the right RECIPE in $script"
     OUTPUT="" STAGE=stage$stage STATE=unknown
-    if [ ${#READER[@]} -gt 0 ]; then
-        where=$(PYTHONPATH=$CODE "${READER[@]}" "$CODE/train/preflight.py" "$RECIPE" --where "${OVERRIDES[@]}") || exit 2
+    if [ "$READABLE" = 1 ]; then
+        where=$(stage_and_output) || exit 2
         { read -r STAGE; read -r OUTPUT; read -r STATE; } <<<"$where"
     fi
     if [ "$STATE" = finished ]; then

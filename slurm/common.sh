@@ -288,7 +288,7 @@ forget_this_job() {
 
 # resubmit: a new job of the same script, options and arguments; every job that waits for this one shall wait for the new one.
 resubmit() {
-    local new count waiting kind field value gpus given=() options=(--parsable --chdir="$PWD" --export=ALL --job-name="$SLURM_JOB_NAME"
+    local new count waiting kind field value gpus asked=() given=() options=(--parsable --chdir="$PWD" --export=ALL --job-name="$SLURM_JOB_NAME"
         --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$TASKS" --cpus-per-task="$CPUS")
     for field in Partition:partition Account:account QOS:qos TimeLimit:time Features:constraint Reservation:reservation \
         ExcNodeList:exclude; do
@@ -299,13 +299,12 @@ resubmit() {
     if [ -n "${SLURM_GPUS_PER_NODE:-}" ]; then options+=("--gpus-per-node=$SLURM_GPUS_PER_NODE")
     elif [ -n "$gpus" ]; then gpus=${gpus#gres:}; options+=("--gres=${gpus/gres\/gpu/gpu}")
     fi
-    eval "given=(${SOUNDWAVE_OPTIONS:-})"  # chain.sh's, quoted there; of two of a kind sbatch takes the last
-    for value in "${given[@]}"; do  # what two of them ask for has been waited for
+    eval "asked=(${SOUNDWAVE_OPTIONS:-})"  # chain.sh's, quoted there; of two of a kind sbatch takes the last
+    for value in "${asked[@]}"; do  # what two of them ask for has been waited for
         case $value in --begin=*|--dependency=*) ;; *) options+=("$value") ;; esac
     done
     cp "$0" "$JOB/script.sh"  # the spool copy goes when this job ends
     # The new job gets what this one was given, not what it has made of that: folders on its nodes' disks, say, that go with it.
-    given=()
     while IFS= read -r -d '' value; do
         case $value in SLURM_CONF=*) given+=("$value") ;; SLURM_*) ;; *) given+=("$value") ;; esac
     done <"/proc/$$/environ"

@@ -22,7 +22,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import threading
 import time
@@ -35,11 +34,10 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 from train import universal
 from train.config import CheckpointConfig
 from train.distributed import Ranks
-from train.files import PARTIAL, sync_folder, write_atomically
+from train.files import PARTIAL, STEP, step_folders, sync_folder, write_atomically
 
 logger = logging.getLogger("soundwave")
 REPLACED = ".replaced"
-NAME = re.compile(r"step-(\d+)$")
 
 
 class CheckpointError(RuntimeError):
@@ -168,12 +166,6 @@ def verify(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
     return None
 
 
-def finished(folder: Path) -> list[Path]:
-    """Checkpoint folders, newest first, complete by name only (`verify` looks inside)."""
-    found = [p for p in folder.glob("step-*") if NAME.match(p.name)] if folder.exists() else []
-    return sorted(found, key=lambda p: int(NAME.match(p.name)[1]), reverse=True)
-
-
 def read_state(folder: Path) -> dict:
     return json.loads((folder / "state.json").read_text())
 
@@ -191,7 +183,7 @@ def find_good(folders: list[Path], ranks: Ranks, *, among=lambda folder: True) -
 
     among: asked on rank 0 for each folder, whether it is a candidate at all.
     """
-    candidates = [[str(p) for folder in folders for p in finished(folder) if among(p)]] if ranks.is_main else [None]
+    candidates = [[str(p) for folder in folders for p in step_folders(folder) if among(p)]] if ranks.is_main else [None]
     dist.broadcast_object_list(candidates, src=0)
     for name in candidates[0]:
         problems = [None] * ranks.world_size
@@ -244,7 +236,7 @@ class Checkpoints:
     def _needed_bytes(self, engine) -> int:
         """All ranks' files together: measured on the newest checkpoint, else 4 bytes a number for weights (twice: fp32 master
         and module) and the two moments, and 5 % more."""
-        newest = finished(self.folder)
+        newest = step_folders(self.folder)
         if newest and (newest[0] / "manifest.json").exists():
             files = json.loads((newest[0] / "manifest.json").read_text())["files"]
             return int(1.05 * sum(fact["size"] for fact in files.values()))
@@ -349,8 +341,8 @@ class Checkpoints:
 
     def _prune(self, folder: Path) -> None:
         best = self._best(folder) if self.config.keep_best else None
-        for old in finished(folder)[max(1, self.config.keep_last):]:
-            if int(NAME.match(old.name)[1]) != best:
+        for old in step_folders(folder)[max(1, self.config.keep_last):]:
+            if int(STEP.match(old.name)[1]) != best:
                 shutil.rmtree(old)
 
     @staticmethod
@@ -388,10 +380,10 @@ class Checkpoints:
 
     @staticmethod
     def _forget_after(folder: Path, step: int, best: dict | None) -> None:
-        for later in finished(folder):
-            if int(NAME.match(later.name)[1]) > step:
+        for later in step_folders(folder):
+            if int(STEP.match(later.name)[1]) > step:
                 shutil.rmtree(later)
-        left = [path.name for path in finished(folder)]
+        left = [path.name for path in step_folders(folder)]
         for name, text in (("latest", left[0] if left else None),
                            ("best.json", json.dumps(best) if best and f"step-{best['step']:06d}" in left else None)):
             if text is not None:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
 PARTIAL = ".partial"
+STEP = re.compile(r"step-(\d+)$")  # a finished checkpoint's folder
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def step_folders(checkpoints: Path) -> list[Path]:
+    """Checkpoint folders, newest first, complete by name only: a save that died has left another name."""
+    found = [path for path in checkpoints.glob("step-*") if STEP.match(path.name)] if checkpoints.exists() else []
+    return sorted(found, key=lambda path: int(STEP.match(path.name)[1]), reverse=True)
 
 
 def code_version() -> str | None:

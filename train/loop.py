@@ -287,6 +287,8 @@ class Run:
         stream.close()
         saved = self.checkpoints.finish()
         self._save_model(step, "model")  # whatever became of the checkpoint: what was trained is in memory, and there only
+        if ranks.is_main:
+            logger.info("stage %s is done: %s", self.stage.number, self.folder / "model")
         if not saved:
             return self._stopped(step, f"the checkpoint of the last step, {step}, could not be written; the model could: "
                                        f"{self.folder / 'model'}", FAILED)
@@ -338,8 +340,9 @@ class Run:
         health.load({**state["health"], "skipped": health.skipped, "rollbacks": health.rollbacks + 1})
         self.data_offset += step - state["step"]
         self.best = self.checkpoints.forget_after(state["step"], state["best"])
-        if self.ranks.is_main and self.best is None:
-            shutil.rmtree(self.folder / "model-best", ignore_errors=True)
+        best = self.folder / "model-best"
+        if self.ranks.is_main and best.exists() and model_folder.describe(best)["step"] > state["step"]:
+            shutil.rmtree(best)  # the run goes another way from here
         self.log.line("event", step, {"event": "roll_back", "to_step": state["step"], "data_offset": self.data_offset})
         if self.ranks.is_main:
             logger.warning("roll-back %d of %d: %s; going on from %s with the data behind the bad stretch", health.rollbacks,
@@ -410,17 +413,14 @@ class Run:
         """Write <stage folder>/<name>, a model folder: gathered from all ranks, into a partial folder, then renamed."""
         import deepspeed
 
-        target = self.folder / name
         kept = [*model_folder.trained_tensors(self.model).values(),
                 *(p for _, p in (lora_parameters(self.model.llm) if self.model.llm is not None else []))]
         parameters = [p for p in kept if hasattr(p, "ds_id")]
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.engine.zero_stage == 3):
             if self.ranks.is_main:
-                model_folder.save(self.model, target, extra={
+                model_folder.save(self.model, self.folder / name, extra={
                     "step": step, "best": self.best, "recipe": dataclasses.asdict(self.recipe),
                     "tokenizer": self.facts["tokenizer"], "index": self.facts["index"], "code": self.facts["code"]})
-                if name == "model":
-                    logger.info("stage %s is done: %s", self.stage.number, target)
         dist.barrier()
 
 

@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import signal
 import socket
@@ -38,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "train")]
 
 from train.config import Corpus, Recipe, RecipeError, load_recipe  # noqa: E402
+from train.files import step_folders  # noqa: E402
 from train.preemption import DONE, FAILED, PREEMPTED, WRONG_INPUT  # noqa: E402
 from train.stages import finished, initial_folder, stage_folder, stage_of  # noqa: E402
 
@@ -123,15 +123,9 @@ def look_at_shards(recipe: Recipe, report: Report) -> None:
             report.notes += [f"{line}; its lost samples are left out" for line in index.damaged]
 
 
-def checkpoints(recipe: Recipe) -> list[Path]:
-    """Newest first; not what a save that died has left."""
-    found = [path for path in (stage_folder(recipe) / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
-
-
 def newest(recipe: Recipe, name: str) -> tuple[Path, dict] | None:
     """The newest checkpoint whose file `name` can be read, and what it holds: training passes over damaged ones, too."""
-    for folder in checkpoints(recipe):
+    for folder in step_folders(stage_folder(recipe) / "checkpoints"):
         try:
             return folder, json.loads((folder / name).read_text())
         except (OSError, ValueError):
@@ -189,7 +183,7 @@ def look_at_disks(recipe: Recipe, report: Report) -> None:
         return
     free = shutil.disk_usage(folder).free
     if report.rank == 0 and not report.input_faults:
-        existing = len(checkpoints(recipe))
+        existing = len(step_folders(folder / "checkpoints"))
         size, count = checkpoint_bytes(recipe), max(1, recipe.checkpoint.keep_last + recipe.checkpoint.keep_best + 1 - existing)
         report.notes.append(f"output {folder}: {free / 1e9:.1f} GB free, {count} more checkpoints of {size / 1e9:.3f} GB to come")
         if free < size * count:

@@ -260,6 +260,17 @@ def test_equal_questions_are_spoken_side_by_side(tmp_path):
     assert len(lines(tmp_path / "m.jsonl")) == 4 and len(list((tmp_path / "spoken").iterdir())) == 1
 
 
+@pytest.mark.parametrize("program, code, words", [
+    ("true", 0, "wrote no file"), ("no-such-program", 2, "no-such-program is not there")])
+def test_a_speaker_that_writes_nothing_or_is_not_there(tmp_path, capsys, program, code, words):
+    (tmp_path / "set.jsonl").write_text(json.dumps({"instruction": "Why?", "output": "So."}) + "\n")
+    command = ["speak", "--input", str(tmp_path / "set.jsonl"), "--tts", program + " {out} {text}", "--lang", "en", "--audio",
+               str(tmp_path / "spoken"), "--out", str(tmp_path / "m.jsonl")]
+    assert instruct.main(command) == code
+    rejected = tmp_path / "m.jsonl.rejected.jsonl"
+    assert words in capsys.readouterr().err + (rejected.read_text() if rejected.exists() else "")
+
+
 @pytest.fixture(scope="module")
 def whisper_folder(tmp_path_factory):
     """A Whisper of transformers with random weights and a small vocabulary: real shapes, no knowledge."""

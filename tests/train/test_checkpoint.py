@@ -13,9 +13,10 @@ import torch.distributed as dist
 from tests.train.ranks import Server
 from tests.train.tiny import workspace
 from train import checkpoint, loop, resume
-from train.checkpoint import Checkpoints, finished, own_steps
+from train.checkpoint import Checkpoints, own_steps
 from train.config import CheckpointConfig, Recipe, RecipeError
 from train.distributed import Ranks
+from train.files import step_folders
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,7 +48,7 @@ def write(to: Checkpoints, step: int, best: dict | None = None) -> bool:
 
 
 def names(folder: Path) -> list[str]:
-    return [path.name for path in reversed(finished(folder))]
+    return [path.name for path in reversed(step_folders(folder))]
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -143,9 +144,16 @@ def test_the_loop_takes_the_best_back(tmp_path, monkeypatch):
     run.checkpoints = SimpleNamespace(folder=tmp_path, finish=lambda: True, load=lambda *a: None,
                                       forget_after=lambda step, best: best)
     run._topology = dict
+    run.folder = tmp_path / "stage"
+    (run.folder / "model-best").mkdir(parents=True)
+    described = run.folder / "model-best" / "soundwave.json"
+    described.write_text('{"step": 2}')
     monkeypatch.setattr(loop, "find_good", lambda *a, **k: source)
     monkeypatch.setattr(loop, "read_state", lambda folder: {"step": 2, "best": old, "topology": {}, "health": {}})
-    assert run._roll_back(5) == 2 and run.best == old and run.data_offset == 3
+    assert run._roll_back(5) == 2 and run.best == old and run.data_offset == 3 and described.exists()
+    described.write_text('{"step": 3}')
+    health.rollbacks = 0
+    assert run._roll_back(5) == 2 and not described.parent.exists(), "the best model of steps that are forgotten"
 
 
 # ------------------------------------------------------------------------------------------------ reading
