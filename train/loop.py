@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -39,11 +40,15 @@ from train.validate import validate, validation_set
 
 logger = logging.getLogger("soundwave")
 
+SCORES = ("wer", "loss")  # of a validation, by which the best can be chosen
+
 
 def check(recipe: Recipe) -> None:
     """What can be known without weights or data. Errors: RecipeError."""
     stage_of(recipe)
     optim.check(recipe.optim)
+    if recipe.checkpoint.best_by not in SCORES:
+        raise RecipeError(f"checkpoint.best_by: '{recipe.checkpoint.best_by}' is not one of {', '.join(SCORES)}")
     zero.resolve(recipe, hidden_size=1024)
     try:
         check_switches(recipe.model.shrinking)
@@ -171,10 +176,15 @@ class Run:
 
     def _restore(self, source: Path, state: dict) -> None:
         self.checkpoints.load(self.engine.deepspeed, source, state["topology"], self._topology())
-        self.first_step, self.data_offset, self.best = state["step"], state["data_offset"], state["best"]
+        self.first_step, self.data_offset, self.best = state["step"], state["data_offset"], self._best_of(state)
         self.engine.health.load(state["health"])
         if self.ranks.is_main:
             logger.info("resuming at step %d from %s", self.first_step, source)
+
+    def _best_of(self, state: dict) -> dict | None:
+        """The best so far at a checkpoint; None where it was chosen by another score than the recipe's now."""
+        best = state["best"]
+        return best if best and best.get("by", "wer") == self.recipe.checkpoint.best_by else None
 
     def _topology(self) -> dict:
         return {"world_size": self.ranks.world_size, "zero_stage": zero.stage_number(self.ds_config)}
@@ -339,7 +349,7 @@ class Run:
         self.checkpoints.load(self.engine.deepspeed, source, state["topology"], self._topology())
         health.load({**state["health"], "skipped": health.skipped, "rollbacks": health.rollbacks + 1})
         self.data_offset += step - state["step"]
-        self.best = self.checkpoints.forget_after(state["step"], state["best"])
+        self.best = self.checkpoints.forget_after(state["step"], self._best_of(state))
         best = self.folder / "model-best"
         if self.ranks.is_main and best.exists() and model_folder.describe(best)["step"] > state["step"]:
             shutil.rmtree(best)  # the run goes another way from here
@@ -385,7 +395,7 @@ class Run:
             self.note("running", step=result.step + 1)
         shown = {"loss": result.loss}
         if self.best:
-            shown["wer"] = self.best["score"]
+            shown[f"best {self.recipe.checkpoint.best_by}"] = self.best["score"]
         self.log.advance(shown)
 
     def _validate(self, step: int) -> bool:
@@ -402,8 +412,9 @@ class Run:
             self.log.text("valid/samples", step, "\n\n".join(f"**{r}** → {h}" for r, h in samples[:8]))
         if self.ranks.is_main:
             logger.info("step %d: validation WER %.3f, loss %.3f", step, result["wer"], result["loss"])
-        if step > 0 and (self.best is None or result["wer"] < self.best["score"]):
-            self.best = {"step": step, "score": result["wer"]}
+        score = result[self.recipe.checkpoint.best_by]
+        if step > 0 and math.isfinite(score) and (self.best is None or score < self.best["score"]):
+            self.best = {"step": step, "by": self.recipe.checkpoint.best_by, "score": score}
             return self.recipe.checkpoint.keep_best
         return False
 

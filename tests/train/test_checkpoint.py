@@ -154,6 +154,27 @@ def test_the_loop_takes_the_best_back(tmp_path, monkeypatch):
     described.write_text('{"step": 3}')
     health.rollbacks = 0
     assert run._roll_back(5) == 2 and not described.parent.exists(), "the best model of steps that are forgotten"
+    run.recipe.checkpoint.best_by, health.rollbacks = "loss", 0
+    assert run._roll_back(5) == 2 and run.best is None, "chosen by another score"
+
+
+@pytest.mark.parametrize("by, bests", [("wer", [1, 2, 2, 4]), ("loss", [1, 1, 3, 3])])
+def test_the_best_is_chosen_by_the_recipes_score(by, bests, monkeypatch):
+    run = loop.Run.__new__(loop.Run)
+    run.recipe, run.ranks, run.best = Recipe(), Ranks(0, 1, 0, 1, "cpu"), None
+    run.recipe.checkpoint.best_by = by
+    run.engine = run.validation = None
+    run.model = SimpleNamespace(tokenizer=None)
+    run.log = SimpleNamespace(line=lambda *a: None, scalars=lambda *a: None)
+    scores = {0: (0.1, 0.1), 1: (0.5, 3.0), 2: (0.4, float("nan")), 3: (0.4, 2.0), 4: (0.3, 2.5)}
+    for step, (wer, loss) in scores.items():
+        told = {"wer": wer, "loss": loss, "samples": [], "clip": None}
+        monkeypatch.setattr(loop, "validate", lambda *a, told=told: dict(told))
+        before = run.best
+        assert run._validate(step) == (run.best != before)
+        assert (run.best is None) == (step == 0), "the untrained model is no candidate"
+        if step:
+            assert run.best == {"step": bests[step - 1], "by": by, "score": scores[bests[step - 1]][by == "loss"]}
 
 
 # ------------------------------------------------------------------------------------------------ reading

@@ -60,10 +60,14 @@ def test_likely_mistakes_in_a_recipe_are_told_in_one_line(override, words):
     assert words in str(told.value) and "\n" not in str(told.value)
 
 
-def test_a_switch_that_there_is_not_is_told_in_stage_i():
-    recipe = load_recipe(ROOT / "train/recipes/stage1.yaml", ["model.shrinking.keep=middle"])
-    with pytest.raises(RecipeError, match="model.shrinking.keep is 'middle': peak or first"):
-        check(recipe)
+@pytest.mark.parametrize("override, words", [
+    ("model.shrinking.keep=middle", "model.shrinking.keep is 'middle': peak or first"),
+    ("checkpoint.best_by=bleu", "checkpoint.best_by: 'bleu' is not one of wer, loss"),
+    ("optim.schedule=step", "optim.schedule: 'step' is not one of"),
+])
+def test_a_switch_that_there_is_not_is_told_in_stage_i(override, words):
+    with pytest.raises(RecipeError, match=words):
+        check(load_recipe(ROOT / "train/recipes/stage1.yaml", [override]))
 
 
 def test_dry_run_misses_weights_where_the_hub_s_cache_holds_sizes_alone(monkeypatch, tmp_path):

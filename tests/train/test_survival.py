@@ -128,7 +128,7 @@ def test_best_and_last_are_kept(server, tiny, tmp_path):
     scores = {line["step"]: line["wer"] for line in metrics(tmp_path, "valid") if line["step"] > 0}
     best = min(scores, key=lambda step: (scores[step], step))
     folder = tmp_path / "alignment" / "checkpoints"
-    assert json.loads((folder / "best.json").read_text()) == {"step": best, "score": scores[best]}
+    assert json.loads((folder / "best.json").read_text()) == {"step": best, "by": "wer", "score": scores[best]}
     assert {p.name for p in folder.glob("step-*")} == {f"step-{best:06d}", "step-000008"}
 
 
