@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_tools.audio import CODECS, SAMPLE_RATE
-from data_tools.corpora import Corpus, CorpusError
+from data_tools.corpora import Corpus, CorpusError, path_of
 from data_tools.filters import Filters, Sieve, load_tokenizer
 from data_tools.normalise import NORMALISERS
 from data_tools.packing import WORK, PackError, Packing
@@ -34,6 +34,7 @@ from data_tools.plan import SHUFFLES, Layout, make_plan, plan_once
 from data_tools.shards import INDEX_NAME, OutputError, ShardError, ShardIndex
 
 # Options that change how the work is done but not the bytes that come out.
+_END_BYTES = 1 << 24  # of a corpus' file, read at both ends to know it again
 _NOT_IN_BYTES = {"out", "workers", "part", "merge", "dry_run", "max_broken_share"}
 
 
@@ -167,10 +168,32 @@ def shaping_options(options: argparse.Namespace, name: str) -> dict:
     return {"options": shaping, "digest": hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()}
 
 
+def corpus_files(specifications: list[str]) -> dict[str, str]:
+    """{path: size and digest} of corpora that are a file, e.g. a manifest. Of a large one its two ends are read, of 16 MiB each:
+    an edit changes the size, or it is small."""
+    found = {}
+    for path in (path_of(specification) for specification in specifications):
+        if path.is_file():
+            size, digest = path.stat().st_size, hashlib.sha256()
+            with open(path, "rb") as file:
+                digest.update(file.read(_END_BYTES))
+                file.seek(max(file.tell(), size - _END_BYTES))
+                digest.update(file.read())
+            found[str(path)] = f"{size}:{digest.hexdigest()[:16]}"
+    return found
+
+
+def _unchanged(folder: Path, known: dict, now: dict[str, str]) -> None:
+    """Errors: CorpusError where a corpus' file is another one than `known`, a plan or an index, was made from."""
+    for path, found in now.items():
+        if known.get("files", {}).get(path, found) != found:
+            raise CorpusError(f"{path} has changed since {folder} was made from it: give another --out, or remove {folder}")
+
+
 def run(options: argparse.Namespace) -> str:
     """Carry out a command; returns what to print. Errors: CorpusError, PackError, OutputError, BrokenProcessPool."""
     packing, layout = packing_of(options)
-    folder, head = options.out, shaping_options(options, packing.name)
+    folder, head = options.out, shaping_options(options, packing.name) | {"files": corpus_files(options.corpus)}
     plan_path = folder / WORK / "plan" / "plan.json"
     if options.merge and not options.corpus:
         if not plan_path.exists():
@@ -186,6 +209,7 @@ def run(options: argparse.Namespace) -> str:
         done = json.loads((folder / INDEX_NAME).read_bytes())
         if done.get("options") != head["digest"]:
             raise CorpusError(f"{folder} is packed already, with other options: give another --out, or remove it")
+        _unchanged(folder, done, head["files"])
         shutil.rmtree(folder / WORK, ignore_errors=True)  # a kill may have come while the merge was removing it
         return f"{folder} is packed already: {len(index)} samples, {index.hours:.2f} h"
     corpora = [Corpus(specification) for specification in options.corpus]
@@ -201,6 +225,7 @@ def run(options: argparse.Namespace) -> str:
         raise CorpusError(
             f"{folder} was begun with other options ({', '.join(differing)}): finish it with those, or remove {folder}"
         )
+    _unchanged(folder, plan, head["files"])
     if not plan["samples"]:
         where = ""
         if not options.dry_run:  # no plan stays behind: the corpus may be mended

@@ -246,8 +246,10 @@ class Packing:
             "rejected": dict(sorted(counts.items())),
             "other_splits": plan["other_splits"],
             "rejected_hours": {reason: round(value / 3600, 6) for reason, value in sorted(seconds.items())},
+            "options": plan["digest"],
+            "files": plan.get("files", {}),  # by which a corpus is known again; an older plan has none
         }
-        summaries, extra = _Again(lambda: self._summaries(plan["shards"])), {**report, "options": plan["digest"]}
+        summaries, extra = _Again(lambda: self._summaries(plan["shards"])), report
         index = write_index(self.folder, self.name, summaries, extra, scratch=self.folder / WORK)
         shutil.rmtree(self.folder / WORK)
         return index

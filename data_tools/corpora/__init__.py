@@ -135,19 +135,30 @@ READERS = {
 _DEFAULTS = ("task", "lang", "target_lang", "prompt", "label", "speaker", "origin")
 
 
+def path_of(specification: str) -> Path:
+    """Of `NAME:PATH[,option=value...]`."""
+    return Path(_split(specification)[1])
+
+
+def _split(specification: str) -> tuple[str, str, list[str]]:
+    """(name, path, options)"""
+    name, _, rest = specification.partition(":")
+    path, *pairs = re.split(r",(?=\w+=)", rest)
+    return name, path, pairs
+
+
 class Corpus:
     """A reader by name, its options checked, and the values that hold for all its entries."""
 
     def __init__(self, specification: str):
         """`NAME:PATH[,option=value...]`. Errors: CorpusError for an unknown name, option or path."""
-        name, colon, rest = specification.partition(":")
-        if not colon or name not in READERS:
+        name, path, pairs = _split(specification)
+        if not path or name not in READERS:
             near = difflib.get_close_matches(name, READERS, n=1)
             raise CorpusError(
                 f"corpus '{specification}' must be NAME:PATH[,option=value...], NAME one of {', '.join(READERS)}"
                 + (f"; did you mean {near[0]}?" if near else "")
             )
-        path, *pairs = re.split(r",(?=\w+=)", rest)
         options = dict(pair.split("=", 1) for pair in pairs)
         module, class_name = READERS[name].split(":")
         reader = getattr(importlib.import_module(f"data_tools.corpora.{module}"), class_name)

@@ -171,6 +171,31 @@ def test_other_options_do_not_go_on_with_what_was_begun(corpus, tmp_path, capsys
     assert pack.main([*options, "--workers", "2", "--part", "1/2"]) == 0, "the number of workers is no such option"
 
 
+def test_a_corpus_that_has_changed_is_not_packed_by_the_old_plan(corpus, tmp_path, capsys):
+    out = tmp_path / "packed"
+    options = ["--manifest", str(corpus), "--out", str(out), "--workers", "1", "--shard-mb", "0.1"]
+    text = corpus.read_bytes()
+    assert pack.main([*options, "--part", "0/2"]) == 0
+    corpus.write_bytes(text + b"\n")
+    for asked in (["--part", "1/2"], ["--dry-run"]):
+        assert pack.main([*options, *asked]) == 2 and f"{corpus} has changed since {out}" in capsys.readouterr().err
+    corpus.write_bytes(text)
+    assert pack.main(options) == 0
+    corpus.write_bytes(text.replace(b"e", b"i", 1))
+    assert pack.main(options) == 2 and f"{corpus} has changed since {out}" in capsys.readouterr().err
+    corpus.unlink()
+    assert pack.main(options) == 0 and "packed already" in capsys.readouterr().out, "a finished folder needs no corpus"
+
+
+def test_both_ends_of_a_large_file_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "_END_BYTES", 4)
+    found = set()
+    for text in ("", "ab", "abcdef", "abcdeg", "bbcdef", "abcdefgh.ijkl", "abcdefgh!ijkl", "abcdefgh.ijkm"):
+        (tmp_path / "m.jsonl").write_text(text)
+        found.add(*pack.corpus_files([f"manifest:{tmp_path / 'm.jsonl'},lang=en", f"kaldi:{tmp_path}"]).values())
+    assert len(found) == 7, "only what lies between the ends is not seen"
+
+
 def test_a_dry_run_writes_no_shard_and_says_what_would_be(corpus, tmp_path, capsys):
     out = tmp_path / "packed"
     assert pack.main(["--manifest", str(corpus), "--out", str(out), "--dry-run"]) == 0
