@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from evaluation.predictions import PredictionError, read_rows, row_key
 from evaluation.resampling import paired_test
-from evaluation.score import bleu_tokenizer, correct_answers, direction, exact_answers, word_counts
+from evaluation.score import bleu_tokenizer, correct_answers, direction, exact_answers, with_labels, word_counts
 from evaluation.tasks import metric_of
 
 
@@ -55,7 +55,8 @@ def paired(first: list[dict], second: list[dict]) -> dict[str, dict]:
 def compare(first: Path, second: Path) -> dict:
     """{task: {utterances, metrics}} and how many utterances only one file has; translations whose directions need several BLEU
     tokenizers stand by direction, as "translation en-zh". PredictionError where they cannot be compared."""
-    tables = [{row_key(row): row for row in read_rows(path)} for path in (first, second)]
+    files = [read_rows(path) for path in (first, second)]
+    tables = [{row_key(row): row for row in with_labels(rows, [*files[0], *files[1]])} for rows in files]
     shared = [key for key in tables[0] if key in tables[1]]
     differing = [key for key in shared if tables[0][key]["reference"] != tables[1][key]["reference"]]
     if differing:

@@ -100,8 +100,10 @@ class Talker:
         yield "", transcript, picture, timings(lines)
         began, text, first = time.perf_counter(), "", None
         for piece in self.stream(self.conversation(waveform, question.strip())):
-            first = first or time.perf_counter() - began
             text += piece
+            if not text:  # a token that completes no word yet
+                continue
+            first = first or time.perf_counter() - began
             yield text, None, None, timings([*lines, ("time to first words", f"{first * 1000:.0f} ms")])
         total = time.perf_counter() - began
         lines += [("time to first words", f"{(first or total) * 1000:.0f} ms"), ("whole answer", f"{total:.2f} s"),

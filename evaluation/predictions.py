@@ -56,6 +56,9 @@ class PredictionFile:
             whole = [self.path, self.run_file, self.path.with_suffix(".rejected.jsonl")]
             for old in [*self.parts(), *self._rejected_parts(), *whole]:
                 old.unlink(missing_ok=True)
+        if not self.run_file.exists() and (there := [*self.parts(), *([self.path] if self.path.exists() else [])]):
+            raise PredictionError(f"{there[0]} is there, but not {self.run_file.name}, which says how it was made: give another "
+                                  "--out, or --restart to throw it away")
         if self.run_file.exists():
             before = json.loads(self.run_file.read_text())
             now = json.loads(json.dumps(self.settings))
@@ -107,12 +110,19 @@ def row_key(row: dict) -> str:
 
 
 def end_last_line(file: Path) -> None:
-    """Cut a half-written last line off before appending to it."""
+    """Before appending: end a last line that lacks its newline alone (it counts as a row), and cut a half-written one off."""
     if file.exists() and file.stat().st_size:
         content = file.read_bytes()
         if not content.endswith(b"\n"):
+            begin = content.rfind(b"\n") + 1
             with file.open("r+b") as out:
-                out.truncate(content.rfind(b"\n") + 1)
+                try:
+                    json.loads(content[begin:])
+                except ValueError:
+                    out.truncate(begin)
+                else:
+                    out.seek(len(content))
+                    out.write(b"\n")
 
 
 def _replace(path: Path, rows: list[dict]) -> None:

@@ -97,6 +97,8 @@ def prediction_row(sample: dict, prediction: str, raw: str, decode: str) -> dict
            "prediction": prediction.strip(), "raw": raw}
     if decode != "ctc":
         row |= {key: sample[key] for key in ("label", "prompt", "target_lang") if sample.get(key) is not None}
+        if sample.get("text") and sample.get("task") != "asr":
+            row["transcript"] = sample["text"]  # what a judge is told of the audio
         choices = lettered_choices(sample.get("prompt"))
         row |= {"choices": choices} if choices and sample.get("label") else {}
     return row
@@ -199,7 +201,7 @@ def load(options: argparse.Namespace, device: torch.device) -> tuple[Soundwave, 
     if options.untrained:
         model, stage = begin(load_recipe(options.untrained, options.overrides), options.decode)
     else:
-        model = folder.load(options.model)
+        model = folder.load(options.model, with_llm=options.decode != "ctc")
         stage = model.stage
     if options.decode in ("generate", "joint") and stage == STAGE_I:
         raise InputError(f"{options.model or options.untrained} is of stage I, which has no LLM: use --decode ctc, or the folder "

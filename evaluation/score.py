@@ -18,10 +18,10 @@ from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.metrics.base import Score
 from tabulate import tabulate
 
-from evaluation.normalise import UNSPACED, describe, normalise
+from evaluation.normalise import UNSPACED, describe, language_code, normalise
 from evaluation.predictions import PredictionError, read_rows
 from evaluation.resampling import interval
-from evaluation.tasks import metric_of, parse_choice, parse_letter, split_chain, target_language
+from evaluation.tasks import label_among, metric_of, parse_choice, parse_letter, split_chain, target_language
 
 BOOTSTRAP = 1000  # resamples behind each 95 % interval
 
@@ -30,6 +30,10 @@ def aligned(rows: list[dict], *, characters: bool = False) -> jiwer.WordOutput |
     """References and predictions after normalisation, aligned in words or characters."""
     references = [normalise(row["reference"], row.get("lang")) for row in rows]
     predictions = [normalise(row["prediction"], row.get("lang")) for row in rows]
+    if characters:  # the spaces of an unspaced language are the normaliser's
+        unspaced = [language_code(row.get("lang")) in UNSPACED for row in rows]
+        for texts in (references, predictions):
+            texts[:] = [text.replace(" ", "") if joined else text for text, joined in zip(texts, unspaced, strict=True)]
     process = jiwer.process_characters if characters else jiwer.process_words
     return process(references, predictions)
 
@@ -37,8 +41,8 @@ def aligned(rows: list[dict], *, characters: bool = False) -> jiwer.WordOutput |
 def word_counts(rows: list[dict], *, characters: bool = False) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
     """Errors and reference units per utterance after normalisation, and the totals by kind of error.
 
-    Units are words, or characters with `characters` (spaces count, as in jiwer's CER). An utterance whose reference is empty
-    after normalisation adds its insertions as errors and no units.
+    Units are words, or characters with `characters` (spaces count where the language writes them, as in jiwer's CER). An
+    utterance whose reference is empty after normalisation adds its insertions as errors and no units.
     """
     output = aligned(rows, characters=characters)
     errors, units = np.zeros(len(rows)), np.zeros(len(rows))
@@ -93,42 +97,55 @@ def score_bleu(rows: list[dict]) -> dict:
     return scores
 
 
-def correct_answers(rows: list[dict]) -> tuple[np.ndarray, int]:
-    """1 where the choice read from the answer is the label, else 0, and how many answers named no single choice.
+def label_of(row: dict) -> str:
+    return str(row.get("label") or row["reference"])
 
-    The choices are the row's own (`choices`), else all labels of its corpus and task in these rows.
-    """
+
+def with_labels(rows: list[dict], among: list[dict]) -> list[dict]:
+    """Rows without `choices` get `labels`, what can be answered: all labels of their corpus and task in `among`, so that a part
+    of the rows is scored as it is within the whole."""
     labels: dict[tuple, set[str]] = defaultdict(set)
-    for row in rows:
-        labels[row.get("corpus"), row.get("task")].add(str(row.get("label") or row["reference"]))
-    correct, unparsed = np.zeros(len(rows)), 0
+    for row in among:
+        labels[row.get("corpus"), row.get("task")].add(label_of(row))
+    return [row if row.get("choices") else row | {"labels": sorted(labels[row.get("corpus"), row.get("task")])} for row in rows]
+
+
+def correct_answers(rows: list[dict]) -> tuple[np.ndarray, int, int]:
+    """1 where the choice read from the answer is the label, else 0; how many answers named no single choice; and how many labels
+    are none of their row's choices, which no answer can get right.
+
+    The choices are the row's own (`choices`), else its `labels` (with_labels).
+    """
+    correct, unparsed, mislabelled = np.zeros(len(rows)), 0, 0
     for i, row in enumerate(rows):
-        answer = split_chain(row["prediction"])[1]
-        if row.get("choices"):
-            choice = parse_letter(answer, row["choices"])
+        answer, label = split_chain(row["prediction"])[1], label_of(row)
+        if choices := row.get("choices"):
+            choice, label = parse_letter(answer, choices), label_among(label, choices)
+            mislabelled += label is None
         else:
-            choice = parse_choice(answer, sorted(labels[row.get("corpus"), row.get("task")]))
+            choice = parse_choice(answer, row["labels"])
         unparsed += choice is None
-        correct[i] = choice == str(row.get("label") or row["reference"])
-    return correct, unparsed
+        correct[i] = choice is not None and choice == label
+    return correct, unparsed, mislabelled
 
 
 def score_accuracy(rows: list[dict]) -> dict:
-    correct, unparsed = correct_answers(rows)
+    correct, unparsed, mislabelled = correct_answers(rows)
     by_label = defaultdict(list)
     for row, hit in zip(rows, correct, strict=True):
-        by_label[str(row.get("label") or row["reference"])].append(hit)
+        by_label[label_of(row)].append(hit)
     recalls = {label: float(np.mean(hits)) for label, hits in sorted(by_label.items())}
     scores = {"accuracy": float(correct.mean()),
-              "accuracy_ci95": interval(correct, np.ones(len(rows)), samples=BOOTSTRAP), "unparsed": unparsed}
+              "accuracy_ci95": interval(correct, np.ones(len(rows)), samples=BOOTSTRAP), "unparsed": unparsed,
+              **({"labels_not_among_choices": mislabelled} if mislabelled else {})}
     if len(recalls) <= 50 and not any(row.get("choices") for row in rows):
         scores |= {"unweighted_recall": float(np.mean(list(recalls.values()))), "recall": recalls}
     return scores
 
 
 def exact_answers(rows: list[dict]) -> np.ndarray:
-    """1 where the answer equals the reference's after normalisation, else 0."""
-    answers = [[normalise(split_chain(row[key])[1]) for key in ("prediction", "reference")] for row in rows]
+    """1 where the answer equals the reference's after normalisation (of the row's language), else 0."""
+    answers = [[normalise(split_chain(row[key])[1], row.get("lang")) for key in ("prediction", "reference")] for row in rows]
     return np.array([float(prediction == reference) for prediction, reference in answers])
 
 
@@ -192,7 +209,7 @@ def groups(rows: list[dict]) -> dict[str, list[dict]]:
 def score_rows(rows: list[dict]) -> dict:
     """{task: {metric, utterances, the scores, length, groups: {group: the same}}}, from prediction rows."""
     by_task = defaultdict(list)
-    for row in rows:
+    for row in with_labels(rows, rows):
         by_task[row.get("task") or "asr"].append(row)
     result = {}
     for task, members in sorted(by_task.items()):
@@ -221,6 +238,8 @@ def table(scores: dict) -> str:
                 text = f"{name.upper() if name in ('wer', 'cer', 'bleu') else name} "
                 text += f"{value:.3f}" if isinstance(value, float) else "by direction" if value is None else str(value)
                 shown.append(text + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else ""))
+            if stray := part.get("labels_not_among_choices"):
+                shown[-1] += f", {stray} labels are no choice"
             kept = part["length"].get("kept_per_second")
             lines.append([task, group, part["utterances"], *shown, "" if kept is None else f"{kept:.1f}"])
     return tabulate(lines, headers=["task", "group", "utterances", "score", "second score", "kept/s"], tablefmt="github",

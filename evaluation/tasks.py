@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 
+from data_tools.normalise import plain_label
+from evaluation.normalise import language_code, named_language
+
 # One metric family a task; a task that is not named here is scored by what its samples hold (metric_of).
 METRICS = {"asr": "wer", "translation": "bleu", "chain": "chain", "emotion": "accuracy", "gender": "accuracy",
            "sound": "accuracy"}
-
-LANGUAGES = {"English": "en", "German": "de", "French": "fr", "Spanish": "es", "Italian": "it", "Russian": "ru", "Chinese": "zh",
-             "Mandarin": "zh", "Japanese": "ja", "Portuguese": "pt", "Dutch": "nl", "Thai": "th", "Korean": "ko", "Arabic": "ar"}
 
 # Other words for a label. A word counts as another label's name first: "calm" is no alias where "calm" is a label.
 SYNONYMS = [
@@ -39,7 +39,7 @@ def reference_of(sample: dict) -> str:
 def metric_of(rows: list[dict]) -> str:
     """wer | bleu | accuracy | chain | answer, for the prediction rows of one task."""
     task = rows[0].get("task") or "asr"
-    if any(row.get("choices") for row in rows):
+    if all(row.get("choices") for row in rows):
         return "accuracy"
     return METRICS.get(task) or ("accuracy" if all(row.get("label") for row in rows) else "answer")
 
@@ -48,9 +48,12 @@ def target_language(row: dict) -> str | None:
     """Code of a translation's target: of its `target_lang` (a name, or a code), else of the language that its prompt asks for
     ("... into French"); None where neither says."""
     if said := row.get("target_lang"):
-        return LANGUAGES.get(said.capitalize(), said)
-    match = re.search(r"\b(?:into|in|to)\s+([A-Z][a-z]+)", row.get("prompt") or "")
-    return LANGUAGES.get(match.group(1)) if match else None
+        return language_code(said)
+    for word in (r"\binto", r"(?<!listen )\bto", r"\bin"):  # "what is said in English, into French"
+        for named in re.findall(rf"(?i:{word})\s+((?:[A-Z]\w+\s*){{1,2}})", row.get("prompt") or ""):
+            if code := named_language(named.strip()):
+                return code
+    return None
 
 
 def lettered_choices(prompt: str | None) -> list[str]:
@@ -93,6 +96,15 @@ def parse_choice(answer: str, choices: list[str]) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
+def label_among(label: str, choices: list[str]) -> str | None:
+    """The choice that a label means: the same words, or the option's letter; None where it means none."""
+    for choice in choices:
+        if _plain(choice) == _plain(label):
+            return choice
+    letter = label.strip().upper()
+    return choices[ord(letter) - ord("A")] if len(letter) == 1 and letter in "ABCDEFGHIJ"[:len(choices)] else None
+
+
 def parse_letter(answer: str, choices: list[str]) -> str | None:
     """The choice that an answer to lettered options ("A. ...", "B. ...") gives, by letter, else by its words.
 
@@ -101,13 +113,18 @@ def parse_letter(answer: str, choices: list[str]) -> str | None:
     """
     letters = "ABCDEFGHIJ"[:len(choices)]
     letter, end, word = f"([{letters}])", r"""[\s*"']*(?:[.):,]|$)""", "(?i:answer|option|choice)"
-    said = rf"(?<!wrong )\b{word}(?:\W*:|\W+is\b)\W*(?:{word}\W+)?{letter}(?:{end}|\s+because\b)"
+    verb = "(?:is|would be|must be|should be)"
+    said = rf"(?<!wrong )\b{word}(?:\W*:|\W+{verb}\b)\W*(?:{word}\W+)?{letter}(?:{end}|\s+because\b)"
     found = re.findall(said, answer, re.MULTILINE)[-1:]
-    for pattern in (rf"^\W*{letter}{end}", rf"\({letter}\)", rf"\b{word}\s*\W?{letter}{end}"):
+    for pattern in (rf"^\W*{letter}{end}", rf"\({letter}\)", rf"\\boxed{{{letter}}}", rf"\b{word}\s*\W?{letter}{end}",
+                    rf"\b{letter}\s+{verb}\s+(?:the\s+)?(?:correct|right|best|answer)\b",
+                    rf"(?i:\bchoose|\bpick|\bselect|\bit's)\s+{letter}{end}"):
         found += re.findall(pattern, answer, re.MULTILINE)
+    if small := re.fullmatch(rf"\W*([{letters.lower()}])\W*", answer):
+        found = [small[1].upper()]
     return choices[letters.index(found[0])] if found else parse_choice(answer, choices)
 
 
 def _plain(text: str) -> str:
-    """Lower case, words alone, without quotes and possessive 's."""
-    return " ".join(re.sub(r"'s\b|\B'|'\B|[^\w']", " ", text.lower().replace("’", "'")).split())
+    """Words alone, as `plain_label` writes a class name ("Dog_bark" is "dog bark"), without quotes and possessive 's."""
+    return " ".join(re.sub(r"'s\b|\B'|'\B|[^\w']", " ", plain_label(text).replace("’", "'")).split())

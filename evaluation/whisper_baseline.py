@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
 
 from data_tools.shards import ShardError, ShardIndex
+from evaluation.normalise import language_code
 from evaluation.predictions import PredictionError, PredictionFile, row_key
 from evaluation.run import InputError, finish, prediction_row, shard_folder, start
 from model.features import SAMPLE_RATE, WINDOW_SECONDS, log_mel
@@ -48,8 +49,9 @@ class Whisper:
         options = {"do_sample": False, "num_beams": 1}
         if self.languages:  # multilingual: one language for each clip, or a guess for the whole batch where one is unknown
             options["task"] = "transcribe"
-            if all(f"<|{language}|>" in self.languages for language in languages):
-                options["language"] = list(languages)
+            known = [language_code(language) for language in languages]
+            if all(f"<|{language}|>" in self.languages for language in known):
+                options["language"] = known
         output = self.model.generate(mel.to(self.model.dtype), attention_mask=torch.ones(len(mel), mel.shape[-1], device=device),
                                      **options)
         special = set(self.tokenizer.all_special_ids)

@@ -61,8 +61,8 @@ class Encoder(nn.Module, ABC):
             frames = self.frames(lengths)
         else:
             features, frames = self._encode_windows(waveforms, lengths, window, mel_mask)
-        if padded and self.pad_to_samples:
-            frames = torch.full_like(frames, features.shape[1])
+        if padded and self.pad_to_samples:  # each clip to the end of its own last window, whatever stands beside it
+            frames = (-(-lengths // window)).clamp(min=1) * int(self.frames(torch.tensor(window)))
         features = features[:, : int(frames.max())]
         behind = torch.arange(features.shape[1], device=features.device) >= frames[:, None]
         return features.masked_fill(behind[..., None], 0.0), frames

@@ -73,6 +73,8 @@ def export(run: str | Path, out: str | Path, *, merge: bool = False, with_encode
         _copy_encoder(encoder, out / "encoder")
         config.encoder.name = "encoder"
     written = {"config": asdict(config), "stage": description["stage"], "frozen": frozen}
+    if ctc_text := description.get("recipe", {}).get("data", {}).get("ctc_text"):
+        written["recipe"] = {"data": {"ctc_text": ctc_text}}  # what the joint search asks of CTC; the rest is the trainer's own
     (out / CONFIG).write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n")
     SoundwaveHubConfig(architectures=["Soundwave"], soundwave=asdict(config), llm_config=llm.config.to_dict(),
                        encoder_config=encoder.config.to_dict()).save_pretrained(out)

@@ -162,16 +162,18 @@ def _fill(parameter: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def load(folder: str | Path, *, encoder: str | None = None, llm: str | None = None, device: torch.device | str | None = None,
-         dtype: str | None = None, verify: bool = True) -> Soundwave:
+         dtype: str | None = None, verify: bool = True, with_llm: bool = True) -> Soundwave:
     """A model folder as a model in eval mode, with its frozen parts from where it names them, or from `encoder` and `llm`.
 
-    A stage I folder comes without the LLM. Errors: FolderError, SourceError.
+    A stage I folder comes without the LLM; any other, too, if not `with_llm`, for its CTC head alone. Errors: FolderError,
+    SourceError.
     """
     description, config = describe(folder), read_config(folder)
     config.encoder.name, config.llm.name = encoder or config.encoder.name, llm or config.llm.name
     config.dtype = dtype or config.dtype
-    parts = tuple(p for p in PARTS if p != "llm" or description["stage"] != "alignment")
+    stage = description["stage"] if with_llm else "alignment"
+    parts = tuple(p for p in PARTS if p != "llm" or stage != "alignment")
     model = Soundwave.build(config, parts=parts)
     load_trained(model, folder, verify=verify)
-    model.set_stage(description["stage"])
+    model.set_stage(stage)
     return (model if device is None else model.to(device)).eval()

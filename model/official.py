@@ -199,7 +199,7 @@ _FIXED = (("alignment.attention", "frame"), ("alignment.stack_frames", 2), ("ali
           ("alignment.ffn_multiple", 2.0), ("alignment.heads", None), ("shrinking.heads", None), ("shrinking.enabled", True),
           ("shrinking.keep", "first"), ("shrinking.keep_blank_runs", True), ("shrinking.lookback", "kept"),
           ("shrinking.token_embeddings", False), ("encoder.pad_to_seconds", 30.0), ("alignment.ctc_length", "full"),
-          ("prompt", "release"))
+          ("prompt", "release"), ("system_prompt", None))
 
 
 def to_official(run: str | Path, out: str | Path) -> Path:

@@ -82,7 +82,9 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], 
     if not tokenizer.chat_template:
         raise PromptError("the tokenizer has no chat template: take an instruction-tuned LLM, or give its tokenizer one")
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening, date_string=_TEMPLATE_DATE)
+        # enable_thinking: Qwen 3's would otherwise put an empty block of thoughts into every answer, to be learnt and read out.
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening, date_string=_TEMPLATE_DATE,
+                                             enable_thinking=False)
     except TemplateError as error:  # Gemma's template, for one, refuses a system turn
         raise PromptError(f"the chat template refuses this conversation: {error}") from None
 

@@ -1,5 +1,6 @@
 """Predictions: what batching, interruption and several ranks must not change."""
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -11,7 +12,7 @@ import torch
 
 from data_tools.shards import ShardIndex
 from evaluation import run
-from evaluation.predictions import PredictionFile, read_rows
+from evaluation.predictions import PredictionError, PredictionFile, read_rows
 from model import folder
 from model.batch import Batch
 from model.joint import JointSearch
@@ -94,6 +95,8 @@ def test_stage_two_generates(folders, packed, tmp_path):
     wanted |= expected(folders / "shrinking", packed, "translation", generate=True)
     assert {key: got[key] for key in wanted} == wanted and len(set(wanted.values())) > 1
     scores = json.loads(out.with_suffix(".scores.json").read_text())["tasks"]
+    assert {row["id"]: row.get("transcript") for row in read_rows(out) if row["task"] == "translation"} == {
+        f"translation-{i}": f"words of clip {i}" for i in (8, 9)}
     assert set(scores) == {"asr", "text", "translation"} and scores["text"]["metric"] == "accuracy"
     assert all(row["tokens"] <= 6 for row in read_rows(out))
 
@@ -119,6 +122,10 @@ def test_ctc_of_a_later_stage_scores_transcripts(folders, packed, tmp_path):
     out = tmp_path / "p.jsonl"
     assert run.main(command(folders / "shrinking", packed, out, "--task", "translation", "--decode", "ctc")) == 0
     assert {(row["task"], row["reference"]) for row in read_rows(out)} == {("asr", "words of clip 8"), ("asr", "words of clip 9")}
+    loaded, decode = run.load(argparse.Namespace(untrained=None, model=folders / "shrinking", decode="ctc"), "cpu")
+    assert loaded.llm is None and decode == "ctc", "the LLM is not read for it"
+    whole = expected(folders / "shrinking", packed, "translation", generate=False)
+    assert predictions(out) == whole and any(whole.values())
 
 
 def test_interrupted_run_goes_on(folders, packed, tmp_path, monkeypatch):
@@ -177,6 +184,18 @@ def test_a_predictions_file_survives_a_cut_character_and_tells_corpora_apart(tmp
     assert [row["id"] for row in read_rows(tmp_path / "p.rejected.jsonl")] == ["1"]
     file.append([{"id": "1", "corpus": "de"}])  # readable by now
     assert len(file.merge()) == 3 and not (tmp_path / "p.rejected.jsonl").exists()
+    file.part.write_text('{"id": "5"}')  # all of it but the line's end: it counts, and goes on counting
+    file.append([{"id": "6"}])
+    assert {"/5", "/6"} <= file.done() and len(file.merge()) == 5
+
+
+def test_predictions_of_who_knows_which_model_are_not_gone_on_with(tmp_path):
+    file = PredictionFile(tmp_path / "p.jsonl", {"model": "b"})
+    file.path.write_text('{"id": "0"}\n')
+    with pytest.raises(PredictionError, match="p.jsonl is there, but not p.run.json"):
+        file.prepare()
+    PredictionFile(file.path, {"model": "b"}, restart=True).prepare()
+    assert not file.done()
 
 
 def test_other_settings_are_refused(folders, packed, tmp_path, capsys):

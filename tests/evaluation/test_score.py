@@ -13,7 +13,7 @@ from transformers.models.whisper.english_normalizer import BasicTextNormalizer, 
 from whisper_normalizer.english import EnglishTextNormalizer as PackageNormalizer
 
 from evaluation import score
-from evaluation.normalise import normalise
+from evaluation.normalise import language_code, normalise
 from evaluation.resampling import interval, paired_test
 from evaluation.tasks import lettered_choices, metric_of, parse_choice, parse_letter, reference_of, target_language
 
@@ -35,7 +35,23 @@ def test_basic_normaliser_equals_transformers(text, lang):
 
 
 def test_unspaced_scripts_are_split():
-    assert normalise("你好，世界", "zh-CN") == "你 好 世 界"
+    assert {normalise("你好，世界", lang) for lang in ("zh-CN", "cmn_hans_cn", "Chinese")} == {"你 好 世 界"}
+
+
+@pytest.mark.parametrize(("said", "code"), [
+    ("zh-CN", "zh"), ("cmn", "zh"), ("cmn_hans_cn", "zh"), ("chinese", "zh"), ("Simplified Chinese", "zh"), ("Cantonese", "yue"),
+    ("nan-tw", "nan"), ("English", "en"), ("eng", "en"), ("en_us", "en"), ("pt-BR", "pt"), ("nb", "no"), ("xx", "xx"), ("", None),
+    ("Klingon", "klingon"), (None, None),
+])
+def test_a_language_is_known_by_what_corpora_call_it(said, code):
+    assert language_code(said) == code
+
+
+def test_characters_of_an_unspaced_language_are_counted_without_the_normaliser_s_spaces():
+    rows = [{"id": "1", "lang": "zh", "reference": "我爱你", "prediction": "我恨你"},
+            {"id": "2", "lang": "en", "reference": "a b", "prediction": "a c"}]
+    assert [score.score_wer([row])["cer"] for row in rows] == [pytest.approx(1 / 3), pytest.approx(1 / 3)]
+    assert score.score_wer(rows)["cer"] == pytest.approx(2 / 6)
 
 
 def edit_distance(a: list, b: list) -> int:
@@ -106,10 +122,44 @@ def test_parse_gender(answer, expected):
     ("A. a man\nB. a dog\nAnswer: B", "a dog"), ("**B**", "a dog"), ('"B"', "a dog"), ("The answer is **B**.", "a dog"),
     ("The correct answer is B because it barks", "a dog"), ("Answer: A\nNo. Answer: Option C", "a cat"),
     ("B. This is better than option A.", "a dog"), ("A, since option B is wrong", "a man"), ("The answer is A dog", "a dog"),
-    ("The answer is not B.", None), ("The wrong answer is A.", None),
+    ("The answer is not B.", None), ("The wrong answer is A.", None), ("b", "a dog"), ("(c)", "a cat"),
+    ("B is correct.", "a dog"), ("B is the right answer", "a dog"), ("I choose B", "a dog"), ("It's B.", "a dog"),
+    ("My answer would be: C", "a cat"), (r"\boxed{B}", "a dog"), ("I pick a dog", "a dog"), ("A is wrong, B is correct", "a dog"),
 ])
 def test_parse_letter(answer, expected):
     assert parse_letter(answer, ["a man", "a dog", "a cat"]) == expected
+
+
+def test_class_names_are_answered_in_words():
+    names = ["dog", "clock_alarm", "crying-baby", "DogBark"]
+    rows = [{"id": name, "task": "sound", "label": name, "reference": name, "prediction": answer}
+            for name, answer in zip(names, ["dog", "a clock alarm", "Crying baby.", "dog bark"], strict=True)]
+    assert score.score_rows(rows)["sound"]["accuracy"] == 1
+
+
+@pytest.mark.parametrize("label, right", [("a dog", 1), ("A dog", 1), ("B", 1), ("b", 1), ("C", 0), ("a bird", 0), ("D", 0)])
+def test_the_label_of_lettered_options_is_one_of_them_by_words_or_by_letter(label, right):
+    row = {"id": "1", "task": "quiz", "label": label, "reference": label, "prediction": "B",
+           "choices": ["a man", "a dog", "a cat"]}
+    scores = score.score_rows([row])
+    assert scores["quiz"]["accuracy"] == right
+    stray = label in ("a bird", "D")
+    assert scores["quiz"].get("labels_not_among_choices", 0) == stray
+    assert ("1 labels are no choice" in score.table(scores)) == stray
+
+
+def test_a_group_is_scored_as_it_is_within_the_whole():
+    rows = [{"id": str(i), "task": "emotion", "lang": lang, "label": label, "reference": label, "prediction": answer}
+            for i, (lang, label, answer) in enumerate([("en", "happy", "happy or neutral"), ("en", "sad", "sad"),
+                                                       ("de", "neutral", "neutral")])]
+    scores = score.score_rows(rows)["emotion"]
+    assert scores["accuracy"] == pytest.approx(2 / 3)
+    assert {name: part["accuracy"] for name, part in scores["groups"].items()} == {"lang de": 1, "lang en": 0.5}
+
+
+def test_exact_answers_are_compared_in_their_own_language():
+    row = {"id": "1", "task": "chat", "reference": "schön", "prediction": "schon"}
+    assert [score.score_rows([row | {"lang": lang}])["chat"]["exact"] for lang in ("de", "en")] == [0, 1]
 
 
 def test_reference_and_metric_by_task():
@@ -121,6 +171,7 @@ def test_reference_and_metric_by_task():
     assert metric_of([{"task": "asr"}]) == "wer" and metric_of([{"task": "translation"}]) == "bleu"
     assert metric_of([{"task": "quiz", "label": "x"}]) == "accuracy"
     assert metric_of([{"task": "instruct", "label": "x"}, {"task": "instruct"}]) == "answer"
+    assert metric_of([{"task": "chat"}, {"task": "chat", "choices": ["a", "b"]}]) == "answer"
 
 
 def test_chain_scores_transcript_and_answer():
@@ -210,5 +261,8 @@ def test_command_refuses_what_it_cannot_score(tmp_path, capsys):
 
 def test_a_translation_s_target_is_what_its_row_says():
     rows = ({"target_lang": "Chinese"}, {"target_lang": "ja"}, {"prompt": "Put it into French."},
-            {"prompt": "Put it into French.", "target_lang": "german"}, {})
-    assert [target_language(row) for row in rows] == ["zh", "ja", "fr", "de", None]
+            {"prompt": "Put it into French.", "target_lang": "german"}, {"target_lang": "zh-CN"},
+            {"target_lang": "Mandarin Chinese"}, {"prompt": "Translate what is said in English to Chinese"},
+            {"prompt": "Listen to Mary. Translate this into Chinese."},
+            {"prompt": "Translate into Simplified Chinese."}, {"prompt": "Listen to English speech, and say it in German."}, {})
+    assert [target_language(row) for row in rows] == ["zh", "ja", "fr", "de", "zh", "zh", "zh", "zh", "zh", "de", None]

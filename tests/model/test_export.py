@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import model.auto  # noqa: F401  registers Soundwave with AutoModel
+from evaluation.run import joint_search
 from model import folder as model_folder
 from model.export import main as export
 from tests.model import tiny
@@ -27,7 +29,8 @@ def run(folders, tmp_path):
     shards.mkdir()
     (shards / "index.json").write_text(json.dumps({"name": "dialogues", "hours": 2.345, "tasks": ["asr"], "langs": ["en"],
                                                    "shardlist": [{"nsamples": 30}, {"nsamples": 12}]}))
-    recipe = {"stage": "shrinking", "data": {"train": [{"shards": str(shards)}]}, "optim": {"steps": 300, "lr_lora": 2e-4}}
+    recipe = {"stage": "shrinking", "data": {"train": [{"shards": str(shards)}], "ctc_text": "raw"},
+              "optim": {"steps": 300, "lr_lora": 2e-4}}
     model_folder.save(made, tmp_path / "shrinking" / "model", {"step": 300, "recipe": recipe})
     (tmp_path / "shrinking" / "model" / "evaluation").mkdir()
     (tmp_path / "shrinking" / "model" / "evaluation" / "dialogues-test-asr.scores.json").write_text(json.dumps(
@@ -64,6 +67,8 @@ def test_export_answers_as_the_run_does(run, folders, tmp_path, options):
     assert words.convert_tokens_to_ids("<audio_patch>") == original.audio_id and words.chat_template
     assert words.convert_tokens_to_ids("<|eot_id|>") in GenerationConfig.from_pretrained(out).eos_token_id
     assert json.loads((out / "config.json").read_text())["model_type"] == "soundwave"
+    asked = argparse.Namespace(model=out, ctc_weight=1.0, beams=2, token_bonus=0.0)
+    assert joint_search(asked).ctc_text == "raw", "the text that its CTC was taught"
 
 
 def test_model_card_is_filled_in(run, tmp_path):

@@ -150,6 +150,19 @@ def test_long_audio_is_encoded_in_windows(folders):
         encoder(torch.zeros(1, 65_600), torch.tensor([65_600]))
 
 
+@torch.no_grad()
+def test_padded_lengths_know_no_companions_either(folders):
+    config = EncoderConfig(name=folders("whisper", positions=50), pad_to_seconds=1.0, max_seconds=4.0)
+    encoder = build_encoder(config, locate(config.name), torch.float32, "sdpa")
+    waves, lengths = torch.randn(4, 52_000), torch.tensor([52_000, 9_000, 32_000, 0])
+    features, frames = encoder(waves, lengths, padded=True)
+    assert frames.tolist() == [200, 50, 100, 50]
+    for row, length in enumerate(lengths.tolist()):
+        alone, count = encoder(waves[row: row + 1, : max(1, length)], lengths[row: row + 1], padded=True)
+        assert int(count) == int(frames[row])
+        torch.testing.assert_close(features[row, : int(count)], alone[0], rtol=0, atol=2e-5)
+
+
 def test_what_is_no_encoder_is_refused(folders, tmp_path):
     with pytest.raises(SourceError, match="is a 'llama' model; encoders known: whisper"):
         build_encoder(EncoderConfig(), locate(folders("llama")), torch.float32, "sdpa")

@@ -215,7 +215,8 @@ def test_what_the_layout_cannot_express_is_one_line(folders, tmp_path, capsys):
     stage_one = Soundwave.build(build, parts=("encoder", "adapters"))
     model_folder.save(stage_one, tmp_path / "one")
     model_folder.save(Soundwave.build(official_switches(tiny.config(folders("whisper"), folders("qwen2")))), tmp_path / "qwen")
-    for name, part, key, value in (("short", "alignment", "ctc_length", "true"), ("chat", None, "prompt", "chat")):
+    for name, part, key, value in (("short", "alignment", "ctc_length", "true"), ("chat", None, "prompt", "chat"),
+                                   ("system", None, "system_prompt", "Listen.")):
         theirs = official_switches(tiny.config(folders("whisper"), folders("llama")))
         setattr(getattr(theirs, part) if part else theirs, key, value)
         model_folder.save(Soundwave.build(theirs), tmp_path / name)
@@ -225,6 +226,7 @@ def test_what_the_layout_cannot_express_is_one_line(folders, tmp_path, capsys):
             (["--to-official", tmp_path / "ours"], "model.alignment.attention = time, the release's code knows frame only"),
             (["--to-official", tmp_path / "short"], "model.alignment.ctc_length = true, the release's code knows full only"),
             (["--to-official", tmp_path / "chat"], "model.prompt = chat, the release's code knows release only"),
+            (["--to-official", tmp_path / "system"], "model.system_prompt = Listen., the release's code knows None only"),
             (["--to-official", tmp_path / "one"], "stage I folder"),
             (["--to-official", tmp_path / "qwen"], "takes Llama only"),
             (["--from-official", tmp_path / "strange"], "has no tokenizer that loads")):

@@ -53,6 +53,20 @@ def test_what_is_generated_from_is_what_was_learnt(style):
         assert none[-1] == IGNORED
 
 
+def test_thoughts_that_a_template_adds_are_no_part_of_the_answer():
+    """As Qwen 3's does: an empty block in the last answer, and in its opening where thinking is switched off."""
+    words = words_of("chatml")
+    block = "<think>\n\n</think>\n\n"
+    words.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}" + block
+        + "{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if enable_thinking is defined and enable_thinking is false %}" + block + "{% endif %}{% endif %}")
+    ids, labels = chat_ids(words, MULTI[1:3])
+    assert words.decode([i for i in labels if i != IGNORED]) == "the wall<|im_end|>"
+    prompt, _ = chat_ids(words, MULTI[1:2])
+    assert words.decode(prompt).endswith(block) and prompt == ids[: len(prompt)]
+
+
 def test_a_system_prompt_is_said_where_the_chat_has_none():
     words, chat = words_of("chatml"), MULTI[1:3]
     assert chat_ids(words, chat, system="Listen.") == chat_ids(words, [{"role": "system", "content": "Listen."}, *chat])
