@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def save(model: Soundwave, folder: str | Path, extra: dict | None = None) -> Pat
     """Write a model folder; complete, or not there. Under ZeRO-3 the caller gathers the parameters and calls it on one rank."""
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     save_file({n: p.detach().cpu().contiguous() for n, p in trained_tensors(model).items()}, partial / ADAPTERS)
     if isinstance(model.llm, PeftModel):
         (partial / LORA).mkdir(exist_ok=True)
@@ -50,15 +52,16 @@ def save(model: Soundwave, folder: str | Path, extra: dict | None = None) -> Pat
         peft_config.save_pretrained(partial / LORA)
     description = {"config": asdict(model.config), "stage": model.stage, "frozen": model.frozen_hash(), **(extra or {})}
     (partial / CONFIG).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+    for path in [*partial.rglob("*"), partial]:  # a name that survives a power cut must not stand for files that did not
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    previous = folder.with_name(folder.name + ".previous")
     if folder.exists():
-        previous = folder.with_name(folder.name + ".previous")
+        shutil.rmtree(previous, ignore_errors=True)  # of a replacement that was interrupted
         os.rename(folder, previous)
-        os.rename(partial, folder)
-        for path in sorted(previous.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        previous.rmdir()
-    else:
-        os.rename(partial, folder)
+    os.rename(partial, folder)
+    shutil.rmtree(previous, ignore_errors=True)
     return folder
 
 

@@ -4,6 +4,7 @@
         step-000500/            one checkpoint: DeepSpeed's files of all ranks, state.json, manifest.json (sha256 of each file)
         step-001000.partial/    one being written, or what a kill left of it; removed at the next start, unless its manifest
                                 stands: then only the rename was missing
+        step-000500.damaged/    one that was found damaged when the run was started again; nothing but eyes looks at it
         latest                  name of the newest finished one; moves last
         best.json               step and score of the best validation so far
 
@@ -12,7 +13,8 @@ Writing: every rank copies its tensors to host memory and goes on training; a th
 syncs, renames the folder and moves `latest`. A kill at any instant leaves the previous checkpoint as it was. Cost: one copy of
 what is trained and its optimizer states (12 to 14 bytes a parameter, divided by the number of ranks) in host memory.
 
-Reading: newest first; a folder whose files do not have the size and sha256 of its manifest is passed over, with a line. Another
+Reading: newest first; a folder whose files do not have the size and sha256 of its manifest is set aside, with a line: were it
+left among the others, it would be kept as the newest in place of good ones. Another
 number of ranks than at the time of writing: train/universal.py.
 """
 
@@ -37,7 +39,8 @@ from train.distributed import Ranks
 from train.files import PARTIAL, STEP, step_folders, sync_folder, write_atomically
 
 logger = logging.getLogger("soundwave")
-REPLACED = ".replaced"
+REPLACED, DAMAGED = ".replaced", ".damaged"
+COPY_SECONDS = 60  # a second file system that takes longer to let go of one checkpoint misses the next
 
 
 class CheckpointError(RuntimeError):
@@ -154,15 +157,19 @@ def verify(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
         files = json.loads((folder / "manifest.json").read_text())["files"]
     except (OSError, ValueError, KeyError):
         return "manifest.json is missing or broken"
-    for name, fact in files.items():
-        path = folder / name
-        if not path.exists():
-            return f"{name} is missing"
-        if path.stat().st_size != fact["size"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {fact['size']}"
-    for name in sorted(files)[part::parts]:
-        if sha256_of(folder / name) != files[name]["sha256"]:
-            return f"{name} does not have its sha256"
+    name = "manifest.json"
+    try:
+        for name, fact in files.items():
+            path = folder / name
+            if not path.exists():
+                return f"{name} is missing"
+            if path.stat().st_size != fact["size"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {fact['size']}"
+        for name in sorted(files)[part::parts]:
+            if sha256_of(folder / name) != files[name]["sha256"]:
+                return f"{name} does not have its sha256"
+    except OSError as error:
+        return f"{name} cannot be read: {error}"
     return None
 
 
@@ -179,7 +186,8 @@ def saved_in_health(folder: Path) -> bool:
 
 
 def find_good(folders: list[Path], ranks: Ranks, *, among=lambda folder: True) -> Path | None:
-    """The newest sound checkpoint, hashing shared among ranks; all return the same. Every damaged one gets a line.
+    """The newest sound checkpoint, of the first folder that has one; hashing is shared among ranks, all return the same. Every
+    damaged one before it gets a line and another name.
 
     among: asked on rank 0 for each folder, whether it is a candidate at all.
     """
@@ -192,8 +200,32 @@ def find_good(folders: list[Path], ranks: Ranks, *, among=lambda folder: True) -
         if problem is None:
             return Path(name)
         if ranks.is_main:
-            logger.warning("checkpoint %s is damaged (%s): the one before it is taken", name, problem)
+            logger.warning("checkpoint %s is damaged (%s): it is set aside as %s, and the one before it is taken", name, problem,
+                           _set_aside(Path(name)))
     return None
+
+
+def _set_aside(folder: Path) -> str:
+    """Give a damaged checkpoint its other name; returns that."""
+    aside = folder.with_name(folder.name + DAMAGED)
+    try:
+        if aside.exists():
+            shutil.rmtree(aside)
+        os.rename(folder, aside)
+    except OSError as error:
+        return f"nothing, {error}"
+    return aside.name
+
+
+def _remove(folder: Path) -> None:
+    """A checkpoint that is not wanted any more. What cannot be deleted now has another name, and goes at the next start."""
+    gone = folder if folder.name.endswith(REPLACED) else folder.with_name(folder.name + REPLACED)
+    try:
+        if gone != folder:
+            os.rename(folder, gone)
+        shutil.rmtree(gone)
+    except OSError as error:
+        logger.warning("checkpoint %s could not be removed: %s", folder, error)
 
 
 def own_steps(optimizer) -> None:
@@ -227,8 +259,12 @@ class Checkpoints:
                     os.rename(leftover, final)
                 else:
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            for old in folder.glob("*" + REPLACED):  # the one that replaces it stands by now
-                shutil.rmtree(old)
+            copies = Path(config.copy_to) if config.copy_to else folder
+            for old in [*folder.glob("*" + REPLACED), *copies.glob("*" + REPLACED)]:  # what replaces it stands by now
+                _remove(old)
+            if config.copy_to:
+                for leftover in copies.glob("step-*" + PARTIAL):
+                    shutil.rmtree(leftover, ignore_errors=True)
         dist.barrier()
 
     # ---------------------------------------------------------------- writing
@@ -236,10 +272,12 @@ class Checkpoints:
     def _needed_bytes(self, engine) -> int:
         """All ranks' files together: measured on the newest checkpoint, else 4 bytes a number for weights (twice: fp32 master
         and module) and the two moments, and 5 % more."""
-        newest = step_folders(self.folder)
-        if newest and (newest[0] / "manifest.json").exists():
-            files = json.loads((newest[0] / "manifest.json").read_text())["files"]
-            return int(1.05 * sum(fact["size"] for fact in files.values()))
+        for newest in step_folders(self.folder):
+            try:
+                files = json.loads((newest / "manifest.json").read_text())["files"]
+                return int(1.05 * sum(fact["size"] for fact in files.values()))
+            except (OSError, ValueError, KeyError):
+                continue
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)
         return int(1.05 * 16 * trained)
 
@@ -253,8 +291,13 @@ class Checkpoints:
             needed, free = self._needed_bytes(engine), shutil.disk_usage(self.folder).free
             room[0] = free >= needed
             if room[0]:
-                target.mkdir(exist_ok=True)
-                (target / "state.json").write_text(json.dumps(state, indent=1))
+                try:
+                    target.mkdir(exist_ok=True)
+                    write_atomically(target / "state.json", json.dumps(state, indent=1))
+                except OSError as error:  # a quota, for one, which the free space does not show
+                    room[0] = False
+                    shutil.rmtree(target, ignore_errors=True)
+                    logger.error("no checkpoint in %s: %s; training goes on from memory", self.folder, error)
             else:
                 logger.error("no room for a checkpoint in %s: it needs %.1f MB and %.1f MB are free; free space or move "
                              "`output`, training goes on from memory", self.folder, needed / 1e6, free / 1e6)
@@ -309,19 +352,30 @@ class Checkpoints:
             os.rename(final, replaced)
         os.rename(target, final)
         sync_folder(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        if replaced.exists():
+            _remove(replaced)
         saved = json.loads((final / "state.json").read_text())
         if saved.get("best") and saved["best"]["step"] == saved["step"]:
             write_atomically(self.folder / "best.json", json.dumps(saved["best"]))
         write_atomically(self.folder / "latest", final.name)
+        free = self._copied()  # before older ones go: it may be reading one of them
         self._prune(self.folder)
-        if self.config.copy_to:
-            if self.copier is not None:
-                self.copier.join()
-            self.copier = threading.Thread(target=self._copy, args=(final,), name="checkpoint-copier")
+        if self.config.copy_to and free:
+            self.copier = threading.Thread(target=self._copy, args=(final,), name="checkpoint-copier", daemon=True)
             self.copier.start()
         logger.info("checkpoint %s: %.1f MB, training held up %.2f s, written in %.2f s", final,
                     sum(fact["size"] for fact in files.values()) / 1e6, self.blocked_seconds, time.perf_counter() - self.started)
+
+    def _copied(self) -> bool:
+        """Wait for the copy in progress, if any; not for ever: a second file system that hangs must not hold up the run."""
+        if self.copier is not None:
+            self.copier.join(COPY_SECONDS)
+            if self.copier.is_alive():
+                logger.error("checkpoint.copy_to: %s has not taken the checkpoint before in %d s; the run goes on without it",
+                             self.config.copy_to, COPY_SECONDS)
+                return False
+            self.copier = None
+        return True
 
     def _copy(self, source: Path) -> None:
         folder = Path(self.config.copy_to)
@@ -340,10 +394,12 @@ class Checkpoints:
             logger.error("checkpoint.copy_to: %s could not be copied to %s: %s", source.name, folder, error)
 
     def _prune(self, folder: Path) -> None:
-        best = self._best(folder) if self.config.keep_best else None
-        for old in step_folders(folder)[max(1, self.config.keep_last):]:
-            if int(STEP.match(old.name)[1]) != best:
-                shutil.rmtree(old)
+        """Keep the last, the best, and the last one from before a bad stretch: a roll-back has to go somewhere."""
+        best, there = self._best(folder) if self.config.keep_best else None, step_folders(folder)
+        healthy = next((one for one in there if saved_in_health(one)), None)
+        for old in there[max(1, self.config.keep_last):]:
+            if int(STEP.match(old.name)[1]) != best and old != healthy:
+                _remove(old)
 
     @staticmethod
     def _best(folder: Path) -> int | None:
@@ -352,8 +408,7 @@ class Checkpoints:
 
     def close(self) -> bool:
         done = self.finish()
-        if self.copier is not None:
-            self.copier.join()
+        self._copied()
         return done
 
     def forget_after(self, step: int, best: dict | None) -> dict | None:
@@ -364,8 +419,7 @@ class Checkpoints:
         """
         kept = [best]
         if self.ranks.is_main:
-            if self.copier is not None:
-                self.copier.join()  # it may be copying what goes
+            self._copied()  # it may be copying what goes
             if best and self.config.keep_best and not (self.folder / f"step-{best['step']:06d}").exists():
                 kept = [None]
             self._forget_after(self.folder, step, kept[0])

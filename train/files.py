@@ -52,7 +52,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def append_lines(path: Path, records: list[dict]) -> None:
-    """One JSON line each, in one write(): lines that several ranks append to the same file do not mix."""
+    """One JSON line each, in one write(): lines that ranks of one machine append to the same file do not mix. (On NFS, lines that
+    several machines append at one moment may be lost: what is kept so is told elsewhere as a number, too.)"""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -81,8 +82,9 @@ def read_lines(path: Path, last_bytes: int | None = None) -> list[dict]:
 
 
 def keep_before(path: Path, first_step: int) -> list[dict]:
-    """Take the lines of `first_step` and later ones, which are done again, out of a log of steps; returns what stays."""
-    kept = [record for record in read_lines(path) if record["step"] < first_step]
+    """Take the lines of `first_step` and later ones, which are done again, out of a log of steps; returns what stays: events,
+    too, which have happened whatever is done again."""
+    kept = [record for record in read_lines(path) if record["step"] < first_step or record.get("kind") == "event"]
     if path.exists():
         write_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
     return kept

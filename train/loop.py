@@ -15,10 +15,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 
 from model import folder as model_folder
 from model.language_model import lora_parameters
 from model.pretrained import locate, text_config
+from model.prompt import NORMALISATIONS
 from model.shrinking import check_switches
 from model.soundwave import Soundwave
 from train import desync, optim, report, resume, universal, zero
@@ -31,7 +33,7 @@ from train.data.validation import select
 from train.distributed import Ranks
 from train.engine import Engine, StepResult
 from train.files import code_version, write_atomically
-from train.health import BadStretch
+from train.health import BadStretch, Health
 from train.preemption import DONE, FAILED, PREEMPTED, WRONG_INPUT, Preemption
 from train.profiling import Profiler
 from train.stages import Stage, finished, initial_folder, stage_folder, stage_of
@@ -41,6 +43,7 @@ from train.validate import validate, validation_set
 logger = logging.getLogger("soundwave")
 
 SCORES = ("wer", "loss")  # of a validation, by which the best can be chosen
+BEST = "model-best"  # the folder of the best model on the way
 
 
 def check(recipe: Recipe) -> None:
@@ -54,6 +57,14 @@ def check(recipe: Recipe) -> None:
         check_switches(recipe.model.shrinking)
     except ValueError as error:
         raise RecipeError(str(error)) from None
+    if recipe.data.ctc_text not in NORMALISATIONS:
+        raise RecipeError(f"data.ctc_text: '{recipe.data.ctc_text}' is not one of {', '.join(NORMALISATIONS)}")
+    for key, least, why in (("checkpoint.every_steps", 1, ""), ("log.every_steps", 1, ""), ("log.validate_every_steps", 1, ""),
+                            ("health.max_consecutive_skips", 1, ""),
+                            ("health.window", Health.MINIMUM, ": fewer steps say nothing about a spike")):
+        section, name = key.split(".")
+        if getattr(getattr(recipe, section), name) < least:
+            raise RecipeError(f"{key} must be at least {least}{why}")
     if not recipe.data.train:
         raise RecipeError("data.train is empty: name at least one packed folder, e.g. data.train=[{shards: data/train}]")
 
@@ -73,7 +84,10 @@ class Run:
         """run.json: what `python -m train.status` reads, from files alone."""
         if self.ranks.is_main:
             self.status.update(status=status, updated=time.time(), **values)
-            write_atomically(self.folder / "run.json", json.dumps(self.status, indent=1))
+            try:
+                write_atomically(self.folder / "run.json", json.dumps(self.status, indent=1))
+            except OSError as error:  # a full disk must not end what is in memory alone
+                logger.error("run.json does not say '%s': %s", status, error)
 
     def execute(self) -> int:
         """Train the stage; returns the exit code (train/preemption.py)."""
@@ -85,8 +99,6 @@ class Run:
                             self.stage.number, self.folder / "model")
             return DONE
         self.note("starting")
-        if self.ranks.is_main:
-            OmegaConf.save(OmegaConf.structured(self.recipe), self.folder / "recipe.yaml")
         self.preemption = Preemption(self.folder)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.recipe.checkpoint, self.ranks)
         try:
@@ -115,11 +127,16 @@ class Run:
         self.plan = Plan.open(recipe.data, self.stage.name, recipe.optim.steps)  # wrong data is told before models are read
         for corpus in recipe.data.valid:
             select(load_index(corpus.shards), 0, self.stage.name, corpus, recipe.log.validate_utterances)
+        hidden_size = text_config(locate(recipe.model.llm.name, sizes_only=True).config).hidden_size
+        self.ds_config = config = zero.resolve(recipe, hidden_size)
+        if state is not None:  # what can be refused is, before features are computed and models read
+            known = {"recipe": resume.recipe_facts(recipe), "index": self.plan.fingerprint}
+            resume.check(state["facts"], {**state["facts"], **known}, recipe.checkpoint.accept_changes, source)
+            universal.needed(state["topology"], self._topology(), source)
+        if ranks.is_main:
+            OmegaConf.save(OmegaConf.structured(recipe), self.folder / "recipe.yaml")
         ensure_features(recipe, rank=ranks.rank, world_size=ranks.world_size,  # before ZeRO-3 shards what is loaded
                         wish=lambda seconds: self.preemption.wish(0.0, seconds))
-        hidden_size = text_config(locate(recipe.model.llm.name, sizes_only=True).config).hidden_size
-        config = zero.resolve(recipe, hidden_size)
-        self.ds_config = config
         if zero.stage_number(config) == 3:
             from transformers.integrations import HfDeepSpeedConfig
 
@@ -153,7 +170,6 @@ class Run:
             for note in resume.check(state["facts"], self.facts, recipe.checkpoint.accept_changes, source):
                 if ranks.is_main:
                     logger.warning(note)
-            universal.needed(state["topology"], self._topology(), source)  # another ZeRO stage is told before the engine starts
         self.engine = Engine(model, recipe, self.stage, config, ranks)
         if state is not None:
             self._restore(source, state)
@@ -290,7 +306,7 @@ class Run:
             if self.validation and (step % recipe.log.validate_every_steps == 0 or last):
                 improved = self._validate(step)
                 if improved:
-                    self._save_model(step, "model-best")
+                    self._save_model(step, BEST)
             if save_now or improved or last or step % recipe.checkpoint.every_steps == 0:
                 self.checkpoints.save(self.engine.deepspeed, self._state(step))
                 saved_at = time.monotonic()
@@ -350,10 +366,11 @@ class Run:
         health.load({**state["health"], "skipped": health.skipped, "rollbacks": health.rollbacks + 1})
         self.data_offset += step - state["step"]
         self.best = self.checkpoints.forget_after(state["step"], self._best_of(state))
-        best = self.folder / "model-best"
+        best = self.folder / BEST
         if self.ranks.is_main and best.exists() and model_folder.describe(best)["step"] > state["step"]:
             shutil.rmtree(best)  # the run goes another way from here
-        self.log.line("event", step, {"event": "roll_back", "to_step": state["step"], "data_offset": self.data_offset})
+        self.log.go_back(state["step"])
+        self.log.line("event", state["step"], {"event": "roll_back", "from_step": step, "data_offset": self.data_offset})
         if self.ranks.is_main:
             logger.warning("roll-back %d of %d: %s; going on from %s with the data behind the bad stretch", health.rollbacks,
                            self.recipe.health.max_rollbacks, self.bad_stretch, source)
@@ -421,7 +438,8 @@ class Run:
     # ---------------------------------------------------------------- end
 
     def _save_model(self, step: int, name: str) -> None:
-        """Write <stage folder>/<name>, a model folder: gathered from all ranks, into a partial folder, then renamed."""
+        """Write <stage folder>/<name>, a model folder: gathered from all ranks, into a partial folder, then renamed. The best on
+        the way is a convenience: where there is no room for it, training goes on."""
         import deepspeed
 
         kept = [*model_folder.trained_tensors(self.model).values(),
@@ -429,9 +447,15 @@ class Run:
         parameters = [p for p in kept if hasattr(p, "ds_id")]
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.engine.zero_stage == 3):
             if self.ranks.is_main:
-                model_folder.save(self.model, self.folder / name, extra={
-                    "step": step, "best": self.best, "recipe": dataclasses.asdict(self.recipe),
-                    "tokenizer": self.facts["tokenizer"], "index": self.facts["index"], "code": self.facts["code"]})
+                extra = {"step": step, "best": self.best, "recipe": dataclasses.asdict(self.recipe),
+                         "tokenizer": self.facts["tokenizer"], "index": self.facts["index"], "code": self.facts["code"]}
+                try:
+                    model_folder.save(self.model, self.folder / name, extra=extra)
+                except (OSError, SafetensorError) as error:
+                    if name != BEST:
+                        raise
+                    shutil.rmtree(self.folder / f"{name}.partial", ignore_errors=True)
+                    logger.error("step %d: %s could not be written (%s); training goes on", step, self.folder / name, error)
         dist.barrier()
 
 

@@ -39,6 +39,7 @@ def _time_of(event: dict) -> float:
 def stage_status(run: Path, name: str, now: float) -> dict | None:
     """One stage's state; None where nothing of it is there yet. The trainer's word and the job's: the later one counts."""
     folder, jobs = run / name, [line for line in read_lines(run / "slurm.jsonl", _TAIL_BYTES) if line.get("stage") == name]
+    train = [line for line in read_lines(folder / "metrics.jsonl", _TAIL_BYTES) if line.get("kind") == "train"][-_RECENT_STEPS:]
     path = folder / "run.json"
     if not path.exists() and not jobs:
         return None
@@ -47,14 +48,14 @@ def stage_status(run: Path, name: str, now: float) -> dict | None:
     state, later = noted.get("status", "unknown"), [job for job in jobs if _time_of(job) > updated]
     if later:
         state = later[-1]["event"]
-    elif state == "running" and now - updated > SILENT_SECONDS:
-        state = f"silent for {_clock(now - updated)}"
+    last_word = max([updated, *(line.get("time", 0.0) for line in train[-1:])])
+    if state == "running" and not later and now - last_word > SILENT_SECONDS:
+        state = f"silent for {_clock(now - last_word)}"
     # The first end that a job notes after the trainer's last word is the one that the trainer gave its reason for.
     ends = [job for job in jobs if job["event"] not in NO_END]
     after, error = sum(job in later for job in ends), ends[-1]["detail"] if ends else "-"
     if noted.get("reason") and after <= 1:
         error = f"{error}; {noted['reason']}" if after else noted["reason"]
-    train = [line for line in read_lines(folder / "metrics.jsonl", _TAIL_BYTES) if line.get("kind") == "train"][-_RECENT_STEPS:]
     seconds = median(line["step_seconds"] for line in train) if train else None
     step, steps = noted.get("step", 0), noted.get("steps")
     latest = folder / "checkpoints" / "latest"

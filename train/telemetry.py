@@ -112,7 +112,7 @@ class Telemetry:
     """Rank 0's record of the run; on other ranks every method does nothing.
 
     `first_step`: the step that this process starts with. Lines of later steps, written by a process that was killed after its
-    last checkpoint, are taken out, so that each step stands once.
+    last checkpoint or before a roll-back, are taken out, so that each step stands once; events stay.
     """
 
     def __init__(self, folder: Path, ranks: Ranks, *, first_step: int, steps: int, stage: str, tensorboard: bool):
@@ -122,10 +122,9 @@ class Telemetry:
         if not self.active:
             return
         self.pictures = folder / "pictures"
-        path = folder / "metrics.jsonl"
-        for line in keep_before(path, first_step):
+        self.path = folder / "metrics.jsonl"
+        for line in self._open(first_step):
             self._count(line)
-        self.file = open(path, "a")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -133,12 +132,28 @@ class Telemetry:
         self.bar = tqdm(total=steps, initial=first_step, desc=stage, unit="step", dynamic_ncols=True,
                         mininterval=0.5 if sys.stderr.isatty() else 30)
 
+    def _open(self, first_step: int) -> list[dict]:
+        """metrics.jsonl, ready for lines of `first_step`; returns those that stand before it."""
+        kept = keep_before(self.path, first_step)
+        self.file = open(self.path, "a")
+        return kept
+
+    def go_back(self, step: int) -> None:
+        """The next line is of `step` once more."""
+        if self.active:
+            self.file.close()
+            self._open(step)
+            self.bar.update(step - self.bar.n)
+
     def line(self, kind: str, step: int, values: dict) -> None:
         """One line of metrics.jsonl: kind (train | valid | event), step, time and the values; flushed at once."""
         if self.active:
             self._count(values)
-            self.file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
+                self.file.flush()
+            except OSError as error:  # a full disk must not end what is in memory alone
+                logger.error("step %d is not in %s: %s", step, self.path, error)
 
     def _count(self, values: dict) -> None:
         for name in self.totals:

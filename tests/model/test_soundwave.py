@@ -334,8 +334,10 @@ def test_folder_gives_the_model_back(folders, tmp_path):
     # what was trained and nothing else is stored; saving again replaces it
     stored = model_folder.load_file(tmp_path / "model" / "adapters.safetensors")
     assert "ctc_head.blank_row" in stored and "ctc_head.weight" not in stored and not any("llm" in n for n in stored)
+    for leftover in ("model.previous", "model.partial"):  # of a replacement that was interrupted
+        (tmp_path / leftover / "old").mkdir(parents=True)
     model_folder.save(model, tmp_path / "model")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"] and not (tmp_path / "model" / "old").exists()
 
 
 def test_stage_one_folder_starts_stage_two(folders, tmp_path):

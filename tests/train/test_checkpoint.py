@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,11 +37,11 @@ def checkpoints(tmp_path: Path, **settings) -> Checkpoints:
     return Checkpoints(tmp_path / "checkpoints", CheckpointConfig(**settings), Ranks(0, 1, 0, 1, "cpu"))
 
 
-def write(to: Checkpoints, step: int, best: dict | None = None) -> bool:
+def write(to: Checkpoints, step: int, best: dict | None = None, **more) -> bool:
     """What `save` and `finish` do, without DeepSpeed: two files and the state."""
     to.target = to.folder / f"step-{step:06d}.partial"
     to.target.mkdir()
-    (to.target / "state.json").write_text(json.dumps({"step": step, "best": best}))
+    (to.target / "state.json").write_text(json.dumps({"step": step, "best": best, **more}))
     for name in ("one.pt", "two.pt"):
         to.writer.save({"step": torch.tensor(step)}, str(to.target / name))
     to.writer.start()
@@ -79,6 +80,94 @@ def test_a_queued_file_that_was_not_written_is_missed(tmp_path, monkeypatch, cap
     monkeypatch.setattr(checkpoint.threading.Thread, "run", lambda self: None)
     assert not write(to, 1)
     assert "not written: one.pt, two.pt" in caplog.text and names(to.folder) == []
+
+
+def test_what_was_damaged_does_not_stand_in_the_place_of_what_is_saved_next(tmp_path, caplog):
+    to = checkpoints(tmp_path, keep_last=3)
+    assert all(write(to, step) for step in (500, 900, 1000))
+    (to.folder / "step-001000" / "one.pt").write_bytes(b"rot")
+    (to.folder / "step-000900" / "manifest.json").write_text("")
+    assert checkpoint.find_good([to.folder], to.ranks) == to.folder / "step-000500"
+    assert "step-001000 is damaged (one.pt has 3 bytes instead of" in caplog.text
+    assert "set aside as step-000900.damaged" in caplog.text
+    to.config.keep_last = 1
+    for step in (600, 700):
+        assert write(to, step) and names(to.folder) == [f"step-{step:06d}"]
+    assert checkpoint.find_good([to.folder], to.ranks) == to.folder / "step-000700"
+    assert (to.folder / "step-001000.damaged" / "two.pt").exists(), "left for eyes"
+
+
+def test_a_checkpoint_that_cannot_be_read_is_damaged(tmp_path, monkeypatch):
+    to, read = checkpoints(tmp_path), checkpoint.sha256_of
+    assert write(to, 1) and write(to, 2)
+
+    def fails(path):
+        if path.name == "two.pt" and path.parent.name == "step-000002":
+            raise OSError(5, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(checkpoint, "sha256_of", fails)
+    assert "two.pt cannot be read: [Errno 5]" in checkpoint.verify(to.folder / "step-000002")
+    assert checkpoint.find_good([to.folder], to.ranks) == to.folder / "step-000001"
+
+
+def test_the_room_for_a_save_is_measured_on_a_checkpoint_that_can_be_read(tmp_path):
+    to = checkpoints(tmp_path)
+    assert write(to, 1) and write(to, 2)
+    sizes = json.loads((to.folder / "step-000001" / "manifest.json").read_text())["files"].values()
+    (to.folder / "step-000002" / "manifest.json").write_text("{")
+    engine = SimpleNamespace(module=torch.nn.Linear(10, 10))
+    assert to._needed_bytes(engine) == int(1.05 * sum(fact["size"] for fact in sizes))
+    (to.folder / "step-000001" / "manifest.json").unlink()
+    assert to._needed_bytes(engine) == int(1.05 * 16 * 110)
+
+
+def test_a_disk_that_takes_nothing_more_leaves_training_alone(tmp_path, monkeypatch, caplog):
+    to = checkpoints(tmp_path)
+
+    def full(*_):
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr(checkpoint, "write_atomically", full)
+    assert not to.save(SimpleNamespace(module=torch.nn.Linear(1, 1)), {"step": 1}) and "Disk quota exceeded" in caplog.text
+    assert not list(to.folder.iterdir())
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_spoil_the_new_one(tmp_path, monkeypatch, caplog):
+    to, remove = checkpoints(tmp_path, keep_last=1), checkpoint.shutil.rmtree
+    assert write(to, 1)
+
+    def held(path, **options):
+        if not options:
+            raise OSError(39, "Directory not empty")
+        remove(path, **options)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", held)
+    assert write(to, 2) and names(to.folder) == ["step-000002"] and "step-000001 could not be removed" in caplog.text
+    monkeypatch.undo()
+    checkpoints(tmp_path)
+    assert [path.name for path in to.folder.iterdir() if path.is_dir()] == ["step-000002"], "gone at the next start"
+
+
+def test_the_last_checkpoint_from_before_a_bad_stretch_is_kept(tmp_path):
+    to = checkpoints(tmp_path, keep_last=1)
+    for step, skipped in ((1, 0), (2, 0), (3, 1), (4, 2)):
+        assert write(to, step, health={"consecutive": skipped})
+    assert names(to.folder) == ["step-000002", "step-000004"]
+    assert write(to, 5, health={"consecutive": 0}) and names(to.folder) == ["step-000005"]
+
+
+def test_a_second_file_system_that_hangs_holds_nothing_up(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(checkpoint, "COPY_SECONDS", 0.1)
+    (tmp_path / "copies" / "step-000001.partial").mkdir(parents=True)
+    to, go_on = checkpoints(tmp_path, copy_to=str(tmp_path / "copies")), threading.Event()
+    assert not list((tmp_path / "copies").iterdir()), "what a kill left there"
+    copy = to._copy
+    monkeypatch.setattr(to, "_copy", lambda source: (go_on.wait(), copy(source)))
+    assert write(to, 1) and write(to, 2) and "has not taken the checkpoint before in 0 s" in caplog.text
+    go_on.set()
+    to.copier.join()
+    assert write(to, 3) and to.close() and names(tmp_path / "copies") == ["step-000001", "step-000003"]
 
 
 # ------------------------------------------------------------------------------------------------ roll-back
@@ -139,7 +228,7 @@ def test_the_loop_takes_the_best_back(tmp_path, monkeypatch):
     run.recipe, run.ranks, run.data_offset, run.best = Recipe(), Ranks(0, 1, 0, 1, "cpu"), 0, {"step": 3, "score": 0.2}
     health = SimpleNamespace(rollbacks=0, skipped=1, load=lambda state: None)
     run.engine = SimpleNamespace(health=health, deepspeed=None)
-    run.log = SimpleNamespace(line=lambda *a: None)
+    run.log = SimpleNamespace(line=lambda *a: None, go_back=lambda step: None)
     run.bad_stretch = SimpleNamespace(steps=[])
     run.checkpoints = SimpleNamespace(folder=tmp_path, finish=lambda: True, load=lambda *a: None,
                                       forget_after=lambda step, best: best)

@@ -85,8 +85,14 @@ def test_totals_and_lines_survive_a_kill(tmp_path):
     assert log.totals == {"rejected": 6.0, "retries": 3.0}
     log.line("train", 3, {"loss": 1.0, "rejected": 5.0, "retries": 0.0})
     assert log.totals == {"rejected": 11.0, "retries": 3.0}
+    log.go_back(2)
+    log.line("event", 2, {"event": "roll_back"})
+    log.line("train", 2, {"loss": 1.0, "rejected": 1.0})
+    assert log.totals == {"rejected": 12.0, "retries": 3.0}, "what the forgotten steps rejected has been rejected"
     log.close()
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
+    start(1).close()  # killed, and resumed from before the roll-back
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["step"]) for line in lines] == [("train", 0), ("event", 2)], "each step once; events stay"
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,12 @@ def test_likely_mistakes_in_a_recipe_are_told_in_one_line(override, words):
     ("model.shrinking.keep=middle", "model.shrinking.keep is 'middle': peak or first"),
     ("checkpoint.best_by=bleu", "checkpoint.best_by: 'bleu' is not one of wer, loss"),
     ("optim.schedule=step", "optim.schedule: 'step' is not one of"),
+    ("data.ctc_text=lowered", "data.ctc_text: 'lowered' is not one of raw, lower"),
+    ("checkpoint.every_steps=0", "checkpoint.every_steps must be at least 1"),
+    ("log.every_steps=0", "log.every_steps must be at least 1"),
+    ("log.validate_every_steps=0", "log.validate_every_steps must be at least 1"),
+    ("health.max_consecutive_skips=0", "health.max_consecutive_skips must be at least 1"),
+    ("health.window=16", "health.window must be at least 32"),
 ])
 def test_a_switch_that_there_is_not_is_told_in_stage_i(override, words):
     with pytest.raises(RecipeError, match=words):

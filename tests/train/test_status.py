@@ -35,6 +35,9 @@ def test_running_stage_with_its_speed_restarts_and_one_in_the_queue(tmp_path, ca
     assert row["last error"] == "node failure"  # that the trainer which runs now has never known
     assert stage_status(tmp_path, "shrinking", now)["state"] == "submitted" and stage_status(tmp_path, "sft", now) is None
     assert stage_status(tmp_path, "alignment", now + SILENT_SECONDS + 60)["state"].startswith("silent")
+    later = now + SILENT_SECONDS + 50
+    (tmp_path / "alignment" / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step_seconds": 70.0, "time": later}))
+    assert stage_status(tmp_path, "alignment", later + 10)["state"] == "running", "it writes that file in every step"
     assert main([str(tmp_path)]) == 0 and "II shrinking" in capsys.readouterr().out
 
 

@@ -93,7 +93,8 @@ def test_damaged_checkpoint_is_passed_over_with_a_line(server, tiny, whole, tmp_
     largest.write_bytes(content)
     codes, text = train(server, tiny, tmp_path)
     assert codes == [0, 0]
-    assert f"checkpoint {newest} is damaged ({largest.name} does not have its sha256): the one before it is taken" in text
+    assert (f"checkpoint {newest} is damaged ({largest.name} does not have its sha256): it is set aside as "
+            f"{newest.name}.damaged, and the one before it is taken") in text
     assert f"resuming at step 4 from {newest.with_name('step-000004')}" in text
     assert_same_end(tmp_path, whole)
 
@@ -177,6 +178,8 @@ def test_another_recipe_base_or_tokenizer_is_named_with_its_switch(server, tiny,
         codes, text = train(server, tiny, tmp_path, change, ranks=1)
         assert codes == [2] and f"step-000004 was made with another {kind} ({told}" in text, text
         assert f"accept it with checkpoint.accept_changes=[{kind}]" in text
+        noted = (tmp_path / "alignment" / "recipe.yaml").read_text()
+        assert "lr_adapters: 0.001\n" in noted, "a recipe that was refused is not noted"
     codes, text = train(server, tiny, tmp_path, changes["recipe"][0], "checkpoint.accept_changes=[recipe]", ranks=1)
     assert codes == [0] and "recipe has changed and is accepted: optim.lr_adapters: 0.001 -> 0.01" in text
     rates = {line["step"]: line["lr_adapters"] for line in metrics(tmp_path)}
@@ -317,7 +320,8 @@ def test_roll_back_goes_on_behind_the_bad_stretch(server, tiny, tmp_path):
     skipped = list(map(json.loads, (tmp_path / "back" / "alignment" / "skipped.jsonl").read_text().splitlines()))
     assert [set(line["ids"]) for line in skipped] == planned and [line["data_step"] for line in skipped] == [5, 6]
     event, = metrics(tmp_path / "back", "event")
-    assert (event["event"], event["to_step"], event["data_offset"]) == ("roll_back", 4, 3)
+    assert (event["event"], event["step"], event["from_step"], event["data_offset"]) == ("roll_back", 4, 7, 3)
+    assert [line["step"] for line in metrics(tmp_path / "back", "train")] == list(range(8)), "each step stands once"
     source, target = (tmp_path / name / "alignment" / "checkpoints" / "step-000004" for name in ("back", "resumed"))
     shutil.copytree(source, target)
     state = json.loads((target / "state.json").read_text())
