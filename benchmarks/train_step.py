@@ -1,4 +1,4 @@
-"""A stage II step, ours and the plain way, on the same clips in one run:
+"""A stage II step, ours and the plain way, on the same data in one run:
 
     python -m benchmarks.train_step RECIPE [key=value ...] [--clips 12] [--steps 5] [--json FILE]
 
@@ -12,8 +12,9 @@ speech: the clips as they are, and joined to lengths like LibriSpeech's (12 s on
             Its CTC table is frozen as a whole, which spares it the gradient of the blank's row
     bare    the matrix products that ours has to compute, alone: no norms, no activations, no autograd, no data
 
-Learning rates are 0 in both ways: the arithmetic is that of training, and the frames that are kept stay the same. A part's
-seconds are taken around its module; "other" is what no part accounts for.
+Ours does the recipe's steps 1 to --steps, plain the first --plain-steps of them; numbers are means. Learning rates are 0 in both
+ways: the arithmetic is that of training, and the frames that are kept stay the same. A part's seconds are taken around its
+module; "other" is what no part accounts for.
 
 Marks: ours >= 5 x plain on clips as they are (2.6 s on average in the quick start), >= 2 x on LibriSpeech-like lengths; waiting
 for data <= 1 % of the step; other <= 3 %.
@@ -205,7 +206,7 @@ def ours(recipe: Recipe, model: Soundwave, ranks: Ranks, steps: int) -> dict:
     for handle in clock.handles:
         handle.remove()
     spent = sum(totals)
-    return {"step_seconds": statistics.median(totals), "clips_a_step": clips / steps, "audio_seconds_a_step": audio / steps,
+    return {"step_seconds": statistics.mean(totals), "clips_a_step": clips / steps, "audio_seconds_a_step": audio / steps,
             "audio_seconds_per_second": audio / spent, "padding_share": 1 - audio / padded,
             "shrink_ratio": sum(s["kept"] for s in sums) / sum(s["frames"] for s in sums),
             "micro_batches": statistics.mean(s["micro_batches"] for s in sums), "loss": result.loss,
@@ -272,7 +273,7 @@ def plain(recipe: Recipe, model: Soundwave, ranks: Ranks, steps: int) -> dict:
         totals.append(time.perf_counter() - begun)
         audio += float(entries["seconds"].sum())
     optimizer.zero_grad()
-    return {"step_seconds": statistics.median(totals), "audio_seconds_per_second": audio / sum(totals)}
+    return {"step_seconds": statistics.mean(totals), "audio_seconds_per_second": audio / sum(totals)}
 
 
 # --- bare matrix products -----------------------------------------------------------------------------------------------------

@@ -16,8 +16,6 @@ syntax that an old Python can read, so that it can say that it is too old. One s
 the folder, which step 1 may empty.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json
@@ -126,11 +124,14 @@ def fingerprint(kind):
     return digest.hexdigest()
 
 
-def check_machine(folder, kind):
+def check_python():
     if not OLDEST <= sys.version_info[:2] <= NEWEST:
         raise SetupError("Python %d.%d is %s: this needs %d.%d to %d.%d. Name another one: make setup PYTHON=python3.12" % (
             sys.version_info[0], sys.version_info[1], "too old" if sys.version_info[:2] < OLDEST else "not tried yet",
             OLDEST[0], OLDEST[1], NEWEST[0], NEWEST[1]))
+
+
+def check_machine(folder, kind):
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None and shutil.which("g++") is None:
         raise SetupError("no C++ compiler (%s): the fused op and DeepSpeed's ops are compiled here. Install one "
@@ -257,6 +258,11 @@ def build_deepspeed(env, kind):
             PATH=str(env.folder / "bin") + os.pathsep + os.environ.get("PATH", "")))  # ninja is in there
     if env.ask(check) != "ok":
         raise SetupError("DeepSpeed was built, but its ops %s do not load: see %s" % (wanted, env.state / "deepspeed-ops.log"))
+    info = Path("/proc/cpuinfo")  # the compiler used what this CPU can: train/preflight.py asks whether a node's can it, too
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith(("flags", "Features")):
+            (env.state / "cpu").write_text(line.partition(":")[2].strip())
+            break
     say("      done in %s" % took)
 
 
@@ -282,6 +288,7 @@ def set_up(options):
     folder = Path(options.venv)
     folder = folder if folder.is_absolute() else ROOT / folder
     env = Environment(folder)
+    check_python()
     kind = which_kind(env, options.gpu)
     files = ["requirements.txt"]
     if options.dev:

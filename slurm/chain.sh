@@ -38,6 +38,7 @@ CODE=$PWD/slurm/jobs/$ID/code
 # Recipes are read here where the login node can, so that a wrong one is found before anything waits in the queue.
 # In a shell of its own: the jobs open the environment themselves, on their nodes.
 stage_and_output() (
+    LOCAL_DISK=/tmp  # the nodes' own may not exist here
     open_environment
     PYTHONPATH=$CODE "${IN_CONTAINER[@]}" python "$CODE/train/preflight.py" "$RECIPE" --where "${OVERRIDES[@]}"
 )

@@ -37,21 +37,23 @@ die() { say "error: $1" >&2; exit "${2:-2}"; }
 # freeze CODE RECIPE: copy the project's code and the recipe, with the recipes it is based on, to the folder CODE; say where the
 # recipe went. Queued and requeued jobs run this copy, so that editing the checkout meanwhile changes nothing for them.
 freeze() {
-    local code=$1 recipe frozen next part outside
+    local code=$1 recipe frozen next part outside failed="no frozen copy in $1 (disk or quota?)"
+    set -o pipefail  # always called in a $( ), where bash forgets set -e
     if [ ! -d "$code" ]; then
-        mkdir -p "$code.part"
+        mkdir -p "$code.part" || die "$failed" 1
         for part in train model data_tools evaluation ds_configs slurm; do
-            tar -cf - --exclude=__pycache__ --exclude=slurm/jobs --exclude=slurm/logs "$part" | tar -xf - -C "$code.part"
+            tar -cf - --exclude=__pycache__ --exclude=slurm/jobs --exclude=slurm/logs "$part" | tar -xf - -C "$code.part" \
+                || die "$failed" 1
         done
         git describe --always --dirty '--exclude=*' >"$code.part/VERSION" 2>/dev/null || true  # train/files.py, code_version
-        mv "$code.part" "$code"  # complete or not there
+        mv "$code.part" "$code" || die "$failed" 1  # complete or not there
     fi
     [ -n "$2" ] || return 0
     recipe=$(realpath -m "$2")
     next=$recipe
     while [ -f "$next" ]; do  # `base:` is relative to the recipe that says it, so the folders between them are kept
         frozen=$(frozen_path "$code" "$next")
-        [ -e "$frozen" ] || { mkdir -p "$(dirname "$frozen")" && cp "$next" "$frozen"; }
+        [ -e "$frozen" ] || { mkdir -p "$(dirname "$frozen")" && cp "$next" "$frozen"; } || die "$failed" 1
         part=$(sed -n 's/^base:[[:space:]]*\([^[:space:]#]*\).*/\1/p' "$next" | head -n 1 | tr -d "\"'")
         [ -n "$part" ] || break
         case $part in /*) die "$next: base $part is an absolute path, and would not be frozen: write it relative to the recipe" ;; esac
@@ -74,13 +76,14 @@ frozen_path() {
 }
 
 # event NAME DETAIL: one JSON line in OUTPUT/slurm.jsonl, which `python -m train.status` reads. OUTPUT is known after preflight.
-# EVENT_JOB: whose it is, if not this job's.
+# EVENT_JOB: whose it is, if not this job's. A disk that takes no line must not cost a requeue, or a finished stage its name.
 event() {
     [ -n "${OUTPUT:-}" ] && [ -d "$OUTPUT" ] || return 0
-    printf '{"time": "%s", "stage": "%s", "job": "%s", "event": "%s", "restarts": %s, ' \
-        "$(date -u +%FT%T.%3NZ)" "$STAGE" "${EVENT_JOB:-$SLURM_JOB_ID}" "$1" "$(restarts)" >>"$OUTPUT/slurm.jsonl"
-    printf '"nodes": "%s", "log": "%s", "detail": "%s"}\n' \
-        "${SLURM_JOB_NODELIST:-}" "${LOG:-}" "${2//[\"\\]/}" >>"$OUTPUT/slurm.jsonl"
+    local line
+    printf -v line '{"time": "%s", "stage": "%s", "job": "%s", "event": "%s", "restarts": %s, "nodes": "%s", "log": "%s", "detail": "%s"}' \
+        "$(date -u +%FT%T.%3NZ)" "$STAGE" "${EVENT_JOB:-$SLURM_JOB_ID}" "$1" "$(restarts)" \
+        "${SLURM_JOB_NODELIST:-}" "${LOG:-}" "${2//[\"\\]/}"
+    { echo "$line" >>"$OUTPUT/slurm.jsonl"; } 2>/dev/null || say "$OUTPUT/slurm.jsonl takes no line: $line"
 }
 
 # --- environment --------------------------------------------------------------------------------------------------------
@@ -149,7 +152,9 @@ set_variables() {
     MASTER_PORT=$((20000 + (SLURM_JOB_ID + 7919 * $(restarts)) % 12768))
     export SOUNDWAVE_NODES MASTER_ADDR MASTER_PORT
     if [ -z "${SLURM_JOB_END_TIME:-}" ]; then  # newer Slurms set it
-        SLURM_JOB_END_TIME=$(date -d "$(job_field EndTime)" +%s 2>/dev/null || true)
+        local end
+        end=$(job_field EndTime)
+        [ -z "$end" ] || SLURM_JOB_END_TIME=$(date -d "$end" +%s 2>/dev/null || true)  # of "", date makes this day's midnight
         export SLURM_JOB_END_TIME
     fi
 }
@@ -245,7 +250,7 @@ finish() {
         say "Slurm says that this job is $state: nothing more to do here"
         exit 85
     fi
-    if [ "$1$WARNED" = 850 ] && grep -qs '"reason": "STOP file' "$OUTPUT/$STAGE/run.json"; then
+    if [ "$1$WARNED" = 850 ] && [ -n "${STOP_FILE:-}" ] && grep -qs '"reason": "STOP file' "$OUTPUT/$STAGE/run.json"; then
         event stopped "STOP file"
         say "$STAGE has saved and stopped, as its STOP file asked; not requeued. Submitting it again goes on from there"
         exit 85
@@ -288,7 +293,7 @@ forget_this_job() {
 
 # resubmit: a new job of the same script, options and arguments; every job that waits for this one shall wait for the new one.
 resubmit() {
-    local new count waiting kind field value gpus asked=() given=() options=(--parsable --chdir="$PWD" --export=ALL --job-name="$SLURM_JOB_NAME"
+    local new count try waiting kind field value gpus mark asked=() given=() options=(--parsable --chdir="$PWD" --export=ALL --job-name="$SLURM_JOB_NAME"
         --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$TASKS" --cpus-per-task="$CPUS")
     for field in Partition:partition Account:account QOS:qos TimeLimit:time Features:constraint Reservation:reservation \
         ExcNodeList:exclude; do
@@ -308,15 +313,24 @@ resubmit() {
     while IFS= read -r -d '' value; do
         case $value in SLURM_CONF=*) given+=("$value") ;; SLURM_*) ;; *) given+=("$value") ;; esac
     done <"/proc/$$/environ"
-    count=$(($(restarts) + 1))
-    new=$(client env -i "${given[@]}" SOUNDWAVE_CODE="$CODE" SOUNDWAVE_RESTARTS="$count" RECIPE="$RECIPE" \
-        sbatch "${options[@]}" "$JOB/script.sh" "${ARGUMENTS[@]}"
-    ) || { event failed "could not be submitted again"; die "sbatch refused: submit it again by hand, and it goes on" 1; }
+    count=$(($(restarts) + 1)) mark="in place of $SLURM_JOB_ID"
+    [[ " ${asked[*]} " = *" --comment="* ]] || options+=("--comment=$mark")
+    # A busy controller may take a job and not say so: before it is asked again, the queue is.
+    for try in 1 2 3 4 5 6 7 8; do
+        new=$(client env -i "${given[@]}" SOUNDWAVE_CODE="$CODE" SOUNDWAVE_RESTARTS="$count" RECIPE="$RECIPE" \
+            sbatch "${options[@]}" "$JOB/script.sh" "${ARGUMENTS[@]}" 2>"$JOB/sbatch.err") && break
+        cat "$JOB/sbatch.err"
+        grep -qiE "timed out|unable to contact|communication|connection refused" "$JOB/sbatch.err" || [ ! -s "$JOB/sbatch.err" ] || break
+        sleep "${BUSY_SECONDS:-15}"
+        new=$(client squeue -h -u "$(id -un)" -o '%A %k' | sed -n "s/^\([0-9]*\) $mark$/\1/p" | head -n 1) || true
+        [ -z "$new" ] || break
+    done
     new=${new%%;*}
+    [ -n "$new" ] || { event failed "could not be submitted again"; die "sbatch refused: submit it again by hand, and it goes on" 1; }
     while read -r waiting kind; do
-        client scontrol update "JobId=$waiting" "Dependency=$kind:$new" \
+        patient scontrol update "JobId=$waiting" "Dependency=$kind:$new" \
             || say "job $waiting waits for this one; tell it by hand: scontrol update JobId=$waiting Dependency=$kind:$new"
-    done < <(client squeue -h -t PENDING -o '%i %E' \
+    done < <(patient squeue -h -t PENDING -o '%i %E' \
         | sed -n "s/^\([^ ]*\) .*\(after[a-z]*\):$SLURM_JOB_ID\([^0-9].*\)\{0,1\}$/\1 \2/p")
     event resubmitted "as job $new"
     EVENT_JOB=$new LOG=${LOG//$SLURM_JOB_ID/$new} event submitted "in place of job $SLURM_JOB_ID"  # chain.sh asks for it
@@ -370,6 +384,7 @@ run_stage() {
             "${IN_CONTAINER[@]}" bash "$CODE/slurm/common.sh" worker "$CODE/train/staging.py" "$RECIPE" "$@"
         go_on
     fi
+    alone
     event started ""
     say "training"
     STOP_FILE=$OUTPUT/$STAGE/STOP
@@ -377,6 +392,17 @@ run_stage() {
     launch "" "$CODE/train/run.py" "$RECIPE" "$@"
     rm -f "$STOP_FILE"
     finish "$CODE_OF_STEP"
+}
+
+# alone: two jobs that train the same stage in the same output would take each other's checkpoints away.
+alone() {
+    local other
+    while read -r other; do
+        if [ "$other" != "$SLURM_JOB_ID" ] && [ -n "$(client squeue -h -j "$other" -t RUNNING -o %A 2>/dev/null)" ]; then
+            die "job $other is training $STAGE in $OUTPUT: wait for it, scancel $other, or choose another output"
+        fi
+    done < <(sed -n "s/.*\"stage\": \"$STAGE\", \"job\": \"\([0-9]*\)\", \"event\": \"\([a-z]*\)\".*/\1 \2/p" "$OUTPUT/slurm.jsonl" 2>/dev/null \
+        | awk '{last[$1] = $2} END {for (job in last) if (last[job] == "started") print job}')
 }
 
 # run_resumable PROGRAM ARGUMENTS: a program that may be killed at any moment and goes on where it stopped (packing, evaluation).

@@ -91,8 +91,13 @@ class Run:
 
     def execute(self) -> int:
         """Train the stage; returns the exit code (train/preemption.py)."""
-        is_finished = finished(self.recipe)
+        is_finished, other = finished(self.recipe), self._trained_by()
         dist.barrier()  # nobody writes run.json before everybody has read it
+        if other:  # whose run.json stays as it is
+            if self.ranks.is_main:
+                logger.error("process %d of this machine is training %s: wait for it, end it, or choose another output", other,
+                             self.folder)
+            return WRONG_INPUT
         if is_finished:
             if self.ranks.is_main:
                 logger.info("stage %s is finished: %s; remove that folder or choose another output to train again",
@@ -115,6 +120,22 @@ class Run:
             except Exception:  # all is saved by now: a report that fails must not make the run fail
                 logger.exception("no report was written; python -m train.report %s tries again", self.folder)
         return code
+
+    def _trained_by(self) -> int | None:
+        """Rank 0's process of another run of this stage, where one lives on this machine. (slurm/common.sh asks Slurm.)"""
+        found = [None]
+        if self.ranks.is_main and (self.folder / "run.json").exists():
+            noted = json.loads((self.folder / "run.json").read_text())
+            pid = noted.get("pid", 0)
+            if noted.get("host") == self.status["host"] and pid != os.getpid():
+                try:
+                    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                except OSError:
+                    words = []
+                if any(word.endswith(b"train/run.py") or word == b"train.run" for word in words):
+                    found = [pid]
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
 
     # ---------------------------------------------------------------- start
 

@@ -60,8 +60,8 @@ def build(groups: list[dict], config: OptimConfig, *, offload: bool) -> torch.op
 
 
 def set_lr(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int) -> dict[str, float]:
-    """Set every group's rate for this step; returns them by group name, for the log."""
+    """Set every group's rate for this step; returns them by name, for the log: with and without decay a part has one."""
     share = lr_share(config, step)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * share
-    return {group["name"]: group["lr"] for group in optimizer.param_groups if not group["name"].endswith("_no_decay")}
+    return {group["name"].removesuffix("_no_decay"): group["lr"] for group in optimizer.param_groups}

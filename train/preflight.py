@@ -224,6 +224,22 @@ def look_at_gpu(report: Report) -> None:
         report.node_faults.append(f"GPU {local_rank}: {one_line(error)}")
 
 
+def look_at_cpu(recipe: Recipe, report: Report) -> None:
+    """DeepSpeed's ops for the CPU were compiled for the one that `make setup` ran on: another would end them by SIGILL."""
+    import torch
+
+    from train import zero
+
+    built, info = Path(sys.prefix) / ".setup" / "cpu", Path("/proc/cpuinfo")
+    used = not torch.cuda.is_available() or zero.offloads_optimizer(zero.resolve(recipe, hidden_size=1024))
+    if used and built.exists() and info.exists():
+        here = set(info.read_text().split())
+        wanted = [flag for flag in built.read_text().split() if flag.startswith(("avx", "fma", "amx", "sve"))]
+        if lacking := [flag for flag in wanted if flag not in here]:
+            report.node_faults.append(f"DeepSpeed's CPU ops were built for a CPU with {' '.join(lacking)}, which this node's has "
+                                      "not: run make setup on a node of the weakest kind, with another VENV")
+
+
 def look_at_ecc(report: Report) -> None:
     """Uncorrected memory errors since the driver started, where nvidia-smi counts them. Noted: the driver retires such rows."""
     if shutil.which("nvidia-smi") is None:
@@ -258,6 +274,7 @@ def look(recipe: Recipe, rank: int) -> Report:
     look_at_gpu(report)
     if first_of_node(rank):
         report.facts.update(version_facts())
+        look_at_cpu(recipe, report)
         look_at_ecc(report)
         look_at_shards(recipe, report)
         look_at_base(recipe, report)

@@ -9,7 +9,7 @@ from pathlib import Path
 from train.config import Recipe, RecipeError
 
 # Keys that do not change what is computed: they may differ between a run and its continuation.
-_FREE = ("output", "checkpoint.", "log.", "deepspeed", "data.workers", "data.prefetch", "data.try_largest",
+_FREE = ("output", "checkpoint.", "log.", "deepspeed", "data.valid", "data.workers", "data.prefetch", "data.try_largest",
          "data.max_rejected_share",
          "data.micro_batch_seconds",  # the global batches, hence the gradients, stay the same
          "optim.activation_checkpointing",
@@ -41,8 +41,8 @@ def known(corpus: dict) -> dict:
 
 def recipe_facts(recipe: Recipe) -> dict[str, object]:
     facts = {key: value for key, value in flat(recipe).items() if not _free(key)}
-    for kind in ("train", "valid"):  # where the shards lie may change; what they hold is the index's fingerprint
-        facts[f"data.{kind}"] = [{k: v for k, v in known(corpus).items() if k != "shards"} for corpus in facts[f"data.{kind}"]]
+    # Where the shards lie may change; what they hold is the index's fingerprint.
+    facts["data.train"] = [{k: v for k, v in known(corpus).items() if k != "shards"} for corpus in facts["data.train"]]
     return facts
 
 

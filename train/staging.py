@@ -56,6 +56,9 @@ def stage_corpus(shards: str, local: Path) -> str:
     index = ShardIndex.load(shards)
     folder = local / index.fingerprint
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".*.tar.*"):  # by a job that a signal ended
+        if not Path(f"/proc/{left.suffix[1:]}").exists():
+            left.unlink(missing_ok=True)
     # A shard that is cut where it lies is read from there: the stream leaves out what it has lost (the preflight has told).
     whole = [s for s in index.shards if size(Path(shards) / s["url"]) == s["filesize"]]
     todo = [s for s in whole if size(folder / s["url"]) != s["filesize"]]

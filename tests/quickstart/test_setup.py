@@ -45,7 +45,7 @@ def test_every_requirement_is_pinned_once():
 def test_a_wrong_python_is_named(monkeypatch, tmp_path, version, says):
     monkeypatch.setattr(setup_env.sys, "version_info", version)
     with pytest.raises(setup_env.SetupError, match=f"{says}.*PYTHON="):
-        setup_env.check_machine(tmp_path / ".venv", "cpu")
+        setup_env.check_python()
 
 
 def test_a_missing_compiler_is_named(monkeypatch, tmp_path):

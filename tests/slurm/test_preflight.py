@@ -20,7 +20,7 @@ from model.encoder import build_encoder
 from model.pretrained import fingerprint, locate
 from train import files
 from train.config import Recipe
-from train.preflight import Report, compare, first_of_node, gather, look_at_base
+from train.preflight import Report, compare, first_of_node, gather, look_at_base, look_at_cpu
 from train.staging import stage_corpus
 
 
@@ -40,6 +40,27 @@ def test_a_fault_of_the_input_is_told_from_one_of_a_node():
     first, second = Report("a", 0, input_faults=["no shard"]), Report("b", 1, node_faults=["no GPU"])
     assert [(fault.node, fault.text, fault.from_input) for fault in compare([first, second])] == [
         ("a", "no shard", True), ("b", "no GPU", False)]
+
+
+def test_ops_that_another_cpu_would_not_understand_are_told(monkeypatch, tmp_path):
+    (tmp_path / ".setup").mkdir()
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    recipe, flags = Recipe(), Path("/proc/cpuinfo").read_text().split()
+
+    def faults() -> list[str]:
+        found = Report("a", 0)
+        look_at_cpu(recipe, found)
+        return found.node_faults
+
+    assert faults() == [], "nothing is known of the machine that it was built on"
+    (tmp_path / ".setup" / "cpu").write_text(" ".join(flag for flag in flags if flag.startswith("avx")) + " sse9")
+    assert faults() == []
+    (tmp_path / ".setup" / "cpu").write_text("fpu avx1024 avx2048")
+    assert len(faults()) == 1 and "built for a CPU with avx1024 avx2048" in faults()[0]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert faults() == [], "nothing of them runs where there are GPUs"
+    recipe.deepspeed = "ds_configs/zero3_offload.json"
+    assert len(faults()) == 1, "but the optimizer that is offloaded"
 
 
 def test_ranks_that_never_report_are_named_with_their_node(monkeypatch):
@@ -114,6 +135,11 @@ def test_a_shard_that_is_cut_is_not_staged(assets, tmp_path):
     os.truncate(tmp_path / "shards" / "chirps-000001.tar", 1000)
     assert "1 of 2 shards copied" in stage_corpus(str(tmp_path / "shards"), tmp_path / "disk")
     assert [path.name for path in (tmp_path / "disk").rglob("*.tar")] == ["chirps-000000.tar"]
+    folder, own = next((tmp_path / "disk").iterdir()), f".at-work.tar.{os.getpid()}"
+    for name in (own, f".left.tar.{2**22 + 1}"):  # the second beyond the largest process number: its job was ended
+        (folder / name).touch()
+    stage_corpus(str(tmp_path / "shards"), tmp_path / "disk")
+    assert [path.name for path in folder.glob(".*")] == [own]
 
 
 def test_a_frozen_copy_names_the_commit_that_it_is_a_copy_of(monkeypatch, tmp_path):

@@ -39,10 +39,11 @@ class Site(Project):
 
     def call(self, script: str, **environment: str) -> subprocess.CompletedProcess:
         """Lines of bash behind common.sh, in a job."""
-        variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "x", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n"}
+        variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "x", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n",
+                     **environment}
         lines = f"set -euo pipefail\nsource slurm/common.sh\nJOB=$PWD/slurm/jobs/7; mkdir -p $JOB\n{script}"
         (self.folder / "job.sh").write_text(f"#SBATCH --signal=B:USR1@600\n{lines}\n")
-        return self.shell("bash", "job.sh", **variables, **environment)
+        return self.shell("bash", "job.sh", **variables)
 
     @property
     def submitted(self) -> list[list[str]]:
@@ -111,6 +112,72 @@ def test_a_new_job_in_this_one_s_place_is_of_the_same_kind(site):
     events = [json.loads(line) for line in (site.folder / "out/slurm.jsonl").read_text().splitlines()]
     assert [(event["job"], event["event"]) for event in events[-3:]] == [
         ("7", "requeued"), ("7", "resubmitted"), ("102", "submitted")]
+
+
+def test_a_busy_controller_is_asked_again_for_a_new_job_but_not_for_a_second_one(site):
+    """It may have taken the job whose number it did not tell."""
+    took = site.programs.parent / "asked"
+    busy = '{ echo "sbatch: error: Socket timed out" >&2; exit 1; }'
+    site.program("sbatch", f"echo x >>{took}; [ $(wc -l <{took}) -gt 2 ] || {busy}\necho 103")
+    done = site.call(STATE + 'start_again "stopped in time"', BUSY_SECONDS="0.01")
+    assert done.returncode == 85 and "submitted as job 103" in done.stdout, done.stderr
+    took.unlink()
+    site.program("squeue", 'case "$*" in *%k*) echo "55 another"; echo "101 in place of 7" ;; *) true ;; esac')
+    done = site.call(STATE + 'start_again "stopped in time"', BUSY_SECONDS="0.01")
+    assert done.returncode == 85 and "submitted as job 101" in done.stdout and took.read_text() == "x\n"
+    site.program("sbatch", f'echo x >>{took}; echo "sbatch: error: invalid partition" >&2; exit 1')
+    site.program("squeue", "true")
+    took.unlink()
+    done = site.call(STATE + 'start_again "stopped in time"', BUSY_SECONDS="0.01")
+    assert done.returncode == 1 and "sbatch refused" in done.stderr and took.read_text() == "x\n", "a refusal is not repeated"
+
+
+def test_a_disk_that_takes_no_line_costs_neither_a_requeue_nor_a_finished_stage(site):
+    site.program("scontrol", 'echo "$1" >>called; exit 0')
+    full = STATE + "ln -sf /dev/full out/slurm.jsonl\nsleep() { :; }\n"
+    done = site.call(full + "finish 0")
+    assert done.returncode == 0 and "takes no line" in done.stdout, done.stderr
+    done = site.call(full + "finish 85")
+    assert done.returncode == 85 and "requeue" in (site.folder / "called").read_text()
+
+
+def test_a_stop_file_of_an_earlier_run_does_not_keep_a_preempted_job_from_its_requeue(site):
+    site.program("scontrol", "exit 0")
+    script = STATE + ('mkdir -p out/alignment; echo \'"reason": "STOP file on rank 0"\' >out/alignment/run.json\n'
+                      'start_again() { echo again; exit 0; }\n')
+    assert site.call(script + "finish 85").stdout.strip().endswith("again"), "in the preflight, or while shards are copied"
+    assert "as its STOP file asked" in site.call(script + "STOP_FILE=out/alignment/STOP; finish 85").stdout
+
+
+def test_a_stage_that_another_job_trains_is_left_to_it(site):
+    script = STATE + 'EVENT_JOB=6 event started ""; EVENT_JOB=5 event started ""; EVENT_JOB=5 event "done" ""; alone; echo on'
+    assert site.call(script).stdout.strip() == "on"
+    site.program("squeue", 'case "$*" in *"-j 6 -t RUNNING"*) echo 6 ;; *"-j 5"*) echo 5 ;; esac')
+    done = site.call(script)
+    assert done.returncode == 2 and "job 6 is training alignment in" in done.stderr
+    assert site.call(script, SLURM_JOB_ID="6").returncode == 0, "itself, started again"
+    assert site.call(script.replace("alone;", "STAGE=shrinking; alone;")).returncode == 0
+
+
+def test_half_a_copy_of_the_code_is_no_copy(site):
+    site.program("tar", '[ "$1" != -xf ] || [ -e extracted ] || { touch extracted; exit 1; }\n'
+                 'exec /usr/bin/tar "$@"')
+    done = site.call('RECIPE=$(freeze "$PWD/frozen" recipes/stage1.yaml)\necho on')
+    assert done.returncode == 1 and "no frozen copy" in done.stderr and not (site.folder / "frozen").exists()
+
+
+def test_an_end_of_the_job_that_nobody_tells_is_none(site):
+    site.program("scontrol", '[ "$2" = hostnames ] && echo n')
+    done = site.call('CODE=$PWD; BUSY_SECONDS=0; set_variables; echo "=${SLURM_JOB_END_TIME:-}="')
+    assert done.stdout.strip().endswith("=="), done.stderr
+
+
+def test_evaluation_begins_anew_once(site):
+    (site.folder / "slurm/common.sh").write_text("restarts() { echo $SLURM_RESTART_COUNT; }\nprepare() { :; }\n"
+                                                 'run_resumable() { printf "%s|" "$@"; }\n')
+    told = [site.shell("bash", "slurm/evaluate.sh", "--model", "a b", "--restart", "--limit", "3", SLURM_JOB_ID="7",
+                       SLURM_RESTART_COUNT=count).stdout for count in ("0", "2")]
+    assert told == ["-m|evaluation.run|--model|a b|--restart|--limit|3|", "-m|evaluation.run|--model|a b|--limit|3|"]
 
 
 def test_a_part_of_an_array_is_not_submitted_alone(site):

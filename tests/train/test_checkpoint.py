@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -220,6 +223,26 @@ def test_the_best_goes_back_with_the_weights(tmp_path):
     assert names(to.folder) == names(copies) == ["step-000006", "step-000007", "step-000008"]
     to.config.keep_best = False
     assert to.forget_after(8, old) == old, "where the best is not kept it is only told"
+
+
+def test_a_stage_that_another_process_trains_is_left_to_it(tmp_path, caplog):
+    recipe = Recipe(output=str(tmp_path))
+    (tmp_path / "alignment").mkdir()
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "train/run.py"])
+    try:
+        run = loop.Run(recipe, Ranks(0, 1, 0, 1, "cpu"))
+        noted = tmp_path / "alignment" / "run.json"
+        noted.write_text(text := json.dumps({"status": "running", "pid": other.pid, "host": os.uname().nodename}))
+        loop.logger.propagate = True
+        assert run.execute() == 2 and noted.read_text() == text
+        assert f"process {other.pid} of this machine is training {tmp_path / 'alignment'}" in caplog.text
+        noted.write_text(json.dumps({"status": "running", "pid": other.pid, "host": "elsewhere"}))
+        assert run._trained_by() is None
+        noted.write_text(json.dumps({"status": "running", "pid": os.getpid(), "host": os.uname().nodename}))
+        assert run._trained_by() is None, "this one, and whatever else has the number of one that died"
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_the_loop_takes_the_best_back(tmp_path, monkeypatch):
