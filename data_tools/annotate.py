@@ -31,6 +31,7 @@ from tqdm import tqdm
 from data_tools.audio import SAMPLE_RATE, decode, to_mono_16bit
 from data_tools.corpora import Corpus, CorpusError, Entry, Fault
 from data_tools.filters import piped
+from data_tools.languages import language_code
 from data_tools.shards import OutputError
 from data_tools.sources import ClipError
 from data_tools.workers import start_worker
@@ -100,7 +101,6 @@ class Transcriber:
 
     def _texts(self, waves: list[np.ndarray], lang: str | None) -> list[str]:
         import torch
-        from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
         waves = [wave.astype(np.float32) / 32768.0 for wave in waves]
         options = {"sampling_rate": SAMPLE_RATE, "return_tensors": "pt", "return_attention_mask": True}
@@ -109,8 +109,7 @@ class Transcriber:
         multilingual = getattr(self.model.generation_config, "is_multilingual", False)
         told = {}
         if multilingual and lang:
-            code = lang.split("-")[0].lower()
-            code = TO_LANGUAGE_CODE.get(code, code)
+            code = language_code(lang)
             if f"<|{code}|>" in (getattr(self.model.generation_config, "lang_to_id", None) or {}):
                 told = {"language": code, "task": "transcribe"}
             elif code not in self.unknown:
@@ -168,7 +167,11 @@ def run(options: argparse.Namespace) -> str:
 def _resume(unfinished: Path, told: dict) -> int:
     """How many items are done; what a kill left of a line is cut off. The first line says what the command was."""
     head = json.dumps(told) + "\n"
-    if not unfinished.exists() or b"\n" not in unfinished.read_bytes()[:65536]:
+    begun = False
+    if unfinished.exists():
+        with open(unfinished, "rb") as file:
+            begun = b"\n" in file.read(1 << 16)
+    if not begun:
         unfinished.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_text(head)
         return 0

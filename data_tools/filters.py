@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from data_tools.corpora import Entry, Fault
+from data_tools.languages import UNSPACED, language_code
 from data_tools.normalise import NORMALISERS, label_sentence
 
 # Reasons that say that something is broken, not that a filter did its work.
@@ -72,7 +73,7 @@ class Sieve:
             if split_of(key, self.splits, self.seed) != self.take:
                 return OTHER_SPLIT
         f = self.filters
-        if f.langs and entry.lang not in f.langs:
+        if f.langs and not {entry.lang, language_code(entry.lang)} & set(f.langs):
             return Fault(entry.id, "language", f"{entry.lang} is not one of {', '.join(f.langs)}", entry.corpus)
         if f.drop_duplicates and entry.audio and entry.sound_hash is None:
             return Fault(
@@ -144,6 +145,9 @@ def piped(entry: Entry) -> Fault | None:
     return Fault(entry.id, "pipe", f"a command in place of a file: --allow-pipes runs it ({entry.audio[5:]})", entry.corpus)
 
 
+ANSWERED_BY_TEXT = ("asr", "sound")
+
+
 def complete(entry: Entry, normalise: str = "raw") -> Fault | None:
     """Give an entry its task, its text in the named form and a sound its sentence; refuse what has nothing to be learnt."""
     if entry.task is None:
@@ -161,8 +165,9 @@ def complete(entry: Entry, normalise: str = "raw") -> Fault | None:
         entry.text = NORMALISERS[normalise](entry.text).strip() or None
     if entry.task == "asr" and entry.text is None:
         return Fault(entry.id, "no_text", "task asr needs a transcript in text", entry.corpus)
-    if not (entry.text or entry.response or entry.messages or entry.label):
-        return Fault(entry.id, "no_target", f"task {entry.task} needs a response, label, messages or text", entry.corpus)
+    # A transcript is the answer to "transcribe"; given to another question it would be learnt as one, too.
+    if not (entry.response or entry.messages or entry.label or (entry.text and entry.task in ANSWERED_BY_TEXT)):
+        return Fault(entry.id, "no_target", f"task {entry.task} needs a response, label or messages", entry.corpus)
     return None
 
 
@@ -185,12 +190,8 @@ def _word_normaliser(lang: str | None):
     from whisper_normalizer.basic import BasicTextNormalizer
     from whisper_normalizer.english import EnglishTextNormalizer
 
-    code = (lang or "en").lower().replace("_", "-").split("-")[0]
-    return (
-        EnglishTextNormalizer()
-        if code == "en"
-        else BasicTextNormalizer(split_letters=code in ("zh", "yue", "ja", "th", "lo", "my", "km"))
-    )
+    code = language_code(lang) or "en"
+    return EnglishTextNormalizer() if code == "en" else BasicTextNormalizer(split_letters=code in UNSPACED)
 
 
 def word_error_rate(reference: str, hypothesis: str, lang: str | None) -> float:
@@ -205,8 +206,10 @@ def word_error_rate(reference: str, hypothesis: str, lang: str | None) -> float:
 
 
 def split_key(entry: Entry, split_by: str) -> str | None:
-    """What must not be on both sides of a split: speaker, recording (what the audio is cut from), or the id alone."""
-    value = {"speaker": entry.speaker, "recording": entry.recording or entry.audio, "id": entry.id}[split_by]
+    """What must not be on both sides of a split: speaker, recording (what the audio is cut from), or the id alone. None where
+    that is not known: a member of a tar is a clip, and no longer tells what it was cut from."""
+    recording = entry.recording or (None if (entry.audio or "").startswith("tar:") else entry.audio)
+    value = {"speaker": entry.speaker, "recording": recording, "id": entry.id}[split_by]
     return None if value is None else f"{entry.corpus}/{value}"
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_tools.corpora import Corpus, CorpusError, Entry, Fault
-from data_tools.normalise import plain_label
+from data_tools.normalise import NORMALISERS, plain_label
 from data_tools.shards import OutputError
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -72,24 +72,36 @@ def fill(template: str, values: dict[str, str]) -> str:
 
 
 def answer_of(entry: Entry, task: str) -> str | None:
+    if task == "asr":  # a translation or a label is no transcript
+        return entry.text
     if entry.response is not None:
         return entry.response
     if entry.label is not None:
         return plain_label(entry.label)
-    return entry.text if task == "asr" else None
+    return None
 
 
 def wrap(
-    entry: Entry, task: str, templates: list[Template], chains: list[Template], chain_share: float, target: str | None, seed: int
+    entry: Entry,
+    task: str,
+    templates: list[Template],
+    chains: list[Template],
+    chain_share: float,
+    target: str | None,
+    seed: int,
+    normalise: str = "raw",
 ) -> Entry | Fault:
-    """One corpus entry as a chat sample of `task`. target: language to translate into; None: the entry's, else English."""
+    """One corpus entry as a chat sample of `task`. target: language to translate into; None: the entry's, else English.
+    normalise: of its transcript, before an answer is made of it."""
+    if entry.text:
+        entry = replace(entry, text=NORMALISERS[normalise](entry.text).strip())
     key = f"{entry.corpus}/{entry.id}"
     answer = answer_of(entry, task)
     if not answer:
         return Fault(
             entry.id,
             "no_target",
-            f"task {task} needs a response or a label" + (" or text" if task == "asr" else ""),
+            f"task {task} needs " + ("text" if task == "asr" else "a response or a label"),
             entry.corpus,
         )
     template = templates[int(draw(seed, "wording", f"{task}:{key}") * len(templates))]
@@ -264,7 +276,7 @@ def run(options: argparse.Namespace) -> str:
         items = (
             item
             if isinstance(item, Fault)
-            else wrap(item, options.task, templates, chains, options.chain, options.target, options.seed)
+            else wrap(item, options.task, templates, chains, options.chain, options.target, options.seed, options.normalise)
             for specification in options.corpus
             for item in Corpus(specification)
         )
@@ -288,6 +300,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--task", required=True, help="asr, translation, emotion, gender, sound, or another with --templates")
     add("--templates", type=Path, help="one instruction a line; default: data_tools/templates/TASK.txt")
     add("--target", help="language to translate into, as the instruction names it; default: the corpus' target_lang, or English")
+    add("--normalise", choices=NORMALISERS, default="raw", help="of transcripts, as pack has it: `sentence` for capitals alone")
     reading = commands.add_parser("text", help="text-only instruction sets")
     speaking = commands.add_parser("speak", help="text-only instruction sets with the question spoken")
     for sub in (reading, speaking):

@@ -97,7 +97,8 @@ def make_plan(folder: Path, corpora: Iterable[Iterable[Entry | Fault]], sieve: S
         (folder / "buckets").mkdir(parents=True)
         with open(folder / "rejected.jsonl", "w", encoding="utf-8") as faults:
             scan = _scan(folder, corpora, sieve, layout, faults)
-            rows = _sort(folder, scan, layout, faults, _doubles(folder / "ids"), _doubles(folder / "hashes"))
+            same_id = _doubles(folder / "ids")
+            rows = _sort(folder, scan, layout, faults, same_id, _doubles(folder / "hashes", same_id))
         shutil.rmtree(folder / "buckets")
         for name in ("ids", "hashes"):
             (folder / name).unlink()
@@ -167,9 +168,10 @@ def _items(corpora: Iterable[Iterable[Entry | Fault]]) -> Iterator[Entry | Fault
         raise CorpusError(f"cannot read {error.filename or 'a corpus'}: {error.strerror or error}") from error
 
 
-def _doubles(table: Path, chunk: int = 1 << 20) -> Callable[[int], bool]:
-    """A test for sequence numbers whose hash an earlier one has. `table` holds (hash, sequence) pairs; it is gone through
-    once for every `chunk` of them, each time for another residue of the hash, so that memory does not grow with it."""
+def _doubles(table: Path, out: Callable[[int], bool] | None = None, chunk: int = 1 << 20) -> Callable[[int], bool]:
+    """A test for sequence numbers whose hash an earlier one has; those that are `out` already have none. `table` holds
+    (hash, sequence) pairs; it is gone through once for every `chunk` of them, each time for another residue of the hash, so that
+    memory does not grow with it."""
     count = table.stat().st_size // 16
     marks = bytearray(count // 8 + 1)
     pairs = np.memmap(table, dtype="<u8", mode="r", shape=(count, 2)) if count else np.zeros((0, 2), dtype="<u8")
@@ -181,6 +183,8 @@ def _doubles(table: Path, chunk: int = 1 << 20) -> Callable[[int], bool]:
             for block in (np.asarray(pairs[start : start + chunk]),)
         ]
         mine = np.concatenate(picked) if picked else pairs
+        if out is not None:
+            mine = mine[[not out(sequence) for sequence in mine[:, 1].tolist()]]
         mine = mine[np.argsort(mine[:, 0], kind="stable")]
         for sequence in mine[1:][mine[1:, 0] == mine[:-1, 0], 1].tolist():
             marks[sequence >> 3] |= 1 << (sequence & 7)

@@ -41,7 +41,7 @@ SAMPLE_DTYPE = np.dtype(
 )
 INDEX_NAME, TABLE_NAME = "index.json", "samples.npy"
 RECORD_FIELDS = ("id", "corpus", "task", "text", "lang", "duration", "sample_rate")
-OPTIONAL_FIELDS = ("target_lang", "prompt", "response", "label", "speaker", "messages", "origin")
+OPTIONAL_FIELDS = ("target_lang", "prompt", "response", "label", "speaker", "recording", "messages", "origin")
 _BLOCK = 512
 _WRITE_OUT_BYTES = 4 << 20
 _MAX_MEMBER_BYTES = 2**32 - 1
@@ -368,7 +368,7 @@ class ShardIndex:
                 self._files[shard] = os.open(self._path(shard), os.O_RDONLY)
             except OSError as error:
                 raise ShardError(f"cannot open shard {self._path(shard)}: {error.strerror}") from error
-            if len(self._files) > self._open_files:
+            while len(self._files) > self._open_files:
                 os.close(self._files.popitem(last=False)[1])
         try:
             data = os.pread(self._files[shard], int(size), int(offset))
@@ -379,6 +379,10 @@ class ShardIndex:
                 f"shard {self._path(shard)} ends inside sample {row}: copy or pack it again (data_tools.verify names all such)"
             )
         return data
+
+    def keep_open(self, files: int) -> None:
+        """How many files may stay open from now on."""
+        self._open_files = files
 
     def close(self) -> None:
         while self._files:

@@ -18,7 +18,8 @@ from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.metrics.base import Score
 from tabulate import tabulate
 
-from evaluation.normalise import UNSPACED, describe, language_code, normalise
+from data_tools.languages import UNSPACED, language_code
+from evaluation.normalise import describe, normalise
 from evaluation.predictions import PredictionError, read_rows
 from evaluation.resampling import interval
 from evaluation.tasks import label_among, metric_of, parse_choice, parse_letter, split_chain, target_language

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from data_tools.languages import language_code, named_language
 from data_tools.normalise import plain_label
-from evaluation.normalise import language_code, named_language
 
 # One metric family a task; a task that is not named here is scored by what its samples hold (metric_of).
 METRICS = {"asr": "wer", "translation": "bleu", "chain": "chain", "emotion": "accuracy", "gender": "accuracy",

@@ -16,8 +16,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
 
+from data_tools.languages import language_code
 from data_tools.shards import ShardError, ShardIndex
-from evaluation.normalise import language_code
 from evaluation.predictions import PredictionError, PredictionFile, row_key
 from evaluation.run import InputError, finish, prediction_row, shard_folder, start
 from model.features import SAMPLE_RATE, WINDOW_SECONDS, log_mel

@@ -32,17 +32,20 @@ class PromptError(ValueError):
 def messages_of(sample: dict, audio_token: str = "<audio_patch>") -> list[dict[str, str]]:
     """A packed sample's JSON as a chat: its own `messages`, or (audio +) prompt and response.
 
-    The answer is `response`, else `label`, else `text` (the transcript). A sample without `duration` has no audio.
+    The answer is `response`, else `label`; of `asr` the transcript, `text`, in place of a label, and of `sound` behind it. A
+    sample without `duration` has no audio.
     Errors: PromptError where there is nothing to answer or to ask.
     """
     if sample.get("messages"):
         return [{"role": m["role"], "content": m["content"]} for m in sample["messages"]]
-    answer = next((sample[key] for key in ("response", "label", "text") if sample.get(key)), None)
+    task = sample.get("task") or "asr"
+    keys = ("response", *{"asr": ("text",), "sound": ("label", "text")}.get(task, ("label",)))
+    answer = next((sample[key] for key in keys if sample.get(key)), None)
     if answer is None:
-        raise PromptError("sample has no response, label or text to answer with")
+        raise PromptError(f"sample of task {task} has no {' or '.join(keys)} to answer with")
     prompt = sample.get("prompt") or ""
     if sample.get("duration"):
-        instruction = INSTRUCTIONS.get(sample.get("task", "asr"), "").replace("{lang}", sample.get("target_lang") or "English")
+        instruction = INSTRUCTIONS.get(task, "").replace("{lang}", sample.get("target_lang") or "English")
         prompt = f"{audio_token}\n{prompt or instruction}".rstrip("\n")
     elif not prompt:
         raise PromptError("sample has neither audio nor a prompt")

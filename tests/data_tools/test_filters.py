@@ -9,7 +9,7 @@ import soundfile
 
 from data_tools import pack
 from data_tools.corpora import Entry
-from data_tools.filters import OTHER_SPLIT, Filters, Sieve, ctc_frames_needed, split_of, word_error_rate
+from data_tools.filters import OTHER_SPLIT, Filters, Sieve, ctc_frames_needed, split_key, split_of, word_error_rate
 from data_tools.normalise import NORMALISERS, label_sentence
 from data_tools.shards import ShardIndex
 from tests.data_tools.conftest import tone
@@ -42,6 +42,8 @@ def test_a_sound_is_judged_by_what_the_cut_leaves():
         ("no_sound_hash", {"drop_duplicates": True}, {}),
         ("no_text", {}, {"text": "  "}),
         ("no_target", {}, {"text": None, "task": "translation"}),
+        ("no_target", {}, {"task": "translation"}),  # its transcript is no translation,
+        ("no_target", {}, {"task": "gender"}),  # nor anybody's gender
         ("no_audio", {}, {"audio": None, "text": "a"}),
         ("pipe", {}, {"audio": "pipe:cat /a.wav"}),
     ],
@@ -55,6 +57,9 @@ def test_each_reason(reason, filters, fields):
     [
         ({"min_seconds": 1.0, "max_seconds": 1.0, "min_rate": 11.0, "max_rate": 11.0, "langs": ["en"]}, {}),
         ({"max_wer": 0.10}, {"hypothesis": "Hello, there!"}),
+        ({"langs": ["sv"]}, {"lang": "sv-SE"}),
+        ({"langs": ["sv-SE"]}, {"lang": "sv-SE"}),
+        ({"max_wer": 0.10}, {"lang": "cmn", "text": "今天天气很好我们去公园", "hypothesis": "今天天气很好我们去公圆"}),
         ({"max_wer": 0.10}, {"task": "translation", "response": "hallo"}),
         ({}, {"task": "emotion", "label": "happy", "text": None}),
         (
@@ -210,3 +215,18 @@ def test_taken_splits_of_one_corpus_share_nothing(tmp_path):
         speakers[name] = Counter(index.read(row)[1]["speaker"] for row in range(len(index)))
         assert len(index) + json.loads((tmp_path / name / "index.json").read_text())["other_splits"] == 45
     assert not set(speakers["train"]) & set(speakers["test"]) and set((speakers["train"] + speakers["test"]).values()) == {5}
+
+
+def test_a_packed_folder_still_knows_what_its_clips_were_cut_from(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(2.0), 16000)
+    row = {"audio": "a.wav", "duration": 0.1, "text": "x", "recording": "a"}
+    rows = [{"id": f"u{i}", "offset": i / 10, **row} for i in range(20)]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert pack.main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "all"), "--workers", "1"]) == 0
+    found = []
+    for name in ("train", "valid"):
+        options = ["--splits", "train=0.5,valid=0.5", "--split-by", "recording", "--take", name, "--workers", "1"]
+        code = pack.main(["--corpus", f"shards:{tmp_path / 'all'}", "--out", str(tmp_path / name), *options])
+        found.append(len(ShardIndex.load(tmp_path / name)) if code == 0 else 0)
+    assert sorted(found) == [0, 20], "all on one side"
+    assert split_key(Entry(id="a", audio="tar:/x.tar#512+10.flac"), "recording") is None

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,6 +29,15 @@ def labelled(tmp_path):
         "".join(json.dumps(row) + "\n" for row in rows) + json.dumps({"id": "bare", "audio": "a.wav", "text": "x"}) + "\n"
     )
     return path
+
+
+def test_a_transcript_is_asked_for_and_given_in_the_form_that_is_named():
+    templates = load_templates(TEMPLATES / "asr.txt")
+    entry = Entry(id="a", audio="/a", text="HELLO THERE", response="Guten Morgen", label="angry")
+    assert wrap(entry, "asr", templates, [], 0.0, None, 0).response == "HELLO THERE", "neither a translation nor a label"
+    sample = wrap(entry, "asr", templates, [], 0.0, None, 0, "sentence")
+    assert sample.response == sample.text == "Hello there"
+    assert wrap(replace(entry, text=None), "asr", templates, [], 0.0, None, 0).reason == "no_target"
 
 
 def test_labels_are_wrapped_under_many_wordings_and_pack(labelled, tmp_path):

@@ -98,7 +98,7 @@ def test_without_a_wanted_size_small_corpora_still_feed_many_readers():
 def test_duplicates_are_named_wherever_they_stand(tmp_path, monkeypatch):
     from data_tools import plan as module
 
-    monkeypatch.setattr(module._doubles, "__defaults__", (16,))  # many passes over the table of hashes
+    monkeypatch.setattr(module._doubles, "__defaults__", (None, 16))  # many passes over the table of hashes
     items = entries(100) + [Entry(id=f"u{i}", audio="/b.wav", text="again", corpus="c", duration=1.0) for i in (3, 50, 3)]
     items += [Entry(id="u3", audio="/b.wav", text="another corpus", corpus="d", duration=1.0)]
     plan, shards = planned(tmp_path / "p", items)
@@ -109,6 +109,13 @@ def test_duplicates_are_named_wherever_they_stand(tmp_path, monkeypatch):
     assert plan["rejected"] == {"duplicate_audio": 60} and sorted(int(e.id) for _, here in shards for e in here) == list(
         range(40)
     )
+    same_id = [
+        Entry(id=name, audio=f"/{sound}.wav", text="x", corpus="c", duration=1.0, sound_hash=sound)
+        for name, sound in (("a", "one"), ("a", "two"), ("b", "two"))
+    ]
+    plan, shards = planned(tmp_path / "r", same_id, filters=Filters(drop_duplicates=True))
+    assert plan["rejected"] == {"duplicate_id": 1}, "what is refused for its id has no claim on its sound"
+    assert sorted(e.id for _, here in shards for e in here) == ["a", "b"]
 
 
 def test_faults_are_counted_and_written(tmp_path):

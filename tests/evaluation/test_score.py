@@ -12,8 +12,9 @@ from sacrebleu.metrics import BLEU
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer as PackageNormalizer
 
+from data_tools.languages import language_code
 from evaluation import score
-from evaluation.normalise import language_code, normalise
+from evaluation.normalise import normalise
 from evaluation.resampling import interval, paired_test
 from evaluation.tasks import lettered_choices, metric_of, parse_choice, parse_letter, reference_of, target_language
 

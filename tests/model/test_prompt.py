@@ -87,7 +87,10 @@ def test_samples_become_chats():
     assert messages_of({"prompt": "2 + 2?", "response": "4"})[0]["content"] == "2 + 2?"
     assert messages_of({"task": "gender", "label": "female", "text": "x", "duration": 1})[1]["content"] == "female"
     assert messages_of({"messages": MULTI}) == MULTI
-    for nothing in ({"task": "asr", "duration": 1.0, "text": ""}, {"response": "4"}):
+    assert messages_of({"task": "asr", "label": "angry", "text": "x", "duration": 1})[1]["content"] == "x"
+    assert messages_of({"task": "sound", "label": "rain", "text": "the sound is rain", "duration": 1})[1]["content"] == "rain"
+    for nothing in ({"task": "asr", "duration": 1.0, "text": ""}, {"response": "4"}, {"task": "asr", "label": "a", "duration": 1},
+                    {"task": "gender", "text": "good morning", "duration": 1}):
         with pytest.raises(PromptError):
             messages_of(nothing)
 

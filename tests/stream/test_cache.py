@@ -1,6 +1,7 @@
 """Cached encoder features: the same numbers as the encoder gives, written once, found again after packing anew."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -13,6 +14,7 @@ from train.config import Corpus, Recipe, RecipeError
 from train.data import EvalStream, Stream, validation_batches
 from train.data import cache as cache_module
 from train.data.cache import FeatureStore, Interrupted, ensure_features
+from train.data.rejected import BrokenSample
 
 
 @pytest.fixture
@@ -93,6 +95,30 @@ def test_written_once_resumed_and_found_after_packing_anew(recipe, tokenizer, tm
     samples = [(record(n, 0.3 + 0.1 * n), sound(0.3 + 0.1 * n, n), "flac") for n in reversed(range(23))]
     recipe.data.train = recipe.data.valid = [Corpus(shards=str(write_folder(tmp_path / "again", samples, per_shard=4)))]
     monkeypatch.setattr(cache_module, "_encode", lambda *a: pytest.fail("encoded again"))
+    assert len(ensure_features(recipe)) == 23
+
+
+def test_a_pack_that_has_gone_or_was_cut_is_made_again_and_costs_samples_not_the_run(recipe, tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr(cache_module, "PACK_SECONDS", 8.0)
+    store = ensure_features(recipe)
+    packs = sorted(path for path in store.folder.glob("*.npy") if ".index" not in path.name)
+    index = cache_module.load_index(recipe.data.train[0].shards)
+    assert len(packs) > 3
+    packs[0].unlink()
+    os.truncate(packs[1], 1000)
+
+    def problems(store) -> int:
+        failed = 0
+        for row in range(len(index)):
+            try:
+                store.read(index.samples[row])
+            except BrokenSample as error:
+                failed += "cannot be read" in str(error)
+        return failed
+
+    assert problems(store) > 1, "in the middle of a run"
+    left = FeatureStore.open(recipe.data.cache_features, recipe.model)
+    assert "2 packs of features are missing or cut short" in caplog.text and len(left) < 23 and problems(left) == 0
     assert len(ensure_features(recipe)) == 23
 
 

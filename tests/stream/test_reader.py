@@ -55,3 +55,11 @@ def test_damaged_flac_is_broken_or_whole(noise):
         except BrokenSample:
             broken += 1
     assert broken > 50
+
+
+def test_a_flac_that_does_not_know_its_length_is_broken_and_ends_nothing(noise):
+    audio = bytearray(encoded(noise[:, :1], "PCM_16"))
+    audio[21] &= 0xF0
+    audio[22:26] = bytes(4)  # STREAMINFO's number of samples, as an encoder leaves it that writes to a pipe
+    with pytest.raises(BrokenSample, match="cannot be decoded"):
+        decode(bytes(audio))

@@ -3,6 +3,7 @@
 import io
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from tests.stream.conftest import data_config, record, sound, table_index, write_folder
 from train.config import Corpus, RecipeError
 from train.data import EvalStream, Plan, Stream, TooManyRejected, validation_batches, worst_case_batch
+from train.data import stream as stream_module
 from train.data.plan import PLANNED, load_index
 from train.data.rejected import RejectedLog
 
@@ -260,3 +262,17 @@ def test_what_replaces_a_text_only_turn_is_not_longer():
     for entry in plan.global_batch(0):
         chosen = [plan.replacement(entry, attempt)["row"] for attempt in (1, 2, 3)]
         assert (said[chosen] <= max(said[entry["row"]], 60)).all()  # of the shortest, what is shortest of what was drawn
+
+
+def test_open_files_are_dealt_out_among_corpora(monkeypatch):
+    limits = {"now": (1024, 1024)}
+    monkeypatch.setattr(stream_module.resource, "getrlimit", lambda _: limits["now"])
+    monkeypatch.setattr(stream_module.resource, "setrlimit", lambda _, new: limits.update(now=new))
+    kept = []
+    indexes = [SimpleNamespace(keep_open=kept.append) for _ in range(20)]
+    stream_module.share_open_files(indexes)
+    assert set(kept) == {32} and limits["now"] == (1024, 1024)
+    limits["now"] = (1024, 4096)
+    kept.clear()
+    stream_module.share_open_files(indexes)
+    assert set(kept) == {64} and limits["now"] == (4096, 4096), "as far as it goes"

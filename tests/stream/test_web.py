@@ -107,6 +107,27 @@ def test_a_clip_s_own_length_counts_where_its_json_tells_none(packed, tokenizer,
     assert max(int(batch.audio_lengths.max()) for step in steps for batch in step.micro_batches) <= 16800
 
 
+@pytest.mark.parametrize("strange, said", [
+    ({"duration": "1.5"}, "seconds as `duration`"), ([1, 2], "an object"), ({"text": 7}, "text is no text"),
+    ({"task": ["asr"]}, "task is no text"),
+])
+def test_json_of_others_costs_its_sample_not_the_run(packed, tokenizer, model_config, tmp_path, strange, said):
+    place = 0
+    for path in sorted(packed.glob("*.tar")):
+        with tarfile.open(path) as old, tarfile.open(tmp_path / path.name, "w") as new:
+            for member in old:
+                content = old.extractfile(member).read()
+                if member.name.endswith(".json"):
+                    place += 1
+                    if place % 5 == 0:
+                        content = json.dumps(json.loads(content) | strange if isinstance(strange, dict) else strange).encode()
+                        member.size = len(content)
+                new.addfile(member, io.BytesIO(content))
+    steps = list(Stream(streamed(pipe(tmp_path)), "shrinking", tokenizer, model_config, 0, 1, 0, 3))
+    reasons = [record["reason"] for step in steps for record in step.rejected]
+    assert reasons and all(said in reason for reason in reasons) and all(step.samples for step in steps)
+
+
 def test_settings_that_need_an_index_are_named(packed):
     for change, words in (({"mixture": MixtureConfig(tau_end=2.0)}, "data.mixture needs an index"),
                           ({"cache_features": "x"}, "data.cache_features needs an index")):

@@ -82,9 +82,21 @@ class FeatureStore:
         self.folder = folder
         facts = json.loads((folder / "settings.json").read_text())
         self.width, self.frame_rate = int(facts["width"]), float(facts["frame_rate"])
-        names = sorted(folder.glob("*.index.npy"))
-        self._packs = [path.with_name(path.name.replace(".index.npy", ".npy")) for path in names]
-        tables = [np.load(path) for path in names] or [np.empty(0, ENTRY_DTYPE)]
+        self._packs, tables, spoilt = [], [np.empty(0, ENTRY_DTYPE)], 0
+        for path in sorted(folder.glob("*.index.npy")):
+            pack = path.with_name(path.name.replace(".index.npy", ".npy"))
+            try:
+                table = np.load(path)
+                whole = pack.stat().st_size >= 2 * self.width * int(table["frames"].sum())
+            except (OSError, ValueError):
+                whole = False
+            spoilt += not whole
+            if whole:  # of the others nothing is known here: they are computed again
+                self._packs.append(pack)
+                tables.append(table)
+        if spoilt:
+            LOGGER.warning("%s: %d packs of features are missing or cut short, and are left out", folder, spoilt)
+        tables = tables[1:] or tables
         entries, pack = np.concatenate(tables), np.repeat(np.arange(len(tables)), [len(table) for table in tables])
         order = np.argsort(entries["key"], kind="stable")
         self._entries, self._pack = entries[order], pack[order]
@@ -121,7 +133,10 @@ class FeatureStore:
         if number in self._open:
             self._open.move_to_end(number)
         else:
-            self._open[number] = np.load(self._packs[number], mmap_mode="r")
+            try:
+                self._open[number] = np.load(self._packs[number], mmap_mode="r")
+            except (OSError, ValueError) as error:
+                raise BrokenSample(f"its features in {self._packs[number]} cannot be read: {error}") from None
             if len(self._open) > _OPEN_PACKS:
                 self._open.popitem(last=False)
         start = int(entry["start"])

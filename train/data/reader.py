@@ -72,7 +72,7 @@ def decode(audio: bytes) -> torch.Tensor:
 def _by_libsndfile(audio: bytes) -> tuple[np.ndarray, int]:
     try:
         return soundfile.read(io.BytesIO(audio), dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, RuntimeError) as error:
+    except (soundfile.SoundFileError, RuntimeError, ValueError, MemoryError) as error:  # the latter: no length in its header
         raise BrokenSample(f"audio cannot be decoded: {error}") from None
 
 

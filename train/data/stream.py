@@ -8,6 +8,7 @@ State: the step. Nothing else is needed to go on, on any number of ranks and wor
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -53,12 +54,29 @@ class StepBatches:
         return 1 - self.seconds / self.padded_seconds if self.padded_seconds else 0.0
 
 
+OPEN_FILES, OTHER_FILES = 64, 384  # most of one corpus; what a worker needs for all else (shared memory, above all)
+
+
+def share_open_files(indexes: list[ShardIndex]) -> None:
+    """As many open files as the system lets this process (and its workers) have, dealt out among corpora: each keeps some, and
+    twenty times some is more than many systems' first limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        soft = most
+    there = most if soft == resource.RLIM_INFINITY else soft
+    for index in indexes:
+        index.keep_open(max(1, min(OPEN_FILES, (there - OTHER_FILES) // len(indexes))))
+
+
 class MicroBatchReader(Dataset):
     """Makes a micro-batch from a job: the work of a worker process. replace: another utterance in a broken one's place."""
 
     def __init__(self, indexes: list[ShardIndex], collator: Collator, data: DataConfig, *, plan: Plan | None = None,
                  features=None, slots: int = 1, mel_channels: int | None = None):
         self.mel_channels = mel_channels
+        share_open_files(indexes)
         self.indexes, self.collator, self.data, self.plan, self.features = indexes, collator, data, plan, features
         self._refused: dict[tuple[int, int], float] = {}  # (corpus, shard) -> when its reads failed to the last attempt
         # What each worker is at, for the watchdog: [time it began (0: idle), corpus, row, step].

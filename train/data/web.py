@@ -116,6 +116,11 @@ class PlainReader(IterableDataset):
             meta = json.loads(raw["json"])
         except (KeyError, ValueError):
             raise BrokenSample("its JSON is missing or broken") from None
+        if not isinstance(meta, dict) or not isinstance(meta.get("duration") or 0, (int, float)):
+            raise BrokenSample("its JSON is no sample's: an object, with seconds as `duration` where it has one")
+        strange = [key for key in ("text", "task", "lang", "prompt", "response") if not isinstance(meta.get(key) or "", str)]
+        if strange:
+            raise BrokenSample(f"its JSON is no sample's: {strange[0]} is no text")
         audio = next((raw[suffix] for suffix in AUDIO_SUFFIXES if suffix in raw), None)
         corpus = self.data.train[raw["__corpus__"]]
         duration = meta.get("duration") or 0
