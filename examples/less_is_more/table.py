@@ -22,6 +22,9 @@ from tabulate import tabulate
 
 from benchmarks.machine import line, machine
 from evaluation.compare import compare
+from evaluation.predictions import read_rows, row_key
+from evaluation.resampling import paired_test
+from evaluation.score import word_counts
 from examples.documents import put_between
 from train.data import Plan
 from train.files import read_lines, write_atomically
@@ -65,6 +68,20 @@ def wer_of(path: Path) -> dict:
 def against(ours: Path, other: Path) -> dict:
     found = compare(ours, other)["tasks"]["asr"]["metrics"]["wer"]
     return {"difference": found["difference"], "ci95": found["difference_ci95"], "p_value": found["p_value"]}
+
+
+def over_seeds(pairs: list[tuple[Path, Path]]) -> dict:
+    """The paired test over several runs on the same utterances: an utterance's errors are summed over its runs, so that the same
+    words, said once, do not count as several draws. pairs: (first, second) predictions of each run."""
+    sums = [np.zeros(1), np.zeros(1)]
+    for pair in pairs:
+        for side, path in enumerate(pair):
+            rows = {row_key(row): row for row in read_rows(path)}
+            counted, units, _ = word_counts([rows[key] for key in sorted(rows)])
+            sums[side] = sums[side] + counted
+    found = paired_test(*sums, units * len(pairs))
+    return {"wer": found["second"], "difference": found["difference"], "ci95": found["difference_ci95"],
+            "p_value": found["p_value"]}
 
 
 def collect(study: Study) -> dict:
@@ -125,8 +142,21 @@ def collect(study: Study) -> dict:
                 if of := whole(study.first(kind, seed), "ctc"):
                     row["whole"] = wer_of(of)
                 first_stages.append(row)
+    pooled = []
+    for name, variant in study.plan.variants.items():
+        for decode, (suffix, addition) in DECODES.items():
+            pairs: dict[str, dict[int, tuple[Path, Path]]] = {"its stage I's CTC": {}, "ours": {}}
+            for seed in sorted({*study.plan.seeds, *run}):
+                of = whole(study.folder(name, seed), decode)
+                if of and variant.alignment and (ctc := whole(study.first(variant.alignment, seed), "ctc")):
+                    pairs["its stage I's CTC"][seed] = ctc, of
+                if of and name != OURS and (ours_whole := whole(study.folder(OURS, seed), decode)):
+                    pairs["ours"][seed] = ours_whole, of
+            pooled += [{"variant": name + suffix, "title": variant.title + addition, "against": title, "seeds": list(found),
+                        **over_seeds(list(found.values()))} for title, found in pairs.items() if len(found) > 1]
     whisper = {data: study.output / "whisper" / f"{data}.jsonl" for data in shards}
     return {"machine": machine(), "ranks": study.ranks, "shards": shards, "rows": rows, "stage_1_ctc": first_stages,
+            "over_seeds": pooled,
             "whisper": {data: wer_of(path) for data, path in whisper.items() if path.with_suffix(".scores.json").exists()}}
 
 
@@ -140,6 +170,9 @@ def with_former(result: dict, former: dict, study: Study) -> dict:
     for kind, of, order in (("rows", "variant", variants), ("stage_1_ctc", "alignment", list(study.plan.alignments))):
         found = {(row[of], row["seed"]): row for row in [*former[kind], *result[kind]] if row[of] in order}
         merged[kind] = [found[key] for key in sorted(found, key=lambda key: (order.index(key[0]), key[1]))]
+    pooled = {(row["variant"], row["against"]): row for row in [*former.get("over_seeds", []), *result["over_seeds"]]}
+    there = [key for key in pooled if key[0] in variants]
+    merged["over_seeds"] = [pooled[key] for key in sorted(there, key=lambda key: (variants.index(key[0]), key[1]))]
     return merged
 
 
@@ -173,6 +206,15 @@ def whole_table(result: dict) -> str:
     count = next(row["whole"]["utterances"] for row in [*result["stage_1_ctc"], *result["rows"]] if "whole" in row)
     return tabulate(lines, headers=["", "seed", f"WER, all of {result['shards'][0]} ({count})", "replaced + left out + added",
                                     "against ours", "p", "p, against its stage I"], tablefmt="github", disable_numparse=True)
+
+
+def pooled_table(result: dict) -> str:
+    """The comparisons on every utterance, seeds together; "" where none has two."""
+    lines = [[row["title"], row["against"], ", ".join(map(str, row["seeds"])), f"{row['wer']:.3f}",
+              f"{row['difference']:+.3f} [{row['ci95'][0]:+.3f}, {row['ci95'][1]:+.3f}]", f"{row['p_value']:.2g}"]
+             for row in result["over_seeds"]]
+    headers = ["", "against", "seeds", f"mean WER, all of {result['shards'][0]}", "difference", "p"]
+    return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True) if lines else ""
 
 
 def table(result: dict) -> str:
@@ -247,7 +289,7 @@ def finish(study: Study, docs: Path | None = None) -> str:
         result = with_former(result, json.loads(kept.read_text()), study)
     if not result["rows"]:
         raise ValueError(f"{study.output} holds no scored variant: run python -m examples.less_is_more.study first")
-    text = "\n\n".join(filter(None, (table(result), whole_table(result))))
+    text = "\n\n".join(filter(None, (table(result), whole_table(result), pooled_table(result))))
     write_atomically(study.output / "results.json", json.dumps(result, indent=1) + "\n")
     picture(result).savefig(study.output / "picture.png", dpi=80)
     runs = [row[stage] for row in result["rows"] for stage in STAGES if stage in row]

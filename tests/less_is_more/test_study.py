@@ -197,7 +197,12 @@ def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
     former = [{**joint, "seed": 1}, {**ours, "hours": 99.0}, {**ours, "seed": 1, "scores": before},
               {**ours, "variant": "given-up"}, {**ours, "variant": "no-ctc", "title": "an earlier one"}]
     (tmp_path / "less_is_more.json").write_text(json.dumps({**kept, "rows": former, "stage_1_ctc": [], "whisper": {}}))
+    (tmp_path / "less_is_more.json").write_text(json.dumps({
+        **json.loads((tmp_path / "less_is_more.json").read_text()),
+        "over_seeds": [{"variant": name, "title": name, "against": "ours", "seeds": [3, 4], "wer": 0.5, "difference": 0.0,
+                        "ci95": [0, 0], "p_value": 1.0} for name in ("projector", "given-up")]}))
     table.finish(study, docs)
+    assert "| 3, 4 " in docs.read_text() and "given-up" not in docs.read_text()
     merged = json.loads((tmp_path / "less_is_more.json").read_text())
     assert [(row["variant"], row["seed"]) for row in merged["rows"]] == [
         ("ours", 0), ("ours", 1), ("ours, joint", 0), ("ours, joint", 1), ("projector", 0), ("no-ctc", 0), ("data-10", 0)]
@@ -207,6 +212,25 @@ def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
     docs.write_text("no marks")
     with pytest.raises(ValueError, match="needs the line"):
         table.finish(study, docs)
+
+
+def test_runs_of_several_seeds_are_compared_as_the_same_utterances(tmp_path):
+    def run_of(name: str, wrong: list[int]) -> Path:
+        """Utterance i with so many of its four words wrong, in an order of its own."""
+        path = tmp_path / f"{name}.jsonl"
+        said = ["red", "green", "blue", "black"]
+        rows = [{"id": str(i), "corpus": "c", "task": "asr", "lang": "en", "reference": " ".join(said),
+                 "prediction": " ".join(["no"] * count + said[count:])} for i, count in enumerate(wrong)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in (rows if name.startswith("a") else rows[::-1])))
+        return path
+
+    pairs = [(run_of("a0", [1, 2, 0, 3] * 5), run_of("b0", [0, 2, 0, 2] * 5)),
+             (run_of("a1", [1, 1, 1, 1] * 5), run_of("b1", [0, 1, 0, 1] * 5))]
+    found = table.over_seeds(pairs)
+    assert found["wer"] == pytest.approx((20 + 10) / (2 * 80)) and found["difference"] == pytest.approx(-20 / (2 * 80))
+    assert found["ci95"][0] <= found["difference"] <= found["ci95"][1] < 0 and found["p_value"] < 0.001
+    opposite = table.over_seeds([(run_of("a2", [1] * 9), run_of("b2", [0] * 9)), (run_of("a3", [0] * 9), run_of("b3", [1] * 9))])
+    assert opposite["difference"] == 0 and opposite["p_value"] == 1, "what one run gains another loses"
 
 
 @pytest.mark.slow  # twelve starts of real ranks and scorers, of some 12 s each
