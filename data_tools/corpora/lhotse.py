@@ -10,12 +10,15 @@ from pathlib import Path
 from data_tools.corpora import CorpusError, Entry, Fault
 from data_tools.corpora.table import open_text
 
+_SHAR = ("shar", "memory")  # types of a source whose audio is a member of the tar beside
+
 
 class Lhotse:
     """PATH is cuts.jsonl(.gz), or a Shar folder (cuts.N.jsonl.gz beside recording.N.tar).
 
     A cut with one supervision is one sample, and so is each supervision of a longer cut (its stretch of the recording).
-    Recordings from files, commands and Shar are followed; mixed and padded cuts are no plain audio and are reported.
+    Recordings from files, commands and Shar are followed. Mixed and padded cuts are no plain audio and are reported, and so
+    are cuts of recordings with several channels or with transforms, unless Shar holds them as they shall sound.
     root: where relative paths start (default: where the command runs).
     """
 
@@ -35,13 +38,13 @@ class Lhotse:
                         continue
                     member = next(members, None) if members else None
                     try:
-                        yield from self._samples(json.loads(line), f"{manifest.name}:{place}", member)
-                    except (ValueError, KeyError, TypeError, IndexError) as error:
+                        yield from self._samples(json.loads(line), f"{manifest.name}:{place}", member, tar if members else None)
+                    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
                         yield Fault(f"{manifest.name}:{place}", "bad_json", f"{type(error).__name__}: {error}")
 
     def _audio(self, recording: dict, member: str | None) -> str | None:
         source = recording["sources"][0]
-        if member is not None and source["type"] in ("shar", "memory"):
+        if member is not None and source["type"] in _SHAR:
             return member
         if len(recording["sources"]) != 1:
             return None
@@ -49,14 +52,20 @@ class Lhotse:
             source["type"], lambda value: None
         )(source["source"])
 
-    def _samples(self, cut: dict, where: str, member: str | None) -> Iterator[Entry | Fault]:
+    def _samples(self, cut: dict, where: str, member: str | None, tar: Path | None) -> Iterator[Entry | Fault]:
         name = cut.get("id", where)
         if cut.get("type", "MonoCut") not in ("MonoCut", "Cut") or "recording" not in cut:
             yield Fault(name, "bad_row", f"a {cut.get('type')}: only cuts of one recording can be packed")
             return
-        audio = self._audio(cut["recording"], member)
+        audio, kind = self._audio(cut["recording"], member), cut["recording"]["sources"][0]["type"]
+        if audio is None and tar is not None and member is None and kind in _SHAR:
+            yield Fault(name, "truncated", f"{tar} ends before the cuts beside it do: copy or export it again")
+            return
+        if kind not in _SHAR and (why := _not_as_stored(cut["recording"])):
+            yield Fault(name, "bad_row", why)
+            return
         if audio is None:
-            yield Fault(name, "bad_row", f"audio of type {cut['recording']['sources'][0]['type']} cannot be read here")
+            yield Fault(name, "bad_row", f"audio of type {kind} cannot be read here")
             return
         # A Shar member holds the cut alone: its time starts at 0.
         start = 0.0 if audio == member else float(cut["start"])
@@ -80,9 +89,26 @@ class Lhotse:
             )
 
 
+def _not_as_stored(recording: dict) -> str | None:
+    """Why a stretch of the stored audio, its channels averaged, would not be what lhotse plays; None where it would be."""
+    channels = sum(len(source.get("channels") or [0]) for source in recording["sources"])
+    if channels > 1:  # of a telephone call, the other speaker would be heard too
+        return f"a channel of a recording with {channels}: extract the channels to files first"
+    # Another rate changes no times, and pack resamples by itself; another speed would move every stretch.
+    if any(transform.get("name") != "Resample" for transform in recording.get("transforms") or ()):
+        return "a recording with transforms: give the original cuts, or export them to Shar"
+    return None
+
+
 def _members(tar: Path) -> Iterator[str]:
-    """Audio members of a Shar tar in order, as places to read from (a member `.nodata` stands for a cut without audio)."""
-    with tarfile.open(tar) as archive:
-        for member in archive:
-            if member.isfile() and not member.name.endswith((".json", ".nometa")):
-                yield f"tar:{tar}#{member.offset_data}+{member.size}.{member.name.rpartition('.')[2]}"
+    """Audio members of a Shar tar in order, as places to read from (a member `.nodata` stands for a cut without audio).
+
+    A tar that was cut short ends early, wherever it was cut: each cut that misses its member is reported by itself.
+    """
+    try:
+        with tarfile.open(tar) as archive:
+            for member in archive:
+                if member.isfile() and not member.name.endswith((".json", ".nometa")):
+                    yield f"tar:{tar}#{member.offset_data}+{member.size}.{member.name.rpartition('.')[2]}"
+    except tarfile.TarError:
+        return

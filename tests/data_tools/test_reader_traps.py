@@ -1,0 +1,103 @@
+"""Corpora whose rows would become wrong training data without a word: each is read right, or reported."""
+
+import gzip
+import io
+import json
+import tarfile
+
+import pytest
+
+from data_tools.corpora import Corpus, Entry, Fault
+from tests.data_tools.test_corpora import sound_bytes, text
+
+
+def read(specification):
+    """(entries, faults)"""
+    items = list(Corpus(specification))
+    return [item for item in items if isinstance(item, Entry)], [item for item in items if isinstance(item, Fault)]
+
+
+def lines(path, rows):
+    return text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def cut(name, recording, **more):
+    words = {"id": f"s-{name}", "start": 0.0, "duration": 0.4, "text": name}
+    return {"id": name, "type": "MonoCut", "start": 0.2, "duration": 0.4, "recording": recording, "supervisions": [words], **more}
+
+
+def recording(*sources, **more):
+    return {
+        "id": "rec",
+        "duration": 1.0,
+        "sources": [{"type": "file", "source": "a.wav", **source} for source in sources],
+        **more,
+    }
+
+
+def test_lhotse_a_channel_of_a_call_is_not_the_average_of_both(tmp_path):
+    call, files = recording({"channels": [0, 1]}), recording({"channels": [0]}, {"channels": [1]})
+    cuts = [
+        cut("a", call, channel=0),
+        cut("b", call, channel=1),
+        cut("c", files, channel=1),
+        cut("d", recording({"channels": [0]})),
+    ]
+    found, faults = read(f"lhotse:{lines(tmp_path / 'cuts.jsonl', cuts)}")
+    assert [entry.id for entry in found] == ["d"] and [fault.id for fault in faults] == ["a", "b", "c"]
+    assert {(fault.reason, fault.detail) for fault in faults} == {
+        ("bad_row", "a channel of a recording with 2: extract the channels to files first")
+    }
+
+
+def test_lhotse_perturbed_cuts_are_not_cut_from_the_original(tmp_path):
+    fast = {"name": "Speed", "kwargs": {"factor": 1.1}}
+    other_rate = {"name": "Resample", "kwargs": {"source_sampling_rate": 8000, "target_sampling_rate": 16000}}
+    mono = {"channels": [0]}
+    cuts = [
+        cut("fast", recording(mono, transforms=[fast])),
+        cut("both", recording(mono, transforms=[other_rate, fast])),
+        cut("rate", recording(mono, transforms=[other_rate])),
+        cut("plain", recording(mono, transforms=[])),
+        cut("odd", recording(mono, transforms=["Speed"])),
+    ]
+    found, faults = read(f"lhotse:{lines(tmp_path / 'cuts.jsonl', cuts)}")
+    assert [entry.id for entry in found] == ["rate", "plain"]
+    assert [fault.reason for fault in faults] == ["bad_row", "bad_row", "bad_json"]
+    assert faults[0].detail.startswith("a recording with transforms: give the original cuts")
+
+
+def shar(folder, count):
+    """A Shar folder of perturbed cuts of one channel of a call, which Shar holds as they shall sound; -> its tar."""
+    folder.mkdir()
+    audio = recording({"type": "shar", "source": "", "channels": [0, 1]}, transforms=[{"name": "Speed"}])
+    with gzip.open(folder / "cuts.000000.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps(cut(f"c{number}", audio)) + "\n" for number in range(count)))
+    with tarfile.open(folder / "recording.000000.tar", "w") as tar:
+        for number in range(count):
+            data, member = sound_bytes(0.4, "FLAC"), tarfile.TarInfo(f"c{number}.flac")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return folder / "recording.000000.tar"
+
+
+@pytest.mark.parametrize("where", ["nowhere", "between", "inside", "header", "start"])
+def test_lhotse_a_shar_tar_that_was_cut_short_is_told(where, tmp_path):
+    tar = shar(tmp_path / "shar", 4)
+    found, faults = read(f"lhotse:{tar.parent}")
+    assert [entry.id for entry in found] == ["c0", "c1", "c2", "c3"] and not faults
+    with tarfile.open(tar) as archive:
+        third = archive.getmembers()[2].offset
+    size, kept = {
+        "nowhere": (tar.stat().st_size, 4),
+        "between": (third, 2),
+        "inside": (third + 600, 3),  # its audio is found to be truncated when it is decoded
+        "header": (third + 100, 2),
+        "start": (0, 0),
+    }[where]
+    with open(tar, "r+b") as file:
+        file.truncate(size)
+    found, faults = read(f"lhotse:{tar.parent}")
+    assert [entry.id for entry in found] == ["c0", "c1", "c2", "c3"][:kept]
+    assert [(fault.id, fault.reason) for fault in faults] == [(f"c{number}", "truncated") for number in range(kept, 4)]
+    assert all("recording.000000.tar ends before the cuts" in fault.detail for fault in faults)
