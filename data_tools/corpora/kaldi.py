@@ -14,13 +14,13 @@ def keyed_lines(path: Path) -> Iterator[tuple[str, str]]:
     last = ""
     with open(path, encoding="utf-8", errors="replace") as file:
         for place, line in enumerate(file, 1):
-            key, _, rest = line.strip().partition(" ") if "\t" not in line else line.strip().partition("\t")
+            key, *rest = re.split(r"[ \t]+", line.strip(), maxsplit=1)  # a transcript may hold tabs, or begin behind one
             if not key:
                 continue
             if key.encode() <= last.encode() and last:
                 raise CorpusError(f"{path}:{place}: '{key}' after '{last}': sort it with LC_ALL=C sort, or utils/fix_data_dir.sh")
             last = key
-            yield key, rest.strip()
+            yield key, rest[0] if rest else ""
 
 
 class _Lookup:
@@ -39,6 +39,7 @@ class Kaldi:
     """PATH is the data folder. Commands in wav.scp (`... |`) are refused unless --allow-pipes is given; then each runs once.
 
     Offsets into archives (`data.ark:1234`) are followed. Relative paths start from root (default: where the command runs).
+    Segments of one channel (a fifth column) are reported: whole files are read, all channels averaged.
     """
 
     def __init__(self, path: Path, lang: str | None = None, root: str | None = None):
@@ -56,10 +57,11 @@ class Kaldi:
     def __iter__(self) -> Iterator[Entry | Fault]:
         text, speaker, lang = (_Lookup(self.folder / name) for name in ("text", "utt2spk", "utt2lang"))
         seconds = _Lookup(self.folder / "utt2dur")
-        for key, audio, recording, offset, duration in self._clips():
-            if audio is None:
-                yield Fault(key, "bad_row", f"segments speaks of recording '{recording}', wav.scp does not")
+        for clip in self._clips():
+            if isinstance(clip, Fault):
+                yield clip
                 continue
+            key, audio, recording, offset, duration = clip
             if offset is None and (told := seconds[key]) is not None:  # of a stretch, segments says more exactly what is meant
                 duration = number(told)
                 if duration is None:
@@ -78,7 +80,7 @@ class Kaldi:
                 group=recording if pipe else None,
             )
 
-    def _clips(self) -> Iterator[tuple[str, str | None, str, float | None, float | None]]:
+    def _clips(self) -> Iterator[tuple[str, str, str, float | None, float | None] | Fault]:
         segments = self.folder / "segments"
         if not segments.exists():
             for key, value in keyed_lines(self.folder / "wav.scp"):
@@ -87,9 +89,14 @@ class Kaldi:
         recordings = {key: self.audio(value) for key, value in keyed_lines(self.folder / "wav.scp")}
         for key, value in keyed_lines(segments):
             try:
-                recording, start, end = value.split()[:3]
+                recording, start, end, *channel = value.split()
                 offset, duration = float(start), float(end) - float(start)
             except ValueError:
                 raise CorpusError(f"{segments}: '{key} {value}' is not UTTERANCE RECORDING START END") from None
-            # An end of -1 is the recording's end.
-            yield key, recordings.get(recording), recording, offset, None if float(end) < 0 else duration
+            if channel:  # the average of all channels would have the other speakers too
+                detail = f"channel {channel[0]} of recording '{recording}': extract the channels to files first"
+                yield Fault(key, "bad_row", detail)
+            elif recording not in recordings:
+                yield Fault(key, "bad_row", f"segments speaks of recording '{recording}', wav.scp does not")
+            else:  # an end of -1 is the recording's end
+                yield key, recordings[recording], recording, offset, None if float(end) < 0 else duration

@@ -8,7 +8,7 @@ import tarfile
 import pytest
 
 from data_tools.corpora import Corpus, Entry, Fault
-from tests.data_tools.test_corpora import sound_bytes, text
+from tests.data_tools.test_corpora import sound, sound_bytes, text
 
 
 def read(specification):
@@ -101,3 +101,26 @@ def test_lhotse_a_shar_tar_that_was_cut_short_is_told(where, tmp_path):
     assert [entry.id for entry in found] == ["c0", "c1", "c2", "c3"][:kept]
     assert [(fault.id, fault.reason) for fault in faults] == [(f"c{number}", "truncated") for number in range(kept, 4)]
     assert all("recording.000000.tar ends before the cuts" in fault.detail for fault in faults)
+
+
+def kaldi(root, **files):
+    wav = sound(root / "long.wav", 1.0)
+    text(root / "data" / "wav.scp", f"rec1 {wav}\n")
+    for name, content in files.items():
+        text(root / "data" / name, content)
+    return f"kaldi:{root / 'data'}"
+
+
+def test_kaldi_a_channel_of_a_call_is_not_the_average_of_both(tmp_path):
+    segments = "utt1 rec1 0.1 0.4 1\nutt2 rec1 0.1 0.4\nutt3 rec1 0.5 0.9 A\n"
+    found, faults = read(kaldi(tmp_path, segments=segments, text="utt1 one\nutt2 two\nutt3 three\n"))
+    assert [(entry.id, entry.text) for entry in found] == [("utt2", "two")]
+    assert [(fault.id, fault.reason) for fault in faults] == [("utt1", "bad_row"), ("utt3", "bad_row")]
+    assert "channel A of recording 'rec1': extract the channels to files first" in faults[1].detail
+
+
+def test_kaldi_a_tab_in_a_transcript_does_not_move_the_key(tmp_path):
+    segments = "utt1 rec1 0.1 0.4\nutt2\trec1 0.1 0.4\nutt3  \t rec1\t0.1\t0.4\n"
+    found, faults = read(kaldi(tmp_path, segments=segments, text="utt1 one\ttwo\nutt2\tthree four\nutt3 \tfive\n"))
+    assert [(entry.id, entry.text) for entry in found] == [("utt1", "one\ttwo"), ("utt2", "three four"), ("utt3", "five")]
+    assert not faults
