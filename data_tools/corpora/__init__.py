@@ -195,5 +195,5 @@ def number(text: str | float | None) -> float | None:
     """A number out of a table's cell; None where there is none."""
     try:
         return float(text) if text not in (None, "") else None
-    except ValueError:
+    except (ValueError, TypeError):  # TypeError: what JSON has beside strings and numbers
         return None

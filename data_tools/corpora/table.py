@@ -20,11 +20,15 @@ def open_text(path: Path):
     return opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="")
 
 
+def usual_delimiter(path: Path) -> str:
+    return "," if ".csv" in path.suffixes else "\t"
+
+
 def rows(
     path: Path, delimiter: str | None = None, quoted: bool = True, header: list[str] | None = None
 ) -> Iterator[tuple[int, dict]]:
     """(line number, row) of a CSV or TSV, one at a time. header: column names of a file without a line of them."""
-    delimiter = delimiter or ("," if ".csv" in path.suffixes else "\t")
+    delimiter = delimiter or usual_delimiter(path)
     with open_text(path) as file:
         reader = csv.DictReader(
             file, fieldnames=header, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
@@ -39,7 +43,8 @@ class Table:
     Columns: id, audio, text, duration, offset, end (instead of duration, with offset), lang_column, target_lang, speaker,
     prompt, response, label, recording, hypothesis, sound_hash. A column that is not named and exists under its own name is
     taken. root: folder that relative audio paths start from (default: the table's); suffix: appended to them. delimiter:
-    between cells (default: a comma in .csv, else a tab).
+    between cells (default: a comma in .csv, else a tab). quoting: whether cells may stand in double quotes, as CSV has them,
+    yes or no (default: no between tabs, where a quote is a sign like any other, as in Common Voice; else yes).
     """
 
     COLUMNS = (
@@ -80,10 +85,15 @@ class Table:
         root: str | None = None,
         suffix: str = "",
         delimiter: str | None = None,
+        quoting: str | None = None,
         task: str | None = None,
         lang: str | None = None,
     ):
-        self.path, self.suffix, self.delimiter, self.task, self.lang = path, suffix, delimiter, task, lang
+        self.path, self.suffix, self.task, self.lang = path, suffix, task, lang
+        self.delimiter = delimiter or usual_delimiter(path)
+        if quoting not in (None, "yes", "no"):
+            raise CorpusError(f"quoting={quoting}: yes or no")
+        self.quoted = quoting == "yes" if quoting else self.delimiter != "\t"
         self.root = Path(root).absolute() if root else path.parent
         given = locals()
         self.named = {column: given[column] for column in self.COLUMNS if given[column]}
@@ -93,7 +103,7 @@ class Table:
 
     def _rows(self) -> Iterator[tuple[int, dict | None]]:
         if not self.jsonl:
-            yield from rows(self.path, self.delimiter)
+            yield from rows(self.path, self.delimiter, self.quoted)
             return
         with open_text(self.path) as file:
             for place, line in enumerate(file, 1):
@@ -112,12 +122,20 @@ class Table:
             missing = [name for name in self.named.values() if name not in row]
             if missing:
                 raise CorpusError(f"{self.path} has no column '{missing[0]}': its columns are {', '.join(map(str, row))}")
+            if self.delimiter == "\t" and not self.jsonl and _has_line_break(row, self.quoted):
+                yield Fault(where, "bad_row", "a line break in a cell, or a quote that is not closed: write the cell without")
+                continue
             cells = {column: row.get(self.named.get(column, column)) for column in (*self.COLUMNS, "lang")}
             cells = {column: value for column, value in cells.items() if value not in (None, "")}
             yield self._entry(cells, where, f"{self.path.stem}-{place:09d}")
 
     def _entry(self, cells: dict, where: str, default_id: str) -> Entry | Fault:
-        offset, end, duration = (number(cells.pop(column, None)) for column in ("offset", "end", "duration"))
+        times = {column: (number(cells.get(column)), str(cells.pop(column, ""))) for column in ("offset", "end", "duration")}
+        for column, (seconds, told) in times.items():
+            if seconds is None and told.strip():  # without its number, a segment would be the whole recording
+                name = self.named.get(column, column)
+                return Fault(str(cells.get("id", where)), "bad_row", f"{where}: {name} is '{told}', not a number")
+        offset, end, duration = (seconds for seconds, _ in times.values())
         if end is not None:
             offset = offset or 0.0
             duration = end - offset
@@ -130,3 +148,11 @@ class Table:
         if self.lang:
             cells.setdefault("lang", self.lang)
         return Entry(**cells, task=self.task, offset=offset, duration=duration)
+
+
+def _has_line_break(row: dict, quoted: bool) -> bool:
+    """Whether a TSV's row swallowed lines that follow, or is the first half of one that a quoted cell's line break cut."""
+    cells = [cell for cell in row.values() if isinstance(cell, str)]
+    if quoted:
+        return any("\n" in cell or "\r" in cell for cell in cells)
+    return bool(cells) and len(cells) < len(row) and cells[-1][:1] == '"' and (len(cells[-1]) == 1 or cells[-1][-1] != '"')

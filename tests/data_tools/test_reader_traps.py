@@ -7,7 +7,7 @@ import tarfile
 
 import pytest
 
-from data_tools.corpora import Corpus, Entry, Fault
+from data_tools.corpora import Corpus, CorpusError, Entry, Fault
 from tests.data_tools.test_corpora import sound, sound_bytes, text
 
 
@@ -124,3 +124,58 @@ def test_kaldi_a_tab_in_a_transcript_does_not_move_the_key(tmp_path):
     found, faults = read(kaldi(tmp_path, segments=segments, text="utt1 one\ttwo\nutt2\tthree four\nutt3 \tfive\n"))
     assert [(entry.id, entry.text) for entry in found] == [("utt1", "one\ttwo"), ("utt2", "three four"), ("utt3", "five")]
     assert not faults
+
+
+VALIDATED = 'path\tsentence\tgender\na.mp3\t"Il dit bonjour.\tmale\nb.mp3\tOui.\tfemale\nc.mp3\tNon", dit-il.\tmale\n'
+
+
+def test_a_quote_in_a_tsv_swallows_no_rows(tmp_path):
+    path = text(tmp_path / "validated.tsv", VALIDATED)
+    found, faults = read(f"table:{path},audio=path,text=sentence,label=gender")
+    assert [(entry.text, entry.label) for entry in found] == [
+        ('"Il dit bonjour.', "male"),
+        ("Oui.", "female"),
+        ('Non", dit-il.', "male"),
+    ]
+    assert not faults
+    found, faults = read(f"table:{path},audio=path,text=sentence,quoting=yes")
+    assert not found and [(fault.id, fault.reason) for fault in faults] == [("validated.tsv:4", "bad_row")]
+    assert "a quote that is not closed" in faults[0].detail
+
+
+def test_quoting_is_as_told_and_a_csv_has_it(tmp_path):
+    content = 'audio{0}text\na.wav{0}"one ""two"""\n"b.wav"{0}"{0}\nx"\nc.wav{0}three\n'
+    csv_path, tsv_path = text(tmp_path / "t.csv", content.format(",")), text(tmp_path / "t.tsv", content.format("\t"))
+    assert [entry.text for entry in read(f"table:{csv_path}")[0]] == ['one "two"', ",\nx", "three"]
+    found, faults = read(f"table:{tsv_path},quoting=yes")
+    assert [entry.text for entry in found] == ['one "two"', "three"] and len(faults) == 1
+    found, _ = read(f"table:{tsv_path.rename(tmp_path / 'u.csv')},quoting=no,delimiter=\t")
+    assert found[0].text == '"one ""two"""'
+    with pytest.raises(CorpusError, match="quoting=maybe: yes or no"):
+        Corpus(f"table:{csv_path},quoting=maybe")
+
+
+def test_a_quoted_cell_with_a_line_break_in_a_tsv_is_no_half_transcript(tmp_path):
+    path = text(tmp_path / "t.tsv", 'audio\ttext\tspeaker\na.wav\t"one\ntwo"\tx\nb.wav\t"three"\nc.wav\tfour\ty\n')
+    found, faults = read(f"table:{path}")
+    assert [entry.text for entry in found if entry.audio.endswith(".wav")] == ['"three"', "four"]
+    assert [(fault.id, fault.reason) for fault in faults] == [("t.tsv:2", "bad_row")]
+
+
+@pytest.mark.parametrize("column", ["offset", "end", "duration"])
+@pytest.mark.parametrize("value", ["1,5", "0:01.5", "soon", "[1]", "NA"])
+def test_a_time_that_is_no_number_does_not_give_the_whole_recording(column, value, tmp_path):
+    quoted = f'"{value}"'
+    path = text(tmp_path / "t.csv", f"id,audio,text,{column}\nx,a.wav,one,{quoted}\ny,a.wav,two,1.5\nz,a.wav,three, \n")
+    found, faults = read(f"table:{path}")
+    assert [entry.id for entry in found] == ["y", "z"]
+    assert [(fault.id, fault.reason) for fault in faults] == [("x", "bad_row")]
+    assert faults[0].detail == f"t.csv:2: {column} is '{value}', not a number"
+
+
+def test_a_time_that_is_a_list_costs_its_line_alone(tmp_path):
+    path = lines(
+        tmp_path / "t.jsonl", [{"audio": "a.wav", "text": "a", "offset": [1]}, {"audio": "a.wav", "text": "b", "offset": 1}]
+    )
+    found, faults = read(f"table:{path}")
+    assert [entry.offset for entry in found] == [1.0] and [fault.reason for fault in faults] == ["bad_row"]
