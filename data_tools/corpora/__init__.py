@@ -163,7 +163,7 @@ class Corpus:
         module, class_name = READERS[name].split(":")
         reader = getattr(importlib.import_module(f"data_tools.corpora.{module}"), class_name)
         known = [p for p in inspect.signature(reader).parameters if p != "path"]
-        self.name = options.pop("corpus", None) or Path(path.rstrip("/")).name.partition(".")[0]
+        given_name = options.pop("corpus", None)
         self.defaults = {key: options.pop(key) for key in _DEFAULTS if key in options and key not in known}
         for option in options:
             if option not in known:
@@ -179,6 +179,8 @@ class Corpus:
             self.reader: Iterable[Entry | Fault] = reader(Path(path).absolute(), **options)
         except TypeError as error:
             raise CorpusError(f"corpus '{specification}': {str(error).partition(') ')[2] or error}") from None
+        # A reader may know a better name than the path's: one that tells apart corpora whose ids are the same.
+        self.name: str = given_name or getattr(self.reader, "corpus", None) or Path(path.rstrip("/")).name.partition(".")[0]
 
     def __iter__(self) -> Iterator[Entry | Fault]:
         for item in self.reader:

@@ -10,28 +10,48 @@ from data_tools.corpora.table import rows
 
 LANGUAGES = {
     "ar": "Arabic",
+    "bg": "Bulgarian",
     "ca": "Catalan",
+    "cs": "Czech",
     "cy": "Welsh",
+    "da": "Danish",
     "de": "German",
+    "el": "Greek",
     "en": "English",
     "es": "Spanish",
     "et": "Estonian",
     "fa": "Persian",
+    "fi": "Finnish",
     "fr": "French",
+    "hi": "Hindi",
+    "hr": "Croatian",
+    "hu": "Hungarian",
     "id": "Indonesian",
     "it": "Italian",
     "ja": "Japanese",
+    "ko": "Korean",
+    "lt": "Lithuanian",
     "lv": "Latvian",
     "mn": "Mongolian",
+    "mt": "Maltese",
     "nl": "Dutch",
+    "pl": "Polish",
     "pt": "Portuguese",
+    "ro": "Romanian",
     "ru": "Russian",
+    "sk": "Slovak",
     "sl": "Slovenian",
     "sv": "Swedish",
     "ta": "Tamil",
     "tr": "Turkish",
+    "uk": "Ukrainian",
     "zh": "Chinese",
 }
+
+
+def language_name(code: str) -> str:
+    """As an instruction names the language: German for de, de-DE; a code that is not known stays."""
+    return LANGUAGES.get(code.split("-")[0].lower(), code)
 
 
 class CommonVoice:
@@ -62,7 +82,8 @@ class CommonVoice:
 class CoVoST:
     """covost_v2.SRC_TGT.SPLIT.tsv (path, sentence, translation, client_id) and the Common Voice clips that it speaks of.
 
-    PATH is the table; clips: folder of the mp3 files (default: clips beside it). The two languages are in the file's name.
+    PATH is the table; clips: folder of the mp3 files (default: clips beside it). The two languages are in the file's name, and
+    in the corpus' name unless another is given: a clip has one id whatever it is translated into.
     """
 
     def __init__(self, path: Path, clips: str | None = None):
@@ -71,18 +92,19 @@ class CoVoST:
         if len(parts) < 3 or "_" not in parts[1]:
             raise CorpusError(f"{path}: the name must be covost_v2.SRC_TGT.SPLIT.tsv, for its languages")
         source, target = parts[1].split("_", 1)
-        code = target.split("-")[0]
-        self.source, self.target = source.split("-")[0], LANGUAGES.get(code, code)
+        self.source, self.target = source.split("-")[0], language_name(target)
+        self.corpus = f"{parts[0]}.{parts[1]}"
 
     def __iter__(self) -> Iterator[Entry | Fault]:
-        for place, row in rows(self.table, quoted=False):
+        # The official script writes the splits with a backslash before every quote and backslash of a sentence.
+        for place, row in rows(self.table, quoted=False, escape="\\"):
             if not row.get("path") or not row.get("translation"):
                 yield Fault(row.get("path") or f"{self.table.name}:{place}", "bad_row", "no path or no translation")
                 continue
             yield Entry(
                 id=Path(row["path"]).stem,
                 audio=str(self.clips / row["path"]),
-                text=(row.get("sentence") or "").strip('"') or None,
+                text=_without_quotes(row.get("sentence") or "") or None,
                 lang=self.source,
                 target_lang=self.target,
                 task="translation",
@@ -90,3 +112,10 @@ class CoVoST:
                 response=row["translation"],
                 speaker=row.get("client_id") or None,
             )
+
+
+def _without_quotes(sentence: str) -> str:
+    """Without the quotes around all of it, which some sentences have, and CSV's double ones within; others stay."""
+    inner = sentence[1:-1]
+    whole = sentence == f'"{inner}"' and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if whole else sentence

@@ -25,13 +25,22 @@ def usual_delimiter(path: Path) -> str:
 
 
 def rows(
-    path: Path, delimiter: str | None = None, quoted: bool = True, header: list[str] | None = None
+    path: Path,
+    delimiter: str | None = None,
+    quoted: bool = True,
+    header: list[str] | None = None,
+    escape: str | None = None,
 ) -> Iterator[tuple[int, dict]]:
-    """(line number, row) of a CSV or TSV, one at a time. header: column names of a file without a line of them."""
+    """(line number, row) of a CSV or TSV, one at a time. header: column names of a file without a line of them; escape: the
+    sign before signs that would mean something else."""
     delimiter = delimiter or usual_delimiter(path)
     with open_text(path) as file:
         reader = csv.DictReader(
-            file, fieldnames=header, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+            file,
+            fieldnames=header,
+            delimiter=delimiter,
+            quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
+            escapechar=escape,
         )
         for row in reader:
             yield reader.line_num, row

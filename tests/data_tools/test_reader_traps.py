@@ -1,5 +1,6 @@
 """Corpora whose rows would become wrong training data without a word: each is read right, or reported."""
 
+import csv
 import gzip
 import io
 import json
@@ -7,7 +8,9 @@ import tarfile
 
 import pytest
 
+from data_tools import pack
 from data_tools.corpora import Corpus, CorpusError, Entry, Fault
+from data_tools.shards import ShardIndex
 from tests.data_tools.test_corpora import sound, sound_bytes, text
 
 
@@ -179,3 +182,42 @@ def test_a_time_that_is_a_list_costs_its_line_alone(tmp_path):
     )
     found, faults = read(f"table:{path}")
     assert [entry.offset for entry in found] == [1.0] and [fault.reason for fault in faults] == ["bad_row"]
+
+
+def covost(root, pair, *sentences):
+    """A table as the official script writes it: pandas' to_csv with QUOTE_NONE and a backslash."""
+    path = root / f"covost_v2.{pair}.train.tsv"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_NONE, escapechar="\\", lineterminator="\n")
+        writer.writerow(["path", "sentence", "translation", "client_id"])
+        writer.writerows([f"clip_{n}.mp3", sentence, f'Er sagte "{n}".', "x"] for n, sentence in enumerate(sentences))
+    return path
+
+
+@pytest.mark.parametrize(
+    "written, read_as",
+    [
+        ('He said "yes" to it.', 'He said "yes" to it.'),
+        ('"All of it."', "All of it."),
+        ('"Yes," he said, "no."', '"Yes," he said, "no."'),
+        ('He said "no."', 'He said "no."'),
+        ('"No," he said.', '"No," he said.'),
+        ('"He said ""no"" to it."', 'He said "no" to it.'),
+        ('a back\\slash and a "', 'a back\\slash and a "'),
+        ('""', None),
+        ("plain", "plain"),
+    ],
+)
+def test_covost_quotes_are_those_of_the_sentence(written, read_as, tmp_path):
+    found, faults = read(f"covost:{covost(tmp_path, 'en_de', written, 'next')}")
+    assert [entry.text for entry in found] == [read_as, "next"] and not faults
+    assert [entry.response for entry in found] == ['Er sagte "0".', 'Er sagte "1".']
+
+
+def test_covost_pairs_of_one_source_are_two_corpora(tmp_path):
+    german, arabic = covost(tmp_path, "en_de", "one"), covost(tmp_path, "en_ar", "one")
+    assert [read(f"covost:{path}")[0][0].corpus for path in (german, arabic)] == ["covost_v2.en_de", "covost_v2.en_ar"]
+    assert read(f"covost:{german},corpus=mine")[0][0].corpus == "mine"
+    options = ["--corpus", f"covost:{german}", "--corpus", f"covost:{arabic}", "--out", str(tmp_path / "out"), "--workers", "1"]
+    sound(tmp_path / "clips" / "clip_0.mp3")
+    assert pack.main(options) == 0 and len(ShardIndex.load(tmp_path / "out")) == 2
