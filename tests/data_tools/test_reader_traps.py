@@ -221,3 +221,18 @@ def test_covost_pairs_of_one_source_are_two_corpora(tmp_path):
     options = ["--corpus", f"covost:{german}", "--corpus", f"covost:{arabic}", "--out", str(tmp_path / "out"), "--workers", "1"]
     sound(tmp_path / "clips" / "clip_0.mp3")
     assert pack.main(options) == 0 and len(ShardIndex.load(tmp_path / "out")) == 2
+
+
+def test_nemo_a_line_in_another_language_is_a_translation(tmp_path):
+    both = [("en", "en"), ("en", "de"), ("en", "xx"), ("en-US", "en"), ("en", None), (None, "fr")]
+    rows = [{"audio_filepath": "a.wav", "duration": 1, "offset": 0.0, "text": "t", "pred_text": "p"} for _ in both]
+    rows = [row | {"source_lang": source, "target_lang": target} for row, (source, target) in zip(rows, both, strict=True)]
+    found, faults = read(f"nemo:{lines(tmp_path / 'm.json', rows)}")
+    told = [(e.id, e.task, e.lang, e.target_lang, e.text, e.response, e.hypothesis) for e in found]
+    asr = ("a@0.000", "asr", "en", None, "t", None, "p")
+    assert told[:3] == [
+        asr,
+        ("a@0.000-de", "translation", "en", "German", None, "t", None),
+        ("a@0.000-xx", "translation", "en", "xx", None, "t", None),
+    ]
+    assert told[3:] == [asr, asr, ("a@0.000", "asr", "fr", None, "t", None, "p")] and not faults
