@@ -133,6 +133,8 @@ READERS = {
 }
 # Options of every reader: values for entries without.
 _DEFAULTS = ("task", "lang", "target_lang", "prompt", "label", "speaker", "origin")
+# Of these, readers of columns take a column's name, else the value of all entries.
+_VALUES = ("target_lang", "prompt", "label", "speaker")
 
 
 def path_of(specification: str) -> Path:
@@ -199,3 +201,25 @@ def number(text: str | float | None) -> float | None:
         return float(text) if text not in (None, "") else None
     except (ValueError, TypeError):  # TypeError: what JSON has beside strings and numbers
         return None
+
+
+def columns_and_values(named: dict[str, str], columns: Iterable[str], where: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """({field: column}, {field: value for every entry}) of a reader's options, for a file with these columns.
+
+    Errors: CorpusError for what is no column and cannot be a value, or is nearly a column's name.
+    """
+    columns = [column for column in columns if isinstance(column, str)]
+    by_lower = {column.lower(): column for column in columns}
+    values = {field: value for field, value in named.items() if value not in columns}
+    for field, value in values.items():
+        near = difflib.get_close_matches(value.lower(), by_lower, n=1, cutoff=0.8)  # a slip of the pen would label every entry
+        if near or field not in _VALUES:
+            hint = f", did you mean '{by_lower[near[0]]}'?" if near else ":"
+            raise CorpusError(f"{where} has no column '{value}'{hint} its columns are {', '.join(columns)}")
+    return {field: column for field, column in named.items() if field not in values}, values
+
+
+def check_same_meaning(before: tuple[dict, dict], now: tuple[dict, dict], where: Path | str) -> None:
+    """Errors: CorpusError where an option names a column of one file or line, and would be a value for another."""
+    for field, value in before[1].items() ^ now[1].items():
+        raise CorpusError(f"{where}: '{value}' is a column in some places and none in others: {field}={value} is ambiguous")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_tools.corpora import CorpusError, Entry, Fault, number
+from data_tools.corpora import CorpusError, Entry, Fault, check_same_meaning, columns_and_values, number
 from data_tools.sources import record_batches
 
 TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "normalized_text", "raw_transcription")
@@ -17,8 +17,11 @@ class HuggingFace:
 
     audio, text, id, speaker, label, prompt, response, lang_column, duration (seconds): names of columns; audio and text are
     found where they bear usual names. Numbers of classes become the names that the file has for them; a list of classes or
-    strings under label, these joined by commas. split: only files whose name begins with it, or whose folder has it. Rows
-    of one Parquet row group stay together in the shuffle, since a row cannot be read without its group.
+    strings under label, these joined by commas. speaker, label and prompt may also be the value of all entries: whatever is no
+    column's name. Without id=COLUMN, an id is made of file and row (a column `id` may be a sentence's, which several clips
+    share). split: only files whose name begins with it, or whose folder has it. What Dataset.map leaves in a saved folder
+    (cache-*, tmp*) is not read. Rows of one Parquet row group stay together in the shuffle, since a row cannot be read
+    without its group.
     """
 
     COLUMNS = ("text", "id", "speaker", "label", "prompt", "response", "duration")
@@ -41,8 +44,9 @@ class HuggingFace:
         self.named = {column: given[column] for column in self.COLUMNS if given[column]}
         if lang_column:
             self.named["lang"] = lang_column
-        self.audio = audio
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".parquet", ".arrow"))
+        self.audio, self.meant = audio, None
+        self.root = path.parent if path.is_file() else path
+        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _holds_data(p))
         self.files = [p for p in files if split is None or p.name.startswith(split) or p.parent.name == split]
         if not self.files:
             raise CorpusError(f"{path} holds no .parquet or .arrow file" + (f" of split {split}" if split else ""))
@@ -51,51 +55,59 @@ class HuggingFace:
         for file in self.files:
             yield from self._parquet(file) if file.suffix == ".parquet" else self._arrow(file)
 
-    def _columns(self, schema, file: Path) -> tuple[str, dict[str, str]]:
-        """The audio column and {entry field: column} for one file."""
+    def _name(self, file: Path) -> str:
+        """Of the file in its rows' ids: folders of one dataset (languages, say) have files of the same name."""
+        return file.relative_to(self.root).with_suffix("").as_posix()
+
+    def _columns(self, schema, file: Path) -> tuple[str, dict[str, str], dict[str, str]]:
+        """The audio column, {entry field: column} and {entry field: value of all} for one file."""
         names = list(schema.names)
-        for column in [*self.named.values(), *([self.audio] if self.audio else [])]:
-            if column not in names:
-                raise CorpusError(f"{file} has no column '{column}': its columns are {', '.join(names)}")
+        named = self.named | ({"audio": self.audio} if self.audio else {})
+        fields, values = columns_and_values(named, names, file)
+        fields.pop("audio", None)
+        self.meant = self.meant or (dict(fields), values)
+        check_same_meaning(self.meant, (fields, values), file)
         audio = self.audio or next(
             (name for name in names if name == "audio" or str(schema.field(name).type).startswith("struct<bytes")), None
         )
         if audio is None:
             raise CorpusError(f"{file} has no audio column: name it with audio=COLUMN (columns: {', '.join(names)})")
-        fields = dict(self.named)
         if "text" not in fields and (text := next((name for name in TEXT_COLUMNS if name in names), None)):
             fields["text"] = text
-        if "id" not in fields and "id" in names:
-            fields["id"] = "id"
         for field, column in fields.items():
             _check_type(field, column, schema.field(column).type, _class_names(schema, column), file)
-        return audio, fields
+        return audio, fields, values
 
     def _parquet(self, file: Path) -> Iterator[Entry | Fault]:
         import pyarrow.parquet
 
         parquet, first = pyarrow.parquet.ParquetFile(file), 0
-        audio, fields = self._columns(parquet.schema_arrow, file)
+        audio, fields, constant = self._columns(parquet.schema_arrow, file)
         for group in range(parquet.num_row_groups):
             told = parquet.metadata.row_group(group)
             leaves = [told.column(number) for number in range(told.num_columns)]
             size = sum(leaf.total_compressed_size for leaf in leaves if leaf.path_in_schema.split(".")[0] == audio)
             table = parquet.read_row_group(group, columns=sorted(set(fields.values()))) if fields else None
             columns = {field: _values(table.column(column), parquet.schema_arrow, column) for field, column in fields.items()}
-            place = f"parquet:{file}#{group}"
-            yield from _entries(
-                columns, told.num_rows, size // max(1, told.num_rows), place, audio, file.stem, first, group=place
-            )
+            columns |= {field: [value] * told.num_rows for field, value in constant.items()}
+            place, name = f"parquet:{file}#{group}", self._name(file)
+            yield from _entries(columns, told.num_rows, size // max(1, told.num_rows), place, audio, name, first, group=place)
             first += told.num_rows
 
     def _arrow(self, file: Path) -> Iterator[Entry | Fault]:
         first = 0
         for place, batch in enumerate(record_batches(str(file))):
-            audio, fields = self._columns(batch.schema, file)
+            audio, fields, constant = self._columns(batch.schema, file)
             columns = {field: _values(batch.column(column), batch.schema, column) for field, column in fields.items()}
-            size = batch.column(audio).nbytes // max(1, batch.num_rows)
-            yield from _entries(columns, batch.num_rows, size, f"arrow:{file}#{place}", audio, file.stem, first, group=None)
+            columns |= {field: [value] * batch.num_rows for field, value in constant.items()}
+            size, name = batch.column(audio).nbytes // max(1, batch.num_rows), self._name(file)
+            yield from _entries(columns, batch.num_rows, size, f"arrow:{file}#{place}", audio, name, first, group=None)
             first += batch.num_rows
+
+
+def _holds_data(file: Path) -> bool:
+    """Dataset.map leaves its results in the folder of a saved dataset, as cache-*.arrow: the same clips, or some, again."""
+    return file.suffix == ".parquet" or file.suffix == ".arrow" and not file.name.startswith(("cache-", "tmp"))
 
 
 def _class_names(schema, column: str) -> list[str] | None:
@@ -137,10 +149,10 @@ def _values(array, schema, column: str) -> list:
 
 
 def _entries(
-    columns: dict[str, list], rows: int, size: int, place: str, audio: str, stem: str, first: int, group: str | None
+    columns: dict[str, list], rows: int, size: int, place: str, audio: str, name: str, first: int, group: str | None
 ) -> Iterator[Entry]:
     for row in range(rows):
         values = {field: None if column[row] is None else str(column[row]) for field, column in columns.items()}
         values["duration"] = number(values.get("duration"))
-        values["id"] = values.get("id") or f"{stem}-{first + row:09d}"
+        values["id"] = values.get("id") or f"{name}-{first + row:09d}"
         yield Entry(audio=f"{place}/{row}/{audio}", size=size, group=group, **values)

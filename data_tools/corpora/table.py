@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_tools.corpora import CorpusError, Entry, Fault, number
+from data_tools.corpora import CorpusError, Entry, Fault, check_same_meaning, columns_and_values, number
 
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
 
@@ -51,9 +51,10 @@ class Table:
 
     Columns: id, audio, text, duration, offset, end (instead of duration, with offset), lang_column, target_lang, speaker,
     prompt, response, label, recording, hypothesis, sound_hash. A column that is not named and exists under its own name is
-    taken. root: folder that relative audio paths start from (default: the table's); suffix: appended to them. delimiter:
-    between cells (default: a comma in .csv, else a tab). quoting: whether cells may stand in double quotes, as CSV has them,
-    yes or no (default: no between tabs, where a quote is a sign like any other, as in Common Voice; else yes).
+    taken. target_lang, speaker, prompt and label may also be a value, which entries without one of their own get: whatever is
+    no column's name. root: folder that relative audio paths start from (default: the table's); suffix: appended to them.
+    delimiter: between cells (default: a comma in .csv, else a tab). quoting: whether cells may stand in double quotes, as CSV
+    has them, yes or no (default: no between tabs, where a quote is a sign like any other, as in Common Voice; else yes).
     """
 
     COLUMNS = (
@@ -123,20 +124,24 @@ class Table:
                         yield place, None
 
     def __iter__(self) -> Iterator[Entry | Fault]:
+        columns, meant = None, None
         for place, row in self._rows():
             where = f"{self.path.name}:{place}"
             if not isinstance(row, dict):
                 yield Fault(where, "bad_json", "not a JSON object")
                 continue
-            missing = [name for name in self.named.values() if name not in row]
-            if missing:
-                raise CorpusError(f"{self.path} has no column '{missing[0]}': its columns are {', '.join(map(str, row))}")
+            if row.keys() != columns:  # of JSONL, every line may have its own
+                columns, before = row.keys(), meant
+                meant = columns_and_values(self.named, columns, self.path)
+                if before is not None:
+                    check_same_meaning(before, meant, where)
+                named, values = meant
             if self.delimiter == "\t" and not self.jsonl and _has_line_break(row, self.quoted):
                 yield Fault(where, "bad_row", "a line break in a cell, or a quote that is not closed: write the cell without")
                 continue
-            cells = {column: row.get(self.named.get(column, column)) for column in (*self.COLUMNS, "lang")}
+            cells = {column: row.get(named.get(column, column)) for column in (*self.COLUMNS, "lang")}
             cells = {column: value for column, value in cells.items() if value not in (None, "")}
-            yield self._entry(cells, where, f"{self.path.stem}-{place:09d}")
+            yield self._entry(values | cells, where, f"{self.path.stem}-{place:09d}")
 
     def _entry(self, cells: dict, where: str, default_id: str) -> Entry | Fault:
         times = {column: (number(cells.get(column)), str(cells.pop(column, ""))) for column in ("offset", "end", "duration")}

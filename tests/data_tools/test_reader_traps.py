@@ -6,6 +6,8 @@ import io
 import json
 import tarfile
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from data_tools import pack
@@ -236,3 +238,82 @@ def test_nemo_a_line_in_another_language_is_a_translation(tmp_path):
         ("a@0.000-xx", "translation", "en", "xx", None, "t", None),
     ]
     assert told[3:] == [asr, asr, ("a@0.000", "asr", "fr", None, "t", None, "p")] and not faults
+
+
+def saved(path, **columns):
+    """A Parquet or Arrow file of clips that have these columns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = len(next(iter(columns.values())))
+    table = pyarrow.table({"audio": [sound_bytes(0.1)] * rows, **columns})
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_huggingface_files_of_one_name_in_two_folders_have_ids_of_their_own(suffix, tmp_path):
+    for lang in ("de", "fr"):
+        file = saved(tmp_path / lang / f"train-00000.{suffix}", text=["a", "b"])
+    names = [entry.id for entry in read(f"huggingface:{tmp_path}")[0]]
+    assert names == [f"{lang}/train-00000-{row:09d}" for lang in ("de", "fr") for row in range(2)]
+    assert read(f"huggingface:{file}")[0][0].id == "train-00000-000000000"
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_huggingface_a_column_id_is_the_clips_only_when_it_is_named(suffix, tmp_path):
+    file = saved(tmp_path / f"a.{suffix}", text=["one", "one"], id=[1077, 1077])
+    assert [entry.id for entry in read(f"huggingface:{file}")[0]] == ["a-000000000", "a-000000001"]
+    assert [entry.id for entry in read(f"huggingface:{file},id=id")[0]] == ["1077", "1077"]
+
+
+def test_huggingface_what_map_left_beside_a_saved_dataset_is_not_read_again(tmp_path):
+    for name in ("data-00000-of-00001", "cache-1f0e9a", "cache-1f0e9a_00000_of_00002", "tmp8x1_q"):
+        saved(tmp_path / f"{name}.arrow", text=["a"])
+    assert [entry.id for entry in read(f"huggingface:{tmp_path}")[0]] == ["data-00000-of-00001-000000000"]
+    assert len(read(f"huggingface:{tmp_path / 'cache-1f0e9a.arrow'}")[0]) == 1, "a file that is named is read"
+
+
+def columns_of(kind, root, **columns):
+    if kind in ("parquet", "arrow"):
+        return f"huggingface:{saved(root / f't.{kind}', **columns)}"
+    rows = [dict(zip(columns, values, strict=True)) | {"audio": "a.wav"} for values in zip(*columns.values(), strict=True)]
+    if kind == "jsonl":
+        return f"table:{lines(root / 't.jsonl', rows)}"
+    content = [list(rows[0]), *(row.values() for row in rows)]
+    return f"table:{text(root / 't.csv', ''.join(','.join(line) + chr(10) for line in content))}"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "jsonl", "csv"])
+def test_what_is_no_column_is_the_value_of_all(kind, tmp_path):
+    specification = columns_of(kind, tmp_path, text=["a", "b"], mood=["joy", "fear"], who=["x", "y"])
+    for _ in range(2):
+        found, _ = read(f"{specification},label=mood,prompt=How does it sound, and why?,speaker=who,target_lang=German")
+        assert [(e.label, e.speaker) for e in found] == [("joy", "x"), ("fear", "y")]
+        assert {(e.prompt, e.target_lang) for e in found} == {("How does it sound, and why?", "German")}
+    found, _ = read(f"{specification},label=calm,speaker=s1,prompt=text")
+    assert [(e.label, e.speaker, e.prompt) for e in found] == [("calm", "s1", "a"), ("calm", "s1", "b")]
+    for option in ("label=Mood", "label=moods", "response=calm", "id=calm", "lang_column=en"):
+        with pytest.raises(CorpusError, match=f"has no column '{option.split('=')[1]}'.*columns are "):
+            read(f"{specification},{option}")
+
+
+def test_a_value_of_a_table_is_for_rows_without_their_own(tmp_path):
+    path = text(tmp_path / "t.csv", "audio,label,response\na.wav,joy,\na.wav,,\n,,yes\n")
+    found, faults = read(f"table:{path},label=calm,prompt=Well?")
+    assert [entry.label for entry in found] == ["joy", "calm", "calm"] and not faults
+    assert found[2].audio is None and found[2].prompt == "Well?"
+
+
+def test_a_column_of_some_lines_alone_is_no_value(tmp_path):
+    rows = [{"audio": "a.wav", "text": "a"}, {"audio": "a.wav", "text": "b", "mood": "joy"}]
+    for ordered in (rows, rows[::-1]):
+        with pytest.raises(CorpusError, match="t.jsonl:2: 'mood' is a column in some places and none in others"):
+            read(f"table:{lines(tmp_path / 't.jsonl', ordered)},label=mood")
+    saved(tmp_path / "a.parquet", text=["a"])
+    saved(tmp_path / "b.parquet", text=["b"], mood=["joy"])
+    with pytest.raises(CorpusError, match="b.parquet: 'mood' is a column in some places"):
+        read(f"huggingface:{tmp_path},label=mood")
+    assert [entry.label for entry in read(f"huggingface:{tmp_path},label=calm")[0]] == ["calm", "calm"]
