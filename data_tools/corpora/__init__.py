@@ -195,6 +195,14 @@ class Corpus:
             yield item
 
 
+HELD_OUT = ("dev", "test", "valid")
+
+
+def is_held_out(name: str) -> bool:
+    """Whether a part of a corpus bears the name of one that is kept for tests: no corpus gives those unasked."""
+    return name.lower().startswith(HELD_OUT)
+
+
 def number(text: str | float | None) -> float | None:
     """A number out of a table's cell; None where there is none."""
     try:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_tools.corpora import CorpusError, Entry, Fault
+from data_tools.corpora import CorpusError, Entry, Fault, is_held_out
 
 _CHUNK = 1 << 20
 
@@ -40,7 +40,8 @@ def json_array(path: Path, key: str) -> Iterator[dict]:
 
 
 class GigaSpeech:
-    """GigaSpeech.json beside audio/; PATH is the JSON, or its folder. subset: XL, L, M, S, XS, DEV or TEST. root: folder that
+    """GigaSpeech.json beside audio/; PATH is the JSON, or its folder. subset: XL, L, M, S, XS, DEV or TEST; without it, all but
+    DEV and TEST. root: folder that
     audio paths start from (default: the JSON's).
 
     Punctuation tags become punctuation (punctuation=no leaves them out); garbage segments (<SIL>, <MUSIC>, <NOISE>,
@@ -72,7 +73,8 @@ class GigaSpeech:
                 yield Fault(str(recording)[:80], "bad_json", "a recording without a path")
                 continue
             for segment in recording.get("segments", ()):
-                if self.subset and self.subset not in {name.strip("{}").upper() for name in segment.get("subsets", ())}:
+                subsets = {name.strip("{}").upper() for name in segment.get("subsets", ())}
+                if self.subset not in subsets if self.subset else subsets and all(map(is_held_out, subsets)):
                     continue
                 yield self.entry(recording, segment)
 
@@ -96,8 +98,8 @@ class GigaSpeech:
 
 
 class WenetSpeech(GigaSpeech):
-    """WenetSpeech.json: the same shape, Chinese. subset: L, M, S, W, DEV, TEST_NET, TEST_MEETING. root: as for GigaSpeech;
-    punctuation: without effect, there are no tags."""
+    """WenetSpeech.json: the same shape, Chinese. subset: L, M, S, W, DEV, TEST_NET, TEST_MEETING (without it, and root: as for
+    GigaSpeech); punctuation: without effect, there are no tags."""
 
     TAGS: dict[str, str] = {}
     default_lang = "zh"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_tools.corpora import CorpusError, Entry, Fault, check_same_meaning, columns_and_values, number
+from data_tools.corpora import CorpusError, Entry, Fault, check_same_meaning, columns_and_values, is_held_out, number
 from data_tools.sources import record_batches
 
 TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "normalized_text", "raw_transcription")
@@ -19,7 +19,8 @@ class HuggingFace:
     found where they bear usual names. Numbers of classes become the names that the file has for them; a list of classes or
     strings under label, these joined by commas. speaker, label and prompt may also be the value of all entries: whatever is no
     column's name. Without id=COLUMN, an id is made of file and row (a column `id` may be a sentence's, which several clips
-    share). split: only files whose name begins with it, or whose folder has it. What Dataset.map leaves in a saved folder
+    share). split: only files whose name begins with it, or whose folder has it; without it, all but those of
+    dev, test and validation. What Dataset.map leaves in a saved folder
     (cache-*, tmp*) is not read. Rows of one Parquet row group stay together in the shuffle, since a row cannot be read
     without its group.
     """
@@ -47,7 +48,12 @@ class HuggingFace:
         self.audio, self.meant = audio, None
         self.root = path.parent if path.is_file() else path
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _holds_data(p))
-        self.files = [p for p in files if split is None or p.name.startswith(split) or p.parent.name == split]
+        if split is None and path.is_dir():
+            self.files = [p for p in files if not any(map(is_held_out, p.relative_to(path).parts))]
+            if files and not self.files:
+                raise CorpusError(f"{path} holds test sets alone: name one with split=")
+        else:
+            self.files = [p for p in files if split is None or p.name.startswith(split) or p.parent.name == split]
         if not self.files:
             raise CorpusError(f"{path} holds no .parquet or .arrow file" + (f" of split {split}" if split else ""))
 

@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_tools.corpora import CorpusError, Entry, Fault
+from data_tools.corpora import CorpusError, Entry, Fault, is_held_out
 
 
 class LibriSpeech:
     """ROOT/SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt beside its .flac files; PATH is ROOT, or one SUBSET.
 
-    subset: only these, joined by `+` (train-clean-100+train-clean-360).
+    subset: only these, joined by `+` (train-clean-100+train-clean-360); without it, of ROOT, all but dev and test.
     """
 
     def __init__(self, path: Path, subset: str | None = None):
         wanted = subset.split("+") if subset else None
-        self.subsets = (
-            [path]
-            if wanted is None and _has_speakers(path)
-            else sorted(p for p in path.iterdir() if p.is_dir() and (wanted is None or p.name in wanted) and _has_speakers(p))
-        )
+        if wanted is None and _has_speakers(path):
+            self.subsets = [path]
+            return
+        there = sorted(p for p in path.iterdir() if p.is_dir() and _has_speakers(p))
+        self.subsets = [p for p in there if (p.name in wanted if wanted else not is_held_out(p.name))]
         missing = set(wanted or ()) - {p.name for p in self.subsets}
+        if there and not wanted and not self.subsets:
+            raise CorpusError(f"{path} holds test sets alone: name them, subset={'+'.join(p.name for p in there)}")
         if missing or not self.subsets:
             raise CorpusError(f"{path} holds no LibriSpeech subset {', '.join(sorted(missing))}".rstrip())
 

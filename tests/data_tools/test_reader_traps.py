@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import shutil
 import tarfile
 
 import pyarrow
@@ -317,3 +318,30 @@ def test_a_column_of_some_lines_alone_is_no_value(tmp_path):
     with pytest.raises(CorpusError, match="b.parquet: 'mood' is a column in some places"):
         read(f"huggingface:{tmp_path},label=mood")
     assert [entry.label for entry in read(f"huggingface:{tmp_path},label=calm")[0]] == ["calm", "calm"]
+
+
+def test_test_sets_are_given_when_they_are_asked_for(tmp_path):
+    for subset in ("train-clean-100", "dev-clean", "test-clean"):
+        folder = tmp_path / "LibriSpeech" / subset / "19" / "198"
+        folder.mkdir(parents=True)
+        (folder / "19-198.trans.txt").write_text(f"19-198-{subset} HELLO\n")
+    root = tmp_path / "LibriSpeech"
+    assert [entry.id for entry in Corpus(f"librispeech:{root}")] == ["19-198-train-clean-100"]
+    assert len(list(Corpus(f"librispeech:{root},subset=dev-clean+test-clean"))) == 2
+    assert len(list(Corpus(f"librispeech:{root / 'test-clean'}"))) == 1
+    shutil.rmtree(root / "train-clean-100")
+    with pytest.raises(CorpusError, match="test sets alone: name them, subset=dev-clean.test-clean"):
+        Corpus(f"librispeech:{root}")
+    segments = [
+        {"sid": name, "begin_time": 0.0, "end_time": 1.0, "text_tn": "HI", "subsets": subsets}
+        for name, subsets in (("a", ["{XL}", "{L}"]), ("b", ["{DEV}"]), ("c", ["{TEST}"]), ("d", []))
+    ]
+    (tmp_path / "GigaSpeech.json").write_text(json.dumps({"audios": [{"path": "a.opus", "segments": segments}]}))
+    assert [entry.id for entry in Corpus(f"gigaspeech:{tmp_path / 'GigaSpeech.json'}")] == ["a", "d"]
+    assert [entry.id for entry in Corpus(f"gigaspeech:{tmp_path / 'GigaSpeech.json'},subset=TEST")] == ["c"]
+    for name in ("hf/train-0.parquet", "hf/test-0.parquet", "hf/de/validation/0.parquet", "hf/data/0.parquet"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    taken = [path.relative_to(tmp_path / "hf").as_posix() for path in Corpus(f"huggingface:{tmp_path / 'hf'}").reader.files]
+    assert taken == ["data/0.parquet", "train-0.parquet"]
+    assert [path.name for path in Corpus(f"huggingface:{tmp_path / 'hf'},split=test").reader.files] == ["test-0.parquet"]
