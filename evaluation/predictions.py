@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 
@@ -52,23 +53,25 @@ class PredictionFile:
     def prepare(self) -> None:
         """Rank 0, before any rank reads: check or write the settings, and clear old rows on restart."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.restart:
+        before, job = json.loads(self.run_file.read_text()) if self.run_file.exists() else None, os.environ.get("SOUNDWAVE_JOB")
+        if self.restart and not (job and before and before.get("job") == job):  # a job that is requeued throws nothing away twice
             whole = [self.path, self.run_file, self.path.with_suffix(".rejected.jsonl")]
             for old in [*self.parts(), *self._rejected_parts(), *whole]:
                 old.unlink(missing_ok=True)
-        if not self.run_file.exists() and (there := [*self.parts(), *([self.path] if self.path.exists() else [])]):
+            before = None
+        if before is None and (there := [*self.parts(), *([self.path] if self.path.exists() else [])]):
             raise PredictionError(f"{there[0]} is there, but not {self.run_file.name}, which says how it was made: give another "
                                   "--out, or --restart to throw it away")
-        if self.run_file.exists():
-            before = json.loads(self.run_file.read_text())
+        if before is not None:
             now = json.loads(json.dumps(self.settings))
-            changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+            changed = [key for key in sorted((before.keys() | now.keys()) - {"job"}) if before.get(key) != now.get(key)]
             if changed:
                 what = ", ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
                 raise PredictionError(f"{self.path} was made with other settings ({what}): give another --out, or --restart to "
                                       "throw these predictions away")
         else:
-            self.run_file.write_text(json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n")
+            told = {**self.settings, **({"job": job} if job else {})}
+            self.run_file.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
 
     def done(self) -> set[str]:
         """Keys of the rows that some rank has finished."""

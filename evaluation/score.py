@@ -22,7 +22,7 @@ from data_tools.languages import UNSPACED, language_code
 from evaluation.normalise import describe, normalise
 from evaluation.predictions import PredictionError, read_rows
 from evaluation.resampling import interval
-from evaluation.tasks import label_among, metric_of, parse_choice, parse_letter, split_chain, target_language
+from evaluation.tasks import METRICS, label_among, metric_of, parse_choice, parse_letter, split_chain, target_language
 
 BOOTSTRAP = 1000  # resamples behind each 95 % interval
 
@@ -103,12 +103,18 @@ def label_of(row: dict) -> str:
 
 
 def with_labels(rows: list[dict], among: list[dict]) -> list[dict]:
-    """Rows without `choices` get `labels`, what can be answered: all labels of their corpus and task in `among`, so that a part
-    of the rows is scored as it is within the whole."""
-    labels: dict[tuple, set[str]] = defaultdict(set)
+    """Rows of closed tasks without `choices` get `labels`, what can be answered: all labels of their corpus and task in `among`
+    (of a task without any, as METRICS has it, the references), so that a part of the rows is scored as it is within the whole."""
+    found: dict[tuple, set[str]] = defaultdict(set)
+    bare: dict[tuple, set[str]] = defaultdict(set)
     for row in among:
-        labels[row.get("corpus"), row.get("task")].add(label_of(row))
-    return [row if row.get("choices") else row | {"labels": sorted(labels[row.get("corpus"), row.get("task")])} for row in rows]
+        key = row.get("corpus"), row.get("task")
+        if row.get("label"):
+            found[key].add(str(row["label"]))
+        elif METRICS.get(row.get("task")) == "accuracy":
+            bare[key].add(row["reference"])
+    labels = {key: sorted(names) for key, names in {**bare, **found}.items()}
+    return [row if row.get("choices") else row | {"labels": labels.get((row.get("corpus"), row.get("task")), [])} for row in rows]
 
 
 def correct_answers(rows: list[dict]) -> tuple[np.ndarray, int, int]:

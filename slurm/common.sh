@@ -42,8 +42,9 @@ freeze() {
     if [ ! -d "$code" ]; then
         mkdir -p "$code.part" || die "$failed" 1
         for part in train model data_tools evaluation ds_configs slurm; do
-            tar -cf - --exclude=__pycache__ --exclude=slurm/jobs --exclude=slurm/logs "$part" | tar -xf - -C "$code.part" \
-                || die "$failed" 1
+            # 1: a file changed while it was read, as editors do it.
+            { tar -cf - --exclude=__pycache__ --exclude=slurm/jobs --exclude=slurm/logs "$part" || [ $? = 1 ]; } \
+                | tar -xf - -C "$code.part" || die "$failed" 1
         done
         git describe --always --dirty '--exclude=*' >"$code.part/VERSION" 2>/dev/null || true  # train/files.py, code_version
         mv "$code.part" "$code" || die "$failed" 1  # complete or not there
@@ -318,7 +319,7 @@ resubmit() {
     # A busy controller may take a job and not say so: before it is asked again, the queue is.
     for try in 1 2 3 4 5 6 7 8; do
         new=$(client env -i "${given[@]}" SOUNDWAVE_CODE="$CODE" SOUNDWAVE_RESTARTS="$count" RECIPE="$RECIPE" \
-            sbatch "${options[@]}" "$JOB/script.sh" "${ARGUMENTS[@]}" 2>"$JOB/sbatch.err") && break
+            ${SOUNDWAVE_JOB:+"SOUNDWAVE_JOB=$SOUNDWAVE_JOB"} sbatch "${options[@]}" "$JOB/script.sh" "${ARGUMENTS[@]}" 2>"$JOB/sbatch.err") && break
         cat "$JOB/sbatch.err"
         grep -qiE "timed out|unable to contact|communication|connection refused" "$JOB/sbatch.err" || [ ! -s "$JOB/sbatch.err" ] || break
         sleep "${BUSY_SECONDS:-15}"

@@ -24,8 +24,6 @@ ENVIRONMENT=venv:.venv  # venv:DIR | conda:NAME | apptainer:FILE.sif | pyxis:IMA
 source "${SOUNDWAVE_CODE:-$PWD}/slurm/common.sh" \
     || { echo "error: no slurm/common.sh in $PWD: call sbatch from the project's root" >&2; exit 2; }
 [ -n "${SLURM_JOB_ID:-}" ] || die "submit this with sbatch from the project's root"
-if [ "$(restarts)" -gt 0 ]; then  # --restart was meant once
-    for word in "$@"; do shift; [ "$word" = --restart ] || set -- "$@" "$word"; done
-fi
+export SOUNDWAVE_JOB=${SOUNDWAVE_JOB:-$SLURM_JOB_ID}  # --restart is meant once: evaluation.run knows this job's own answers by it
 prepare "" "$@"
 run_resumable -m evaluation.run "$@"

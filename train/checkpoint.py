@@ -41,6 +41,7 @@ from train.files import PARTIAL, STEP, step_folders, sync_folder, write_atomical
 logger = logging.getLogger("soundwave")
 REPLACED, DAMAGED = ".replaced", ".damaged"
 COPY_SECONDS = 60  # a second file system that takes longer to let go of one checkpoint misses the next
+LAST_COPY_SECONDS = 1800  # but what it gets at the end it has time for
 
 
 class CheckpointError(RuntimeError):
@@ -251,6 +252,7 @@ class Checkpoints:
         self.save_seconds = 0.0  # the longest save so far, from snapshot to rename: the margin before a time limit
         self.blocked_seconds = 0.0  # how long the last snapshot held up training
         self.copier: threading.Thread | None = None
+        self.copied: Path | None = None  # what it is reading
         if ranks.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob("*" + PARTIAL):
@@ -259,12 +261,12 @@ class Checkpoints:
                     os.rename(leftover, final)
                 else:
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            copies = Path(config.copy_to) if config.copy_to else folder
-            for old in [*folder.glob("*" + REPLACED), *copies.glob("*" + REPLACED)]:  # what replaces it stands by now
-                _remove(old)
-            if config.copy_to:
-                for leftover in copies.glob("step-*" + PARTIAL):
-                    shutil.rmtree(leftover, ignore_errors=True)
+            copies = Path(config.copy_to) if config.copy_to else None
+            for place in {folder, copies} - {None}:
+                for old in place.glob("*" + REPLACED):  # what replaces it stands by now
+                    _remove(old)
+            for leftover in copies.glob("step-*" + PARTIAL) if copies else ():
+                shutil.rmtree(leftover, ignore_errors=True)
         dist.barrier()
 
     # ---------------------------------------------------------------- writing
@@ -361,20 +363,22 @@ class Checkpoints:
         free = self._copied()  # before older ones go: it may be reading one of them
         self._prune(self.folder)
         if self.config.copy_to and free:
+            self.copied = final
             self.copier = threading.Thread(target=self._copy, args=(final,), name="checkpoint-copier", daemon=True)
             self.copier.start()
         logger.info("checkpoint %s: %.1f MB, training held up %.2f s, written in %.2f s", final,
                     sum(fact["size"] for fact in files.values()) / 1e6, self.blocked_seconds, time.perf_counter() - self.started)
 
-    def _copied(self) -> bool:
+    def _copied(self, seconds: float | None = None) -> bool:
         """Wait for the copy in progress, if any; not for ever: a second file system that hangs must not hold up the run."""
         if self.copier is not None:
-            self.copier.join(COPY_SECONDS)
+            seconds = COPY_SECONDS if seconds is None else seconds
+            self.copier.join(seconds)
             if self.copier.is_alive():
-                logger.error("checkpoint.copy_to: %s has not taken the checkpoint before in %d s; the run goes on without it",
-                             self.config.copy_to, COPY_SECONDS)
+                logger.error("checkpoint.copy_to: %s has not taken %s in %d s; the run goes on without waiting for it",
+                             self.config.copy_to, self.copied.name, seconds)
                 return False
-            self.copier = None
+            self.copier = self.copied = None
         return True
 
     def _copy(self, source: Path) -> None:
@@ -398,7 +402,7 @@ class Checkpoints:
         best, there = self._best(folder) if self.config.keep_best else None, step_folders(folder)
         healthy = next((one for one in there if saved_in_health(one)), None)
         for old in there[max(1, self.config.keep_last):]:
-            if int(STEP.match(old.name)[1]) != best and old != healthy:
+            if int(STEP.match(old.name)[1]) != best and old not in (healthy, self.copied):
                 _remove(old)
 
     @staticmethod
@@ -406,9 +410,12 @@ class Checkpoints:
         path = folder / "best.json"
         return json.loads(path.read_text())["step"] if path.exists() else None
 
-    def close(self) -> bool:
+    def close(self, *, hurry: bool = False) -> bool:
+        """At the end. hurry: a time limit is near, which a copy must not make the job run into."""
         done = self.finish()
-        self._copied()
+        if self.copier is not None and self.copier.is_alive():
+            logger.info("waiting for the copy of %s to %s", self.copied.name, self.config.copy_to)
+        self._copied(COPY_SECONDS if hurry else LAST_COPY_SECONDS)
         return done
 
     def forget_after(self, step: int, best: dict | None) -> dict | None:

@@ -113,7 +113,7 @@ class Run:
         self.profiler = Profiler(self.folder, self.profile_steps if self.ranks.is_main else 0)
         code = self._train()
         self.profiler.close()
-        self.checkpoints.close()
+        self.checkpoints.close(hurry=code == PREEMPTED)
         if self.ranks.is_main:
             try:
                 logger.info("report: %s", report.write(self.folder))
@@ -127,10 +127,11 @@ class Run:
         if self.ranks.is_main and (self.folder / "run.json").exists():
             noted = json.loads((self.folder / "run.json").read_text())
             pid = noted.get("pid", 0)
-            if noted.get("host") == self.status["host"] and pid != os.getpid():
-                try:
-                    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                except OSError:
+            if noted.get("host") == self.status["host"] and noted.get("status") in ("starting", "running") and pid != os.getpid():
+                try:  # a process that is younger than the note has the number of one that died
+                    older = _began(pid) < noted.get("updated", 0.0)
+                    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") if older else []
+                except (OSError, ValueError, StopIteration):
                     words = []
                 if any(word.endswith(b"train/run.py") or word == b"train.run" for word in words):
                     found = [pid]
@@ -478,6 +479,13 @@ class Run:
                     shutil.rmtree(self.folder / f"{name}.partial", ignore_errors=True)
                     logger.error("step %d: %s could not be written (%s); training goes on", step, self.folder / name, error)
         dist.barrier()
+
+
+def _began(pid: int) -> float:
+    """When a process of this machine began, in seconds since 1970 (proc(5): ticks since the boot). Errors: OSError."""
+    ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    boot = next(int(line.split()[1]) for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+    return boot + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _folder_hash(folder: Path) -> str:

@@ -141,9 +141,19 @@ class Telemetry:
     def go_back(self, step: int) -> None:
         """The next line is of `step` once more."""
         if self.active:
-            self.file.close()
-            self._open(step)
+            try:
+                self._close_file()
+                self._open(step)
+            except OSError as error:
+                logger.error("%s still has the steps that are forgotten: %s", self.path, error)
+                self.file = open(self.path, "a")
             self.bar.update(step - self.bar.n)
+
+    def _close_file(self) -> None:
+        try:
+            self.file.close()
+        except OSError as error:  # what did not fit before does not fit now
+            logger.error("%s: %s", self.path, error)
 
     def line(self, kind: str, step: int, values: dict) -> None:
         """One line of metrics.jsonl: kind (train | valid | event), step, time and the values; flushed at once."""
@@ -192,6 +202,6 @@ class Telemetry:
     def close(self) -> None:
         if self.active:
             self.bar.close()
-            self.file.close()
+            self._close_file()
             if self.board is not None:
                 self.board.close()

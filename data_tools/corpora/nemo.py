@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data_tools.corpora import Entry, Fault
 from data_tools.corpora.commonvoice import language_name
+from data_tools.languages import language_code
 
 
 class Nemo:
@@ -44,7 +45,7 @@ class Nemo:
                         hypothesis=row.get("pred_text"),
                     )
                     source, target = row.get("source_lang"), row.get("target_lang")
-                    if source and target and language_name(source) != language_name(target):
+                    if source and target and language_code(source) != language_code(target):
                         entry.task, entry.response, entry.text, entry.hypothesis = "translation", entry.text, None, None
                         entry.lang, entry.target_lang, entry.id = source, language_name(target), f"{entry_id}-{target}"
                     yield entry

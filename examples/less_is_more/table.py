@@ -170,7 +170,9 @@ def with_former(result: dict, former: dict, study: Study) -> dict:
     for kind, of, order in (("rows", "variant", variants), ("stage_1_ctc", "alignment", list(study.plan.alignments))):
         found = {(row[of], row["seed"]): row for row in [*former[kind], *result[kind]] if row[of] in order}
         merged[kind] = [found[key] for key in sorted(found, key=lambda key: (order.index(key[0]), key[1]))]
-    pooled = {(row["variant"], row["against"]): row for row in [*former.get("over_seeds", []), *result["over_seeds"]]}
+    # Of a former run those alone of which no seed was run again.
+    kept = [row for row in former.get("over_seeds", []) if not fresh & set(row["seeds"])]
+    pooled = {(row["variant"], row["against"]): row for row in [*kept, *result["over_seeds"]]}
     there = [key for key in pooled if key[0] in variants]
     merged["over_seeds"] = [pooled[key] for key in sorted(there, key=lambda key: (variants.index(key[0]), key[1]))]
     return merged

@@ -339,9 +339,10 @@ def test_test_sets_are_given_when_they_are_asked_for(tmp_path):
     (tmp_path / "GigaSpeech.json").write_text(json.dumps({"audios": [{"path": "a.opus", "segments": segments}]}))
     assert [entry.id for entry in Corpus(f"gigaspeech:{tmp_path / 'GigaSpeech.json'}")] == ["a", "d"]
     assert [entry.id for entry in Corpus(f"gigaspeech:{tmp_path / 'GigaSpeech.json'},subset=TEST")] == ["c"]
-    for name in ("hf/train-0.parquet", "hf/test-0.parquet", "hf/de/validation/0.parquet", "hf/data/0.parquet"):
+    for name in ("train-0", "validated/0", "device/0", "test-0", "de/validation/0", "data/0"):
+        name = f"hf/{name}.parquet"
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     taken = [path.relative_to(tmp_path / "hf").as_posix() for path in Corpus(f"huggingface:{tmp_path / 'hf'}").reader.files]
-    assert taken == ["data/0.parquet", "train-0.parquet"]
+    assert taken == ["data/0.parquet", "device/0.parquet", "train-0.parquet", "validated/0.parquet"]
     assert [path.name for path in Corpus(f"huggingface:{tmp_path / 'hf'},split=test").reader.files] == ["test-0.parquet"]

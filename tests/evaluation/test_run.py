@@ -198,6 +198,17 @@ def test_predictions_of_who_knows_which_model_are_not_gone_on_with(tmp_path):
     assert not file.done()
 
 
+def test_a_job_that_is_requeued_begins_anew_once(tmp_path, monkeypatch):
+    asked = PredictionFile(tmp_path / "p.jsonl", {"model": "a"}, restart=True)
+    for job, left in (("7", 0), ("7", 1), ("8", 0), (None, 0)):  # requeued once; then another job, then none
+        monkeypatch.setenv("SOUNDWAVE_JOB", job) if job else monkeypatch.delenv("SOUNDWAVE_JOB")
+        asked.prepare()
+        assert len(asked.done()) == left
+        asked.append([{"id": "0"}])
+    PredictionFile(asked.path, {"model": "a"}).prepare()
+    assert len(asked.done()) == 1, "the job's number is no setting"
+
+
 def test_other_settings_are_refused(folders, packed, tmp_path, capsys):
     out = tmp_path / "p.jsonl"
     assert run.main(command(folders / "alignment", packed, out, "--limit", "3")) == 0

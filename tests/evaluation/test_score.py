@@ -149,6 +149,16 @@ def test_the_label_of_lettered_options_is_one_of_them_by_words_or_by_letter(labe
     assert ("1 labels are no choice" in score.table(scores)) == stray
 
 
+def test_free_references_are_no_choices():
+    shared = {"task": "chat", "corpus": "c"}
+    rows = [{"id": "1", "label": "happy", "reference": "happy", "prediction": "Yes, the speaker is happy.", **shared},
+            {"id": "2", "reference": "Yes", "prediction": "Yes", **shared}]
+    scores = score.score_rows(rows)["chat"]
+    assert scores["labelled"] == 1 and scores["accuracy"] == 1 and scores["unparsed"] == 0
+    asr = [{"id": str(i), "task": "asr", "reference": f"words {i}", "prediction": ""} for i in range(5)]
+    assert all(row["labels"] == [] for row in score.with_labels(asr, asr)), "nothing that grows with the square of a test set"
+
+
 def test_a_group_is_scored_as_it_is_within_the_whole():
     rows = [{"id": str(i), "task": "emotion", "lang": lang, "label": label, "reference": label, "prediction": answer}
             for i, (lang, label, answer) in enumerate([("en", "happy", "happy or neutral"), ("en", "sad", "sad"),

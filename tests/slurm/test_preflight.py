@@ -45,6 +45,7 @@ def test_a_fault_of_the_input_is_told_from_one_of_a_node():
 def test_ops_that_another_cpu_would_not_understand_are_told(monkeypatch, tmp_path):
     (tmp_path / ".setup").mkdir()
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     recipe, flags = Recipe(), Path("/proc/cpuinfo").read_text().split()
 
     def faults() -> list[str]:

@@ -102,10 +102,11 @@ def test_the_recipes_that_a_recipe_is_based_on_are_frozen_with_it(site, base, wo
 
 def test_a_new_job_in_this_one_s_place_is_of_the_same_kind(site):
     """Where a site does not requeue: options of the command line go along, folders of the dead job's own disk do not."""
-    done = site.call(STATE + 'export LOCAL_DISK\nstart_again "stopped in time"', SLURM_TMPDIR="/scratch/job.7",
+    done = site.call(STATE + 'export LOCAL_DISK SOUNDWAVE_JOB=7\nstart_again "stopped in time"', SLURM_TMPDIR="/scratch/job.7",
                      SOUNDWAVE_OPTIONS="--mem=200G --begin=now+1hour --comment=a\\ b ")
     assert done.returncode == 85, done.stderr
     assert {"--mem=200G", "--comment=a b", "a=1"} <= set(site.submitted[0]) and "--begin=now+1hour" not in site.submitted[0]
+    assert "SOUNDWAVE_JOB=7\n" in site.environment(101)
     assert "LOCAL_DISK" not in site.environment(101) and "SLURM_JOB_ID" not in site.environment(101)
     site.call(STATE + 'export LOCAL_DISK\nstart_again "stopped in time"', LOCAL_DISK="/mine")
     assert "LOCAL_DISK=/mine" in site.environment(102)
@@ -172,12 +173,11 @@ def test_an_end_of_the_job_that_nobody_tells_is_none(site):
     assert done.stdout.strip().endswith("=="), done.stderr
 
 
-def test_evaluation_begins_anew_once(site):
-    (site.folder / "slurm/common.sh").write_text("restarts() { echo $SLURM_RESTART_COUNT; }\nprepare() { :; }\n"
-                                                 'run_resumable() { printf "%s|" "$@"; }\n')
-    told = [site.shell("bash", "slurm/evaluate.sh", "--model", "a b", "--restart", "--limit", "3", SLURM_JOB_ID="7",
-                       SLURM_RESTART_COUNT=count).stdout for count in ("0", "2")]
-    assert told == ["-m|evaluation.run|--model|a b|--restart|--limit|3|", "-m|evaluation.run|--model|a b|--limit|3|"]
+def test_evaluation_is_told_which_job_it_is_over_restarts(site):
+    """By which --restart throws away what was there before, and not what the job itself has answered."""
+    (site.folder / "slurm/common.sh").write_text("prepare() { :; }\nrun_resumable() { echo $SOUNDWAVE_JOB; }\n")
+    assert site.shell("bash", "slurm/evaluate.sh", SLURM_JOB_ID="7").stdout == "7\n"
+    assert site.shell("bash", "slurm/evaluate.sh", SLURM_JOB_ID="9", SOUNDWAVE_JOB="7").stdout == "7\n"
 
 
 def test_a_part_of_an_array_is_not_submitted_alone(site):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -167,10 +168,18 @@ def test_a_second_file_system_that_hangs_holds_nothing_up(tmp_path, monkeypatch,
     assert not list((tmp_path / "copies").iterdir()), "what a kill left there"
     copy = to._copy
     monkeypatch.setattr(to, "_copy", lambda source: (go_on.wait(), copy(source)))
-    assert write(to, 1) and write(to, 2) and "has not taken the checkpoint before in 0 s" in caplog.text
+    to.config.keep_last = 1
+    assert write(to, 1) and write(to, 2) and "has not taken step-000001 in 0 s" in caplog.text
+    assert names(to.folder) == ["step-000001", "step-000002"], "what is being copied stays"
     go_on.set()
     to.copier.join()
-    assert write(to, 3) and to.close() and names(tmp_path / "copies") == ["step-000001", "step-000003"]
+    assert write(to, 3)
+    go_on.clear()
+    threading.Timer(0.5, go_on.set).start()
+    assert to.close() and names(tmp_path / "copies") == ["step-000003"], "the last one has time"
+    go_on.clear()
+    assert write(to, 4) and to.close(hurry=True) and names(tmp_path / "copies") == ["step-000003"], "unless there is none"
+    go_on.set()
 
 
 # ------------------------------------------------------------------------------------------------ roll-back
@@ -232,12 +241,15 @@ def test_a_stage_that_another_process_trains_is_left_to_it(tmp_path, caplog):
     try:
         run = loop.Run(recipe, Ranks(0, 1, 0, 1, "cpu"))
         noted = tmp_path / "alignment" / "run.json"
-        noted.write_text(text := json.dumps({"status": "running", "pid": other.pid, "host": os.uname().nodename}))
+        noted.write_text(text := json.dumps(
+            {"status": "running", "pid": other.pid, "host": os.uname().nodename, "updated": time.time() + 1}))
+        assert abs(loop._began(other.pid) - time.time()) < 5
         loop.logger.propagate = True
         assert run.execute() == 2 and noted.read_text() == text
         assert f"process {other.pid} of this machine is training {tmp_path / 'alignment'}" in caplog.text
-        noted.write_text(json.dumps({"status": "running", "pid": other.pid, "host": "elsewhere"}))
-        assert run._trained_by() is None
+        for change in ({"host": "elsewhere"}, {"status": "preempted"}, {"updated": time.time() - 3600}):
+            noted.write_text(json.dumps(json.loads(text) | change))
+            assert run._trained_by() is None, change
         noted.write_text(json.dumps({"status": "running", "pid": os.getpid(), "host": os.uname().nodename}))
         assert run._trained_by() is None, "this one, and whatever else has the number of one that died"
     finally:

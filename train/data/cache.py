@@ -88,7 +88,7 @@ class FeatureStore:
             try:
                 table = np.load(path)
                 whole = pack.stat().st_size >= 2 * self.width * int(table["frames"].sum())
-            except (OSError, ValueError):
+            except (OSError, ValueError, EOFError):
                 whole = False
             spoilt += not whole
             if whole:  # of the others nothing is known here: they are computed again
@@ -135,7 +135,7 @@ class FeatureStore:
         else:
             try:
                 self._open[number] = np.load(self._packs[number], mmap_mode="r")
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, EOFError) as error:
                 raise BrokenSample(f"its features in {self._packs[number]} cannot be read: {error}") from None
             if len(self._open) > _OPEN_PACKS:
                 self._open.popitem(last=False)
