@@ -27,8 +27,8 @@ def test_a_variant_differs_from_ours_in_what_it_is_about():
     ours = flat(what_is_learnt(study.recipe("ours", "shrinking", 0)))
     about = {"no-lookback": {"model.shrinking.lookback"}, "no-ctc": {"loss.ctc_weight"},
              "blank-kept": {"model.shrinking.keep_blank_runs"}, "frame": {"model.alignment.attention"},
-             "no-token-embeddings": {"model.shrinking.token_embeddings"}, "no-stage-1": {"optim.steps"},
-             "longer": {"optim.steps"}, "synthetic": set(), "synthetic-2": {"data.train"},
+             "alpha-16": {"model.llm.lora_alpha"}, "no-token-embeddings": {"model.shrinking.token_embeddings"},
+             "no-stage-1": {"optim.steps"}, "longer": {"optim.steps"}, "synthetic": set(), "synthetic-2": {"data.train"},
              "data-10": {"data.train"}, "data-25": {"data.train"}, "data-50": {"data.train"}, "ours": set(),
              "ours-sft": set(), "synthetic-sft": set(),
              "projector": {"model.alignment.stack_frames", "model.alignment.layers", "model.shrinking.enabled",
