@@ -20,7 +20,7 @@ from tests.train.tiny import workspace
 from train import checkpoint, loop, resume
 from train.checkpoint import Checkpoints, own_steps
 from train.config import CheckpointConfig, Recipe, RecipeError
-from train.distributed import Ranks
+from train.distributed import Ranks, remove_shared_memory
 from train.files import step_folders
 
 
@@ -391,3 +391,14 @@ def test_a_stop_while_features_are_computed(server, tmp_path):
     assert codes == [0, 0], text
     assert all(path.stat().st_mtime_ns == made for path, made in packs.items())
     assert len(list((tmp_path / "features").rglob("*.index.npy"))) > len(packs)
+
+
+def test_a_rank_takes_its_shared_memory_along(monkeypatch):
+    """Which DeepSpeed leaves behind."""
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(os.getpid())), ("RANK", "1")):
+        monkeypatch.setenv(name, value)
+    left = Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{os.getpid()}_1")
+    left.touch()
+    remove_shared_memory()
+    assert not left.exists()
+    remove_shared_memory()
