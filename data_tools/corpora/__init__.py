@@ -86,7 +86,8 @@ def malformed(entry: Entry) -> Fault | None:
     """What is wrong with an entry's types, whatever a reader took them from; None for a sound one."""
 
     def fault(what: str) -> Fault:
-        return Fault(str(entry.id).encode("utf-8", "replace").decode(), "bad_row", what, entry.corpus)
+        name, corpus = (str(value).encode("utf-8", "replace").decode() for value in (entry.id, entry.corpus))
+        return Fault(name, "bad_row", what, corpus)
 
     for name, value in zip(_STRINGS, _strings(entry), strict=True):
         if value is not None and type(value) is not str:

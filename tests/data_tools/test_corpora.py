@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import math
 import tarfile
 
 import numpy as np
@@ -10,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import soundfile
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_tools import pack, sources
@@ -480,6 +481,7 @@ anything = st.recursive(
 
 @settings(max_examples=150, deadline=None)
 @given(rows=st.lists(st.dictionaries(st.sampled_from([*ENTRY_FIELDS, "other"]), anything, max_size=6) | anything, max_size=4))
+@example(rows=[{"corpus": math.inf}, {"corpus": "\ud800"}, {"id": "\ud800", "text": 7}])
 def test_whatever_stands_in_a_line_it_costs_at_most_that_line(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("fuzz")
     (folder / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
