@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from data_tools.corpora import Entry, Fault
-from data_tools.languages import UNSPACED, language_code
+from data_tools.languages import language_code, normaliser
 from data_tools.normalise import NORMALISERS, label_sentence
 
 # Reasons that say that something is broken, not that a filter did its work.
@@ -185,21 +185,12 @@ def load_tokenizer(folder: str):
     return AutoTokenizer.from_pretrained(folder)
 
 
-@lru_cache(maxsize=64)
-def _word_normaliser(lang: str | None):
-    from whisper_normalizer.basic import BasicTextNormalizer
-    from whisper_normalizer.english import EnglishTextNormalizer
-
-    code = language_code(lang) or "en"
-    return EnglishTextNormalizer() if code == "en" else BasicTextNormalizer(split_letters=code in UNSPACED)
-
-
 def word_error_rate(reference: str, hypothesis: str, lang: str | None) -> float:
     """WER after Whisper's normaliser (characters for languages written without spaces); 0 or 1 where no reference word is."""
     import jiwer
 
-    normaliser = _word_normaliser(lang)
-    reference, hypothesis = (" ".join(normaliser(text).split()) for text in (reference, hypothesis))
+    plain = normaliser(lang)
+    reference, hypothesis = (" ".join(plain(text).split()) for text in (reference, hypothesis))
     if not reference:
         return float(bool(hypothesis))
     return jiwer.wer(reference, hypothesis)

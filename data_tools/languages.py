@@ -1,7 +1,8 @@
-"""Languages by whatever name a corpus has for them, as Whisper's codes."""
+"""Languages by whatever name a corpus has for them, as Whisper's codes, and what Whisper's scorer makes of their text."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 # Scripts without spaces between words: their "word" is the character.
@@ -38,3 +39,21 @@ def named_language(words: str) -> str | None:
 
     codes = [TO_LANGUAGE_CODE[word] for word in words.lower().split() if word in TO_LANGUAGE_CODE]
     return codes[-1] if codes else None
+
+
+def language_name(lang: str) -> str:
+    """As an instruction names the language: German for de, de-DE or german; what is not known stays as it is."""
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
+    name = LANGUAGES.get(language_code(lang) or "")
+    return name.title() if name else lang
+
+
+@cache
+def normaliser(lang: str | None) -> Callable[[str], str]:
+    """Whisper's text normaliser for a language, by code or name; a missing one counts as English, the language of most data."""
+    from whisper_normalizer.basic import BasicTextNormalizer
+    from whisper_normalizer.english import EnglishTextNormalizer
+
+    code = language_code(lang) or "en"
+    return EnglishTextNormalizer() if code == "en" else BasicTextNormalizer(split_letters=code in UNSPACED)

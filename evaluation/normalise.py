@@ -8,23 +8,11 @@ Speech Recognition via Large-Scale Weak Supervision", appendix C.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from importlib.metadata import version
 
-from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
-from data_tools.languages import UNSPACED, language_code
-
-
-@cache
-def normaliser(lang: str | None) -> Callable[[str], str]:
-    """The normaliser for a language, by code or name; a missing one counts as English, the language of most of the data."""
-    code = language_code(lang) or "en"
-    if code == "en":
-        return EnglishTextNormalizer()
-    return BasicTextNormalizer(split_letters=code in UNSPACED)
+from data_tools.languages import normaliser
 
 
 def normalise(text: str | None, lang: str | None = "en") -> str:

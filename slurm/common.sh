@@ -320,6 +320,7 @@ resubmit() {
     for try in 1 2 3 4 5 6 7 8; do
         new=$(client env -i "${given[@]}" SOUNDWAVE_CODE="$CODE" SOUNDWAVE_RESTARTS="$count" RECIPE="$RECIPE" \
             ${SOUNDWAVE_JOB:+"SOUNDWAVE_JOB=$SOUNDWAVE_JOB"} sbatch "${options[@]}" "$JOB/script.sh" "${ARGUMENTS[@]}" 2>"$JOB/sbatch.err") && break
+        new=""
         cat "$JOB/sbatch.err"
         grep -qiE "timed out|unable to contact|communication|connection refused" "$JOB/sbatch.err" || [ ! -s "$JOB/sbatch.err" ] || break
         sleep "${BUSY_SECONDS:-15}"

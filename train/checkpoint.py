@@ -14,8 +14,8 @@ syncs, renames the folder and moves `latest`. A kill at any instant leaves the p
 what is trained and its optimizer states (12 to 14 bytes a parameter, divided by the number of ranks) in host memory.
 
 Reading: newest first; a folder whose files do not have the size and sha256 of its manifest is set aside, with a line: were it
-left among the others, it would be kept as the newest in place of good ones. Another
-number of ranks than at the time of writing: train/universal.py.
+left among the others, it would be kept as the newest in place of good ones. Another number of ranks than at the time of writing:
+train/universal.py.
 """
 
 from __future__ import annotations
@@ -201,8 +201,9 @@ def find_good(folders: list[Path], ranks: Ranks, *, among=lambda folder: True) -
         if problem is None:
             return Path(name)
         if ranks.is_main:
+            aside = _set_aside(Path(name))
             logger.warning("checkpoint %s is damaged (%s): it is set aside as %s, and the one before it is taken", name, problem,
-                           _set_aside(Path(name)))
+                           aside)
     return None
 
 
@@ -252,7 +253,7 @@ class Checkpoints:
         self.save_seconds = 0.0  # the longest save so far, from snapshot to rename: the margin before a time limit
         self.blocked_seconds = 0.0  # how long the last snapshot held up training
         self.copier: threading.Thread | None = None
-        self.copied: Path | None = None  # what it is reading
+        self.copying: Path | None = None
         if ranks.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob("*" + PARTIAL):
@@ -360,25 +361,24 @@ class Checkpoints:
         if saved.get("best") and saved["best"]["step"] == saved["step"]:
             write_atomically(self.folder / "best.json", json.dumps(saved["best"]))
         write_atomically(self.folder / "latest", final.name)
-        free = self._copied()  # before older ones go: it may be reading one of them
+        free = self._await_copy(COPY_SECONDS)  # before older ones go: it may be reading one of them
         self._prune(self.folder)
         if self.config.copy_to and free:
-            self.copied = final
+            self.copying = final
             self.copier = threading.Thread(target=self._copy, args=(final,), name="checkpoint-copier", daemon=True)
             self.copier.start()
         logger.info("checkpoint %s: %.1f MB, training held up %.2f s, written in %.2f s", final,
                     sum(fact["size"] for fact in files.values()) / 1e6, self.blocked_seconds, time.perf_counter() - self.started)
 
-    def _copied(self, seconds: float | None = None) -> bool:
+    def _await_copy(self, seconds: float) -> bool:
         """Wait for the copy in progress, if any; not for ever: a second file system that hangs must not hold up the run."""
         if self.copier is not None:
-            seconds = COPY_SECONDS if seconds is None else seconds
             self.copier.join(seconds)
             if self.copier.is_alive():
                 logger.error("checkpoint.copy_to: %s has not taken %s in %d s; the run goes on without waiting for it",
-                             self.config.copy_to, self.copied.name, seconds)
+                             self.config.copy_to, self.copying.name, seconds)
                 return False
-            self.copier = self.copied = None
+            self.copier = self.copying = None
         return True
 
     def _copy(self, source: Path) -> None:
@@ -402,7 +402,7 @@ class Checkpoints:
         best, there = self._best(folder) if self.config.keep_best else None, step_folders(folder)
         healthy = next((one for one in there if saved_in_health(one)), None)
         for old in there[max(1, self.config.keep_last):]:
-            if int(STEP.match(old.name)[1]) != best and old not in (healthy, self.copied):
+            if int(STEP.match(old.name)[1]) != best and old not in (healthy, self.copying):
                 _remove(old)
 
     @staticmethod
@@ -414,8 +414,8 @@ class Checkpoints:
         """At the end. hurry: a time limit is near, which a copy must not make the job run into."""
         done = self.finish()
         if self.copier is not None and self.copier.is_alive():
-            logger.info("waiting for the copy of %s to %s", self.copied.name, self.config.copy_to)
-        self._copied(COPY_SECONDS if hurry else LAST_COPY_SECONDS)
+            logger.info("waiting for the copy of %s to %s", self.copying.name, self.config.copy_to)
+        self._await_copy(COPY_SECONDS if hurry else LAST_COPY_SECONDS)
         return done
 
     def forget_after(self, step: int, best: dict | None) -> dict | None:
@@ -426,7 +426,7 @@ class Checkpoints:
         """
         kept = [best]
         if self.ranks.is_main:
-            self._copied()  # it may be copying what goes
+            self._await_copy(COPY_SECONDS)  # it may be copying what goes
             if best and self.config.keep_best and not (self.folder / f"step-{best['step']:06d}").exists():
                 kept = [None]
             self._forget_after(self.folder, step, kept[0])

@@ -36,7 +36,7 @@ from train.files import code_version, write_atomically
 from train.health import BadStretch, Health
 from train.preemption import DONE, FAILED, PREEMPTED, WRONG_INPUT, Preemption
 from train.profiling import Profiler
-from train.stages import Stage, finished, initial_folder, stage_folder, stage_of
+from train.stages import Stage, finished, initial_folder, stage_folder, stage_of, trained_by
 from train.telemetry import Meter, StreamSums, Telemetry
 from train.validate import validate, validation_set
 
@@ -91,11 +91,12 @@ class Run:
 
     def execute(self) -> int:
         """Train the stage; returns the exit code (train/preemption.py)."""
-        is_finished, other = finished(self.recipe), self._trained_by()
+        is_finished, other = finished(self.recipe), [trained_by(self.recipe) if self.ranks.is_main else None]
+        dist.broadcast_object_list(other, src=0)
         dist.barrier()  # nobody writes run.json before everybody has read it
-        if other:  # whose run.json stays as it is
+        if other[0]:  # whose run.json stays as it is
             if self.ranks.is_main:
-                logger.error("process %d of this machine is training %s: wait for it, end it, or choose another output", other,
+                logger.error("process %d of this machine is training %s: wait for it, end it, or choose another output", other[0],
                              self.folder)
             return WRONG_INPUT
         if is_finished:
@@ -121,23 +122,6 @@ class Run:
                 logger.exception("no report was written; python -m train.report %s tries again", self.folder)
         return code
 
-    def _trained_by(self) -> int | None:
-        """Rank 0's process of another run of this stage, where one lives on this machine. (slurm/common.sh asks Slurm.)"""
-        found = [None]
-        if self.ranks.is_main and (self.folder / "run.json").exists():
-            noted = json.loads((self.folder / "run.json").read_text())
-            pid = noted.get("pid", 0)
-            if noted.get("host") == self.status["host"] and noted.get("status") in ("starting", "running") and pid != os.getpid():
-                try:  # a process that is younger than the note has the number of one that died
-                    older = _began(pid) < noted.get("updated", 0.0)
-                    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") if older else []
-                except (OSError, ValueError, StopIteration):
-                    words = []
-                if any(word.endswith(b"train/run.py") or word == b"train.run" for word in words):
-                    found = [pid]
-        dist.broadcast_object_list(found, src=0)
-        return found[0]
-
     # ---------------------------------------------------------------- start
 
     def _load(self) -> None:
@@ -152,8 +136,8 @@ class Run:
         hidden_size = text_config(locate(recipe.model.llm.name, sizes_only=True).config).hidden_size
         self.ds_config = config = zero.resolve(recipe, hidden_size)
         if state is not None:  # what can be refused is, before features are computed and models read
-            known = {"recipe": resume.recipe_facts(recipe), "index": self.plan.fingerprint}
-            resume.check(state["facts"], {**state["facts"], **known}, recipe.checkpoint.accept_changes, source)
+            now = {**state["facts"], "recipe": resume.recipe_facts(recipe), "index": self.plan.fingerprint}
+            resume.check(state["facts"], now, recipe.checkpoint.accept_changes, source)
             universal.needed(state["topology"], self._topology(), source)
         if ranks.is_main:
             OmegaConf.save(OmegaConf.structured(recipe), self.folder / "recipe.yaml")
@@ -479,13 +463,6 @@ class Run:
                     shutil.rmtree(self.folder / f"{name}.partial", ignore_errors=True)
                     logger.error("step %d: %s could not be written (%s); training goes on", step, self.folder / name, error)
         dist.barrier()
-
-
-def _began(pid: int) -> float:
-    """When a process of this machine began, in seconds since 1970 (proc(5): ticks since the boot). Errors: OSError."""
-    ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    boot = next(int(line.split()[1]) for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
-    return boot + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _folder_hash(folder: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,30 @@ def finished(recipe: Recipe) -> bool:
         return False
     recorded = json.loads((folder / "run.json").read_text())
     return recorded.get("status") == "done" and recorded.get("steps") == recipe.optim.steps
+
+
+def trained_by(recipe: Recipe) -> int | None:
+    """The process of this machine that is training this stage in the same output, beside this one; None where there is none.
+    (Of other machines slurm/common.sh asks Slurm.)"""
+    path = stage_folder(recipe) / "run.json"
+    noted = json.loads(path.read_text()) if path.exists() else {}
+    pid = noted.get("pid", 0)
+    if noted.get("host") != os.uname().nodename or noted.get("status") not in ("starting", "running") or pid == os.getpid():
+        return None
+    try:
+        if began(pid) > noted.get("updated", 0.0):  # it has the number of one that died
+            return None
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    return pid if any(word.endswith(b"train/run.py") or word == b"train.run" for word in words) else None
+
+
+def began(pid: int) -> float:
+    """When a process of this machine began, in seconds since 1970 (proc(5): ticks since the boot). Errors: OSError."""
+    ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    boot = next(int(line.split()[1]) for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+    return boot + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def initial_folder(recipe: Recipe) -> Path | None:

@@ -41,8 +41,7 @@ def json_array(path: Path, key: str) -> Iterator[dict]:
 
 class GigaSpeech:
     """GigaSpeech.json beside audio/; PATH is the JSON, or its folder. subset: XL, L, M, S, XS, DEV or TEST; without it, all but
-    DEV and TEST. root: folder that
-    audio paths start from (default: the JSON's).
+    DEV and TEST. root: folder that audio paths start from (default: the JSON's).
 
     Punctuation tags become punctuation (punctuation=no leaves them out); garbage segments (<SIL>, <MUSIC>, <NOISE>,
     <OTHER>) are no speech and are reported as such.

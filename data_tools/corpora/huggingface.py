@@ -19,10 +19,9 @@ class HuggingFace:
     found where they bear usual names. Numbers of classes become the names that the file has for them; a list of classes or
     strings under label, these joined by commas. speaker, label and prompt may also be the value of all entries: whatever is no
     column's name. Without id=COLUMN, an id is made of file and row (a column `id` may be a sentence's, which several clips
-    share). split: only files whose name begins with it, or whose folder has it; without it, all but those of
-    dev, test and validation. What Dataset.map leaves in a saved folder
-    (cache-*, tmp*) is not read. Rows of one Parquet row group stay together in the shuffle, since a row cannot be read
-    without its group.
+    share). split: only files whose name begins with it, or whose folder has it; without it, all but those of dev, test and
+    validation. What Dataset.map leaves in a saved folder (cache-*, tmp*) is not read. Rows of one Parquet row group stay
+    together in the shuffle, since a row cannot be read without its group.
     """
 
     COLUMNS = ("text", "id", "speaker", "label", "prompt", "response", "duration")

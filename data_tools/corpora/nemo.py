@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_tools.corpora import Entry, Fault
-from data_tools.corpora.commonvoice import language_name
-from data_tools.languages import language_code
+from data_tools.languages import language_code, language_name
 
 
 class Nemo:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from tests.train.ranks import Server
 from tests.train.tiny import workspace
-from train import checkpoint, loop, resume
+from train import checkpoint, loop, resume, stages
 from train.checkpoint import Checkpoints, own_steps
 from train.config import CheckpointConfig, Recipe, RecipeError
 from train.distributed import Ranks, remove_shared_memory
@@ -243,15 +243,15 @@ def test_a_stage_that_another_process_trains_is_left_to_it(tmp_path, caplog):
         noted = tmp_path / "alignment" / "run.json"
         noted.write_text(text := json.dumps(
             {"status": "running", "pid": other.pid, "host": os.uname().nodename, "updated": time.time() + 1}))
-        assert abs(loop._began(other.pid) - time.time()) < 5
+        assert abs(stages.began(other.pid) - time.time()) < 5
         loop.logger.propagate = True
         assert run.execute() == 2 and noted.read_text() == text
         assert f"process {other.pid} of this machine is training {tmp_path / 'alignment'}" in caplog.text
         for change in ({"host": "elsewhere"}, {"status": "preempted"}, {"updated": time.time() - 3600}):
             noted.write_text(json.dumps(json.loads(text) | change))
-            assert run._trained_by() is None, change
+            assert stages.trained_by(recipe) is None, change
         noted.write_text(json.dumps({"status": "running", "pid": os.getpid(), "host": os.uname().nodename}))
-        assert run._trained_by() is None, "this one, and whatever else has the number of one that died"
+        assert stages.trained_by(recipe) is None, "this one, and whatever else has the number of one that died"
     finally:
         other.kill()
         other.wait()

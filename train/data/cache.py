@@ -82,7 +82,7 @@ class FeatureStore:
         self.folder = folder
         facts = json.loads((folder / "settings.json").read_text())
         self.width, self.frame_rate = int(facts["width"]), float(facts["frame_rate"])
-        self._packs, tables, spoilt = [], [np.empty(0, ENTRY_DTYPE)], 0
+        self._packs, tables, spoilt = [], [], 0
         for path in sorted(folder.glob("*.index.npy")):
             pack = path.with_name(path.name.replace(".index.npy", ".npy"))
             try:
@@ -96,7 +96,7 @@ class FeatureStore:
                 tables.append(table)
         if spoilt:
             LOGGER.warning("%s: %d packs of features are missing or cut short, and are left out", folder, spoilt)
-        tables = tables[1:] or tables
+        tables = tables or [np.empty(0, ENTRY_DTYPE)]
         entries, pack = np.concatenate(tables), np.repeat(np.arange(len(tables)), [len(table) for table in tables])
         order = np.argsort(entries["key"], kind="stable")
         self._entries, self._pack = entries[order], pack[order]
