@@ -17,7 +17,6 @@ Exit codes as in training: 0 all is well, 1 a node is at fault, 2 the recipe or 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -36,6 +35,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "train")]
 
+from core.code import code_hash  # noqa: E402
 from train.config import Corpus, Recipe, RecipeError, load_recipe  # noqa: E402
 from train.files import step_folders  # noqa: E402
 from train.preemption import DONE, FAILED, PREEMPTED, WRONG_INPUT  # noqa: E402
@@ -73,7 +73,7 @@ def node_name() -> str:
 
 
 def version_facts() -> dict[str, str]:
-    facts = {"python": platform.python_version(), "code": code_hash()}
+    facts = {"python": platform.python_version(), "code": code_hash(("core", "data_tools", "model", "train"))[:12]}
     for package in PACKAGES:
         try:
             facts[package] = metadata.version(package)
@@ -88,15 +88,6 @@ def version_facts() -> dict[str, str]:
         driver = Path("/proc/driver/nvidia/version")
         facts["driver"] = driver.read_text().split("Module")[-1].split()[0] if driver.exists() else "unknown"
     return facts
-
-
-def code_hash() -> str:
-    """First digits of a sha256 over the Python files of model/, train/ and data_tools/."""
-    digest = hashlib.sha256()
-    for room in ("data_tools", "model", "train"):
-        for path in sorted((ROOT / room).rglob("*.py")):
-            digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def packed_folders(recipe: Recipe) -> list[Corpus]:

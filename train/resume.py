@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from pathlib import Path
 
+from core.code import code_hash
 from train.config import Recipe, RecipeError
 
 # Keys that do not change what is computed: they may differ between a run and its continuation.
@@ -47,13 +47,8 @@ def recipe_facts(recipe: Recipe) -> dict[str, object]:
 
 
 def code_fingerprint() -> str:
-    """sha256 over the source of model/ and train/: noted, and a difference is told, but code may change between sessions."""
-    root = Path(__file__).resolve().parent.parent
-    digest = hashlib.sha256()
-    for room in ("model", "train"):
-        for path in sorted((root / room).rglob("*.py")):
-            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+    """sha256 over the source of core/, model/ and train/: a difference is logged, since code may change between sessions."""
+    return code_hash(("core", "model", "train"))
 
 
 def differences(saved: dict, now: dict) -> dict[str, list[str]]:
@@ -82,5 +77,5 @@ def check(saved: dict, now: dict, accepted: list[str], where: Path) -> list[str]
                               f"folder, or accept it with checkpoint.accept_changes=[{','.join([*accepted, kind])}]")
         notes.append(f"{kind} has changed and is accepted: {text}")
     if saved["code"] != now["code"]:
-        notes.append("the code of model/ or train/ has changed since the checkpoint was made")
+        notes.append("the code of core/, model/ or train/ has changed since the checkpoint was made")
     return notes

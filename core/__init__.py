@@ -1,0 +1,1 @@
+"""Rules that every package shares; imports no other package of the project."""
