@@ -28,7 +28,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data_tools.audio import SAMPLE_RATE, decode, to_mono_16bit
+from core.audio import SAMPLE_RATE, to_mono
+from data_tools.audio import read_clip
 from data_tools.corpora import Corpus, CorpusError, Entry, Fault
 from data_tools.filters import piped
 from data_tools.languages import language_code
@@ -52,13 +53,13 @@ def look(entry: Entry, want_hash: bool, want_samples: bool) -> tuple[Entry | Fau
     if entry.audio is None:
         return entry, None
     try:
-        samples, rate, _ = decode(entry.audio, entry.offset, entry.duration)
-        wave = to_mono_16bit(samples, rate) if want_samples else None
+        audio, _ = read_clip(entry.audio, entry.offset, entry.duration)
+        wave = to_mono(audio, SAMPLE_RATE, "int16", levels=False).samples if want_samples else None
     except ClipError as error:
         return Fault(entry.id, error.reason, str(error), entry.corpus), None
-    entry.duration = round(len(samples) / rate, 6)
+    entry.duration = round(audio.seconds, 6)
     if want_hash:
-        entry.sound_hash = hash_of(samples, rate)
+        entry.sound_hash = hash_of(audio.samples, audio.rate)
     return entry, wave
 
 

@@ -24,6 +24,7 @@ FAULTS = {
     "unreadable",
     "command_failed",
     "undecodable",
+    "no_decoder",
     "truncated",
     "not_finite",
     "zero_length",

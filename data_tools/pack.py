@@ -25,17 +25,21 @@ if __package__ in (None, ""):  # run as a script: the repository, not data_tools
 import numpy as np
 from tqdm import tqdm
 
-from data_tools.audio import CODECS, SAMPLE_RATE
+from core.audio import REFUSABLE, SAMPLE_RATE
+from data_tools.audio import CODECS, check_output
 from data_tools.corpora import Corpus, CorpusError, path_of
 from data_tools.filters import Filters, Sieve, load_tokenizer
 from data_tools.normalise import NORMALISERS
-from data_tools.packing import WORK, PackError, Packing
+from data_tools.packing import FINDINGS_NAME, WORK, PackError, Packing
 from data_tools.plan import SHUFFLES, Layout, make_plan, plan_once
 from data_tools.shards import INDEX_NAME, OutputError, ShardError, ShardIndex
 
 # Options that change how the work is done but not the bytes that come out.
+_SHOWN_IDS = 5  # of each kind of finding, in the report
 _END_BYTES = 1 << 24  # of a corpus' file, read at both ends to know it again
 _NOT_IN_BYTES = {"out", "workers", "part", "merge", "dry_run", "max_broken_share"}
+# Options that earlier versions did not have: without them, their folders are still those of the same command.
+_ADDED = {"refuse"}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -82,6 +86,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--max-wer", type=float, help="of the hypothesis column (data_tools.annotate --whisper) against the text; the paper: 0.10"
     )
+    add(
+        "--refuse",
+        metavar="KIND,...",
+        help=f"clips that are {', '.join(REFUSABLE)} (otherwise packed, counted, and named in findings.jsonl)",
+    )
     add("--drop-duplicates", action="store_true", help="by the sound_hash column (data_tools.annotate --hash)")
     add("--max-broken-share", type=float, default=0.5, help="stop when more clips than this share are missing or broken")
     add = parser.add_argument_group("splits").add_argument
@@ -110,6 +119,11 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error("give --corpus NAME:PATH or --manifest M.jsonl")
     if options.rate != "keep" and not options.rate.isdigit():
         parser.error(f"--rate {options.rate}: a number of samples a second, or keep")
+    if problem := check_output(options.codec, None if options.rate == "keep" else int(options.rate)):
+        parser.error(f"--rate {options.rate}: {problem}")
+    options.refuse = sorted(set(options.refuse.split(","))) if options.refuse else None
+    if unknown := [kind for kind in options.refuse or () if kind not in REFUSABLE]:
+        parser.error(f"--refuse {unknown[0]}: {', '.join(REFUSABLE)} can be refused")
     if options.ctc_frame_rate and not options.tokenizer:
         parser.error("--ctc-frame-rate needs --tokenizer")
     if options.measure and options.codec == "copy":
@@ -157,6 +171,7 @@ def packing_of(options: argparse.Namespace) -> tuple[Packing, Layout]:
         options.codec,
         None if options.rate == "keep" else int(options.rate),
         options.measure,
+        frozenset(options.refuse or ()),
         options.max_broken_share,
     )
     return packing, Layout(options.seed, options.shuffle, options.codec, options.shard_mb, options.shard_hours)
@@ -164,7 +179,8 @@ def packing_of(options: argparse.Namespace) -> tuple[Packing, Layout]:
 
 def shaping_options(options: argparse.Namespace, name: str) -> dict:
     """The options that shape the bytes, and a digest of them."""
-    shaping = {key: value for key, value in vars(options).items() if key not in _NOT_IN_BYTES} | {"name": name}
+    given = {key: value for key, value in vars(options).items() if value is not None or key not in _ADDED}
+    shaping = {key: value for key, value in given.items() if key not in _NOT_IN_BYTES} | {"name": name}
     return {"options": shaping, "digest": hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()}
 
 
@@ -276,6 +292,21 @@ def _table(counts: dict, hours: dict) -> str:
     return "".join(f"\n  refused {count:>9,}  {hours.get(reason, 0.0):>10.2f} h  {reason}" for reason, count in counts.items())
 
 
+def _noted(folder: Path, counts: dict[str, int]) -> str:
+    """Lines about packed clips that may be of no use, with the first ids of each kind; "" where there are none."""
+    if not counts:
+        return ""
+    ids: dict[str, list[str]] = {kind: [] for kind in counts}
+    with open(folder / FINDINGS_NAME, encoding="utf-8") as lines:
+        for told in map(json.loads, lines):
+            if len(ids[told["finding"]]) < _SHOWN_IDS:
+                ids[told["finding"]].append(told["id"])
+    shown = {kind: ", ".join(ids[kind]) + (" ..." if counts[kind] > len(ids[kind]) else "") for kind in counts}
+    return f"\npacked all the same, named in {folder / FINDINGS_NAME} (--refuse KIND leaves them out):" + "".join(
+        f"\n  noted   {count:>9,}  {kind}: {shown[kind]}" for kind, count in counts.items()
+    )
+
+
 def _unasked(plan: dict) -> str:
     """A line about tasks whose clips are trained on without a word of what is asked; "" where there is none."""
     tasks = set(plan.get("unprompted", ())) - {"asr", "chat"}  # asr has an instruction; of chat, the audio is the question
@@ -313,6 +344,7 @@ def _report(folder: Path, index: dict, plan: dict) -> str:
     return (
         f"{folder}: {index['samples']:,} samples, {index['hours']:.2f} h in {len(index['shardlist'])} shards{refused}"
         + _table(index["rejected"], index["rejected_hours"])
+        + _noted(folder, index.get("findings", {}))
         + _unasked(plan)
     )
 

@@ -12,6 +12,7 @@ import re
 import shutil
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -21,15 +22,17 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from core.audio import MAX_SECONDS, SAMPLE_RATE, Finding
 from data_tools import quality
-from data_tools.audio import MAX_SECONDS, SAMPLE_RATE, make_clip
+from data_tools.audio import make_clip
 from data_tools.corpora import Entry, Fault
 from data_tools.filters import FAULTS, Sieve, load_tokenizer
 from data_tools.plan import shard_entries
 from data_tools.shards import OPTIONAL_FIELDS, SAMPLE_DTYPE, OutputError, ShardSummary, ShardWriter, replace_file, write_index
-from data_tools.sources import ClipError, kind_of, open_sound
+from data_tools.sources import ClipError
 from data_tools.workers import start_worker
 
+FINDINGS_NAME = "findings.jsonl"
 WORK = ".pack"  # folder inside the output: the plan, unfinished shards, and what is known of finished ones
 _ENOUGH_TO_JUDGE = 100  # clips before a share of broken ones means something
 
@@ -48,6 +51,7 @@ class Packing:
     codec: str = "flac"
     rate: int | None = SAMPLE_RATE
     measure: bool = False
+    refuse: frozenset[str] = frozenset()  # kinds of findings (core/audio.py) that cost a clip its place
     max_broken_share: float = 0.5
 
     def file_name(self, shard: int) -> str:
@@ -61,10 +65,11 @@ class Packing:
         first, entries = shard_entries(self.folder / WORK / "plan", shard)
         name = self.file_name(shard)
         unfinished = self.folder / WORK / f"{name}.{os.uname().nodename}.{os.getpid()}"
-        writer, rejected = ShardWriter(unfinished), []
+        writer, rejected, noted = ShardWriter(unfinished), [], []
         for number, entry in enumerate(entries, first):
             try:
-                fault, seconds = self._add(writer, number, entry)
+                fault, seconds, findings = self._add(writer, number, entry)
+                noted += [] if fault else [finding_line(entry, finding) for finding in findings]
             except ClipError as error:
                 fault = Fault(entry.id, error.reason, str(error), entry.corpus)
                 seconds = error.seconds or entry.duration or 0.0
@@ -91,16 +96,17 @@ class Packing:
             "langs": summary.langs,
             "codecs": summary.codecs,
             "rejected": [[fault.to_json(), seconds] for fault, seconds in rejected],
+            "findings": noted,
         }
         replace_file(self.summary_path(shard), json.dumps(header).encode() + b"\n" + summary.rows.tobytes())
         return len(entries), sum(fault.reason in FAULTS for fault, _ in rejected)
 
-    def _add(self, writer: ShardWriter, number: int, entry: Entry) -> tuple[Fault | None, float]:
-        """Decode, judge and append one sample; (why not, seconds). Errors: ClipError, ValueError (no JSON)."""
+    def _add(self, writer: ShardWriter, number: int, entry: Entry) -> tuple[Fault | None, float, Sequence[Finding]]:
+        """Decode, judge and append one sample; (why not, seconds, findings). Errors: ClipError, ValueError (no JSON)."""
         key = f"{number:09d}-{re.sub(r'[^A-Za-z0-9_-]', '_', entry.id)[:60]}"
         if entry.audio is None:
             writer.add(key, None, "", record_of(entry, 0.0, None))
-            return None, 0.0
+            return None, 0.0, ()
         cut, seconds = None, self.sieve.clearest_seconds
         if seconds and entry.task == "sound":
             cut = lambda samples, rate: quality.clearest(samples, rate, seconds)  # noqa: E731
@@ -112,14 +118,16 @@ class Packing:
             most = MAX_SECONDS
         clip = make_clip(entry.audio, entry.offset, entry.duration, codec=codec, rate=self.rate, cut=cut, max_seconds=most)
         if fault := self.sieve.judge_clip(entry, clip.duration):
-            return fault, clip.duration
+            return fault, clip.duration, ()
+        if refused := next((finding for finding in clip.findings if finding.kind in self.refuse), None):
+            return Fault(entry.id, refused.kind, refused.detail, entry.corpus), clip.duration, ()
         if len(clip.data) >= 2**32:
             raise ClipError("too_large", f"{entry.audio}: {len(clip.data)} bytes, a shard's member holds less than 4 GiB")
         record = record_of(entry, clip.duration, clip.sample_rate)
         if self.measure and clip.samples is not None:
             record["quality"] = quality.measure(clip.samples, clip.sample_rate)
         writer.add(key, clip.data, clip.codec, record, tokens=len(self.sieve.token_ids(entry.text)))
-        return None, clip.duration
+        return None, clip.duration, clip.findings
 
     def run(self, shards: list[int], hours: float, workers: int) -> None:
         """Pack the given planned shards in `workers` processes.
@@ -127,8 +135,6 @@ class Packing:
         Errors: OutputError (raised in a worker, re-raised here), PackError past the share of broken clips,
         BrokenProcessPool for a worker that died, its text naming the shards that were being written.
         """
-        if self._will_resample(shards):
-            import torchaudio  # noqa: F401  loaded before the fork (seconds), so that workers share it; otherwise nobody pays
         if self.sieve.filters.tokenizer:
             load_tokenizer(self.sieve.filters.tokenizer)
         context = get_context("fork")
@@ -143,20 +149,6 @@ class Packing:
         finally:
             # Shards that stand in the queue are dropped; one that is being written when another fails ends first.
             pool.shutdown(wait=True, cancel_futures=True)
-
-    def _will_resample(self, shards: list[int]) -> bool:
-        """Whether one of a few clips is at another rate. A guess: a worker that turns out to need torchaudio loads it."""
-        if self.rate is None or self.codec == "copy":
-            return False
-        for shard in shards[:: max(1, len(shards) // 4)]:
-            entries = shard_entries(self.folder / WORK / "plan", shard)[1]
-            for entry in entries[:: max(1, len(entries) // 8)]:
-                try:
-                    if entry.audio and kind_of(entry.audio)[0] != "pipe" and open_sound(entry.audio).samplerate != self.rate:
-                        return True
-                except ClipError:
-                    continue
-        return False
 
     def _follow(self, pending: set[Future], hours: float, progress) -> None:
         started, shown, tried, broken = time.monotonic(), 0.0, 0, 0
@@ -196,7 +188,12 @@ class Packing:
         header, _, rows = self.summary_path(shard).read_bytes().partition(b"\n")
         values = json.loads(header)
         rejected = values.pop("rejected")
+        values.pop("findings", None)
         return ShardSummary(rows=np.frombuffer(rows, dtype=SAMPLE_DTYPE), **values), rejected
+
+    def findings(self, shard: int) -> list[str]:
+        """What was noticed about a finished shard's clips: lines of findings.jsonl."""
+        return json.loads(self.summary_path(shard).read_bytes().partition(b"\n")[0]).get("findings", [])
 
     def clear_unfinished(self) -> None:
         """Remove what killed processes of this machine left half written (those of other machines go with the merge)."""
@@ -243,6 +240,7 @@ class Packing:
             shutil.rmtree(self.folder / WORK, ignore_errors=True)  # so that the same command does its work on a mended corpus
             raise PackError(f"no sample was left to pack ({dict(counts)}): {self.folder / 'rejected.jsonl'} says why for each")
         report = {
+            "findings": self._write_findings(plan["shards"]),
             "rejected": dict(sorted(counts.items())),
             "other_splits": plan["other_splits"],
             "rejected_hours": {reason: round(value / 3600, 6) for reason, value in sorted(seconds.items())},
@@ -253,6 +251,22 @@ class Packing:
         index = write_index(self.folder, self.name, summaries, extra, scratch=self.folder / WORK)
         shutil.rmtree(self.folder / WORK)
         return index
+
+    def _write_findings(self, shards: int) -> dict[str, int]:
+        """Name in findings.jsonl what was noticed about packed clips; {kind: clips}."""
+        counts: Counter[str] = Counter()
+        unfinished, path = self.folder / WORK / FINDINGS_NAME, self.folder / FINDINGS_NAME
+        try:
+            with open(unfinished, "w", encoding="utf-8") as out:
+                for shard in range(shards):
+                    for line in self.findings(shard):
+                        counts[json.loads(line)["finding"]] += 1
+                        out.write(line + "\n")
+            if counts:
+                os.replace(unfinished, path)
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror}") from error
+        return dict(sorted(counts.items()))
 
     def _summaries(self, shards: int):
         for shard in range(shards):
@@ -269,6 +283,12 @@ class _Again:
 
     def __iter__(self):
         return self.start()
+
+
+def finding_line(entry: Entry, finding: Finding) -> str:
+    """A line of findings.jsonl."""
+    told = {"id": entry.id, "finding": finding.kind, "detail": finding.detail, "corpus": entry.corpus}
+    return json.dumps(told, ensure_ascii=False)
 
 
 def record_of(entry: Entry, duration: float, sample_rate: int | None) -> dict:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import io
 import json
 import shlex
 import signal
@@ -22,6 +21,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from core.audio import AudioError, read
 from data_tools.shards import ShardError, ShardIndex, id_hash
 
 _BAR = 40
@@ -69,6 +69,9 @@ def describe(folder: Path, index: ShardIndex) -> str:
             f"  {count:>9,}  {told['rejected_hours'].get(reason, 0):>9.2f} h  {reason}"
             for reason, count in told["rejected"].items()
         ]
+    if told.get("findings"):
+        lines += ["", f"noted when packed (named in {folder / 'findings.jsonl'})"]
+        lines += [f"  {count:>9,}  {kind}" for kind, count in told["findings"].items()]
     return "\n".join(lines)
 
 
@@ -119,7 +122,13 @@ def listen(index: ShardIndex, wanted: str, to: Path) -> str:
     if to.suffix == f".{index.codecs[index.samples['codec'][row]]}":
         to.write_bytes(audio)
     else:
-        soundfile.write(to, *soundfile.read(io.BytesIO(audio), dtype="int16"))
+        try:
+            decoded = read(audio, whole=False)
+            soundfile.write(to, decoded.samples, decoded.rate)
+        except AudioError as error:
+            raise ShardError(f"row {row} cannot be decoded ({error.reason}): {error}") from None
+        except (TypeError, ValueError, soundfile.LibsndfileError) as error:  # an extension that libsndfile does not know
+            raise ShardError(f"cannot write {to}: {error}") from None
     return f"{text}\nrow {row} written to {to}"
 
 

@@ -4,7 +4,7 @@ An entry's `audio` is a plain path or one of these, PATH being absolute:
 
     tar:PATH#OFFSET+SIZE.EXT      bytes inside a tar (its member's extension kept)
     ark:PATH#OFFSET               a WAV inside a Kaldi archive
-    parquet:PATH#GROUP/ROW/COLUMN the audio of one row of one row group (Hugging Face's {bytes, path} or plain bytes)
+    parquet:PATH#GROUP/ROW/COLUMN the audio of one row of one row group (bytes, a path, or Hugging Face's structs: _cell)
     arrow:PATH#BATCH/ROW/COLUMN   the same of a record batch in a folder written by datasets' save_to_disk
     pipe:COMMAND                  what a shell command writes to its standard output
 
@@ -17,21 +17,17 @@ import io
 import os
 import re
 import subprocess
+import tempfile
 from functools import lru_cache
 
+import numpy as np
 import soundfile
 
+from core.audio import MAX_FILE_BYTES, Recording, read_file, typed_errors
+from core.audio import AudioError as ClipError
+from core.containers import open_regular
 
-class ClipError(ValueError):
-    """One clip that cannot be used: `reason` is a fixed word, the text says what was found, `seconds` its length if known."""
-
-    def __init__(self, reason: str, detail: str, seconds: float | None = None):
-        super().__init__(detail)
-        self.reason, self.seconds = reason, seconds
-
-
-_MAX_BYTES = 1 << 32  # of a whole clip, which is held in memory
-_MAX_FRAMES_PER_BYTE = 4096  # silence in FLAC comes to about 300
+_MAX_READ = 0x7FFF_F000  # bytes that Linux reads at once
 _FORM = re.compile(r"(tar|ark|parquet|arrow|pipe):(.+)", re.DOTALL)
 
 
@@ -42,81 +38,43 @@ def kind_of(audio: str) -> tuple[str, str]:
 
 
 def read_bytes(audio: str) -> bytes:
-    """All bytes of one clip as they stand in the corpus.
+    """All bytes of one clip as they are in the corpus.
 
-    Errors: ClipError missing_file | unreadable | command_failed | too_large.
+    Errors: ClipError missing_file | unreadable | undecodable | truncated | command_failed | too_large.
     """
     kind, rest = kind_of(audio)
-    try:
-        return _READERS[kind](rest)
-    except ClipError:
-        raise
-    except FileNotFoundError:
-        raise ClipError("missing_file", f"{audio} does not exist") from None
-    except OSError as error:
-        raise ClipError("unreadable", f"{audio}: {error.strerror or error}") from None
-    except ValueError as error:  # pyarrow's own errors, and places that do not parse
-        raise ClipError("unreadable", f"{audio}: {error}") from None
-
-
-def open_sound(audio: str) -> soundfile.SoundFile:
-    """A recording of which stretches are wanted, open for seeking; the last one stays open.
-
-    Errors: as read_bytes, and ClipError undecodable.
-    """
-    return _open_sound(audio)
+    with typed_errors(audio):
+        try:
+            return _READERS[kind](rest)
+        except (ClipError, OSError, MemoryError):
+            raise
+        except Exception as error:  # pyarrow's own errors, and places that do not parse
+            raise ClipError("unreadable", f"{error}".partition("\n")[0]) from None
 
 
 @lru_cache(maxsize=1)
-def _open_sound(audio: str) -> soundfile.SoundFile:
+def open_recording(audio: str) -> Recording:
+    """A recording of which segments are wanted; the last one stays open. Errors: as read_bytes, and ClipError undecodable."""
     kind, rest = kind_of(audio)
-    if kind != "file":
-        return sound_of(read_bytes(audio), audio)
-    if not os.path.exists(rest):
-        raise ClipError("missing_file", f"{rest} does not exist")
-    try:
-        return _believable(soundfile.SoundFile(rest), os.path.getsize(rest), audio)
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise ClipError("undecodable", f"{rest}: {getattr(error, 'error_string', error)}") from None
-
-
-def sound_of(data: bytes, audio: str) -> soundfile.SoundFile:
-    """Compressed bytes, open for decoding. Errors: ClipError zero_length | undecodable."""
-    if not data:
-        raise ClipError("zero_length", f"{audio} has no bytes")
-    try:
-        return _believable(soundfile.SoundFile(io.BytesIO(data)), len(data), audio)
-    except soundfile.LibsndfileError as error:
-        raise ClipError("undecodable", f"{audio}: {error.error_string}") from None
-
-
-def _believable(file: soundfile.SoundFile, size: int, audio: str) -> soundfile.SoundFile:
-    """Refuse headers that promise more than any codec packs into `size` bytes: memory is taken by what they say. (FLAC written
-    to a pipe has no length in its header, which libsndfile reads as the largest number there is.)"""
-    if file.frames > _MAX_FRAMES_PER_BYTE * size + 65536:
-        raise ClipError("undecodable", f"{audio}: no length, or an impossible one, in its header; write it to a file again")
-    return file
-
-
-def _file(path: str) -> bytes:
-    with open(path, "rb") as file:
-        if (size := os.fstat(file.fileno()).st_size) > _MAX_BYTES:
-            raise ClipError("too_large", f"{path}: {size} bytes, a whole clip may have 4 GiB: give stretches of it (offset)")
-        return file.read()
+    source = rest if kind == "file" else read_bytes(audio)
+    with typed_errors(audio):
+        return Recording(source)
 
 
 @lru_cache(maxsize=8)
 def _descriptor(path: str) -> io.FileIO:
-    return open(path, "rb", buffering=0)  # noqa: SIM115  closed when it falls out of the cache
+    return io.FileIO(open_regular(path))  # closed when it falls out of the cache
 
 
 def _tar(rest: str) -> bytes:
     path, _, place = rest.rpartition("#")
     offset, _, size = place.partition("+")
     size = int(size.partition(".")[0])
+    if size > _MAX_READ:
+        raise ClipError("too_large", f"a member of {size:,} bytes, more than {_MAX_READ:,}")
     data = os.pread(_descriptor(path).fileno(), size, int(offset))
     if len(data) != size:
-        raise ClipError("truncated", f"{path} ends at {int(offset) + len(data)}, inside a member of {size} bytes")
+        raise ClipError("truncated", f"the tar ends at {int(offset) + len(data)}, inside a member of {size} bytes")
     return data
 
 
@@ -125,8 +83,11 @@ def _ark(rest: str) -> bytes:
     file = _descriptor(path).fileno()
     head = os.pread(file, 8, int(offset))
     if head[:4] != b"RIFF":
-        raise ClipError("undecodable", f"{path}: no WAV at byte {offset}")
-    return os.pread(file, 8 + int.from_bytes(head[4:], "little"), int(offset))
+        raise ClipError("undecodable", f"no WAV at byte {offset}")
+    size = 8 + int.from_bytes(head[4:], "little")
+    if size > _MAX_READ:
+        raise ClipError("undecodable", f"the WAV at byte {offset} does not tell its size: write it to a file first")
+    return os.pread(file, size, int(offset))
 
 
 @lru_cache(maxsize=1)
@@ -146,35 +107,74 @@ def record_batches(path: str) -> list:
         return list(pyarrow.ipc.open_stream(source))
 
 
-def _cell(value, where: str) -> bytes:
-    value = value.as_py()
-    data = value.get("bytes") if isinstance(value, dict) else value
-    if data is None and isinstance(value, dict) and value.get("path"):
-        return _file(value["path"])
-    if not isinstance(data, bytes):
-        raise ClipError("missing_file", f"{where} holds no audio bytes")
-    return data
+def _cell(value, folder: str) -> bytes:
+    """A cell's audio: bytes, a path (relative to the table's folder), or Hugging Face's structs of either or of samples."""
+    from pyarrow import types
+
+    path = None
+    if types.is_struct(value.type) and value.is_valid:
+        fields = {name: value[name] for name in value.type.names if value[name].is_valid}
+        if "array" in fields and "bytes" not in fields:
+            return _wav_of(fields["array"], fields.get("sampling_rate"))
+        path, value = fields.get("path"), fields.get("bytes")
+    elif types.is_string(value.type) or types.is_large_string(value.type):
+        path, value = value if value.is_valid else None, None
+    elif not (types.is_binary(value.type) or types.is_large_binary(value.type)):
+        raise ClipError("unreadable", f"a column of {value.type} holds no audio: bytes, paths or {{array, sampling_rate}} do")
+    if value is not None and value.is_valid:
+        return value.as_py()
+    if path is None:
+        raise ClipError("missing_file", "its cell is empty")
+    with typed_errors(path.as_py()):
+        return read_file(os.path.join(folder, path.as_py()))
+
+
+def _wav_of(array, rate) -> bytes:
+    """Samples in a table, [frames] or [channels][frames], as a WAV: floats, or integers of 16 bits."""
+    if rate is None or not rate.as_py() > 0:
+        raise ClipError("unreadable", "its samples have no sampling_rate")
+    nested = hasattr(array.values.type, "value_type")
+    rows = [channel.values for channel in array] if nested else [array.values]
+    samples = np.stack([row.to_numpy(zero_copy_only=False) for row in rows], axis=1)
+    if samples.dtype.kind != "f" and samples.dtype != np.int16:
+        raise ClipError("unreadable", f"its samples are {samples.dtype}: floats or int16 are wanted")
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, int(rate.as_py()), "FLOAT" if samples.dtype.kind == "f" else "PCM_16", format="WAV")
+    return buffer.getvalue()
 
 
 def _parquet(rest: str) -> bytes:
     path, _, place = rest.rpartition("#")
     group, row, column = place.split("/", 2)
-    return _cell(_row_group(path, int(group), column)[int(row)], rest)
+    return _cell(_row_group(path, int(group), column)[int(row)], os.path.dirname(path))
 
 
 def _arrow(rest: str) -> bytes:
     path, _, place = rest.rpartition("#")
     batch, row, column = place.split("/", 2)
-    return _cell(record_batches(path)[int(batch)].column(column)[int(row)], rest)
+    return _cell(record_batches(path)[int(batch)].column(column)[int(row)], os.path.dirname(path))
 
 
 @lru_cache(maxsize=1)
 def _pipe(command: str) -> bytes:
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, stdin=subprocess.DEVNULL, check=False)
-    if done.returncode:
-        last = done.stderr.decode(errors="replace").strip().splitlines()
-        raise ClipError("command_failed", f"'{command}' ended with {done.returncode}: {last[-1] if last else 'no message'}")
-    return done.stdout
+    blocks, size = [], 0
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(
+            ["bash", "-o", "pipefail", "-c", command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
+        ) as process,
+    ):
+        while block := process.stdout.read(1 << 24):
+            blocks.append(block)
+            size += len(block)
+            if size > MAX_FILE_BYTES:
+                process.kill()
+                raise ClipError("too_large", f"the command writes more than {MAX_FILE_BYTES:,} bytes")
+        if code := process.wait():
+            errors.seek(0)
+            last = errors.read().decode(errors="replace").strip().splitlines()
+            raise ClipError("command_failed", f"'{command}' ended with {code}: {last[-1] if last else 'no message'}")
+    return b"".join(blocks)
 
 
-_READERS = {"file": _file, "tar": _tar, "ark": _ark, "parquet": _parquet, "arrow": _arrow, "pipe": _pipe}
+_READERS = {"file": read_file, "tar": _tar, "ark": _ark, "parquet": _parquet, "arrow": _arrow, "pipe": _pipe}

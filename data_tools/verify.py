@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import os
 import sys
@@ -19,9 +18,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-import soundfile
 from tqdm import tqdm
 
+from core.audio import AudioError, read
 from data_tools.shards import ShardError, ShardIndex, audio_hash, fingerprint, id_hash, target_characters
 
 _DURATION_TOLERANCE = 0.002  # seconds: JSON and table keep fewer digits than there are
@@ -98,14 +97,14 @@ def _check_record(index: ShardIndex, sample: np.void, record: dict) -> list[str]
 
 def _check_audio(audio: bytes, record: dict) -> list[str]:
     try:
-        wave, rate = soundfile.read(io.BytesIO(audio), dtype="float32")
-    except soundfile.LibsndfileError as error:
-        return [f"does not decode: {error.error_string}"]
-    problems = [] if rate == record["sample_rate"] else [f"{rate} samples a second, the JSON says {record['sample_rate']}"]
-    if abs(len(wave) / rate - record["duration"]) > _DURATION_TOLERANCE:
-        problems.append(f"{len(wave) / rate:.3f} s, the JSON says {record['duration']}")
-    if not np.isfinite(wave).all():
-        problems.append("NaN or infinity in the audio")
+        decoded = read(audio)
+    except AudioError as error:
+        return [f"does not decode ({error.reason}): {error}"]
+    problems = []
+    if decoded.rate != record["sample_rate"]:
+        problems.append(f"{decoded.rate} samples a second, the JSON says {record['sample_rate']}")
+    if abs(decoded.seconds - record["duration"]) > _DURATION_TOLERANCE:
+        problems.append(f"{decoded.seconds:.3f} s, the JSON says {record['duration']}")
     return problems
 
 

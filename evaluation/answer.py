@@ -13,29 +13,26 @@ import argparse
 import sys
 from pathlib import Path
 
-import soundfile
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from core.audio import Audio, AudioError, decode, largest_decoded
 from evaluation.run import InputError, joint_search, load
 from model.folder import FolderError
 from model.joint import JointSearch
 from model.pretrained import SourceError
 from model.prompt import INSTRUCTIONS, PromptError
-from train.data.reader import decode
-from train.data.rejected import BrokenSample
 
 
-def sound(file: Path, longest: float) -> torch.Tensor:
-    """The file's waveform [S], 16 kHz, of at most `longest` seconds. Errors: BrokenSample, OSError."""
-    audio = file.read_bytes()  # first, for the file system's own words
+def sound(file: Path, longest: float) -> Audio:
+    """The file as 16 kHz mono, of at most `longest` seconds; what is cut is answered as far as it goes. Errors: AudioError."""
     try:
-        seconds = soundfile.info(file).duration  # of the header: a long one is not decoded at all
-    except soundfile.LibsndfileError as error:
-        raise BrokenSample(f"is not read as sound ({error.error_string.strip(' .')}): convert it to WAV or FLAC") from None
-    if seconds > longest:
-        raise BrokenSample(f"lasts {seconds:.0f} s, this model takes {longest:g} s at most (model.encoder.max_seconds): cut it")
-    return decode(audio)
+        return decode(file, whole=False, max_seconds=longest, max_bytes=largest_decoded(longest))
+    except AudioError as error:
+        if error.reason == "too_long":
+            raise AudioError("too_long", f"lasts {error.seconds:.0f} s, this model takes {longest:g} s at most "
+                             "(model.encoder.max_seconds): cut it") from None
+        raise
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -71,11 +68,14 @@ def main(arguments: list[str] | None = None) -> int:
         chat = [{"role": "user", "content": f"{token}\n{options.prompt or INSTRUCTIONS['asr']}"}]
         for file in options.files:
             try:
-                waveform = sound(file, model.config.encoder.max_seconds)
-            except (BrokenSample, OSError) as error:
-                print(f"error: {file}: {getattr(error, 'strerror', error)}", file=sys.stderr)
+                audio = sound(file, model.config.encoder.max_seconds)
+            except AudioError as error:
+                print(f"error: {file}: {error}", file=sys.stderr)
                 code = 2
                 continue
+            for finding in audio.findings:
+                print(f"warning: {file}: {finding.detail} ({finding.kind})", file=sys.stderr)
+            waveform = torch.from_numpy(audio.samples)
             if how == "ctc":
                 text = model.ctc_greedy(model.prompts([chat], [waveform]))[0]
             else:

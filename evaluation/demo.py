@@ -15,18 +15,16 @@ from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
 
-import soundfile
 import torch
 from transformers import TextIteratorStreamer
 from transformers.utils.logging import disable_progress_bar
 
+from core.audio import SAMPLE_RATE, AudioError, decode, largest_decoded
 from evaluation.picture import ctc_peaks, figure
 from model import folder
 from model.batch import Batch
 from model.pretrained import SourceError
 from model.soundwave import Soundwave
-from train.data.reader import SAMPLE_RATE, decode
-from train.data.rejected import BrokenSample
 
 QUESTION = "Please transcribe the following audio."
 
@@ -61,15 +59,17 @@ class Talker:
     def ask(self, file: str | None, question: str) -> Iterator[tuple]:
         """Yields (answer so far, CTC transcript, picture, timings as Markdown), None where nothing has changed.
 
-        Errors: BrokenSample, ValueError (one line).
+        Errors: ValueError (AudioError among them), one line.
         """
         if not file:
             raise ValueError("no audio: record or upload some first")
+        longest = self.model.config.encoder.max_seconds
         try:
-            self.check_length(soundfile.info(file).duration)  # of the header: a long one is not read at all
-        except soundfile.SoundFileError as error:
-            raise BrokenSample(f"audio cannot be decoded: {error}") from None
-        yield from self.answer(decode(Path(file).read_bytes()), question)
+            audio = decode(file, whole=False, max_seconds=longest, max_bytes=largest_decoded(longest))
+        except AudioError as error:
+            self.check_length(error.seconds or 0.0)
+            raise
+        yield from self.answer(torch.from_numpy(audio.samples), question)
 
     def check_length(self, seconds: float) -> None:
         longest = self.model.config.encoder.max_seconds
@@ -145,7 +145,7 @@ def page(talker: Talker, title: str):
         try:
             for outputs in talker.ask(file, question):
                 yield tuple(gradio.skip() if output is None else output for output in outputs)
-        except (BrokenSample, ValueError) as error:
+        except ValueError as error:  # AudioError among them
             raise gradio.Error(str(error)) from None
 
     with gradio.Blocks(title="Soundwave", analytics_enabled=False) as blocks:

@@ -61,7 +61,7 @@ def test_a_file_that_is_no_use_costs_its_own_line(folders, files, tmp_path, caps
     assert answer.main([str(folders / "alignment"), *map(str, [*bad, windows, files[0]]), "--device", "cpu"]) == 2
     out, err = capsys.readouterr()
     assert [line.split("\t")[0] for line in out.splitlines()] == [str(windows), str(files[0])]
-    wanted = ["No such file", "is not read as sound (Format not recognised)", "holds no samples", "takes 300 s at most"]
+    wanted = ["does not exist", "Format not recognised", "holds no samples", "lasts 301 s, this model takes 300 s at most"]
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 4
     for line, file, words in zip(lines, bad, wanted, strict=True):

@@ -19,11 +19,11 @@ import pytest
 import soundfile
 import torch
 
+from core.audio import AudioError
 from evaluation import demo
 from evaluation.demo import QUESTION
 from model import folder
 from tests.evaluation.conftest import SECONDS, sound
-from train.data.rejected import BrokenSample
 
 
 @pytest.fixture
@@ -85,13 +85,13 @@ def outside(requests: list[str], url: str) -> list[str]:
 
 def test_a_long_upload_is_refused_unread(folders, tmp_path, monkeypatch):
     talker = demo.Talker(folder.load(folders / "alignment"), 4)
-    monkeypatch.setattr(demo, "decode", lambda audio: pytest.fail("was read"))
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda *arguments, **options: pytest.fail("was decoded"))
     long, broken = tmp_path / "long.flac", tmp_path / "broken.flac"
     soundfile.write(long, np.zeros(301 * 8000), 8000)
     broken.write_bytes(b"no audio")
     with pytest.raises(ValueError, match="lasts 301 s, this model takes 300 s"):
         next(talker.ask(str(long), ""))
-    with pytest.raises(BrokenSample, match="cannot be decoded"):
+    with pytest.raises(AudioError, match="Format not recognised"):
         next(talker.ask(str(broken), ""))
 
 

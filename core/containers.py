@@ -1,0 +1,501 @@
+"""Find the audio inside a file's bytes: where each stream is, and how much its header promises. Nothing is decoded here.
+
+Decoders believe headers; recorders, taggers, `cat` and broken downloads make headers wrong. What is corrected or noticed:
+
+    WAV      the data chunk counts, not the RIFF size; sizes 0 and 0xFFFFFFFF mean "to the end"; odd chunks without padding
+    MP3      frames are counted where no header tells their number (VBR without a Xing header), or where it cannot be right
+    Ogg      chained streams; a last page that is incomplete, or has no end-of-stream mark
+    others   AIFF, AU, CAF, W64, RF64, 8SVX, SPHERE: bytes that the header promises and the file does not hold
+    all      ID3v2 tags in front; files joined one after another (WAV, FLAC, Ogg, MP3)
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import struct
+from dataclasses import dataclass, field
+from typing import IO, Literal, Protocol
+
+from core import mpeg
+
+#: Bytes that a header may promise beyond the end of the file: writers that count the header itself in.
+SLACK_BYTES = 44
+#: Unexplained bytes after the data chunk are reported from this many seconds of audio on.
+TRAILING_SECONDS = 0.25
+MAX_STREAMS = 10_000
+
+Kind = Literal["wav", "flac", "ogg", "mp3", "other"]
+Order = Literal["<", ">"]
+
+
+class Source(Protocol):
+    """Bytes that can be read at any offset."""
+
+    size: int
+
+    def read(self, offset: int, count: int) -> bytes: ...
+
+    def file(self) -> IO[bytes] | str: ...
+
+
+class BytesSource:
+    """Bytes in memory."""
+
+    def __init__(self, data: bytes):
+        self.data, self.size = data, len(data)
+
+    def read(self, offset: int, count: int) -> bytes:
+        return self.data[offset : offset + count]
+
+    def file(self) -> IO[bytes]:
+        return io.BytesIO(self.data)
+
+
+class FileSource:
+    """A regular file. Errors: OSError; NotAFile for a FIFO, device, socket or folder."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        self._descriptor = open_regular(self.path)
+        self.size = os.fstat(self._descriptor).st_size
+
+    def read(self, offset: int, count: int) -> bytes:
+        return os.pread(self._descriptor, count, offset)
+
+    def file(self) -> str:
+        return self.path
+
+    def __del__(self):
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+
+class NotAFile(OSError):
+    """Something other than a regular file: opening or reading it may block for ever, or never end."""
+
+
+_SPECIAL = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+def open_regular(path: str | os.PathLike) -> int:
+    """Open for reading without waiting for a FIFO's writer; return the descriptor. Errors: OSError, NotAFile."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise NotAFile(f"is {_SPECIAL.get(stat.S_IFMT(mode), 'a special file')}, not a regular file")
+    return descriptor
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One stream of audio: bytes [begin, end) of the source, with `prefix` in front where the decoder needs another header.
+
+    frames: samples per channel where they were counted; only decoding tells otherwise. The bytes of a 16-bit PCM WAV are its
+    samples: it has `rate`, `channels` and `frames`.
+    """
+
+    kind: Kind
+    begin: int
+    end: int
+    prefix: bytes = b""
+    frames: int | None = None
+    rate: int = 0
+    channels: int = 0
+    order: Order = "<"
+
+    @property
+    def is_pcm16(self) -> bool:
+        return self.rate > 0
+
+    def open(self, source: Source) -> IO[bytes] | str:
+        """The stream as a file of its own, or the path of a file that is nothing else."""
+        if self.begin == 0 and self.end == source.size and not self.prefix:
+            return source.file()
+        if isinstance(source, BytesSource):
+            return io.BytesIO(self.prefix + source.data[self.begin : self.end])
+        return io.BufferedReader(_Window(source, self), 1 << 16)
+
+
+class _Window(io.RawIOBase):
+    """A stream of a source, with its prefix, as a file. Read only."""
+
+    def __init__(self, source: Source, stream: Stream):
+        self._source, self._stream, self._place = source, stream, 0
+        self._size = len(stream.prefix) + stream.end - stream.begin
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence])
+        return self._place
+
+    def readinto(self, buffer) -> int:
+        prefix = self._stream.prefix
+        count = max(0, min(len(buffer), self._size - self._place))
+        if self._place < len(prefix):
+            data = prefix[self._place : self._place + count]
+        else:
+            data = self._source.read(self._stream.begin + self._place - len(prefix), count)
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+
+@dataclass
+class Layout:
+    """The streams of a source in order, and what was noticed: [(kind of finding, text)]."""
+
+    streams: list[Stream] = field(default_factory=list)
+    noticed: list[tuple[str, str]] = field(default_factory=list)
+
+
+def locate(source: Source) -> Layout:
+    """Return the streams of a source.
+
+    Of a FileSource only headers are read: streams after the first are not looked for, and MP3 frames are not counted.
+    """
+    layout = Layout()
+    begin = _after_id3(source)
+    head = source.read(begin, 16)
+    if head[:4] in _RIFF and head[8:12] == b"WAVE":
+        _wav(source, begin, layout)
+    elif head[:4] == b"fLaC":
+        _flac(source, begin, layout)
+    elif head[:4] == b"OggS":
+        _ogg(source, begin, layout)
+    elif mpeg.frame_at(head):
+        _mp3(source, begin, layout)
+    else:
+        _other(source, begin, layout)
+    return layout
+
+
+def _cut(promised: int, there: int) -> tuple[str, str]:
+    return "cut", f"its header promises {promised:,} bytes, the file holds {max(there, 0):,}"
+
+
+def _after_id3(source: Source) -> int:
+    """The offset after ID3v2 tags, which taggers put in front of any format."""
+    offset = 0
+    while size := mpeg.id3_size(source.read(offset, 10)):
+        offset += size
+    return min(offset, source.size)
+
+
+# --- WAV -------------------------------------------------------------------------------------------------------------------
+
+_RIFF = (b"RIFF", b"RIFX", b"RF64", b"BW64")
+_UNKNOWN_SIZE = 0x7FFFF000  # sizes from here on are what writers to a pipe put in
+
+
+def _is_chunk(head: bytes) -> bool:
+    return len(head) == 8 and all(32 <= byte < 127 for byte in head[:4])
+
+
+def _next_chunk(source: Source, offset: int, size: int) -> int:
+    """The offset after a chunk's body of `size` bytes at `offset`: chunks of odd size are padded, or should be."""
+    end = offset + size
+    if size % 2 and not (_is_chunk(source.read(end, 8)) and not _is_chunk(source.read(end + 1, 8))):
+        return end + 1
+    return end
+
+
+def _wav(source: Source, begin: int, layout: Layout) -> None:
+    """Streams of a WAV file, and of others that follow it."""
+    while len(layout.streams) < MAX_STREAMS:
+        order: Order = ">" if source.read(begin, 4) == b"RIFX" else "<"
+        form = fact = b""
+        long_size = 0
+        parts: list[tuple[int, int]] = []  # offset and size of data chunks
+        offset = begin + 12
+        while _is_chunk(head := source.read(offset, 8)) and head[:4] not in _RIFF:
+            name, size = head[:4], struct.unpack(order + "I", head[4:])[0]
+            offset += 8
+            if name == b"fmt " and not form:
+                form = source.read(offset, min(size, 1 << 16))
+            elif name == b"fact":
+                fact = source.read(offset, min(size, 1 << 10))
+            elif name == b"ds64":
+                long_size = int.from_bytes(source.read(offset + 8, 8), "little")
+            elif name == b"data":
+                size = _data_size(source, offset, long_size if size == 0xFFFFFFFF and long_size else size)
+                parts.append((offset, size))
+            offset = _next_chunk(source, offset, size)
+        if not parts or len(form) < 16:
+            layout.streams.append(Stream("wav", begin, source.size))  # the decoder has the words for what is missing
+            return
+        for part_begin, size in parts:
+            _wav_part(source, order, form, fact, part_begin, size, layout)
+        rest = source.read(offset, 12)
+        if rest[:4] not in _RIFF or rest[8:] != b"WAVE":
+            break
+        begin = offset
+    bytes_a_second = struct.unpack(order + "I", form[8:12])[0] or 1
+    unexplained = source.size - offset
+    if unexplained / bytes_a_second >= TRAILING_SECONDS and any(source.read(offset, 4096)):
+        what = f"{unexplained:,} bytes after its data chunk belong to no chunk: the chunk's size may be out of date"
+        layout.noticed.append(("trailing", what))
+
+
+def _data_size(source: Source, offset: int, size: int) -> int:
+    """The size of a data chunk; one that its writer could not know means all that follows."""
+    rest = source.size - offset
+    if size == 0 and not _holds_only_chunks(source, offset):
+        return rest
+    return rest if size >= _UNKNOWN_SIZE and size > rest else size
+
+
+def _holds_only_chunks(source: Source, offset: int) -> bool:
+    """Whether whole chunks follow up to the end: an empty data chunk is then really empty."""
+    while _is_chunk(head := source.read(offset, 8)):
+        offset = _next_chunk(source, offset + 8, int.from_bytes(head[4:], "little"))
+    return offset in (source.size, source.size + 1)
+
+
+def _wav_part(source: Source, order: Order, form: bytes, fact: bytes, begin: int, size: int, layout: Layout) -> None:
+    """The stream of one data chunk: 16-bit PCM as it is, anything else under a header that is right."""
+    there = max(min(size, source.size - begin), 0)
+    if size > there + SLACK_BYTES:
+        layout.noticed.append(_cut(size, there))
+    tag, channels, rate, _, _, bits = struct.unpack(order + "HHIIHH", form[:16])
+    if tag == 0xFFFE and len(form) >= 26:  # WAVEX: the tag is in its GUID
+        tag = struct.unpack(order + "H", form[24:26])[0]
+    if tag == 1 and bits == 16 and channels and rate:
+        frames = there // (2 * channels)
+        layout.streams.append(Stream("wav", begin, begin + frames * 2 * channels, b"", frames, rate, channels, order))
+        return
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return name + struct.pack(order + "I", len(body)) + body + bytes(len(body) % 2)
+
+    header = b"WAVE" + chunk(b"fmt ", form) + (chunk(b"fact", fact) if fact else b"") + b"data"
+    told = min(there, 0xFFFFFFFF - len(header) - 4)
+    riff = (b"RIFX" if order == ">" else b"RIFF") + struct.pack(order + "I", len(header) + 4 + told)
+    layout.streams.append(Stream("wav", begin, begin + there, riff + header + struct.pack(order + "I", told)))
+
+
+# --- FLAC ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StreamInfo:
+    """STREAMINFO of a FLAC file. frames: 0 where the encoder wrote to a pipe and could not know."""
+
+    rate: int
+    channels: int
+    bits: int
+    frames: int
+
+
+def stream_info(head: bytes) -> StreamInfo | None:
+    """STREAMINFO from a FLAC stream's first 26 bytes; None where it is not there."""
+    if len(head) < 26 or head[4] & 0x7F or head[5:8] != b"\0\0\x22":
+        return None
+    packed = int.from_bytes(head[18:26], "big")
+    return StreamInfo(packed >> 44, (packed >> 41 & 7) + 1, (packed >> 36 & 31) + 1, packed & ((1 << 36) - 1))
+
+
+def _flac(source: Source, begin: int, layout: Layout) -> None:
+    starts = [begin]
+    if isinstance(source, BytesSource):
+        place = begin
+        while (place := source.data.find(b"fLaC", place + 4)) >= 0 and len(starts) < MAX_STREAMS:
+            if stream_info(source.data[place : place + 26]):
+                starts.append(place)
+    layout.streams += [Stream("flac", start, end) for start, end in zip(starts, [*starts[1:], source.size], strict=True)]
+
+
+# --- Ogg -------------------------------------------------------------------------------------------------------------------
+
+_LARGEST_PAGE = 27 + 255 + 255 * 255
+_FIRST_PAGE, _LAST_PAGE = 2, 4  # bits of a page's flags
+
+
+def _page(source: Source, offset: int) -> tuple[int, int] | None:
+    """(flags, end offset) of the Ogg page at `offset`; None for anything else."""
+    head = source.read(offset, 27 + 255)
+    if len(head) < 27 or head[:4] != b"OggS" or len(head) < 27 + head[26]:
+        return None
+    return head[5], offset + 27 + head[26] + sum(head[27 : 27 + head[26]])
+
+
+def _ogg(source: Source, begin: int, layout: Layout) -> None:
+    tail_begin = max(begin, source.size - _LARGEST_PAGE)
+    place = source.read(tail_begin, source.size - tail_begin).rfind(b"OggS")
+    flags, end = _page(source, tail_begin + place) or (0, source.size + 1)
+    rest = source.read(end, 4)
+    if end > source.size or rest and b"OggS".startswith(rest):
+        layout.noticed.append(("cut", "the file ends inside an Ogg page"))
+    elif not flags & _LAST_PAGE:
+        layout.noticed.append(("no_end", "its last Ogg page has no end-of-stream mark: the recording may have been interrupted"))
+    starts = _ogg_starts(source, begin) if isinstance(source, BytesSource) else [begin]
+    layout.streams += [Stream("ogg", start, end) for start, end in zip(starts, [*starts[1:], source.size], strict=True)]
+
+
+def _ogg_starts(source: BytesSource, begin: int) -> list[int]:
+    """Where chained streams begin: at a first page that follows other pages (first pages in a row are multiplexed)."""
+    starts = [begin]
+    if source.data.count(b"OggS\0\x02") < 2:
+        return starts
+    offset, in_header = begin, True
+    while 0 <= offset < source.size and len(starts) < MAX_STREAMS:
+        page = _page(source, offset)
+        if page is None:  # damage: the next page
+            offset = source.data.find(b"OggS", offset + 1)
+            continue
+        is_first = bool(page[0] & _FIRST_PAGE)
+        if is_first and not in_header:
+            starts.append(offset)
+        in_header, offset = is_first, page[1]
+    return starts
+
+
+# --- MP3 -------------------------------------------------------------------------------------------------------------------
+
+
+def _mp3(source: Source, begin: int, layout: Layout) -> None:
+    if not isinstance(source, BytesSource):
+        layout.streams.append(Stream("mp3", 0, source.size))  # libsndfile reads ID3 tags itself
+        return
+    data = source.data[begin:]
+    data = data[: mpeg.end_before_tags(data)]
+    frame = mpeg.frame_at(data)
+    tag = mpeg.tag_at(data, 0, frame) if frame else None
+    if tag is not None and tag.frames and tag.bytes is not None and len(data) - tag.bytes in (0, frame.size):
+        layout.streams.append(Stream("mp3", begin, begin + len(data)))  # its size is as promised: so are its frames
+        return
+    count = mpeg.count_frames(data)
+    if not count.runs:
+        layout.streams.append(Stream("mp3", begin, source.size))
+        return
+    if count.ends_inside:
+        layout.noticed.append(("cut", "the file ends inside an MPEG frame"))
+    if count.skipped:
+        layout.noticed.append(("damaged", f"{count.skipped:,} bytes between its MPEG frames belong to none"))
+    last = count.runs[-1]
+    if last.tag is not None and last.tag.frames and last.frames < last.tag.frames - mpeg.COUNT_SLACK and not count.ends_inside:
+        layout.noticed.append(("cut", f"its header promises {last.tag.frames:,} MPEG frames, the file holds {last.frames:,}"))
+    for run, end in zip(count.runs, [*(run.begin for run in count.runs[1:]), len(data)], strict=True):
+        if run.is_tag_right:
+            layout.streams.append(Stream("mp3", begin + run.begin, begin + end))
+        else:  # a decoder would stop at the tag's count, so the tag is left out
+            start = run.begin + (run.first.size if run.tag is not None else 0)
+            layout.streams.append(Stream("mp3", begin + start, begin + end, frames=run.samples))
+
+
+# --- other containers: what the header promises ----------------------------------------------------------------------------
+
+
+def _other(source: Source, begin: int, layout: Layout) -> None:
+    """A stream whose header may promise an end: the file may be cut before it, or another file may follow it."""
+    magic = source.read(begin, 4)
+    while (end := _promised_end(source, begin)) is not None and begin < end <= source.size:
+        following = next((place for place in (end, end + 1) if source.read(place, 4) == magic), None)
+        if following is None or len(layout.streams) >= MAX_STREAMS:
+            break
+        layout.streams.append(Stream("other", begin, end))
+        begin = following
+    layout.streams.append(Stream("other", begin, source.size))
+    if end is not None and end > source.size + SLACK_BYTES:
+        layout.noticed.append(_cut(end - begin, source.size - begin))
+
+
+def _promised_end(source: Source, begin: int) -> int | None:
+    """The offset at which the header says that the audio, or the file, ends; None where it does not say."""
+    head = source.read(begin, 40)
+    if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC", b"8SVX", b"16SV"):
+        return _iff_end(source, begin + 12)
+    if head[:4] in (b".snd", b"dns.") and len(head) >= 12:
+        offset, size = struct.unpack((">" if head[:4] == b".snd" else "<") + "II", head[4:12])
+        return None if size == 0xFFFFFFFF else begin + offset + size
+    if head[:4] == b"caff":
+        return _caf_end(source, begin + 8)
+    if head[:4] == b"riff" and head[24:28] == b"wave":
+        return _w64_end(source, begin + 40)
+    if head[:7] == b"NIST_1A":
+        return _sphere_end(source, begin)
+    if head[4:8] == b"ftyp":
+        return _mp4_end(source, begin)
+    if head[:4] == b"\x1a\x45\xdf\xa3":
+        return _matroska_end(source, begin)
+    if head[:4] == b"RIFF":  # AVI
+        return begin + 8 + int.from_bytes(head[4:8], "little")
+    return None
+
+
+def _iff_end(source: Source, offset: int) -> int | None:
+    while _is_chunk(head := source.read(offset, 8)):
+        size = int.from_bytes(head[4:], "big")
+        if head[:4] in (b"SSND", b"BODY"):
+            return offset + 8 + size if size < _UNKNOWN_SIZE else None
+        offset = _next_chunk(source, offset + 8, size)
+    return None
+
+
+def _caf_end(source: Source, offset: int) -> int | None:
+    while len(head := source.read(offset, 12)) == 12 and (size := int.from_bytes(head[4:], "big", signed=True)) >= 0:
+        if head[:4] == b"data":
+            return offset + 12 + size
+        offset += 12 + size
+    return None
+
+
+def _w64_end(source: Source, offset: int) -> int | None:
+    while len(head := source.read(offset, 24)) == 24 and (size := int.from_bytes(head[16:], "little")) >= 24:
+        if head[:4] == b"data":
+            return offset + size
+        offset += size + -size % 8
+    return None
+
+
+def _sphere_end(source: Source, begin: int) -> int | None:
+    head = source.read(begin, 1 << 14).decode("latin-1")
+    try:
+        size = int(head[8:16])
+        fields = {words[0]: words[2] for line in head[:size].splitlines() if len(words := line.split()) == 3}
+        if "," in fields.get("sample_coding", ""):  # compressed: the number of bytes is not told
+            return None
+        samples = int(fields["sample_count"]) * int(fields["sample_n_bytes"]) * int(fields["channel_count"])
+    except (ValueError, KeyError):
+        return None
+    return begin + size + samples
+
+
+def _mp4_end(source: Source, offset: int) -> int | None:
+    """The end of the last box at the top level."""
+    while len(head := source.read(offset, 16)) >= 8:
+        size = int.from_bytes(head[:4], "big")
+        if size == 1:
+            size = int.from_bytes(head[8:16], "big")
+        if size < 8:  # 0: up to the end of the file
+            return None
+        offset += size
+    return offset
+
+
+def _matroska_end(source: Source, begin: int) -> int | None:
+    """The end of the segment; recorders of live streams leave it open."""
+    offset = begin + 4
+    for _ in range(2):  # the size of the EBML header, then that of the segment after it
+        head = source.read(offset, 8)
+        width = 9 - head[0].bit_length() if head and head[0] else 0
+        if not width or len(head) < width:
+            return None
+        size = int.from_bytes(head[:width], "big") - (1 << 7 * width)
+        if size == (1 << 7 * width) - 1:
+            return None
+        end = offset + width + size
+        if source.read(end, 4) != b"\x18\x53\x80\x67":
+            return end
+        offset = end + 4
+    return end
