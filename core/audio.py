@@ -49,7 +49,7 @@ FindingKind = Literal[
     "joined",  # several files or streams one after another; all are decoded
     "antiphase",  # channels cancel out: the loudest one is taken instead of their mean
     "silent",  # no sample above -60 dB
-    "clipped",  # at least one sample in 1,000 at full scale
+    "clipped",  # at least one sample in 1,000 at full scale, beside another one
 ]
 
 #: Kinds for which whole audio can be refused; what is cut is an error unless the caller asks for it.
@@ -173,7 +173,8 @@ class Recording:
         if refuse_cut:
             _refuse_cut(findings)
         pieces = [decode_stream(self._source, stream, dtype, limits) for stream in self._layout.streams]
-        findings += [Finding("cut", detail) for piece in pieces if (detail := piece.missing())]
+        if not any(finding.kind == "cut" for finding in findings):
+            findings += [Finding("cut", detail) for piece in pieces if (detail := piece.missing())]
         if len(pieces) > 1:
             findings.append(Finding("joined", f"{len(pieces)} streams, one after another; all are decoded"))
         piece = _joined(pieces)
@@ -330,10 +331,11 @@ def _levels(samples: np.ndarray, wave: np.ndarray) -> list[Finding]:
     low, high = samples.min(), samples.max()
     found = []
     if high >= full or low <= -full:
-        share = float(np.mean((samples >= full) | (samples <= -full)))
+        at_full = (samples >= full) | (samples <= -full)
+        share = float(np.mean(at_full[1:] & at_full[:-1]))  # in a row: a loud peak that is not clipped has one
         if share >= _CLIPPED_SHARE:
             over = f", its samples reach {max(high, -low):.4g} where 1 is full scale" if max(high, -low) > 1.5 * full else ""
-            found.append(Finding("clipped", f"{100 * share:.1f} % of its samples are at full scale{over}"))
+            found.append(Finding("clipped", f"{100 * share:.1f} % of its samples are at full scale, one after another{over}"))
     if samples.shape[1] > 1:
         low, high = wave.min(), wave.max()
     scale = 32768 if wave.dtype == np.int16 else 1

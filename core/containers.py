@@ -50,7 +50,7 @@ class BytesSource:
         return self.data[offset : offset + count]
 
     def file(self) -> IO[bytes]:
-        return io.BytesIO(self.data)
+        return _Memory(self.data)
 
 
 class FileSource:
@@ -115,8 +115,17 @@ class Stream:
         if self.begin == 0 and self.end == source.size and not self.prefix:
             return source.file()
         if isinstance(source, BytesSource):
-            return io.BytesIO(self.prefix + source.data[self.begin : self.end])
+            return _Memory(self.prefix + source.data[self.begin : self.end])
         return io.BufferedReader(_Window(source, self), 1 << 16)
+
+
+class _Memory(io.BytesIO):
+    """Bytes as a file. libsndfile seeks before the beginning of damaged files; an exception could not pass through it."""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_SET:
+            offset = max(offset, 0)
+        return super().seek(offset, whence)  # from elsewhere, a place before the beginning is the beginning
 
 
 class _Window(io.RawIOBase):
@@ -369,11 +378,6 @@ def _mp3(source: Source, begin: int, layout: Layout) -> None:
         return
     data = source.data[begin:]
     data = data[: mpeg.end_before_tags(data)]
-    frame = mpeg.frame_at(data)
-    tag = mpeg.tag_at(data, 0, frame) if frame else None
-    if tag is not None and tag.frames and tag.bytes is not None and len(data) - tag.bytes in (0, frame.size):
-        layout.streams.append(Stream("mp3", begin, begin + len(data)))  # its size is as promised: so are its frames
-        return
     count = mpeg.count_frames(data)
     if not count.runs:
         layout.streams.append(Stream("mp3", begin, source.size))
@@ -383,13 +387,13 @@ def _mp3(source: Source, begin: int, layout: Layout) -> None:
     if count.skipped:
         layout.noticed.append(("damaged", f"{count.skipped:,} bytes between its MPEG frames belong to none"))
     last = count.runs[-1]
-    if last.tag is not None and last.tag.frames and last.frames < last.tag.frames - mpeg.COUNT_SLACK and not count.ends_inside:
-        layout.noticed.append(("cut", f"its header promises {last.tag.frames:,} MPEG frames, the file holds {last.frames:,}"))
+    if not count.ends_inside and last.frames < (last.promised or 0) - mpeg.COUNT_SLACK:
+        layout.noticed.append(("cut", f"its header promises {last.promised:,} MPEG frames, the file holds {last.frames:,}"))
     for run, end in zip(count.runs, [*(run.begin for run in count.runs[1:]), len(data)], strict=True):
-        if run.is_tag_right:
+        if run.is_promise_right:
             layout.streams.append(Stream("mp3", begin + run.begin, begin + end))
-        else:  # a decoder would stop at the tag's count, so the tag is left out
-            start = run.begin + (run.first.size if run.tag is not None else 0)
+        else:  # a decoder would stop at the header's count, so the header is left out
+            start = run.begin + (run.first.size if run.promised is not None else 0)
             layout.streams.append(Stream("mp3", begin + start, begin + end, frames=run.samples))
 
 
@@ -428,6 +432,8 @@ def _promised_end(source: Source, begin: int) -> int | None:
         return _mp4_end(source, begin)
     if head[:4] == b"\x1a\x45\xdf\xa3":
         return _matroska_end(source, begin)
+    if head[:16] == _ASF:
+        return _asf_end(source, begin)
     if head[:4] == b"RIFF":  # AVI
         return begin + 8 + int.from_bytes(head[4:8], "little")
     return None
@@ -481,6 +487,20 @@ def _mp4_end(source: Source, offset: int) -> int | None:
             return None
         offset += size
     return offset
+
+
+_ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+_ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+
+
+def _asf_end(source: Source, begin: int) -> int | None:
+    """The end of a WMA file by its file properties; live streams tell none."""
+    head = source.read(begin, 1 << 16)
+    place = head.find(_ASF_FILE_PROPERTIES)
+    properties = head[place : place + 92]
+    if place < 0 or len(properties) < 92 or properties[88] & 1:
+        return None
+    return begin + int.from_bytes(properties[40:48], "little") or None
 
 
 def _matroska_end(source: Source, begin: int) -> int | None:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import soundfile
 
-from core.containers import BytesSource, NotAFile, Source, Stream, stream_info
+from core.containers import BytesSource, NotAFile, Source, Stream, StreamInfo, stream_info
 
 MAX_SECONDS = 4 * 3600.0
 #: Most bytes of one clip's decoded samples: frames x channels x bytes a sample.
@@ -18,6 +18,9 @@ MAX_DECODED_BYTES = 1 << 31
 # file holds is then decoded block by block.
 _MAX_FRAMES_PER_BYTE = 4096
 _BLOCK = 1 << 20  # frames
+# Frames to decode before a place in the middle, where a decoder starts with wrong samples: libmpg123 without the bits that
+# earlier MPEG frames hold for later ones (at most 511 bytes, 32 small frames), libvorbis without the overlapping block.
+_PREROLL = {"MPEG_LAYER_III": 32 * 1152, "VORBIS": 8192}
 
 Reason = Literal[
     "missing_file",  # no such file
@@ -151,22 +154,19 @@ class Sound:
         return "int16" if dtype == "native" and self.exact else "float32"
 
     def read(self, first: int, count: int, dtype: DType) -> np.ndarray:
-        self.file.seek(first)
-        return self.file.read(count, dtype=self._type(dtype), always_2d=True)
+        before = min(first, _PREROLL.get(self.subtype, 0))
+        self.file.seek(first - before)
+        return self.file.read(before + count, dtype=self._type(dtype), always_2d=True)[before:]
 
     def read_to_end(self, dtype: DType, limits: Limits) -> np.ndarray:
         kind = self._type(dtype)
         shape = self.rate, self.channels, np.dtype(kind).itemsize
-        if self.is_believable:
-            limits.check(self.frames, *shape)
-            samples = self.file.read(self.frames, dtype=kind, always_2d=True)
-            limits.add(len(samples), *shape)
-            return samples
-        blocks = []
-        while not blocks or len(blocks[-1]) == _BLOCK:
-            blocks.append(self.file.read(_BLOCK, dtype=kind, always_2d=True))
-            limits.add(len(blocks[-1]), *shape)
-        return np.concatenate(blocks)
+        if not self.is_believable:
+            raise AudioError("undecodable", "its header tells no length, or an impossible one: write it again")
+        limits.check(self.frames, *shape)
+        samples = self.file.read(self.frames, dtype=kind, always_2d=True)
+        limits.add(len(samples), *shape)
+        return samples
 
 
 class Whole:
@@ -217,15 +217,17 @@ def _flac(source: Source, stream: Stream, dtype: DType, limits: Limits) -> Piece
     dr_flac leaves out damaged frames, so its result counts only where it is as long as the header says.
     """
     info = stream_info(source.read(stream.begin, 26))
-    fast = None
-    if info and info.rate and info.frames and _is_believable(info.frames, source):
+    fast, promised = None, info.frames or None if info else None
+    if info and info.rate:
         exact = info.bits <= 16 and dtype == "native"
-        limits.check(info.frames, info.rate, info.channels, 2 if exact else 4)
+        subtype = f"PCM_{info.bits}" if info.bits > 8 else "PCM_S8"
+        if promised is None or not _is_believable(promised, source):
+            return _flac_of_unknown_length(source, stream, info, exact, limits)._replace(subtype=subtype, promised=promised)
+        limits.check(promised, info.rate, info.channels, 2 if exact else 4)
         fast = _by_miniaudio("flac", source, stream, exact)
-        if fast and len(fast.samples) == info.frames:
-            limits.add(len(fast.samples), info.rate, info.channels, 2 if exact else 4)
-            return fast._replace(subtype=f"PCM_{info.bits}" if info.bits > 8 else "PCM_S8")
-    promised = info.frames or None if info else None
+        if fast and len(fast.samples) == promised:
+            limits.add(promised, info.rate, info.channels, 2 if exact else 4)
+            return fast._replace(subtype=subtype)
     try:
         sound = Sound(source, stream)
         return Piece(sound.read_to_end(dtype, limits), sound.rate, sound.container, sound.subtype, promised, 0.0)
@@ -235,13 +237,30 @@ def _flac(source: Source, stream: Stream, dtype: DType, limits: Limits) -> Piece
         return fast._replace(promised=promised, slack=0.0)
 
 
+def _flac_of_unknown_length(source: Source, stream: Stream, info: StreamInfo, exact: bool, limits: Limits) -> Piece:
+    """FLAC that was written to a pipe, block by block."""
+    import miniaudio
+
+    form, dtype = (miniaudio.SampleFormat.SIGNED16, np.int16) if exact else (miniaudio.SampleFormat.FLOAT32, np.float32)
+    data = source.read(stream.begin, stream.end - stream.begin)
+    try:
+        blocks = []
+        for block in miniaudio.stream_memory(data, form, info.channels, info.rate, frames_to_read=_BLOCK):
+            samples = np.frombuffer(block, dtype).reshape(-1, info.channels)
+            limits.add(len(samples), info.rate, info.channels, samples.itemsize)
+            blocks.append(samples)
+    except miniaudio.DecodeError as error:
+        raise AudioError("undecodable", f"FLAC without a length: {error}") from None
+    return Piece(np.concatenate(blocks), info.rate, "FLAC", "", slack=0.0)
+
+
 def _mp3(source: Source, stream: Stream, limits: Limits) -> Piece:
     """MP3 by dr_mp3, which decodes all of it; libsndfile stops where it guesses the end to be."""
     fast = _by_miniaudio("mp3", source, stream, False)
     if fast is None:
         raise AudioError("undecodable", "dr_mp3 cannot decode it")
     limits.add(len(fast.samples), fast.rate, fast.samples.shape[1], 4)
-    return fast._replace(subtype="MPEG_LAYER_III", promised=stream.frames)
+    return fast._replace(subtype="MPEG_LAYER_III")
 
 
 def _by_miniaudio(codec: Literal["flac", "mp3"], source: Source, stream: Stream, exact: bool) -> Piece | None:

@@ -89,8 +89,9 @@ def _decode(container, limits: Limits) -> Piece:
     codec = stream.codec_context.name
     if frame is None:
         raise AudioError("undecodable" if errors else "zero_length", f"{codec} in {name}: no samples can be decoded")
-    if name == "mov" and codec == "aac" and frame.duration:
-        blocks[-1] = blocks[-1][: round(frame.duration * frame.time_base * rate)]  # the rest is the encoder's padding
+    if name == "mov" and codec == "aac" and frame.duration and stream.frames:
+        # The rest of the last frame is the encoder's padding (ffmpeg 9 leaves it out too, but in fragmented files).
+        blocks[-1] = blocks[-1][: round(frame.duration * frame.time_base * rate)]
     if errors and errors[0] < frames - _SLACK_SECONDS * rate:
         raise AudioError("undecodable", f"{codec} in {name} is damaged at {errors[0] / rate:.3f} s")
     promised = _promised_seconds(container, stream) if name in _TELL_DURATION else None

@@ -46,25 +46,15 @@ def frame_at(data: bytes, offset: int = 0) -> Frame | None:
     return Frame(size, samples, (rate, channels, layer), 4 + side)
 
 
-class Tag(NamedTuple):
-    """A Xing, Info or VBRI header: frames (without its own) and bytes, None where it does not tell them."""
-
-    frames: int | None
-    bytes: int | None
-
-
-def tag_at(data: bytes, offset: int, frame: Frame) -> Tag | None:
-    """The tag in the frame at `offset`; None for a frame of audio."""
-
-    def number(place: int) -> int:
-        return int.from_bytes(data[place : place + 4], "big")
-
+def tagged_frames(data: bytes, offset: int, frame: Frame) -> int | None:
+    """The number of frames by the Xing, Info or VBRI header in the frame at `offset`: 0 where the header does not tell it,
+    None for a frame of audio."""
     place = offset + frame.tag
     if data[place : place + 4] in (b"Xing", b"Info"):
-        flags = number(place + 4)
-        return Tag(number(place + 8) if flags & 1 else None, number(place + 8 + 4 * (flags & 1)) if flags & 2 else None)
+        has_frames = data[place + 7 : place + 8] and data[place + 7] & 1
+        return int.from_bytes(data[place + 8 : place + 12], "big") if has_frames else 0
     if data[offset + 36 : offset + 40] == b"VBRI":
-        return Tag(number(offset + 50), number(offset + 46))
+        return int.from_bytes(data[offset + 50 : offset + 54], "big")
     return None
 
 
@@ -74,12 +64,12 @@ class Run:
 
     begin: int
     first: Frame
-    tag: Tag | None
+    promised: int | None  # frames by its header, None without one
     frames: int = 0  # of audio
 
     @property
-    def is_tag_right(self) -> bool:
-        return self.tag is not None and bool(self.tag.frames) and abs(self.tag.frames - self.frames) <= COUNT_SLACK
+    def is_promise_right(self) -> bool:
+        return bool(self.promised) and abs(self.promised - self.frames) <= COUNT_SLACK
 
     @property
     def samples(self) -> int:
@@ -118,21 +108,18 @@ def count_frames(data: bytes) -> Count:
         if offset + frame.size > end:
             ends_inside = True
             break
-        tag_place = offset + frame.tag
-        tag = None
-        if data[tag_place : tag_place + 4] in (b"Xing", b"Info") or data[offset + 36 : offset + 40] == b"VBRI":
-            tag = tag_at(data, offset, frame)
-        if run is None or tag is not None or _is_past_its_tag(run, data, offset):
-            run = Run(offset, frame, tag)
+        promised = tagged_frames(data, offset, frame)
+        if run is None or promised is not None or _is_past_its_promise(run, data, offset):
+            run = Run(offset, frame, promised)
             runs.append(run)
-        run.frames += tag is None
+        run.frames += promised is None
         offset += frame.size
     return Count([run for run in runs if run.frames], ends_inside, skipped)
 
 
-def _is_past_its_tag(run: Run, data: bytes, offset: int) -> bool:
-    """Whether a run has all frames that its tag counts and more follow: a file without a tag was joined to it."""
-    return run.tag is not None and run.frames == run.tag.frames and _are_frames(data, offset, COUNT_SLACK + 1)
+def _is_past_its_promise(run: Run, data: bytes, offset: int) -> bool:
+    """Whether a run has all frames that its header counts and more follow: a file without a header was joined to it."""
+    return run.promised == run.frames and _are_frames(data, offset, COUNT_SLACK + 1)
 
 
 def _are_frames(data: bytes, offset: int, count: int) -> bool:
