@@ -124,7 +124,7 @@ def largest_decoded(seconds: float) -> int:
     return int(seconds * 8 * 48_000 * 4)
 
 
-def read_file(path: str | os.PathLike, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+def read_file(path: str | os.PathLike, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
     """Return a regular file's bytes. Errors: AudioError missing_file | unreadable | too_large."""
     with typed_errors(), os.fdopen(open_regular(path), "rb") as file:
         if (size := os.fstat(file.fileno()).st_size) > max_bytes:

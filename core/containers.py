@@ -204,6 +204,7 @@ def _after_id3(source: Source) -> int:
 # --- WAV -------------------------------------------------------------------------------------------------------------------
 
 _RIFF = (b"RIFF", b"RIFX", b"RF64", b"BW64")
+_TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN")  # that taggers append
 _UNKNOWN_SIZE = 0x7FFFF000  # sizes from here on are what writers to a pipe put in
 
 
@@ -251,7 +252,8 @@ def _wav(source: Source, begin: int, layout: Layout) -> None:
         begin = offset
     bytes_a_second = struct.unpack(order + "I", form[8:12])[0] or 1
     unexplained = source.size - offset
-    if unexplained / bytes_a_second >= TRAILING_SECONDS and any(source.read(offset, 4096)):
+    follows = source.read(offset, 4096)
+    if unexplained / bytes_a_second >= TRAILING_SECONDS and any(follows) and not follows.startswith(_TAGS):
         what = f"{unexplained:,} bytes after its data chunk belong to no chunk: the chunk's size may be out of date"
         layout.noticed.append(("trailing", what))
 

@@ -107,11 +107,23 @@ def record_batches(path: str) -> list:
         return list(pyarrow.ipc.open_stream(source))
 
 
+def may_hold_audio(kind) -> bool:
+    """Whether cells of a pyarrow type can be audio (`_cell`)."""
+    from pyarrow import types
+
+    tests = (types.is_binary, types.is_large_binary, types.is_string, types.is_large_string)
+    if types.is_struct(kind):
+        return bool({"bytes", "path", "array"} & set(kind.names))
+    return any(test(kind) for test in tests)
+
+
 def _cell(value, folder: str) -> bytes:
     """A cell's audio: bytes, a path (relative to the table's folder), or Hugging Face's structs of either or of samples."""
     from pyarrow import types
 
     path = None
+    if not may_hold_audio(value.type):
+        raise ClipError("unreadable", f"a column of {value.type} holds no audio")
     if types.is_struct(value.type) and value.is_valid:
         fields = {name: value[name] for name in value.type.names if value[name].is_valid}
         if "array" in fields and "bytes" not in fields:
@@ -119,8 +131,6 @@ def _cell(value, folder: str) -> bytes:
         path, value = fields.get("path"), fields.get("bytes")
     elif types.is_string(value.type) or types.is_large_string(value.type):
         path, value = value if value.is_valid else None, None
-    elif not (types.is_binary(value.type) or types.is_large_binary(value.type)):
-        raise ClipError("unreadable", f"a column of {value.type} holds no audio: bytes, paths or {{array, sampling_rate}} do")
     if value is not None and value.is_valid:
         return value.as_py()
     if path is None:

@@ -65,6 +65,7 @@ ENTRY_FIELDS = tuple(f.name for f in dataclasses.fields(Entry))
 _values = attrgetter(*ENTRY_FIELDS)
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode  # NaN is no JSON: shards refuse it too
 _NUMBERS = ("offset", "duration", "size")
+_TOO_MUCH = 1e12  # seconds or bytes: sums of larger ones are no numbers any more
 _STRINGS = tuple(name for name in ENTRY_FIELDS if name not in (*_NUMBERS, "messages"))
 _strings = attrgetter(*_STRINGS)
 
@@ -94,7 +95,7 @@ def malformed(entry: Entry) -> Fault | None:
             return fault(f"{name} is a {type(value).__name__}, not a string")
     for name in _NUMBERS:
         value = getattr(entry, name)
-        if value is not None and not (type(value) in (int, float) and math.isfinite(value) and value >= 0):
+        if value is not None and not (type(value) in (int, float) and math.isfinite(value) and 0 <= value < _TOO_MUCH):
             return fault(f"{name} is {value!r}, not a number from 0 on")
     if entry.messages is not None and not (isinstance(entry.messages, list) and all(map(_is_turn, entry.messages))):
         return fault('messages must be a list of {"role": ..., "content": ...}')

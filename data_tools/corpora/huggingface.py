@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_tools.corpora import CorpusError, Entry, Fault, check_same_meaning, columns_and_values, is_held_out, number
-from data_tools.sources import record_batches
+from data_tools.sources import may_hold_audio, record_batches
 
 TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "normalized_text", "raw_transcription")
 
@@ -72,11 +72,14 @@ class HuggingFace:
         fields.pop("audio", None)
         self.meant = self.meant or (dict(fields), values)
         check_same_meaning(self.meant, (fields, values), file)
-        audio = self.audio or next(
-            (name for name in names if name == "audio" or str(schema.field(name).type).startswith("struct<bytes")), None
-        )
+        audio = self.audio or next((name for name in names if name == "audio" or _is_audio_struct(schema.field(name).type)), None)
         if audio is None:
             raise CorpusError(f"{file} has no audio column: name it with audio=COLUMN (columns: {', '.join(names)})")
+        kind = schema.field(audio).type
+        if not may_hold_audio(kind):
+            raise CorpusError(
+                f"{file}: column '{audio}' holds {kind}: audio is bytes, a path, {{bytes, path}} or {{array, sampling_rate}}"
+            )
         if "text" not in fields and (text := next((name for name in TEXT_COLUMNS if name in names), None)):
             fields["text"] = text
         for field, column in fields.items():
@@ -113,6 +116,13 @@ class HuggingFace:
 def _holds_data(file: Path) -> bool:
     """Dataset.map leaves its results in the folder of a saved dataset, as cache-*.arrow: the same clips, or some, again."""
     return file.suffix == ".parquet" or file.suffix == ".arrow" and not file.name.startswith(("cache-", "tmp"))
+
+
+def _is_audio_struct(kind) -> bool:
+    """Whether a column holds Hugging Face's Audio: {bytes, path}, or {array, sampling_rate, path} once it was decoded."""
+    from pyarrow import types
+
+    return types.is_struct(kind) and ("bytes" in kind.names or {"array", "sampling_rate"} <= set(kind.names))
 
 
 def _class_names(schema, column: str) -> list[str] | None:

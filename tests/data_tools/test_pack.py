@@ -12,6 +12,7 @@ import numpy as np
 import soundfile
 import webdataset
 
+from core import decoders
 from data_tools import pack
 from data_tools.corpora import Entry
 from data_tools.packing import Packing
@@ -146,17 +147,17 @@ def test_too_long_is_found_before_decoding(tmp_path, monkeypatch):
     soundfile.write(tmp_path / "good.flac", tone(0.5), 16000)
     rows = [{"id": name, "audio": name, "text": "x"} for name in ("long.flac", "long.wav", "good.flac")]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    read, most = soundfile.SoundFile.read, []
+    decode, decoded = decoders._by_miniaudio, []
 
-    def reading(self, frames=-1, **options):
-        most.append(frames)
-        return read(self, frames, **options)
+    def decoding(codec, source, stream, exact):
+        decoded.append(len(source.data))
+        return decode(codec, source, stream, exact)
 
-    monkeypatch.setattr(soundfile.SoundFile, "read", reading)
+    monkeypatch.setattr(decoders, "_by_miniaudio", decoding)
     monkeypatch.setattr(Packing, "run", lambda self, shards, hours, workers: [self.write_shard(shard) for shard in shards])
     options = ["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out")]
     assert pack.main([*options, "--max-seconds", "2"]) == 0
-    assert most == [8000], "the long one is not decoded"
+    assert decoded == [(tmp_path / "good.flac").stat().st_size], "the long one is not decoded"
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     assert index["rejected"] == {"too_long": 2} and abs(index["rejected_hours"]["too_long"] - 6 / 3600) < 1e-5
 
