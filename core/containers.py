@@ -319,10 +319,10 @@ def stream_info(head: bytes) -> StreamInfo | None:
 def _flac(source: Source, begin: int, layout: Layout) -> None:
     starts = [begin]
     if isinstance(source, BytesSource):
-        place = begin
-        while (place := source.data.find(b"fLaC", place + 4)) >= 0 and len(starts) < MAX_STREAMS:
+        place = source.size
+        while (place := source.data.rfind(b"fLaC", begin + 4, place)) >= 0 and len(starts) < MAX_STREAMS:  # find is slower
             if stream_info(source.data[place : place + 26]):
-                starts.append(place)
+                starts.insert(1, place)
     layout.streams += [Stream("flac", start, end) for start, end in zip(starts, [*starts[1:], source.size], strict=True)]
 
 

@@ -16,6 +16,7 @@ _KBPS = {
 }
 _RATES = (44100, 48000, 32000)
 _RATE_SHIFT = {3: 0, 2: 1, 0: 2}  # by version bits: MPEG-1, MPEG-2, MPEG-2.5
+_TAGS = (b"Xing", b"Info")
 #: A Xing header's count may be off by this: some writers count the header's own frame, some forget the last one.
 COUNT_SLACK = 2
 
@@ -46,16 +47,13 @@ def frame_at(data: bytes, offset: int = 0) -> Frame | None:
     return Frame(size, samples, (rate, channels, layer), 4 + side)
 
 
-def tagged_frames(data: bytes, offset: int, frame: Frame) -> int | None:
-    """The number of frames by the Xing, Info or VBRI header in the frame at `offset`: 0 where the header does not tell it,
-    None for a frame of audio."""
+def _tagged_frames(data: bytes, offset: int, frame: Frame) -> int:
+    """The number of frames by the Xing, Info or VBRI header in the frame at `offset`; 0 where it does not tell it."""
     place = offset + frame.tag
-    if data[place : place + 4] in (b"Xing", b"Info"):
-        has_frames = data[place + 7 : place + 8] and data[place + 7] & 1
-        return int.from_bytes(data[place + 8 : place + 12], "big") if has_frames else 0
-    if data[offset + 36 : offset + 40] == b"VBRI":
-        return int.from_bytes(data[offset + 50 : offset + 54], "big")
-    return None
+    if data[place : place + 4] in _TAGS:
+        flags = int.from_bytes(data[place + 4 : place + 8], "big")
+        return int.from_bytes(data[place + 8 : place + 12], "big") if flags & 1 else 0
+    return int.from_bytes(data[offset + 50 : offset + 54], "big")
 
 
 @dataclass
@@ -86,9 +84,9 @@ class Count(NamedTuple):
 
 def count_frames(data: bytes) -> Count:
     """Walk over all frames of an MP3 file."""
-    frames: dict[bytes, Frame | None] = {}  # by header: few different ones occur
+    frames: dict[bytes, Frame | None] = {}  # by header: few different ones occur, and this loop runs 38 times a second of audio
     runs: list[Run] = []
-    offset, end, skipped, ends_inside = 0, len(data), 0, False
+    offset, end, skipped = 0, len(data), 0
     run: Run | None = None
     while offset + 4 <= end:
         head = data[offset : offset + 4]
@@ -106,20 +104,17 @@ def count_frames(data: bytes) -> Count:
                 continue
             run = None  # another rate or number of channels: another file
         if offset + frame.size > end:
-            ends_inside = True
-            break
-        promised = tagged_frames(data, offset, frame)
-        if run is None or promised is not None or _is_past_its_promise(run, data, offset):
-            run = Run(offset, frame, promised)
+            return Count([run for run in runs if run.frames], True, skipped)
+        tag = offset + frame.tag
+        has_tag = data[tag : tag + 4] in _TAGS or data[offset + 36 : offset + 40] == b"VBRI"
+        if run is None or has_tag or run.promised == run.frames and _are_frames(data, offset, COUNT_SLACK + 1):
+            # Frames beyond a header's count are those of a file without a header that was joined.
+            run = Run(offset, frame, _tagged_frames(data, offset, frame) if has_tag else None)
             runs.append(run)
-        run.frames += promised is None
+        if not has_tag:
+            run.frames += 1
         offset += frame.size
-    return Count([run for run in runs if run.frames], ends_inside, skipped)
-
-
-def _is_past_its_promise(run: Run, data: bytes, offset: int) -> bool:
-    """Whether a run has all frames that its header counts and more follow: a file without a header was joined to it."""
-    return run.promised == run.frames and _are_frames(data, offset, COUNT_SLACK + 1)
+    return Count([run for run in runs if run.frames], False, skipped)
 
 
 def _are_frames(data: bytes, offset: int, count: int) -> bool:
