@@ -72,10 +72,10 @@ def prepare(folder: Path, manifest: Path | None, hours: float) -> tuple[Path, Pa
             if sources is None:
                 samples, text = synthetic_clip(len(rows)), "words that are said here"
             else:
-                from data_tools.audio import decode, to_mono_16bit
+                from core.audio import decode
 
                 row = sources[len(rows) % len(sources)]
-                samples, text = to_mono_16bit(*decode(str(manifest.parent / row["audio"]))[:2]), row["text"]
+                samples, text = decode(manifest.parent / row["audio"], dtype="int16").samples, row["text"]
             soundfile.write(path, samples, RATE, subtype="PCM_16")
             rows.append({"id": name, "audio": str(path), "text": text, "lang": "en", "duration": len(samples) / RATE})
             seconds += len(samples) / RATE

@@ -37,6 +37,10 @@ from core.decoders import (
 )
 
 SAMPLE_RATE = 16_000  # of the model
+#: File name extensions of audio. What a file is, is found by its content; these tell which members and files to open.
+EXTENSIONS = tuple(
+    "wav flac mp3 opus ogg oga aiff aif aifc au snd caf w64 sph m4a mp4 aac webm mka mkv wma amr 3gp mov wv".split()
+)
 MAX_FILE_BYTES = 1 << 32  # of a file that is read whole
 #: A segment may end this much after its recording (annotators round).
 TOLERANCE_SECONDS = 0.25

@@ -166,7 +166,7 @@ def _copied(audio: str, source: Audio, data: bytes) -> Clip:
 
 
 # Bytes of one second in files of each kind: how long a clip about is, and how large it about becomes, without opening it.
-BYTES_PER_SECOND = {"wav": 32000, "flac": 18000, "mp3": 8000, "opus": 4000, "ogg": 8000}
+BYTES_PER_SECOND = {"wav": 32000, "flac": 18000, "mp3": 8000, "opus": 4000, "ogg": 8000, "webm": 8000, "amr": 1600}
 _UNKNOWN_BYTES_PER_SECOND, _UNKNOWN_SECONDS = 16000, 5.0
 
 

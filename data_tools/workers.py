@@ -11,7 +11,7 @@ import time
 
 def start_worker(parent: int) -> None:
     """To be run first in each worker: one thread of its own, a quiet end on Ctrl-C, and no life without its parent (a pid)."""
-    # One thread, whether torch is here already or comes with the first clip to resample.
+    # One thread, also for a torch that is imported already.
     os.environ["OMP_NUM_THREADS"] = "1"
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)

@@ -6,16 +6,15 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
+from core.audio import EXTENSIONS
 from data_tools.corpora import CorpusError, Entry, Fault, number
 from data_tools.corpora.table import open_text, rows
-
-_EXTENSIONS = (".wav", ".flac", ".mp3", ".ogg", ".opus")
 
 
 def find_clip(folder: Path, *stems: str) -> Path | None:
     """The first of STEM.wav, STEM.flac ... that exists: downloaders name clips differently."""
     return next(
-        (folder / (stem + extension) for stem in stems for extension in _EXTENSIONS if (folder / (stem + extension)).exists()),
+        (clip for stem in stems for extension in EXTENSIONS if (clip := folder / f"{stem}.{extension}").exists()),
         None,
     )
 

@@ -7,14 +7,14 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from core.audio import EXTENSIONS
 from data_tools.corpora import ENTRY_FIELDS, CorpusError, Entry, Fault
 
-AUDIO_EXTENSIONS = ("flac", "wav", "mp3", "opus", "ogg")
 _TEXT_EXTENSIONS = ("txt", "text", "transcript")
 
 
 class Shards:
-    """PATH is a folder of .tar files or one of them; samples are KEY.flac (wav, mp3, opus, ogg) with KEY.json and/or KEY.txt.
+    """PATH is a folder of .tar files or one of them; samples are KEY.flac (wav, mp3, m4a ...) with KEY.json and/or KEY.txt.
 
     KEY.json may be this project's (ids, tasks and texts are kept) or any object with a text under text, sentence or
     transcript. Reading is by member headers: audio is not touched.
@@ -46,7 +46,7 @@ class Shards:
                 parts = {}
             key = name
             extension = extension.lower()
-            if extension in AUDIO_EXTENSIONS:
+            if extension in EXTENSIONS:
                 parts["audio"] = f"tar:{tar}#{member.offset_data}+{member.size}.{extension}"
             elif extension == "json" or extension in _TEXT_EXTENSIONS:
                 parts[extension] = archive.extractfile(member).read()

@@ -92,7 +92,7 @@ def _init_worker(worker: int) -> None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """As in a worker: resampling rounds by the number of threads."""
+    """As in a worker: speed perturbation rounds by the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

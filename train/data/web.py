@@ -22,6 +22,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import tarfile_samples
 
+from core.audio import EXTENSIONS
 from train.config import DataConfig, RecipeError
 from train.data import augment
 from train.data.assign import Budgets
@@ -33,7 +34,6 @@ from train.data.rejected import BrokenSample
 
 SHUFFLE_BUFFER = 500  # undecoded utterances that wait in each slot
 POOL = 8  # micro-batches' worth of utterances among which neighbours in length are found
-AUDIO_SUFFIXES = ("flac", "wav", "opus", "ogg", "mp3")
 
 
 def micro_batches_per_step(data: DataConfig, world_size: int) -> int:
@@ -121,7 +121,7 @@ class PlainReader(IterableDataset):
         strange = [key for key in ("text", "task", "lang", "prompt", "response") if not isinstance(meta.get(key) or "", str)]
         if strange:
             raise BrokenSample(f"its JSON is no sample's: {strange[0]} is no text")
-        audio = next((raw[suffix] for suffix in AUDIO_SUFFIXES if suffix in raw), None)
+        audio = next((raw[suffix] for suffix in EXTENSIONS if suffix in raw), None)
         corpus = self.data.train[raw["__corpus__"]]
         duration = meta.get("duration") or 0
         if corpus.tasks is not None and meta.get("task") not in corpus.tasks:
