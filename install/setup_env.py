@@ -29,7 +29,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST, NEWEST = (3, 11), (3, 13)  # numpy needs 3.11; wheels of the pinned versions end at 3.13
-REQUIREMENTS = ("requirements.txt", "requirements-av.txt", "requirements-dev.txt", "requirements-dev-cpu.txt", "requirements-gpu.txt")
+REQUIREMENTS = tuple(f"requirements{kind}.txt" for kind in ("", "-av", "-dev", "-dev-cpu", "-gpu"))
 DISK_GB = {"cpu": 4, "cuda": 14}
 
 # Every process of this environment, however it is started: prebuilt ops and whatever torch still builds stay inside it (the
