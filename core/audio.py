@@ -332,20 +332,23 @@ _CLIPPED_SHARE = 0.001
 def _levels(samples: np.ndarray, wave: np.ndarray) -> list[Finding]:
     """Silence of the mono `wave` [frames], and clipping of its source `samples` [frames, channels]."""
     full = 32767 if samples.dtype == np.int16 else 32767 / 32768
-    low, high = samples.min(), samples.max()
+    peak = _peak(samples)
     found = []
-    if high >= full or low <= -full:
+    if peak >= full:
         at_full = (samples >= full) | (samples <= -full)
         share = float(np.mean(at_full[1:] & at_full[:-1]))  # in a row: a loud peak that is not clipped has one
         if share >= _CLIPPED_SHARE:
-            over = f", its samples reach {max(high, -low):.4g} where 1 is full scale" if max(high, -low) > 1.5 * full else ""
+            over = f", its samples reach {peak:.4g} where 1 is full scale" if peak > 1.5 * full else ""
             found.append(Finding("clipped", f"{100 * share:.1f} % of its samples are at full scale, one after another{over}"))
     if samples.shape[1] > 1:
-        low, high = wave.min(), wave.max()
-    scale = 32768 if wave.dtype == np.int16 else 1
-    if max(float(high), -float(low)) < _SILENT * scale:
+        peak = _peak(wave)
+    if peak < _SILENT * (32768 if wave.dtype == np.int16 else 1):
         found.append(Finding("silent", "no sample is above -60 dB"))
     return found
+
+
+def _peak(samples: np.ndarray) -> float:
+    return max(float(samples.max()), -float(samples.min()))
 
 
 def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:

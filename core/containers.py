@@ -184,6 +184,8 @@ def locate(source: Source) -> Layout:
         _ogg(source, begin, layout)
     elif mpeg.frame_at(head):
         _mp3(source, begin, layout)
+    elif not any(head) and mpeg.frame_at(source.read(after := _after_zeros(source, begin), 4)):
+        _mp3(source, after, layout)
     else:
         _other(source, begin, layout)
     return layout
@@ -199,6 +201,12 @@ def _after_id3(source: Source) -> int:
     while size := mpeg.id3_size(source.read(offset, 10)):
         offset += size
     return min(offset, source.size)
+
+
+def _after_zeros(source: Source, begin: int) -> int:
+    """The offset after zeros, which some cutters of MP3 leave in front."""
+    data = source.read(begin, 1 << 16)
+    return begin + len(data) - len(data.lstrip(b"\0"))
 
 
 # --- WAV -------------------------------------------------------------------------------------------------------------------

@@ -182,6 +182,7 @@ def test_tags_and_junk_between_mp3_frames_are_passed_over():
     for junk in (id3(300), b"TAG" + bytes(125), bytes(5000)):
         result = decode(data + junk + data)
         assert len(result.samples) == 4 * RATE and kinds(result) == ["joined"]
+    assert np.array_equal(decode(bytes(3000) + data).samples, decode(data).samples)
     damaged = decode(data[: 20 * size] + b"\x55" * 1000 + data[20 * size :])
     assert "damaged" in kinds(damaged) and abs(damaged.seconds - 2.0) < 0.3
 

@@ -68,6 +68,20 @@ def test_a_file_that_is_no_use_costs_its_own_line(folders, files, tmp_path, caps
         assert line.startswith(f"error: {file}: ") and words in line
 
 
+def test_what_is_noticed_about_a_file_is_a_warning(folders, files, tmp_path, capsys):
+    cut, opposite = tmp_path / "cut.wav", tmp_path / "opposite.wav"
+    wave, rate = soundfile.read(files[0])
+    soundfile.write(opposite, np.stack([wave, -wave], 1), rate)
+    soundfile.write(cut, wave, rate)
+    data = cut.read_bytes()
+    cut.write_bytes(data[: len(data) * 3 // 4])
+    assert answer.main([str(folders / "alignment"), str(cut), str(opposite), "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert [line.split("\t")[0] for line in out.splitlines()] == [str(cut), str(opposite)]
+    warnings = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 2 and "promises" in warnings[0] and "(cut)" in warnings[0] and "(antiphase)" in warnings[1]
+
+
 @pytest.mark.parametrize("stage, more, words", [
     ("alignment", ["--decode", "generate"], "of stage I, which has no LLM: use --decode ctc"),
     ("alignment", ["--prompt", "Why?"], "which has no LLM to ask"),

@@ -23,6 +23,7 @@ from core.audio import AudioError
 from evaluation import demo
 from evaluation.demo import QUESTION
 from model import folder
+from tests.core.sound import encoded
 from tests.evaluation.conftest import SECONDS, sound
 
 
@@ -93,6 +94,19 @@ def test_a_long_upload_is_refused_unread(folders, tmp_path, monkeypatch):
         next(talker.ask(str(long), ""))
     with pytest.raises(AudioError, match="Format not recognised"):
         next(talker.ask(str(broken), ""))
+
+
+def test_an_upload_that_takes_gigabytes_decoded_is_refused(folders, tmp_path, monkeypatch):
+    """280 s of silence in 8 channels at 655 kHz: within the model's seconds, 5.9 GB as float32."""
+    talker = demo.Talker(folder.load(folders / "alignment"), 4)
+    clip = bytearray(encoded(np.zeros((65_536, 8), np.int16), rate=96_000))
+    packed = int.from_bytes(clip[18:26], "big") & ~(((1 << 20) - 1) << 44) & ~((1 << 36) - 1)
+    clip[18:26] = (packed | 655_350 << 44 | 280 * 655_350).to_bytes(8, "big")
+    path = tmp_path / "bomb.flac"
+    path.write_bytes(bytes(clip) + bytes(50_000))
+    with pytest.raises(AudioError, match="8 channels at 655,350 Hz are") as caught:
+        next(talker.ask(str(path), ""))
+    assert caught.value.reason == "too_large" and str(tmp_path) not in str(caught.value)
 
 
 def test_who_leaves_ends_the_generation(folders):
