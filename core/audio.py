@@ -194,7 +194,17 @@ class Recording:
         part = self._direct()
         if part is None or duration is None or (start + duration) * part.rate > part.frames:
             self._look_deeper()  # the header may promise too little
-            part = self._direct() or self._whole_recording()
+        try:
+            return self._stretch(self._direct() or self._whole_recording(), start, duration, dtype, limits, refuse_cut)
+        except soundfile.LibsndfileError:
+            if not self._look_deeper():
+                raise
+        return self._stretch(self._direct() or self._whole_recording(), start, duration, dtype, limits, refuse_cut)
+
+    @staticmethod
+    def _stretch(
+        part: Pcm16 | Sound | Whole, start: float, duration: float | None, dtype: DType, limits: Limits, refuse_cut: bool
+    ) -> tuple[Piece, list[Finding]]:
         first = round(min(start * part.rate, 2.0**62))
         if first >= part.frames:
             raise AudioError("zero_length", f"has {part.frames / part.rate:.3f} s, nothing from {start:.3f} s on")
@@ -214,12 +224,14 @@ class Recording:
             raise AudioError("zero_length", f"nothing can be decoded from {start:.3f} s on")
         return Piece(samples, part.rate, part.container, part.subtype), findings
 
-    def _look_deeper(self) -> None:
-        """Look for joined streams, and count MP3 frames, in a file of which only headers were read so far."""
-        kind = self._layout.streams[0].kind
-        if isinstance(self._source, FileSource) and kind in ("mp3", "ogg", "flac") and self._source.size <= MAX_FILE_BYTES:
-            self._source = BytesSource(read_file(self._source.path))
-            self._layout, self._part = locate(self._source), None
+    def _look_deeper(self) -> bool:
+        """Look for joined streams, and count MP3 frames, where only headers were read so far; whether that is so."""
+        is_shallow = isinstance(self._source, FileSource) and self._layout.streams[0].kind in ("mp3", "ogg", "flac")
+        if not is_shallow or self._source.size > MAX_FILE_BYTES:
+            return False
+        self._source = BytesSource(read_file(self._source.path))
+        self._layout, self._part = locate(self._source), None
+        return True
 
     def _whole_recording(self) -> Whole:
         if self._decoded is None:
@@ -300,7 +312,8 @@ def to_mono(
 
 def to_int16(samples: np.ndarray) -> np.ndarray:
     """Float samples, full scale 1, to the nearest int16; louder ones are clipped."""
-    return np.clip(np.rint(samples * 32768.0), -32768, 32767).astype(np.int16)
+    with np.errstate(over="ignore"):
+        return np.clip(np.rint(samples * 32768.0), -32768, 32767).astype(np.int16)
 
 
 _CANCEL = 0.01  # of the channels' mean power is left in their mean: uncorrelated channels keep 1 / channels
@@ -312,15 +325,19 @@ def _mixed(samples: np.ndarray) -> tuple[np.ndarray, Finding | None]:
     frames, channels = samples.shape
     if channels == 1:
         return to_float(samples[:, 0]), None
-    mono, power, left = np.empty(frames, np.float32), np.zeros(channels), 0.0
-    for start in range(0, frames, _MIX_BLOCK):  # in blocks: a float copy of all channels may be large
-        block = to_float(samples[start : start + _MIX_BLOCK])
-        mean = block.mean(axis=1, out=mono[start : start + _MIX_BLOCK])
-        left += float(np.dot(mean, mean))
-        power += np.einsum("fc,fc->c", block, block)
-    if left >= _CANCEL * power.mean() or not power.any():
+    mono, total, left = np.empty(frames, np.float32), 0.0, 0.0
+    with np.errstate(over="ignore"):  # floats may be of any size
+        for start in range(0, frames, _MIX_BLOCK):  # in blocks: a float copy of all channels may be large
+            block, mean = to_float(samples[start : start + _MIX_BLOCK]), mono[start : start + _MIX_BLOCK]
+            np.add(block[:, 0], block[:, 1], out=mean)  # numpy's mean over a short axis takes 30 times as long
+            for channel in range(2, channels):
+                mean += block[:, channel]
+            mean /= channels
+            left += float(np.dot(mean, mean))
+            total += float(np.dot(block.ravel(), block.ravel()))
+    if not left < _CANCEL * total / channels or not np.isfinite(total):
         return mono, None
-    loudest = int(power.argmax())
+    loudest = int(np.argmax([np.abs(samples[:, channel].astype(np.float32)).sum() for channel in range(channels)]))
     detail = f"its {channels} channels cancel out (inverted phase): channel {loudest + 1} is taken alone"
     return to_float(samples[:, loudest]), Finding("antiphase", detail)
 
@@ -336,7 +353,7 @@ def _levels(samples: np.ndarray, wave: np.ndarray) -> list[Finding]:
     found = []
     if peak >= full:
         at_full = (samples >= full) | (samples <= -full)
-        share = float(np.mean(at_full[1:] & at_full[:-1]))  # in a row: a loud peak that is not clipped has one
+        share = float((at_full[1:] & at_full[:-1]).sum() / samples.size)  # in a row: a peak that is not clipped has one
         if share >= _CLIPPED_SHARE:
             over = f", its samples reach {peak:.4g} where 1 is full scale" if peak > 1.5 * full else ""
             found.append(Finding("clipped", f"{100 * share:.1f} % of its samples are at full scale, one after another{over}"))

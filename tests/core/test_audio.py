@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from core import audio, decoders
 from core.audio import AudioError, Recording, decode, read
+from data_tools.audio import with_serial
 from tests.core.sound import RATE, chirp, chunk, encoded, first_frame_size, fmt, id3, riff, vbr_mp3
 
 SOUND = chirp(2.0)
@@ -204,6 +205,20 @@ def test_joined_files_are_all_decoded(container, subtype, tmp_path):
     assert np.allclose(decode(path, start=1.5, duration=1.0).samples, parts[1][8000:24000], rtol=0, atol=1e-5)
 
 
+def test_joined_ogg_files_of_one_serial_number_are_all_decoded(tmp_path):
+    sounds = chirp(1.0), chirp(2.0)
+    for subtype in ("OPUS", "VORBIS"):
+        files = [with_serial(encoded(sound, "OGG", subtype), 1) for sound in sounds]
+        for first, second in (files, files[::-1]):
+            whole = decode(first + second)
+            assert whole.seconds == 3.0 and kinds(whole) == ["joined"]
+            path = tmp_path / "a.ogg"
+            path.write_bytes(first + second)
+            for start in (0.2, 1.2, 1.9, 2.4):
+                part = decode(path, start=start, duration=0.5).samples
+                assert np.allclose(part, whole.samples[round(start * RATE) :][: RATE // 2], rtol=0, atol=1e-5)
+
+
 def test_joined_files_of_other_rates_and_channels_are_brought_together():
     for container in ("FLAC", "MP3", "WAV"):
         first = encoded(SOUND, container)
@@ -384,6 +399,9 @@ def test_silence_and_clipping_are_found():
     assert kinds(too_loud) == ["clipped"] and "9830" in too_loud.findings[0].detail
     assert set(np.unique(too_loud.samples)) <= {-32768, 0, 32767}
     assert kinds(decode(encoded(0 * SOUND), levels=False)) == []
+    assert kinds(decode(encoded(np.array([32767], np.int16)))) == []
+    huge = np.stack([SOUND.astype(np.float32) * 1e30] * 2, 1)
+    assert kinds(decode(encoded(huge, "WAV", "FLOAT"), dtype="int16")) == ["clipped"]
     both = decode(encoded(np.zeros((RATE, 2), np.int16)))
     assert kinds(both) == ["silent"], "silence does not cancel out"
 
