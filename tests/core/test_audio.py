@@ -423,6 +423,15 @@ def test_any_rate_is_resampled(rate):
     assert 10 * np.log10(0.125 / np.mean(error**2)) > 80
 
 
+def test_a_rate_that_is_no_whole_number_is_accepted():
+    """The Macintosh's 22,254.5454 Hz, as AIFF stores it: an 80-bit float."""
+    data = bytearray(encoded(chirp(2.0, 22_254), "AIFF", "PCM_16", 22_254))
+    place, rate = data.index(b"COMM") + 16, 22_254 + 6 / 11
+    data[place : place + 10] = struct.pack(">HQ", 16383 + 14, int(rate / 2**14 * 2**63))
+    result = decode(bytes(data))
+    assert abs(result.seconds - 2.0) < 1e-3 and result.findings == ()
+
+
 def test_short_clips_are_resampled():
     for frames in (1, 2, 7, 100):
         for rate in (8000, 44100, 22254):
