@@ -128,7 +128,7 @@ def test_faults_cost_one_named_sample_each(tmp_path, tokenizer, model_config):
     reasons = {line["id"]: line["reason"] for line in lines}
     assert set(reasons) == {"asr-3", "asr-7", "asr-11", "asr-15", "row 39 of toy-000003.tar"}
     assert "no samples" in reasons["asr-3"] and "NaN" in reasons["asr-7"] and "no transcript" in reasons["asr-11"]
-    assert "decoded" in reasons["asr-15"] and "ends inside" in reasons["row 39 of toy-000003.tar"]
+    assert "undecodable" in reasons["asr-15"] and "ends inside" in reasons["row 39 of toy-000003.tar"]
     names = [name for run in runs for step in run for batch in step.micro_batches for name in batch.ids]
     planned = sum(len(streams[0].plan.global_batch(step)) for step in range(4))
     assert len(names) == planned and not set(names) & set(reasons)
