@@ -10,7 +10,7 @@ from pathlib import Path
 
 from train.files import code_version
 
-PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "soundfile", "lhotse", "datasets")
+PACKAGES = ("torch", "torchaudio", "deepspeed", "transformers", "webdataset", "soundfile", "soxr", "lhotse", "datasets")
 
 
 def cpu_name() -> str:

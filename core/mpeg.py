@@ -47,6 +47,11 @@ def frame_at(data: bytes, offset: int = 0) -> Frame | None:
     return Frame(size, samples, (rate, channels, layer), 4 + side)
 
 
+def _has_tag(data: bytes, offset: int, frame: Frame) -> bool:
+    place = offset + frame.tag
+    return data[place : place + 4] in _TAGS or data[offset + 36 : offset + 40] == b"VBRI"
+
+
 def _tagged_frames(data: bytes, offset: int, frame: Frame) -> int:
     """The number of frames by the Xing, Info or VBRI header in the frame at `offset`; 0 where it does not tell it."""
     place = offset + frame.tag
@@ -105,8 +110,9 @@ def count_frames(data: bytes) -> Count:
             run = None  # another rate or number of channels: another file
         if offset + frame.size > end:
             return Count([run for run in runs if run.frames], True, skipped)
-        tag = offset + frame.tag
-        has_tag = data[tag : tag + 4] in _TAGS or data[offset + 36 : offset + 40] == b"VBRI"
+        # Two bytes first: few frames have one of these.
+        may_have_tag = offset + 40 <= end and (data[offset + frame.tag] in b"XI" or data[offset + 36] == 86)  # 86: V
+        has_tag = may_have_tag and _has_tag(data, offset, frame)
         if run is None or has_tag or run.promised == run.frames and _are_frames(data, offset, COUNT_SLACK + 1):
             # Frames beyond a header's count are those of a file without a header that was joined.
             run = Run(offset, frame, _tagged_frames(data, offset, frame) if has_tag else None)
