@@ -18,7 +18,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import soundfile
-import soxr
 
 from core.containers import BytesSource, FileSource, Source, locate, open_regular
 from core.decoders import (
@@ -372,6 +371,8 @@ def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
     """Band-limited resampling of float32 [frames] or [frames, channels]. Errors: AudioError odd_rate | too_large."""
     if rate == target:
         return samples
+    import soxr  # here: packing what is at 16 kHz starts without it
+
     frames = len(samples) * target / rate
     if frames * samples[:1].size * 4 > MAX_DECODED_BYTES:
         raise AudioError("too_large", f"{len(samples) / rate:.3f} s from {rate:,} Hz are {frames:,.0f} frames at {target:,} Hz")

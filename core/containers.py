@@ -15,8 +15,7 @@ import io
 import os
 import stat
 import struct
-from dataclasses import dataclass, field
-from typing import IO, Literal, Protocol
+from typing import IO, Literal, NamedTuple, Protocol
 
 from core import mpeg
 
@@ -89,8 +88,7 @@ def open_regular(path: str | os.PathLike) -> int:
     return descriptor
 
 
-@dataclass(frozen=True)
-class Stream:
+class Stream(NamedTuple):
     """One stream of audio: bytes [begin, end) of the source, with `prefix` in front where the decoder needs another header.
 
     frames: samples per channel where they were counted; only decoding tells otherwise. The bytes of a 16-bit PCM WAV are its
@@ -160,12 +158,11 @@ class _Window(io.RawIOBase):
         return len(data)
 
 
-@dataclass
-class Layout:
+class Layout(NamedTuple):
     """The streams of a source in order, and what was noticed: [(kind of finding, text)]."""
 
-    streams: list[Stream] = field(default_factory=list)
-    noticed: list[tuple[str, str]] = field(default_factory=list)
+    streams: list[Stream]
+    noticed: list[tuple[str, str]]
 
 
 def locate(source: Source) -> Layout:
@@ -173,7 +170,7 @@ def locate(source: Source) -> Layout:
 
     Of a FileSource only headers are read: streams after the first are not looked for, and MP3 frames are not counted.
     """
-    layout = Layout()
+    layout = Layout([], [])
     begin = _after_id3(source)
     head = source.read(begin, 16)
     if head[:4] in _RIFF and head[8:12] == b"WAVE":
@@ -306,8 +303,7 @@ def _wav_part(source: Source, order: Order, form: bytes, fact: bytes, begin: int
 # --- FLAC ------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class StreamInfo:
+class StreamInfo(NamedTuple):
     """STREAMINFO of a FLAC file. frames: 0 where the encoder wrote to a pipe and could not know."""
 
     rate: int
@@ -331,7 +327,7 @@ def _flac(source: Source, begin: int, layout: Layout) -> None:
         while (place := source.data.rfind(b"fLaC", begin + 4, place)) >= 0 and len(starts) < MAX_STREAMS:  # find is slower
             if stream_info(source.data[place : place + 26]):
                 starts.insert(1, place)
-    layout.streams += [Stream("flac", start, end) for start, end in zip(starts, [*starts[1:], source.size], strict=True)]
+    layout.streams.extend(Stream("flac", start, end) for start, end in zip(starts, [*starts[1:], source.size], strict=True))
 
 
 # --- Ogg -------------------------------------------------------------------------------------------------------------------
@@ -358,7 +354,7 @@ def _ogg(source: Source, begin: int, layout: Layout) -> None:
     elif not flags & _LAST_PAGE:
         layout.noticed.append(("no_end", "its last Ogg page has no end-of-stream mark: the recording may have been interrupted"))
     starts = _ogg_starts(source, begin) if isinstance(source, BytesSource) else [begin]
-    layout.streams += [Stream("ogg", start, end) for start, end in zip(starts, [*starts[1:], source.size], strict=True)]
+    layout.streams.extend(Stream("ogg", start, end) for start, end in zip(starts, [*starts[1:], source.size], strict=True))
 
 
 def _ogg_starts(source: BytesSource, begin: int) -> list[int]:
