@@ -15,9 +15,10 @@ import io
 import os
 import stat
 import struct
-from typing import IO, Literal, NamedTuple, Protocol
+from typing import IO, Literal, NamedTuple
 
 from core import mpeg
+from core.promises import UNKNOWN_SIZE, Source, is_chunk, next_chunk, promised_end
 
 #: Bytes that a header may promise beyond the end of the file: writers that count the header itself in.
 SLACK_BYTES = 44
@@ -27,16 +28,6 @@ MAX_STREAMS = 10_000
 
 Kind = Literal["wav", "flac", "ogg", "mp3", "other"]
 Order = Literal["<", ">"]
-
-
-class Source(Protocol):
-    """Bytes that can be read at any offset."""
-
-    size: int
-
-    def read(self, offset: int, count: int) -> bytes: ...
-
-    def file(self) -> IO[bytes] | str: ...
 
 
 class BytesSource:
@@ -210,19 +201,6 @@ def _after_zeros(source: Source, begin: int) -> int:
 
 _RIFF = (b"RIFF", b"RIFX", b"RF64", b"BW64")
 _TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN")  # that taggers append
-_UNKNOWN_SIZE = 0x7FFFF000  # sizes from here on are what writers to a pipe put in
-
-
-def _is_chunk(head: bytes) -> bool:
-    return len(head) == 8 and all(32 <= byte < 127 for byte in head[:4])
-
-
-def _next_chunk(source: Source, offset: int, size: int) -> int:
-    """The offset after a chunk's body of `size` bytes at `offset`: chunks of odd size are padded, or should be."""
-    end = offset + size
-    if size % 2 and not (_is_chunk(source.read(end, 8)) and not _is_chunk(source.read(end + 1, 8))):
-        return end + 1
-    return end
 
 
 def _wav(source: Source, begin: int, layout: Layout) -> None:
@@ -233,7 +211,7 @@ def _wav(source: Source, begin: int, layout: Layout) -> None:
         long_size = 0
         parts: list[tuple[int, int]] = []  # offset and size of data chunks
         offset = begin + 12
-        while _is_chunk(head := source.read(offset, 8)) and head[:4] not in _RIFF:
+        while is_chunk(head := source.read(offset, 8)) and head[:4] not in _RIFF:
             name, size = head[:4], struct.unpack(order + "I", head[4:])[0]
             offset += 8
             if name == b"fmt " and not form:
@@ -245,7 +223,7 @@ def _wav(source: Source, begin: int, layout: Layout) -> None:
             elif name == b"data":
                 size = _data_size(source, offset, long_size if size == 0xFFFFFFFF and long_size else size)
                 parts.append((offset, size))
-            offset = _next_chunk(source, offset, size)
+            offset = next_chunk(source, offset, size)
         if not parts or len(form) < 16:
             layout.streams.append(Stream("wav", begin, source.size))  # the decoder has the words for what is missing
             return
@@ -268,13 +246,13 @@ def _data_size(source: Source, offset: int, size: int) -> int:
     rest = source.size - offset
     if size == 0 and not _holds_only_chunks(source, offset):
         return rest
-    return rest if size >= _UNKNOWN_SIZE and size > rest else size
+    return rest if size >= UNKNOWN_SIZE and size > rest else size
 
 
 def _holds_only_chunks(source: Source, offset: int) -> bool:
     """Whether whole chunks follow up to the end: an empty data chunk is then really empty."""
-    while _is_chunk(head := source.read(offset, 8)):
-        offset = _next_chunk(source, offset + 8, int.from_bytes(head[4:], "little"))
+    while is_chunk(head := source.read(offset, 8)):
+        offset = next_chunk(source, offset + 8, int.from_bytes(head[4:], "little"))
     return offset in (source.size, source.size + 1)
 
 
@@ -409,7 +387,7 @@ def _mp3(source: Source, begin: int, layout: Layout) -> None:
 def _other(source: Source, begin: int, layout: Layout) -> None:
     """A stream whose header may promise an end: the file may be cut before it, or another file may follow it."""
     magic = source.read(begin, 4)
-    while (end := _promised_end(source, begin)) is not None and begin < end <= source.size:
+    while (end := promised_end(source, begin)) is not None and begin < end <= source.size:
         following = next((place for place in (end, end + 1) if source.read(place, 4) == magic), None)
         if following is None or len(layout.streams) >= MAX_STREAMS:
             break
@@ -418,110 +396,3 @@ def _other(source: Source, begin: int, layout: Layout) -> None:
     layout.streams.append(Stream("other", begin, source.size))
     if end is not None and end > source.size + SLACK_BYTES:
         layout.noticed.append(_cut(end - begin, source.size - begin))
-
-
-def _promised_end(source: Source, begin: int) -> int | None:
-    """The offset at which the header says that the audio, or the file, ends; None where it does not say."""
-    head = source.read(begin, 40)
-    if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC", b"8SVX", b"16SV"):
-        return _iff_end(source, begin + 12)
-    if head[:4] in (b".snd", b"dns.") and len(head) >= 12:
-        offset, size = struct.unpack((">" if head[:4] == b".snd" else "<") + "II", head[4:12])
-        return None if size == 0xFFFFFFFF else begin + offset + size
-    if head[:4] == b"caff":
-        return _caf_end(source, begin + 8)
-    if head[:4] == b"riff" and head[24:28] == b"wave":
-        return _w64_end(source, begin + 40)
-    if head[:7] == b"NIST_1A":
-        return _sphere_end(source, begin)
-    if head[4:8] == b"ftyp":
-        return _mp4_end(source, begin)
-    if head[:4] == b"\x1a\x45\xdf\xa3":
-        return _matroska_end(source, begin)
-    if head[:16] == _ASF:
-        return _asf_end(source, begin)
-    if head[:4] == b"RIFF":  # AVI
-        return begin + 8 + int.from_bytes(head[4:8], "little")
-    return None
-
-
-def _iff_end(source: Source, offset: int) -> int | None:
-    while _is_chunk(head := source.read(offset, 8)):
-        size = int.from_bytes(head[4:], "big")
-        if head[:4] in (b"SSND", b"BODY"):
-            return offset + 8 + size if size < _UNKNOWN_SIZE else None
-        offset = _next_chunk(source, offset + 8, size)
-    return None
-
-
-def _caf_end(source: Source, offset: int) -> int | None:
-    while len(head := source.read(offset, 12)) == 12 and (size := int.from_bytes(head[4:], "big", signed=True)) >= 0:
-        if head[:4] == b"data":
-            return offset + 12 + size
-        offset += 12 + size
-    return None
-
-
-def _w64_end(source: Source, offset: int) -> int | None:
-    while len(head := source.read(offset, 24)) == 24 and (size := int.from_bytes(head[16:], "little")) >= 24:
-        if head[:4] == b"data":
-            return offset + size
-        offset += size + -size % 8
-    return None
-
-
-def _sphere_end(source: Source, begin: int) -> int | None:
-    head = source.read(begin, 1 << 14).decode("latin-1")
-    try:
-        size = int(head[8:16])
-        fields = {words[0]: words[2] for line in head[:size].splitlines() if len(words := line.split()) == 3}
-        if "," in fields.get("sample_coding", ""):  # compressed: the number of bytes is not told
-            return None
-        samples = int(fields["sample_count"]) * int(fields["sample_n_bytes"]) * int(fields["channel_count"])
-    except (ValueError, KeyError):
-        return None
-    return begin + size + samples
-
-
-def _mp4_end(source: Source, offset: int) -> int | None:
-    """The end of the last box at the top level."""
-    while len(head := source.read(offset, 16)) >= 8:
-        size = int.from_bytes(head[:4], "big")
-        if size == 1:
-            size = int.from_bytes(head[8:16], "big")
-        if size < 8:  # 0: up to the end of the file
-            return None
-        offset += size
-    return offset
-
-
-_ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
-_ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
-
-
-def _asf_end(source: Source, begin: int) -> int | None:
-    """The end of a WMA file by its file properties; live streams tell none."""
-    head = source.read(begin, 1 << 16)
-    place = head.find(_ASF_FILE_PROPERTIES)
-    properties = head[place : place + 92]
-    if place < 0 or len(properties) < 92 or properties[88] & 1:
-        return None
-    return begin + int.from_bytes(properties[40:48], "little") or None
-
-
-def _matroska_end(source: Source, begin: int) -> int | None:
-    """The end of the segment; recorders of live streams leave it open."""
-    offset = begin + 4
-    for _ in range(2):  # the size of the EBML header, then that of the segment after it
-        head = source.read(offset, 8)
-        width = 9 - head[0].bit_length() if head and head[0] else 0
-        if not width or len(head) < width:
-            return None
-        size = int.from_bytes(head[:width], "big") - (1 << 7 * width)
-        if size == (1 << 7 * width) - 1:
-            return None
-        end = offset + width + size
-        if source.read(end, 4) != b"\x18\x53\x80\x67":
-            return end
-        offset = end + 4
-    return end
