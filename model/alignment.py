@@ -69,8 +69,6 @@ class AlignmentAdapter(nn.Module):
         heads = config.heads or llm_heads
         if width % heads:
             raise ValueError(f"model.alignment.heads = {heads} does not divide the LLM's width {width}: set it in the recipe")
-        if config.attention not in ("time", "frame"):
-            raise ValueError(f"model.alignment.attention is '{config.attention}': time or frame")
         self.stack = config.stack_frames
         self.projection = nn.Linear(self.stack * encoder_width, width)
         self.layers = nn.ModuleList(

@@ -25,14 +25,6 @@ class ZeroLinear(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
-def check_switches(config: ShrinkingConfig) -> None:
-    """Errors: ValueError for a switch that there is not."""
-    for key, value, known in (("keep", config.keep, ("peak", "first")),
-                              ("lookback", config.lookback, ("all", "kept", "none"))):
-        if value not in known:
-            raise ValueError(f"model.shrinking.{key} is '{value}': {' or '.join(known)}")
-
-
 def kept_frames(config: ShrinkingConfig, argmax: torch.Tensor, peak: torch.Tensor, blank_logprob: torch.Tensor,
                 lengths: torch.Tensor, blank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """argmax, peak, blank_logprob [A, T], lengths [A] -> kept [A, K] frame positions padded with 0, kept_lengths [A] >= 1."""
@@ -50,7 +42,6 @@ class ShrinkingAdapter(nn.Module):
         if width % self.heads:
             raise ValueError(f"model.shrinking.heads = {self.heads} does not divide the LLM's width {width}: "
                              "set it in the recipe")
-        check_switches(config)
         self.looks_back = config.enabled and config.lookback != "none"
         if self.looks_back:
             self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)

@@ -304,7 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.data.cache", description="Fill data.cache_features of a recipe. With "
                                      "RANK and WORLD_SIZE set, several processes share the work.")
     parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     options = parser.parse_args(arguments)
     try:
         recipe = load_recipe(options.recipe, options.overrides)
