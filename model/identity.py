@@ -39,11 +39,14 @@ _PREPROCESSOR = {"sampling_rate": 16000, "hop_length": None, "n_fft": None, "fea
 
 def settings(sources: dict[str, Source], tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
     """Return the identity beside the tensors (see the module's docstring), as JSON gives it back. The sources have folders."""
-    encoder, llm = sources["encoder"], sources["llm"]
-    found = {"transformers": transformers.__version__,
-             "encoder": _config(encoder.config, _NOT_ENCODERS) | _preprocessor(encoder),
-             "llm": _config(llm.config) | _end_tokens(llm),
-             "tokenizer": _tokenizer(tokenizer)}
+    llm = sources["llm"]
+    found = {"llm": _config(llm.config) | _end_tokens(llm), "tokenizer": _tokenizer(tokenizer)}
+    return encoder_settings(sources["encoder"]) | json.loads(json.dumps(found, default=str))
+
+
+def encoder_settings(encoder: Source) -> dict[str, object]:
+    """Return the encoder's part of `settings` alone."""
+    found = {"transformers": transformers.__version__, "encoder": _config(encoder.config, _NOT_ENCODERS) | _preprocessor(encoder)}
     return json.loads(json.dumps(found, default=str))
 
 

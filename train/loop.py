@@ -152,9 +152,9 @@ class Run:
             select(load_index(corpus.shards), 0, self.stage.name, corpus, recipe.log.validate_utterances)
         llm = locate(recipe.model.llm.name, sizes_only=True)
         hidden_size = text_config(llm.config).hidden_size
+        self.ds_config = config = zero.resolve(recipe, hidden_size)
         if "lora" in self.stage.trains:
             recipe.model.llm.lora_targets = resolved_targets(recipe.model.llm, llm)  # recorded as what they are
-        self.ds_config = config = zero.resolve(recipe, hidden_size)
         if state is not None:  # what can be refused is, before features are computed and models read
             now = {**state["facts"], "recipe": resume.recipe_facts(recipe), "index": self.plan.fingerprint}
             if "settings" in now:

@@ -2,7 +2,8 @@
 
     srun python train/preflight.py RECIPE [key=value ...]     in a job, one process per rank, as training itself (slurm/common.sh)
     python train/preflight.py RECIPE [key=value ...]          here, one process
-    python train/preflight.py RECIPE --where                  only say the stage, the output folder, and whether it is finished
+    python train/preflight.py RECIPE --where                  only print the stage, the output folder, whether it is finished, and
+                                                              the model folder that it starts from
 
 1. Every rank looks at its GPU; one rank per node looks at what a node sees: packages, shards and their index, the frozen base,
    room on the disks.
@@ -37,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "train")]
 
 from core.code import code_hash  # noqa: E402
-from train.config import Corpus, Recipe, RecipeError, load_recipe  # noqa: E402
+from train.config import Corpus, Recipe, RecipeError, load_recipe, start_folder  # noqa: E402
 from train.files import step_folders  # noqa: E402
 from train.preemption import DONE, FAILED, PREEMPTED, WRONG_INPUT  # noqa: E402
 from train.resume import check_checkpoint, finished  # noqa: E402
@@ -454,7 +455,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="train/preflight.py", description="Check the nodes of a job before training.")
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
-    parser.add_argument("--where", action="store_true", help="print stage, output folder, and finished or unfinished; no more")
+    parser.add_argument("--where", action="store_true", help="print stage, output folder, (un)finished and start folder")
     parser.add_argument("--where-to", type=Path, help="write stage, output folder and faults to this file, one a line")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds to wait for the other ranks")
     args = parser.parse_intermixed_args(argv)
@@ -466,7 +467,7 @@ def main(argv: list[str] | None = None) -> int:
             is_finished = finished(recipe)
             if not is_finished:
                 check_checkpoint(recipe)
-            print(recipe.stage, recipe.output, "finished" if is_finished else "unfinished", sep="\n")
+            print(recipe.stage, recipe.output, "finished" if is_finished else "unfinished", start_folder(recipe) or "", sep="\n")
             return DONE
         if args.where_to and is_main:
             Path(recipe.output).mkdir(parents=True, exist_ok=True)

@@ -173,6 +173,8 @@ def finished(recipe: Recipe) -> bool:
     described = _read(folder / "soundwave.json")
     if described is None or (_read(folder.parent / "run.json") or {}).get("status") != "done":
         return False
+    if "recipe" not in described:  # not written by training
+        return _read(folder.parent / "run.json").get("steps") == recipe.optim.steps
     recorded = described["recipe"]
     check_steps(recipe, described["step"], folder)
     further = recipe.optim.steps > described["step"]
@@ -188,8 +190,8 @@ def finished(recipe: Recipe) -> bool:
         if then is not _UNKNOWN:
             saved["base"], now["base"] = {"start": then}, {"start": here}
     _resolve_targets(recipe, saved["recipe"], now["recipe"])
-    if not recipe_differences(saved["recipe"], now["recipe"]):
-        saved["index"], now["index"] = described.get("index"), _index(recipe, recorded, described.get("index"))
+    if "index" in described and not recipe_differences(saved["recipe"], now["recipe"]):
+        saved["index"], now["index"] = described["index"], _index(recipe, recorded, described["index"])
     _compare_base(recipe, recorded, described, saved, now)
     ways_out = (f"give the old one back, choose another output, or remove {folder.parent} to train the stage again; to "
                 f"{'continue from its last checkpoint' if further else 'keep the model as it is'}")
@@ -267,7 +269,7 @@ def _resolve_targets(recipe: Recipe, saved: dict, now: dict) -> None:
     now[key] = sorted(targets) if isinstance(targets, list) else targets
 
 
-def _index(recipe: Recipe, recorded: dict, fingerprint: str | None) -> str | None:
+def _index(recipe: Recipe, recorded: dict, fingerprint: str) -> str:
     """Fingerprint of the recipe's data; the recorded one where the recipe names the same places as then and the data is gone."""
     from train.data.plan import Plan
 

@@ -54,8 +54,8 @@ def test_schedules_agree_with_those_of_transformers(schedule, theirs):
     assert ours[:WARMUP] == pytest.approx(expected[1:WARMUP + 1], rel=1e-9)
 
 
-@pytest.mark.parametrize("stage, trains", [("alignment", ("adapters", "ctc_head")), ("shrinking", ("adapters", "ctc_head", "lora")),
-                                           ("sft", ("lora",))])
+@pytest.mark.parametrize("stage, trains", [
+    ("alignment", ("adapters", "ctc_head")), ("shrinking", ("adapters", "ctc_head", "lora")), ("sft", ("lora",))])
 def test_weights_decay_and_norms_and_biases_do_not(folders, stage, trains):  # noqa: F811
     model = build(folders)
     model.set_stage(stage)
@@ -84,7 +84,7 @@ def test_the_shape_that_counts_is_the_whole_ones():
 
 def test_the_update_is_adamws_with_the_recipes_numbers():
     """Two steps against the formula of Loshchilov and Hutter (2019), algorithm 2."""
-    config = OptimConfig(betas=[0.8, 0.95], eps=1e-6, weight_decay=0.1, lr_lora=0.01, steps=2, warmup_steps=0, schedule="constant")
+    config = OptimConfig(betas=[0.8, 0.95], eps=1e-6, weight_decay=0.1, lr_lora=0.01, warmup_steps=0, schedule="constant")
     parameter = torch.nn.Parameter(torch.tensor([[1.0, -2.0]], dtype=torch.float64))
     optimizer = optim.build(optim.parameter_groups({"lora": [("w", parameter)]}, ("lora",), config), config, offload=False)
     w, m, v = parameter.detach().clone(), 0.0, 0.0

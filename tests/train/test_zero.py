@@ -82,7 +82,7 @@ def test_zero1_in_bf16_gets_the_update_that_it_needs(resolved):
     ({"bf16": True}, "bfloat16", "bf16 is true: give {...}"),
     ({"fp16": {"enabled": True}}, "float32", "fp16 is switched on, and it overflows in training"),
     ({"fp16": 1}, "float32", "fp16 is switched on"),
-    ({"optimizer": {"type": "AdamW", "params": {"lr": 5e-5}}}, "float32", "the section optimizer would be ignored, or contradict"),
+    ({"optimizer": {"type": "AdamW", "params": {"lr": 5e-5}}}, "float32", "the section optimizer would be ignored, or"),
     ({"scheduler": {"type": "WarmupLR"}}, "float32", "whose optim.schedule, warmup_steps and min_lr_share decide"),
     ({"activation_checkpointing": {}}, "float32", "optim.activation_checkpointing"),
     ({"amp": {"enabled": True}}, "float32", "the section amp"),
@@ -114,10 +114,11 @@ def test_a_conflict_names_file_key_and_both_values(resolved, tmp_path, change, d
 
 
 def test_files_that_cannot_be_read_are_one_line(tmp_path):
-    for name, content, words in (("twice.json", '{"bf16": {}, "bf16": {}}', "'bf16' is given twice"),
-                                 ("cut.json", '{"bf16": ', "line 1: Expecting value"), ("bytes.json", b"\xff\xfe", "cannot be read")):
+    for name, content, words in (("twice.json", b'{"bf16": {}, "bf16": {}}', "'bf16' is given twice"),
+                                 ("cut.json", b'{"bf16": ', "line 1: Expecting value"),
+                                 ("bytes.json", b"\xff\xfe", "cannot be read")):
         path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        path.write_bytes(content)
         with pytest.raises(RecipeError, match=words):
             zero.resolve(recipe(str(path)), 64)
     for name in (tmp_path, tmp_path / "nowhere.json"):
@@ -125,14 +126,15 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path):
             zero.resolve(recipe(str(name)), 64)
 
 
-VALUES = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(-2, 4), st.floats(allow_nan=False), st.sampled_from(["auto", "cpu", ""])),
-                      lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(st.sampled_from(
-                          ["enabled", "stage", "device", "offload_optimizer", "x"]), inner, max_size=2)), max_leaves=4)
+PLAIN = st.one_of(st.none(), st.booleans(), st.integers(-2, 4), st.floats(allow_nan=False), st.sampled_from(["auto", "cpu", ""]))
+NAMES = st.sampled_from(["enabled", "stage", "device", "offload_optimizer", "x"])
+VALUES = st.recursive(PLAIN, lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(NAMES, inner, max_size=2)),
+                      max_leaves=4)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from(["gradient_clipping", "bf16", "fp16", "data_types", "zero_optimization", "train_batch_size", "optimizer", "aio",
-                        "steps_per_print", "communication_data_type", "anything"]), VALUES)
+@given(st.sampled_from(["gradient_clipping", "bf16", "fp16", "data_types", "zero_optimization", "train_batch_size", "optimizer",
+                        "aio", "steps_per_print", "communication_data_type", "anything"]), VALUES)
 def test_any_value_for_any_section_is_resolved_or_one_line(resolved, key, value):
     try:
         resolved({key: value})
