@@ -78,7 +78,7 @@ CHANGES = [
     ("llm/config.json", lambda c: [c.pop("rope_parameters"), c.update(rope_theta=10000.0)], None, ""),  # transformers 4's
     ("llm/generation_config.json", lambda c: c.update(eos_token_id=[263], temperature=0.3, transformers_version="4"), None, ""),
     ("whisper/config.json", lambda c: c.update(decoder_layers=9, suppress_tokens=[1], vocab_size=7, dropout=0.2), None, ""),
-    ("whisper/preprocessor_config.json", lambda c: json.loads(WhisperFeatureExtractor(feature_size=16).to_json_string()), None, ""),
+    ("whisper/preprocessor_config.json", lambda c: WhisperFeatureExtractor(feature_size=16).to_dict(), None, ""),
 ]
 
 

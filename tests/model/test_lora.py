@@ -19,14 +19,12 @@ SMALL = {**dict.fromkeys(("hidden_size", "n_embd", "d_model"), 32), **dict.fromk
 
 # By each family's modelling code: what projects into and out of its attention.
 ATTENTION = {
-    "llama": "q_proj k_proj v_proj o_proj", "qwen2": "q_proj k_proj v_proj o_proj", "qwen3": "q_proj k_proj v_proj o_proj",
-    "mistral": "q_proj k_proj v_proj o_proj", "gemma2": "q_proj k_proj v_proj o_proj", "phi3": "qkv_proj o_proj",
-    "gpt_oss": "q_proj k_proj v_proj o_proj", "mixtral": "q_proj k_proj v_proj o_proj", "phi": "q_proj k_proj v_proj dense",
+    "llama": "q_proj k_proj v_proj o_proj", "qwen3": "q_proj k_proj v_proj o_proj", "gemma2": "q_proj k_proj v_proj o_proj",
+    "phi3": "qkv_proj o_proj", "gpt_oss": "q_proj k_proj v_proj o_proj", "phi": "q_proj k_proj v_proj dense",
     "gpt_neox": "query_key_value dense", "falcon": "query_key_value dense", "bloom": "query_key_value dense",
     "mpt": "Wqkv out_proj",
     "opt": "q_proj k_proj v_proj out_proj", "gptj": "q_proj k_proj v_proj out_proj", "gpt2": "c_attn c_proj",
-    "gpt_bigcode": "c_attn c_proj", "lfm2": "q_proj k_proj v_proj out_proj", "starcoder2": "q_proj k_proj v_proj o_proj",
-    "granite": "q_proj k_proj v_proj o_proj", "olmo2": "q_proj k_proj v_proj o_proj", "codegen": "qkv_proj out_proj",
+    "gpt_bigcode": "c_attn c_proj", "lfm2": "q_proj k_proj v_proj out_proj", "codegen": "qkv_proj out_proj",
 }
 NOT_ATTENTION = ("mlp", "feed_forward", "ffn", "fc1", "fc2", "c_fc", "conv", "router", "experts", "dense_h_to_4h",
                  "dense_4h_to_h", "lm_head")

@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.train.ranks import Server
 from tests.train.tiny import workspace
 from train import checkpoint, loop, resume, stages
 from train.checkpoint import Checkpoints, own_steps
@@ -29,12 +28,6 @@ def alone():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def server():
-    with Server() as started:
-        yield started
 
 
 def checkpoints(tmp_path: Path, **settings) -> Checkpoints:

@@ -8,32 +8,32 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
+from model.soundwave import Soundwave
 from tests.model import tiny as tiny_models
-from tests.train.ranks import Server
 from tests.train.tiny import STAGES, workspace
-from train import preflight, resume
+from train import loop, preflight, resume
 from train import run as entry
 from train.config import Recipe, RecipeError, load_recipe
+from train.distributed import Ranks
 from train.stages import initial_folder
 
 QUICK = ["data.valid=[]", "log.tensorboard=false", "optim.steps=4", "checkpoint.every_steps=2"]
 
 
 @pytest.fixture(scope="module")
-def server():
-    with Server() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
 def trained(server, tmp_path_factory) -> Path:
-    """A workspace whose three stages are done."""
+    """A workspace whose three stages are done. Stage I alone says how many frames are stacked."""
     root = workspace(tmp_path_factory.mktemp("finished"))
+    first = yaml.safe_load((root / "stage1.yaml").read_text())
+    first["model"]["alignment"] = {"stack_frames": 4}
+    (root / "stage1.yaml").write_text(yaml.safe_dump(first))
     for number in STAGES:
         run = server.start([root / f"stage{number}.yaml", *QUICK], ranks=1)
         assert run.wait() == [0], run.text()
+        (root / f"stage{number}.log").write_text(run.text())
     return root
 
 
@@ -208,7 +208,8 @@ def test_folders_of_an_earlier_version_are_compared_by_what_they_hold(trained, p
     assert "optim.lr_lora" in error_of(trained, place, 2, "optim.lr_lora=3")
     assert "starts from" in error_of(trained, place, 2, "init_from=fresh"), "which its checkpoints recorded"
     shutil.rmtree(place / "shrinking" / "checkpoints")
-    assert resume.finished(recipe(trained, place, 2, "init_from=fresh")), "and nothing else does"
+    same = ["init_from=fresh", "model.alignment.stack_frames=4"]
+    assert resume.finished(recipe(trained, place, 2, *same)), "and nothing else does"
 
 
 # -------------------------------------------------------------------------------------------- the start of stage III
@@ -250,7 +251,7 @@ def test_the_dry_run_says_the_same(trained, place, tmp_path, capsys, monkeypatch
     for number, arguments, words in (
             (2, ["seed=7"], "was made with another recipe (seed: 1 -> 7)"),
             (2, ["optim.steps=2"], "is at step 4 already"),
-            (2, [new, start, "model.alignment.stack_frames=5"], "alignment.stack_frames: 2 in the folder, 5 in command line"),
+            (2, [new, start, "model.alignment.stack_frames=5"], "alignment.stack_frames: 4 in the folder, 5 in command line"),
             (2, [new, start, f"model.llm.name={changed}"], "trained with another llm (config.json rms_norm_eps: 1e-06 -> 0.5)"),
             (2, [new, start, "model.llm.lora_targets=[q_proj,kproj]"], "has no linear layer 'kproj'; did you mean 'k_proj'?"),
             (2, [new, start, f"deepspeed={tmp_path / 'ds.json'}"], "gradient_clipping is 3, but optim.grad_clip is 1"),
@@ -294,8 +295,7 @@ def test_training_refuses_keeps_and_continues(server, trained, place):
     assert run.wait() == [0] and "resuming at step 4" in run.text(), run.text()
     described = json.loads((place / "shrinking" / "model" / "soundwave.json").read_text())
     assert (described["step"], described["recipe"]["optim"]["steps"]) == (6, 6)
-    run = server.start([*command, "optim.steps=6"], ranks=1)
-    assert run.wait() == [0] and "stage II is finished" in run.text()
+    assert resume.finished(recipe(trained, place, 2, "optim.steps=6"))
 
 
 def test_a_changed_base_stops_a_resumed_run_unless_accepted(server, trained, place, tmp_path):
@@ -306,10 +306,9 @@ def test_a_changed_base_stops_a_resumed_run_unless_accepted(server, trained, pla
     template.write_text(template.read_text() + "\n")
     shutil.rmtree(place / "shrinking" / "model")
     shutil.rmtree(place / "shrinking" / "checkpoints" / "step-000004")
+    with pytest.raises(RecipeError, match=r"step-000002 was made with another base \(llm: config.json rms_norm_eps: 1e-06 -> 0"):
+        resume.check_checkpoint(recipe(trained, place, 2, f"model.llm.name={changed}"))
     command = [trained / "stage2.yaml", *QUICK, f"output={place}", f"model.llm.name={changed}"]
-    run = server.start(command, ranks=1)
-    assert run.wait() == [2], run.text()
-    assert "step-000002 was made with another base (llm: config.json rms_norm_eps: 1e-06 -> 0.5)" in run.text()
     run = server.start([*command, "checkpoint.accept_changes=[base]"], ranks=1)
     assert run.wait() == [2] and "was made with another tokenizer (tokenizer: chat template: " in run.text()
 
@@ -323,28 +322,27 @@ def test_a_changed_base_stops_a_resumed_run_unless_accepted(server, trained, pla
     assert run.text().count("step-000002 does not record the configurations, the chat template and the end tokens") == 1
 
 
-def test_the_next_stage_refuses_a_changed_base_unless_accepted(server, trained, place, tmp_path):
+def test_the_next_stage_refuses_a_changed_base_unless_accepted(trained, place, tmp_path):
     changed = Path(shutil.copytree(trained / "llm", tmp_path / "llm"))
     edit(changed / "config.json", lambda c: c.update(rms_norm_eps=0.5))
-    shutil.rmtree(place / "shrinking")
-    command = [trained / "stage2.yaml", *QUICK, f"output={place}", f"model.llm.name={changed}", "optim.steps=1"]
-    run = server.start(command, ranks=2)
-    assert run.wait(patience=5.0) == [2, 2] or 2 in run.codes(), run.text()
-    assert "was trained with another llm (config.json rms_norm_eps: 1e-06 -> 0.5)" in run.text()
-    assert "or accept it with checkpoint.accept_changes=[base]" in run.text()
-    run = server.start([*command, "checkpoint.accept_changes=[base]"], ranks=1)
-    assert run.wait() == [0] and "base has changed and is accepted: " in run.text(), run.text()
+    run = loop.Run(recipe(trained, place, 2, f"model.llm.name={changed}"), Ranks(0, 1, 0, 1, "cpu"))
+    run.model = Soundwave.build(run.recipe.model)
+    with pytest.raises(RecipeError) as raised:
+        run._check_base(place / "alignment" / "model")
+    assert "was trained with another llm (config.json rms_norm_eps: 1e-06 -> 0.5)" in str(raised.value)
+    assert str(raised.value).endswith("or accept it with checkpoint.accept_changes=[base]")
+    run.recipe.checkpoint.accept_changes = ["tokenizer"]
+    with pytest.raises(RecipeError, match=r"accept_changes=\[tokenizer,base\]"):
+        run._check_base(place / "alignment" / "model")
+    run.recipe.checkpoint.accept_changes = ["base"]
+    note, = run._check_base(place / "alignment" / "model")
+    assert note.startswith("base has changed and is accepted: ")
 
 
-def test_the_options_of_the_start_are_logged_and_used(server, trained, place, tmp_path):
-    """A stage I with other options than the defaults; stage II says nothing of them."""
-    output = tmp_path / "inherits"
-    options = ["model.alignment.stack_frames=4", "model.encoder.pad_to_seconds=2"]
-    for number, overrides in ((1, options), (2, [])):
-        run = server.start([trained / f"stage{number}.yaml", *QUICK, "optim.steps=1", f"output={output}", *overrides], ranks=1)
-        assert run.wait() == [0], run.text()
-    assert "model.alignment.stack_frames=4" in run.text() and "model.encoder.pad_to_seconds=2.0" in run.text()
-    described = json.loads((output / "shrinking" / "model" / "soundwave.json").read_text())
-    assert (described["config"]["alignment"]["stack_frames"], described["config"]["encoder"]["pad_to_seconds"]) == (4, 2.0)
-    assert described["recipe"]["model"] == described["config"]
-    assert described["config"]["llm"]["lora_targets"] == ["q_proj", "k_proj", "v_proj", "o_proj"], "recorded as what it is"
+def test_the_options_of_the_start_are_logged_used_and_recorded(trained, place):
+    assert "model.alignment.stack_frames=4" in (trained / "stage2.log").read_text()
+    for stage in STAGES.values():
+        described = json.loads((place / stage / "model" / "soundwave.json").read_text())
+        assert described["config"]["alignment"]["stack_frames"] == 4 and described["recipe"]["model"] == described["config"]
+        expected = None if stage == "alignment" else ["q_proj", "k_proj", "v_proj", "o_proj"]
+        assert described["config"]["llm"]["lora_targets"] == expected, "recorded as what it is"
