@@ -11,6 +11,10 @@ from typing import Any
 from core.options import choice, location, names_or_pattern, number, text
 
 
+class OptionError(ValueError):
+    """An option that does not fit the models or the machine; one line: which, why, what to do."""
+
+
 @dataclass
 class EncoderConfig:
     """The frozen audio encoder."""

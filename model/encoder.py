@@ -16,7 +16,7 @@ from transformers import HubertModel, Wav2Vec2Model, WavLMModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as TransformersWhisperEncoder
 
-from model.config import EncoderConfig
+from model.config import EncoderConfig, OptionError
 from model.features import HOP, SAMPLE_RATE, log_mel, mel_frames
 from model.pretrained import Source, SourceError, preprocessor_settings
 
@@ -103,7 +103,7 @@ class WhisperEncoder(Encoder):
         self.frame_rate = 50.0
         self.window_seconds = layers.config.max_source_positions / self.frame_rate
         if self.pad_to_samples and config.pad_to_seconds > self.window_seconds:
-            raise ValueError(f"model.encoder.pad_to_seconds = {config.pad_to_seconds:g} is beyond this encoder's "
+            raise OptionError(f"model.encoder.pad_to_seconds = {config.pad_to_seconds:g} is beyond this encoder's "
                              f"{self.window_seconds:g} s")
 
     def frames(self, samples: torch.Tensor) -> torch.Tensor:

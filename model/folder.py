@@ -114,7 +114,8 @@ def identity_differences(folder: str | Path, frozen: dict[str, str], settings: d
     for part, digest in frozen.items():
         if part in stored and stored[part] != digest:
             found.setdefault("base", f"{folder} was trained with another {part}: its sha256 is {stored[part][:12]}..., that of "
-                                     f"{places[part]} is {digest[:12]}...; set model.{part}.name to the right one")
+                                     f"{places[part]} is {digest[:12]}...; set model.{part}.name to the right one, "
+                                     f"{getattr(read_config(folder), part).name} at that time")
     if "settings" not in description:
         logger.warning("%s does not record the configurations, the preprocessor, the tokenizer and the end tokens of its frozen "
                        "parts (an earlier version made it): only their tensors were compared", folder)

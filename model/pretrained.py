@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from model.config import OptionError
+
 PRESETS = Path(__file__).parent / "presets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -238,9 +240,9 @@ def fingerprint(folder: Path, prefix: str = "") -> str:
 
 def attention_implementation(setting: str, dtype: torch.dtype) -> str | None:
     """`auto`: flash_attention_2 where it imports, there is a GPU and the weights are 16-bit (it has no fp32); else None: sdpa
-    where the model has it (Gemma 2 has not). Errors: ValueError for a setting that is not known."""
+    where the model has it (Gemma 2 has not). Errors: OptionError for a setting that is not known."""
     if setting not in ("auto", "flash_attention_2", "sdpa", "eager"):
-        raise ValueError(f"model.attention_implementation is '{setting}': auto, flash_attention_2, sdpa or eager")
+        raise OptionError(f"model.attention_implementation is '{setting}': auto, flash_attention_2, sdpa or eager")
     if setting != "auto":
         return setting
     from transformers.utils import is_flash_attn_2_available

@@ -14,7 +14,7 @@ from torch import nn
 
 from model import ops
 from model.alignment import ScaledLayerNorm
-from model.config import ShrinkingConfig
+from model.config import OptionError, ShrinkingConfig
 
 
 class ZeroLinear(nn.Linear):
@@ -40,7 +40,7 @@ class ShrinkingAdapter(nn.Module):
         self.config = config
         self.heads = config.heads or llm_heads
         if width % self.heads:
-            raise ValueError(f"model.shrinking.heads = {self.heads} does not divide the LLM's width {width}: "
+            raise OptionError(f"model.shrinking.heads = {self.heads} does not divide the LLM's width {width}: "
                              "set it in the recipe")
         self.looks_back = config.enabled and config.lookback != "none"
         if self.looks_back:

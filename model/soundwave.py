@@ -16,7 +16,7 @@ from core.options import problems
 from model import identity
 from model.alignment import AlignmentAdapter, CTCHead
 from model.batch import Batch
-from model.config import SoundwaveConfig
+from model.config import OptionError, SoundwaveConfig
 from model.encoder import build_encoder, tensor_prefix
 from model.generation import Generation
 from model.language_model import build_llm, embed, load_tokenizer, lora_parameters, splice, target_loss
@@ -82,10 +82,10 @@ class Soundwave(Generation, nn.Module):
 
         parts without "llm": stage I; of the LLM only its embeddings are read, from its safetensors, and there is no shrinking
         adapter. parts without "encoder": for cached features. meta: sizes alone, nothing is read or fetched (names of
-        model/presets, or folders with a config.json). Errors: SourceError, ValueError, one line each.
+        model/presets, or folders with a config.json). Errors: SourceError, OptionError, one line each.
         """
         for key, problem in problems(config, "model."):
-            raise ValueError(f"{key} {problem}")
+            raise OptionError(f"{key} {problem}")
         dtype = DTYPES[config.dtype]
         sources = {"encoder": locate(config.encoder.name, sizes_only=meta), "llm": locate(config.llm.name, sizes_only=meta)}
         if meta:

@@ -21,6 +21,7 @@ from model import folder as model_folder
 from model import identity
 from model.config import SoundwaveConfig
 from model.language_model import lora_parameters, resolved_targets
+from model.ops.linear_ctc import check_implementation
 from model.pretrained import locate, text_config
 from model.prompt import NORMALISATIONS
 from model.soundwave import Soundwave
@@ -171,6 +172,10 @@ class Run:
             self._shard_while_loading = HfDeepSpeedConfig(config)  # from_pretrained asks for it as long as it lives
         torch.manual_seed(recipe.seed)  # the same new adapters on every rank
         parts = tuple(p for p in self.stage.parts if p != "encoder" or not recipe.data.cache_features)
+        try:
+            check_implementation(recipe.model.ops.implementation, ranks.device.partition(":")[0])
+        except ValueError as error:
+            raise RecipeError(f"model.ops.implementation: {error}") from None
         self.model = model = Soundwave.build(recipe.model, parts=parts)
         facts = [None]
         if ranks.is_main:  # reads every byte of the frozen parts: once per machine room, not once per rank

@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return WRONG_INPUT if isinstance(error, RecipeError) else FAILED
     from data_tools.shards import ShardError
+    from model.config import OptionError
     from model.folder import FolderError
     from model.pretrained import SourceError
     from train.checkpoint import CheckpointError
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code = run.execute()
     except Exception as error:
-        wrong_input = isinstance(error, (RecipeError, SourceError, FolderError, ShardError))
+        wrong_input = isinstance(error, (RecipeError, SourceError, FolderError, OptionError, ShardError))
         code = WRONG_INPUT if wrong_input else FAILED
         if wrong_input or isinstance(error, (CheckpointError, ConversionError)):
             logger.error("%s", error)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -156,6 +157,7 @@ def _fill(node: dict, values: dict[str, object], name: str, can: tuple[str, ...]
 
 def _check_zero(section: dict, name: str) -> None:
     """Errors: RecipeError for a key or value that DeepSpeed's own configuration refuses, or would ignore."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it greets while it is imported
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from core.options import choice, location, names_or_pattern, number, numbers, problems, text
 from model.config import SoundwaveConfig, official_switches
-from train.config import Recipe, RecipeError, known_keys, load_recipe
+from train.config import HealthConfig, Recipe, RecipeError, known_keys, load_recipe
+from train.health import Health
 from train.loop import check, warnings_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -284,6 +285,11 @@ def test_rules_of_a_field_are_checked_where_it_is_declared():
     wrong = Outer(Inner("c", 0.0), [Inner(), Inner("d")], [1], "", " ", [3])
     assert [key for key, _ in problems(wrong)] == ["inner.keep", "inner.share", "many[1].keep", "pair", "where", "word", "names"]
     assert dict(problems(wrong))["inner.share"] == "is 0.0: must be above 0 and at most 1"
+
+
+def test_the_window_of_the_health_check_is_as_long_as_it_needs():
+    window = next(field for field in dataclasses.fields(HealthConfig) if field.name == "window")
+    assert window.metadata["least"] == Health.MINIMUM
 
 
 def test_a_warm_up_that_never_ends_is_a_warning():
