@@ -59,7 +59,7 @@ for stage in ${STAGES//,/ }; do
     OUTPUT="" STAGE=stage$stage STATE=unknown START=""
     if [ "$READABLE" = 1 ]; then
         where=$(stage_and_output) || exit 2
-        { read -r STAGE; read -r OUTPUT; read -r STATE; read -r START; } <<<"$where"
+        { read -r STAGE; read -r OUTPUT; read -r STATE; read -r START || true; } <<<"$where"
     fi
     if [ "$STATE" = finished ]; then
         for ((i = 0; i < ${#plan[@]}; i += 4)); do

@@ -257,7 +257,7 @@ def _start_of_checkpoint(recipe: Recipe) -> object:
 def _resolve_targets(recipe: Recipe, saved: dict, now: dict) -> None:
     """Recorded LoRA targets are the resolved ones; where the recipe's cannot be resolved here, they are not compared."""
     key = "model.llm.lora_targets"
-    if key not in now or now[key] is not None:
+    if now.get(key) is not None or saved.get(key) is None:
         return
     from model.language_model import resolved_targets
     from model.pretrained import SourceError, locate
