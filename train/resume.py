@@ -33,6 +33,7 @@ _FREE = ("output", "checkpoint.", "log.", "deepspeed", "data.valid", "data.worke
          "health.desync_every_steps", "init_from", "init_accept", "data.cache_features",
          "model.encoder.name", "model.llm.name")  # names: the base's hash is compared instead
 KINDS = ("base", "tokenizer", "recipe", "index")
+_TARGETS = "model.llm.lora_targets"
 
 
 def flat(node: object, prefix: str = "") -> dict[str, object]:
@@ -65,8 +66,8 @@ def recipe_facts(recipe: Recipe | dict) -> dict[str, object]:
     facts = {key: value for key, value in values.items() if not _is_one_of(key, free)}
     # Where the shards lie may change; what they hold is the index's fingerprint.
     facts["data.train"] = [{k: v for k, v in known(corpus).items() if k != "shards"} for corpus in facts["data.train"]]
-    if isinstance(targets := facts.get("model.llm.lora_targets"), list):
-        facts["model.llm.lora_targets"] = sorted(targets)
+    if isinstance(targets := facts.get(_TARGETS), list):
+        facts[_TARGETS] = sorted(targets)
     return facts
 
 
@@ -104,7 +105,7 @@ def recipe_differences(saved: dict, now: dict) -> list[str]:
     lines = []
     for key in sorted(saved.keys() | now.keys()):
         then, here = saved.get(key, defaults.get(key)), now.get(key)
-        if key == "model.llm.lora_targets" and isinstance(then, list):
+        if key == _TARGETS and isinstance(then, list):
             then = sorted(then)
         if then != here and not _is_one_of(key, free) and not (key not in now and then == defaults.get(key)):
             lines.append(f"{key}: {then} -> {here}")
@@ -178,29 +179,36 @@ def finished(recipe: Recipe) -> bool:
     recorded = described["recipe"]
     check_steps(recipe, described["step"], folder)
     further = recipe.optim.steps > described["step"]
+    ways_out = (f"give the old one back, choose another output, or remove {folder.parent} to train the stage again; to "
+                f"{'continue from its last checkpoint' if further else 'keep the model as it is'}")
+
+    def compare(saved: dict, now: dict) -> None:
+        for note in accepted_differences(saved, now, recipe.checkpoint.accept_changes, folder, ways_out):
+            logger.warning("%s: %s", folder, note)
+
     start = start_folder(recipe)
+    start_is_gone = start is not None and not (start / "soundwave.json").exists()
     saved = {"base": {}, "tokenizer": None, "recipe": recipe_facts(recorded), "index": None}
     now = {**saved, "recipe": recipe_facts(recipe)}
-    if start is not None and not (start / "soundwave.json").exists():  # what was inherited from it is not known any more
+    if start_is_gone:  # what was inherited from it is not known any more
         for key in [key for key in now["recipe"] if key.startswith("model.")]:
             now["recipe"][key] = saved["recipe"].get(key)
     else:
-        then = described["start"] if "start" in described else _start_of_checkpoint(recipe)
-        here = weights_hash(start) if start else None
-        if then is not _UNKNOWN:
-            saved["base"], now["base"] = {"start": then}, {"start": here}
-    _resolve_targets(recipe, saved["recipe"], now["recipe"])
-    if "index" in described and not recipe_differences(saved["recipe"], now["recipe"]):
+        others = recipe_differences({**saved["recipe"], _TARGETS: None}, {**now["recipe"], _TARGETS: None})
+        _resolve_targets(recipe, saved["recipe"], now["recipe"], look=not others)
+    compare(saved, now)  # first, where possible without loading any library of models
+    same_recipe = not recipe_differences(saved["recipe"], now["recipe"])
+    saved["recipe"] = now["recipe"]
+    then = described["start"] if "start" in described else _start_of_checkpoint(recipe)
+    if not start_is_gone and then is not _UNKNOWN:
+        saved["base"], now["base"] = {"start": then}, {"start": weights_hash(start) if start else None}
+    if "index" in described and same_recipe:
         saved["index"], now["index"] = described["index"], _index(recipe, recorded, described["index"])
     _compare_base(recipe, recorded, described, saved, now)
-    ways_out = (f"give the old one back, choose another output, or remove {folder.parent} to train the stage again; to "
-                f"{'continue from its last checkpoint' if further else 'keep the model as it is'}")
-    for note in accepted_differences(saved, now, recipe.checkpoint.accept_changes, folder, ways_out):
-        logger.warning("%s: %s", folder, note)
+    compare(saved, now)
     if further and not step_folders(stage_folder(recipe) / "checkpoints"):
-        raise RecipeError(f"optim.steps is {recipe.optim.steps}, and {folder} was trained for {described['step']}: no "
-                          "checkpoint is "
-                          f"left to continue from; choose another output with init_from={folder}")
+        raise RecipeError(f"optim.steps is {recipe.optim.steps}, and {folder} was trained for {described['step']}: no checkpoint "
+                          f"is left to continue from; choose another output with init_from={folder}")
     return not further
 
 
@@ -254,10 +262,13 @@ def _start_of_checkpoint(recipe: Recipe) -> object:
     return _UNKNOWN
 
 
-def _resolve_targets(recipe: Recipe, saved: dict, now: dict) -> None:
-    """Recorded LoRA targets are the resolved ones; where the recipe's cannot be resolved here, they are not compared."""
-    key = "model.llm.lora_targets"
-    if now.get(key) is not None or saved.get(key) is None:
+def _resolve_targets(recipe: Recipe, saved: dict, now: dict, look: bool = True) -> None:
+    """Recorded LoRA targets are the resolved ones. Where the recipe's cannot be resolved here, or not `look`, they are not
+    compared."""
+    if now.get(_TARGETS) is not None or saved.get(_TARGETS) is None:
+        return
+    if not look:
+        now[_TARGETS] = saved[_TARGETS]
         return
     from model.language_model import resolved_targets
     from model.pretrained import SourceError, locate
@@ -265,8 +276,8 @@ def _resolve_targets(recipe: Recipe, saved: dict, now: dict) -> None:
     try:
         targets = resolved_targets(recipe.model.llm, locate(recipe.model.llm.name, sizes_only=True, fetch=False))
     except SourceError:
-        targets = saved.get(key)
-    now[key] = sorted(targets) if isinstance(targets, list) else targets
+        targets = saved.get(_TARGETS)
+    now[_TARGETS] = sorted(targets) if isinstance(targets, list) else targets
 
 
 def _index(recipe: Recipe, recorded: dict, fingerprint: str) -> str:

@@ -94,10 +94,8 @@ def finish(site: Site, number: int) -> Path:
 
 def test_a_finished_stage_that_another_recipe_made_stops_the_chain(site):
     finish(site, 1)
-    done = site.shell("bash", "slurm/chain.sh", "--recipes", "recipes", "--stages", "1,2")
-    assert done.returncode == 0 and "stage 1 (alignment) is done" in done.stdout and len(site.submitted) == 1, done.stderr
     done = site.shell("bash", "slurm/chain.sh", "--recipes", "recipes", "--stages", "1,2", "optim.lr_adapters=0.5")
-    assert done.returncode == 2 and len(site.submitted) == 1
+    assert done.returncode == 2 and site.submitted == []
     assert "alignment/model was made with another recipe (optim.lr_adapters: 0.001 -> 0.5)" in done.stderr, done.stderr
 
 
@@ -106,8 +104,6 @@ def test_a_finished_stage_whose_start_is_to_be_trained_stops_the_chain(site):
     done = site.shell("bash", "slurm/chain.sh", "--recipes", "recipes", "--stages", "1,2")
     assert done.returncode == 2 and site.submitted == []
     assert f"stage 2 is done, but stage 1, its start, is not: remove {folder.relative_to(site.folder)}" in done.stderr
-    done = site.shell("bash", "slurm/chain.sh", "--recipes", "recipes", "--stages", "1,2", "init_from=elsewhere")
-    assert done.returncode == 0 and len(site.submitted) == 1, done.stderr
 
 
 def test_recipes_are_read_inside_a_container_that_the_login_node_has(site):

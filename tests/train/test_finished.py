@@ -147,7 +147,8 @@ def test_a_retrained_earlier_stage_is_noticed(trained, place):
 
 
 def test_another_start_is_noticed(trained, place, tmp_path):
-    assert "weights of the model folder that the stage starts from: sha256 " in error_of(trained, place, 2, "init_from=fresh")
+    fresh = ["init_from=fresh", "model.alignment.stack_frames=4"]
+    assert "weights of the model folder that the stage starts from: sha256 " in error_of(trained, place, 2, *fresh)
     same = shutil.copytree(place / "alignment" / "model", tmp_path / "elsewhere")
     assert resume.finished(recipe(trained, place, 2, f"init_from={same}"))
     assert "starts from" in error_of(trained, place, 2, f"init_from={place / 'shrinking' / 'model'}")
@@ -206,10 +207,10 @@ def test_folders_of_an_earlier_version_are_compared_by_what_they_hold(trained, p
     edit(place / "shrinking" / "model" / "soundwave.json", earlier)
     assert resume.finished(recipe(trained, place, 2))
     assert "optim.lr_lora" in error_of(trained, place, 2, "optim.lr_lora=3")
-    assert "starts from" in error_of(trained, place, 2, "init_from=fresh"), "which its checkpoints recorded"
+    fresh = ["init_from=fresh", "model.alignment.stack_frames=4"]
+    assert "starts from" in error_of(trained, place, 2, *fresh), "which its checkpoints recorded"
     shutil.rmtree(place / "shrinking" / "checkpoints")
-    same = ["init_from=fresh", "model.alignment.stack_frames=4"]
-    assert resume.finished(recipe(trained, place, 2, *same)), "and nothing else does"
+    assert resume.finished(recipe(trained, place, 2, *fresh)), "and nothing else does"
 
 
 # -------------------------------------------------------------------------------------------- the start of stage III
