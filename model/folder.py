@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import operator
 import os
 import shutil
 from dataclasses import asdict
@@ -127,48 +126,6 @@ def identity_differences(folder: str | Path, frozen: dict[str, str], settings: d
                          f"{folder} was trained with another {part} ({'; '.join(lines[:5])}{more}): give {places[key]} its old "
                          f"files back, or set model.{key}.name to a folder that has them")
     return found
-
-
-def held_parts(folder: str | Path) -> set[str]:
-    """Return which of alignment, ctc_head and shrinking a model folder holds. Errors: FolderError."""
-    return {name.split(".")[0] for name in _shapes(Path(folder) / ADAPTERS)}
-
-
-#: Options that say how a model is computed here, not what it is; they are never inherited.
-_OF_THE_MACHINE = ("dtype", "attention_implementation", "encoder.max_seconds")
-#: Options that matter in training alone: inherited, but free to differ. The frozen parts' names: their hashes are compared
-#: instead.
-_FREE = ("alignment.dropout", "shrinking.dropout", "llm.lora_dropout", "encoder.name", "llm.name")
-
-
-def inherited_options(folder: str | Path) -> dict[str, object]:
-    """Return the options of the parts that a folder holds, e.g. {"alignment.layers": 1, "shrinking.keep": "first"}.
-
-    A stage that starts from the folder computes these parts as they were trained. A stage I folder says nothing about the
-    shrinking adapter and the prompt, and one without LoRA nothing about LoRA. Errors: FolderError.
-    """
-    description, config = describe(folder), read_config(folder)
-    kept = ["encoder", "alignment", "audio_token", "llm.name"]
-    if description["stage"] != "alignment":
-        kept += ["shrinking", "prompt", "system_prompt"]
-    if (Path(folder) / LORA).is_dir():
-        kept.append("llm")
-    options = {}
-    for name, value in asdict(config).items():
-        inner = {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
-        options |= {key: one for key, one in inner.items() if key not in _OF_THE_MACHINE and (key in kept or name in kept)}
-    return options
-
-
-def differing_options(config: SoundwaveConfig, folder: str | Path) -> dict[str, tuple[object, object]]:
-    """Return {"model.alignment.layers": (in the folder, in this configuration)} for options by which a part would be computed in
-    another way than it was trained. Which layers have LoRA shows in the tensors (`check_fit`). Errors: FolderError."""
-    differ = {}
-    for key, then in inherited_options(folder).items():
-        now = operator.attrgetter(key)(config)
-        if now != then and key not in (*_FREE, "llm.lora_targets"):
-            differ[f"model.{key}"] = (then, now)
-    return differ
 
 
 def check_fit(model: Soundwave, folder: str | Path, *, but: tuple[str, ...] = ()) -> list[str]:

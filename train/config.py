@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from core.options import choice, expand_paths, is_name, location, number, numbers, problems
 from model.config import SoundwaveConfig
+from model.inheritance import StartError, differing_options, inherited_options
 
 LARGEST_SEED = 2**63 - 1
 MOST_STEPS = 10_000_000  # the plan of the mixture holds some numbers for each
@@ -322,16 +323,17 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def _inherit(recipe: Recipe, layers: list[tuple[str, DictConfig]], start: Path) -> Recipe:
     """The recipe with the start folder's model options where no layer sets them. Errors: RecipeError where one contradicts."""
-    from model.folder import differing_options, inherited_options
-
     try:
         options = {f"model.{key}": value for key, value in inherited_options(start).items()}
-    except (ValueError, KeyError, OmegaConfBaseException) as error:
-        raise RecipeError(f"{start}, which this stage starts from, cannot be read: {_unresolved(error)}") from None
+    except StartError as error:
+        raise RecipeError(str(error)) from None
     merged = OmegaConf.structured(Recipe)
     for key, value in options.items():
         if _origin(layers, key) == "":
-            OmegaConf.update(merged, key, value)
+            try:
+                OmegaConf.update(merged, key, value)
+            except Exception:  # OmegaConf's, or a built-in type
+                raise RecipeError(f"{start / 'soundwave.json'}: {key} {_needs(tuple(key.split('.')), value)}") from None
     recipe = _merge(merged, layers)
     differ = {key: values for key, values in differing_options(recipe.model, start).items() if key not in recipe.init_accept}
     if differ:

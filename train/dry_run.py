@@ -13,6 +13,7 @@ from tabulate import tabulate
 
 from model import folder as model_folder
 from model.config import SoundwaveConfig
+from model.inheritance import differing_options, inherited_options
 from model.language_model import described_targets, load_tokenizer
 from model.pretrained import SourceError, locate, presets, tensor_files
 from model.soundwave import Soundwave
@@ -83,10 +84,10 @@ def check_start(recipe: Recipe, model: Soundwave) -> list[str]:
         if kind not in recipe.checkpoint.accept_changes:
             raise RecipeError(f"{text}, or accept it with checkpoint.accept_changes=[{kind}]")
     defaults = SoundwaveConfig()
-    taken = [f"model.{key}={value}" for key, value in model_folder.inherited_options(folder).items()
+    taken = [f"model.{key}={value}" for key, value in inherited_options(folder).items()
              if operator.attrgetter(key)(recipe.model) == value != operator.attrgetter(key)(defaults)]
     lines = [f"starts from {folder}" + (f", with its model options {', '.join(taken)}" if taken else "")]
-    for key, (then, now) in model_folder.differing_options(recipe.model, folder).items():
+    for key, (then, now) in differing_options(recipe.model, folder).items():
         lines.append(f"{key} was {then} when that was trained, and is {now} here (init_accept)")
     return [*lines, *found.values()]
 

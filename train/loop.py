@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from model import folder as model_folder
 from model import identity
 from model.config import SoundwaveConfig
+from model.inheritance import differing_options, inherited_options
 from model.language_model import lora_parameters, resolved_targets
 from model.ops.linear_ctc import check_implementation
 from model.pretrained import locate, text_config
@@ -227,12 +228,12 @@ class Run:
     def _accepted_options(self, folder: Path) -> list[str]:
         """Lines about model options that differ from the start folder's; info about those that are the folder's."""
         config = self.recipe.model
-        taken = {f"model.{key}": value for key, value in model_folder.inherited_options(folder).items()
+        taken = {f"model.{key}": value for key, value in inherited_options(folder).items()
                  if operator.attrgetter(key)(config) == value != operator.attrgetter(key)(SoundwaveConfig())}
         if self.ranks.is_main:
             logger.info("starting from %s%s", folder, "".join(f", {key}={value}" for key, value in taken.items()))
         return [f"{key} was {then} when {folder} was trained, and is {now} here (init_accept)"
-                for key, (then, now) in model_folder.differing_options(config, folder).items()]
+                for key, (then, now) in differing_options(config, folder).items()]
 
     def _same_on_all_ranks(self) -> None:
         """Errors: RecipeError where nodes read different files: code, recipe, tokenizer or index."""

@@ -131,7 +131,7 @@ def look_at_base(recipe: Recipe, report: Report) -> None:
     """The frozen parts are there, and are those that the previous stage and this stage's checkpoints were made with."""
     from model import identity
     from model.encoder import tensor_prefix
-    from model.folder import differing_options
+    from model.inheritance import differing_options
     from model.language_model import load_tokenizer
     from model.pretrained import SourceError, fingerprint, locate
 

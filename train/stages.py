@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.inheritance import StartError, held_parts
 from train.config import PREVIOUS, Recipe, RecipeError, start_folder
 
 
@@ -103,11 +104,9 @@ def initial_folder(recipe: Recipe) -> Path | None:
         hint = "check init_from" if recipe.init_from else f"finish stage {STAGES[stage.previous].number} first, or set init_from"
         raise NotThereYet(f"stage {stage.number} ({stage.name}) starts from {folder}, which holds no finished model: {hint}")
     if frozen:
-        from model.folder import FolderError, held_parts
-
         try:
             untrained = [part for part in frozen if part not in held_parts(folder)]
-        except FolderError as error:
+        except StartError as error:
             raise RecipeError(str(error)) from None
         if untrained:
             raise RecipeError(f"stage {stage.number} ({stage.name}) trains LoRA alone, and {folder}, which it starts from, "

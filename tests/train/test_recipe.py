@@ -263,6 +263,16 @@ def test_a_folder_without_a_later_option_has_its_default(tmp_path):
     assert "token_embeddings: False in the folder" in error_of(recipe, ["model.shrinking.token_embeddings=true"])
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "{}", '{"config": 3, "stage": "sft"}', '{"stage": "sft"}',
+                                     '{"config": {"alignment": {"layers": "many"}}, "stage": "sft"}',
+                                     '{"config": {"alignment": {"layers": -1}}, "stage": "sft"}',
+                                     '{"config": {"prompt": null}, "stage": "sft"}'])
+def test_a_start_folder_that_cannot_be_read_is_one_line(tmp_path, content):
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "soundwave.json").write_text(content)
+    error_of(write(tmp_path, f"stage: sft\ninit_from: {tmp_path / 'start'}"))
+
+
 # ---------------------------------------------------------------------------------------------------------- the rules
 
 
