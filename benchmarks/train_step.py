@@ -385,7 +385,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--clips", type=int, default=12, help="utterances a step, about")
     parser.add_argument("--steps", type=int, default=5, help="measured steps of ours")
     parser.add_argument("--plain-steps", type=int, default=2, help="measured steps of the plain way")

@@ -77,7 +77,9 @@ def rank_count(wanted: int) -> int:
 
 def what_is_learnt(recipe: Recipe) -> dict:
     """What of a recipe its trained weights depend on, the data aside."""
-    learnt = {name: value for name, value in asdict(recipe).items() if name not in ("log", "checkpoint")}
+    learnt = {name: value for name, value in asdict(recipe).items() if name not in ("log", "checkpoint", "init_accept")}
+    if learnt["model"]["llm"]["lora_targets"] is None:  # what runs of earlier versions noted; the examples' LLM has these
+        learnt["model"]["llm"]["lora_targets"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     corpora = {kind: [known(corpus) for corpus in learnt["data"][kind]] for kind in ("train", "valid")}
     return learnt | {"data": learnt["data"] | corpora}
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import ops
-from model.config import AlignmentConfig, OpsConfig
+from model.config import AlignmentConfig, OpsConfig, OptionError
 
 
 class ScaledLayerNorm(nn.LayerNorm):
@@ -68,9 +68,7 @@ class AlignmentAdapter(nn.Module):
         super().__init__()
         heads = config.heads or llm_heads
         if width % heads:
-            raise ValueError(f"model.alignment.heads = {heads} does not divide the LLM's width {width}: set it in the recipe")
-        if config.attention not in ("time", "frame"):
-            raise ValueError(f"model.alignment.attention is '{config.attention}': time or frame")
+            raise OptionError(f"model.alignment.heads = {heads} does not divide the LLM's width {width}: set it in the recipe")
         self.stack = config.stack_frames
         self.projection = nn.Linear(self.stack * encoder_width, width)
         self.layers = nn.ModuleList(
@@ -125,7 +123,7 @@ class CTCHead(nn.Module):
                 start[audio_id] = row_scale * torch.randn(width, device=embeddings.device)
             self.weight, self.blank_row, self.blank = nn.Parameter(start), None, audio_id
         else:
-            raise ValueError(f"model.alignment.ctc_head is '{kind}': tied, initialised or free")
+            raise OptionError(f"model.alignment.ctc_head is '{kind}': tied, initialised or free")
 
     def forward(self, hidden: torch.Tensor, lengths: torch.Tensor, targets: torch.Tensor | None = None,
                 target_lengths: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:

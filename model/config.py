@@ -6,6 +6,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
+
+from core.options import choice, location, names_or_pattern, number, text
+
+
+class OptionError(ValueError):
+    """An option that does not fit the models or the machine; one line: which, why, what to do."""
 
 
 @dataclass
@@ -13,37 +20,39 @@ class EncoderConfig:
     """The frozen audio encoder."""
 
     # A folder with config.json and weights, a hub name, or a preset's name (model/presets/) for --dry-run.
-    name: str = "openai/whisper-large-v3"
+    name: str = location("openai/whisper-large-v3")
     # Encode at the true length (null), or pad every clip with silence to this many seconds (the release: 30).
-    pad_to_seconds: float | None = None
+    pad_to_seconds: float | None = number(None, above=0)
     # Longer clips are refused. What is beyond the encoder's own window (Whisper: 30 s) is encoded in windows.
-    max_seconds: float = 300.0
+    max_seconds: float = number(300.0, above=0)
 
 
 @dataclass
 class LLMConfig:
     """The language model and its LoRA."""
 
-    name: str = "meta-llama/Llama-3.1-8B-Instruct"
-    lora_r: int = 64  # 0: no LoRA
-    lora_alpha: int = 16
-    lora_dropout: float = 0.0
-    lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    name: str = location("meta-llama/Llama-3.1-8B-Instruct")
+    lora_r: int = number(64, least=0)  # 0: no LoRA
+    lora_alpha: int = number(16, least=1)
+    lora_dropout: float = number(0.0, least=0, below=1)
+    # null: the linear layers of the LLM's attention | names of linear layers | "all-linear" | a regular expression, as in peft
+    lora_targets: Any = names_or_pattern()
 
 
 @dataclass
 class AlignmentConfig:
     """Alignment adapter: stack frames -> Linear -> pre-norm Transformer layer(s) -> LayerNorm; then the CTC head."""
 
-    stack_frames: int = 2  # encoder frames per adapter frame: 50 -> 25 frames a second
-    layers: int = 1
-    heads: int | None = None  # null: as many as the LLM has
-    ffn_multiple: float = 2.0  # width of the feed-forward part, in LLM hidden sizes
-    dropout: float = 0.1
-    attention: str = "time"  # time: over the utterance's frames (paper) | frame: each frame alone (release)
-    ctc_head: str = "tied"  # tied: the LLM's output embeddings, frozen, + one trained blank row | initialised | free
+    stack_frames: int = number(2, least=1)  # encoder frames per adapter frame: 50 -> 25 frames a second
+    layers: int = number(1, least=0)
+    heads: int | None = number(None, least=1)  # null: as many as the LLM has
+    ffn_multiple: float = number(2.0, above=0)  # width of the feed-forward part, in LLM hidden sizes
+    dropout: float = number(0.1, least=0, below=1)
+    attention: str = choice("time", "time", "frame")  # over the utterance's frames (paper) | each frame alone (release)
+    # tied: the LLM's output embeddings, frozen, + one trained blank row | initialised | free
+    ctc_head: str = choice("tied", "tied", "initialised", "free")
     # true: after the encoder, only the clip's own frames count | full: the padding's, too (release; only with pad_to_seconds)
-    ctc_length: str = "true"
+    ctc_length: str = choice("true", "true", "full")
 
 
 @dataclass
@@ -51,11 +60,12 @@ class ShrinkingConfig:
     """Shrinking adapter: CTC runs -> one query frame per run -> look-back attention, residual, LayerNorm."""
 
     enabled: bool = True  # false: every frame goes to the LLM (a baseline, not the method)
-    keep: str = "peak"  # peak: the run's most probable frame | first: its first frame (release)
+    keep: str = choice("peak", "peak", "first")  # the run's most probable frame | its first frame (release)
     keep_blank_runs: bool = False  # true: blank runs keep a frame too (release)
-    lookback: str = "all"  # all: every valid frame of the utterance | kept: kept frames only (release) | none
-    heads: int | None = None
-    dropout: float = 0.1
+    # all: every valid frame of the utterance | kept: kept frames only (release) | none
+    lookback: str = choice("all", "all", "kept", "none")
+    heads: int | None = number(None, least=1)
+    dropout: float = number(0.1, least=0, below=1)
     # true: a kept frame carries the input embedding of its CTC token, too (neither the paper nor the release has it)
     token_embeddings: bool = False
     # The last LayerNorm's gain starts at the RMS of the LLM's input embeddings, so that its output lies on their scale.
@@ -66,8 +76,9 @@ class ShrinkingConfig:
 class OpsConfig:
     """The fused op (model/ops)."""
 
-    implementation: str = "auto"  # auto | cpp | triton | reference
-    skip_below: float | None = None  # softmax mass below which backward skips a tile; null: 2^-24 fp32, 2^-12 bf16; 0: exact
+    implementation: str = choice("auto", "auto", "cpp", "triton", "reference")
+    # Softmax mass below which backward skips a tile; null: 2^-24 in fp32, 2^-12 in bf16; 0: exact.
+    skip_below: float | None = number(None, least=0, below=1)
     deterministic: bool = False
 
 
@@ -78,12 +89,13 @@ class SoundwaveConfig:
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     shrinking: ShrinkingConfig = field(default_factory=ShrinkingConfig)
     ops: OpsConfig = field(default_factory=OpsConfig)
-    prompt: str = "chat"  # chat: the tokenizer's own chat template | release: the released weights' prompt
+    prompt: str = choice("chat", "chat", "release")  # the tokenizer's own chat template | the released weights' prompt
     # Said before each conversation that brings no system turn of its own; null: what the template itself says, "": nothing.
     system_prompt: str | None = None
-    audio_token: str = "<audio_patch>"  # its one position in the prompt is replaced by the audio; it is also CTC's blank
-    attention_implementation: str = "auto"  # auto: flash_attention_2 when it can, else sdpa | sdpa | eager
-    dtype: str = "float32"  # weights of the frozen parts: float32 | bfloat16 | float16
+    audio_token: str = text("<audio_patch>")  # its one position in the prompt is replaced by the audio; it is also CTC's blank
+    # auto: flash_attention_2 when it can, else sdpa
+    attention_implementation: str = choice("auto", "auto", "flash_attention_2", "sdpa", "eager")
+    dtype: str = choice("float32", "float32", "bfloat16", "float16")  # weights of the frozen parts
 
 
 def official_switches(config: SoundwaveConfig) -> SoundwaveConfig:

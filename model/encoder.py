@@ -6,7 +6,6 @@ takes at once, and encodes. Nothing else in the project knows which one runs.
 
 from __future__ import annotations
 
-import json
 import math
 from abc import ABC, abstractmethod
 
@@ -17,9 +16,9 @@ from transformers import HubertModel, Wav2Vec2Model, WavLMModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as TransformersWhisperEncoder
 
-from model.config import EncoderConfig
+from model.config import EncoderConfig, OptionError
 from model.features import HOP, SAMPLE_RATE, log_mel, mel_frames
-from model.pretrained import Source, SourceError
+from model.pretrained import Source, SourceError, preprocessor_settings
 
 
 class Encoder(nn.Module, ABC):
@@ -104,7 +103,7 @@ class WhisperEncoder(Encoder):
         self.frame_rate = 50.0
         self.window_seconds = layers.config.max_source_positions / self.frame_rate
         if self.pad_to_samples and config.pad_to_seconds > self.window_seconds:
-            raise ValueError(f"model.encoder.pad_to_seconds = {config.pad_to_seconds:g} is beyond this encoder's "
+            raise OptionError(f"model.encoder.pad_to_seconds = {config.pad_to_seconds:g} is beyond this encoder's "
                              f"{self.window_seconds:g} s")
 
     def frames(self, samples: torch.Tensor) -> torch.Tensor:
@@ -167,9 +166,7 @@ class WaveformEncoder(Encoder):
         self.shortest = 1  # samples of the first frame
         for kernel, stride in reversed(self.convolutions):
             self.shortest = (self.shortest - 1) * stride + kernel
-        preprocessor = source.folder and source.folder / "preprocessor_config.json"
-        settings = json.loads(preprocessor.read_text()) if preprocessor and preprocessor.exists() else {}
-        self.normalise = settings.get("do_normalize", True)
+        self.normalise = preprocessor_settings(source.folder).get("do_normalize", True)
         for module in layers.feature_extractor.modules():
             if isinstance(module, nn.GroupNorm):  # as it is, a clip's padding would move its mean and variance
                 module.__class__ = ClipNorm

@@ -23,9 +23,10 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
+from model import identity
 from model.auto import SoundwaveHubConfig
 from model.encoder import tensor_prefix
-from model.folder import ADAPTERS, CONFIG, LORA, FolderError, describe, read_config
+from model.folder import ADAPTERS, CONFIG, LORA, FolderError, describe, identity_differences, read_config
 from model.language_model import load_tokenizer
 from model.model_card import model_card
 from model.official import LoRAMerge, ShardWriter, stream_tensors
@@ -47,15 +48,14 @@ def export(run: str | Path, out: str | Path, *, merge: bool = False, with_encode
     if out.exists() and any(out.iterdir()):
         raise FolderError(f"{out} is not empty: give a new folder")
     encoder, llm = locate(config.encoder.name), locate(config.llm.name)
+    tokenizer = load_tokenizer(llm, config.audio_token)
     frozen = {"encoder": fingerprint(encoder.folder, tensor_prefix(encoder)), "llm": fingerprint(llm.folder)}
-    for part, digest in frozen.items():
-        if description["frozen"].get(part, digest) != digest:
-            raise FolderError(f"{run} was trained with another {part} than {getattr(config, part).name}: "
-                              f"sha256 {digest[:12]}..., expected {description['frozen'][part][:12]}...")
+    settings = identity.settings({"encoder": encoder, "llm": llm}, tokenizer)
+    for text in identity_differences(run, frozen, settings, {"encoder": encoder.folder, "llm": llm.folder}).values():
+        raise FolderError(text)
     out.mkdir(parents=True, exist_ok=True)
     names = {"encoder": encoder.name, "llm": llm.name}
     shutil.copyfile(run / ADAPTERS, out / ADAPTERS)
-    tokenizer = load_tokenizer(llm, config.audio_token)
     stop = stop_ids(tokenizer, config.prompt)
     pad = stop[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     generation = GenerationConfig(eos_token_id=stop, bos_token_id=tokenizer.bos_token_id, pad_token_id=pad, max_new_tokens=512)
@@ -72,7 +72,10 @@ def export(run: str | Path, out: str | Path, *, merge: bool = False, with_encode
     if with_encoder:
         _copy_encoder(encoder, out / "encoder")
         config.encoder.name = "encoder"
-    written = {"config": asdict(config), "stage": description["stage"], "frozen": frozen}
+    if merge:
+        inside = locate(str(out / "llm"))
+        settings = identity.settings({"encoder": encoder, "llm": inside}, load_tokenizer(inside, config.audio_token))
+    written = {"config": asdict(config), "stage": description["stage"], "frozen": frozen, "settings": settings}
     if ctc_text := description.get("recipe", {}).get("data", {}).get("ctc_text"):
         written["recipe"] = {"data": {"ctc_text": ctc_text}}  # what the joint search asks of CTC; the rest is the trainer's own
     (out / CONFIG).write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n")

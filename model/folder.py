@@ -1,6 +1,7 @@
 """The model folder: what was trained, and which frozen parts it belongs to.
 
-    soundwave.json        SoundwaveConfig, stage, sha256 of the frozen parts, whatever the caller adds
+    soundwave.json        SoundwaveConfig, stage, sha256 of the frozen parts and their settings (model/identity.py), whatever the
+                          caller adds
     adapters.safetensors  trained parts but LoRA, by their names in the model (of a tied CTC head: the blank's row)
     lora/                 LoRA in peft's own format
 """
@@ -8,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from dataclasses import asdict
@@ -16,11 +18,14 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from model import identity
 from model.config import SoundwaveConfig
 from model.soundwave import PARTS, Soundwave
 
+logger = logging.getLogger("soundwave")
 CONFIG, ADAPTERS, LORA = "soundwave.json", "adapters.safetensors", "lora"
 
 
@@ -50,7 +55,8 @@ def save(model: Soundwave, folder: str | Path, extra: dict | None = None) -> Pat
         peft_config.base_model_name_or_path = model.config.llm.name
         peft_config.inference_mode = True
         peft_config.save_pretrained(partial / LORA)
-    description = {"config": asdict(model.config), "stage": model.stage, "frozen": model.frozen_hash(), **(extra or {})}
+    description = {"config": asdict(model.config), "stage": model.stage, "frozen": model.frozen_hash(),
+                   "settings": model.frozen_settings(), **(extra or {})}
     (partial / CONFIG).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
     for path in [*partial.rglob("*"), partial]:  # a name that survives a power cut must not stand for files that did not
         descriptor = os.open(path, os.O_RDONLY)
@@ -86,30 +92,67 @@ def read_config(folder: str | Path) -> SoundwaveConfig:
 
 def check_base(model: Soundwave, folder: str | Path) -> None:
     """The frozen parts must be those that the folder was trained with. Errors: FolderError."""
-    stored = describe(folder)["frozen"]
-    for part, digest in model.frozen_hash().items():
-        if part in stored and stored[part] != digest:
-            raise FolderError(f"{folder} was trained with another {part}: its sha256 is {stored[part][:12]}..., that of "
-                              f"{model.sources[part].folder} is {digest[:12]}...; set model.{part}.name to the right one")
+    for text in base_differences(model, folder).values():
+        raise FolderError(text)
 
 
-def other_switches(config: SoundwaveConfig, folder: str | Path) -> list[str]:
-    """Where this configuration uses what a folder trained in another way than it was trained, one line a switch.
+def base_differences(model: Soundwave, folder: str | Path) -> dict[str, str]:
+    """What `identity_differences` gives for a built model."""
+    places = {part: source.folder for part, source in model.sources.items()}
+    return identity_differences(folder, model.frozen_hash(), model.frozen_settings(), places)
 
-    Sizes are not meant (`load_trained` refuses those), nor what matters in training alone (dropout). Errors: FolderError.
+
+def identity_differences(folder: str | Path, frozen: dict[str, str], settings: dict, places: dict[str, Path]) -> dict[str, str]:
+    """Return "base" and "tokenizer" -> one line, where the frozen parts are not those that the folder was trained with.
+
+    frozen, settings: of the parts in `places`. Where the folder was made before settings were recorded, a warning replaces their
+    check. Errors: FolderError.
     """
-    description, now, found = describe(folder), asdict(config), []
-    shared = {"alignment": set(now["alignment"]), "encoder": {"pad_to_seconds"}}
-    if description["stage"] != "alignment":
-        shared |= {"shrinking": set(now["shrinking"]), "llm": {"lora_alpha"}}
-    for part, keys in shared.items():
-        then = description["config"].get(part, {})
-        found += [f"model.{part}.{key} was {then[key]} when {folder} was trained, and is {now[part][key]} here"
-                  for key in sorted(keys & then.keys()) if key != "dropout" and then[key] != now[part][key]]
-    if description["stage"] != "alignment":
-        found += [f"model.{key} was {description['config'][key]!r} when {folder} was trained, and is {now[key]!r} here"
-                  for key in ("prompt", "system_prompt") if description["config"].get(key, now[key]) != now[key]]
+    description, found = describe(folder), {}
+    stored = description["frozen"]
+    for part, digest in frozen.items():
+        if part in stored and stored[part] != digest:
+            found.setdefault("base", f"{folder} was trained with another {part}: its sha256 is {stored[part][:12]}..., that of "
+                                     f"{places[part]} is {digest[:12]}...; set model.{part}.name to the right one, "
+                                     f"{getattr(read_config(folder), part).name} at that time")
+    if "settings" not in description:
+        logger.warning("%s does not record the configurations, the preprocessor, the tokenizer and the end tokens of its frozen "
+                       "parts (an earlier version made it): only their tensors were compared", folder)
+        return found
+    for part, lines in identity.changes(description["settings"], settings).items():
+        key = "llm" if part == "tokenizer" else part
+        more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
+        found.setdefault("tokenizer" if part == "tokenizer" else "base",
+                         f"{folder} was trained with another {part} ({'; '.join(lines[:5])}{more}): give {places[key]} its old "
+                         f"files back, or set model.{key}.name to a folder that has them")
     return found
+
+
+def check_fit(model: Soundwave, folder: str | Path, *, but: tuple[str, ...] = ()) -> list[str]:
+    """Return the trained parts that a folder and a model both have, `but` some. The model may be on the meta device.
+
+    Errors: FolderError for tensors that one side lacks and for sizes that differ.
+    """
+    folder = Path(folder)
+    stored, parameters, fitting = _shapes(folder / ADAPTERS), trained_tensors(model), []
+    for part in ("alignment", "ctc_head", "shrinking"):
+        names = {n for n in stored if n.split(".")[0] == part}
+        own = {n for n in parameters if n.split(".")[0] == part}
+        if not names or not own or part in but:
+            continue
+        differ = sorted(names ^ own) + [n for n in sorted(names & own) if _shape(parameters[n]) != stored[n]]
+        if differ:
+            raise FolderError(f"{folder}: {part} does not fit model.{'alignment' if part == 'ctc_head' else part} of this recipe "
+                              f"({', '.join(differ[:3])}): use the settings in {folder / CONFIG}")
+        fitting.append(part)
+    if (folder / LORA).is_dir() and isinstance(model.llm, PeftModel):
+        stored, own = _shapes(folder / LORA / "adapter_model.safetensors"), get_peft_model_state_dict(model.llm)
+        differ = sorted(stored.keys() ^ own.keys()) + [n for n in stored.keys() & own.keys() if _shape(own[n]) != stored[n]]
+        if differ:
+            raise FolderError(f"{folder}: its LoRA does not fit model.llm of this recipe ({differ[0]}): "
+                              f"use the lora_* settings in {folder / CONFIG}")
+        fitting.append("lora")
+    return fitting
 
 
 def load_trained(model: Soundwave, folder: str | Path, *, verify: bool = True) -> list[str]:
@@ -122,37 +165,29 @@ def load_trained(model: Soundwave, folder: str | Path, *, verify: bool = True) -
     describe(folder)
     if verify:
         check_base(model, folder)
-    stored = load_file(folder / ADAPTERS)
+    taken = check_fit(model, folder)
     parameters = trained_tensors(model)
-    taken = []
-    for part in ("alignment", "ctc_head", "shrinking"):
-        names = {n for n in stored if n.split(".")[0] == part}
-        own = {n for n in parameters if n.split(".")[0] == part}
-        if not names or not own:
-            continue
-        differ = sorted(names ^ own) + [n for n in sorted(names & own) if _shape(parameters[n]) != tuple(stored[n].shape)]
-        if differ:
-            raise FolderError(f"{folder}: {part} does not fit model.{'alignment' if part == 'ctc_head' else part} of this recipe "
-                              f"({', '.join(differ[:3])}): use the settings in {folder / CONFIG}")
-        for name in names:
-            _fill(parameters[name], stored[name])
-        taken.append(part)
-    if (folder / LORA).is_dir() and isinstance(model.llm, PeftModel):
+    for name, value in load_file(folder / ADAPTERS).items():
+        if name.split(".")[0] in taken:
+            _fill(parameters[name], value)
+    if "lora" in taken:
         state = load_file(folder / LORA / "adapter_model.safetensors")
-        own = get_peft_model_state_dict(model.llm)
-        differ = sorted(state.keys() ^ own.keys())
-        differ += [n for n in state.keys() & own.keys() if _shape(own[n]) != tuple(state[n].shape)]
-        if differ:
-            raise FolderError(f"{folder}: its LoRA does not fit model.llm of this recipe ({differ[0]}): "
-                              f"use the lora_* settings in {folder / CONFIG}")
         if any(hasattr(p, "ds_id") for p in model.llm.parameters()):
             lora = dict(model.llm.named_parameters())
             for name, value in state.items():
                 _fill(lora[name.replace(".weight", ".default.weight")], value)
         else:
             set_peft_model_state_dict(model.llm, state)
-        taken.append("lora")
     return taken
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors of a safetensors file, from its header. Errors: FolderError."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+    except (OSError, SafetensorError) as error:
+        raise FolderError(f"{file} cannot be read ({str(error).splitlines()[0]}): copy the folder again") from None
 
 
 def _shape(parameter: torch.Tensor) -> tuple[int, ...]:

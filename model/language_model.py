@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections import Counter
+
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from model.config import LLMConfig
-from model.pretrained import Source, SourceError
+from model.pretrained import Source, SourceError, tensor_files
+
+ALL_LINEAR = "all-linear"  # peft's keyword
+# transformers names its modules so, in every family; MLA: DeepSeek's and Longcat's multi-head latent attention.
+_ATTENTION = re.compile(r"(Attention|Attn|MLA)$")
 
 
 def load_tokenizer(source: Source, audio_token: str) -> PreTrainedTokenizerBase:
@@ -27,29 +36,146 @@ def load_tokenizer(source: Source, audio_token: str) -> PreTrainedTokenizerBase:
 def build_llm(config: LLMConfig, source: Source, dtype: torch.dtype, attention: str | None) -> nn.Module:
     """The frozen LLM with fresh LoRA (which starts as the identity); on the meta device where the source has no weights."""
     options = {"dtype": dtype, "attn_implementation": attention}
+    loading = {**options, "config": source.config, "output_loading_info": True}
     if hasattr(source.config, "attention_dropout"):
         source.config.attention_dropout = 0.0  # a frozen base is not regularised
     if source.folder is None:
         with torch.device("meta"):
             llm = AutoModelForCausalLM.from_config(source.config, **options)
     else:
+        tensor_files(source.folder)  # a file that is missing or cut is named
         try:
-            llm = AutoModelForCausalLM.from_pretrained(source.folder, config=source.config, **options)
+            llm, report = AutoModelForCausalLM.from_pretrained(source.folder, **loading)
         except (ValueError, ImportError) as error:
             if attention is None or "attention" not in str(error).lower():
                 raise
             raise SourceError(f"{source.name} does not run with model.attention_implementation={attention} "
                               f"({str(error).split('.')[0]}): set it to eager or auto") from None
+        except RuntimeError as error:
+            if "size mismatch" not in str(error) and "mismatch" not in str(error):
+                raise
+            raise SourceError(f"the tensors of {source.folder} do not have the sizes that its config.json names: copy the model "
+                              "again") from None
+        if lacking := sorted(report["missing_keys"]):
+            raise SourceError(f"{source.folder} lacks {len(lacking)} of the tensors that its config.json asks for, "
+                              f"'{lacking[0]}' for one: it is not a whole {source.config.model_type} model")
     llm.requires_grad_(False)
-    if config.lora_r == 0:
-        return llm
-    lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-                      target_modules=list(config.lora_targets), task_type="CAUSAL_LM")
+    return llm if config.lora_r == 0 else with_lora(llm, config, source.name)
+
+
+def with_lora(llm: nn.Module, config: LLMConfig, name: str) -> PeftModel:
+    """The LLM with LoRA on `config.lora_targets`. Errors: SourceError."""
+    targets = lora_targets(llm, config.lora_targets, name)
+    linear = _linear_layers(llm)
+    transposed = all(isinstance(linear[key], Conv1D) for key in linear if _is_target(key, targets))  # GPT-2's
+    lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=targets,
+                      task_type="CAUSAL_LM", fan_in_fan_out=transposed)
     try:
         return get_peft_model(llm, lora)
     except ValueError as error:
-        raise SourceError(f"LoRA does not fit {source.name}: model.llm.lora_targets = {list(config.lora_targets)} "
+        raise SourceError(f"LoRA does not fit {name}: model.llm.lora_targets = {targets} "
                           f"({str(error).splitlines()[0]})") from None
+
+
+def _linear_layers(llm: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module of every linear layer but the output embeddings."""
+    head = llm.get_output_embeddings()
+    return {name: module for name, module in llm.named_modules()
+            if isinstance(module, (nn.Linear, Conv1D)) and module is not head}
+
+
+def _is_target(key: str, targets: str | list[str]) -> bool:
+    """Whether peft adapts a module of this name: a string is `all-linear` or a regular expression for the whole name, each of a
+    list the whole name or its end."""
+    if isinstance(targets, str):
+        return targets.lower() == ALL_LINEAR or re.fullmatch(targets, key) is not None
+    return any(key == target or key.endswith(f".{target}") for target in targets)
+
+
+def lora_targets(llm: nn.Module, wanted: list[str] | str | None, name: str) -> list[str] | str:
+    """Return peft's target_modules for `model.llm.lora_targets`; None: the linear layers of the LLM's attention.
+
+    llm: without LoRA, on any device. Errors: SourceError for a target that no linear layer matches, and for None where the LLM
+    has no attention.
+    """
+    if wanted is None:
+        return _attention_targets(llm, name)
+    if isinstance(wanted, list) and [one.lower() for one in wanted] == [ALL_LINEAR]:
+        wanted = ALL_LINEAR
+    linear = _linear_layers(llm)
+    known = list(dict.fromkeys(key.rpartition(".")[2] for key in linear))
+    if isinstance(wanted, str):
+        if not any(_is_target(key, wanted) for key in linear):
+            hint = f"; a list of names is written [{wanted}]" if wanted in known else ""
+            raise SourceError(f"model.llm.lora_targets: no linear layer of {name} has a whole name that the regular expression "
+                              f"'{wanted}' matches, such as '{next(iter(linear))}'{hint}; its linear layers: {', '.join(known)}")
+        others = [key for key, module in llm.named_modules() if wanted.lower() != ALL_LINEAR and _is_target(key, wanted)
+                  and key not in linear]
+    else:
+        for target in wanted:
+            if not any(_is_target(key, [target]) for key in linear):
+                nearest = max(known, key=lambda one: difflib.SequenceMatcher(None, target, one).ratio())
+                raise SourceError(f"model.llm.lora_targets: {name} has no linear layer '{target}'; did you mean '{nearest}'? Its "
+                                  f"linear layers: {', '.join(known)}")
+        others = [key for key, _ in llm.named_modules() if _is_target(key, wanted) and key not in linear]
+    if others:
+        raise SourceError(f"model.llm.lora_targets: '{others[0]}' of {name} is no linear layer inside the LLM, and LoRA is for "
+                          "those: "
+                          f"{', '.join(known)}")
+    return wanted
+
+
+def resolved_targets(config: LLMConfig, source: Source) -> list[str] | str | None:
+    """`config.lora_targets`; for None what that stands for in this LLM, from its config.json alone. Errors: SourceError."""
+    if config.lora_targets is not None or config.lora_r == 0:
+        return config.lora_targets
+    with torch.device("meta"):
+        # The class itself: from_config would shard and initialise a model without weights while ZeRO-3 is being set up.
+        llm = AutoModelForCausalLM._model_mapping[type(source.config)](source.config)
+    return lora_targets(llm, None, source.name)
+
+
+def _attention_targets(llm: nn.Module, name: str) -> list[str] | str:
+    """The linear layers inside the text decoder's attention modules: the shortest ends of their names that mean no others, or a
+    regular expression where these ends hold a layer's number (beside a vision tower with layers of the same names)."""
+    linear, decoder = _linear_layers(llm), llm.get_decoder()
+    inside = {id(module) for module in decoder.modules()}
+    modules = dict(llm.named_modules())
+    # A multimodal LLM's vision and audio towers have attention too; their configurations name other sizes.
+    own = (llm.config.model_type, llm.config.get_text_config().model_type)
+    towers = [key for key, module in modules.items()
+              if key and getattr(getattr(module, "config", None), "model_type", own[0]) not in own]
+    attends = []
+    for key in linear:
+        parents = [key[:end.start()] for end in re.finditer(r"\.", key)]
+        if any(_ATTENTION.search(type(modules[parent]).__name__) for parent in parents) \
+                and not any(key.startswith(f"{tower}.") for tower in towers):
+            attends.append(key)
+    chosen = [key for key in attends if id(linear[key]) in inside] or attends  # what some call their decoder is a head
+    if not chosen:
+        known = list(dict.fromkeys(key.rpartition(".")[2] for key in linear))
+        raise SourceError(f"{name} has no attention layers that model.llm.lora_targets: null could stand for: name linear "
+                          "layers, or "
+                          f"write all-linear; its linear layers: {', '.join(known)}")
+    others = [key for key in linear if key not in set(chosen)]
+    targets: list[str] = []
+    for key in chosen:
+        if _is_target(key, targets):
+            continue
+        words = key.split(".")
+        ends = (".".join(words[-length:]) for length in range(1, len(words) + 1))
+        targets.append(next(end for end in ends if not any(_is_target(other, [end]) for other in others)))
+    if not any(re.search(r"(^|\.)\d+\.", target) for target in targets):
+        return targets
+    pattern = "|".join(dict.fromkeys(re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(key)) for key in chosen))
+    return targets if any(_is_target(other, pattern) for other in others) else pattern
+
+
+def described_targets(llm: nn.Module) -> str:
+    """Which layers of the LLM have LoRA, for people: "q_proj x 32, v_proj x 32"."""
+    counts = Counter(name.removesuffix(".lora_A.default.weight").rpartition(".")[2]
+                     for name, _ in llm.named_parameters() if name.endswith(".lora_A.default.weight"))
+    return ", ".join(f"{name} x {count}" for name, count in counts.items())
 
 
 def base_of(llm: nn.Module) -> nn.Module:

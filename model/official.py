@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
+from model import identity
 from model.config import SoundwaveConfig, official_switches
 from model.folder import ADAPTERS, CONFIG, LORA, FolderError, describe, read_config
 from model.language_model import load_tokenizer
@@ -164,10 +165,12 @@ def from_official(folder: str | Path, out: str | Path, *, encoder: str | None = 
         config.encoder.name = encoder or (str(beside.resolve()) if named and beside.is_dir() else named)
     config.llm.name, config.llm.lora_r = "llm", 0
     save_file(adapters, out / ADAPTERS)
-    encoder_folder = out / "encoder" if config.encoder.name == "encoder" else locate(config.encoder.name).folder
-    frozen = {"encoder": fingerprint(encoder_folder, "encoder."), "llm": fingerprint(out / "llm")}
-    (out / CONFIG).write_text(json.dumps(
-        {"config": asdict(config), "stage": "sft", "frozen": frozen, "origin": "released weights"}, indent=2) + "\n")
+    sources = {"encoder": locate(str(out / "encoder") if config.encoder.name == "encoder" else config.encoder.name),
+               "llm": locate(str(out / "llm"))}
+    frozen = {"encoder": fingerprint(sources["encoder"].folder, "encoder."), "llm": fingerprint(out / "llm")}
+    settings = identity.settings(sources, load_tokenizer(sources["llm"], config.audio_token))
+    (out / CONFIG).write_text(json.dumps({"config": asdict(config), "stage": "sft", "frozen": frozen, "settings": settings,
+                                          "origin": "released weights"}, indent=2, ensure_ascii=False) + "\n")
     return out
 
 
@@ -302,6 +305,7 @@ class LoRAMerge:
     def __init__(self, folder: Path):
         settings = json.loads((folder / "adapter_config.json").read_text())
         self.scale = settings["lora_alpha"] / (settings["r"] ** 0.5 if settings.get("use_rslora") else settings["r"])
+        self.transposed = settings.get("fan_in_fan_out", False)  # GPT-2 holds its weights so
         self.folder = folder
         self.parts: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in load_file(folder / "adapter_model.safetensors").items():
@@ -310,7 +314,10 @@ class LoRAMerge:
 
     def __call__(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         pair = self.parts.pop(name, None)
-        return tensor if pair is None else (tensor.float() + self.scale * (pair["B"] @ pair["A"])).to(tensor.dtype)
+        if pair is None:
+            return tensor
+        change = self.scale * (pair["B"] @ pair["A"])
+        return (tensor.float() + (change.T if self.transposed else change)).to(tensor.dtype)
 
     def check_all_used(self) -> None:
         if self.parts:

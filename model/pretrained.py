@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from model.config import OptionError
 
 PRESETS = Path(__file__).parent / "presets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,17 +51,64 @@ def _preset(name: str) -> dict | None:
     return None
 
 
-def locate(name: str, *, sizes_only: bool = False) -> Source:
+def read_json(path: Path) -> dict:
+    """Return the object in a JSON file. Errors: SourceError."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path} cannot be read ({str(error).splitlines()[0]}): copy the model again") from None
+    if not isinstance(content, dict):
+        raise SourceError(f"{path} holds no JSON object: copy the model again")
+    return content
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """Return a model folder's configuration. Errors: SourceError, for quantised weights too."""
+    if not (folder / "config.json").exists():
+        raise SourceError(f"{folder} has no config.json: give a folder written by save_pretrained, or a hub name")
+    read_json(folder / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # of many types: an unknown family, values that contradict each other
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise SourceError(f"{folder / 'config.json'} is no configuration that transformers reads ({reason})") from None
+    method = _quantisation(config)
+    if method:
+        raise SourceError(f"{folder} is quantised ({method}): training, hashing and export need its whole weights; take the "
+                          "unquantised model, or load it dequantised with transformers and save_pretrained it")
+    return config
+
+
+def _quantisation(config: PretrainedConfig) -> str | None:
+    """The method by which a model, or a part of it, is quantised; None where it is not."""
+    for part in (config, config.get_text_config()):
+        given = getattr(part, "quantization_config", None)
+        if given:
+            given = given if isinstance(given, dict) else given.to_dict()
+            return str(given.get("quant_method") or next((key for key in given if key.startswith("load_in_")), "unknown method"))
+    return None
+
+
+def preprocessor_settings(folder: Path | None) -> dict:
+    """Return the feature extractor's settings of a model folder; {} where it has none. Errors: SourceError."""
+    if folder is None:
+        return {}
+    if (folder / "preprocessor_config.json").exists():
+        return read_json(folder / "preprocessor_config.json")
+    if (folder / "processor_config.json").exists():
+        return read_json(folder / "processor_config.json").get("feature_extractor", {})
+    return {}
+
+
+def locate(name: str, *, sizes_only: bool = False, fetch: bool = True) -> Source:
     """Find a model by folder, hub name or preset name.
 
     With `sizes_only`, a preset is enough and nothing is fetched. Otherwise a hub name is taken from the local hub cache, or
-    downloaded where the machine may (HF_HUB_OFFLINE decides). Errors: SourceError.
+    downloaded where the machine may (HF_HUB_OFFLINE decides) and `fetch` allows it. Errors: SourceError.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise SourceError(f"{folder} has no config.json: give a folder written by save_pretrained, or a hub name")
-        return Source(name, AutoConfig.from_pretrained(folder), folder)
+        return Source(name, read_config(folder), folder)
     preset = _preset(name)
     if sizes_only and preset:
         return Source(name, AutoConfig.for_model(**preset["config"]), None)
@@ -70,26 +119,45 @@ def locate(name: str, *, sizes_only: bool = False) -> Source:
     repository = preset["names"][0] if preset else name
     try:
         patterns = ["config.json"] if sizes_only else _FILES
-        folder = Path(snapshot_download(repository, allow_patterns=patterns))
+        folder = Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=not fetch))
     except Exception as error:  # the hub client's errors have many types; all mean that it cannot be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         known = (f"fetch its sizes on a machine with network (hf download {repository} config.json), give a folder with its "
                  f"config.json, or a known size: {', '.join(presets())}") if sizes_only else (
             f"fetch it on a machine with network (hf download {repository}) or give a folder")
         raise SourceError(f"model '{name}' is neither a folder nor in the hub cache ({reason}); {known}") from None
-    return Source(name, AutoConfig.from_pretrained(folder), None if sizes_only else folder)
+    return Source(name, read_config(folder), None if sizes_only else folder)
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> safetensors file of a model folder, sharded or not. Errors: SourceError."""
+    """Tensor name -> safetensors file of a model folder, sharded or not. Errors: SourceError, where a file is missing or cut."""
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    single = folder / "model.safetensors"
-    if not single.exists():
-        raise SourceError(f"{folder} has no model.safetensors: save the model with save_pretrained (safetensors) first")
-    with safe_open(single, "pt") as file:
-        return {name: single for name in file.keys()}
+    if not index.exists():
+        single = folder / "model.safetensors"
+        if not single.exists():
+            raise SourceError(f"{folder} has no model.safetensors: save the model with save_pretrained (safetensors) first")
+        return dict.fromkeys(_tensor_names(single), single)
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict):
+        raise SourceError(f"{index} has no weight_map: copy the model again")
+    absent = sorted({file for file in files.values() if not (folder / file).exists()})
+    if absent:
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise SourceError(f"{folder} is incomplete: {absent[0]}{more} of {index.name} is missing; copy the model again")
+    there = {file: _tensor_names(folder / file) for file in set(files.values())}
+    for name, file in files.items():
+        if name not in there[file]:
+            raise SourceError(f"{folder} is incomplete: {file} does not hold '{name}'; copy the model again")
+    return {name: folder / file for name, file in files.items()}
+
+
+def _tensor_names(file: Path) -> set[str]:
+    """Names of the tensors of a safetensors file. Errors: SourceError for one that is cut short or is none."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return set(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise SourceError(f"{file} is damaged or cut short ({str(error).splitlines()[0]}): copy the model again") from None
 
 
 def read_tensor(folder: Path, name: str) -> torch.Tensor:
@@ -172,9 +240,9 @@ def fingerprint(folder: Path, prefix: str = "") -> str:
 
 def attention_implementation(setting: str, dtype: torch.dtype) -> str | None:
     """`auto`: flash_attention_2 where it imports, there is a GPU and the weights are 16-bit (it has no fp32); else None: sdpa
-    where the model has it (Gemma 2 has not). Errors: ValueError for a setting that is not known."""
+    where the model has it (Gemma 2 has not). Errors: OptionError for a setting that is not known."""
     if setting not in ("auto", "flash_attention_2", "sdpa", "eager"):
-        raise ValueError(f"model.attention_implementation is '{setting}': auto, flash_attention_2, sdpa or eager")
+        raise OptionError(f"model.attention_implementation is '{setting}': auto, flash_attention_2, sdpa or eager")
     if setting != "auto":
         return setting
     from transformers.utils import is_flash_attn_2_available

@@ -14,7 +14,7 @@ from torch import nn
 
 from model import ops
 from model.alignment import ScaledLayerNorm
-from model.config import ShrinkingConfig
+from model.config import OptionError, ShrinkingConfig
 
 
 class ZeroLinear(nn.Linear):
@@ -23,14 +23,6 @@ class ZeroLinear(nn.Linear):
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
-
-
-def check_switches(config: ShrinkingConfig) -> None:
-    """Errors: ValueError for a switch that there is not."""
-    for key, value, known in (("keep", config.keep, ("peak", "first")),
-                              ("lookback", config.lookback, ("all", "kept", "none"))):
-        if value not in known:
-            raise ValueError(f"model.shrinking.{key} is '{value}': {' or '.join(known)}")
 
 
 def kept_frames(config: ShrinkingConfig, argmax: torch.Tensor, peak: torch.Tensor, blank_logprob: torch.Tensor,
@@ -48,9 +40,8 @@ class ShrinkingAdapter(nn.Module):
         self.config = config
         self.heads = config.heads or llm_heads
         if width % self.heads:
-            raise ValueError(f"model.shrinking.heads = {self.heads} does not divide the LLM's width {width}: "
+            raise OptionError(f"model.shrinking.heads = {self.heads} does not divide the LLM's width {width}: "
                              "set it in the recipe")
-        check_switches(config)
         self.looks_back = config.enabled and config.lookback != "none"
         if self.looks_back:
             self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)

@@ -12,9 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from core.options import problems
+from model import identity
 from model.alignment import AlignmentAdapter, CTCHead
 from model.batch import Batch
-from model.config import SoundwaveConfig
+from model.config import OptionError, SoundwaveConfig
 from model.encoder import build_encoder, tensor_prefix
 from model.generation import Generation
 from model.language_model import build_llm, embed, load_tokenizer, lora_parameters, splice, target_loss
@@ -80,13 +82,11 @@ class Soundwave(Generation, nn.Module):
 
         parts without "llm": stage I; of the LLM only its embeddings are read, from its safetensors, and there is no shrinking
         adapter. parts without "encoder": for cached features. meta: sizes alone, nothing is read or fetched (names of
-        model/presets, or folders with a config.json). Errors: SourceError, ValueError, one line each.
+        model/presets, or folders with a config.json). Errors: SourceError, OptionError, one line each.
         """
-        dtype = DTYPES.get(config.dtype)
-        if dtype is None:
-            raise ValueError(f"model.dtype is '{config.dtype}': {', '.join(DTYPES)}")
-        if config.alignment.ctc_length not in ("true", "full"):
-            raise ValueError(f"model.alignment.ctc_length is '{config.alignment.ctc_length}': true or full")
+        for key, problem in problems(config, "model."):
+            raise OptionError(f"{key} {problem}")
+        dtype = DTYPES[config.dtype]
         sources = {"encoder": locate(config.encoder.name, sizes_only=meta), "llm": locate(config.llm.name, sizes_only=meta)}
         if meta:
             sources = {name: source.without_weights() for name, source in sources.items()}
@@ -169,11 +169,15 @@ class Soundwave(Generation, nn.Module):
             self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def frozen_hash(self) -> dict[str, str]:
-        """sha256 of the frozen parts' tensors, from their files."""
+        """sha256 of the frozen parts' tensors, from their files. (What else decides their numbers: `frozen_settings`.)"""
         if not hasattr(self, "_hashes"):
             encoder, llm = self.sources["encoder"], self.sources["llm"]
             self._hashes = {"encoder": fingerprint(encoder.folder, tensor_prefix(encoder)), "llm": fingerprint(llm.folder)}
         return self._hashes
+
+    def frozen_settings(self) -> dict[str, object]:
+        """Configurations, preprocessor, tokenizer with chat template and end tokens of the frozen parts (model/identity.py)."""
+        return identity.settings(self.sources, self.tokenizer)
 
     # ---- forward ----
 

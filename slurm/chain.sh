@@ -56,12 +56,16 @@ for stage in ${STAGES//,/ }; do
     [ -n "$recipe" ] || recipe=$(unset RECIPE; eval "$(grep -E '^RECIPE=' "$script")"; echo "$RECIPE")
     RECIPE=$(freeze "$CODE" "$recipe")
     [ -f "$RECIPE" ] || die "$recipe does not exist: give the recipes' folder with --recipes, or the right RECIPE in $script"
-    OUTPUT="" STAGE=stage$stage STATE=unknown
+    OUTPUT="" STAGE=stage$stage STATE=unknown START=""
     if [ "$READABLE" = 1 ]; then
         where=$(stage_and_output) || exit 2
-        { read -r STAGE; read -r OUTPUT; read -r STATE; } <<<"$where"
+        { read -r STAGE; read -r OUTPUT; read -r STATE; read -r START || true; } <<<"$where"
     fi
     if [ "$STATE" = finished ]; then
+        for ((i = 0; i < ${#plan[@]}; i += 4)); do
+            [ "$START" != "${plan[i + 3]}/${plan[i + 2]}/model" ] \
+                || die "stage $stage is done, but stage ${plan[i]}, its start, is not: remove $OUTPUT/$STAGE, or choose another output"
+        done
         echo "stage $stage ($STAGE) is done: $OUTPUT/$STAGE/model"
         continue
     fi

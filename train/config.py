@@ -1,18 +1,30 @@
-"""The recipe: typed dataclasses < YAML file < command line `key=value`, merged and checked by OmegaConf.
+"""The recipe: typed dataclasses < model folder that the stage starts from < YAML files < command line `key=value`.
 
-An unknown key stops the run before anything is loaded, with the nearest right key in the message.
+OmegaConf merges the layers. An unknown key, a wrong type or a value out of bounds stops the run before anything is loaded, with
+one line that names the file and the key.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from core.options import choice, expand_paths, is_name, location, number, numbers, problems
 from model.config import SoundwaveConfig
+from model.inheritance import StartError, differing_options, inherited_options
+
+LARGEST_SEED = 2**63 - 1
+MOST_STEPS = 10_000_000  # the plan of the mixture holds some numbers for each
+#: Stage -> the stage whose model it starts from by default.
+PREVIOUS = {"alignment": None, "shrinking": "alignment", "sft": "shrinking"}
+FRESH = "fresh"  # init_from: start from no model folder
 
 
 class RecipeError(ValueError):
@@ -23,19 +35,21 @@ class RecipeError(ValueError):
 class Corpus:
     """One packed folder (index.json beside its shards) and its share in the mixture."""
 
-    shards: str = ""  # folder written by data_tools/pack.py, or a pipe/URL pattern for plain streaming
-    weight: float | None = None  # explicit weight within its task; null: by its number of utterances
+    shards: str = location("")  # folder written by data_tools/pack.py, or a pipe/URL pattern for plain streaming
+    weight: float | None = number(None, above=0)  # explicit weight within its task; null: by its number of utterances
     tasks: list[str] | None = None  # take only these tasks of the folder; null: all
-    share: float = 1.0  # train on this share of its utterances, drawn by id: those of 0.1 are among those of 0.25
-    share_from: float = 0.0  # where that share begins: 0.75 takes a share of 0.25 from those that share: 0.75 leaves out
+    # Train on this share of its utterances, drawn by id: those of 0.1 are among those of 0.25.
+    share: float = number(1.0, above=0, most=1)
+    # Where that share begins: 0.75 takes a share of 0.25 from those that share: 0.75 leaves out.
+    share_from: float = number(0.0, least=0, below=1)
 
 
 @dataclass
 class MixtureConfig:
     """Dynamic data mixture: p_task proportional to n_task^(1/tau), tau moving from tau_start to tau_end over the stage."""
 
-    tau_start: float = 1.0
-    tau_end: float = 1.0
+    tau_start: float = number(1.0, above=0)
+    tau_end: float = number(1.0, above=0)
     task_weights: dict[str, float] = field(default_factory=dict)  # explicit probabilities instead of sizes
 
 
@@ -44,62 +58,63 @@ class DataConfig:
     train: list[Corpus] = field(default_factory=list)
     valid: list[Corpus] = field(default_factory=list)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
-    batch_seconds: float = 3600.0  # audio seconds in one global batch (one optimizer step, all ranks together)
-    micro_batch_seconds: float = 120.0  # padded audio seconds in one rank's micro-batch at most
-    micro_batch_tokens: int = 8192  # padded LLM positions in one rank's micro-batch at most
-    min_seconds: float = 0.1  # shorter clips are rejected, named and counted
-    max_seconds: float = 30.0
+    batch_seconds: float = number(3600.0, above=0)  # audio seconds in one global batch (one optimizer step, all ranks together)
+    micro_batch_seconds: float = number(120.0, above=0)  # padded audio seconds in one rank's micro-batch at most
+    micro_batch_tokens: int = number(8192, least=1)  # padded LLM positions in one rank's micro-batch at most
+    min_seconds: float = number(0.1, least=0)  # shorter clips are rejected, named and counted
+    max_seconds: float = number(30.0, above=0)
     ctc_text: str = "lower"  # normalisation of CTC targets: raw | lower | lower_no_punctuation
-    seed: int = 0
-    workers: int = 2
-    prefetch: int = 4  # micro-batches ready ahead per worker
-    bucket_seconds: float = 120.0  # audio of about one length that goes into a step together: more pads less, less mixes more
-    shuffle_window_shards: int = 16  # shards whose utterances are shuffled together
-    cache_features: str | None = None  # folder for the frozen encoder's output, computed once; null: encode in each step
-    max_rejected_share: float = 0.01  # past this share of broken samples the run stops with the list
-    speed_perturb: list[float] = field(default_factory=list)  # e.g. [0.9, 1.0, 1.1]; off when empty
+    seed: int = number(0, least=0, most=LARGEST_SEED)
+    workers: int = number(2, least=0)
+    prefetch: int = number(4, least=0)  # micro-batches ready ahead per worker
+    # Audio of about one length that goes into a step together: more pads less, less mixes more; 0: any lengths.
+    bucket_seconds: float = number(120.0, least=0)
+    shuffle_window_shards: int = number(16, least=1)  # shards whose utterances are shuffled together
+    cache_features: str | None = location(None)  # folder for the frozen encoder's output, computed once; null: each step
+    max_rejected_share: float = number(0.01, least=0, most=1)  # past this share of broken samples the run stops with the list
+    speed_perturb: list[float] = numbers(least=0.5, most=2)  # e.g. [0.9, 1.0, 1.1]; off when empty
     spec_augment: bool = False
-    noise_snr_db: list[float] = field(default_factory=list)  # [low, high] white noise; off when empty
+    noise_snr_db: list[float] = numbers(counts=(0, 2))  # [low, high] white noise; off when empty
     try_largest: bool | None = None  # run the largest micro-batch before the first step; null: on GPUs
 
 
 @dataclass
 class OptimConfig:
-    steps: int = 4000
-    lr_adapters: float = 1e-3
-    lr_ctc_head: float = 1e-3
-    lr_lora: float = 2e-4
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
-    eps: float = 1e-8
-    weight_decay: float = 0.01  # not on norms and biases
-    warmup_steps: int = 400
-    schedule: str = "cosine"  # cosine | linear | constant, after the warm-up
-    min_lr_share: float = 0.05  # where the schedule ends, as a share of the peak
-    grad_clip: float = 1.0
+    steps: int = number(4000, least=1, most=MOST_STEPS)
+    lr_adapters: float = number(1e-3, least=0)
+    lr_ctc_head: float = number(1e-3, least=0)
+    lr_lora: float = number(2e-4, least=0)
+    betas: list[float] = numbers(0.9, 0.98, counts=(2,), least=0, below=1)
+    eps: float = number(1e-8, above=0)
+    weight_decay: float = number(0.01, least=0)  # not on norms and biases
+    warmup_steps: int = number(400, least=0, most=MOST_STEPS)
+    schedule: str = choice("cosine", "cosine", "linear", "constant")  # after the warm-up
+    min_lr_share: float = number(0.05, least=0, most=1)  # where the schedule ends, as a share of the peak
+    grad_clip: float = number(1.0, above=0)
     activation_checkpointing: bool = False
 
 
 @dataclass
 class LossConfig:
-    ctc_weight: float = 0.3  # stage II: CE + this times CTC
+    ctc_weight: float = number(0.3, least=0)  # stage II: CE + this times CTC
 
 
 @dataclass
 class CheckpointConfig:
-    every_steps: int = 500
-    every_minutes: float = 30.0  # whichever of the two comes first
-    keep_last: int = 2
+    every_steps: int = number(500, least=1)
+    every_minutes: float = number(30.0, above=0)  # whichever of the two comes first
+    keep_last: int = number(2, least=0)
     keep_best: bool = True
     best_by: str = "wer"  # of a validation, the lower the better: wer | loss
-    copy_to: str | None = None  # a second folder that gets each finished checkpoint
+    copy_to: str | None = location(None)  # a second folder that gets each finished checkpoint
     accept_changes: list[str] = field(default_factory=list)  # base | tokenizer | recipe | index: accepted on resume
 
 
 @dataclass
 class LogConfig:
-    every_steps: int = 10
-    validate_every_steps: int = 500
-    validate_utterances: int = 200
+    every_steps: int = number(10, least=1)
+    validate_every_steps: int = number(500, least=1)
+    validate_utterances: int = number(200, least=1)
     sample_ids: bool = False  # samples.jsonl: the ids that each rank consumed in each step
     validate_at_start: bool = True  # score the untrained stage too, before its first step
     gather_to_validate: bool = True  # ZeRO-3: hold the whole model on every rank while validating; false: layer by layer
@@ -108,19 +123,21 @@ class LogConfig:
 
 @dataclass
 class HealthConfig:
-    spike_sigma: float = 8.0  # gradient norm beyond median + this many robust deviations: the step is skipped
-    window: int = 128
-    max_consecutive_skips: int = 5  # then back to the last good checkpoint, past the bad stretch
-    max_rollbacks: int = 2  # then stop with a report
-    desync_every_steps: int = 500
+    spike_sigma: float = number(8.0, above=0)  # gradient norm beyond median + this many robust deviations: the step is skipped
+    window: int = number(128, least=32, why="fewer steps say nothing about a spike")  # at least health.Health.MINIMUM
+    max_consecutive_skips: int = number(5, least=1)  # then back to the last good checkpoint, past the bad stretch
+    max_rollbacks: int = number(2, least=0)  # then stop with a report
+    desync_every_steps: int = number(500, least=0)
 
 
 @dataclass
 class Recipe:
     stage: str = "alignment"  # alignment (I) | shrinking (II) | sft (III)
-    output: str = "runs/soundwave"  # <output>/<stage>/ holds checkpoints, logs and the finished model folder
-    init_from: str | None = None  # model folder of the previous stage; null: <output>/<previous stage>/model | fresh: none
-    seed: int = 0
+    output: str = location("runs/soundwave")  # <output>/<stage>/ holds checkpoints, logs and the finished model folder
+    # The model folder that the stage starts from; null: <output>/<previous stage>/model | fresh: none.
+    init_from: str | None = location(None)
+    init_accept: list[str] = field(default_factory=list)  # model keys that may differ from that folder's: an ablation
+    seed: int = number(0, least=0, most=LARGEST_SEED)
     model: SoundwaveConfig = field(default_factory=SoundwaveConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -128,10 +145,207 @@ class Recipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
-    deepspeed: str = "ds_configs/zero3.json"
+    deepspeed: str = location("ds_configs/zero3.json")
 
 
 CORPORA = ("data.train", "data.valid")
+
+
+def start_folder(recipe: Recipe) -> Path | None:
+    """Return the model folder that the recipe starts from, whether it exists or not: `init_from`, or the previous stage's.
+    None for stage I by default, and where `init_from` is `fresh`."""
+    if recipe.init_from == FRESH:
+        return None
+    if recipe.init_from:
+        return Path(recipe.init_from)
+    previous = PREVIOUS.get(recipe.stage)
+    return Path(recipe.output) / previous / "model" if previous else None
+
+
+def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
+    """Read a recipe. `base: other.yaml` inside it names a recipe (relative to it) whose values come first.
+
+    Model keys that no layer sets are those of the model folder that the stage starts from, where that exists. Paths are expanded
+    (~, $VARIABLE).
+    Errors: RecipeError with one line for a file that is missing or no recipe, an unknown key (the nearest right key is
+    suggested), a value of the wrong type or out of bounds, an override that is not `key=value`, and a model key that contradicts
+    the start folder.
+    """
+    layers = [*_read_files(Path(path)), *map(_read_override, overrides)]
+    recipe = _merge(OmegaConf.structured(Recipe), layers)
+    start = start_folder(recipe)
+    if start is None or not (start / "soundwave.json").exists():
+        return recipe
+    return _inherit(recipe, layers, start)
+
+
+# ---------------------------------------------------------------------------------------------------------------- layers
+
+
+def _read_files(path: Path) -> list[tuple[str, DictConfig]]:
+    """(file name, content) of a recipe and of its bases, the first base first."""
+    layers: list[tuple[str, DictConfig]] = []
+    seen: list[Path] = []
+    while path is not None:
+        path = path.expanduser()
+        if path.resolve() in seen:
+            cycle = " -> ".join([*(where for where, _ in reversed(layers)), str(path)])
+            raise RecipeError(f"recipe {path}: its base leads back to itself ({cycle}): remove one `base:`")
+        seen.append(path.resolve())
+        layer = _read_yaml(path)
+        named = "base" in layer
+        try:
+            base = layer.pop("base", None)
+        except OmegaConfBaseException as error:
+            raise RecipeError(f"{path}: base: {_unresolved(error)}") from None
+        if named and not (isinstance(base, str) and is_name(base)):
+            raise RecipeError(f"{path}: base is {_shown(base)}: give the name of one YAML file")
+        layers.insert(0, (str(path), layer))
+        path = path.parent / Path(base).expanduser() if named else None
+    return layers
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not is_name(str(path)) or not path.exists():
+        raise RecipeError(f"recipe {_shown(str(path)).strip(chr(39))} does not exist: give the path of a YAML file, e.g. "
+                          "train/recipes/stage1.yaml")
+    try:
+        layer = OmegaConf.load(path)
+    except OSError as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error.strerror or 'it is no mapping of keys to values'}") from None
+    except Exception as error:  # yaml's own error types carry line and column
+        raise RecipeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split()) or type(error).__name__}") from None
+    if not OmegaConf.is_dict(layer):
+        raise RecipeError(f"recipe {path} is no mapping: write lines such as `stage: alignment`, without a dash before them")
+    return layer
+
+
+def _read_override(item: str) -> tuple[str, DictConfig]:
+    """("command line", {key: value}) of one `key=value`."""
+    key, equals, value = item.partition("=")
+    if not equals:
+        raise RecipeError(f"{item!r} is not key=value: write e.g. optim.steps=100")
+    if not re.fullmatch(r"\w+(\.\w+)*", key):
+        raise RecipeError(f"{item!r}: {key!r} is no key: write e.g. optim.steps=100, and a list as a whole: "
+                          "data.train=[{shards: DIR}]")
+    try:
+        layer = OmegaConf.from_dotlist([item])
+    except Exception as error:  # yaml's and OmegaConf's, for an unclosed bracket, say
+        raise RecipeError(f"command line: {key}: {value!r} is not valid YAML: {' '.join(str(error).split())}") from None
+    if key.partition(".")[0] == "base":
+        raise RecipeError(f"{item!r}: write `base:` into a recipe; the command line takes single keys")
+    return "command line", layer
+
+
+def _merge(merged: DictConfig, layers: list[tuple[str, DictConfig]]) -> Recipe:
+    known = known_keys(merged)
+    for where, layer in layers:
+        content = OmegaConf.to_container(layer)
+        for key in _flat(content):
+            if key.startswith(tuple(f"{corpora}." for corpora in CORPORA)):
+                raise RecipeError(f"{where}: {key} is set, and {key.rpartition('.')[0]} is a list: write "
+                                  f"{key.rpartition('.')[0]}=[{{shards: DIR}}]")
+            if key not in known and not key.startswith("data.mixture.task_weights."):
+                raise RecipeError(f"{where}: unknown key {key!r}; did you mean '{_nearest(key, known)}'?")
+        for path, value in _leaves(content):
+            if value == "???":  # OmegaConf would keep the value of an earlier layer
+                raise RecipeError(f"{where}: {_key(path)} is ???: give it a value")
+        for key in CORPORA:
+            _check_corpora(where, key, content.get("data") or {})
+        merged = _merge_layer(merged, where, layer, content)
+    try:
+        recipe = OmegaConf.to_object(merged)
+    except Exception as error:  # an interpolation that leads nowhere; OmegaConf reports some with built-in types
+        key = getattr(error, "full_key", None) or ""
+        raise RecipeError(f"{_origin(layers, key)}{key + ': ' if key else ''}{_unresolved(error)}") from None
+    try:
+        expand_paths(recipe)
+    except ValueError as error:
+        raise RecipeError(f"{_origin(layers, str(error).partition(' ')[0])}{error}") from None
+    for key, problem in [*problems(recipe), *_contradictions(recipe)]:
+        raise RecipeError(f"{_origin(layers, key)}{key} {problem}")
+    return recipe
+
+
+def _merge_layer(merged: DictConfig, where: str, layer: DictConfig, content: dict) -> DictConfig:
+    try:
+        return OmegaConf.merge(merged, layer)
+    except Exception:  # OmegaConf's, or a built-in type: it names no key for some shapes, so each key is tried by itself
+        for path, value in _leaves(content):
+            alone = value
+            for name in reversed(path):
+                alone = {name: alone}
+            try:
+                OmegaConf.merge(merged, OmegaConf.create(alone))
+            except Exception:  # the same one
+                raise RecipeError(f"{where}: {_key(path)} {_needs(path, value)}") from None
+        raise
+
+
+def _check_corpora(where: str, key: str, data: dict) -> None:
+    """Errors: RecipeError that names the entry and its key; OmegaConf's own errors do not."""
+    corpora = data.get(key.partition(".")[2]) if isinstance(data, dict) else None
+    fields = [field.name for field in dataclasses.fields(Corpus)]
+    for place, corpus in enumerate(corpora if isinstance(corpora, list) else ()):
+        if not isinstance(corpus, dict):
+            raise RecipeError(f"{where}: {key}[{place}] is {_shown(corpus)}: write {key}=[{{shards: DIR}}], or [] for none")
+        for name, value in corpus.items():
+            at = f"{where}: {key}[{place}]"
+            glued = next((field for field in fields if str(name).startswith(f"{field}:")), None)
+            if glued:
+                raise RecipeError(f"{at}: {name!r}: write a blank after the colon: {{{glued}: {name.partition(':')[2]}}}")
+            if name not in fields:
+                raise RecipeError(f"{at}: unknown key {name!r}; did you mean '{_nearest(str(name), fields)}'?")
+            try:
+                OmegaConf.merge(OmegaConf.structured(Corpus), OmegaConf.create({name: value}))
+            except Exception:  # OmegaConf's, or a built-in type
+                raise RecipeError(f"{at}: {name} {_needs((name,), value, Corpus)}") from None
+
+
+def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield (key, what is wrong) for keys that do not go together."""
+    data, model = recipe.data, recipe.model
+    if data.min_seconds > data.max_seconds:
+        yield "data.min_seconds", f"is {data.min_seconds:g}, above data.max_seconds={data.max_seconds:g}: no clip is left"
+    if len(data.noise_snr_db) == 2 and data.noise_snr_db[0] > data.noise_snr_db[1]:
+        yield "data.noise_snr_db", f"is {list(data.noise_snr_db)}: give [lowest, highest] in dB, e.g. [10, 30]"
+    if model.alignment.ctc_length == "full" and model.encoder.pad_to_seconds is None:
+        yield "model.alignment.ctc_length", ("is full, which counts the padding's frames, and model.encoder.pad_to_seconds pads "
+                                             "nothing: set it, or write model.alignment.ctc_length: 'true'")
+    model_keys = [key for key in known_keys() if key.startswith("model.")] if recipe.init_accept else []
+    for key in recipe.init_accept:
+        if key not in model_keys:
+            yield "init_accept", f"names {key!r}, which is no key of the model; did you mean '{_nearest(key, model_keys)}'?"
+
+
+# ----------------------------------------------------------------------------------------------------------- inheritance
+
+
+def _inherit(recipe: Recipe, layers: list[tuple[str, DictConfig]], start: Path) -> Recipe:
+    """The recipe with the start folder's model options where no layer sets them. Errors: RecipeError where one contradicts."""
+    try:
+        options = {f"model.{key}": value for key, value in inherited_options(start).items()}
+    except StartError as error:
+        raise RecipeError(str(error)) from None
+    merged = OmegaConf.structured(Recipe)
+    for key, value in options.items():
+        if _origin(layers, key) == "":
+            try:
+                OmegaConf.update(merged, key, value)
+            except Exception:  # OmegaConf's, or a built-in type
+                raise RecipeError(f"{start / 'soundwave.json'}: {key} {_needs(tuple(key.split('.')), value)}") from None
+    recipe = _merge(merged, layers)
+    differ = {key: values for key, values in differing_options(recipe.model, start).items() if key not in recipe.init_accept}
+    if differ:
+        lines = [f"{key}: {then!r} in the folder, {now!r} in {_origin(layers, key).removesuffix(': ')}"
+                 for key, (then, now) in differ.items()]
+        raise RecipeError(f"the recipe contradicts {start}, which this stage starts from ({'; '.join(lines)}): remove the keys "
+                          "from "
+                          f"the recipe (the folder's values are then used), or accept with init_accept=[{','.join(differ)}]")
+    return recipe
+
+
+# ---------------------------------------------------------------------------------------------------------------- words
 
 
 def known_keys(node: object = None, prefix: str = "") -> list[str]:
@@ -163,38 +377,57 @@ def _flat(node: dict, prefix: str = "") -> list[str]:
     return keys
 
 
-def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
-    """Read a recipe. `base: other.yaml` inside it names a recipe (relative to it) whose values come first.
+def _origin(layers: list[tuple[str, DictConfig]], key: str) -> str:
+    """"FILE: " of the last layer that sets a key, or its list; "" where none does."""
+    key = key.partition("[")[0]
+    return next((f"{where}: " for where, layer in reversed(layers) if key in _flat(OmegaConf.to_container(layer))), "")
 
-    Errors: RecipeError with one line for a missing file, an unknown key (the nearest right key is suggested), a value of
-    the wrong type or an override that is not `key=value`.
-    """
-    path = Path(path)
-    layers = []
-    while path is not None:
-        if not path.exists():
-            raise RecipeError(f"recipe {path} does not exist: give the path of a YAML file, e.g. train/recipes/stage1.yaml")
-        try:
-            layer = OmegaConf.load(path)
-        except Exception as error:  # yaml's own error types carry line and column
-            raise RecipeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
-        base = layer.pop("base", None)
-        layers.insert(0, (str(path), layer))
-        path = path.parent / base if base else None
-    for item in overrides:
-        if "=" not in item:
-            raise RecipeError(f"'{item}' is not key=value: write e.g. optim.steps=100")
-    layers.append(("command line", OmegaConf.from_dotlist(list(overrides))))
-    merged = OmegaConf.structured(Recipe)
-    known = known_keys(merged)
-    for where, layer in layers:
-        for key in _flat(OmegaConf.to_container(layer)):
-            if key not in known and not key.startswith("data.mixture.task_weights."):
-                raise RecipeError(f"{where}: unknown key '{key}'; did you mean '{_nearest(key, known)}'?")
-        try:
-            merged = OmegaConf.merge(merged, layer)
-        except OmegaConfBaseException as error:
-            where_in = error.full_key or ""
-            hint = next((f"; write {key}=[{{shards: DIR}}], or [] for none" for key in CORPORA if where_in.startswith(key)), "")
-            raise RecipeError(f"{where}: {where_in}: {str(error).splitlines()[0]}{hint}") from None
-    return OmegaConf.to_object(merged)
+
+def _leaves(node: dict, path: tuple = ()) -> Iterator[tuple[tuple, object]]:
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def _key(path: tuple) -> str:
+    return ".".join(map(str, path))
+
+
+def _unresolved(error: Exception) -> str:
+    """What is wrong with an interpolation or its value, in one line."""
+    unset = re.search(r"Environment variable '(\w+)' not found", str(error))
+    if unset:
+        return f"the environment has no {unset[1]}: set it, or give a default: ${{oc.env:{unset[1]},VALUE}}"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+_NEEDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text",
+          "list[float]": "a list of numbers, e.g. [0.9, 0.98]", "list[str]": "a list of names, e.g. [asr, translation]",
+          "dict[str, float]": "numbers by name, e.g. {asr: 0.8}"}
+
+
+def _needs(path: tuple, value: object, owner: type = Recipe) -> str:
+    """"is VALUE: needs ..." by the declared type of a key."""
+    if not all(isinstance(name, str) for name in path):
+        return f"is named by {_shown(path[-1])}, which is no text: write the name in quotes"
+    kind = ""
+    for name in path:
+        if not dataclasses.is_dataclass(owner):
+            return f"is {_shown(value)}: give numbers by name, e.g. {{asr: 0.8}}"  # data.mixture.task_weights
+        field = next(field for field in dataclasses.fields(owner) if field.name == name)
+        kind, owner = field.type, field.default_factory
+    empty = value is None or value == ""
+    start = "has no value" if empty else f"is {_shown(value)}"
+    if _key(path) in CORPORA:
+        return f"{start}: write {_key(path)}=[{{shards: DIR}}], or [] for none"
+    if dataclasses.is_dataclass(owner):
+        return f"{'is empty' if empty else start}: it is a section: set keys below it, or remove the line"
+    words = _NEEDS.get(kind.removesuffix(" | None"), "another value")
+    return f"{start}: give {words}{', or null' if kind.endswith(' | None') else ''}"
+
+
+def _shown(value: object) -> str:
+    text = repr(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
+    return text if len(text) < 80 else text[:76] + " ..."

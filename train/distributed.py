@@ -80,6 +80,25 @@ def fill_environment() -> None:
         env.setdefault("DS_ACCELERATOR", "cpu")
 
 
+class PortTaken(RuntimeError):
+    """MASTER_PORT serves another program of this machine; one line: what, where, what to do."""
+
+
+def check_master_port() -> None:
+    """Open rank 0's port for a moment: if another run has it, this one would end in a traceback, and its other ranks would join
+    that run. torchrun has opened it already where it says so. Errors: PortTaken."""
+    if int(os.environ["RANK"]) != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    port = os.environ["MASTER_PORT"]
+    try:
+        socket.create_server(("", int(port))).close()
+    except (OSError, ValueError, OverflowError) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        raise PortTaken(f"port {port} (MASTER_PORT) of this machine cannot be opened ({reason}), another training may use it: "
+                        "give a "
+                        "free one, e.g. deepspeed --master_port 29501 train/run.py ...") from None
+
+
 def set_threads(local_world_size: int) -> int:
     """On CPU, share the cores among the ranks of this node, one thread a core; returns the number of threads per rank.
 

@@ -5,18 +5,23 @@ Nothing is read or fetched but configuration files; sizes of known models ship i
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 from pathlib import Path
 
 from tabulate import tabulate
 
-from model.pretrained import SourceError, presets, tensor_files
+from model import folder as model_folder
+from model.config import SoundwaveConfig
+from model.inheritance import differing_options, inherited_options
+from model.language_model import described_targets, load_tokenizer
+from model.pretrained import SourceError, locate, presets, tensor_files
 from model.soundwave import Soundwave
-from train import zero
+from train import resume, zero
 from train.config import Recipe, RecipeError
 from train.data.plan import Plan, is_plain_stream, load_index
 from train.flops import PEAKS, Flops, numel
-from train.stages import initial_folder, stage_folder, stage_of
+from train.stages import NotThereYet, initial_folder, stage_folder, stage_of
 
 RANKS = (1, 8, 16, 64)
 GIB = 2**30
@@ -59,6 +64,34 @@ def states_per_rank(trained: int, frozen: int, ranks: int, zero_stage: int, weig
             3: (weights + gradients + states) / ranks}[zero_stage]
 
 
+def check_start(recipe: Recipe, model: Soundwave) -> list[str]:
+    """What the start folder decides, one line each. Errors: RecipeError where it does not fit the model or the frozen parts."""
+    try:
+        folder = initial_folder(recipe)
+    except NotThereYet:
+        return []
+    if folder is None:
+        return []
+    places = {part: Path(getattr(recipe.model, part).name) for part in ("encoder", "llm")}
+    try:
+        # The rows of a CTC head that is trained whole depend on the tokenizer, which is not read here.
+        model_folder.check_fit(model, folder, but=() if recipe.model.alignment.ctc_head == "tied" else ("ctc_head",))
+        settings = resume.settings_here(recipe)
+        found = model_folder.identity_differences(folder, {}, settings, places) if settings else {}
+    except model_folder.FolderError as error:
+        raise RecipeError(str(error)) from None
+    for kind, text in found.items():
+        if kind not in recipe.checkpoint.accept_changes:
+            raise RecipeError(f"{text}, or accept it with checkpoint.accept_changes=[{kind}]")
+    defaults = SoundwaveConfig()
+    taken = [f"model.{key}={value}" for key, value in inherited_options(folder).items()
+             if operator.attrgetter(key)(recipe.model) == value != operator.attrgetter(key)(defaults)]
+    lines = [f"starts from {folder}" + (f", with its model options {', '.join(taken)}" if taken else "")]
+    for key, (then, now) in differing_options(recipe.model, folder).items():
+        lines.append(f"{key} was {then} when that was trained, and is {now} here (init_accept)")
+    return [*lines, *found.values()]
+
+
 def missing(recipe: Recipe) -> list[str]:
     """What has to be there before this recipe can run, and is not."""
     from huggingface_hub import snapshot_download
@@ -68,8 +101,12 @@ def missing(recipe: Recipe) -> list[str]:
     for part in ("encoder", "llm"):
         name = getattr(recipe.model, part).name
         if Path(name).is_dir():
-            if not list(Path(name).glob("*.safetensors")):
-                lines.append(f"model.{part}.name: {name} has no safetensors")
+            try:
+                tensor_files(Path(name))
+                if part == "llm":
+                    load_tokenizer(locate(name), recipe.model.audio_token)
+            except SourceError as error:
+                lines.append(f"model.{part}.name: {error}")
             continue
         if name.startswith((".", "/", "~")):
             lines.append(f"model.{part}.name: folder {name}")
@@ -77,7 +114,7 @@ def missing(recipe: Recipe) -> list[str]:
         repository = presets()[name]["names"][0] if name in presets() else name
         try:  # it also finds what holds config.json alone
             folder = Path(snapshot_download(repository, allow_patterns=["*.safetensors"], local_files_only=True))
-            there = all(path.exists() for path in set(tensor_files(folder).values()))
+            there = bool(tensor_files(folder))
         except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
             there = False
         if not there:
@@ -98,7 +135,7 @@ def missing(recipe: Recipe) -> list[str]:
         lines.append("data.train: names no packed folder")
     try:
         initial_folder(recipe)
-    except RecipeError as error:
+    except NotThereYet as error:
         lines.append(str(error))
     return lines
 
@@ -120,10 +157,14 @@ def _number(value: float) -> str:
 
 def dry_run(recipe: Recipe) -> int:
     """Print the whole; returns the exit code 0. Errors: RecipeError for a wrong recipe."""
-    from train.loop import check
+    from train.loop import check, warnings_of
 
     check(recipe)
+    is_finished = resume.finished(recipe)
+    if not is_finished:
+        resume.check_checkpoint(recipe)
     stage, model = stage_of(recipe), meta_model(recipe)
+    notes = [] if is_finished else check_start(recipe, model)
     rows = parameters_by_module(model)
     trained, frozen = sum(r[1] for r in rows), sum(r[2] for r in rows)
     weight_bytes = 2 if recipe.model.dtype == "bfloat16" else 4
@@ -132,6 +173,10 @@ def dry_run(recipe: Recipe) -> int:
           f"{recipe.deepspeed} (ZeRO-{zero.stage_number(config)}) -> {stage_folder(recipe)}\n")
     print(tabulate([(n, _number(t), _number(f)) for n, t, f in rows] + [("all", _number(trained), _number(frozen))],
                    headers=("parameters", "trained", "frozen"), colalign=("left", "right", "right")))
+    if model.llm is not None and recipe.model.llm.lora_r:
+        print(f"LoRA on {described_targets(model.llm)}")
+    for line in [*notes, *(f"warning: {line}" for line in warnings_of(recipe))]:
+        print(line)
     print("\nModel states per rank in GiB (weights, fp32 gradients of what is trained, AdamW)")
     states = [(f"ZeRO-{z}", *(states_per_rank(trained, frozen, r, z, weight_bytes) / GIB for r in RANKS)) for z in (1, 2, 3)]
     print(tabulate(states, headers=("ranks", *map(str, RANKS)), floatfmt=".2f"))
@@ -156,5 +201,8 @@ def dry_run(recipe: Recipe) -> int:
     hours = per_step * recipe.optim.steps / (ASSUMED_UTILISATION * PEAKS["H100"]) / 3600
     print(f"arithmetic: {per_step / 1e15:.2f} PFLOP a step (clips of 10 s), {hours:,.1f} H100 hours in all if "
           f"{ASSUMED_UTILISATION:.0%} of {PEAKS['H100'] / 1e12:.0f} TFLOP/s are reached (an assumption, not a measurement)")
+    if is_finished:
+        print(f"\nstage {stage.number} is finished: {stage_folder(recipe) / 'model'}; nothing would be trained")
+        return 0
     print("\nmissing: nothing" if not absent else "\nmissing:\n" + "\n".join(f"  - {line}" for line in absent))
     return 0

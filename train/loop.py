@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
+import operator
 import os
 import shutil
 import time
@@ -18,25 +18,28 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
 from model import folder as model_folder
-from model.language_model import lora_parameters
+from model import identity
+from model.config import SoundwaveConfig
+from model.inheritance import differing_options, inherited_options
+from model.language_model import lora_parameters, resolved_targets
+from model.ops.linear_ctc import check_implementation
 from model.pretrained import locate, text_config
 from model.prompt import NORMALISATIONS
-from model.shrinking import check_switches
 from model.soundwave import Soundwave
-from train import desync, optim, report, resume, universal, zero
+from train import desync, report, resume, universal, zero
 from train.checkpoint import Checkpoints, find_good, read_state, saved_in_health
 from train.config import Recipe, RecipeError
-from train.data import Plan, Stream, StreamStalled, consumed, worst_case_batch
+from train.data import Plan, Stream, StreamStalled, augment, consumed, worst_case_batch
 from train.data.cache import Interrupted, ensure_features
 from train.data.plan import load_index
 from train.data.validation import select
 from train.distributed import Ranks
 from train.engine import Engine, StepResult
 from train.files import code_version, write_atomically
-from train.health import BadStretch, Health
+from train.health import BadStretch
 from train.preemption import DONE, FAILED, PREEMPTED, WRONG_INPUT, Preemption
 from train.profiling import Profiler
-from train.stages import Stage, finished, initial_folder, stage_folder, stage_of, trained_by
+from train.stages import Stage, check_trains_something, initial_folder, stage_folder, stage_of, trained_by
 from train.telemetry import Meter, StreamSums, Telemetry
 from train.validate import validate, validation_set
 
@@ -49,24 +52,24 @@ BEST = "model-best"  # the folder of the best model on the way
 def check(recipe: Recipe) -> None:
     """What can be known without weights or data. Errors: RecipeError."""
     stage_of(recipe)
-    optim.check(recipe.optim)
+    check_trains_something(recipe)
     if recipe.checkpoint.best_by not in SCORES:
         raise RecipeError(f"checkpoint.best_by: '{recipe.checkpoint.best_by}' is not one of {', '.join(SCORES)}")
     zero.resolve(recipe, hidden_size=1024)
-    try:
-        check_switches(recipe.model.shrinking)
-    except ValueError as error:
-        raise RecipeError(str(error)) from None
+    augment.check(recipe.data)
     if recipe.data.ctc_text not in NORMALISATIONS:
         raise RecipeError(f"data.ctc_text: '{recipe.data.ctc_text}' is not one of {', '.join(NORMALISATIONS)}")
-    for key, least, why in (("checkpoint.every_steps", 1, ""), ("log.every_steps", 1, ""), ("log.validate_every_steps", 1, ""),
-                            ("health.max_consecutive_skips", 1, ""),
-                            ("health.window", Health.MINIMUM, ": fewer steps say nothing about a spike")):
-        section, name = key.split(".")
-        if getattr(getattr(recipe, section), name) < least:
-            raise RecipeError(f"{key} must be at least {least}{why}")
     if not recipe.data.train:
         raise RecipeError("data.train is empty: name at least one packed folder, e.g. data.train=[{shards: data/train}]")
+
+
+def warnings_of(recipe: Recipe) -> list[str]:
+    """What is legal and seldom meant."""
+    optim = recipe.optim
+    if optim.warmup_steps < optim.steps or optim.warmup_steps == 0:
+        return []
+    return [f"optim.warmup_steps={optim.warmup_steps} is not below optim.steps={optim.steps}: the learning rate rises to "
+            f"{optim.steps / optim.warmup_steps:.0%} of its peak in the last step and never falls"]
 
 
 class Run:
@@ -91,19 +94,20 @@ class Run:
 
     def execute(self) -> int:
         """Train the stage; returns the exit code (train/preemption.py)."""
-        is_finished, other = finished(self.recipe), [trained_by(self.recipe) if self.ranks.is_main else None]
-        dist.broadcast_object_list(other, src=0)
-        dist.barrier()  # nobody writes run.json before everybody has read it
-        if other[0]:  # whose run.json stays as it is
+        other, is_finished, problem = self._look()
+        if other or problem:  # run.json stays as it is: the other process's, or the finished stage's
             if self.ranks.is_main:
-                logger.error("process %d of this machine is training %s: wait for it, end it, or choose another output", other[0],
-                             self.folder)
+                logger.error("%s", problem or f"process {other} of this machine is training {self.folder}: wait for it, end "
+                             "it, or "
+                                              "choose another output")
             return WRONG_INPUT
         if is_finished:
             if self.ranks.is_main:
                 logger.info("stage %s is finished: %s; remove that folder or choose another output to train again",
                             self.stage.number, self.folder / "model")
             return DONE
+        for line in warnings_of(self.recipe) if self.ranks.is_main else ():
+            logger.warning("%s", line)
         self.note("starting")
         self.preemption = Preemption(self.folder)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.recipe.checkpoint, self.ranks)
@@ -124,19 +128,39 @@ class Run:
 
     # ---------------------------------------------------------------- start
 
+    def _look(self) -> tuple[int | None, bool, str | None]:
+        """(another process that trains the stage, whether it is finished, why its model is not this recipe's), by rank 0."""
+        seen = [None]
+        if self.ranks.is_main:
+            other, is_finished, problem = trained_by(self.recipe), False, None
+            try:
+                is_finished = not other and resume.finished(self.recipe)
+            except RecipeError as error:
+                problem = str(error)
+            seen = [(other, is_finished, problem)]
+        dist.broadcast_object_list(seen, src=0)
+        return seen[0]
+
     def _load(self) -> None:
         recipe, ranks = self.recipe, self.ranks
         copies = [Path(recipe.checkpoint.copy_to)] if recipe.checkpoint.copy_to else []
         source = find_good([self.checkpoints.folder, *copies], ranks)
         state = read_state(source) if source else None
+        if state is not None:
+            resume.check_steps(recipe, state["step"], source)
         start_from = initial_folder(recipe)
         self.plan = Plan.open(recipe.data, self.stage.name, recipe.optim.steps)  # wrong data is told before models are read
         for corpus in recipe.data.valid:
             select(load_index(corpus.shards), 0, self.stage.name, corpus, recipe.log.validate_utterances)
-        hidden_size = text_config(locate(recipe.model.llm.name, sizes_only=True).config).hidden_size
+        llm = locate(recipe.model.llm.name, sizes_only=True)
+        hidden_size = text_config(llm.config).hidden_size
         self.ds_config = config = zero.resolve(recipe, hidden_size)
+        if "lora" in self.stage.trains:
+            recipe.model.llm.lora_targets = resolved_targets(recipe.model.llm, llm)  # recorded as what they are
         if state is not None:  # what can be refused is, before features are computed and models read
             now = {**state["facts"], "recipe": resume.recipe_facts(recipe), "index": self.plan.fingerprint}
+            if "settings" in now:
+                now["settings"] = resume.settings_here(recipe) or now["settings"]
             resume.check(state["facts"], now, recipe.checkpoint.accept_changes, source)
             universal.needed(state["topology"], self._topology(), source)
         if ranks.is_main:
@@ -149,21 +173,27 @@ class Run:
             self._shard_while_loading = HfDeepSpeedConfig(config)  # from_pretrained asks for it as long as it lives
         torch.manual_seed(recipe.seed)  # the same new adapters on every rank
         parts = tuple(p for p in self.stage.parts if p != "encoder" or not recipe.data.cache_features)
+        try:
+            check_implementation(recipe.model.ops.implementation, ranks.device.partition(":")[0])
+        except ValueError as error:
+            raise RecipeError(f"model.ops.implementation: {error}") from None
         self.model = model = Soundwave.build(recipe.model, parts=parts)
         facts = [None]
         if ranks.is_main:  # reads every byte of the frozen parts: once per machine room, not once per rank
-            facts = [{"base": model.frozen_hash(), "start": _folder_hash(start_from) if start_from else None}]
+            facts = [{"base": model.frozen_hash(), "start": resume.weights_hash(start_from) if start_from else None}]
         dist.broadcast_object_list(facts, src=0)
         model._hashes = facts[0]["base"]
         # A checkpoint holds what this stage trains; what earlier stages trained comes from their folder, on resume too.
         if start_from is not None:
-            model_folder.load_trained(model, start_from)
-            for line in model_folder.other_switches(recipe.model, start_from) if ranks.is_main else ():
+            notes = self._check_base(start_from)
+            model_folder.load_trained(model, start_from, verify=False)
+            for line in [*notes, *self._accepted_options(start_from)] if ranks.is_main else ():
                 logger.warning("%s", line)
         model.set_stage(self.stage.name)
         self.facts = {
             "base": {**facts[0]["base"], "start": facts[0]["start"]},
-            "tokenizer": hashlib.sha256(model.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+            "settings": model.frozen_settings(),
+            "tokenizer": identity.vocabulary_hash(model.tokenizer),
             "recipe": resume.recipe_facts(recipe),
             "index": self.plan.fingerprint,
             "code": resume.code_fingerprint(),
@@ -175,7 +205,7 @@ class Run:
         if state is not None:
             for note in resume.check(state["facts"], self.facts, recipe.checkpoint.accept_changes, source):
                 if ranks.is_main:
-                    logger.warning(note)
+                    logger.warning("%s", note)
         self.engine = Engine(model, recipe, self.stage, config, ranks)
         if state is not None:
             self._restore(source, state)
@@ -185,6 +215,25 @@ class Run:
             logger.info("stage %s (%s): %.1fM parameters trained, ZeRO-%d, %d rank(s), %d thread(s) each, steps %d to %d",
                         self.stage.number, self.stage.name, trained / 1e6, zero.stage_number(config), ranks.world_size,
                         torch.get_num_threads(), self.first_step, recipe.optim.steps)
+
+    def _check_base(self, folder: Path) -> list[str]:
+        """Compare the frozen parts with those of the start folder: lines about accepted differences. Errors: RecipeError."""
+        accepted, notes = self.recipe.checkpoint.accept_changes, []
+        for kind, text in model_folder.base_differences(self.model, folder).items():
+            if kind not in accepted:
+                raise RecipeError(f"{text}, or accept it with checkpoint.accept_changes=[{','.join([*accepted, kind])}]")
+            notes.append(f"{kind} has changed and is accepted: {text}")
+        return notes
+
+    def _accepted_options(self, folder: Path) -> list[str]:
+        """Lines about model options that differ from the start folder's; info about those that are the folder's."""
+        config = self.recipe.model
+        taken = {f"model.{key}": value for key, value in inherited_options(folder).items()
+                 if operator.attrgetter(key)(config) == value != operator.attrgetter(key)(SoundwaveConfig())}
+        if self.ranks.is_main:
+            logger.info("starting from %s%s", folder, "".join(f", {key}={value}" for key, value in taken.items()))
+        return [f"{key} was {then} when {folder} was trained, and is {now} here (init_accept)"
+                for key, (then, now) in differing_options(config, folder).items()]
 
     def _same_on_all_ranks(self) -> None:
         """Errors: RecipeError where nodes read different files: code, recipe, tokenizer or index."""
@@ -454,7 +503,8 @@ class Run:
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.engine.zero_stage == 3):
             if self.ranks.is_main:
                 extra = {"step": step, "best": self.best, "recipe": dataclasses.asdict(self.recipe),
-                         "tokenizer": self.facts["tokenizer"], "index": self.facts["index"], "code": self.facts["code"]}
+                         "tokenizer": self.facts["tokenizer"], "index": self.facts["index"], "code": self.facts["code"],
+                         "start": self.facts["base"]["start"]}
                 try:
                     model_folder.save(self.model, self.folder / name, extra=extra)
                 except (OSError, SafetensorError) as error:
@@ -463,15 +513,3 @@ class Run:
                     shutil.rmtree(self.folder / f"{name}.partial", ignore_errors=True)
                     logger.error("step %d: %s could not be written (%s); training goes on", step, self.folder / name, error)
         dist.barrier()
-
-
-def _folder_hash(folder: Path) -> str:
-    """sha256 over a model folder's weights: which earlier stage this one started from."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
-        digest.update(str(path.relative_to(folder)).encode())
-        with open(path, "rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
-

@@ -6,9 +6,7 @@ import math
 
 import torch
 
-from train.config import OptimConfig, RecipeError
-
-SCHEDULES = ("cosine", "linear", "constant")
+from train.config import OptimConfig
 
 
 def lr_share(config: OptimConfig, step: int) -> float:
@@ -21,13 +19,6 @@ def lr_share(config: OptimConfig, step: int) -> float:
     done = min(1.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
     shape = 0.5 * (1.0 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1.0 - done
     return config.min_lr_share + (1.0 - config.min_lr_share) * shape
-
-
-def check(config: OptimConfig) -> None:
-    if config.schedule not in SCHEDULES:
-        raise RecipeError(f"optim.schedule: '{config.schedule}' is not one of {', '.join(SCHEDULES)}")
-    if config.steps < 1 or config.warmup_steps < 0:
-        raise RecipeError("optim.steps must be at least 1 and optim.warmup_steps at least 0")
 
 
 def parameter_groups(named: dict[str, list[tuple[str, torch.nn.Parameter]]], trains: tuple[str, ...],

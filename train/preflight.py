@@ -2,7 +2,8 @@
 
     srun python train/preflight.py RECIPE [key=value ...]     in a job, one process per rank, as training itself (slurm/common.sh)
     python train/preflight.py RECIPE [key=value ...]          here, one process
-    python train/preflight.py RECIPE --where                  only say the stage, the output folder, and whether it is finished
+    python train/preflight.py RECIPE --where                  only print the stage, the output folder, whether it is finished, and
+                                                              the model folder that it starts from
 
 1. Every rank looks at its GPU; one rank per node looks at what a node sees: packages, shards and their index, the frozen base,
    room on the disks.
@@ -17,6 +18,7 @@ Exit codes as in training: 0 all is well, 1 a node is at fault, 2 the recipe or 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -36,10 +38,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "train")]
 
 from core.code import code_hash  # noqa: E402
-from train.config import Corpus, Recipe, RecipeError, load_recipe  # noqa: E402
+from train.config import Corpus, Recipe, RecipeError, load_recipe, start_folder  # noqa: E402
 from train.files import step_folders  # noqa: E402
 from train.preemption import DONE, FAILED, PREEMPTED, WRONG_INPUT  # noqa: E402
-from train.stages import finished, initial_folder, stage_folder, stage_of  # noqa: E402
+from train.resume import check_checkpoint, finished  # noqa: E402
+from train.stages import has_model, initial_folder, stage_folder, stage_of  # noqa: E402
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 GPU_REDUCE_BYTES, CPU_REDUCE_BYTES = 256 << 20, 8 << 20
@@ -126,30 +129,47 @@ def newest(recipe: Recipe, name: str) -> tuple[Path, dict] | None:
 
 def look_at_base(recipe: Recipe, report: Report) -> None:
     """The frozen parts are there, and are those that the previous stage and this stage's checkpoints were made with."""
+    from model import identity
     from model.encoder import tensor_prefix
-    from model.folder import other_switches
+    from model.inheritance import differing_options
+    from model.language_model import load_tokenizer
     from model.pretrained import SourceError, fingerprint, locate
 
-    hashes = {}
+    hashes, sources, settings = {}, {}, {}
     for part, name in (("encoder", recipe.model.encoder.name), ("llm", recipe.model.llm.name)):
         try:
-            source = locate(name)
+            source = sources[part] = locate(name)
             hashes[part] = fingerprint(source.folder, tensor_prefix(source) if part == "encoder" else "")
             report.facts[f"model.{part} {name}"] = hashes[part][:12]
         except (SourceError, OSError, ValueError) as error:
             report.input_faults.append(f"model.{part}: {one_line(error)}")
+    if len(hashes) == 2:
+        try:
+            settings = identity.settings(sources, load_tokenizer(sources["llm"], recipe.model.audio_token))
+            text = json.dumps(settings, sort_keys=True)
+            report.facts["model settings"] = hashlib.sha256(text.encode()).hexdigest()[:12]
+        except SourceError as error:
+            report.input_faults.append(f"model.llm: {one_line(error)}")
     made_with = []
-    if start := initial_folder(recipe):
-        report.notes += other_switches(recipe.model, start) if report.rank == 0 else []
-        made_with.append((start, json.loads((start / "soundwave.json").read_text())["frozen"]))
+    if not has_model(recipe) and (start := initial_folder(recipe)):
+        report.notes += [f"{key} was {then} when {start} was trained, and is {now} here (init_accept)" for key, (then, now)
+                         in differing_options(recipe.model, start).items()] if report.rank == 0 else []
+        described = json.loads((start / "soundwave.json").read_text())
+        made_with.append((start, described["frozen"], described.get("settings")))
     saved = newest(recipe, "state.json")
-    if saved and "base" not in recipe.checkpoint.accept_changes:
-        made_with.append((saved[0], saved[1]["facts"]["base"]))
-    for where, stored in made_with:
+    if saved:
+        made_with.append((saved[0], saved[1]["facts"]["base"], saved[1]["facts"].get("settings")))
+    accepted = recipe.checkpoint.accept_changes
+    for where, stored, then in made_with:
         for part, digest in hashes.items():
-            if stored.get(part, digest) != digest:
+            if stored.get(part, digest) != digest and "base" not in accepted:
                 report.input_faults.append(f"model.{part}: {where} was made with another one (sha256 {stored[part][:12]}..., "
                                            f"here {digest[:12]}...): set model.{part}.name to the one it was made with")
+        for part, lines in identity.changes(then, settings).items() if then and settings else ():
+            if ("tokenizer" if part == "tokenizer" else "base") not in accepted:
+                report.input_faults.append(f"model.{'llm' if part == 'tokenizer' else part}: {where} was made with another "
+                                           f"{part} "
+                                           f"({'; '.join(lines[:5])}): give its folder the old files back")
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
@@ -434,8 +454,8 @@ def run(recipe: Recipe, seconds: float, where_to: Path | None = None) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="train/preflight.py", description="Check the nodes of a job before training.")
     parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--where", action="store_true", help="print stage, output folder, and finished or unfinished; no more")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
+    parser.add_argument("--where", action="store_true", help="print stage, output folder, (un)finished and start folder")
     parser.add_argument("--where-to", type=Path, help="write stage, output folder and faults to this file, one a line")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds to wait for the other ranks")
     args = parser.parse_intermixed_args(argv)
@@ -444,12 +464,16 @@ def main(argv: list[str] | None = None) -> int:
         recipe = load_recipe(args.recipe, args.overrides)
         stage_of(recipe)
         if args.where:
-            print(recipe.stage, recipe.output, "finished" if finished(recipe) else "unfinished", sep="\n")
+            is_finished = finished(recipe)
+            if not is_finished:
+                check_checkpoint(recipe)
+            print(recipe.stage, recipe.output, "finished" if is_finished else "unfinished", start_folder(recipe) or "", sep="\n")
             return DONE
         if args.where_to and is_main:
             Path(recipe.output).mkdir(parents=True, exist_ok=True)
             args.where_to.write_text(f"{recipe.stage}\n{recipe.output}\n")
-        initial_folder(recipe)
+        if not has_model(recipe):  # else it may be finished, and then it needs no start
+            initial_folder(recipe)
         if not recipe.data.train:
             raise RecipeError("data.train is empty: name at least one packed folder, e.g. data.train=[{shards: data/train}]")
     except RecipeError as error:

@@ -21,14 +21,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "train")]
 
 from train.config import RecipeError, load_recipe  # noqa: E402
-from train.distributed import connect, disconnect, fill_environment, leave  # noqa: E402
+from train.distributed import PortTaken, check_master_port, connect, disconnect, fill_environment, leave  # noqa: E402
 from train.preemption import FAILED, WRONG_INPUT  # noqa: E402
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="train/run.py", description="Train one stage of Soundwave.")
     parser.add_argument("recipe", help="YAML file, e.g. train/recipes/stage1.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.steps=100")
+    # With a default it is not listed as required.
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. optim.steps=100")
     parser.add_argument("--dry-run", action="store_true", help="say what would happen; needs no weights and no data, and "
                         "only the config.json of models that are not in model/presets/")
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and end")
@@ -57,17 +58,20 @@ def main(argv: list[str] | None = None) -> int:
             from train.dry_run import dry_run
 
             return dry_run(recipe) if is_main() else 0
+        check_master_port()
         from train.loop import Run, check
-        from train.stages import initial_folder, stage_folder
+        from train.stages import has_model, initial_folder, stage_folder
         from train.telemetry import start_logging, stop_logging
 
         check(recipe)
-        initial_folder(recipe)
-    except RecipeError as error:
+        if not has_model(recipe):  # else it may be finished, and then it needs no start
+            initial_folder(recipe)
+    except (RecipeError, PortTaken) as error:
         if is_main():
             print(f"error: {error}", file=sys.stderr)
-        return WRONG_INPUT
+        return WRONG_INPUT if isinstance(error, RecipeError) else FAILED
     from data_tools.shards import ShardError
+    from model.config import OptionError
     from model.folder import FolderError
     from model.pretrained import SourceError
     from train.checkpoint import CheckpointError
@@ -80,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code = run.execute()
     except Exception as error:
-        wrong_input = isinstance(error, (RecipeError, SourceError, FolderError, ShardError))
+        wrong_input = isinstance(error, (RecipeError, SourceError, FolderError, OptionError, ShardError))
         code = WRONG_INPUT if wrong_input else FAILED
         if wrong_input or isinstance(error, (CheckpointError, ConversionError)):
             logger.error("%s", error)

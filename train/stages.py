@@ -7,9 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.config import Recipe, RecipeError
-
-FRESH = "fresh"  # init_from: start from no model folder
+from model.inheritance import StartError, held_parts
+from train.config import PREVIOUS, Recipe, RecipeError, start_folder
 
 
 @dataclass(frozen=True)
@@ -24,15 +23,21 @@ class Stage:
     previous: str | None
     # How validation scores it: the CTC head's own transcript, or what the language model writes.
     score: str
+    # Keys (and sections, with a dot at their end) that change nothing of what the stage trains.
+    without_effect: tuple[str, ...]
 
 
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("alignment", "I", ("encoder", "adapters"), ("ctc",), ("adapters", "ctc_head"), None, "ctc"),
+        Stage("alignment", "I", ("encoder", "adapters"), ("ctc",), ("adapters", "ctc_head"), PREVIOUS["alignment"], "ctc",
+              ("model.llm.lora_r", "model.llm.lora_alpha", "model.llm.lora_dropout", "model.llm.lora_targets", "model.shrinking.",
+               "model.prompt", "model.system_prompt", "optim.lr_lora", "loss.ctc_weight", "data.micro_batch_tokens")),
         Stage("shrinking", "II", ("encoder", "adapters", "llm"), ("ce", "ctc"), ("adapters", "ctc_head", "lora"),
-              "alignment", "generate"),
-        Stage("sft", "III", ("encoder", "adapters", "llm"), ("ce",), ("lora",), "shrinking", "generate"),
+              PREVIOUS["shrinking"], "generate", ()),
+        Stage("sft", "III", ("encoder", "adapters", "llm"), ("ce",), ("lora",), PREVIOUS["sft"], "generate",
+              ("model.alignment.dropout", "model.shrinking.dropout", "optim.lr_adapters", "optim.lr_ctc_head",
+               "loss.ctc_weight")),
     )
 }
 
@@ -47,13 +52,9 @@ def stage_folder(recipe: Recipe) -> Path:
     return Path(recipe.output) / recipe.stage
 
 
-def finished(recipe: Recipe) -> bool:
-    """Whether training this stage again would end at once: its model is there, and it was made with as many steps."""
-    folder = stage_folder(recipe)
-    if not (folder / "model" / "soundwave.json").exists() or not (folder / "run.json").exists():
-        return False
-    recorded = json.loads((folder / "run.json").read_text())
-    return recorded.get("status") == "done" and recorded.get("steps") == recipe.optim.steps
+def has_model(recipe: Recipe) -> bool:
+    """Whether the stage has ended before, whatever the recipe was (train/resume.py compares)."""
+    return (stage_folder(recipe) / "model" / "soundwave.json").exists()
 
 
 def trained_by(recipe: Recipe) -> int | None:
@@ -80,17 +81,47 @@ def began(pid: int) -> float:
     return boot + ticks / os.sysconf("SC_CLK_TCK")
 
 
+class NotThereYet(RecipeError):
+    """The model folder that a stage starts from does not exist: an earlier stage may still make it."""
+
+
 def initial_folder(recipe: Recipe) -> Path | None:
     """The model folder that this stage starts from: `init_from`, or the previous stage's. None in stage I by default, and
-    where `init_from` is `fresh`: new adapters in any stage (a baseline, not the method).
+    where `init_from` is `fresh`: new adapters (a baseline, not the method).
 
-    Errors: RecipeError where the folder does not hold a finished model.
+    Errors: RecipeError where the folder does not hold a finished model, or not all that the stage leaves as it is.
     """
     stage = stage_of(recipe)
-    if recipe.init_from == FRESH or (recipe.init_from is None and stage.previous is None):
+    frozen = () if "adapters" in stage.trains else ("alignment", "ctc_head", "shrinking")
+    folder = start_folder(recipe)
+    if folder is None:
+        if frozen:
+            raise RecipeError(f"init_from: stage {stage.number} ({stage.name}) trains LoRA alone, behind adapters that earlier "
+                              "stages "
+                              f"trained: give the model folder of stage {STAGES[stage.previous].number}, not `fresh`")
         return None
-    folder = Path(recipe.init_from) if recipe.init_from else Path(recipe.output) / stage.previous / "model"
     if not (folder / "soundwave.json").exists():
         hint = "check init_from" if recipe.init_from else f"finish stage {STAGES[stage.previous].number} first, or set init_from"
-        raise RecipeError(f"stage {stage.number} ({stage.name}) starts from {folder}, which holds no finished model: {hint}")
+        raise NotThereYet(f"stage {stage.number} ({stage.name}) starts from {folder}, which holds no finished model: {hint}")
+    if frozen:
+        try:
+            untrained = [part for part in frozen if part not in held_parts(folder)]
+        except StartError as error:
+            raise RecipeError(str(error)) from None
+        if untrained:
+            raise RecipeError(f"stage {stage.number} ({stage.name}) trains LoRA alone, and {folder}, which it starts from, "
+                              "holds no "
+                              f"trained {' and no '.join(map(_ADAPTER_NAMES.get, untrained))}: give the model folder of stage "
+                              f"{STAGES[stage.previous].number}")
     return folder
+
+
+_ADAPTER_NAMES = {"alignment": "alignment adapter", "ctc_head": "CTC head", "shrinking": "shrinking adapter"}
+
+
+def check_trains_something(recipe: Recipe) -> None:
+    """Errors: RecipeError for a stage whose every trained part is switched off."""
+    stage = stage_of(recipe)
+    if stage.trains == ("lora",) and recipe.model.llm.lora_r == 0:
+        raise RecipeError(f"model.llm.lora_r is 0, and stage {stage.number} ({stage.name}) trains LoRA alone: nothing would be "
+                          "trained; give a rank, e.g. 64")

@@ -114,6 +114,11 @@ def _choose(implementation: str, device: str, dtype: torch.dtype) -> str:
     return implementation
 
 
+def check_implementation(implementation: str, device: str) -> None:
+    """Whether `implementation` can run on a type of device. Errors: ValueError, one line."""
+    _choose(implementation, device, torch.float32)
+
+
 def _has_triton() -> bool:
     if importlib.util.find_spec("triton") is not None:
         return True

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from model.alignment import AlignmentAdapter, CTCHead
-from model.config import AlignmentConfig, OpsConfig, ShrinkingConfig
+from model.config import AlignmentConfig, OpsConfig, OptionError, ShrinkingConfig, SoundwaveConfig
 from model.shrinking import ShrinkingAdapter, kept_frames
+from model.soundwave import Soundwave
 
 WIDTH, HEADS, ENCODER = 24, 4, 10
 
@@ -146,11 +147,19 @@ def test_without_shrinking_every_frame_goes_on():
 
 @pytest.mark.parametrize("make, message", [
     (lambda: alignment(heads=5), "model.alignment.heads = 5 does not divide the LLM's width 24"),
-    (lambda: alignment(attention="frames"), "time or frame"),
     (lambda: ShrinkingAdapter(ShrinkingConfig(heads=7), WIDTH, HEADS, 1.0), "model.shrinking.heads = 7"),
-    (lambda: ShrinkingAdapter(ShrinkingConfig(keep="last"), WIDTH, HEADS, 1.0), "model.shrinking.keep is 'last': peak or first"),
-    (lambda: ShrinkingAdapter(ShrinkingConfig(lookback="full"), WIDTH, HEADS, 1.0), "all or kept or none"),
 ])
 def test_wrong_settings_are_one_line(make, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         make()
+
+
+@pytest.mark.parametrize("config, message", [
+    (SoundwaveConfig(alignment=AlignmentConfig(attention="frames")), "model.alignment.attention is 'frames': give time or frame"),
+    (SoundwaveConfig(shrinking=ShrinkingConfig(keep="last")), "model.shrinking.keep is 'last': give peak or first"),
+    (SoundwaveConfig(shrinking=ShrinkingConfig(lookback="full")), "model.shrinking.lookback is 'full': give all, kept or none"),
+    (SoundwaveConfig(prompt="plain"), "model.prompt is 'plain': give chat or release"),
+])
+def test_wrong_options_are_refused_before_anything_is_built(config, message):
+    with pytest.raises(OptionError, match=message):
+        Soundwave.build(config)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from model import folder as model_folder
 from model.config import EncoderConfig, LLMConfig, SoundwaveConfig
 from model.folder import FolderError
+from model.inheritance import differing_options
 from model.language_model import base_of
 from model.pretrained import SourceError, fingerprint, presets
 from model.soundwave import Soundwave
@@ -348,8 +349,8 @@ def test_stage_one_folder_starts_stage_two(folders, tmp_path):
     fresh = copy.deepcopy(second.shrinking.state_dict())
     assert model_folder.load_trained(second, tmp_path / "one") == ["alignment", "ctc_head"]
     second.config.shrinking.lookback, second.config.alignment.ctc_length = "kept", "full"
-    told = model_folder.other_switches(second.config, tmp_path / "one")
-    assert len(told) == 1 and told[0].startswith("model.alignment.ctc_length was true"), "stage I has not used the other"
+    differ = differing_options(second.config, tmp_path / "one")
+    assert differ == {"model.alignment.ctc_length": ("true", "full")}, "stage I has not used the other"
     assert torch.equal(second.alignment.projection.weight, first.alignment.projection.weight)
     assert torch.equal(second.ctc_head.blank_row, first.ctc_head.blank_row)
     assert all(torch.equal(fresh[n], t) for n, t in second.shrinking.state_dict().items())

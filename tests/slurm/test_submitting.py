@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.conftest import Assets, Project
+from train.config import load_recipe
 
 
 class Site(Project):
@@ -76,6 +78,32 @@ def test_a_mistake_in_the_last_recipe_is_told_before_the_first_stage_waits(site)
     site.recipe("sft", 3, "optim: {stepz: 3}\n")
     done = site.shell("bash", "slurm/chain.sh", "--recipes", "recipes")
     assert done.returncode == 2 and "did you mean 'optim.steps'" in done.stderr and site.submitted == []
+
+
+def finish(site: Site, number: int) -> Path:
+    """Leave a stage's folder as a trainer does that the recipe of now has run; returns it."""
+    recipe = load_recipe(site.folder / "recipes" / f"stage{number}.yaml")
+    folder = site.output / recipe.stage
+    (folder / "model").mkdir(parents=True)
+    described = {"config": asdict(recipe.model), "stage": recipe.stage, "frozen": {}, "step": recipe.optim.steps,
+                 "recipe": asdict(recipe)}
+    (folder / "model" / "soundwave.json").write_text(json.dumps(described))
+    (folder / "run.json").write_text(json.dumps({"status": "done", "steps": recipe.optim.steps}))
+    return folder
+
+
+def test_a_finished_stage_that_another_recipe_made_stops_the_chain(site):
+    finish(site, 1)
+    done = site.shell("bash", "slurm/chain.sh", "--recipes", "recipes", "--stages", "1,2", "optim.lr_adapters=0.5")
+    assert done.returncode == 2 and site.submitted == []
+    assert "alignment/model was made with another recipe (optim.lr_adapters: 0.001 -> 0.5)" in done.stderr, done.stderr
+
+
+def test_a_finished_stage_whose_start_is_to_be_trained_stops_the_chain(site):
+    folder = finish(site, 2)
+    done = site.shell("bash", "slurm/chain.sh", "--recipes", "recipes", "--stages", "1,2")
+    assert done.returncode == 2 and site.submitted == []
+    assert f"stage 2 is done, but stage 1, its start, is not: remove {folder.relative_to(site.folder)}" in done.stderr
 
 
 def test_recipes_are_read_inside_a_container_that_the_login_node_has(site):

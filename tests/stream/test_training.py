@@ -27,12 +27,6 @@ def tiny(tmp_path_factory) -> Path:
     return workspace(tmp_path_factory.mktemp("stream"))
 
 
-@pytest.fixture(scope="module")
-def server():
-    with Server() as started:
-        yield started
-
-
 def start(server: Server, recipe: Path, *overrides: str, ranks: int = 2) -> Running:
     return server.start([recipe, "data.valid=[]", "log.sample_ids=true", "log.tensorboard=false", *overrides], ranks=ranks)
 

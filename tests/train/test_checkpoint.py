@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.train.ranks import Server
 from tests.train.tiny import workspace
 from train import checkpoint, loop, resume, stages
 from train.checkpoint import Checkpoints, own_steps
@@ -29,12 +28,6 @@ def alone():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def server():
-    with Server() as started:
-        yield started
 
 
 def checkpoints(tmp_path: Path, **settings) -> Checkpoints:
@@ -321,13 +314,13 @@ def test_activation_checkpointing_may_change_behind_a_checkpoint():
     """Also behind one that was made when it might not: such a checkpoint has noted it."""
     plain, saving = Recipe(), Recipe()
     saving.optim.activation_checkpointing = True
-    facts = [{"base": {}, "tokenizer": "", "recipe": resume.recipe_facts(recipe), "index": "", "code": ""}
+    facts = [{"base": {}, "settings": {}, "tokenizer": "", "recipe": resume.recipe_facts(recipe), "index": "", "code": ""}
              for recipe in (plain, saving)]
     assert resume.check(*facts, [], Path("step-000001")) == []
     facts[0]["recipe"]["optim.activation_checkpointing"] = False
     assert resume.check(*facts, [], Path("step-000001")) == []
-    facts[0]["recipe"]["optim.lr_lora"] = 1.0
-    with pytest.raises(RecipeError, match=r"another recipe \(optim.lr_lora: 1.0 -> 0.0002\)"):
+    facts[0]["recipe"]["optim.lr_adapters"] = 1.0
+    with pytest.raises(RecipeError, match=r"another recipe \(optim.lr_adapters: 1.0 -> 0.001\)"):
         resume.check(*facts, [], Path("step-000001"))
 
 

@@ -61,15 +61,15 @@ def test_likely_mistakes_in_a_recipe_are_told_in_one_line(override, words):
 
 
 @pytest.mark.parametrize("override, words", [
-    ("model.shrinking.keep=middle", "model.shrinking.keep is 'middle': peak or first"),
+    ("model.shrinking.keep=middle", "model.shrinking.keep is 'middle': give peak or first"),
     ("checkpoint.best_by=bleu", "checkpoint.best_by: 'bleu' is not one of wer, loss"),
-    ("optim.schedule=step", "optim.schedule: 'step' is not one of"),
+    ("optim.schedule=step", "optim.schedule is 'step': give cosine, linear or constant"),
     ("data.ctc_text=lowered", "data.ctc_text: 'lowered' is not one of raw, lower"),
-    ("checkpoint.every_steps=0", "checkpoint.every_steps must be at least 1"),
-    ("log.every_steps=0", "log.every_steps must be at least 1"),
-    ("log.validate_every_steps=0", "log.validate_every_steps must be at least 1"),
-    ("health.max_consecutive_skips=0", "health.max_consecutive_skips must be at least 1"),
-    ("health.window=16", "health.window must be at least 32"),
+    ("checkpoint.every_steps=0", "checkpoint.every_steps is 0: must be at least 1"),
+    ("log.every_steps=0", "log.every_steps is 0: must be at least 1"),
+    ("log.validate_every_steps=0", "log.validate_every_steps is 0: must be at least 1"),
+    ("health.max_consecutive_skips=0", "health.max_consecutive_skips is 0: must be at least 1"),
+    ("health.window=16", "health.window is 16: must be at least 32: fewer steps say nothing about a spike"),
 ])
 def test_a_switch_that_there_is_not_is_told_in_stage_i(override, words):
     with pytest.raises(RecipeError, match=words):

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 
 from tests.model import tiny as tiny_models
-from tests.train.ranks import Server
 from tests.train.soak import soak
 from tests.train.tiny import STAGES, losses, weights, workspace
 from train.config import load_recipe
@@ -24,12 +23,6 @@ from train.preemption import Preemption
 
 OPTIONS = ["optim.steps=8", "checkpoint.every_steps=2", "data.valid=[]", "log.tensorboard=false"]
 COMPARABLE = ["model.alignment.dropout=0", "model.shrinking.dropout=0", "checkpoint.keep_last=9"]  # to compare, and to look
-
-
-@pytest.fixture(scope="module")
-def server():
-    with Server() as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data_tools.shards import ShardIndex, replace_file
+from model import identity
 from model.config import SoundwaveConfig
 from model.encoder import Encoder, build_encoder, tensor_prefix
 from model.pretrained import DTYPES, attention_implementation, fingerprint, locate
@@ -75,6 +76,21 @@ def cache_folder(folder: str | Path, config: SoundwaveConfig) -> Path:
     return Path(folder).expanduser() / hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
+def check_encoder(folder: Path, config: SoundwaveConfig) -> None:
+    """The folder's name stands for the encoder's tensors; its configuration and preprocessor must be the same, too. Errors:
+    RecipeError."""
+    stored = json.loads((folder / "settings.json").read_text()).get("identity")
+    if stored is None:
+        LOGGER.warning("%s does not record the encoder's config.json and preprocessor (an earlier version made it): only its "
+                       "tensors "
+                       "were compared", folder)
+        return
+    for lines in identity.changes(stored, identity.encoder_settings(locate(config.encoder.name))).values():
+        raise RecipeError(f"data.cache_features: {folder} holds what another configuration of this encoder gave "
+                          f"({'; '.join(lines[:5])}): "
+                          "give the encoder its old files back, or name another folder")
+
+
 class FeatureStore:
     """Reads cached features. width: of a frame; frame_rate: frames per second."""
 
@@ -109,6 +125,7 @@ class FeatureStore:
         if not (path / "settings.json").exists():
             raise RecipeError(f"data.cache_features: '{folder}' holds nothing for this encoder and its settings ({path.name}): "
                               "run python -m train.data.cache RECIPE first")
+        check_encoder(path, config)
         return cls(path)
 
     def __len__(self) -> int:
@@ -270,8 +287,10 @@ def ensure_features(recipe: Recipe, model=None, rank: int = 0, world_size: int =
     if not (folder / "settings.json").exists():
         source = locate(config.encoder.name)
         sizes = encoder or build_encoder(config.encoder, source, DTYPES[config.dtype], "sdpa", weights=False)
-        facts = {**_settings(config), "name": config.encoder.name, "width": sizes.width, "frame_rate": sizes.frame_rate}
+        facts = {**_settings(config), "name": config.encoder.name, "width": sizes.width, "frame_rate": sizes.frame_rate,
+                 "identity": identity.encoder_settings(source)}
         replace_file(folder / "settings.json", (json.dumps(facts, indent=1) + "\n").encode())
+    check_encoder(folder, config)
     packs = _packs(_needed(recipe), FeatureStore(folder), rank, world_size)
     if packs:
         if encoder is None:
@@ -304,7 +323,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.data.cache", description="Fill data.cache_features of a recipe. With "
                                      "RANK and WORLD_SIZE set, several processes share the work.")
     parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     options = parser.parse_args(arguments)
     try:
         recipe = load_recipe(options.recipe, options.overrides)

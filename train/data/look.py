@@ -102,7 +102,7 @@ def profile(recipe: Recipe, plan: Plan, steps: int, ranks: int) -> dict:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.data", description="What a recipe's steps hold, before training.")
     parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--first", type=int, default=0, help="the first step shown")
     parser.add_argument("--ranks", type=int, default=int(os.environ.get("WORLD_SIZE", 1)))

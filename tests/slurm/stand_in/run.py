@@ -10,7 +10,11 @@ import os
 import signal
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
+
+import numpy
+from safetensors.numpy import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -58,7 +62,11 @@ def main() -> int:
         return 85
     if rank == 0:
         (folder / "model").mkdir(exist_ok=True)
-        (folder / "model" / "soundwave.json").write_text(json.dumps({"value": saved["value"]}))
+        save_file({f"{part}.weight": numpy.zeros(1) for part in ("alignment", "ctc_head", "shrinking")},
+                  folder / "model" / "adapters.safetensors")
+        (folder / "model" / "soundwave.json").write_text(json.dumps({
+            "value": saved["value"], "config": asdict(recipe.model), "stage": recipe.stage, "frozen": {}, "step": saved["step"],
+            "recipe": asdict(recipe)}))
         (folder / "run.json").write_text(json.dumps({"status": "done", **note}))
     return 0
 
