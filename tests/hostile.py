@@ -39,7 +39,7 @@ def json_documents(draw, document: dict) -> object:
             parent = parent[key]
         action = draw(st.sampled_from(["replace", "replace", "replace", "remove", "rename", "double"]))
         if action == "replace":
-            parent[last] = draw(st.sampled_from(ODD_VALUES))
+            parent[last] = copy.deepcopy(draw(st.sampled_from(ODD_VALUES)))
         elif action == "remove" or (action == "rename" and isinstance(parent, list)):
             del parent[last]
         elif action == "rename":
