@@ -20,7 +20,7 @@ import soundfile
 import torch
 
 from evaluation import demo
-from evaluation.demo import QUESTION
+from evaluation.demo import QUESTION, Refusal
 from model import folder
 from tests.evaluation.conftest import SECONDS, sound
 from train.data.rejected import BrokenSample
@@ -91,8 +91,67 @@ def test_a_long_upload_is_refused_unread(folders, tmp_path, monkeypatch):
     broken.write_bytes(b"no audio")
     with pytest.raises(ValueError, match="lasts 301 s, this model takes 300 s"):
         next(talker.ask(str(long), ""))
-    with pytest.raises(BrokenSample, match="cannot be decoded"):
+    with pytest.raises(BrokenSample, match="cannot be decoded") as error:
         next(talker.ask(str(broken), ""))
+    assert str(tmp_path) not in str(error.value), "a path of this machine"
+
+
+def test_a_question_longer_than_the_llm_s_positions_is_refused(folders, clip, monkeypatch):
+    talker = demo.Talker(folder.load(folders / "shrinking"), 12)
+    most = talker.positions
+    assert most == talker.model.llm.config.max_position_embeddings
+    with pytest.raises(Refusal, match=rf"the question has {16 * most + 1} characters"):
+        next(talker.ask(str(clip), "x" * (16 * most + 1)))  # before anything is read
+    with pytest.raises(Refusal, match=rf"take \d+ of the LLM's {most} positions, and the answer may take 12: ask a shorter"):
+        list(talker.ask(str(clip), "x" * most))
+    waveform = torch.zeros(16000)
+    kept = len(talker.model.inspect(talker.conversation(waveform, ""))["kept"][0])
+    taken = talker.conversation(waveform, "").input_ids.shape[1] - 1 + kept
+    room = most - 12 - taken - 1  # the byte tokenizer takes a token a letter, and one for the line break before the question
+    assert list(talker.answer(waveform, "x" * room))
+    with pytest.raises(Refusal, match=f"take {most - 11} of the LLM's"):
+        list(talker.answer(waveform, "x" * (room + 1)))
+
+
+def test_an_answer_that_takes_too_long_is_stopped(folders):
+    talker = demo.Talker(folder.load(folders / "shrinking"), 300, seconds=0.0)
+    with pytest.raises(Refusal, match="the answer was stopped after 0 s"):
+        list(talker.answer(torch.zeros(16000), QUESTION))
+    talker.seconds = 100.0
+    talker.max_new_tokens = 3
+    assert list(talker.answer(torch.zeros(16000), QUESTION))
+
+
+def test_what_goes_wrong_inside_is_a_line_without_names_of_this_machine(folders, clip, monkeypatch, capsys):
+    talker = demo.Talker(folder.load(folders / "alignment"), 4)
+
+    def fails(*_):
+        raise RuntimeError("no memory for /home/someone/secret\nmore")
+
+    monkeypatch.setattr(talker, "answer", fails)
+    with pytest.raises(Refusal, match="the question could not be answered") as error:
+        list(demo.shown(talker, str(clip), ""))
+    assert "/home" not in str(error.value)
+    log = capsys.readouterr().err.splitlines(keepends=True)[-1]
+    assert log == "error: a question was not answered: RuntimeError: no memory for /home/someone/secret\n"
+    with pytest.raises(Refusal, match="the recording lasts &lt;b&gt;"):  # shown as HTML
+        monkeypatch.setattr(talker, "answer", lambda *_: (_ for _ in ()).throw(Refusal("the recording lasts <b>")))
+        list(demo.shown(talker, str(clip), ""))
+
+
+@pytest.mark.parametrize("host, local", [("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("localhost", True),
+                                         ("0.0.0.0", False), ("10.1.2.3", False), ("::", False), ("gpu7", False)])
+def test_addresses_of_this_machine_alone(host, local):
+    assert demo.is_loopback(host) == local
+
+
+def test_the_login_comes_from_the_environment(monkeypatch, capsys):
+    monkeypatch.setenv("PAGE", "me:pa:ss")
+    assert demo.login("PAGE") == ("me", "pa:ss") and demo.login(None) is None
+    for value in ("", "me", "me:", ":ss"):
+        monkeypatch.setenv("PAGE", value)
+        with pytest.raises(ValueError, match="set this environment variable to USER:PASSWORD"):
+            demo.login("PAGE")
 
 
 def test_who_leaves_ends_the_generation(folders):
