@@ -1,4 +1,4 @@
-"""A page to talk to a model: `python -m evaluation.demo MODEL` (needs Gradio: pip install -r requirements-demo.txt).
+"""A page to talk to a model: `python -m evaluation.demo MODEL` (needs Gradio: make setup EXTRAS=demo).
 
 Record or upload speech, ask about it, and see the answer as it is written, what the CTC head heard, which frames the LLM was
 given, and how long each part took. It listens on this machine alone unless --host says otherwise, and sends nothing anywhere.
@@ -269,7 +269,7 @@ def serve(options: argparse.Namespace, folder_of_uploads: str) -> int:
         import gradio
         from starlette.middleware import Middleware
     except ImportError:
-        print_error("error: the page needs Gradio: pip install -r requirements-demo.txt")
+        print_error("error: the page needs Gradio: make setup EXTRAS=demo")
         return 2
     disable_progress_bar()
     try:

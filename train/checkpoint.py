@@ -226,7 +226,7 @@ def check_state(state: dict, folder: Path) -> None:
         and topology.get("zero_stage") in (1, 2, 3),
         "health": isinstance(health, dict) and all(_is_count(health.get(key)) for key in ("consecutive", "skipped", "rollbacks"))
         and isinstance(health.get("norms"), list) and all(_is_finite(norm) for norm in health["norms"]),
-        "best": best is None or is_best(best),
+        "best": "best" in state and (best is None or is_best(best)),
         "facts": isinstance(state.get("facts"), dict),
     }
     wrong = [key for key, sound in right.items() if not sound]

@@ -1,6 +1,6 @@
 """The page: what it refuses and how it ends, and, in a real browser (Debian's chromium, headless, driven by playwright), its use.
 
-The browser is not part of `make setup`: pip install -r requirements-demo.txt playwright==1.65.2; apt-get install chromium.
+The browser is not part of `make setup`: make setup EXTRAS=demo; pip install playwright==1.65.2; apt-get install chromium.
 """
 
 import os
