@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
+from types import SimpleNamespace
 
 import soundfile
 import torch
@@ -293,6 +294,9 @@ def serve(options: argparse.Namespace, folder_of_uploads: str) -> int:
     if not is_loopback(options.host) and credentials is None:
         print_error(f"warning: whoever reaches {options.host}:{options.port} can use this page, unencrypted and without a "
                     "password: give --login, or keep --host at 127.0.0.1 and forward the port by ssh -L")
+    # Gradio 6.31 prints the stack of whatever a visitor makes it refuse: a line of the log is enough (gradio/queueing.py).
+    gradio.queueing.traceback = SimpleNamespace(
+        print_exc=lambda: print_error(f"error: a request was refused: {one_line(sys.exc_info()[1])}"))
     try:
         page(talker, title).queue(max_size=options.queue, api_open=False).launch(
             server_name=options.host, server_port=options.port, share=False, theme=theme, ssr_mode=False, quiet=True,

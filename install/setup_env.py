@@ -38,9 +38,12 @@ DISK_GB = {"cpu": 4, "cuda": 14}
 
 # Every process of this environment, however it is started: prebuilt ops and whatever torch still builds stay inside it (the
 # default, ~/.cache/torch_extensions, is shared by all environments of a user, which spoil it for each other, and by all nodes
-# of a shared home, which race for it).
+# of a shared home, which race for it). What torch.compile builds goes to the user's own cache: its default, a folder
+# /tmp/torchinductor_USER, could be made by another user first.
 ENVIRONMENT_PTH = (
     "import os, sys; os.environ.setdefault('TORCH_EXTENSIONS_DIR', os.path.join(sys.prefix, 'torch_extensions'))"
+    "; os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', os.path.join(os.environ.get('XDG_CACHE_HOME') or "
+    "os.path.expanduser('~/.cache'), 'torchinductor'))"
     "; {accelerator}\n")
 
 

@@ -213,6 +213,17 @@ def test_the_stamp_knows_what_the_set_up_depends_on(monkeypatch, tmp_path):
     assert setup_env.fingerprint("cpu") in seen
 
 
+def test_nothing_is_compiled_into_a_folder_with_a_name_that_others_know(tmp_path, monkeypatch):
+    line = setup_env.ENVIRONMENT_PTH.format(accelerator="None")
+    homes = (({"XDG_CACHE_HOME": str(tmp_path / "x")}, tmp_path / "x"), ({"HOME": str(tmp_path)}, tmp_path / ".cache"))
+    for home, cache in homes:
+        environment = {key: value for key, value in os.environ.items() if key not in (
+            "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR")} | home
+        asked = line + "print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
+        done = subprocess.run([sys.executable, "-IS", "-c", asked], env=environment, capture_output=True, text=True, timeout=60)
+        assert done.stdout == f"{cache / 'torchinductor'}\n", done.stderr
+
+
 def test_an_environment_for_gpus_stays_one_on_a_login_node(monkeypatch, tmp_path):
     env = setup_env.Environment(tmp_path)
     monkeypatch.setattr(setup_env, "has_gpu", lambda: False)
