@@ -46,12 +46,19 @@ _TAGS = re.compile(r"<(?=/?(?:audio|answer)\b)")
 
 
 def local_judge(folder: Path) -> Callable[[str], str]:
-    """The same from a transformers model folder, on the GPU where there is one."""
+    """A function text -> reply of a transformers model folder, on the GPU where there is one. Errors: PredictionError."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    from model.pretrained import SourceError, reading
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        with reading(folder, "chat model"):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False).to(device).eval()
+    except SourceError as error:
+        raise PredictionError(str(error)) from None
 
     def ask(text: str) -> str:
         inputs = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True,
