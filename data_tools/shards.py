@@ -347,6 +347,10 @@ def _read_index(folder: Path) -> dict:
     for key in ("tasks", "langs", "codecs"):
         if not all(isinstance(value, str) for value in index[key]):
             raise wrong(f"'{key}' holds something else than text")
+    for key in ("rejected", "rejected_hours"):  # reason -> how many, how long; for people
+        counts = index.get(key, {})
+        if not isinstance(counts, dict) or not all(_is_number(count) and math.isfinite(count) for count in counts.values()):
+            raise wrong(f"'{key}' is not an object of numbers")
     hours = index.get("hours")
     if not _is_number(hours) or not 0 <= hours < math.inf:
         raise wrong("'hours' is not a number of hours")

@@ -66,7 +66,7 @@ def describe(folder: Path, index: ShardIndex) -> str:
     if told.get("rejected"):
         lines += ["", f"refused when packed (named in {folder / 'rejected.jsonl'})"]
         lines += [
-            f"  {count:>9,}  {told['rejected_hours'].get(reason, 0):>9.2f} h  {reason}"
+            f"  {count:>9,}  {told.get('rejected_hours', {}).get(reason, 0):>9.2f} h  {reason}"
             for reason, count in told["rejected"].items()
         ]
     return "\n".join(lines)

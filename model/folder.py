@@ -297,7 +297,8 @@ def load(folder: str | Path, *, encoder: str | None = None, llm: str | None = No
     stage = description["stage"] if with_llm else "alignment"
     parts = tuple(p for p in PARTS if p != "llm" or stage != "alignment")
     try:
-        check_fit(Soundwave.build(config, parts=parts, meta=True), folder)  # before memory is asked for
+        # Sizes first, before memory is asked for; the CTC head's depend on the tokenizer, which is not read yet.
+        check_fit(Soundwave.build(config, parts=parts, meta=True), folder, but=("ctc_head",))
         model = Soundwave.build(config, parts=parts)
         load_trained(model, folder, verify=verify)
         model.set_stage(stage)

@@ -310,14 +310,15 @@ class LoRAMerge:
     """Base tensor + (alpha / r) B A, one tensor at a time, from a peft folder."""
 
     def __init__(self, folder: Path):
-        settings = json.loads((folder / "adapter_config.json").read_text())
-        self.scale = settings["lora_alpha"] / (settings["r"] ** 0.5 if settings.get("use_rslora") else settings["r"])
-        self.transposed = settings.get("fan_in_fan_out", False)  # GPT-2 holds its weights so
+        settings = read_json(folder / "adapter_config.json")
         self.folder = folder
         self.parts: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in load_file(folder / "adapter_model.safetensors").items():
-            base, part = re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])\.weight", name).groups()
-            self.parts.setdefault(base + ".weight", {})[part] = tensor.float()
+        with reading(folder, "LoRA"):
+            self.scale = settings["lora_alpha"] / (settings["r"] ** 0.5 if settings.get("use_rslora") else settings["r"])
+            self.transposed = settings.get("fan_in_fan_out", False)  # GPT-2 holds its weights so
+            for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+                base, part = re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])\.weight", name).groups()
+                self.parts.setdefault(base + ".weight", {})[part] = tensor.float()
 
     def __call__(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         pair = self.parts.pop(name, None)

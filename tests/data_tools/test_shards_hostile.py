@@ -139,6 +139,7 @@ def test_a_wrong_sample_is_named(folder, text, says):
     (lambda i: i.update(tasks={"asr": 1}), "'tasks' is not a list"),
     (lambda i: i.update(langs=[]), "names a lang that index.json does not list"),
     (lambda i: i.pop("codecs"), "'codecs' is missing"),
+    (lambda i: i.update(rejected={"short": "many"}), "'rejected' is not an object of numbers"),
 ])
 def test_an_index_that_pack_does_not_write_is_refused(folder, change, says):
     index = json.loads((folder / "index.json").read_text())
