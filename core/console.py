@@ -22,6 +22,13 @@ def one_line(error: object) -> str:
     return printable(lines[0])[:_LONGEST_REASON] if lines else type(error).__name__
 
 
+class OneLine:
+    """Mixin for exceptions that are shown to users: one printable line, whatever data is quoted in it."""
+
+    def __str__(self) -> str:
+        return " ".join(printable(super().__str__()).splitlines())
+
+
 def print_text(*values: object, sep: str = " ", file: TextIO | None = None, flush: bool = False) -> None:
     """`print`, made printable."""
     print(printable(sep.join(map(str, values))), file=file, flush=flush)
@@ -29,4 +36,4 @@ def print_text(*values: object, sep: str = " ", file: TextIO | None = None, flus
 
 def print_error(*values: object) -> None:
     """Print one line on standard error, whatever line breaks the values hold."""
-    print(" ".join(printable(" ".join(map(str, values))).split("\n")), file=sys.stderr)
+    print(" ".join(printable(" ".join(map(str, values))).splitlines()), file=sys.stderr)

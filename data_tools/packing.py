@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from core.console import OneLine
 from data_tools import quality
 from data_tools.audio import MAX_SECONDS, SAMPLE_RATE, make_clip
 from data_tools.corpora import Entry, Fault
@@ -34,7 +35,7 @@ WORK = ".pack"  # folder inside the output: the plan, unfinished shards, and wha
 _ENOUGH_TO_JUDGE = 100  # clips before a share of broken ones means something
 
 
-class PackError(RuntimeError):
+class PackError(OneLine, RuntimeError):
     """Packing cannot go on or be joined; one line: what, where, what to do."""
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from core.console import OneLine
 from core.file_names import UnsafeName, file_size_inside, plain_name
 from core.json_files import JsonError, parse_object, read_object
 from core.private_folder import NotPrivate, check_private
@@ -60,11 +61,11 @@ _CHECK_ROWS = 1 << 15  # rows (2 MB) that are checked at a time, so that they st
 _RELEASE_ROWS = 32 * _CHECK_ROWS
 
 
-class ShardError(ValueError):
+class ShardError(OneLine, ValueError):
     """A packed folder that cannot be read or is not what its index says; one line: what, where, what to do."""
 
 
-class OutputError(OSError):
+class OutputError(OneLine, OSError):
     """The output cannot be written (disk full, not writable): the run must stop, no sample is to blame."""
 
 

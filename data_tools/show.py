@@ -22,6 +22,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from core.console import print_text
 from data_tools.shards import ShardError, ShardIndex, id_hash
 
 _BAR = 40
@@ -176,12 +177,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         index = ShardIndex.load(options.folder)
         if options.listen is not None:
-            print(listen(index, options.listen, options.to))
+            print_text(listen(index, options.listen, options.to))
             return 0
         if options.lhotse:
             print(f"{write_lhotse_cuts(index, options.lhotse)} cuts in {options.lhotse}")
             return 0
-        print(describe(options.folder, index))
+        print_text(describe(options.folder, index))
         if options.png:
             draw(index, options.png)
             print(f"\nhistograms in {options.png}")

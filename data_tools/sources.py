@@ -21,8 +21,10 @@ from functools import lru_cache
 
 import soundfile
 
+from core.console import OneLine
 
-class ClipError(ValueError):
+
+class ClipError(OneLine, ValueError):
     """One clip that cannot be used: `reason` is a fixed word, the text says what was found, `seconds` its length if known."""
 
     def __init__(self, reason: str, detail: str, seconds: float | None = None):

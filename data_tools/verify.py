@@ -21,6 +21,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from core.console import print_text
 from core.json_files import read_object
 from data_tools.shards import INDEX_NAME, ShardError, ShardIndex, audio_hash, fingerprint, id_hash, target_characters
 
@@ -147,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"verify: {error}", file=sys.stderr)
         return 2
     for problem in problems:
-        print(problem)
+        print_text(problem)
     print(f"{options.folder}: {f'{len(problems)} problems' if problems else 'as its index says'}")
     return 1 if problems else 0
 

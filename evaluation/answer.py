@@ -17,6 +17,7 @@ import soundfile
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from core.console import print_error, print_text
 from evaluation.run import InputError, joint_search, load
 from model.folder import FolderError
 from model.joint import JointSearch
@@ -73,14 +74,14 @@ def main(arguments: list[str] | None = None) -> int:
             try:
                 waveform = sound(file, model.config.encoder.max_seconds)
             except (BrokenSample, OSError) as error:
-                print(f"error: {file}: {getattr(error, 'strerror', error)}", file=sys.stderr)
+                print_error(f"error: {file}: {getattr(error, 'strerror', error)}")
                 code = 2
                 continue
             if how == "ctc":
                 text = model.ctc_greedy(model.prompts([chat], [waveform]))[0]
             else:
                 text = model.answer([chat], [waveform], max_new_tokens=options.max_new_tokens, joint=joint)[0]
-            print(file, " ".join(text.split()), sep="\t", flush=True)
+            print_text(file, " ".join(text.split()), sep="\t", flush=True)
     except (InputError, FolderError, SourceError, PromptError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

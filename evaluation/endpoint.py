@@ -13,13 +13,13 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from core.console import one_line, printable
+from core.console import OneLine, one_line, printable
 
 RETRIES = 4
 LARGEST_REPLY = 4 << 20  # bytes
 
 
-class EndpointError(RuntimeError):
+class EndpointError(OneLine, RuntimeError):
     """The server cannot be asked; one line: what, where, what to do."""
 
 

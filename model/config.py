@@ -10,13 +10,14 @@ from typing import Any
 
 from pydantic import ConfigDict, with_config
 
+from core.console import OneLine
 from core.options import choice, location, names_or_pattern, number, text
 
 # A model folder's soundwave.json is read by these types (model/folder.py): unknown keys, NaN and infinity are errors.
 _strict = with_config(ConfigDict(extra="forbid", allow_inf_nan=False))
 
 
-class OptionError(ValueError):
+class OptionError(OneLine, ValueError):
     """An option that does not fit the models or the machine; one line: which, why, what to do."""
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from core.console import one_line
+from core.console import OneLine, one_line
 from core.file_names import UnsafeName, plain_name
 from core.json_files import JsonError, read_object
 from model.config import OptionError
@@ -24,7 +24,7 @@ MOST_LAYERS = 10_000  # or experts; a file that asks for more is damaged or host
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
-class SourceError(ValueError):
+class SourceError(OneLine, ValueError):
     """A model that cannot be found or is not what was asked for; one line: what, where, what to do."""
 
 

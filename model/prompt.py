@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
-from core.console import one_line
+from core.console import OneLine, one_line
 
 IGNORED = -100
 # Llama 3.x templates print a date, by default today's: a training prompt must not depend on the day.
@@ -26,7 +26,7 @@ RELEASE_SYSTEM = ("You are a helpful language and speech assistant. You are able
                   "provides, and assist the user with a variety of tasks using natural language.")
 
 
-class PromptError(ValueError):
+class PromptError(OneLine, ValueError):
     """A conversation that this tokenizer cannot express; one line."""
 
 

@@ -36,6 +36,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
+from core.console import OneLine
 from core.file_names import UnsafeName, file_size_inside, plain_name
 from core.json_files import JsonError, read_object
 from train import safe_load, universal
@@ -53,7 +54,7 @@ COPY_SECONDS = 60  # a second file system that takes longer to let go of one che
 LAST_COPY_SECONDS = 1800  # but what it gets at the end it has time for
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(OneLine, RuntimeError):
     """A checkpoint that cannot be written or used; one line: what, where, what to do."""
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from core.console import OneLine
 from train.config import RecipeError
 from train.distributed import LAUNCHER_VARIABLES, Ranks
 from train.files import ROOT
@@ -28,7 +29,7 @@ logger = logging.getLogger("soundwave")
 NAME = "universal"
 
 
-class ConversionError(RuntimeError):
+class ConversionError(OneLine, RuntimeError):
     """One line: which checkpoint could not be converted, why, what to do."""
 
 

@@ -1,5 +1,6 @@
 """core/console.py: no control sequence of data reaches a terminal, and an error is one line."""
 
+import importlib
 import re
 
 import pytest
@@ -35,3 +36,15 @@ def test_printing(capsys):
 def test_reasons_of_libraries_are_one_line():
     assert one_line(ValueError("\n\n  what is wrong  \nmuch more")) == "what is wrong"
     assert one_line(MemoryError()) == "MemoryError" and len(one_line(ValueError("x" * 5000))) == 300
+
+
+@pytest.mark.parametrize("name", [
+    "model.pretrained.SourceError", "model.folder.FolderError", "model.prompt.PromptError", "data_tools.packing.PackError",
+    "data_tools.corpora.CorpusError", "data_tools.shards.ShardError", "data_tools.shards.OutputError",
+    "train.config.RecipeError", "train.checkpoint.CheckpointError", "train.universal.ConversionError",
+    "train.data.loader.StreamStalled", "train.data.rejected.BrokenSample", "evaluation.predictions.PredictionError",
+    "evaluation.endpoint.EndpointError", "evaluation.run.InputError"])
+def test_errors_for_users_are_one_printable_line(name):
+    module, _, kind = name.rpartition(".")
+    error = getattr(importlib.import_module(module), kind)("clip evil\x1b]0;owned\x07\nerror: forged\x1b[2J is broken")
+    assert str(error) == f"{error}" == r"clip evil\x1b]0;owned\x07 error: forged\x1b[2J is broken"

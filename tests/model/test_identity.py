@@ -234,7 +234,7 @@ def sharded(base: Path) -> tuple[Path, list[Path]]:
     (lambda files: (files[0].parent / "model.safetensors.index.json").write_text("{}"), "has no weight_map"),
     (lambda files: (files[0].parent / "config.json").write_text("{"), "config.json is not valid JSON"),
     (lambda files: (files[0].parent / "config.json").write_text("[]"), r"config\.json does .* a JSON object"),
-    (lambda files: (files[0].parent / "config.json").write_text('{"model_type": "nobody"}'), "has no config.json that can be loaded"),
+    (lambda files: (files[0].parent / "config.json").write_text("{\"model_type\": \"no\"}"), "has no config.json that can be"),
     (lambda files: (files[0].parent / "tokenizer.json").unlink(), "has no tokenizer that can be loaded"),
     (lambda files: rewrite(files[0].parent / "config.json", lambda c: c.update(num_hidden_layers=3)), "lacks .* of the tensors"),
     (lambda files: rewrite(files[0].parent / "config.json", lambda c: c.update(intermediate_size=63)), "do not have the sizes"),
