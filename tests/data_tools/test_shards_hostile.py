@@ -16,7 +16,7 @@ from train.staging import main as stage
 
 RECORD = {"id": "0", "corpus": "c", "task": "asr", "text": "words", "lang": "en", "duration": 1.0, "sample_rate": 16000,
           "prompt": "Why?", "messages": [{"role": "user", "content": "hm"}]}
-many = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+many = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def packed(folder, records=(RECORD, RECORD)):

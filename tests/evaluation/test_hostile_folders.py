@@ -20,8 +20,8 @@ from model.pretrained import MOST_LAYERS, SourceError, fingerprint, locate, tens
 from tests.evaluation.conftest import sound
 from tests.hostile import damaged_bytes, is_one_line, json_documents, only_inside, write_json
 
-many = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-few = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+many = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_any_description_is_read_or_refused_in_one_line(download, data):
         path.write_bytes(kept)
 
 
-@settings(few, max_examples=15)
+@settings(few, max_examples=8)
 @given(data=st.data())
 def test_a_description_that_is_read_is_built_or_refused_in_one_line(download, data):
     path = download / "soundwave.json"

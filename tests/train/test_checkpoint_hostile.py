@@ -23,7 +23,7 @@ from train.files import step_folders
 STATE = {"step": 5, "data_offset": 0, "best": {"step": 4, "by": "wer", "score": 0.5}, "seed": 1, "facts": {"recipe": {"a": 1}},
          "health": {"norms": [1.0, 2.0], "consecutive": 0, "skipped": 0, "rollbacks": 0},
          "topology": {"world_size": 2, "zero_stage": 3}}
-many = settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+many = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def fact(path):

@@ -94,19 +94,18 @@ def test_damaged_checkpoint_is_passed_over_with_a_line(server, tiny, whole, tmp_
     assert_same_end(tmp_path, whole)
 
 
-@pytest.mark.slow  # several starts of real ranks
-@pytest.mark.parametrize("ranks", [2, 1])
-def test_code_in_a_checkpoint_is_not_run(server, tiny, tmp_path, ranks):
-    """Its hashes are right, as those of whoever made it. On another number of ranks it would be converted first."""
-    stop_after(server, tiny, tmp_path, 2)
+@pytest.mark.slow  # two starts of a real rank
+def test_code_in_a_checkpoint_is_not_run(server, tiny, tmp_path):
+    """Its hashes are right, as those of whoever made it."""
+    stop_after(server, tiny, tmp_path, 2, ranks=1)
     folder = tmp_path / "alignment" / "checkpoints" / "step-000003"
     for path in folder.glob("*.pt"):
         torch.save({"module": MarkFile(tmp_path / "ran")}, path)
     manifest = {path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in folder.iterdir()
                 if path.name != "manifest.json"}
     (folder / "manifest.json").write_text(json.dumps({"files": manifest}))
-    codes, text = train(server, tiny, tmp_path, ranks=ranks)
-    assert 1 in codes and "it names posix.system, and so would run code when it is loaded" in text
+    codes, text = train(server, tiny, tmp_path, ranks=1)
+    assert codes == [1] and "it names posix.system, and so would run code when it is loaded" in text
     assert "Traceback" not in text and not (tmp_path / "ran").exists()
 
 
