@@ -5,18 +5,21 @@ VENV ?= .venv
 MARKERS ?= not slow and not gpu and not slurm
 WORKERS ?= 2
 PY := $(VENV)/bin/python
-SETUP := $(PYTHON) install/setup_env.py --venv $(VENV) $(if $(GPU),--gpu $(if $(filter 0 no,$(GPU)),no,yes)) $(if $(FLASH_ATTN),--flash-attn)
+SETUP := $(PYTHON) install/setup_env.py --venv $(VENV) $(if $(GPU),--gpu $(if $(filter 0 no,$(GPU)),no,yes)) $(if $(FLASH_ATTN),--flash-attn) $(if $(EXTRAS),--extras $(EXTRAS)) \
+	$(if $(filter 0 no,$(HASHES)),--no-hashes)
+export AUDIT_DB
 export HF_HUB_OFFLINE ?= 1
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo less-is-more results fetch test lint soak bench-ctc gpu-check test-slurm clean
+.PHONY: help setup setup-dev demo less-is-more results fetch test lint soak bench-ctc gpu-check test-slurm lock audit licences clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
 	@echo
 	@echo "  PYTHON=python3.12  another interpreter    VENV=/path  another place    GPU=1  CUDA torch though no GPU is seen here"
 	@echo "  WORKERS=2  test files at a time (0: one process, for a debugger)"
+	@echo "  EXTRAS='av bench demo'  FFmpeg's audio formats, the comparisons', the web demo's packages too (with setup)    HASHES=no  packages of a site's own build"
 	@echo "  FLASH_ATTN=1  flash-attn too (with setup)    ARGS='...'  arguments for demo, less-is-more, test, soak, bench-ctc, gpu-check, test-slurm"
 
 setup: ## fill .venv: packages, CPU or CUDA torch, prebuilt ops; quick when repeated
@@ -61,6 +64,15 @@ gpu-check: setup-dev ## every CUDA parity test and benchmark; one JSON, one tabl
 
 test-slurm: setup-dev ## the SLURM scripts on a two-node cluster started on this machine
 	@$(PY) -m pytest -m slurm tests/slurm $(ARGS)
+
+lock: ## write install/locks/ from the requirements: versions and sha256 of everything (needs a network)
+	@$(PYTHON) install/locks.py lock
+
+audit: ## known vulnerabilities of what is locked (AUDIT_DB=DIR: advisories on this disk, as OSV's JSON files)
+	@$(PYTHON) install/locks.py audit
+
+licences: setup-dev ## write docs/licences.md from the packages' own metadata (needs a network)
+	@$(PY) install/locks.py licences
 
 clean: ## remove caches of tests and tools (not .venv, not .cache, not runs)
 	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     facts = machine()
     ways = ["codec bound", "this project", "lhotse", "webdataset", "pool", "copy", "tar"]
     if facts["versions"]["lhotse"] is None:
-        print("lhotse is not installed (pip install -r requirements-bench.txt): left out")
+        print("lhotse is not installed (make setup EXTRAS=bench): left out")
         ways.remove("lhotse")
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(options.repeat):

@@ -335,7 +335,7 @@ def _installed(package: str) -> bool:
     import importlib.util
 
     if importlib.util.find_spec(package) is None:
-        print(f"{package} is not installed (pip install -r requirements-bench.txt): left out")
+        print(f"{package} is not installed (make setup EXTRAS=bench): left out")
         return False
     return True
 

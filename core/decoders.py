@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import soundfile
 
+from core.console import OneLine
 from core.containers import BytesSource, NotAFile, Source, Stream, StreamInfo, stream_info
 
 MAX_SECONDS = 4 * 3600.0
@@ -37,7 +38,7 @@ Reason = Literal[
 DType = Literal["native", "float32"]  # native: int16 where the source has 16 bits or fewer, else float32
 
 
-class AudioError(ValueError):
+class AudioError(OneLine, ValueError):
     """Audio that cannot be used. str() is one line; `reason` a fixed word; `seconds` its length if known."""
 
     def __init__(self, reason: Reason, detail: str, seconds: float | None = None):

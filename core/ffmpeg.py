@@ -8,7 +8,7 @@ import numpy as np
 
 from core.decoders import AudioError, Limits, Piece
 
-INSTALL = "pip install -r requirements-av.txt"
+INSTALL = "make setup EXTRAS=av"
 # Formats that may be opened. Playlists (HLS, DASH, concat) are not among them: they name other files and addresses.
 _FORMATS = (
     "mov,matroska,asf,xwma,amr,amrnb,amrwb,aac,loas,ac3,eac3,dts,truehd,mlp,flv,avi,mpeg,mpegts,ogg,wav,w64,aiff,caf,flac,mp3,"

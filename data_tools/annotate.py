@@ -29,6 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from core.audio import SAMPLE_RATE, to_mono
+from core.console import one_line
 from data_tools.audio import read_clip
 from data_tools.corpora import Corpus, CorpusError, Entry, Fault
 from data_tools.filters import piped
@@ -75,8 +76,8 @@ class Transcriber:
         try:
             self.processor = WhisperProcessor.from_pretrained(folder)
             self.model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(self.device).eval()
-        except (OSError, ValueError) as error:
-            raise CorpusError(f"--whisper {folder}: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # of a folder that others wrote: the libraries have no list of what it makes them raise
+            raise CorpusError(f"--whisper {folder}: {one_line(error)}") from None
         self.batch_clips = max(1, int(batch_seconds // WHISPER_SECONDS))
         self.unknown: set[str] = set()  # languages that were told already
 

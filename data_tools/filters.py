@@ -183,7 +183,7 @@ def load_tokenizer(folder: str):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def word_error_rate(reference: str, hypothesis: str, lang: str | None) -> float:

@@ -26,6 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from core.audio import REFUSABLE, SAMPLE_RATE
+from core.console import one_line
 from data_tools.audio import CODECS, check_output
 from data_tools.corpora import Corpus, CorpusError, path_of
 from data_tools.filters import Filters, Sieve, load_tokenizer
@@ -232,8 +233,8 @@ def run(options: argparse.Namespace) -> str:
     if options.tokenizer:
         try:
             load_tokenizer(options.tokenizer)
-        except (OSError, ValueError) as error:
-            raise CorpusError(f"--tokenizer {options.tokenizer}: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # of a folder that others wrote: the libraries have no list of what it makes them raise
+            raise CorpusError(f"--tokenizer {options.tokenizer}: {one_line(error)}") from None
     _prepare(folder, packing)
     plan = _plan(folder, corpora, packing, layout, head, options.dry_run)
     if plan["digest"] != head["digest"]:

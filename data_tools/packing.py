@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from core.audio import MAX_SECONDS, SAMPLE_RATE, Finding
+from core.console import OneLine
 from data_tools import quality
 from data_tools.audio import make_clip
 from data_tools.corpora import Entry, Fault
@@ -37,7 +38,7 @@ WORK = ".pack"  # folder inside the output: the plan, unfinished shards, and wha
 _ENOUGH_TO_JUDGE = 100  # clips before a share of broken ones means something
 
 
-class PackError(RuntimeError):
+class PackError(OneLine, RuntimeError):
     """Packing cannot go on or be joined; one line: what, where, what to do."""
 
 

@@ -13,13 +13,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
+import mmap
 import os
+import re
 import tarfile
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from core.console import OneLine
+from core.file_names import UnsafeName, file_size_inside, plain_name
+from core.json_files import JsonError, parse_object, read_object
+from core.private_folder import NotPrivate, check_private
 
 SAMPLE_DTYPE = np.dtype(
     [
@@ -42,16 +50,22 @@ SAMPLE_DTYPE = np.dtype(
 INDEX_NAME, TABLE_NAME = "index.json", "samples.npy"
 RECORD_FIELDS = ("id", "corpus", "task", "text", "lang", "duration", "sample_rate")
 OPTIONAL_FIELDS = ("target_lang", "prompt", "response", "label", "speaker", "recording", "messages", "origin")
+_TEXT_FIELDS = tuple(name for name in (*RECORD_FIELDS, *OPTIONAL_FIELDS) if name not in ("duration", "sample_rate", "messages"))
 _BLOCK = 512
 _WRITE_OUT_BYTES = 4 << 20
 _MAX_MEMBER_BYTES = 2**32 - 1
+_MAX_SHARD_BYTES = 2**62  # offsets and sizes below it can be added in int64
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_CHECK_ROWS = 1 << 15  # rows (2 MB) that are checked at a time, so that they stay in the processor's cache
+_RELEASE_ROWS = 32 * _CHECK_ROWS
 
 
-class ShardError(ValueError):
+class ShardError(OneLine, ValueError):
     """A packed folder that cannot be read or is not what its index says; one line: what, where, what to do."""
 
 
-class OutputError(OSError):
+class OutputError(OneLine, OSError):
     """The output cannot be written (disk full, not writable): the run must stop, no sample is to blame."""
 
 
@@ -91,6 +105,36 @@ def target_characters(record: dict) -> int:
         + len(record.get("prompt") or "")
         + len(record.get("response") or "")
     )
+
+
+def check_record(record: dict) -> None:
+    """Check that no field has another type than pack writes; null is always right. Errors: ValueError ("has no text as lang")."""
+    for name in _TEXT_FIELDS:
+        value = record.get(name)
+        if value is not None and not _is_text(value):
+            raise ValueError(f"has no text as {name}")
+    if type(record.get("id")) is not str:
+        raise ValueError("has no id")
+    for name in ("duration", "sample_rate"):
+        value = record.get(name)
+        if value is not None and not (_is_number(value) and 0 <= value < math.inf):
+            raise ValueError(f"has no number from 0 on as {name}")
+    messages = record.get("messages")
+    if messages is not None and not (isinstance(messages, list) and all(map(_is_turn, messages))):
+        raise ValueError('has messages that are not a list of {"role": text, "content": text}')
+
+
+def _is_turn(turn: object) -> bool:
+    return isinstance(turn, dict) and _is_text(turn.get("role")) and _is_text(turn.get("content"))
+
+
+def _is_text(value: object) -> bool:
+    """Half of a surrogate pair, which JSON can hold as an escape, is no text: no tokenizer or file takes it."""
+    return type(value) is str and (value.isascii() or not _SURROGATE.search(value))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass
@@ -281,6 +325,104 @@ def write_index(folder: str | Path, name: str, summaries, extra: dict | None = N
     return index
 
 
+def _reason(error: Exception) -> str:
+    return f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
+
+
+def _read_index(folder: Path) -> dict:
+    """index.json, with every value that is used later checked. Errors: ShardError."""
+    path = folder / INDEX_NAME
+    try:
+        file_size_inside(folder, INDEX_NAME)
+        index = read_object(path)
+    except (UnsafeName, JsonError, OSError) as error:
+        raise ShardError(f"{path} {_reason(error)}: pack the corpus again") from None
+
+    def wrong(what: str) -> ShardError:
+        return ShardError(f"{path}: {what}: copy it again, or pack the corpus again")
+
+    for key, kind, name in (("name", str, "text"), ("shardlist", list, "a list"), ("tasks", list, "a list"),
+                            ("langs", list, "a list"), ("codecs", list, "a list"), ("fingerprint", str, "text")):
+        if not isinstance(index.get(key), kind):
+            raise wrong(f"'{key}' is {'missing' if key not in index else f'not {name}'}")
+    for key in ("tasks", "langs", "codecs"):
+        if not all(isinstance(value, str) for value in index[key]):
+            raise wrong(f"'{key}' holds something else than text")
+    for key in ("rejected", "rejected_hours"):  # reason -> how many, how long; for people
+        counts = index.get(key, {})
+        if not isinstance(counts, dict) or not all(_is_number(count) and math.isfinite(count) for count in counts.values()):
+            raise wrong(f"'{key}' is not an object of numbers")
+    hours = index.get("hours")
+    if not _is_number(hours) or not 0 <= hours < math.inf:
+        raise wrong("'hours' is not a number of hours")
+    if not _SHA256.fullmatch(index["fingerprint"]):
+        raise wrong("'fingerprint' is not a sha256 of 64 hexadecimal digits")
+    names = set()
+    for number, shard in enumerate(index["shardlist"]):
+        if not isinstance(shard, dict):
+            raise wrong(f"entry {number} of 'shardlist' is not an object")
+        try:
+            name = plain_name(shard.get("url"))
+        except UnsafeName as error:
+            raise wrong(f"the url of shard {number} {error} ({ascii(shard.get('url'))[:100]})") from None
+        if name in names or name in (INDEX_NAME, TABLE_NAME):
+            raise wrong(f"two files are named {name}")
+        names.add(name)
+        for key, most in (("nsamples", 2**32), ("filesize", _MAX_SHARD_BYTES)):
+            value = shard.get(key)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < most:
+                raise wrong(f"'{key}' of shard {name} is not a number from 0 to {most - 1}")
+        if not isinstance(shard.get("sha256"), str) or not _SHA256.fullmatch(shard["sha256"]):
+            raise wrong(f"'sha256' of shard {name} is not 64 hexadecimal digits")
+    return index
+
+
+def _read_table(folder: Path, index: dict) -> np.ndarray:
+    """samples.npy as a memory map, every row checked against `index`. Errors: ShardError."""
+    path = folder / TABLE_NAME
+    try:
+        file_size_inside(folder, TABLE_NAME)
+        samples = np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise ShardError(f"{path} is missing: copy it again, or run pack --merge again") from None
+    except (UnsafeName, OSError) as error:
+        raise ShardError(f"{path} {_reason(error)}: pack the corpus again") from None
+    except Exception as error:  # numpy evaluates the header, and has no list of what a broken one raises
+        raise ShardError(f"{path} is not a table of numpy ({str(error).splitlines()[0] if str(error) else 'broken header'}): "
+                         "pack the corpus again") from None
+    if samples.dtype != SAMPLE_DTYPE:
+        raise ShardError(f"{path} does not have the columns of this version: pack the corpus again")
+    counts = np.array([shard["nsamples"] for shard in index["shardlist"]], np.int64)
+    if samples.ndim != 1 or len(samples) != counts.sum():
+        raise ShardError(f"{path} has {samples.size} rows, {INDEX_NAME} counts {counts.sum()}: run pack --merge again")
+    _check_rows(samples, index, counts, path)
+    return samples
+
+
+def _check_rows(samples: np.ndarray, index: dict, counts: np.ndarray, path: Path) -> None:
+    """Errors: ShardError that names the first row with a number that cannot be right."""
+    sizes = np.array([shard["filesize"] for shard in index["shardlist"]], np.uint64)
+    ends = np.cumsum(counts)  # the row after each shard's last one
+    tables = {"task": len(index["tasks"]), "lang": len(index["langs"]), "codec": len(index["codecs"])}
+    for start in range(0, len(samples), _CHECK_ROWS):
+        if start % _RELEASE_ROWS == 0:  # 10 million rows are 0.7 GB, which every rank would keep in memory
+            samples._mmap.madvise(mmap.MADV_DONTNEED)
+        rows = samples[start : start + _CHECK_ROWS]
+        expected = np.searchsorted(ends, np.arange(start, start + len(rows)), side="right")
+        file_sizes = sizes[expected]
+        faults = {"is not in the order of the shards": rows["shard"] != expected}
+        for member in ("audio", "json"):
+            offset, size = rows[f"{member}_offset"], rows[f"{member}_size"]
+            inside = (offset <= file_sizes) & (size <= file_sizes - np.minimum(offset, file_sizes))
+            faults[f"has {member} beyond the end of its shard"] = ~inside
+        for column, length in tables.items():
+            faults[f"names a {column} that {INDEX_NAME} does not list"] = rows[column] >= length
+        faults["has a duration that is negative or not finite"] = ~(np.isfinite(rows["duration"]) & (rows["duration"] >= 0))
+        for fault, where in faults.items():
+            if where.any():
+                raise ShardError(f"{path}: row {start + int(where.argmax())} {fault}: copy it again, or pack the corpus again")
+
+
 class ShardIndex:
     """A packed folder, read by sample number: two preads and nothing else, so it serves any order and any worker.
 
@@ -289,8 +431,8 @@ class ShardIndex:
     samples raise ShardError when read, the others are served).
 
     Files are opened at first use and at most `open_files` are kept open. Safe to pickle and to fork. Where the environment
-    names a folder of node-local copies in SOUNDWAVE_LOCAL_SHARDS, a shard that stands there complete as FINGERPRINT/NAME is
-    read from there.
+    names a folder of node-local copies in SOUNDWAVE_LOCAL_SHARDS (checked by load: only this user may write there), a shard that
+    stands there complete as FINGERPRINT/NAME is read from there.
     """
 
     def __init__(self, folder: Path, index: dict, samples: np.ndarray, open_files: int = 64):
@@ -303,36 +445,40 @@ class ShardIndex:
         self.hours: float = index["hours"]
         self.fingerprint: str = index["fingerprint"]
         self.damaged: list[str] = []
+        local = os.environ.get("SOUNDWAVE_LOCAL_SHARDS")
+        self._copies = Path(local) / self.fingerprint if local else None
         self._open_files, self._files = open_files, OrderedDict()
 
     @classmethod
     def load(cls, folder: str | Path) -> ShardIndex:
-        """Errors: ShardError where the folder, its index or a shard is missing, or where they do not fit each other."""
+        """Check and open a packed folder: whoever made it can make neither this nor a later read leave the folder.
+
+        Errors: ShardError where the folder, its index or a shard is missing, where they do not fit each other, and for shard
+        names, checksums, types and numbers in the index or the table that pack does not write.
+        """
         folder = Path(folder)
         if not (folder / INDEX_NAME).exists():
             why = "does not exist" if not folder.exists() else f"holds no {INDEX_NAME}"
             raise ShardError(
                 f"{folder} {why}: give a folder that data_tools/pack.py has finished (run its command again, or --merge)"
             )
-        try:
-            index = json.loads((folder / INDEX_NAME).read_bytes())
-            samples = np.load(folder / TABLE_NAME, mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise ShardError(f"index of {folder} cannot be read: {error}; run pack again") from error
-        if samples.dtype != SAMPLE_DTYPE:
-            raise ShardError(
-                f"{folder / TABLE_NAME} has columns {samples.dtype.names}, not those of this version: pack the corpus again"
-            )
-        if len(samples) != sum(shard["nsamples"] for shard in index["shardlist"]):
-            raise ShardError(
-                f"{folder / TABLE_NAME} has {len(samples)} rows, {INDEX_NAME} counts another number: run pack --merge again"
-            )
+        index = _read_index(folder)
+        samples = _read_table(folder, index)
         loaded = cls(folder, index, samples)
+        if loaded._copies is not None and loaded._copies.parent.exists():  # of which only the size is compared
+            try:
+                check_private(loaded._copies.parent)
+            except NotPrivate as error:
+                raise ShardError(f"SOUNDWAVE_LOCAL_SHARDS: {error}") from None
         for shard in index["shardlist"]:
             path = folder / shard["url"]
-            if not path.exists():
-                raise ShardError(f"shard {path} is missing: copy or pack it again")
-            if (size := path.stat().st_size) != shard["filesize"]:
+            try:
+                size = file_size_inside(folder, shard["url"])
+            except FileNotFoundError:
+                raise ShardError(f"shard {path} is missing: copy or pack it again") from None
+            except (UnsafeName, OSError) as error:
+                raise ShardError(f"shard {path} {_reason(error)}: copy the file itself, or pack the corpus again") from None
+            if size != shard["filesize"]:
                 loaded.damaged.append(f"{path} has {size} bytes, the index says {shard['filesize']}: copy or pack it again")
         return loaded
 
@@ -340,21 +486,26 @@ class ShardIndex:
         return len(self.samples)
 
     def read(self, row: int) -> tuple[bytes | None, dict]:
-        """Audio bytes as they stand in the shard (None for text only) and the JSON record of sample number `row`."""
+        """Return the audio bytes as they are in the shard (None for text only) and the JSON record of sample number `row`.
+
+        Errors: ShardError where the bytes are not there or the JSON is no record (see check_record).
+        """
         sample = self.samples[row]
         audio = self._pread(sample["shard"], sample["audio_offset"], sample["audio_size"], row) if sample["audio_size"] else None
         text = self._pread(sample["shard"], sample["json_offset"], sample["json_size"], row)
         try:
-            return audio, json.loads(text)
+            record = parse_object(text)
+            check_record(record)
+            return audio, record
         except ValueError as error:
             raise ShardError(
-                f"{self._path(sample['shard'])}: JSON of sample {row} is broken ({error}); check with data_tools.verify"
+                f"{self._path(sample['shard'])}: JSON of sample {row} {error}; check with data_tools.verify"
             ) from None
 
     def _path(self, shard: int) -> Path:
         entry = self.shards[int(shard)]
-        if local := os.environ.get("SOUNDWAVE_LOCAL_SHARDS"):
-            copy = Path(local) / self.fingerprint / entry["url"]
+        if self._copies is not None:
+            copy = self._copies / entry["url"]
             if copy.exists() and copy.stat().st_size == entry["filesize"]:
                 return copy
         return self.folder / entry["url"]

@@ -22,6 +22,7 @@ import soundfile
 from tqdm import tqdm
 
 from core.audio import AudioError, read
+from core.console import print_text
 from data_tools.shards import ShardError, ShardIndex, id_hash
 
 _BAR = 40
@@ -66,7 +67,7 @@ def describe(folder: Path, index: ShardIndex) -> str:
     if told.get("rejected"):
         lines += ["", f"refused when packed (named in {folder / 'rejected.jsonl'})"]
         lines += [
-            f"  {count:>9,}  {told['rejected_hours'].get(reason, 0):>9.2f} h  {reason}"
+            f"  {count:>9,}  {told.get('rejected_hours', {}).get(reason, 0):>9.2f} h  {reason}"
             for reason, count in told["rejected"].items()
         ]
     if told.get("findings"):
@@ -185,12 +186,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         index = ShardIndex.load(options.folder)
         if options.listen is not None:
-            print(listen(index, options.listen, options.to))
+            print_text(listen(index, options.listen, options.to))
             return 0
         if options.lhotse:
             print(f"{write_lhotse_cuts(index, options.lhotse)} cuts in {options.lhotse}")
             return 0
-        print(describe(options.folder, index))
+        print_text(describe(options.folder, index))
         if options.png:
             draw(index, options.png)
             print(f"\nhistograms in {options.png}")

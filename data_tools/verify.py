@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import sys
 import tarfile
@@ -21,7 +20,9 @@ import numpy as np
 from tqdm import tqdm
 
 from core.audio import AudioError, read
-from data_tools.shards import ShardError, ShardIndex, audio_hash, fingerprint, id_hash, target_characters
+from core.console import print_text
+from core.json_files import read_object
+from data_tools.shards import INDEX_NAME, ShardError, ShardIndex, audio_hash, fingerprint, id_hash, target_characters
 
 _DURATION_TOLERANCE = 0.002  # seconds: JSON and table keep fewer digits than there are
 
@@ -31,10 +32,9 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_shard(folder: Path, shard: int, decode: int | None) -> list[str]:
+def check_shard(index: ShardIndex, shard: int, decode: int | None) -> list[str]:
     """Problems of one shard, a line each. decode: at most this many clips, spread over the shard; None: all."""
-    index = ShardIndex.load(folder)
-    path, expected = folder / index.shards[shard]["url"], index.shards[shard]
+    path, expected = index.folder / index.shards[shard]["url"], index.shards[shard]
     if path.stat().st_size != expected["filesize"]:
         return [f"{path.name}: {path.stat().st_size} bytes, the index says {expected['filesize']}"]
     if file_sha256(path) != expected["sha256"]:
@@ -115,14 +115,15 @@ def check(folder: Path, decode: int | None, workers: int) -> list[str]:
     damaged = {line.split(" ")[0] for line in index.damaged}
     if fingerprint(index.samples, [shard["sha256"] for shard in index.shards]) != index.fingerprint:
         problems.append("samples.npy is not the table that the index was written with (fingerprint)")
-    told = json.loads((folder / "index.json").read_bytes())
+    told = read_object(folder / INDEX_NAME)
     hours = float(index.samples["duration"].astype(np.float64).sum()) / 3600
-    if told["samples"] != len(index) or abs(hours - index.hours) > 1e-5:
-        problems.append(f"index.json says {told['samples']} samples, {index.hours} h; the table has {len(index)}, {hours:.6f} h")
+    counted = told.get("samples")
+    if counted != len(index) or abs(hours - index.hours) > 1e-5:
+        problems.append(f"index.json says {counted} samples, {index.hours} h; the table has {len(index)}, {hours:.6f} h")
     shards = [shard for shard in range(len(index.shards)) if str(folder / index.shards[shard]["url"]) not in damaged]
     per_shard = None if decode is None else -(-decode // max(1, len(shards)))
     with ProcessPoolExecutor(max(1, min(workers, len(shards))), get_context("fork")) as pool:
-        futures = [pool.submit(check_shard, folder, shard, per_shard) for shard in shards]
+        futures = [pool.submit(check_shard, index, shard, per_shard) for shard in shards]
         for future in tqdm(futures, desc="checking shards", disable=None):
             problems += future.result()
     return problems
@@ -146,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"verify: {error}", file=sys.stderr)
         return 2
     for problem in problems:
-        print(problem)
+        print_text(problem)
     print(f"{options.folder}: {f'{len(problems)} problems' if problems else 'as its index says'}")
     return 1 if problems else 0
 

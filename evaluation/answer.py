@@ -17,6 +17,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from core.audio import Audio, AudioError, decode, largest_decoded
+from core.console import print_error, print_text
 from evaluation.run import InputError, joint_search, load
 from model.folder import FolderError
 from model.joint import JointSearch
@@ -70,17 +71,17 @@ def main(arguments: list[str] | None = None) -> int:
             try:
                 audio = sound(file, model.config.encoder.max_seconds)
             except AudioError as error:
-                print(f"error: {file}: {error}", file=sys.stderr)
+                print_error(f"error: {file}: {error}")
                 code = 2
                 continue
             for finding in audio.findings:
-                print(f"warning: {file}: {finding.detail} ({finding.kind})", file=sys.stderr)
+                print_error(f"warning: {file}: {finding.detail} ({finding.kind})")
             waveform = torch.from_numpy(audio.samples)
             if how == "ctc":
                 text = model.ctc_greedy(model.prompts([chat], [waveform]))[0]
             else:
                 text = model.answer([chat], [waveform], max_new_tokens=options.max_new_tokens, joint=joint)[0]
-            print(file, " ".join(text.split()), sep="\t", flush=True)
+            print_text(file, " ".join(text.split()), sep="\t", flush=True)
     except (InputError, FolderError, SourceError, PromptError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

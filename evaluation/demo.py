@@ -1,52 +1,72 @@
-"""A page to talk to a model: `python -m evaluation.demo MODEL` (needs Gradio: pip install -r requirements-demo.txt).
+"""A page to talk to a model: `python -m evaluation.demo MODEL` (needs Gradio: make setup EXTRAS=demo).
 
 Record or upload speech, ask about it, and see the answer as it is written, what the CTC head heard, which frames the LLM was
 given, and how long each part took. It listens on this machine alone unless --host says otherwise, and sends nothing anywhere.
+
+What visitors may cost is bounded: bytes of an upload and of a request, seconds of audio, length of a question, seconds of an
+answer, length of the queue. Recordings lie in a folder of this process alone, for an hour at most, and go when it ends.
 """
 
 from __future__ import annotations
 
 import argparse
+import html
+import ipaddress
 import os
+import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from transformers import TextIteratorStreamer
 from transformers.utils.logging import disable_progress_bar
 
 from core.audio import SAMPLE_RATE, AudioError, decode, largest_decoded
+from core.console import one_line, print_error, printable
 from evaluation.picture import ctc_peaks, figure
 from model import folder
 from model.batch import Batch
-from model.pretrained import SourceError
+from model.pretrained import SourceError, text_config
+from model.prompt import PromptError
 from model.soundwave import Soundwave
 
 QUESTION = "Please transcribe the following audio."
+CHARACTERS_PER_POSITION = 16  # of a question, at most: what is longer is refused before it is tokenised
+REQUEST_BYTES = 1 << 20  # of any request but an upload
+CLEAN_EVERY, KEEP_SECONDS = 600, 3600  # uploads
+
+
+class Refusal(ValueError):
+    """What a visitor asked for and does not get; one line for them, without anything of this machine in it."""
 
 
 class Streamer(TextIteratorStreamer):
-    """The answer in pieces, until `stopped` is set: then the next token ends the generation."""
+    """The answer in pieces, until `stopped` is set or `seconds` have passed: then the next token ends the generation."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, seconds: float):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.stopped = threading.Event()
+        self.seconds, self.deadline = seconds, time.monotonic() + seconds
 
     def put(self, value: torch.Tensor) -> None:
         if self.stopped.is_set():
             raise CancelledError("nobody reads on")
+        if time.monotonic() > self.deadline:
+            raise Refusal(f"the answer was stopped after {self.seconds:g} s, the limit here")
         super().put(value)
 
 
 class Talker:
     """One model behind the page; one question at a time (Gradio queues the others)."""
 
-    def __init__(self, model: Soundwave, max_new_tokens: int):
-        self.model, self.max_new_tokens = model, max_new_tokens
+    def __init__(self, model: Soundwave, max_new_tokens: int, seconds: float = 120.0):
+        self.model, self.max_new_tokens, self.seconds = model, max_new_tokens, seconds
 
     def warm_up(self) -> None:
         """The first call pays for what is loaded and compiled once: better before the first visitor than for them."""
@@ -59,10 +79,11 @@ class Talker:
     def ask(self, file: str | None, question: str) -> Iterator[tuple]:
         """Yields (answer so far, CTC transcript, picture, timings as Markdown), None where nothing has changed.
 
-        Errors: ValueError (AudioError among them), one line.
+        Errors: AudioError, PromptError, Refusal (one line).
         """
         if not file:
-            raise ValueError("no audio: record or upload some first")
+            raise Refusal("no audio: record or upload some first")
+        self.check_question(question)
         longest = self.model.config.encoder.max_seconds
         try:
             audio = decode(file, whole=False, max_seconds=longest, max_bytes=largest_decoded(longest))
@@ -74,7 +95,25 @@ class Talker:
     def check_length(self, seconds: float) -> None:
         longest = self.model.config.encoder.max_seconds
         if seconds > longest:
-            raise ValueError(f"the recording lasts {seconds:.0f} s, this model takes {longest:g} s at most")
+            raise Refusal(f"the recording lasts {seconds:.0f} s, this model takes {longest:g} s at most")
+
+    @property
+    def positions(self) -> int | None:
+        """How many the LLM has; None without an LLM, and where its configuration does not say."""
+        if self.model.llm is None:
+            return None
+        return getattr(text_config(self.model.llm.config), "max_position_embeddings", None)
+
+    def check_question(self, question: str) -> None:
+        if self.positions is not None and len(question) > CHARACTERS_PER_POSITION * self.positions:
+            raise Refusal(f"the question has {len(question)} characters, more than fit into the LLM's {self.positions} positions")
+
+    def check_positions(self, batch: Batch, kept: int) -> None:
+        """Room for the question, for what is kept of the audio (in place of its one token), and for the answer."""
+        needed = batch.input_ids.shape[1] - 1 + kept
+        if self.positions is not None and needed + self.max_new_tokens > self.positions:
+            raise Refusal(f"question and audio take {needed} of the LLM's {self.positions} positions, and the answer may take "
+                          f"{self.max_new_tokens}: ask a shorter question, or send a shorter recording")
 
     def conversation(self, waveform: torch.Tensor, question: str) -> Batch:
         """The recording, then the question, as a conversation ready to be continued."""
@@ -97,9 +136,11 @@ class Talker:
         if self.model.llm is None:
             yield "(A model of stage I has no LLM; below is what its CTC head heard.)", transcript, picture, timings(lines)
             return
+        batch = self.conversation(waveform, question.strip())
+        self.check_positions(batch, kept)
         yield "", transcript, picture, timings(lines)
         began, text, first = time.perf_counter(), "", None
-        for piece in self.stream(self.conversation(waveform, question.strip())):
+        for piece in self.stream(batch):
             text += piece
             if not text:  # a token that completes no word yet
                 continue
@@ -112,7 +153,7 @@ class Talker:
 
     def stream(self, batch) -> Iterator[str]:
         """The answer in pieces. What goes wrong in the generating thread is raised here; it ends before this does."""
-        streamer = Streamer(self.model.tokenizer)
+        streamer = Streamer(self.model.tokenizer, self.seconds)
         problems: list[BaseException] = []
 
         def work() -> None:
@@ -137,18 +178,56 @@ def timings(lines: list[tuple[str, str]]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in lines)])
 
 
+class BodyLimit:
+    """ASGI: a request whose body is longer than `most` bytes ends with status 413; uploads are counted by Gradio itself."""
+
+    def __init__(self, app, most: int):
+        self.app, self.most = app, most
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http" or scope["path"].rstrip("/").endswith("/upload"):
+            return await self.app(scope, receive, send)
+        received = 0
+
+        async def counted():
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.most:
+                from starlette.exceptions import HTTPException
+
+                raise HTTPException(413, "this request is too long")
+            return message
+
+        await self.app(scope, counted, send)
+
+
+def shown(talker: Talker, file: str | None, question: str) -> Iterator[tuple]:
+    """`Talker.ask` for strangers: whatever goes wrong is one line here, and one without names of this machine for them.
+
+    Errors: Refusal.
+    """
+    try:
+        yield from talker.ask(file, question)
+    except (AudioError, PromptError, Refusal) as error:
+        raise Refusal(html.escape(printable(one_line(error)))) from None
+    except Exception as error:  # memory, for one; the next question may be answered
+        print_error(f"error: a question was not answered: {type(error).__name__}: {one_line(error)}")
+        raise Refusal("the question could not be answered; the reason is in the log of this server") from None
+
+
 def page(talker: Talker, title: str):
     """The Gradio page."""
     import gradio
 
     def ask(file: str | None, question: str):
         try:
-            for outputs in talker.ask(file, question):
+            for outputs in shown(talker, file, question):
                 yield tuple(gradio.skip() if output is None else output for output in outputs)
-        except ValueError as error:  # AudioError among them
-            raise gradio.Error(str(error)) from None
+        except Refusal as error:
+            raise gradio.Error(str(error), print_exception=False) from None
 
-    with gradio.Blocks(title="Soundwave", analytics_enabled=False) as blocks:
+    with gradio.Blocks(title="Soundwave", analytics_enabled=False, delete_cache=(CLEAN_EVERY, KEEP_SECONDS)) as blocks:
         gradio.Markdown(f"# Soundwave\n{title}")
         with gradio.Row():
             with gradio.Column():
@@ -168,47 +247,91 @@ def page(talker: Talker, title: str):
     return blocks
 
 
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def login(variable: str | None) -> tuple[str, str] | None:
+    """User and password of an environment variable. Errors: ValueError, without them."""
+    if variable is None:
+        return None
+    user, _, password = os.environ.get(variable, "").partition(":")
+    if not user or not password:
+        raise ValueError(f"--login {variable}: set this environment variable to USER:PASSWORD")
+    return user, password
+
+
+def serve(options: argparse.Namespace, folder_of_uploads: str) -> int:
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=folder_of_uploads)  # before the import, which reads them
+    try:
+        import gradio
+        from starlette.middleware import Middleware
+    except ImportError:
+        print_error("error: the page needs Gradio: make setup EXTRAS=demo")
+        return 2
+    disable_progress_bar()
+    try:
+        credentials = login(options.login)
+        model = folder.load(options.model, device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (folder.FolderError, SourceError, ValueError) as error:
+        print_error("error:", error)
+        return 2
+    talker = Talker(model, options.max_new_tokens, options.max_seconds)
+    try:
+        talker.warm_up()
+    except Refusal as error:
+        print_error(f"error: not even one second of audio can be answered: {error}; lower --max-new-tokens")
+        return 2
+    encoder, llm = (Path(part.name).name for part in (model.config.encoder, model.config.llm))
+    title = f"Stage {model.stage}: {encoder} and {llm}"
+    # Fonts of the system: Gradio's own theme fetches its fonts from the network.
+    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    # The longest recording as stereo at 48 kHz in 32 bits, and room for headers.
+    largest = int(model.config.encoder.max_seconds * 2 * 48_000 * 4) + 2**20
+    if not is_loopback(options.host) and credentials is None:
+        print_error(f"warning: whoever reaches {options.host}:{options.port} can use this page, unencrypted and without a "
+                    "password: give --login, or keep --host at 127.0.0.1 and forward the port by ssh -L")
+    # Gradio 6.31 prints the stack of whatever a visitor makes it refuse: a line of the log is enough (gradio/queueing.py).
+    gradio.queueing.traceback = SimpleNamespace(
+        print_exc=lambda: print_error(f"error: a request was refused: {one_line(sys.exc_info()[1])}"))
+    try:
+        page(talker, title).queue(max_size=options.queue, api_open=False).launch(
+            server_name=options.host, server_port=options.port, share=False, theme=theme, ssr_mode=False, quiet=True,
+            prevent_thread_lock=True, footer_links=[], max_file_size=largest, auth=credentials, show_error=False,
+            app_kwargs={"middleware": [Middleware(BodyLimit, most=REQUEST_BYTES)]})
+    except OSError as error:
+        print_error(f"error: cannot listen on {options.host}:{options.port} ({one_line(error)}): choose another --port")
+        return 2
+    print(f"listening on http://{options.host}:{options.port} (Ctrl-C ends it)", flush=True)
+    threading.Event().wait()
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m evaluation.demo", description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="model folder: <output>/<stage>/model")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--login", metavar="VARIABLE", help="environment variable with USER:PASSWORD that visitors must give")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--max-seconds", type=float, default=120.0, help="longest time for one answer (default: 120)")
+    parser.add_argument("--queue", type=int, default=16, help="questions that may wait; further ones are refused (default: 16)")
     options = parser.parse_args(arguments)
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+    def stop(*_) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)  # so that the uploads go
     try:
-        import gradio
-    except ImportError:
-        print("error: the page needs Gradio: pip install -r requirements-demo.txt", file=sys.stderr)
-        return 2
-    disable_progress_bar()
-    try:
-        model = folder.load(options.model, device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (folder.FolderError, SourceError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    talker = Talker(model, options.max_new_tokens)
-    talker.warm_up()
-    encoder, llm = (Path(part.name).name for part in (model.config.encoder, model.config.llm))
-    title = f"`{options.model}` (stage {model.stage}): {encoder} and {llm}"
-    # Fonts of the system: Gradio's own theme fetches its fonts from the network.
-    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    # The longest recording as stereo at 48 kHz in 32 bits, and room for headers.
-    largest = int(model.config.encoder.max_seconds * 2 * 48_000 * 4) + 2**20
-    try:
-        page(talker, title).queue().launch(
-            server_name=options.host, server_port=options.port, share=False, theme=theme, ssr_mode=False, quiet=True,
-            prevent_thread_lock=True, footer_links=[], max_file_size=largest)
-    except OSError as error:
-        print(f"error: cannot listen on {options.host}:{options.port} ({error}): choose another --port", file=sys.stderr)
-        return 2
-    print(f"listening on http://{options.host}:{options.port} (Ctrl-C ends it)", flush=True)
-    try:
-        threading.Event().wait()
+        with tempfile.TemporaryDirectory(prefix="soundwave-demo-") as folder_of_uploads:  # mode 700, a name nobody can guess
+            return serve(options, folder_of_uploads)
     except KeyboardInterrupt:
         print()
-    return 0
+        return 0
 
 
 if __name__ == "__main__":

@@ -17,16 +17,15 @@ import json
 import os
 import re
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from core.console import one_line, print_error, print_text
 from evaluation.air_bench import read_meta, sample_id
+from evaluation.endpoint import AddressError, Endpoint, EndpointError, sent_in_clear
 from evaluation.predictions import PredictionError, end_last_line, read_rows, row_key
 from evaluation.resampling import interval
 
@@ -43,46 +42,23 @@ Question: {question}
 </answer 2>
 Rate each answer from 1 (useless or wrong) to 10 (correct, relevant and complete). Reply with the two numbers alone, that of \
 answer 1 first, separated by a space."""
-RETRIES = 4
-
-
-class JudgeError(RuntimeError):
-    """The judge cannot be asked; one line: what, where, what to do."""
-
-
-def endpoint_judge(url: str, model: str, key: str | None, timeout: float = 120.0) -> Callable[[str], str]:
-    """A function text -> reply over POST {url}/chat/completions (OpenAI's protocol), greedy. Busy servers (408, 429, 5xx) and
-    broken connections are asked again after 1, 2, 4 s; other refusals raise JudgeError at once."""
-    target = url.rstrip("/") + "/chat/completions"
-
-    def ask(text: str) -> str:
-        body = json.dumps({"model": model, "temperature": 0, "max_tokens": 32, "messages": [{"role": "user", "content": text}]})
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        for attempt in range(RETRIES):
-            try:
-                request = urllib.request.Request(target, body.encode(), headers)
-                with urllib.request.urlopen(request, timeout=timeout) as response:
-                    return json.loads(response.read())["choices"][0]["message"]["content"] or ""
-            except urllib.error.HTTPError as error:
-                reason = f"answers {error.code} {error.reason}"
-                if error.code not in (408, 429) and error.code < 500:
-                    raise JudgeError(f"{target} {reason}: check --endpoint, --judge-model and the key in --key-env") from None
-            except (OSError, KeyError, IndexError, TypeError, json.JSONDecodeError) as error:
-                reason = f"gives no answer ({error})"
-            if attempt + 1 < RETRIES:
-                time.sleep(2**attempt)
-        raise JudgeError(f"{target} {reason} after {RETRIES} tries: start the server, then run the same command again")
-
-    return ask
+_TAGS = re.compile(r"<(?=/?(?:audio|answer)\b)")
 
 
 def local_judge(folder: Path) -> Callable[[str], str]:
-    """The same from a transformers model folder, on the GPU where there is one."""
+    """A function text -> reply of a transformers model folder, on the GPU where there is one. Errors: PredictionError."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    from model.pretrained import SourceError, reading
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        with reading(folder, "chat model"):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False).to(device).eval()
+    except SourceError as error:
+        raise PredictionError(str(error)) from None
 
     def ask(text: str) -> str:
         inputs = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True,
@@ -108,11 +84,28 @@ def digest_of(row: dict, description: str, judge: str, template: str = TEMPLATE)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+def _plain(text: str) -> str:
+    """An answer must not end its own part of the template and go on with words of its own to the judge."""
+    return _TAGS.sub("&lt;", text)
+
+
+def read_template(path: Path | None) -> str:
+    """Errors: PredictionError for a file that cannot be read or filled in."""
+    try:
+        template = path.read_text() if path else TEMPLATE
+        template.format(description="", question="", first="", second="")
+    except (OSError, ValueError, LookupError, AttributeError) as error:
+        raise PredictionError(f"--template {path} cannot be used ({type(error).__name__}: {one_line(error)}): it may hold "
+                              "{description} {question} {first} {second}, and {{ for a brace") from None
+    return template
+
+
 def judge_row(row: dict, description: str, ask: Callable[[str], str], template: str = TEMPLATE) -> dict:
     """Both orders of one answer and its reference: {id, corpus, task, score, reference_score, replies}; score None: unread."""
-    values = {"description": description, "question": row.get("prompt") or "What is said?"}
-    replies = [ask(template.format(**values, first=row["reference"], second=row["prediction"])),
-               ask(template.format(**values, first=row["prediction"], second=row["reference"]))]
+    values = {"description": _plain(description), "question": _plain(row.get("prompt") or "What is said?")}
+    answer, reference = _plain(row["prediction"]), _plain(row["reference"])
+    replies = [ask(template.format(**values, first=reference, second=answer)),
+               ask(template.format(**values, first=answer, second=reference))]
     pairs = [parse_scores(reply) for reply in replies]
     known = [(pair[1 - swapped], pair[swapped]) for swapped, pair in enumerate(pairs) if pair]  # (answer, reference)
     score, reference = np.mean(known, axis=0).tolist() if known else (None, None)
@@ -147,9 +140,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--template", type=Path, help="text with {description} {question} {first} {second}")
     options = parser.parse_args(arguments)
     try:
+        endpoint = None
+        if options.endpoint:  # first: an address with a password in it must not be stored as the judge's name
+            key = os.environ.get(options.key_env)
+            endpoint = Endpoint(options.endpoint, options.judge_model, key, key_source=options.key_env)
+            if key and sent_in_clear(options.endpoint):
+                print_error(f"warning: the key in {options.key_env} goes unencrypted to {options.endpoint}")
         rows = read_rows(options.predictions)
         described = {sample_id(item): item.get("meta_info") for item in read_meta(options.meta)} if options.meta else {}
-        template = options.template.read_text() if options.template else TEMPLATE
+        template = read_template(options.template)
         judge_name = str(options.local or f"{options.endpoint} {options.judge_model}")
         wanted = {}
         for row in rows:
@@ -161,16 +160,15 @@ def main(arguments: list[str] | None = None) -> int:
         judged = {judgement["digest"]: judgement for judgement in before if judgement.get("digest") in wanted}
         if options.local and not (options.local / "config.json").exists():
             raise PredictionError(f"{options.local} is no model folder (it holds no config.json)")
-        ask = local_judge(options.local) if options.local else endpoint_judge(options.endpoint, options.judge_model,
-                                                                              os.environ.get(options.key_env))
+        ask = local_judge(options.local) if options.local else endpoint
         with kept.open("a", encoding="utf-8") as out:
             for digest in tqdm([digest for digest in wanted if digest not in judged], desc="judging", unit="answer"):
                 judged[digest] = judge_row(*wanted[digest], ask, template) | {"digest": digest}
                 out.write(json.dumps(judged[digest], ensure_ascii=False) + "\n")
                 out.flush()
-    except (PredictionError, JudgeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, PredictionError) else 1
+    except (PredictionError, EndpointError) as error:
+        print_error("error:", error)
+        return 2 if isinstance(error, (PredictionError, AddressError)) else 1
     others = sum(judgement.get("digest") not in wanted for judgement in before)
     if others:
         print(f"{others} judgements in {kept} are of another judge, wording or answer: not counted")
@@ -179,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     for task, part in summary["tasks"].items():
         low, high = part.get("score_ci95", (0, 0))
         shown = f"{part['score']:.2f} [{low:.2f}, {high:.2f}]" if part["judged"] else "no score"
-        print(f"{task}: {shown} of 10 ({part['judged']} judged, {part['unread']} replies unread)")
+        print_text(f"{task}: {shown} of 10 ({part['judged']} judged, {part['unread']} replies unread)")
     return 0
 
 

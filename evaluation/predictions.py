@@ -12,8 +12,10 @@ import json
 import os
 from pathlib import Path
 
+from core.console import OneLine
 
-class PredictionError(ValueError):
+
+class PredictionError(OneLine, ValueError):
     """A predictions file that cannot be used; the message is one line: what, where, what to do."""
 
 

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from core.console import OneLine
 from data_tools.shards import ShardError, ShardIndex
 from evaluation.predictions import PredictionError, PredictionFile, read_rows, row_key
 from evaluation.score import score_file, table
@@ -41,7 +42,7 @@ from train.stages import initial_folder, stage_of
 STAGE_I = "alignment"
 
 
-class InputError(ValueError):
+class InputError(OneLine, ValueError):
     """A command that cannot be run; one line: what, where, what to do."""
 
 

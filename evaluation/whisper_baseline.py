@@ -21,7 +21,7 @@ from data_tools.shards import ShardError, ShardIndex
 from evaluation.predictions import PredictionError, PredictionFile, row_key
 from evaluation.run import InputError, finish, prediction_row, shard_folder, start
 from model.features import SAMPLE_RATE, WINDOW_SECONDS, log_mel
-from model.pretrained import SourceError, fingerprint
+from model.pretrained import SourceError, fingerprint, reading
 from train.config import Corpus, RecipeError
 from train.data.reader import decode, read_with_retry
 from train.data.rejected import BrokenSample
@@ -35,8 +35,9 @@ class Whisper:
     """A Whisper folder as a transcriber of waveforms."""
 
     def __init__(self, path: Path, device: torch.device):
-        self.model = WhisperForConditionalGeneration.from_pretrained(path).to(device).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        with reading(path, "Whisper model"):
+            self.model = WhisperForConditionalGeneration.from_pretrained(path).to(device).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         self.languages = getattr(self.model.generation_config, "lang_to_id", None)
 
     @torch.inference_mode()

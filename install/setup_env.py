@@ -1,11 +1,12 @@
 """Fill .venv so that nothing is compiled, downloaded or mended later, inside a run. Used by `make setup`.
 
-    python3 install/setup_env.py [--venv .venv] [--gpu auto|yes|no] [--dev] [--flash-attn] [--check]
+    python3 install/setup_env.py [--venv .venv] [--gpu auto|yes|no] [--dev] [--extras demo bench] [--flash-attn] [--check]
 
 Steps, each skipped when it is done already, so that a repeat is quick and an interrupted set-up goes on where it stopped:
 
 1. venv            python3 -m venv; a broken one is made anew
-2. packages        requirements.txt (and -dev, -gpu): the CPU build of torch where pip offers one and there is no GPU
+2. packages        those of install/locks/, each checked against the sha256 there (`make lock` writes these files from the
+                   requirements): the CPU build of torch where pip offers one and there is no GPU
 3. torchaudio      on CPU torch its compiled part, which links CUDA, is moved away: with it `import torchaudio` fails, and
                    transformers with it. On CUDA torch it stays (and comes back)
 4. deepspeed ops   built into the installed package instead of just in time inside the first run
@@ -29,14 +30,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST, NEWEST = (3, 11), (3, 13)  # numpy needs 3.11; wheels of the pinned versions end at 3.13
-REQUIREMENTS = tuple(f"requirements{kind}.txt" for kind in ("", "-av", "-dev", "-dev-cpu", "-gpu"))
+EXTRAS = ("av", "bench", "demo")
+REQUIREMENTS = tuple("requirements%s.txt" % kind for kind in ("", "-dev", "-dev-cpu", "-gpu", "-torch-cpu")) + tuple(
+    "requirements-%s.txt" % name for name in EXTRAS)
+LOCKS = ROOT / "install" / "locks"
 DISK_GB = {"cpu": 4, "cuda": 14}
 
 # Every process of this environment, however it is started: prebuilt ops and whatever torch still builds stay inside it (the
 # default, ~/.cache/torch_extensions, is shared by all environments of a user, which spoil it for each other, and by all nodes
-# of a shared home, which race for it).
+# of a shared home, which race for it). What torch.compile builds goes to the user's own cache: its default, a folder
+# /tmp/torchinductor_USER, could be made by another user first.
 ENVIRONMENT_PTH = (
     "import os, sys; os.environ.setdefault('TORCH_EXTENSIONS_DIR', os.path.join(sys.prefix, 'torch_extensions'))"
+    "; os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', os.path.join(os.environ.get('XDG_CACHE_HOME') or "
+    "os.path.expanduser('~/.cache'), 'torchinductor'))"
     "; {accelerator}\n")
 
 
@@ -115,7 +122,7 @@ def which_kind(env, gpu):
 def fingerprint(kind):
     """Hash of what the set-up depends on: the pins, this folder, the op's sources, the interpreter, CPU or CUDA."""
     digest = hashlib.sha256(repr((kind, sys.version_info[:3])).encode())
-    sources = [ROOT / name for name in REQUIREMENTS] + sorted((ROOT / "install").glob("*.*"))
+    sources = [ROOT / name for name in REQUIREMENTS] + [ROOT / "install" / "setup_env.py"] + sorted(LOCKS.glob("*.txt"))
     sources += [path for path in sorted((ROOT / "model" / "ops").rglob("*"))
                 if path.suffix in (".cpp", ".h", ".hpp", ".cu", ".cuh") or path.name == "build.py"]
     for path in sources:
@@ -161,38 +168,81 @@ def make_venv(env):
                          % " ".join(made.stdout.split())[-300:])
 
 
-def pinned(name):
-    """The line `name==version` of requirements.txt."""
-    for line in (ROOT / "requirements.txt").read_text().splitlines():
-        if re.match(re.escape(name) + "==", line):
-            return line.split("#")[0].strip()
-    raise SetupError("requirements.txt pins no %s" % name)
+def pins(path):
+    """Name -> version of a requirements or a lock file."""
+    found = {}
+    for line in path.read_text().splitlines():
+        match = re.match(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;\\]+)", line)
+        if match:
+            found[re.sub(r"[-_.]+", "-", match.group(1)).lower()] = match.group(2)
+    return found
 
 
-def install_packages(env, kind, files):
-    pip = [str(env.python), "-m", "pip", "install", "--disable-pip-version-check"]
-    torch = pinned("torch")
+def lock_of(name, kind):
+    """The lock file of a requirements file."""
+    middle = name[len("requirements"):-len(".txt")].lstrip("-")
+    return LOCKS / ((middle or kind) + ".txt")
+
+
+def check_locks(files, kind):
+    """Errors: SetupError where a requirements file was edited and `make lock` not run since."""
+    there = pins(LOCKS / "deepspeed.txt")
+    for name in files:
+        there.update(pins(lock_of(name, kind)))
+    for name in files:
+        for package, version in pins(ROOT / name).items():
+            if there.get(package, "").split("+")[0] != version:
+                raise SetupError("%s asks for %s %s, install/locks/ has %s: make lock" % (
+                    name, package, version, there.get(package, "none")))
+
+
+def without_hashes(env, path):
+    """A copy of a lock file for --no-hashes: packages that a site has built itself."""
+    copy = env.state / path.name
+    lines = re.sub(r" *\\\n *--hash=\S+", "", path.read_text())
+    copy.write_text(lines)
+    return copy
+
+
+class Installer:
+    """pip, told to take what the lock files name and nothing else."""
+
+    def __init__(self, env, hashes):
+        self.env, self.hashes = env, hashes
+
+    def run(self, label, paths, options=(), env=None):
+        if not self.hashes:
+            paths = [without_hashes(self.env, path) for path in paths]
+        command = [str(self.env.python), "-m", "pip", "install", "--disable-pip-version-check", "--no-deps"]
+        command += ["--require-hashes"] if self.hashes else []
+        return self.env.run(label, command + list(options) + [part for path in paths for part in ("-r", str(path))], env=env)
+
+
+def install_packages(env, kind, files, installer):
+    check_locks(files, kind)
+    wanted = pins(LOCKS / "cuda.txt")["torch"]
     have = env.ask("import importlib.metadata as m; print(m.version('torch'))")
-    right = have is not None and have.split("+")[0] == torch.split("==")[1] and (kind == "cpu" or not have.endswith("+cpu"))
-    if not right:
-        say("[2/5] packages: %s first" % torch)
-        if kind == "cpu":
-            try:
-                env.run("pip-torch", pip + [torch + "+cpu"])
-            except SetupError as error:
-                if "No matching distribution" not in str(error):
-                    raise
-                say("      pip offers no CPU build of %s here: taking the default one, which brings CUDA libraries" % torch)
-                env.run("pip-torch", pip + [torch])
-        else:  # of two builds with the same version pip would take +cpu where an index offers it
-            env.run("pip-torch", pip + ["%s,!=%s+cpu" % (torch, torch.split("==")[1])])
+    wheels = ("--only-binary", ":all:")  # a source distribution would run code, and fetch what it is built with unchecked
+    lock = kind
+    if kind == "cpu" and have != wanted + "+cpu":
+        say("[2/5] packages: torch %s first" % wanted)
+        torch = env.state / "torch-cpu.txt"
+        torch.write_text((ROOT / "requirements-torch-cpu.txt").read_text())
+        try:
+            installer.run("pip-torch", [torch], wheels)
+        except SetupError as error:
+            if "No matching distribution" not in str(error):
+                raise
+            say("      pip offers no CPU build of torch %s here: taking the default one, which brings CUDA libraries" % wanted)
+            lock = "cuda"
+    elif kind == "cuda" and have == wanted + "+cpu":  # pip would leave it: +cpu is the same version to it
+        env.run("pip-torch", [str(env.python), "-m", "pip", "uninstall", "--yes", "torch"])
     say("[2/5] packages: %s" % " ".join(files))
-    constraints = ["-c", str(ROOT / "install" / "constraints.txt")]
-    plain = [name for name in files if name != "requirements-gpu.txt"]
-    took = env.run("pip", pip + constraints + [part for name in plain for part in ("-r", str(ROOT / name))])
-    if plain != files:  # flash-attn's build reads the installed torch
+    plain = [lock_of(name, lock) for name in files if name != "requirements-gpu.txt"]
+    took = installer.run("pip", plain, wheels)
+    if "requirements-gpu.txt" in files:  # flash-attn's build reads the installed torch
         say("      flash-attn is compiled now: this can take an hour")
-        env.run("pip-flash-attn", pip + ["--no-build-isolation", "-r", str(ROOT / "requirements-gpu.txt")])
+        installer.run("pip-flash-attn", [LOCKS / "gpu.txt"], ("--no-build-isolation",))
     build = env.ask("import importlib.metadata as m; print(m.version('torch'))")
     say("      done in %s; torch %s" % (took, build))
 
@@ -235,12 +285,12 @@ DEEPSPEED_OPS = {"cpu": ["deepspeed_shm_comm", "cpu_adam"], "cuda": ["cpu_adam"]
 BUILD_FLAGS = {"deepspeed_shm_comm": "DS_BUILD_SHM_COMM", "cpu_adam": "DS_BUILD_CPU_ADAM"}
 
 
-def build_deepspeed(env, kind):
+def build_deepspeed(env, kind, installer):
     wanted = DEEPSPEED_OPS[kind]
     check = OPS_CHECK % (kind, wanted)
-    if env.ask(check) == "ok":
+    have = env.ask("import importlib.metadata as m; print(m.version('deepspeed'))")
+    if have == pins(LOCKS / "deepspeed.txt")["deepspeed"] and env.ask(check) == "ok":
         return
-    requirement = pinned("deepspeed")
     say("[4/5] DeepSpeed's ops (%s), about 2 minutes" % ", ".join(wanted))
     # DeepSpeed uses a prebuilt op only where the accelerator is the one that it was built under; a login node shows none.
     flags = {"DS_ACCELERATOR": kind, **{BUILD_FLAGS[name]: "1" for name in wanted}}
@@ -250,12 +300,12 @@ def build_deepspeed(env, kind):
         env.state.mkdir(parents=True, exist_ok=True)
         side_by_side.write_text("[build_ext]\nparallel = %d\n" % len(wanted))
         flags.update(DIST_EXTRA_CONFIG=str(side_by_side))
-    # --no-cache-dir: pip keeps the wheel that it once built without ops, and would install that one again.
-    took = env.run("deepspeed-ops", [
-        str(env.python), "-m", "pip", "install", "--disable-pip-version-check", "--no-build-isolation", "--no-deps",
-        "--no-binary", "deepspeed", "--no-cache-dir", "--force-reinstall", requirement], env=dict(
-            flags, MAX_JOBS=os.environ.get("MAX_JOBS", str(min(8, os.cpu_count() or 1))),
-            PATH=str(env.folder / "bin") + os.pathsep + os.environ.get("PATH", "")))  # ninja is in there
+    # --no-cache-dir: pip keeps a wheel that it once built, for another CPU or with other ops, and would install that one again.
+    took = installer.run(
+        "deepspeed-ops", [LOCKS / "deepspeed.txt"],
+        ("--no-build-isolation", "--no-binary", "deepspeed", "--no-cache-dir", "--force-reinstall"),
+        dict(flags, MAX_JOBS=os.environ.get("MAX_JOBS", str(min(8, os.cpu_count() or 1))),
+             PATH=str(env.folder / "bin") + os.pathsep + os.environ.get("PATH", "")))  # ninja is in there
     if env.ask(check) != "ok":
         raise SetupError("DeepSpeed was built, but its ops %s do not load: see %s" % (wanted, env.state / "deepspeed-ops.log"))
     info = Path("/proc/cpuinfo")  # the compiler used what this CPU can: train/preflight.py asks whether a node's can it, too
@@ -293,6 +343,7 @@ def set_up(options):
     files = ["requirements.txt"]
     if options.dev:
         files += ["requirements-dev.txt"] + (["requirements-dev-cpu.txt"] if kind == "cpu" else [])
+    files += ["requirements-%s.txt" % name for name in options.extras]
     if options.flash_attn:
         files += ["requirements-gpu.txt"]
     stamp, wanted = env.state / "done", fingerprint(kind)
@@ -322,9 +373,10 @@ def set_up(options):
         env.state.mkdir(exist_ok=True)
         (env.state / "kind").write_text(kind)
         write_environment(env, kind)
-        install_packages(env, kind, files)
+        installer = Installer(env, options.hashes)
+        install_packages(env, kind, files, installer)
         mend_torchaudio(env)
-        build_deepspeed(env, kind)
+        build_deepspeed(env, kind, installer)
         build_fused_op(env)
         summary = env.ask(SUMMARY)
         if summary is None:
@@ -369,6 +421,9 @@ def main():
                         help="which torch: CUDA's where this machine has an NVIDIA GPU or the environment was made for one; or "
                              "said (a login node without one: yes)")
     parser.add_argument("--dev", action="store_true", help="also what tests and linting need")
+    parser.add_argument("--extras", nargs="*", choices=EXTRAS, default=[], help="also requirements-NAME.txt")
+    parser.add_argument("--no-hashes", dest="hashes", action="store_false",
+                        help="do not compare packages with install/locks/: where a site has built some itself")
     parser.add_argument("--flash-attn", action="store_true", help="also flash-attn (compiled; needs CUDA's nvcc)")
     parser.add_argument("--check", action="store_true", help="only say whether the set-up is complete (exit 1: not)")
     try:

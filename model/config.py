@@ -8,13 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import ConfigDict, with_config
+
+from core.console import OneLine
 from core.options import choice, location, names_or_pattern, number, text
 
+# A model folder's soundwave.json is read by these types (model/folder.py): unknown keys, NaN and infinity are errors.
+_strict = with_config(ConfigDict(extra="forbid", allow_inf_nan=False))
 
-class OptionError(ValueError):
+
+class OptionError(OneLine, ValueError):
     """An option that does not fit the models or the machine; one line: which, why, what to do."""
 
 
+@_strict
 @dataclass
 class EncoderConfig:
     """The frozen audio encoder."""
@@ -27,6 +34,7 @@ class EncoderConfig:
     max_seconds: float = number(300.0, above=0)
 
 
+@_strict
 @dataclass
 class LLMConfig:
     """The language model and its LoRA."""
@@ -39,6 +47,7 @@ class LLMConfig:
     lora_targets: Any = names_or_pattern()
 
 
+@_strict
 @dataclass
 class AlignmentConfig:
     """Alignment adapter: stack frames -> Linear -> pre-norm Transformer layer(s) -> LayerNorm; then the CTC head."""
@@ -55,6 +64,7 @@ class AlignmentConfig:
     ctc_length: str = choice("true", "true", "full")
 
 
+@_strict
 @dataclass
 class ShrinkingConfig:
     """Shrinking adapter: CTC runs -> one query frame per run -> look-back attention, residual, LayerNorm."""
@@ -72,6 +82,7 @@ class ShrinkingConfig:
     init_gain_to_embeddings: bool = True
 
 
+@_strict
 @dataclass
 class OpsConfig:
     """The fused op (model/ops)."""
@@ -82,6 +93,7 @@ class OpsConfig:
     deterministic: bool = False
 
 
+@_strict
 @dataclass
 class SoundwaveConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)

@@ -18,7 +18,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder as Trans
 
 from model.config import EncoderConfig, OptionError
 from model.features import HOP, SAMPLE_RATE, log_mel, mel_frames
-from model.pretrained import Source, SourceError, preprocessor_settings
+from model.pretrained import Source, SourceError, preprocessor_settings, reading, tensor_files
 
 
 class Encoder(nn.Module, ABC):
@@ -204,8 +204,10 @@ def build_encoder(config: EncoderConfig, source: Source, dtype: torch.dtype, att
     family = source.config.model_type
     wrapper, layers, renamed, _ = _family(source)
     if weights:
-        network, report = layers.from_pretrained(source.folder, dtype=dtype, attn_implementation=attention, key_mapping=renamed,
-                                                 output_loading_info=True)
+        tensor_files(source.folder)  # a file that is missing or cut is named
+        with reading(source.folder, "weights for its config.json"):
+            network, report = layers.from_pretrained(source.folder, dtype=dtype, attn_implementation=attention,
+                                                     key_mapping=renamed, output_loading_info=True, use_safetensors=True)
         if report["missing_keys"]:
             raise SourceError(f"{source.folder} lacks {len(report['missing_keys'])} of the encoder's tensors, "
                               f"{sorted(report['missing_keys'])[0]} for one: it is not a whole {family} model")

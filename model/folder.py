@@ -11,26 +11,35 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from core.console import one_line
+from core.json_files import JsonError, read_object
+from core.options import problems
 from model import identity
 from model.config import SoundwaveConfig
-from model.soundwave import PARTS, Soundwave
+from model.pretrained import SourceError
+from model.prompt import NORMALISATIONS
+from model.soundwave import PARTS, STAGES, Soundwave
 
 logger = logging.getLogger("soundwave")
 CONFIG, ADAPTERS, LORA = "soundwave.json", "adapters.safetensors", "lora"
+MOST_LAYERS = 1000  # of the alignment adapter; more are a damaged or hostile file, and building them would take for ever
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_CONFIG_TYPE = TypeAdapter(SoundwaveConfig)
 
 
-class FolderError(ValueError):
-    """A model folder that cannot be used; one line: what, where, what to do."""
+class FolderError(SourceError):
+    """A model folder of ours that cannot be used; one line: what, where, what to do."""
 
 
 def trained_tensors(model: Soundwave) -> dict[str, torch.Tensor]:
@@ -72,21 +81,54 @@ def save(model: Soundwave, folder: str | Path, extra: dict | None = None) -> Pat
 
 
 def describe(folder: str | Path) -> dict:
-    """soundwave.json of a model folder. Errors: FolderError."""
+    """Return soundwave.json of a model folder, its parts of the right types. Errors: FolderError."""
     path = Path(folder) / CONFIG
     if not path.exists():
         raise FolderError(f"{folder} is not a model folder ({CONFIG} is missing): "
                           "give <output>/<stage>/model of a finished stage")
-    return json.loads(path.read_text())
+    try:
+        found = read_object(path)
+    except JsonError as error:
+        raise FolderError(f"{path} {error}: copy the folder again") from None
+    recipe, frozen, settings = found.get("recipe") or {}, found.get("frozen"), found.get("settings", {})
+    right = {
+        "config": isinstance(found.get("config"), dict),
+        "stage": found.get("stage") in STAGES,
+        "frozen": isinstance(frozen, dict) and all(isinstance(one, str) and _SHA256.fullmatch(one) for one in frozen.values()),
+        "settings": isinstance(settings, dict) and all(isinstance(settings.get(part, {}), dict) for part in identity.PARTS),
+        "recipe": isinstance(recipe, dict) and _is_data(recipe.get("data", {})),
+        "step": type(found.get("step", 0)) is int,
+    }
+    wrong = [key for key, sound in right.items() if not sound]
+    if wrong:
+        raise FolderError(f"{path}: '{wrong[0]}' is missing or not as training writes it: copy the folder again")
+    return found
+
+
+def _is_data(data: object) -> bool:
+    """Whether it is a recipe's `data`, as far as others than the trainer read it."""
+    return (isinstance(data, dict) and isinstance(corpora := data.get("train", []), list)
+            and all(isinstance(corpus, dict) and isinstance(corpus.get("shards"), str) for corpus in corpora)
+            and data.get("ctc_text", NORMALISATIONS[0]) in NORMALISATIONS)
 
 
 def read_config(folder: str | Path) -> SoundwaveConfig:
-    stored = OmegaConf.merge(OmegaConf.structured(SoundwaveConfig), describe(folder)["config"])
-    config = OmegaConf.to_object(stored)
+    """Return the configuration of a model folder. Its texts are text: nothing in them is looked up. Errors: FolderError."""
+    path = Path(folder) / CONFIG
+    try:
+        config = _CONFIG_TYPE.validate_python(describe(folder)["config"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "config"
+        raise FolderError(f"{path}: {key}: {first['msg']} ({ascii(first['input'])[:60]}): copy the folder again") from None
+    for key, problem in problems(config):
+        raise FolderError(f"{path}: {key} {problem}")
+    if config.alignment.layers > MOST_LAYERS:
+        raise FolderError(f"{path}: alignment.layers is {config.alignment.layers}: give at most {MOST_LAYERS}")
     for part in (config.encoder, config.llm):  # frozen parts that stand inside the folder are named relative to it
-        inside = Path(folder) / part.name
-        if not Path(part.name).is_absolute() and inside.is_dir():
-            part.name = str(inside)
+        name = Path(part.name)
+        if not name.is_absolute() and ".." not in name.parts and (Path(folder) / name).is_dir():
+            part.name = str(Path(folder) / name)
     return config
 
 
@@ -187,7 +229,7 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(file, "pt") as opened:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
     except (OSError, SafetensorError) as error:
-        raise FolderError(f"{file} cannot be read ({str(error).splitlines()[0]}): copy the folder again") from None
+        raise FolderError(f"{file} cannot be read ({one_line(error)}): copy the folder again") from None
 
 
 def _shape(parameter: torch.Tensor) -> tuple[int, ...]:
@@ -211,7 +253,15 @@ def load(folder: str | Path, *, encoder: str | None = None, llm: str | None = No
     config.dtype = dtype or config.dtype
     stage = description["stage"] if with_llm else "alignment"
     parts = tuple(p for p in PARTS if p != "llm" or stage != "alignment")
-    model = Soundwave.build(config, parts=parts)
-    load_trained(model, folder, verify=verify)
-    model.set_stage(stage)
+    try:
+        # Sizes first, before memory is asked for; the CTC head's depend on the tokenizer, which is not read yet.
+        check_fit(Soundwave.build(config, parts=parts, meta=True), folder, but=("ctc_head",))
+        model = Soundwave.build(config, parts=parts)
+        load_trained(model, folder, verify=verify)
+        model.set_stage(stage)
+    except SourceError:
+        raise
+    except Exception as error:  # sizes that do not go together, or no memory for them
+        raise FolderError(f"{folder} cannot be built as its {CONFIG} says ({type(error).__name__}: {one_line(error)}): copy the "
+                          "folder and its frozen parts again") from error
     return (model if device is None else model.to(device)).eval()

@@ -14,7 +14,7 @@ from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.pytorch_utils import Conv1D
 
 from model.config import LLMConfig
-from model.pretrained import Source, SourceError, tensor_files
+from model.pretrained import Source, SourceError, reading, tensor_files
 
 ALL_LINEAR = "all-linear"  # peft's keyword
 # transformers names its modules so, in every family; MLA: DeepSeek's and Longcat's multi-head latent attention.
@@ -23,13 +23,10 @@ _ATTENTION = re.compile(r"(Attention|Attn|MLA)$")
 
 def load_tokenizer(source: Source, audio_token: str) -> PreTrainedTokenizerBase:
     """The LLM's tokenizer with `audio_token` as one special token (added at its end unless it is there already)."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SourceError(f"{source.folder} has no tokenizer that loads ({reason}): save the LLM's tokenizer there") from None
-    if audio_token not in tokenizer.get_vocab():
-        tokenizer.add_tokens([AddedToken(audio_token, special=True, normalized=False)], special_tokens=True)
+    with reading(source.folder, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+        if audio_token not in tokenizer.get_vocab():
+            tokenizer.add_tokens([AddedToken(audio_token, special=True, normalized=False)], special_tokens=True)
     return tokenizer
 
 
@@ -44,18 +41,20 @@ def build_llm(config: LLMConfig, source: Source, dtype: torch.dtype, attention: 
             llm = AutoModelForCausalLM.from_config(source.config, **options)
     else:
         tensor_files(source.folder)  # a file that is missing or cut is named
-        try:
-            llm, report = AutoModelForCausalLM.from_pretrained(source.folder, **loading)
-        except (ValueError, ImportError) as error:
-            if attention is None or "attention" not in str(error).lower():
-                raise
-            raise SourceError(f"{source.name} does not run with model.attention_implementation={attention} "
-                              f"({str(error).split('.')[0]}): set it to eager or auto") from None
-        except RuntimeError as error:
-            if "size mismatch" not in str(error) and "mismatch" not in str(error):
-                raise
-            raise SourceError(f"the tensors of {source.folder} do not have the sizes that its config.json names: copy the model "
-                              "again") from None
+        with reading(source.folder, "weights for its config.json"):
+            try:
+                llm, report = AutoModelForCausalLM.from_pretrained(source.folder, trust_remote_code=False, use_safetensors=True,
+                                                                   **loading)
+            except (ValueError, ImportError) as error:
+                if attention is None or "attention" not in str(error).lower():
+                    raise
+                raise SourceError(f"{source.name} does not run with model.attention_implementation={attention} "
+                                  f"({str(error).split('.')[0]}): set it to eager or auto") from None
+            except RuntimeError as error:
+                if "mismatch" not in str(error):
+                    raise
+                raise SourceError(f"the tensors of {source.folder} do not have the sizes that its config.json names: copy the "
+                                  "model again") from None
         if lacking := sorted(report["missing_keys"]):
             raise SourceError(f"{source.folder} lacks {len(lacking)} of the tensors that its config.json asks for, "
                               f"'{lacking[0]}' for one: it is not a whole {source.config.model_type} model")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import yaml
+
+from core.console import one_line
+from core.json_files import JsonError, read_object
+from model.pretrained import SourceError
 
 _MAIN_SCORES = ("wer", "cer", "bleu", "chrf", "accuracy", "exact")
 
@@ -62,22 +65,34 @@ def _short(name: str) -> str:
 def _corpus(corpus: dict) -> dict:
     """What a packed folder's index says of it, where it can be read from here."""
     folder = Path(corpus["shards"])
-    index = folder / "index.json"
-    known = json.loads(index.read_text()) if index.is_file() else {}
-    return {"name": known.get("name") or folder.name, "hours": known.get("hours"), "tasks": known.get("tasks", []),
-            "utterances": sum(s["nsamples"] for s in known.get("shardlist", [])) or "",
-            "languages": [lang for lang in known.get("langs", []) if lang]}
+    try:
+        known = read_object(folder / "index.json")
+        shards, hours = [shard["nsamples"] for shard in known["shardlist"]], float(known["hours"])
+        tasks, languages = map(str, known["tasks"]), [str(lang) for lang in known["langs"] if lang]
+        return {"name": str(known["name"]), "hours": hours, "tasks": list(tasks), "utterances": sum(shards) or "",
+                "languages": languages}
+    except (JsonError, LookupError, TypeError, ValueError):  # not here, or no packed folder
+        return {"name": folder.name, "hours": None, "tasks": [], "utterances": "", "languages": []}
 
 
 def _scores(run: Path) -> list[str]:
     """Rows of the table, from the scores that evaluation.run wrote beside the model."""
     rows = []
     for path in sorted((run / "evaluation").glob("*.scores.json")):
-        for task, result in json.loads(path.read_text())["tasks"].items():
-            shown = []
-            for name in _MAIN_SCORES:
-                if isinstance(result.get(name), (int, float)):
-                    bounds = result.get(f"{name}_ci95")
-                    shown.append(f"{name} {result[name]:.3f}" + (f" ({bounds[0]:.3f} to {bounds[1]:.3f})" if bounds else ""))
-            rows.append(f"| {path.name.removesuffix('.scores.json')} | {task} | {result['utterances']} | {', '.join(shown)} |")
+        try:
+            rows += _rows(path)
+        except (JsonError, LookupError, TypeError, ValueError, AttributeError) as error:
+            raise SourceError(f"{path} does not hold scores of evaluation.run ({one_line(error)}): remove it") from None
+    return rows
+
+
+def _rows(path: Path) -> list[str]:
+    rows = []
+    for task, result in read_object(path)["tasks"].items():
+        shown = []
+        for name in _MAIN_SCORES:
+            if isinstance(result.get(name), (int, float)):
+                bounds = result.get(f"{name}_ci95")
+                shown.append(f"{name} {result[name]:.3f}" + (f" ({bounds[0]:.3f} to {bounds[1]:.3f})" if bounds else ""))
+        rows.append(f"| {path.name.removesuffix('.scores.json')} | {task} | {result['utterances']} | {', '.join(shown)} |")
     return rows

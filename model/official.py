@@ -32,13 +32,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig
 
+from core.console import one_line
 from model import identity
 from model.config import SoundwaveConfig, official_switches
 from model.folder import ADAPTERS, CONFIG, LORA, FolderError, describe, read_config
 from model.language_model import load_tokenizer
-from model.pretrained import Source, fingerprint, locate, tensor_files
+from model.pretrained import Source, fingerprint, locate, read_json, reading, tensor_files
 
 SHARD_BYTES = 4 << 30
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -115,13 +116,17 @@ def from_official(folder: str | Path, out: str | Path, *, encoder: str | None = 
     encoder: Whisper's folder or hub name where the checkpoint has no `audio_tower` tensors (default: what its config names).
     Errors: FolderError for a tokenizer that is missing or lacks `<audio_patch>`, and for tensors that are missing or unknown.
     """
-    folder, out = Path(folder), Path(out)
-    theirs = json.loads((folder / "config.json").read_text())
+    with reading(folder, "layout of the release"):
+        return _from_official(Path(folder), Path(out), encoder)
+
+
+def _from_official(folder: Path, out: Path, encoder: str | None) -> Path:
+    theirs = read_json(folder / "config.json")
     config = official_switches(SoundwaveConfig())
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise FolderError(f"{folder} has no tokenizer that loads ({str(error).splitlines()[0]}): "
+        raise FolderError(f"{folder} has no tokenizer that loads ({one_line(error)}): "
                           "copy the release's tokenizer files there") from None
     if config.audio_token not in tokenizer.get_vocab():
         raise FolderError(f"the tokenizer in {folder} has no {config.audio_token}: it is not the release's")
@@ -152,7 +157,9 @@ def from_official(folder: str | Path, out: str | Path, *, encoder: str | None = 
             shutil.copyfile(folder / file, out / "llm" / file)
 
     named = theirs.get("audio_tower", "")
-    beside = folder / named
+    beside = folder / named  # an absolute name, or one that leads out of the folder, is not read from there
+    if Path(named).is_absolute() or ".." in Path(named).parts:
+        beside = folder / "encoder"
     if tower and encoder is None:
         (out / "encoder").mkdir(parents=True, exist_ok=True)
         save_file(tower, out / "encoder" / "model.safetensors", metadata={"format": "pt"})
@@ -303,14 +310,15 @@ class LoRAMerge:
     """Base tensor + (alpha / r) B A, one tensor at a time, from a peft folder."""
 
     def __init__(self, folder: Path):
-        settings = json.loads((folder / "adapter_config.json").read_text())
-        self.scale = settings["lora_alpha"] / (settings["r"] ** 0.5 if settings.get("use_rslora") else settings["r"])
-        self.transposed = settings.get("fan_in_fan_out", False)  # GPT-2 holds its weights so
+        settings = read_json(folder / "adapter_config.json")
         self.folder = folder
         self.parts: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in load_file(folder / "adapter_model.safetensors").items():
-            base, part = re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])\.weight", name).groups()
-            self.parts.setdefault(base + ".weight", {})[part] = tensor.float()
+        with reading(folder, "LoRA"):
+            self.scale = settings["lora_alpha"] / (settings["r"] ** 0.5 if settings.get("use_rslora") else settings["r"])
+            self.transposed = settings.get("fan_in_fan_out", False)  # GPT-2 holds its weights so
+            for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+                base, part = re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])\.weight", name).groups()
+                self.parts.setdefault(base + ".weight", {})[part] = tensor.float()
 
     def __call__(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         pair = self.parts.pop(name, None)
@@ -326,7 +334,7 @@ class LoRAMerge:
 
 def _their_config(llm: Source, encoder: Source, rows: int, audio_id: int, pad_id: int) -> dict:
     """A config.json that transformers 4.43, which the release was written for, understands."""
-    raw = json.loads((llm.folder / "config.json").read_text())
+    raw = read_json(llm.folder / "config.json")
     rope = raw.pop("rope_parameters", None)
     if rope:  # written by transformers 5
         scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
@@ -334,7 +342,7 @@ def _their_config(llm: Source, encoder: Source, rows: int, audio_id: int, pad_id
         raw["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
     if "dtype" in raw:
         raw["torch_dtype"] = raw.pop("dtype")
-    encoder_width = AutoConfig.from_pretrained(encoder.folder).d_model
+    encoder_width = encoder.config.d_model
     named = encoder.name if not Path(encoder.name).exists() else "encoder"
     raw.update(model_type="Soundwave", architectures=["SoundwaveForCausalLM"], vocab_size=rows, tie_word_embeddings=False,
                adapter_size=encoder_width, audio_tower=named, audio_patch_size=1, audio_patch_token=audio_id,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,15 +13,38 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from core.console import OneLine, one_line
+from core.file_names import UnsafeName, plain_name
+from core.json_files import JsonError, read_object
 from model.config import OptionError
 
 PRESETS = Path(__file__).parent / "presets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MOST_LAYERS = 10_000  # or experts; a file that asks for more is damaged or hostile, and building them would take for ever
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
-class SourceError(ValueError):
+class SourceError(OneLine, ValueError):
     """A model that cannot be found or is not what was asked for; one line: what, where, what to do."""
+
+
+@contextlib.contextmanager
+def reading(folder: str | Path, what: str) -> Iterator[None]:
+    """Turn whatever a library raises over a model folder's content into a SourceError of one line; the original is its cause.
+
+    No list of exceptions would be complete: a hostile file reaches every branch, and tokenizers, written in Rust, panics.
+    """
+    try:
+        yield
+    except SourceError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+            raise SourceError(f"there is no memory to load {folder} ({one_line(error)})") from error
+        raise SourceError(f"{folder} has no {what} that can be loaded ({one_line(error)}): copy the model again, or save it with "
+                          "save_pretrained") from error
 
 
 @dataclass(frozen=True)
@@ -54,25 +79,25 @@ def _preset(name: str) -> dict | None:
 def read_json(path: Path) -> dict:
     """Return the object in a JSON file. Errors: SourceError."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{path} cannot be read ({str(error).splitlines()[0]}): copy the model again") from None
-    if not isinstance(content, dict):
-        raise SourceError(f"{path} holds no JSON object: copy the model again")
-    return content
+        return read_object(path)
+    except JsonError as error:
+        raise SourceError(f"{path} {error}: copy the model again") from None
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """Return a model folder's configuration. Errors: SourceError, for quantised weights too."""
+    """Return a model folder's configuration; code that the folder brings is never run.
+
+    Errors: SourceError, for quantised weights too.
+    """
     if not (folder / "config.json").exists():
         raise SourceError(f"{folder} has no config.json: give a folder written by save_pretrained, or a hub name")
     read_json(folder / "config.json")
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except Exception as error:  # of many types: an unknown family, values that contradict each other
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise SourceError(f"{folder / 'config.json'} is no configuration that transformers reads ({reason})") from None
-    method = _quantisation(config)
+    with reading(folder, "config.json"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        method = _quantisation(config)
+        for key, value in [*config.to_dict().items(), *text_config(config).to_dict().items()]:
+            if isinstance(value, int) and value > MOST_LAYERS and any(word in key for word in ("layer", "expert")):
+                raise SourceError(f"{folder / 'config.json'}: {key} is {value}, more than any model has: copy the model again")
     if method:
         raise SourceError(f"{folder} is quantised ({method}): training, hashing and export need its whole weights; take the "
                           "unquantised model, or load it dequantised with transformers and save_pretrained it")
@@ -96,7 +121,10 @@ def preprocessor_settings(folder: Path | None) -> dict:
     if (folder / "preprocessor_config.json").exists():
         return read_json(folder / "preprocessor_config.json")
     if (folder / "processor_config.json").exists():
-        return read_json(folder / "processor_config.json").get("feature_extractor", {})
+        found = read_json(folder / "processor_config.json").get("feature_extractor", {})
+        if not isinstance(found, dict):
+            raise SourceError(f"{folder / 'processor_config.json'}: 'feature_extractor' is not an object: copy the model again")
+        return found
     return {}
 
 
@@ -138,8 +166,13 @@ def tensor_files(folder: Path) -> dict[str, Path]:
             raise SourceError(f"{folder} has no model.safetensors: save the model with save_pretrained (safetensors) first")
         return dict.fromkeys(_tensor_names(single), single)
     files = read_json(index).get("weight_map")
-    if not isinstance(files, dict):
+    if not isinstance(files, dict) or not files:
         raise SourceError(f"{index} has no weight_map: copy the model again")
+    for file in files.values():
+        try:
+            plain_name(file)
+        except UnsafeName as error:
+            raise SourceError(f"{index}: the file name {ascii(file)[:100]} {error}: copy the model again") from None
     absent = sorted({file for file in files.values() if not (folder / file).exists()})
     if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
@@ -157,14 +190,14 @@ def _tensor_names(file: Path) -> set[str]:
         with safe_open(file, "pt") as opened:
             return set(opened.keys())
     except (SafetensorError, OSError) as error:
-        raise SourceError(f"{file} is damaged or cut short ({str(error).splitlines()[0]}): copy the model again") from None
+        raise SourceError(f"{file} is damaged or cut short ({one_line(error)}): copy the model again") from None
 
 
 def read_tensor(folder: Path, name: str) -> torch.Tensor:
     files = tensor_files(folder)
     if name not in files:
         raise SourceError(f"{folder} holds no tensor '{name}'")
-    with safe_open(files[name], "pt") as file:
+    with reading(files[name], f"tensor '{name}'"), safe_open(files[name], "pt") as file:
         return file.get_tensor(name)
 
 
@@ -198,7 +231,7 @@ def embedding_statistics(source: Source) -> tuple[float, float]:
     for name in dict.fromkeys((input_name, output_name)):
         if name not in files:
             raise SourceError(f"{source.folder} holds no tensor '{name}'")
-        with safe_open(files[name], "pt") as file:
+        with reading(files[name], f"embeddings '{name}'"), safe_open(files[name], "pt") as file:
             rows = file.get_slice(name)
             size, width = rows.get_shape()
             squares = 0.0

@@ -5,8 +5,9 @@ from __future__ import annotations
 import unicodedata
 from functools import lru_cache
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from core.console import OneLine, one_line
 
 IGNORED = -100
 # Llama 3.x templates print a date, by default today's: a training prompt must not depend on the day.
@@ -25,7 +26,7 @@ RELEASE_SYSTEM = ("You are a helpful language and speech assistant. You are able
                   "provides, and assist the user with a variety of tasks using natural language.")
 
 
-class PromptError(ValueError):
+class PromptError(OneLine, ValueError):
     """A conversation that this tokenizer cannot express; one line."""
 
 
@@ -88,8 +89,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], 
         # enable_thinking: Qwen 3's would otherwise put an empty block of thoughts into every answer, to be learnt and read out.
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening, date_string=_TEMPLATE_DATE,
                                              enable_thinking=False)
-    except TemplateError as error:  # Gemma's template, for one, refuses a system turn
-        raise PromptError(f"the chat template refuses this conversation: {error}") from None
+    except Exception as error:  # a template is a program: Gemma's, for one, refuses a system turn, others may do anything
+        raise PromptError(f"the chat template refuses this conversation: {one_line(error)}") from None
 
 
 def _template_pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[tuple[list[int], bool]]:

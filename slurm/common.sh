@@ -454,14 +454,18 @@ worker() {
     cache=$LOCAL_DISK/soundwave-cache-$(id -u)
     export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
     export MPLCONFIGDIR=${MPLCONFIGDIR:-$cache/matplotlib}
-    mkdir -p "$TRITON_CACHE_DIR" "$TORCHINDUCTOR_CACHE_DIR" "$MPLCONFIGDIR"
-    python "$@" || code=$?
+    # Libraries are loaded from there: a folder that another user has made under this name must not be used.
+    python -IS "$CODE/core/private_folder.py" "$cache" || code=$?
+    if [ "$code" = 0 ]; then
+        mkdir -p "$TRITON_CACHE_DIR" "$TORCHINDUCTOR_CACHE_DIR" "$MPLCONFIGDIR"
+        python "$@" || code=$?
+    fi
     echo "$code" >"$JOB/exit.$RANK"
     case $code in
         0|85) exit 0 ;;
         *)
             [ "$1" != -m ] || shift
-            echo "node ${SLURMD_NODENAME:-$(hostname)}, rank $RANK: $(basename "$1") ended with exit code $code" >&2
+            echo "node ${SLURMD_NODENAME:-$(hostname)}, rank $RANK: $(basename -- "$1") ended with exit code $code" >&2
             exit "$code" ;;
     esac
 }

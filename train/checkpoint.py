@@ -23,7 +23,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
+import pickle
+import re
 import shutil
 import threading
 import time
@@ -33,18 +36,25 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
-from train import universal
+from core.console import OneLine
+from core.file_names import UnsafeName, file_size_inside, plain_name
+from core.json_files import JsonError, read_object
+from train import safe_load, universal
 from train.config import CheckpointConfig
 from train.distributed import Ranks
 from train.files import PARTIAL, STEP, step_folders, sync_folder, write_atomically
 
 logger = logging.getLogger("soundwave")
 REPLACED, DAMAGED = ".replaced", ".damaged"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# What loading a file with another content than `save` writes ends in.
+_WRONG_CONTENT = (pickle.UnpicklingError, LookupError, TypeError, ValueError, AttributeError, AssertionError, EOFError,
+                  RuntimeError)
 COPY_SECONDS = 60  # a second file system that takes longer to let go of one checkpoint misses the next
 LAST_COPY_SECONDS = 1800  # but what it gets at the end it has time for
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(OneLine, RuntimeError):
     """A checkpoint that cannot be written or used; one line: what, where, what to do."""
 
 
@@ -107,7 +117,7 @@ class BackgroundWriter(CheckpointEngine):
         self.pending.append((_on_host(state_dict), Path(path)))
 
     def load(self, path: str, map_location=None):
-        return torch.load(path, map_location=map_location, weights_only=False)
+        return torch.load(path, map_location=map_location, weights_only=True)  # inside safe_load.data_only
 
     def commit(self, info) -> bool:
         return True
@@ -152,37 +162,94 @@ class BackgroundWriter(CheckpointEngine):
         return f"not written: {', '.join(missing)}" if missing else None
 
 
+def manifest_files(folder: Path) -> dict[str, dict]:
+    """Return name -> {"size", "sha256"} of a checkpoint's files. All names are plain: nothing outside the folder is read.
+
+    Errors: ValueError for a manifest that is missing or not as `save` writes it.
+    """
+    try:
+        files = read_object(folder / "manifest.json").get("files")
+        if not isinstance(files, dict) or "state.json" not in files:
+            raise ValueError("does not list state.json")
+        for name, fact in files.items():
+            plain_name(name)
+            if not isinstance(fact, dict) or not _is_count(fact.get("size")) or not _SHA256.fullmatch(str(fact.get("sha256"))):
+                raise ValueError("has an entry without size and sha256")
+    except ValueError as error:
+        raise ValueError(f"manifest.json {error}") from None
+    return files
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
+
+
 def verify(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
     """None where the folder is complete and sound, else what is wrong. `part` of `parts`: hash only every parts-th file."""
-    try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-    except (OSError, ValueError, KeyError):
-        return "manifest.json is missing or broken"
     name = "manifest.json"
     try:
+        files = manifest_files(folder)
         for name, fact in files.items():
-            path = folder / name
-            if not path.exists():
-                return f"{name} is missing"
-            if path.stat().st_size != fact["size"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {fact['size']}"
+            size = file_size_inside(folder, name)
+            if size != fact["size"]:
+                return f"{name} has {size} bytes instead of {fact['size']}"
         for name in sorted(files)[part::parts]:
             if sha256_of(folder / name) != files[name]["sha256"]:
                 return f"{name} does not have its sha256"
+        name = "state.json"
+        check_state(read_state(folder), folder)
+    except FileNotFoundError:
+        return f"{name} is missing"
     except OSError as error:
         return f"{name} cannot be read: {error}"
+    except UnsafeName as error:
+        return f"{name} {error}"
+    except ValueError as error:
+        return str(error)
     return None
 
 
 def read_state(folder: Path) -> dict:
-    return json.loads((folder / "state.json").read_text())
+    """Errors: ValueError."""
+    try:
+        return read_object(folder / "state.json")
+    except JsonError as error:
+        raise ValueError(f"state.json {error}") from None
+
+
+def check_state(state: dict, folder: Path) -> None:
+    """Errors: ValueError for a value that is missing or of another type than `save` is given."""
+    topology, health, best = state.get("topology"), state.get("health"), state.get("best")
+    right = {
+        "step": _is_count(state.get("step")) and STEP.match(folder.name) and int(STEP.match(folder.name)[1]) == state["step"],
+        "data_offset": _is_count(state.get("data_offset")),
+        "topology": isinstance(topology, dict) and _is_count(topology.get("world_size")) and topology["world_size"] > 0
+        and topology.get("zero_stage") in (1, 2, 3),
+        "health": isinstance(health, dict) and all(_is_count(health.get(key)) for key in ("consecutive", "skipped", "rollbacks"))
+        and isinstance(health.get("norms"), list) and all(_is_finite(norm) for norm in health["norms"]),
+        "best": "best" in state and (best is None or is_best(best)),
+        "facts": isinstance(state.get("facts"), dict),
+    }
+    wrong = [key for key, sound in right.items() if not sound]
+    if wrong:
+        raise ValueError(f"state.json has no valid '{wrong[0]}'")
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_best(best: object) -> bool:
+    """Whether `best` is what a validation leaves: {"step", "score", "by"}."""
+    return (isinstance(best, dict) and _is_count(best.get("step")) and _is_finite(best.get("score"))
+            and isinstance(best.get("by", ""), str))
 
 
 def saved_in_health(folder: Path) -> bool:
     """Whether no step was skipped right before it was saved. True where that cannot be read: `verify` tells of the damage."""
     try:
         return read_state(folder)["health"]["consecutive"] == 0
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return True
 
 
@@ -277,9 +344,8 @@ class Checkpoints:
         and module) and the two moments, and 5 % more."""
         for newest in step_folders(self.folder):
             try:
-                files = json.loads((newest / "manifest.json").read_text())["files"]
-                return int(1.05 * sum(fact["size"] for fact in files.values()))
-            except (OSError, ValueError, KeyError):
+                return int(1.05 * sum(fact["size"] for fact in manifest_files(newest).values()))
+            except ValueError:
                 continue
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)
         return int(1.05 * 16 * trained)
@@ -407,8 +473,11 @@ class Checkpoints:
 
     @staticmethod
     def _best(folder: Path) -> int | None:
-        path = folder / "best.json"
-        return json.loads(path.read_text())["step"] if path.exists() else None
+        try:
+            best = read_object(folder / "best.json")
+        except JsonError:  # missing, for one
+            return None
+        return best["step"] if is_best(best) else None
 
     def close(self, *, hurry: bool = False) -> bool:
         """At the end. hurry: a time limit is near, which a copy must not make the job run into."""
@@ -465,8 +534,16 @@ class Checkpoints:
         # The configuration's checkpoint.load_universal, which DeepSpeed reads at each load: a roll-back may need the other kind.
         engine._config.load_universal_checkpoint = convert
         ours, engine.checkpoint_engine = engine.checkpoint_engine, self.writer
-        path, _ = engine.load_checkpoint(str(source.parent), tag=source.name, load_module_strict=False)
-        engine.checkpoint_engine = ours
+        try:
+            with safe_load.data_only():
+                path, _ = engine.load_checkpoint(str(source.parent), tag=source.name, load_module_strict=False)
+        except _WRONG_CONTENT as error:  # its files have their hashes, so somebody else has written them like that
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise CheckpointError(f"checkpoint {folder} cannot be loaded ({safe_load.reason(error)}): remove it to resume from "
+                                  "the one before it, or choose another output folder") from error
+        finally:
+            engine.checkpoint_engine = ours
         if path is None:
             raise CheckpointError(f"checkpoint {folder} has no files for rank {self.ranks.rank} of {self.ranks.world_size}")
         for group, own in zip(engine.optimizer.param_groups, groups, strict=True):

@@ -16,6 +16,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from core.console import OneLine
 from core.options import choice, expand_paths, is_name, location, number, numbers, problems
 from model.config import SoundwaveConfig
 from model.inheritance import StartError, differing_options, inherited_options
@@ -27,7 +28,7 @@ PREVIOUS = {"alignment": None, "shrinking": "alignment", "sft": "shrinking"}
 FRESH = "fresh"  # init_from: start from no model folder
 
 
-class RecipeError(ValueError):
+class RecipeError(OneLine, ValueError):
     """A recipe that cannot be run; the message is one line: what, where, what to do."""
 
 

@@ -131,6 +131,7 @@ def look_at_base(recipe: Recipe, report: Report) -> None:
     """The frozen parts are there, and are those that the previous stage and this stage's checkpoints were made with."""
     from model import identity
     from model.encoder import tensor_prefix
+    from model.folder import describe
     from model.inheritance import differing_options
     from model.language_model import load_tokenizer
     from model.pretrained import SourceError, fingerprint, locate
@@ -154,7 +155,7 @@ def look_at_base(recipe: Recipe, report: Report) -> None:
     if not has_model(recipe) and (start := initial_folder(recipe)):
         report.notes += [f"{key} was {then} when {start} was trained, and is {now} here (init_accept)" for key, (then, now)
                          in differing_options(recipe.model, start).items()] if report.rank == 0 else []
-        described = json.loads((start / "soundwave.json").read_text())
+        described = describe(start)
         made_with.append((start, described["frozen"], described.get("settings")))
     saved = newest(recipe, "state.json")
     if saved:

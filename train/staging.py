@@ -20,6 +20,7 @@ sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() not
 
 from tqdm import tqdm  # noqa: E402
 
+from core.private_folder import private_folder  # noqa: E402
 from data_tools.shards import ShardError, ShardIndex  # noqa: E402
 from train.config import RecipeError, load_recipe  # noqa: E402
 from train.preemption import DONE, FAILED, WRONG_INPUT  # noqa: E402
@@ -53,9 +54,9 @@ def size(path: Path) -> int | None:
 
 def stage_corpus(shards: str, local: Path) -> str:
     """Copy what is not there yet; returns a line that says what was done. Errors: ShardError, OSError."""
-    index = ShardIndex.load(shards)
-    folder = local / index.fingerprint
-    folder.mkdir(parents=True, exist_ok=True)
+    index = ShardIndex.load(shards)  # names and fingerprint are plain file names, so nothing leaves `local`
+    folder = private_folder(local) / index.fingerprint
+    folder.mkdir(exist_ok=True)
     for left in folder.glob(".*.tar.*"):  # by a job that a signal ended
         if not Path(f"/proc/{left.suffix[1:]}").exists():
             left.unlink(missing_ok=True)

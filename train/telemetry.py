@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import _TqdmLoggingHandler
 
+from core.console import printable
 from train.data import StepBatches
 from train.distributed import Ranks
 from train.engine import StepResult
@@ -27,6 +28,13 @@ from train.flops import Flops, peak_of
 logger = logging.getLogger("soundwave")
 
 
+class PrintableFormatter(logging.Formatter):
+    """Ids and texts of data are logged: they must not carry control sequences to a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def start_logging(folder: Path, ranks: Ranks) -> None:
     """Every rank appends to logs/rank-R.log; rank 0 also speaks on the console, above its progress bars.
 
@@ -34,7 +42,7 @@ def start_logging(folder: Path, ranks: Ranks) -> None:
     """
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     faulthandler.register(signal.SIGUSR2, file=open(folder / "logs" / f"rank-{ranks.rank}.log", "a"), all_threads=True)
-    formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
+    formatter = PrintableFormatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
     handlers: list[logging.Handler] = [logging.FileHandler(folder / "logs" / f"rank-{ranks.rank}.log")]
     if ranks.is_main:
         handlers.append(_TqdmLoggingHandler())

@@ -20,14 +20,16 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from core.console import OneLine
 from train.config import RecipeError
 from train.distributed import LAUNCHER_VARIABLES, Ranks
+from train.files import ROOT
 
 logger = logging.getLogger("soundwave")
 NAME = "universal"
 
 
-class ConversionError(RuntimeError):
+class ConversionError(OneLine, RuntimeError):
     """One line: which checkpoint could not be converted, why, what to do."""
 
 
@@ -71,10 +73,11 @@ def _make(source: Path) -> None:
     begun = time.monotonic()
     workers = str(min(4, len(os.sched_getaffinity(0))))
     environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(source), "--output_folder",
+        [sys.executable, "-m", "train.safe_load", "--input_folder", str(source), "--output_folder",
          str(partial), "--num_extract_workers", workers, "--num_merge_workers", workers],
-        env={**environment, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True)  # files to files: no GPU needed
+        env={**environment, "DS_ACCELERATOR": "cpu", "PYTHONPATH": path}, capture_output=True, text=True)  # no GPU needed
     (source / "latest_universal").unlink(missing_ok=True)  # the converter's own mark; the folder's name is ours
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]

@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
+from core.console import OneLine
 
-class CorpusError(ValueError):
+
+class CorpusError(OneLine, ValueError):
     """A corpus that cannot be read as told: one line, before anything is packed."""
 
 

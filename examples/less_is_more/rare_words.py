@@ -73,7 +73,7 @@ def build(study: Study, seed: int) -> str:
     predictions, cache = files(study, seed), study.data.cache
     if predictions.keys() <= {WHISPER}:
         raise ValueError(f"{study.output} holds no predictions of seed {seed}: run python -m examples.less_is_more.study first")
-    tokenizer = AutoTokenizer.from_pretrained(cache / "models" / "smollm2-135m")
+    tokenizer = AutoTokenizer.from_pretrained(cache / "models" / "smollm2-135m", trust_remote_code=False)
     lines = (cache / "manifests" / "dialogues-train.jsonl").read_text(encoding="utf-8").splitlines()
     shown = Counter(token for line in lines for token in ctc_target_ids(tokenizer, json.loads(line)["text"], CTC_TEXT))
 

@@ -152,7 +152,7 @@ def build(cache: Path, hours: float) -> Path:
         write(room / "rows.jsonl", rows)
 
     wordnet, flite = packages(cache)
-    tokenizer = AutoTokenizer.from_pretrained(cache / "models" / "smollm2-135m")
+    tokenizer = AutoTokenizer.from_pretrained(cache / "models" / "smollm2-135m", trust_remote_code=False)
     manifests = cache / "manifests"
     held_out = [path for path in manifests.glob("*.jsonl") if not path.stem.endswith("-train")]
     known = set().union(*(targets(row) for path in held_out for row in rows_of(path)))

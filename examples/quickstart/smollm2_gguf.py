@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 def convert(gguf: Path, out: Path) -> None:
     """Write a transformers folder with config, weights (float32, tied embeddings), tokenizer and chat template."""
-    read = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32,
+                                                trust_remote_code=False)
     settings = {key: value for key, value in read.config.to_dict().items()
                 if key not in ("quantization_config", "_name_or_path", "transformers_version")}
     model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(read.state_dict(), strict=True)
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.generation_config = GenerationConfig(

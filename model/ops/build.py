@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from core.private_folder import private_folder, user_cache
+
 SOURCES = Path(__file__).parent / "csrc"
 MAIN = SOURCES / "linear_ctc.cpp"
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
@@ -60,7 +62,7 @@ def _compiler_key(compiler: str) -> str:
 
 
 def _folder() -> Path:
-    """Inside the environment where it can be written to, else in the user's cache."""
+    """Inside the environment where it can be written to, else in the user's cache. Errors: OSError."""
     inside = Path(sys.prefix) / "lib" / "soundwave_ops"
     try:
         inside.mkdir(parents=True, exist_ok=True)
@@ -68,9 +70,7 @@ def _folder() -> Path:
             return inside
     except OSError:
         pass
-    outside = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "soundwave_ops"
-    outside.mkdir(parents=True, exist_ok=True)
-    return outside
+    return private_folder(user_cache() / "soundwave_ops")
 
 
 def _command(compiler: str, output: Path) -> list[str]:
@@ -133,5 +133,5 @@ def load() -> bool:
 if __name__ == "__main__":
     try:
         print(f"fused op: {build()}")
-    except BuildError as error:
+    except (BuildError, OSError) as error:
         sys.exit(str(error))

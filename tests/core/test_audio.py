@@ -454,7 +454,7 @@ def test_what_lies_above_the_new_band_is_removed():
 def test_without_pyav_the_refusal_names_the_command(monkeypatch, head, name):
     monkeypatch.setitem(sys.modules, "av", None)
     error = refused(head + bytes(100))
-    assert error.reason == "no_decoder" and name in str(error) and "pip install -r requirements-av.txt" in str(error)
+    assert error.reason == "no_decoder" and name in str(error) and "make setup EXTRAS=av" in str(error)
     assert refused(b"this is no audio " * 20).reason == "undecodable"
 
 

@@ -1,8 +1,9 @@
 """The page: what it refuses and how it ends, and, in a real browser (Debian's chromium, headless, driven by playwright), its use.
 
-The browser is not part of `make setup`: pip install -r requirements-demo.txt playwright==1.65.2; apt-get install chromium.
+The browser is not part of `make setup`: make setup EXTRAS=demo; pip install playwright==1.65.2; apt-get install chromium.
 """
 
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ import torch
 
 from core.audio import AudioError
 from evaluation import demo
-from evaluation.demo import QUESTION
+from evaluation.demo import QUESTION, Refusal
 from model import folder
 from tests.core.sound import encoded
 from tests.evaluation.conftest import SECONDS, sound
@@ -35,32 +38,86 @@ def clip(tmp_path):
 
 
 @pytest.fixture
-def server(folders, request):
-    """The page's own command, on a free port of this machine."""
+def server(folders, request, tmp_path):
+    """The page's own command, on a free port of this machine; another user's folder is where Gradio would put uploads."""
     pytest.importorskip("gradio")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "evaluation.demo", str(folders / request.param), "--port", str(port),
-                                "--device", "cpu", "--max-new-tokens", "12"], env=environment, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True)
+    scratch, log = tmp_path / "tmp", tmp_path / "log"
+    (scratch / "gradio").mkdir(parents=True)
+    (scratch / "gradio").chmod(0o555)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(scratch)}
+    with log.open("w") as out:
+        process = subprocess.Popen([sys.executable, "-m", "evaluation.demo", str(folders / request.param), "--port", str(port),
+                                    "--device", "cpu", "--max-new-tokens", "12"], env=environment, stdout=out, stderr=out)
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(300):
-            assert process.poll() is None, process.stdout.read()
+            assert process.poll() is None, log.read_text()
             try:
                 urllib.request.urlopen(url, timeout=5)
                 break
             except OSError:
                 time.sleep(1)
-        yield url
+        yield SimpleNamespace(url=url, log=log, scratch=scratch)
     finally:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         try:
-            process.wait(30)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
+    assert list(scratch.iterdir()) == [scratch / "gradio"], "uploads are gone"
+
+
+def post(url: str, body: bytes, kind: str = "application/json") -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, body, {"Content-Type": kind}), timeout=120) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def upload(server, content: bytes) -> tuple[int, str]:
+    head = '--edge\r\nContent-Disposition: form-data; name="files"; filename="a.flac"\r\nContent-Type: audio/flac\r\n\r\n'
+    return post(f"{server.url}/gradio_api/upload", head.encode() + content + b"\r\n--edge--\r\n",
+                "multipart/form-data; boundary=edge")
+
+
+def ask(server, path: str, question: str) -> dict:
+    """The last word on a question, as the page's own script gets it."""
+    session = str(time.monotonic_ns())
+    body = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}, question], "fn_index": 0, "session_hash": session}
+    assert post(f"{server.url}/gradio_api/queue/join", json.dumps(body).encode())[0] == 200
+    with urllib.request.urlopen(f"{server.url}/gradio_api/queue/data?session_hash={session}", timeout=120) as lines:
+        for line in lines:
+            told = json.loads(line[5:]) if line.startswith(b"data:") else {}
+            if told.get("msg") == "process_completed":
+                return told
+    raise AssertionError("no answer")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["shrinking"], indirect=True)
+def test_what_strangers_send_costs_a_line(server, clip):
+    own = server.scratch.glob("soundwave-demo-*")
+    assert [folder.stat().st_mode & 0o777 for folder in own] == [0o700]
+    status, told = upload(server, clip.read_bytes())
+    assert status == 200
+    path = json.loads(told)[0]
+    assert ask(server, path, "What?")["success"]
+    assert post(f"{server.url}/gradio_api/queue/join", b'{"data": ["' + b"x" * 2_000_000 + b'"]}')[0] == 413
+    assert upload(server, b"x" * 120_000_000)[0] == 413  # 300 s as stereo at 48 kHz in 32 bits are 115.2 MB
+    assert "characters, more than fit" in ask(server, path, "x" * 20_000)["output"]["error"]
+    broken = json.loads(upload(server, b"no audio")[1])[0]
+    assert ask(server, broken, "What?")["output"]["error"] == "audio cannot be decoded (Format not recognised)"
+    assert not ask(server, "/etc/hostname", "What?")["success"] and not ask(server, "http://127.0.0.1/x", "What?")["success"]
+    assert post(f"{server.url}/gradio_api/run/predict", b'{"data": [null, "x"], "fn_index": 0}')[0] == 404  # past the queue
+    assert ask(server, path, "What?")["success"]
+    log = server.log.read_text()
+    assert "Traceback" not in log and "error: a request was refused: " in log
+    with urllib.request.urlopen(f"{server.url}/config", timeout=60) as response:
+        assert str(server.scratch.parent) not in response.read().decode()
 
 
 @pytest.fixture
@@ -92,8 +149,67 @@ def test_a_long_upload_is_refused_unread(folders, tmp_path, monkeypatch):
     broken.write_bytes(b"no audio")
     with pytest.raises(ValueError, match="lasts 301 s, this model takes 300 s"):
         next(talker.ask(str(long), ""))
-    with pytest.raises(AudioError, match="Format not recognised"):
+    with pytest.raises(AudioError, match="Format not recognised") as error:
         next(talker.ask(str(broken), ""))
+    assert str(tmp_path) not in str(error.value), "a path of this machine"
+
+
+def test_a_question_longer_than_the_llm_s_positions_is_refused(folders, clip, monkeypatch):
+    talker = demo.Talker(folder.load(folders / "shrinking"), 12)
+    most = talker.positions
+    assert most == talker.model.llm.config.max_position_embeddings
+    with pytest.raises(Refusal, match=rf"the question has {16 * most + 1} characters"):
+        next(talker.ask(str(clip), "x" * (16 * most + 1)))  # before anything is read
+    with pytest.raises(Refusal, match=rf"take \d+ of the LLM's {most} positions, and the answer may take 12: ask a shorter"):
+        list(talker.ask(str(clip), "x" * most))
+    waveform = torch.zeros(16000)
+    kept = len(talker.model.inspect(talker.conversation(waveform, ""))["kept"][0])
+    taken = talker.conversation(waveform, "").input_ids.shape[1] - 1 + kept
+    room = most - 12 - taken - 1  # the byte tokenizer takes a token a letter, and one for the line break before the question
+    assert list(talker.answer(waveform, "x" * room))
+    with pytest.raises(Refusal, match=f"take {most - 11} of the LLM's"):
+        list(talker.answer(waveform, "x" * (room + 1)))
+
+
+def test_an_answer_that_takes_too_long_is_stopped(folders):
+    talker = demo.Talker(folder.load(folders / "shrinking"), 300, seconds=0.0)
+    with pytest.raises(Refusal, match="the answer was stopped after 0 s"):
+        list(talker.answer(torch.zeros(16000), QUESTION))
+    talker.seconds = 100.0
+    talker.max_new_tokens = 3
+    assert list(talker.answer(torch.zeros(16000), QUESTION))
+
+
+def test_what_goes_wrong_inside_is_a_line_without_names_of_this_machine(folders, clip, monkeypatch, capsys):
+    talker = demo.Talker(folder.load(folders / "alignment"), 4)
+
+    def fails(*_):
+        raise RuntimeError("no memory for /home/someone/secret\nmore")
+
+    monkeypatch.setattr(talker, "answer", fails)
+    with pytest.raises(Refusal, match="the question could not be answered") as error:
+        list(demo.shown(talker, str(clip), ""))
+    assert "/home" not in str(error.value)
+    log = capsys.readouterr().err.splitlines(keepends=True)[-1]
+    assert log == "error: a question was not answered: RuntimeError: no memory for /home/someone/secret\n"
+    with pytest.raises(Refusal, match="the recording lasts &lt;b&gt;"):  # shown as HTML
+        monkeypatch.setattr(talker, "answer", lambda *_: (_ for _ in ()).throw(Refusal("the recording lasts <b>")))
+        list(demo.shown(talker, str(clip), ""))
+
+
+@pytest.mark.parametrize("host, local", [("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("localhost", True),
+                                         ("0.0.0.0", False), ("10.1.2.3", False), ("::", False), ("gpu7", False)])
+def test_addresses_of_this_machine_alone(host, local):
+    assert demo.is_loopback(host) == local
+
+
+def test_the_login_comes_from_the_environment(monkeypatch, capsys):
+    monkeypatch.setenv("PAGE", "me:pa:ss")
+    assert demo.login("PAGE") == ("me", "pa:ss") and demo.login(None) is None
+    for value in ("", "me", "me:", ":ss"):
+        monkeypatch.setenv("PAGE", value)
+        with pytest.raises(ValueError, match="set this environment variable to USER:PASSWORD"):
+            demo.login("PAGE")
 
 
 def test_an_upload_that_takes_gigabytes_decoded_is_refused(folders, tmp_path, monkeypatch):
@@ -125,7 +241,7 @@ def test_upload_ask_see(server, browser, clip):
     tab = browser.new_page()
     asked = []
     tab.on("request", lambda request: asked.append(request.url))
-    tab.goto(server)
+    tab.goto(server.url)
     tab.get_by_role("button", name="Ask").wait_for(timeout=120_000)
     assert tab.locator("#question textarea, #question input").input_value() == QUESTION
     tab.get_by_role("button", name="Ask").click()  # without audio: a message, no crash
@@ -142,7 +258,7 @@ def test_upload_ask_see(server, browser, clip):
     assert tab.locator("#transcript textarea").input_value() or tab.locator("#answer textarea").input_value()
     assert tab.locator("#picture img").count() == 1
     assert tab.evaluate("document.querySelector('#picture img').naturalWidth") > 300
-    assert outside(asked, server) == []  # the page works without a network, and tells nobody
+    assert outside(asked, server.url) == []  # the page works without a network, and tells nobody
 
 
 @pytest.mark.slow
@@ -150,7 +266,7 @@ def test_upload_ask_see(server, browser, clip):
 def test_microphone_of_a_stage_one_model(server, browser):
     context = browser.new_context(permissions=["microphone"])
     tab = context.new_page()
-    tab.goto(server)
+    tab.goto(server.url)
     tab.get_by_role("button", name="Ask").wait_for(timeout=120_000)
     assert tab.locator("#question").count() == 0  # nothing to ask without an LLM
     tab.get_by_role("button", name="Record", exact=True).click()

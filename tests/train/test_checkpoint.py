@@ -38,7 +38,10 @@ def write(to: Checkpoints, step: int, best: dict | None = None, **more) -> bool:
     """What `save` and `finish` do, without DeepSpeed: two files and the state."""
     to.target = to.folder / f"step-{step:06d}.partial"
     to.target.mkdir()
-    (to.target / "state.json").write_text(json.dumps({"step": step, "best": best, **more}))
+    health = {"norms": [], "consecutive": 0, "skipped": 0, "rollbacks": 0, **more.pop("health", {})}
+    state = {"step": step, "data_offset": 0, "best": best, "health": health, "facts": {},
+             "topology": {"world_size": 1, "zero_stage": 3}, **more}
+    (to.target / "state.json").write_text(json.dumps(state))
     for name in ("one.pt", "two.pt"):
         to.writer.save({"step": torch.tensor(step)}, str(to.target / name))
     to.writer.start()

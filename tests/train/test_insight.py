@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 import re
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.soundwave import Soundwave
 from tests.model import tiny
-from train import report
+from train import report, telemetry
 from train.distributed import Ranks
 from train.flops import Flops, peak_of
 from train.telemetry import Telemetry
@@ -145,3 +146,8 @@ def test_model_flops_are_those_of_the_operations(model, stage, losses):
 def test_peaks_by_device_name():
     assert peak_of("NVIDIA H100 80GB HBM3") == 989e12 and peak_of("NVIDIA H100 PCIe") == 756e12
     assert peak_of("NVIDIA A100-SXM4-80GB") == 312e12 and peak_of("Some other device") is None
+
+
+def test_logs_carry_no_control_sequences_of_data():
+    record = logging.LogRecord("soundwave", logging.WARNING, "", 0, "%s was rejected", ("evil\x1b]0;owned\x07\x1b[2J",), None)
+    assert telemetry.PrintableFormatter("%(message)s").format(record) == r"evil\x1b]0;owned\x07\x1b[2J was rejected"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from tests.model import tiny as tiny_models
 from tests.train.soak import soak
 from tests.train.tiny import STAGES, losses, weights, workspace
+from train.checkpoint import sha256_of
 from train.config import load_recipe
 from train.data import Plan
 from train.preemption import Preemption
@@ -90,6 +92,29 @@ def test_damaged_checkpoint_is_passed_over_with_a_line(server, tiny, whole, tmp_
             f"{newest.name}.damaged, and the one before it is taken") in text
     assert f"resuming at step 4 from {newest.with_name('step-000004')}" in text
     assert_same_end(tmp_path, whole)
+
+
+@pytest.mark.slow  # two starts of a real rank
+def test_code_in_a_checkpoint_is_not_run(server, tiny, tmp_path):
+    """Its hashes are right, as those of whoever made it."""
+    stop_after(server, tiny, tmp_path, 2, ranks=1)
+    folder = tmp_path / "alignment" / "checkpoints" / "step-000003"
+    for path in folder.glob("*.pt"):
+        torch.save({"module": MarkFile(tmp_path / "ran")}, path)
+    manifest = {path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in folder.iterdir()
+                if path.name != "manifest.json"}
+    (folder / "manifest.json").write_text(json.dumps({"files": manifest}))
+    codes, text = train(server, tiny, tmp_path, ranks=1)
+    assert codes == [1] and "it names posix.system, and so would run code when it is loaded" in text
+    assert "Traceback" not in text and not (tmp_path / "ran").exists()
+
+
+class MarkFile:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
 
 
 @pytest.mark.slow  # several starts of real ranks

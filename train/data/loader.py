@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
+from core.console import OneLine
 from model.batch import Batch
 
 SLOW_AFTER = 60.0  # seconds on one utterance before the watchdog names the worker
@@ -26,7 +27,7 @@ PHASES = ("read", "decode", "prepare", "collate")  # of a worker's time
 LOGGER = logging.getLogger(__name__)
 
 
-class StreamStalled(RuntimeError):
+class StreamStalled(OneLine, RuntimeError):
     """A worker died or delivers nothing; the message names it and what it was reading."""
 
 

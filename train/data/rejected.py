@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from core.console import OneLine
 from train.config import RecipeError
 from train.files import append_lines, read_lines
 
@@ -11,7 +12,7 @@ from train.files import append_lines, read_lines
 LEAST_UTTERANCES = 1000
 
 
-class BrokenSample(ValueError):
+class BrokenSample(OneLine, ValueError):
     """One utterance that cannot be used; the message says why."""
 
 

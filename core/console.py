@@ -1,0 +1,39 @@
+"""Text for terminals and logs that comes, in part, from data: it must not carry control sequences, and an error is one line."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import TextIO
+
+# C0 and C1 controls but tab and line feed, and the marks that reverse the order of what is displayed.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_LONGEST_REASON = 300  # characters of a library's message that are quoted
+
+
+def printable(text: object) -> str:
+    """Return `text` with control characters written as escapes (\\x1b), line breaks and tabs as they are."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def one_line(error: object) -> str:
+    """Return the first line with content of an exception's message, its type where there is none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return printable(lines[0])[:_LONGEST_REASON] if lines else type(error).__name__
+
+
+class OneLine:
+    """Mixin for exceptions that are shown to users: one printable line, whatever data is quoted in it."""
+
+    def __str__(self) -> str:
+        return " ".join(printable(super().__str__()).splitlines())
+
+
+def print_text(*values: object, sep: str = " ", file: TextIO | None = None, flush: bool = False) -> None:
+    """`print`, made printable."""
+    print(printable(sep.join(map(str, values))), file=file, flush=flush)
+
+
+def print_error(*values: object) -> None:
+    """Print one line on standard error, whatever line breaks the values hold."""
+    print(" ".join(printable(" ".join(map(str, values))).splitlines()), file=sys.stderr)
