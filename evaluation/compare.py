@@ -13,9 +13,18 @@ from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 from tabulate import tabulate
 
-from evaluation.predictions import PredictionError, read_rows, row_key
+from evaluation.predictions import PredictionError, prediction_key, read_predictions
 from evaluation.resampling import paired_test
-from evaluation.score import bleu_tokenizer, correct_answers, direction, exact_answers, with_labels, word_counts
+from evaluation.score import (
+    bleu_tokenizer,
+    correct_answers,
+    direction,
+    exact_answers,
+    spoken,
+    with_labels,
+    with_tokenizers,
+    word_counts,
+)
 from evaluation.tasks import metric_of
 
 
@@ -28,7 +37,10 @@ def paired(first: list[dict], second: list[dict]) -> dict[str, dict]:
     metric = metric_of(first)
     if metric == "wer":
         results = {}
+        first, second = spoken(first), spoken(second)
         for name, characters in (("wer", False), ("cer", True)):
+            if not first:
+                break
             a, units, _ = word_counts(first, characters=characters)
             b, _, _ = word_counts(second, characters=characters)
             results[name] = paired_test(a, b, units)
@@ -55,8 +67,9 @@ def paired(first: list[dict], second: list[dict]) -> dict[str, dict]:
 def compare(first: Path, second: Path) -> dict:
     """{task: {utterances, metrics}} and how many utterances only one file has; translations whose directions need several BLEU
     tokenizers stand by direction, as "translation en-zh". PredictionError where they cannot be compared."""
-    files = [read_rows(path) for path in (first, second)]
-    tables = [{row_key(row): row for row in with_labels(rows, [*files[0], *files[1]])} for rows in files]
+    files = [read_predictions(path)[0] for path in (first, second)]
+    every = [*files[0], *files[1]]
+    tables = [{prediction_key(row): row for row in with_tokenizers(with_labels(rows, every), every)} for rows in files]
     shared = [key for key in tables[0] if key in tables[1]]
     differing = [key for key in shared if tables[0][key]["reference"] != tables[1][key]["reference"]]
     if differing:

@@ -26,8 +26,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from core.samples import PromptError
 from evaluation.air_bench import read_meta, sample_id
-from evaluation.predictions import PredictionError, end_last_line, read_rows, row_key
+from evaluation.predictions import PredictionError, end_last_line, read_predictions, read_rows, row_key
 from evaluation.resampling import interval
 
 TEMPLATE = """You grade two answers to a question about an audio recording. You cannot hear it; this is what is in it:
@@ -81,15 +82,17 @@ def local_judge(folder: Path) -> Callable[[str], str]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from model.prompt import chat_ids
+
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     def ask(text: str) -> str:
-        inputs = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True,
-                                               return_tensors="pt").to(model.device)
+        # As text: an answer that holds the judge's control tokens must not open a turn of its own.
+        ids = torch.tensor([chat_ids(tokenizer, [{"role": "user", "content": text, "audios": 0}])[0]], device=model.device)
         with torch.inference_mode():
-            output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
-        return tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)
+        return tokenizer.decode(output[0, ids.shape[1]:], skip_special_tokens=True)
 
     return ask
 
@@ -147,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--template", type=Path, help="text with {description} {question} {first} {second}")
     options = parser.parse_args(arguments)
     try:
-        rows = read_rows(options.predictions)
+        rows, notes = read_predictions(options.predictions)
         described = {sample_id(item): item.get("meta_info") for item in read_meta(options.meta)} if options.meta else {}
         template = options.template.read_text() if options.template else TEMPLATE
         judge_name = str(options.local or f"{options.endpoint} {options.judge_model}")
@@ -168,9 +171,11 @@ def main(arguments: list[str] | None = None) -> int:
                 judged[digest] = judge_row(*wanted[digest], ask, template) | {"digest": digest}
                 out.write(json.dumps(judged[digest], ensure_ascii=False) + "\n")
                 out.flush()
-    except (PredictionError, JudgeError) as error:
+    except (PredictionError, JudgeError, PromptError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, PredictionError) else 1
+        return 1 if isinstance(error, JudgeError) else 2
+    for note in notes:
+        print(f"note: {note}")
     others = sum(judgement.get("digest") not in wanted for judgement in before)
     if others:
         print(f"{others} judgements in {kept} are of another judge, wording or answer: not counted")

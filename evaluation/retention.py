@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from evaluation.resampling import interval, paired_test
 from model import folder
+from model.control_tokens import text_ids
 from model.language_model import base_of
 from model.pretrained import SourceError
 from model.prompt import PromptError
@@ -37,7 +38,7 @@ LONGEST = 2048  # tokens of one passage; what is longer is cut
 def negative_log_likelihood(model: Soundwave, passage: str) -> tuple[float, int]:
     """Sum over the passage's tokens of -log p(token | those before), and how many were predicted."""
     device = next(model.llm.parameters()).device
-    ids = torch.tensor([model.tokenizer(passage).input_ids[:LONGEST]], device=device)
+    ids = torch.tensor([text_ids(model.tokenizer, passage, add_special_tokens=True)[:LONGEST]], device=device)
     if ids.shape[1] < 2:
         return 0.0, 0
     logits = model.llm(input_ids=ids).logits[0, :-1].float()

@@ -24,9 +24,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from core.samples import question_of, transcript_of
 from data_tools.shards import ShardError, ShardIndex
 from evaluation.predictions import PredictionError, PredictionFile, read_rows, row_key
-from evaluation.score import score_file, table
+from evaluation.score import print_notes, score_file, table
 from evaluation.tasks import lettered_choices, reference_of
 from model import folder
 from model.batch import Batch
@@ -93,13 +94,15 @@ def prediction_row(sample: dict, prediction: str, raw: str, decode: str) -> dict
     """What is kept of one answer: enough to score it again without the audio."""
     row = {"id": sample["id"], "corpus": sample.get("corpus"), "task": "asr" if decode == "ctc" else sample.get("task"),
            "lang": sample.get("lang"), "duration": sample.get("duration"),
-           "reference": (sample.get("text") or "") if decode == "ctc" else reference_of(sample),
+           "reference": transcript_of(sample) if decode == "ctc" else reference_of(sample),
            "prediction": prediction.strip(), "raw": raw}
     if decode != "ctc":
-        row |= {key: sample[key] for key in ("label", "prompt", "target_lang") if sample.get(key) is not None}
+        row |= {key: sample[key] for key in ("label", "target_lang") if sample.get(key) is not None}
+        if question := question_of(sample):
+            row["prompt"] = question
         if sample.get("text") and sample.get("task") != "asr":
             row["transcript"] = sample["text"]  # what a judge is told of the audio
-        choices = lettered_choices(sample.get("prompt"))
+        choices = lettered_choices(question)
         row |= {"choices": choices} if choices and sample.get("label") else {}
     return row
 
@@ -266,6 +269,7 @@ def finish(file: PredictionFile, place: Place, longest: int | None = None) -> bo
         try:
             result = score_file(file.path)
             print(table(result["tasks"]))
+            print_notes(result)
             if longest and (cut := sum(row.get("tokens", 0) >= longest for row in read_rows(file.path))):
                 print(f"{cut} answers were cut at --max-new-tokens {longest}")
             print(f"predictions: {file.path} ({result['utterances']} answered, {result['rejected']} rejected)")

@@ -90,7 +90,7 @@ class CheckpointConfig:
     every_minutes: float = 30.0  # whichever of the two comes first
     keep_last: int = 2
     keep_best: bool = True
-    best_by: str = "wer"  # of a validation, the lower the better: wer | loss
+    best_by: str = "wer"  # of a validation, the lower the better: wer | cer | mer | loss; of equal ones the lower loss
     copy_to: str | None = None  # a second folder that gets each finished checkpoint
     accept_changes: list[str] = field(default_factory=list)  # base | tokenizer | recipe | index: accepted on resume
 

@@ -38,11 +38,10 @@ from train.preemption import DONE, FAILED, PREEMPTED, WRONG_INPUT, Preemption
 from train.profiling import Profiler
 from train.stages import Stage, finished, initial_folder, stage_folder, stage_of, trained_by
 from train.telemetry import Meter, StreamSums, Telemetry
-from train.validate import validate, validation_set
+from train.validate import RATES, SCORES, validate, validation_set
 
 logger = logging.getLogger("soundwave")
 
-SCORES = ("wer", "loss")  # of a validation, by which the best can be chosen
 BEST = "model-best"  # the folder of the best model on the way
 
 
@@ -206,7 +205,7 @@ class Run:
     def _best_of(self, state: dict) -> dict | None:
         """The best so far at a checkpoint; None where it was chosen by another score than the recipe's now."""
         best = state["best"]
-        return best if best and best.get("by", "wer") == self.recipe.checkpoint.best_by else None
+        return best if best and best.get("asked", best.get("by", "wer")) == self.recipe.checkpoint.best_by else None
 
     def _topology(self) -> dict:
         return {"world_size": self.ranks.world_size, "zero_stage": zero.stage_number(self.ds_config)}
@@ -418,7 +417,7 @@ class Run:
             self.note("running", step=result.step + 1)
         shown = {"loss": result.loss}
         if self.best:
-            shown[f"best {self.recipe.checkpoint.best_by}"] = self.best["score"]
+            shown[f"best {self.best['by']}"] = self.best["score"]
         self.log.advance(shown)
 
     def _validate(self, step: int) -> bool:
@@ -434,12 +433,25 @@ class Run:
         if samples:
             self.log.text("valid/samples", step, "\n\n".join(f"**{r}** → {h}" for r, h in samples[:8]))
         if self.ranks.is_main:
-            logger.info("step %d: validation WER %.3f, loss %.3f", step, result["wer"], result["loss"])
-        score = result[self.recipe.checkpoint.best_by]
-        if step > 0 and math.isfinite(score) and (self.best is None or score < self.best["score"]):
-            self.best = {"step": step, "by": self.recipe.checkpoint.best_by, "score": score}
+            rates = [f"{name.upper()} {result[name]:.3f}" for name in RATES if name in result]
+            logger.info("step %d: validation %s", step, ", ".join([*rates, f"loss {result['loss']:.3f}"]))
+        asked = by = self.recipe.checkpoint.best_by
+        if by not in result:
+            by = "loss"
+            if self.ranks.is_main:
+                logger.warning("step %d: data.valid holds no words, thus no %s: the best model is chosen by loss", step, asked)
+        if step > 0 and math.isfinite(result[by]) and self._is_better(by, result[by], result["loss"]):
+            self.best = {"step": step, "by": by, "asked": asked, "score": result[by], "loss": result["loss"]}
             return self.recipe.checkpoint.keep_best
         return False
+
+    def _is_better(self, by: str, score: float, loss: float) -> bool:
+        """Whether a validation beats the best so far; of equal scores the lower loss wins."""
+        if self.best is None or self.best.get("by", "wer") != by:
+            return True
+        if score != self.best["score"]:
+            return score < self.best["score"]
+        return loss < self.best.get("loss", math.inf)
 
     # ---------------------------------------------------------------- end
 

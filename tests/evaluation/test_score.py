@@ -12,7 +12,7 @@ from sacrebleu.metrics import BLEU
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer as PackageNormalizer
 
-from data_tools.languages import language_code
+from core.languages import language_code
 from evaluation import score
 from evaluation.normalise import normalise
 from evaluation.resampling import interval, paired_test
@@ -32,7 +32,7 @@ def test_english_normaliser_equals_transformers():
 @given(st.text(max_size=40), st.sampled_from(["fr", "ru", "de"]))
 @settings(max_examples=50, deadline=None)
 def test_basic_normaliser_equals_transformers(text, lang):
-    assert normalise(text, lang) == " ".join(BasicTextNormalizer()(text).split())
+    assert normalise(text, lang, "whisper") == " ".join(BasicTextNormalizer()(text).split())
 
 
 def test_unspaced_scripts_are_split():
