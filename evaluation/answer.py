@@ -11,28 +11,46 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from core.audio import Audio, AudioError, decode, largest_decoded
+from core.audio import AudioError, decode, largest_decoded
+from core.samples import INSTRUCTIONS, PromptError, asked
 from evaluation.run import InputError, joint_search, load
 from model.folder import FolderError
 from model.joint import JointSearch
 from model.pretrained import SourceError
-from model.prompt import INSTRUCTIONS, PromptError
+from model.waveforms import SoundWarning
 
 
-def sound(file: Path, longest: float) -> Audio:
-    """The file as 16 kHz mono, of at most `longest` seconds; what is cut is answered as far as it goes. Errors: AudioError."""
+def sound(file: Path, longest: float) -> torch.Tensor:
+    """The file's waveform [S], 16 kHz mono, of at most `longest` seconds; what is cut is answered as far as it goes. What was
+    noticed about it goes to standard error. Errors: AudioError."""
     try:
-        return decode(file, whole=False, max_seconds=longest, max_bytes=largest_decoded(longest))
+        audio = decode(file, whole=False, max_seconds=longest, max_bytes=largest_decoded(longest))
     except AudioError as error:
         if error.reason == "too_long":
             raise AudioError("too_long", f"lasts {error.seconds:.0f} s, this model takes {longest:g} s at most "
                              "(model.encoder.max_seconds): cut it") from None
         raise
+    for finding in audio.findings:
+        print(f"warning: {file}: {finding.detail} ({finding.kind})", file=sys.stderr)
+    return torch.from_numpy(audio.samples)
+
+
+@contextmanager
+def told(file: Path) -> Iterator[None]:
+    """What the model has to say about a clip, on standard error under the file's name."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", SoundWarning)
+        yield
+    for warning in found:
+        print(f"warning: {file}: {str(warning.message).removeprefix('waveform 0 ')}", file=sys.stderr)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -65,21 +83,21 @@ def main(arguments: list[str] | None = None) -> int:
         if token in (options.prompt or ""):
             raise InputError(f"--prompt holds {token}: leave it out, the sound stands before the prompt")
         joint = joint_search(options) if how == "joint" else None
-        chat = [{"role": "user", "content": f"{token}\n{options.prompt or INSTRUCTIONS['asr']}"}]
+        chat = [asked(options.prompt or INSTRUCTIONS["asr"], token)]
         for file in options.files:
             try:
-                audio = sound(file, model.config.encoder.max_seconds)
-            except AudioError as error:
+                waveform = sound(file, model.config.encoder.max_seconds)
+                with told(file):
+                    if how == "ctc":
+                        text = model.ctc_greedy(model.prompts([chat], [waveform]))[0]
+                    else:
+                        text = model.answer([chat], [waveform], max_new_tokens=options.max_new_tokens, joint=joint)[0]
+            except PromptError:
+                raise
+            except ValueError as error:  # of this file's audio; AudioError among them
                 print(f"error: {file}: {error}", file=sys.stderr)
                 code = 2
                 continue
-            for finding in audio.findings:
-                print(f"warning: {file}: {finding.detail} ({finding.kind})", file=sys.stderr)
-            waveform = torch.from_numpy(audio.samples)
-            if how == "ctc":
-                text = model.ctc_greedy(model.prompts([chat], [waveform]))[0]
-            else:
-                text = model.answer([chat], [waveform], max_new_tokens=options.max_new_tokens, joint=joint)[0]
             print(file, " ".join(text.split()), sep="\t", flush=True)
     except (InputError, FolderError, SourceError, PromptError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from transformers import TextIteratorStreamer
 from transformers.utils.logging import disable_progress_bar
 
 from core.audio import SAMPLE_RATE, AudioError, decode, largest_decoded
+from core.samples import asked
 from evaluation.picture import ctc_peaks, figure
 from model import folder
 from model.batch import Batch
@@ -69,7 +70,7 @@ class Talker:
         except AudioError as error:
             self.check_length(error.seconds or 0.0)
             raise
-        yield from self.answer(torch.from_numpy(audio.samples), question)
+        yield from self.answer(torch.from_numpy(audio.samples), question, [finding.detail for finding in audio.findings])
 
     def check_length(self, seconds: float) -> None:
         longest = self.model.config.encoder.max_seconds
@@ -78,11 +79,10 @@ class Talker:
 
     def conversation(self, waveform: torch.Tensor, question: str) -> Batch:
         """The recording, then the question, as a conversation ready to be continued."""
-        content = f"{self.model.config.audio_token}\n{question}".rstrip("\n")
-        return self.model.prompts([[{"role": "user", "content": content}]], [waveform])
+        return self.model.prompts([[asked(question, self.model.config.audio_token)]], [waveform])
 
-    def answer(self, waveform: torch.Tensor, question: str) -> Iterator[tuple]:
-        """The same for a waveform [S] at 16 kHz."""
+    def answer(self, waveform: torch.Tensor, question: str, noticed: Sequence[str] = ()) -> Iterator[tuple]:
+        """The same for a waveform [S] at 16 kHz. noticed: what is to be said about it."""
         seconds = len(waveform) / SAMPLE_RATE
         self.check_length(seconds)
         began = time.perf_counter()
@@ -92,8 +92,11 @@ class Talker:
         transcript = self.model.tokenizer.decode([t for t in tokens if t < len(self.model.tokenizer)]).strip()
         kept, frames = len(inspection["kept"][0]), len(inspection["tokens"][0])
         picture = figure(inspection, self.name_of)
+        if said := self.model.length_warning(seconds):
+            noticed = [*noticed, said]
         lines = [("audio", f"{seconds:.2f} s"), ("frames", f"{frames}, {kept} kept for the LLM ({kept / seconds:.1f} a second)"),
                  ("encoder, adapter and CTC", f"{heard * 1000:.0f} ms")]
+        lines = [*(("**warning**", text.replace("|", "/")) for text in noticed), *lines]
         if self.model.llm is None:
             yield "(A model of stage I has no LLM; below is what its CTC head heard.)", transcript, picture, timings(lines)
             return
@@ -105,6 +108,8 @@ class Talker:
                 continue
             first = first or time.perf_counter() - began
             yield text, None, None, timings([*lines, ("time to first words", f"{first * 1000:.0f} ms")])
+        if self.model.unanswered:
+            raise ValueError("; ".join(self.model.unanswered.values()))
         total = time.perf_counter() - began
         lines += [("time to first words", f"{(first or total) * 1000:.0f} ms"), ("whole answer", f"{total:.2f} s"),
                   ("real-time factor", f"{total / seconds:.2f}")]

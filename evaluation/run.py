@@ -72,7 +72,7 @@ def shard_folder(shards: str, split: str | None) -> Path:
 def joint_search(options: argparse.Namespace) -> JointSearch:
     """The search of `--decode joint`; the text that CTC was taught is the trained or the untrained recipe's."""
     if options.model:
-        ctc_text = folder.describe(options.model).get("recipe", {}).get("data", {}).get("ctc_text", DataConfig.ctc_text)
+        ctc_text = folder.trained_with(folder.describe(options.model)).get("ctc_text", DataConfig.ctc_text)
     else:
         ctc_text = load_recipe(options.untrained, options.overrides).data.ctc_text
     return JointSearch(options.ctc_weight, options.beams, token_bonus=options.token_bonus, ctc_text=ctc_text)
@@ -104,6 +104,8 @@ def prediction_row(sample: dict, prediction: str, raw: str, decode: str) -> dict
             row["transcript"] = sample["text"]  # what a judge is told of the audio
         choices = lettered_choices(question)
         row |= {"choices": choices} if choices and sample.get("label") else {}
+    if sample.get("noticed"):
+        row["noticed"] = sample["noticed"]
     return row
 
 
@@ -148,12 +150,15 @@ def predict(model: Soundwave, stream: EvalStream, file: PredictionFile, options:
             lengths = audio_lengths(model, batch)
             rows = []
             for i, sample in enumerate(samples):
+                if decode != "ctc" and i in model.unanswered:
+                    rejected = [*rejected, {"id": sample["id"], "corpus": sample.get("corpus"), "why": model.unanswered[i]}]
+                    continue
                 row = prediction_row(sample, texts[i], raws[i], decode) | {"wall": round(wall, 4)}
                 if counts[i] is not None:
                     row["tokens"] = counts[i]
                 rows.append(row | lengths[i])
             file.append(rows, rejected)
-            progress.update(len(rows))
+            progress.update(len(samples))
     file.append([], stream.rejected[reported:])  # of a stream without batches
 
 
@@ -258,9 +263,23 @@ def start(device: str | None) -> Place:
     return Place(rank, world_size, torch.device(device or default))
 
 
-def finish(file: PredictionFile, place: Place, longest: int | None = None) -> bool:
-    """Wait for all ranks, merge, score, print. longest: tokens at which an answer was cut.
-    False where there is nothing to score: rank 0 has said why."""
+def clip_notes(rows: list[dict], trained_seconds: float | None) -> list[str]:
+    """What is to be said about the clips that were answered: what was noticed when they were decoded, and those longer than any
+    that the model was trained on."""
+    notes = []
+    odd = [row for row in rows if row.get("noticed")]
+    if odd:
+        first = f"{odd[0]['id']}: {'; '.join(odd[0]['noticed'])}"
+        notes.append(f"{len(odd)} clips may not be what they should be ({first}): see `noticed` in the predictions")
+    if trained_seconds is not None and (long := sum((row.get("duration") or 0) > 1.01 * trained_seconds for row in rows)):
+        notes.append(f"{long} clips are longer than {trained_seconds:g} s, the longest of training (data.max_seconds): answers "
+                     "may be wrong or stop early")
+    return notes
+
+
+def finish(file: PredictionFile, place: Place, longest: int | None = None, trained_seconds: float | None = None) -> bool:
+    """Wait for all ranks, merge, score, print. longest: tokens at which an answer was cut. trained_seconds: of the longest clip
+    in training. False where there is nothing to score: rank 0 has said why."""
     if place.world_size > 1:
         dist.barrier()
     error = None
@@ -270,7 +289,10 @@ def finish(file: PredictionFile, place: Place, longest: int | None = None) -> bo
             result = score_file(file.path)
             print(table(result["tasks"]))
             print_notes(result)
-            if longest and (cut := sum(row.get("tokens", 0) >= longest for row in read_rows(file.path))):
+            rows = read_rows(file.path)
+            for note in clip_notes(rows, trained_seconds):
+                print(f"note: {note}")
+            if longest and (cut := sum(row.get("tokens", 0) >= longest for row in rows)):
                 print(f"{cut} answers were cut at --max-new-tokens {longest}")
             print(f"predictions: {file.path} ({result['utterances']} answered, {result['rejected']} rejected)")
             print(f"scores: {file.path.with_suffix('.scores.json')}")
@@ -343,7 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
                             done=lambda sample, done=done: row_key(sample) in done, batch_seconds=options.batch_seconds,
                             rank=place.rank, world_size=place.world_size, data=DataConfig(workers=options.workers))
         predict(model, stream, file, options, decode)
-        if not finish(file, place, options.max_new_tokens):
+        if not finish(file, place, options.max_new_tokens, model.trained_seconds):
             return 2
     return 0
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import regex
 from transformers import AddedToken, PreTrainedTokenizerBase
@@ -19,8 +20,8 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 _BYTE = r"<0x[0-9A-Fa-f]{2}>"  # names of SentencePiece's byte tokens, which some models spell from text
 _WORDS = regex.compile(r"[\p{L}\p{M}\p{N}\s▁]+")
 _MARKUP = regex.compile(r"[<\[].+[>\]]")
-#: Noncharacters of Unicode (never assigned, for use inside a program): one that no text holds marks the cuts.
-_MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+#: What marks the cuts: noncharacters of Unicode (for use inside a program), then a private-use plane.
+_MARKS = (range(0xFDD0, 0xFDF0), range(0x100000, 0x10FFFE))
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +107,7 @@ def cuts_everywhere(text: str) -> set[int]:
 def unused_mark(texts: Iterable[str]) -> str:
     """Return a character that none of the texts holds."""
     whole = "".join(texts)
-    return next(mark for mark in (*_MARKS, *map(chr, range(0x10FFFD, 0x100000, -1))) if mark not in whole)
+    return next(mark for mark in map(chr, chain(*_MARKS)) if mark not in whole)
 
 
 def marked(text: str, cuts: set[int], mark: str) -> str:
@@ -140,9 +141,9 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: 
     framing = controls.within(tokenizer.encode("", add_special_tokens=True)) if add_special_tokens else []
     ids = tokenizer.encode(text, add_special_tokens=add_special_tokens, split_special_tokens=True)
     spelled = controls.spelled is not None and controls.spelled.search(text)
-    mark = unused_mark([text])
-    for cuts in (cuts_inside(text, controls.begins), cuts_everywhere(text)):
+    for cut in (lambda text: cuts_inside(text, controls.begins), cuts_everywhere):
         if controls.within(ids) == framing and not spelled:
             break
-        ids, spelled = encode_pieces(tokenizer, marked(text, cuts, mark), mark, add_special_tokens), None
+        mark = unused_mark([text])
+        ids, spelled = encode_pieces(tokenizer, marked(text, cut(text), mark), mark, add_special_tokens), None
     return ids

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from model.config import SoundwaveConfig
+from model.pretrained import write_tensors
 from model.soundwave import PARTS, Soundwave
 
 CONFIG, ADAPTERS, LORA = "soundwave.json", "adapters.safetensors", "lora"
@@ -41,11 +42,11 @@ def save(model: Soundwave, folder: str | Path, extra: dict | None = None) -> Pat
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file({n: p.detach().cpu().contiguous() for n, p in trained_tensors(model).items()}, partial / ADAPTERS)
+    write_tensors({n: p.detach().cpu().contiguous() for n, p in trained_tensors(model).items()}, partial / ADAPTERS)
     if isinstance(model.llm, PeftModel):
         (partial / LORA).mkdir(exist_ok=True)
         state = {n: p.detach().cpu().contiguous() for n, p in get_peft_model_state_dict(model.llm).items()}
-        save_file(state, partial / LORA / "adapter_model.safetensors")
+        write_tensors(state, partial / LORA / "adapter_model.safetensors")
         peft_config = model.llm.peft_config["default"]
         peft_config.base_model_name_or_path = model.config.llm.name
         peft_config.inference_mode = True
@@ -82,6 +83,11 @@ def read_config(folder: str | Path) -> SoundwaveConfig:
         if not Path(part.name).is_absolute() and inside.is_dir():
             part.name = str(inside)
     return config
+
+
+def trained_with(description: dict) -> dict:
+    """The recipe's `data` section of a model folder, as far as it was kept."""
+    return (description.get("recipe") or {}).get("data") or {}
 
 
 def check_base(model: Soundwave, folder: str | Path) -> None:
@@ -164,19 +170,28 @@ def _fill(parameter: torch.Tensor, value: torch.Tensor) -> None:
         parameter.copy_(value)
 
 
+def dtype_name(dtype: torch.dtype | str | None) -> str | None:
+    """A type as model.dtype has it; None for None and "auto"."""
+    return None if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
+
+
 def load(folder: str | Path, *, encoder: str | None = None, llm: str | None = None, device: torch.device | str | None = None,
-         dtype: str | None = None, verify: bool = True, with_llm: bool = True) -> Soundwave:
+         dtype: torch.dtype | str | None = None, verify: bool = True, with_llm: bool = True, attention: str | None = None
+         ) -> Soundwave:
     """A model folder as a model in eval mode, with its frozen parts from where it names them, or from `encoder` and `llm`.
 
+    dtype: of the frozen parts; None or "auto": the one that the folder names. attention: as model.attention_implementation.
     A stage I folder comes without the LLM; any other, too, if not `with_llm`, for its CTC head alone. Errors: FolderError,
     SourceError.
     """
     description, config = describe(folder), read_config(folder)
     config.encoder.name, config.llm.name = encoder or config.encoder.name, llm or config.llm.name
-    config.dtype = dtype or config.dtype
+    config.dtype = dtype_name(dtype) or config.dtype
+    config.attention_implementation = attention or config.attention_implementation
     stage = description["stage"] if with_llm else "alignment"
     parts = tuple(p for p in PARTS if p != "llm" or stage != "alignment")
     model = Soundwave.build(config, parts=parts)
     load_trained(model, folder, verify=verify)
     model.set_stage(stage)
+    model.trained_seconds = trained_with(description).get("max_seconds")
     return (model if device is None else model.to(device)).eval()

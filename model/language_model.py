@@ -6,10 +6,18 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AddedToken,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from model.config import LLMConfig
-from model.pretrained import Source, SourceError
+from model.pretrained import Source, SourceError, text_config
+from model.prompt import stop_ids
 
 
 def load_tokenizer(source: Source, audio_token: str) -> PreTrainedTokenizerBase:
@@ -40,6 +48,7 @@ def build_llm(config: LLMConfig, source: Source, dtype: torch.dtype, attention: 
                 raise
             raise SourceError(f"{source.name} does not run with model.attention_implementation={attention} "
                               f"({str(error).split('.')[0]}): set it to eager or auto") from None
+    llm.generation_config = end_settings(source)
     llm.requires_grad_(False)
     if config.lora_r == 0:
         return llm
@@ -50,6 +59,42 @@ def build_llm(config: LLMConfig, source: Source, dtype: torch.dtype, attention: 
     except ValueError as error:
         raise SourceError(f"LoRA does not fit {source.name}: model.llm.lora_targets = {list(config.lora_targets)} "
                           f"({str(error).splitlines()[0]})") from None
+
+
+def end_settings(source: Source) -> GenerationConfig:
+    """Return all that is taken from an LLM's own generation settings: the ids that begin, end and pad a text.
+
+    Whatever else stands there (n-grams that must not repeat, suppressed words, a time limit ...) would change answers and differ
+    between a run and its export: the settings of generation are this project's (model/generation.py). Errors: SourceError.
+    """
+    file = source.folder and source.folder / "generation_config.json"
+    if not file or not file.exists():
+        base = GenerationConfig.from_model_config(source.config)
+    else:
+        try:
+            base = GenerationConfig.from_pretrained(source.folder)
+        except (OSError, ValueError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise SourceError(f"{file} cannot be read ({reason}): save it again or remove it") from None
+    return GenerationConfig(bos_token_id=base.bos_token_id, eos_token_id=base.eos_token_id, pad_token_id=base.pad_token_id)
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, style: str, settings: GenerationConfig) -> list[int]:
+    """Return the ids that end an answer: those of the chat template's turn and the tokenizer, and those of `end_settings`."""
+    configured = settings.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    stop = stop_ids(tokenizer, style)
+    return stop + [i for i in configured if i is not None and i not in stop]
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Return the positions that an LLM is made for; None where its configuration does not say."""
+    sizes = text_config(config)
+    longest = getattr(sizes, "max_position_embeddings", None)
+    rope = getattr(sizes, "rope_parameters", None) or {}
+    if longest and rope.get("rope_type") in ("yarn", "longrope") and rope.get("original_max_position_embeddings"):
+        longest = max(longest, int(rope["original_max_position_embeddings"] * (rope.get("factor") or 1)))
+    return longest
 
 
 def base_of(llm: nn.Module) -> nn.Module:

@@ -30,14 +30,14 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
 from model.config import SoundwaveConfig, official_switches
 from model.folder import ADAPTERS, CONFIG, LORA, FolderError, describe, read_config
 from model.language_model import load_tokenizer
-from model.pretrained import Source, fingerprint, locate, tensor_files
+from model.pretrained import Source, fingerprint, locate, tensor_files, write_tensors
 
 SHARD_BYTES = 4 << 30
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -79,7 +79,7 @@ class ShardWriter:
         self.total += size
 
     def _flush(self) -> None:
-        save_file(self.pending, self.folder / f"part-{len(self.shards)}", metadata={"format": "pt"})
+        write_tensors(self.pending, self.folder / f"part-{len(self.shards)}")
         self.shards.append(list(self.pending))
         self.pending, self.size = {}, 0
 
@@ -154,7 +154,7 @@ def from_official(folder: str | Path, out: str | Path, *, encoder: str | None = 
     beside = folder / named
     if tower and encoder is None:
         (out / "encoder").mkdir(parents=True, exist_ok=True)
-        save_file(tower, out / "encoder" / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(tower, out / "encoder" / "model.safetensors")
         source = beside if named and (beside / "config.json").exists() else folder / "encoder"
         if not (source / "config.json").exists():
             raise FolderError(f"{folder} holds an encoder's weights but no encoder/config.json: give --encoder")
@@ -163,7 +163,7 @@ def from_official(folder: str | Path, out: str | Path, *, encoder: str | None = 
     else:
         config.encoder.name = encoder or (str(beside.resolve()) if named and beside.is_dir() else named)
     config.llm.name, config.llm.lora_r = "llm", 0
-    save_file(adapters, out / ADAPTERS)
+    write_tensors(adapters, out / ADAPTERS)
     encoder_folder = out / "encoder" if config.encoder.name == "encoder" else locate(config.encoder.name).folder
     frozen = {"encoder": fingerprint(encoder_folder, "encoder."), "llm": fingerprint(out / "llm")}
     (out / CONFIG).write_text(json.dumps(
