@@ -20,8 +20,8 @@ from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.metrics.base import Score
 from tabulate import tabulate
 
-from core.languages import CHINESE, UNSPACED, effective_language, is_known, language_code, writes_no_spaces
-from core.text import MARKS, RATES, Errors, Marks, Unit, count_errors, describe, normalise, says_nothing
+from core.languages import CHINESE, UNDETERMINED, UNSPACED, effective_language, is_known, language_code, writes_no_spaces
+from core.text import MARKS, RATES, Errors, Marks, Unit, count_errors, describe, normalise, says_nothing, units
 from data_tools.normalise import plain_label
 from evaluation.predictions import PredictionError, read_predictions, read_rows
 from evaluation.resampling import interval
@@ -95,11 +95,11 @@ def bleu_tokenizer(row: dict) -> str:
     if is_known(row.get("target_lang")):
         target = language_code(row["target_lang"])
     else:
-        letters = [c for c in row.get("reference") or "" if c.isalpha()]
-        unspaced = [c for c in letters if writes_no_spaces(c)]
-        if 2 * len(unspaced) < max(len(letters), 1):
+        found = units(row.get("reference") or "", UNDETERMINED, "mixed")
+        unspaced = [unit for unit in found if writes_no_spaces(unit[0])]
+        if 2 * len(unspaced) <= len(found):
             return "13a"
-        target = "zh" if all(unicodedata.name(c, "").startswith(("CJK", "BOPOMOFO")) for c in unspaced) else "ja"
+        target = "zh" if all(unicodedata.name(unit[0], "").startswith(("CJK", "BOPOMOFO")) for unit in unspaced) else "ja"
     return "zh" if target in CHINESE else "char" if target in UNSPACED else "13a"
 
 

@@ -38,6 +38,8 @@ def mono(waveform: Waveform, sampling_rate: int = SAMPLE_RATE) -> tuple[torch.Te
         waveform = waveform.detach().cpu()
         waveform = waveform.float() if waveform.dtype == torch.bfloat16 else waveform  # numpy has none
     samples = np.asarray(waveform)
+    if samples.ndim in (1, 2) and not samples.size:
+        raise ClipProblem("holds no samples")
     samples = _by_frames(samples)
     if samples.dtype.name in _FULL_SCALES:
         samples = samples / np.float32(_FULL_SCALES[samples.dtype.name])
@@ -46,8 +48,6 @@ def mono(waveform: Waveform, sampling_rate: int = SAMPLE_RATE) -> tuple[torch.Te
     elif samples.dtype.kind != "f":
         raise ValueError(f"a waveform of {samples.dtype}: give floats between -1 and 1, or int16")
     samples = samples.astype(np.float32, copy=False)
-    if not len(samples):
-        raise ClipProblem("holds no samples")
     finite = np.isfinite(samples)
     if not finite.all():
         bad = int((~finite).any(axis=1).argmax())

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
 import time
@@ -38,7 +37,7 @@ from train.preemption import DONE, FAILED, PREEMPTED, WRONG_INPUT, Preemption
 from train.profiling import Profiler
 from train.stages import Stage, finished, initial_folder, stage_folder, stage_of, trained_by
 from train.telemetry import Meter, StreamSums, Telemetry
-from train.validate import RATES, SCORES, validate, validation_set
+from train.validate import RATES, SCORES, chosen_by, is_better, validate, validation_set
 
 logger = logging.getLogger("soundwave")
 
@@ -435,23 +434,15 @@ class Run:
         if self.ranks.is_main:
             rates = [f"{name.upper()} {result[name]:.3f}" for name in RATES if name in result]
             logger.info("step %d: validation %s", step, ", ".join([*rates, f"loss {result['loss']:.3f}"]))
-        asked = by = self.recipe.checkpoint.best_by
-        if by not in result:
-            by = "loss"
-            if self.ranks.is_main:
-                logger.warning("step %d: data.valid holds no words, thus no %s: the best model is chosen by loss", step, asked)
-        if step > 0 and math.isfinite(result[by]) and self._is_better(by, result[by], result["loss"]):
-            self.best = {"step": step, "by": by, "asked": asked, "score": result[by], "loss": result["loss"]}
+        asked = self.recipe.checkpoint.best_by
+        by = chosen_by(result, asked)
+        if by != asked and self.ranks.is_main:
+            logger.warning("step %d: data.valid holds no words, thus no %s: the best model is chosen by loss", step, asked)
+        found = {"step": step, "by": by, "asked": asked, "score": result[by], "loss": result["loss"]}
+        if step > 0 and is_better(found, self.best):
+            self.best = found
             return self.recipe.checkpoint.keep_best
         return False
-
-    def _is_better(self, by: str, score: float, loss: float) -> bool:
-        """Whether a validation beats the best so far; of equal scores the lower loss wins."""
-        if self.best is None or self.best.get("by", "wer") != by:
-            return True
-        if score != self.best["score"]:
-            return score < self.best["score"]
-        return loss < self.best.get("loss", math.inf)
 
     # ---------------------------------------------------------------- end
 

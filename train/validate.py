@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -34,6 +35,20 @@ def word_errors(references: list[str], hypotheses: list[str], langs: list[str | 
         return 0, 0
     counted = count_errors(*map(list, zip(*said)), unit)
     return int(counted.errors.sum()), int(counted.units.sum())
+
+
+def chosen_by(result: dict, asked: str) -> str:
+    """Return the score by which a validation is compared: the one asked for, or the loss where the references hold no words."""
+    return asked if asked in result else "loss"
+
+
+def is_better(found: dict, best: dict | None) -> bool:
+    """Return whether a validation {by, score, loss} beats the best so far; of equal scores the lower loss wins."""
+    if not math.isfinite(found["score"]):
+        return False
+    if best is None or best.get("by", "wer") != found["by"]:
+        return True
+    return (found["score"], found["loss"]) < (best["score"], best.get("loss", math.inf))
 
 
 ValidationSet = list[tuple[Batch, list[str], Batch | None]]  # (batch with labels, references, prompts to be continued)
