@@ -26,6 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from core.audio import REFUSABLE, SAMPLE_RATE
+from core.samples import INSTRUCTIONS
 from data_tools.audio import CODECS, check_output
 from data_tools.corpora import Corpus, CorpusError, path_of
 from data_tools.filters import Filters, Sieve, load_tokenizer
@@ -309,11 +310,7 @@ def _noted(folder: Path, counts: dict[str, int]) -> str:
 
 def _unasked(plan: dict) -> str:
     """A line about tasks whose clips are trained on without a word of what is asked; "" where there is none."""
-    tasks = set(plan.get("unprompted", ())) - {"asr", "chat"}  # asr has an instruction; of chat, the audio is the question
-    if tasks:
-        from model.prompt import INSTRUCTIONS  # not at the top: it loads transformers, for which asr need not wait
-
-        tasks -= set(INSTRUCTIONS)
+    tasks = set(plan.get("unprompted", ())) - {"chat", *INSTRUCTIONS}  # of chat, the audio is the question
     if not tasks:
         return ""
     return (

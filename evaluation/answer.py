@@ -29,8 +29,8 @@ from model.waveforms import SoundWarning
 
 
 def sound(file: Path, longest: float) -> torch.Tensor:
-    """The file's waveform [S], 16 kHz mono, of at most `longest` seconds; what is cut is answered as far as it goes. What was
-    noticed about it goes to standard error. Errors: AudioError."""
+    """The file's waveform [S], 16 kHz mono, of at most `longest` seconds; what is cut is answered as far as it goes. Findings
+    about it are printed on standard error. Errors: AudioError."""
     try:
         audio = decode(file, whole=False, max_seconds=longest, max_bytes=largest_decoded(longest))
     except AudioError as error:
@@ -44,8 +44,8 @@ def sound(file: Path, longest: float) -> torch.Tensor:
 
 
 @contextmanager
-def told(file: Path) -> Iterator[None]:
-    """What the model has to say about a clip, on standard error under the file's name."""
+def printed_warnings(file: Path) -> Iterator[None]:
+    """Print the model's warnings about a clip on standard error, under the file's name."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always", SoundWarning)
         yield
@@ -65,6 +65,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     search = JointSearch()  # evaluation.run's options, at their defaults
     parser.set_defaults(untrained=None, ctc_weight=search.weight, beams=search.beams, token_bonus=search.token_bonus)
     options = parser.parse_args(arguments)
+    if options.max_new_tokens < 1:
+        parser.error("--max-new-tokens must be at least 1")
     if options.prompt and options.decode in ("ctc", "joint"):
         parser.error(f"--decode {options.decode} writes transcripts: without --prompt")
     return options
@@ -87,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         for file in options.files:
             try:
                 waveform = sound(file, model.config.encoder.max_seconds)
-                with told(file):
+                with printed_warnings(file):
                     if how == "ctc":
                         text = model.ctc_greedy(model.prompts([chat], [waveform]))[0]
                     else:

@@ -81,8 +81,8 @@ class Talker:
         """The recording, then the question, as a conversation ready to be continued."""
         return self.model.prompts([[asked(question, self.model.config.audio_token)]], [waveform])
 
-    def answer(self, waveform: torch.Tensor, question: str, noticed: Sequence[str] = ()) -> Iterator[tuple]:
-        """The same for a waveform [S] at 16 kHz. noticed: what is to be said about it."""
+    def answer(self, waveform: torch.Tensor, question: str, findings: Sequence[str] = ()) -> Iterator[tuple]:
+        """The same for a waveform [S] at 16 kHz. findings: warnings about it."""
         seconds = len(waveform) / SAMPLE_RATE
         self.check_length(seconds)
         began = time.perf_counter()
@@ -92,11 +92,11 @@ class Talker:
         transcript = self.model.tokenizer.decode([t for t in tokens if t < len(self.model.tokenizer)]).strip()
         kept, frames = len(inspection["kept"][0]), len(inspection["tokens"][0])
         picture = figure(inspection, self.name_of)
-        if said := self.model.length_warning(seconds):
-            noticed = [*noticed, said]
+        if warning := self.model.length_warning(seconds):
+            findings = [*findings, warning]
         lines = [("audio", f"{seconds:.2f} s"), ("frames", f"{frames}, {kept} kept for the LLM ({kept / seconds:.1f} a second)"),
                  ("encoder, adapter and CTC", f"{heard * 1000:.0f} ms")]
-        lines = [*(("**warning**", text.replace("|", "/")) for text in noticed), *lines]
+        lines = [*(("**warning**", text.replace("|", "/")) for text in findings), *lines]
         if self.model.llm is None:
             yield "(A model of stage I has no LLM; below is what its CTC head heard.)", transcript, picture, timings(lines)
             return

@@ -22,6 +22,7 @@ from peft import PeftModel
 from sacrebleu.metrics import CHRF
 from tqdm import tqdm
 
+from core.samples import asked
 from evaluation.resampling import interval, paired_test
 from model import folder
 from model.control_tokens import text_ids
@@ -47,7 +48,7 @@ def negative_log_likelihood(model: Soundwave, passage: str) -> tuple[float, int]
 
 def answer(model: Soundwave, question: str, max_new_tokens: int) -> str:
     """The greedy answer to a text question."""
-    return model.answer([[{"role": "user", "content": question}]], max_new_tokens=max_new_tokens)[0].strip()
+    return model.answer([[asked(question, audios=0)]], max_new_tokens=max_new_tokens)[0].strip()
 
 
 def is_right(given: str, accepted: list[str]) -> bool:

@@ -104,8 +104,8 @@ def prediction_row(sample: dict, prediction: str, raw: str, decode: str) -> dict
             row["transcript"] = sample["text"]  # what a judge is told of the audio
         choices = lettered_choices(question)
         row |= {"choices": choices} if choices and sample.get("label") else {}
-    if sample.get("noticed"):
-        row["noticed"] = sample["noticed"]
+    if sample.get("findings"):
+        row["findings"] = sample["findings"]
     return row
 
 
@@ -264,13 +264,13 @@ def start(device: str | None) -> Place:
 
 
 def clip_notes(rows: list[dict], trained_seconds: float | None) -> list[str]:
-    """What is to be said about the clips that were answered: what was noticed when they were decoded, and those longer than any
+    """Notes about the clips that were answered: findings of decoding, and those longer than any
     that the model was trained on."""
     notes = []
-    odd = [row for row in rows if row.get("noticed")]
+    odd = [row for row in rows if row.get("findings")]
     if odd:
-        first = f"{odd[0]['id']}: {'; '.join(odd[0]['noticed'])}"
-        notes.append(f"{len(odd)} clips may not be what they should be ({first}): see `noticed` in the predictions")
+        first = f"{odd[0]['id']}: {'; '.join(odd[0]['findings'])}"
+        notes.append(f"{len(odd)} clips may not be what they should be ({first}): see `findings` in the predictions")
     if trained_seconds is not None and (long := sum((row.get("duration") or 0) > 1.01 * trained_seconds for row in rows)):
         notes.append(f"{long} clips are longer than {trained_seconds:g} s, the longest of training (data.max_seconds): answers "
                      "may be wrong or stop early")
@@ -333,6 +333,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.overrides and not options.untrained:
         parser.error(f"'{options.overrides[0]}': key=value goes with --untrained RECIPE only")
+    for name in ("beams", "max_new_tokens"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if options.decode == "joint" and options.sample:
         parser.error("--decode joint is a beam search: without --sample")
     if options.decode == "joint" and options.task != ["asr"]:

@@ -83,8 +83,8 @@ def read_batch(index: ShardIndex, rows: list[int]) -> tuple[list[dict], list[tor
         try:
             audio, sample, _ = read_with_retry(index, row)
             name = sample["id"]
-            waveform = decode(audio, noticed=(noticed := []))
-            sample |= {"noticed": noticed} if noticed else {}
+            waveform = decode(audio, findings=(findings := []))
+            sample |= {"findings": findings} if findings else {}
             if len(waveform) > WINDOW:
                 raise BrokenSample(f"{len(waveform) / SAMPLE_RATE:.1f} s: Whisper's decoder takes 30 s at once")
         except BrokenSample as error:

@@ -55,8 +55,8 @@ class Generation:
             if seconds > longest:
                 raise ValueError(f"waveform {number} lasts {seconds:.1f} s, this model takes {longest:g} s at most "
                                  "(model.encoder.max_seconds): cut it")
-            if said := self.length_warning(seconds):
-                warnings.warn(f"waveform {number} {said}", SoundWarning, stacklevel=3)
+            if warning := self.length_warning(seconds):
+                warnings.warn(f"waveform {number} {warning}", SoundWarning, stacklevel=3)
         rows = [torch.tensor(row, dtype=torch.long) for row in ids]
         input_ids = pad_sequence(rows, batch_first=True)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
@@ -71,7 +71,7 @@ class Generation:
         return batch.to(next(self.parameters()).device), sorted({owners[number] for number in unusable})
 
     def length_warning(self, seconds: float) -> str | None:
-        """Return what is to be said about a clip longer than those that the model was trained on; None where nothing is."""
+        """Return a warning for a clip longer than those that the model was trained on; None for other clips."""
         if self.trained_seconds is None or seconds <= 1.01 * self.trained_seconds:
             return None
         return (f"lasts {seconds:.1f} s, the model was trained on clips of at most {self.trained_seconds:g} s "

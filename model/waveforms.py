@@ -28,7 +28,7 @@ class ClipProblem(ValueError):
 
 
 def mono(waveform: Waveform, sampling_rate: int = SAMPLE_RATE) -> tuple[torch.Tensor, list[str]]:
-    """Return a waveform as [S] float32 at 16 kHz, full scale 1, and what was noticed about it.
+    """Return a waveform as [S] float32 at 16 kHz, full scale 1, and findings about it.
 
     waveform: tensor or array of samples [S], or of channels [C, S] or [S, C], which are averaged (where they cancel out, the
     loudest one is taken); floats with full scale 1, or int8, int16 or int32. Errors: ClipProblem for a clip without samples or
@@ -84,15 +84,15 @@ def usable_clips(waveforms: Sequence[Waveform], sampling_rate: int = SAMPLE_RATE
     clips, unusable, problems = [], [], []
     for number, waveform in enumerate(waveforms):
         try:
-            clip, noticed = mono(waveform, sampling_rate)
+            clip, findings = mono(waveform, sampling_rate)
         except ClipProblem as problem:
-            clip, noticed = torch.zeros(SAMPLE_RATE // 5), [f"{problem}: it is not answered"]
+            clip, findings = torch.zeros(SAMPLE_RATE // 5), [f"{problem}: it is not answered"]
             unusable.append(number)
             problems.append(f"waveform {number} {problem}")
         except ValueError as error:
             raise ValueError(f"waveform {number}: {error}") from None
         clips.append(clip)
-        for text in noticed:
+        for text in findings:
             warnings.warn(f"waveform {number} {text}", SoundWarning, stacklevel=4)
     if unusable and len(unusable) == len(clips):
         raise ValueError("; ".join(problems))

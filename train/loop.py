@@ -438,7 +438,7 @@ class Run:
         by = chosen_by(result, asked)
         if by != asked and self.ranks.is_main:
             logger.warning("step %d: data.valid holds no words, thus no %s: the best model is chosen by loss", step, asked)
-        found = {"step": step, "by": by, "asked": asked, "score": result[by], "loss": result["loss"]}
+        found = {"step": step, "by": by, "score": result[by], "loss": result["loss"], **({"asked": asked} if by != asked else {})}
         if step > 0 and is_better(found, self.best):
             self.best = found
             return self.recipe.checkpoint.keep_best

@@ -293,7 +293,7 @@ def test_what_is_noticed_about_packed_clips_is_reported(folders, tmp_path, capsy
     shards = write_folder(tmp_path / "odd", clips)
     out = tmp_path / "p.jsonl"
     assert run.main(command(folders / "shrinking", shards, out)) == 0
-    rows = {row["id"]: row.get("noticed") for row in read_rows(out)}
+    rows = {row["id"]: row.get("findings") for row in read_rows(out)}
     assert "cancel out" in rows["asr-0"][0] and "-60 dB" in rows["asr-1"][0] and rows["asr-2"] is None
     assert "note: 2 clips may not be what they should be (asr-0: " in capsys.readouterr().out
     notes = run.clip_notes([{"id": "1", "duration": 31.0}, {"id": "2", "duration": 30.2}, {"id": "3", "duration": None}], 30.0)

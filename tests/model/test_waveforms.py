@@ -35,8 +35,8 @@ def tone(rate: int, seconds: float = 1.0, pitch: float = 440.0) -> np.ndarray:
     ],
 )
 def test_floats_of_every_shape_are_the_same_clip(kind):
-    clip, noticed = mono(kind(tone(16000)))
-    assert clip.shape == (16000,) and clip.dtype == torch.float32 and not noticed
+    clip, findings = mono(kind(tone(16000)))
+    assert clip.shape == (16000,) and clip.dtype == torch.float32 and not findings
     np.testing.assert_allclose(clip.numpy(), tone(16000), atol=1e-6)
 
 
@@ -65,8 +65,8 @@ def test_other_rates_are_resampled(rate):
 
 
 def test_channels_that_cancel_out_are_said():
-    clip, noticed = mono(np.stack([tone(16000), -tone(16000)]))
-    assert np.abs(clip.numpy()).max() > 0.4 and len(noticed) == 1 and "cancel out" in noticed[0]
+    clip, findings = mono(np.stack([tone(16000), -tone(16000)]))
+    assert np.abs(clip.numpy()).max() > 0.4 and len(findings) == 1 and "cancel out" in findings[0]
 
 
 @pytest.mark.parametrize(

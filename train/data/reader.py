@@ -32,15 +32,15 @@ class Sample:
         return self.waveform is not None or self.features is not None
 
 
-def decode(audio: bytes, max_seconds: float = MAX_SECONDS, noticed: list[str] | None = None) -> torch.Tensor:
-    """A clip's bytes -> waveform [S] float32, mono, 16 kHz, of at most `max_seconds`. What was noticed about it is added to
-    `noticed`, where that is wanted. Errors: BrokenSample."""
+def decode(audio: bytes, max_seconds: float = MAX_SECONDS, findings: list[str] | None = None) -> torch.Tensor:
+    """A clip's bytes -> waveform [S] float32, mono, 16 kHz, of at most `max_seconds`. Findings about it are added to
+    `findings`, where a list is given. Errors: BrokenSample."""
     try:
-        decoded = decode_audio(audio, levels=noticed is not None, max_seconds=max_seconds)
+        decoded = decode_audio(audio, levels=findings is not None, max_seconds=max_seconds)
     except AudioError as error:
         raise BrokenSample(f"audio cannot be used ({error.reason}): {error}") from None
-    if noticed is not None:
-        noticed += [finding.detail for finding in decoded.findings]
+    if findings is not None:
+        findings += [finding.detail for finding in decoded.findings]
     return torch.from_numpy(decoded.samples)
 
 
