@@ -67,7 +67,11 @@ def paired(first: list[dict], second: list[dict]) -> dict[str, dict]:
 def compare(first: Path, second: Path) -> dict:
     """{task: {utterances, metrics}} and how many utterances only one file has; translations whose directions need several BLEU
     tokenizers stand by direction, as "translation en-zh". PredictionError where they cannot be compared."""
-    files = [read_predictions(path)[0] for path in (first, second)]
+    files, notes = [], []
+    for path in (first, second):
+        rows, noted = read_predictions(path)
+        files.append(rows)
+        notes += [f"{path}: {note}" for note in noted]
     every = [*files[0], *files[1]]
     tables = [{prediction_key(row): row for row in with_tokenizers(with_labels(rows, every), every)} for rows in files]
     shared = [key for key in tables[0] if key in tables[1]]
@@ -87,7 +91,7 @@ def compare(first: Path, second: Path) -> dict:
             for key, row in zip(keys, rows, strict=True):
                 by_task[f"{task} {direction(row)}"].append(key)
     counts = {"only_first": len(tables[0]) - len(shared), "only_second": len(tables[1]) - len(shared)}
-    return {"first": str(first), "second": str(second), **counts,
+    return {"first": str(first), "second": str(second), **counts, "notes": notes,
             "tasks": {task: {"utterances": len(keys), "metrics": paired(*([part[key] for key in keys] for part in tables))}
                       for task, keys in sorted(by_task.items())}}
 
@@ -112,6 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
                           f"{values['p_value']:.4g}"])
     headers = ["task", "metric", "utterances", "first", "second", "second - first", "95 %", "p"]
     print(tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True))
+    for note in result["notes"]:
+        print(f"note: {note}")
     print(f"only in the first: {result['only_first']}, only in the second: {result['only_second']}")
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -242,7 +242,7 @@ def score_chain(rows: list[dict], marks: Marks = "script") -> dict:
     transcripts = [row | {key: split_chain(row[key])[0] or "" for key in ("reference", "prediction")} for row in rows]
     whole = score_wer(transcripts, marks)
     malformed = sum(split_chain(row["prediction"])[0] is None for row in rows)
-    shown = {key: whole[key] for key in ("wer", "wer_ci95", "words", "normaliser") if key in whole}
+    shown = {key: whole[key] for key in ("wer", "wer_ci95", "words", "silence", "normaliser") if key in whole}
     return {**shown, "malformed": malformed, **score_answer(rows, marks)}
 
 

@@ -70,6 +70,13 @@ def test_silence_is_no_part_of_the_comparison(tmp_path):
     assert compare.compare(first, second)["tasks"]["asr"]["metrics"] == {}
 
 
+def test_rows_that_are_there_twice_are_compared_once(tmp_path, capsys):
+    first, second = write(tmp_path / "a.jsonl", ["red green blue yellow"] * 3), tmp_path / "b.jsonl"
+    second.write_text(first.read_text() * 2)
+    assert compare.main([str(first), str(second)]) == 0
+    assert f"note: {second}: 3 rows are there twice and counted once" in capsys.readouterr().out
+
+
 def test_a_clip_asked_for_two_tasks_is_compared_in_each(tmp_path):
     rows = [{"id": "1", "task": task, "reference": "a", "prediction": "a"} for task in ("asr", "quiz")]
     file = tmp_path / "p.jsonl"
