@@ -118,7 +118,7 @@ class Errors:
     errors: np.ndarray  # [utterances]
     units: np.ndarray  # [utterances]; 0 where the reference holds none
     kinds: dict[str, int]  # substitutions, deletions, insertions
-    output: jiwer.WordOutput | jiwer.CharacterOutput
+    output: jiwer.WordOutput | jiwer.CharacterOutput | None  # None of no utterances
 
 
 def count_errors(references: Sequence[str], hypotheses: Sequence[str], langs: Sequence[str | None], unit: Unit = "word",
@@ -127,6 +127,9 @@ def count_errors(references: Sequence[str], hypotheses: Sequence[str], langs: Se
 
     An utterance whose reference is empty after normalisation has its insertions as errors and no units.
     """
+    kinds = ("substitutions", "deletions", "insertions")
+    if not references:
+        return Errors(np.zeros(0), np.zeros(0), dict.fromkeys(kinds, 0), None)
     pairs = []
     for reference, hypothesis, lang in zip(references, hypotheses, langs, strict=True):
         code = effective_language(lang, reference)  # both sides by the reference's
@@ -135,8 +138,9 @@ def count_errors(references: Sequence[str], hypotheses: Sequence[str], langs: Se
     output = process([separator.join(r) for r, _ in pairs], [separator.join(h) for _, h in pairs])
     wrong = [sum(max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
                  for chunk in chunks if chunk.type != "equal") for chunks in output.alignments]
-    kinds = {name: getattr(output, name) for name in ("substitutions", "deletions", "insertions")}
-    return Errors(np.array(wrong, dtype=float), np.array([len(r) for r in output.references], dtype=float), kinds, output)
+    sizes = [len(reference) for reference in output.references]
+    totals = {kind: getattr(output, kind) for kind in kinds}
+    return Errors(np.array(wrong, dtype=float), np.array(sizes, dtype=float), totals, output)
 
 
 def error_rate(reference: str, hypothesis: str, lang: str | None) -> float:

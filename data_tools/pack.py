@@ -26,6 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from core.audio import REFUSABLE, SAMPLE_RATE
+from core.languages import is_known
 from core.samples import INSTRUCTIONS
 from data_tools.audio import CODECS, check_output
 from data_tools.corpora import Corpus, CorpusError, path_of
@@ -319,6 +320,14 @@ def _unasked(plan: dict) -> str:
     )
 
 
+def _unknown_languages(folder: Path) -> str:
+    """A line about languages that core/languages.py does not hold, with the samples of each; "" where there are none."""
+    index = ShardIndex.load(folder)
+    counts = np.bincount(index.samples["lang"], minlength=len(index.langs)).tolist()
+    unknown = [f"'{lang}' ({count:,})" for lang, count in zip(index.langs, counts, strict=True) if lang and not is_known(lang)]
+    return f"\nnot known, samples of language {', '.join(unknown)}: scores split their text by its script" if unknown else ""
+
+
 def _dry_report(plan: dict) -> str:
     unknown = (
         f"\n{count:,} samples have no known duration: filters by seconds, rate and CTC frames judge them when they are decoded; "
@@ -343,6 +352,7 @@ def _report(folder: Path, index: dict, plan: dict) -> str:
         + _table(index["rejected"], index["rejected_hours"])
         + _noted(folder, index.get("findings", {}))
         + _unasked(plan)
+        + _unknown_languages(folder)
     )
 
 

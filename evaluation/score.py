@@ -60,17 +60,15 @@ def score_wer(rows: list[dict], marks: Marks = "script") -> dict:
     """Error rates by words, characters and both mixed (core/text.py), over the utterances in which something is said; what a
     model writes for silence is counted by the minute. A rate is None where the references hold no words."""
     said, scores = spoken(rows), {}
-    for name, unit in RATES.items():
-        found = counted(said, unit, marks) if said else None
-        scores[name] = float(found.errors.sum() / found.units.sum()) if found is not None and found.units.sum() else None
+    counts = {name: counted(said, unit, marks) for name, unit in RATES.items()}
+    for name, found in counts.items():
+        scores[name] = float(found.errors.sum() / found.units.sum()) if found.units.sum() else None
         if scores[name] is not None and name != "mer":
             scores[f"{name}_ci95"] = interval(found.errors, found.units, samples=BOOTSTRAP)
-        if unit == "word":
-            kinds = found.kinds if found else dict.fromkeys(("substitutions", "deletions", "insertions"), 0)
-            words = int(found.units.sum()) if found else 0
-            wrong = float((found.errors > 0).mean()) if found else None
+    words = counts["wer"]
     languages = {row.get("lang") or effective_language(None, row["reference"]) for row in rows}
-    return {**scores, "words": words, **kinds, "sentence_errors": wrong, **silence(rows, marks),
+    return {**scores, "words": int(words.units.sum()), **words.kinds,
+            "sentence_errors": float((words.errors > 0).mean()) if said else None, **silence(rows, marks),
             "normaliser": {lang: describe(lang, marks) for lang in sorted(languages)}}
 
 

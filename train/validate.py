@@ -30,10 +30,8 @@ def word_errors(references: list[str], hypotheses: list[str], langs: list[str | 
     """Return (errors, reference units), as evaluation counts them. Without `langs` the references' scripts decide what a word is;
     utterances whose reference says nothing are left out."""
     langs = langs or [None] * len(references)
-    said = [triple for triple in zip(references, hypotheses, langs, strict=True) if not says_nothing(triple[0])]
-    if not said:
-        return 0, 0
-    counted = count_errors(*map(list, zip(*said)), unit)
+    said = [i for i, reference in enumerate(references) if not says_nothing(reference)]
+    counted = count_errors(*([texts[i] for i in said] for texts in (references, hypotheses, langs)), unit)
     return int(counted.errors.sum()), int(counted.units.sum())
 
 
