@@ -30,10 +30,10 @@ from tqdm import tqdm
 
 from core.audio import SAMPLE_RATE, to_mono
 from core.console import one_line
+from core.languages import language_code
 from data_tools.audio import read_clip
 from data_tools.corpora import Corpus, CorpusError, Entry, Fault
 from data_tools.filters import piped
-from data_tools.languages import language_code
 from data_tools.shards import OutputError
 from data_tools.sources import ClipError
 from data_tools.workers import start_worker

@@ -12,8 +12,10 @@ import os
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from core.languages import language_code
+from core.samples import ANSWERED_BY_TEXT
+from core.text import error_rate
 from data_tools.corpora import Entry, Fault
-from data_tools.languages import language_code, normaliser
 from data_tools.normalise import NORMALISERS, label_sentence
 
 # Reasons that say that something is broken, not that a filter did its work.
@@ -41,7 +43,7 @@ class Filters:
     min_rate: float | None = None  # characters of text a second
     max_rate: float | None = None
     langs: list[str] | None = None
-    max_wer: float | None = None  # of the entry's hypothesis against its text, both through Whisper's normaliser
+    max_wer: float | None = None  # of the entry's hypothesis against its text, by core.text.error_rate
     ctc_frame_rate: float | None = None  # CTC frames a second: 25 for Whisper with two frames stacked
     ctc_text: str = "lower"  # how training will write CTC targets (data.ctc_text)
     tokenizer: str | None = None  # folder of the LLM's tokenizer: counts tokens, and decides CTC feasibility
@@ -91,7 +93,7 @@ class Sieve:
                     "no hypothesis to compare with: run data_tools.annotate --whisper first",
                     entry.corpus,
                 )
-            rate = word_error_rate(entry.text, entry.hypothesis, entry.lang)
+            rate = error_rate(entry.text, entry.hypothesis, entry.lang)
             if rate > f.max_wer:
                 return Fault(entry.id, "wer", f"{rate:.3f} of words differ from: {entry.hypothesis}", entry.corpus)
         if entry.audio is None or entry.duration is None:
@@ -146,9 +148,6 @@ def piped(entry: Entry) -> Fault | None:
     return Fault(entry.id, "pipe", f"a command in place of a file: --allow-pipes runs it ({entry.audio[5:]})", entry.corpus)
 
 
-ANSWERED_BY_TEXT = ("asr", "sound")
-
-
 def complete(entry: Entry, normalise: str = "raw") -> Fault | None:
     """Give an entry its task, its text in the named form and a sound its sentence; refuse what has nothing to be learnt."""
     if entry.task is None:
@@ -184,17 +183,6 @@ def load_tokenizer(folder: str):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-
-def word_error_rate(reference: str, hypothesis: str, lang: str | None) -> float:
-    """WER after Whisper's normaliser (characters for languages written without spaces); 0 or 1 where no reference word is."""
-    import jiwer
-
-    plain = normaliser(lang)
-    reference, hypothesis = (" ".join(plain(text).split()) for text in (reference, hypothesis))
-    if not reference:
-        return float(bool(hypothesis))
-    return jiwer.wer(reference, hypothesis)
 
 
 def split_key(entry: Entry, split_by: str) -> str | None:

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from core.samples import answer_of
 from data_tools.corpora import Corpus, CorpusError, Entry, Fault
 from data_tools.normalise import NORMALISERS, plain_label
 from data_tools.shards import OutputError
@@ -71,14 +72,11 @@ def fill(template: str, values: dict[str, str]) -> str:
     return template
 
 
-def answer_of(entry: Entry, task: str) -> str | None:
-    if task == "asr":  # a translation or a label is no transcript
-        return entry.text
-    if entry.response is not None:
-        return entry.response
-    if entry.label is not None:
-        return plain_label(entry.label)
-    return None
+def answer_to(task: str, entry: Entry) -> str | None:
+    """Return what a corpus entry answers to a task; class names as words."""
+    response = None if task == "asr" else entry.response  # a translation is no transcript
+    label = plain_label(entry.label) if entry.label else None
+    return answer_of({"task": task, "text": entry.text, "response": response, "label": label})
 
 
 def wrap(
@@ -96,7 +94,7 @@ def wrap(
     if entry.text:
         entry = replace(entry, text=NORMALISERS[normalise](entry.text).strip())
     key = f"{entry.corpus}/{entry.id}"
-    answer = answer_of(entry, task)
+    answer = answer_to(task, entry)
     if not answer:
         return Fault(
             entry.id,

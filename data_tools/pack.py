@@ -27,6 +27,8 @@ from tqdm import tqdm
 
 from core.audio import REFUSABLE, SAMPLE_RATE
 from core.console import one_line
+from core.languages import is_known
+from core.samples import INSTRUCTIONS
 from data_tools.audio import CODECS, check_output
 from data_tools.corpora import Corpus, CorpusError, path_of
 from data_tools.filters import Filters, Sieve, load_tokenizer
@@ -310,17 +312,21 @@ def _noted(folder: Path, counts: dict[str, int]) -> str:
 
 def _unasked(plan: dict) -> str:
     """A line about tasks whose clips are trained on without a word of what is asked; "" where there is none."""
-    tasks = set(plan.get("unprompted", ())) - {"asr", "chat"}  # asr has an instruction; of chat, the audio is the question
-    if tasks:
-        from model.prompt import INSTRUCTIONS  # not at the top: it loads transformers, for which asr need not wait
-
-        tasks -= set(INSTRUCTIONS)
+    tasks = set(plan.get("unprompted", ())) - {"chat", *INSTRUCTIONS}  # of chat, the audio is the question
     if not tasks:
         return ""
     return (
         f"\nno instruction: clips of task {', '.join(sorted(tasks))} have no prompt, and such a task has no default instruction; "
         "give --corpus NAME:PATH,prompt=..., or wordings by data_tools.instruct wrap --templates"
     )
+
+
+def _unknown_languages(folder: Path) -> str:
+    """A line about languages that core/languages.py does not hold, with the samples of each; "" where there are none."""
+    index = ShardIndex.load(folder)
+    counts = np.bincount(index.samples["lang"], minlength=len(index.langs)).tolist()
+    unknown = [f"'{lang}' ({count:,})" for lang, count in zip(index.langs, counts, strict=True) if lang and not is_known(lang)]
+    return f"\nnot known, samples of language {', '.join(unknown)}: scores split their text by its script" if unknown else ""
 
 
 def _dry_report(plan: dict) -> str:
@@ -347,6 +353,7 @@ def _report(folder: Path, index: dict, plan: dict) -> str:
         + _table(index["rejected"], index["rejected_hours"])
         + _noted(folder, index.get("findings", {}))
         + _unasked(plan)
+        + _unknown_languages(folder)
     )
 
 

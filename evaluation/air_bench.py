@@ -17,7 +17,7 @@ import json
 import sys
 from pathlib import Path
 
-from evaluation.predictions import PredictionError, read_rows
+from evaluation.predictions import PredictionError, read_predictions
 
 LETTERS = "ABCD"
 INSTRUCTION = "Listen to the audio and answer the question with the letter of the best option."
@@ -66,7 +66,7 @@ def write_manifest(meta: Path, out: Path, root: Path | None, instruction: str) -
 
 def write_results(meta: Path, predictions: Path, out: Path) -> tuple[int, int]:
     """The items with `response` added, as the benchmark's own scorers read them; returns answered and unanswered counts."""
-    answers = {row["id"]: row["prediction"] for row in read_rows(predictions)}
+    answers = {row["id"]: row["prediction"] for row in read_predictions(predictions)[0]}
     items = read_meta(meta)
     answered = [item | {"response": answers[sample_id(item)]} for item in items if sample_id(item) in answers]
     out.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in answered), encoding="utf-8")

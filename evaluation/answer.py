@@ -11,29 +11,47 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from core.audio import Audio, AudioError, decode, largest_decoded
+from core.audio import AudioError, decode, largest_decoded
 from core.console import print_error, print_text
+from core.samples import INSTRUCTIONS, PromptError, asked
 from evaluation.run import InputError, joint_search, load
 from model.folder import FolderError
 from model.joint import JointSearch
 from model.pretrained import SourceError
-from model.prompt import INSTRUCTIONS, PromptError
+from model.waveforms import SoundWarning
 
 
-def sound(file: Path, longest: float) -> Audio:
-    """The file as 16 kHz mono, of at most `longest` seconds; what is cut is answered as far as it goes. Errors: AudioError."""
+def sound(file: Path, longest: float) -> torch.Tensor:
+    """The file's waveform [S], 16 kHz mono, of at most `longest` seconds; what is cut is answered as far as it goes. Findings
+    about it are printed on standard error. Errors: AudioError."""
     try:
-        return decode(file, whole=False, max_seconds=longest, max_bytes=largest_decoded(longest))
+        audio = decode(file, whole=False, max_seconds=longest, max_bytes=largest_decoded(longest))
     except AudioError as error:
         if error.reason == "too_long":
             raise AudioError("too_long", f"lasts {error.seconds:.0f} s, this model takes {longest:g} s at most "
                              "(model.encoder.max_seconds): cut it") from None
         raise
+    for finding in audio.findings:
+        print_error(f"warning: {file}: {finding.detail} ({finding.kind})")
+    return torch.from_numpy(audio.samples)
+
+
+@contextmanager
+def printed_warnings(file: Path) -> Iterator[None]:
+    """Print the model's warnings about a clip on standard error, under the file's name."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", SoundWarning)
+        yield
+    for warning in found:
+        print_error(f"warning: {file}: {str(warning.message).removeprefix('waveform 0 ')}")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -48,6 +66,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     search = JointSearch()  # evaluation.run's options, at their defaults
     parser.set_defaults(untrained=None, ctc_weight=search.weight, beams=search.beams, token_bonus=search.token_bonus)
     options = parser.parse_args(arguments)
+    if options.max_new_tokens < 1:
+        parser.error("--max-new-tokens must be at least 1")
     if options.prompt and options.decode in ("ctc", "joint"):
         parser.error(f"--decode {options.decode} writes transcripts: without --prompt")
     return options
@@ -66,24 +86,24 @@ def main(arguments: list[str] | None = None) -> int:
         if token in (options.prompt or ""):
             raise InputError(f"--prompt holds {token}: leave it out, the sound stands before the prompt")
         joint = joint_search(options) if how == "joint" else None
-        chat = [{"role": "user", "content": f"{token}\n{options.prompt or INSTRUCTIONS['asr']}"}]
+        chat = [asked(options.prompt or INSTRUCTIONS["asr"], token)]
         for file in options.files:
             try:
-                audio = sound(file, model.config.encoder.max_seconds)
-            except AudioError as error:
+                waveform = sound(file, model.config.encoder.max_seconds)
+                with printed_warnings(file):
+                    if how == "ctc":
+                        text = model.ctc_greedy(model.prompts([chat], [waveform]))[0]
+                    else:
+                        text = model.answer([chat], [waveform], max_new_tokens=options.max_new_tokens, joint=joint)[0]
+            except PromptError:
+                raise
+            except ValueError as error:  # of this file's audio; AudioError among them
                 print_error(f"error: {file}: {error}")
                 code = 2
                 continue
-            for finding in audio.findings:
-                print_error(f"warning: {file}: {finding.detail} ({finding.kind})")
-            waveform = torch.from_numpy(audio.samples)
-            if how == "ctc":
-                text = model.ctc_greedy(model.prompts([chat], [waveform]))[0]
-            else:
-                text = model.answer([chat], [waveform], max_new_tokens=options.max_new_tokens, joint=joint)[0]
             print_text(file, " ".join(text.split()), sep="\t", flush=True)
     except (InputError, FolderError, SourceError, PromptError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(f"error: {error}")
         return 2
     return code
 

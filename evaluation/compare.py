@@ -13,9 +13,18 @@ from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 from tabulate import tabulate
 
-from evaluation.predictions import PredictionError, read_rows, row_key
+from evaluation.predictions import PredictionError, prediction_key, read_predictions
 from evaluation.resampling import paired_test
-from evaluation.score import bleu_tokenizer, correct_answers, direction, exact_answers, with_labels, word_counts
+from evaluation.score import (
+    bleu_tokenizer,
+    correct_answers,
+    direction,
+    exact_answers,
+    spoken,
+    with_labels,
+    with_tokenizers,
+    word_counts,
+)
 from evaluation.tasks import metric_of
 
 
@@ -28,7 +37,10 @@ def paired(first: list[dict], second: list[dict]) -> dict[str, dict]:
     metric = metric_of(first)
     if metric == "wer":
         results = {}
+        first, second = spoken(first), spoken(second)
         for name, characters in (("wer", False), ("cer", True)):
+            if not first:
+                break
             a, units, _ = word_counts(first, characters=characters)
             b, _, _ = word_counts(second, characters=characters)
             results[name] = paired_test(a, b, units)
@@ -55,8 +67,13 @@ def paired(first: list[dict], second: list[dict]) -> dict[str, dict]:
 def compare(first: Path, second: Path) -> dict:
     """{task: {utterances, metrics}} and how many utterances only one file has; translations whose directions need several BLEU
     tokenizers stand by direction, as "translation en-zh". PredictionError where they cannot be compared."""
-    files = [read_rows(path) for path in (first, second)]
-    tables = [{row_key(row): row for row in with_labels(rows, [*files[0], *files[1]])} for rows in files]
+    files, notes = [], []
+    for path in (first, second):
+        rows, noted = read_predictions(path)
+        files.append(rows)
+        notes += [f"{path}: {note}" for note in noted]
+    every = [*files[0], *files[1]]
+    tables = [{prediction_key(row): row for row in with_tokenizers(with_labels(rows, every), every)} for rows in files]
     shared = [key for key in tables[0] if key in tables[1]]
     differing = [key for key in shared if tables[0][key]["reference"] != tables[1][key]["reference"]]
     if differing:
@@ -74,7 +91,7 @@ def compare(first: Path, second: Path) -> dict:
             for key, row in zip(keys, rows, strict=True):
                 by_task[f"{task} {direction(row)}"].append(key)
     counts = {"only_first": len(tables[0]) - len(shared), "only_second": len(tables[1]) - len(shared)}
-    return {"first": str(first), "second": str(second), **counts,
+    return {"first": str(first), "second": str(second), **counts, "notes": notes,
             "tasks": {task: {"utterances": len(keys), "metrics": paired(*([part[key] for key in keys] for part in tables))}
                       for task, keys in sorted(by_task.items())}}
 
@@ -99,6 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
                           f"{values['p_value']:.4g}"])
     headers = ["task", "metric", "utterances", "first", "second", "second - first", "95 %", "p"]
     print(tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True))
+    for note in result["notes"]:
+        print(f"note: {note}")
     print(f"only in the first: {result['only_first']}, only in the second: {result['only_second']}")
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,10 +29,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from core.audio import SAMPLE_RATE, AudioError, decode, largest_decoded
 from core.console import one_line, print_error, printable
+from core.samples import asked
 from evaluation.picture import ctc_peaks, figure
 from model import folder
 from model.batch import Batch
-from model.pretrained import SourceError, text_config
+from model.language_model import context_length
+from model.pretrained import SourceError
 from model.prompt import PromptError
 from model.soundwave import Soundwave
 
@@ -90,7 +92,7 @@ class Talker:
         except AudioError as error:
             self.check_length(error.seconds or 0.0)
             raise
-        yield from self.answer(torch.from_numpy(audio.samples), question)
+        yield from self.answer(torch.from_numpy(audio.samples), question, [finding.detail for finding in audio.findings])
 
     def check_length(self, seconds: float) -> None:
         longest = self.model.config.encoder.max_seconds
@@ -102,7 +104,7 @@ class Talker:
         """How many the LLM has; None without an LLM, and where its configuration does not say."""
         if self.model.llm is None:
             return None
-        return getattr(text_config(self.model.llm.config), "max_position_embeddings", None)
+        return context_length(self.model.llm.config)
 
     def check_question(self, question: str) -> None:
         if self.positions is not None and len(question) > CHARACTERS_PER_POSITION * self.positions:
@@ -117,11 +119,10 @@ class Talker:
 
     def conversation(self, waveform: torch.Tensor, question: str) -> Batch:
         """The recording, then the question, as a conversation ready to be continued."""
-        content = f"{self.model.config.audio_token}\n{question}".rstrip("\n")
-        return self.model.prompts([[{"role": "user", "content": content}]], [waveform])
+        return self.model.prompts([[asked(question, self.model.config.audio_token)]], [waveform])
 
-    def answer(self, waveform: torch.Tensor, question: str) -> Iterator[tuple]:
-        """The same for a waveform [S] at 16 kHz."""
+    def answer(self, waveform: torch.Tensor, question: str, findings: Sequence[str] = ()) -> Iterator[tuple]:
+        """The same for a waveform [S] at 16 kHz. findings: warnings about it."""
         seconds = len(waveform) / SAMPLE_RATE
         self.check_length(seconds)
         began = time.perf_counter()
@@ -131,8 +132,11 @@ class Talker:
         transcript = self.model.tokenizer.decode([t for t in tokens if t < len(self.model.tokenizer)]).strip()
         kept, frames = len(inspection["kept"][0]), len(inspection["tokens"][0])
         picture = figure(inspection, self.name_of)
+        if warning := self.model.length_warning(seconds):
+            findings = [*findings, warning]
         lines = [("audio", f"{seconds:.2f} s"), ("frames", f"{frames}, {kept} kept for the LLM ({kept / seconds:.1f} a second)"),
                  ("encoder, adapter and CTC", f"{heard * 1000:.0f} ms")]
+        lines = [*(("**warning**", text.replace("|", "/")) for text in findings), *lines]
         if self.model.llm is None:
             yield "(A model of stage I has no LLM; below is what its CTC head heard.)", transcript, picture, timings(lines)
             return
@@ -146,6 +150,8 @@ class Talker:
                 continue
             first = first or time.perf_counter() - began
             yield text, None, None, timings([*lines, ("time to first words", f"{first * 1000:.0f} ms")])
+        if self.model.unanswered:
+            raise ValueError("; ".join(self.model.unanswered.values()))
         total = time.perf_counter() - began
         lines += [("time to first words", f"{(first or total) * 1000:.0f} ms"), ("whole answer", f"{total:.2f} s"),
                   ("real-time factor", f"{total / seconds:.2f}")]

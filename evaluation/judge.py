@@ -24,9 +24,10 @@ import numpy as np
 from tqdm import tqdm
 
 from core.console import one_line, print_error, print_text
+from core.samples import PromptError
 from evaluation.air_bench import read_meta, sample_id
 from evaluation.endpoint import AddressError, Endpoint, EndpointError, sent_in_clear
-from evaluation.predictions import PredictionError, end_last_line, read_rows, row_key
+from evaluation.predictions import PredictionError, end_last_line, read_predictions, read_rows, row_key
 from evaluation.resampling import interval
 
 TEMPLATE = """You grade two answers to a question about an audio recording. You cannot hear it; this is what is in it:
@@ -51,6 +52,7 @@ def local_judge(folder: Path) -> Callable[[str], str]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from model.pretrained import SourceError, reading
+    from model.prompt import chat_ids
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -61,11 +63,11 @@ def local_judge(folder: Path) -> Callable[[str], str]:
         raise PredictionError(str(error)) from None
 
     def ask(text: str) -> str:
-        inputs = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True,
-                                               return_tensors="pt").to(model.device)
+        # As text: an answer that holds the judge's control tokens must not open a turn of its own.
+        ids = torch.tensor([chat_ids(tokenizer, [{"role": "user", "content": text, "audios": 0}])[0]], device=model.device)
         with torch.inference_mode():
-            output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
-        return tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)
+        return tokenizer.decode(output[0, ids.shape[1]:], skip_special_tokens=True)
 
     return ask
 
@@ -146,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
             endpoint = Endpoint(options.endpoint, options.judge_model, key, key_source=options.key_env)
             if key and sent_in_clear(options.endpoint):
                 print_error(f"warning: the key in {options.key_env} goes unencrypted to {options.endpoint}")
-        rows = read_rows(options.predictions)
+        rows, notes = read_predictions(options.predictions)
         described = {sample_id(item): item.get("meta_info") for item in read_meta(options.meta)} if options.meta else {}
         template = read_template(options.template)
         judge_name = str(options.local or f"{options.endpoint} {options.judge_model}")
@@ -166,9 +168,11 @@ def main(arguments: list[str] | None = None) -> int:
                 judged[digest] = judge_row(*wanted[digest], ask, template) | {"digest": digest}
                 out.write(json.dumps(judged[digest], ensure_ascii=False) + "\n")
                 out.flush()
-    except (PredictionError, EndpointError) as error:
+    except (PredictionError, EndpointError, PromptError) as error:
         print_error("error:", error)
-        return 2 if isinstance(error, (PredictionError, AddressError)) else 1
+        return 2 if isinstance(error, (PredictionError, AddressError, PromptError)) else 1
+    for note in notes:
+        print_text(f"note: {note}")
     others = sum(judgement.get("digest") not in wanted for judgement in before)
     if others:
         print(f"{others} judgements in {kept} are of another judge, wording or answer: not counted")

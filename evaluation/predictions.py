@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from core.console import OneLine
@@ -21,20 +22,71 @@ class PredictionError(OneLine, ValueError):
 
 def read_rows(path: Path) -> list[dict]:
     """All complete rows. A last line cut short by a kill is dropped; a broken line elsewhere is an error."""
+    return [row for _, row in _numbered_rows(path)]
+
+
+def _numbered_rows(path: Path) -> Iterator[tuple[int, dict]]:
     if not path.exists():
         raise PredictionError(f"{path} does not exist: give a file written by evaluation.run")
     lines = path.read_bytes().split(b"\n")  # as bytes: a kill may cut a character, too
-    rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
+            yield number, json.loads(line)
         except ValueError as error:
             if number == len(lines):  # no newline after it: the write was cut
                 break
             raise PredictionError(f"{path}, line {number} is not JSON ({error}): restore the file or delete it") from None
-    return rows
+
+
+_TEXTS = ("corpus", "task", "lang", "target_lang", "label", "prompt", "raw", "transcript")
+_NUMBERS = ("duration", "frames", "kept", "tokens", "wall")
+
+
+def read_predictions(path: Path) -> tuple[list[dict], list[str]]:
+    """Rows to be scored, whoever wrote them, and what is to be said about them.
+
+    A row that is there twice is counted once. Errors: PredictionError for a row that lacks what scoring needs, and for two rows
+    of the same id that differ.
+    """
+    rows: dict[str, tuple[int, dict]] = {}
+    repeated = 0
+    for number, content in _numbered_rows(path):
+        row = _checked(content, f"{path}, line {number}")
+        first, known = rows.setdefault(prediction_key(row), (number, row))
+        if known is row:
+            continue
+        if any(known[key] != row[key] for key in ("reference", "prediction")):
+            raise PredictionError(f"{path}, line {number}: {prediction_key(row)} is there twice and differs from line {first}: "
+                                  "keep one of them")
+        repeated += 1
+    notes = [f"{repeated} rows are there twice and counted once"] if repeated else []
+    return [row for _, row in rows.values()], notes
+
+
+def _checked(row: object, where: str) -> dict:
+    """The row with its texts as text. Errors: PredictionError."""
+    if not isinstance(row, dict):
+        raise PredictionError(f"{where} is no JSON object: a prediction has id, reference and prediction")
+    if row.get("id") is None:
+        raise PredictionError(f"{where} has no id")
+    row = dict(row)
+    for key in ("reference", "prediction"):
+        if row.get(key) is None:
+            raise PredictionError(f"{where} ({row['id']}) has no {key}: give text, \"\" where nothing was said")
+    for key in ("reference", "prediction", *_TEXTS):
+        if isinstance(row.get(key), (dict, list)):
+            raise PredictionError(f"{where} ({row['id']}): {key} is no text")
+        if row.get(key) is not None:
+            row[key] = str(row[key])
+    for key in _NUMBERS:
+        if row.get(key) is not None and (isinstance(row[key], bool) or not isinstance(row[key], (int, float))):
+            raise PredictionError(f"{where} ({row['id']}): {key} is {row[key]!r}, not a number")
+    choices = row.get("choices")
+    if choices is not None and not (isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)):
+        raise PredictionError(f"{where} ({row['id']}): choices is no list of texts")
+    return row
 
 
 class PredictionFile:
@@ -112,6 +164,11 @@ class PredictionFile:
 def row_key(row: dict) -> str:
     """Corpus and id together are unique; ids alone may repeat between corpora."""
     return f"{row.get('corpus') or ''}/{row['id']}"
+
+
+def prediction_key(row: dict) -> str:
+    """What a prediction is known by among those of one file: one clip may be asked for several tasks."""
+    return f"{row_key(row)} of task {row.get('task') or 'asr'}"
 
 
 def end_last_line(file: Path) -> None:

@@ -22,8 +22,10 @@ from peft import PeftModel
 from sacrebleu.metrics import CHRF
 from tqdm import tqdm
 
+from core.samples import asked
 from evaluation.resampling import interval, paired_test
 from model import folder
+from model.control_tokens import text_ids
 from model.language_model import base_of
 from model.pretrained import SourceError
 from model.prompt import PromptError
@@ -37,7 +39,7 @@ LONGEST = 2048  # tokens of one passage; what is longer is cut
 def negative_log_likelihood(model: Soundwave, passage: str) -> tuple[float, int]:
     """Sum over the passage's tokens of -log p(token | those before), and how many were predicted."""
     device = next(model.llm.parameters()).device
-    ids = torch.tensor([model.tokenizer(passage).input_ids[:LONGEST]], device=device)
+    ids = torch.tensor([text_ids(model.tokenizer, passage, add_special_tokens=True)[:LONGEST]], device=device)
     if ids.shape[1] < 2:
         return 0.0, 0
     logits = model.llm(input_ids=ids).logits[0, :-1].float()
@@ -46,7 +48,7 @@ def negative_log_likelihood(model: Soundwave, passage: str) -> tuple[float, int]
 
 def answer(model: Soundwave, question: str, max_new_tokens: int) -> str:
     """The greedy answer to a text question."""
-    return model.answer([[{"role": "user", "content": question}]], max_new_tokens=max_new_tokens)[0].strip()
+    return model.answer([[asked(question, audios=0)]], max_new_tokens=max_new_tokens)[0].strip()
 
 
 def is_right(given: str, accepted: list[str]) -> bool:

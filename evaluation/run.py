@@ -25,9 +25,10 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from core.console import OneLine
+from core.samples import question_of, transcript_of
 from data_tools.shards import ShardError, ShardIndex
 from evaluation.predictions import PredictionError, PredictionFile, read_rows, row_key
-from evaluation.score import score_file, table
+from evaluation.score import print_notes, score_file, table
 from evaluation.tasks import lettered_choices, reference_of
 from model import folder
 from model.batch import Batch
@@ -72,7 +73,7 @@ def shard_folder(shards: str, split: str | None) -> Path:
 def joint_search(options: argparse.Namespace) -> JointSearch:
     """The search of `--decode joint`; the text that CTC was taught is the trained or the untrained recipe's."""
     if options.model:
-        ctc_text = folder.describe(options.model).get("recipe", {}).get("data", {}).get("ctc_text", DataConfig.ctc_text)
+        ctc_text = folder.trained_with(folder.describe(options.model)).get("ctc_text", DataConfig.ctc_text)
     else:
         ctc_text = load_recipe(options.untrained, options.overrides).data.ctc_text
     return JointSearch(options.ctc_weight, options.beams, token_bonus=options.token_bonus, ctc_text=ctc_text)
@@ -94,14 +95,18 @@ def prediction_row(sample: dict, prediction: str, raw: str, decode: str) -> dict
     """What is kept of one answer: enough to score it again without the audio."""
     row = {"id": sample["id"], "corpus": sample.get("corpus"), "task": "asr" if decode == "ctc" else sample.get("task"),
            "lang": sample.get("lang"), "duration": sample.get("duration"),
-           "reference": (sample.get("text") or "") if decode == "ctc" else reference_of(sample),
+           "reference": transcript_of(sample) if decode == "ctc" else reference_of(sample),
            "prediction": prediction.strip(), "raw": raw}
     if decode != "ctc":
-        row |= {key: sample[key] for key in ("label", "prompt", "target_lang") if sample.get(key) is not None}
+        row |= {key: sample[key] for key in ("label", "target_lang") if sample.get(key) is not None}
+        if question := question_of(sample):
+            row["prompt"] = question
         if sample.get("text") and sample.get("task") != "asr":
             row["transcript"] = sample["text"]  # what a judge is told of the audio
-        choices = lettered_choices(sample.get("prompt"))
+        choices = lettered_choices(question)
         row |= {"choices": choices} if choices and sample.get("label") else {}
+    if sample.get("findings"):
+        row["findings"] = sample["findings"]
     return row
 
 
@@ -146,12 +151,15 @@ def predict(model: Soundwave, stream: EvalStream, file: PredictionFile, options:
             lengths = audio_lengths(model, batch)
             rows = []
             for i, sample in enumerate(samples):
+                if decode != "ctc" and i in model.unanswered:
+                    rejected = [*rejected, {"id": sample["id"], "corpus": sample.get("corpus"), "why": model.unanswered[i]}]
+                    continue
                 row = prediction_row(sample, texts[i], raws[i], decode) | {"wall": round(wall, 4)}
                 if counts[i] is not None:
                     row["tokens"] = counts[i]
                 rows.append(row | lengths[i])
             file.append(rows, rejected)
-            progress.update(len(rows))
+            progress.update(len(samples))
     file.append([], stream.rejected[reported:])  # of a stream without batches
 
 
@@ -256,9 +264,23 @@ def start(device: str | None) -> Place:
     return Place(rank, world_size, torch.device(device or default))
 
 
-def finish(file: PredictionFile, place: Place, longest: int | None = None) -> bool:
-    """Wait for all ranks, merge, score, print. longest: tokens at which an answer was cut.
-    False where there is nothing to score: rank 0 has said why."""
+def clip_notes(rows: list[dict], trained_seconds: float | None) -> list[str]:
+    """Notes about the clips that were answered: findings of decoding, and those longer than any
+    that the model was trained on."""
+    notes = []
+    odd = [row for row in rows if row.get("findings")]
+    if odd:
+        first = f"{odd[0]['id']}: {'; '.join(odd[0]['findings'])}"
+        notes.append(f"{len(odd)} clips may not be what they should be ({first}): see `findings` in the predictions")
+    if trained_seconds is not None and (long := sum((row.get("duration") or 0) > 1.01 * trained_seconds for row in rows)):
+        notes.append(f"{long} clips are longer than {trained_seconds:g} s, the longest of training (data.max_seconds): answers "
+                     "may be wrong or stop early")
+    return notes
+
+
+def finish(file: PredictionFile, place: Place, longest: int | None = None, trained_seconds: float | None = None) -> bool:
+    """Wait for all ranks, merge, score, print. longest: tokens at which an answer was cut. trained_seconds: of the longest clip
+    in training. False where there is nothing to score: rank 0 has said why."""
     if place.world_size > 1:
         dist.barrier()
     error = None
@@ -267,7 +289,11 @@ def finish(file: PredictionFile, place: Place, longest: int | None = None) -> bo
         try:
             result = score_file(file.path)
             print(table(result["tasks"]))
-            if longest and (cut := sum(row.get("tokens", 0) >= longest for row in read_rows(file.path))):
+            print_notes(result)
+            rows = read_rows(file.path)
+            for note in clip_notes(rows, trained_seconds):
+                print(f"note: {note}")
+            if longest and (cut := sum(row.get("tokens", 0) >= longest for row in rows)):
                 print(f"{cut} answers were cut at --max-new-tokens {longest}")
             print(f"predictions: {file.path} ({result['utterances']} answered, {result['rejected']} rejected)")
             print(f"scores: {file.path.with_suffix('.scores.json')}")
@@ -308,6 +334,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.overrides and not options.untrained:
         parser.error(f"'{options.overrides[0]}': key=value goes with --untrained RECIPE only")
+    for name in ("beams", "max_new_tokens"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if options.decode == "joint" and options.sample:
         parser.error("--decode joint is a beam search: without --sample")
     if options.decode == "joint" and options.task != ["asr"]:
@@ -340,7 +369,7 @@ def main(arguments: list[str] | None = None) -> int:
                             done=lambda sample, done=done: row_key(sample) in done, batch_seconds=options.batch_seconds,
                             rank=place.rank, world_size=place.world_size, data=DataConfig(workers=options.workers))
         predict(model, stream, file, options, decode)
-        if not finish(file, place, options.max_new_tokens):
+        if not finish(file, place, options.max_new_tokens, model.trained_seconds):
             return 2
     return 0
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 
-from data_tools.languages import language_code, named_language
+from core.samples import answer_of, target_language
 from data_tools.normalise import plain_label
+
+__all__ = ["METRICS", "label_among", "lettered_choices", "metric_of", "parse_choice", "parse_letter", "reference_of",
+           "same_label", "split_chain", "target_language"]
 
 # One metric family a task; a task that is not named here is scored by what its samples hold (metric_of).
 METRICS = {"asr": "wer", "translation": "bleu", "chain": "chain", "emotion": "accuracy", "gender": "accuracy",
@@ -29,11 +32,8 @@ NEGATION = re.compile(rf"(?:(?:\bnot|n't|\bnever)(?:\s+an?)?(?:\s+(?:{ADVERBS}))
 
 
 def reference_of(sample: dict) -> str:
-    """The text that a prediction of this sample is held against: the response, the label, the last answer, the transcript."""
-    if sample.get("task") == "asr":
-        return sample.get("text") or ""
-    turns = [turn["content"] for turn in sample.get("messages") or [] if turn.get("role") == "assistant"]
-    return str(sample.get("response") or sample.get("label") or (turns[-1] if turns else None) or sample.get("text") or "")
+    """Return the text that a prediction of this sample is scored against; empty where it has no answer."""
+    return answer_of(sample) or ""
 
 
 def metric_of(rows: list[dict]) -> str:
@@ -42,18 +42,6 @@ def metric_of(rows: list[dict]) -> str:
     if all(row.get("choices") for row in rows):
         return "accuracy"
     return METRICS.get(task) or ("accuracy" if all(row.get("label") for row in rows) else "answer")
-
-
-def target_language(row: dict) -> str | None:
-    """Code of a translation's target: of its `target_lang` (a name, or a code), else of the language that its prompt asks for
-    ("... into French"); None where neither says."""
-    if said := row.get("target_lang"):
-        return language_code(said)
-    for word in (r"\binto", r"(?<!listen )\bto", r"\bin"):  # "what is said in English, into French"
-        for named in re.findall(rf"(?i:{word})\s+((?:[A-Z]\w+\s*){{1,2}})", row.get("prompt") or ""):
-            if code := named_language(named.strip()):
-                return code
-    return None
 
 
 def lettered_choices(prompt: str | None) -> list[str]:
@@ -96,33 +84,85 @@ def parse_choice(answer: str, choices: list[str]) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
+def same_label(first: str, second: str) -> bool:
+    """Return whether two labels are the same words: "Dog_bark" is "dog bark"."""
+    return _plain(first) == _plain(second)
+
+
 def label_among(label: str, choices: list[str]) -> str | None:
     """The choice that a label means: the same words, or the option's letter; None where it means none."""
     for choice in choices:
-        if _plain(choice) == _plain(label):
+        if same_label(choice, label):
             return choice
     letter = label.strip().upper()
-    return choices[ord(letter) - ord("A")] if len(letter) == 1 and letter in "ABCDEFGHIJ"[:len(choices)] else None
+    return choices[ord(letter) - ord("A")] if len(letter) == 1 and letter in _LETTERS[:len(choices)] else None
+
+
+_LETTERS = "ABCDEFGHIJ"
+_AND = r"(?:\s*[,;/&+]\s*(?:(?i:and|or)\s+)?|\s+(?i:and|or|nor)\s+)"  # between two letters: "A, B", "A or B"
+_CONCLUSION = r"(?i:\bchoose|\bpick|\bselect|\bgo with|\bit's|\bit is|\bso|\btherefore|\bthus|\bhence|\bmust be|\bbut)"
+_VERB = r"(?i:is|would be|must be|should be|has to be)"
+_NOT = r"(?i:(?:\s+not|n't)\b)"
+# A letter is denied where one of these stands in front of it, or behind it.
+_DENIED_BEFORE = re.compile(r"(?i:\bnot|n't|\bnever|\bneither|\bnor|\brather than|\binstead of|\bexcept|\bexclude|\brule out"
+                            r"|\bruled out|\b(?:wrong|incorrect|false)\s+(?:answer|option|choice)(?:\s+is)?)"
+                            r"(?i:\s+(?:option|choice|answer))?\W*$")
+_DENIED_VERB = re.compile(r"(?i:\bnot|n't|\bnever)\s*$")  # "I would not choose B"
+_DENIED_AFTER = re.compile(r"""^["'*)\]]*\s+(?i:(?:is|was|are|were|would be|seems)\s*(?:not|n't|wrong|incorrect"""
+                           r"""|false|impossible|ruled out|excluded)|cannot|can't|couldn't|mustn't)\b""")
 
 
 def parse_letter(answer: str, choices: list[str]) -> str | None:
-    """The choice that an answer to lettered options ("A. ...", "B. ...") gives, by letter, else by its words.
+    """The one choice that an answer to lettered options ("A. ...", "B. ...") gives, by letter, else by its words; None where it
+    gives none or several.
 
-    The article in "A man speaks" is not option A: a letter counts when it stands alone or before . ) : or , with quotes and
-    asterisks aside. "Answer: B" and "the answer is B" count first, the last of them: the options may be listed before it.
+    A repeated list of the options is no answer. Statements count in this order, each kind only where the ones before say nothing:
+    a named answer ("Answer: B", "the answer is B"; the last one), a conclusion ("I choose B", "so B", "B is correct"; the last
+    one), a letter at the beginning of a line, one in brackets or after "option". Denied letters ("not B", "B is wrong") do not
+    count, and a statement of several letters ("A, B", "A or B") gives none. The article in "A man speaks" is not option A: a
+    letter counts when it stands alone or before . ) : or , with quotes and asterisks aside.
     """
-    letters = "ABCDEFGHIJ"[:len(choices)]
-    letter, end, word = f"([{letters}])", r"""[\s*"']*(?:[.):,]|$)""", "(?i:answer|option|choice)"
-    verb = "(?:is|would be|must be|should be)"
-    said = rf"(?<!wrong )\b{word}(?:\W*:|\W+{verb}\b)\W*(?:{word}\W+)?{letter}(?:{end}|\s+because\b)"
-    found = re.findall(said, answer, re.MULTILINE)[-1:]
-    for pattern in (rf"^\W*{letter}{end}", rf"\({letter}\)", rf"\\boxed{{{letter}}}", rf"\b{word}\s*\W?{letter}{end}",
-                    rf"\b{letter}\s+{verb}\s+(?:the\s+)?(?:correct|right|best|answer)\b",
-                    rf"(?i:\bchoose|\bpick|\bselect|\bit's)\s+{letter}{end}"):
-        found += re.findall(pattern, answer, re.MULTILINE)
-    if small := re.fullmatch(rf"\W*([{letters.lower()}])\W*", answer):
-        found = [small[1].upper()]
-    return choices[letters.index(found[0])] if found else parse_choice(answer, choices)
+    said = _without_listing(answer, choices)
+    letters = _LETTERS[:len(choices)]
+    if small := re.fullmatch(rf"\W*([{letters.lower()}])\W*", said):
+        return choices[letters.index(small[1].upper())]
+    one = rf"[(\[\"'*{{]*([{letters}])"
+    end, word = r"""(?=[\s*"']*(?:[.)\]}:,;!?/&]|$)|[\s*"']+(?:and|or|but|because|since|as)\b)""", "(?i:answer|option|choice)"
+    kinds = (
+        (rf"\b{word}(?:\s*\W*:|\W+{_VERB})\W*(?:{word}\W+)?{one}{end}",),
+        (rf"{_CONCLUSION}\W+(?:{word}\W+)?{one}{end}",
+         rf"(?<![\w(])\(?({'[' + letters + ']'})\)?\s+{_VERB}\s+(?:the\s+)?(?i:correct|right|best|answer)\b"),
+        (rf"(?:^|[.!?]\s)\W*{one}{end}",),
+        (rf"\(([{letters}])\)", rf"\\boxed{{([{letters}])}}", rf"\b{word}\s*\W?{one}(?![\w'])"),
+    )
+    for number, patterns in enumerate(kinds):
+        found = sorted((match for pattern in patterns for match in re.finditer(pattern, said, re.MULTILINE)),
+                       key=lambda match: match.end(1))
+        given = [_letters_from(match, said, letters) for match in found
+                 if not _DENIED_BEFORE.search(said[:match.start(1)]) and not _DENIED_VERB.search(said[:match.start()])
+                 and not _DENIED_AFTER.search(said[match.end(1):])]
+        if given:
+            distinct = given[-1] if number < 2 else set().union(*given)
+            return choices[letters.index(min(distinct))] if len(distinct) == 1 else None
+    return parse_choice(said, choices)
+
+
+def _without_listing(answer: str, choices: list[str]) -> str:
+    """The answer without the options where it repeats several of them with their letters."""
+    def option(letter: str, choice: str) -> str:
+        spelled = r"[\W_]+".join(map(re.escape, re.findall(r"[^\W_]+", choice)))
+        return rf"(?<![\w'])[(\[\"'*]*{letter}[.):\]\"'*]+\s*(?i:{spelled})(?!\w)[.,;]?"
+
+    options = [option(letter, choice) for letter, choice in zip(_LETTERS, choices) if re.search(r"[^\W_]", choice)]
+    if sum(re.search(pattern, answer) is not None for pattern in options) < 2:
+        return answer
+    return re.sub("|".join(options), "\n", answer)
+
+
+def _letters_from(match: re.Match, text: str, letters: str) -> set[str]:
+    """The letter of a statement, and those that stand with it in a row."""
+    following = re.match(rf"(?:[)\]\"'*]*{_AND}[(\[\"'*]*[{letters}](?![\w']))*", text[match.end(1):])[0]
+    return {match[1], *re.findall(rf"[{letters}]", following)}
 
 
 def _plain(text: str) -> str:

@@ -3,7 +3,8 @@
     python -m evaluation.whisper_baseline --whisper DIR --shards DIR --task asr
 
 The predictions file is that of evaluation.run: `python -m evaluation.compare` pairs the two utterance by utterance. The
-language is told to Whisper where the shards name it (it guesses otherwise), and each clip is padded to 30 s, as Whisper is used.
+language is told to Whisper where the shards name one that it knows (it detects the others), and each clip is padded to 30 s,
+as Whisper is used.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
 
-from data_tools.languages import language_code
+from core.languages import language_code
 from data_tools.shards import ShardError, ShardIndex
 from evaluation.predictions import PredictionError, PredictionFile, row_key
 from evaluation.run import InputError, finish, prediction_row, shard_folder, start
@@ -40,19 +41,35 @@ class Whisper:
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         self.languages = getattr(self.model.generation_config, "lang_to_id", None)
 
+    def code_of(self, language: str | None) -> str | None:
+        """The code by which this Whisper is told a language; None where it does not know it, or knows one language only."""
+        code = language_code(language)
+        return code if self.languages and f"<|{code}|>" in self.languages else None
+
     @torch.inference_mode()
     def transcribe(self, waveforms: list[torch.Tensor], languages: list[str | None]) -> list[list[int]]:
-        """waveforms [S] each at 16 kHz and at most 30 s -> token ids each, greedy."""
+        """waveforms [S] each at 16 kHz and at most 30 s -> token ids each, greedy. Clips whose language is told and clips whose
+        language is detected go through the model by themselves: transformers takes a batch of the one kind or of the other."""
+        codes = [self.code_of(language) for language in languages]
+        answers: list[list[int]] = [[] for _ in waveforms]
+        for told in (True, False):
+            chosen = [i for i, code in enumerate(codes) if (code is not None) is told]
+            if chosen:
+                ids = self._transcribe([waveforms[i] for i in chosen], [codes[i] for i in chosen])
+                for i, tokens in zip(chosen, ids, strict=True):
+                    answers[i] = tokens
+        return answers
+
+    def _transcribe(self, waveforms: list[torch.Tensor], languages: list[str | None]) -> list[list[int]]:
         lengths = torch.tensor([len(waveform) for waveform in waveforms])
         padded = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
         device = self.model.device
         mel, _ = log_mel(padded.to(device), lengths.to(device), self.model.config.num_mel_bins, pad_to_samples=WINDOW)
         options = {"do_sample": False, "num_beams": 1}
-        if self.languages:  # multilingual: one language for each clip, or a guess for the whole batch where one is unknown
+        if self.languages:
             options["task"] = "transcribe"
-            known = [language_code(language) for language in languages]
-            if all(f"<|{language}|>" in self.languages for language in known):
-                options["language"] = known
+            if languages[0] is not None:
+                options["language"] = languages
         output = self.model.generate(mel.to(self.model.dtype), attention_mask=torch.ones(len(mel), mel.shape[-1], device=device),
                                      **options)
         special = set(self.tokenizer.all_special_ids)
@@ -67,7 +84,8 @@ def read_batch(index: ShardIndex, rows: list[int]) -> tuple[list[dict], list[tor
         try:
             audio, sample, _ = read_with_retry(index, row)
             name = sample["id"]
-            waveform = decode(audio)
+            waveform = decode(audio, findings=(findings := []))
+            sample |= {"findings": findings} if findings else {}
             if len(waveform) > WINDOW:
                 raise BrokenSample(f"{len(waveform) / SAMPLE_RATE:.1f} s: Whisper's decoder takes 30 s at once")
         except BrokenSample as error:

@@ -30,6 +30,7 @@ class Batch:
     labels: torch.Tensor  # [B, L] int64, -100 where nothing is to be predicted
     ids: list[str] = field(default_factory=list)  # sample id of each row, for messages and logs
     tasks: list[str] = field(default_factory=list)
+    languages: list[str | None] = field(default_factory=list)  # of each row's answer, as the data has it, for error rates
     # SpecAugment: True where the log-mel is masked, [A, n_mels, F]; only with waveforms.
     mel_mask: torch.Tensor | None = None
 

@@ -26,12 +26,11 @@ from transformers import GenerationConfig
 from model import identity
 from model.auto import SoundwaveHubConfig
 from model.encoder import tensor_prefix
-from model.folder import ADAPTERS, CONFIG, LORA, FolderError, describe, identity_differences, read_config
-from model.language_model import load_tokenizer
+from model.folder import ADAPTERS, CONFIG, LORA, FolderError, describe, identity_differences, read_config, trained_with
+from model.language_model import end_ids, end_settings, load_tokenizer
 from model.model_card import model_card
 from model.official import LoRAMerge, ShardWriter, stream_tensors
 from model.pretrained import Source, SourceError, fingerprint, locate
-from model.prompt import stop_ids
 
 
 def export(run: str | Path, out: str | Path, *, merge: bool = False, with_encoder: bool = False) -> Path:
@@ -56,9 +55,10 @@ def export(run: str | Path, out: str | Path, *, merge: bool = False, with_encode
     out.mkdir(parents=True, exist_ok=True)
     names = {"encoder": encoder.name, "llm": llm.name}
     shutil.copyfile(run / ADAPTERS, out / ADAPTERS)
-    stop = stop_ids(tokenizer, config.prompt)
+    stop = end_ids(tokenizer, config.prompt, end_settings(llm))
     pad = stop[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    generation = GenerationConfig(eos_token_id=stop, bos_token_id=tokenizer.bos_token_id, pad_token_id=pad, max_new_tokens=512)
+    generation = GenerationConfig(eos_token_id=stop, bos_token_id=tokenizer.bos_token_id, pad_token_id=pad, max_new_tokens=512,
+                                  do_sample=False)
     for folder in [out, *([out / "llm"] if merge else [])]:
         folder.mkdir(exist_ok=True)
         tokenizer.save_pretrained(folder)
@@ -68,7 +68,7 @@ def export(run: str | Path, out: str | Path, *, merge: bool = False, with_encode
         _write_llm(llm, LoRAMerge(run / LORA) if has_lora else None, out / "llm")
         config.llm.name, config.llm.lora_r, frozen["llm"] = "llm", 0, fingerprint(out / "llm")
     elif has_lora:
-        shutil.copytree(run / LORA, out / LORA)
+        shutil.copytree(run / LORA, out / LORA, copy_function=shutil.copyfile)  # contents, not modes
     if with_encoder:
         _copy_encoder(encoder, out / "encoder")
         config.encoder.name = "encoder"
@@ -76,8 +76,9 @@ def export(run: str | Path, out: str | Path, *, merge: bool = False, with_encode
         inside = locate(str(out / "llm"))
         settings = identity.settings({"encoder": encoder, "llm": inside}, load_tokenizer(inside, config.audio_token))
     written = {"config": asdict(config), "stage": description["stage"], "frozen": frozen, "settings": settings}
-    if ctc_text := description.get("recipe", {}).get("data", {}).get("ctc_text"):
-        written["recipe"] = {"data": {"ctc_text": ctc_text}}  # what the joint search asks of CTC; the rest is the trainer's own
+    # What inference asks for (the joint search, the warning about long audio); the rest is the trainer's own.
+    if kept := {key: value for key, value in trained_with(description).items() if key in ("ctc_text", "max_seconds")}:
+        written["recipe"] = {"data": kept}
     (out / CONFIG).write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n")
     SoundwaveHubConfig(architectures=["Soundwave"], soundwave=asdict(config), llm_config=llm.config.to_dict(),
                        encoder_config=encoder.config.to_dict()).save_pretrained(out)

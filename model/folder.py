@@ -20,14 +20,14 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from core.console import one_line
 from core.json_files import JsonError, read_object
 from core.options import problems
 from model import identity
 from model.config import SoundwaveConfig
-from model.pretrained import SourceError
+from model.pretrained import SourceError, write_tensors
 from model.prompt import NORMALISATIONS
 from model.soundwave import PARTS, STAGES, Soundwave
 
@@ -55,11 +55,11 @@ def save(model: Soundwave, folder: str | Path, extra: dict | None = None) -> Pat
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file({n: p.detach().cpu().contiguous() for n, p in trained_tensors(model).items()}, partial / ADAPTERS)
+    write_tensors({n: p.detach().cpu().contiguous() for n, p in trained_tensors(model).items()}, partial / ADAPTERS)
     if isinstance(model.llm, PeftModel):
         (partial / LORA).mkdir(exist_ok=True)
         state = {n: p.detach().cpu().contiguous() for n, p in get_peft_model_state_dict(model.llm).items()}
-        save_file(state, partial / LORA / "adapter_model.safetensors")
+        write_tensors(state, partial / LORA / "adapter_model.safetensors")
         peft_config = model.llm.peft_config["default"]
         peft_config.base_model_name_or_path = model.config.llm.name
         peft_config.inference_mode = True
@@ -130,6 +130,11 @@ def read_config(folder: str | Path) -> SoundwaveConfig:
         if not name.is_absolute() and ".." not in name.parts and (Path(folder) / name).is_dir():
             part.name = str(Path(folder) / name)
     return config
+
+
+def trained_with(description: dict) -> dict:
+    """The recipe's `data` section of a model folder, as far as it was kept."""
+    return (description.get("recipe") or {}).get("data") or {}
 
 
 def check_base(model: Soundwave, folder: str | Path) -> None:
@@ -241,16 +246,24 @@ def _fill(parameter: torch.Tensor, value: torch.Tensor) -> None:
         parameter.copy_(value)
 
 
+def dtype_name(dtype: torch.dtype | str | None) -> str | None:
+    """A type as model.dtype has it; None for None and "auto"."""
+    return None if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
+
+
 def load(folder: str | Path, *, encoder: str | None = None, llm: str | None = None, device: torch.device | str | None = None,
-         dtype: str | None = None, verify: bool = True, with_llm: bool = True) -> Soundwave:
+         dtype: torch.dtype | str | None = None, verify: bool = True, with_llm: bool = True, attention: str | None = None
+         ) -> Soundwave:
     """A model folder as a model in eval mode, with its frozen parts from where it names them, or from `encoder` and `llm`.
 
+    dtype: of the frozen parts; None or "auto": the one that the folder names. attention: as model.attention_implementation.
     A stage I folder comes without the LLM; any other, too, if not `with_llm`, for its CTC head alone. Errors: FolderError,
     SourceError.
     """
     description, config = describe(folder), read_config(folder)
     config.encoder.name, config.llm.name = encoder or config.encoder.name, llm or config.llm.name
-    config.dtype = dtype or config.dtype
+    config.dtype = dtype_name(dtype) or config.dtype
+    config.attention_implementation = attention or config.attention_implementation
     stage = description["stage"] if with_llm else "alignment"
     parts = tuple(p for p in PARTS if p != "llm" or stage != "alignment")
     try:
@@ -264,4 +277,5 @@ def load(folder: str | Path, *, encoder: str | None = None, llm: str | None = No
     except Exception as error:  # sizes that do not go together, or no memory for them
         raise FolderError(f"{folder} cannot be built as its {CONFIG} says ({type(error).__name__}: {one_line(error)}): copy the "
                           "folder and its frozen parts again") from error
+    model.trained_seconds = trained_with(description).get("max_seconds")
     return (model if device is None else model.to(device)).eval()

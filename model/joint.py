@@ -36,6 +36,11 @@ class JointSearch:
     token_bonus: float = 2.0
     ctc_text: str = "lower"
 
+    def __post_init__(self) -> None:
+        for name in ("beams", "candidates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} of the joint search is {getattr(self, name)}: give at least 1")
+
 
 class CTCPrefixScores:
     """Log-probabilities of token sequences under CTC, of one utterance; prefixes once computed are kept.

@@ -10,11 +10,20 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AddedToken,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
 
+from core.console import one_line
 from model.config import LLMConfig
-from model.pretrained import Source, SourceError, reading, tensor_files
+from model.pretrained import Source, SourceError, reading, tensor_files, text_config
+from model.prompt import stop_ids
 
 ALL_LINEAR = "all-linear"  # peft's keyword
 # transformers names its modules so, in every family; MLA: DeepSeek's and Longcat's multi-head latent attention.
@@ -58,6 +67,7 @@ def build_llm(config: LLMConfig, source: Source, dtype: torch.dtype, attention: 
         if lacking := sorted(report["missing_keys"]):
             raise SourceError(f"{source.folder} lacks {len(lacking)} of the tensors that its config.json asks for, "
                               f"'{lacking[0]}' for one: it is not a whole {source.config.model_type} model")
+    llm.generation_config = end_settings(source)
     llm.requires_grad_(False)
     return llm if config.lora_r == 0 else with_lora(llm, config, source.name)
 
@@ -175,6 +185,39 @@ def described_targets(llm: nn.Module) -> str:
     counts = Counter(name.removesuffix(".lora_A.default.weight").rpartition(".")[2]
                      for name, _ in llm.named_parameters() if name.endswith(".lora_A.default.weight"))
     return ", ".join(f"{name} x {count}" for name, count in counts.items())
+def end_settings(source: Source) -> GenerationConfig:
+    """Return all that is taken from an LLM's own generation settings: the ids that begin, end and pad a text.
+
+    Whatever else stands there (n-grams that must not repeat, suppressed words, a time limit ...) would change answers and differ
+    between a run and its export: the settings of generation are this project's (model/generation.py). Errors: SourceError.
+    """
+    file = source.folder and source.folder / "generation_config.json"
+    if not file or not file.exists():
+        base = GenerationConfig.from_model_config(source.config)
+    else:
+        try:
+            base = GenerationConfig.from_pretrained(source.folder)
+        except (OSError, ValueError, TypeError) as error:
+            raise SourceError(f"{file} cannot be read ({one_line(error)}): save it again or remove it") from None
+    return GenerationConfig(bos_token_id=base.bos_token_id, eos_token_id=base.eos_token_id, pad_token_id=base.pad_token_id)
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, style: str, settings: GenerationConfig) -> list[int]:
+    """Return the ids that end an answer: those of the chat template's turn and the tokenizer, and those of `end_settings`."""
+    configured = settings.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    stop = stop_ids(tokenizer, style)
+    return stop + [i for i in configured if i is not None and i not in stop]
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Return the positions that an LLM is made for; None where its configuration does not say."""
+    sizes = text_config(config)
+    longest = getattr(sizes, "max_position_embeddings", None)
+    rope = getattr(sizes, "rope_parameters", None) or {}
+    if longest and rope.get("rope_type") in ("yarn", "longrope") and rope.get("original_max_position_embeddings"):
+        longest = max(longest, int(rope["original_max_position_embeddings"] * (rope.get("factor") or 1)))
+    return longest
 
 
 def base_of(llm: nn.Module) -> nn.Module:

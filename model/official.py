@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig
 
@@ -39,7 +39,7 @@ from model import identity
 from model.config import SoundwaveConfig, official_switches
 from model.folder import ADAPTERS, CONFIG, LORA, FolderError, describe, read_config
 from model.language_model import load_tokenizer
-from model.pretrained import Source, fingerprint, locate, read_json, reading, tensor_files
+from model.pretrained import Source, fingerprint, locate, read_json, reading, tensor_files, write_tensors
 
 SHARD_BYTES = 4 << 30
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -81,7 +81,7 @@ class ShardWriter:
         self.total += size
 
     def _flush(self) -> None:
-        save_file(self.pending, self.folder / f"part-{len(self.shards)}", metadata={"format": "pt"})
+        write_tensors(self.pending, self.folder / f"part-{len(self.shards)}")
         self.shards.append(list(self.pending))
         self.pending, self.size = {}, 0
 
@@ -162,7 +162,7 @@ def _from_official(folder: Path, out: Path, encoder: str | None) -> Path:
         beside = folder / "encoder"
     if tower and encoder is None:
         (out / "encoder").mkdir(parents=True, exist_ok=True)
-        save_file(tower, out / "encoder" / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(tower, out / "encoder" / "model.safetensors")
         source = beside if named and (beside / "config.json").exists() else folder / "encoder"
         if not (source / "config.json").exists():
             raise FolderError(f"{folder} holds an encoder's weights but no encoder/config.json: give --encoder")
@@ -171,7 +171,7 @@ def _from_official(folder: Path, out: Path, encoder: str | None) -> Path:
     else:
         config.encoder.name = encoder or (str(beside.resolve()) if named and beside.is_dir() else named)
     config.llm.name, config.llm.lora_r = "llm", 0
-    save_file(adapters, out / ADAPTERS)
+    write_tensors(adapters, out / ADAPTERS)
     sources = {"encoder": locate(str(out / "encoder") if config.encoder.name == "encoder" else config.encoder.name),
                "llm": locate(str(out / "llm"))}
     frozen = {"encoder": fingerprint(sources["encoder"].folder, "encoder."), "llm": fingerprint(out / "llm")}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from core.console import OneLine, one_line
@@ -199,6 +200,18 @@ def read_tensor(folder: Path, name: str) -> torch.Tensor:
         raise SourceError(f"{folder} holds no tensor '{name}'")
     with reading(files[name], f"tensor '{name}'"), safe_open(files[name], "pt") as file:
         return file.get_tensor(name)
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file that others may read as the umask says: safetensors itself makes it 0600."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o666 & ~_umask())
+
+
+def _umask() -> int:
+    """Return this process's umask without changing it, as os.umask would for a moment in all threads (proc(5))."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("Umask:")), 8)
 
 
 def embedding_names(config: PretrainedConfig) -> tuple[str, str, float]:

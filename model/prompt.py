@@ -3,83 +3,118 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Callable
 from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
-from core.console import OneLine, one_line
+from core.console import one_line
+from core.samples import AUDIO_TOKEN, INSTRUCTIONS, PromptError, asked, check_role, messages_of, prompt_of
+from model.control_tokens import (
+    control_tokens,
+    cuts_at_borders,
+    cuts_everywhere,
+    cuts_inside,
+    encode_pieces,
+    marked,
+    text_ids,
+    unused_mark,
+)
+
+__all__ = ["AUDIO_TOKEN", "INSTRUCTIONS", "PromptError", "asked", "audio_count", "chat_ids", "ctc_target_ids", "messages_of",
+           "normalise", "prompt_of", "stop_ids"]
 
 IGNORED = -100
 # Llama 3.x templates print a date, by default today's: a training prompt must not depend on the day.
 _TEMPLATE_DATE = "26 Jul 2024"
 
-# Said where a sample brings no prompt of its own.
-INSTRUCTIONS = {
-    "asr": "Please transcribe the following audio.",
-    "translation": "Please translate the following audio into {lang}.",
-    "emotion": "What is the emotion of the speaker?",
-    "gender": "What is the gender of the speaker?",
-    "sound": "What is the sound?",
-    "chain": "Please transcribe the following audio and then answer based on the audio's transcription.",
-}
 RELEASE_SYSTEM = ("You are a helpful language and speech assistant. You are able to understand the speech content that the user "
                   "provides, and assist the user with a variety of tasks using natural language.")
 
 
-class PromptError(OneLine, ValueError):
-    """A conversation that this tokenizer cannot express; one line."""
+def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict], style: str = "chat", audio_token: str = AUDIO_TOKEN,
+             system: str | None = None) -> tuple[list[int], list[int]]:
+    """Return a chat as token ids and labels (-100 but on the assistants' words and their end of turn).
 
-
-def messages_of(sample: dict, audio_token: str = "<audio_patch>") -> list[dict[str, str]]:
-    """A packed sample's JSON as a chat: its own `messages`, or (audio +) prompt and response.
-
-    The answer is `response`, else `label`; of `asr` the transcript, `text`, in place of a label, and of `sound` behind it. A
-    sample without `duration` has no audio.
-    Errors: PromptError where there is nothing to answer or to ask.
-    """
-    if sample.get("messages"):
-        return [{"role": m["role"], "content": m["content"]} for m in sample["messages"]]
-    task = sample.get("task") or "asr"
-    keys = ("response", *{"asr": ("text",), "sound": ("label", "text")}.get(task, ("label",)))
-    answer = next((sample[key] for key in keys if sample.get(key)), None)
-    if answer is None:
-        raise PromptError(f"sample of task {task} has no {' or '.join(keys)} to answer with")
-    prompt = sample.get("prompt") or ""
-    if sample.get("duration"):
-        instruction = INSTRUCTIONS.get(task, "").replace("{lang}", sample.get("target_lang") or "English")
-        prompt = f"{audio_token}\n{prompt or instruction}".rstrip("\n")
-    elif not prompt:
-        raise PromptError("sample has neither audio nor a prompt")
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": str(answer)}]
-
-
-def prompt_of(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The chat up to its last answer: what a model is to continue."""
-    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
-
-
-def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], style: str = "chat",
-             audio_token: str = "<audio_patch>", system: str | None = None) -> tuple[list[int], list[int]]:
-    """A chat as token ids and labels (-100 but on the assistants' words and their end of turn).
-
-    system: the system turn of a chat that has none; None leaves it to the template.
+    messages: turns as of `core.samples.messages_of`. An audio stands where `audio_token` does; all else that a turn holds is
+    text, and the only control tokens are those that the template writes. system: the system turn of a chat that has none; None
+    leaves it to the template.
 
     A chat that does not end with an assistant's turn ends with that turn's opening, ready to be continued; the ids are then a
-    prefix of the ids with the answer. An audio stands where `audio_token` stands. Errors: PromptError.
+    prefix of the ids with the answer. Errors: PromptError.
     """
     if not messages:
         raise PromptError("the conversation is empty")
-    for message in messages:
-        if message["role"] == "assistant" and audio_token in message["content"]:
-            raise PromptError(f"an assistant's turn holds {audio_token}")
     if style not in ("chat", "release"):
         raise PromptError(f"model.prompt is '{style}': chat or release")
+    for number, message in enumerate(messages, 1):
+        check_role(number, message.get("role"))
+        if not isinstance(message.get("content"), str):
+            raise PromptError(f"turn {number} holds no text")
+        if message["role"] == "assistant" and _audios_of(message, audio_token):
+            raise PromptError(f"an assistant's turn holds {audio_token}")
     if system is not None and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
-    pieces = _template_pieces(tokenizer, messages) if style == "chat" else _release_pieces(tokenizer, messages, audio_token)
+        messages = [{"role": "system", "content": system, "audios": 0}, *messages]
+    tokenised = _chat_pieces if style == "chat" else _release_pieces
+    pieces = tokenised(tokenizer, messages, audio_token)
     ids = [i for piece, _ in pieces for i in piece]
     labels = [i if target else IGNORED for piece, target in pieces for i in piece]
     return ids, labels
+
+
+def _audios_of(message: dict, audio_token: str) -> int:
+    return message.get("audios", message["content"].count(audio_token))
+
+
+def audio_count(messages: list[dict], audio_token: str = AUDIO_TOKEN) -> int:
+    """Return how many audios a chat has a place for."""
+    return sum(_audios_of(message, audio_token) for message in messages)
+
+
+Pieces = list[tuple[list[int], bool]]  # (ids, whether they are to be predicted)
+
+
+def _chat_pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict], audio_token: str) -> Pieces:
+    """Tokenise a chat through the template, with what the turns hold as text.
+
+    Names of control tokens in the turns are cut (model/control_tokens.py) before the template is rendered. Whether that sufficed
+    is seen by the control tokens of the result: they must be those of the same chat with every turn cut into characters.
+    Templates that read what an assistant wrote (and take thoughts out of earlier turns) see its markup, where that holds as well.
+    """
+    controls = control_tokens(tokenizer)
+    texts = [message["content"].split(audio_token, _audios_of(message, audio_token)) for message in messages]
+    threatened = [any(controls.threaten(tokenizer, part) for part in parts) for parts in texts]
+    mark = unused_mark(part for parts in texts for part in parts)
+
+    def tokenised(cuts_of: Callable[[str, str], set[int]]) -> Pieces:
+        turns = [{"role": message["role"], "content": audio_token.join(
+            marked(part, cuts_of(message["role"], part), mark) if cut else part for part in parts)}
+            for message, parts, cut in zip(messages, texts, threatened, strict=True)]
+        return [(encode_pieces(tokenizer, text, mark), target) for text, target in _template_pieces(tokenizer, turns)]
+
+    def inside(role: str, text: str) -> set[int]:
+        cuts = cuts_inside(text, controls.begins)
+        left = controls.rewrites and controls.within(encode_pieces(tokenizer, marked(text, cuts, mark), mark))
+        return cuts_everywhere(text) if left else cuts
+
+    def readable(role: str, text: str) -> set[int]:
+        return cuts_inside(text, controls.special) if role == "assistant" else inside(role, text)
+
+    def at_borders(role: str, text: str) -> set[int]:
+        return inside(role, text) | cuts_at_borders(text, controls)
+
+    if not any(threatened):
+        return tokenised(inside)
+    strict = tokenised(lambda role, text: cuts_everywhere(text) | cuts_at_borders(text, controls))
+    wanted = controls.within(i for ids, _ in strict for i in ids)
+    for cuts_of in (readable, inside, at_borders):
+        try:
+            pieces = tokenised(cuts_of)
+        except PromptError:  # a template that lost its way in the assistant's markup
+            continue
+        if controls.within(i for ids, _ in pieces for i in ids) == wanted:
+            return pieces
+    return strict
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], opening: bool) -> str:
@@ -93,9 +128,9 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], 
         raise PromptError(f"the chat template refuses this conversation: {one_line(error)}") from None
 
 
-def _template_pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[tuple[list[int], bool]]:
-    """The rendered chat, cut where assistants begin and end and tokenised piece by piece: the ids that stand before an answer
-    are the same whether the answer is being learnt or generated."""
+def _template_pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[tuple[str, bool]]:
+    """Return the rendered chat, cut where assistants begin and end, to be tokenised piece by piece: the ids that stand before an
+    answer are the same whether the answer is being learnt or generated."""
     pieces: list[tuple[str, bool]] = []
     done = ""
     for i, message in enumerate(messages):
@@ -112,11 +147,10 @@ def _template_pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str
     if not whole.startswith(done):
         raise PromptError("the chat template rewrites earlier turns when a later one is added: labels cannot be placed")
     pieces.append((whole[len(done):], False))
-    return [(tokenizer.encode(text, add_special_tokens=False), target) for text, target in pieces if text]
+    return [(text, target) for text, target in pieces if text]
 
 
-def _release_pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], audio_token: str
-                    ) -> list[tuple[list[int], bool]]:
+def _release_pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict], audio_token: str) -> Pieces:
     """The released weights' prompt: their system sentence, one line break behind each header, the audio on a line of its own
     before the instruction, every piece tokenised alone (so that a tokenizer which begins with BOS repeats it)."""
     known = tokenizer.get_vocab()
@@ -127,24 +161,25 @@ def _release_pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str,
     begin, start, end, stop = (known[token] for token in needed)
 
     def words(text: str) -> list[int]:
-        return tokenizer(text).input_ids
+        return text_ids(tokenizer, text, add_special_tokens=True)
 
     def header(role: str) -> list[int]:
         return [start, *words(role), end]
 
     if messages[0]["role"] != "system":
         messages = [{"role": "system", "content": RELEASE_SYSTEM}, *messages]
-    pieces: list[tuple[list[int], bool]] = [([begin], False)]
+    pieces: Pieces = [([begin], False)]
     for message in messages:
-        role, content = message["role"], message["content"]
+        role, content, audios = message["role"], message["content"], _audios_of(message, audio_token)
         if role == "assistant":
             pieces += [(header(role) + words("\n"), False), (words(content) + [stop], True)]
-        elif audio_token in content:
-            if content.count(audio_token) > 1 or not content.startswith(audio_token):
+        elif audios:
+            if audios > 1 or not content.startswith(audio_token):
                 raise PromptError(f"model.prompt=release takes one {audio_token} at the beginning of a turn")
             instruction = content[len(audio_token):].lstrip("\n")
-            asked = words(instruction) if instruction else []
-            pieces.append((header(role) + words("\n" + audio_token) + asked + [stop], False))
+            question = words(instruction) if instruction else []
+            audio = tokenizer.encode("\n" + audio_token)
+            pieces.append((header(role) + audio + question + [stop], False))
         else:
             pieces.append((header(role) + words("\n") + words(content) + [stop], False))
     if messages[-1]["role"] != "assistant":
@@ -194,4 +229,4 @@ def ctc_target_ids(tokenizer: PreTrainedTokenizerBase, text: str, normalisation:
     text = normalise(text, normalisation).strip()
     if not text:
         return []
-    return tokenizer.encode(" " + text if _spaced(tokenizer) else text, add_special_tokens=False, split_special_tokens=True)
+    return text_ids(tokenizer, " " + text if _spaced(tokenizer) else text)

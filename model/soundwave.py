@@ -68,6 +68,8 @@ class Soundwave(Generation, nn.Module):
         self.audio_id = None if tokenizer is None else tokenizer.convert_tokens_to_ids(config.audio_token)
         self.stage = "shrinking" if llm is not None else "alignment"
         self.lengths_of_last_batch: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.unanswered: dict[int, str] = {}  # of the last batch that was generated: rows beyond the LLM's context, and why
+        self.trained_seconds: float | None = None  # longest clip of training, where a model folder records it
         self.set_stage(self.stage)
 
     @property
@@ -216,7 +218,9 @@ class Soundwave(Generation, nn.Module):
                              f"({batch.ids[:3]} ...)")
         embeddings, mask, labels = splice(text, batch.input_ids, batch.attention_mask, batch.labels, shrunk[:audios],
                                           audio.kept_lengths[:audios], self.audio_id, left_padded=left_padded)
-        return embeddings + 0.0 * shrunk.sum().to(text.dtype), mask, labels
+        if not audios:  # the dummy's modules are part of the graph; of real clips, a NaN or a sum's overflow would reach all rows
+            embeddings = embeddings + 0.0 * shrunk.sum().to(text.dtype)
+        return embeddings, mask, labels
 
     def forward(self, batch: Batch, *, losses: tuple[str, ...] = ("ctc",)) -> Output:
         """losses: ("ctc",) in stage I, ("ce", "ctc") in II, ("ce",) in III."""

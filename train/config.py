@@ -106,7 +106,7 @@ class CheckpointConfig:
     every_minutes: float = number(30.0, above=0)  # whichever of the two comes first
     keep_last: int = number(2, least=0)
     keep_best: bool = True
-    best_by: str = "wer"  # of a validation, the lower the better: wer | loss
+    best_by: str = "wer"  # of a validation, the lower the better: wer | cer | mer | loss; of equal ones the lower loss
     copy_to: str | None = location(None)  # a second folder that gets each finished checkpoint
     accept_changes: list[str] = field(default_factory=list)  # base | tokenizer | recipe | index: accepted on resume
 

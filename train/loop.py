@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 import operator
 import os
 import shutil
@@ -41,11 +40,10 @@ from train.preemption import DONE, FAILED, PREEMPTED, WRONG_INPUT, Preemption
 from train.profiling import Profiler
 from train.stages import Stage, check_trains_something, initial_folder, stage_folder, stage_of, trained_by
 from train.telemetry import Meter, StreamSums, Telemetry
-from train.validate import validate, validation_set
+from train.validate import RATES, SCORES, chosen_by, is_better, validate, validation_set
 
 logger = logging.getLogger("soundwave")
 
-SCORES = ("wer", "loss")  # of a validation, by which the best can be chosen
 BEST = "model-best"  # the folder of the best model on the way
 
 
@@ -255,7 +253,7 @@ class Run:
     def _best_of(self, state: dict) -> dict | None:
         """The best so far at a checkpoint; None where it was chosen by another score than the recipe's now."""
         best = state["best"]
-        return best if best and best.get("by", "wer") == self.recipe.checkpoint.best_by else None
+        return best if best and best.get("asked", best.get("by", "wer")) == self.recipe.checkpoint.best_by else None
 
     def _topology(self) -> dict:
         return {"world_size": self.ranks.world_size, "zero_stage": zero.stage_number(self.ds_config)}
@@ -467,7 +465,7 @@ class Run:
             self.note("running", step=result.step + 1)
         shown = {"loss": result.loss}
         if self.best:
-            shown[f"best {self.recipe.checkpoint.best_by}"] = self.best["score"]
+            shown[f"best {self.best['by']}"] = self.best["score"]
         self.log.advance(shown)
 
     def _validate(self, step: int) -> bool:
@@ -483,10 +481,15 @@ class Run:
         if samples:
             self.log.text("valid/samples", step, "\n\n".join(f"**{r}** → {h}" for r, h in samples[:8]))
         if self.ranks.is_main:
-            logger.info("step %d: validation WER %.3f, loss %.3f", step, result["wer"], result["loss"])
-        score = result[self.recipe.checkpoint.best_by]
-        if step > 0 and math.isfinite(score) and (self.best is None or score < self.best["score"]):
-            self.best = {"step": step, "by": self.recipe.checkpoint.best_by, "score": score}
+            rates = [f"{name.upper()} {result[name]:.3f}" for name in RATES if name in result]
+            logger.info("step %d: validation %s", step, ", ".join([*rates, f"loss {result['loss']:.3f}"]))
+        asked = self.recipe.checkpoint.best_by
+        by = chosen_by(result, asked)
+        if by != asked and self.ranks.is_main:
+            logger.warning("step %d: data.valid holds no words, thus no %s: the best model is chosen by loss", step, asked)
+        found = {"step": step, "by": by, "score": result[by], "loss": result["loss"], **({"asked": asked} if by != asked else {})}
+        if step > 0 and is_better(found, self.best):
+            self.best = found
             return self.recipe.checkpoint.keep_best
         return False
 

@@ -124,7 +124,7 @@ def summary(lines: dict[str, list[dict]], noted: dict) -> list[tuple[str, str]]:
         rows.append(("rejected samples, read retries", f"{total('rejected'):.0f}, {total('retries'):.0f}"))
         passes = next((line["passes"] for line in reversed(train) if "passes" in line), {})
         rows += [(f"passes over {name}", f"{number:.2f}") for name, number in passes.items()]
-    scored = [line for line in lines["valid"] if line.get("words")]
+    scored = [line for line in lines["valid"] if line.get("words") and "wer" in line]
     if scored:
         best = min(scored, key=lambda line: line["wer"])
         rows.append(("validation WER", f"last {scored[-1]['wer']:.3f} (step {scored[-1]['step']}), "

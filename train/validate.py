@@ -1,13 +1,17 @@
-"""Validation during training: the loss, and the word error rate of what the model writes, on the same utterances each time."""
+"""Validation during training: the loss, and the error rates of what the model writes, on the same utterances each time."""
 
 from __future__ import annotations
 
+import logging
+import math
+from collections import Counter
 from dataclasses import replace
 
-import jiwer
 import torch
 from tqdm import tqdm
 
+from core.languages import is_known
+from core.text import RATES, Unit, count_errors, says_nothing
 from model.batch import Batch
 from train.config import Recipe
 from train.data import validation_batches
@@ -16,20 +20,33 @@ from train.engine import Engine, all_reduce
 from train.stages import Stage
 
 MAX_NEW_TOKENS = 128
+#: Scores by which the best model can be chosen, the lower the better: error rates (core/text.py) and the loss.
+SCORES = (*RATES, "loss")
+logger = logging.getLogger("soundwave")
 
 
-def word_errors(references: list[str], hypotheses: list[str]) -> tuple[int, int]:
-    """(errors, reference words) after lower-casing and taking out punctuation (apostrophes stay)."""
-    def plain(text: str) -> str:
-        return " ".join("".join(c if c.isalnum() or c in "' " else " " for c in text.lower()).split())
+def word_errors(references: list[str], hypotheses: list[str], langs: list[str | None] | None = None, unit: Unit = "word"
+                ) -> tuple[int, int]:
+    """Return (errors, reference units), as evaluation counts them. Without `langs` the references' scripts decide what a word is;
+    utterances whose reference says nothing are left out."""
+    langs = langs or [None] * len(references)
+    said = [i for i, reference in enumerate(references) if not says_nothing(reference)]
+    counted = count_errors(*([texts[i] for i in said] for texts in (references, hypotheses, langs)), unit)
+    return int(counted.errors.sum()), int(counted.units.sum())
 
-    pairs = [(plain(r), plain(h)) for r, h in zip(references, hypotheses, strict=True)]
-    pairs = [(r, h) for r, h in pairs if r]
-    if not pairs:
-        return 0, 0
-    result = jiwer.process_words([r for r, _ in pairs], [h for _, h in pairs])
-    return (result.substitutions + result.deletions + result.insertions,
-            result.substitutions + result.deletions + result.hits)
+
+def chosen_by(result: dict, asked: str) -> str:
+    """Return the score by which a validation is compared: the one asked for, or the loss where the references hold no words."""
+    return asked if asked in result else "loss"
+
+
+def is_better(found: dict, best: dict | None) -> bool:
+    """Return whether a validation {by, score, loss} beats the best so far; of equal scores the lower loss wins."""
+    if not math.isfinite(found["score"]):
+        return False
+    if best is None or best.get("by", "wer") != found["by"]:
+        return True
+    return (found["score"], found["loss"]) < (best["score"], best.get("loss", math.inf))
 
 
 ValidationSet = list[tuple[Batch, list[str], Batch | None]]  # (batch with labels, references, prompts to be continued)
@@ -39,6 +56,10 @@ def validation_set(recipe: Recipe, stage: Stage, tokenizer, ranks: Ranks) -> Val
     """This rank's share of data.valid, read once; the same number of batches on every rank."""
     arguments = (recipe.data, stage.name, tokenizer, recipe.model, ranks.rank, ranks.world_size, recipe.log.validate_utterances)
     labelled = validation_batches(*arguments, answers=True)
+    unknown = Counter(lang for batch, _ in labelled for lang in batch.languages if lang and not is_known(lang))
+    if unknown and ranks.is_main:
+        logger.warning("%d utterances of data.valid have a language that is not known (%s): their text is split into words by "
+                       "its script", unknown.total(), ", ".join(sorted(unknown)))
     if stage.score == "ctc":
         return [(batch, references, None) for batch, references in labelled]
     prompts = validation_batches(*arguments, answers=False)
@@ -59,12 +80,13 @@ def fixed_clip(batches: ValidationSet, audio_id: int | None) -> tuple[int, int, 
 
 
 def validate(engine: Engine, batches: ValidationSet, tokenizer, ranks: Ranks) -> dict[str, float]:
-    """{"loss", "ce", "ctc", "wer", "words", "samples": [(reference, hypothesis), ...], "clip": (inspection, reference,
-    hypothesis) or None}; numbers over all ranks, samples and clip of this one. A batch without references fills up a rank's
-    share: computed, for the collectives of ZeRO-3, and not counted.
+    """{"loss", "ce", "ctc", "wer", "cer", "mer", "words", "samples": [(reference, hypothesis), ...], "clip": (inspection,
+    reference, hypothesis) or None}; numbers over all ranks, samples and clip of this one. An error rate is missing where the
+    references hold no words. A batch without references fills up a rank's share: computed, for the collectives of ZeRO-3, and not
+    counted.
     """
     stage, recipe, model = engine.stage, engine.recipe, engine.model
-    sums = [0.0] * 6  # CE sum, CE count, CTC sum, CTC count, word errors, words
+    sums = [0.0] * (4 + 2 * len(RATES))  # CE sum, CE count, CTC sum, CTC count, then errors and units of each rate
     samples, written = [], []
     with engine.whole_model() as synced:
         for batch, references, prompts in tqdm(batches, desc="validate", unit="batch", leave=False, disable=not ranks.is_main):
@@ -77,10 +99,11 @@ def validate(engine: Engine, batches: ValidationSet, tokenizer, ranks: Ranks) ->
                 hypotheses = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
             written.append(hypotheses)
             if references:
-                errors, words = word_errors(references, hypotheses)
+                rates = [number for unit in RATES.values()
+                         for number in word_errors(references, hypotheses, batch.languages, unit)]
                 local = [float(output.ce_sum) if "ce" in stage.losses else 0.0, batch.ce_count,
-                         float(output.ctc_sum) if "ctc" in stage.losses else 0.0, batch.ctc_count, errors, words]
-                sums = [a + b for a, b in zip(sums, local)]
+                         float(output.ctc_sum) if "ctc" in stage.losses else 0.0, batch.ctc_count, *rates]
+                sums = [a + b for a, b in zip(sums, local, strict=True)]
                 samples += list(zip(references, hypotheses))
         number, audio, row = fixed_clip(batches, model.audio_id)
         batch, references, _ = batches[number]
@@ -88,8 +111,11 @@ def validate(engine: Engine, batches: ValidationSet, tokenizer, ranks: Ranks) ->
         audios = {name: getattr(batch, name)[alone] for name in ("waveforms", "features") if getattr(batch, name) is not None}
         inspection = model.inspect(replace(batch, **audios, audio_lengths=batch.audio_lengths[alone]).to(ranks.device))
         clip = (inspection, references[row], written[number][row]) if row >= 0 else None
-    ce_sum, ce_count, ctc_sum, ctc_count, errors, words = all_reduce(sums, ranks)
-    result: dict = {"wer": errors / max(words, 1.0), "words": words}
+    ce_sum, ce_count, ctc_sum, ctc_count, *rates = all_reduce(sums, ranks)
+    result: dict = {"words": rates[1]}
+    for name, wrong, units in zip(RATES, rates[::2], rates[1::2], strict=True):
+        if units:
+            result[name] = wrong / units
     loss = 0.0
     if "ce" in stage.losses:
         result["ce"] = ce_sum / max(ce_count, 1.0)

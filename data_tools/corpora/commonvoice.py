@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from core.languages import language_name
 from data_tools.corpora import CorpusError, Entry, Fault
 from data_tools.corpora.table import rows
-from data_tools.languages import language_name
 
 
 class CommonVoice:

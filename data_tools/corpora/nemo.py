@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from core.languages import language_code, language_name
 from data_tools.corpora import Entry, Fault
-from data_tools.languages import language_code, language_name
 
 
 class Nemo:

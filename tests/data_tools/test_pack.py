@@ -188,3 +188,12 @@ def test_a_translation_keeps_its_language(tmp_path):
     pack.main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"])
     record = ShardIndex.load(tmp_path / "out").read(0)[1]
     assert record["target_lang"] == "German" and "into German" in messages_of(record)[0]["content"]
+
+
+def test_languages_that_are_not_known_are_counted(tmp_path, capsys):
+    soundfile.write(tmp_path / "a.wav", tone(0.5), 16000)
+    languages = ["xx", "xx", "cn", "en_us", None]
+    rows = [{"id": str(n), "audio": "a.wav", "text": "x", "lang": lang} for n, lang in enumerate(languages)]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pack.main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"])
+    assert "not known, samples of language 'xx' (2): scores" in capsys.readouterr().out

@@ -1,5 +1,8 @@
 """Sound files in, one line each out."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import soundfile
@@ -80,6 +83,26 @@ def test_what_is_noticed_about_a_file_is_a_warning(folders, files, tmp_path, cap
     assert [line.split("\t")[0] for line in out.splitlines()] == [str(cut), str(opposite)]
     warnings = [line for line in err.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 2 and "promises" in warnings[0] and "(cut)" in warnings[0] and "(antiphase)" in warnings[1]
+
+
+def test_a_file_longer_than_any_in_training_or_than_the_context_is_said(folders, files, tmp_path, capsys):
+    path = tmp_path / "model"
+    shutil.copytree(folders / "shrinking", path)
+    description = json.loads((path / "soundwave.json").read_text())
+    (path / "soundwave.json").write_text(json.dumps(description | {"recipe": {"data": {"max_seconds": 1.0}}}))
+    command = [str(path), *map(str, files), "--max-new-tokens", "4", "--device", "cpu"]
+    assert answer.main(command) == 0
+    out, err = capsys.readouterr()
+    assert f"warning: {files[1]}: lasts 1.3 s, the model was trained on clips of at most 1 s" in err and str(files[0]) not in err
+    base = tmp_path / "llm"
+    shutil.copytree(description["config"]["llm"]["name"], base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40}))
+    description["config"]["llm"]["name"] = str(base)
+    (path / "soundwave.json").write_text(json.dumps(description))
+    assert answer.main(command) == 2
+    out, err = capsys.readouterr()
+    assert not out and f"error: {files[0]}: conversation 0 takes" in err and "the LLM's context has 40" in err
 
 
 @pytest.mark.parametrize("stage, more, words", [

@@ -55,3 +55,30 @@ def test_other_references_are_refused(tmp_path, capsys):
     first, second = write(tmp_path / "a.jsonl", ["x"]), write(tmp_path / "b.jsonl", ["x"], reference="else")
     assert compare.main([str(first), str(second)]) == 2
     assert "same shards" in capsys.readouterr().err
+
+
+def test_silence_is_no_part_of_the_comparison(tmp_path):
+    first, second = (tmp_path / name for name in ("a.jsonl", "b.jsonl"))
+    for file, words in ((first, "some words here"), (second, "")):
+        rows = [{"id": "1", "task": "asr", "reference": "", "prediction": words},
+                {"id": "2", "task": "asr", "reference": "a b", "prediction": "a b"}]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics = compare.compare(first, second)["tasks"]["asr"]["metrics"]
+    assert metrics["wer"]["first"] == metrics["wer"]["second"] == 0
+    for file in (first, second):
+        file.write_text(file.read_text().splitlines()[0] + "\n")
+    assert compare.compare(first, second)["tasks"]["asr"]["metrics"] == {}
+
+
+def test_rows_that_are_there_twice_are_compared_once(tmp_path, capsys):
+    first, second = write(tmp_path / "a.jsonl", ["red green blue yellow"] * 3), tmp_path / "b.jsonl"
+    second.write_text(first.read_text() * 2)
+    assert compare.main([str(first), str(second)]) == 0
+    assert f"note: {second}: 3 rows are there twice and counted once" in capsys.readouterr().out
+
+
+def test_a_clip_asked_for_two_tasks_is_compared_in_each(tmp_path):
+    rows = [{"id": "1", "task": task, "reference": "a", "prediction": "a"} for task in ("asr", "quiz")]
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert compare.compare(file, file)["tasks"].keys() == {"asr", "quiz"}

@@ -1,13 +1,16 @@
 """Predictions: what batching, interruption and several ranks must not change."""
 
 import argparse
+import io
 import json
 import multiprocessing
 import os
 import shutil
 import socket
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 from data_tools.shards import ShardIndex
@@ -17,6 +20,7 @@ from model import folder
 from model.batch import Batch
 from model.joint import JointSearch
 from model.prompt import chat_ids, messages_of, prompt_of
+from tests.evaluation.conftest import record, write_folder
 from train.data.reader import decode
 from train.distributed import disconnect, leave
 
@@ -276,3 +280,45 @@ def test_two_ranks_share_and_merge(folders, packed, tmp_path):
     assert [process.exitcode for process in ranks] == [0, 0]
     assert predictions(two) == predictions(one) and len(read_rows(two)) == 7
     assert json.loads(two.with_suffix(".scores.json").read_text())["rejected"] == 1
+
+
+def test_what_is_noticed_about_packed_clips_is_reported(folders, tmp_path, capsys):
+    """Inverted stereo, silence, clips longer than those of training."""
+    wave = 0.3 * np.sin(np.arange(16000) / 10)
+    clips = []
+    for number, samples in enumerate((np.stack([wave, -wave], 1), np.zeros(16000), wave)):
+        buffer = io.BytesIO()
+        soundfile.write(buffer, samples, 16000, format="FLAC")
+        clips.append((record(number, 1.0), buffer.getvalue()))
+    shards = write_folder(tmp_path / "odd", clips)
+    out = tmp_path / "p.jsonl"
+    assert run.main(command(folders / "shrinking", shards, out)) == 0
+    rows = {row["id"]: row.get("findings") for row in read_rows(out)}
+    assert "cancel out" in rows["asr-0"][0] and "-60 dB" in rows["asr-1"][0] and rows["asr-2"] is None
+    assert "note: 2 clips may not be what they should be (asr-0: " in capsys.readouterr().out
+    notes = run.clip_notes([{"id": "1", "duration": 31.0}, {"id": "2", "duration": 30.2}, {"id": "3", "duration": None}], 30.0)
+    assert len(notes) == 1 and notes[0].startswith("1 clips are longer than 30 s")
+    assert run.clip_notes([{"id": "1", "duration": 99.0}], None) == []
+
+
+def test_a_conversation_beyond_the_context_is_rejected_by_name(folders, packed, tmp_path, capsys):
+    path, base = tmp_path / "model", tmp_path / "llm"
+    shutil.copytree(folders / "shrinking", path)
+    description = json.loads((path / "soundwave.json").read_text())
+    shutil.copytree(description["config"]["llm"]["name"], base)
+    lengths = {}
+    model = folder.load(path)
+    index = ShardIndex.load(packed)
+    for row in (0, 3):
+        audio, sample = index.read(row)
+        batch = alone(model, decode(audio), prompt_of(messages_of(sample)))
+        lengths[sample["id"]] = int(model.embeddings(batch, model.listen(batch))[1].sum())
+    assert lengths["asr-3"] > lengths["asr-0"]
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": lengths["asr-3"]}))
+    description["config"]["llm"]["name"] = str(base)
+    (path / "soundwave.json").write_text(json.dumps(description))
+    out = tmp_path / "p.jsonl"
+    assert run.main(command(path, packed, out)) == 0
+    rejected = {row["id"]: row["why"] for row in read_rows(out.with_suffix(".rejected.jsonl"))}
+    assert "the LLM's context has" in rejected["asr-3"] and "asr-0" in predictions(out) and "asr-3" not in predictions(out)

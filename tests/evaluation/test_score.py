@@ -12,7 +12,7 @@ from sacrebleu.metrics import BLEU
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer as PackageNormalizer
 
-from data_tools.languages import language_code
+from core.languages import language_code
 from evaluation import score
 from evaluation.normalise import normalise
 from evaluation.resampling import interval, paired_test
@@ -32,7 +32,7 @@ def test_english_normaliser_equals_transformers():
 @given(st.text(max_size=40), st.sampled_from(["fr", "ru", "de"]))
 @settings(max_examples=50, deadline=None)
 def test_basic_normaliser_equals_transformers(text, lang):
-    assert normalise(text, lang) == " ".join(BasicTextNormalizer()(text).split())
+    assert normalise(text, lang, "whisper") == " ".join(BasicTextNormalizer()(text).split())
 
 
 def test_unspaced_scripts_are_split():
@@ -126,6 +126,16 @@ def test_parse_gender(answer, expected):
     ("The answer is not B.", None), ("The wrong answer is A.", None), ("b", "a dog"), ("(c)", "a cat"),
     ("B is correct.", "a dog"), ("B is the right answer", "a dog"), ("I choose B", "a dog"), ("It's B.", "a dog"),
     ("My answer would be: C", "a cat"), (r"\boxed{B}", "a dog"), ("I pick a dog", "a dog"), ("A is wrong, B is correct", "a dog"),
+    # several letters, a list of the options, denials
+    ("A, B", None), ("(A) or (B)", None), ("A/B", None), ("A and B", None), ("Answer: A, C", None),
+    ("Both A and C are correct", None),
+    ("The answer is either A or B", None), ("A\nB", None), ("A. a man\nB. a dog", None), ("A. a man B. a dog C. a cat", None),
+    ("A. a man\nB. a dog\nC. a cat\n\nI choose C", "a cat"),
+    ("(A) a man, (B) a dog, (C) a cat. It barks, so B.", "a dog"),
+    ("The correct answer isn't (A); it's (C).", "a cat"), ("Not A. B.", "a dog"), ("B, not A", "a dog"), ("Not B but C", "a cat"),
+    ("neither A nor B, so C", "a cat"), ("Option A is not correct; option B is.", "a dog"), ("I would not choose B", None),
+    ("The answer can't be A", None), ("(A) is incorrect. (B) is right.", "a dog"),
+    ("Options A, B and C are plausible, but the answer is C.", "a cat"), ("[B]", "a dog"), ("B) a dog", "a dog"),
 ])
 def test_parse_letter(answer, expected):
     assert parse_letter(answer, ["a man", "a dog", "a cat"]) == expected

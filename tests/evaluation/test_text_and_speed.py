@@ -127,3 +127,26 @@ def test_other_weights_in_the_same_folder_are_another_whisper(whisper, packed, t
     settings = out.with_suffix(".run.json")  # predictions made before the weights were noted are scored as ever
     settings.write_text(json.dumps({k: v for k, v in json.loads(settings.read_text()).items() if k != "weights"}))
     assert score.main([str(out)]) == 0
+
+
+def test_whisper_is_told_each_clip_s_own_language(whisper, packed):
+    """Whatever clips stand beside it: an unknown language in a batch made Whisper guess for all of it."""
+    model = whisper_baseline.Whisper(whisper, torch.device("cpu"))
+    languages = {"<|en|>": 250, "<|fr|>": 251, "<|de|>": 252}
+    multilingual = {"lang_to_id": languages, "is_multilingual": True, "task_to_id": {"transcribe": 253, "translate": 254},
+                    "no_timestamps_token_id": 255}
+    for name, value in multilingual.items():
+        setattr(model.model.generation_config, name, value)
+    model.languages = languages
+    index = ShardIndex.load(packed)
+    clips = [decode(index.read(row)[0]) for row in (0, 1, 3)]
+    assert [model.code_of(lang) for lang in ("fr-FR", "German", "klingon", None)] == ["fr", "de", None, None]
+
+    def transcribed(clips, languages):
+        """Without the padding behind shorter answers, which is no special token of the tiny tokenizer."""
+        return ["".join(map(chr, ids)).rstrip("\0") for ids in model.transcribe(clips, languages)]
+
+    told = {lang: [transcribed([clip], [lang])[0] for clip in clips] for lang in ("en", "fr", None)}
+    assert told["en"] != told["fr"], "the tiny model does mind its language"
+    assert transcribed(clips, ["fr", None, "en"]) == [told["fr"][0], told[None][1], told["en"][2]]
+    assert transcribed(clips, ["fr", "klingon", "fr"]) == [told["fr"][0], told[None][1], told["fr"][2]]

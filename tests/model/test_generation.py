@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from threading import Thread
 
 import pytest
 import torch
-from transformers import TextIteratorStreamer
+from transformers import AutoConfig, TextIteratorStreamer
 
-from model.language_model import base_of
+from model.language_model import base_of, context_length
+from model.pretrained import SourceError
 from model.prompt import stop_ids
+from model.waveforms import SoundWarning
 from tests.model import tiny
 from tests.model.conftest import build
 from tests.model.tiny import chat
@@ -151,3 +155,65 @@ def test_generation_needs_the_llm_and_leaves_the_mode_alone(folders):
     model.generate(conversations(model, [0]), max_new_tokens=1)
     model.ctc_greedy(conversations(model, [0]))
     assert modes == {name: m.training for name, m in model.named_modules()}
+
+
+@torch.no_grad()
+def test_of_the_base_s_generation_settings_only_the_ends_count(folders, tmp_path):
+    """What others tuned for the base (n-grams, suppressed words, a time limit, sampling) is not what was asked for."""
+    plain = build(folders)
+    batch = conversations(plain, [0, 1, 4])
+    wanted = plain.generate(batch, max_new_tokens=12)
+    base = tmp_path / "llm"
+    shutil.copytree(folders("llama_tied"), base)
+    file = base / "generation_config.json"
+    settings = json.loads(file.read_text())
+    likely = wanted[0][0]
+    tuning = {"no_repeat_ngram_size": 1, "suppress_tokens": [likely], "bad_words_ids": [[likely]], "repetition_penalty": 5.0,
+              "max_time": 1e-9, "min_length": 5, "forced_eos_token_id": wanted[0][1], "begin_suppress_tokens": [likely],
+              "do_sample": True, "temperature": 9.0, "top_k": 3, "top_p": 0.5, "sequence_bias": [[[likely], -99.0]]}
+    file.write_text(json.dumps(settings | tuning))
+    assert tuned(folders, str(base)).generate(batch, max_new_tokens=12) == wanted
+    file.write_text(json.dumps(settings | {"eos_token_id": [settings["eos_token_id"], wanted[0][3]]}))
+    ended = tuned(folders, str(base)).generate(batch, max_new_tokens=12)
+    assert ended[0] == wanted[0][:wanted[0].index(wanted[0][3])]
+    torch.manual_seed(0)
+    drawn = plain.generate(batch, max_new_tokens=12, do_sample=True, temperature=2.0, top_p=1.0)
+    file.write_text(json.dumps(settings | {"top_k": 2, "min_p": 0.9, "typical_p": 0.1}))
+    model = tuned(folders, str(base))
+    torch.manual_seed(0)
+    assert model.generate(batch, max_new_tokens=12, do_sample=True, temperature=2.0, top_p=1.0) == drawn
+    file.write_text("{")
+    with pytest.raises(SourceError, match="generation_config.json cannot be read"):
+        tuned(folders, str(base))
+
+
+def tuned(folders, base: str):
+    """`build`'s model on another folder of the same LLM."""
+    return build(lambda name, **options: folders(name, **options) if name == "whisper" else base)
+
+
+@torch.no_grad()
+def test_a_conversation_beyond_the_llm_s_context_is_named(folders):
+    model = build(folders)
+    whole = model.generate(conversations(model, [0, 4]), max_new_tokens=6)
+    longest = max(model.embeddings(one := conversations(model, [c]), model.listen(one))[1].sum().item() for c in (0, 4))
+    base_of(model.llm).config.max_position_embeddings = longest + 3
+    with pytest.warns(SoundWarning, match=f"end after 3 tokens: the LLM's context of {longest + 3} positions"):
+        assert model.generate(conversations(model, [0, 4]), max_new_tokens=6) == [answer[:3] for answer in whole]
+    base_of(model.llm).config.max_position_embeddings = longest
+    with pytest.warns(SoundWarning, match=f"conversation 0 takes {longest} positions.* the LLM's context has {longest}"):
+        answers = model.generate(conversations(model, [0, 4]), max_new_tokens=2)
+    assert answers == [[], whole[1][:2]] and list(model.unanswered) == [0]
+    with pytest.raises(ValueError, match="conversation 0 takes"), pytest.warns(SoundWarning):
+        model.answer([CONVERSATIONS[0][0]], [torch.zeros(round(16000 * CONVERSATIONS[0][1][0]))])
+    base_of(model.llm).config.max_position_embeddings = longest + 6
+    assert model.generate(conversations(model, [0, 4]), max_new_tokens=6) == whole and not model.unanswered
+
+
+@pytest.mark.parametrize(("sizes", "context"), [
+    ({"max_position_embeddings": 100}, 100), ({"n_positions": 64, "model_type": "gpt2"}, 64), ({"model_type": "bloom"}, None),
+    ({"max_position_embeddings": 100, "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4,
+                                                          "original_max_position_embeddings": 100}}, 400)])
+def test_context_of_a_configuration(sizes, context):
+    sizes = dict(sizes)
+    assert context_length(AutoConfig.for_model(sizes.pop("model_type", "llama"), **sizes)) == context

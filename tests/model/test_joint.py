@@ -12,7 +12,7 @@ from transformers import LogitsProcessor
 
 from model.joint import CTCPrefixScores, JointScores, JointSearch
 from model.language_model import base_of
-from model.prompt import ctc_target_ids
+from model.prompt import ctc_target_ids, stop_ids
 from tests.model import tiny
 from tests.model.conftest import build
 from tests.model.test_generation import conversations
@@ -174,3 +174,34 @@ def test_search_waits_for_the_bonus_of_what_is_not_said_yet():
             break
         answer.append(int(going.argmax()))
     assert answer == said and processor.best[0][1] == said
+
+
+@torch.no_grad()
+def test_one_beam_is_scored_by_probabilities_too(folders):
+    """transformers' greedy search hands over logits: a constant added to them is no evidence for longer answers."""
+    model = build(folders)
+    batch = conversations(model, [0, 4])
+    joint = JointSearch(weight=0.3, beams=1, candidates=12, token_bonus=1.0)
+    plain = model.generate(batch, max_new_tokens=8, joint=joint)
+    assert plain == [one_beam(model, conversations(model, [c]), joint, 8) for c in (0, 4)]
+    base_of(model.llm).get_output_embeddings().register_forward_hook(lambda module, inputs, logits: logits + 50.0)
+    assert model.generate(batch, max_new_tokens=8, joint=joint) == plain
+    for wrong in ({"beams": 0}, {"candidates": 0}):
+        with pytest.raises(ValueError, match="give at least 1"):
+            JointSearch(**wrong)
+
+
+def one_beam(model, batch, joint: JointSearch, count: int) -> list[int]:
+    """The search with one beam by hand: the likeliest token of each step, without cache or transformers' generate."""
+    audio = model.listen(batch)
+    embeddings, _, _ = model.embeddings(batch, audio)
+    stop, answer = stop_ids(model.tokenizer), []
+    scores = JointScores(model.tokenizer, model.ctc_scores(batch, audio), joint, stop, count)
+    for _ in range(count):
+        logits = model.llm(inputs_embeds=embeddings).logits[:, -1].float()
+        token = int(scores(torch.tensor([answer], dtype=torch.long).reshape(1, -1), logits.log_softmax(-1)).argmax())
+        if token in stop:
+            break
+        answer.append(token)
+        embeddings = torch.cat([embeddings, base_of(model.llm).get_input_embeddings()(torch.tensor([[token]]))], 1)
+    return scores.best[0][1]

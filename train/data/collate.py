@@ -9,9 +9,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from core.samples import answer_language, messages_of, prompt_of, transcript_of
 from model.batch import Batch
 from model.config import SoundwaveConfig
-from model.prompt import IGNORED, chat_ids, ctc_target_ids, messages_of, prompt_of
+from model.prompt import IGNORED, audio_count, chat_ids, ctc_target_ids
 from train.data.reader import SAMPLE_RATE, Sample
 from train.data.rejected import BrokenSample
 
@@ -59,8 +60,8 @@ class Collator:
 
     def prepare(self, sample: Sample) -> Prepared:
         """Errors: BrokenSample where the JSON lacks what the stage needs, or does not fit its audio."""
-        text = sample.meta.get("text")
-        target = ctc_target_ids(self.tokenizer, text, self.ctc_text) if text and sample.has_audio else []
+        text = transcript_of(sample.meta) if sample.has_audio else ""
+        target = ctc_target_ids(self.tokenizer, text, self.ctc_text)
         if self.stage == "alignment":
             if not sample.has_audio:
                 raise BrokenSample("no audio: stage alignment trains on transcribed audio only")
@@ -71,7 +72,7 @@ class Collator:
             messages = messages_of(sample.meta, self.audio_token)
             if not self.answers:
                 messages = prompt_of(messages)
-            audios = sum(message["content"].count(self.audio_token) for message in messages)
+            audios = audio_count(messages, self.audio_token)
             if audios != sample.has_audio:
                 raise BrokenSample(f"its messages hold {audios} x {self.audio_token}, its audio counts {int(sample.has_audio)}")
             input_ids, labels = chat_ids(self.tokenizer, messages, **self.chat)
@@ -109,7 +110,12 @@ class Collator:
             input_ids=input_ids, attention_mask=attention_mask, labels=labels,
             ids=[str(p.sample.meta.get("id", "")) for p in prepared],
             tasks=[str(p.sample.meta.get("task", "")) for p in prepared],
+            languages=[self._language_of(p.sample.meta) for p in prepared],
             mel_mask=self._pad_masks([p.sample.mel_mask for p in heard]))
+
+    def _language_of(self, sample: dict) -> str | None:
+        """The language of what is scored: the transcript's in stage I, else the answer's."""
+        return sample.get("lang") if self.stage == "alignment" else answer_language(sample)
 
     @staticmethod
     def _pad_masks(masks: list[torch.Tensor | None]) -> torch.Tensor | None:

@@ -32,13 +32,16 @@ class Sample:
         return self.waveform is not None or self.features is not None
 
 
-def decode(audio: bytes, max_seconds: float = MAX_SECONDS) -> torch.Tensor:
-    """A clip's bytes -> waveform [S] float32, mono, 16 kHz, of at most `max_seconds`. Errors: BrokenSample."""
+def decode(audio: bytes, max_seconds: float = MAX_SECONDS, findings: list[str] | None = None) -> torch.Tensor:
+    """A clip's bytes -> waveform [S] float32, mono, 16 kHz, of at most `max_seconds`. Findings about it are added to
+    `findings`, where a list is given. Errors: BrokenSample."""
     try:
-        samples = decode_audio(audio, levels=False, max_seconds=max_seconds).samples
+        decoded = decode_audio(audio, levels=findings is not None, max_seconds=max_seconds)
     except AudioError as error:
         raise BrokenSample(f"audio cannot be used ({error.reason}): {error}") from None
-    return torch.from_numpy(samples)
+    if findings is not None:
+        findings += [finding.detail for finding in decoded.findings]
+    return torch.from_numpy(decoded.samples)
 
 
 def read_with_retry(index: ShardIndex, row: int, pauses: tuple[float, ...] | None = None) -> tuple[bytes | None, dict, int]:

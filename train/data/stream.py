@@ -99,7 +99,10 @@ class MicroBatchReader(Dataset):
         elif self.features is not None:
             sample = Sample(meta, None, self.features.read(index.samples[row]))
         else:
-            waveform = decode(audio)
+            findings = [] if self.plan is None else None  # of an evaluation's clips: it is reported beside their scores
+            waveform = decode(audio, findings=findings)
+            if findings:
+                meta = meta | {"findings": findings}
             if self.plan is not None:
                 check_length(waveform, self.data)
                 sample = augment.augmented(waveform, meta, self.data, int(entry["epoch"]), self.mel_channels)

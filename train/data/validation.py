@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from core.samples import answer_of, transcript_of
 from data_tools.shards import ShardIndex
 from model.batch import Batch
 from model.config import SoundwaveConfig
@@ -107,13 +108,6 @@ class EvalStream:
             yield loaded.batch, loaded.metas
 
 
-def reference(sample: dict, stage: str) -> str:
-    """The text that a prediction is scored against: the transcript for ASR and for CTC, else the answer."""
-    if stage == "alignment" or (sample.get("task") == "asr" and not sample.get("response")):
-        return str(sample.get("text") or "")
-    return str(next((sample[key] for key in ("response", "label", "text") if sample.get(key)), ""))
-
-
 def validation_batches(data: DataConfig, stage: str, tokenizer: PreTrainedTokenizerBase, model_config: SoundwaveConfig,
                        rank: int, world_size: int, utterances: int, *, answers: bool = False) -> list[tuple[Batch, list[str]]]:
     """data.valid as a list of (Batch, references), one reference a row, equally many batches on every rank; a dummy has none.
@@ -125,7 +119,8 @@ def validation_batches(data: DataConfig, stage: str, tokenizer: PreTrainedTokeni
     stream = EvalStream(data.valid, tokenizer, model_config, stage, limit=share_of_each(data, utterances),
                         batch_seconds=data.micro_batch_seconds, rank=rank, world_size=world_size,
                         data=replace(data, workers=0), answers=answers)
-    batches = [(batch, [reference(sample, stage) for sample in samples]) for batch, samples in stream]
+    answer = transcript_of if stage == "alignment" else answer_of
+    batches = [(batch, [answer(sample) or "" for sample in samples]) for batch, samples in stream]
     if stream.rejected:
         LOGGER.warning("%d utterances of data.valid are left out; the first: %s", len(stream.rejected), stream.rejected[0])
     return batches
