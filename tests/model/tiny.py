@@ -128,7 +128,8 @@ def batch_of(model, chats: list[list[dict]], sounds: list[torch.Tensor], texts: 
         at = slice(longest - len(ids), longest) if left else slice(0, len(ids))
         input_ids[row, at], mask[row, at], labels[row, at] = torch.tensor(ids), 1, torch.tensor(label)
     return Batch(waveforms, None, torch.tensor([len(s) for s in sounds]), dummy, ctc, torch.tensor([len(t) for t in targets]),
-                 torch.tensor([bool(t) for t in targets]), input_ids, mask, labels)
+                 torch.tensor([bool(t) for t in targets]), input_ids, mask, labels, audio_keys=torch.arange(len(sounds)),
+                 row_keys=torch.arange(len(chats)))
 
 
 def chat(prompt: str, answer: str | None = None, audio: bool = True) -> list[dict]:

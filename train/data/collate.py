@@ -109,7 +109,9 @@ class Collator:
             input_ids=input_ids, attention_mask=attention_mask, labels=labels,
             ids=[str(p.sample.meta.get("id", "")) for p in prepared],
             tasks=[str(p.sample.meta.get("task", "")) for p in prepared],
-            mel_mask=self._pad_masks([p.sample.mel_mask for p in heard]))
+            mel_mask=self._pad_masks([p.sample.mel_mask for p in heard]),
+            audio_keys=torch.tensor([p.sample.dropout_key for p in heard] or [0]),
+            row_keys=torch.tensor([p.sample.dropout_key for p in prepared] or [0]))
 
     @staticmethod
     def _pad_masks(masks: list[torch.Tensor | None]) -> torch.Tensor | None:

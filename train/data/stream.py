@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from data_tools.shards import ShardIndex
 from model.batch import Batch
 from model.config import SoundwaveConfig
+from model.dropout import key_of
 from train.config import DataConfig
 from train.data import augment
 from train.data.assign import Budgets, assign
@@ -105,6 +106,7 @@ class MicroBatchReader(Dataset):
                 sample = augment.augmented(waveform, meta, self.data, int(entry["epoch"]), self.mel_channels)
             else:
                 sample = Sample(meta, waveform)
+        sample.dropout_key = key_of("utterance", entry["corpus"], row, entry["epoch"])
         decoded = time.perf_counter()
         prepared = self.collator.prepare(sample)
         timings["read"] += read - began
