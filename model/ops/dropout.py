@@ -84,7 +84,8 @@ class _KeyedDropout(torch.autograd.Function):
 def keyed_dropout(x: Tensor, keys: Tensor, site: int, p: float) -> Tensor:
     """x [..., D] with channels set to zero with probability p, the others scaled by 1 / (1 - p); keys [...] int64 choose which.
 
-    site: a signed 64-bit number that tells places with the same keys apart. Errors: ValueError for keys of another shape.
+    site: a hash as a signed 64-bit number, which tells places with the same keys apart. Errors: ValueError for keys of another
+    shape.
     """
     if keys.shape != x.shape[:-1]:
         raise ValueError(f"keyed_dropout: keys {tuple(keys.shape)} must have the shape of x {tuple(x.shape)} without its last "
