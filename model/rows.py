@@ -49,47 +49,47 @@ def probe(llm: nn.Module, audio_id: int) -> Rows:
     that does not take embeddings, draws random numbers, or computes a row otherwise where another one is beside it.
     """
     base = base_of(llm)
-    config = base.config.get_text_config()
-    device = next(base.parameters()).device
+    name, config, device = type(base).__name__, base.config.get_text_config(), next(base.parameters()).device
     window = min((size for name in WINDOWS if isinstance(size := getattr(config, name, None), int) and size > 0), default=0)
     lengths = list(LENGTHS)
     if window <= LONGEST_WINDOW:
         lengths[:2] = window + lengths[0], window + lengths[1]
-    first, own, last = ([start, start + length] for start, length in zip((0, lengths[0], sum(lengths[:2])), lengths))
-    total = sum(lengths)
+    total, own = sum(lengths), slice(lengths[0], lengths[0] + lengths[1])
     ids = (torch.arange(2 * total, device=device) * 7919 + 11) % max(config.vocab_size - 2, 1)  # a prime: no short cycle
-    keys = torch.arange(3, device=device)
-    embedded, others = embed(llm, ids[None], audio_id)[0].split(total)
-    others = torch.cat([others[slice(*first)], embedded[slice(*own)], others[slice(*last)]])
+    tokens = embed(llm, ids[None], audio_id)[0]
+    tokens, others = ((tokens + tokens.roll(1, 0)) / 2).split(total)  # between those of the table, as audio is
+    others = torch.cat([others[:own.start], tokens[own], others[own.stop:]])
     mask = (torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]).long()
+    keys = torch.arange(len(lengths), device=device)
 
-    def padded(tokens: torch.Tensor) -> torch.Tensor:
+    def rows_of(tokens: torch.Tensor) -> torch.Tensor:
         return tokens.new_zeros(*mask.shape, tokens.shape[-1]).masked_scatter(mask.bool()[..., None], tokens)
 
-    def states(tokens: torch.Tensor, mask: torch.Tensor, keys: torch.Tensor, joined: bool) -> torch.Tensor:
-        return hidden_states(llm, arrange(tokens, mask, torch.zeros_like(mask), keys, joined)).float()
+    def states(rows: torch.Tensor, mask: torch.Tensor, keys: torch.Tensor, joined: bool = False) -> torch.Tensor:
+        return hidden_states(llm, arrange(rows, mask, torch.zeros_like(mask), keys, joined)).float()
 
-    name = type(base).__name__
     before = _random_states(device)
     try:
-        alone = states(embedded[None, slice(*own)], mask[1:2, :lengths[1]], keys[1:2], False)[0]
+        alone = states(tokens[None, own], mask[1:2, :lengths[1]], keys[1:2])[0]
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        raise SourceError(f"{name} does not run as the LLM: it is given embeddings, not token ids "
+        raise SourceError(f"{name} does not run as the LLM, which is given embeddings in place of token ids "
                           f"({(str(error).splitlines() or [type(error).__name__])[0]}): choose another model.llm.name") from error
     if any(not torch.equal(one, two) for one, two in zip(before, _random_states(device))):
         raise SourceError(f"{name} draws random numbers while it is trained: losses would depend on how a step is cut into "
                           "micro-batches and ranks; choose another model.llm.name")
-    beside = states(padded(embedded), mask, keys, False)[1, :lengths[1]]
-    between, between_others = (states(padded(tokens), mask, keys, True)[0, slice(*own)] for tokens in (embedded, others))
-    exact = base.get_input_embeddings().weight.dtype == torch.float32
-    result = Rows(_apart(beside, alone), joined := _apart(between, alone), others := _apart(between_others, between),
-                  joined <= SAME[exact] and others <= UNCHANGED[exact])
-    if not result.padded <= USABLE[exact]:
-        raise SourceError(f"{name} computes a row otherwise where other rows are beside it in a batch (by {result.padded:.0e} of "
-                          "its norm): losses would depend on the batch; choose another model.llm.name")
-    return result
+    beside = states(rows_of(tokens), mask, keys)[1, :lengths[1]]
+    exact, padded = tokens.dtype == torch.float32, _apart(beside, alone)
+    if not padded <= USABLE[exact]:
+        raise SourceError(f"{name} computes a row otherwise where other rows are beside it in a batch (by {padded:.0e} of its "
+                          "norm): losses would depend on the batch; choose another model.llm.name")
+    try:
+        between, between_others = (states(rows_of(rows), mask, keys, joined=True)[0, own] for rows in (tokens, others))
+    except TypeError:  # its forward takes no positions
+        return Rows(padded, float("inf"), 0.0, False)
+    joined, changed = _apart(between, alone), _apart(between_others, between)
+    return Rows(padded, joined, changed, joined <= SAME[exact] and changed <= UNCHANGED[exact])
 
 
 def hidden_states(llm: nn.Module, arranged: Arranged) -> torch.Tensor:

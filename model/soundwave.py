@@ -21,6 +21,7 @@ from model.generation import Generation
 from model.language_model import build_llm, embed, load_tokenizer, lora_parameters, splice, target_loss
 from model.pretrained import (
     DTYPES,
+    SourceError,
     attention_implementation,
     embedding_statistics,
     fingerprint,
@@ -167,11 +168,16 @@ class Soundwave(Generation, nn.Module):
         return [(self.ctc_head, self.ctc_head.weight)] if shared else []
 
     def enable_activation_checkpointing(self) -> None:
-        """Keep only the LLM layers' inputs and compute the rest again in backward."""
-        if self.llm is not None:
+        """Keep only the LLM layers' inputs and compute the rest again in backward. Errors: SourceError for LLMs that cannot."""
+        if self.llm is None:
+            return
+        try:
             self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={
                 "use_reentrant": False, "context_fn": self.llm.token_keys.for_checkpoint})
-            self.train(self.training)
+        except ValueError as error:
+            raise SourceError(f"optim.activation_checkpointing does not work with {self.sources['llm'].name} "
+                              f"({str(error).splitlines()[0]}): set it to false") from None
+        self.train(self.training)
 
     def frozen_hash(self) -> dict[str, str]:
         """sha256 of the frozen parts' tensors, from their files."""
