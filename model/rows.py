@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from model.language_model import Arranged, arrange, base_of, embed, token_keys_in_use
 from model.pretrained import SourceError
@@ -23,6 +24,19 @@ WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "w
 SAME = {True: 1e-3, False: 0.25}  # the row joined and the row alone: other products, other rounding
 UNCHANGED = {True: 1e-4, False: 0.05}  # the joined row beside other rows: the same products
 USABLE = {True: 1e-2, False: 0.5}  # the padded row and the row alone
+
+
+def longest_row(config: PretrainedConfig) -> int | None:
+    """Positions beyond which one row of a batch changes the rotary frequencies of all its rows; None: never.
+
+    transformers chooses them by the longest row where rope_type is longrope or dynamic (`dynamic_rope_update`).
+    """
+    config = config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    limits = [part.get("original_max_position_embeddings") if part["rope_type"] == "longrope" else config.max_position_embeddings
+              for part in (parameters, *parameters.values())
+              if isinstance(part, dict) and ("dynamic" in part.get("rope_type", "") or part.get("rope_type") == "longrope")]
+    return min(limits, default=None)
 
 
 class Rows(NamedTuple):

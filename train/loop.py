@@ -21,6 +21,7 @@ from model import folder as model_folder
 from model.language_model import lora_parameters
 from model.pretrained import locate, text_config
 from model.prompt import NORMALISATIONS
+from model.rows import longest_row
 from model.shrinking import check_switches
 from model.soundwave import Soundwave
 from train import desync, optim, report, resume, universal, zero
@@ -133,8 +134,9 @@ class Run:
         self.plan = Plan.open(recipe.data, self.stage.name, recipe.optim.steps)  # wrong data is told before models are read
         for corpus in recipe.data.valid:
             select(load_index(corpus.shards), 0, self.stage.name, corpus, recipe.log.validate_utterances)
-        hidden_size = text_config(locate(recipe.model.llm.name, sizes_only=True).config).hidden_size
-        self.ds_config = config = zero.resolve(recipe, hidden_size)
+        llm_config = text_config(locate(recipe.model.llm.name, sizes_only=True).config)
+        self.ds_config = config = zero.resolve(recipe, llm_config.hidden_size)
+        self.row_limit = longest_row(llm_config)
         if state is not None:  # what can be refused is, before features are computed and models read
             now = {**state["facts"], "recipe": resume.recipe_facts(recipe), "index": self.plan.fingerprint}
             resume.check(state["facts"], now, recipe.checkpoint.accept_changes, source)
@@ -240,7 +242,7 @@ class Run:
         recipe = self.recipe
         return Stream(recipe.data, self.stage.name, self.model.tokenizer, recipe.model, self.ranks.rank, self.ranks.world_size,
                       start_step=first_step + self.data_offset, steps=recipe.optim.steps + self.data_offset,
-                      rejected_path=self.folder / "rejected.jsonl", plan=self.plan)
+                      rejected_path=self.folder / "rejected.jsonl", plan=self.plan, row_limit=self.row_limit)
 
     def _train(self) -> int:
         recipe, ranks = self.recipe, self.ranks

@@ -9,11 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model.config import SoundwaveConfig
 from model.language_model import one_row_is_cheaper, target_loss
 from model.pretrained import SourceError
-from model.rows import Rows, probe
-from tests.model import families
+from model.rows import Rows, longest_row, probe
+from tests.model import families, tiny
 from train import engine as engines
+from train.data.collate import Collator
+from train.data.reader import Sample
+from train.data.rejected import BrokenSample
 from train.distributed import Ranks
 
 # As measured with transformers 5.23; docs/method.md has the same lists.
@@ -174,3 +178,39 @@ def test_all_ranks_decide_alike(monkeypatch, caplog, own, elsewhere, joined, tol
     with caplog.at_level("INFO"):
         engines.Engine._try_rows(engine)
     assert llm.joins_rows is joined and told in caplog.text
+
+
+# ---- positions that follow the longest row of a batch
+
+
+LONGROPE = dict(family="phi3", original_max_position_embeddings=16, rope_parameters={
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4,
+    "original_max_position_embeddings": 16})
+DYNAMIC = dict(family="llama", max_position_embeddings=16,
+               rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0})
+
+
+@pytest.mark.parametrize("sizes", [LONGROPE, DYNAMIC], ids=lambda sizes: sizes["family"])
+def test_a_row_beyond_the_limit_changes_the_rows_beside_it(sizes):
+    """Why such conversations are left out: transformers chooses a batch's frequencies by its longest row."""
+    llm = families.llm(**sizes)
+    assert longest_row(llm.config) == 16 and longest_row(families.config("llama")) is None
+    for lengths, exact in (((16, 9), True), ((17, 9), False)):
+        embeddings, mask, labels = batch_of(32, lengths)
+        apart = abs(target_loss(llm, embeddings, mask, labels) - alone(llm, embeddings, mask, labels))
+        assert (apart < 1e-3) == exact
+
+
+@pytest.mark.parametrize(("prompt", "fits"), [("Hm", True), ("Hm" * 30, False)])
+def test_a_conversation_that_may_pass_the_limit_is_left_out(prompt, fits):
+    """20 frames of the adapter may all be kept."""
+    words = tiny.tokenizer("chatml", ("<audio_patch>",))
+    meta = {"id": "a", "task": "asr", "text": "the wall", "prompt": prompt, "duration": 0.8}
+    taken = len(Collator(words, SoundwaveConfig(), "shrinking", "lower").prepare(Sample(meta, torch.zeros(800 * 16))).input_ids)
+    collator = Collator(words, SoundwaveConfig(), "shrinking", "lower", row_limit=100)
+    assert (taken + 20 <= 100) == fits
+    if fits:
+        assert collator.prepare(Sample(meta, torch.zeros(800 * 16)))
+        return
+    with pytest.raises(BrokenSample, match=f"its conversation may take {taken + 20} LLM positions, above 100, beyond which"):
+        collator.prepare(Sample(meta, torch.zeros(800 * 16)))
