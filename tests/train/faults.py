@@ -41,22 +41,27 @@ def tell_types(rank: int) -> None:
     _after_step(0, tell)
 
 
+def _optimizer_states(engine) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """This rank's fp32 masters and moments."""
+    outer = engine.optimizer
+    masters = next(getattr(outer, name) for name in ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition",
+                                                     "single_partition_of_fp32_groups") if hasattr(outer, name))
+    moments = [value for state in outer.optimizer.state.values() for value in state.values()
+               if isinstance(value, torch.Tensor) and value.numel() > 1]
+    return list(masters), moments
+
+
 def steep_step(rank: int, step: int, factor: float) -> None:
     """In `step` gradients are `factor` times as large. Prints what the optimizer holds before it, after it and after the next."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
     from train.engine import Engine
 
     step_of, loss_of = Engine.step, Engine._micro_loss
 
     def tell(engine, when: str) -> None:
         digest = hashlib.sha256()
-        for parameter in engine.model.parameters():
-            if parameter.requires_grad:
-                for held in (safe_get_full_fp32_param(parameter), *(safe_get_full_optimizer_state(parameter, name)
-                                                                    for name in ("exp_avg", "exp_avg_sq"))):
-                    digest.update(held.float().contiguous().numpy().tobytes())
-        print(f"held {when} {digest.hexdigest()}", flush=True)
+        for held in sum(_optimizer_states(engine), []):
+            digest.update(held.detach().float().contiguous().numpy().tobytes())
+        print(f"held on rank {rank} {when} {digest.hexdigest()}", flush=True)
 
     def steep(self, number: int, *args):
         if number == step:
@@ -76,18 +81,14 @@ def tell_states(rank: int) -> None:
 
     def tell(engine) -> None:
         parameters = list(engine.model.parameters())
-        held = [getattr(p, "ds_tensor", p) for p in parameters]
-        weights = sum(t.numel() * t.element_size() for t in held)
-        inner, outer = engine.optimizer.optimizer, engine.optimizer
-        moments = sum(t.numel() * t.element_size() for state in inner.state.values() for t in state.values()
-                      if isinstance(t, torch.Tensor) and t.numel() > 1)
-        masters = next(getattr(outer, name) for name in ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition",
-                                                         "single_partition_of_fp32_groups") if hasattr(outer, name))
+        masters, moments = _optimizer_states(engine)
         whole = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad)
         print("states " + json.dumps({
-            "rank": rank, "trained": trained, "frozen": whole - trained, "weights": weights, "moments": moments,
-            "masters": sum(t.numel() * t.element_size() for t in masters)}), flush=True)
+            "rank": rank, "trained": trained, "frozen": whole - trained,
+            **{name: sum(t.numel() * t.element_size() for t in held) for name, held in (
+                ("weights", [getattr(p, "ds_tensor", p) for p in parameters]), ("masters", masters), ("moments", moments))}}),
+            flush=True)
 
     _after_step(0, tell)
 

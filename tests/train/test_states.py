@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -31,7 +32,7 @@ def test_a_rank_holds_what_the_dry_run_says(tmp_path):
                                 "log.tensorboard=false", f"deepspeed=ds_configs/zero{zero}.json", f"model.dtype={dtype}"],
                                fault=["tell_states"])
             assert run.wait() == [0, 0], run.text()
-            told = [json.loads(line.removeprefix("states ")) for line in run.text().splitlines() if line.startswith("states ")]
+            told = [json.loads(found) for found in re.findall(r"states (\{.*?\})", run.text())]
             assert {held["rank"] for held in told} == {0, 1}
             for held in told:
                 expected = states_per_rank(held["trained"], held["frozen"], 2, zero, 2 if dtype == "bfloat16" else 4)
