@@ -3,7 +3,8 @@
     python -m benchmarks.dropout RECIPE [key=value ...] [--clips 12] [--steps 5] [--rounds 3] [--json FILE]
 
 RECIPE: a stage II recipe. Forward and backward of its first global batch, on one process without DeepSpeed, at the recipe's rates
-of dropout (`model.llm.lora_dropout=0.05` shows LoRA's). The sides alternate; a number is the median over --rounds x --steps.
+of dropout (`model.llm.lora_dropout=0.05` shows LoRA's). The sides alternate; a number is the median over --rounds x --steps. On
+CPU it is processor time, which other programs on the machine disturb less.
 
     keyed   masks by (seed, step, utterance, place, position): model/dropout.py
     torch   masks as before: F.dropout on the same tensors, and dropout inside of attention
@@ -22,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -65,7 +67,8 @@ def masks_of_torch(model: Soundwave) -> Iterator[None]:
     with (mock.patch.object(KeyedDropout, "forward", drop), mock.patch.object(LoraDropout, "forward", drop),
           mock.patch.object(alignment, "dropped_frames", lambda dropout, value, keys: value),
           mock.patch.object(shrinking, "dropped_frames", lambda dropout, value, keys: value),
-          mock.patch.object(F, "scaled_dot_product_attention", alignment_attention),
+          mock.patch.object(alignment, "F", SimpleNamespace(relu=F.relu, pad=F.pad,
+                                                            scaled_dot_product_attention=alignment_attention)),
           mock.patch.object(ops, "lookback_attention", lookback_attention)):
         yield
 
@@ -80,16 +83,19 @@ def no_masks(model: Soundwave) -> Iterator[None]:
         module.p = p
 
 
+def clock() -> float:
+    wait()
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
+
+
 def step(model: Soundwave, batches: list, losses: tuple[str, ...]) -> float:
     """Seconds of forward and backward over micro-batches."""
     model.zero_grad(set_to_none=True)
-    wait()
-    begun = time.perf_counter()
+    begun = clock()
     for batch in batches:
         output = model(batch.at_step(key_of("step", 0, 0)), losses=losses)
         (output.ce_sum + output.ctc_sum).backward()
-    wait()
-    return time.perf_counter() - begun
+    return clock() - begun
 
 
 def measure(recipe: Recipe, steps: int, rounds: int) -> dict:
