@@ -33,9 +33,10 @@ from tqdm import tqdm
 
 from benchmarks.machine import keep, machine
 from benchmarks.train_step import wait
+from core.keys import signed_key64
 from model import alignment, ops, shrinking
 from model import folder as model_folder
-from model.dropout import KeyedDropout, LoraDropout, key_of
+from model.dropout import KeyedDropout, LoraDropout
 from model.rows import probe
 from model.soundwave import Soundwave
 from train.config import Recipe, RecipeError, load_recipe
@@ -93,7 +94,7 @@ def step(model: Soundwave, batches: list, losses: tuple[str, ...]) -> float:
     model.zero_grad(set_to_none=True)
     begun = clock()
     for batch in batches:
-        output = model(batch.at_step(key_of("step", 0, 0)), losses=losses)
+        output = model(batch.at_step(signed_key64("step", 0, 0)), losses=losses)
         (output.ce_sum + output.ctc_sum).backward()
     return clock() - begun
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 
-from model.ops import mix64
-
 
 @dataclass
 class Batch:
@@ -45,6 +43,8 @@ class Batch:
 
     def at_step(self, key: int) -> "Batch":
         """The batch with the dropout of one step: its utterances' keys mixed with the step's (a signed 64-bit number)."""
+        from model.ops import mix64  # not above: readers of data make batches, and need no ops
+
         keys = {name: mix64(value ^ key) for name in ("audio_keys", "row_keys") if (value := getattr(self, name)) is not None}
         return replace(self, **keys)
 

@@ -13,13 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from core.keys import key64
+from core.keys import signed_key64
 from model.ops import keyed_dropout, mix64
-
-
-def key_of(*parts: object) -> int:
-    """A key of names and numbers as torch's int64 holds it: signed."""
-    return (key64(*parts) ^ (1 << 63)) - (1 << 63)
 
 
 def position_keys(rows: torch.Tensor, length: int) -> torch.Tensor:
@@ -37,7 +32,7 @@ class KeyedDropout(nn.Module):
         super().__init__()
         if not 0.0 <= p < 1.0:
             raise ValueError(f"dropout of {name} is {p}: give a number from 0 to below 1")
-        self.p, self.name, self.site = p, name, key_of("dropout", name)
+        self.p, self.name, self.site = p, name, signed_key64("dropout", name)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, {self.name}"

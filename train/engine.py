@@ -23,8 +23,8 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import get_global_norm_of_tensors
 from torch.profiler import record_function
 
+from core.keys import signed_key64
 from model.batch import Batch
-from model.dropout import key_of
 from model.language_model import base_of
 from model.rows import probe
 from train import optim, zero
@@ -206,7 +206,7 @@ class Engine:
         number = len(micro_batches)
         self.deepspeed.train()
         sums = torch.zeros(5, dtype=torch.float64, device=self.ranks.device)
-        dropout_key = key_of("step", self.recipe.seed, step)
+        dropout_key = signed_key64("step", self.recipe.seed, step)
         for i, batch in enumerate(micro_batches):
             self.deepspeed.set_gradient_accumulation_boundary(i == number - 1)
             with record_function("forward"):

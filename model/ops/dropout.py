@@ -4,8 +4,7 @@
 
 One 64-bit hash gives four lanes of 16 bits, one for each of four channels. A channel is dropped where its lane, read as a signed
 number plus 2^15, is below p x 65536 (so p is rounded to a multiple of 1/65536, and the rest is scaled by that p). No generator
-has a state, and no mask is kept for backward: it is computed again. Source of the hash: Steele, Lea and Flood, OOPSLA 2014, as
-in `train.data.plan.mix64`.
+has a state. Source of the hash: Steele, Lea and Flood, OOPSLA 2014, as in `train.data.plan.mix64`.
 """
 
 from __future__ import annotations
@@ -61,25 +60,23 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _apply(x: Tensor, keys: Tensor, site: int, threshold: int) -> Tensor:
-    if x.is_cuda and _has_triton():
-        from . import triton_dropout
+class _OnGPU(torch.autograd.Function):
+    """One kernel forward and one backward, which computes the mask again: nothing but the keys is kept."""
 
-        return triton_dropout.apply(x, keys, site, threshold)
-    return _scaled_mask(keys, site, x.shape[-1], threshold, x.dtype).mul_(x)
-
-
-class _KeyedDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, keys: Tensor, site: int, threshold: int) -> Tensor:
+        from . import triton_dropout
+
         ctx.save_for_backward(keys)
         ctx.site, ctx.threshold = site, threshold
-        return _apply(x, keys, site, threshold)
+        return triton_dropout.apply(x, keys, site, threshold)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor):
-        return _apply(gradient, *ctx.saved_tensors, ctx.site, ctx.threshold), None, None, None
+        from . import triton_dropout
+
+        return triton_dropout.apply(gradient, *ctx.saved_tensors, ctx.site, ctx.threshold), None, None, None
 
 
 def keyed_dropout(x: Tensor, keys: Tensor, site: int, p: float) -> Tensor:
@@ -96,4 +93,6 @@ def keyed_dropout(x: Tensor, keys: Tensor, site: int, p: float) -> Tensor:
         return x
     if threshold >= STEPS:
         return torch.zeros_like(x)
-    return _KeyedDropout.apply(x, keys, site, threshold)
+    if x.is_cuda and _has_triton():
+        return _OnGPU.apply(x, keys, site, threshold)
+    return x * _scaled_mask(keys, site, x.shape[-1], threshold, x.dtype)

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from core.keys import signed_key64
 from model import language_model
 from model.alignment import TransformerLayer
 from model.config import ShrinkingConfig
-from model.dropout import KeyedDropout, LoraDropout, TokenKeys, dropped_frames, key_lora_dropout, key_of, position_keys
+from model.dropout import KeyedDropout, LoraDropout, TokenKeys, dropped_frames, key_lora_dropout, position_keys
 from model.rows import probe
 from model.shrinking import ShrinkingAdapter
 from model.soundwave import Soundwave
@@ -57,7 +58,7 @@ def part_of(batch, rows: list[int]):
 
 def whole(model):
     batch = tiny.batch(model, CHATS, SECONDS, TEXTS)
-    keys = torch.tensor([key_of("utterance", 0, row, 0) for row in range(4)])
+    keys = torch.tensor([signed_key64("utterance", 0, row, 0) for row in range(4)])
     return replace(batch, audio_keys=keys[:3], row_keys=keys)
 
 
@@ -66,7 +67,7 @@ def result(model, batches) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad()
     total = torch.zeros(())
     for batch in batches:
-        output = model(batch.at_step(key_of("step", 0, 7)), losses=LOSSES)
+        output = model(batch.at_step(signed_key64("step", 0, 7)), losses=LOSSES)
         (output.ce_sum + output.ctc_sum).backward()
         total += (output.ce_sum + output.ctc_sum).detach()
     return total, {name: p.grad.clone() for group in model.parameter_groups().values() for name, p in group}
@@ -101,7 +102,7 @@ def test_two_forwards_before_a_backward_keep_their_own_masks(folders):
     one, two = whole(model), part_of(whole(model), [1, 0])
     expected = result(model, [one])[1]
     model.zero_grad()
-    output = model(one.at_step(key_of("step", 0, 7)), losses=LOSSES)
+    output = model(one.at_step(signed_key64("step", 0, 7)), losses=LOSSES)
     model(two.at_step(1), losses=LOSSES)
     (output.ce_sum + output.ctc_sum).backward()
     for name, parameter in [pair for group in model.parameter_groups().values() for pair in group]:
@@ -118,7 +119,7 @@ def test_each_part_draws_anew_in_each_step_and_pass_and_for_each_utterance(folde
     batch = whole(model)
 
     def loss(step: int, epoch: int = 0) -> float:
-        keys = torch.tensor([key_of("utterance", 0, row, epoch) for row in range(4)])
+        keys = torch.tensor([signed_key64("utterance", 0, row, epoch) for row in range(4)])
         return float(model(replace(batch, audio_keys=keys[:3], row_keys=keys).at_step(step), losses=LOSSES).ce_sum.detach())
 
     assert loss(1) == loss(1) and len({loss(1), loss(2), loss(1, epoch=1)}) == 3

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.ops import ctc_runs, keyed_dropout, linear_ctc, lookback, lookback_attention
+from model.ops import ctc_runs, dropout, keyed_dropout, linear_ctc, lookback, lookback_attention
 from tests.ops.truth import Case, ordinary, peaked
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
@@ -67,7 +67,10 @@ def test_runs_stay_on_the_gpu():
 def test_dropout_has_the_masks_of_the_cpu(dtype):
     x, keys = 1 + torch.rand(37, 1030).to(dtype), torch.randint(-2**63, 2**63 - 1, (37,))
     leaf = x.cuda().requires_grad_()
-    out = keyed_dropout(leaf, keys.cuda(), -5, 0.1)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = keyed_dropout(leaf, keys.cuda(), -5, 0.1)
+    assert not dropout._has_triton() or [t.numel() for t in saved] == [37], "no mask is kept"
     torch.testing.assert_close(out.cpu(), keyed_dropout(x, keys, -5, 0.1), rtol=1e-2, atol=0)
     gradient, = torch.autograd.grad(out.sum(), leaf)
     assert torch.equal(gradient == 0, out == 0)

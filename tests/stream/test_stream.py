@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import torch
 
-from model.dropout import key_of
+from core.keys import signed_key64
 from tests.stream.conftest import data_config, record, sound, table_index, write_folder
 from train.config import Corpus, RecipeError
 from train.data import EvalStream, Plan, Stream, TooManyRejected, validation_batches, worst_case_batch
@@ -69,7 +69,7 @@ def test_dropout_keys_belong_to_utterance_and_pass_alone(mixed, packed, tokenize
             name = plan.indexes[entry["corpus"]].read(int(entry["row"]))[1]["id"]
             place = int(entry["corpus"]), int(entry["row"]), int(entry["epoch"])
             places.add(place)
-            expected[step, name, key_of("utterance", *place)] += 1
+            expected[step, name, signed_key64("utterance", *place)] += 1
     assert expected == Counter({(step, name, key): number for (step, name, key, _), number in alone.items()})
     assert {epoch for *_, epoch in places} >= {0, 1} and len({key for *_, key in expected}) == len(places)
 

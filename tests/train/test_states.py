@@ -23,11 +23,11 @@ def test_bytes_of_a_rank(arguments, gigabytes):
     assert states_per_rank(*arguments) == pytest.approx(gigabytes * 1e9)
 
 
-@pytest.mark.slow  # three starts of real ranks
+@pytest.mark.slow  # two starts of real ranks
 def test_a_rank_holds_what_the_dry_run_says(tmp_path):
     folder = workspace(tmp_path / "tiny")
     with Server() as server:
-        for zero, dtype in ((1, "bfloat16"), (2, "float32"), (3, "float32")):
+        for zero, dtype in ((1, "bfloat16"), (3, "float32")):
             run = server.start([folder / "stage1.yaml", f"output={tmp_path / str(zero)}", "optim.steps=1", "data.valid=[]",
                                 "log.tensorboard=false", f"deepspeed=ds_configs/zero{zero}.json", f"model.dtype={dtype}"],
                                fault=["tell_states"])

@@ -19,10 +19,10 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from core.keys import signed_key64
 from data_tools.shards import ShardIndex
 from model.batch import Batch
 from model.config import SoundwaveConfig
-from model.dropout import key_of
 from train.config import DataConfig
 from train.data import augment
 from train.data.assign import Budgets, assign
@@ -106,7 +106,7 @@ class MicroBatchReader(Dataset):
                 sample = augment.augmented(waveform, meta, self.data, int(entry["epoch"]), self.mel_channels)
             else:
                 sample = Sample(meta, waveform)
-        sample.dropout_key = key_of("utterance", entry["corpus"], row, entry["epoch"])
+        sample.dropout_key = signed_key64("utterance", entry["corpus"], row, entry["epoch"])
         decoded = time.perf_counter()
         prepared = self.collator.prepare(sample)
         timings["read"] += read - began
