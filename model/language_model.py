@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -28,27 +29,29 @@ def load_tokenizer(source: Source, audio_token: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def without_noise(config: PretrainedConfig) -> None:
-    """Set every rate of dropout and jitter in an LLM's config to 0: a frozen base is not regularised.
+def without_noise(config: PretrainedConfig) -> PretrainedConfig:
+    """Return an LLM's config with every rate of dropout and jitter 0: a frozen base is not regularised.
 
     Soundwave.train keeps it in eval mode, too; but layers that are computed again in backward are not in that mode.
     """
+    config = copy.deepcopy(config)
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for name, value in vars(part).items():
             if ("drop" in name or "jitter" in name) and isinstance(value, (int, float)) and not isinstance(value, bool) and value:
                 setattr(part, name, type(value)(0))
+    return config
 
 
 def build_llm(config: LLMConfig, source: Source, dtype: torch.dtype, attention: str | None) -> nn.Module:
     """The frozen LLM with fresh LoRA (which starts as the identity); on the meta device where the source has no weights."""
     options = {"dtype": dtype, "attn_implementation": attention}
-    without_noise(source.config)
+    quiet = without_noise(source.config)
     if source.folder is None:
         with torch.device("meta"):
-            llm = AutoModelForCausalLM.from_config(source.config, **options)
+            llm = AutoModelForCausalLM.from_config(quiet, **options)
     else:
         try:
-            llm = AutoModelForCausalLM.from_pretrained(source.folder, config=source.config, **options)
+            llm = AutoModelForCausalLM.from_pretrained(source.folder, config=quiet, **options)
         except (ValueError, ImportError) as error:
             if attention is None or "attention" not in str(error).lower():
                 raise

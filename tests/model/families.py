@@ -63,8 +63,7 @@ def llm(family: str, attention: str | None = None, seed: int = 0, **more) -> Pre
     """In eval mode, its own noise off, weights so large that every part has a say."""
     from model.language_model import without_noise
 
-    made = config(family, **more)
-    without_noise(made)
+    made = without_noise(config(family, **more))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(made, attn_implementation=attention).eval()
     with torch.no_grad():

@@ -228,6 +228,15 @@ NOISY = {"opt": dict(dropout=0.1, layerdrop=0.3), "xglm": dict(dropout=0.1), "bi
          "mixtral": dict(router_jitter_noise=0.3)}
 
 
+def test_rates_of_dropout_and_jitter_are_taken_out_of_a_copy():
+    config = families.config("phimoe", router_jitter_noise=0.3, attention_dropout=0.2)
+    quiet = language_model.without_noise(config)
+    assert (quiet.router_jitter_noise, quiet.attention_dropout, quiet.hidden_size) == (0.0, 0.0, config.hidden_size)
+    assert (config.router_jitter_noise, config.attention_dropout) == (0.3, 0.2), "by which a base is recognised"
+    opt = language_model.without_noise(families.config("opt", layerdrop=0.3))
+    assert not any(value for name, value in vars(opt).items() if "drop" in name)
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("family", NOISY)
 def test_a_frozen_llm_draws_nothing_and_changes_nothing_in_training(folders, monkeypatch, family, checkpointed):

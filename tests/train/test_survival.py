@@ -261,7 +261,7 @@ def test_killed_and_moved_from_one_to_two_ranks_and_back(server, tiny, whole, tm
     """Stage II on 2-1-2-1-2-2 ranks under ZeRO-3, three of them killed, with other micro-batches on the way and dropout of 0.1 in
     adapters and LoRA: the losses and weights of a run that was left alone."""
     moved = tmp_path / "moved"
-    options = [*COMPARABLE, f"init_from={whole / 'alignment' / 'model'}", "optim.steps=14"]
+    options = [*COMPARABLE, f"init_from={whole / 'alignment' / 'model'}", "optim.steps=14", "data.workers=0"]
     codes, text = train(server, tiny, tmp_path / "still", *options, stage=2)
     assert codes == [0, 0] and "rows of a micro-batch are joined" in text, text
     for ranks, kind, step, more in ((2, "SIGKILL", 3, []), (1, "SIGTERM", 4, ["data.micro_batch_seconds=9"]),
