@@ -15,6 +15,7 @@ from torch import nn
 
 from core.keys import signed_key64
 from model.ops import keyed_dropout, mix64
+from model.pretrained import SourceError
 
 
 def position_keys(rows: torch.Tensor, length: int) -> torch.Tensor:
@@ -86,7 +87,7 @@ class InUse(AbstractContextManager):
 
 
 class LoraDropout(KeyedDropout):
-    """LoRA's dropout, in the place where peft has nn.Dropout."""
+    """LoRA's dropout, in the place where peft has nn.Dropout. Errors: SourceError in a layer that does not see tokens."""
 
     def __init__(self, p: float, name: str, tokens: TokenKeys):
         super().__init__(p, name)
@@ -96,9 +97,9 @@ class LoraDropout(KeyedDropout):
         keys = self.tokens.keys
         if self.training and self.p > 0.0 and keys is not None and keys.shape != x.shape[:-1]:
             if keys.numel() != x.shape[:-1].numel():
-                raise ValueError(f"model.llm.lora_dropout: the input of {self.name} is {tuple(x.shape)} where the tokens are "
-                                 f"{tuple(keys.shape)}, not one vector a token: take its layer out of model.llm.lora_targets, or "
-                                 "set model.llm.lora_dropout=0")
+                raise SourceError(f"model.llm.lora_dropout: the input of {self.name} is {tuple(x.shape)} where the tokens are "
+                                  f"{tuple(keys.shape)}, not one vector a token: take its layer out of model.llm.lora_targets, "
+                                  "or set model.llm.lora_dropout=0")
             keys = keys.reshape(x.shape[:-1])
         return super().forward(x, keys)
 

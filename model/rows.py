@@ -85,7 +85,7 @@ def probe(llm: nn.Module, audio_id: int) -> Rows:
     before = _random_states(device)
     try:
         alone = states(tokens[None, own], mask[1:2, :lengths[1]], keys[1:2])[0]
-    except torch.OutOfMemoryError:
+    except (SourceError, torch.OutOfMemoryError):
         raise
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise SourceError(f"{name} does not run as the LLM, which is given embeddings in place of token ids "

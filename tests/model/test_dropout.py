@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from core.keys import signed_key64
@@ -14,6 +15,7 @@ from model import language_model
 from model.alignment import TransformerLayer
 from model.config import ShrinkingConfig
 from model.dropout import KeyedDropout, LoraDropout, TokenKeys, dropped_frames, key_lora_dropout, position_keys
+from model.pretrained import SourceError
 from model.rows import probe
 from model.shrinking import ShrinkingAdapter
 from model.soundwave import Soundwave
@@ -217,9 +219,35 @@ def test_lora_on_what_is_no_token_is_one_line():
     dropout = LoraDropout(0.1, "llm.x.experts.3", tokens).train()
     with tokens.use(torch.zeros(2, 5, dtype=torch.long)):
         assert dropout(torch.ones(10, 4)).shape == (10, 4), "tokens in one dimension"
-        with pytest.raises(ValueError, match=r"the input of llm.x.experts.3 is \(7, 4\) where the tokens are \(2, 5\)"):
+        with pytest.raises(SourceError, match=r"the input of llm.x.experts.3 is \(7, 4\) where the tokens are \(2, 5\)"):
             dropout(torch.ones(7, 4))
     assert tokens.keys is None
+
+
+class ToSome(nn.Module):
+    """A layer that gets some of the tokens, as a routed expert does."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.index_copy(1, torch.arange(2), self.layer(x[:, :2]))
+
+
+def test_lora_with_dropout_on_what_is_no_token_is_found_at_the_start():
+    for rate in (0.0, 0.1):
+        llm = families.llm("llama")
+        llm.model.layers[0].mlp = ToSome(llm.model.layers[0].mlp)
+        llm = get_peft_model(llm, LoraConfig(r=2, lora_dropout=rate, target_modules=["down_proj"]))
+        key_lora_dropout(llm)
+        for module in llm.modules():
+            module.training = isinstance(module, LoraDropout)
+        if not rate:
+            probe(llm, 0)
+            continue
+        with pytest.raises(SourceError, match="model.llm.lora_dropout: the input of llm.*down_proj.* is .*lora_targets"):
+            probe(llm, 0)
 
 
 # Families with dropout or jitter in their configs' defaults, and Gemma 3n, which clamps weights while training.
@@ -266,5 +294,5 @@ def test_activation_checkpointing_that_an_llm_lacks_is_one_line(folders):
     model = built(folders)
     model.llm = families.llm("jetmoe")
     key_lora_dropout(model.llm)
-    with pytest.raises(language_model.SourceError, match="optim.activation_checkpointing does not work with .*: set it to false"):
+    with pytest.raises(SourceError, match="optim.activation_checkpointing does not work with .*: set it to false"):
         model.enable_activation_checkpointing()
