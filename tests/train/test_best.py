@@ -1,4 +1,4 @@
-"""Validation: how words are counted over batches, and which model is the best of a run."""
+"""Validation: sums over batches, and which model is the best of a run."""
 
 from __future__ import annotations
 
