@@ -55,8 +55,8 @@ def batch_of(rows: int, transcribed: int) -> Batch:
 
 def test_errors_and_words_are_summed_over_utterances_and_batches():
     """4 of 10 words: 1 substitution, 1 deletion, 1 insertion and 1 word of a one-word clip; not the mean of rates (0.52)."""
-    references = [["one two three four", "five six"], ["seven", "eight nine ten"]]
-    written = [["one too three", "five six"], ["seventy", "eight nine ten eleven"]]
+    references = [["the wall stood tall", "a bird"], ["moon", "green old trees"]]
+    written = [["the ball tall", "a bird"], ["noon", "green old trees too"]]
     engine = SimpleNamespace(stage=STAGES["alignment"], recipe=Recipe(), model=Spoken(written, [3.0, 5.0]),
                              whole_model=lambda: nullcontext(False))
     batches = [(batch_of(2, 2), references[0], None), (batch_of(2, 1), references[1], None)]
@@ -67,17 +67,17 @@ def test_errors_and_words_are_summed_over_utterances_and_batches():
 
 
 def test_a_batch_that_fills_up_a_rank_counts_nothing():
-    engine = SimpleNamespace(stage=STAGES["alignment"], recipe=Recipe(), model=Spoken([["one"], ["noise"]], [2.0, 100.0]),
+    engine = SimpleNamespace(stage=STAGES["alignment"], recipe=Recipe(), model=Spoken([["moon"], ["noise"]], [2.0, 100.0]),
                              whole_model=lambda: nullcontext(False))
-    result = validate(engine, [(batch_of(1, 1), ["one"], None), (batch_of(0, 0), [], None)], None, Ranks(0, 1, 0, 1, "cpu"))
+    result = validate(engine, [(batch_of(1, 1), ["moon"], None), (batch_of(0, 0), [], None)], None, Ranks(0, 1, 0, 1, "cpu"))
     assert result["wer"] == 0 and result["words"] == 1 and result["loss"] == pytest.approx(2.0)
 
 
 def test_the_weight_of_ctc_is_in_the_validation_loss():
     stage = SimpleNamespace(losses=("ce", "ctc"), score="ctc")
-    engine = SimpleNamespace(stage=stage, recipe=Recipe(loss=LossConfig(ctc_weight=0.7)), model=Spoken([["one"]], [3.0]),
+    engine = SimpleNamespace(stage=stage, recipe=Recipe(loss=LossConfig(ctc_weight=0.7)), model=Spoken([["moon"]], [3.0]),
                              whole_model=lambda: nullcontext(False))
-    result = validate(engine, [(batch_of(1, 1), ["one"], None)], None, Ranks(0, 1, 0, 1, "cpu"))
+    result = validate(engine, [(batch_of(1, 1), ["moon"], None)], None, Ranks(0, 1, 0, 1, "cpu"))
     assert (result["ce"], result["ctc"]) == (0.0, 3.0) and result["loss"] == pytest.approx(0.7 * 3)
 
 
