@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -214,3 +215,9 @@ def test_a_conversation_that_may_pass_the_limit_is_left_out(prompt, fits):
         return
     with pytest.raises(BrokenSample, match=f"its conversation may take {taken + 20} LLM positions, above 100, beyond which"):
         collator.prepare(Sample(meta, torch.zeros(800 * 16)))
+
+
+def test_the_documents_name_the_families_that_are_tested():
+    lines = (Path(__file__).resolve().parents[2] / "docs" / "method.md").read_text().splitlines()
+    found = {kind: line.split("|")[2].strip() for line in lines for kind in ("joined", "padded") if line.startswith(f"| {kind} |")}
+    assert found == {"joined": ", ".join(sorted(JOINED)), "padded": ", ".join(sorted(PADDED))}
