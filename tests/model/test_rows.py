@@ -219,5 +219,5 @@ def test_a_conversation_that_may_pass_the_limit_is_left_out(prompt, fits):
 
 def test_the_documents_name_the_families_that_are_tested():
     lines = (Path(__file__).resolve().parents[2] / "docs" / "method.md").read_text().splitlines()
-    found = {kind: line.split("|")[2].strip() for line in lines for kind in ("joined", "padded") if line.startswith(f"| {kind} |")}
+    found = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in lines if line.startswith(("| joined", "| padded"))}
     assert found == {"joined": ", ".join(sorted(JOINED)), "padded": ", ".join(sorted(PADDED))}
