@@ -44,7 +44,8 @@ from benchmarks.machine import keep, machine
 from data_tools.shards import ShardIndex, ShardWriter, write_index
 from model import folder as model_folder
 from model.batch import Batch
-from model.language_model import base_of
+from model.dropout import position_keys
+from model.language_model import base_of, token_keys_in_use
 from model.pretrained import locate
 from model.soundwave import Soundwave
 from train import optim, zero
@@ -223,7 +224,7 @@ def plain_loss(model: Soundwave, batch: Batch, table: torch.Tensor, ctc_weight: 
     samples = max(padding, batch.waveforms.shape[1])
     waveform = F.pad(batch.waveforms, (0, samples - batch.waveforms.shape[1]))
     features, frames = model.encoder(waveform, torch.tensor([samples], device=waveform.device))
-    hidden, length = model.alignment(features, frames)
+    hidden, length = model.alignment(features, frames, batch.audio_keys)
     logits = hidden[0] @ table.t()  # [T, V + 1]
     log_probabilities = logits.float().log_softmax(-1)
     ctc = F.ctc_loss(log_probabilities, batch.ctc_targets[0], length[0], batch.ctc_target_lengths[0], blank=model.ctc_head.blank,
@@ -231,13 +232,14 @@ def plain_loss(model: Soundwave, batch: Batch, table: torch.Tensor, ctc_weight: 
     best = logits.argmax(-1).tolist()
     kept = [t for t, token in enumerate(best) if token != model.ctc_head.blank and (t == 0 or token != best[t - 1])] or [0]
     shrunk = model.shrinking(hidden, length, torch.tensor([kept], device=hidden.device),
-                             torch.tensor([len(kept)], device=hidden.device))[0]
+                             torch.tensor([len(kept)], device=hidden.device), batch.audio_keys)[0]
     ids, labels = batch.input_ids[0], batch.labels[0]
     text = base_of(model.llm).get_input_embeddings()(ids.masked_fill(ids == model.audio_id, 0))
     at = int((ids == model.audio_id).nonzero())
     embeddings = torch.cat([text[:at], shrunk.to(text.dtype), text[at + 1:]])
     labels = torch.cat([labels[:at], labels.new_full((len(kept),), -100), labels[at + 1:]])
-    logits = model.llm(inputs_embeds=embeddings[None], use_cache=False).logits[0]  # [L, V]
+    with token_keys_in_use(model.llm, position_keys(batch.row_keys, len(embeddings))):
+        logits = model.llm(inputs_embeds=embeddings[None], use_cache=False).logits[0]  # [L, V]
     ce = F.cross_entropy(logits[:-1].float(), labels[1:], ignore_index=-100)
     return ce + ctc_weight * ctc
 

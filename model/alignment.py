@@ -18,6 +18,7 @@ from torch import nn
 
 from model import ops
 from model.config import AlignmentConfig, OpsConfig, OptionError
+from model.dropout import KeyedDropout, dropped_frames, position_keys
 
 
 class ScaledLayerNorm(nn.LayerNorm):
@@ -35,32 +36,31 @@ class TransformerLayer(nn.Module):
     Written out because torch's own reads the weights of its parts directly, which ZeRO-3 has not gathered then.
     """
 
-    def __init__(self, width: int, heads: int, ffn: int, dropout: float, attention: str):
+    def __init__(self, width: int, heads: int, ffn: int, dropout: float, attention: str, name: str):
         super().__init__()
-        self.heads, self.dropout, self.attention = heads, dropout, attention
+        self.heads, self.attention = heads, attention
+        self.drop_frames, self.drop_mixed, self.drop_inner, self.drop_out = (
+            KeyedDropout(dropout, f"{name}.{place}") for place in ("frames", "mixed", "inner", "out"))
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, ffn), nn.Linear(ffn, width)
 
-    def drop(self, x: torch.Tensor) -> torch.Tensor:
-        return F.dropout(x, self.dropout, self.training)
-
-    def attend(self, x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    def attend(self, x: torch.Tensor, valid: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor:
         query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # each [A, T, H, d]
+        value = dropped_frames(self.drop_frames, value, keys)
         if self.attention == "frame":  # softmax over the frame alone is 1: the value itself
-            share = F.dropout(torch.ones_like(value[..., :1]), self.dropout, self.training)
-            mixed = share * value
+            mixed = value
         else:
-            mixed = F.scaled_dot_product_attention(
-                query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=valid[:, None, None],
-                dropout_p=self.dropout if self.training else 0.0).transpose(1, 2)
+            mixed = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
+                                                   attn_mask=valid[:, None, None]).transpose(1, 2)
         return self.out(mixed.flatten(2))
 
-    def forward(self, x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """x [A, T, D], valid [A, T] bool -> [A, T, D]"""
-        x = x + self.drop(self.attend(self.norm1(x), valid))
-        return x + self.drop(self.down(self.drop(F.relu(self.up(self.norm2(x))))))
+    def forward(self, x: torch.Tensor, valid: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
+        """x [A, T, D], valid [A, T] bool, keys [A, T] of dropout -> [A, T, D]"""
+        x = x + self.drop_mixed(self.attend(self.norm1(x), valid, keys), keys)
+        inner = self.drop_inner(F.relu(self.up(self.norm2(x))), keys)
+        return x + self.drop_out(self.down(inner), keys)
 
 
 class AlignmentAdapter(nn.Module):
@@ -72,13 +72,15 @@ class AlignmentAdapter(nn.Module):
         self.stack = config.stack_frames
         self.projection = nn.Linear(self.stack * encoder_width, width)
         self.layers = nn.ModuleList(
-            TransformerLayer(width, heads, round(config.ffn_multiple * width), config.dropout, config.attention)
-            for _ in range(config.layers))
+            TransformerLayer(width, heads, round(config.ffn_multiple * width), config.dropout, config.attention,
+                             f"alignment.layers.{layer}")
+            for layer in range(config.layers))
         self.norm = ScaledLayerNorm(width, gain)
 
-    def forward(self, features: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """features [A, T, E], lengths [A] -> hidden [A, T', D], lengths [A], with T' = ceil(T / stack). What stands behind
-        a length has no influence; hidden is zero there."""
+    def forward(self, features: torch.Tensor, lengths: torch.Tensor, keys: torch.Tensor | None = None
+                ) -> tuple[torch.Tensor, torch.Tensor]:
+        """features [A, T, E], lengths [A] -> hidden [A, T', D], lengths [A], with T' = ceil(T / stack). Padding does not
+        affect the result; hidden is zero there. keys [A]: the utterances' keys of dropout, needed in training."""
         positions = torch.arange(features.shape[1], device=features.device)
         features = features.masked_fill((positions >= lengths[:, None])[..., None], 0.0)
         features = F.pad(features, (0, 0, 0, -features.shape[1] % self.stack))
@@ -86,8 +88,9 @@ class AlignmentAdapter(nn.Module):
         lengths = torch.div(lengths + self.stack - 1, self.stack, rounding_mode="floor")
         valid = torch.arange(stacked.shape[1], device=features.device) < lengths[:, None]
         hidden = self.projection(stacked.to(self.projection.weight.dtype))
+        keys = None if keys is None else position_keys(keys, hidden.shape[1])
         for layer in self.layers:
-            hidden = layer(hidden, valid)
+            hidden = layer(hidden, valid, keys)
         return self.norm(hidden).masked_fill(~valid[..., None], 0.0), lengths
 
 

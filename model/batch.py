@@ -33,11 +33,21 @@ class Batch:
     languages: list[str | None] = field(default_factory=list)  # of each row's answer, as the data has it, for error rates
     # SpecAugment: True where the log-mel is masked, [A, n_mels, F]; only with waveforms.
     mel_mask: torch.Tensor | None = None
+    # Dropout's keys, one of each utterance and pass over its corpus (model/dropout.py); None: the batch is not trained on.
+    audio_keys: torch.Tensor | None = None  # [A] int64
+    row_keys: torch.Tensor | None = None  # [B] int64
 
     def to(self, device: torch.device | str) -> "Batch":
         moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)
                  if isinstance(getattr(self, f.name), torch.Tensor)}
         return replace(self, **moved)
+
+    def at_step(self, key: int) -> "Batch":
+        """The batch with the dropout of one step: its utterances' keys mixed with the step's (a signed 64-bit number)."""
+        from model.ops import mix64  # not above: readers of data make batches, and need no ops
+
+        keys = {name: mix64(value ^ key) for name in ("audio_keys", "row_keys") if (value := getattr(self, name)) is not None}
+        return replace(self, **keys)
 
     @property
     def ce_count(self) -> int:

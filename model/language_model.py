@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from core.console import one_line
 from model.config import LLMConfig
+from model.dropout import key_lora_dropout, position_keys
 from model.pretrained import Source, SourceError, reading, tensor_files, text_config
 from model.prompt import stop_ids
 
@@ -39,15 +43,27 @@ def load_tokenizer(source: Source, audio_token: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def without_noise(config: PretrainedConfig) -> PretrainedConfig:
+    """Return an LLM's config with every rate of dropout and jitter 0: a frozen base is not regularised.
+
+    Soundwave.train keeps it in eval mode, too; but layers that are computed again in backward are not in that mode.
+    """
+    config = copy.deepcopy(config)
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name, value in vars(part).items():
+            if ("drop" in name or "jitter" in name) and isinstance(value, (int, float)) and not isinstance(value, bool) and value:
+                setattr(part, name, type(value)(0))
+    return config
+
+
 def build_llm(config: LLMConfig, source: Source, dtype: torch.dtype, attention: str | None) -> nn.Module:
     """The frozen LLM with fresh LoRA (which starts as the identity); on the meta device where the source has no weights."""
     options = {"dtype": dtype, "attn_implementation": attention}
-    loading = {**options, "config": source.config, "output_loading_info": True}
-    if hasattr(source.config, "attention_dropout"):
-        source.config.attention_dropout = 0.0  # a frozen base is not regularised
+    quiet = without_noise(source.config)
+    loading = {**options, "config": quiet, "output_loading_info": True}
     if source.folder is None:
         with torch.device("meta"):
-            llm = AutoModelForCausalLM.from_config(source.config, **options)
+            llm = AutoModelForCausalLM.from_config(quiet, **options)
     else:
         tensor_files(source.folder)  # a file that is missing or cut is named
         with reading(source.folder, "weights for its config.json"):
@@ -69,7 +85,10 @@ def build_llm(config: LLMConfig, source: Source, dtype: torch.dtype, attention: 
                               f"'{lacking[0]}' for one: it is not a whole {source.config.model_type} model")
     llm.generation_config = end_settings(source)
     llm.requires_grad_(False)
-    return llm if config.lora_r == 0 else with_lora(llm, config, source.name)
+    if config.lora_r == 0:
+        key_lora_dropout(llm)
+        return llm
+    return with_lora(llm, config, source.name)
 
 
 def with_lora(llm: nn.Module, config: LLMConfig, name: str) -> PeftModel:
@@ -80,7 +99,9 @@ def with_lora(llm: nn.Module, config: LLMConfig, name: str) -> PeftModel:
     lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=targets,
                       task_type="CAUSAL_LM", fan_in_fan_out=transposed)
     try:
-        return get_peft_model(llm, lora)
+        llm = get_peft_model(llm, lora)
+        key_lora_dropout(llm)
+        return llm
     except ValueError as error:
         raise SourceError(f"LoRA does not fit {name}: model.llm.lora_targets = {targets} "
                           f"({str(error).splitlines()[0]})") from None
@@ -268,35 +289,64 @@ class HeadCrossEntropy(torch.autograd.Function):
         return ctx.saved_tensors[0] * of_loss.to(ctx.saved_tensors[0].dtype), None, None
 
 
+# Lengths of a row beyond which an LLM computes otherwise, or not at all, as configs name them.
+ROW_LIMITS = ("max_position_embeddings", "attention_chunk_size", "floor_scale")
+
+
 def one_row_is_cheaper(llm: nn.Module, mask: torch.Tensor, width: int) -> bool:
     """Whether the rows of a batch, mask [B, L], cost a model of this width less joined to one row without padding.
 
     A token costs a layer about 24 D^2 operations in its products and 4 D for each position that attention computes; in one row
-    those are all N tokens of the batch (block-diagonal, but computed), unless FlashAttention runs, which skips other rows.
+    those are all N tokens of the batch (block-diagonal, but computed), unless FlashAttention runs, which skips other rows. Rows
+    joined are no longer than a row may be by the LLM's config: some models count there by place, whatever the positions say.
     """
-    base = base_of(llm)
-    if getattr(base, "_is_stateful", False):  # a state runs through the row (Mamba and its kin): rows would mix
+    (rows, length), tokens, config = mask.shape, int(mask.sum()), base_of(llm).config
+    if tokens > min((limit for name in ROW_LIMITS if (limit := getattr(config.get_text_config(), name, None))), default=tokens):
         return False
-    (rows, length), tokens = mask.shape, int(mask.sum())
-    if "flash" in (base.config._attn_implementation or ""):
+    if "flash" in (config._attn_implementation or ""):
         return tokens > 0
     return 0 < tokens * (6 * width + tokens) < rows * length * (6 * width + length)
 
 
-def target_loss(llm: nn.Module, embeddings: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+class Arranged(NamedTuple):
+    """A batch's rows as the LLM gets them: as they are, [B, L] with padding, or joined to one row [1, N] without."""
+
+    arguments: dict[str, torch.Tensor]  # of the LLM's forward
+    labels: torch.Tensor
+    keys: torch.Tensor | None  # of dropout, one a token
+
+
+def arrange(embeddings: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, row_keys: torch.Tensor | None,
+            joined: bool) -> Arranged:
+    """embeddings [B, L, D], mask and labels [B, L], row_keys [B] -> the arguments of one forward."""
+    keys = None if row_keys is None else position_keys(row_keys, mask.shape[1])
+    if not joined:
+        return Arranged({"inputs_embeds": embeddings, "attention_mask": mask}, labels, keys)
+    there = mask.bool()
+    labels = labels.masked_fill(mask.cumsum(1) == 1, -100)  # the row before does not predict a row's first token
+    return Arranged({"inputs_embeds": embeddings[there][None], "position_ids": (mask.long().cumsum(1) - 1)[there][None]},
+                    labels[there][None], None if keys is None else keys[there][None])
+
+
+def token_keys_in_use(llm: nn.Module, keys: torch.Tensor | None) -> AbstractContextManager:
+    """Within it LoRA's dropout has these keys."""
+    tokens = getattr(llm, "token_keys", None)
+    return tokens.use(keys) if tokens is not None else nullcontext()
+
+
+def target_loss(llm: nn.Module, embeddings: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor,
+                row_keys: torch.Tensor | None = None) -> torch.Tensor:
     """embeddings [B, L, D], mask [B, L], labels [B, L] (-100: none) -> cross-entropy summed over the target tokens.
 
-    Rows are joined to one without padding where that is cheaper; their positions start at 0 again, by which transformers keeps
-    them apart in attention. Logits exist only where a label is, and of those a chunk at a time: a hook takes the hidden states in
+    row_keys [B]: the rows' keys of dropout, needed where LoRA's is on. Rows are joined to one without padding where that is
+    cheaper and `llm.joins_rows` (model/rows.py) allows it; their positions start at 0 again, by which transformers keeps them
+    apart in attention. Logits exist only where a label is, and of those a chunk at a time: a hook takes the hidden states in
     front of the output embeddings to the loss, and sends one position on through the head and the model's end. A model that does
     more there than multiply (a bias, LoRA, Gemma 2's cap on its logits) is known by its result for that position; it gets all
     logits at target positions. Without any target one position is run and counts nothing.
     """
-    arguments, wanted = {"inputs_embeds": embeddings, "attention_mask": mask}, labels
-    if one_row_is_cheaper(llm, mask, embeddings.shape[-1]):
-        there = mask.bool()
-        arguments = {"inputs_embeds": embeddings[there][None], "position_ids": (mask.long().cumsum(1) - 1)[there][None]}
-        wanted = labels.masked_fill(mask.cumsum(1) == 1, -100)[there][None]  # the row before does not predict a row's first token
+    joined = getattr(llm, "joins_rows", False) and one_row_is_cheaper(llm, mask, embeddings.shape[-1])
+    arguments, wanted, keys = arrange(embeddings, mask, labels, row_keys, joined)
     rows, columns = torch.nonzero(wanted[:, 1:] != -100, as_tuple=True)  # position i predicts label i + 1
     targets, counts = wanted[rows, columns + 1], 1.0
     if not len(rows):
@@ -320,14 +370,15 @@ def target_loss(llm: nn.Module, embeddings: torch.Tensor, mask: torch.Tensor, la
 
     handles = head.register_forward_pre_hook(select), head.register_forward_hook(remember)
     try:
-        logits = llm(**arguments, use_cache=False).logits  # [1, 1 or N, V]
+        with token_keys_in_use(llm, keys):
+            logits = llm(**arguments, use_cache=False).logits  # [1, 1 or N, V]
     finally:
         for handle in handles:
             handle.remove()
     if product is None:
         product = llm.head_is_a_product = torch.allclose(seen["product"], logits.float(), rtol=0.0, atol=0.0, equal_nan=True)
         if not product:
-            return target_loss(llm, embeddings, mask, labels)
+            return target_loss(llm, embeddings, mask, labels, row_keys)
     if product:
         return counts * seen["loss"]
     return counts * F.cross_entropy(logits[0].float(), targets, reduction="sum")

@@ -15,6 +15,7 @@ from torch import nn
 from model import ops
 from model.alignment import ScaledLayerNorm
 from model.config import OptionError, ShrinkingConfig
+from model.dropout import KeyedDropout, dropped_frames, position_keys
 
 
 class ZeroLinear(nn.Linear):
@@ -43,21 +44,26 @@ class ShrinkingAdapter(nn.Module):
             raise OptionError(f"model.shrinking.heads = {self.heads} does not divide the LLM's width {width}: "
                              "set it in the recipe")
         self.looks_back = config.enabled and config.lookback != "none"
+        self.drop_frames = KeyedDropout(config.dropout, "shrinking.lookback")
         if self.looks_back:
             self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
             self.out = ZeroLinear(width, width)
         self.norm = ScaledLayerNorm(width, gain)
 
-    def forward(self, hidden: torch.Tensor, lengths: torch.Tensor, kept: torch.Tensor, kept_lengths: torch.Tensor
-                ) -> torch.Tensor:
-        """hidden [A, T, D], lengths [A], kept [A, K] frame positions, kept_lengths [A] -> [A, K, D], zero behind kept_lengths."""
+    def forward(self, hidden: torch.Tensor, lengths: torch.Tensor, kept: torch.Tensor, kept_lengths: torch.Tensor,
+                keys: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden [A, T, D], lengths [A], kept [A, K] frame positions, kept_lengths [A] -> [A, K, D], zero after kept_lengths.
+        keys [A]: the utterances' keys of dropout, needed in training."""
         frames = hidden.gather(1, kept[..., None].expand(-1, -1, hidden.shape[-1]))
         if self.looks_back:
             over, over_lengths = (hidden, lengths) if self.config.lookback == "all" else (frames, kept_lengths)
             query = self.query(frames).unflatten(-1, (self.heads, -1))
             key, value = self.key_value(over).unflatten(-1, (2, self.heads, -1)).unbind(2)
-            mixed = ops.lookback_attention(query, key, value, kept_lengths, over_lengths,
-                                           dropout_p=self.config.dropout if self.training else 0.0)
+            if keys is not None:
+                keys = position_keys(keys, hidden.shape[1])
+                keys = keys if self.config.lookback == "all" else keys.gather(1, kept)
+            value = dropped_frames(self.drop_frames, value, keys)
+            mixed = ops.lookback_attention(query, key, value, kept_lengths, over_lengths)
             frames = frames + self.out(mixed.flatten(2))
         valid = torch.arange(kept.shape[1], device=kept.device) < kept_lengths[:, None]
         return self.norm(frames).masked_fill(~valid[..., None], 0.0)

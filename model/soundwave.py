@@ -17,11 +17,13 @@ from model import identity
 from model.alignment import AlignmentAdapter, CTCHead
 from model.batch import Batch
 from model.config import OptionError, SoundwaveConfig
+from model.dropout import LoraDropout
 from model.encoder import build_encoder, tensor_prefix
 from model.generation import Generation
 from model.language_model import build_llm, embed, load_tokenizer, lora_parameters, splice, target_loss
 from model.pretrained import (
     DTYPES,
+    SourceError,
     attention_implementation,
     embedding_statistics,
     fingerprint,
@@ -144,10 +146,12 @@ class Soundwave(Generation, nn.Module):
                              (self.shrinking, self.stage == "shrinking"), (self.llm, self.stage != "alignment")):
             if part is not None and not learns:
                 part.eval()
-        if self.llm is not None:  # its own dropout stays off; LoRA's follows the mode
-            for name, module in self.llm.named_modules():
-                if isinstance(module, nn.Dropout) and "lora_" not in name:
-                    module.eval()
+        if self.llm is not None:  # frozen: it draws no random number and changes no weight of its own (some do both in training)
+            learns = mode and self.stage != "alignment"
+            for module in self.llm.modules():
+                # transformers computes a layer again in backward where the layer itself is in training mode.
+                checkpointed = getattr(module, "gradient_checkpointing", False)
+                module.training = learns and (checkpointed or isinstance(module, LoraDropout))
         return self
 
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -166,9 +170,16 @@ class Soundwave(Generation, nn.Module):
         return [(self.ctc_head, self.ctc_head.weight)] if shared else []
 
     def enable_activation_checkpointing(self) -> None:
-        """Keep only the LLM layers' inputs and compute the rest again in backward."""
-        if self.llm is not None:
-            self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        """Keep only the LLM layers' inputs and compute the rest again in backward. Errors: SourceError for LLMs that cannot."""
+        if self.llm is None:
+            return
+        try:
+            self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={
+                "use_reentrant": False, "context_fn": self.llm.token_keys.for_checkpoint})
+        except ValueError as error:
+            raise SourceError(f"optim.activation_checkpointing does not work with {self.sources['llm'].name} "
+                              f"({str(error).splitlines()[0]}): set it to false") from None
+        self.train(self.training)
 
     def frozen_hash(self) -> dict[str, str]:
         """sha256 of the frozen parts' tensors, from their files. (What else decides their numbers: `frozen_settings`.)"""
@@ -193,7 +204,7 @@ class Soundwave(Generation, nn.Module):
 
     def listen(self, batch: Batch, with_ctc: bool = False) -> Audio:
         """Everything up to the kept frames; with_ctc: the CTC loss, too."""
-        hidden, lengths = self.alignment(*self.encode(batch))
+        hidden, lengths = self.alignment(*self.encode(batch), batch.audio_keys)
         targets = (batch.ctc_targets, batch.ctc_target_lengths) if with_ctc else ()
         loss, argmax, peak, blank_logprob = self.ctc_head(hidden, lengths, *targets)
         kept, kept_lengths = kept_frames(self.config.shrinking, argmax, peak.detach(), blank_logprob.detach(), lengths,
@@ -204,7 +215,7 @@ class Soundwave(Generation, nn.Module):
     def embeddings(self, batch: Batch, audio: Audio, left_padded: bool = False
                    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The LLM's input: embeddings [B, L, D], mask [B, L], labels [B, L]."""
-        shrunk = self.shrinking(audio.hidden, audio.lengths, audio.kept, audio.kept_lengths)
+        shrunk = self.shrinking(audio.hidden, audio.lengths, audio.kept, audio.kept_lengths, batch.audio_keys)
         if self.config.shrinking.token_embeddings:
             tokens = audio.argmax.gather(1, audio.kept)
             said = (tokens != self.ctc_head.blank) & (torch.arange(tokens.shape[1], device=tokens.device)
@@ -230,5 +241,5 @@ class Soundwave(Generation, nn.Module):
         ce_sum, llm_tokens = ctc_sum.new_zeros(()), audio.lengths.new_zeros(())
         if "ce" in losses:
             embeddings, mask, labels = self.embeddings(batch, audio)
-            ce_sum, llm_tokens = target_loss(self.llm, embeddings, mask, labels), mask.sum()
+            ce_sum, llm_tokens = target_loss(self.llm, embeddings, mask, labels, batch.row_keys), mask.sum()
         return Output(ce_sum, ctc_sum, real * audio.lengths.sum(), real * audio.kept_lengths.sum(), llm_tokens)

@@ -55,11 +55,11 @@ def parameters_by_module(model: Soundwave) -> list[tuple[str, int, int]]:
 
 
 def states_per_rank(trained: int, frozen: int, ranks: int, zero_stage: int, weight_bytes: int) -> float:
-    """Bytes of weights, gradients (fp32) and optimizer states (fp32 master where weights are 16-bit, two moments) on a rank
-    (Rajbhandari et al., 2020, figure 1, with frozen weights beside the trained ones)."""
+    """Bytes of weights, gradients (fp32) and optimizer states (fp32 master, two moments) on a rank (Rajbhandari et al., 2020,
+    figure 1, with frozen weights beside the trained ones). DeepSpeed keeps masters of fp32 weights, too."""
     weights = weight_bytes * (trained + frozen)
     gradients = 4 * trained
-    states = (12 if weight_bytes < 4 else 8) * trained
+    states = 12 * trained
     return {1: weights + gradients + states / ranks, 2: weights + (gradients + states) / ranks,
             3: (weights + gradients + states) / ranks}[zero_stage]
 

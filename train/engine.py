@@ -10,7 +10,7 @@ of ranks: the gradient is that of the global batch, however it is split.
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,13 +23,17 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import get_global_norm_of_tensors
 from torch.profiler import record_function
 
+from core.keys import signed_key64
 from model.batch import Batch
 from model.language_model import base_of
+from model.rows import probe
 from train import optim, zero
 from train.config import Recipe
 from train.distributed import Ranks
 from train.health import Health
 from train.stages import Stage
+
+logger = logging.getLogger("soundwave")
 
 
 @dataclass
@@ -44,12 +48,6 @@ class StepResult:
     # Sums over all ranks.
     sums: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # of this rank
-
-
-def step_seed(*parts: int) -> int:
-    """A 63-bit seed from integers: dropout is a function of (seed, step, rank, micro-batch), so no generator state is saved."""
-    digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def all_reduce(values: list[float], ranks: Ranks) -> list[float]:
@@ -98,8 +96,22 @@ class Engine:
         self.health = Health(recipe.health)
         self._loss, self._skip_reason, self._rehearsing = 0.0, None, False
         self._install_gate()
+        self._try_rows()
         # What the gate refuses DeepSpeed takes for an overflow, and says so; the reason is told by the loop.
         deepspeed.utils.logger.addFilter(lambda record: not (self._skip_reason and "OVERFLOW" in record.getMessage()))
+
+    def _try_rows(self) -> None:
+        """Decide on all ranks alike whether this LLM's rows may be joined. Errors: SourceError for one that cannot be trained."""
+        llm = self.model.llm
+        if llm is None:
+            return
+        self.deepspeed.train()
+        rows = probe(llm, self.model.audio_id)
+        kept_apart, = all_reduce([float(rows.kept_apart)], self.ranks)
+        llm.joins_rows = kept_apart == self.ranks.world_size
+        if self.ranks.is_main:
+            elsewhere = "padded: on another rank they do not stay apart when they are joined"
+            logger.info("rows of a micro-batch are %s", rows if llm.joins_rows == rows.kept_apart else elsewhere)
 
     def _install_gate(self) -> None:
         """Judge the step where DeepSpeed has just computed the global norm and nothing has moved yet.
@@ -194,11 +206,11 @@ class Engine:
         number = len(micro_batches)
         self.deepspeed.train()
         sums = torch.zeros(5, dtype=torch.float64, device=self.ranks.device)
+        dropout_key = signed_key64("step", self.recipe.seed, step)
         for i, batch in enumerate(micro_batches):
-            torch.manual_seed(step_seed(self.recipe.seed, step, self.ranks.rank, i))
             self.deepspeed.set_gradient_accumulation_boundary(i == number - 1)
             with record_function("forward"):
-                output = self.deepspeed(batch.to(self.ranks.device), losses=self.stage.losses)
+                output = self.deepspeed(batch.to(self.ranks.device).at_step(dropout_key), losses=self.stage.losses)
                 loss = self._micro_loss(output, ce_count, ctc_count)
             with record_function("backward"):
                 self.deepspeed.backward(loss * self.ranks.world_size, scale_wrt_gas=False)

@@ -24,6 +24,7 @@ from model.language_model import lora_parameters, resolved_targets
 from model.ops.linear_ctc import check_implementation
 from model.pretrained import locate, text_config
 from model.prompt import NORMALISATIONS
+from model.rows import longest_row
 from model.soundwave import Soundwave
 from train import desync, report, resume, universal, zero
 from train.checkpoint import Checkpoints, find_good, read_state, saved_in_health
@@ -151,8 +152,9 @@ class Run:
         for corpus in recipe.data.valid:
             select(load_index(corpus.shards), 0, self.stage.name, corpus, recipe.log.validate_utterances)
         llm = locate(recipe.model.llm.name, sizes_only=True)
-        hidden_size = text_config(llm.config).hidden_size
-        self.ds_config = config = zero.resolve(recipe, hidden_size)
+        sizes = text_config(llm.config)
+        self.ds_config = config = zero.resolve(recipe, sizes.hidden_size)
+        self.row_limit = longest_row(sizes)
         if "lora" in self.stage.trains:
             recipe.model.llm.lora_targets = resolved_targets(recipe.model.llm, llm)  # recorded as what they are
         if state is not None:  # what can be refused is, before features are computed and models read
@@ -287,7 +289,7 @@ class Run:
         recipe = self.recipe
         return Stream(recipe.data, self.stage.name, self.model.tokenizer, recipe.model, self.ranks.rank, self.ranks.world_size,
                       start_step=first_step + self.data_offset, steps=recipe.optim.steps + self.data_offset,
-                      rejected_path=self.folder / "rejected.jsonl", plan=self.plan)
+                      rejected_path=self.folder / "rejected.jsonl", plan=self.plan, row_limit=self.row_limit)
 
     def _train(self) -> int:
         recipe, ranks = self.recipe, self.ranks

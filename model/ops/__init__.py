@@ -1,7 +1,8 @@
 """The fused op: CTC and run detection over an LLM's whole vocabulary without logits (docs/fused_op.md)."""
 
+from .dropout import keyed_dropout, mix64
 from .linear_ctc import linear_argmax, linear_ctc
 from .lookback import lookback_attention
 from .runs import ctc_runs
 
-__all__ = ["ctc_runs", "linear_argmax", "linear_ctc", "lookback_attention"]
+__all__ = ["ctc_runs", "keyed_dropout", "linear_argmax", "linear_ctc", "lookback_attention", "mix64"]

@@ -13,7 +13,7 @@ except ImportError:
 
 
 def lookback_attention(query: Tensor, key: Tensor, value: Tensor, kept_lengths: Tensor, key_lengths: Tensor,
-                       dropout_p: float = 0.0, key_mask: Tensor | None = None) -> Tensor:
+                       key_mask: Tensor | None = None) -> Tensor:
     """softmax(query key^T / sqrt(d)) value, each utterance by itself.
 
     query [B, K, H, d] (kept frames), key and value [B, T, H, d] (frames), kept_lengths and key_lengths [B]; key_mask
@@ -31,15 +31,14 @@ def lookback_attention(query: Tensor, key: Tensor, value: Tensor, kept_lengths: 
         is_key = is_key & key_mask
     is_query = is_query & is_key.any(dim=1, keepdim=True)
     if flash_attn_varlen_func is not None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        return _varlen(query, key, value, is_query, is_key, dropout_p)
+        return _varlen(query, key, value, is_query, is_key)
     # An all-masked row would be NaN: rows that do not count look at every frame, and are set to zero below.
     mask = (is_key[:, None, None, :] | ~is_query[:, None, :, None]).expand(batch, 1, queries, key.shape[1])
-    out = scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask,
-                                       dropout_p=dropout_p)
+    out = scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask)
     return out.transpose(1, 2).masked_fill(~is_query[:, :, None, None], 0.0)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, is_query: Tensor, is_key: Tensor, dropout_p: float) -> Tensor:
+def _varlen(query: Tensor, key: Tensor, value: Tensor, is_query: Tensor, is_key: Tensor) -> Tensor:
     is_key = is_key & is_query.any(dim=1, keepdim=True)
 
     def ends(mask: Tensor) -> tuple[Tensor, int]:
@@ -50,5 +49,5 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, is_query: Tensor, is_key:
     out = torch.zeros_like(query)
     if longest_query:
         out[is_query] = flash_attn_varlen_func(query[is_query], key[is_key], value[is_key], query_ends, key_ends,
-                                               longest_query, longest_key, dropout_p=dropout_p)
+                                               longest_query, longest_key)
     return out

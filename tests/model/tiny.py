@@ -72,16 +72,23 @@ FAMILIES = {
     "gemma2": dict(style="gemma", tie=True), "gemma3_text": dict(style="gemma", tie=True),
     "qwen3": dict(style="chatml", tie=False),
 }
+# Families whose rows are not joined (model/rows.py), with the sizes that others lack.
+PADDED_FAMILIES = {
+    "gpt_oss": dict(style="chatml", tie=False, num_local_experts=4, num_experts_per_tok=2),
+    "lfm2": dict(style="chatml", tie=True, layer_types=["conv", "full_attention"]),
+}
 
 
 def llm(folder: Path, family: str = "llama_tied", *, width: int = 32, layers: int = 2, heads: int = 4, spare_rows: int = 0,
         extra_tokens: tuple[str, ...] = ()) -> str:
     """A random LLM of a family with its tokenizer; `spare_rows`: vocabulary padded beyond the tokenizer."""
-    style, tie = FAMILIES[family]["style"], FAMILIES[family]["tie"]
+    more = dict((FAMILIES | PADDED_FAMILIES)[family])
+    style, tie = more.pop("style"), more.pop("tie")
     words = tokenizer(style, extra_tokens)
     sizes = dict(vocab_size=len(words) + spare_rows, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
                  num_attention_heads=heads, num_key_value_heads=heads // 2, head_dim=width // heads, max_position_embeddings=2048,
-                 tie_word_embeddings=tie, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=None)
+                 tie_word_embeddings=tie, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=None,
+                 **more)
     config = AutoConfig.for_model(family.removesuffix("_tied"), **sizes)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -128,7 +135,8 @@ def batch_of(model, chats: list[list[dict]], sounds: list[torch.Tensor], texts: 
         at = slice(longest - len(ids), longest) if left else slice(0, len(ids))
         input_ids[row, at], mask[row, at], labels[row, at] = torch.tensor(ids), 1, torch.tensor(label)
     return Batch(waveforms, None, torch.tensor([len(s) for s in sounds]), dummy, ctc, torch.tensor([len(t) for t in targets]),
-                 torch.tensor([bool(t) for t in targets]), input_ids, mask, labels)
+                 torch.tensor([bool(t) for t in targets]), input_ids, mask, labels, audio_keys=torch.arange(len(sounds)),
+                 row_keys=torch.arange(len(chats)))
 
 
 def chat(prompt: str, answer: str | None = None, audio: bool = True) -> list[dict]:

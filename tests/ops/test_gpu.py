@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.ops import ctc_runs, linear_ctc, lookback, lookback_attention
+from model.ops import ctc_runs, dropout, keyed_dropout, linear_ctc, lookback, lookback_attention
 from tests.ops.truth import Case, ordinary, peaked
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
@@ -61,6 +61,19 @@ def test_runs_stay_on_the_gpu():
     on_cpu = ctc_runs(argmax, peak, lengths, 0)
     on_gpu = ctc_runs(argmax.cuda(), peak.cuda(), lengths.cuda(), 0)
     assert all(torch.equal(a, b.cpu()) for a, b in zip(on_cpu, on_gpu))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_has_the_masks_of_the_cpu(dtype):
+    x, keys = 1 + torch.rand(37, 1030).to(dtype), torch.randint(-2**63, 2**63 - 1, (37,))
+    leaf = x.cuda().requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = keyed_dropout(leaf, keys.cuda(), -5, 0.1)
+    assert not dropout._has_triton() or [t.numel() for t in saved] == [37], "no mask is kept"
+    torch.testing.assert_close(out.cpu(), keyed_dropout(x, keys, -5, 0.1), rtol=1e-2, atol=0)
+    gradient, = torch.autograd.grad(out.sum(), leaf)
+    assert torch.equal(gradient == 0, out == 0)
 
 
 @pytest.mark.skipif(lookback.flash_attn_varlen_func is None, reason="flash-attn is not installed")

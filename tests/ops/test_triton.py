@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from model.ops import linear_ctc
+from model.ops import keyed_dropout, linear_ctc
 from tests.ops.truth import cases, check, ordinary, peaked
 
 pytest.importorskip("triton")
@@ -27,7 +27,7 @@ def test_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert "5 passed" in done.stdout
+    assert "6 passed" in done.stdout
 
 
 BATCH = {"rows", "first_row", "first_token", "tiles", "first_tile", "length", "slots", "labels"}  # what follows the batch
@@ -62,6 +62,36 @@ def test_kernels_compile_for_a_gpu_and_once_for_all_batches(kernel, logits):
     made = triton.compile(ASTSource(function, signature, constants), target=GPUTarget("cuda", 90, 32))
     assert made.asm["cubin"]
     assert {p.name for p in function.params if not p.is_constexpr and not p.do_not_specialize} <= set(KERNELS[kernel])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("x", ["*bf16", "*fp32"])
+def test_dropout_compiles_for_a_gpu_once_for_all_batches_and_places(x):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from model.ops import triton_dropout
+
+    function = triton_dropout._dropout
+    types = {"x": x, "out": x, "keys": "*i64", "rows": "i32", "width": "i32", "site": "i64", "threshold": "i32", "scale": "fp32"}
+    signature = {p.name: "constexpr" if p.is_constexpr else types[p.name] for p in function.params}
+    constants = {(place,): {"ROWS_": triton_dropout.ROWS, "WORDS_": triton_dropout.WORDS}[p.name]
+                 for place, p in enumerate(function.params) if p.is_constexpr}
+    assert triton.compile(ASTSource(function, signature, constants), target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+    assert {p.name for p in function.params if p.do_not_specialize} == {"rows", "site", "threshold"}
+
+
+@interpreted
+def test_dropout_has_the_masks_of_plain_pytorch():
+    from model.ops import triton_dropout
+
+    shapes = {(3, 7, 50): torch.float32, (5, 1030): torch.bfloat16, (1, 4): torch.float32, (9, 1): torch.float32}
+    for shape, dtype in shapes.items():
+        x, keys = 1 + torch.rand(shape).to(dtype), torch.randint(-2**63, 2**63 - 1, shape[:-1])
+        for site in (5, -2**63, 2**63 - 1, 0):
+            plain = keyed_dropout(x, keys, site, 0.1)
+            torch.testing.assert_close(triton_dropout.apply(x, keys, site, round(0.1 * 2**16)), plain, rtol=1e-2, atol=0)
 
 
 def run(case, leaves, **options):

@@ -10,6 +10,7 @@ import pytest
 import soundfile
 import torch
 
+from core.keys import signed_key64
 from tests.stream.conftest import data_config, record, sound, table_index, write_folder
 from train.config import Corpus, RecipeError
 from train.data import EvalStream, Plan, Stream, TooManyRejected, validation_batches, worst_case_batch
@@ -38,6 +39,39 @@ def test_ranks_and_workers_do_not_change_the_batches(packed, tokenizer, model_co
     assert consumed(data_config(packed, workers=workers), "alignment", tokenizer, model_config, 3, 0, 9) == alone
     later = consumed(data_config(packed, workers=workers), "alignment", tokenizer, model_config, 2, 5, 9)
     assert later == {step: alone[step] for step in range(5, 9)}
+
+
+def dropout_keys(data, tokenizer, model_config, world_size, steps):
+    """Count (step, id, the row's key, its audio's or None) over all ranks."""
+    found = Counter()
+    for rank in range(world_size):
+        for step in Stream(data, "shrinking", tokenizer, model_config, rank, world_size, 0, steps):
+            for batch in step.micro_batches:
+                if not batch.ids:
+                    assert batch.row_keys.tolist() == batch.audio_keys.tolist() == [0]
+                    continue
+                audios = iter(batch.audio_keys.tolist() if not batch.audio_is_dummy else [])
+                found.update((step.step, name, key, None if task == "text" else next(audios)) for name, key, task in
+                             zip(batch.ids, batch.row_keys.tolist(), batch.tasks, strict=True))
+                assert next(audios, None) is None
+    return found
+
+
+def test_dropout_keys_belong_to_utterance_and_pass_alone(mixed, packed, tokenizer, model_config):
+    """Not to the rank, the micro-batch or the worker; a clip's audio has its conversation's. Two corpora have the same ids."""
+    data = data_config(mixed, packed)
+    alone = dropout_keys(data, tokenizer, model_config, 1, 14)
+    assert dropout_keys(data_config(mixed, packed, micro_batch_seconds=2.5, workers=1), tokenizer, model_config, 3, 14) == alone
+    assert all(audio in (None, row) for _, _, row, audio in alone) and any(audio is None for *_, audio in alone)
+    plan, expected, places = Plan.open(data, "shrinking", 14), Counter(), set()
+    for step in range(14):
+        for entry in plan.global_batch(step):
+            name = plan.indexes[entry["corpus"]].read(int(entry["row"]))[1]["id"]
+            place = int(entry["corpus"]), int(entry["row"]), int(entry["epoch"])
+            places.add(place)
+            expected[step, name, signed_key64("utterance", *place)] += 1
+    assert expected == Counter({(step, name, key): number for (step, name, key, _), number in alone.items()})
+    assert {epoch for *_, epoch in places} >= {0, 1} and len({key for *_, key in expected}) == len(places)
 
 
 def test_every_utterance_once_per_pass(packed, tokenizer, model_config):

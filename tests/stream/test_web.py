@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 
 import pytest
+import torch
 
 from tests.stream.conftest import data_config
 from train.config import Corpus, MixtureConfig, RecipeError
@@ -57,6 +58,18 @@ def test_slots_share_the_samples_without_overlap(packed, tokenizer, model_config
                 break
             seen[sample["__key__"], number] += 1
     assert len(seen) == 2 * 23 and set(seen.values()) == {1}
+
+
+def test_dropout_keys_differ_between_utterances_and_passes(packed, tokenizer, model_config, monkeypatch):
+    monkeypatch.setattr(web_module, "SHUFFLE_BUFFER", 10)
+    keys: dict[str, list[int]] = {}
+    for step in Stream(streamed(pipe(packed)), "alignment", tokenizer, model_config, 0, 1, 0, 9):
+        for batch in step.micro_batches:
+            assert torch.equal(batch.audio_keys, batch.row_keys)
+            for name, key in zip(batch.ids, batch.row_keys.tolist(), strict=True):
+                keys.setdefault(name, []).append(key)
+    drawn = [key for found in keys.values() for key in found]
+    assert len(set(drawn)) == len(drawn) and max(map(len, keys.values())) > 1
 
 
 def test_over_http(packed, tokenizer, model_config):

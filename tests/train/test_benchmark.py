@@ -1,4 +1,4 @@
-"""benchmarks/train_step.py on tiny models: both ways run, and what it says of a step adds up."""
+"""benchmarks/train_step.py and dropout.py on tiny models: all sides run, and what they print adds up."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from benchmarks import dropout
 from benchmarks.train_step import librispeech_lengths
+from model.soundwave import Soundwave
+from tests.model import tiny as tiny_models
 from tests.train.tiny import workspace
+from train.config import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,3 +48,44 @@ def test_a_step_is_accounted_for(tmp_path):
     wrong = subprocess.run([sys.executable, "-m", "benchmarks.train_step", str(folder / "stage2.yaml"), "optim.step=3"], cwd=ROOT,
                            capture_output=True, text=True, timeout=600)
     assert wrong.returncode == 2 and "optim.steps" in wrong.stderr
+
+
+@pytest.mark.slow  # nine steps
+def test_what_dropout_costs_is_measured_with_its_masks_torch_s_and_none(tmp_path, capsys):
+    folder = workspace(tmp_path / "tiny")
+    asked = [str(folder / "stage2.yaml"), "model.llm.lora_dropout=0.1", "data.valid=[]", "--clips", "1", "--steps", "2",
+             "--rounds", "1", "--json", str(tmp_path / "out.json")]
+    assert dropout.main(asked) == 0
+    told = capsys.readouterr().out
+    result = json.loads((tmp_path / "out.json").read_text())["result"]
+    assert {side: len(taken) for side, taken in result["samples"].items()} == {"keyed": 2, "torch": 2, "none": 2}
+    assert result["rates"] == {"alignment": 0.1, "shrinking": 0.1, "lora": 0.1} and all(result["seconds"].values())
+    assert "keyed / torch" in told and (tmp_path / "out.txt").exists()
+    assert dropout.main([asked[0], "optim.step=3"]) == 2 and "optim.steps" in capsys.readouterr().err
+
+
+def loss_of(model, batch) -> float:
+    return float(model(batch, losses=("ce", "ctc")).ctc_sum.detach())
+
+
+def test_each_side_of_the_benchmark_has_its_own_masks(tmp_path):
+    """torch's masks follow its generator, the keyed ones do not, and without any all rates are zero for a while."""
+    folder = workspace(tmp_path / "tiny")
+    torch.manual_seed(0)
+    recipe = load_recipe(folder / "stage2.yaml", ["model.llm.lora_dropout=0.1"])
+    model = Soundwave.build(recipe.model)
+    model.set_stage("shrinking")
+    batch = tiny_models.batch(model, [tiny_models.chat("What?", "the wall")], [0.9], ["the wall"])
+
+    def loss() -> float:
+        return loss_of(model.train(), batch)
+
+    keyed = loss()
+    assert loss() == keyed
+    with dropout.masks_of_torch(model):
+        assert loss() != loss()
+    with dropout.no_masks(model):
+        bare = loss()
+    assert bare != keyed and loss() == keyed
+    model.eval()
+    assert loss_of(model, batch) == pytest.approx(bare)

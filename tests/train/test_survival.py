@@ -24,7 +24,7 @@ from train.data import Plan
 from train.preemption import Preemption
 
 OPTIONS = ["optim.steps=8", "checkpoint.every_steps=2", "data.valid=[]", "log.tensorboard=false"]
-COMPARABLE = ["model.alignment.dropout=0", "model.shrinking.dropout=0", "checkpoint.keep_last=9"]  # to compare, and to look
+COMPARABLE = ["model.llm.lora_dropout=0.1", "checkpoint.keep_last=9"]  # all dropout on (the adapters' is by default)
 
 
 @pytest.fixture(scope="module")
@@ -277,11 +277,33 @@ def test_two_ranks_one_rank_two_ranks(server, tiny, whole, tmp_path, stage, zero
     elastic(server, tiny, tmp_path, [(2, 2), (1, 4), (2, None)], *options, stage=stage)
 
 
+@pytest.mark.slow  # seven starts of real ranks
+def test_killed_and_moved_from_one_to_two_ranks_and_back(server, tiny, whole, tmp_path):
+    """Stage II on 2-1-2-1-2-2 ranks under ZeRO-3, three of them killed, with other micro-batches on the way and dropout of 0.1 in
+    adapters and LoRA: the losses and weights of a run that was left alone."""
+    moved = tmp_path / "moved"
+    options = [*COMPARABLE, f"init_from={whole / 'alignment' / 'model'}", "optim.steps=14", "data.workers=0"]
+    codes, text = train(server, tiny, tmp_path / "still", *options, stage=2)
+    assert codes == [0, 0] and "rows of a micro-batch are joined" in text, text
+    for ranks, kind, step, more in ((2, "SIGKILL", 3, []), (1, "SIGTERM", 4, ["data.micro_batch_seconds=9"]),
+                                    (2, "SIGKILL", 8, []), (1, "SIGTERM", 9, []),
+                                    (2, "SIGKILL", 12, ["optim.activation_checkpointing=true"])):
+        fault = ["signal_after", step, kind, ranks - 1]
+        run = server.start([tiny / "stage2.yaml", f"output={moved}", *OPTIONS, *options, *more], ranks=ranks, fault=fault)
+        codes = run.wait(patience=0.5)
+        assert codes == [85] * ranks if kind == "SIGTERM" else -signal.SIGKILL in codes, run.text()
+        assert step == 3 or "resuming at step" in run.text()
+    codes, text = train(server, tiny, moved, *options, stage=2)
+    assert codes == [0, 0] and "resuming at step" in text, text
+    assert_close_end(moved, tmp_path / "still", "shrinking")
+
+
 @pytest.mark.slow  # several starts of real ranks
 def test_activation_checkpointing_gives_the_same_losses(server, tiny, whole, tmp_path):
     start = f"init_from={whole / 'alignment' / 'model'}"
     for name in ("false", "true"):
-        codes, text = train(server, tiny, tmp_path / name, start, f"optim.activation_checkpointing={name}", stage=2, ranks=1)
+        codes, text = train(server, tiny, tmp_path / name, start, f"optim.activation_checkpointing={name}",
+                            "model.llm.lora_dropout=0.1", stage=2, ranks=1)
         assert codes == [0], text
     with_it, without = (loss_curve(tmp_path / name, "shrinking") for name in ("true", "false"))
     torch.testing.assert_close(with_it, without, rtol=1e-6, atol=0)

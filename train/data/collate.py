@@ -48,15 +48,18 @@ class Collator:
     """Turns samples into Batches for one stage.
 
     answers: with the assistant's words and labels (training), or the prompt alone, ready to be continued (generation).
-    token_limit: LLM positions that one row may take (None: any). feature_width: width of cached encoder features, where used.
+    token_limit: LLM positions that one row's text may take (None: any). row_limit: those that text and audio may take, at most
+    one a frame (`model.rows.longest_row`). feature_width: width of cached encoder features, where used.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model_config: SoundwaveConfig, stage: str, ctc_text: str, *,
-                 answers: bool = True, token_limit: int | None = None, feature_width: int | None = None):
+                 answers: bool = True, token_limit: int | None = None, row_limit: int | None = None,
+                 feature_width: int | None = None):
         self.tokenizer, self.stage, self.ctc_text = tokenizer, stage, ctc_text
         self.chat = {"style": model_config.prompt, "audio_token": model_config.audio_token, "system": model_config.system_prompt}
         self.audio_token = model_config.audio_token
         self.answers, self.token_limit, self.feature_width = answers, token_limit, feature_width
+        self.row_limit, self.stack_frames = row_limit, model_config.alignment.stack_frames
 
     def prepare(self, sample: Sample) -> Prepared:
         """Errors: BrokenSample where the JSON lacks what the stage needs, or does not fit its audio."""
@@ -83,7 +86,17 @@ class Collator:
         if self.token_limit is not None and len(input_ids) > self.token_limit:
             raise BrokenSample(f"its conversation takes {len(input_ids)} LLM positions, above "
                                f"data.micro_batch_tokens={self.token_limit}")
+        if self.row_limit is not None and (most := len(input_ids) + self._most_frames(sample)) > self.row_limit:
+            raise BrokenSample(f"its conversation may take {most} LLM positions, above {self.row_limit}, beyond which this LLM's "
+                               "rotary positions depend on the longest row of a batch")
         return Prepared(sample, input_ids, labels, target)
+
+    def _most_frames(self, sample: Sample) -> int:
+        """LLM positions that a sample's audio may take."""
+        if not sample.has_audio:
+            return 0
+        frames = len(sample.waveform) * DUMMY_FRAMES / DUMMY_SAMPLES if sample.features is None else len(sample.features)
+        return math.ceil(frames / self.stack_frames)
 
     def __call__(self, prepared: list[Prepared]) -> Batch:
         """[B] utterances -> Batch, right padded. No utterance at all makes a dummy: all ranks run all modules."""
@@ -111,7 +124,9 @@ class Collator:
             ids=[str(p.sample.meta.get("id", "")) for p in prepared],
             tasks=[str(p.sample.meta.get("task", "")) for p in prepared],
             languages=[self._language_of(p.sample.meta) for p in prepared],
-            mel_mask=self._pad_masks([p.sample.mel_mask for p in heard]))
+            mel_mask=self._pad_masks([p.sample.mel_mask for p in heard]),
+            audio_keys=torch.tensor([p.sample.dropout_key for p in heard] or [0]),
+            row_keys=torch.tensor([p.sample.dropout_key for p in prepared] or [0]))
 
     def _language_of(self, sample: dict) -> str | None:
         """The language of what is scored: the transcript's in stage I, else the answer's."""

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
+import core.keys
 from data_tools.shards import ShardError, ShardIndex
 from train.config import Corpus, DataConfig, RecipeError
 from train.data.mixture import Mixture
@@ -57,8 +58,7 @@ def mix64(values: np.ndarray) -> np.ndarray:
 
 def key64(*parts: object) -> np.uint64:
     """64-bit key of a tuple of names and numbers."""
-    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
-    return np.uint64(int.from_bytes(digest, "little"))
+    return np.uint64(core.keys.key64(*parts))
 
 
 def _release(samples: np.ndarray) -> None:

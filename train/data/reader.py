@@ -26,6 +26,7 @@ class Sample:
     waveform: torch.Tensor | None
     features: torch.Tensor | None = None  # [T, D] from the feature cache, in place of the waveform
     mel_mask: torch.Tensor | None = None  # [n_mels, F] bool, where data.spec_augment is on
+    dropout_key: int = 0  # of this utterance in this pass over its corpus
 
     @property
     def has_audio(self) -> bool:

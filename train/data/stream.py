@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from core.keys import signed_key64
 from data_tools.shards import ShardIndex
 from model.batch import Batch
 from model.config import SoundwaveConfig
@@ -108,6 +109,7 @@ class MicroBatchReader(Dataset):
                 sample = augment.augmented(waveform, meta, self.data, int(entry["epoch"]), self.mel_channels)
             else:
                 sample = Sample(meta, waveform)
+        sample.dropout_key = signed_key64("utterance", entry["corpus"], row, entry["epoch"])
         decoded = time.perf_counter()
         prepared = self.collator.prepare(sample)
         timings["read"] += read - began
@@ -174,14 +176,14 @@ class Stream:
 
     Every rank gets the same number of steps, and in each step the same number of micro-batches. Where data.train names pipes
     or URLs in place of packed folders, see train/data/web.py for what holds then. rejected_path: JSONL that
-    names broken utterances (all ranks append). plan: where the caller has one already.
+    names broken utterances (all ranks append). plan: where the caller has one already. row_limit: see Collator.
     Errors: RecipeError before the first step; StreamStalled. How many broken utterances are too many is the caller's to judge,
     who knows those of all ranks: `rejected.too_many(...)`.
     """
 
     def __init__(self, data: DataConfig, stage: str, tokenizer: PreTrainedTokenizerBase, model_config: SoundwaveConfig,
                  rank: int, world_size: int, start_step: int, steps: int, *, rejected_path: str | Path | None = None,
-                 plan: Plan | PlainPlan | None = None):
+                 plan: Plan | PlainPlan | None = None, row_limit: int | None = None):
         augment.check(data)
         self.data, self.rank, self.world_size = data, rank, world_size
         self.start_step, self.steps = start_step, steps
@@ -192,7 +194,7 @@ class Stream:
 
             features = FeatureStore.open(data.cache_features, model_config)
         collator = Collator(tokenizer, model_config, stage, data.ctc_text, token_limit=data.micro_batch_tokens,
-                            feature_width=features.width if features else None)
+                            row_limit=row_limit, feature_width=features.width if features else None)
         channels = augment.mel_channels(data, model_config)
         self.rejected = RejectedLog(rejected_path, data.max_rejected_share)
         self._iterator: Iterator[StepBatches] | None = None

@@ -23,6 +23,7 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import tarfile_samples
 
 from core.audio import EXTENSIONS
+from core.keys import signed_key64
 from train.config import DataConfig, RecipeError
 from train.data import augment
 from train.data.assign import Budgets
@@ -141,6 +142,7 @@ class PlainReader(IterableDataset):
         sample = Sample(meta, None)
         if waveform is not None:
             sample = augment.augmented(waveform, meta, self.data, epoch, self.mel_channels)
+        sample.dropout_key = signed_key64("utterance", raw["__url__"], raw["__key__"], epoch)
         decoded = time.perf_counter()
         prepared = self.collator.prepare(sample)
         timings["decode"] += decoded - began
