@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from core.audio import SAMPLE_RATE, to_mono
+from core.console import printable
 from data_tools.audio import read_clip
 from data_tools.corpora import CorpusError, Entry, Fault, Ignored, fault_of, open_apart
 from data_tools.filters import piped
@@ -233,10 +234,10 @@ def main(argv: list[str] | None = None) -> int:
         print(run(options))
         return 0
     except CorpusError as error:
-        print(f"annotate: {error}", file=sys.stderr)
+        print(f"annotate: {printable(str(error))}", file=sys.stderr)
         return 2
     except OutputError as error:
-        print(f"annotate: {error}; run the same command again: it continues", file=sys.stderr)
+        print(f"annotate: {printable(str(error))}; run the same command again: it continues", file=sys.stderr)
     except BrokenProcessPool:
         print("annotate: a worker process died (out of memory?); run the same command again: it continues", file=sys.stderr)
     return 1

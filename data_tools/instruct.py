@@ -27,6 +27,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from core.console import printable
 from data_tools.corpora import (
     CorpusError,
     Entry,
@@ -355,10 +356,10 @@ def main(argv: list[str] | None = None) -> int:
         print(run(options))
         return 0
     except CorpusError as error:
-        print(f"instruct: {error}", file=sys.stderr)
+        print(f"instruct: {printable(str(error))}", file=sys.stderr)
         return 2
     except OutputError as error:
-        print(f"instruct: {error}", file=sys.stderr)
+        print(f"instruct: {printable(str(error))}", file=sys.stderr)
         return 1
 
 

@@ -6,16 +6,20 @@ import errno
 import fcntl
 import json
 import os
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from core.console import duration, printable
 from data_tools.corpora import CorpusError
 from data_tools.shards import INDEX_NAME, TABLE_NAME, OutputError
 
 WORK = ".pack"  # folder inside the output: the plan, unfinished shards, and what is known of finished ones
 _LOCK = "lock"
+PATIENCE_SECONDS = 120.0  # that a lock is waited for: a node that died keeps its locks on NFS for about 90 s
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -56,7 +60,7 @@ def _may_be_there(path: Path) -> bool:
 def locked(folder: Path, part: tuple[int, int] | None) -> Iterator[None]:
     """Keep others from packing the same part of a folder, or from merging it meanwhile. Whoever is killed lets go of it.
 
-    Errors: InUse; OutputError where the folder cannot be written. A file system without locks is used without.
+    Errors: InUse after a while; OutputError where the folder cannot be written. A file system without locks is used without.
     """
     with ExitStack() as stack:
         work = folder / WORK
@@ -69,20 +73,31 @@ def locked(folder: Path, part: tuple[int, int] | None) -> Iterator[None]:
 
 
 def _lock(stack: ExitStack, path: Path, kind: int, folder: Path) -> None:
-    try:
-        file: IO[str] = stack.enter_context(open(path, "a+"))
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
-    try:
-        fcntl.lockf(file, kind | fcntl.LOCK_NB)  # not flock: workers that outlive a killed parent for a moment would hold that
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        who = file.read(200).strip()
-        raise InUse(f"{folder} is being packed by another process{f' ({who})' if who else ''}: wait until it has ended") from None
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise OutputError(f"cannot lock {path}: {error.strerror}") from error
-        return
+    until, told = time.monotonic() + PATIENCE_SECONDS, False
+    while True:
+        try:
+            file: IO[str] = stack.enter_context(open(path, "a+"))
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror}") from error
+        try:
+            # Not flock: workers that outlive a killed parent for a moment would hold that.
+            fcntl.lockf(file, kind | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            who = file.read(200).strip() or "unknown"
+            file.close()
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise OutputError(f"cannot lock {path}: {error.strerror}") from error
+            return
+        what = f"{folder} is being packed by another process ({who})"
+        if time.monotonic() >= until:
+            raise InUse(f"{what}: wait until it has ended; if it has ended already, remove {path}")
+        if not told:
+            print(f"{printable(what)}: waiting for up to {duration(PATIENCE_SECONDS)}", file=sys.stderr, flush=True)
+            told = True
+        time.sleep(1.0)
     if kind == fcntl.LOCK_EX:
         with suppress(OSError):
             file.truncate(0)

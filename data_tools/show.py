@@ -78,7 +78,7 @@ def describe(folder: Path, index: ShardIndex) -> str:
     if told.get("findings"):
         lines += ["", f"noted when packed (named in {folder / 'findings.jsonl'})"]
         lines += [f"  {count:>9,}  {kind}" for kind, count in told["findings"].items()]
-    return "\n".join(lines)
+    return "\n".join(map(printable, "\n".join(lines).split("\n")))
 
 
 def durations_and_rates(index: ShardIndex) -> tuple[np.ndarray, np.ndarray]:
@@ -122,7 +122,7 @@ def listen(index: ShardIndex, wanted: str, to: Path) -> str:
     """Write one clip to a file: its own bytes where the extension is the same, else decoded into the file's format."""
     row = find_row(index, wanted)
     audio, record = index.read(row)
-    text = json.dumps(record, ensure_ascii=False, indent=1)
+    text = "\n".join(map(printable, json.dumps(record, ensure_ascii=False, indent=1).split("\n")))
     if audio is None:
         return f"{text}\nrow {row} is text alone"
     if to.suffix == f".{index.codecs[index.samples['codec'][row]]}":
@@ -196,7 +196,7 @@ def folders_in(parent: Path) -> str:
         tasks, langs = ", ".join(index.tasks), ", ".join(lang or "?" for lang in index.langs)
         lines.append(f"{len(index):>12,}{duration(index.hours * 3600):>12}  {tasks[:23]:<24}{langs[:15]:<16}{folder}")
     lines += [f"{'not finished':>24}  {'':<40}{folder}: run its command again, or --merge" for folder in begun]
-    return "\n".join(map(printable, lines))
+    return "\n".join(map(printable, "\n".join(lines).split("\n")))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"\nhistograms in {options.png}")
         return 0
     except ShardError as error:
-        print(f"show: {error}", file=sys.stderr)
+        print(f"show: {printable(str(error))}", file=sys.stderr)
         return 2
 
 

@@ -398,9 +398,11 @@ def test_a_name_for_shards_is_a_plain_file_name(tmp_path, capsys):
         assert caught.value.code == 2 and capsys.readouterr().err.splitlines()[-1].endswith("plain file name")
 
 
-def test_two_processes_on_one_output(tmp_path, capsys):
+def test_two_processes_on_one_output(tmp_path, capsys, monkeypatch):
+    from data_tools import output
     from data_tools.output import InUse, locked
 
+    monkeypatch.setattr(output, "PATIENCE_SECONDS", 0.0)
     wav(tmp_path / "a.wav")
     path = manifest(tmp_path / "m.jsonl", [{"id": f"u{n}", "audio": "a.wav", "text": "x"} for n in range(4)])
     out = tmp_path / "out"
@@ -422,6 +424,9 @@ def test_two_processes_on_one_output(tmp_path, capsys):
             pass
     finally:
         (tmp_path / "stop").touch()
+        monkeypatch.setattr(output, "PATIENCE_SECONDS", 60.0)
+        with locked(out, None):  # comes when the other one has let go
+            pass
         os.waitpid(child, 0)
     with locked(out, (0, 2)), locked(out, (1, 2)):
         pass
