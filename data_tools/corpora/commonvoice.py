@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.corpora import CorpusError, Entry, Fault, Reader
+from data_tools.corpora.beside import Beside
 from data_tools.languages import language_name
 from data_tools.text_files import existing, table_rows
 
@@ -25,13 +26,14 @@ _LOCALES = frozenset(
 class CommonVoice(Reader):
     """LANG/SPLIT.tsv beside LANG/clips/*.mp3; PATH is the LANG folder of a release, split e.g. train, dev, test, validated.
 
-    The language is the table's column `locale`, else the folder's name where that is one of Common Voice's.
+    The language is the table's column `locale`, else the folder's name where that is one of Common Voice's. Clips that the
+    table does not name are counted.
     """
 
     has_global_ids = True
 
     def __init__(self, path: Path, split: str = "train", lang: str | None = None):
-        self.path, self.clips, self.given = path, path / "clips", lang
+        self.path, self.clips, self.given, self.beside = path, path / "clips", lang, Beside()
         self.table = existing(path / f"{split}.tsv")
         if not self.table.exists():
             raise CorpusError(
@@ -39,15 +41,19 @@ class CommonVoice(Reader):
             )
 
     def records(self) -> Iterator[tuple[str, Any]]:
+        self.beside.clear()
         for place, row in table_rows(self.table, quoted=False, encoding=self.encoding, required=("path", "sentence")):
             yield f"{self.table.name}:{place}", row
+        yield from self.beside.left(self.table.name)
 
     def sample(self, row: dict[str, str], where: str) -> Entry | Fault:
         if not row["path"]:
             return Fault(where, "bad_row", "no path")
+        audio = str(self.clips / row["path"])
+        self.beside.name(audio)
         return Entry(
             id=Path(row["path"]).stem,
-            audio=str(self.clips / row["path"]),
+            audio=audio,
             text=row["sentence"],
             lang=self.given or row.get("locale") or self._of_folder(),
             task="asr",
@@ -67,7 +73,8 @@ class CoVoST(Reader):
     """covost_v2.SRC_TGT.SPLIT.tsv (path, sentence, translation, client_id) and the Common Voice clips that it speaks of.
 
     PATH is the table; clips: folder of the mp3 files (default: clips beside it). The two languages are in the file's name, and
-    in the corpus' name unless another is given: a clip has one id whatever it is translated into.
+    in the corpus' name unless another is given: a clip has one id whatever it is translated into. Clips that the table does not
+    name are counted.
     """
 
     has_global_ids = True
@@ -79,21 +86,26 @@ class CoVoST(Reader):
             raise CorpusError(f"{path}: the name must be covost_v2.SRC_TGT.SPLIT.tsv, for its languages")
         source, target = parts[1].split("_", 1)
         self.source, self.target = source.split("-")[0], language_name(target)
-        self.corpus = f"{parts[0]}.{parts[1]}"
+        self.corpus, self.beside = f"{parts[0]}.{parts[1]}", Beside()
 
     def records(self) -> Iterator[tuple[str, Any]]:
         # The official script writes the splits with a backslash before every quote and backslash of a sentence.
         required = ("path", "sentence", "translation")
+        self.beside.clear()
         for place, row in table_rows(self.table, "\t", False, escape="\\", encoding=self.encoding, required=required):
             yield f"{self.table.name}:{place}", row
+        yield from self.beside.left(self.table.name)
 
     def sample(self, row: dict[str, str], where: str) -> Entry | Fault:
         path = row["path"]
+        audio = str(self.clips / path)
+        if path:
+            self.beside.name(audio)
         if not path or not row["translation"]:
             return Fault(path or where, "bad_row", "no path or no translation")
         return Entry(
-            id=Path(row["path"]).stem,
-            audio=str(self.clips / row["path"]),
+            id=Path(path).stem,
+            audio=audio,
             text=_without_quotes(row["sentence"]) or None,
             lang=self.source,
             target_lang=self.target,

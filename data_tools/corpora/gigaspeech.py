@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.corpora import CorpusError, Entry, Fault, Item, Reader, is_held_out, kind_of_value
+from data_tools.corpora.beside import Beside
 from data_tools.text_files import existing, json_array
 
 
@@ -16,7 +17,7 @@ class GigaSpeech(Reader):
     DEV and TEST. root: folder that audio paths start from (default: the JSON's).
 
     Punctuation tags become punctuation (punctuation=no leaves them out); garbage segments (<SIL>, <MUSIC>, <NOISE>,
-    <OTHER>) are no speech and are reported as such.
+    <OTHER>) are no speech and are reported as such; audio files that the JSON does not name are counted.
     """
 
     TAGS = {"<COMMA>": ",", "<PERIOD>": ".", "<QUESTIONMARK>": "?", "<EXCLAMATIONPOINT>": "!"}
@@ -26,6 +27,7 @@ class GigaSpeech(Reader):
     has_global_ids = True
 
     def __init__(self, path: Path, subset: str | None = None, root: str | None = None, punctuation: str = "yes"):
+        self.beside = Beside()
         self.path = path if path.is_file() else existing(path / f"{type(self).__name__}.json")
         self.root = Path(root).absolute() if root else self.path.parent
         self.subset = subset.strip("{}").upper() if subset else None
@@ -41,17 +43,20 @@ class GigaSpeech(Reader):
         return words.lstrip(" ,.?!").rstrip() if self.TAGS else words.strip()
 
     def records(self) -> Iterator[tuple[str, Any]]:
+        self.beside.clear()
         for number, recording in enumerate(json_array(self.path, "audios", self.encoding), 1):
             where = f"{self.path.name}:audios {number}"
             if not isinstance(recording, dict) or not isinstance(recording.get("path"), str):
                 yield where, Fault(str(recording)[:80], "bad_json", "a recording without a path")
                 continue
+            self.beside.name(str(self.root / recording["path"]))
             name, segments = recording["path"], recording.get("segments") or ()
             if not isinstance(segments, list | tuple):
                 yield where, Fault(name, "bad_json", f"segments is {kind_of_value(segments)}, not a list")
                 continue
             for place, segment in enumerate(segments):
                 yield f"{where}, segment {place}", (recording, segment)
+        yield from self.beside.left(self.path.name)
 
     def sample(self, record: tuple[dict, Any], where: str) -> Item | list[Item]:
         recording, segment = record

@@ -10,7 +10,7 @@ from typing import Any
 
 from core.failures import reason_of
 from data_tools.corpora import CorpusError, Entry, Reader, is_held_out
-from data_tools.corpora.columns import check_same_meaning, columns_and_values, number
+from data_tools.corpora.columns import check_same_meaning, columns_and_values, number, time_columns
 from data_tools.sources import may_hold_audio, record_batches
 
 TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "normalized_text", "raw_transcription")
@@ -25,8 +25,10 @@ class HuggingFace(Reader):
     strings under label, these joined by commas. speaker, label and prompt may also be the value of all entries: whatever is no
     column's name. Without id=COLUMN, an id is made of file and row (a column `id` may be a sentence's, which several clips
     share). split: only files whose name begins with it, or whose folder has it; without it, all but those of dev, test and
-    validation. What Dataset.map leaves in a saved folder (cache-*, tmp*) is not read. Rows of one Parquet row group stay
-    together in the shuffle, since a row cannot be read without its group.
+    validation. Where audio is a column of paths, columns named like beginnings and ends (start, end_time) are refused, unless
+    ignore names them (ignore=start+end_time): clips of stretches are not cut here. What Dataset.map leaves in a saved folder
+    (cache-*, tmp*) is not read. Rows of one Parquet row group stay together in the shuffle, since a row cannot be read
+    without its group.
     """
 
     COLUMNS = ("text", "id", "speaker", "label", "prompt", "response", "duration")
@@ -44,12 +46,14 @@ class HuggingFace(Reader):
         lang_column: str | None = None,
         duration: str | None = None,
         split: str | None = None,
+        ignore: str | None = None,
     ):
         given = locals()
         self.named = {column: given[column] for column in self.COLUMNS if given[column]}
         if lang_column:
             self.named["lang"] = lang_column
         self.audio, self.meant, self.told = audio, None, ""
+        self.ignored = frozenset(ignore.split("+")) if ignore else frozenset()
         self.root = path.parent if path.is_file() else path
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _holds_data(p))
         if split is None and path.is_dir():
@@ -98,6 +102,13 @@ class HuggingFace(Reader):
             )
         if "text" not in fields and (text := next((name for name in TEXT_COLUMNS if name in names), None)):
             fields["text"] = text
+        if _holds_paths(kind):
+            others = time_columns(names, {audio, *fields.values(), *self.ignored})
+            if stretch := [name for name, meaning in others.items() if meaning in ("start", "end")]:
+                raise CorpusError(
+                    f"{file}: {' and '.join(stretch)} would be left out, and '{audio}' is a column of paths: each clip would be "
+                    f"the whole file. ignore={'+'.join(stretch)} if that is right, else write a table (table:FILE.csv)"
+                )
         used = ", ".join(
             f"{column} (as {field})" if column != field else field for field, column in {"audio": audio, **fields}.items()
         )
@@ -137,6 +148,12 @@ class HuggingFace(Reader):
 def _holds_data(file: Path) -> bool:
     """Dataset.map leaves its results in the folder of a saved dataset, as cache-*.arrow: the same clips, or some, again."""
     return file.suffix == ".parquet" or file.suffix == ".arrow" and not file.name.startswith(("cache-", "tmp"))
+
+
+def _holds_paths(kind) -> bool:
+    from pyarrow import types
+
+    return not types.is_binary(kind) and not types.is_large_binary(kind) and not _is_audio_struct(kind)
 
 
 def _is_audio_struct(kind) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from core.audio import EXTENSIONS
 from data_tools.corpora import CorpusError, Entry, Fault, Ignored, Reader
+from data_tools.corpora.beside import Beside
 from data_tools.corpora.columns import number
 from data_tools.text_files import Problem, existing, table_rows, text_lines
 
@@ -26,25 +27,28 @@ class AudioSet(Reader):
     """SEGMENTS.csv (`# YTID, start_seconds, end_seconds, positive_labels`) and clips named YTID or YTID_START in `clips`.
 
     names: class_labels_indices.csv, which turns label codes into words (default: beside PATH). Several labels of a clip
-    are joined by commas. Clips are the cut 10 s, not the whole video.
+    are joined by commas. Clips are the cut 10 s, not the whole video; those that SEGMENTS.csv does not name are counted.
     """
 
     has_global_ids = True
 
     def __init__(self, path: Path, clips: str, names: str | None = None):
-        self.path, self.clips = path, Path(clips).absolute()
-        names_path = existing(Path(names) if names else path.parent / "class_labels_indices.csv")
-        if not names_path.exists():
-            raise CorpusError(f"{names_path} does not exist: AudioSet's class names are needed (names=FILE)")
-        rows = [row for _, row in table_rows(names_path, required=("mid", "display_name"))]
-        if problem := next((row for row in rows if isinstance(row, Problem)), None):
-            raise CorpusError(f"{names_path}: {problem.detail}")
-        self.names = {row["mid"]: row["display_name"] for row in rows}
+        self.path, self.clips, self.beside = path, Path(clips).absolute(), Beside()
+        self.names_path = existing(Path(names) if names else path.parent / "class_labels_indices.csv")
+        self.names: dict[str, str] = {}
+        if not self.names_path.exists():
+            raise CorpusError(f"{self.names_path} does not exist: AudioSet's class names are needed (names=FILE)")
 
     def records(self) -> Iterator[tuple[str, Any]]:
+        self.beside.clear()
+        for place, row in table_rows(self.names_path, encoding=self.encoding, required=("mid", "display_name")):
+            if isinstance(row, Problem):
+                raise CorpusError(f"{self.names_path}:{place}: {row.detail}")
+            self.names[row["mid"]] = row["display_name"]
         for place, line in text_lines(self.path, self.encoding):
             if isinstance(line, Problem) or line.strip() and not line.startswith("#"):
                 yield f"{self.path.name}:{place}", line
+        yield from self.beside.left(self.path.name)
 
     def sample(self, line: str, where: str) -> Entry | Fault:
         try:
@@ -57,22 +61,26 @@ class AudioSet(Reader):
         clip = find_clip(self.clips, f"{name}_{start:g}", f"{name}_{start:.3f}", f"{name}_{int(start * 1000)}", name, f"Y{name}")
         if clip is None:
             return Fault(f"{name}_{start:g}", "missing_file", f"no clip of {name} in {self.clips}")
+        self.beside.name(str(clip))
         label = ", ".join(self.names.get(code, code) for code in codes)
         return Entry(id=f"{name}_{start:g}", audio=str(clip), task="sound", recording=name, label=label)
 
 
 class VGGSound(Reader):
-    """vggsound.csv (`ytid,start,label,split`, no header), clips named YTID_START (six digits) in `clips`; split: train, test."""
+    """vggsound.csv (`ytid,start,label,split`, no header), clips named YTID_START (six digits) in `clips`; split: train, test.
+    Clips that the table does not name are counted."""
 
     has_global_ids = True
     HEADER = ["ytid", "start", "label", "split"]
 
     def __init__(self, path: Path, clips: str, split: str | None = None):
-        self.path, self.clips, self.split = path, Path(clips).absolute(), split
+        self.path, self.clips, self.split, self.beside = path, Path(clips).absolute(), split, Beside()
 
     def records(self) -> Iterator[tuple[str, Any]]:
+        self.beside.clear()
         for place, row in table_rows(self.path, ",", header=self.HEADER, encoding=self.encoding):
             yield f"{self.path.name}:{place}", row
+        yield from self.beside.left(self.path.name + (f", split {self.split}" if self.split else ""))
 
     def sample(self, row: dict[str, str], where: str) -> Entry | Fault | list:
         start = number(row["start"])
@@ -84,6 +92,7 @@ class VGGSound(Reader):
         clip = find_clip(self.clips, name, f"{row['ytid']}_{int(start)}")
         if clip is None:
             return Fault(name, "missing_file", f"no clip of {name} in {self.clips}")
+        self.beside.name(str(clip))
         return Entry(id=name, audio=str(clip), task="sound", label=row["label"], recording=row["ytid"])
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.corpora import Entry, Fault, Reader, as_name, kind_of_value
+from data_tools.corpora.beside import Beside
 from data_tools.corpora.columns import (
     as_options,
     check_same_meaning,
@@ -35,7 +36,8 @@ class Table(Reader):
     cells, a sign or comma, tab, semicolon, bar (default: a comma in .csv, else a tab). quoting: whether cells may stand in
     double quotes, yes or no (default: yes between commas and semicolons; no between tabs and bars, where a quote is a literal
     character, as in Common Voice and LJSpeech). Columns that are named like times (start, stop_ms) and not used are refused,
-    unless ignore names them (ignore=start+stop_ms). A row with another number of cells than there are columns is refused.
+    unless ignore names them (ignore=start+stop_ms). A row with another number of cells than there are columns is refused. Audio
+    files that lie beside the named ones are counted.
     """
 
     COLUMNS = (
@@ -101,11 +103,13 @@ class Table(Reader):
             self.named["lang"] = lang_column
         self.jsonl = ".jsonl" in bare_suffixes(path) or ".json" in bare_suffixes(path)
         self.keys: Counter[str] = Counter()
+        self.beside = Beside()
         self._of_columns: tuple | None = None  # columns, what they mean, and which of them are times that nobody uses
         self._rows = 0
 
     def records(self) -> Iterator[tuple[str, Any]]:
         self.keys.clear()
+        self.beside.clear()
         self._of_columns, self._rows = None, 0
         if self.jsonl:
             rows = json_items(self.path, self.encoding)
@@ -115,6 +119,7 @@ class Table(Reader):
             if not self.jsonl and self.delimiter == "\t" and self.quoted and isinstance(row, dict) and _has_line_break(row):
                 row = Problem("bad_row", "a line break in a cell of a TSV: write the cell without")
             yield f"{self.path.name}:{place}", row
+        yield from self.beside.left(self.path.name)
 
     def _meaning(self, row: dict, where: str) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
         """(column of each field, values of all entries, times that are not used), of a row with these columns."""
@@ -171,6 +176,7 @@ class Table(Reader):
         cells = {**values, **cells}
         if "audio" in cells:
             cells["audio"] = str(self.root / (cells["audio"] + self.suffix))
+            self.beside.name(cells["audio"])
         elif not (cells.get("prompt") and cells.get("response")):
             proposed = proposal(row, ("audio", "text"))
             hint = f"; perhaps {as_options(proposed)}" if self.jsonl and "audio" in proposed else ""

@@ -1,9 +1,12 @@
 """Every reader on a small corpus in its format's own layout: what it yields, and that its audio can be packed."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import math
+import re
 import tarfile
 
 import numpy as np
@@ -261,6 +264,18 @@ def test_numbers_of_speakers_and_durations_are_taken(tmp_path):
     assert [(entry.speaker, entry.duration) for entry in found] == [("7", 0.2), ("8", None)] * 2
 
 
+def test_stretches_of_files_that_a_hub_dataset_names_are_not_the_whole_files(tmp_path):
+    sound(tmp_path / "a.wav")
+    columns = {"audio": ["a.wav", "a.wav"], "begin_time": [0.0, 0.1], "end_time": [0.1, 0.2]}
+    for kind in (columns, {**columns, "audio": [{"path": "a.wav"}] * 2}):
+        pyarrow.parquet.write_table(pyarrow.table(kind), tmp_path / "train.parquet")
+        with pytest.raises(CorpusError, match="begin_time and end_time would be left out"):
+            list(Corpus(f"huggingface:{tmp_path},audio=audio"))
+        assert len(list(Corpus(f"huggingface:{tmp_path},audio=audio,ignore=begin_time+end_time"))) == 2
+    pyarrow.parquet.write_table(pyarrow.table({**columns, "audio": [sound_bytes()] * 2}), tmp_path / "train.parquet")
+    assert len(list(Corpus(f"huggingface:{tmp_path}"))) == 2, "bytes are clips"
+
+
 def table(root):
     sound(root / "wavs" / "a.wav", 1.0)
     path = text(root / "emotions.csv", 'file,start,stop,emotion\n"a",0.25,0.75,Very_Happy\n,0,1,sad\n')
@@ -333,6 +348,70 @@ def test_reader_yields_what_the_corpus_holds(name, tmp_path):
         assert getattr(found[0], key) == (pytest.approx(value) if isinstance(value, float) else value), key
     assert len({(entry.corpus, entry.id) for entry in found}) == entries
     assert [item.to_json() for item in Corpus(specification)] == [item.to_json() for item in items], "the order must not change"
+
+
+def metadata_of(root):
+    """The files of a corpus that hold its texts, by their bytes."""
+    found = {}
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        if path.suffix not in (".wav", ".mp3", ".flac", ".tar", ".ark", ".parquet", ".arrow") and path.stem != "README":
+            data = path.read_bytes()
+            found[path] = gzip.decompress(data) if path.suffix == ".gz" else data
+    return found
+
+
+def told_of(specification):
+    """What entries hold but for ids of line numbers, and why others do not."""
+    items = list(Corpus(specification))
+    entries = [{**item.fields(), "id": None, "corpus": None} for item in items if isinstance(item, Entry)]
+    return entries, [item.reason for item in items if isinstance(item, Fault)]
+
+
+SPELLINGS = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "bom": b"\xef\xbb\xbf".__add__,
+    "crlf": lambda data: data.replace(b"\n", b"\r\n"),
+    "utf-16": lambda data: data.decode().encode("utf-16"),
+    "no last line end": bytes.rstrip,
+}
+WITH_METADATA = [name for name in READERS if name not in ("shards", "huggingface")]
+
+
+@pytest.mark.parametrize("name", WITH_METADATA)
+def test_metadata_is_the_same_in_every_spelling(name, tmp_path):
+    specification, *_ = MAKERS[name](tmp_path)
+    expected, files = told_of(specification), metadata_of(tmp_path)
+    assert files
+    for path in files:
+        path.unlink()
+    for spelling, spell in SPELLINGS.items():
+        end, now, written = f".{spelling}" if spelling in ("gz", "bz2", "xz") else "", specification, []
+        for path, data in files.items():
+            single = path.name == "one.txt"  # one clip's own text: those are not compressed
+            written.append(path if single else path.with_name(path.name.removesuffix(".gz") + end))
+            written[-1].write_bytes(data if single and end else spell(data))
+            now = now.replace(str(path), str(written[-1]))
+        assert told_of(now) == expected, spelling
+        for path in written:
+            path.unlink()
+
+
+@pytest.mark.parametrize("name", WITH_METADATA)
+def test_letters_of_another_encoding_are_named_unless_it_is_given(name, tmp_path):
+    specification, _, _, told = MAKERS[name](tmp_path)
+    word = next(word for word in re.findall("[A-Za-z]{2,}", told.get("text") or told.get("label") or "YES"))
+    for path, data in metadata_of(tmp_path).items():
+        data = data.replace(word.encode(), word.encode() + b"\xe9")
+        path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    try:
+        entries, reasons = told_of(specification)
+        assert "encoding" in reasons and not any(word in (entry.get("text"), entry.get("label")) for entry in entries)
+    except CorpusError as error:
+        assert "encoding=" in str(error)
+    entries, reasons = told_of(f"{specification},encoding=latin-1")
+    assert any(f"{word}é" in str(entry) for entry in entries) and "encoding" not in reasons
 
 
 def test_all_formats_pack_together(tmp_path):

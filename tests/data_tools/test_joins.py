@@ -172,6 +172,35 @@ def test_clips_that_a_table_does_not_have_are_counted(kind, tmp_path):
 # --- a folder --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["commonvoice", "covost", "table", "gigaspeech", "wenetspeech", "audioset", "vggsound"])
+def test_audio_beside_that_of_a_table_is_counted(kind, tmp_path):
+    for name in ("abc_1.wav", "abc_000001.wav", "left.mp3", "over.FLAC", "._abc_1.wav", "notes.txt"):
+        write(tmp_path / "clips" / name, "")
+    audios = {"audios": [{"path": "clips/abc_1.wav", "segments": []}, {"path": "clips/abc_000001.wav"}]}
+    content = {
+        "commonvoice": ("train.tsv", "path\tsentence\tlocale\nabc_1.wav\tx\ten\nabc_000001.wav\ty\ten\n"),
+        "covost": ("covost_v2.en_de.train.tsv", "path\tsentence\ttranslation\nabc_1.wav\tx\tx\nabc_000001.wav\ty\t\n"),
+        "table": ("t.csv", "audio,offset,duration\nabc_1.wav,0,1\nabc_1.wav,1,1\nabc_000001.wav,0,1\n"),
+        "gigaspeech": ("GigaSpeech.json", json.dumps(audios)),
+        "wenetspeech": ("WenetSpeech.json", json.dumps(audios)),
+        "audioset": ("s.csv", 'abc, 1.0, 11.0, "m"\ngone, 1.0, 11.0, "m"\n'),
+        "vggsound": ("v.csv", "abc,1,dog,train\ngone,1,dog,train\n"),
+    }
+    write(tmp_path / "class_labels_indices.csv", "mid,display_name\nm,dog\n")
+    path = write(tmp_path / content[kind][0], content[kind][1])
+    specification = {
+        "commonvoice": f"commonvoice:{tmp_path}",
+        "table": f"table:{path},root={tmp_path / 'clips'}",
+        "audioset": f"audioset:{path},clips={tmp_path / 'clips'}",
+        "vggsound": f"vggsound:{path},clips={tmp_path / 'clips'},split=train",
+    }.get(kind, f"{kind}:{path}")
+    corpus = Corpus(specification)
+    heading = f"audio files beside those of {path.name}" + (", split train" if kind == "vggsound" else "")
+    for _ in range(2):  # a corpus may be read twice
+        ignored = [(item.what, item.count) for item in corpus if isinstance(item, Ignored)]
+        assert ignored == [(heading, 3 if kind in ("audioset", "vggsound") else 2)]
+
+
 def clips(folder, *names):
     for name in names:
         stem = name.rpartition("/")[2].partition(".")[0]
