@@ -452,6 +452,10 @@ def _dry_run(jobs: list[Job], corpora: list[Corpus], layout: Layout) -> str:
             if problem := broken_clips(plan, looked, job.packing.max_broken_share):
                 print("\n".join(told))
                 raise PackError(problem)
+    for job in jobs:
+        there = next(place for place in (job.folder, *job.folder.parents) if place.exists())
+        if not os.access(there, os.W_OK) or not there.is_dir():
+            told.append(f"{job.folder} cannot be written: {there} is {'read-only' if there.is_dir() else 'a file'}")
     return "\n".join(told)
 
 

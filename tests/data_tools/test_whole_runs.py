@@ -362,6 +362,8 @@ def test_a_dry_run_tells_the_truth(tmp_path, capsys):
     assert "looked for 8 clips and decoded 8: " in out
     assert "1 missing_file (for example gone: " in out and "1 undecodable (for example odd: " in out
     assert not (tmp_path / "out").exists()
+    code, out, err = run("--manifest", path, "--out", tmp_path / "a.wav" / "out", "--dry-run", capsys=capsys)
+    assert code == 0 and out.splitlines()[-1].endswith(f"out cannot be written: {tmp_path / 'a.wav'} is a file")
 
 
 def test_a_dry_run_ends_like_packing_where_files_are_missing(tmp_path, capsys):
