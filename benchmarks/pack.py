@@ -11,6 +11,11 @@ process of its own, start-up included, files in the page cache:
     copy          data_tools/pack.py --codec copy against `tar cf` of the same files
 
 Marks: FLAC at least 0.9 of the codec bound and 1.5 times lhotse; copy at least 0.7 of tar.
+
+`--lines 300000` measures planning instead, on one core, without audio: a manifest of so many lines is read, filtered, shuffled
+and cut into shards, with no filter and with those that need no audio (seconds, rate, language), beside json.loads and json.dumps
+of each line.
+Mark: at most 40 microseconds of processor time a line, and no more memory for ten times the lines.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ import hashlib
 import io
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -37,6 +43,7 @@ from benchmarks.machine import keep, machine
 ROOT = Path(__file__).resolve().parent.parent
 RATE = 16000
 CLIPS_A_SHARD = 500
+PLANNING_MARK = 40  # microseconds of processor time a line
 
 
 def synthetic_clip(number: int) -> np.ndarray:
@@ -185,8 +192,79 @@ def measure(way: str, manifest: Path, cuts: Path, out: Path, workers: int) -> fl
     return time.perf_counter() - started
 
 
+# --- planning --------------------------------------------------------------------------------------------------------------
+
+PLANNING = ("json.loads and json.dumps", "plan", "plan with filters")
+
+
+def lines_of(path: Path, count: int) -> Path:
+    """A manifest of `count` lines, as corpora have them."""
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(count):
+            row = {"id": f"utterance-{number:09d}", "audio": f"clips/{number % 1000:03d}/{number:09d}.flac", "lang": "en"}
+            row |= {"text": f"these are the words of utterance {number}, which are as many as in a sentence that is read aloud"}
+            file.write(json.dumps({**row, "speaker": f"s{number % 997}", "duration": 3.0 + number % 1300 / 100}) + "\n")
+    return path
+
+
+def plan_once_here(way: str, manifest: Path, out: Path) -> dict:
+    """Processor seconds and peak memory in MB of one way to go through a manifest, in this process."""
+    from data_tools.corpora import Corpus
+    from data_tools.filters import Filters, Sieve
+    from data_tools.plan import Layout, make_plan
+
+    asked = {"min_seconds": 0.5, "max_seconds": 30, "min_rate": 1, "max_rate": 60, "langs": ["en", "de"]}
+    filters = Filters(**asked) if "filters" in way else Filters()
+    started = time.process_time()
+    if way == PLANNING[0]:
+        with open(manifest, encoding="utf-8") as lines, open(out, "w", encoding="utf-8") as copy:
+            for line in lines:
+                copy.write(json.dumps(json.loads(line), ensure_ascii=False) + "\n")
+    else:
+        make_plan(out, [Corpus(f"manifest:{manifest}")], Sieve(filters), Layout(), {})
+    return {"seconds": time.process_time() - started, "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def measure_planning(options: argparse.Namespace) -> int:
+    """Print microseconds a line and peak memory, for all lines and a tenth of them; exit code 1 where a mark is missed."""
+    folder = options.folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = (options.lines // 10, options.lines)
+    found: dict[str, dict[int, list[dict]]] = {way: {count: [] for count in counts} for way in PLANNING}
+    for count in counts:
+        manifest = lines_of(folder / "lines.jsonl", count)
+        for _ in range(options.repeat):
+            for way in PLANNING:
+                out = folder / "plan"
+                shutil.rmtree(out, ignore_errors=True)
+                out.unlink(missing_ok=True)
+                command = [sys.executable, "-m", "benchmarks.pack", "--plan", way, str(manifest), str(out)]
+                done = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
+                found[way][count].append(json.loads(done.stdout))
+    for path in (folder / "plan", folder / "lines.jsonl"):
+        shutil.rmtree(path, ignore_errors=True)
+        path.unlink(missing_ok=True)
+    lines = [f"{options.lines:,} lines, one core, the least of {options.repeat}", ""]
+    lines.append(f"{'way':<28}{'us a line':>11}{'MB':>8}{'MB at a tenth':>15}")
+    numbers, missed = {}, False
+    for way in PLANNING:
+        micro = min(run["seconds"] for run in found[way][options.lines]) / options.lines * 1e6
+        large, small = (min(run["megabytes"] for run in found[way][count]) for count in reversed(counts))
+        numbers[way] = {"microseconds": round(micro, 2), "megabytes": round(large, 1), "megabytes_tenth": round(small, 1)}
+        lines.append(f"{way:<28}{micro:>11.1f}{large:>8.0f}{small:>15.0f}")
+        missed |= way != PLANNING[0] and micro > PLANNING_MARK
+    lines += ["", f"mark: {PLANNING_MARK} microseconds a line, {'missed' if missed else 'reached'}"]
+    print("\n".join(lines))
+    if options.json:
+        keep(options.json, {"machine": machine(), "lines": options.lines, "planning": numbers}, "\n".join(lines))
+    return int(missed)
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--plan"]:
+        print(json.dumps(plan_once_here(argv[1], Path(argv[2]), Path(argv[3]))))
+        return 0
     if argv[:1] == ["--way"]:
         IN_PROCESS[argv[1]](Path(argv[2]), Path(argv[3]), Path(argv[4]), int(argv[5]))
         return 0
@@ -199,7 +277,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeat", type=int, default=3, help="runs of each way, taken in turn; the median counts")
     parser.add_argument("--folder", type=Path, default=ROOT / ".cache" / "benchmark-pack", help="for clips and output (large)")
     parser.add_argument("--json", type=Path, help="where to write the numbers, the table beside them (.txt)")
+    parser.add_argument("--lines", type=int, help="measure planning on this many manifest lines instead (300000)")
     options = parser.parse_args(argv)
+    if options.lines:
+        return measure_planning(options)
     manifest, cuts, hours = prepare(options.folder.absolute(), options.manifest, options.hours)
     facts = machine()
     ways = ["codec bound", "this project", "lhotse", "webdataset", "pool", "copy", "tar"]

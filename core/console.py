@@ -16,6 +16,14 @@ def printable(text: object) -> str:
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
+def printable_line(text: object) -> str:
+    """Return `text` on one line: line breaks and tabs are escapes, too."""
+    text = printable(text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
 def one_line(error: object) -> str:
     """Return the first line with content of an exception's message, its type where there is none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -37,3 +45,17 @@ def print_text(*values: object, sep: str = " ", file: TextIO | None = None, flus
 def print_error(*values: object) -> None:
     """Print one line on standard error, whatever line breaks the values hold."""
     print(" ".join(printable(" ".join(map(str, values))).splitlines()), file=sys.stderr)
+
+
+def plural(count: int, noun: str) -> str:
+    """Return a count and its noun: 1 shard, 2 shards."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time with three digits or so and its unit: 4.2 s, 12.5 min, 3.40 h, 1,250 h."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:,.2f} h" if seconds < 360_000 else f"{seconds / 3600:,.0f} h"

@@ -6,7 +6,7 @@ decides by metadata alone, which is what makes its plan, and so its bytes, the s
 
     window of entries -> decode in worker processes -> Whisper, batches of similar length -> lines, in the corpus' order
 
-Lines are kept window by window; the same command again after an interruption goes on behind the last one. A clip that
+Lines are kept window by window; the same command again after an interruption continues after the last one. A clip that
 cannot be read becomes a line in M.jsonl.rejected.jsonl, and so does a shell command in place of a file, unless --allow-pipes
 is given. Parts of an array job (--part i/N) write one manifest each.
 """
@@ -26,18 +26,18 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from core.audio import SAMPLE_RATE, to_mono
-from core.console import one_line
+from core.console import one_line, printable_line
 from core.languages import language_code
 from data_tools.audio import read_clip
-from data_tools.corpora import Corpus, CorpusError, Entry, Fault
+from data_tools.corpora import CorpusError, Entry, Fault, Ignored, fault_of, open_apart
 from data_tools.filters import piped
+from data_tools.progress import Progress
 from data_tools.shards import OutputError
-from data_tools.sources import ClipError
 from data_tools.workers import start_worker
 
+_READERS = "2"  # what readers yield, and so the place of a line in an unfinished file, is that of this version
 WINDOW = 512  # entries that are decoded, transcribed and written together
 WHISPER_SECONDS = 30.0  # what Whisper hears at once; longer clips are cut and their texts joined
 
@@ -56,8 +56,10 @@ def look(entry: Entry, want_hash: bool, want_samples: bool) -> tuple[Entry | Fau
     try:
         audio, _ = read_clip(entry.audio, entry.offset, entry.duration)
         wave = to_mono(audio, SAMPLE_RATE, "int16", levels=False).samples if want_samples else None
-    except ClipError as error:
-        return Fault(entry.id, error.reason, str(error), entry.corpus), None
+    except OutputError:
+        raise
+    except Exception as error:  # whatever one clip leads to
+        return fault_of(error, entry.id, entry.corpus, "failed"), None
     entry.duration = round(audio.seconds, 6)
     if want_hash:
         entry.sound_hash = hash_of(audio.samples, audio.rate)
@@ -141,12 +143,14 @@ def run(options: argparse.Namespace) -> str:
     """Errors: CorpusError, OutputError, BrokenProcessPool."""
     unfinished = options.out.with_name(options.out.name + ".unfinished")
     told = {key: str(value) for key, value in vars(options).items() if key not in ("workers", "batch_seconds")}
-    corpora = [Corpus(specification) for specification in options.corpus]
+    told["readers"] = _READERS
+    corpora = open_apart(options.corpus)
     transcriber = Transcriber(options.whisper, options.batch_seconds) if options.whisper else None
     try:
         done = _resume(unfinished, told)
         part, parts = options.part
-        items = itertools.islice((item for corpus in corpora for item in corpus), part + done * parts, None, parts)
+        everything = (item for corpus in corpora for item in corpus if not isinstance(item, Ignored))
+        items = itertools.islice(everything, part + done * parts, None, parts)
         if not options.allow_pipes:
             items = ((piped(item) if isinstance(item, Entry) else None) or item for item in items)
         context = get_context("fork")
@@ -154,13 +158,12 @@ def run(options: argparse.Namespace) -> str:
             ProcessPoolExecutor(options.workers, context, start_worker, (os.getpid(),)) as pool,
             open(unfinished, "a", encoding="utf-8") as out,
         ):
-            bar = tqdm(initial=done, unit=" samples", desc="annotating", disable=None)
-            for lines in annotated(items, pool, options.hash, transcriber):
-                out.write("".join(line + "\n" for line in lines))
-                out.flush()
-                os.fsync(out.fileno())
-                bar.update(len(lines))
-            bar.close()
+            with Progress("annotating", done=done) as progress:
+                for lines in annotated(items, pool, options.hash, transcriber):
+                    out.write("".join(line + "\n" for line in lines))
+                    out.flush()
+                    os.fsync(out.fileno())
+                    progress.to(progress.done + len(lines))
         return _finish(unfinished, options.out)
     except OSError as error:
         raise OutputError(f"cannot write {options.out}: {error.strerror or error}") from error
@@ -231,12 +234,12 @@ def main(argv: list[str] | None = None) -> int:
         print(run(options))
         return 0
     except CorpusError as error:
-        print(f"annotate: {error}", file=sys.stderr)
+        print(f"annotate: {printable_line(str(error))}", file=sys.stderr)
         return 2
     except OutputError as error:
-        print(f"annotate: {error}; run the same command again: it goes on", file=sys.stderr)
+        print(f"annotate: {printable_line(str(error))}; run the same command again: it continues", file=sys.stderr)
     except BrokenProcessPool:
-        print("annotate: a worker process died (out of memory?); run the same command again: it goes on", file=sys.stderr)
+        print("annotate: a worker process died (out of memory?); run the same command again: it continues", file=sys.stderr)
     return 1
 
 

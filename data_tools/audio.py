@@ -181,7 +181,7 @@ def estimate_seconds(audio: str, size: int | None = None) -> float:
             size = os.stat(rest).st_size
         except OSError:
             return 0.0
-    elif kind == "tar":
+    elif kind in ("tar", "tarz"):
         size = int(rest.rpartition("+")[2].partition(".")[0])
     else:
         return _UNKNOWN_SECONDS

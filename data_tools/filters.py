@@ -11,27 +11,45 @@ import math
 import os
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import ClassVar
 
+from core.audio import EXTENSIONS, REFUSABLE
 from core.languages import language_code
 from core.samples import ANSWERED_BY_TEXT
 from core.text import error_rate
 from data_tools.corpora import Entry, Fault
 from data_tools.normalise import NORMALISERS, label_sentence
+from data_tools.sources import kind_of
 
-# Reasons that say that something is broken, not that a filter did its work.
-FAULTS = {
-    "bad_json",
-    "bad_row",
-    "missing_file",
-    "unreadable",
-    "command_failed",
-    "undecodable",
-    "no_decoder",
-    "truncated",
-    "not_finite",
-    "zero_length",
-    "odd_rate",
-}
+# Reasons of samples that somebody chose to leave out. Any other reason says that something is broken.
+FILTERS = frozenset(
+    (
+        "too_short",
+        "too_long",
+        "too_slow",
+        "too_fast",
+        "language",
+        "ctc_infeasible",
+        "wer",
+        "no_hypothesis",
+        "duplicate_audio",
+        "no_sound_hash",
+        "no_speech",
+        "pipe",
+        "unmatched",
+        *REFUSABLE,
+    )
+)
+
+
+@dataclass(slots=True)
+class SplitKey:
+    """What keeps samples on one side of a split: of which kind it is, and its value."""
+
+    NAMES: ClassVar[dict[str, str]] = {"speaker": "speakers", "recording": "recordings", "id": "samples"}
+
+    by: str
+    value: str
 
 
 @dataclass
@@ -62,21 +80,47 @@ class Sieve:
     seed: int = 0
     allow_pipes: bool = False
     clearest_seconds: float | None = None  # clips of task sound are cut to their clearest stretch of this length
+    _wanted: dict[str | None, bool] = field(default_factory=dict, repr=False)  # language -> whether filters.langs has it
 
     def judge(self, entry: Entry) -> Fault | None:
         """None for an entry to pack (brought into order in place), else why not. OTHER_SPLIT is no fault, only not this one."""
+        if fault := self.prepare(entry):
+            return fault
+        if self.take is not None and self.split_of(self.split_key(entry))[0] != self.take:
+            return OTHER_SPLIT
+        return self.judge_metadata(entry)
+
+    def prepare(self, entry: Entry) -> Fault | None:
+        """Bring an entry into order; refuse what is incomplete, whatever split it falls into."""
         if fault := complete(entry, self.normalise):
             return fault
-        if not self.allow_pipes and (fault := piped(entry)):
-            return fault
-        if self.take is not None:
-            key = split_key(entry, self.split_by)
-            if key is None:
-                return Fault(entry.id, "no_split_key", f"no {self.split_by} to split by", entry.corpus)
-            if split_of(key, self.splits, self.seed) != self.take:
-                return OTHER_SPLIT
+        return None if self.allow_pipes else piped(entry)
+
+    def split_key(self, entry: Entry) -> SplitKey:
+        """What must not be on both sides of a split; where that is not known, the next best: speaker, recording, id.
+
+        The same whatever reader an entry comes from: bare names count, neither the corpus nor the folders that it is in.
+        """
+        if self.split_by == "speaker" and entry.speaker:
+            return SplitKey("speaker", entry.speaker)
+        if self.split_by != "id" and (recording := recording_of(entry)):
+            return SplitKey("recording", recording)
+        return SplitKey("id", entry.id if self.split_by == "id" else _bare(entry.id))
+
+    def split_of(self, key: SplitKey) -> tuple[str, int]:
+        """The split of a key, by its hash alone, so it is the same in every run, part and order; and that hash."""
+        place = int.from_bytes(hashlib.blake2b(f"split:{self.seed}:{key.value}".encode(), digest_size=8).digest(), "big")
+        left, total = place / 2**64, sum(self.splits.values())
+        for name, share in self.splits.items():
+            left -= share / total
+            if left < 0:
+                return name, place
+        return next(reversed(self.splits)), place
+
+    def judge_metadata(self, entry: Entry) -> Fault | None:
+        """Filters that need no audio."""
         f = self.filters
-        if f.langs and not {entry.lang, language_code(entry.lang)} & set(f.langs):
+        if f.langs and not self._is_wanted(entry.lang):
             return Fault(entry.id, "language", f"{entry.lang} is not one of {', '.join(f.langs)}", entry.corpus)
         if f.drop_duplicates and entry.audio and entry.sound_hash is None:
             return Fault(
@@ -100,6 +144,11 @@ class Sieve:
             return None
         cut = self.clearest_seconds if self.clearest_seconds and entry.task == "sound" else math.inf
         return self.judge_clip(entry, min(entry.duration, cut))
+
+    def _is_wanted(self, lang: str | None) -> bool:
+        if lang not in self._wanted:
+            self._wanted[lang] = bool({lang, language_code(lang)} & set(self.filters.langs))
+        return self._wanted[lang]
 
     def judge_clip(self, entry: Entry, seconds: float) -> Fault | None:
         f = self.filters
@@ -167,7 +216,9 @@ def complete(entry: Entry, normalise: str = "raw") -> Fault | None:
         return Fault(entry.id, "no_text", "task asr needs a transcript in text", entry.corpus)
     # A transcript is the answer to "transcribe"; given to another question it would be learnt as one, too.
     if not (entry.response or entry.messages or entry.label or (entry.text and entry.task in ANSWERED_BY_TEXT)):
-        return Fault(entry.id, "no_target", f"task {entry.task} needs a response, label or messages", entry.corpus)
+        known = entry.task.lower() in ANSWERED_BY_TEXT and entry.task != entry.task.lower()
+        hint = f"; is {entry.task.lower()} meant?" if known else ""
+        return Fault(entry.id, "no_target", f"task {entry.task} needs a response, label or messages{hint}", entry.corpus)
     return None
 
 
@@ -185,20 +236,14 @@ def load_tokenizer(folder: str):
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def split_key(entry: Entry, split_by: str) -> str | None:
-    """What must not be on both sides of a split: speaker, recording (what the audio is cut from), or the id alone. None where
-    that is not known: a member of a tar is a clip, and no longer tells what it was cut from."""
-    recording = entry.recording or (None if (entry.audio or "").startswith("tar:") else entry.audio)
-    value = {"speaker": entry.speaker, "recording": recording, "id": entry.id}[split_by]
-    return None if value is None else f"{entry.corpus}/{value}"
+def recording_of(entry: Entry) -> str | None:
+    """What an entry was cut from: as the corpus says, else the file that it is in. The bare name, without folders and extension,
+    so that it does not matter from where a corpus is read. None where it is not known: a tar's member no longer tells."""
+    name = entry.recording or ("" if kind_of(entry.audio or "")[0] != "file" else entry.audio)
+    return _bare(name) if name else None
 
 
-def split_of(key: str, splits: dict[str, float], seed: int) -> str:
-    """The split that a key falls into: by its hash alone, so it is the same in every run, part and order of the corpus."""
-    place = int.from_bytes(hashlib.blake2b(f"split:{seed}:{key}".encode(), digest_size=8).digest(), "big") / 2**64
-    total = sum(splits.values())
-    for name, share in splits.items():
-        place -= share / total
-        if place < 0:
-            return name
-    return next(reversed(splits))
+def _bare(name: str) -> str:
+    base = name.rstrip("/").rpartition("/")[2]
+    stem, dot, extension = base.rpartition(".")
+    return stem if dot and stem and extension.lower() in EXTENSIONS else base

@@ -22,15 +22,29 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
+from msgspec.structs import replace
 
+from core.console import printable_line
 from core.samples import answer_of
-from data_tools.corpora import Corpus, CorpusError, Entry, Fault
+from data_tools.corpora import (
+    CorpusError,
+    Entry,
+    Fault,
+    Ignored,
+    Item,
+    fault_of,
+    kind_of_value,
+    malformed,
+    open_apart,
+)
 from data_tools.normalise import NORMALISERS, plain_label
+from data_tools.progress import watched
 from data_tools.shards import OutputError
+from data_tools.sources import kind_of
+from data_tools.text_files import Problem, json_items
 
 TEMPLATES = Path(__file__).parent / "templates"
 CHAIN_ANSWER = "Transcription: {text}\nAnswer: {answer}"
@@ -108,6 +122,10 @@ def wrap(
     prompt, response = fill(template.instruction, values), fill(template.answer, values | {"answer": answer})
     origin = f"{task} template {template.name} on {key}"
     sample = replace(entry, id=f"{entry.id}-{task}", task=task, prompt=prompt, response=response, origin=origin)
+    if entry.recording is None and entry.audio and kind_of(entry.audio)[0] != "file":
+        sample.recording = (
+            entry.id
+        )  # by which splits keep a clip's samples of several tasks together; a file is known by its name
     if task == "translation":
         sample.target_lang = target
     return sample if task == "asr" else chained(sample, chains, chain_share, seed)  # a transcript would be given twice
@@ -162,26 +180,24 @@ def text_sample(row: dict, name: str) -> Entry | Fault:
 
 
 def read_text_set(path: Path, lang: str | None) -> Iterator[Entry | Fault]:
-    """JSONL, or one JSON list. Errors: CorpusError."""
+    """JSONL, or one JSON list, also compressed. Errors: CorpusError."""
     if not path.exists():
         raise CorpusError(f"{path} does not exist")
-    with open(path, encoding="utf-8") as file:
-        whole = json.load(file) if path.suffix == ".json" else None
-        for number, item in enumerate(whole if whole is not None else file, 1):
-            name = f"{path.stem}-{number:09d}"
-            if isinstance(item, str) and not item.strip():
-                continue
+    for number, row in json_items(path):
+        name = f"{path.stem}-{number:09d}"
+        if isinstance(row, Problem):
+            yield Fault(name, row.reason, row.detail, path.stem)
+        elif not isinstance(row, dict):
+            yield Fault(name, "bad_json", f"{kind_of_value(row)}, not an object", path.stem)
+        else:
             try:
-                row = json.loads(item) if isinstance(item, str) else item
-                if not isinstance(row, dict):
-                    raise ValueError("not an object")
-            except ValueError as error:
-                yield Fault(name, "bad_json", str(error))
-                continue
-            sample = text_sample(row, name)
+                sample = text_sample(row, name)
+            except Exception as error:  # whatever a row holds that nobody expects
+                sample = fault_of(error, name)
             sample.corpus = path.stem
             if isinstance(sample, Entry):
                 sample.lang, sample.origin = row.get("lang") or lang, f"{path.name}:{number}"
+                sample = malformed(sample) or sample
             yield sample
 
 
@@ -198,17 +214,18 @@ class Voice:
 
     def __call__(self, text: str) -> Path:
         """The clip of a text, spoken once: a file that is there is complete. Errors: CorpusError where there is no such program;
-        CalledProcessError; FileNotFoundError where it wrote nothing."""
+        CalledProcessError; FileNotFoundError where it wrote nothing; OSError and ValueError for a text that is no argument."""
         name = hashlib.blake2b(json.dumps([self.command, text]).encode(), digest_size=12).hexdigest()
         path = self.folder / f"{name}.wav"
         unfinished = self.folder / f".{name}.{os.getpid()}.{threading.get_ident()}.wav"  # two samples may ask the same at once
         if not path.exists():
-            command = [part.replace("{out}", str(unfinished)).replace("{text}", text) for part in self.command]
+            said = f" {text}" if text.startswith("-") else text  # a program would take it for an option
+            command = [part.replace("{out}", str(unfinished)).replace("{text}", said) for part in self.command]
             spoken = None if any("{text}" in part for part in self.command) else text
             try:
                 subprocess.run(command, input=spoken, text=True, check=True, capture_output=True)
-            except FileNotFoundError as error:
-                raise CorpusError(f"--tts: {error.filename} is not there") from None
+            except (FileNotFoundError, PermissionError) as error:
+                raise CorpusError(f"--tts: {error.filename} cannot be run: {error.strerror}") from None
             os.replace(unfinished, path)
         return path
 
@@ -231,6 +248,10 @@ def speak(entry: Entry | Fault, voice: Voice) -> Entry | Fault:
             f"text to speech ended with {error.returncode}: {last[-1] if last else 'no message'}",
             entry.corpus,
         )
+    except CorpusError:
+        raise
+    except Exception as error:  # a null byte, a text longer than an argument may be, half a character
+        return fault_of(error, entry.id, entry.corpus, "command_failed")
     origin = f"{entry.origin}, spoken by {Path(voice.command[0]).name}"
     return replace(
         entry, id=f"{entry.id}-spoken", audio=str(audio.absolute()), text=entry.prompt, prompt=None, task="chat", origin=origin
@@ -248,7 +269,8 @@ def spoken(
 
 def write(items: Iterator[Entry | Fault], out: Path) -> str:
     """The manifest, complete or not there, and beside it what was refused."""
-    counts, unfinished, rejected = (
+    counts, ignored, unfinished, rejected = (
+        Counter(),
         Counter(),
         out.with_name(f".{out.name}.{os.getpid()}"),
         out.with_name(out.name + ".rejected.jsonl"),
@@ -256,7 +278,10 @@ def write(items: Iterator[Entry | Fault], out: Path) -> str:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "w", encoding="utf-8") as good, open(rejected, "w", encoding="utf-8") as bad:
-            for item in tqdm(items, desc=out.name, unit=" samples", disable=None):
+            for item in watched(items, out.name):
+                if isinstance(item, Ignored):
+                    ignored[item.what] += item.count
+                    continue
                 counts[item.reason if isinstance(item, Fault) else item.task] += 1
                 (bad if isinstance(item, Fault) else good).write(item.to_json() + "\n")
         os.replace(unfinished, out)
@@ -264,20 +289,27 @@ def write(items: Iterator[Entry | Fault], out: Path) -> str:
             rejected.unlink()
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
-    return f"{out}: {', '.join(f'{count:,} {name}' for name, count in sorted(counts.items())) or 'no samples'}"
+    told = f"{out}: {', '.join(f'{count:,} {name}' for name, count in sorted(counts.items())) or 'no samples'}"
+    return told + "".join(f"; ignored {count:,} {what}" for what, count in sorted(ignored.items()))
 
 
 def run(options: argparse.Namespace) -> str:
     if options.command == "wrap":
         templates = load_templates(options.templates or TEMPLATES / f"{options.task}.txt")
         chains = load_templates(options.chain_templates)
-        items = (
-            item
-            if isinstance(item, Fault)
-            else wrap(item, options.task, templates, chains, options.chain, options.target, options.seed, options.normalise)
-            for specification in options.corpus
-            for item in Corpus(specification)
-        )
+
+        def wrapped(item: Item) -> Item:
+            if not isinstance(item, Entry):
+                return item
+            try:
+                sample = wrap(
+                    item, options.task, templates, chains, options.chain, options.target, options.seed, options.normalise
+                )
+            except Exception as error:  # whatever one sample leads to
+                sample = fault_of(error, item.id, item.corpus, "failed")
+            return (malformed(sample) if isinstance(sample, Entry) else None) or sample
+
+        items = (wrapped(item) for corpus in open_apart(options.corpus) for item in corpus)
         return write(items, options.out)
     items = (item for path in options.input for item in read_text_set(path, options.lang))
     if options.command == "text":
@@ -322,10 +354,10 @@ def main(argv: list[str] | None = None) -> int:
         print(run(options))
         return 0
     except CorpusError as error:
-        print(f"instruct: {error}", file=sys.stderr)
+        print(f"instruct: {printable_line(str(error))}", file=sys.stderr)
         return 2
     except OutputError as error:
-        print(f"instruct: {error}", file=sys.stderr)
+        print(f"instruct: {printable_line(str(error))}", file=sys.stderr)
         return 1
 
 

@@ -3,43 +3,52 @@
     corpora --plan--> which sample in which shard --worker processes, a shard each--> NAME-000000.tar ... --merge--> index
 
 Samples are planned before audio is touched, each worker writes whole shards, and a shard gets its name when it is complete:
-the same command again after any interruption goes on and ends in the same bytes, whatever --workers. On a cluster every
-task of an array runs `--part i/N`; when all have ended, `--merge --out DIR` writes the index. docs/data.md has an example
-for each kind of corpus.
+the same command again after any interruption continues and ends in the same bytes, whatever --workers. On a cluster every
+task of an array runs `--part i/N`; when all have ended, `--merge --out DIR` writes the index. `--splits` without `--take` packs
+every split into a folder of its own, in one pass. docs/data.md has an example for each kind of corpus.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
+from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: the repository, not data_tools/, is where imports start
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
-from tqdm import tqdm
 
 from core.audio import REFUSABLE, SAMPLE_RATE
-from core.console import one_line
-from core.languages import is_known
-from core.samples import INSTRUCTIONS
-from data_tools.audio import CODECS, check_output
-from data_tools.corpora import Corpus, CorpusError, path_of
+from core.console import one_line, printable_line
+from data_tools.audio import CODECS
+from data_tools.audio import check_output as check_codec
+from data_tools.corpora import Corpus, CorpusError, open_corpora, path_of
 from data_tools.filters import Filters, Sieve, load_tokenizer
 from data_tools.normalise import NORMALISERS
-from data_tools.packing import FINDINGS_NAME, WORK, PackError, Packing
-from data_tools.plan import SHUFFLES, Layout, make_plan, plan_once
+from data_tools.output import InUse, check_output, locked
+from data_tools.packing import WORK, PackError, Packing, Planned, counted
+from data_tools.plan import SHUFFLES, Layout, make_plans, plan_once
+from data_tools.progress import watched
+from data_tools.report import broken_clips, broken_lines, dry_report, probe, report
 from data_tools.shards import INDEX_NAME, OutputError, ShardError, ShardIndex
 
-# Options that change how the work is done but not the bytes that come out.
-_SHOWN_IDS = 5  # of each kind of finding, in the report
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _END_BYTES = 1 << 24  # of a corpus' file, read at both ends to know it again
+# Options that change how the work is done but not the bytes that come out.
 _NOT_IN_BYTES = {"out", "workers", "part", "merge", "dry_run", "max_broken_share"}
 # Options that earlier versions did not have: without them, their folders are still those of the same command.
 _ADDED = {"refuse"}
@@ -95,11 +104,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help=f"clips that are {', '.join(REFUSABLE)} (otherwise packed, counted, and named in findings.jsonl)",
     )
     add("--drop-duplicates", action="store_true", help="by the sound_hash column (data_tools.annotate --hash)")
-    add("--max-broken-share", type=float, default=0.5, help="stop when more clips than this share are missing or broken")
+    add(
+        "--max-broken-share", type=float, default=0.5, help="stop when more lines and clips than this share are missing or broken"
+    )
     add = parser.add_argument_group("splits").add_argument
-    add("--splits", metavar="train=0.9,valid=0.05,test=0.05", help="shares; with --take")
-    add("--split-by", choices=("speaker", "recording", "id"), default="speaker", help="what is never on two sides of a split")
-    add("--take", metavar="SPLIT", help="pack this split")
+    add("--splits", metavar="train=0.9,valid=0.05,test=0.05", help="shares; each split becomes a folder of --out")
+    add(
+        "--split-by",
+        choices=("speaker", "recording", "id"),
+        default="speaker",
+        help="what is never on two sides of a split; speaker falls back on recording and id",
+    )
+    add("--take", metavar="SPLIT", help="pack this split alone, into --out itself")
     add = parser.add_argument_group("work").add_argument
     add("--workers", type=int, default=os.cpu_count(), help="processes, each writing a shard of its own")
     add("--part", metavar="i/N", help="pack every N-th shard, from i = 0 on (an array job); --merge joins the parts")
@@ -122,7 +138,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error("give --corpus NAME:PATH or --manifest M.jsonl")
     if options.rate != "keep" and not options.rate.isdigit():
         parser.error(f"--rate {options.rate}: a number of samples a second, or keep")
-    if problem := check_output(options.codec, None if options.rate == "keep" else int(options.rate)):
+    if problem := check_codec(options.codec, None if options.rate == "keep" else int(options.rate)):
         parser.error(f"--rate {options.rate}: {problem}")
     options.refuse = sorted(set(options.refuse.split(","))) if options.refuse else None
     if unknown := [kind for kind in options.refuse or () if kind not in REFUSABLE]:
@@ -135,14 +151,22 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error("--shard-mb or --shard-hours, not both")
     if options.workers < 1:
         parser.error("--workers must be 1 or more")
-    if bool(options.splits) != bool(options.take):
-        parser.error("--splits and --take go together")
+    if options.take and not options.splits:
+        parser.error("--take needs --splits")
+    if not 0 <= options.max_broken_share <= 1:
+        parser.error(f"--max-broken-share {options.max_broken_share}: a share from 0 to 1")
+    for option, name in (("--name", options.name), ("--out", options.out.absolute().name)):
+        if name is not None and (not name.isprintable() or "/" in name or name.startswith(".") or not name):
+            parser.error(f"{option} {printable_line(name)}: shards are named after it, so it must be a plain file name")
     try:
         options.splits = {
             name: float(share) for name, share in (pair.split("=") for pair in (options.splits or "").split(",") if pair)
         }
     except ValueError:
         parser.error(f"--splits {options.splits}: NAME=SHARE, joined by commas")
+    for name, share in options.splits.items():
+        if not (re.fullmatch(r"\w[\w.-]*", name) and 0 < share < math.inf):
+            parser.error(f"--splits {name}={share:g}: a name, and a share above 0")
     if options.take and options.take not in options.splits:
         parser.error(f"--take {options.take}: --splits knows {', '.join(options.splits)}")
     if options.part:
@@ -165,8 +189,16 @@ def packing_of(options: argparse.Namespace) -> tuple[Packing, Layout]:
         options.tokenizer,
         options.drop_duplicates,
     )
-    sieve = Sieve(filters, options.normalise, options.splits, options.split_by, options.take, options.seed, options.allow_pipes,
-                  options.clearest)
+    sieve = Sieve(
+        filters,
+        options.normalise,
+        options.splits,
+        options.split_by,
+        options.take,
+        options.seed,
+        options.allow_pipes,
+        options.clearest,
+    )
     packing = Packing(
         options.out,
         options.name or options.out.absolute().name,
@@ -209,175 +241,263 @@ def _unchanged(folder: Path, known: dict, now: dict[str, str]) -> None:
             raise CorpusError(f"{path} has changed since {folder} was made from it: give another --out, or remove {folder}")
 
 
+@dataclass
+class Job:
+    """One folder to pack into: all samples, or one split of them."""
+
+    split: str | None
+    packing: Packing
+    head: dict
+
+    @property
+    def folder(self) -> Path:
+        return self.packing.folder
+
+    @property
+    def plan_folder(self) -> Path:
+        return self.folder / WORK / "plan"
+
+    @property
+    def is_planned(self) -> bool:
+        return (self.plan_folder / "plan.json").exists()
+
+
+def jobs_of(options: argparse.Namespace) -> tuple[list[Job], Layout]:
+    """What a command packs: one folder, or one for each split, just as the command with --take would."""
+    jobs, files = [], corpus_files(options.corpus)
+    splits = list(options.splits) if options.splits and not options.take else [options.take]
+    for split in splits:
+        own = copy(options)
+        if split != options.take:
+            own.take, own.out = split, options.out / split
+        packing, layout = packing_of(own)
+        jobs.append(Job(split, packing, shaping_options(own, packing.name) | {"files": files}))
+    return jobs, layout
+
+
 def run(options: argparse.Namespace) -> str:
     """Carry out a command; returns what to print. Errors: CorpusError, PackError, OutputError, BrokenProcessPool."""
-    packing, layout = packing_of(options)
-    folder, head = options.out, shaping_options(options, packing.name) | {"files": corpus_files(options.corpus)}
-    plan_path = folder / WORK / "plan" / "plan.json"
     if options.merge and not options.corpus:
-        if not plan_path.exists():
-            raise PackError(
-                f"{folder} holds no unfinished packing to merge"
-                + (": it has its index" if (folder / INDEX_NAME).exists() else "")
-            )
-        plan = json.loads(plan_path.read_bytes())
-        packing.name = plan["options"]["name"]
-        return _report(folder, packing.merge(plan), plan)
-    if (folder / INDEX_NAME).exists():
-        index = ShardIndex.load(folder)
-        done = json.loads((folder / INDEX_NAME).read_bytes())
-        if done.get("options") != head["digest"]:
-            raise CorpusError(f"{folder} is packed already, with other options: give another --out, or remove it")
-        _unchanged(folder, done, head["files"])
-        shutil.rmtree(folder / WORK, ignore_errors=True)  # a kill may have come while the merge was removing it
-        return f"{folder} is packed already: {len(index)} samples, {index.hours:.2f} h"
-    corpora = [Corpus(specification) for specification in options.corpus]
+        return _merge_alone(options)
+    jobs, layout = jobs_of(options)
+    told = {job.folder: _finished(job) for job in jobs}
+    jobs = [job for job in jobs if told[job.folder] is None]
+    if not jobs:
+        return "\n".join(told.values())
+    corpora = open_corpora(options.corpus)
     if options.tokenizer:
         try:
             load_tokenizer(options.tokenizer)
         except Exception as error:  # of a folder that others wrote: the libraries have no list of what it makes them raise
             raise CorpusError(f"--tokenizer {options.tokenizer}: {one_line(error)}") from None
-    _prepare(folder, packing)
-    plan = _plan(folder, corpora, packing, layout, head, options.dry_run)
+    for job in jobs:
+        check_output(job.folder)
+    if options.dry_run:
+        return _dry_run(jobs, corpora, layout)
+    with ExitStack() as stack:
+        locks = {}
+        for job in jobs:
+            _prepare(job)
+            locks[job.folder] = stack.enter_context(ExitStack())
+            locks[job.folder].enter_context(locked(job.folder, None if options.merge else options.part))
+            if (job.folder / INDEX_NAME).exists():  # another process has finished it in the meantime
+                return run(options)
+        _plan(jobs, corpora, layout)
+        plans = {job.folder: json.loads((job.plan_folder / "plan.json").read_bytes()) for job in jobs}
+        for job in jobs:
+            _check_same(job, plans[job.folder])
+        for job in jobs:
+            _check_content(job, plans[job.folder], jobs)
+        for job in jobs:
+            told[job.folder] = _pack(job, plans[job.folder], options, locks[job.folder])
+    return "\n".join(told.values())
+
+
+def _merge_alone(options: argparse.Namespace) -> str:
+    """--merge --out DIR: what is unfinished in a folder, or in the folders of its splits."""
+    folders = [path.parents[2] for pattern in ("", "*/") for path in sorted(options.out.glob(f"{pattern}{WORK}/plan/plan.json"))]
+    if not folders:
+        done = ": it has its index" if (options.out / INDEX_NAME).exists() else ""
+        raise PackError(f"{options.out} holds no unfinished packing to merge{done}")
+    told = []
+    for folder in folders:
+        plan = json.loads((folder / WORK / "plan" / "plan.json").read_bytes())
+        packing = Packing(folder, plan["options"]["name"], max_broken_share=options.max_broken_share, planned=_planned(plan))
+        with ExitStack() as lock:
+            lock.enter_context(locked(folder, None))
+            told.append(report(folder, packing.merge(plan, lock), plan))
+    return "\n".join(told)
+
+
+def _finished(job: Job) -> str | None:
+    """What to say of a folder that has its index; None for another one. Errors: CorpusError where it is another command's."""
+    if not (job.folder / INDEX_NAME).exists():
+        return None
+    index = ShardIndex.load(job.folder)
+    done = json.loads((job.folder / INDEX_NAME).read_bytes())
+    if done.get("options") != job.head["digest"]:
+        raise CorpusError(f"{job.folder} is packed already, with other options: give another --out, or remove it")
+    _unchanged(job.folder, done, job.head["files"])
+    shutil.rmtree(job.folder / WORK, ignore_errors=True)  # a kill may have come while the merge was removing it
+    return f"{job.folder} is packed already: {len(index)} samples, {index.hours:.2f} h"
+
+
+def _prepare(job: Job) -> None:
+    try:
+        (job.folder / WORK / "done").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {job.folder}: {error.strerror}") from error
+    job.packing.clear_unfinished()
+
+
+def _plan(jobs: list[Job], corpora: list[Corpus], layout: Layout) -> None:
+    """Make the plans that are missing, in one pass over the corpora; parts of an array job make them once."""
+
+    def make(own: Path) -> None:
+        rest = [job for job in jobs if not job.is_planned]
+        # The folder that the lock is for is named by the lock's owner, the others are put in place before it.
+        places = {job.split: own if job is rest[0] else own.with_name(f"{own.name}.{job.split}") for job in rest}
+        wanted = {job.split: (places[job.split], job.head) for job in rest}
+        make_plans(wanted, corpora, rest[0].packing.sieve, layout, _watch)
+        for job in rest[1:]:
+            shutil.rmtree(job.plan_folder, ignore_errors=True)
+            try:
+                os.rename(places[job.split], job.plan_folder)
+            except OSError as error:
+                raise OutputError(f"cannot write {job.plan_folder}: {error.strerror}") from error
+
+    while lacking := [job for job in jobs if not job.is_planned]:
+        plan_once(lacking[0].plan_folder, make)
+
+
+def _watch(corpus: Corpus) -> Iterator:
+    return watched(corpus, f"planning {printable_line(corpus.name)}")
+
+
+def _planned(plan: dict) -> Planned:
+    return Planned(plan.get("items", 0), plan.get("faults", 0))
+
+
+def _check_same(job: Job, plan: dict) -> None:
+    """Errors: CorpusError for a plan that was made by another command or from another file."""
+    folder, head = job.folder, job.head
     if plan["digest"] != head["digest"]:
         differing = [key for key, value in head["options"].items() if plan["options"].get(key) != json.loads(json.dumps(value))]
         raise CorpusError(
             f"{folder} was begun with other options ({', '.join(differing)}): finish it with those, or remove {folder}"
         )
     _unchanged(folder, plan, head["files"])
-    if not plan["samples"]:
-        where = ""
-        if not options.dry_run:  # no plan stays behind: the corpus may be mended
-            (plan_path.parent / "rejected.jsonl").replace(folder / "rejected.jsonl")
-            shutil.rmtree(folder / WORK, ignore_errors=True)
-            where = f", see {folder / 'rejected.jsonl'}"
-        raise CorpusError(f"nothing to pack: every sample was refused {plan['rejected']}{where}")
-    if options.dry_run:
-        return _dry_report(plan)
+
+
+def _check_content(job: Job, plan: dict, jobs: list[Job]) -> None:
+    """Errors: CorpusError for a plan without samples; PackError where too much is broken. The plans of `jobs` are removed then,
+    but for what they refuse: the corpus may be fixed, or split in another way."""
+    problem = broken_lines(plan, job.packing.max_broken_share)
+    if not problem and plan["samples"]:
+        return
+    where = f", see {job.folder / 'rejected.jsonl'}" if plan["rejected"] and jobs else ""
+    for other in jobs:
+        if not any((other.folder / WORK / "done").glob("[0-9]*")):
+            (other.plan_folder / "rejected.jsonl").replace(other.folder / "rejected.jsonl")
+            shutil.rmtree(other.folder / WORK, ignore_errors=True)
+    if plan["samples"]:
+        raise PackError(f"{problem}{where}")
+    if not plan.get("items", 1):
+        raise CorpusError("nothing to pack: the corpus is empty")
+    notes = "".join(f". {note}" for note in plan["notes"])
+    if not plan["rejected"]:
+        raise CorpusError(f"nothing to pack for {job.split}{notes}")
+    first = "; ".join(f"{reason}: {example}" for reason, example in list(plan["examples"].items())[:3])
+    what = f"every sample was refused ({counted(plan['rejected'])})"
+    raise CorpusError(f"nothing to pack: {what}{where}. For example {first}{notes}")
+
+
+def _pack(job: Job, plan: dict, options: argparse.Namespace, lock: ExitStack) -> str:
+    """Pack what is left of a planned folder, and merge it unless others have parts of it."""
+    packing = job.packing
+    packing.planned = _planned(plan)
     if not options.merge:
         part, parts = options.part or (0, 1)
         shards = [shard for shard in packing.missing(plan["shards"]) if shard % parts == part]
         if shards:
-            packing.run(shards, float(np.load(plan_path.parent / "shards.npy")["seconds"][shards].sum()) / 3600, options.workers)
+            packing.run(shards, float(np.load(job.plan_folder / "shards.npy")["seconds"][shards].sum()) / 3600, options.workers)
         if options.part:
             missing = len(packing.missing(plan["shards"]))
             return (
-                f"part {part}/{parts} of {folder} is packed; {missing} of {plan['shards']} shards are left to other parts, then: "
-                f"pack.py --merge --out {folder}"
+                f"part {part}/{parts} of {job.folder} is packed; {missing} of {plan['shards']} shards are left to other parts, "
+                f"then: pack.py --merge --out {options.out}"
             )
-    return _report(folder, packing.merge(plan), plan)
+    return report(job.folder, packing.merge(plan, lock), plan)
 
 
-def _prepare(folder: Path, packing: Packing) -> None:
-    begun = (folder / WORK).exists()
-    if not begun and folder.exists() and (strange := next(folder.glob("*.tar"), None)):
-        raise CorpusError(f"{folder} holds {strange.name}, which this command did not write: give an empty --out")
+def _dry_run(jobs: list[Job], corpora: list[Corpus], layout: Layout) -> str:
+    """Plan, look at some clips, keep nothing."""
+    told = []
+    with _scratch(jobs[0].folder) as scratch:
+        new = [job for job in jobs if not job.is_planned]
+        places = {job.split: scratch / (job.split or "plan") for job in new}
+        if new:
+            wanted = {job.split: (places[job.split], job.head) for job in new}
+            make_plans(wanted, corpora, new[0].packing.sieve, layout, _watch)
+        for job in jobs:
+            place = places.get(job.split, job.plan_folder)
+            plan = json.loads((place / "plan.json").read_bytes())
+            _check_same(job, plan)
+            name = f"{job.folder}: " if len(jobs) > 1 else ""
+            if not plan["samples"] or broken_lines(plan, job.packing.max_broken_share):
+                print("\n".join([*told, name + dry_report(plan, corpora, None)]))
+                _check_content(job, plan, [])
+            looked = probe(place, plan, job.packing)
+            told.append(name + dry_report(plan, corpora, looked))
+            if problem := broken_clips(plan, looked, job.packing.max_broken_share):
+                print("\n".join(told))
+                raise PackError(problem)
+    for job in jobs:
+        there = next(place for place in (job.folder, *job.folder.parents) if place.exists())
+        if not os.access(there, os.W_OK) or not there.is_dir():
+            told.append(f"{job.folder} cannot be written: {there} is {'read-only' if there.is_dir() else 'a file'}")
+    return "\n".join(told)
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder for a plan that is not kept: in the output where that is begun already, else where temporary files go."""
+    begun = folder / WORK
     try:
-        (folder / WORK / "done").mkdir(parents=True, exist_ok=True)
+        name = f"trial.{os.uname().nodename}.{os.getpid()}."  # so named, it is cleared away after a kill
+        path = Path(tempfile.mkdtemp(prefix=name, dir=begun if os.access(begun, os.W_OK) else None))
     except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error.strerror}") from error
-    packing.clear_unfinished()
-
-
-def _plan(folder: Path, corpora: list[Corpus], packing: Packing, layout: Layout, head: dict, trial: bool) -> dict:
-    """The plan of a packing that has begun, else a new one. A trial's is not kept: the next command may have other options."""
-    bars = (tqdm(corpus, desc=f"planning {corpus.name}", unit=" samples", disable=None, unit_scale=True) for corpus in corpora)
-    if trial and not (folder / WORK / "plan" / "plan.json").exists():
-        own = folder / WORK / f"trial.{os.uname().nodename}.{os.getpid()}"  # so named, it is cleared away after a kill
-        try:
-            return make_plan(own, bars, packing.sieve, layout, head)
-        finally:
-            shutil.rmtree(own, ignore_errors=True)
-    return plan_once(folder / WORK / "plan", lambda own: make_plan(own, bars, packing.sieve, layout, head))
-
-
-def _table(counts: dict, hours: dict) -> str:
-    return "".join(f"\n  refused {count:>9,}  {hours.get(reason, 0.0):>10.2f} h  {reason}" for reason, count in counts.items())
-
-
-def _noted(folder: Path, counts: dict[str, int]) -> str:
-    """Lines about packed clips that may be of no use, with the first ids of each kind; "" where there are none."""
-    if not counts:
-        return ""
-    ids: dict[str, list[str]] = {kind: [] for kind in counts}
-    with open(folder / FINDINGS_NAME, encoding="utf-8") as lines:
-        for told in map(json.loads, lines):
-            if len(ids[told["finding"]]) < _SHOWN_IDS:
-                ids[told["finding"]].append(told["id"])
-    shown = {kind: ", ".join(ids[kind]) + (" ..." if counts[kind] > len(ids[kind]) else "") for kind in counts}
-    return f"\npacked all the same, named in {folder / FINDINGS_NAME} (--refuse KIND leaves them out):" + "".join(
-        f"\n  noted   {count:>9,}  {kind}: {shown[kind]}" for kind, count in counts.items()
-    )
-
-
-def _unasked(plan: dict) -> str:
-    """A line about tasks whose clips are trained on without a word of what is asked; "" where there is none."""
-    tasks = set(plan.get("unprompted", ())) - {"chat", *INSTRUCTIONS}  # of chat, the audio is the question
-    if not tasks:
-        return ""
-    return (
-        f"\nno instruction: clips of task {', '.join(sorted(tasks))} have no prompt, and such a task has no default instruction; "
-        "give --corpus NAME:PATH,prompt=..., or wordings by data_tools.instruct wrap --templates"
-    )
-
-
-def _unknown_languages(folder: Path) -> str:
-    """A line about languages that core/languages.py does not hold, with the samples of each; "" where there are none."""
-    index = ShardIndex.load(folder)
-    counts = np.bincount(index.samples["lang"], minlength=len(index.langs)).tolist()
-    unknown = [f"'{lang}' ({count:,})" for lang, count in zip(index.langs, counts, strict=True) if lang and not is_known(lang)]
-    return f"\nnot known, samples of language {', '.join(unknown)}: scores split their text by its script" if unknown else ""
-
-
-def _dry_report(plan: dict) -> str:
-    unknown = (
-        f"\n{count:,} samples have no known duration: filters by seconds, rate and CTC frames judge them when they are decoded; "
-        "data_tools.annotate finds durations"
-        if (count := plan.get("unknown_durations"))
-        else ""
-    )
-    return (
-        f"{plan['samples']:,} samples, about {plan['hours']:.2f} h and {plan['megabytes']:,.0f} MB, in {plan['shards']} shards; "
-        f"{plan['other_splits']:,} belong to other splits"
-        + _table(plan["rejected"], plan["rejected_hours"])
-        + unknown
-        + _unasked(plan)
-        + "\nnothing was packed (--dry-run); clips are checked when they are decoded"
-    )
-
-
-def _report(folder: Path, index: dict, plan: dict) -> str:
-    refused = f"; refused {sum(index['rejected'].values()):,}, named in {folder / 'rejected.jsonl'}" if index["rejected"] else ""
-    return (
-        f"{folder}: {index['samples']:,} samples, {index['hours']:.2f} h in {len(index['shardlist'])} shards{refused}"
-        + _table(index["rejected"], index["rejected_hours"])
-        + _noted(folder, index.get("findings", {}))
-        + _unasked(plan)
-        + _unknown_languages(folder)
-    )
+        raise OutputError(f"cannot write {tempfile.gettempdir()}: {error.strerror}") from error
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 stopped on the way (the same command goes on), 2 the command or the corpus has to be mended first."""
+    """Exit code: 0 done, 1 stopped on the way (the same command continues), 2 the command or the corpus has to be fixed first."""
     options = parse_arguments(argv)
+    again = "run the same command again: it continues"
     try:
         print(run(options))
         return 0
     except (CorpusError, ShardError, PackError) as error:
-        print(f"pack: {error}", file=sys.stderr)
-        return 2
+        return _end(str(error), 2)
+    except InUse as error:
+        return _end(str(error), 1)
     except OutputError as error:
-        print(f"pack: {error}; free space or mend the folder, then run the same command again: it goes on", file=sys.stderr)
+        full = any(os.strerror(code) in str(error) for code in _NO_ROOM)
+        return _end(f"{error}; {'free space there' if full else 'fix that'}, then {again}", 1)
     except KeyboardInterrupt:
-        print("pack: interrupted; run the same command again: it goes on", file=sys.stderr)
-        return 130
+        return _end(f"interrupted; {again}", 130)
     except BrokenProcessPool as error:
         where = f" while it wrote {error}" if str(error) else ""
-        print(
-            f"pack: a worker process died{where} (out of memory?); run the same command again, with fewer --workers: it goes on",
-            file=sys.stderr,
-        )
-    return 1
+        return _end(f"a worker process died{where} (out of memory?); with fewer --workers, {again}", 1)
+
+
+def _end(message: str, code: int) -> int:
+    print(f"pack: {printable_line(' '.join(message.split()))}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -10,36 +10,49 @@ import json
 import os
 import re
 import shutil
-import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from core.audio import MAX_SECONDS, SAMPLE_RATE, Finding
-from core.console import OneLine
+from core.console import OneLine, duration, plural, printable_line
 from data_tools import quality
-from data_tools.audio import make_clip
-from data_tools.corpora import Entry, Fault
-from data_tools.filters import FAULTS, Sieve, load_tokenizer
+from data_tools.audio import Clip, make_clip
+from data_tools.corpora import Entry, Fault, fault_of
+from data_tools.filters import FILTERS, Sieve, load_tokenizer
+from data_tools.output import WORK
 from data_tools.plan import shard_entries
+from data_tools.progress import Progress
 from data_tools.shards import OPTIONAL_FIELDS, SAMPLE_DTYPE, OutputError, ShardSummary, ShardWriter, replace_file, write_index
 from data_tools.sources import ClipError
 from data_tools.workers import start_worker
 
 FINDINGS_NAME = "findings.jsonl"
-WORK = ".pack"  # folder inside the output: the plan, unfinished shards, and what is known of finished ones
-_ENOUGH_TO_JUDGE = 100  # clips before a share of broken ones means something
+_ENOUGH_TO_JUDGE = 100  # clips before a share of broken ones means something while others are still to come
 
 
 class PackError(OneLine, RuntimeError):
     """Packing cannot go on or be joined; one line: what, where, what to do."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """How many lines and clips a plan was made from, and how many of them are faults already."""
+
+    items: int = 0
+    faults: int = 0
+
+    def broken_share(self, broken: int, clips: int) -> float:
+        """The share of all that is broken, where `broken` of the `clips` tried so far are."""
+        share = self.faults / self.items if self.items else 0.0
+        return share + (1 - share) * (broken / clips if clips else 0.0)
 
 
 @dataclass
@@ -54,6 +67,7 @@ class Packing:
     measure: bool = False
     refuse: frozenset[str] = frozenset()  # kinds of findings (core/audio.py) that cost a clip its place
     max_broken_share: float = 0.5
+    planned: Planned = Planned()
 
     def file_name(self, shard: int) -> str:
         return f"{self.name}-{shard:06d}.tar"
@@ -74,8 +88,11 @@ class Packing:
             except ClipError as error:
                 fault = Fault(entry.id, error.reason, str(error), entry.corpus)
                 seconds = error.seconds or entry.duration or 0.0
-            except ValueError as error:  # what this row alone holds and a shard cannot: one row is no reason to stop
-                fault, seconds = Fault(entry.id, "bad_row", str(error), entry.corpus), entry.duration or 0.0
+            except OutputError:
+                raise
+            except Exception as error:  # whatever one sample leads to: it is no reason to stop
+                reason = "bad_row" if isinstance(error, ValueError) else "failed"
+                fault, seconds = fault_of(error, entry.id, entry.corpus, reason), entry.duration or 0.0
             if fault is not None:
                 rejected.append((fault, seconds))
             if progress is not None:
@@ -100,7 +117,7 @@ class Packing:
             "findings": noted,
         }
         replace_file(self.summary_path(shard), json.dumps(header).encode() + b"\n" + summary.rows.tobytes())
-        return len(entries), sum(fault.reason in FAULTS for fault, _ in rejected)
+        return len(entries), sum(fault.reason not in FILTERS for fault, _ in rejected)
 
     def _add(self, writer: ShardWriter, number: int, entry: Entry) -> tuple[Fault | None, float, Sequence[Finding]]:
         """Decode, judge and append one sample; (why not, seconds, findings). Errors: ClipError, ValueError (no JSON)."""
@@ -108,6 +125,17 @@ class Packing:
         if entry.audio is None:
             writer.add(key, None, "", record_of(entry, 0.0, None))
             return None, 0.0, ()
+        clip, fault = self.clip_of(entry)
+        if fault is not None:
+            return fault, clip.duration, ()
+        record = record_of(entry, clip.duration, clip.sample_rate)
+        if self.measure and clip.samples is not None:
+            record["quality"] = quality.measure(clip.samples, clip.sample_rate)
+        writer.add(key, clip.data, clip.codec, record, tokens=len(self.sieve.token_ids(entry.text)))
+        return None, clip.duration, clip.findings
+
+    def clip_of(self, entry: Entry) -> tuple[Clip, Fault | None]:
+        """An entry's audio as it would be packed, and why it is not. Errors: ClipError."""
         cut, seconds = None, self.sieve.clearest_seconds
         if seconds and entry.task == "sound":
             cut = lambda samples, rate: quality.clearest(samples, rate, seconds)  # noqa: E731
@@ -119,16 +147,12 @@ class Packing:
             most = MAX_SECONDS
         clip = make_clip(entry.audio, entry.offset, entry.duration, codec=codec, rate=self.rate, cut=cut, max_seconds=most)
         if fault := self.sieve.judge_clip(entry, clip.duration):
-            return fault, clip.duration, ()
+            return clip, fault
         if refused := next((finding for finding in clip.findings if finding.kind in self.refuse), None):
-            return Fault(entry.id, refused.kind, refused.detail, entry.corpus), clip.duration, ()
+            return clip, Fault(entry.id, refused.kind, refused.detail, entry.corpus)
         if len(clip.data) >= 2**32:
             raise ClipError("too_large", f"{entry.audio}: {len(clip.data)} bytes, a shard's member holds less than 4 GiB")
-        record = record_of(entry, clip.duration, clip.sample_rate)
-        if self.measure and clip.samples is not None:
-            record["quality"] = quality.measure(clip.samples, clip.sample_rate)
-        writer.add(key, clip.data, clip.codec, record, tokens=len(self.sieve.token_ids(entry.text)))
-        return None, clip.duration, clip.findings
+        return clip, None
 
     def run(self, shards: list[int], hours: float, workers: int) -> None:
         """Pack the given planned shards in `workers` processes.
@@ -152,14 +176,9 @@ class Packing:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _follow(self, pending: set[Future], hours: float, progress) -> None:
-        started, shown, tried, broken = time.monotonic(), 0.0, 0, 0
-        with tqdm(
-            total=hours,
-            desc=f"packing {len(pending)} shards",
-            disable=None,
-            mininterval=1.0,
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} h [{elapsed}<{remaining}{postfix}]",
-        ) as bar:
+        tried, broken = 0, 0
+        with Progress(f"packing {plural(len(pending), 'shard')}", hours, " h", decimals=2) as shown:
+            shown.begin(f"about {duration(hours * 3600)} of audio; a line a minute follows")
             while pending:
                 done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in done:
@@ -167,21 +186,26 @@ class Packing:
                     tried, broken = tried + clips, broken + bad
                 now = progress.value / 3600
                 # Durations that the corpus does not tell are guesses: the total moves when they turn out to be low.
-                bar.total = max(bar.total, now)
-                bar.update(now - shown)
-                shown = now
-                bar.set_postfix_str(f"{now / (time.monotonic() - started) * 3600:.0f} audio-hours/h, {len(pending)} shards left")
-                if tried >= _ENOUGH_TO_JUDGE and broken > self.max_broken_share * tried:
-                    raise PackError(
-                        f"{broken} of {tried} clips are missing or broken: stopped. {self._first_fault()} "
-                        f"Mend the corpus, remove {self.folder} and run again, or raise --max-broken-share"
-                    )
+                shown.total = max(shown.total, now)
+                shown.to(now, f"{plural(len(pending), 'shard')} left")
+                if tried >= _ENOUGH_TO_JUDGE:
+                    self._check_share(broken, tried)
+
+    def _check_share(self, broken: int, tried: int) -> None:
+        """Errors: PackError where more is broken than allowed, faults found while planning included."""
+        if self.planned.broken_share(broken, tried) > self.max_broken_share:
+            before = f", and {self.planned.faults:,} of {self.planned.items:,} lines before" if self.planned.faults else ""
+            raise PackError(
+                f"{broken:,} of {tried:,} clips are missing or broken{before}: stopped. {self._first_fault()} "
+                f"Fix the corpus, remove {self.folder} and run again, or raise --max-broken-share"
+            )
 
     def _first_fault(self) -> str:
         for path in sorted((self.folder / WORK / "done").glob("[0-9]*")):
             for line, _ in self.load(int(path.name))[1]:
                 fault = json.loads(line)
-                return f"The first: {fault['id']}: {fault['reason']}: {fault['detail']}."
+                if fault["reason"] not in FILTERS:
+                    return printable_line(f"The first: {fault['id']}: {fault['reason']}: {fault['detail']}.")
         return ""
 
     def load(self, shard: int) -> tuple[ShardSummary, list]:
@@ -210,8 +234,17 @@ class Packing:
     def missing(self, shards: int) -> list[int]:
         return [shard for shard in range(shards) if not self.summary_path(shard).exists()]
 
-    def merge(self, plan: dict) -> dict:
-        """Join all finished shards into index and rejected.jsonl; then the working folder goes. Returns the index."""
+    def merge(self, plan: dict, lock: AbstractContextManager = nullcontext()) -> dict:
+        """Join all finished shards into index and rejected.jsonl; then the working folder goes. Returns the index.
+
+        lock: held while this works; let go before the folder that it is in is removed.
+        """
+        with lock:
+            index = self._merge(plan)
+        shutil.rmtree(self.folder / WORK, ignore_errors=True)
+        return index
+
+    def _merge(self, plan: dict) -> dict:
         missing = self.missing(plan["shards"])
         if missing:
             some = ", ".join(map(str, missing[:10])) + (" ..." if len(missing) > 10 else "")
@@ -223,23 +256,30 @@ class Packing:
             Counter(plan["rejected"]),
             Counter({reason: hours * 3600 for reason, hours in plan["rejected_hours"].items()}),
         )
-        unfinished = self.folder / WORK / "rejected.jsonl"
+        unfinished, broken, clips = self.folder / WORK / "rejected.jsonl", 0, 0
         try:
             with open(unfinished, "w", encoding="utf-8") as out:
                 with open(self.folder / WORK / "plan" / "rejected.jsonl", encoding="utf-8") as planned:
                     shutil.copyfileobj(planned, out)
                 for shard in range(plan["shards"]):
-                    for line, duration in self.load(shard)[1]:
+                    summary, rejected = self.load(shard)
+                    clips += len(summary.rows) + len(rejected)
+                    for line, duration in rejected:
                         reason = json.loads(line)["reason"]
                         counts[reason] += 1
                         seconds[reason] += duration
+                        broken += reason not in FILTERS
                         out.write(line + "\n")
+            if not any(True for _ in self._summaries(plan["shards"])):
+                os.replace(unfinished, self.folder / "rejected.jsonl")
+                shutil.rmtree(self.folder / WORK, ignore_errors=True)  # so that the same command does its work on a mended corpus
+                raise PackError(
+                    f"no sample was left to pack ({counted(counts)}): {self.folder / 'rejected.jsonl'} says why for each"
+                )
+            self._check_share(broken, clips)
             os.replace(unfinished, self.folder / "rejected.jsonl")
         except OSError as error:
             raise OutputError(f"cannot write {unfinished}: {error.strerror}") from error
-        if not any(True for _ in self._summaries(plan["shards"])):
-            shutil.rmtree(self.folder / WORK, ignore_errors=True)  # so that the same command does its work on a mended corpus
-            raise PackError(f"no sample was left to pack ({dict(counts)}): {self.folder / 'rejected.jsonl'} says why for each")
         report = {
             "findings": self._write_findings(plan["shards"]),
             "rejected": dict(sorted(counts.items())),
@@ -248,10 +288,10 @@ class Packing:
             "options": plan["digest"],
             "files": plan.get("files", {}),  # by which a corpus is known again; an older plan has none
         }
+        if plan.get("ignored"):
+            report["ignored"] = plan["ignored"]
         summaries, extra = _Again(lambda: self._summaries(plan["shards"])), report
-        index = write_index(self.folder, self.name, summaries, extra, scratch=self.folder / WORK)
-        shutil.rmtree(self.folder / WORK)
-        return index
+        return write_index(self.folder, self.name, summaries, extra, scratch=self.folder / WORK)
 
     def _write_findings(self, shards: int) -> dict[str, int]:
         """Name in findings.jsonl what was noticed about packed clips; {kind: clips}."""
@@ -274,6 +314,11 @@ class Packing:
             summary, _ = self.load(shard)
             if len(summary.rows):
                 yield summary
+
+
+def counted(counts: dict[str, int]) -> str:
+    """Counts as a sentence has them: bad_json 3, no_text 1."""
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
 class _Again:

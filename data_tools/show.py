@@ -1,4 +1,5 @@
-"""What is in a packed folder: `python -m data_tools.show DIR`, as text, as a picture, or one clip to listen to.
+"""What is in a packed folder: `python -m data_tools.show DIR`, as text, as a picture, or one clip to listen to. Of a folder of
+packed folders, a line for each of them.
 
     --png FILE              histograms of duration and of speaking rate
     --listen ROW --to FILE  one clip (and its JSON, printed); ROW is a number, or CORPUS/ID
@@ -19,11 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from tqdm import tqdm
 
 from core.audio import AudioError, read
-from core.console import print_text
-from data_tools.shards import ShardError, ShardIndex, id_hash
+from core.console import duration, plural, print_text, printable, printable_line
+from data_tools.output import WORK
+from data_tools.progress import watched
+from data_tools.shards import INDEX_NAME, ShardError, ShardIndex, id_hash
 
 _BAR = 40
 
@@ -45,7 +47,8 @@ def describe(folder: Path, index: ShardIndex) -> str:
     told, samples = json.loads((folder / "index.json").read_bytes()), index.samples
     megabytes = sum(shard["filesize"] for shard in index.shards) / 1e6
     lines = [
-        f"{index.name}: {len(index):,} samples, {index.hours:,.2f} h in {len(index.shards)} shards of {megabytes:,.0f} MB in all",
+        f"{index.name}: {len(index):,} samples, {duration(index.hours * 3600)} in {plural(len(index.shards), 'shard')} of "
+        f"{megabytes:,.1f} MB in all",
         f"fingerprint {index.fingerprint}",
         "",
         f"{'task':<14}{'language':<10}{'codec':<7}{'samples':>12}{'hours':>10}{'s mean':>8}{'s max':>8}"
@@ -67,13 +70,15 @@ def describe(folder: Path, index: ShardIndex) -> str:
     if told.get("rejected"):
         lines += ["", f"refused when packed (named in {folder / 'rejected.jsonl'})"]
         lines += [
-            f"  {count:>9,}  {told.get('rejected_hours', {}).get(reason, 0):>9.2f} h  {reason}"
+            f"  {count:>9,}  {duration(told.get('rejected_hours', {}).get(reason, 0) * 3600):>10}  {reason}"
             for reason, count in told["rejected"].items()
         ]
+    if told.get("ignored"):
+        lines += ["", "ignored when packed", *(f"  {count:>9,}  {what}" for what, count in told["ignored"].items())]
     if told.get("findings"):
         lines += ["", f"noted when packed (named in {folder / 'findings.jsonl'})"]
         lines += [f"  {count:>9,}  {kind}" for kind, count in told["findings"].items()]
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def durations_and_rates(index: ShardIndex) -> tuple[np.ndarray, np.ndarray]:
@@ -117,7 +122,7 @@ def listen(index: ShardIndex, wanted: str, to: Path) -> str:
     """Write one clip to a file: its own bytes where the extension is the same, else decoded into the file's format."""
     row = find_row(index, wanted)
     audio, record = index.read(row)
-    text = json.dumps(record, ensure_ascii=False, indent=1)
+    text = printable(json.dumps(record, ensure_ascii=False, indent=1))
     if audio is None:
         return f"{text}\nrow {row} is text alone"
     if to.suffix == f".{index.codecs[index.samples['codec'][row]]}":
@@ -138,7 +143,7 @@ def write_lhotse_cuts(index: ShardIndex, path: Path) -> int:
     out of the tar. lhotse runs it when the audio is loaded. Returns the number of cuts."""
     count = 0
     with gzip.open(path, "wt", encoding="utf-8") as out:
-        for row, sample in enumerate(tqdm(index.samples, desc="cuts", disable=None)):
+        for row, sample in enumerate(watched(index.samples, "cuts", total=len(index))):
             if not sample["audio_size"]:
                 continue
             record = index.read(row)[1]
@@ -173,6 +178,27 @@ def write_lhotse_cuts(index: ShardIndex, path: Path) -> int:
     return count
 
 
+def folders_in(parent: Path) -> str:
+    """A line for each packed folder in a folder. Errors: ShardError where there is none."""
+    found = sorted({path.parent for pattern in ("*/", "*/*/") for path in parent.glob(f"{pattern}{INDEX_NAME}")})
+    begun = sorted({path.parents[1] for pattern in ("*/", "*/*/") for path in parent.glob(f"{pattern}{WORK}/done")} - set(found))
+    if not found and not begun:
+        raise ShardError(
+            f"{parent} holds no {INDEX_NAME}, nor does a folder in it: give a folder that data_tools/pack.py has finished"
+        )
+    lines = [f"{'samples':>12}{'audio':>12}  {'tasks':<24}{'languages':<16}folder"]
+    for folder in found:
+        try:
+            index = ShardIndex.load(folder)
+        except ShardError as error:
+            lines.append(f"{'damaged':>24}  {'':<40}{folder}: {error}")
+            continue
+        tasks, langs = ", ".join(index.tasks), ", ".join(lang or "?" for lang in index.langs)
+        lines.append(f"{len(index):>12,}{duration(index.hours * 3600):>12}  {tasks[:23]:<24}{langs[:15]:<16}{folder}")
+    lines += [f"{'not finished':>24}  {'':<40}{folder}: run its command again, or --merge" for folder in begun]
+    return printable("\n".join(lines))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="data_tools.show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -184,6 +210,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lhotse", type=Path)
     options = parser.parse_args(argv)
     try:
+        if options.folder.is_dir() and not (options.folder / INDEX_NAME).exists():
+            print(folders_in(options.folder))
+            return 0
         index = ShardIndex.load(options.folder)
         if options.listen is not None:
             print_text(listen(index, options.listen, options.to))
@@ -197,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"\nhistograms in {options.png}")
         return 0
     except ShardError as error:
-        print(f"show: {error}", file=sys.stderr)
+        print(f"show: {printable_line(str(error))}", file=sys.stderr)
         return 2
 
 

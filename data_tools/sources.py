@@ -3,6 +3,7 @@
 An entry's `audio` is a plain path or one of these, PATH being absolute:
 
     tar:PATH#OFFSET+SIZE.EXT      bytes inside a tar (its member's extension kept)
+    tarz:PATH#OFFSET+SIZE.EXT     the same of a compressed tar, the offset being that in the decompressed one
     ark:PATH#OFFSET               a WAV inside a Kaldi archive
     parquet:PATH#GROUP/ROW/COLUMN the audio of one row of one row group (bytes, a path, or Hugging Face's structs: _cell)
     arrow:PATH#BATCH/ROW/COLUMN   the same of a record batch in a folder written by datasets' save_to_disk
@@ -14,11 +15,17 @@ Whatever was opened last stays open, so that neighbours (segments of one recordi
 from __future__ import annotations
 
 import io
+import lzma
 import os
 import re
 import subprocess
 import tempfile
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
+from typing import IO
 
 import numpy as np
 import soundfile
@@ -26,13 +33,16 @@ import soundfile
 from core.audio import MAX_FILE_BYTES, Recording, read_file, typed_errors
 from core.audio import AudioError as ClipError
 from core.containers import open_regular
+from core.unicode_paths import find_path
+from data_tools.shards import OutputError
+from data_tools.text_files import open_bytes
 
 _MAX_READ = 0x7FFF_F000  # bytes that Linux reads at once
-_FORM = re.compile(r"(tar|ark|parquet|arrow|pipe):(.+)", re.DOTALL)
+_FORM = re.compile(r"(tarz?|ark|parquet|arrow|pipe):(.+)", re.DOTALL)
 
 
 def kind_of(audio: str) -> tuple[str, str]:
-    """("file" | "tar" | "ark" | "parquet" | "arrow" | "pipe", the rest)."""
+    """("file" | "tar" | "tarz" | "ark" | "parquet" | "arrow" | "pipe", the rest)."""
     match = _FORM.fullmatch(audio)
     return (match[1], match[2]) if match else ("file", audio)
 
@@ -40,9 +50,12 @@ def kind_of(audio: str) -> tuple[str, str]:
 def read_bytes(audio: str) -> bytes:
     """All bytes of one clip as they are in the corpus.
 
-    Errors: ClipError missing_file | unreadable | undecodable | truncated | command_failed | too_large.
+    Errors: ClipError missing_file | unreadable | undecodable | truncated | command_failed | too_large; OutputError where there is
+    no room to decompress a tar.
     """
-    kind, rest = kind_of(audio)
+    kind, rest = _found(audio)
+    if kind == "tarz":
+        _make_room(rest.rpartition("#")[0])
     with typed_errors(audio):
         try:
             return _READERS[kind](rest)
@@ -52,10 +65,18 @@ def read_bytes(audio: str) -> bytes:
             raise ClipError("unreadable", f"{error}".partition("\n")[0]) from None
 
 
+def _found(audio: str) -> tuple[str, str]:
+    """kind_of, a file by the name that it has on the disk."""
+    kind, rest = kind_of(audio)
+    if kind == "file" and not rest.isascii():
+        rest = find_path(rest) or rest
+    return kind, rest
+
+
 @lru_cache(maxsize=1)
 def open_recording(audio: str) -> Recording:
     """A recording of which segments are wanted; the last one stays open. Errors: as read_bytes, and ClipError undecodable."""
-    kind, rest = kind_of(audio)
+    kind, rest = _found(audio)
     source = rest if kind == "file" else read_bytes(audio)
     with typed_errors(audio):
         return Recording(source)
@@ -66,13 +87,46 @@ def _descriptor(path: str) -> io.FileIO:
     return io.FileIO(open_regular(path))  # closed when it falls out of the cache
 
 
+def _make_room(path: str) -> None:
+    """Decompress a tar beforehand: that the disk is full is no clip's fault. Errors: OutputError."""
+    try:
+        _decompressed(path)
+    except OutputError:
+        raise
+    except Exception:  # whatever is wrong with it is found again, and named, when its member is read
+        return
+
+
+@lru_cache(maxsize=1)
+def _decompressed(path: str) -> IO[bytes]:
+    """A compressed tar as a temporary file without a name: its members are wanted in any order. Errors: OSError, OutputError."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115  closed when it falls out of the cache
+    # Of one that is cut, the members up to there are good.
+    with open_bytes(Path(path)) as compressed, suppress(EOFError, zlib.error, lzma.LZMAError):
+        while block := compressed.read(1 << 22):
+            try:
+                file.write(block)
+                file.flush()
+            except OSError as error:
+                raise OutputError(f"cannot decompress {path} in {tempfile.gettempdir()}: {error.strerror}") from error
+    return file
+
+
 def _tar(rest: str) -> bytes:
+    return _member(rest, _descriptor)
+
+
+def _tarz(rest: str) -> bytes:
+    return _member(rest, _decompressed)
+
+
+def _member(rest: str, opened: Callable[[str], IO[bytes]]) -> bytes:
     path, _, place = rest.rpartition("#")
     offset, _, size = place.partition("+")
     size = int(size.partition(".")[0])
     if size > _MAX_READ:
         raise ClipError("too_large", f"a member of {size:,} bytes, more than {_MAX_READ:,}")
-    data = os.pread(_descriptor(path).fileno(), size, int(offset))
+    data = os.pread(opened(path).fileno(), size, int(offset))
     if len(data) != size:
         raise ClipError("truncated", f"the tar ends at {int(offset) + len(data)}, inside a member of {size} bytes")
     return data
@@ -187,4 +241,4 @@ def _pipe(command: str) -> bytes:
     return b"".join(blocks)
 
 
-_READERS = {"file": read_file, "tar": _tar, "ark": _ark, "parquet": _parquet, "arrow": _arrow, "pipe": _pipe}
+_READERS = {"file": read_file, "tar": _tar, "tarz": _tarz, "ark": _ark, "parquet": _parquet, "arrow": _arrow, "pipe": _pipe}

@@ -17,11 +17,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from core.audio import AudioError, read
 from core.console import print_text
 from core.json_files import read_object
+from data_tools.progress import watched
 from data_tools.shards import INDEX_NAME, ShardError, ShardIndex, audio_hash, fingerprint, id_hash, target_characters
 
 _DURATION_TOLERANCE = 0.002  # seconds: JSON and table keep fewer digits than there are
@@ -124,7 +124,7 @@ def check(folder: Path, decode: int | None, workers: int) -> list[str]:
     per_shard = None if decode is None else -(-decode // max(1, len(shards)))
     with ProcessPoolExecutor(max(1, min(workers, len(shards))), get_context("fork")) as pool:
         futures = [pool.submit(check_shard, index, shard, per_shard) for shard in shards]
-        for future in tqdm(futures, desc="checking shards", disable=None):
+        for future in watched(futures, "checking shards", " shards", len(futures)):
             problems += future.result()
     return problems
 

@@ -2,57 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from data_tools.corpora import CorpusError, Entry, Fault, is_held_out
-
-_CHUNK = 1 << 20
-
-
-def json_array(path: Path, key: str) -> Iterator[dict]:
-    """The elements of the array under `key`, decoded one by one: the whole file is never in memory."""
-    decoder, buffer = json.JSONDecoder(), ""
-    with open(path, encoding="utf-8") as file:
-        while (match := re.search(rf'"{key}"\s*:\s*\[', buffer)) is None:
-            chunk = file.read(_CHUNK)
-            if not chunk:
-                raise CorpusError(f'{path} holds no "{key}" list')
-            buffer = buffer[-len(key) - 64 :] + chunk
-        buffer = buffer[match.end() :]
-        while True:
-            buffer = buffer.lstrip().removeprefix(",").lstrip()
-            if buffer.startswith("]"):
-                return
-            try:
-                element, end = decoder.raw_decode(buffer)
-            except ValueError:
-                # Twice the buffer each time: an element is decoded from its beginning only a few times.
-                chunk = file.read(max(_CHUNK, len(buffer)))
-                if not chunk:
-                    raise CorpusError(f'{path} ends in the middle of its "{key}" list: copy it again') from None
-                buffer += chunk
-                continue
-            yield element
-            buffer = buffer[end:]
+from data_tools.corpora import CorpusError, Entry, Fault, Item, Reader, is_held_out, kind_of_value
+from data_tools.corpora.beside import Beside
+from data_tools.text_files import existing, json_array
 
 
-class GigaSpeech:
+class GigaSpeech(Reader):
     """GigaSpeech.json beside audio/; PATH is the JSON, or its folder. subset: XL, L, M, S, XS, DEV or TEST; without it, all but
     DEV and TEST. root: folder that audio paths start from (default: the JSON's).
 
     Punctuation tags become punctuation (punctuation=no leaves them out); garbage segments (<SIL>, <MUSIC>, <NOISE>,
-    <OTHER>) are no speech and are reported as such.
+    <OTHER>) are no speech and are reported as such; audio files that the JSON does not name are counted.
     """
 
     TAGS = {"<COMMA>": ",", "<PERIOD>": ".", "<QUESTIONMARK>": "?", "<EXCLAMATIONPOINT>": "!"}
     GARBAGE = ("<SIL>", "<MUSIC>", "<NOISE>", "<OTHER>")
     ids, start, end, audio_id, default_lang = "sid", "begin_time", "end_time", "aid", "en"
+    broken = "bad_json"
+    has_global_ids = True
 
     def __init__(self, path: Path, subset: str | None = None, root: str | None = None, punctuation: str = "yes"):
-        self.path = path if path.is_file() else path / f"{type(self).__name__}.json"
+        self.beside = Beside()
+        self.path = path if path.is_file() else existing(path / f"{type(self).__name__}.json")
         self.root = Path(root).absolute() if root else self.path.parent
         self.subset = subset.strip("{}").upper() if subset else None
         if punctuation not in ("yes", "no"):
@@ -63,25 +39,41 @@ class GigaSpeech:
 
     def text(self, words: str) -> str:
         for tag, mark in self.tags.items():
-            words = words.replace(f" {tag}", mark)
-        return words.strip()
+            words = re.sub(rf"\s*{tag}", mark, words)
+        return words.lstrip(" ,.?!").rstrip() if self.TAGS else words.strip()
 
-    def __iter__(self) -> Iterator[Entry | Fault]:
-        for recording in json_array(self.path, "audios"):
-            if not isinstance(recording, dict) or "path" not in recording:
-                yield Fault(str(recording)[:80], "bad_json", "a recording without a path")
+    def records(self) -> Iterator[tuple[str, Any]]:
+        self.beside.clear()
+        for number, recording in enumerate(json_array(self.path, "audios", self.encoding), 1):
+            where = f"{self.path.name}:audios {number}"
+            if not isinstance(recording, dict) or not isinstance(recording.get("path"), str):
+                yield where, Fault(str(recording)[:80], "bad_json", "a recording without a path")
                 continue
-            for segment in recording.get("segments", ()):
-                subsets = {name.strip("{}").upper() for name in segment.get("subsets", ())}
-                if self.subset not in subsets if self.subset else subsets and all(map(is_held_out, subsets)):
-                    continue
-                yield self.entry(recording, segment)
+            self.beside.name(str(self.root / recording["path"]))
+            name, segments = recording["path"], recording.get("segments") or ()
+            if not isinstance(segments, list | tuple):
+                yield where, Fault(name, "bad_json", f"segments is {kind_of_value(segments)}, not a list")
+                continue
+            for place, segment in enumerate(segments):
+                yield f"{where}, segment {place}", (recording, segment)
+        yield from self.beside.left(self.path.name)
+
+    def sample(self, record: tuple[dict, Any], where: str) -> Item | list[Item]:
+        recording, segment = record
+        if not isinstance(segment, dict):
+            return Fault(where, "bad_json", f"{kind_of_value(segment)}, not a segment")
+        subsets = {name.strip("{}").upper() for name in segment.get("subsets", ())}
+        if self.subset not in subsets if self.subset else subsets and all(map(is_held_out, subsets)):
+            return []
+        return self.entry(recording, segment)
 
     def entry(self, recording: dict, segment: dict) -> Entry | Fault:
         name, words = str(segment.get(self.ids, "?")), segment.get("text_tn", segment.get("text", ""))
         if not isinstance(segment.get(self.start), (int, float)) or not isinstance(segment.get(self.end), (int, float)):
             return Fault(name, "bad_json", f"segment without {self.start} and {self.end}")
-        if words.strip() in self.GARBAGE:
+        if not isinstance(words, str):
+            return Fault(name, "bad_json", f"text is {kind_of_value(words)}, not text")
+        if self.TAGS and any(tag in words for tag in self.GARBAGE) or words.strip() in self.GARBAGE:
             return Fault(name, "no_speech", words.strip())
         return Entry(
             id=name,

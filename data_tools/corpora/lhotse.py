@@ -1,26 +1,32 @@
-"""lhotse cut manifests (JSON lines, gzipped or not) and Shar folders; lhotse itself is not needed."""
+"""lhotse cut manifests (JSON lines or lists, compressed or not) and Shar folders; lhotse itself is not needed."""
 
 from __future__ import annotations
 
-import json
-import tarfile
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from data_tools.corpora import CorpusError, Entry, Fault
-from data_tools.corpora.table import open_text
+from core.tar_members import ignored_as
+from data_tools.corpora import Entry, Fault, Ignored, Item, Reader, as_name, kind_of_value
+from data_tools.corpora.tars import LINKS, group_of, tar_members
+from data_tools.text_files import CorpusError, json_items
 
 _SHAR = ("shar", "memory")  # types of a source whose audio is a member of the tar beside
+_NO_AUDIO = ".nodata"  # a member that stands for a cut without audio
 
 
-class Lhotse:
-    """PATH is cuts.jsonl(.gz), or a Shar folder (cuts.N.jsonl.gz beside recording.N.tar).
+class Lhotse(Reader):
+    """PATH is a cut manifest (cuts.jsonl, cuts.json), or a Shar folder (cuts.N.jsonl.gz beside recording.N.tar).
 
     A cut with one supervision is one sample, and so is each supervision of a longer cut (its stretch of the recording).
-    Recordings from files, commands and Shar are followed. Mixed and padded cuts are no plain audio and are reported, and so
+    Recordings from files, commands and Shar are followed; cuts of a Shar folder are matched with the members of the tar by
+    their ids, and members without a cut are reported. Mixed and padded cuts are no plain audio and are reported, and so
     are cuts of recordings with several channels or with transforms, unless Shar holds them as they shall sound.
     root: where relative paths start (default: where the command runs).
     """
+
+    broken = "bad_json"
 
     def __init__(self, path: Path, root: str | None = None):
         self.root = Path(root or ".").absolute()
@@ -28,38 +34,48 @@ class Lhotse:
         if not self.manifests:
             raise CorpusError(f"{path} holds no cuts.*.jsonl: give a cut manifest or a Shar folder")
 
-    def __iter__(self) -> Iterator[Entry | Fault]:
+    def records(self) -> Iterator[tuple[str, Any]]:
         for manifest in self.manifests:
-            tar = manifest.with_name(manifest.name.split(".jsonl")[0].replace("cuts", "recording", 1) + ".tar")
-            members = _members(tar) if tar.exists() else None
-            with open_text(manifest) as file:
-                for place, line in enumerate(file, 1):
-                    if not line.strip():
-                        continue
-                    member = next(members, None) if members else None
-                    try:
-                        yield from self._samples(json.loads(line), f"{manifest.name}:{place}", member, tar if members else None)
-                    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-                        yield Fault(f"{manifest.name}:{place}", "bad_json", f"{type(error).__name__}: {error}")
+            stem = manifest.name.split(".jsonl")[0].replace("cuts", "recording", 1)
+            tar = next((path for end in (".tar", ".tar.gz") if (path := manifest.with_name(stem + end)).exists()), None)
+            members = _Members(tar) if tar else None
+            for place, cut in json_items(manifest, self.encoding):
+                yield f"{manifest.name}:{place}", cut if not isinstance(cut, dict) else (cut, members, manifest)
+            if members is not None:
+                for name in members.left_over():
+                    detail = f"{tar.name} holds audio of {name}, {manifest.name} has no such cut"
+                    yield name, Fault(name, "unmatched", detail)
+                yield from (("", Ignored(heading, count)) for heading, count in members.ignored.items())
+
+    def sample(self, record: Any, where: str) -> Item | list[Item]:
+        if not isinstance(record, tuple):
+            return Fault(where, "bad_json", f"{kind_of_value(record)}, not an object")
+        cut, members, manifest = record
+        name = as_name(cut.get("id", where))
+        member = members.take(name) if members is not None else None
+        source = manifest.name.split(".jsonl")[0]
+        return [
+            item if isinstance(item, Fault) else _of_source(item, source) for item in self._samples(cut, name, member, members)
+        ]
 
     def _audio(self, recording: dict, member: str | None) -> str | None:
         source = recording["sources"][0]
-        if member is not None and source["type"] in _SHAR:
+        if source["type"] in _SHAR:
             return member
         if len(recording["sources"]) != 1:
             return None
-        return {"file": lambda value: str(self.root / value), "command": lambda value: "pipe:" + value}.get(
-            source["type"], lambda value: None
-        )(source["source"])
+        if source["type"] == "file":
+            return str(self.root / source["source"])
+        return f"pipe:{source['source']}" if source["type"] == "command" else None
 
-    def _samples(self, cut: dict, where: str, member: str | None, tar: Path | None) -> Iterator[Entry | Fault]:
-        name = cut.get("id", where)
-        if cut.get("type", "MonoCut") not in ("MonoCut", "Cut") or "recording" not in cut:
-            yield Fault(name, "bad_row", f"a {cut.get('type')}: only cuts of one recording can be packed")
+    def _samples(self, cut: dict, name: str, member: str | None, members: _Members | None) -> Iterator[Entry | Fault]:
+        kind = cut.get("type", "MonoCut")
+        if kind not in ("MonoCut", "Cut") or "recording" not in cut:
+            yield Fault(name, "bad_row", _no_cut(cut))
             return
         audio, kind = self._audio(cut["recording"], member), cut["recording"]["sources"][0]["type"]
-        if audio is None and tar is not None and member is None and kind in _SHAR:
-            yield Fault(name, "truncated", f"{tar} ends before the cuts beside it do: copy or export it again")
+        if audio is None and members is not None and kind in _SHAR:
+            yield members.missing(name)
             return
         if kind not in _SHAR and (why := _not_as_stored(cut["recording"])):
             yield Fault(name, "bad_row", why)
@@ -80,13 +96,29 @@ class Lhotse:
                 audio=audio,
                 text=supervision.get("text"),
                 lang=(supervision.get("language") or "").lower() or None,
-                speaker=supervision.get("speaker"),
+                speaker=as_name(supervision.get("speaker")),
                 task="asr",
                 offset=None if whole else offset,
                 duration=duration,
-                recording=cut["recording"]["id"],
-                group=cut["recording"]["id"] if audio.startswith("pipe:") and not whole else None,
+                recording=as_name(cut["recording"]["id"]),
+                group=cut["recording"]["id"] if audio.startswith("pipe:") and not whole else group_of(audio),
             )
+
+
+def _of_source(entry: Entry, source: str) -> Entry:
+    entry.source = source
+    return entry
+
+
+def _no_cut(cut: dict) -> str:
+    """What a manifest's object is, where it is no cut of one recording."""
+    if "type" in cut:
+        return f"a {cut['type']}: only cuts of one recording can be packed"
+    if "sources" in cut:
+        return "a recording, not a cut: give the cut manifest (lhotse cut simple makes one of recordings and supervisions)"
+    if "recording_id" in cut:
+        return "a supervision, not a cut: give the cut manifest (lhotse cut simple makes one of recordings and supervisions)"
+    return "no cut of a recording: it has no 'recording'"
 
 
 def _not_as_stored(recording: dict) -> str | None:
@@ -100,15 +132,52 @@ def _not_as_stored(recording: dict) -> str | None:
     return None
 
 
-def _members(tar: Path) -> Iterator[str]:
-    """Audio members of a Shar tar in order, as places to read from (a member `.nodata` stands for a cut without audio).
+@dataclass
+class _Members:
+    """Audio members of one Shar tar by the ids of their cuts. A tar that was cut short has those up to there."""
 
-    A tar that was cut short ends early, wherever it was cut: each cut that misses its member is reported by itself.
-    """
-    try:
-        with tarfile.open(tar) as archive:
-            for member in archive:
-                if member.isfile() and not member.name.endswith((".json", ".nometa")):
-                    yield f"tar:{tar}#{member.offset_data}+{member.size}.{member.name.rpartition('.')[2]}"
-    except tarfile.TarError:
-        return
+    tar: Path
+    damage: Fault | None = None
+    ignored: dict[str, int] = field(default_factory=dict)
+    _places: dict[str, list[str | None]] = field(default_factory=dict)
+    _placeholders: set[str] = field(default_factory=set)
+
+    def __post_init__(self):
+        for member in tar_members(self.tar):
+            if isinstance(member, Fault):
+                self.damage = member
+                continue
+            name, _, extension = member.name.rpartition(".")
+            if f".{extension}" == _NO_AUDIO:
+                self._placeholders.add(name)
+            elif member.is_special or extension not in ("json", "nometa") and (heading := _litter(member.name)):
+                heading = LINKS if member.is_special else heading
+                self.ignored[heading] = self.ignored.get(heading, 0) + 1
+            elif extension not in ("json", "nometa"):
+                self._places.setdefault(name, []).append(member.place)
+
+    def take(self, name: str) -> str | None:
+        """The place of a cut's audio; of cuts of one id, in the order of the members."""
+        places = self._places.get(name)
+        if not places:
+            return None
+        place = places.pop(0)
+        if not places:
+            del self._places[name]
+        return place
+
+    def missing(self, name: str) -> Fault:
+        if name in self._placeholders:
+            return Fault(name, "no_audio", f"{self.tar.name} holds a placeholder: the cut had no audio")
+        if self.damage is not None:
+            return Fault(name, "truncated", f"{self.tar} ends before the cuts beside it do: copy or export it again")
+        return Fault(name, "missing_file", f"{self.tar.name} holds no audio of this cut")
+
+    def left_over(self) -> Iterator[str]:
+        for name, places in self._places.items():
+            yield from [name] * len(places)
+
+
+def _litter(name: str) -> str | None:
+    heading = ignored_as(name)
+    return heading if heading and heading.startswith("files of") else None  # of audio, Shar's format may be any extension

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from data_tools.corpora import CorpusError, Entry, Fault, is_held_out
+from data_tools.corpora import CorpusError, Entry, Fault, Ignored, Reader, is_held_out
+from data_tools.text_files import Problem, existing, text_lines
 
 
-class LibriSpeech:
+class LibriSpeech(Reader):
     """ROOT/SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt beside its .flac files; PATH is ROOT, or one SUBSET.
 
-    subset: only these, joined by `+` (train-clean-100+train-clean-360); without it, of ROOT, all but dev and test.
+    subset: only these, joined by `+` (train-clean-100+train-clean-360); without it, of ROOT, all but dev and test. Clips
+    without a line in the transcripts are reported.
     """
+
+    has_global_ids = True
 
     def __init__(self, path: Path, subset: str | None = None):
         wanted = subset.split("+") if subset else None
@@ -27,39 +33,53 @@ class LibriSpeech:
         if missing or not self.subsets:
             raise CorpusError(f"{path} holds no LibriSpeech subset {', '.join(sorted(missing))}".rstrip())
 
-    def __iter__(self) -> Iterator[Entry | Fault]:
+    def records(self) -> Iterator[tuple[str, Any]]:
         for subset in self.subsets:
             for speaker in sorted(p for p in subset.iterdir() if p.is_dir()):
                 for chapter in sorted(p for p in speaker.iterdir() if p.is_dir()):
-                    transcripts = chapter / f"{speaker.name}-{chapter.name}.trans.txt"
-                    if not transcripts.exists():
-                        yield Fault(str(transcripts), "bad_row", "a chapter without its transcripts")
-                        continue
-                    with open(transcripts, encoding="utf-8") as file:
-                        for line in file:
-                            name, _, text = line.strip().partition(" ")
-                            if name:
-                                yield Entry(
-                                    id=name,
-                                    audio=str(chapter / f"{name}.flac"),
-                                    text=text,
-                                    lang="en",
-                                    task="asr",
-                                    speaker=speaker.name,
-                                    recording=f"{speaker.name}-{chapter.name}",
-                                )
+                    yield from self._chapter(speaker.name, chapter)
+
+    def _chapter(self, speaker: str, chapter: Path) -> Iterator[tuple[str, Any]]:
+        transcripts = existing(chapter / f"{speaker}-{chapter.name}.trans.txt")
+        if not transcripts.exists():
+            yield "", Fault(str(transcripts), "bad_row", "a chapter without its transcripts")
+            return
+        clips = {name.removesuffix(".flac") for name in os.listdir(chapter) if name.endswith(".flac") and name[0] != "."}
+        for place, line in text_lines(transcripts, self.encoding):
+            if isinstance(line, Problem):
+                yield f"{transcripts.name}:{place}", line
+                continue
+            name, _, text = line.strip().partition(" ")
+            if name:
+                clips.discard(name)
+                yield name, (name, text, speaker, chapter)
+        for name in sorted(clips):
+            yield name, Fault(name, "unmatched", f"{transcripts.name} has no line of {name}.flac")
+
+    def sample(self, record: tuple[str, str, str, Path], where: str) -> Entry:
+        name, text, speaker, chapter = record
+        return Entry(
+            id=name,
+            audio=str(chapter / f"{name}.flac"),
+            text=text,
+            lang="en",
+            task="asr",
+            speaker=speaker,
+            recording=f"{speaker}-{chapter.name}",
+        )
 
 
 def _has_speakers(path: Path) -> bool:
-    return any(p.is_dir() and p.name.isdigit() for p in path.iterdir())
+    return path.is_dir() and any(p.is_dir() and p.name.isdigit() for p in path.iterdir())
 
 
-class MLS:
+class MLS(Reader):
     """mls_LANGUAGE/SPLIT/transcripts.txt (`id TAB text`) beside audio/SPEAKER/BOOK/SPEAKER_BOOK_SEGMENT.flac (or .opus).
 
-    PATH is mls_LANGUAGE; split: train, dev or test.
+    PATH is mls_LANGUAGE; split: train, dev or test. Clips without a transcript are counted.
     """
 
+    has_global_ids = True
     LANGUAGES = {
         "english": "en",
         "german": "de",
@@ -72,28 +92,38 @@ class MLS:
     }
 
     def __init__(self, path: Path, split: str = "train", lang: str | None = None):
-        self.folder, self.lang = path / split, lang
+        self.folder = path / split
         language = path.name.removeprefix("mls_").removesuffix("_opus")
         self.lang = lang or self.LANGUAGES.get(language)
         self.extension = ".opus" if path.name.endswith("_opus") else ".flac"
-        if not (self.folder / "transcripts.txt").exists():
+        self.transcripts = existing(self.folder / "transcripts.txt")
+        if not self.transcripts.exists():
             raise CorpusError(f"{self.folder / 'transcripts.txt'} does not exist: give mls_LANGUAGE and split=train, dev or test")
+        if self.lang is None:
+            known = ", ".join(f"mls_{name}" for name in self.LANGUAGES)
+            raise CorpusError(f"{path}: the folder's name is none of {known}: give the language, lang=de for example")
 
-    def __iter__(self) -> Iterator[Entry | Fault]:
-        with open(self.folder / "transcripts.txt", encoding="utf-8") as file:
-            for place, line in enumerate(file, 1):
-                name, tab, text = line.rstrip("\n").partition("\t")
-                parts = name.split("_")
-                if not tab or len(parts) != 3:
-                    yield Fault(f"transcripts.txt:{place}", "bad_row", "not SPEAKER_BOOK_SEGMENT TAB text")
-                    continue
-                speaker, book, _ = parts
-                yield Entry(
-                    id=name,
-                    audio=str(self.folder / "audio" / speaker / book / (name + self.extension)),
-                    text=text.strip(),
-                    lang=self.lang,
-                    task="asr",
-                    speaker=speaker,
-                    recording=f"{speaker}_{book}",
-                )
+    def records(self) -> Iterator[tuple[str, Any]]:
+        count = 0
+        for place, line in text_lines(self.transcripts, self.encoding):
+            count += 1
+            yield f"transcripts.txt:{place}", line
+        clips = sum(name.endswith(self.extension) for _, _, names in os.walk(self.folder / "audio") for name in names)
+        if clips > count:
+            yield "", Ignored("clips that transcripts.txt has no line of", clips - count)
+
+    def sample(self, line: str, where: str) -> Entry | Fault:
+        name, tab, text = line.partition("\t")
+        parts = name.split("_")
+        if not tab or len(parts) != 3:
+            return Fault(where, "bad_row", "not SPEAKER_BOOK_SEGMENT TAB text")
+        speaker, book, _ = parts
+        return Entry(
+            id=name,
+            audio=str(self.folder / "audio" / speaker / book / (name + self.extension)),
+            text=text.strip(),
+            lang=self.lang,
+            task="asr",
+            speaker=speaker,
+            recording=f"{speaker}_{book}",
+        )

@@ -1,60 +1,43 @@
-"""Tables with a column map: CSV, TSV and JSONL of any origin."""
+"""Tables with a column map: CSV, TSV and JSON lines or lists of any origin."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
-import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from data_tools.corpora import CorpusError, Entry, Fault, check_same_meaning, columns_and_values, number
+from data_tools.corpora import Entry, Fault, Reader, as_name, kind_of_value
+from data_tools.corpora.beside import Beside
+from data_tools.corpora.columns import (
+    as_options,
+    check_same_meaning,
+    columns_and_values,
+    number,
+    proposal,
+    time_columns,
+    unused_times,
+)
+from data_tools.corpora.manifest import FACTS_OF, key_facts
+from data_tools.text_files import DELIMITERS, CorpusError, Problem, bare_suffixes, json_items, table_rows, usual_delimiter
 
-csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-
-
-def open_text(path: Path):
-    """A text file, gzipped or not; undecodable bytes become marks rather than errors."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="")
-
-
-def usual_delimiter(path: Path) -> str:
-    return "," if ".csv" in path.suffixes else "\t"
-
-
-def rows(
-    path: Path,
-    delimiter: str | None = None,
-    quoted: bool = True,
-    header: list[str] | None = None,
-    escape: str | None = None,
-) -> Iterator[tuple[int, dict]]:
-    """(line number, row) of a CSV or TSV, one at a time. header: column names of a file without a line of them; escape: the
-    sign before signs that would mean something else."""
-    delimiter = delimiter or usual_delimiter(path)
-    with open_text(path) as file:
-        reader = csv.DictReader(
-            file,
-            fieldnames=header,
-            delimiter=delimiter,
-            quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
-            escapechar=escape,
-        )
-        for row in reader:
-            yield reader.line_num, row
+_TIMES = ("offset", "end", "duration")
+_NAMES = ("id", "speaker", "recording", "sound_hash")
 
 
-class Table:
-    """FILE.csv, .tsv or .jsonl (also .gz) whose columns are named by options: audio=path,text=sentence,label=emotion.
+class Table(Reader):
+    """FILE.csv, .tsv, .jsonl, .json (also compressed), its columns named by options: audio=path,text=sentence,label=emotion.
 
     Columns: id, audio, text, duration, offset, end (instead of duration, with offset), lang_column, target_lang, speaker,
     prompt, response, label, recording, hypothesis, sound_hash. A column that is not named and exists under its own name is
     taken. target_lang, speaker, prompt and label may also be a value, which entries without one of their own get: whatever is
     no column's name. root: folder that relative audio paths start from (default: the table's); suffix: appended to them.
-    delimiter: between cells (default: a comma in .csv, else a tab). quoting: whether cells may stand in double quotes, as CSV
-    has them, yes or no (default: no between tabs, where a quote is a sign like any other, as in Common Voice; else yes).
+    columns: names of the columns of a file that has no line of them, joined by + (audio+text+normalised). delimiter: between
+    cells, a sign or comma, tab, semicolon, bar (default: a comma in .csv, else a tab). quoting: whether cells may stand in
+    double quotes, yes or no (default: yes between commas and semicolons; no between tabs and bars, where a quote is a literal
+    character, as in Common Voice and LJSpeech). Columns that are named like times (start, stop_ms) and not used are refused,
+    unless ignore names them (ignore=start+stop_ms). A row with another number of cells than there are columns is refused. Audio
+    files that lie beside the named ones are counted.
     """
 
     COLUMNS = (
@@ -94,79 +77,152 @@ class Table:
         sound_hash: str | None = None,
         root: str | None = None,
         suffix: str = "",
+        columns: str | None = None,
         delimiter: str | None = None,
         quoting: str | None = None,
+        ignore: str | None = None,
         task: str | None = None,
         lang: str | None = None,
     ):
         self.path, self.suffix, self.task, self.lang = path, suffix, task, lang
-        self.delimiter = delimiter or usual_delimiter(path)
+        named = {name: sign for sign, name in DELIMITERS.items()}
+        self.delimiter = named.get(delimiter, delimiter) or usual_delimiter(path)
+        if len(self.delimiter) != 1:
+            raise CorpusError(f"delimiter={delimiter}: one sign, or {', '.join(named)}")
         if quoting not in (None, "yes", "no"):
             raise CorpusError(f"quoting={quoting}: yes or no")
-        self.quoted = quoting == "yes" if quoting else self.delimiter != "\t"
+        self.quoted = quoting == "yes" if quoting else self.delimiter not in "\t|"
         self.root = Path(root).absolute() if root else path.parent
+        self.header = columns.split("+") if columns else None
+        if self.header and len(set(self.header)) < len(self.header):
+            raise CorpusError(f"columns={columns}: two columns have one name")
+        self.ignored = frozenset(ignore.split("+")) if ignore else frozenset()
         given = locals()
         self.named = {column: given[column] for column in self.COLUMNS if given[column]}
         if lang_column:
             self.named["lang"] = lang_column
-        self.jsonl = ".jsonl" in path.suffixes or ".json" in path.suffixes
+        self.jsonl = ".jsonl" in bare_suffixes(path) or ".json" in bare_suffixes(path)
+        self.keys: Counter[str] = Counter()
+        self.beside = Beside()
+        self._of_columns: tuple | None = None  # columns, what they mean, and which of them are times that nobody uses
+        self._rows = 0
 
-    def _rows(self) -> Iterator[tuple[int, dict | None]]:
+    def records(self) -> Iterator[tuple[str, Any]]:
+        self.keys.clear()
+        self.beside.clear()
+        self._of_columns, self._rows = None, 0
+        if self.jsonl:
+            rows = json_items(self.path, self.encoding)
+        else:
+            rows = table_rows(self.path, self.delimiter, self.quoted, self.header, encoding=self.encoding)
+        for place, row in rows:
+            if not self.jsonl and self.delimiter == "\t" and self.quoted and isinstance(row, dict) and _has_line_break(row):
+                row = Problem("bad_row", "a line break in a cell of a TSV: write the cell without")
+            yield f"{self.path.name}:{place}", row
+        yield from self.beside.left(self.path.name)
+
+    def _meaning(self, row: dict, where: str) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+        """(column of each field, values of all entries, times that are not used), of a row with these columns."""
+        if self._of_columns is not None and (not self.jsonl or self._of_columns[0] == row.keys()):
+            return self._of_columns[1]
+        columns = row.keys()
+        named, values = columns_and_values(self.named, columns, self.path)
+        if self._of_columns is not None:
+            check_same_meaning(self._of_columns[1][:2], (named, values), where)
+        there = columns - (self.ignored - set(named.values()))
+        fields = {field: named.get(field, field) for field in (*self.COLUMNS, "lang") if named.get(field, field) in there}
+        for field in _TIMES:  # a time that another option names is not also one by its own name
+            if field not in named and field in named.values():
+                fields.pop(field, None)
         if not self.jsonl:
-            yield from rows(self.path, self.delimiter, self.quoted)
+            self._check_columns(fields, list(columns))
+        times = time_columns(columns, {*fields.values(), *self.ignored})
+        self._of_columns = dict(row).keys(), (fields, values, times)
+        return self._of_columns[1]
+
+    def _check_columns(self, fields: dict[str, str], columns: list[str]) -> None:
+        if "audio" in fields or "prompt" in fields and "response" in fields:
             return
-        with open_text(self.path) as file:
-            for place, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield place, json.loads(line)
-                    except ValueError:
-                        yield place, None
+        proposed = proposal(columns, ("audio", "text", "speaker"))
+        hint = f"; perhaps {as_options(self.named | proposed)}" if "audio" in proposed else "; name it: audio=COLUMN"
+        if not self.header and "audio" not in proposed:
+            hint += ". If the first line is no line of names, give columns=audio+text and so on"
+        raise CorpusError(f"{self.path} has no column 'audio': its columns are {', '.join(columns)}{hint}")
 
-    def __iter__(self) -> Iterator[Entry | Fault]:
-        columns, meant = None, None
-        for place, row in self._rows():
-            where = f"{self.path.name}:{place}"
-            if not isinstance(row, dict):
-                yield Fault(where, "bad_json", "not a JSON object")
-                continue
-            if row.keys() != columns:  # of JSONL, every line may have its own
-                columns, before = row.keys(), meant
-                meant = columns_and_values(self.named, columns, self.path)
-                if before is not None:
-                    check_same_meaning(before, meant, where)
-                named, values = meant
-            if self.delimiter == "\t" and not self.jsonl and _has_line_break(row, self.quoted):
-                yield Fault(where, "bad_row", "a line break in a cell, or a quote that is not closed: write the cell without")
-                continue
-            cells = {column: row.get(named.get(column, column)) for column in (*self.COLUMNS, "lang")}
-            cells = {column: value for column, value in cells.items() if value not in (None, "")}
-            yield self._entry(values | cells, where, f"{self.path.stem}-{place:09d}")
-
-    def _entry(self, cells: dict, where: str, default_id: str) -> Entry | Fault:
-        times = {column: (number(cells.get(column)), str(cells.pop(column, ""))) for column in ("offset", "end", "duration")}
-        for column, (seconds, told) in times.items():
-            if seconds is None and told.strip():  # without its number, a segment would be the whole recording
-                name = self.named.get(column, column)
-                return Fault(str(cells.get("id", where)), "bad_row", f"{where}: {name} is '{told}', not a number")
-        offset, end, duration = (seconds for seconds, _ in times.values())
-        if end is not None:
-            offset = offset or 0.0
-            duration = end - offset
-        cells = {column: str(value) for column, value in cells.items()}
+    def sample(self, row: Any, where: str) -> Entry | Fault:
+        if not isinstance(row, dict):
+            return Fault(where, "bad_json", f"{kind_of_value(row)}, not a JSON object")
+        self._rows += 1
+        if self._rows <= FACTS_OF:
+            self.keys.update(row.keys())
+        fields, values, times = self._meaning(row, where)
+        cells = {field: row[column] for field, column in fields.items() if row[column] not in (None, "")}
+        sample_id = str(cells.get("id", where))
+        if problem := self._times_problem(row, cells, times):
+            if not self.jsonl:
+                raise CorpusError(f"{self.path}: {problem}")
+            return Fault(sample_id, "bad_row", f"{where}: {problem}")
+        seconds: dict[str, float | None] = {}
+        for field in _TIMES:
+            told = cells.pop(field, None)
+            seconds[field] = number(told)
+            if seconds[field] is None and str(told or "").strip():  # without it, a segment would be the whole recording
+                shown = f"'{told}'" if isinstance(told, str | list) else kind_of_value(told)
+                return Fault(sample_id, "bad_row", f"{where}: {self.named.get(field, field)} is {shown}, not a number")
+        if seconds["end"] is not None:
+            seconds["duration"] = seconds["end"] - seconds["offset"]
+        if self.jsonl and (strange := _strange(cells)):
+            return Fault(sample_id, "bad_row", f"{where}: {strange}")
+        cells = {**values, **cells}
         if "audio" in cells:
             cells["audio"] = str(self.root / (cells["audio"] + self.suffix))
+            self.beside.name(cells["audio"])
         elif not (cells.get("prompt") and cells.get("response")):
-            return Fault(cells.get("id", where), "bad_row", f"{where}: no audio path")
-        cells.setdefault("id", default_id)
+            proposed = proposal(row, ("audio", "text"))
+            hint = f"; perhaps {as_options(proposed)}" if self.jsonl and "audio" in proposed else ""
+            return Fault(sample_id, "bad_row", f"{where}: no audio path{hint}")
+        cells.setdefault("id", f"{self.path.stem}-{int(where.rpartition(':')[2]):09d}")
         if self.lang:
             cells.setdefault("lang", self.lang)
-        return Entry(**cells, task=self.task, offset=offset, duration=duration)
+        return Entry(**cells, task=self.task, offset=seconds["offset"], duration=seconds["duration"])
+
+    def _times_problem(self, row: dict, cells: dict, times: dict[str, str]) -> str | None:
+        """Why a row's times cannot be understood; None where they can."""
+        unused = unused_times(row, times, "offset" in cells, "end" in cells or "duration" in cells) if times else []
+        if unused:
+            proposed = {"offset": next((n for n in unused if times[n] == "start"), None)}
+            proposed["end"] = next((n for n in unused if times[n] == "end"), None)
+            proposed["duration"] = next((n for n in unused if times[n] == "length"), None)
+            options = as_options({field: name for field, name in proposed.items() if name and field not in cells})
+            hint = f"give {options} if they are seconds, or " if options else ""
+            names = " and ".join(f"'{name}'" for name in unused)
+            return f"{names} would be left out: {hint}ignore={'+'.join(unused)} if they are not times in the file"
+        if "end" in cells and "offset" not in cells:
+            end = self.named.get("end", "end")
+            return f"'{end}' without a beginning: name its column with offset=COLUMN, or give ignore={end} to leave it out"
+        return None
+
+    def facts(self) -> list[str]:
+        used = set(self._of_columns[1][0].values()) if self._of_columns else set()
+        named = {column: field for field, column in self.named.items()}
+        keys = Counter({f"{key} (as {named[key]})" if key in named else key: n for key, n in self.keys.items()})
+        used = {f"{key} (as {named[key]})" if key in named else key for key in used}
+        have = set(self._of_columns[1][0]) if self._of_columns else set()
+        wanted = [field for field in ("audio", "text", "speaker", "label") if field not in have]
+        return key_facts(self.path.name, keys, used, proposal(self.keys, wanted))
 
 
-def _has_line_break(row: dict, quoted: bool) -> bool:
-    """Whether a TSV's row swallowed lines that follow, or is the first half of one that a quoted cell's line break cut."""
-    cells = [cell for cell in row.values() if isinstance(cell, str)]
-    if quoted:
-        return any("\n" in cell or "\r" in cell for cell in cells)
-    return bool(cells) and len(cells) < len(row) and cells[-1][:1] == '"' and (len(cells[-1]) == 1 or cells[-1][-1] != '"')
+def _strange(cells: dict) -> str | None:
+    """What is no text among a JSON row's cells; numbers of names become text."""
+    for field, value in cells.items():
+        if isinstance(value, str):
+            continue
+        if field in _NAMES and isinstance(as_name(value), str):
+            cells[field] = as_name(value)
+            continue
+        return f"{field} is {kind_of_value(value)}, not text"
+    return None
+
+
+def _has_line_break(row: dict) -> bool:
+    return any("\n" in cell or "\r" in cell for cell in row.values())

@@ -10,7 +10,7 @@ import pytest
 
 from data_tools import annotate, instruct, pack, show, verify
 from data_tools.corpora import _DEFAULTS, READERS, Corpus
-from data_tools.filters import FAULTS
+from data_tools.filters import FILTERS
 from model.prompt import INSTRUCTIONS
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text()
@@ -60,7 +60,11 @@ def test_a_readers_options_stand_in_its_docstring(name):
 
 def test_every_folder_of_the_recipes_has_its_commands():
     recipes = "".join(path.read_text() for path in Path(pack.__file__).parents[1].glob("train/recipes/*.yaml"))
-    made = {words[words.index("--out") + 1] for words in map(str.split, COMMANDS) if "--out" in words}
+    made = set()
+    for words in (command.split() for command in COMMANDS if " --out " in command):
+        out = words[words.index("--out") + 1]
+        splits = words[words.index("--splits") + 1] if "--splits" in words and "--take" not in words else ""
+        made |= {f"{out}/{split.split('=')[0]}" for split in splits.split(",")} if splits else {out}
     wanted = {folder.replace("/valid", "/train") for folder in re.findall(r"- shards: (\S+)", recipes)}  # $split is train here
     assert len(wanted) == 8 and wanted <= made
 
@@ -75,5 +79,5 @@ def test_every_reason_is_documented():
     used = set(
         re.findall(r'(?:Fault|ClipError|refuse)\(\s*(?:[^"()]|\([^()]*\)|f?"[^"]*"(?=,\s*"))*?"([a-z_]+)"', "\n".join(sources))
     )
-    missing = [reason for reason in (used | FAULTS) - {"other_split"} if f"`{reason}`" not in TEXT]
+    missing = [reason for reason in (used | FILTERS) - {"other_split"} if f"`{reason}`" not in TEXT]
     assert len(used) > 15 and not missing

@@ -10,7 +10,7 @@ import soundfile
 from core.text import error_rate
 from data_tools import pack
 from data_tools.corpora import Entry
-from data_tools.filters import OTHER_SPLIT, Filters, Sieve, ctc_frames_needed, split_key, split_of
+from data_tools.filters import OTHER_SPLIT, Filters, Sieve, SplitKey, ctc_frames_needed
 from data_tools.normalise import NORMALISERS, label_sentence
 from data_tools.shards import ShardIndex
 from tests.data_tools.conftest import tone
@@ -200,8 +200,9 @@ def test_splits_keep_speakers_apart_and_shares_about(tmp_path):
                 taken[name].add(speaker)
     assert sum(map(len, taken.values())) == 2000 and len(set.union(*taken.values())) == 2000
     assert {name: len(speakers) / 2000 for name, speakers in taken.items()} == pytest.approx(splits, abs=0.03)
-    assert judged(sieve=Sieve(splits=splits, take="train")) == "no_split_key"
-    assert Counter(split_of(f"k{i}", {"a": 1, "b": 3}, 0) for i in range(1000))["b"] == pytest.approx(750, abs=50)
+    sieve = Sieve(splits={"a": 1, "b": 3})
+    found = Counter(sieve.split_of(SplitKey("id", f"k{i}"))[0] for i in range(1000))
+    assert found["b"] == pytest.approx(750, abs=50)
 
 
 def test_taken_splits_of_one_corpus_share_nothing(tmp_path):
@@ -230,4 +231,4 @@ def test_a_packed_folder_still_knows_what_its_clips_were_cut_from(tmp_path):
         code = pack.main(["--corpus", f"shards:{tmp_path / 'all'}", "--out", str(tmp_path / name), *options])
         found.append(len(ShardIndex.load(tmp_path / name)) if code == 0 else 0)
     assert sorted(found) == [0, 20], "all on one side"
-    assert split_key(Entry(id="a", audio="tar:/x.tar#512+10.flac"), "recording") is None
+    assert Sieve(split_by="recording").split_key(Entry(id="a", audio="tar:/x.tar#512+10.flac")) == SplitKey("id", "a")

@@ -2,12 +2,12 @@
 
 import json
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import soundfile
 from jiwer import wer
+from msgspec.structs import replace
 
 from data_tools import annotate, instruct, pack
 from data_tools.corpora import Entry
@@ -264,18 +264,43 @@ def test_parts_of_annotations_are_the_whole(clips, tmp_path):
 def test_equal_questions_are_spoken_side_by_side(tmp_path):
     (tmp_path / "tts.py").write_text("import time\n" + SPEAKER + "time.sleep(0.5)\n")
     (tmp_path / "set.jsonl").write_text((json.dumps({"instruction": "Why?", "output": "So."}) + "\n") * 4)
-    command = ["speak", "--input", str(tmp_path / "set.jsonl"), "--tts", f"{sys.executable} {tmp_path / 'tts.py'} {{out}}",
-               "--lang", "en", "--audio", str(tmp_path / "spoken"), "--out", str(tmp_path / "m.jsonl"), "--workers", "4"]
+    command = [
+        "speak",
+        "--input",
+        str(tmp_path / "set.jsonl"),
+        "--tts",
+        f"{sys.executable} {tmp_path / 'tts.py'} {{out}}",
+        "--lang",
+        "en",
+        "--audio",
+        str(tmp_path / "spoken"),
+        "--out",
+        str(tmp_path / "m.jsonl"),
+        "--workers",
+        "4",
+    ]
     assert instruct.main(command) == 0
     assert len(lines(tmp_path / "m.jsonl")) == 4 and len(list((tmp_path / "spoken").iterdir())) == 1
 
 
-@pytest.mark.parametrize("program, code, words", [
-    ("true", 0, "wrote no file"), ("no-such-program", 2, "no-such-program is not there")])
+@pytest.mark.parametrize(
+    "program, code, words", [("true", 0, "wrote no file"), ("no-such-program", 2, "no-such-program cannot be run")]
+)
 def test_a_speaker_that_writes_nothing_or_is_not_there(tmp_path, capsys, program, code, words):
     (tmp_path / "set.jsonl").write_text(json.dumps({"instruction": "Why?", "output": "So."}) + "\n")
-    command = ["speak", "--input", str(tmp_path / "set.jsonl"), "--tts", program + " {out} {text}", "--lang", "en", "--audio",
-               str(tmp_path / "spoken"), "--out", str(tmp_path / "m.jsonl")]
+    command = [
+        "speak",
+        "--input",
+        str(tmp_path / "set.jsonl"),
+        "--tts",
+        program + " {out} {text}",
+        "--lang",
+        "en",
+        "--audio",
+        str(tmp_path / "spoken"),
+        "--out",
+        str(tmp_path / "m.jsonl"),
+    ]
     assert instruct.main(command) == code
     rejected = tmp_path / "m.jsonl.rejected.jsonl"
     assert words in capsys.readouterr().err + (rejected.read_text() if rejected.exists() else "")
@@ -339,8 +364,11 @@ def test_a_language_that_whisper_does_not_know_is_left_to_it(whisper_folder, mon
     transcriber, told = annotate.Transcriber(str(whisper_folder), 60), []
     transcriber.model.generation_config.is_multilingual = True
     transcriber.model.generation_config.lang_to_id = {"<|en|>": 2, "<|de|>": 3}
-    monkeypatch.setattr(transcriber.model, "generate", lambda features, **options: told.append(options.get("language")) or
-                        features.new_zeros((len(features), 1), dtype=int))
+    monkeypatch.setattr(
+        transcriber.model,
+        "generate",
+        lambda features, **options: told.append(options.get("language")) or features.new_zeros((len(features), 1), dtype=int),
+    )
     clip = np.zeros(1600, dtype=np.int16)
     transcriber([(clip, "en-US"), (clip, "german"), (clip, "zu"), (clip, None), (clip, "zu")])
     assert sorted(told, key=str) == [None, None, "de", "en"]
@@ -353,3 +381,49 @@ def test_long_clips_are_heard_in_pieces(whisper_folder, monkeypatch):
     monkeypatch.setattr(transcriber, "_texts", lambda waves, lang: [heard.append(len(w)) or str(len(w) // 16000) for w in waves])
     clips = [(np.zeros(seconds * 16000, dtype=np.int16), "en") for seconds in (70, 5, 30)]
     assert transcriber(clips) == ["30 30 10", "5", "30"] and max(heard) == 30 * 16000
+
+
+UNSPEAKABLE = {
+    "a\0b": "command_failed",
+    "x" * 200_000: "command_failed",
+    "\ud800": "encoding",
+    7: "no_target",
+    ("a",): "no_target",
+}
+
+
+@pytest.mark.parametrize("odd, reason", UNSPEAKABLE.items(), ids=range(5))
+def test_a_text_that_cannot_be_spoken_costs_itself(odd, reason, tmp_path):
+    rows = [{"instruction": text, "output": "y"} for text in ("good", odd, "--help", "$(touch PWNED)")]
+    (tmp_path / "i.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "[" * 50_000 + "\n")
+    script = tmp_path / "tts"
+    script.write_text(f'#!/bin/bash\nprintf "%s\\n" "$1" >> {tmp_path}/said; echo x > "$2"\n')
+    script.chmod(0o755)
+    options = ["--input", tmp_path / "i.jsonl", "--tts", f"{script} {{text}} {{out}}", "--audio", tmp_path / "wav"]
+    options += ["--workers", "1"]
+    assert instruct.main(["speak", *map(str, options), "--out", str(tmp_path / "o.jsonl")]) == 0
+    assert (tmp_path / "said").read_text().splitlines() == ["good", " --help", "$(touch PWNED)"], "a text is no option"
+    refused = [json.loads(line) for line in (tmp_path / "o.jsonl.rejected.jsonl").read_text().splitlines()]
+    assert [line["reason"] for line in refused] == [reason, "bad_json"]
+    assert len((tmp_path / "o.jsonl").read_text().splitlines()) == 3 and not (tmp_path / "PWNED").exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("odd"), MemoryError(), RecursionError(), KeyError("x"), EOFError()])
+def test_whatever_a_clip_raises_is_its_line_of_an_annotation(error, tmp_path, monkeypatch):
+    for name in "abc":
+        soundfile.write(tmp_path / f"{name}.wav", tone(0.2), 16000)
+    rows = [{"id": name, "audio": f"{name}.wav", "text": "x"} for name in "abc"]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    real = annotate.read_clip
+
+    def sometimes(audio, *arguments):
+        if audio.endswith("b.wav"):
+            raise error
+        return real(audio, *arguments)
+
+    monkeypatch.setattr(annotate, "read_clip", sometimes)
+    options = ["--corpus", f"manifest:{tmp_path / 'm.jsonl'}", "--out", str(tmp_path / "o.jsonl"), "--workers", "1"]
+    assert annotate.main(options) == 0
+    assert [json.loads(line)["id"] for line in (tmp_path / "o.jsonl").read_text().splitlines()] == ["a", "c"]
+    (line,) = (tmp_path / "o.jsonl.rejected.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"] == "b" and json.loads(line)["reason"] in ("failed", "too_large")

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import tarfile
+import unicodedata
 
 import pyarrow
 import pyarrow.parquet
@@ -145,8 +146,9 @@ def test_a_quote_in_a_tsv_swallows_no_rows(tmp_path):
     ]
     assert not faults
     found, faults = read(f"table:{path},audio=path,text=sentence,quoting=yes")
-    assert not found and [(fault.id, fault.reason) for fault in faults] == [("validated.tsv:4", "bad_row")]
-    assert "a quote that is not closed" in faults[0].detail
+    assert [entry.text for entry in found] == ["Oui.", 'Non", dit-il.'], "rows that a quote would swallow are read"
+    assert [(fault.id, fault.reason) for fault in faults] == [("validated.tsv:2", "bad_row")]
+    assert "a quote inside a quoted cell" in faults[0].detail
 
 
 def test_quoting_is_as_told_and_a_csv_has_it(tmp_path):
@@ -162,17 +164,20 @@ def test_quoting_is_as_told_and_a_csv_has_it(tmp_path):
 
 
 def test_a_quoted_cell_with_a_line_break_in_a_tsv_is_no_half_transcript(tmp_path):
-    path = text(tmp_path / "t.tsv", 'audio\ttext\tspeaker\na.wav\t"one\ntwo"\tx\nb.wav\t"three"\nc.wav\tfour\ty\n')
+    path = text(tmp_path / "t.tsv", 'audio\ttext\tspeaker\na.wav\t"one\ntwo"\tx\nb.wav\t"three"\tz\nc.wav\tfour\ty\n')
     found, faults = read(f"table:{path}")
     assert [entry.text for entry in found if entry.audio.endswith(".wav")] == ['"three"', "four"]
-    assert [(fault.id, fault.reason) for fault in faults] == [("t.tsv:2", "bad_row")]
+    assert [(fault.id, fault.reason) for fault in faults] == [("t.tsv:2", "bad_row"), ("t.tsv:3", "bad_row")]
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize("column", ["offset", "end", "duration"])
 @pytest.mark.parametrize("value", ["1,5", "0:01.5", "soon", "[1]", "NA"])
 def test_a_time_that_is_no_number_does_not_give_the_whole_recording(column, value, tmp_path):
     quoted = f'"{value}"'
-    path = text(tmp_path / "t.csv", f"id,audio,text,{column}\nx,a.wav,one,{quoted}\ny,a.wav,two,1.5\nz,a.wav,three, \n")
+    begin = {"end": ["offset", "0", "0", "0"]}.get(column, ["x", "", "", ""])
+    rows = [f"id,audio,text,{column}", f"x,a.wav,one,{quoted}", "y,a.wav,two,1.5", "z,a.wav,three, "]
+    path = text(tmp_path / "t.csv", "".join(f"{row},{more}\n" for row, more in zip(rows, begin, strict=True)))
     found, faults = read(f"table:{path}")
     assert [entry.id for entry in found] == ["y", "z"]
     assert [(fault.id, fault.reason) for fault in faults] == [("x", "bad_row")]
@@ -346,3 +351,210 @@ def test_test_sets_are_given_when_they_are_asked_for(tmp_path):
     taken = [path.relative_to(tmp_path / "hf").as_posix() for path in Corpus(f"huggingface:{tmp_path / 'hf'}").reader.files]
     assert taken == ["data/0.parquet", "device/0.parquet", "train-0.parquet", "validated/0.parquet"]
     assert [path.name for path in Corpus(f"huggingface:{tmp_path / 'hf'},split=test").reader.files] == ["test-0.parquet"]
+
+
+# --- times -----------------------------------------------------------------------------------------------------------------
+
+SEGMENTS = [("path", "{0}", "{1}", "sentence"), ("talk.wav", 0, 2, "one"), ("talk.wav", 2, 4, "two")]
+
+
+def segments(path, begin, end):
+    rows = [",".join(str(cell).format(begin, end) for cell in row) for row in SEGMENTS]
+    return f"table:{text(path, ''.join(row + chr(10) for row in rows))},audio=path,text=sentence"
+
+
+@pytest.mark.parametrize(
+    "begin, end",
+    [
+        ("start", "end"),
+        ("begin", "stop"),
+        ("Start_Time", "End_Time"),
+        ("start_ms", "end_ms"),
+        ("t0", "t1"),
+        ("seg.start", "seg.end"),
+    ],
+)
+def test_times_that_no_option_names_stop_a_table(begin, end, tmp_path):
+    specification = segments(tmp_path / "s.csv", begin, end)
+    with pytest.raises(CorpusError, match=f"offset={begin}.*ignore="):
+        list(Corpus(specification))
+    for options in (f"offset={begin},end={end}", f"offset={begin},ignore={end},duration={end}"):
+        found, faults = read(f"{specification},{options}")
+        wanted = [(0.0, 2.0), (2.0, 2.0)] if "ignore" not in options else [(0.0, 2.0), (2.0, 4.0)]
+        assert [(entry.offset, entry.duration) for entry in found] == wanted and not faults
+    found, faults = read(f"{specification},ignore={begin}+{end}")
+    assert [(entry.offset, entry.duration) for entry in found] == [(None, None)] * 2 and not faults
+
+
+def test_an_end_alone_is_not_from_the_beginning(tmp_path):
+    path = text(tmp_path / "t.csv", "audio,text,end\na.wav,one,2\n")
+    with pytest.raises(CorpusError, match="'end' without a beginning: name its column with offset=COLUMN, or give ignore=end"):
+        list(Corpus(f"table:{path}"))
+    assert read(f"table:{path},ignore=end")[0][0].duration is None
+
+
+@pytest.mark.parametrize("reader", ["manifest", "nemo", "table"])
+def test_times_under_other_keys_cost_a_line_of_json(reader, tmp_path):
+    name, row = ("audio_filepath" if reader == "nemo" else "audio"), {"text": "x"}
+    more = [
+        {"start": 0.5, "end": 1.5},
+        {"begin_time": "0.5"},
+        {"offset": 1.0, "length": 2.0},
+        {"offset": 1.0, "duration": 2.0, "num_samples": 32000},
+        {"length": 2.0},
+        {"start": None, "from": "en", "to": "de", "stop": "words", "offset": 0},
+        {"start": True, "tone": 3, "end_user": 7},
+    ]
+    rows = [row | {name: f"{n}.wav"} | keys for n, keys in enumerate(more)]
+    path = lines(tmp_path / "m.jsonl", rows)
+    found, faults = read(f"{reader}:{path}")
+    kept = [int(entry.audio.rpartition("/")[2].partition(".")[0]) for entry in found]
+    assert kept == [3, 4, 5, 6] and [fault.reason for fault in faults] == ["bad_row"] * 3
+    assert "'start'" in faults[0].detail and "ignore=start" in faults[0].detail
+    assert len(read(f"{reader}:{path},ignore=start+end+begin_time+length")[0]) == 7
+
+
+@pytest.mark.parametrize("value", [1e9, -1, 1e306, "1.5", True, [1]])
+@pytest.mark.parametrize("field", ["offset", "duration"])
+def test_numbers_that_are_no_times_cost_a_manifests_line(field, value, tmp_path):
+    rows = [{"id": "bad", "audio": "a.wav", "text": "x", field: value}, {"id": "good", "audio": "a.wav", "text": "x"}]
+    found, faults = read(f"manifest:{lines(tmp_path / 'm.jsonl', rows)}")
+    assert [entry.id for entry in found] == ["good"] and [(f.id, f.reason) for f in faults] == [("bad", "bad_row")]
+
+
+# --- names, kinds of values, languages ---------------------------------------------------------------------------------------
+
+
+ODD = [(float("nan"), "NaN"), (["a"], "a list"), ({"en": "a"}, "an object"), (True, "true or false"), (7, "a number")]
+
+
+@pytest.mark.parametrize("value, said", ODD)
+@pytest.mark.parametrize("reader", ["table", "manifest"])
+@pytest.mark.parametrize("field", ["text", "prompt", "label"])
+def test_json_that_is_no_text_is_not_written_out_as_text(field, reader, value, said, tmp_path):
+    rows = [{"audio": "a.wav", "text": "x", field: value}, {"audio": "b.wav", "text": "fine"}]
+    found, faults = read(f"{reader}:{lines(tmp_path / 'm.jsonl', rows)}")
+    assert [entry.text for entry in found] == ["fine"] and f"{field} is {said}, not text" in faults[0].detail
+
+
+@pytest.mark.parametrize("reader", ["table", "manifest"])
+def test_numbers_of_ids_and_speakers_are_names(reader, tmp_path):
+    rows = [
+        {"id": 7, "audio": "a.wav", "text": "x", "speaker": 12},
+        {"id": 12345678901234567890123, "audio": "a.wav", "text": "x"},
+    ]
+    found, faults = read(f"{reader}:{lines(tmp_path / 'm.jsonl', rows)}")
+    assert [(entry.id, entry.speaker) for entry in found] == [("7", "12"), ("12345678901234567890123", None)] and not faults
+
+
+def test_text_that_a_wrong_conversion_spoilt_is_refused(tmp_path):
+    rows = [
+        {"id": "a", "audio": "a.wav", "text": "se\ufffdor"},
+        {"id": "b", "audio": "a.wav", "text": "x", "hypothesis": "\ufffd"},
+    ]
+    found, faults = read(f"manifest:{lines(tmp_path / 'm.jsonl', rows)}")
+    assert [entry.id for entry in found] == ["b"] and [(f.id, f.reason) for f in faults] == [("a", "encoding")]
+
+
+def test_a_file_name_matches_in_either_unicode_form(tmp_path):
+    from data_tools.sources import open_recording, read_bytes
+
+    there = unicodedata.normalize("NFD", "caf\u00e9 \u00fc")
+    sound(tmp_path / there / f"{there}.wav", 0.2)
+    for form in ("NFC", "NFD"):
+        name = unicodedata.normalize(form, there)
+        mixed = unicodedata.normalize("NFD" if form == "NFC" else "NFC", there)
+        for path in (tmp_path / name / f"{name}.wav", tmp_path / name / f"{mixed}.wav"):
+            assert read_bytes(str(path))[:4] == b"RIFF" and open_recording(str(path)) is not None
+        assert len(read(f"folder:{tmp_path / name}")[0]) == 1
+
+
+@pytest.mark.parametrize(
+    "folder, header, row, lang, wanted",
+    [
+        ("fr", "path\tsentence", "a.mp3\tx", "", "fr"),
+        ("fy-NL", "path\tsentence", "a.mp3\tx", "", "fy-NL"),
+        ("clips_and_more", "path\tsentence\tlocale", "a.mp3\tx\tde", "", "de"),
+        ("data", "path\tsentence", "a.mp3\tx", ",lang=de", "de"),
+        ("data", "path\tsentence", "a.mp3\tx", "", None),
+        ("fr", "path\ttext", "a.mp3\tx", "", None),
+    ],
+)
+def test_the_language_of_common_voice_is_not_any_folders_name(folder, header, row, lang, wanted, tmp_path):
+    text(tmp_path / folder / "train.tsv", f"{header}\n{row}\n")
+    if wanted is None:
+        with pytest.raises(CorpusError, match="is no language of Common Voice|has no column sentence"):
+            list(Corpus(f"commonvoice:{tmp_path / folder}{lang}"))
+    else:
+        assert [entry.lang for entry in Corpus(f"commonvoice:{tmp_path / folder}{lang}")] == [wanted]
+
+
+def test_the_language_of_fleurs_and_mls_is_not_any_folders_name(tmp_path):
+    text(tmp_path / "my_fleurs" / "train.tsv", "")
+    text(tmp_path / "mls_data" / "train" / "transcripts.txt", "")
+    for specification, words in (
+        (f"fleurs:{tmp_path / 'my_fleurs'}", "as en_us"),
+        (f"mls:{tmp_path / 'mls_data'}", "mls_german"),
+    ):
+        with pytest.raises(CorpusError, match=words):
+            Corpus(specification)
+        Corpus(f"{specification},lang=en")
+
+
+# --- tables and lists of other forms -----------------------------------------------------------------------------------------
+
+
+def test_a_table_without_a_line_of_names(tmp_path):
+    path = text(tmp_path / "metadata.csv", 'LJ1|"Hello," there|hello\nLJ2|bye|bye\nLJ3|cut\n')
+    found, faults = read(f"table:{path},delimiter=bar,columns=audio+raw+text,suffix=.wav,root={tmp_path / 'wavs'}")
+    assert [(entry.audio, entry.text) for entry in found] == [
+        (str(tmp_path / f"wavs/LJ{n}.wav"), t) for n, t in ((1, "hello"), (2, "bye"))
+    ]
+    assert [fault.reason for fault in faults] == ["bad_row"]
+    with pytest.raises(CorpusError, match="columns="):
+        list(Corpus(f"table:{path},delimiter=|"))
+
+
+def test_columns_that_are_not_named_are_proposed(tmp_path):
+    path = text(tmp_path / "t.csv", "file_name,transcription,client_id\na.wav,hi,s\n")
+    with pytest.raises(CorpusError, match="perhaps audio=file_name,text=transcription,speaker=client_id"):
+        list(Corpus(f"table:{path}"))
+    assert len(read(f"table:{path},audio=file_name,text=transcription")[0]) == 1
+
+
+@pytest.mark.parametrize("pack_it", [str.encode, lambda content: gzip.compress(content.encode())])
+@pytest.mark.parametrize("reader, key", [("manifest", "audio"), ("nemo", "audio_filepath"), ("table", "audio")])
+def test_json_lists_and_compressed_files_are_corpora(reader, key, pack_it, tmp_path):
+    rows = [{key: f"{n}.wav", "text": f"t{n}"} for n in range(3)]
+    suffix = ".gz" if pack_it is not str.encode else ""
+    for name, content in (("a.json", json.dumps(rows, indent=1)), ("b.jsonl", "".join(json.dumps(row) + "\n" for row in rows))):
+        (tmp_path / (name + suffix)).write_bytes(pack_it(content))
+        assert [entry.text for entry in read(f"{reader}:{tmp_path / (name + suffix)}")[0]] == ["t0", "t1", "t2"]
+
+
+def test_a_lhotse_list_and_other_manifests_of_lhotse(tmp_path):
+    cuts = [cut("a", recording({"channels": [0]})), cut("b", recording({"channels": [0]}))]
+    assert [e.id for e in read(f"lhotse:{text(tmp_path / 'cuts.json', json.dumps(cuts, indent=2))}")[0]] == ["a", "b"]
+    others = [recording({"channels": [0]}), {"id": "s", "recording_id": "rec", "start": 0, "duration": 1, "text": "x"}]
+    _, faults = read(f"lhotse:{lines(tmp_path / 'others.jsonl', others)}")
+    assert [fault.detail.split(":")[0] for fault in faults] == ["a recording, not a cut", "a supervision, not a cut"]
+
+
+def test_a_path_with_signs_of_options_is_taken_as_it_is(tmp_path):
+    path = tmp_path / "my,lang=x -- $(id).jsonl"
+    path.write_text('{"audio": "a.wav", "text": "x"}\n')
+    assert Corpus(f"manifest:{path}").path == path and len(read(f"manifest:{path}")[0]) == 1
+
+
+def test_tags_of_gigaspeech_leave_no_trace(tmp_path):
+    said = {
+        "<COMMA> HELLO <PERIOD>": "HELLO.",
+        "WELL<COMMA> YES <QUESTIONMARK>": "WELL, YES?",
+        "A <NOISE> B": None,
+        "<SIL>": None,
+    }
+    segs = [{"sid": str(n), "begin_time": 0, "end_time": 1, "text_tn": t, "subsets": ["{S}"]} for n, t in enumerate([*said, 7])]
+    path = text(tmp_path / "GigaSpeech.json", json.dumps({"audios": [{"path": "a.opus", "segments": [*segs, 5]}, {"path": 3}]}))
+    found, faults = read(f"gigaspeech:{path}")
+    assert [entry.text for entry in found] == [words for words in said.values() if words]
+    assert [fault.reason for fault in faults] == ["no_speech", "no_speech", "bad_json", "bad_json", "bad_json"]

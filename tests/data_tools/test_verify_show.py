@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from core.console import duration
 from data_tools import pack, show, verify
 from data_tools.shards import TABLE_NAME, ShardError, ShardIndex
 
@@ -109,7 +110,8 @@ def test_show_counts_what_is_there(packed, tmp_path, capsys):
     assert show.main([str(packed), "--png", str(tmp_path / "h.png")]) == 0
     told = capsys.readouterr().out
     index = ShardIndex.load(packed)
-    assert f"{len(index)} samples, {index.hours:,.2f} h in {len(index.shards)} shards" in told and index.fingerprint in told
+    assert f"{len(index)} samples, {duration(index.hours * 3600)} in {len(index.shards)} shards" in told
+    assert index.fingerprint in told
     rows = [line.split() for line in told.splitlines() if line.split()[:1] and line.split()[0] in index.tasks]
     assert sum(int(row[3]) for row in rows) == len(index), "samples by task, language and codec"
     seconds = index.samples["duration"][index.samples["duration"] > 0]

@@ -11,10 +11,12 @@ from collections import Counter
 import pytest
 import torch
 
-from tests.stream.conftest import data_config
+from tests.stream.conftest import data_config, sound
 from train.config import Corpus, MixtureConfig, RecipeError
 from train.data import Plan, Stream
+from train.data import stream as stream_module
 from train.data import web as web_module
+from train.data.collate import Collator
 from train.data.web import PlainReader, micro_batches_per_step
 
 
@@ -152,3 +154,103 @@ def test_settings_that_need_an_index_are_named(packed):
         Plan.open(data, "alignment", 5)
     ours, other = (Plan.open(streamed(pattern), "alignment", 5).fingerprint for pattern in (pipe(packed), "pipe:x"))
     assert ours != other
+
+
+CLIPS = 12
+
+
+def foreign(kind):
+    """Members of a shard that others made: [(name, bytes)] of CLIPS clips, and how many of them can be used."""
+    def members(audio, meta, count=CLIPS):
+        return [member for number in range(count) for member in (audio(number), meta(number))]
+
+    clip, words = sound(0.5, container="wav"), {"text": "hello", "lang": "en"}
+    told = [json.dumps({"id": f"u{n}", "task": "asr", **words}).encode() for n in range(CLIPS)]
+    wav, meta = (lambda n: (f"u{n}.wav", clip)), (lambda n: (f"u{n}.json", told[n]))
+    return {
+        "role": (members(lambda n: (f"u{n}.audio.wav", clip), meta), CLIPS),
+        "dotted": (members(lambda n: (f"sp0.9-u{n}.wav", clip), lambda n: (f"sp0.9-u{n}.json", told[n])), CLIPS),
+        "texts": (members(wav, lambda n: (f"u{n}.txt", b"hello")), CLIPS),
+        "no ids": (members(wav, lambda n: (f"u{n}.json", json.dumps({"sentence": "hello", "speaker": 7}).encode())), CLIPS),
+        "unsorted": ([meta(n) for n in range(CLIPS)] + [wav(n) for n in range(CLIPS)], CLIPS),
+        "of a mac": ([(f"{folder}{name}", data if not folder else b"") for name, data in members(wav, meta)
+                      for folder in ("._", "")], CLIPS),
+        "half of it unknown": (members(lambda n: (f"u{n}.wav" if n % 2 else f"u{n}.xyz", clip), meta), CLIPS // 2),
+        "two files": ([(f"u{n}.{suffix}", clip) for n in range(CLIPS) for suffix in ("wav", "flac")]
+                      + [meta(n) for n in range(CLIPS)], 0),
+        "an answer without its audio": (members(lambda n: (f"u{n}.xyz", clip), lambda n: (f"u{n}.json", json.dumps(
+            {"task": "translation", "prompt": "Translate.", "response": "hallo"}).encode())), 0),
+        "texts of another encoding": (members(wav, lambda n: (f"u{n}.txt", b"se\xf1or" if n % 2 else b"hello")), CLIPS // 2),
+    }[kind]
+
+
+KINDS = ["role", "dotted", "texts", "no ids", "unsorted", "of a mac", "half of it unknown", "two files",
+         "an answer without its audio", "texts of another encoding"]
+
+
+@pytest.mark.parametrize(("kind", "stage"), zip(KINDS, ["alignment", "shrinking"] * 5, strict=True))
+def test_shards_of_others_are_read_or_named(kind, stage, tokenizer, model_config, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(web_module, "SHUFFLE_BUFFER", 10)
+    content, usable = foreign(kind)
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, data in content:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    data = streamed(f"pipe:cat {tmp_path}/s.tar", batch_seconds=2.0, micro_batch_seconds=2.0)
+    stream = Stream(data, stage, tokenizer, model_config, 0, 1, 0, 24)
+    if not usable:
+        with pytest.raises(RecipeError, match="none can be used; the last: (several audio members|no audio member)"):
+            list(stream)
+        return
+    steps = list(stream)
+    names = {name for step in steps for batch in step.micro_batches for name in batch.ids}
+    refused = {record["id"] for step in steps for record in step.rejected}
+    assert len(names) == usable and len(refused) == CLIPS - usable
+    assert not any(batch.audio_is_dummy for step in steps for batch in step.micro_batches)
+    if kind in ("of a mac", "half of it unknown"):
+        ignored = 2 * CLIPS if kind == "of a mac" else CLIPS // 2
+        assert caplog.text.count("members:") == 1 and f"{ignored} ignored" in caplog.text
+
+
+def test_what_waits_for_its_partner_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(web_module, "MOST_WAITING", 4100)
+    names = [f"u{n}.wav" for n in range(10)] + [f"u{n}.json" for n in range(10)]
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = 1000 if name.endswith("wav") else 2
+            tar.addfile(info, io.BytesIO(b"{}" + bytes(998)))
+    counts = Counter()
+    groups = list(web_module.tar_groups(f"pipe:cat {tmp_path}/s.tar", counts))
+    assert sum(group.is_complete for group in groups) == 4, "those that still waited"
+    assert sum(len(group.members) for group in groups) == counts["grouped"] == counts["members"] == 20
+
+
+ODD = [RuntimeError("x"), OverflowError("x"), RecursionError(), MemoryError(), KeyError("x"), TypeError("x"), AttributeError("x"),
+       EOFError(), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x"), ZeroDivisionError(), OSError(5, "Input/output error")]
+
+
+@pytest.mark.parametrize("place", ["decode", "augment.augmented", "check_length", "Collator.prepare"])
+@pytest.mark.parametrize("indexed", [True, False])
+def test_whatever_an_utterance_raises_is_its_reject(indexed, place, packed, tokenizer, model_config, monkeypatch):
+    """Packed folder and plain stream alike: a named line each, and the step goes on with other utterances."""
+    monkeypatch.setattr(web_module, "SHUFFLE_BUFFER", 10)
+    module = stream_module if indexed else web_module
+    owner, _, name = place.rpartition(".")
+    target = Collator if owner == "Collator" else getattr(module, owner) if owner else module
+    real, raised, calls = getattr(target, name), [], Counter()
+
+    def sometimes(*arguments, **options):
+        calls["all"] += 1
+        if calls["all"] % 2 and len(raised) < len(ODD):
+            raised.append(ODD[len(raised)])
+            raise raised[-1]
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(target, name, sometimes)
+    data = streamed(str(packed) if indexed else pipe(packed))
+    steps = list(Stream(data, "shrinking", tokenizer, model_config, 0, 1, 0, 5))
+    reasons = [record["reason"] for step in steps for record in step.rejected]
+    assert len(raised) == len(ODD) == len(reasons) and all(step.samples for step in steps)
+    assert all(reason.startswith("it cannot be used: ") and "\n" not in reason for reason in reasons)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from core.console import OneLine
+from core.failures import reason_of
 from train.config import RecipeError
 from train.files import append_lines, read_lines
 
@@ -18,6 +19,11 @@ class BrokenSample(OneLine, ValueError):
 
 class UnreadableSample(BrokenSample):
     """... because the file system refused it, again and again."""
+
+
+def broken_by(error: Exception) -> BrokenSample:
+    """Turn whatever one utterance raised, on its way from the shard to its tokens, into the reject that names it."""
+    return error if isinstance(error, BrokenSample) else BrokenSample(f"it cannot be used: {reason_of(error)}")
 
 
 class TooManyRejected(RecipeError):

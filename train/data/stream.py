@@ -23,14 +23,14 @@ from core.keys import signed_key64
 from data_tools.shards import ShardIndex
 from model.batch import Batch
 from model.config import SoundwaveConfig
-from train.config import DataConfig
+from train.config import DataConfig, RecipeError
 from train.data import augment
 from train.data.assign import Budgets, assign
 from train.data.collate import Collator, Prepared
 from train.data.loader import PHASES, Job, Loaded, Loader
 from train.data.plan import PlainPlan, Plan
 from train.data.reader import SAMPLE_RATE, Sample, check_length, decode, read_with_retry
-from train.data.rejected import BrokenSample, RejectedLog, UnreadableSample
+from train.data.rejected import RejectedLog, UnreadableSample, broken_by
 from train.data.web import PlainReader
 
 REPLACEMENTS = 8  # further utterances that are tried in a broken one's place
@@ -122,12 +122,13 @@ class MicroBatchReader(Dataset):
         index, row = self.indexes[entry["corpus"]], int(entry["row"])
         try:
             sample = index.read(row)[1]
-        except (OSError, ValueError):
-            sample = {}
+        except Exception:
+            sample = None
+        sample = sample if isinstance(sample, dict) else {}
         name = sample.get("id")
         shard = index.shards[int(index.samples["shard"][row])]["url"]
         name = f"row {row} of {shard}" if name is None else str(name)
-        return {"id": name, "corpus": sample.get("corpus") or index.name, "row": row, "shard": shard}
+        return {"id": name, "corpus": str(sample.get("corpus") or index.name), "row": row, "shard": shard}
 
     def __getitem__(self, job: Job) -> Loaded:
         worker = torch.utils.data.get_worker_info()
@@ -142,9 +143,12 @@ class MicroBatchReader(Dataset):
                 slot[:] = time.time(), entry["corpus"], entry["row"], job.step
                 try:
                     one, more = self._sample(entry, timings)
-                except BrokenSample as error:
+                except RecipeError:
+                    raise
+                except Exception as error:  # one utterance is no reason to stop
+                    reason = str(broken_by(error))
                     if not any(record["row"] == entry["row"] for record in broken):
-                        broken.append({**self.identity(entry), "reason": str(error), "step": job.step, "replaced_by": None})
+                        broken.append({**self.identity(entry), "reason": reason, "step": job.step, "replaced_by": None})
                     continue
                 for record in broken:
                     record["replaced_by"] = str(one.sample.meta.get("id"))

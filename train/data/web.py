@@ -1,4 +1,4 @@
-"""Plain streaming: shards without an index (pipes, HTTP, object-store commands), read from front to back by `webdataset`.
+"""Plain streaming: shards without an index (pipes, HTTP, object-store commands), opened by `webdataset`, read from front to back.
 
     urls -> slots (rank x worker): whole shards, or every n-th sample where shards are fewer than slots
     each slot, for ever: shards in a new order each pass -> tar -> shuffle buffer -> decode, check, augment, tokenise
@@ -8,22 +8,38 @@ Without an index nothing is known beforehand, so less is promised than for a pac
 number of steps, and of micro-batches in each of them, because no slot ever ends; a slot reads each of its utterances once per
 pass. What does not: global batches depend on the number of ranks and workers, a resumed run goes on in a new order, and slots
 whose shards are fewer get round sooner (at most one shard's difference where there are more shards than slots).
+
+Which members make a sample is the rule of core/tar_members.py, the same as for packing: every member ends in a sample, in a named
+broken one, or in a count of what was ignored, which is logged for each shard.
 """
 
 from __future__ import annotations
 
-import json
+import logging
+import tarfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
+from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import tarfile_samples
 
-from core.audio import EXTENSIONS
+from core.failures import reason_of
 from core.keys import signed_key64
+from core.tar_members import (
+    MAX_TEXT_BYTES,
+    Group,
+    Grouper,
+    Member,
+    ignored_as,
+    is_text_sample,
+    kind_of_member,
+    read_record,
+    stands_alone,
+)
 from train.config import DataConfig, RecipeError
 from train.data import augment
 from train.data.assign import Budgets
@@ -31,10 +47,15 @@ from train.data.collate import Collator, Prepared
 from train.data.loader import PHASES, Job, Loaded
 from train.data.plan import PLANNED, SPOKEN_CHARACTERS_PER_SECOND, PlainPlan, key64
 from train.data.reader import RETRY_PAUSES, SAMPLE_RATE, Sample, check_length, decode
-from train.data.rejected import BrokenSample
+from train.data.rejected import BrokenSample, broken_by
 
 SHUFFLE_BUFFER = 500  # undecoded utterances that wait in each slot
 POOL = 8  # micro-batches' worth of utterances among which neighbours in length are found
+MOST_WAITING = 64 << 20  # bytes of members that wait in each slot for the others of their sample
+LINKS = "links and devices"
+LOGGER = logging.getLogger(__name__)
+_NAMES = ("id", "speaker", "recording")  # what corpora number
+_TEXTS = ("id", "corpus", "text", "task", "lang", "target_lang", "prompt", "response", "label", "speaker", "origin")
 
 
 def micro_batches_per_step(data: DataConfig, world_size: int) -> int:
@@ -48,6 +69,67 @@ def sample_seconds(prepared: Prepared) -> float:
     return len(prepared.sample.waveform) / SAMPLE_RATE
 
 
+def tar_groups(url: str, counts: Counter[str]) -> Iterator[Group[bytes]]:
+    """Members of one shard, grouped. counts: filled with all members, those in groups, and what is ignored, by heading."""
+    grouper: Grouper[bytes] = Grouper(_stands_alone, MOST_WAITING)
+
+    def counted(groups: Iterator[Group[bytes]]) -> Iterator[Group[bytes]]:
+        for group in groups:
+            counts["groups"] += 1
+            counts["grouped"] += sum(member.kind is not None for member in group.members)
+            yield group
+
+    with tarfile.open(fileobj=gopen(url), mode="r|*") as archive:
+        for info in archive:
+            archive.members = []  # it would keep them all
+            if info.isdir():
+                continue
+            counts["members"] += 1
+            heading = ignored_as(info.name) if info.isreg() else LINKS
+            if heading:
+                counts[heading] += 1
+                if heading.startswith("files of"):
+                    continue
+            kind = kind_of_member(info.name) if info.isreg() else None
+            wanted = kind == "audio" or kind in ("json", "text") and info.size <= MAX_TEXT_BYTES
+            data = archive.extractfile(info).read() if wanted else None
+            yield from counted(grouper.add(Member(info.name, data, len(data or b""), info.isreg())))
+        yield from counted(grouper.end())
+
+
+def _stands_alone(group: Group[bytes]) -> bool:
+    member = group.one("json")
+    return member is not None and member.content is not None and stands_alone(member.content)
+
+
+def sample_of(group: Group[bytes]) -> tuple[dict, bytes | None]:
+    """A sample's JSON and audio (None for a text-only one). Errors: BrokenSample."""
+    if group.problem:
+        raise BrokenSample(group.problem)
+    parts = {kind: group.one(kind) for kind in ("audio", "json", "text")}
+    if large := next((member for member in parts.values() if member is not None and member.content is None), None):
+        raise BrokenSample(f"{large.name} is larger than {MAX_TEXT_BYTES:,} bytes")
+    audio, json_text, text = (member.content if member else None for member in parts.values())
+    try:
+        meta = read_record(json_text, text)
+    except Exception as error:
+        raise BrokenSample(f"its JSON or text cannot be read: {reason_of(error)}") from None
+    if audio is None and not is_text_sample(meta):
+        raise BrokenSample(group.without_audio)
+    for name in _NAMES:
+        if type(meta.get(name)) is int:
+            meta[name] = str(meta[name])
+    meta["id"] = meta.get("id") or group.key
+    if audio is not None and meta.get("task") is None and meta.get("text") and not (meta.get("messages") or meta.get("response")):
+        meta["task"] = "asr"
+    duration = meta.get("duration")
+    if isinstance(duration, bool) or not isinstance(duration or 0, int | float):
+        raise BrokenSample("its JSON is no sample's: an object, with seconds as `duration` where it has one")
+    if strange := next((key for key in _TEXTS if not isinstance(meta.get(key) or "", str)), None):
+        raise BrokenSample(f"its JSON is no sample's: {strange} is no text")
+    return meta, audio
+
+
 class PlainReader(IterableDataset):
     """Micro-batches for ever; the work of a worker process. Errors: RecipeError where a whole pass yields nothing."""
 
@@ -58,6 +140,7 @@ class PlainReader(IterableDataset):
         self.rank, self.world_size, self.start_step = rank, world_size, start_step
         self.urls = [expand_urls(corpus.shards) for corpus in data.train]
         self.micro_batches = micro_batches_per_step(data, world_size)
+        self._logged: set[str] = set()
         self.at = torch.zeros(max(data.workers, 1), 4, dtype=torch.float64).share_memory_()  # [began, corpus, shard, pass]
 
     def doing(self, worker: int) -> tuple[float, str] | None:
@@ -76,11 +159,13 @@ class PlainReader(IterableDataset):
         """Samples of one shard; what ends it early is tried again from where it was, then named."""
         done = 0
         for attempt, pause in enumerate((*RETRY_PAUSES, None)):
+            counts: Counter[str] = Counter()
             try:
-                for number, sample in enumerate(tarfile_samples([{"url": url}])):
+                for number, group in enumerate(tar_groups(url, counts)):
                     if number >= done:
                         done = number + 1
-                        yield sample
+                        yield {"__key__": group.key, "__url__": url, "group": group}
+                self._log_members(url, counts)
                 return
             except Exception as error:  # commands, sockets and tar readers fail in many types; all end this shard
                 if pause is None:
@@ -88,6 +173,14 @@ class PlainReader(IterableDataset):
                                    "step": None, "replaced_by": None, "attempts": attempt + 1})
                     return
                 time.sleep(pause)
+
+    def _log_members(self, url: str, counts: Counter[str]) -> None:
+        """Say once of each shard what became of its members, where some are in no sample."""
+        ignored = {heading: count for heading, count in counts.items() if heading not in ("members", "grouped", "groups")}
+        if ignored and url not in self._logged:
+            self._logged.add(url)
+            LOGGER.warning("%s: %d members: %d in %d samples, %d ignored (%s)", url, counts["members"], counts["grouped"],
+                           counts["groups"], sum(ignored.values()), ", ".join(f"{n} {what}" for what, n in ignored.items()))
 
     def _samples(self, corpus: int, slot: int, slots: int, at: np.ndarray, broken: list[dict]) -> Iterator[tuple[dict, int]]:
         """Undecoded samples of one corpus and their pass, for ever."""
@@ -113,16 +206,7 @@ class PlainReader(IterableDataset):
     def _prepare(self, raw: dict, epoch: int, timings: dict[str, float]) -> Prepared | None:
         """None for what the recipe leaves out by task or length. Errors: BrokenSample."""
         began = time.perf_counter()
-        try:
-            meta = json.loads(raw["json"])
-        except (KeyError, ValueError):
-            raise BrokenSample("its JSON is missing or broken") from None
-        if not isinstance(meta, dict) or not isinstance(meta.get("duration") or 0, (int, float)):
-            raise BrokenSample("its JSON is no sample's: an object, with seconds as `duration` where it has one")
-        strange = [key for key in ("text", "task", "lang", "prompt", "response") if not isinstance(meta.get(key) or "", str)]
-        if strange:
-            raise BrokenSample(f"its JSON is no sample's: {strange[0]} is no text")
-        audio = next((raw[suffix] for suffix in EXTENSIONS if suffix in raw), None)
+        meta, audio = sample_of(raw["group"])
         corpus = self.data.train[raw["__corpus__"]]
         duration = meta.get("duration") or 0
         if corpus.tasks is not None and meta.get("task") not in corpus.tasks:
@@ -173,9 +257,11 @@ class PlainReader(IterableDataset):
                 idle += 1
                 try:
                     prepared = self._prepare(raw, epoch, timings)
-                except BrokenSample as error:
-                    broken.append({"id": f"{raw.get('__key__')} of {raw.get('__url__')}", "corpus": str(raw.get("__url__")),
-                                   "reason": str(error), "step": None, "replaced_by": None})
+                except RecipeError:
+                    raise
+                except Exception as error:  # one utterance is no reason to stop
+                    broken.append({"id": f"{raw['__key__']} of {raw['__url__']}", "corpus": raw["__url__"],
+                                   "reason": str(broken_by(error)), "step": None, "replaced_by": None})
                     seen += 1
                     prepared = None
                 if prepared is not None:

@@ -1,0 +1,195 @@
+"""What pack says: of a plan before anything is packed, and of a folder that is packed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from core.console import duration, plural, printable_line
+from core.languages import is_known
+from core.samples import INSTRUCTIONS
+from data_tools.corpora import Corpus, Entry, fault_of
+from data_tools.filters import FILTERS
+from data_tools.packing import FINDINGS_NAME, Packing, Planned, counted
+from data_tools.plan import shard_entries
+from data_tools.shards import ShardIndex
+from data_tools.sources import kind_of
+
+_SHOWN_IDS = 5  # of each kind of finding, in the report
+_FILES, _CLIPS = 200, 10  # that a dry run looks for, and decodes
+
+
+def broken_lines(plan: dict, most: float) -> str | None:
+    """One line where more than the share `most` of what was planned is broken; None otherwise."""
+    items, faults = plan.get("items", 0), plan.get("faults", 0)
+    if not items or faults <= most * items:
+        return None
+    counts = {reason: count for reason, count in plan["rejected"].items() if reason not in FILTERS}
+    first = next((f"{reason} of {plan['examples'][reason]}" for reason in counts if reason in plan.get("examples", {})), "")
+    return (
+        f"{faults:,} of {items:,} lines or members are broken ({counted(counts)}), more than --max-broken-share {most:g}: "
+        f"stopped. For example {first}. Fix the corpus, or raise the share"
+    )
+
+
+@dataclass
+class Looked:
+    """What a dry run found of some clips: how many were looked for and decoded, what is wrong, and an example of each reason."""
+
+    files: int = 0
+    decoded: int = 0
+    faults: Counter = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def broken(self) -> int:
+        return sum(count for reason, count in self.faults.items() if reason not in FILTERS)
+
+    def add(self, reason: str, example: str) -> None:
+        self.faults[reason] += 1
+        self.examples.setdefault(reason, example)
+
+
+def probe(folder: Path, plan: dict, packing: Packing) -> Looked:
+    """Look for some of a plan's clips, spread over the corpus by its shuffle, and decode a few. folder: where the plan is."""
+    found, shard = Looked(), 0
+    while shard < plan["shards"] and found.files < _FILES:
+        for entry in shard_entries(folder, shard)[1]:
+            if entry.audio is not None and found.files < _FILES:
+                _look(entry, found, packing)
+        shard += 1
+    return found
+
+
+def _look(entry: Entry, found: Looked, packing: Packing) -> None:
+    found.files += 1
+    kind, path = kind_of(entry.audio)
+    if found.decoded < _CLIPS and kind != "pipe":
+        found.decoded += 1
+        try:
+            fault = packing.clip_of(entry)[1]
+        except Exception as error:
+            fault = fault_of(error, entry.id, reason="failed")
+        if fault is not None:
+            found.add(fault.reason, f"{fault.id}: {fault.detail}")
+    elif kind == "file" and not os.path.exists(path):
+        found.add("missing_file", f"{entry.id}: {path}")
+
+
+def dry_report(plan: dict, corpora: list[Corpus], looked: Looked | None) -> str:
+    """What would be packed and refused, and why; `looked`: what some clips turned out to be."""
+    unknown = plan.get("unknown_durations", 0)
+    about = "about " if unknown else ""
+    lines = [
+        f"{plan['samples']:,} samples, {about}{duration(plan['hours'] * 3600)} and {plan['megabytes']:,.1f} MB, in "
+        f"{plural(plan['shards'], 'shard')}"
+    ]
+    lines += _totals(plan, plan["samples"], plan["rejected"])
+    lines += _table(plan["rejected"], plan["rejected_hours"], plan.get("examples", {}))
+    lines += _ignored(plan)
+    lines += plan.get("notes", [])
+    lines += [f"columns  {fact}" for fact in plan.get("facts", [])]
+    if looked is not None and looked.files:
+        lines.append(f"looked for {looked.files:,} clips and decoded {looked.decoded}: {_found(looked)}")
+    if unknown:
+        lines.append(
+            f"{unknown:,} samples have no known duration: filters by seconds, rate and CTC frames judge them when they are "
+            "decoded; data_tools.annotate finds durations"
+        )
+    lines += _unasked(plan)
+    lines.append("nothing was packed (--dry-run)")
+    return "\n".join(map(printable_line, lines))
+
+
+def broken_clips(plan: dict, looked: Looked, most: float) -> str | None:
+    """One line where packing would stop if all clips were like those that a dry run looked at; None otherwise."""
+    planned = Planned(plan.get("items", 0), plan.get("faults", 0))
+    if planned.broken_share(looked.broken, looked.files) <= most:
+        return None
+    first = next(f"{reason} of {example}" for reason, example in looked.examples.items() if reason not in FILTERS)
+    before = f", and {planned.faults:,} of {planned.items:,} lines" if planned.faults else ""
+    what = f"{looked.broken} of the {looked.files} clips looked at are missing or broken{before}"
+    return f"{what}: fix the corpus. For example {first}"
+
+
+def _found(looked: Looked) -> str:
+    if not looked.faults:
+        return "all are good"
+    return "; ".join(f"{count:,} {reason} (for example {looked.examples[reason]})" for reason, count in looked.faults.items())
+
+
+def report(folder: Path, index: dict, plan: dict) -> str:
+    """What is in a folder that is packed, and what is not."""
+    refused = f"; refused {sum(index['rejected'].values()):,}, named in {folder / 'rejected.jsonl'}" if index["rejected"] else ""
+    seconds = index["hours"] * 3600
+    lines = [
+        f"{folder}: {index['samples']:,} samples, {duration(seconds)} in {plural(len(index['shardlist']), 'shard')}{refused}"
+    ]
+    lines += _totals(plan, index["samples"], index["rejected"])
+    lines += _table(index["rejected"], index["rejected_hours"], {})
+    lines += _ignored(plan)
+    lines += plan.get("notes", [])
+    lines += _noted(folder, index.get("findings", {}))
+    lines += _unasked(plan)
+    lines += _unknown_languages(folder)
+    return "\n".join(map(printable_line, lines))
+
+
+def _totals(plan: dict, samples: int, rejected: dict[str, int]) -> list[str]:
+    """How the numbers add up: everything that was read is a sample, refused, or of another split."""
+    if "items" not in plan:  # planned by an earlier version
+        return []
+    other = f" + {plan['other_splits']:,} of other splits" if plan["other_splits"] else ""
+    return [f"read {plan['items']:,} = {samples:,} samples + {sum(rejected.values()):,} refused{other}"]
+
+
+def _table(counts: dict[str, int], hours: dict[str, float], examples: dict[str, str]) -> list[str]:
+    lines = []
+    for reason, count in counts.items():
+        example = f"  for example {examples[reason]}" if reason in examples else ""
+        lines.append(f"  refused {count:>9,}  {duration(hours.get(reason, 0.0) * 3600):>10}  {reason}{example}")
+    return lines
+
+
+def _ignored(plan: dict) -> list[str]:
+    return [f"  ignored {count:>9,}  {what}" for what, count in plan.get("ignored", {}).items()]
+
+
+def _noted(folder: Path, counts: dict[str, int]) -> list[str]:
+    """Lines about packed clips that may be of no use, with the first ids of each kind."""
+    if not counts:
+        return []
+    ids: dict[str, list[str]] = {kind: [] for kind in counts}
+    with open(folder / FINDINGS_NAME, encoding="utf-8") as lines:
+        for told in map(json.loads, lines):
+            if len(ids[told["finding"]]) < _SHOWN_IDS:
+                ids[told["finding"]].append(told["id"])
+    shown = {kind: ", ".join(ids[kind]) + (" ..." if counts[kind] > len(ids[kind]) else "") for kind in counts}
+    return [
+        f"packed all the same, named in {folder / FINDINGS_NAME} (--refuse KIND leaves them out):",
+        *(f"  noted   {count:>9,}  {kind}: {shown[kind]}" for kind, count in counts.items()),
+    ]
+
+
+def _unasked(plan: dict) -> list[str]:
+    """A line about tasks whose clips are trained on without a word of what is asked; none where there is none."""
+    tasks = set(plan.get("unprompted", ())) - {"chat", *INSTRUCTIONS}  # of chat, the audio is the question
+    if not tasks:
+        return []
+    return [
+        f"no instruction: clips of task {', '.join(sorted(tasks))} have no prompt, and such a task has no default instruction; "
+        "give --corpus NAME:PATH,prompt=..., or wordings by data_tools.instruct wrap --templates"
+    ]
+
+
+def _unknown_languages(folder: Path) -> list[str]:
+    """A line about languages that core/languages.py does not hold, with the samples of each; none where there are none."""
+    index = ShardIndex.load(folder)
+    counts = np.bincount(index.samples["lang"], minlength=len(index.langs)).tolist()
+    unknown = [f"'{lang}' ({count:,})" for lang, count in zip(index.langs, counts, strict=True) if lang and not is_known(lang)]
+    return [f"not known, samples of language {', '.join(unknown)}: scores split their text by its script"] if unknown else []
