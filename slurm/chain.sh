@@ -142,7 +142,7 @@ if [ -n "$OUTPUT" ]; then
     python=python
     case $ENVIRONMENT in venv:/*) python=${ENVIRONMENT#*:}/bin/python ;; venv:*) python=$PROJECT/${ENVIRONMENT#*:}/bin/python ;; esac
     [ "$PWD" = "$PROJECT" ] && place="" || place="PYTHONPATH=$(printf %q "$PROJECT") "
-    put "        $place$(printf '%q ' "${python#"$PWD"/}" -m train.status "$OUTPUT")"
+    put "        $place$(printf %q "${python#"$PWD"/}") -m train.status $(printf %q "$OUTPUT")"
 fi
 put "cancel: scancel ${submitted[*]}"
 put "frozen: $FROZEN  (may be deleted when these jobs are over)"

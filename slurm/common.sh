@@ -41,12 +41,19 @@ if [ "${BASH_SOURCE[0]}" = "$0" ]; then  # on a node
     exit
 fi
 
+# was_restarted: Slurm's own count; its variable may be another job's, and counts only where Slurm does not answer.
+was_restarted() {
+    local restarts
+    restarts=$(job_field Restarts)
+    [ "${restarts:-${SLURM_RESTART_COUNT:-0}}" -gt 0 ]
+}
+
 forget_others
 FROZEN="" PROJECT=$PWD
 if [ "${1:-}" = --frozen ]; then
     FROZEN=$2 PROJECT=${2%/slurm/jobs/*}
 elif [ "$(basename "$0")" = slurm_script ] && [ -f "$PWD/slurm/jobs/$SLURM_JOB_ID/code/slurm/common.sh" ] \
-    && [ "${BASH_SOURCE[0]}" != "$PWD/slurm/jobs/$SLURM_JOB_ID/code/slurm/common.sh" ] && [ "$(job_field Restarts)" -gt 0 ]; then
+    && [ "${BASH_SOURCE[0]}" != "$PWD/slurm/jobs/$SLURM_JOB_ID/code/slurm/common.sh" ] && was_restarted; then
     # A plain job that was requeued continues with its own copy, and with that copy's version of this file.
     # shellcheck source=/dev/null
     source "$PWD/slurm/jobs/$SLURM_JOB_ID/code/slurm/common.sh"
@@ -102,8 +109,12 @@ read_facts() {
     JOB_FACTS=$(patient scontrol -d show job "$SLURM_JOB_ID") || JOB_FACTS=""
     FACTS_TIME=$(date +%s)
     OWN_RESTARTS=$(fact Restarts) ARRAY_TASK=$(fact ArrayTaskId) LOG=$(fact StdOut) END=$(end_of_job) CPUS=$(fact CPUs/Task)
-    OWN_RESTARTS=${OWN_RESTARTS:-0} CPUS=${CPUS:-1} NODES=$SLURM_JOB_NUM_NODES
-    [ -n "$JOB_FACTS" ] || say "Slurm does not answer what it knows of this job: its time limit is not known"
+    CPUS=${CPUS:-1} NODES=$SLURM_JOB_NUM_NODES
+    if [ -z "$JOB_FACTS" ]; then
+        say "Slurm does not answer what it knows of this job: its time limit is not known"
+        OWN_RESTARTS=${SLURM_RESTART_COUNT:-}
+    fi
+    OWN_RESTARTS=${OWN_RESTARTS:-0}
     [[ $SLURM_TASKS_PER_NODE =~ ^([0-9]+)(\(x[0-9]+\))?$ ]] \
         || die "the tasks are not spread evenly over the nodes ($SLURM_TASKS_PER_NODE): give --ntasks-per-node instead of --ntasks"
     TASKS=${BASH_REMATCH[1]}
@@ -122,13 +133,16 @@ prepare() {
     [ "$(basename "$0")" = slurm_script ] || INTERACTIVE=yes  # the name that Slurm gives a batch script
     read_contract "$@"
     read_facts
+    [ -n "$FROZEN" ] || case ${SLURM_EXPORT_ENV:-ALL} in ALL*) ;; *)
+        say "sbatch --export=$SLURM_EXPORT_ENV: RECIPE and other settings of the environment have not come here; the script's own lines count" ;;
+    esac
     keep_own_variables
     JOB=$PROJECT/slurm/jobs/$SLURM_JOB_ID
     [ -z "$INTERACTIVE" ] || JOB+=-$(date +%H%M%S)-$$  # one allocation, many runs, each with the code and recipe of its moment
     if [ -z "$FROZEN" ]; then
         FROZEN=$JOB
         # Slurm's ids begin anew with its database: what an older job of this id has left is not this one's.
-        [ "$OWN_RESTARTS" -gt 0 ] || [ ! -d "$JOB" ] || mv "$JOB" "$JOB-until-$(date +%Y%m%d-%H%M%S)"
+        [ "$OWN_RESTARTS" -gt 0 ] || [ ! -d "$JOB" ] || mv "$JOB" "$JOB-until-$(date +%Y%m%d-%H%M%S)-$$"
     fi
     CODE=$FROZEN/code
     mkdir -p "$JOB" 2>/dev/null || say "no folder $JOB (disk or quota?)"
@@ -138,7 +152,7 @@ prepare() {
     hold_place
     COPIED_AGAIN=""
     [ "$OWN_RESTARTS" = 0 ] || [ -d "$CODE" ] || COPIED_AGAIN=yes
-    RECIPE=$(freeze "$CODE" "${RECIPE:-${RECIPE_LINE:-}}")
+    [ -n "$RECIPE" ] || RECIPE=$(freeze "$CODE" "${RECIPE_LINE:-}")  # a contract names a frozen one
     [ -z "$RECIPE" ] || say "recipe $RECIPE"
     export JOB CODE LOCAL_DISK STEP_FOLDER
     case $LAUNCHER in srun|torchrun) ;; *) die "LAUNCHER=$LAUNCHER: write srun or torchrun" ;; esac

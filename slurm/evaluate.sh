@@ -29,4 +29,5 @@ case ${1:-} in -h|--help) help_of "$0"; exit 0 ;; esac
 [ -n "${SLURM_JOB_ID:-}" ] || die "submit this with sbatch from the project's root"
 prepare "$@"
 export SOUNDWAVE_JOB=$FIRST_JOB  # --restart is meant once: evaluation.run knows this job's own answers by it
-run_resumable -m evaluation.run "${ARGUMENTS[@]}"
+set -- "${ARGUMENTS[@]}"
+run_resumable -m evaluation.run "$@"

@@ -188,8 +188,8 @@ same_options() {
 
 # numbered NUMBER FILE: FILE with NUMBER in its name in the place of this job's.
 numbered() {
-    local name=${2##*/}
-    printf '%s\n' "${2%"$name"}$(printf '%s\n' "$name" | sed "s/\(^\|[^0-9]\)$SLURM_JOB_ID\([^0-9]\|\$\)/\1$1\2/g")"
+    local name=${2##*/} number="s/\(^\|[^0-9]\)$SLURM_JOB_ID\([^0-9]\|\$\)/\1$1\2/g"
+    printf '%s\n' "${2%"$name"}$(printf '%s\n' "$name" | sed "$number; $number")"  # twice: two of them may share a neighbour
 }
 
 # warning_asked_for: --signal's value, where it differs from the script's: Slurm does not show it. From the accounting's record of the
