@@ -90,8 +90,8 @@ def jobs_of(run: Path, name: str) -> list[dict]:
 
 
 def stage_status(run: Path, name: str, now: float, slurm: dict[str, tuple[str, str]]) -> dict | None:
-    """One stage's state; None where nothing of it is there yet. Of the trainer's record and the job's the later one counts; `slurm`
-    is asked about a stage that neither calls done."""
+    """One stage's state; None where nothing of it is there yet. Of the trainer's record and the job's the later one counts, and
+    `slurm` for a stage that neither calls done."""
     folder, jobs = run / name, jobs_of(run, name)
     train = [line for line in read_lines(folder / "metrics.jsonl", _TAIL_BYTES) if line.get("kind") == "train"][-_RECENT_STEPS:]
     path = folder / "run.json"

@@ -69,5 +69,5 @@ set_variables() {
     MASTER_PORT=$((20000 + (SLURM_JOB_ID + 7919 * RESTARTS) % 12768))
     SOUNDWAVE_TASKS=$TASKS SOUNDWAVE_RANKS=$((NODES * TASKS))  # what the ranks hold Slurm's and torchrun's numbers against
     export SOUNDWAVE_NODES SOUNDWAVE_TASKS SOUNDWAVE_RANKS MASTER_ADDR MASTER_PORT
-    if [ -n "$END" ]; then export SLURM_JOB_END_TIME=$END; fi
+    export SLURM_JOB_END_TIME=$END  # empty where it is not known
 }
