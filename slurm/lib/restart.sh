@@ -31,7 +31,7 @@ finish() {
 ended_by_slurm() {
     trap '' USR1 TERM
     if [ "$(field Restarts <<<"$3")" -gt "$OWN_RESTARTS" ]; then
-        [ "$1" != 85 ] || note_stop
+        [ "$1" != 85 ] || ! grep -q "DUE TO PREEMPTION" <<<"$SRUN_WORDS" || note_stop
         event requeued "by Slurm"
         say "Slurm has put this job back into the queue: nothing more to do here"
         exit 85
@@ -186,10 +186,10 @@ same_options() {
     done
 }
 
-# numbered NUMBER FILE: FILE with NUMBER in its name in the place of this job's.
+# numbered NUMBER FILE: FILE with NUMBER in its name in the place of this job's, where that stands last.
 numbered() {
-    local name=${2##*/} number="s/\(^\|[^0-9]\)$SLURM_JOB_ID\([^0-9]\|\$\)/\1$1\2/g"
-    printf '%s\n' "${2%"$name"}$(printf '%s\n' "$name" | sed "$number; $number")"  # twice: two of them may share a neighbour
+    local name=${2##*/}
+    printf '%s\n' "${2%"$name"}$(printf '%s\n' "$name" | sed "s/\(.*[^0-9]\|^\)$SLURM_JOB_ID\([^0-9]\|\$\)/\1$1\2/")"
 }
 
 # warning_asked_for: --signal's value, where it differs from the script's: Slurm does not show it. From the accounting's record of the

@@ -295,16 +295,15 @@ def test_a_preemption_that_cancels_submits_the_job_anew(project):
 
 
 def test_slurm_s_own_requeues_are_counted_and_preemptions_apart(project):
-    """PreemptMode=REQUEUE is a saved stop; scontrol requeue, an administrator's, that saved nothing is a fault."""
+    """PreemptMode=REQUEUE is a saved stop; scontrol requeue, as an administrator types it, is a fault."""
     job = project.sbatch("--partition=again", "slurm/stage1.sh", "optim.steps=4000", env={**RECIPE, "MAX_RESTARTS": "0"})
     project.wait_for_log("alignment from step 0", count=4)
     preempt_for_real(project)
     project.wait_for_log("alignment from step", count=8)
     assert "restart 1 (1 saved stops of at most 200, 0 faults of at most 0)" in project.log()
-    shutil.rmtree(project.folder / f"slurm/jobs/{job}/stop.1", ignore_errors=True)
-    (project.folder / f"slurm/jobs/{job}/stop.1").unlink(missing_ok=True)  # as if it had not been saved
     project.cluster.client("scontrol", "requeue", job)
     project.expect(job, "FAILED")
+    assert "restart 2 (1 saved stops of at most 200, 1 faults of at most 0)" in project.log()
     assert "after faults (MAX_RESTARTS)" in project.log()
     assert project.status()["alignment"]["state"] == "failed"
 

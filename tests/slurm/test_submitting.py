@@ -591,7 +591,7 @@ def test_a_new_job_in_this_one_s_place_is_of_the_same_kind(site):
         "--no-requeue",
         "--signal=B:USR1@120",
         "--qos=low",
-        f"--output={site.folder}/mine %j-%j.log",
+        f"--output={site.folder}/mine 7-%j.log",
         f"--chdir={site.folder}",
     } <= set(options), options
     assert options[-1] == "--comment=x y" and "--comment=a b=c Restarts=9" in options
@@ -734,7 +734,11 @@ def test_a_job_that_slurm_ends_is_submitted_again_only_after_a_preemption(site, 
         done.stdout + done.stderr
     )
     if restarts:
-        assert (site.folder / "slurm/jobs/7/stop.1").exists(), "it had saved: no fault"
+        stop = site.folder / "slurm/jobs/7/stop.1"
+        assert not stop.exists(), "an administrator's requeue counts as a fault"
+        site.facts()
+        site.job(script + f'SRUN_WORDS="*** STEP 7.0 ON n1 CANCELLED AT 2026 DUE TO PREEMPTION ***"\nfinish {code}')
+        assert stop.exists(), "a preemption that saved does not"
 
 
 def test_restarts_that_saved_are_counted_apart_from_faults(site):
