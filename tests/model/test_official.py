@@ -199,8 +199,8 @@ if "SOUNDWAVE_ORACLE" in os.environ:
 
     @torch.no_grad()
     def test_authors_own_answers(tmp_path):
-        """expected.safetensors and its checkpoint, as the authors' code wrote them: our model gives their answers, and so does the
-        plain implementation that the other tests take for the release."""
+        """expected.safetensors and its checkpoint, as the authors' code wrote them: our model gives their answers, and so does
+        the plain implementation that the other tests take for the release."""
         oracle = Path(os.environ["SOUNDWAVE_ORACLE"])
         check_answers(oracle, tmp_path)
         expected, released = load_file(oracle / "expected.safetensors"), ReleasedSoundwave.load(oracle)

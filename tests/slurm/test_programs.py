@@ -104,5 +104,6 @@ def test_a_container_is_entered_with_the_project_and_its_disks(cluster, tmp_path
     job = project.sbatch("slurm/stage1.sh", env={"RECIPE": "recipes/stage1.yaml", "PATH": f"{programs}:{os.environ['PATH']}",
                                                  "MOUNTS": "/shards", "LOCAL_DISK": str(tmp_path)})
     project.expect(job, "COMPLETED")
-    command = f"apptainer exec --nv --bind {project.folder},{tmp_path},/shards --pwd {project.folder} {project.folder}/image.sif bash"
+    folder = project.folder
+    command = f"apptainer exec --nv --bind {folder},{tmp_path},/shards --pwd {folder} {folder}/image.sif bash"
     assert project.log().count(command) == 8  # preflight and training, 4 ranks each
