@@ -112,7 +112,7 @@ read_facts() {
     CPUS=${CPUS:-1} NODES=$SLURM_JOB_NUM_NODES
     if [ -z "$JOB_FACTS" ]; then
         say "Slurm does not answer what it knows of this job: its time limit is not known"
-        OWN_RESTARTS=${SLURM_RESTART_COUNT:-}
+        OWN_RESTARTS=${SLURM_RESTART_COUNT:-} CPUS=${SLURM_CPUS_PER_TASK:-1}  # which may be another job's
     fi
     OWN_RESTARTS=${OWN_RESTARTS:-0}
     [[ $SLURM_TASKS_PER_NODE =~ ^([0-9]+)(\(x[0-9]+\))?$ ]] \
@@ -137,6 +137,7 @@ prepare() {
         say "sbatch --export=$SLURM_EXPORT_ENV: RECIPE and other settings of the environment have not come here; the script's own lines count" ;;
     esac
     keep_own_variables
+    [ -z "$ARRAY_TASK" ] || [ "$PLACE" = part ] || die "this is one job: submit it without --array"
     JOB=$PROJECT/slurm/jobs/$SLURM_JOB_ID
     [ -z "$INTERACTIVE" ] || JOB+=-$(date +%H%M%S)-$$  # one allocation, many runs, each with the code and recipe of its moment
     if [ -z "$FROZEN" ]; then
@@ -205,7 +206,6 @@ run_stage() {
     if [ "${1:-}" = --recipe ]; then RECIPE_LINE=${2:-}; shift 2; fi
     prepare "$@"
     [ -f "$RECIPE" ] || die "the recipe does not exist ($RECIPE): set RECIPE in the script, and submit from the project's root"
-    [ -z "$ARRAY_TASK" ] || die "a stage is one job: submit it without --array"
     [ "${GPUS:-$TASKS}" = "$TASKS" ] \
         || die "$GPUS GPUs but $TASKS tasks on a node: make --ntasks-per-node the number of GPUs"
     set -- "${ARGUMENTS[@]}"

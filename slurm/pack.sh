@@ -29,7 +29,7 @@ if [ "${1:-}" = --frozen ]; then  # one of the jobs that are submitted below
         part) run_resumable "$CODE/data_tools/pack.py" --workers "$CPUS" "${ARGUMENTS[@]}" --part "${ARRAY_TASK:-$TASK_ID}/$PARTS" ;;
         merge) run_resumable "$CODE/data_tools/pack.py" "${ARGUMENTS[@]}" --merge ;;
     esac
-    exit 2
+    die "this job's contract names no part of the packing: run slurm/pack.sh again"
 fi
 set -euo pipefail
 if [ "$(basename "$0")" = slurm_script ]; then

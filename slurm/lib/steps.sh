@@ -50,12 +50,14 @@ step() {
         2>&"$stderr_of_srun" {stderr_of_srun}>&- &
     pid=$!
     exec {stderr_of_srun}>&-
+    SIGNALLED=$WARNED  # a warning may have come since the last step
     while :; do
-        SIGNALLED=0 status=0
-        wait "$pid" || status=$?
+        status=0
+        [ "$SIGNALLED" = 1 ] || wait "$pid" || status=$?
         [ "$SIGNALLED" = 1 ] || break
-        kill -USR1 "$pid" 2>/dev/null || true
+        SIGNALLED=0
         [ -z "${STOP_FILE:-}" ] || touch "$STOP_FILE" 2>/dev/null || true  # for ranks that are still starting, and let the signal pass
+        kill -USR1 "$pid" 2>/dev/null || true
     done
     for _ in 1 2 3 4 5 6 7 8 9 10; do kill -0 "$reader" 2>/dev/null || break; sleep 0.2; done
     if [ -n "$file" ]; then
@@ -160,6 +162,8 @@ worker() {
     [ "${SLURM_STEP_NUM_TASKS:-}" = "$SOUNDWAVE_RANKS" ] \
         || die "srun started ${SLURM_STEP_NUM_TASKS:-no} tasks, but this job has $SOUNDWAVE_RANKS: see STEP_OPTIONS and --ntasks-per-node"
     export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_STEP_NUM_TASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$SOUNDWAVE_TASKS
+    [ "$RANK" != 0 ] || [ "${SLURMD_NODENAME:-$MASTER_ADDR}" = "$MASTER_ADDR" ] \
+        || die "rank 0 runs on $SLURMD_NODENAME, but the others look for it on $MASTER_ADDR: remove --distribution from STEP_OPTIONS"
     run_rank "$@"
 }
 

@@ -349,7 +349,7 @@ def test_a_frozen_copy_that_was_deleted_stops_the_jobs_that_need_it(project):
 
 def test_a_stage_is_no_array(project):
     job = project.sbatch("--array=0-1", "slurm/stage1.sh", env=RECIPE)
-    wait_for(lambda: project.log().count("a stage is one job: submit it without --array") == 2, 60, project.log)
+    wait_for(lambda: project.log().count("this is one job: submit it without --array") == 2, 60, project.log)
     assert job and not (project.output / "alignment/run.json").exists()
 
 

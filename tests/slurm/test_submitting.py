@@ -562,6 +562,22 @@ def test_a_rank_takes_its_number_from_its_step_and_the_count_must_be_the_job_s(s
     assert words in done.stdout and done.returncode == (0 if tasks == "4" else 2), done.stdout + done.stderr
 
 
+def test_rank_0_must_run_where_the_others_look_for_it(site):
+    done = site.job(
+        "export SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_STEP_NUM_TASKS=4 SLURMD_NODENAME=n2\n"
+        'bash "$CODE/slurm/common.sh" worker rank.py'
+    )
+    assert done.returncode == 2 and "rank 0 runs on n2, but the others look for it on n1" in done.stdout
+
+
+def test_a_warning_between_two_steps_reaches_the_second_one(site):
+    site.program(
+        "srun", "trap 'echo heard it; exit 0' USR1\nfor _ in 1 2 3 4 5 6 7 8 9; do /bin/sleep 0.3; done; echo did not hear it"
+    )
+    done = site.job("STOP_FILE=$PWD/out/STOP WARNED=1; command -p sleep 0.1; step --ntasks=1; ls out")
+    assert "STOP" in done.stdout.splitlines() and "did not hear it" not in done.stdout, done.stdout + done.stderr
+
+
 # --- after a step ------------------------------------------------------------------------------------------------------------
 
 
@@ -928,7 +944,7 @@ def test_evaluation_is_told_which_job_it_is_over_restarts(site):
 
 
 def test_a_part_of_an_array_is_not_submitted_alone(site):
-    done = site.job('ARRAY_TASK=3; start_again stop "stopped in time"')
+    done = site.job('PLACE=part ARRAY_TASK=3; start_again stop "stopped in time"')
     assert done.returncode == 1 and "run the same slurm/pack.sh command again" in done.stderr and site.submitted == []
 
 
