@@ -59,6 +59,10 @@ step() {
         [ -z "${STOP_FILE:-}" ] || touch "$STOP_FILE" 2>/dev/null || true  # for ranks that are still starting, and let the signal pass
         kill -USR1 "$pid" 2>/dev/null || true
     done
+    # What Slurm sends to this shell with the signal that ended the step shall come now: bash 5.2 ends with a syntax error (exit code
+    # 2) if it runs a trap while it parses a $( ).
+    sleep 0.3 &
+    wait "$!" || true
     for _ in 1 2 3 4 5 6 7 8 9 10; do kill -0 "$reader" 2>/dev/null || break; sleep 0.2; done
     if [ -n "$file" ]; then
         SRUN_WORDS=$(cat "$file") || true
@@ -176,9 +180,6 @@ torchrun_rank() {
 # run_rank PROGRAM ARGS: run the program and note its exit code. For the launcher 85 is success, lest it kill the other ranks.
 run_rank() {
     local code=0 cache note=""
-    # Preemption sends TERM to every process of a step, and this shell must live to note the program's code. A program that saves is
-    # to live, too, until it handles signals itself: it inherits that they are ignored.
-    if [ "${STOPS_AT_WARNING:-0}" = 1 ]; then trap : USR1 TERM; else trap '' USR1 TERM; fi
     # Where the site gives each task its own GPU and hides the others, that GPU is number 0.
     case ${CUDA_VISIBLE_DEVICES-none,} in *,*) ;; *) [ "$LOCAL_WORLD_SIZE" = 1 ] || export LOCAL_RANK=0 ;; esac
     # Compiled kernels are cached per node: a shared home is slow, and two nodes building one file spoil it for each other.
@@ -188,7 +189,11 @@ run_rank() {
     export MPLCONFIGDIR=${MPLCONFIGDIR:-$cache/matplotlib}
     mkdir -p "$TRITON_CACHE_DIR" "$TORCHINDUCTOR_CACHE_DIR" "$MPLCONFIGDIR" \
         || put "node ${SLURMD_NODENAME:-$(hostname)}: no room for caches in LOCAL_DISK=$LOCAL_DISK"
+    # Preemption sends TERM to every process of a step, and this shell must live to note the program's code. A program that saves is
+    # to live, too, until it handles signals itself: it inherits that they are ignored.
+    if [ "${STOPS_AT_WARNING:-0}" = 1 ]; then trap : USR1 TERM; else trap '' USR1 TERM; fi
     python "$@" || code=$?
+    trap '' USR1 TERM  # bash 5.2 ends with a syntax error (exit code 2) if it runs a trap while it parses a $( )
     # The job's folder may be on a full disk; the stage's, where the checkpoint was saved, then seldom is.
     for note in "$JOB/exit.$RANK" ${STEP_FOLDER:+"$STEP_FOLDER/.exit.$RANK"} ""; do
         [ -n "$note" ] || break

@@ -570,6 +570,21 @@ def test_rank_0_must_run_where_the_others_look_for_it(site):
     assert done.returncode == 2 and "rank 0 runs on n2, but the others look for it on n1" in done.stdout
 
 
+def test_signals_while_a_rank_s_end_is_noted_do_not_change_its_code(site):
+    """bash 5.2 runs a trap in the middle of parsing, and then ends with a syntax error."""
+    (site.folder / "end.py").write_text(
+        "import os, signal, time\nparent = os.getppid()\nif os.fork() == 0:\n    for _ in range(300):\n"
+        "        time.sleep(0.0003)\n        os.kill(parent, signal.SIGTERM)\n    os._exit(0)\n"
+        "time.sleep(0.02)\nos.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    done = site.job(
+        "export SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_STEP_NUM_TASKS=4 STOPS_AT_WARNING=1\nfor _ in 1 2 3 4 5; do\n"
+        'bash "$CODE/slurm/common.sh" worker end.py >/dev/null || echo "ended $?"\n'
+        'cut -d " " -f 1 "$JOB/exit.0"; rm "$JOB/exit.0"; done'
+    )
+    assert done.stdout.splitlines()[-10:] == ["ended 143", "143"] * 5, done.stdout + done.stderr
+
+
 def test_a_warning_between_two_steps_reaches_the_second_one(site):
     site.program(
         "srun", "trap 'echo heard it; exit 0' USR1\nfor _ in 1 2 3 4 5 6 7 8 9; do /bin/sleep 0.3; done; echo did not hear it"
