@@ -63,7 +63,8 @@ note_stop() { { : >"$JOB/stop.$((OWN_RESTARTS + 1))"; } 2>/dev/null || true; }
 # start_again stop|fault WHY: put this job back into the queue, or submit it anew where that is forbidden. Does not return.
 # A stop was saved (time limit, preemption), a fault was not.
 start_again() {
-    local refusal
+    local refusal now state code=1
+    [ "$1" = fault ] || code=85
     if [ -n "$INTERACTIVE" ]; then
         event stopped "$2"
         die "$2: an interactive job is not requeued; the same command again continues where it stopped" 1
@@ -82,6 +83,9 @@ start_again() {
         sleep 60
         exit 85
     fi
+    now=$(patient scontrol -d show job "$SLURM_JOB_ID") || now=""
+    state=$(field JobState <<<"$now")
+    [ "${state:-RUNNING}" = RUNNING ] || ended_by_slurm "$code" "$state" "$now"  # cancelled in this moment
     if [ -n "$ARRAY_TASK" ]; then  # the job that merges waits for this array, and a part can't be submitted alone
         die "this site does not requeue ($(clean "$refusal")): run the same slurm/pack.sh command again, it continues" 1
     fi

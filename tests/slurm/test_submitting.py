@@ -772,6 +772,15 @@ def test_a_job_that_slurm_ends_is_submitted_again_only_after_a_preemption(site, 
         assert stop.exists(), "a preemption that saved does not"
 
 
+def test_a_job_that_is_cancelled_while_it_asks_for_its_requeue_stays_cancelled(site):
+    facts = site.folder.parent / "facts"
+    site.program("requeue", f"sed -i s/JobState=RUNNING/JobState=COMPLETING/ {facts}; exit 1")
+    scontrol = (site.programs / "scontrol").read_text()
+    (site.programs / "scontrol").write_text(scontrol.replace("requeue*)", f"requeue*) {site.programs}/requeue; exit 1 ;; no)"))
+    done = site.job('start_again stop "stopped in time"')
+    assert done.returncode == 85 and "Slurm ends this job (COMPLETING)" in done.stdout and site.submitted == [], done.stderr
+
+
 def test_restarts_that_saved_are_counted_apart_from_faults(site):
     """Slurm's own requeues (dead nodes, an administrator) are faults; a saved stop leaves a note."""
     site.facts(restarts=5)
