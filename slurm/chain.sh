@@ -7,6 +7,8 @@
 # are frozen now: what is edited later changes nothing for these jobs. Stages that are done are left out: the same command after a
 # failure continues. --dry-run submits nothing: it prints each sbatch command and script, and the answer of `sbatch --test-only`.
 # Relative paths, here and in recipes, are relative to the folder where this is called, and where the jobs run.
+
+# shellcheck disable=SC2034,SC2153  # variables that common.sh reads and sets
 if [ -z "${BASH_VERSION:-}" ] || shopt -qo posix; then exec env -u POSIXLY_CORRECT bash "$0" "$@"; fi  # called as `sh slurm/chain.sh`
 set -euo pipefail
 if [ "$(basename "$0")" = slurm_script ]; then
@@ -15,7 +17,7 @@ if [ "$(basename "$0")" = slurm_script ]; then
 fi
 HERE=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
 eval "$(grep -E '^(ENVIRONMENT|MODULES|MOUNTS)=' "$HERE/slurm/stage1.sh")"
-# shellcheck source=slurm/common.sh
+# shellcheck source=/dev/null
 source "$HERE/slurm/common.sh"
 PROJECT=$HERE
 forget_this_job  # of an interactive allocation that this runs in

@@ -296,5 +296,5 @@ next_step() {
     finish 85
 }
 
-# help_of SCRIPT: its comment lines after the first one.
-help_of() { sed -n '2,/^[^#]/{/^#SBATCH/q;/^# /s///p}' "$1"; }
+# help_of SCRIPT: its first comment, without the options of sbatch.
+help_of() { awk 'NR > 1 && (!/^#/ || /^#SBATCH/) { exit } NR > 1 { sub(/^# ?/, ""); print }' "$1"; }

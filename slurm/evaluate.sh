@@ -7,6 +7,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.log
+# shellcheck disable=SC2034,SC2153  # variables that common.sh reads and sets
 # ---- edit from here (a line with ## is off) -----------------------------------------------------------------------------
 ##SBATCH --partition=gpu
 ##SBATCH --account=project
@@ -22,7 +23,7 @@ ENVIRONMENT=venv:.venv  # venv:DIR | conda:NAME | apptainer:FILE.sif | pyxis:IMA
 
 CODE=$PWD
 if [ "${1:-}" = --frozen ]; then CODE=$2/code; fi  # a job in the place of another one
-# shellcheck source=slurm/common.sh
+# shellcheck source=/dev/null
 source "$CODE/slurm/common.sh" \
     || { echo "error: no slurm/common.sh in $CODE: call sbatch from the project's root; a frozen copy that was deleted needs a new submission" >&2; exit 2; }
 case ${1:-} in -h|--help) help_of "$0"; exit 0 ;; esac

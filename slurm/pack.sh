@@ -9,6 +9,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%A_%a.log
+# shellcheck disable=SC2034,SC2153  # variables that common.sh reads and sets
 # ---- edit from here (a line with ## is off) -----------------------------------------------------------------------------
 ##SBATCH --partition=cpu
 ##SBATCH --account=project
@@ -22,7 +23,7 @@ ENVIRONMENT=venv:.venv  # venv:DIR | conda:NAME | apptainer:FILE.sif | pyxis:IMA
 if [ -z "${BASH_VERSION:-}" ] || shopt -qo posix; then exec env -u POSIXLY_CORRECT bash "$0" "$@"; fi  # called as `sh slurm/pack.sh`
 if [ "${1:-}" = --frozen ]; then  # one of the jobs that are submitted below
     TASK_ID=${SLURM_ARRAY_TASK_ID:-}
-    # shellcheck source=slurm/common.sh
+    # shellcheck source=/dev/null
     source "$2/code/slurm/common.sh" || { echo "error: the frozen copy $2 was deleted: run slurm/pack.sh again, it continues" >&2; exit 2; }
     prepare "$@"
     case $PLACE in
@@ -37,7 +38,7 @@ if [ "$(basename "$0")" = slurm_script ]; then
     exit 2
 fi
 HERE=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
-# shellcheck source=slurm/common.sh
+# shellcheck source=/dev/null
 source "$HERE/slurm/common.sh"
 PROJECT=$HERE
 forget_this_job  # of an interactive allocation that this runs in
@@ -50,7 +51,12 @@ if [ -n "$separated" ]; then
     while [ "$1" != -- ]; do take_option "$1"; shift; done
     shift
 fi
-for argument in "$@"; do case $argument in --out|--out=*) folder=yes ;; esac; done
+arguments=()
+for argument in "$@"; do
+    case $argument in --out|--out=*) folder=yes ;; esac
+    case $argument in --*=\~/*) argument=${argument%%=*}=$HOME/${argument#*=\~/} ;; esac  # which bash expands in words of their own only
+    arguments+=("$argument")
+done
 [ -n "$folder" ] || die "say what and where to: slurm/pack.sh --manifest M.jsonl --out DIR"
 
 FROZEN=$PROJECT/slurm/jobs/pack-$(date +%Y%m%d-%H%M%S)-$$ SBATCH=(sbatch) name=${JOB_NAME:-soundwave-pack}
@@ -65,12 +71,12 @@ refused() {
     [ -z "${array:-}" ] || client scancel "$array" || say "scancel failed: cancel job $array by hand" >&2
     die "sbatch refused the $1 (above); nothing is left in the queue" 1
 }
-submit 60 "$script" "${options[@]}" "--output=$logs" --array="0-$((PARTS - 1))" "$script" --frozen "$FROZEN" --place part -- "$@" \
+submit 60 "$script" "${options[@]}" "--output=$logs" --array="0-$((PARTS - 1))" "$script" --frozen "$FROZEN" --place part -- "${arguments[@]}" \
     || refused "array job"
 array=$SUBMITTED KNOWN_JOBS=$SUBMITTED
 put "$array" "$FROZEN/part.job"
 submit 60 "$script" "${options[@]}" "--output=$log" --cpus-per-task=1 --dependency="afterok:$array" --kill-on-invalid-dep=yes \
-    "$script" --frozen "$FROZEN" --place merge -- "$@" || refused "merging job"
+    "$script" --frozen "$FROZEN" --place merge -- "${arguments[@]}" || refused "merging job"
 put "$SUBMITTED" "$FROZEN/merge.job"
 put "$(clean "pack: job $array, $PARTS parts, logs $(sed "s/%x/$name/g; s/%A/$array/g; s/%a/*/g; s/%%/%/g" <<<"$logs")")"
 put "$(clean "merge: job $SUBMITTED, log $(log_of "$SUBMITTED" "$name" "$log")")"

@@ -6,6 +6,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.log
+# shellcheck disable=SC2034,SC2153  # variables that common.sh reads and sets
 # ---- edit from here (a line with ## is off) -----------------------------------------------------------------------------
 ##SBATCH --partition=gpu
 ##SBATCH --account=project
@@ -24,7 +25,7 @@ ENVIRONMENT=venv:.venv  # venv:DIR | conda:NAME | apptainer:FILE.sif | pyxis:IMA
 # what slurm/chain.sh puts first.
 CODE=$PWD
 if [ "${1:-}" = --frozen ]; then CODE=$2/code; fi
-# shellcheck source=slurm/common.sh
+# shellcheck source=/dev/null
 source "$CODE/slurm/common.sh" \
     || { echo "error: no slurm/common.sh in $CODE: call sbatch from the project's root; a frozen copy that was deleted needs a new submission" >&2; exit 2; }
 run_stage "$@"
