@@ -206,6 +206,7 @@ run_stage() {
     if [ "${1:-}" = --recipe ]; then RECIPE_LINE=${2:-}; shift 2; fi
     prepare "$@"
     [ -f "$RECIPE" ] || die "the recipe does not exist ($RECIPE): set RECIPE in the script, and submit from the project's root"
+    check_visible_gpus
     [ "${GPUS:-$TASKS}" = "$TASKS" ] \
         || die "$GPUS GPUs but $TASKS tasks on a node: make --ntasks-per-node the number of GPUs"
     set -- "${ARGUMENTS[@]}"
@@ -242,6 +243,15 @@ run_stage() {
     launch "" "$CODE/train/run.py" "$RECIPE" "$@"
     rm -f "$STOP_FILE" 2>/dev/null || true
     finish "$CODE_OF_STEP"
+}
+
+# check_visible_gpus: Slurm sets CUDA_VISIBLE_DEVICES where it knows the job's GPUs. Elsewhere it may be an salloc session's, and all
+# ranks would train on the one GPU of that.
+check_visible_gpus() {
+    local visible=${CUDA_VISIBLE_DEVICES:-}
+    [ -z "$GPUS" ] && [ -n "$visible" ] || return 0
+    visible=$(tr ',' '\n' <<<"$visible" | grep -c .)
+    [ "$visible" -ge "$TASKS" ] || [ "$TASKS" = 1 ] || die "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names $visible GPUs for $TASKS tasks on a node: unset it before sbatch, or ask for GPUs"
 }
 
 # read_where key=value ...: STAGE and OUTPUT from the recipe, before anything else can fail. Pyxis' containers exist in steps only.

@@ -61,8 +61,11 @@ set_variables() {
     export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}
     # Set by the site where NCCL's or Gloo's own choice is wrong (docs/slurm.md): NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME
     # (the interface of the bootstrap connection), NCCL_IB_HCA (the InfiniBand ports), NCCL_IB_GID_INDEX (RoCE).
-    SOUNDWAVE_NODES=$(client scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ') \
-        || die "scontrol show hostnames $SLURM_JOB_NODELIST fails: this job's nodes are not known" 1  # names need not share a prefix
+    # Names need not share a prefix; lines before them are a wrapper's.
+    SOUNDWAVE_NODES=$({ client scontrol show hostnames "$SLURM_JOB_NODELIST" || true; } | grep -xE '[A-Za-z0-9._-]+' | tail -n "$NODES" \
+        | tr '\n' ' ' || true)
+    [ "$(wc -w <<<"$SOUNDWAVE_NODES")" = "$NODES" ] \
+        || die "scontrol show hostnames $SLURM_JOB_NODELIST does not name $NODES nodes: '$SOUNDWAVE_NODES'" 1
     MASTER_ADDR=${SOUNDWAVE_NODES%% *}
     # Two jobs that share a node seldom meet, nor does a restarted job what a dead node has left of its former self. From 32768
     # on Linux gives ports to whoever asks.

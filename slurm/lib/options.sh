@@ -12,6 +12,7 @@ take_option() {
                 *) OPTIONS+=("--export=ALL,${option#*=}") ;;  # alone, sbatch passes on nothing else: no HF_HOME, no proxy
             esac
             return ;;
+        --job-name=*/*|-J*/*) die "$option: write a name without /, because logs are named after it" ;;
         --job-name=?*) JOB_NAME=${option#*=}; return ;;
         -J?*) JOB_NAME=${option#-J}; return ;;
         --export|--job-name|-J) die "$option: write $option=VALUE" ;;

@@ -146,12 +146,13 @@ same_options() {
     local field option value kind signal
     SAME_OPTIONS=("--chdir=$PWD" --export=ALL "--job-name=$SLURM_JOB_NAME" "--nodes=$NODES" "--ntasks-per-node=$TASKS" "--cpus-per-task=$CPUS")
     for option in Partition:partition Account:account QOS:qos TimeLimit:time Features:constraint Reservation:reservation \
-        ExcNodeList:exclude ReqNodeList:nodelist Licenses:licenses MinMemoryNode:mem MinMemoryCPU:mem-per-cpu Comment:comment; do
+        ExcNodeList:exclude ReqNodeList:nodelist Licenses:licenses MinMemoryNode:mem MinMemoryCPU:mem-per-cpu MinTmpDiskNode:tmp \
+        WCKey:wckey MailUser:mail-user MailType:mail-type Comment:comment; do
         field=${option%:*} option=${option#*:}
         value=$(fact "$field")
         case $field:$value in
             *:) ;;
-            TimeLimit:Partition_Limit) ;;
+            TimeLimit:Partition_Limit|MinTmpDiskNode:0|MailType:NONE) ;;
             MinMemory*:0) [ -n "$(fact MemPerTres)" ] || SAME_OPTIONS+=("--mem=0") ;;
             *) SAME_OPTIONS+=("--$option=$value") ;;
         esac
@@ -172,7 +173,11 @@ same_options() {
             SAME_OPTIONS+=("--gres=$value")
         fi
     done
-    [ "$(fact OverSubscribe)" != NO ] || SAME_OPTIONS+=(--exclusive)
+    case $(fact OverSubscribe) in
+        NO) SAME_OPTIONS+=(--exclusive) ;;
+        YES) SAME_OPTIONS+=(--oversubscribe) ;;
+        USER) SAME_OPTIONS+=(--exclusive=user) ;;
+    esac
     [ "$(fact Requeue)" != 0 ] || SAME_OPTIONS+=(--no-requeue)
     value=$(fact Nice)
     [ "${value:-0}" = 0 ] || SAME_OPTIONS+=("--nice=$value")

@@ -7,7 +7,7 @@ PORT_TAKEN=98  # exit code of a program that could not listen on MASTER_PORT (tr
 launch() {
     local options=(${1:+"$1"}) command=("${IN_CONTAINER[@]}" bash "$CODE/slurm/common.sh") try
     shift
-    for try in 1 2 3 4; do
+    for try in 1 2 3 4 5 6 7 8; do
         choose_port
         if [ "$LAUNCHER" = torchrun ]; then
             step "${options[@]}" --ntasks="$NODES" --ntasks-per-node=1 --cpus-per-task="$((CPUS * TASKS))" \
@@ -16,8 +16,15 @@ launch() {
             step "${options[@]}" --ntasks="$SOUNDWAVE_RANKS" --ntasks-per-node="$TASKS" --cpus-per-task="$CPUS" \
                 "${command[@]}" worker "$@"
         fi
-        [ "$CODE_OF_STEP" = "$PORT_TAKEN" ] && [ "$WARNED" = 0 ] && [ "$try" != 4 ] || break
-        MASTER_PORT=$((MASTER_PORT + 1))
+        if [ "$CODE_OF_STEP" = 0 ] || [ "$WARNED" = 1 ] || [ "$try" = 8 ]; then return 0; fi
+        if [ "$CODE_OF_STEP" = "$PORT_TAKEN" ]; then
+            MASTER_PORT=$((MASTER_PORT + 1))
+        elif [ -z "$(notes)" ] && grep -aE '^srun: ' <<<"$SRUN_WORDS" | grep -qiE 'contact slurm controller|create step.*(timed out|contact)'; then
+            say "srun cannot reach Slurm's controller: the step is started again in $BUSY_SECONDS s"
+            sleep "$BUSY_SECONDS"
+        else
+            return 0
+        fi
     done
 }
 
@@ -96,11 +103,11 @@ judge() {
     local status=$1 noted
     noted=$(notes)
     CODE_OF_STEP=$status CULPRIT=""
-    if awk '$2 == 2 { found = 1 } END { exit !found }' <<<"$noted"; then CODE_OF_STEP=2; return; fi
+    if awk '$2 == 2 { found = 1 } END { exit !found }' <<<"$noted"; then CODE_OF_STEP=2; return 0; fi
     if awk -v taken="$PORT_TAKEN" '$2 == taken { found = 1 } END { exit !found }' <<<"$noted"; then CODE_OF_STEP=$PORT_TAKEN; fi
     if [ "$status" = 0 ]; then
         if awk '$2 == 85 { found = 1 } END { exit !found }' <<<"$noted"; then CODE_OF_STEP=85; fi
-        return
+        return 0
     fi
     CULPRIT=$(culprit "$noted")
     [ -z "$CULPRIT" ] || return 0

@@ -223,6 +223,7 @@ REFUSED = {
     "--clusters=b": "that cluster",
     "-Mb": "that cluster",
     "--job-name": "=VALUE",
+    "--job-name=a/b": "without /",
     "--exp=A": "options in full",
 }
 
@@ -542,6 +543,27 @@ def test_an_end_of_the_job_that_nobody_tells_is_none(site, limit):
 def test_tasks_that_are_not_spread_evenly_are_refused(site):
     done = site.job("true", SLURM_TASKS_PER_NODE="2,1")
     assert done.returncode == 2 and "give --ntasks-per-node" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "gres, visible, refused",
+    [("(null)", "0", True), ("(null)", "0,1", False), ("(null)", "", False), ("gpu:4", "0", False), ("gpu:a100:4", "0,1", False)],
+)
+def test_a_gpu_list_of_another_job_is_refused(site, gres, visible, refused):
+    site.facts(gres=gres)
+    done = site.job("check_visible_gpus; echo on", CUDA_VISIBLE_DEVICES=visible)
+    assert ("on\n" in done.stdout) != refused and ("names 1 GPUs for 2 tasks" in done.stderr) == refused, done.stderr
+
+
+def test_a_wrapper_s_banner_is_no_node(site):
+    scontrol = (site.programs / "scontrol").read_text()
+    (site.programs / "scontrol").write_text(
+        scontrol.replace("echo n1; echo n2", "echo Welcome; echo 'to the cluster'; echo n1; echo n2")
+    )
+    assert "n1 n2 =n1=" in site.job('echo "$SOUNDWAVE_NODES=$MASTER_ADDR="').stdout
+    (site.programs / "scontrol").write_text(scontrol.replace("echo n1; echo n2", "exit 1"))
+    done = site.job("true")
+    assert done.returncode == 1 and "does not name 2 nodes" in done.stderr
 
 
 def test_settings_that_sbatch_kept_back_are_said(site):
@@ -882,6 +904,21 @@ def test_the_rank_that_failed_first_is_named(site, words, noted, launcher, statu
             'echo "code: $CODE_OF_STEP"'
         )
         assert f"code: {85 if words == 'term' else 137}\n" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "words, calls, code",
+    [
+        ("srun: error: Unable to create step for job 7: Unable to contact slurm controller (connect failure)", 3, 0),
+        ("srun: error: Unable to create step for job 7: Memory required by task is not available", 1, 1),
+        ("srun: error: Task launch for StepId=7.0 failed on node n2: Communication connection failure", 1, 1),
+    ],
+)
+def test_a_step_waits_for_a_controller_that_does_not_answer(site, words, calls, code):
+    called = site.folder.parent / "called"
+    site.program("srun", f'echo x >>{called}; [ $(wc -l <{called}) -lt 3 ] || exit 0; echo "{words}" >&2; exit 1')
+    done = site.job('launch "" program.py; echo "code $CODE_OF_STEP"')
+    assert f"code {code}\n" in done.stdout and len(called.read_text().splitlines()) == calls, done.stdout + done.stderr
 
 
 def test_a_port_that_is_taken_is_named_and_the_next_one_used(site):
