@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Score a model folder on packed shards, with every GPU of the job.
 # From the project's root: sbatch slurm/evaluate.sh --model runs/x/sft/model --shards /shards/test --task asr ...
-# (options: python -m evaluation.run --help). What is predicted is on disk at once: a job that was stopped goes on.
+# (options: python -m evaluation.run --help). What is predicted is on disk at once: a job that was stopped continues.
 #SBATCH --job-name=soundwave-evaluate
 #SBATCH --signal=B:USR1@60
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.log
+# shellcheck disable=SC2034,SC2153  # variables that common.sh reads and sets
 # ---- edit from here (a line with ## is off) -----------------------------------------------------------------------------
 ##SBATCH --partition=gpu
 ##SBATCH --account=project
@@ -20,10 +21,14 @@
 ENVIRONMENT=venv:.venv  # venv:DIR | conda:NAME | apptainer:FILE.sif | pyxis:IMAGE
 # ---- to here; what each line means is in docs/slurm.md --------------------------------------------------------------------
 
-# shellcheck source=slurm/common.sh
-source "${SOUNDWAVE_CODE:-$PWD}/slurm/common.sh" \
-    || { echo "error: no slurm/common.sh in $PWD: call sbatch from the project's root" >&2; exit 2; }
+CODE=$PWD
+if [ "${1:-}" = --frozen ]; then CODE=$2/code; fi  # a job in the place of another one
+# shellcheck source=/dev/null
+source "$CODE/slurm/common.sh" \
+    || { echo "error: no slurm/common.sh in $CODE: call sbatch from the project's root; a frozen copy that was deleted needs a new submission" >&2; exit 2; }
+case ${1:-} in -h|--help) help_of "$0"; exit 0 ;; esac
 [ -n "${SLURM_JOB_ID:-}" ] || die "submit this with sbatch from the project's root"
-export SOUNDWAVE_JOB=${SOUNDWAVE_JOB:-$SLURM_JOB_ID}  # --restart is meant once: evaluation.run knows this job's own answers by it
-prepare "" "$@"
+prepare "$@"
+export SOUNDWAVE_JOB=$FIRST_JOB  # --restart is meant once: evaluation.run knows this job's own answers by it
+set -- "${ARGUMENTS[@]}"
 run_resumable -m evaluation.run "$@"

@@ -2,12 +2,14 @@
 # Pack a corpus with many nodes: an array job, one task for every PARTS-th shard, and a job behind it that writes the index.
 # Run it on the login node (it submits both jobs):   slurm/pack.sh [sbatch options, as --time=8:00:00 --] PACK OPTIONS
 #   e.g.  slurm/pack.sh --corpus librispeech:/data/LibriSpeech --out /shards/librispeech    (see data_tools/pack.py --help)
-# A task that is stopped goes on where it was; so does the same command again.
+# A task that is stopped continues where it was; so does the same command again. Relative paths are relative to the folder where this
+# is called.
 #SBATCH --job-name=soundwave-pack
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%A_%a.log
+# shellcheck disable=SC2034,SC2153  # variables that common.sh reads and sets
 # ---- edit from here (a line with ## is off) -----------------------------------------------------------------------------
 ##SBATCH --partition=cpu
 ##SBATCH --account=project
@@ -18,34 +20,64 @@ PARTS=16
 ENVIRONMENT=venv:.venv  # venv:DIR | conda:NAME | apptainer:FILE.sif | pyxis:IMAGE
 # ---- to here --------------------------------------------------------------------------------------------------------------
 
-# In a job SOUNDWAVE_CODE is set; and sbatch runs a copy, beside which there is no common.sh.
-if [ -z "${SOUNDWAVE_CODE:-}" ] && [ -f "$(dirname "${BASH_SOURCE[0]}")/common.sh" ]; then
-    set -euo pipefail
-    cd "$(dirname "${BASH_SOURCE[0]}")/.."
-    # shellcheck source=slurm/common.sh
-    source slurm/common.sh
-    forget_this_job
-    case " $* " in *" --out "*|*" --out="*) ;; *) die "say what and where to: slurm/pack.sh --manifest M.jsonl --out DIR" ;; esac
-    options=()
-    case " $* " in *" -- "*) while [ "$1" != -- ]; do options+=("$1"); shift; done; shift ;; esac
-    SOUNDWAVE_CODE=$PWD/slurm/jobs/pack-$(date +%Y%m%d-%H%M%S)-$$/code
-    export SOUNDWAVE_CODE
-    freeze "$SOUNDWAVE_CODE" ""
-    script=$SOUNDWAVE_CODE/slurm/pack.sh
-    array=$(client sbatch --parsable --array="0-$((PARTS - 1))" --nodes=1 --ntasks=1 "${options[@]}" "$script" "$@")
-    merge=$(client sbatch --parsable --dependency="afterok:${array%%;*}" --kill-on-invalid-dep=yes --nodes=1 --ntasks=1 \
-        --cpus-per-task=1 --output=slurm/logs/%x-%j.log "${options[@]}" "$script" "$@") \
-        || { client scancel "${array%%;*}"; exit 1; }
-    echo "pack: job ${array%%;*}, $PARTS parts, logs slurm/logs/soundwave-pack-${array%%;*}_*.log"
-    echo "merge: job ${merge%%;*}, log slurm/logs/soundwave-pack-${merge%%;*}.log"
-    echo "cancel: scancel ${array%%;*} ${merge%%;*}"
-    exit 0
+if [ -z "${BASH_VERSION:-}" ] || shopt -qo posix; then exec env -u POSIXLY_CORRECT bash "$0" "$@"; fi  # called as `sh slurm/pack.sh`
+if [ "${1:-}" = --frozen ]; then  # one of the jobs that are submitted below
+    TASK_ID=${SLURM_ARRAY_TASK_ID:-}
+    # shellcheck source=/dev/null
+    source "$2/code/slurm/common.sh" || { echo "error: the frozen copy $2 was deleted: run slurm/pack.sh again, it continues" >&2; exit 2; }
+    prepare "$@"
+    case $PLACE in
+        part) run_resumable "$CODE/data_tools/pack.py" --workers "$CPUS" "${ARGUMENTS[@]}" --part "${ARRAY_TASK:-$TASK_ID}/$PARTS" ;;
+        merge) run_resumable "$CODE/data_tools/pack.py" "${ARGUMENTS[@]}" --merge ;;
+    esac
+    die "this job's contract names no part of the packing: run slurm/pack.sh again"
 fi
-# shellcheck source=slurm/common.sh
-source "${SOUNDWAVE_CODE:?run slurm/pack.sh itself on the login node, not with sbatch}/slurm/common.sh" || exit 2
-prepare "" "$@"
-if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-    run_resumable "$CODE/data_tools/pack.py" --workers "$CPUS" "$@" --part "$SLURM_ARRAY_TASK_ID/$PARTS"
-else
-    run_resumable "$CODE/data_tools/pack.py" "$@" --merge
+set -euo pipefail
+if [ "$(basename "$0")" = slurm_script ]; then
+    echo "error: run slurm/pack.sh itself, on a login node, not with sbatch: it submits the jobs" >&2
+    exit 2
 fi
+HERE=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
+# shellcheck source=/dev/null
+source "$HERE/slurm/common.sh"
+PROJECT=$HERE
+forget_this_job  # of an interactive allocation that this runs in
+case ${1:-} in -h|--help) help_of "${BASH_SOURCE[0]}"; exit 0 ;; esac
+
+# What comes before an argument `--` is for sbatch.
+separated="" folder=""
+for argument in "$@"; do [ "$argument" != -- ] || separated=yes; done
+if [ -n "$separated" ]; then
+    while [ "$1" != -- ]; do take_option "$1"; shift; done
+    shift
+fi
+arguments=()
+for argument in "$@"; do
+    case $argument in --out|--out=*) folder=yes ;; esac
+    case $argument in --*=\~/*) argument=${argument%%=*}=$HOME/${argument#*=\~/} ;; esac  # which bash expands in words of their own only
+    arguments+=("$argument")
+done
+[ -n "$folder" ] || die "say what and where to: slurm/pack.sh --manifest M.jsonl --out DIR"
+
+FROZEN=$PROJECT/slurm/jobs/pack-$(date +%Y%m%d-%H%M%S)-$$ SBATCH=(sbatch) name=${JOB_NAME:-soundwave-pack}
+CODE=$FROZEN/code script=$FROZEN/code/slurm/pack.sh
+freeze "$CODE" ""
+write_settings "$FROZEN"
+logs=$(log_pattern "$script")
+log=$(sed 's/%A/%j/g; s/_%a//g; s/%a/merge/g' <<<"$logs")  # the merging job is no array
+options=("--chdir=$PWD" --export=ALL "--job-name=$name" "${OPTIONS[@]}" --nodes=1 --ntasks=1)
+refused() {
+    put "" "$FROZEN/given-up"
+    [ -z "${array:-}" ] || client scancel "$array" || say "scancel failed: cancel job $array by hand" >&2
+    die "sbatch refused the $1 (above); nothing is left in the queue" 1
+}
+submit 60 "$script" "${options[@]}" "--output=$logs" --array="0-$((PARTS - 1))" "$script" --frozen "$FROZEN" --place part -- "${arguments[@]}" \
+    || refused "array job"
+array=$SUBMITTED KNOWN_JOBS=$SUBMITTED
+put "$array" "$FROZEN/part.job"
+submit 60 "$script" "${options[@]}" "--output=$log" --cpus-per-task=1 --dependency="afterok:$array" --kill-on-invalid-dep=yes \
+    "$script" --frozen "$FROZEN" --place merge -- "${arguments[@]}" || refused "merging job"
+put "$SUBMITTED" "$FROZEN/merge.job"
+put "$(clean "pack: job $array, $PARTS parts, logs $(sed "s/%x/$name/g; s/%A/$array/g; s/%a/*/g; s/%%/%/g" <<<"$logs")")"
+put "$(clean "merge: job $SUBMITTED, log $(log_of "$SUBMITTED" "$name" "$log")")"
+put "cancel: scancel $array $SUBMITTED"

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Stage I, alignment: audio frames to the LLM's tokens (CTC); the LLM itself is not loaded.
-# From the project's root: sbatch slurm/stage1.sh [key=value ...]     All three stages: slurm/chain.sh
+# From the project's root: sbatch slurm/stage1.sh [--recipe FILE] [key=value ...]     All three stages: slurm/chain.sh
 #SBATCH --job-name=soundwave-1
 #SBATCH --signal=B:USR1@600
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.log
+# shellcheck disable=SC2034,SC2153  # variables that common.sh reads and sets
 # ---- edit from here (a line with ## is off) -----------------------------------------------------------------------------
 ##SBATCH --partition=gpu
 ##SBATCH --account=project
@@ -20,8 +21,11 @@ RECIPE=${RECIPE:-train/recipes/stage1.yaml}
 ENVIRONMENT=venv:.venv  # venv:DIR | conda:NAME | apptainer:FILE.sif | pyxis:IMAGE
 # ---- to here; what each line means is in docs/slurm.md --------------------------------------------------------------------
 
-# Slurm runs a copy of this file from a folder of its own, and starts it in the folder where sbatch was called.
-# shellcheck source=slurm/common.sh
-source "${SOUNDWAVE_CODE:-$PWD}/slurm/common.sh" \
-    || { echo "error: no slurm/common.sh in $PWD: call sbatch from the project's root" >&2; exit 2; }
+# Slurm runs a copy of this file from a folder of its own, and starts it in the folder where sbatch was called. --frozen FOLDER is
+# what slurm/chain.sh puts first.
+CODE=$PWD
+if [ "${1:-}" = --frozen ]; then CODE=$2/code; fi
+# shellcheck source=/dev/null
+source "$CODE/slurm/common.sh" \
+    || { echo "error: no slurm/common.sh in $CODE: call sbatch from the project's root; a frozen copy that was deleted needs a new submission" >&2; exit 2; }
 run_stage "$@"

@@ -15,6 +15,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
+from train.config import RecipeError
+
 logger = logging.getLogger("soundwave")
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -46,13 +48,33 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
+def check_launcher() -> None:
+    """RANK and WORLD_SIZE in a Slurm step are this step's, or those of a torchrun in each task of it.
+
+    Left over from another job (a training script that submits its successor), they would make every task the only rank, and all
+    would write one output. Errors: RecipeError.
+    """
+    env = os.environ
+    tasks = int(env.get("SLURM_STEP_NUM_TASKS", 1))
+    if "RANK" not in env or tasks == 1:
+        return
+    world_size, by_torchrun = int(env.get("WORLD_SIZE", 1)), "TORCHELASTIC_RUN_ID" in env
+    expected = {tasks, tasks * int(env.get("LOCAL_WORLD_SIZE", 1))} if by_torchrun else {tasks}
+    if world_size not in expected or (not by_torchrun and env["RANK"] != env.get("SLURM_PROCID", env["RANK"])):
+        told = f"RANK={env['RANK']} WORLD_SIZE={world_size}"
+        env["RANK"] = env.get("SLURM_PROCID", "0")  # one line, from one rank
+        raise RecipeError(f"{told} are not of this Slurm step, which has {tasks} tasks: they come from another launcher; unset "
+                          "RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT and TORCHELASTIC_RUN_ID")
+
+
 def fill_environment() -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher did not.
 
     srun sets SLURM_PROCID and its kin only; without any launcher this is one process. Must run before
-    deepspeed is imported, which reads DS_ACCELERATOR then.
+    deepspeed is imported, which reads DS_ACCELERATOR then. Errors: RecipeError (check_launcher).
     """
     env = os.environ
+    check_launcher()
     if "RANK" not in env:
         if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
             env["RANK"] = env["SLURM_PROCID"]

@@ -16,6 +16,7 @@ from pathlib import Path
 logger = logging.getLogger("soundwave")
 
 DONE, FAILED, WRONG_INPUT, PREEMPTED = 0, 1, 2, 85
+PORT_TAKEN = 98  # rank 0 cannot listen on MASTER_PORT: the job scripts try the next one (EADDRINUSE on Linux)
 MINIMUM_MARGIN = 120.0  # seconds
 
 

@@ -12,7 +12,7 @@
 3. If all is well so far, an all_reduce over all ranks, checked and timed.
 
 Exit codes as in training: 0 all is well, 1 a node is at fault, 2 the recipe or its input is (starting again does not help),
-85 all is well, but SIGTERM came meanwhile (preemption): training had better not begin.
+85 all is well, but SIGTERM came meanwhile (preemption): training had better not begin, 98 MASTER_PORT is taken.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() not
 from core.code import code_hash  # noqa: E402
 from train.config import Corpus, Recipe, RecipeError, load_recipe, start_folder  # noqa: E402
 from train.files import step_folders  # noqa: E402
-from train.preemption import DONE, FAILED, PREEMPTED, WRONG_INPUT  # noqa: E402
+from train.preemption import DONE, FAILED, PORT_TAKEN, PREEMPTED, WRONG_INPUT  # noqa: E402
 from train.resume import check_checkpoint, finished  # noqa: E402
 from train.stages import has_model, initial_folder, stage_folder, stage_of  # noqa: E402
 
@@ -386,7 +386,7 @@ def all_reduce_line(store, rank: int, world_size: int, seconds: float) -> tuple[
     return f"all_reduce of {size >> 20} MiB over {world_size} ranks: {best * 1e3:.1f} ms, bus bandwidth {bus:.2f} GB/s", None
 
 
-def run(recipe: Recipe, seconds: float, where_to: Path | None = None) -> int:
+def run(recipe: Recipe, seconds: float, faults_to: Path | None = None) -> int:
     import torch.distributed as dist
 
     env = os.environ
@@ -398,6 +398,9 @@ def run(recipe: Recipe, seconds: float, where_to: Path | None = None) -> int:
         store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world_size, is_master=serves,
                               timeout=timedelta(seconds=seconds), wait_for_workers=False)
     except RuntimeError as error:
+        if serves and "EADDRINUSE" in str(error):
+            print(f"preflight: node {node_name()}: port {env['MASTER_PORT']} is taken by another program", file=sys.stderr)
+            return PORT_TAKEN
         print(f"preflight: node {node_name()}: rank {rank} cannot reach rank 0 at {env['MASTER_ADDR']}:{env['MASTER_PORT']} "
               f"({one_line(error)[:120]}): see the firewall and the nodes' host names", file=sys.stderr)
         return FAILED
@@ -409,9 +412,8 @@ def run(recipe: Recipe, seconds: float, where_to: Path | None = None) -> int:
         faults += compare(reports) + check_shared_output(recipe, reports)
         for fault in faults:
             print(f"preflight: node {fault.node}: {fault.text}", file=sys.stderr)
-        if faults and where_to:
-            with open(where_to, "a") as file:
-                file.writelines(f"node {fault.node}: {fault.text}\n" for fault in faults)
+        if faults and faults_to:
+            write_faults(faults_to, [f"node {fault.node}: {fault.text}" for fault in faults])
         if faults:
             code = WRONG_INPUT if any(fault.from_input for fault in faults) else FAILED
         else:
@@ -452,12 +454,31 @@ def run(recipe: Recipe, seconds: float, where_to: Path | None = None) -> int:
     return code
 
 
+def print_where(recipe: Recipe) -> None:
+    """Print what the job scripts ask for, a marked line each: other programs may print to the same standard output."""
+    is_finished = finished(recipe)
+    if not is_finished:
+        check_checkpoint(recipe)
+    state = "finished" if is_finished else "unfinished"
+    for name, value in (("stage", recipe.stage), ("output", recipe.output), ("state", state),
+                        ("start", start_folder(recipe) or "")):
+        print(f"soundwave-where {name} {value}")
+
+
+def write_faults(path: Path, faults: list[str]) -> None:
+    """Write the faults for `python -m train.status`. A file that cannot be written changes no outcome: they are printed, too."""
+    try:
+        path.write_text("".join(f"{fault}\n" for fault in faults))
+    except OSError as error:
+        print(f"preflight: {path} cannot be written: {error.strerror}", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="train/preflight.py", description="Check the nodes of a job before training.")
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--where", action="store_true", help="print stage, output folder, (un)finished and start folder")
-    parser.add_argument("--where-to", type=Path, help="write stage, output folder and faults to this file, one a line")
+    parser.add_argument("--faults-to", type=Path, help="write the faults to this file, one a line")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds to wait for the other ranks")
     args = parser.parse_intermixed_args(argv)
     is_main = os.environ.get("RANK", "0") == "0"
@@ -465,14 +486,8 @@ def main(argv: list[str] | None = None) -> int:
         recipe = load_recipe(args.recipe, args.overrides)
         stage_of(recipe)
         if args.where:
-            is_finished = finished(recipe)
-            if not is_finished:
-                check_checkpoint(recipe)
-            print(recipe.stage, recipe.output, "finished" if is_finished else "unfinished", start_folder(recipe) or "", sep="\n")
+            print_where(recipe)
             return DONE
-        if args.where_to and is_main:
-            Path(recipe.output).mkdir(parents=True, exist_ok=True)
-            args.where_to.write_text(f"{recipe.stage}\n{recipe.output}\n")
         if not has_model(recipe):  # else it may be finished, and then it needs no start
             initial_folder(recipe)
         if not recipe.data.train:
@@ -480,11 +495,10 @@ def main(argv: list[str] | None = None) -> int:
     except RecipeError as error:
         if is_main:
             print(f"preflight: {error}", file=sys.stderr)
-            if args.where_to and args.where_to.exists():
-                with open(args.where_to, "a") as file:
-                    file.write(f"{one_line(error)}\n")
+            if args.faults_to:
+                write_faults(args.faults_to, [one_line(error)])
         return WRONG_INPUT
-    return run(recipe, args.timeout, args.where_to)
+    return run(recipe, args.timeout, args.faults_to)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
     srun python train/run.py RECIPE                      one task per GPU, any number of nodes (slurm/)
     python -m train.run RECIPE                           one process
 
-Exit codes: 0 done, 1 failure, 2 wrong recipe or input (starting again does not help), 85 stopped early and saved (start again).
+Exit codes: 0 done, 1 failure, 2 wrong recipe or input (starting again does not help), 85 stopped early and saved (start again),
+98 MASTER_PORT is taken.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() not
 
 from train.config import RecipeError, load_recipe  # noqa: E402
 from train.distributed import PortTaken, check_master_port, connect, disconnect, fill_environment, leave  # noqa: E402
-from train.preemption import FAILED, WRONG_INPUT  # noqa: E402
+from train.preemption import FAILED, PORT_TAKEN, WRONG_INPUT  # noqa: E402
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -77,7 +78,14 @@ def main(argv: list[str] | None = None) -> int:
     from train.checkpoint import CheckpointError
     from train.universal import ConversionError
 
-    ranks = connect()
+    try:
+        ranks = connect()
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        print(f"error: port {os.environ['MASTER_PORT']} of {os.environ['MASTER_ADDR']} is taken by another program: set another "
+              "MASTER_PORT", file=sys.stderr)
+        return PORT_TAKEN
     start_logging(stage_folder(recipe), ranks)
     logger = logging.getLogger("soundwave")
     run = Run(recipe, ranks, profile_steps=args.profile)

@@ -1,15 +1,19 @@
-"""Where a run stands, from its files alone: `python -m train.status RUN`, RUN being the recipes' `output`.
+"""State of a run: `python -m train.status RUN`, RUN being the recipes' `output`.
 
     RUN/<stage>/run.json         state, steps, last error (the trainer writes it)
     RUN/<stage>/metrics.jsonl    seconds of the last steps: speed and time left
     RUN/<stage>/checkpoints/     the last good checkpoint
     RUN/slurm.jsonl              jobs and restarts (slurm/ writes it), also of stages that only wait in the queue
+    squeue, sacct                the jobs of stages that are not done, asked once, where the machine has Slurm and it answers
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
+import subprocess
 import sys
 import time
 from datetime import datetime
@@ -23,6 +27,11 @@ from train.stages import STAGES
 
 SILENT_SECONDS = 600  # a running stage that has not written for so long is called silent
 NO_END = {"submitted", "started", "done", "resubmitted"}  # events of slurm.jsonl after which nothing has gone wrong
+ANSWER_SECONDS = 20  # that Slurm has for each question
+# Display settings of the user that would change what Slurm's commands print or select.
+_DISPLAY = re.compile(r"SQUEUE_|SACCT_|SLURM_(TIME_FORMAT|CLUSTERS|BITSTR_LEN)")
+_ALIVE = {"RUNNING", "COMPLETING", "CONFIGURING", "STAGE_OUT", "SIGNALING", "RESIZING"}
+_WAITS = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "SUSPENDED", "STOPPED"}
 _TAIL_BYTES = 1 << 16
 _RECENT_STEPS = 50
 
@@ -36,9 +45,54 @@ def _time_of(event: dict) -> float:
     return datetime.fromisoformat(event["time"]).timestamp()
 
 
-def stage_status(run: Path, name: str, now: float) -> dict | None:
-    """One stage's state; None where nothing of it is there yet. The trainer's word and the job's: the later one counts."""
-    folder, jobs = run / name, [line for line in read_lines(run / "slurm.jsonl", _TAIL_BYTES) if line.get("stage") == name]
+def _ask(*command: str) -> dict[str, tuple[str, str]] | None:
+    """Job -> (state, reason), of lines JOB|STATE|REASON that a Slurm command prints; None where there is no answer."""
+    environment = {name: value for name, value in os.environ.items() if not _DISPLAY.match(name)}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", timeout=ANSWER_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if done.returncode != 0:
+        return None
+    lines = [line.strip().split("|") for line in done.stdout.splitlines()]
+    return {job: (state, reason) for job, state, reason in (fields for fields in lines if len(fields) == 3) if job.isdigit()}
+
+
+def slurm_states(jobs: list[str]) -> dict[str, tuple[str, str]]:
+    """Job -> (state, reason) as Slurm knows them; UNKNOWN for a job that it has forgotten; nothing where it does not answer."""
+    if not jobs:
+        return {}
+    several = ",".join([*jobs, jobs[0]])  # of one alone, squeue fails where it does not know it
+    known = _ask("squeue", "-h", "-t", "all", "-j", several, "-o", "%A|%T|%r")
+    if known is None:
+        return {}
+    if missing := [job for job in jobs if job not in known]:  # squeue forgets a job some minutes after its end
+        recorded = _ask("sacct", "-X", "-n", "-P", "-j", ",".join(missing), "-o", "JobIDRaw,State,Reason") or {}
+        known |= {job: recorded.get(job, ("UNKNOWN", "")) for job in missing}
+    return known
+
+
+def slurm_word(state: str, reason: str) -> str | None:
+    """How a stage is shown whose last job Slurm has in this state; None where the run's own files know more."""
+    state = state.split()[0]  # sacct: CANCELLED by 1000
+    if state in _ALIVE or state == "COMPLETED":
+        return None
+    if state == "UNKNOWN":
+        return "not in the queue"
+    if state in _WAITS and state != "SUSPENDED" and ("Held" in reason or "HOLD" in state):
+        state = "held"
+    shown = "" if reason in ("None", "NonZeroExitCode", "") or state == "CANCELLED" else f" ({reason})"
+    return state.lower() + shown
+
+
+def jobs_of(run: Path, name: str) -> list[dict]:
+    return [line for line in read_lines(run / "slurm.jsonl", _TAIL_BYTES) if line.get("stage") == name]
+
+
+def stage_status(run: Path, name: str, now: float, slurm: dict[str, tuple[str, str]]) -> dict | None:
+    """One stage's state; None where nothing of it is there yet. Of the trainer's record and the job's the later one counts, and
+    `slurm` for a stage that neither calls done."""
+    folder, jobs = run / name, jobs_of(run, name)
     train = [line for line in read_lines(folder / "metrics.jsonl", _TAIL_BYTES) if line.get("kind") == "train"][-_RECENT_STEPS:]
     path = folder / "run.json"
     if not path.exists() and not jobs:
@@ -49,8 +103,14 @@ def stage_status(run: Path, name: str, now: float) -> dict | None:
     if later:
         state = later[-1]["event"]
     last_word = max([updated, *(line.get("time", 0.0) for line in train[-1:])])
+    job = jobs[-1]["job"] if jobs else "-"
+    from_slurm = slurm_word(*slurm[job]) if job in slurm else None
     if state == "running" and not later and now - last_word > SILENT_SECONDS:
         state = f"silent for {_clock(now - last_word)}"
+    if from_slurm == "not in the queue" and state in ("submitted", "started", "requeued", "running"):
+        state = f"{state}, {from_slurm}"
+    elif from_slurm and from_slurm != "not in the queue" and state not in ("done", "stopped"):
+        state = from_slurm
     # The first end that a job notes after the trainer's last word is the one that the trainer gave its reason for.
     ends = [job for job in jobs if job["event"] not in NO_END]
     after, error = sum(job in later for job in ends), ends[-1]["detail"] if ends else "-"
@@ -59,21 +119,29 @@ def stage_status(run: Path, name: str, now: float) -> dict | None:
     seconds = median(line["step_seconds"] for line in train) if train else None
     step, steps = noted.get("step", 0), noted.get("steps")
     latest = folder / "checkpoints" / "latest"
-    return {
+    row = {
         "stage": f"{STAGES[name].number} {name}", "state": state, "step": f"{step}/{steps}" if steps else "-",
         "s/step": f"{seconds:.2f}" if seconds else "-",
         "left": _clock((steps - step) * seconds) if seconds and steps and state == "running" else "-",
         "restarts": max((line.get("restarts", 0) for line in jobs), default=0),
         "checkpoint": latest.read_text().strip() if latest.exists() else "-",
-        "job": jobs[-1]["job"] if jobs else "-", "last error": error,
+        "job": job, "last error": error,
     }
+    return {column: _plain(value) if isinstance(value, str) else value for column, value in row.items()}
+
+
+def _plain(text: str) -> str:
+    """One line without control characters: reasons quote file names and other programs."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.status", description="Where a run stands, from its files alone.")
+    parser = argparse.ArgumentParser(prog="python -m train.status", description="Print the state of a run's stages and jobs.")
     parser.add_argument("run", type=Path, help="the recipes' `output` folder")
     run = parser.parse_args(argv).run
-    rows = [row for name in STAGES if (row := stage_status(run, name, time.time()))]
+    last = [jobs[-1] for name in STAGES if (jobs := jobs_of(run, name))]
+    slurm = slurm_states([job["job"] for job in last if job["event"] != "done"])
+    rows = [row for name in STAGES if (row := stage_status(run, name, time.time(), slurm))]
     if not rows:
         print(f"error: {run} holds no stage ({', '.join(STAGES)}) and no slurm.jsonl: give the recipes' `output`",
               file=sys.stderr)

@@ -134,11 +134,39 @@ def test_release_in_and_out(tmp_path, shape):
     assert all(written.get(key) == value for key, value in config.items() if key not in ("transformers_version",))
 
 
-@pytest.mark.skipif("SOUNDWAVE_ORACLE" not in os.environ, reason="SOUNDWAVE_ORACLE: a checkpoint with the authors' answers")
-@torch.no_grad()
-def test_authors_own_answers(tmp_path):
-    """model.safetensors, config.json, encoder/config.json and expected.safetensors, as the authors' code wrote them."""
-    oracle = Path(os.environ["SOUNDWAVE_ORACLE"])
+PROMPT_LENGTHS, TRAINED = (12, 12, 12), (20, 17, 14)  # of the oracle's prompts and training rows
+
+
+def write_oracle(folder: Path) -> None:
+    """A checkpoint and expected.safetensors in the layout of the authors' answers, by the plain implementation of the release.
+
+    test_authors_own_answers holds that implementation against the authors' code where SOUNDWAVE_ORACLE names its answers.
+    """
+    words = release_tokenizer(("<padding>", "<audio_patch>"), pad="<padding>")
+    config, encoder = released_configs(words, width=48, encoder_width=32, mels=128)
+    released = write_release(folder, words, config, encoder, seed=5)
+    generator = torch.Generator().manual_seed(6)
+    mel, pad, audio = spoken(128, generator), config["llm_pad_token_id"], config["audio_patch_token"]
+    answers = {"mel": mel}
+    for i, length in enumerate(PROMPT_LENGTHS):
+        ids = torch.randint(0, 250, (length,), generator=generator)
+        ids[3 + i] = audio
+        answers |= {f"eval{i}_input_ids": ids[None], f"eval{i}_ctc_tokens": released.hear(mel[i])[1].argmax(-1),
+                    f"eval{i}_logits": released.logits(ids, mel[i])[None]}
+    ids = torch.randint(0, 250, (3, max(TRAINED)), generator=generator)
+    ids[:, 4] = audio
+    labels = ids.clone()
+    labels[:, :9] = -100
+    targets = torch.randint(0, 250, (3, 12), generator=generator)
+    for row, length in enumerate(TRAINED):
+        ids[row, length:], labels[row, length:], targets[row, 12 - 2 * row:] = pad, -100, -100
+    ce, ctc = released.losses(ids, labels, mel, targets)
+    save_file({**answers, "train_input_ids": ids, "train_labels": labels, "train_asr_targets": targets, "train_ce": ce[None],
+               "train_loss": (ce + 0.3 * ctc)[None]}, folder / "expected.safetensors")
+
+
+def check_answers(oracle: Path, folder: Path) -> None:
+    """Our model gives the answers of expected.safetensors, and what it exports again is model.safetensors to the last bit."""
     expected = load_file(oracle / "expected.safetensors")
     theirs = json.loads((oracle / "config.json").read_text())
     words = tiny.tokenizer("llama3")
@@ -146,19 +174,44 @@ def test_authors_own_answers(tmp_path):
     words = release_tokenizer((*filler, "<padding>", "<audio_patch>"), pad="<padding>")
     assert words.convert_tokens_to_ids("<audio_patch>") == theirs["audio_patch_token"]
     for file in ("model.safetensors", "config.json", "encoder/config.json"):
-        (tmp_path / "released" / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "released" / file).write_bytes((oracle / file).read_bytes())
-    words.save_pretrained(tmp_path / "released")
-    assert convert(["--from-official", str(tmp_path / "released"), "--out", str(tmp_path / "ours")]) == 0
-    model = model_folder.load(tmp_path / "ours")
+        (folder / "released" / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "released" / file).write_bytes((oracle / file).read_bytes())
+    words.save_pretrained(folder / "released")
+    assert convert(["--from-official", str(folder / "released"), "--out", str(folder / "ours")]) == 0
+    model = model_folder.load(folder / "ours")
     training = (expected["train_input_ids"], expected["train_labels"], expected["train_asr_targets"],
                 expected["train_ce"][0], expected["train_loss"][0])
     compare(model, expected["mel"], [expected[f"eval{i}_input_ids"][0] for i in range(3)],
             [expected[f"eval{i}_ctc_tokens"] for i in range(3)], [expected[f"eval{i}_logits"][0] for i in range(3)],
             training, theirs["llm_pad_token_id"])
-    assert convert(["--to-official", str(tmp_path / "ours"), "--out", str(tmp_path / "again")]) == 0
-    first, again = load_file(oracle / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert convert(["--to-official", str(folder / "ours"), "--out", str(folder / "again")]) == 0
+    first, again = load_file(oracle / "model.safetensors"), load_file(folder / "again" / "model.safetensors")
     assert first.keys() == again.keys() and all(torch.equal(first[n], again[n]) for n in first)
+
+
+@torch.no_grad()
+def test_answers_in_the_oracles_layout(tmp_path):
+    write_oracle(tmp_path / "oracle")
+    check_answers(tmp_path / "oracle", tmp_path)
+
+
+if "SOUNDWAVE_ORACLE" in os.environ:
+
+    @torch.no_grad()
+    def test_authors_own_answers(tmp_path):
+        """expected.safetensors and its checkpoint, as the authors' code wrote them: our model gives their answers, and so does
+        the plain implementation that the other tests take for the release."""
+        oracle = Path(os.environ["SOUNDWAVE_ORACLE"])
+        check_answers(oracle, tmp_path)
+        expected, released = load_file(oracle / "expected.safetensors"), ReleasedSoundwave.load(oracle)
+        for i, mel in enumerate(expected["mel"]):
+            assert torch.equal(released.hear(mel)[1].argmax(-1), expected[f"eval{i}_ctc_tokens"])
+            logits = released.logits(expected[f"eval{i}_input_ids"][0], mel)
+            assert (logits - expected[f"eval{i}_logits"][0]).abs().max() < 1e-4
+        ce, ctc = released.losses(expected["train_input_ids"], expected["train_labels"], expected["mel"],
+                                  expected["train_asr_targets"])
+        torch.testing.assert_close(ce, expected["train_ce"][0], rtol=1e-4, atol=0)
+        torch.testing.assert_close(ce + 0.3 * ctc, expected["train_loss"][0], rtol=1e-4, atol=0)
 
 
 def release_like(folders, **llm_options):

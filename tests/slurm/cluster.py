@@ -60,12 +60,15 @@ def free_ports(count: int) -> list[int]:
 class Cluster:
     """A slurmd for each name in `nodes`, with `gpus` GPUs each. Use as a context manager.
 
-    `settings` are further lines of slurm.conf, e.g. {"JobRequeue": 0}. Raises RuntimeError, with the daemons' last words, when
-    the nodes are not idle within 120 seconds.
+    `gpu_type` gives the GPUs a type. `partitions` holds the options of the default partition, `debug`, and of further ones:
+    {"high": "PriorityTier=10"}. `settings` are further lines of slurm.conf, e.g. JobRequeue=0. Raises RuntimeError, with the
+    daemons' last words, when the nodes are not idle within 120 seconds.
     """
 
-    def __init__(self, kind: str = "loop", nodes: tuple[str, ...] = ("n1", "gpu-b7"), gpus: int = 8, **settings: object):
-        self.kind, self.gpus, self.settings = kind, gpus, settings
+    def __init__(self, kind: str = "loop", nodes: tuple[str, ...] = ("n1", "gpu-b7"), gpus: int = 8, gpu_type: str = "",
+                 partitions: dict[str, str] | None = None, **settings: object):
+        self.kind, self.gpus, self.gpu_type, self.settings = kind, gpus, gpu_type, settings
+        self.partitions = {"debug": "", **(partitions or {})}
         self.nodes = list(nodes)
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: munge's socket path must fit in 108 characters
         self.tag = self.folder.name[-4:]
@@ -115,16 +118,20 @@ class Cluster:
             hosts.append(f"{self._address(i)} {node}")
             host_name = node if self.kind == "netns" else "localhost"
             conf.append(f"NodeName={node} NodeHostname={host_name} NodeAddr={self._address(i)} Port={ports[1 + i]} CPUs=64 "
-                        f"Sockets=2 CoresPerSocket=32 ThreadsPerCore=1 RealMemory=1000000 Gres=gpu:{self.gpus} State=UNKNOWN")
+                        f"Sockets=2 CoresPerSocket=32 ThreadsPerCore=1 RealMemory=1000000 State=UNKNOWN "
+                        f"Gres=gpu:{self.gpu_type + ':' if self.gpu_type else ''}{self.gpus}")
         if self.kind == "netns":
             hosts.append(f"{controller} {host}")
-        conf.append("PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
+        for name, options in self.partitions.items():
+            default = "YES" if name == "debug" else "NO"
+            conf.append(f"PartitionName={name} Nodes=ALL Default={default} MaxTime=INFINITE State=UP {options}")
         (folder / "slurm.conf").write_text("\n".join(conf) + "\n")
         (folder / "hosts").write_text("\n".join(hosts) + "\n")
         for i in range(self.gpus):  # a plain Count is refused
             os.mknod(folder / f"gpu/nvidia{i}", 0o20666, os.makedev(1, 3))
         devices = f"{folder}/gpu/nvidia[0-{self.gpus - 1}]"
-        (folder / "gres.conf").write_text(f"NodeName={','.join(self.nodes)} Name=gpu File={devices}\n")
+        kind = f"Type={self.gpu_type} " if self.gpu_type else ""
+        (folder / "gres.conf").write_text(f"NodeName={','.join(self.nodes)} Name=gpu {kind}File={devices}\n")
 
     def _daemon(self, name: str, command: list[str]) -> None:
         out = open(self.folder / f"log/{name}.out", "ab")
@@ -227,7 +234,8 @@ class Cluster:
         return done.stdout
 
     def node_states(self) -> list[str]:
-        return self.client("sinfo", "-h", "-N", "-o", "%T", check=False).split()
+        lines = self.client("sinfo", "-h", "-N", "-o", "%N %T", check=False).splitlines()
+        return [line.split()[1] for line in sorted(set(lines))]  # one line for each node and partition
 
     def job(self, job_id: str) -> dict[str, str]:
         """`scontrol show job` as a dictionary."""

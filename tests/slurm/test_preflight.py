@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import asdict
@@ -20,7 +21,8 @@ from model.encoder import build_encoder
 from model.pretrained import fingerprint, locate
 from train import files
 from train.config import Recipe
-from train.preflight import Report, compare, first_of_node, gather, look_at_base, look_at_cpu
+from train.preemption import PORT_TAKEN
+from train.preflight import Report, compare, first_of_node, gather, look_at_base, look_at_cpu, main, run, write_faults
 from train.staging import stage_corpus
 
 
@@ -89,6 +91,33 @@ def test_one_rank_a_node_looks_at_the_node(monkeypatch, local_id, by_torchrun, r
                         ("TORCHELASTIC_RUN_ID", "none" if by_torchrun else None)):
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     assert first_of_node(rank) == first
+
+
+def test_a_port_that_is_taken_is_no_firewall(monkeypatch, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for name, value in (("RANK", 0), ("WORLD_SIZE", 2), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+            monkeypatch.setenv(name, str(value))
+        assert run(Recipe(), seconds=5.0) == PORT_TAKEN
+    assert f"port {port} is taken by another program" in capsys.readouterr().err
+
+
+def test_what_the_job_scripts_ask_for_is_marked(tmp_path, capsys):
+    """Modules and containers may print other lines beside it."""
+    (tmp_path / "recipe.yaml").write_text("stage: shrinking\noutput: runs/with blanks\n")
+    assert main([str(tmp_path / "recipe.yaml"), "--where"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "soundwave-where stage shrinking", "soundwave-where output runs/with blanks", "soundwave-where state unfinished",
+        "soundwave-where start runs/with blanks/alignment/model"]
+
+
+def test_faults_that_cannot_be_kept_change_nothing(tmp_path, capsys):
+    write_faults(tmp_path / "faults", ["node a: one", "node b: two"])
+    assert (tmp_path / "faults").read_text() == "node a: one\nnode b: two\n"
+    write_faults(Path("/dev/full"), ["node a: one"])
+    assert "/dev/full cannot be written: No space left on device" in capsys.readouterr().err
 
 
 def test_a_preemption_meanwhile_is_told(tmp_path, assets):

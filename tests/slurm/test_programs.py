@@ -39,8 +39,8 @@ def manifest(tmp_path):
     return path
 
 
-def pack(project, *options: str) -> str:
-    return project.run("bash", "slurm/pack.sh", "--mem-per-cpu=100M", "--cpus-per-task=1", "--", *options)
+def pack(project, *options: str, sbatch: tuple[str, ...] = ()) -> str:
+    return project.run("bash", "slurm/pack.sh", "--mem-per-cpu=100M", "--cpus-per-task=1", *sbatch, "--", *options)
 
 
 def names_in(folder) -> list[str]:
@@ -63,7 +63,7 @@ def test_packed_by_an_array_is_packed_as_by_one_process(project, manifest, tmp_p
 
 
 def test_a_part_that_fails_keeps_the_index_from_being_written(project, tmp_path):
-    text = pack(project, "--manifest", "nowhere.jsonl", "--out", str(tmp_path / "out"))
+    text = pack(project, "--manifest", "nowhere.jsonl", "--out", str(tmp_path / "out"), sbatch=("--export=NONE",))
     merge = re.search(r"merge: job (\d+)", text).group(1)
     project.expect(merge, "CANCELLED")
     assert "nowhere.jsonl" in project.log() and not (tmp_path / "out" / "index.json").exists()
@@ -101,10 +101,9 @@ def test_a_container_is_entered_with_the_project_and_its_disks(cluster, tmp_path
     programs.mkdir()
     (programs / "apptainer").write_text(f"#!/bin/bash\necho \"apptainer $*\"\nshift 7\nPATH={sys.prefix}/bin:$PATH exec \"$@\"\n")
     (programs / "apptainer").chmod(0o755)
-
-
     job = project.sbatch("slurm/stage1.sh", env={"RECIPE": "recipes/stage1.yaml", "PATH": f"{programs}:{os.environ['PATH']}",
                                                  "MOUNTS": "/shards", "LOCAL_DISK": str(tmp_path)})
     project.expect(job, "COMPLETED")
-    command = f"apptainer exec --nv --bind {project.folder},{tmp_path},/shards --pwd {project.folder} image.sif bash"
+    folder = project.folder
+    command = f"apptainer exec --nv --bind {folder},{tmp_path},/shards --pwd {folder} {folder}/image.sif bash"
     assert project.log().count(command) == 8  # preflight and training, 4 ranks each

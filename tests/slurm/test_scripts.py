@@ -11,17 +11,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
+LIB = sorted((ROOT / "slurm/lib").glob("*.sh"))
 
 
 def test_bash_and_shellcheck_find_nothing():
-    for script in SCRIPTS:
+    assert len(LIB) > 3
+    for script in [*SCRIPTS, *LIB]:
         subprocess.run(["bash", "-n", str(script)], check=True, timeout=60)
     shellcheck = [Path(sys.prefix) / "bin" / "shellcheck", "-x", *SCRIPTS]
     done = subprocess.run(shellcheck, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("script", [path for path in SCRIPTS if "#SBATCH" in path.read_text()], ids=lambda path: path.name)
+@pytest.mark.parametrize("script", [path for path in SCRIPTS if "\n#SBATCH" in path.read_text()], ids=lambda path: path.name)
 def test_every_option_stands_before_the_first_command(script):
     """sbatch stops reading #SBATCH lines at the first line that is neither a comment nor empty."""
     lines = script.read_text().splitlines()
@@ -41,7 +43,7 @@ def test_a_busy_controller_is_asked_again_and_a_refusal_is_not(tmp_path):
     """A stand-in for `scontrol`: what it says comes from a file, a line a call."""
     (tmp_path / "scontrol").write_text(
         "#!/bin/bash\nread -r line <" + str(tmp_path / "answers") + f"; sed -i 1d {tmp_path / 'answers'}\n"
-        'echo "asked" >>' + str(tmp_path / "calls") + '\necho "${line#* }"; exit "${line%% *}"\n')
+        'echo "asked" >>' + str(tmp_path / "calls") + '\necho -e "${line#* }"; exit "${line%% *}"\n')
     (tmp_path / "scontrol").chmod(0o755)
     busy = "1 slurm_load_jobs error: Socket timed out on send/recv operation\n"
 
@@ -53,7 +55,7 @@ def test_a_busy_controller_is_asked_again_and_a_refusal_is_not(tmp_path):
         done = subprocess.run(["bash", "-c", ask], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
         return done.stdout.strip(), len((tmp_path / "calls").read_text().splitlines())
 
-    assert answer(busy, busy, "0 JobId=7 JobState=RUNNING Reason=None\n") == ("=RUNNING", 3)
+    assert answer(busy, busy, "0 JobId=7 JobName=a\\n   JobState=RUNNING Reason=None\n") == ("=RUNNING", 3)
     assert answer("1 slurm_load_jobs error: Invalid job id specified\n", "0 JobState=RUNNING\n") == ("=", 1)
     assert answer(*[busy] * 20) == ("=", 8)
 

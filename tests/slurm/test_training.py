@@ -59,7 +59,7 @@ def test_a_chain_preempted_in_stage_ii_ends_with_the_weights_of_one_that_was_not
     project = real_project(tmp_path / "project", cluster, assets)
     jobs = project.chain()
     assert [(stage, row["state"]) for stage, row in project.status().items()][1:] == [
-        ("shrinking", "submitted"), ("sft", "submitted")]
+        ("shrinking", "pending (Dependency)"), ("sft", "pending (Dependency)")]
     preempt(project, "shrinking", jobs[1])
     row = project.status()["shrinking"]
     assert row["job"] == jobs[1] and row["step"].endswith("/24") and float(row["s/step"]) > 0

@@ -20,7 +20,9 @@ from train import distributed
 from train.config import Corpus, DataConfig, Recipe, RecipeError, load_recipe
 from train.dry_run import missing
 from train.loop import check
+from train.preemption import PORT_TAKEN
 from train.resume import recipe_facts
+from train.run import main as train_main
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 240  # seconds for any one run: a hang is a failure
@@ -104,6 +106,39 @@ def test_threads_are_shared_among_the_ranks_of_a_node(monkeypatch, ranks, enviro
     monkeypatch.setattr(torch, "get_num_threads", lambda: now[0])
     monkeypatch.setattr(torch, "set_num_threads", lambda number: now.append(number))
     assert distributed.set_threads(ranks) == threads == now[-1]
+
+
+@pytest.mark.parametrize("leftover, refused", [
+    ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "none"}, True),
+    ({"RANK": "0", "WORLD_SIZE": "1"}, True),
+    ({"RANK": "0", "WORLD_SIZE": "4"}, True),  # of another job of the same size
+    ({"RANK": "3", "WORLD_SIZE": "4"}, False),  # set from Slurm's own variables
+    ({"RANK": "3", "WORLD_SIZE": "32", "LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "none"}, False),  # a torchrun in each task
+    ({"RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "none"}, True),
+    ({}, False),
+])
+def test_ranks_of_another_launcher_are_refused_in_a_slurm_step(monkeypatch, leftover, refused):
+    """Each task would be the only rank, and all would write one output."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", **leftover}.items():
+        monkeypatch.setenv(name, value)
+    if not refused:
+        return distributed.check_launcher()
+    with pytest.raises(RecipeError, match="are not of this Slurm step, which has 4 tasks"):
+        distributed.check_launcher()
+
+
+def test_a_taken_port_has_an_exit_code_of_its_own(monkeypatch, tiny, capsys):
+    def taken():
+        raise RuntimeError("The server socket has failed to listen. port: 29500, name: EADDRINUSE, message: address in use")
+
+    monkeypatch.setattr("train.run.connect", taken)
+    monkeypatch.setattr("train.run.fill_environment", lambda: None)
+    for name, value in (("MASTER_ADDR", "gpu03"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
+    assert train_main([str(tiny / "stage1.yaml"), f"output={tiny / 'port'}"]) == PORT_TAKEN
+    assert "port 29500 of gpu03 is taken by another program" in capsys.readouterr().err
 
 
 def test_missing_previous_stage_is_named(tiny):

@@ -10,5 +10,5 @@ from train import whole_preflight  # noqa: E402
 
 if __name__ == "__main__":
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    whole_preflight.run = lambda recipe, seconds, where_to: 0
+    whole_preflight.run = lambda recipe, seconds, faults_to: 0
     sys.exit(whole_preflight.main())
