@@ -186,8 +186,8 @@ on_warning() {
     WARNED=1
 }
 
-# where_of CODE RECIPE ARGUMENTS: set STAGE, OUTPUT, STATE (finished or not) and START (a model folder) from the recipe. Only marked lines are read: modules,
-# containers and shell profiles may print others. Fails where the recipe is wrong, which has then been said.
+# where_of CODE RECIPE ARGUMENTS: set STAGE, OUTPUT, STATE (finished or not) and START (a model folder) from the recipe. Only marked
+# lines are read: modules, containers and shell profiles may print others. Fails where the recipe is wrong, which has then been said.
 where_of() {
     local code=$1 recipe=$2 said
     shift 2
