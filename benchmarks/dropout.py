@@ -33,15 +33,15 @@ from tqdm import tqdm
 
 from benchmarks.machine import keep, machine
 from benchmarks.train_step import wait
+from core.distributed import fill_environment
 from core.keys import signed_key64
 from model import alignment, ops, shrinking
 from model import folder as model_folder
 from model.dropout import KeyedDropout, LoraDropout
 from model.rows import probe
 from model.soundwave import Soundwave
-from train.config import Recipe, RecipeError, load_recipe
-from train.data import Plan, Stream
-from train.distributed import fill_environment
+from recipe.config import Recipe, RecipeError, load_recipe
+from stream import Plan, Stream
 
 SIDES = ("keyed", "torch", "none")
 

@@ -8,7 +8,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from train.files import code_version
+from core.files import code_version
 
 PACKAGES = ("torch", "torchaudio", "deepspeed", "transformers", "webdataset", "soundfile", "soxr", "lhotse", "datasets")
 

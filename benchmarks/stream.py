@@ -71,8 +71,8 @@ def this_project(folder: Path, workers: int, llm: str) -> Tally:
     from model.features import log_mel
     from model.language_model import load_tokenizer
     from model.pretrained import locate
-    from train.config import Corpus, DataConfig
-    from train.data import Plan, Stream
+    from recipe.config import Corpus, DataConfig
+    from stream import Plan, Stream
 
     data = DataConfig(train=[Corpus(shards=str(folder / "shards"))], batch_seconds=4 * BATCH_SECONDS,
                       micro_batch_seconds=BATCH_SECONDS, workers=workers)
@@ -228,9 +228,9 @@ def large_index(folder: Path, utterances: int) -> Path:
 
 def plan_once(folder: Path, step: int) -> dict:
     """Open the index and give the batch of `step`, dealt to 64 ranks; seconds and peak memory of this process."""
-    from train.config import Corpus, DataConfig
-    from train.data.assign import Budgets, assign
-    from train.data.plan import Plan
+    from recipe.config import Corpus, DataConfig
+    from stream.assign import Budgets, assign
+    from stream.plan import Plan
 
     data = DataConfig(train=[Corpus(shards=str(folder))], batch_seconds=64 * 240.0, micro_batch_seconds=120.0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -41,6 +41,7 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmarks.machine import keep, machine
+from core.distributed import Ranks, connect, disconnect, fill_environment
 from data_tools.shards import ShardIndex, ShardWriter, write_index
 from model import folder as model_folder
 from model.batch import Batch
@@ -48,13 +49,12 @@ from model.dropout import position_keys
 from model.language_model import base_of, token_keys_in_use
 from model.pretrained import locate
 from model.soundwave import Soundwave
+from recipe.config import Corpus, MixtureConfig, Recipe, RecipeError, load_recipe
+from stream import Plan, Stream
+from stream.collate import Collator
+from stream.plan import load_index
+from stream.reader import SAMPLE_RATE, Sample, decode
 from train import optim, zero
-from train.config import Corpus, MixtureConfig, Recipe, RecipeError, load_recipe
-from train.data import Plan, Stream
-from train.data.collate import Collator
-from train.data.plan import load_index
-from train.data.reader import SAMPLE_RATE, Sample, decode
-from train.distributed import Ranks, connect, disconnect, fill_environment
 
 PADDED_SECONDS = 30
 PARTS = ("data wait", "encoder", "alignment", "ctc", "shrinking", "splice", "llm", "cross-entropy", "backward", "update")
@@ -169,8 +169,8 @@ def shape_of(recipe: Recipe, model: Soundwave, step: int, device: str) -> dict:
 
 
 def ours(recipe: Recipe, model: Soundwave, ranks: Ranks, steps: int) -> dict:
+    from recipe.stages import stage_of
     from train.engine import Engine
-    from train.stages import stage_of
 
     plan = Plan.open(recipe.data, recipe.stage, steps + 1)
     stream = Stream(recipe.data, recipe.stage, model.tokenizer, recipe.model, 0, 1, 0, steps + 1, plan=plan)

@@ -19,21 +19,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 import soundfile
 
+from core.audio_limits import MAX_DECODED_BYTES, MAX_SECONDS, AudioError, Limits, Piece, typed_errors
 from core.containers import BytesSource, FileSource, Source, locate, open_regular
-from core.decoders import (
-    MAX_DECODED_BYTES,
-    MAX_SECONDS,
-    AudioError,
-    DType,
-    Limits,
-    Pcm16,
-    Piece,
-    Sound,
-    Whole,
-    decode_stream,
-    to_float,
-    typed_errors,
-)
+from core.decoders import DType, Pcm16, Sound, Whole, decode_stream, to_float
 
 SAMPLE_RATE = 16_000  # of the model
 #: File name extensions of audio. What a file is, is found by its content; these tell which members and files to open.

@@ -6,7 +6,7 @@ from typing import IO
 
 import numpy as np
 
-from core.decoders import AudioError, Limits, Piece
+from core.audio_limits import AudioError, Limits, Piece
 
 INSTALL = "make setup EXTRAS=av"
 # Formats that may be opened. Playlists (HLS, DASH, concat) are not among them: they name other files and addresses.

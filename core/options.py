@@ -17,6 +17,12 @@ import os
 import re
 from collections.abc import Iterator
 
+from core.console import OneLine
+
+
+class RecipeError(OneLine, ValueError):
+    """A recipe that cannot be run; the message is one line: what, where, what to do."""
+
 
 def choice(default: str, *values: str):
     """Return a dataclass field for a string with these values."""

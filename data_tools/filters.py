@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import ClassVar
 
 from core.audio import EXTENSIONS, REFUSABLE
+from core.ctc_text import ctc_target_ids
 from core.languages import language_code
 from core.samples import ANSWERED_BY_TEXT
 from core.text import error_rate
@@ -182,8 +183,6 @@ class Sieve:
         """The transcript as training will spell it for CTC; empty without a tokenizer."""
         if not self.filters.tokenizer or not text:
             return []
-        from model.prompt import ctc_target_ids
-
         return ctc_target_ids(load_tokenizer(self.filters.tokenizer), text, self.filters.ctc_text)
 
 

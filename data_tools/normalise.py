@@ -1,6 +1,6 @@
 """Transcripts and labels as they are to stand in the shards: named, so that a packing says which choice it was made with.
 
-What CTC is trained on is settled later, by the recipe's data.ctc_text (model.prompt.normalise); the choices here repair
+What CTC is trained on is settled later, by the recipe's data.ctc_text (core.ctc_text.normalise); the choices here repair
 what a corpus did to its text, before training ever sees it.
 """
 
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
+
+from core.ctc_text import normalise
 
 # Control, format and private-use characters, but for the joiners that Indic and Persian spelling needs.
 _INVISIBLE_CATEGORIES, _JOINERS = {"Cc", "Cf", "Co", "Cs"}, {"\u200c", "\u200d"}
@@ -47,8 +49,6 @@ def lower(text: str) -> str:
 
 def lower_no_punctuation(text: str) -> str:
     """lower, with no punctuation or symbols but apostrophes inside words."""
-    from model.prompt import normalise
-
     return normalise(clean(text), "lower_no_punctuation")
 
 

@@ -24,7 +24,7 @@ from core.console import print_error, print_text
 from core.samples import INSTRUCTIONS, PromptError, asked
 from evaluation.run import InputError, joint_search, load
 from model.folder import FolderError
-from model.joint import JointSearch
+from model.generation.joint import JointSearch
 from model.pretrained import SourceError
 from model.waveforms import SoundWarning
 

@@ -30,10 +30,10 @@ from transformers.utils.logging import disable_progress_bar
 from core.audio import SAMPLE_RATE, AudioError, decode, largest_decoded
 from core.console import one_line, print_error, printable
 from core.samples import asked
-from evaluation.picture import ctc_peaks, figure
 from model import folder
 from model.batch import Batch
 from model.language_model import context_length
+from model.picture import ctc_peaks, figure
 from model.pretrained import SourceError
 from model.prompt import PromptError
 from model.soundwave import Soundwave

@@ -22,10 +22,10 @@ from peft import PeftModel
 from sacrebleu.metrics import CHRF
 from tqdm import tqdm
 
+from core.control_tokens import text_ids
 from core.samples import asked
 from evaluation.resampling import interval, paired_test
 from model import folder
-from model.control_tokens import text_ids
 from model.language_model import base_of
 from model.pretrained import SourceError
 from model.prompt import PromptError

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from core.console import OneLine
+from core.distributed import disconnect, leave
 from core.samples import question_of, transcript_of
 from data_tools.shards import ShardError, ShardIndex
 from evaluation.predictions import PredictionError, PredictionFile, read_rows, row_key
@@ -32,13 +33,12 @@ from evaluation.score import print_notes, score_file, table
 from evaluation.tasks import lettered_choices, reference_of
 from model import folder
 from model.batch import Batch
-from model.joint import JointSearch
+from model.generation.joint import JointSearch
 from model.pretrained import SourceError
 from model.soundwave import Soundwave
-from train.config import DataConfig, Recipe, RecipeError, load_recipe
-from train.data import EvalStream
-from train.distributed import disconnect, leave
-from train.stages import initial_folder, stage_of
+from recipe.config import DataConfig, Recipe, RecipeError, load_recipe
+from recipe.stages import initial_folder, stage_of
+from stream import EvalStream
 
 STAGE_I = "alignment"
 

@@ -25,8 +25,8 @@ from model import folder
 from model.batch import Batch
 from model.pretrained import SourceError
 from model.soundwave import Soundwave
-from train.config import DataConfig, RecipeError
-from train.data import EvalStream
+from recipe.config import DataConfig, RecipeError
+from stream import EvalStream
 
 
 class Clock(BaseStreamer):

@@ -17,17 +17,17 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
 
+from core.distributed import disconnect, leave
 from core.languages import language_code
 from data_tools.shards import ShardError, ShardIndex
 from evaluation.predictions import PredictionError, PredictionFile, row_key
 from evaluation.run import InputError, finish, prediction_row, shard_folder, start
 from model.features import SAMPLE_RATE, WINDOW_SECONDS, log_mel
 from model.pretrained import SourceError, fingerprint, reading
-from train.config import Corpus, RecipeError
-from train.data.reader import decode, read_with_retry
-from train.data.rejected import BrokenSample
-from train.data.validation import select
-from train.distributed import disconnect, leave
+from recipe.config import Corpus, RecipeError
+from stream.reader import decode, read_with_retry
+from stream.rejected import BrokenSample
+from stream.validation import select
 
 WINDOW = int(WINDOW_SECONDS * SAMPLE_RATE)
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from train.files import write_atomically
+from core.files import write_atomically
 
 
 def put_between(path: Path, marks: tuple[str, str], text: str) -> None:

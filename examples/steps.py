@@ -20,8 +20,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from train.config import Recipe
-from train.files import write_atomically
+from core.files import write_atomically
+from recipe.config import Recipe
 from train.resume import known
 
 BIN = Path(sys.executable).parent

@@ -23,12 +23,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from core.console import one_line
+from core.ctc_text import NORMALISATIONS
 from core.json_files import JsonError, read_object
 from core.options import problems
 from model import identity
 from model.config import SoundwaveConfig
 from model.pretrained import SourceError, write_tensors
-from model.prompt import NORMALISATIONS
 from model.soundwave import PARTS, STAGES, Soundwave
 
 logger = logging.getLogger("soundwave")

@@ -210,7 +210,7 @@ def end_settings(source: Source) -> GenerationConfig:
     """Return all that is taken from an LLM's own generation settings: the ids that begin, end and pad a text.
 
     Whatever else stands there (n-grams that must not repeat, suppressed words, a time limit ...) would change answers and differ
-    between a run and its export: the settings of generation are this project's (model/generation.py). Errors: SourceError.
+    between a run and its export: the settings of generation are this project's (model/generation/greedy.py). Errors: SourceError.
     """
     file = source.folder and source.folder / "generation_config.json"
     if not file or not file.exists():

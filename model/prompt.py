@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable
-from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
 from core.console import one_line
-from core.samples import AUDIO_TOKEN, INSTRUCTIONS, PromptError, asked, check_role, messages_of, prompt_of
-from model.control_tokens import (
+from core.control_tokens import (
     control_tokens,
     cuts_at_borders,
     cuts_everywhere,
@@ -20,9 +17,10 @@ from model.control_tokens import (
     text_ids,
     unused_mark,
 )
+from core.samples import AUDIO_TOKEN, INSTRUCTIONS, PromptError, asked, check_role, messages_of, prompt_of
 
-__all__ = ["AUDIO_TOKEN", "INSTRUCTIONS", "PromptError", "asked", "audio_count", "chat_ids", "ctc_target_ids", "messages_of",
-           "normalise", "prompt_of", "stop_ids"]
+__all__ = ["AUDIO_TOKEN", "INSTRUCTIONS", "PromptError", "asked", "audio_count", "chat_ids", "messages_of", "prompt_of",
+           "stop_ids"]
 
 IGNORED = -100
 # Llama 3.x templates print a date, by default today's: a training prompt must not depend on the day.
@@ -77,7 +75,7 @@ Pieces = list[tuple[list[int], bool]]  # (ids, whether they are to be predicted)
 def _chat_pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict], audio_token: str) -> Pieces:
     """Tokenise a chat through the template, with what the turns hold as text.
 
-    Names of control tokens in the turns are cut (model/control_tokens.py) before the template is rendered. Whether that sufficed
+    Names of control tokens in the turns are cut (core/control_tokens.py) before the template is rendered. Whether that sufficed
     is seen by the control tokens of the result: they must be those of the same chat with every turn cut into characters.
     Templates that read what an assistant wrote (and take thoughts out of earlier turns) see its markup, where that holds as well.
     """
@@ -194,39 +192,3 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, style: str = "chat") -> list[in
     last = [label for label in labels if label != IGNORED][-1]
     plain = set(tokenizer.encode("b", add_special_tokens=False))
     return sorted({last} - plain | ({tokenizer.eos_token_id} - {None}))
-
-
-NORMALISATIONS = ("raw", "lower", "lower_no_punctuation")
-
-
-def normalise(text: str, normalisation: str) -> str:
-    """raw: as it is | lower | lower_no_punctuation: lower case, Unicode punctuation and symbols dropped but for apostrophes
-    inside words; in both, white space runs become one space."""
-    if normalisation not in NORMALISATIONS:
-        raise PromptError(f"data.ctc_text is '{normalisation}': {' or '.join(NORMALISATIONS)}")
-    if normalisation == "raw":
-        return text
-    text = text.lower()
-    if normalisation == "lower_no_punctuation":
-        text = text.replace("\u2019", "'")
-        text = "".join(
-            c if unicodedata.category(c)[0] not in "PS"
-            or c == "'" and text[i - 1:i].isalnum() and text[i + 1:i + 2].isalnum() else " "
-            for i, c in enumerate(text))
-    return " ".join(text.split())
-
-
-@lru_cache(maxsize=16)
-def _spaced(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a word has a form of its own behind a space, of one token, as in byte-level BPE."""
-    bare, spaced = (tokenizer.encode(text, add_special_tokens=False) for text in ("a", " a"))
-    return len(bare) == len(spaced) and bare != spaced
-
-
-def ctc_target_ids(tokenizer: PreTrainedTokenizerBase, text: str, normalisation: str = "lower") -> list[int]:
-    """A transcript as CTC targets. Words that look like special tokens are text here. Where the tokenizer tells words behind a
-    space from words at the beginning, the first word takes the form that all others have: one target type a word."""
-    text = normalise(text, normalisation).strip()
-    if not text:
-        return []
-    return text_ids(tokenizer, " " + text if _spaced(tokenizer) else text)

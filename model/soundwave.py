@@ -19,7 +19,7 @@ from model.batch import Batch
 from model.config import OptionError, SoundwaveConfig
 from model.dropout import LoraDropout
 from model.encoder import build_encoder, tensor_prefix
-from model.generation import Generation
+from model.generation.greedy import Generation
 from model.language_model import build_llm, embed, load_tokenizer, lora_parameters, splice, target_loss
 from model.pretrained import (
     DTYPES,

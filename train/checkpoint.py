@@ -37,12 +37,12 @@ import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
 from core.console import OneLine
+from core.distributed import Ranks
 from core.file_names import UnsafeName, file_size_inside, plain_name
+from core.files import PARTIAL, STEP, step_folders, sync_folder, write_atomically
 from core.json_files import JsonError, read_object
+from recipe.config import CheckpointConfig
 from train import safe_load, universal
-from train.config import CheckpointConfig
-from train.distributed import Ranks
-from train.files import PARTIAL, STEP, step_folders, sync_folder, write_atomically
 
 logger = logging.getLogger("soundwave")
 REPLACED, DAMAGED = ".replaced", ".damaged"

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_local_fp32_param
 
-from train.distributed import Ranks
+from core.distributed import Ranks
 
 
 def _hash(tensor: torch.Tensor) -> bytes:

@@ -17,11 +17,11 @@ from model.inheritance import differing_options, inherited_options
 from model.language_model import described_targets, load_tokenizer
 from model.pretrained import SourceError, locate, presets, tensor_files
 from model.soundwave import Soundwave
+from recipe.config import Recipe, RecipeError
+from recipe.stages import NotThereYet, initial_folder, stage_folder, stage_of
+from stream.plan import Plan, is_plain_stream, load_index
 from train import resume, zero
-from train.config import Recipe, RecipeError
-from train.data.plan import Plan, is_plain_stream, load_index
 from train.flops import PEAKS, Flops, numel
-from train.stages import NotThereYet, initial_folder, stage_folder, stage_of
 
 RANKS = (1, 8, 16, 64)
 GIB = 2**30

@@ -23,15 +23,15 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import get_global_norm_of_tensors
 from torch.profiler import record_function
 
+from core.distributed import Ranks
 from core.keys import signed_key64
 from model.batch import Batch
 from model.language_model import base_of
 from model.rows import probe
+from recipe.config import Recipe
+from recipe.stages import Stage
 from train import optim, zero
-from train.config import Recipe
-from train.distributed import Ranks
 from train.health import Health
-from train.stages import Stage
 
 logger = logging.getLogger("soundwave")
 

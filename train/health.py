@@ -9,10 +9,10 @@ from statistics import median
 
 import torch.distributed as dist
 
+from core.distributed import Ranks
+from core.files import append_lines
 from model.batch import Batch
-from train.config import HealthConfig
-from train.distributed import Ranks
-from train.files import append_lines
+from recipe.config import HealthConfig
 
 
 class Health:

@@ -16,6 +16,9 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
+from core.ctc_text import NORMALISATIONS
+from core.distributed import Ranks
+from core.files import code_version, write_atomically
 from model import folder as model_folder
 from model import identity
 from model.config import SoundwaveConfig
@@ -23,23 +26,20 @@ from model.inheritance import differing_options, inherited_options
 from model.language_model import lora_parameters, resolved_targets
 from model.ops.linear_ctc import check_implementation
 from model.pretrained import locate, text_config
-from model.prompt import NORMALISATIONS
 from model.rows import longest_row
 from model.soundwave import Soundwave
+from recipe.config import Recipe, RecipeError
+from recipe.stages import Stage, check_trains_something, initial_folder, stage_folder, stage_of, trained_by
+from stream import Plan, Stream, StreamStalled, augment, consumed, worst_case_batch
+from stream.cache import Interrupted, ensure_features
+from stream.plan import load_index
+from stream.validation import select
 from train import desync, report, resume, universal, zero
 from train.checkpoint import Checkpoints, find_good, read_state, saved_in_health
-from train.config import Recipe, RecipeError
-from train.data import Plan, Stream, StreamStalled, augment, consumed, worst_case_batch
-from train.data.cache import Interrupted, ensure_features
-from train.data.plan import load_index
-from train.data.validation import select
-from train.distributed import Ranks
 from train.engine import Engine, StepResult
-from train.files import code_version, write_atomically
 from train.health import BadStretch
 from train.preemption import DONE, FAILED, PREEMPTED, WRONG_INPUT, Preemption
 from train.profiling import Profiler
-from train.stages import Stage, check_trains_something, initial_folder, stage_folder, stage_of, trained_by
 from train.telemetry import Meter, StreamSums, Telemetry
 from train.validate import RATES, SCORES, chosen_by, is_better, validate, validation_set
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from train.config import OptimConfig
+from recipe.config import OptimConfig
 
 
 def lr_share(config: OptimConfig, step: int) -> float:

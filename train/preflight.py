@@ -38,11 +38,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "train")]
 
 from core.code import code_hash  # noqa: E402
-from train.config import Corpus, Recipe, RecipeError, load_recipe, start_folder  # noqa: E402
-from train.files import step_folders  # noqa: E402
+from core.files import step_folders  # noqa: E402
+from recipe.config import Corpus, Recipe, RecipeError, load_recipe, start_folder  # noqa: E402
+from recipe.stages import has_model, initial_folder, stage_folder, stage_of  # noqa: E402
 from train.preemption import DONE, FAILED, PORT_TAKEN, PREEMPTED, WRONG_INPUT  # noqa: E402
 from train.resume import check_checkpoint, finished  # noqa: E402
-from train.stages import has_model, initial_folder, stage_folder, stage_of  # noqa: E402
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 GPU_REDUCE_BYTES, CPU_REDUCE_BYTES = 256 << 20, 8 << 20
@@ -76,7 +76,8 @@ def node_name() -> str:
 
 
 def version_facts() -> dict[str, str]:
-    facts = {"python": platform.python_version(), "code": code_hash(("core", "data_tools", "model", "train"))[:12]}
+    code = code_hash(("core", "data_tools", "model", "recipe", "stream", "train"))
+    facts = {"python": platform.python_version(), "code": code[:12]}
     for package in PACKAGES:
         try:
             facts[package] = metadata.version(package)

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from train.files import read_lines, write_atomically
-from train.stages import STAGES
+from core.files import read_lines, write_atomically
+from recipe.stages import STAGES
 
 POINTS = 500  # of a curve: longer runs are averaged in bins
 # title, unit, {label: (kind of line, key)}, factor

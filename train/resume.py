@@ -19,9 +19,9 @@ import logging
 from pathlib import Path
 
 from core.code import code_hash
-from train.config import Recipe, RecipeError, start_folder
-from train.files import step_folders
-from train.stages import STAGES, stage_folder
+from core.files import step_folders
+from recipe.config import Recipe, RecipeError, start_folder
+from recipe.stages import STAGES, stage_folder
 
 logger = logging.getLogger("soundwave")
 
@@ -72,8 +72,8 @@ def recipe_facts(recipe: Recipe | dict) -> dict[str, object]:
 
 
 def code_fingerprint() -> str:
-    """sha256 over the source of core/, model/ and train/: a difference is logged, since code may change between sessions."""
-    return code_hash(("core", "model", "train"))
+    """sha256 over the source that decides training's numbers. A difference is logged: code may change between two starts."""
+    return code_hash(("core", "model", "recipe", "stream", "train"))
 
 
 def differences(saved: dict, now: dict) -> dict[str, list[str]]:
@@ -282,7 +282,7 @@ def _resolve_targets(recipe: Recipe, saved: dict, now: dict, look: bool = True) 
 
 def _index(recipe: Recipe, recorded: dict, fingerprint: str) -> str:
     """Fingerprint of the recipe's data; the recorded one where the recipe names the same places as then and the data is gone."""
-    from train.data.plan import Plan
+    from stream.plan import Plan
 
     try:
         return Plan.open(recipe.data, recipe.stage, recipe.optim.steps).fingerprint

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # `python train/run.py` puts train/ first on the path, where `import data` or `import config` would find our modules.
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "train")]
 
-from train.config import RecipeError, load_recipe  # noqa: E402
-from train.distributed import PortTaken, check_master_port, connect, disconnect, fill_environment, leave  # noqa: E402
+from core.distributed import PortTaken, check_master_port, connect, disconnect, fill_environment, leave  # noqa: E402
+from recipe.config import RecipeError, load_recipe  # noqa: E402
 from train.preemption import FAILED, PORT_TAKEN, WRONG_INPUT  # noqa: E402
 
 
@@ -60,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
 
             return dry_run(recipe) if is_main() else 0
         check_master_port()
+        from recipe.stages import has_model, initial_folder, stage_folder
         from train.loop import Run, check
-        from train.stages import has_model, initial_folder, stage_folder
         from train.telemetry import start_logging, stop_logging
 
         check(recipe)

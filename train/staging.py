@@ -22,7 +22,7 @@ from tqdm import tqdm  # noqa: E402
 
 from core.private_folder import private_folder  # noqa: E402
 from data_tools.shards import ShardError, ShardIndex  # noqa: E402
-from train.config import RecipeError, load_recipe  # noqa: E402
+from recipe.config import RecipeError, load_recipe  # noqa: E402
 from train.preemption import DONE, FAILED, WRONG_INPUT  # noqa: E402
 from train.preflight import node_name, packed_folders  # noqa: E402
 

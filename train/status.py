@@ -22,8 +22,8 @@ from statistics import median
 
 from tabulate import tabulate
 
-from train.files import read_lines
-from train.stages import STAGES
+from core.files import read_lines
+from recipe.stages import STAGES
 
 SILENT_SECONDS = 600  # a running stage that has not written for so long is called silent
 NO_END = {"submitted", "started", "done", "resubmitted"}  # events of slurm.jsonl after which nothing has gone wrong

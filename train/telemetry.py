@@ -19,10 +19,10 @@ from tqdm import tqdm
 from tqdm.contrib.logging import _TqdmLoggingHandler
 
 from core.console import printable
-from train.data import StepBatches
-from train.distributed import Ranks
+from core.distributed import Ranks
+from core.files import keep_before
+from stream import StepBatches
 from train.engine import StepResult
-from train.files import keep_before
 from train.flops import Flops, peak_of
 
 logger = logging.getLogger("soundwave")
@@ -192,7 +192,7 @@ class Telemetry:
         """What the adapters make of one clip (`Soundwave.inspect`'s result), to pictures/step-N.png and to TensorBoard."""
         if not self.active:
             return
-        from evaluation.picture import figure
+        from model.picture import figure
 
         title = "".join(c if c.isprintable() else "?" for c in title[:160]).replace("$", r"\$")
         drawn = figure(inspection, name_of, title=title)

@@ -21,9 +21,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from core.console import OneLine
-from train.config import RecipeError
-from train.distributed import LAUNCHER_VARIABLES, Ranks
-from train.files import ROOT
+from core.distributed import LAUNCHER_VARIABLES, Ranks
+from core.files import ROOT
+from recipe.config import RecipeError
 
 logger = logging.getLogger("soundwave")
 NAME = "universal"

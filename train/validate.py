@@ -10,14 +10,14 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
+from core.distributed import Ranks
 from core.languages import is_known
 from core.text import RATES, Unit, count_errors, says_nothing
 from model.batch import Batch
-from train.config import Recipe
-from train.data import validation_batches
-from train.distributed import Ranks
+from recipe.config import Recipe
+from recipe.stages import Stage
+from stream import validation_batches
 from train.engine import Engine, all_reduce
-from train.stages import Stage
 
 MAX_NEW_TOKENS = 128
 #: Scores by which the best model can be chosen, the lower the better: error rates (core/text.py) and the loss.

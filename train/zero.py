@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from train.config import Recipe, RecipeError
+from recipe.config import Recipe, RecipeError
 
 LAYER = 20  # parameters of a decoder layer over the square of its width: Llama-3.1-8B 13, Qwen2.5-7B 18
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -68,7 +68,7 @@ def build(study: Study, seed: int) -> str:
     """The table. Errors: ValueError where nothing of that seed was scored."""
     from transformers import AutoTokenizer
 
-    from model.prompt import ctc_target_ids
+    from core.ctc_text import ctc_target_ids
 
     predictions, cache = files(study, seed), study.data.cache
     if predictions.keys() <= {WHISPER}:

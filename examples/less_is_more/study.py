@@ -22,8 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from examples.less_is_more import table
 from examples.quickstart.demo import Plan as QuickStart
 from examples.steps import Step, StepError, digest, file_digest, rank_count, run, scoring, show, training, what_is_learnt
-from model.joint import JointSearch
-from train.config import Recipe, RecipeError, load_recipe
+from model.generation.joint import JointSearch
+from recipe.config import Recipe, RecipeError, load_recipe
 
 HERE = Path(__file__).resolve().parent
 

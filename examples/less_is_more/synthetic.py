@@ -139,7 +139,7 @@ def build(cache: Path, hours: float) -> Path:
     No sentence that a valid or test split asks for is spoken. Errors: FetchError."""
     from transformers import AutoTokenizer
 
-    from model.prompt import ctc_target_ids
+    from core.ctc_text import ctc_target_ids
 
     def rows_of(path: Path) -> list[dict]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -21,17 +21,17 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from benchmarks.machine import line, machine
+from core.files import read_lines, write_atomically
 from evaluation.compare import compare
 from evaluation.predictions import read_rows, row_key
 from evaluation.resampling import paired_test
 from evaluation.score import word_counts
 from examples.documents import put_between
-from train.data import Plan
-from train.files import read_lines, write_atomically
+from stream import Plan
 
 if TYPE_CHECKING:
     from examples.less_is_more.study import Study
-    from train.config import Recipe
+    from recipe.config import Recipe
 
 OURS, BASELINE = "ours", "projector"
 STAGES = ("stage_1", "stage_2", "stage_3")

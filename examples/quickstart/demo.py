@@ -36,8 +36,8 @@ from examples.steps import (
     training,
     what_is_learnt,
 )
-from model.joint import JointSearch
-from train.config import Recipe, RecipeError, load_recipe
+from model.generation.joint import JointSearch
+from recipe.config import Recipe, RecipeError, load_recipe
 
 HERE = Path(__file__).resolve().parent
 WHEN = {"before": "before training", "after": "after training", "joint": "after training, LLM and CTC head together"}

@@ -4,7 +4,7 @@
 
 One 64-bit hash gives four lanes of 16 bits, one for each of four channels. A channel is dropped where its lane, read as a signed
 number plus 2^15, is below p x 65536 (so p is rounded to a multiple of 1/65536, and the rest is scaled by that p). No generator
-has a state. Source of the hash: Steele, Lea and Flood, OOPSLA 2014, as in `train.data.plan.mix64`.
+has a state. Source of the hash: Steele, Lea and Flood, OOPSLA 2014, as in `stream.plan.mix64`.
 """
 
 from __future__ import annotations

@@ -8,12 +8,12 @@ freeze() {
     set -o pipefail  # always called in a $( ), where bash forgets set -e
     if [ ! -d "$code" ]; then
         mkdir -p "$code.part" || die "$failed" 1
-        for part in core train model data_tools evaluation ds_configs slurm; do
+        for part in core train model data_tools recipe stream evaluation ds_configs slurm; do
             # 1: a file changed while it was read, as editors do it.
             { tar -cf - -C "$PROJECT" --exclude=__pycache__ --exclude=slurm/jobs --exclude=slurm/logs "$part" || [ $? = 1 ]; } \
                 | tar -xf - -C "$code.part" || die "$failed" 1
         done
-        git -C "$PROJECT" describe --always --dirty '--exclude=*' >"$code.part/VERSION" 2>/dev/null || true  # train/files.py, code_version
+        git -C "$PROJECT" describe --always --dirty '--exclude=*' >"$code.part/VERSION" 2>/dev/null || true  # core/files.py, code_version
         mv "$code.part" "$code" || die "$failed" 1  # atomic
     fi
     [ -n "$2" ] || return 0

@@ -41,8 +41,8 @@ def test_reasons_of_libraries_are_one_line():
 @pytest.mark.parametrize("name", [
     "model.pretrained.SourceError", "model.folder.FolderError", "model.prompt.PromptError", "data_tools.packing.PackError",
     "data_tools.corpora.CorpusError", "data_tools.shards.ShardError", "data_tools.shards.OutputError",
-    "train.config.RecipeError", "train.checkpoint.CheckpointError", "train.universal.ConversionError",
-    "train.data.loader.StreamStalled", "train.data.rejected.BrokenSample", "evaluation.predictions.PredictionError",
+    "recipe.config.RecipeError", "train.checkpoint.CheckpointError", "train.universal.ConversionError",
+    "stream.loader.StreamStalled", "stream.rejected.BrokenSample", "evaluation.predictions.PredictionError",
     "evaluation.endpoint.EndpointError", "evaluation.run.InputError"])
 def test_errors_for_users_are_one_printable_line(name):
     module, _, kind = name.rpartition(".")

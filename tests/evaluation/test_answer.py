@@ -10,10 +10,10 @@ import soundfile
 from data_tools.shards import ShardIndex
 from evaluation import answer
 from model import folder
-from model.joint import JointSearch
+from model.generation.joint import JointSearch
 from model.prompt import INSTRUCTIONS
+from stream.reader import decode
 from tests.evaluation.test_run import expected
-from train.data.reader import decode
 
 
 @pytest.fixture

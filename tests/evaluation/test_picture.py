@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from evaluation import picture
-from evaluation.picture import KEPT, ctc_peaks, figure
+from model.picture import KEPT, ctc_peaks, figure
 
 
 def test_peaks_are_the_top_of_each_run():

@@ -13,16 +13,16 @@ import pytest
 import soundfile
 import torch
 
+from core.distributed import disconnect, leave
 from data_tools.shards import ShardIndex
 from evaluation import run
 from evaluation.predictions import PredictionError, PredictionFile, read_rows
 from model import folder
 from model.batch import Batch
-from model.joint import JointSearch
+from model.generation.joint import JointSearch
 from model.prompt import chat_ids, messages_of, prompt_of
+from stream.reader import decode
 from tests.evaluation.conftest import record, write_folder
-from train.data.reader import decode
-from train.distributed import disconnect, leave
 
 
 def alone(model, waveform, messages) -> Batch:

@@ -11,8 +11,8 @@ from transformers import LlamaForCausalLM, WhisperFeatureExtractor, WhisperForCo
 from data_tools.shards import ShardIndex
 from evaluation import compare, retention, score, speed, whisper_baseline
 from evaluation.predictions import read_rows
+from stream.reader import decode
 from tests.evaluation.conftest import byte_tokenizer
-from train.data.reader import decode
 
 
 def test_retention_against_the_plain_base(parts, folders, tmp_path, capsys):

@@ -18,7 +18,7 @@ import model.auto  # noqa: F401  registers Soundwave with AutoModel
 from evaluation.run import joint_search
 from model import folder as model_folder
 from model.export import main as export
-from model.generation import SoundWarning
+from model.generation.greedy import SoundWarning
 from model.waveforms import mono
 from tests.model import tiny
 from tests.model.conftest import build

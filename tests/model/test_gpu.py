@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from model.joint import JointSearch
+from model.generation.joint import JointSearch
 from tests.model import tiny
 from tests.model.tiny import chat
 

@@ -21,8 +21,8 @@ from model.folder import FolderError
 from model.language_model import load_tokenizer
 from model.pretrained import SourceError, fingerprint, locate, read_tensor, tensor_files
 from model.soundwave import Soundwave
+from stream.cache import check_encoder
 from tests.model import tiny
-from train.data.cache import check_encoder
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import LogitsProcessor
 
-from model.joint import CTCPrefixScores, JointScores, JointSearch
+from core.ctc_text import ctc_target_ids
+from model.generation.joint import CTCPrefixScores, JointScores, JointSearch
 from model.language_model import base_of
-from model.prompt import ctc_target_ids, stop_ids
+from model.prompt import stop_ids
 from tests.model import tiny
 from tests.model.conftest import build
 from tests.model.test_generation import conversations

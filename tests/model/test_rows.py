@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from core.distributed import Ranks
 from model.config import SoundwaveConfig
 from model.language_model import one_row_is_cheaper, target_loss
 from model.pretrained import SourceError
 from model.rows import Rows, longest_row, probe
+from stream.collate import Collator
+from stream.reader import Sample
+from stream.rejected import BrokenSample
 from tests.model import families, tiny
 from train import engine as engines
-from train.data.collate import Collator
-from train.data.reader import Sample
-from train.data.rejected import BrokenSample
-from train.distributed import Ranks
 
 # As measured with transformers 5.23; docs/method.md has the same lists.
 JOINED = """apertus arcee codegen cohere2 deepseek_v2 deepseek_v3 ernie4_5 exaone4 gemma gemma2 gemma3_text gemma3n_text glm4

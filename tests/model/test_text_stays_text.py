@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers
 
+from core.control_tokens import text_ids
+from core.ctc_text import ctc_target_ids
 from core.samples import PromptError, asked, messages_of
-from model.control_tokens import text_ids
-from model.prompt import IGNORED, chat_ids, ctc_target_ids, prompt_of
+from model.prompt import IGNORED, chat_ids, prompt_of
 from tests.model import tiny
 from tests.model.tokenizers import AUDIO, FAMILIES, LLAMA3, made, slow
 

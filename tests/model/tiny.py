@@ -15,9 +15,10 @@ from transformers import (
     WhisperModel,
 )
 
+from core.ctc_text import ctc_target_ids
 from model.batch import Batch
 from model.config import AlignmentConfig, EncoderConfig, LLMConfig, SoundwaveConfig
-from model.prompt import chat_ids, ctc_target_ids
+from model.prompt import chat_ids
 
 LLAMA3 = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|pad|>")
 CHATML = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")

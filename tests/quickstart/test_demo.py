@@ -11,7 +11,7 @@ import pytest
 
 from examples import steps
 from examples.quickstart import demo, results
-from train.config import load_recipe
+from recipe.config import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 

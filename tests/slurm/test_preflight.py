@@ -19,8 +19,8 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from model.encoder import build_encoder
 from model.pretrained import fingerprint, locate
+from recipe.config import Recipe
 from train import files
-from train.config import Recipe
 from train.preemption import PORT_TAKEN
 from train.preflight import Report, compare, first_of_node, gather, look_at_base, look_at_cpu, main, run, write_faults
 from train.staging import stage_corpus

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from recipe.config import load_recipe
 from tests.slurm.conftest import Assets, Project
-from train.config import load_recipe
 
 # What `scontrol -d show job 7` prints (22.05), as far as the scripts read it.
 FACTS = """JobId=7 JobName={name}

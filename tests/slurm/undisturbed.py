@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
-from train.distributed import fill_environment
+from core.distributed import fill_environment
 
 
 def main(recipes: list[str]) -> int:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data_tools.shards import SAMPLE_DTYPE, ShardIndex, ShardWriter, write_index
 from model.config import SoundwaveConfig
-from train.config import Corpus, DataConfig
+from recipe.config import Corpus, DataConfig
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 TEMPLATE = ("{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"

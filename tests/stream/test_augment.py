@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import WhisperConfig
 
+from recipe.config import DataConfig, RecipeError
+from stream import EvalStream, Stream
+from stream.augment import augment, check
 from tests.stream.conftest import data_config
-from train.config import DataConfig, RecipeError
-from train.data import EvalStream, Stream
-from train.data.augment import augment, check
 
 
 def waves(data, tokenizer, model_config, world_size, start, steps):

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import WhisperConfig, WhisperModel
 
+from recipe.config import Corpus, Recipe, RecipeError
+from stream import EvalStream, Stream, validation_batches
+from stream import cache as cache_module
+from stream.cache import FeatureStore, Interrupted, ensure_features
+from stream.rejected import BrokenSample
 from tests.stream.conftest import data_config, record, sound, write_folder
-from train.config import Corpus, Recipe, RecipeError
-from train.data import EvalStream, Stream, validation_batches
-from train.data import cache as cache_module
-from train.data.cache import FeatureStore, Interrupted, ensure_features
-from train.data.rejected import BrokenSample
 
 
 @pytest.fixture

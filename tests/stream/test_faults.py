@@ -9,13 +9,13 @@ import time
 
 import pytest
 
+from stream import Stream, StreamStalled
+from stream import reader as reader_module
+from stream.loader import Loader
+from stream.plan import load_index
+from stream.reader import read_with_retry
+from stream.rejected import BrokenSample
 from tests.stream.conftest import data_config
-from train.data import Stream, StreamStalled
-from train.data import reader as reader_module
-from train.data.loader import Loader
-from train.data.plan import load_index
-from train.data.reader import read_with_retry
-from train.data.rejected import BrokenSample
 
 
 def test_a_stall_is_waited_out(packed, caplog):

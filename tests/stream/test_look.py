@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from stream.look import describe_step, effective_number, main, shuffle_quality
+from stream.plan import Plan
 from tests.stream.conftest import data_config, table_index
-from train.data.look import describe_step, effective_number, main, shuffle_quality
-from train.data.plan import Plan
 
 
 def test_the_command(packed, tmp_path, capsys):

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from recipe.config import MixtureConfig, RecipeError
+from stream.assign import Budgets, assign, padded_cost, padding_share
+from stream.mixture import Mixture, task_probabilities
+from stream.plan import Plan
 from tests.stream.conftest import data_config, table_index
-from train.config import MixtureConfig, RecipeError
-from train.data.assign import Budgets, assign, padded_cost, padding_share
-from train.data.mixture import Mixture, task_probabilities
-from train.data.plan import Plan
 
 FAST = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from train.data.reader import decode
-from train.data.rejected import BrokenSample
+from stream.reader import decode
+from stream.rejected import BrokenSample
 
 
 def encoded(samples: np.ndarray, subtype: str, kind: str = "FLAC", rate: int = 16_000) -> bytes:

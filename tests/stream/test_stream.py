@@ -11,12 +11,12 @@ import soundfile
 import torch
 
 from core.keys import signed_key64
+from recipe.config import Corpus, RecipeError
+from stream import EvalStream, Plan, Stream, TooManyRejected, validation_batches, worst_case_batch
+from stream import stream as stream_module
+from stream.plan import PLANNED, load_index
+from stream.rejected import RejectedLog
 from tests.stream.conftest import data_config, record, sound, table_index, write_folder
-from train.config import Corpus, RecipeError
-from train.data import EvalStream, Plan, Stream, TooManyRejected, validation_batches, worst_case_batch
-from train.data import stream as stream_module
-from train.data.plan import PLANNED, load_index
-from train.data.rejected import RejectedLog
 
 
 def consumed(data, stage, tokenizer, model_config, world_size, start, steps):

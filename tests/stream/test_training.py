@@ -15,11 +15,11 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
+from recipe.config import load_recipe
+from stream import Plan, consumed
 from tests.stream.conftest import record, sound, write_folder
 from tests.train.ranks import LIMIT, Running, Server
 from tests.train.tiny import workspace
-from train.config import load_recipe
-from train.data import Plan, consumed
 
 
 @pytest.fixture(scope="module")

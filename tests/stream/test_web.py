@@ -11,13 +11,13 @@ from collections import Counter
 import pytest
 import torch
 
+from recipe.config import Corpus, MixtureConfig, RecipeError
+from stream import Plan, Stream
+from stream import stream as stream_module
+from stream import web as web_module
+from stream.collate import Collator
+from stream.unindexed import PlainReader, micro_batches_per_step
 from tests.stream.conftest import data_config, sound
-from train.config import Corpus, MixtureConfig, RecipeError
-from train.data import Plan, Stream
-from train.data import stream as stream_module
-from train.data import web as web_module
-from train.data.collate import Collator
-from train.data.web import PlainReader, micro_batches_per_step
 
 
 def streamed(pattern, **settings):

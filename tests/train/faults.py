@@ -107,7 +107,7 @@ def other_weights(rank: int, step: int, which: int, parameter: str) -> None:
 
 def loud_clips(rank: int, first: int, last: int) -> None:
     """In the data of steps `first` to `last` every clip is so loud that its spectrum overflows."""
-    from train.data.stream import MicroBatchReader
+    from stream.packed import MicroBatchReader
 
     read = MicroBatchReader.__getitem__
 
@@ -136,7 +136,7 @@ def no_memory_to_save(rank: int, step: int) -> None:
 
 def stop_after_pack(rank: int, name: str, which: int) -> None:
     """Encoder features go into packs of 2 s; rank `which` gets a signal when it has filled its first."""
-    from train.data import cache
+    from stream import cache
 
     cache.PACK_SECONDS = 2.0
     fill = cache._fill_pack

@@ -29,7 +29,7 @@ LIMIT = 600.0  # seconds for any one run: a hang is a failure
 
 def _import_everything() -> None:
     os.environ.update(DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
-    from train.distributed import fill_environment
+    from core.distributed import fill_environment
 
     kept = dict(os.environ)
     fill_environment()
@@ -54,8 +54,8 @@ def _be_a_rank(request: dict, rank: int, port: int) -> None:
             os.dup2(log, number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         import tests.train.faults
+        from core.distributed import leave
         from train import run
-        from train.distributed import leave
 
         if request["fault"]:
             name, *arguments = request["fault"]

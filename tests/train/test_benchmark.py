@@ -14,9 +14,9 @@ import torch
 from benchmarks import dropout
 from benchmarks.train_step import librispeech_lengths
 from model.soundwave import Soundwave
+from recipe.config import load_recipe
 from tests.model import tiny as tiny_models
 from tests.train.tiny import workspace
-from train.config import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from core.distributed import Ranks
 from model.batch import Batch
+from recipe.config import LossConfig, Recipe
+from recipe.stages import STAGES
 from tests.train.ranks import Server
 from tests.train.tiny import workspace
-from train.config import LossConfig, Recipe
-from train.distributed import Ranks
-from train.stages import STAGES
 from train.validate import validate
 
 

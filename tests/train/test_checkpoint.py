@@ -15,12 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from core.distributed import Ranks, remove_shared_memory
+from core.files import step_folders
+from recipe.config import CheckpointConfig, Recipe, RecipeError
 from tests.train.tiny import workspace
 from train import checkpoint, loop, resume, stages
 from train.checkpoint import Checkpoints, own_steps
-from train.config import CheckpointConfig, Recipe, RecipeError
-from train.distributed import Ranks, remove_shared_memory
-from train.files import step_folders
 
 
 @pytest.fixture(scope="module", autouse=True)

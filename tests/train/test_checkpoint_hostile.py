@@ -15,10 +15,10 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from core.files import step_folders
 from tests.hostile import damaged_bytes, is_one_line, json_documents, only_inside, write_json
 from train import safe_load
 from train.checkpoint import BackgroundWriter, Checkpoints, saved_in_health, verify
-from train.files import step_folders
 
 STATE = {"step": 5, "data_offset": 0, "best": {"step": 4, "by": "wer", "score": 0.5}, "seed": 1, "facts": {"recipe": {"a": 1}},
          "health": {"norms": [1.0, 2.0], "consecutive": 0, "skipped": 0, "rollbacks": 0},

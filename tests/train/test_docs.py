@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from omegaconf import OmegaConf
 
-from train.config import Recipe, known_keys
+from recipe.config import Recipe, known_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "recipes.md").read_text()
@@ -37,7 +37,7 @@ def test_defaults_are_those_of_the_code():
 
 def test_every_module_has_its_place_in_the_architecture():
     rows = dict(re.findall(r"^\| `([a-z_/]+/)` \| (.*?) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE))
-    rooms = ("core/", "model/", "model/ops/", "data_tools/", "train/", "train/data/", "evaluation/")
+    rooms = ("core/", "model/", "model/ops/", "data_tools/", "train/", "stream/", "evaluation/")
     names = {room: {path.stem for path in (ROOT / room).glob("*.py") if not path.stem.startswith("__")} for room in rooms}
     told = {room: {name.removesuffix(".py") for name in re.findall(r"`([a-z_.]+)`", rows[room])} for room in rooms}
     assert told == names

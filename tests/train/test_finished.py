@@ -11,14 +11,14 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from core.distributed import Ranks
 from model.soundwave import Soundwave
+from recipe.config import Recipe, RecipeError, load_recipe
+from recipe.stages import initial_folder
 from tests.model import tiny as tiny_models
 from tests.train.tiny import STAGES, workspace
 from train import loop, preflight, resume
 from train import run as entry
-from train.config import Recipe, RecipeError, load_recipe
-from train.distributed import Ranks
-from train.stages import initial_folder
 
 QUICK = ["data.valid=[]", "log.tensorboard=false", "optim.steps=4", "checkpoint.every_steps=2"]
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from recipe.config import HealthConfig, LossConfig, Recipe, load_recipe
+from recipe.stages import STAGES
+from stream import Plan
 from tests.train.ranks import Server
 from tests.train.tiny import workspace
-from train.config import HealthConfig, LossConfig, Recipe, load_recipe
-from train.data import Plan
 from train.engine import Engine
 from train.health import Health
-from train.stages import STAGES
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from model import folder as model_folder
 from model.config import SoundwaveConfig
 from model.soundwave import Soundwave
+from stream import consumed
 from tests.model import tiny
 from tests.stream.conftest import record, sound, write_folder
 from tests.train import independent
 from tests.train.ranks import Server
 from tests.train.tiny import losses, weights
-from train.data import consumed
 
 pytestmark = pytest.mark.slow  # each a start of real ranks, and the same steps by the plain loop
 TARGETS = {"llama": ["q_proj", "k_proj", "v_proj", "o_proj"], "gpt_oss": ["q_proj", "k_proj", "v_proj", "o_proj"],

@@ -15,10 +15,10 @@ from matplotlib import image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from core.distributed import Ranks
 from model.soundwave import Soundwave
 from tests.model import tiny
 from train import report, telemetry
-from train.distributed import Ranks
 from train.flops import Flops, peak_of
 from train.telemetry import Telemetry
 from train.validate import fixed_clip

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
+from recipe.config import OptimConfig
 from tests.model.conftest import build, folders  # noqa: F401  the fixture
 from train import optim
-from train.config import OptimConfig
 
 STEPS, WARMUP, PEAK = 100, 20, 3e-4
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from core.options import choice, location, names_or_pattern, number, numbers, problems, text
 from model.config import SoundwaveConfig, official_switches
-from train.config import HealthConfig, Recipe, RecipeError, known_keys, load_recipe
+from recipe.config import HealthConfig, Recipe, RecipeError, known_keys, load_recipe
 from train.health import Health
 from train.loop import check, warnings_of
 

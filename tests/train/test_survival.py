@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from recipe.config import load_recipe
+from stream import Plan
 from tests.model import tiny as tiny_models
 from tests.train.soak import soak
 from tests.train.tiny import STAGES, losses, weights, workspace
 from train.checkpoint import sha256_of
-from train.config import load_recipe
-from train.data import Plan
 from train.preemption import Preemption
 
 OPTIONS = ["optim.steps=8", "checkpoint.every_steps=2", "data.valid=[]", "log.tensorboard=false"]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from train.config import CheckpointConfig, Corpus, Recipe, RecipeError
+from recipe.config import CheckpointConfig, Corpus, Recipe, RecipeError
 from train.loop import check
 from train.validate import SCORES, chosen_by, is_better
 

@@ -11,8 +11,8 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from recipe.config import OptimConfig, Recipe, RecipeError
 from train import zero
-from train.config import OptimConfig, Recipe, RecipeError
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}

@@ -13,9 +13,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from core.files import read_lines
 from tests.model import tiny
 from tests.stream.conftest import record, sound, write_folder
-from train.files import read_lines
 
 STAGES = {1: "alignment", 2: "shrinking", 3: "sft"}
 

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from train.config import RecipeError, load_recipe  # noqa: E402
+from recipe.config import RecipeError, load_recipe  # noqa: E402
 
 STEP_SECONDS = 0.2
 GENERATION = "first"  # a test edits this line while a job waits

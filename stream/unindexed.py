@@ -40,14 +40,14 @@ from core.tar_members import (
     read_record,
     stands_alone,
 )
-from train.config import DataConfig, RecipeError
-from train.data import augment
-from train.data.assign import Budgets
-from train.data.collate import Collator, Prepared
-from train.data.loader import PHASES, Job, Loaded
-from train.data.plan import PLANNED, SPOKEN_CHARACTERS_PER_SECOND, PlainPlan, key64
-from train.data.reader import RETRY_PAUSES, SAMPLE_RATE, Sample, check_length, decode
-from train.data.rejected import BrokenSample, broken_by
+from recipe.config import DataConfig, RecipeError
+from stream import augment
+from stream.assign import Budgets
+from stream.collate import Collator, Prepared
+from stream.loader import PHASES, Job, Loaded
+from stream.plan import PLANNED, SPOKEN_CHARACTERS_PER_SECOND, PlainPlan, key64
+from stream.reader import RETRY_PAUSES, SAMPLE_RATE, Sample, check_length, decode
+from stream.rejected import BrokenSample, broken_by
 
 SHUFFLE_BUFFER = 500  # undecoded utterances that wait in each slot
 POOL = 8  # micro-batches' worth of utterances among which neighbours in length are found

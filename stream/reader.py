@@ -11,8 +11,8 @@ import torch
 from core.audio import MAX_SECONDS, SAMPLE_RATE, AudioError
 from core.audio import decode as decode_audio
 from data_tools.shards import ShardIndex
-from train.config import DataConfig
-from train.data.rejected import BrokenSample, UnreadableSample
+from recipe.config import DataConfig
+from stream.rejected import BrokenSample, UnreadableSample
 
 RETRY_PAUSES = (0.2, 1.0, 5.0)  # seconds before each further attempt at a read that the file system refused
 LOGGER = logging.getLogger(__name__)

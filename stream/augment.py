@@ -10,9 +10,9 @@ import torch
 
 from model.config import SoundwaveConfig
 from model.pretrained import locate
-from train.config import DataConfig, RecipeError
-from train.data.plan import key64
-from train.data.reader import SAMPLE_RATE, Sample
+from recipe.config import DataConfig, RecipeError
+from stream.plan import key64
+from stream.reader import SAMPLE_RATE, Sample
 
 # SpecAugment's policy LD (Park et al. 2019, table 1): two frequency masks of up to 27 of 80 mel channels, two time masks of up to
 # 1 s; but no more than a fifth of a clip for one (LD: all of it), because many clips are short.

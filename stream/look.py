@@ -1,6 +1,6 @@
 """Look before training: what the plan holds and how well it is mixed, from the index alone; with --profile, how fast it is read.
 
-`python -m train.data RECIPE --steps 5 [--ranks 8] [--profile] [--ids] [key=value ...]`
+`python -m stream RECIPE --steps 5 [--ranks 8] [--profile] [--ids] [key=value ...]`
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import time
 
 import numpy as np
 
-from train.config import Recipe, RecipeError, load_recipe
-from train.data.assign import Budgets, assign, padded_cost
-from train.data.plan import UNITS_PER_SECOND, PlainPlan, Plan, mix64
+from recipe.config import Recipe, RecipeError, load_recipe
+from stream.assign import Budgets, assign, padded_cost
+from stream.plan import UNITS_PER_SECOND, PlainPlan, Plan, mix64
 
 
 def effective_number(labels: np.ndarray) -> float:
@@ -82,7 +82,7 @@ def profile(recipe: Recipe, plan: Plan, steps: int, ranks: int) -> dict:
     """Read `steps` steps of rank 0 with the recipe's workers, and say how fast it went and where workers spent their time."""
     from model.language_model import load_tokenizer
     from model.pretrained import locate
-    from train.data.stream import Stream
+    from stream.packed import Stream
 
     tokenizer = load_tokenizer(locate(recipe.model.llm.name), recipe.model.audio_token)
     stream = Stream(recipe.data, recipe.stage, tokenizer, recipe.model, 0, ranks, 0, steps, plan=plan)
@@ -100,7 +100,7 @@ def profile(recipe: Recipe, plan: Plan, steps: int, ranks: int) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.data", description="What a recipe's steps hold, before training.")
+    parser = argparse.ArgumentParser(prog="python -m stream", description="What a recipe's steps hold, before training.")
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--steps", type=int, default=5)

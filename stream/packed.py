@@ -23,15 +23,16 @@ from core.keys import signed_key64
 from data_tools.shards import ShardIndex
 from model.batch import Batch
 from model.config import SoundwaveConfig
-from train.config import DataConfig, RecipeError
-from train.data import augment
-from train.data.assign import Budgets, assign
-from train.data.collate import Collator, Prepared
-from train.data.loader import PHASES, Job, Loaded, Loader
-from train.data.plan import PlainPlan, Plan
-from train.data.reader import SAMPLE_RATE, Sample, check_length, decode, read_with_retry
-from train.data.rejected import RejectedLog, UnreadableSample, broken_by
-from train.data.web import PlainReader
+from recipe.config import DataConfig, RecipeError
+from stream import augment
+from stream.assign import Budgets, assign
+from stream.cache import FeatureStore
+from stream.collate import Collator, Prepared
+from stream.loader import PHASES, Job, Loaded, Loader
+from stream.plan import PlainPlan, Plan
+from stream.reader import SAMPLE_RATE, Sample, check_length, decode, read_with_retry
+from stream.rejected import RejectedLog, UnreadableSample, broken_by
+from stream.unindexed import PlainReader
 
 REPLACEMENTS = 8  # further utterances that are tried in a broken one's place
 GIVE_UP_SECONDS = 600.0  # that a shard whose reads failed is asked only once per utterance
@@ -179,7 +180,7 @@ class Stream:
     """Iterates StepBatches for steps [start_step, steps) of one rank.
 
     Every rank gets the same number of steps, and in each step the same number of micro-batches. Where data.train names pipes
-    or URLs in place of packed folders, see train/data/web.py for what holds then. rejected_path: JSONL that
+    or URLs in place of packed folders, see stream/unindexed.py for what holds then. rejected_path: JSONL that
     names broken utterances (all ranks append). plan: where the caller has one already. row_limit: see Collator.
     Errors: RecipeError before the first step; StreamStalled. How many broken utterances are too many is the caller's to judge,
     who knows those of all ranks: `rejected.too_many(...)`.
@@ -194,8 +195,6 @@ class Stream:
         self.plan = plan or Plan.open(data, stage, steps)
         features = None
         if data.cache_features:
-            from train.data.cache import FeatureStore
-
             features = FeatureStore.open(data.cache_features, model_config)
         collator = Collator(tokenizer, model_config, stage, data.ctc_text, token_limit=data.micro_batch_tokens,
                             row_limit=row_limit, feature_width=features.width if features else None)

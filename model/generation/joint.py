@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-from model.prompt import ctc_target_ids
+from core.ctc_text import ctc_target_ids
 
 Tokens = tuple[int, ...]
 IMPOSSIBLE = -1e4  # log-probability of what no path can spell; finite, so that differences of two such are numbers

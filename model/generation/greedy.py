@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitNormalization, LogitsProcessorLi
 
 from model.batch import Batch
 from model.features import SAMPLE_RATE, log_mel
-from model.joint import CTCPrefixScores, JointScores, JointSearch
+from model.generation.joint import CTCPrefixScores, JointScores, JointSearch
 from model.language_model import base_of, context_length, end_ids
 from model.prompt import audio_count, chat_ids
 from model.waveforms import SoundWarning, Waveform, usable_clips
@@ -100,7 +100,7 @@ class Generation:
         side, with any number of audios anywhere, or none. temperature and top_p count with do_sample (the values are the
         release's). streamer: transformers' TextStreamer or TextIteratorStreamer, for one conversation. synced_gpus: under
         ZeRO-3 every rank decodes until the last one has finished. joint: search the answers together with the CTC head (for
-        transcripts; model/joint.py), without sampling or streamer.
+        transcripts; model/generation/joint.py), without sampling or streamer.
 
         Of the LLM's own generation settings only the ids that end a text count (language_model.end_settings); all others are
         those given here. A conversation beyond the LLM's context is answered by nothing and named in `unanswered` and a

@@ -2,15 +2,15 @@
 
 One line per step and rank: {"step", "planned" (the plan's step), "rank", "ids": [[of a micro-batch], ...]}. A step that is done
 again after an interruption stands once; after a roll-back the later line counts. What a step was meant to hold needs no record:
-`python -m train.data RECIPE --ids`.
+`python -m stream RECIPE --ids`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from core.files import append_lines, keep_before, read_lines
 from model.batch import Batch
-from train.files import append_lines, keep_before, read_lines
 
 NAME = "samples.jsonl"
 

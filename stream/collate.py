@@ -9,12 +9,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from core.ctc_text import ctc_target_ids
 from core.samples import answer_language, messages_of, prompt_of, transcript_of
 from model.batch import Batch
 from model.config import SoundwaveConfig
-from model.prompt import IGNORED, audio_count, chat_ids, ctc_target_ids
-from train.data.reader import SAMPLE_RATE, Sample
-from train.data.rejected import BrokenSample
+from model.prompt import IGNORED, audio_count, chat_ids
+from stream.reader import SAMPLE_RATE, Sample
+from stream.rejected import BrokenSample
 
 DUMMY_SAMPLES = SAMPLE_RATE // 5  # silent audio of a micro-batch that has none
 DUMMY_FRAMES = 10

@@ -1,4 +1,4 @@
-"""The frozen encoder's output, computed once per utterance and kept on disk: `python -m train.data.cache RECIPE`.
+"""The frozen encoder's output, computed once per utterance and kept on disk: `python -m stream.cache RECIPE`.
 
     FOLDER/<key>/settings.json            encoder, its fingerprint and settings: what the key stands for
     FOLDER/<key>/<name>.npy               [frames of all utterances of the pack, width] float16
@@ -38,12 +38,12 @@ from model import identity
 from model.config import SoundwaveConfig
 from model.encoder import Encoder, build_encoder, tensor_prefix
 from model.pretrained import DTYPES, attention_implementation, fingerprint, locate
-from train.config import Recipe, RecipeError, load_recipe
-from train.data.augment import check
-from train.data.plan import drawn_share, load_index, usable
-from train.data.reader import decode, read_with_retry
-from train.data.rejected import BrokenSample
-from train.data.validation import select, share_of_each
+from recipe.config import Recipe, RecipeError, load_recipe
+from stream.augment import check
+from stream.plan import drawn_share, load_index, usable
+from stream.reader import decode, read_with_retry
+from stream.rejected import BrokenSample
+from stream.selection import select, share_of_each
 
 ENTRY_DTYPE = np.dtype([("key", "<u8"), ("start", "<u8"), ("frames", "<u4")])
 PACK_SECONDS = 600.0
@@ -124,7 +124,7 @@ class FeatureStore:
         path = cache_folder(folder, config)
         if not (path / "settings.json").exists():
             raise RecipeError(f"data.cache_features: '{folder}' holds nothing for this encoder and its settings ({path.name}): "
-                              "run python -m train.data.cache RECIPE first")
+                              "run python -m stream.cache RECIPE first")
         check_encoder(path, config)
         return cls(path)
 
@@ -145,7 +145,7 @@ class FeatureStore:
         """Features [T, width] float16 of one index row. Errors: BrokenSample where they are missing."""
         at, found = self._find(sample_keys(np.atleast_1d(sample)))
         if not found[0]:
-            raise BrokenSample(f"no cached features in {self.folder}: run python -m train.data.cache RECIPE")
+            raise BrokenSample(f"no cached features in {self.folder}: run python -m stream.cache RECIPE")
         entry, number = self._entries[at[0]], int(self._pack[at[0]])
         if number in self._open:
             self._open.move_to_end(number)
@@ -320,7 +320,7 @@ def ensure_features(recipe: Recipe, model=None, rank: int = 0, world_size: int =
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.data.cache", description="Fill data.cache_features of a recipe. With "
+    parser = argparse.ArgumentParser(prog="python -m stream.cache", description="Fill data.cache_features of a recipe. With "
                                      "RANK and WORLD_SIZE set, several processes share the work.")
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")

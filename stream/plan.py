@@ -30,8 +30,8 @@ import numpy as np
 
 import core.keys
 from data_tools.shards import ShardError, ShardIndex
-from train.config import Corpus, DataConfig, RecipeError
-from train.data.mixture import Mixture
+from recipe.config import Corpus, DataConfig, RecipeError
+from stream.mixture import Mixture
 
 # One planned utterance. seconds: audio (0: text only). positions: estimated LLM positions after shrinking (0 in stage I).
 PLANNED = np.dtype([("corpus", "u2"), ("source", "u2"), ("row", "u4"), ("epoch", "u4"), ("seconds", "f4"), ("positions", "u4")])
@@ -146,7 +146,7 @@ def corpus_names(corpora: list[Corpus]) -> list[str]:
 
 @dataclass(frozen=True)
 class PlainPlan:
-    """Stands for a plan where shards are streamed without an index (train/data/web.py): nothing is known beforehand."""
+    """Stands for a plan where shards are streamed without an index (stream/unindexed.py): nothing is known beforehand."""
 
     fingerprint: str  # of the patterns and settings, not of the content
     names: list[str]

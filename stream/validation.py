@@ -14,47 +14,18 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from core.samples import answer_of, transcript_of
-from data_tools.shards import ShardIndex
 from model.batch import Batch
 from model.config import SoundwaveConfig
-from train.config import Corpus, DataConfig, RecipeError
-from train.data.assign import Budgets, assign
-from train.data.collate import Collator
-from train.data.loader import Job, Loader
-from train.data.plan import PLANNED, drawn_share, llm_positions, load_index, usable
-from train.data.stream import MicroBatchReader
+from recipe.config import Corpus, DataConfig
+from stream.assign import Budgets, assign
+from stream.cache import FeatureStore
+from stream.collate import Collator
+from stream.loader import Job, Loader
+from stream.packed import MicroBatchReader
+from stream.plan import load_index
+from stream.selection import select, share_of_each
 
 LOGGER = logging.getLogger(__name__)
-
-
-def select(index: ShardIndex, number: int, stage: str, corpus: Corpus, limit: int | None) -> np.ndarray:
-    """PLANNED entries of a corpus that a stage can be scored on; `limit` takes that many, evenly spaced, so that a split
-    sorted by speaker or dialogue is not judged by its first one."""
-    tasks = corpus.tasks
-    for task in tasks or []:
-        if task not in index.tasks:
-            raise RecipeError(f"'{index.folder}' has no task '{task}'; it has {', '.join(index.tasks)}")
-    samples = np.asarray(index.samples)
-    wanted = usable(samples, DataConfig(min_seconds=0.0, max_seconds=float("inf")), stage)[""]
-    if tasks is not None:
-        wanted &= np.isin(samples["task"], [index.tasks.index(task) for task in tasks])
-    if (drawn := drawn_share(samples, corpus)) is not None:
-        wanted &= drawn
-    rows = np.flatnonzero(wanted)
-    if limit is not None and limit < len(rows):
-        rows = rows[np.arange(limit) * len(rows) // limit]
-    entries = np.zeros(len(rows), PLANNED)
-    chosen = samples[rows]
-    entries["corpus"], entries["row"] = number, rows
-    entries["seconds"] = np.where(chosen["audio_size"] > 0, chosen["duration"], 0)
-    if stage != "alignment":
-        entries["positions"] = llm_positions(chosen)
-    return entries
-
-
-def share_of_each(data: DataConfig, utterances: int) -> int:
-    """How many of `utterances` each corpus of data.valid gives."""
-    return -(-utterances // max(1, len(data.valid)))
 
 
 class EvalStream:
@@ -82,8 +53,6 @@ class EvalStream:
         too_long, entries = entries[entries["seconds"] > longest], entries[entries["seconds"] <= longest]
         features = None
         if data.cache_features:
-            from train.data.cache import FeatureStore
-
             features = FeatureStore.open(data.cache_features, model_config)
         self.data = replace(data, speed_perturb=[], noise_snr_db=[], spec_augment=False)
         budgets = Budgets(batch_seconds, data.micro_batch_tokens)

@@ -9,9 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from model.batch import Batch
 from model.config import SoundwaveConfig
-from train.config import DataConfig
-from train.data.collate import Collator, Prepared
-from train.data.reader import SAMPLE_RATE, Sample
+from recipe.config import DataConfig
+from stream.cache import FeatureStore
+from stream.collate import Collator, Prepared
+from stream.reader import SAMPLE_RATE, Sample
 
 TOKENS_PER_SECOND = 6  # of a transcript: fast speech, about 300 words a minute
 
@@ -23,7 +24,7 @@ def worst_case_batch(data: DataConfig, stage: str, tokenizer: PreTrainedTokenize
     the conversations fill data.micro_batch_tokens.
 
     Clips that data.speed_perturb slows are planned at their own length: together they exceed data.micro_batch_seconds by as much
-    as it slows them, while none exceeds data.max_seconds (train/data/augment.py).
+    as it slows them, while none exceeds data.max_seconds (stream/augment.py).
     """
     rows, seconds = max(int(data.micro_batch_seconds / data.max_seconds), 1), data.max_seconds
     slowed = data.micro_batch_seconds / min([1.0, *data.speed_perturb])
@@ -35,8 +36,6 @@ def worst_case_batch(data: DataConfig, stage: str, tokenizer: PreTrainedTokenize
     target = [i % 1000 for i in range(int(seconds * TOKENS_PER_SECOND))]
     features = None
     if data.cache_features:
-        from train.data.cache import FeatureStore
-
         features = FeatureStore.open(data.cache_features, model_config)
     collator = Collator(tokenizer, model_config, stage, data.ctc_text, feature_width=features.width if features else None)
     prepared = []

@@ -16,8 +16,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from core.console import OneLine
-from core.options import choice, expand_paths, is_name, location, number, numbers, problems
+from core.options import RecipeError, choice, expand_paths, is_name, location, number, numbers, problems
 from model.config import SoundwaveConfig
 from model.inheritance import StartError, differing_options, inherited_options
 
@@ -26,10 +25,6 @@ MOST_STEPS = 10_000_000  # the plan of the mixture holds some numbers for each
 #: Stage -> the stage whose model it starts from by default.
 PREVIOUS = {"alignment": None, "shrinking": "alignment", "sft": "shrinking"}
 FRESH = "fresh"  # init_from: start from no model folder
-
-
-class RecipeError(OneLine, ValueError):
-    """A recipe that cannot be run; the message is one line: what, where, what to do."""
 
 
 @dataclass

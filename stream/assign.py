@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from train.config import DataConfig
+from recipe.config import DataConfig
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.inheritance import StartError, held_parts
-from train.config import PREVIOUS, Recipe, RecipeError, start_folder
+from recipe.config import PREVIOUS, Recipe, RecipeError, start_folder
 
 
 @dataclass(frozen=True)

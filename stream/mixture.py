@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from train.config import MixtureConfig, RecipeError
+from recipe.config import MixtureConfig, RecipeError
 
 
 def temperature(mixture: MixtureConfig, step: np.ndarray, steps: int) -> np.ndarray:

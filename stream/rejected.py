@@ -6,8 +6,8 @@ from pathlib import Path
 
 from core.console import OneLine
 from core.failures import reason_of
-from train.config import RecipeError
-from train.files import append_lines, read_lines
+from core.files import append_lines, read_lines
+from core.options import RecipeError
 
 # A share is judged over at least this many utterances: one broken clip among the first three is not a third of a corpus.
 LEAST_UTTERANCES = 1000
