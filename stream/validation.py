@@ -22,7 +22,7 @@ from stream.cache import FeatureStore
 from stream.collate import Collator
 from stream.loader import Job, Loader
 from stream.packed import MicroBatchReader
-from stream.plan import load_index
+from stream.plan import PLANNED, load_index
 from stream.selection import select, share_of_each
 
 LOGGER = logging.getLogger(__name__)
