@@ -1,10 +1,12 @@
-"""What keyed dropout costs: the same stage II step with its masks, with torch's own, and with none, in one run:
+"""What keyed dropout costs: the same stage II step with its masks, with torch's own, and with none, in one
+run:
 
     python -m benchmarks.dropout RECIPE [key=value ...] [--clips 12] [--steps 5] [--rounds 3] [--json FILE]
 
-RECIPE: a stage II recipe. Forward and backward of its first global batch, on one process without DeepSpeed, at the recipe's rates
-of dropout (`model.llm.lora_dropout=0.05` shows LoRA's). The sides alternate; a number is the median over --rounds x --steps. On
-CPU it is processor time, which other programs on the machine disturb less.
+RECIPE: a stage II recipe. Forward and backward of its first global batch, on one process without DeepSpeed,
+at the recipe's rates of dropout (`model.llm.lora_dropout=0.05` shows LoRA's). The sides alternate; a number
+is the median over --rounds x --steps. On CPU it is processor time, which other programs on the machine
+disturb less.
 
     keyed   masks by (seed, step, utterance, place, position): model/dropout.py
     torch   masks as before: F.dropout on the same tensors, and dropout inside of attention
@@ -57,20 +59,27 @@ def masks_of_torch(model: Soundwave) -> Iterator[None]:
 
     def lookback_attention(*arguments, **options):
         p = model.shrinking.drop_frames.p if model.shrinking.training else 0.0
-        with mock.patch.object(ops.lookback, "scaled_dot_product_attention",
-                               lambda *a, **o: attend(*a, **o, dropout_p=p)):
+        with mock.patch.object(
+            ops.lookback, "scaled_dot_product_attention", lambda *a, **o: attend(*a, **o, dropout_p=p)
+        ):
             return plain_lookback(*arguments, **options)
 
     def drop(self: KeyedDropout, x: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
         return F.dropout(x, self.p, self.training)
 
     plain_lookback = ops.lookback_attention
-    with (mock.patch.object(KeyedDropout, "forward", drop), mock.patch.object(LoraDropout, "forward", drop),
-          mock.patch.object(alignment, "dropped_frames", lambda dropout, value, keys: value),
-          mock.patch.object(shrinking, "dropped_frames", lambda dropout, value, keys: value),
-          mock.patch.object(alignment, "F", SimpleNamespace(relu=F.relu, pad=F.pad,
-                                                            scaled_dot_product_attention=alignment_attention)),
-          mock.patch.object(ops, "lookback_attention", lookback_attention)):
+    with (
+        mock.patch.object(KeyedDropout, "forward", drop),
+        mock.patch.object(LoraDropout, "forward", drop),
+        mock.patch.object(alignment, "dropped_frames", lambda dropout, value, keys: value),
+        mock.patch.object(shrinking, "dropped_frames", lambda dropout, value, keys: value),
+        mock.patch.object(
+            alignment,
+            "F",
+            SimpleNamespace(relu=F.relu, pad=F.pad, scaled_dot_product_attention=alignment_attention),
+        ),
+        mock.patch.object(ops, "lookback_attention", lookback_attention),
+    ):
         yield
 
 
@@ -123,18 +132,28 @@ def measure(recipe: Recipe, steps: int, rounds: int) -> dict:
             if turn:  # the first round warms up
                 seconds[side] += taken
     median = {side: statistics.median(taken) for side, taken in seconds.items()}
-    return {"seconds": median, "keyed_over_torch": median["keyed"] / median["torch"],
-            "masks_share": {side: median[side] / median["none"] - 1 for side in ("keyed", "torch")},
-            "rates": {"alignment": recipe.model.alignment.dropout, "shrinking": recipe.model.shrinking.dropout,
-                      "lora": recipe.model.llm.lora_dropout},
-            "clips": sum(len(batch.ids) for batch in batches), "micro_batches": len(batches), "samples": seconds}
+    return {
+        "seconds": median,
+        "keyed_over_torch": median["keyed"] / median["torch"],
+        "masks_share": {side: median[side] / median["none"] - 1 for side in ("keyed", "torch")},
+        "rates": {
+            "alignment": recipe.model.alignment.dropout,
+            "shrinking": recipe.model.shrinking.dropout,
+            "lora": recipe.model.llm.lora_dropout,
+        },
+        "clips": sum(len(batch.ids) for batch in batches),
+        "micro_batches": len(batches),
+        "samples": seconds,
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.dropout", description=__doc__.splitlines()[0])
     parser.add_argument("recipe", help="YAML file of a stage II")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--clips", type=int, default=12, help="clips of 10 s that a step holds, about (default: 12)")
+    parser.add_argument(
+        "--clips", type=int, default=12, help="clips of 10 s that a step holds, about (default: 12)"
+    )
     parser.add_argument("--steps", type=int, default=5, help="steps of each side in a round (default: 5)")
     parser.add_argument("--rounds", type=int, default=3, help="times that the sides alternate (default: 3)")
     parser.add_argument("--json", type=Path, help="write the result there too")
@@ -150,12 +169,18 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     rows = [(side, result["seconds"][side], result["masks_share"].get(side, 0.0) * 100) for side in SIDES]
     rates = ", ".join(f"{part} {rate:g}" for part, rate in result["rates"].items())
-    table = (f"{result['clips']} clips in {result['micro_batches']} micro-batches; dropout: {rates}\n"
-             f"{tabulate(rows, headers=('masks', 'seconds a step', '% over none'), floatfmt=('', '.3f', '.2f'))}\n"
-             f"keyed / torch: {result['keyed_over_torch']:.3f} (mark: at most 1.01)")
+    table = (
+        f"{result['clips']} clips in {result['micro_batches']} micro-batches; dropout: {rates}\n"
+        f"{tabulate(rows, headers=('masks', 'seconds a step', '% over none'), floatfmt=('', '.3f', '.2f'))}\n"
+        f"keyed / torch: {result['keyed_over_torch']:.3f} (mark: at most 1.01)"
+    )
     print(table)
     if options.json:
-        keep(options.json, {"machine": facts, "recipe": options.recipe, "overrides": options.overrides, "result": result}, table)
+        keep(
+            options.json,
+            {"machine": facts, "recipe": options.recipe, "overrides": options.overrides, "result": result},
+            table,
+        )
     return 0
 
 

@@ -1,8 +1,9 @@
-"""Everything that needs a CUDA GPU, in one run of a few minutes: `python -m benchmarks.gpu_check [--json FILE]`
+"""Everything that needs a CUDA GPU, in one run of a few minutes: `python -m benchmarks.gpu_check [--json
+FILE]`
 
-First the tests on the GPU (tests/*/test_gpu.py), by pytest; then the fused op's benchmark in bfloat16 and look-back attention
-through FlashAttention and through PyTorch. What is not installed is skipped by name. One JSON, one table; exit code 1 if a test
-failed.
+First the tests on the GPU (tests/*/test_gpu.py), by pytest; then the fused op's benchmark in bfloat16 and
+look-back attention through FlashAttention and through PyTorch. What is not installed is skipped by name. One
+JSON, one table; exit code 1 if a test failed.
 """
 
 from __future__ import annotations
@@ -33,8 +34,18 @@ def run_tests() -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         side_by_side = ["-n", "4", "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors", f"--junitxml={report}",
-                   *side_by_side, *map(str, sorted(ROOT.glob("tests/*/test_gpu.py")))]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "gpu",
+            "--continue-on-collection-errors",
+            f"--junitxml={report}",
+            *side_by_side,
+            *map(str, sorted(ROOT.glob("tests/*/test_gpu.py"))),
+        ]
         try:
             subprocess.run(command, cwd=ROOT, timeout=TEST_SECONDS, check=False)
         except subprocess.TimeoutExpired:
@@ -43,23 +54,41 @@ def run_tests() -> list[dict]:
         for case in xml.parse(report).iter("testcase"):
             told = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
             outcome = "passed" if told is None else "skipped" if told.tag == "skipped" else "failed"
-            rows.append({"check": f"{case.get('classname', '')}.{case.get('name')}", "outcome": outcome,
-                         "seconds": float(case.get("time", 0)), "why": "" if told is None else (told.get("message") or "")[:300]})
+            rows.append(
+                {
+                    "check": f"{case.get('classname', '')}.{case.get('name')}",
+                    "outcome": outcome,
+                    "seconds": float(case.get("time", 0)),
+                    "why": "" if told is None else (told.get("message") or "")[:300],
+                }
+            )
         return rows
 
 
 def linear_ctc() -> tuple[list[dict], dict | None]:
     if importlib.util.find_spec("triton") is None:
-        return [{"check": "benchmark linear_ctc", "outcome": "skipped", "why": "triton is not installed"}], None
+        return [
+            {"check": "benchmark linear_ctc", "outcome": "skipped", "why": "triton is not installed"}
+        ], None
     from benchmarks.linear_ctc import run
 
     report = run("cuda", [torch.bfloat16], full=True, repeats=5, memory=True)
     rows = []
     for row in report["rows"]:
         reached = row.get("mark") is None or row["ratio"] <= row["mark"]
-        mark = "" if row.get("mark") is None else f", mark {row['mark']:.2f} {'reached' if reached else 'MISSED'}"
-        rows.append({"check": f"{row['what']} {row['B,T,D,V']} {row['posteriors']}", "outcome": "measured",
-                     "seconds": row["seconds"], "why": f"ratio {row['ratio']:.3f}{mark}"})
+        mark = (
+            ""
+            if row.get("mark") is None
+            else f", mark {row['mark']:.2f} {'reached' if reached else 'MISSED'}"
+        )
+        rows.append(
+            {
+                "check": f"{row['what']} {row['B,T,D,V']} {row['posteriors']}",
+                "outcome": "measured",
+                "seconds": row["seconds"],
+                "why": f"ratio {row['ratio']:.3f}{mark}",
+            }
+        )
     return rows, report
 
 
@@ -67,13 +96,21 @@ def lookback() -> list[dict]:
     """Forward and backward of 60 kept frames over 750, 32 heads of 128, 8 utterances, bfloat16."""
     from model.ops import lookback as module
 
-    query, key, value = (torch.randn(8, length, 32, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-                         for length in (60, 750, 750))
+    query, key, value = (
+        torch.randn(8, length, 32, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for length in (60, 750, 750)
+    )
     kept, frames = torch.full((8,), 60, device="cuda"), torch.full((8,), 750, device="cuda")
     rows, flash = [], module.flash_attn_varlen_func
     for name, function in (("FlashAttention", flash), ("PyTorch", None)):
         if name == "FlashAttention" and flash is None:
-            rows.append({"check": f"look-back through {name}", "outcome": "skipped", "why": "flash-attn is not installed"})
+            rows.append(
+                {
+                    "check": f"look-back through {name}",
+                    "outcome": "skipped",
+                    "why": "flash-attn is not installed",
+                }
+            )
             continue
         module.flash_attn_varlen_func = function
         try:
@@ -86,18 +123,29 @@ def lookback() -> list[dict]:
         finally:
             module.flash_attn_varlen_func = flash
         seconds = (time.perf_counter() - start) / 10
-        rows.append({"check": f"look-back through {name}", "outcome": "measured", "seconds": seconds, "why": ""})
+        rows.append(
+            {"check": f"look-back through {name}", "outcome": "measured", "seconds": seconds, "why": ""}
+        )
     return rows
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/gpu_check.json"),
-                        help="where the report goes, its table beside it (.txt)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path("benchmarks/gpu_check.json"),
+        help="where the report goes, its table beside it (.txt)",
+    )
     parser.add_argument("--tests-only", action="store_true")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        print("gpu-check needs a CUDA GPU and a CUDA build of torch; this machine's torch sees none", file=sys.stderr)
+        print(
+            "gpu-check needs a CUDA GPU and a CUDA build of torch; this machine's torch sees none",
+            file=sys.stderr,
+        )
         return 2
     told = machine("cuda") | {name: importlib.util.find_spec(name) is not None for name in WANTED}
     rows, details = run_tests(), None

@@ -1,17 +1,19 @@
-"""The fused op against the ordinary path, both sides in one run: `python -m benchmarks.linear_ctc [--full] [--json FILE]`
+"""The fused op against the ordinary path, both sides in one run: `python -m benchmarks.linear_ctc [--full]
+[--json FILE]`
 
     ordinary   F.linear in the given dtype, .float(), log_softmax, F.ctc_loss, backward
-    chunked    what one could put together from PyTorch today: the same in chunks of 64 frames, computed again in backward
-               (the op's own reference implementation)
+    chunked    what one could put together from PyTorch today: the same in chunks of 64 frames, computed again
+               in backward (the op's own reference implementation)
     op         model.ops.linear_ctc, with its default skipping, and exact (skip_below=0)
     product    hidden @ weight.T alone, the floor of every path that makes the logits
 
-Liger-Kernel's and cut-cross-entropy's kernels fuse the projection with a cross-entropy, not with CTC, and need a GPU.
+Liger-Kernel's and cut-cross-entropy's kernels fuse the projection with a cross-entropy, not with CTC, and
+need a GPU.
 
-Posteriors: "random", as at the start of training; "peaked", from a trained stage I folder and its shards (--checkpoint DIR
---shards DIR), and made up: each frame points at the blank or at a label, 30 logits above the rest (labelled "synthetic").
-Sides take turns, and the fastest of --repeats counts. Memory is the growth of the process's peak (on CUDA, of the allocator's)
-beyond what is there before the step, less the gradients.
+Posteriors: "random", as at the start of training; "peaked", from a trained stage I folder and its shards
+(--checkpoint DIR --shards DIR), and made up: each frame points at the blank or at a label, 30 logits above
+the rest (labelled "synthetic"). Sides take turns, and the fastest of --repeats counts. Memory is the growth
+of the process's peak (on CUDA, of the allocator's) beyond what is there before the step, less the gradients.
 """
 
 from __future__ import annotations
@@ -45,8 +47,10 @@ SHAPES = [(8, 15, 576, 49_153), (1, 30, 2048, 128_257), (1, 30, 4096, 128_257)]
 MEMORY_SHAPE = (8, 30, 576, 128_257)
 # "ratio to": the mark's other side. Values: float32 on the CPU, bfloat16 on the CPU, bfloat16 on CUDA.
 MARKS = {
-    ("peaked", "trained"): (0.40, 0.25, 0.40), ("peaked", "frozen"): (0.50, 0.27, 0.50),
-    ("random", "trained, exact"): (1.15, 0.80, 1.10), ("any", "forward / product"): (0.90, 0.95, 1.20),
+    ("peaked", "trained"): (0.40, 0.25, 0.40),
+    ("peaked", "frozen"): (0.50, 0.27, 0.50),
+    ("random", "trained, exact"): (1.15, 0.80, 1.10),
+    ("any", "forward / product"): (0.90, 0.95, 1.20),
     ("any", "memory"): (0.03, 0.03, 0.03),
 }
 
@@ -81,48 +85,86 @@ def made_up(shape: tuple[int, int, int, int], posteriors: str, dtype: torch.dtyp
         said[:, torch.arange(labels) * frames // labels] = targets
         hidden = 30 * weight[said] + 0.3 * hidden
     lengths = torch.full((utterances,), frames), torch.full((utterances,), labels)
-    return Work(hidden.to(device, dtype), weight.to(device, dtype), None, lengths[0].to(device), targets.to(device),
-                lengths[1].to(device), vocabulary - 1, posteriors if posteriors == "random" else "peaked (synthetic)")
+    return Work(
+        hidden.to(device, dtype),
+        weight.to(device, dtype),
+        None,
+        lengths[0].to(device),
+        targets.to(device),
+        lengths[1].to(device),
+        vocabulary - 1,
+        posteriors if posteriors == "random" else "peaked (synthetic)",
+    )
 
 
 def from_checkpoint(folder: str, shards: str, seconds: float, dtype: torch.dtype, device: str) -> Work:
-    """Adapter frames of about so many seconds of a packed folder, and the CTC head, of a trained stage I folder."""
+    """Adapter frames of about so many seconds of a packed folder, and the CTC head, of a trained stage I
+    folder."""
     from model.folder import load
     from stream import EvalStream
 
     model = load(folder, device=device)
-    stream = EvalStream(shards, model.tokenizer, model.config, "alignment", batch_seconds=seconds, answers=True)
+    stream = EvalStream(
+        shards, model.tokenizer, model.config, "alignment", batch_seconds=seconds, answers=True
+    )
     batch = next(batch for batch, samples in stream if samples).to(device)
     with torch.no_grad():
         audio = model.listen(batch)
     head = model.ctc_head
     row = None if head.blank_row is None else head.blank_row.detach().to(dtype)
-    return Work(audio.hidden.to(dtype), head.weight.detach().to(dtype), row, audio.lengths, batch.ctc_targets,
-                batch.ctc_target_lengths, head.blank, f"peaked ({Path(folder).name})")
+    return Work(
+        audio.hidden.to(dtype),
+        head.weight.detach().to(dtype),
+        row,
+        audio.lengths,
+        batch.ctc_targets,
+        batch.ctc_target_lengths,
+        head.blank,
+        f"peaked ({Path(folder).name})",
+    )
 
 
 def ordinary(work: Work, leaves: tuple) -> Tensor:
     hidden, weight, row = leaves
     logits = functional.linear(hidden, weight)
-    if row is not None:  # behind the product: joined to a frozen weight, the row would make autograd compute its gradient, too
+    if (
+        row is not None
+    ):  # behind the product: joined to a frozen weight, the row would make autograd compute its gradient, too
         logits = torch.cat([logits, functional.linear(hidden, row[None])], -1)
     logprob = logits.float().log_softmax(-1)
-    return functional.ctc_loss(logprob.transpose(0, 1), work.targets, work.lengths, work.target_lengths, blank=work.blank,
-                               zero_infinity=True)
+    return functional.ctc_loss(
+        logprob.transpose(0, 1),
+        work.targets,
+        work.lengths,
+        work.target_lengths,
+        blank=work.blank,
+        zero_infinity=True,
+    )
 
 
 def fused(work: Work, leaves: tuple, skip_below: float | None = None, implementation: str = "auto") -> Tensor:
     hidden, weight, row = leaves
-    return linear_ctc(hidden, weight, work.lengths, work.targets, work.target_lengths, work.blank, extra_row=row,
-                      skip_below=skip_below, implementation=implementation)[0]
+    return linear_ctc(
+        hidden,
+        weight,
+        work.lengths,
+        work.targets,
+        work.target_lengths,
+        work.blank,
+        extra_row=row,
+        skip_below=skip_below,
+        implementation=implementation,
+    )[0]
 
 
 def stepper(work: Work, train_weight: bool, loss: Callable[[Work, tuple], Tensor]) -> Callable[[], int]:
     """A function that does forward and backward on fresh leaves and returns the gradients' bytes."""
+
     def step() -> int:
         leaves = work.leaves(train_weight)
         loss(work, leaves).backward()
         return sum(leaf.grad.nbytes for leaf in leaves if leaf is not None and leaf.grad is not None)
+
     return step
 
 
@@ -131,7 +173,9 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def seconds_of(sides: dict[str, Callable], repeats: int, device: str, told: str) -> dict[str, tuple[float, float]]:
+def seconds_of(
+    sides: dict[str, Callable], repeats: int, device: str, told: str
+) -> dict[str, tuple[float, float]]:
     """Each side's fastest wall-clock seconds, and its least processor seconds; the sides take turns."""
     best = {name: (math.inf, math.inf) for name in sides}
     for _ in tqdm(range(repeats), desc=told, leave=False):
@@ -153,7 +197,8 @@ def status(field: str) -> int:
 
 
 def extra_memory(step: Callable[[], int], device: str) -> int | None:
-    """Bytes that one step needs at its peak, beyond what was there and its gradients; None where that cannot be read."""
+    """Bytes that one step needs at its peak, beyond what was there and its gradients; None where that cannot
+    be read."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -183,8 +228,19 @@ def skipped_share(work: Work, skip_below: float | None = None) -> float:
     implementation = _choose("auto", work.hidden.device.type, work.hidden.dtype)
     threshold = math.log(skip_below or default_skip_below(work.hidden.dtype))
     with torch.no_grad():
-        _, _, lse, _, _, log_mass, _ = op_forward(work.hidden, work.weight, work.extra_row, work.lengths, work.targets,
-                                                  work.target_lengths, work.blank, 0.0, implementation, False, False)
+        _, _, lse, _, _, log_mass, _ = op_forward(
+            work.hidden,
+            work.weight,
+            work.extra_row,
+            work.lengths,
+            work.targets,
+            work.target_lengths,
+            work.blank,
+            0.0,
+            implementation,
+            False,
+            False,
+        )
     real = (torch.arange(lse.shape[1], device=lse.device)[None] < work.lengths[:, None]).flatten()
     return float((log_mass - lse.flatten()[:, None] < threshold)[real].float().mean())
 
@@ -193,8 +249,14 @@ def compare(work: Work, repeats: int, device: str, chunked: bool) -> tuple[dict,
     dtype = str(work.hidden.dtype).removeprefix("torch.")
     shape = [*work.hidden.shape, work.weight.shape[0] + (work.extra_row is not None)]
     told = f"{dtype} {work.posteriors} {shape}"
-    trained, frozen = ({"ordinary": stepper(work, train, ordinary), "op": stepper(work, train, fused),
-                        "op exact": stepper(work, train, lambda w, leaves: fused(w, leaves, 0.0))} for train in (True, False))
+    trained, frozen = (
+        {
+            "ordinary": stepper(work, train, ordinary),
+            "op": stepper(work, train, fused),
+            "op exact": stepper(work, train, lambda w, leaves: fused(w, leaves, 0.0)),
+        }
+        for train in (True, False)
+    )
     coarser = dtype == "float32" and work.posteriors != "random"  # at random nothing is skipped
     if coarser:
         for train, sides in ((True, trained), (False, frozen)):
@@ -206,31 +268,62 @@ def compare(work: Work, repeats: int, device: str, chunked: bool) -> tuple[dict,
         return functional.linear(work.hidden, work.weight)
 
     def sweep():
-        return linear_argmax(work.hidden, work.weight, work.lengths, blank=work.blank, extra_row=work.extra_row)
+        return linear_argmax(
+            work.hidden, work.weight, work.lengths, blank=work.blank, extra_row=work.extra_row
+        )
 
     with torch.no_grad():
         sweep()  # compiles and warms up
         alone = seconds_of({"product": product, "forward": sweep}, repeats, device, told)
-    times = {"trained": seconds_of(trained, repeats, device, told), "frozen": seconds_of(frozen, repeats, device, told)}
+    times = {
+        "trained": seconds_of(trained, repeats, device, told),
+        "frozen": seconds_of(frozen, repeats, device, told),
+    }
     flops = 2 * work.hidden.shape[0] * work.hidden.shape[1] * work.hidden.shape[2] * shape[-1]
-    result = {"dtype": dtype, "shape": shape, "posteriors": work.posteriors, "skipped_share": skipped_share(work),
-              "skipped_share_2^-12": skipped_share(work, 2.0**-12),
-              "seconds": times | {"alone": alone}, "product_gflops": flops / alone["product"][0] / 1e9}
+    result = {
+        "dtype": dtype,
+        "shape": shape,
+        "posteriors": work.posteriors,
+        "skipped_share": skipped_share(work),
+        "skipped_share_2^-12": skipped_share(work, 2.0**-12),
+        "seconds": times | {"alone": alone},
+        "product_gflops": flops / alone["product"][0] / 1e9,
+    }
 
     kind, rows = work.posteriors.split()[0], []
 
     def row(what: str, ours: tuple, theirs: tuple, key: tuple[str, str] | None) -> None:
         column = 2 if device == "cuda" else int(dtype != "float32")
         mark = MARKS[key][column] if key in MARKS else None
-        rows.append({"dtype": dtype, "B,T,D,V": "x".join(map(str, shape)), "posteriors": work.posteriors, "what": what,
-                     "seconds": ours[0], "other seconds": theirs[0], "ratio": ours[0] / theirs[0],
-                     "ratio of CPU time": ours[1] / theirs[1] if device == "cpu" and theirs[1] else None, "mark": mark})
+        rows.append(
+            {
+                "dtype": dtype,
+                "B,T,D,V": "x".join(map(str, shape)),
+                "posteriors": work.posteriors,
+                "what": what,
+                "seconds": ours[0],
+                "other seconds": theirs[0],
+                "ratio": ours[0] / theirs[0],
+                "ratio of CPU time": ours[1] / theirs[1] if device == "cpu" and theirs[1] else None,
+                "mark": mark,
+            }
+        )
 
     for name in ("trained", "frozen"):
         row(f"{name}: op / ordinary", times[name]["op"], times[name]["ordinary"], (kind, name))
-        row(f"{name}, exact: op / ordinary", times[name]["op exact"], times[name]["ordinary"], (kind, f"{name}, exact"))
+        row(
+            f"{name}, exact: op / ordinary",
+            times[name]["op exact"],
+            times[name]["ordinary"],
+            (kind, f"{name}, exact"),
+        )
         if coarser:
-            row(f"{name}, skip_below 2^-12: op / ordinary", times[name]["op 2^-12"], times[name]["ordinary"], None)
+            row(
+                f"{name}, skip_below 2^-12: op / ordinary",
+                times[name]["op 2^-12"],
+                times[name]["ordinary"],
+                None,
+            )
     if chunked:
         row("trained: op / chunked", times["trained"]["op"], times["trained"]["chunked"], None)
     row("forward alone: op / product", alone["forward"], alone["product"], ("any", "forward / product"))
@@ -251,17 +344,36 @@ def compare_memory(dtype: torch.dtype, device: str, shape: tuple) -> tuple[dict,
     slow = device == "cpu" and dtype != torch.float32 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     theirs = None if need > limit or slow else extra_memory(stepper(work, True, ordinary), device)
     counted = "measured"
-    if theirs is None:  # logits in float32, log-probabilities and their gradient are there at once: the least it can need
-        theirs, counted = 3 * frames * shape[3] * 4, "by arithmetic: 3 tensors of frames x vocabulary in float32"
+    if (
+        theirs is None
+    ):  # logits in float32, log-probabilities and their gradient are there at once: the least it can need
+        theirs, counted = (
+            3 * frames * shape[3] * 4,
+            "by arithmetic: 3 tensors of frames x vocabulary in float32",
+        )
     result |= {"op_bytes": ours, "ordinary_bytes": theirs, "ordinary_counted": counted}
-    row = {"dtype": result["dtype"], "B,T,D,V": "x".join(map(str, result["shape"])), "posteriors": "random",
-           "what": f"extra memory, GB: op / ordinary ({counted.split(':')[0]})", "seconds": ours / 1e9,
-           "other seconds": theirs / 1e9, "ratio": ours / theirs, "mark": MARKS["any", "memory"][0]}
+    row = {
+        "dtype": result["dtype"],
+        "B,T,D,V": "x".join(map(str, result["shape"])),
+        "posteriors": "random",
+        "what": f"extra memory, GB: op / ordinary ({counted.split(':')[0]})",
+        "seconds": ours / 1e9,
+        "other seconds": theirs / 1e9,
+        "ratio": ours / theirs,
+        "mark": MARKS["any", "memory"][0],
+    }
     return result, [row]
 
 
-def run(device: str, dtypes: list[torch.dtype], full: bool, repeats: int, memory: bool, checkpoint: str | None = None,
-        shards: str | None = None) -> dict:
+def run(
+    device: str,
+    dtypes: list[torch.dtype],
+    full: bool,
+    repeats: int,
+    memory: bool,
+    checkpoint: str | None = None,
+    shards: str | None = None,
+) -> dict:
     told = machine(device) | {"native_bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported()}
     results, rows = [], []
     shapes = SHAPES if full or device == "cuda" else SHAPES[:1]
@@ -286,30 +398,66 @@ def run(device: str, dtypes: list[torch.dtype], full: bool, repeats: int, memory
 
 
 def table(report: dict) -> str:
-    names = ["dtype", "B,T,D,V", "posteriors", "what", "seconds", "other seconds", "ratio", "ratio of CPU time", "mark"]
-    skipped = [f"skipped {r['dtype']} {r['posteriors']} {r['shape']}: {r['skipped_share']:.4f} of the (frame, tile) pairs "
-               f"(below 2^-12: {r['skipped_share_2^-12']:.4f})"
-               for r in report["results"] if "skipped_share" in r]
+    names = [
+        "dtype",
+        "B,T,D,V",
+        "posteriors",
+        "what",
+        "seconds",
+        "other seconds",
+        "ratio",
+        "ratio of CPU time",
+        "mark",
+    ]
+    skipped = [
+        f"skipped {r['dtype']} {r['posteriors']} {r['shape']}: {r['skipped_share']:.4f} of the (frame, tile) "
+        f"pairs "
+        f"(below 2^-12: {r['skipped_share_2^-12']:.4f})"
+        for r in report["results"]
+        if "skipped_share" in r
+    ]
     rows = [[row.get(name) for name in names] for row in report["rows"]]
     return "\n".join([tabulate(rows, names, floatfmt=".3f"), *skipped])
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="also D = 2,048 and 4,096 with a vocabulary of 128,257 (minutes)")
-    parser.add_argument("--no-memory", action="store_true", help="leave out the memory comparison (a step of 8 x 30 s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="also D = 2,048 and 4,096 with a vocabulary of 128,257 (minutes)"
+    )
+    parser.add_argument(
+        "--no-memory", action="store_true", help="leave out the memory comparison (a step of 8 x 30 s)"
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="only this one")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--checkpoint", help="stage I model folder to take peaked posteriors from; needs --shards")
+    parser.add_argument(
+        "--checkpoint", help="stage I model folder to take peaked posteriors from; needs --shards"
+    )
     parser.add_argument("--shards", help="packed folder for --checkpoint")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/linear_ctc.json"),
-                        help="where the report goes, its table beside it (.txt)")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path("benchmarks/linear_ctc.json"),
+        help="where the report goes, its table beside it (.txt)",
+    )
     options = parser.parse_args()
     if bool(options.checkpoint) != bool(options.shards):
-        sys.exit("--checkpoint and --shards go together: a stage I model folder and a packed folder to run it on")
+        sys.exit(
+            "--checkpoint and --shards go together: a stage I model folder and a packed folder to run it on"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes = [getattr(torch, options.dtype)] if options.dtype else [torch.float32, torch.bfloat16]
-    report = run(device, dtypes, options.full, options.repeats, not options.no_memory, options.checkpoint, options.shards)
+    report = run(
+        device,
+        dtypes,
+        options.full,
+        options.repeats,
+        not options.no_memory,
+        options.checkpoint,
+        options.shards,
+    )
     told = table(report)
     print(told)
     keep(options.json, report, told)

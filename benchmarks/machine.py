@@ -10,7 +10,17 @@ from pathlib import Path
 
 from core.files import code_version
 
-PACKAGES = ("torch", "torchaudio", "deepspeed", "transformers", "webdataset", "soundfile", "soxr", "lhotse", "datasets")
+PACKAGES = (
+    "torch",
+    "torchaudio",
+    "deepspeed",
+    "transformers",
+    "webdataset",
+    "soundfile",
+    "soxr",
+    "lhotse",
+    "datasets",
+)
 
 
 def cpu_name() -> str:
@@ -31,16 +41,29 @@ def machine(device: str = "cpu") -> dict:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
-    return {"commit": code_version(), "cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "capability": torch.backends.cpu.get_cpu_capability(), "load_before": os.getloadavg()[0],
-            "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None, "python": platform.python_version(),
-            "versions": found}
+    return {
+        "commit": code_version(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "load_before": os.getloadavg()[0],
+        "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None,
+        "python": platform.python_version(),
+        "versions": found,
+    }
 
 
 def line(facts: dict) -> str:
-    where = facts["gpu"] or f"{facts['cpu']}, {facts['cores']} cores, {facts['capability']}, {facts['threads']} threads"
-    return (f"{where}; load before {facts['load_before']:.1f}; torch {facts['versions']['torch']}, Python {facts['python']}; "
-            f"commit {facts['commit']}")
+    where = (
+        facts["gpu"]
+        or f"{facts['cpu']}, {facts['cores']} cores, {facts['capability']}, {facts['threads']} threads"
+    )
+    return (
+        f"{where}; load before {facts['load_before']:.1f}; torch {facts['versions']['torch']}, Python "
+        f"{facts['python']}; "
+        f"commit {facts['commit']}"
+    )
 
 
 def keep(path: Path, report: dict, table: str) -> None:

@@ -1,9 +1,11 @@
-"""Packing, side by side: `python -m benchmarks.pack [--manifest M.jsonl] [--hours 8] [--workers 2] [--json FILE]`
+"""Packing, side by side: `python -m benchmarks.pack [--manifest M.jsonl] [--hours 8] [--workers 2] [--json
+FILE]`
 
-The same clips (16 kHz mono WAV), the same codec (FLAC, libsndfile's default level) and worker count, one run, each way in a
-process of its own, start-up included, files in the page cache:
+The same clips (16 kHz mono WAV), the same codec (FLAC, libsndfile's default level) and worker count, one run,
+each way in a process of its own, start-up included, files in the page cache:
 
-    codec bound   the clips read and encoded by soundfile in as many processes, nothing written: what no packer can beat
+    codec bound   the clips read and encoded by soundfile in as many processes, nothing written: what no
+                  packer can beat
     this project  data_tools/pack.py (plan, checksums, index)
     lhotse        CutSet.to_shar from a ready cut manifest
     webdataset    webdataset.ShardWriter with soundfile, each process its slice of the list
@@ -12,9 +14,9 @@ process of its own, start-up included, files in the page cache:
 
 Marks: FLAC at least 0.9 of the codec bound and 1.5 times lhotse; copy at least 0.7 of tar.
 
-`--lines 300000` measures planning instead, on one core, without audio: a manifest of so many lines is read, filtered, shuffled
-and cut into shards, with no filter and with those that need no audio (seconds, rate, language), beside json.loads and json.dumps
-of each line.
+`--lines 300000` measures planning instead, on one core, without audio: a manifest of so many lines is read,
+filtered, shuffled and cut into shards, with no filter and with those that need no audio (seconds, rate,
+language), beside json.loads and json.dumps of each line.
 Mark: at most 40 microseconds of processor time a line, and no more memory for ten times the lines.
 """
 
@@ -47,28 +49,42 @@ PLANNING_MARK = 40  # microseconds of processor time a line
 
 
 def synthetic_clip(number: int) -> np.ndarray:
-    """3 to 16 s of noise through formant-like resonances with pauses: compresses about as speech does. [samples] int16."""
+    """3 to 16 s of noise through formant-like resonances with pauses: compresses about as speech does.
+    [samples] int16."""
     rng = np.random.default_rng(number)
     samples = round(rng.uniform(3, 16) * RATE)
     spectrum = np.fft.rfft(rng.standard_normal(samples))
     hertz = np.fft.rfftfreq(samples, 1 / RATE)
-    shape = sum(np.exp(-(((hertz - centre) / 250) ** 2)) * gain for centre, gain in ((300, 1.0), (1200, 0.4), (2600, 0.15)))
+    shape = sum(
+        np.exp(-(((hertz - centre) / 250) ** 2)) * gain
+        for centre, gain in ((300, 1.0), (1200, 0.4), (2600, 0.15))
+    )
     wave = np.fft.irfft(spectrum * (shape + 0.002), samples)
-    syllables = np.clip(np.sin(2 * np.pi * 2.2 * np.arange(samples) / RATE + rng.uniform(0, 6)) + 0.4, 0.02, 1)
+    syllables = np.clip(
+        np.sin(2 * np.pi * 2.2 * np.arange(samples) / RATE + rng.uniform(0, 6)) + 0.4, 0.02, 1
+    )
     wave *= syllables
     return (wave / np.abs(wave).max() * 12000).astype(np.int16)
 
 
 def prepare(folder: Path, manifest: Path | None, hours: float) -> tuple[Path, Path, float]:
-    """16 kHz WAV files of about `hours` (a real manifest is repeated under new names as often as it takes), their manifest
-    and lhotse cut manifest; made once. Returns (manifest, cuts, hours).
+    """16 kHz WAV files of about `hours` (a real manifest is repeated under new names as often as it takes),
+    their manifest and lhotse cut manifest; made once. Returns (manifest, cuts, hours).
 
-    Errors: SystemExit for a folder that was made from another manifest or number of hours: the report would name the wrong one.
+    Errors: SystemExit for a folder that was made from another manifest or number of hours: the report would
+    name the wrong one.
     """
-    clips, told, cuts, source = (folder / name for name in ("clips", "manifest.jsonl", "cuts.jsonl", "source.json"))
-    wanted = {"manifest": hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest else None, "hours": hours}
+    clips, told, cuts, source = (
+        folder / name for name in ("clips", "manifest.jsonl", "cuts.jsonl", "source.json")
+    )
+    wanted = {
+        "manifest": hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest else None,
+        "hours": hours,
+    }
     if told.exists() and (not source.exists() or json.loads(source.read_text()) != wanted):
-        raise SystemExit(f"{folder} was made with another --manifest or --hours: remove it, or give another --folder")
+        raise SystemExit(
+            f"{folder} was made with another --manifest or --hours: remove it, or give another --folder"
+        )
     if not told.exists():
         shutil.rmtree(clips, ignore_errors=True)  # of a run that did not end, with other options perhaps
         clips.mkdir(parents=True)
@@ -84,7 +100,9 @@ def prepare(folder: Path, manifest: Path | None, hours: float) -> tuple[Path, Pa
                 row = sources[len(rows) % len(sources)]
                 samples, text = decode(manifest.parent / row["audio"], dtype="int16").samples, row["text"]
             soundfile.write(path, samples, RATE, subtype="PCM_16")
-            rows.append({"id": name, "audio": str(path), "text": text, "lang": "en", "duration": len(samples) / RATE})
+            rows.append(
+                {"id": name, "audio": str(path), "text": text, "lang": "en", "duration": len(samples) / RATE}
+            )
             seconds += len(samples) / RATE
         cuts.write_text("".join(json.dumps(cut_of(row)) + "\n" for row in rows))
         source.write_text(json.dumps(wanted) + "\n")
@@ -94,8 +112,16 @@ def prepare(folder: Path, manifest: Path | None, hours: float) -> tuple[Path, Pa
 
 
 def cut_of(row: dict) -> dict:
-    recording = {"id": row["id"], "sources": [{"type": "file", "channels": [0], "source": row["audio"]}], "sampling_rate": RATE}
-    recording |= {"num_samples": round(row["duration"] * RATE), "duration": row["duration"], "channel_ids": [0]}
+    recording = {
+        "id": row["id"],
+        "sources": [{"type": "file", "channels": [0], "source": row["audio"]}],
+        "sampling_rate": RATE,
+    }
+    recording |= {
+        "num_samples": round(row["duration"] * RATE),
+        "duration": row["duration"],
+        "channel_ids": [0],
+    }
     supervision = {
         "id": row["id"],
         "recording_id": row["id"],
@@ -104,7 +130,13 @@ def cut_of(row: dict) -> dict:
         "channel": 0,
         "text": row["text"],
     }
-    cut = {"id": row["id"], "start": 0.0, "duration": row["duration"], "channel": 0, "supervisions": [supervision]}
+    cut = {
+        "id": row["id"],
+        "start": 0.0,
+        "duration": row["duration"],
+        "channel": 0,
+        "supervisions": [supervision],
+    }
     return {**cut, "recording": recording, "type": "MonoCut"}
 
 
@@ -132,7 +164,9 @@ def slices(manifest: Path, size: int) -> list[list[dict]]:
 def lhotse(manifest: Path, cuts: Path, out: Path, workers: int) -> None:
     from lhotse import CutSet
 
-    CutSet.from_jsonl_lazy(cuts).to_shar(out, fields={"recording": "flac"}, shard_size=CLIPS_A_SHARD, num_jobs=workers)
+    CutSet.from_jsonl_lazy(cuts).to_shar(
+        out, fields={"recording": "flac"}, shard_size=CLIPS_A_SHARD, num_jobs=workers
+    )
 
 
 def _write_webdataset(task: tuple[int, list[dict], Path]) -> None:
@@ -147,14 +181,21 @@ def _write_webdataset(task: tuple[int, list[dict], Path]) -> None:
 def webdataset_writer(manifest: Path, cuts: Path, out: Path, workers: int) -> None:
     rows = [row for part in slices(manifest, CLIPS_A_SHARD) for row in part]
     with Pool(workers) as pool:
-        pool.map(_write_webdataset, [(number, rows[number::workers], out) for number in range(workers)], chunksize=1)
+        pool.map(
+            _write_webdataset,
+            [(number, rows[number::workers], out) for number in range(workers)],
+            chunksize=1,
+        )
 
 
 def _write_tar(task: tuple[int, list[dict], Path]) -> None:
     number, rows, out = task
     with tarfile.open(out / f"shard_{number:09d}.tar", "w") as tar:
         for row in rows:
-            for name, data in ((f"{row['id']}.txt", row["text"].encode()), (f"{row['id']}.flac", flac(row["audio"]))):
+            for name, data in (
+                (f"{row['id']}.txt", row["text"].encode()),
+                (f"{row['id']}.flac", flac(row["audio"])),
+            ):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -162,20 +203,45 @@ def _write_tar(task: tuple[int, list[dict], Path]) -> None:
 
 def pool_per_file(manifest: Path, cuts: Path, out: Path, workers: int) -> None:
     with Pool(workers) as pool:
-        for result in [pool.apply_async(_write_tar, ((n, rows, out),)) for n, rows in enumerate(slices(manifest, CLIPS_A_SHARD))]:
+        for result in [
+            pool.apply_async(_write_tar, ((n, rows, out),))
+            for n, rows in enumerate(slices(manifest, CLIPS_A_SHARD))
+        ]:
             result.get()
 
 
-IN_PROCESS = {"codec bound": codec_bound, "lhotse": lhotse, "webdataset": webdataset_writer, "pool": pool_per_file}
+IN_PROCESS = {
+    "codec bound": codec_bound,
+    "lhotse": lhotse,
+    "webdataset": webdataset_writer,
+    "pool": pool_per_file,
+}
 
 
 def command(way: str, manifest: Path, cuts: Path, out: Path, workers: int) -> list[str]:
     if way in IN_PROCESS:
-        return [sys.executable, "-m", "benchmarks.pack", "--way", way, str(manifest), str(cuts), str(out), str(workers)]
+        return [
+            sys.executable,
+            "-m",
+            "benchmarks.pack",
+            "--way",
+            way,
+            str(manifest),
+            str(cuts),
+            str(out),
+            str(workers),
+        ]
     if way == "tar":
         return ["tar", "cf", str(out / "all.tar"), "-C", str(manifest.parent), "clips"]
     codec = {"this project": "flac", "copy": "copy"}[way]
-    pack = [sys.executable, str(ROOT / "data_tools" / "pack.py"), "--manifest", str(manifest), "--out", str(out)]
+    pack = [
+        sys.executable,
+        str(ROOT / "data_tools" / "pack.py"),
+        "--manifest",
+        str(manifest),
+        "--out",
+        str(out),
+    ]
     return [*pack, "--workers", str(workers), "--codec", codec]
 
 
@@ -186,13 +252,17 @@ def measure(way: str, manifest: Path, cuts: Path, out: Path, workers: int) -> fl
     os.sync()
     started = time.perf_counter()
     subprocess.run(
-        command(way, manifest, cuts, out, workers), check=True, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        command(way, manifest, cuts, out, workers),
+        check=True,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
     os.sync()
     return time.perf_counter() - started
 
 
-# --- planning --------------------------------------------------------------------------------------------------------------
+# --- planning -----------------------------------------------------------------------------------------------
 
 PLANNING = ("json.loads and json.dumps", "plan", "plan with filters")
 
@@ -201,9 +271,18 @@ def lines_of(path: Path, count: int) -> Path:
     """A manifest of `count` lines, as corpora have them."""
     with open(path, "w", encoding="utf-8") as file:
         for number in range(count):
-            row = {"id": f"utterance-{number:09d}", "audio": f"clips/{number % 1000:03d}/{number:09d}.flac", "lang": "en"}
-            row |= {"text": f"these are the words of utterance {number}, which are as many as in a sentence that is read aloud"}
-            file.write(json.dumps({**row, "speaker": f"s{number % 997}", "duration": 3.0 + number % 1300 / 100}) + "\n")
+            row = {
+                "id": f"utterance-{number:09d}",
+                "audio": f"clips/{number % 1000:03d}/{number:09d}.flac",
+                "lang": "en",
+            }
+            row |= {
+                "text": f"these are the words of utterance {number}, which are as many as in a sentence that is read aloud"  # noqa: E501
+            }
+            file.write(
+                json.dumps({**row, "speaker": f"s{number % 997}", "duration": 3.0 + number % 1300 / 100})
+                + "\n"
+            )
     return path
 
 
@@ -222,11 +301,15 @@ def plan_once_here(way: str, manifest: Path, out: Path) -> dict:
                 copy.write(json.dumps(json.loads(line), ensure_ascii=False) + "\n")
     else:
         make_plan(out, [Corpus(f"manifest:{manifest}")], Sieve(filters), Layout(), {})
-    return {"seconds": time.process_time() - started, "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {
+        "seconds": time.process_time() - started,
+        "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
 
 
 def measure_planning(options: argparse.Namespace) -> int:
-    """Print microseconds a line and peak memory, for all lines and a tenth of them; exit code 1 where a mark is missed."""
+    """Print microseconds a line and peak memory, for all lines and a tenth of them; exit code 1 where a mark
+    is missed."""
     folder = options.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     counts = (options.lines // 10, options.lines)
@@ -250,13 +333,21 @@ def measure_planning(options: argparse.Namespace) -> int:
     for way in PLANNING:
         micro = min(run["seconds"] for run in found[way][options.lines]) / options.lines * 1e6
         large, small = (min(run["megabytes"] for run in found[way][count]) for count in reversed(counts))
-        numbers[way] = {"microseconds": round(micro, 2), "megabytes": round(large, 1), "megabytes_tenth": round(small, 1)}
+        numbers[way] = {
+            "microseconds": round(micro, 2),
+            "megabytes": round(large, 1),
+            "megabytes_tenth": round(small, 1),
+        }
         lines.append(f"{way:<28}{micro:>11.1f}{large:>8.0f}{small:>15.0f}")
         missed |= way != PLANNING[0] and micro > PLANNING_MARK
     lines += ["", f"mark: {PLANNING_MARK} microseconds a line, {'missed' if missed else 'reached'}"]
     print("\n".join(lines))
     if options.json:
-        keep(options.json, {"machine": machine(), "lines": options.lines, "planning": numbers}, "\n".join(lines))
+        keep(
+            options.json,
+            {"machine": machine(), "lines": options.lines, "planning": numbers},
+            "\n".join(lines),
+        )
     return int(missed)
 
 
@@ -274,10 +365,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--manifest", type=Path, help="real speech (id, audio, text); default: made up")
     parser.add_argument("--hours", type=float, default=8.0)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each way, taken in turn; the median counts")
-    parser.add_argument("--folder", type=Path, default=ROOT / ".cache" / "benchmark-pack", help="for clips and output (large)")
+    parser.add_argument(
+        "--repeat", type=int, default=3, help="runs of each way, taken in turn; the median counts"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / ".cache" / "benchmark-pack", help="for clips and output (large)"
+    )
     parser.add_argument("--json", type=Path, help="where to write the numbers, the table beside them (.txt)")
-    parser.add_argument("--lines", type=int, help="measure planning on this many manifest lines instead (300000)")
+    parser.add_argument(
+        "--lines", type=int, help="measure planning on this many manifest lines instead (300000)"
+    )
     options = parser.parse_args(argv)
     if options.lines:
         return measure_planning(options)
@@ -290,15 +387,22 @@ def main(argv: list[str] | None = None) -> int:
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(options.repeat):
         for way in ways:
-            seconds[way].append(measure(way, manifest, cuts, options.folder.absolute() / "out", options.workers))
+            seconds[way].append(
+                measure(way, manifest, cuts, options.folder.absolute() / "out", options.workers)
+            )
     shutil.rmtree(options.folder / "out", ignore_errors=True)
     median = {way: statistics.median(values) for way, values in seconds.items()}
     kind = "real speech" if options.manifest else "made-up sound"
-    lines = [f"{hours:.2f} h of {kind}, {options.workers} workers, median of {options.repeat}", "",
-             f"{'way':<14}{'seconds':>9}{'audio-hours/h':>16}{'of this project':>17}"]
+    lines = [
+        f"{hours:.2f} h of {kind}, {options.workers} workers, median of {options.repeat}",
+        "",
+        f"{'way':<14}{'seconds':>9}{'audio-hours/h':>16}{'of this project':>17}",
+    ]
     for way in ways:
         ours = median["copy" if way in ("copy", "tar") else "this project"]
-        lines.append(f"{way:<14}{median[way]:>9.2f}{hours * 3600 / median[way]:>16.0f}{ours / median[way]:>17.2f}")
+        lines.append(
+            f"{way:<14}{median[way]:>9.2f}{hours * 3600 / median[way]:>16.0f}{ours / median[way]:>17.2f}"
+        )
     marks = {
         "flac / codec bound": (median["codec bound"] / median["this project"], 0.9),
         "copy / tar": (median["tar"] / median["copy"], 0.7),
@@ -310,8 +414,16 @@ def main(argv: list[str] | None = None) -> int:
         lines.append(f"{name:<20}{value:>6.2f}   mark {mark}   {'reached' if value >= mark else 'missed'}")
     print("\n".join(lines))
     if options.json:
-        told = {"machine": facts, "hours": hours, "corpus": kind, "workers": options.workers, "seconds": seconds}
-        told["marks"] = {name: {"value": round(value, 3), "mark": mark} for name, (value, mark) in marks.items()}
+        told = {
+            "machine": facts,
+            "hours": hours,
+            "corpus": kind,
+            "workers": options.workers,
+            "seconds": seconds,
+        }
+        told["marks"] = {
+            name: {"value": round(value, 3), "mark": mark} for name, (value, mark) in marks.items()
+        }
         keep(options.json, told, "\n".join(lines))
     return 0
 

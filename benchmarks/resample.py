@@ -1,12 +1,14 @@
 """Resampling, side by side: `python -m benchmarks.resample [--json FILE]`
 
-soxr (HQ, what core/audio.py uses) against torchaudio's Resample at its defaults, from several rates to 16 kHz, in one run:
+soxr (HQ, what core/audio.py uses) against torchaudio's Resample at its defaults, from several rates to 16
+kHz, in one run:
 
     passband   largest change of level of tones up to 7 kHz (3.5 kHz from 8 kHz), dB
     SNR        smallest, of those tones against a fitted tone: whatever is not the tone is error, dB
-    rejected   least attenuation of what does not belong into the result: tones from 9 kHz on that must vanish, and mirror
-               images above the source's band; dB
-    ms         processor time for 10 s of noise on one thread, best of `--repeat` runs in turn; torchaudio's filter is kept
+    rejected   least attenuation of what does not belong into the result: tones from 9 kHz on that must
+               vanish, and mirror images above the source's band; dB
+    ms         processor time for 10 s of noise on one thread, best of `--repeat` runs in turn; torchaudio's
+               filter is kept
 
 torchaudio's filter for a rate that shares hardly a divisor with 16 kHz takes gigabytes: it is left out there.
 """
@@ -83,7 +85,12 @@ def quality(resampler: Resampler, rate: int) -> dict[str, float]:
             left.append(decibels(image(resampler, rate, hertz) / 0.5))
     for hertz in np.linspace(9_000, min(rate / 2, 20_000), 40) if rate > 2 * 9_000 else ():
         edge = TARGET // 10
-        left.append(decibels(float(np.sqrt(2 * np.mean(resampler(tone(hertz, rate))[edge:-edge].astype(np.float64) ** 2))) / 0.5))
+        left.append(
+            decibels(
+                float(np.sqrt(2 * np.mean(resampler(tone(hertz, rate))[edge:-edge].astype(np.float64) ** 2)))
+                / 0.5
+            )
+        )
     return {"passband_db": max(levels), "snr_db": min(snrs), "rejected_db": -max(left) if left else math.nan}
 
 
@@ -122,7 +129,9 @@ def main(argv: list[str] | None = None) -> int:
         ]
     lines = [f"{'from':>7}  {'way':<12}{'passband dB':>12}{'SNR dB':>9}{'rejected dB':>13}{'ms / 10 s':>11}"]
     for row in rows:
-        numbers = f"{row['passband_db']:>12.4f}{row['snr_db']:>9.1f}{row['rejected_db']:>13.1f}{row['ms']:>11.2f}"
+        numbers = (
+            f"{row['passband_db']:>12.4f}{row['snr_db']:>9.1f}{row['rejected_db']:>13.1f}{row['ms']:>11.2f}"
+        )
         lines.append(f"{row['rate']:>7}  {row['way']:<12}{numbers}")
     print("\n".join(lines))
     if options.json:

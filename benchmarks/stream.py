@@ -1,17 +1,22 @@
-"""Shards to ready tensors, side by side: `python -m benchmarks.stream [--manifest M.jsonl] [--hours 1] [--json FILE]`
+"""Shards to ready tensors, side by side: `python -m benchmarks.stream [--manifest M.jsonl] [--hours 1]
+[--json FILE]`
 
-The same FLAC clips at 16 kHz, the same number of worker processes, one pass over everything, each way in a process of its own,
-files in the page cache, torch on one thread. "Ready" is a padded batch of 80-bin log-mel spectrograms in the main process.
+The same FLAC clips at 16 kHz, the same number of worker processes, one pass over everything, each way in a
+process of its own, files in the page cache, torch on one thread. "Ready" is a padded batch of 80-bin log-mel
+spectrograms in the main process.
 
-    this project     planned batches, decoded and tokenised in workers, log-mel at true length where the model would compute it
-    webdataset       plain webdataset + soundfile + transformers' WhisperFeatureExtractor, batches of 8; pads to 30 s, as it does
-                     by default, and once more with padding="longest"
-    lhotse           Shar + DynamicBucketingSampler + on-the-fly features (Whisper's where librosa is there, else Fbank)
-    datasets         load_dataset("webdataset", streaming=True) + soundfile + WhisperFeatureExtractor, padding="longest"
+    this project     planned batches, decoded and tokenised in workers, log-mel at true length where the model
+                     would compute it
+    webdataset       plain webdataset + soundfile + transformers' WhisperFeatureExtractor, batches of 8; pads
+                     to 30 s, as it does by default, and once more with padding="longest"
+    lhotse           Shar + DynamicBucketingSampler + on-the-fly features (Whisper's where librosa is there,
+                     else Fbank)
+    datasets         load_dataset("webdataset", streaming=True) + soundfile + WhisperFeatureExtractor,
+                     padding="longest"
 
-"per core" divides by the processor seconds that all processes used, which other work on the machine disturbs little.
-Then the plan of `--utterances` in shards of 1,000: seconds, processor seconds and peak memory (new process each) to open the
-index and give the first batch, and to resume at steps 1, 1,000 and 100,000.
+"per core" divides by the processor seconds that all processes used, which other work on the machine disturbs
+little. Then the plan of `--utterances` in shards of 1,000: seconds, processor seconds and peak memory (new
+process each) to open the index and give the first batch, and to resume at steps 1, 1,000 and 100,000.
 
 Marks: at least 2 times the fastest other per core; plan at most 20 s and 1 GB; resume at most 2 s.
 """
@@ -51,11 +56,19 @@ class Tally:
     @staticmethod
     def processor() -> float:
         """Processor seconds of this process and of the workers that have ended."""
-        return sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+        return sum(
+            u.ru_utime + u.ru_stime
+            for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        )
 
     def result(self) -> dict:
-        return {"clips": self.clips, "audio_seconds": self.seconds, "wall": time.perf_counter() - self._began,
-                "cpu": self.processor() - self._used, "padding": 1 - self.frames / self.padded}
+        return {
+            "clips": self.clips,
+            "audio_seconds": self.seconds,
+            "wall": time.perf_counter() - self._began,
+            "cpu": self.processor() - self._used,
+            "padding": 1 - self.frames / self.padded,
+        }
 
     def add(self, lengths_seconds: list[float], padded_frames: int) -> None:
         self.clips += len(lengths_seconds)
@@ -74,14 +87,20 @@ def this_project(folder: Path, workers: int, llm: str) -> Tally:
     from recipe.config import Corpus, DataConfig
     from stream import Plan, Stream
 
-    data = DataConfig(train=[Corpus(shards=str(folder / "shards"))], batch_seconds=4 * BATCH_SECONDS,
-                      micro_batch_seconds=BATCH_SECONDS, workers=workers)
+    data = DataConfig(
+        train=[Corpus(shards=str(folder / "shards"))],
+        batch_seconds=4 * BATCH_SECONDS,
+        micro_batch_seconds=BATCH_SECONDS,
+        workers=workers,
+    )
     plan = Plan.open(data, "alignment", 10**6)
     steps = 1
     while plan.passes(steps)["shards/asr"] < 1:
         steps += 1
     config = SoundwaveConfig()
-    stream = Stream(data, "alignment", load_tokenizer(locate(llm), config.audio_token), config, 0, 1, 0, steps, plan=plan)
+    stream = Stream(
+        data, "alignment", load_tokenizer(locate(llm), config.audio_token), config, 0, 1, 0, steps, plan=plan
+    )
     log_mel(torch.zeros(1, RATE), torch.tensor([RATE]), 80)  # builds its filters
     tally = Tally()
     for step in stream:
@@ -107,7 +126,9 @@ class _Features:
 
     def __call__(self, samples: list[dict]) -> tuple:
         waves = [_decode(sample["flac"]) for sample in samples]
-        mel = self.extract(waves, sampling_rate=RATE, return_tensors="pt", padding=self.padding).input_features
+        mel = self.extract(
+            waves, sampling_rate=RATE, return_tensors="pt", padding=self.padding
+        ).input_features
         return mel, [len(wave) / RATE for wave in waves]
 
 
@@ -130,8 +151,14 @@ def webdataset_way(folder: Path, workers: int, llm: str, whole: bool) -> Tally:
     import webdataset as wds
 
     urls = [str(path) for path in sorted((folder / "shards").glob("*.tar"))]
-    pipeline = wds.DataPipeline(wds.SimpleShardList(urls), wds.split_by_worker, wds.tarfile_to_samples(), wds.shuffle(500),
-                                wds.batched(BATCH, collation_fn=None), wds.map(_Features(whole)))
+    pipeline = wds.DataPipeline(
+        wds.SimpleShardList(urls),
+        wds.split_by_worker,
+        wds.tarfile_to_samples(),
+        wds.shuffle(500),
+        wds.batched(BATCH, collation_fn=None),
+        wds.map(_Features(whole)),
+    )
     return _loop(pipeline, workers)
 
 
@@ -143,7 +170,9 @@ def datasets_way(folder: Path, workers: int, llm: str) -> Tally:
     source = {"path": "webdataset", "data_files": shards, "split": "train", "streaming": True}
     columns = datasets.load_dataset(**source).features
     # As bytes: its own Audio type wants torchcodec, also where nothing is decoded.
-    stream = datasets.load_dataset(**source, features=datasets.Features({**columns, "flac": datasets.Value("binary")}))
+    stream = datasets.load_dataset(
+        **source, features=datasets.Features({**columns, "flac": datasets.Value("binary")})
+    )
     stream = stream.shuffle(seed=0, buffer_size=500)
     features = _Features(whole=False)
 
@@ -151,8 +180,12 @@ def datasets_way(folder: Path, workers: int, llm: str) -> Tally:
         mel, seconds = features([{"flac": audio} for audio in columns["flac"]])
         return {"mel": [mel], "seconds": [seconds]}
 
-    made = stream.map(batch, batched=True, batch_size=BATCH, remove_columns=list(columns)).with_format("torch")
-    loader = DataLoader(made, batch_size=None, num_workers=min(workers, len(shards)), worker_init_fn=_one_thread)
+    made = stream.map(batch, batched=True, batch_size=BATCH, remove_columns=list(columns)).with_format(
+        "torch"
+    )
+    loader = DataLoader(
+        made, batch_size=None, num_workers=min(workers, len(shards)), worker_init_fn=_one_thread
+    )
     tally = Tally()
     for row in loader:
         tally.add([float(s) for s in row["seconds"]], row["mel"].shape[0] * row["mel"].shape[2])
@@ -181,9 +214,15 @@ def lhotse_way(folder: Path, workers: int, llm: str) -> Tally:
             return features, [cut.duration for cut in cuts]
 
     cuts = CutSet.from_shar(in_dir=folder / "shar", shuffle_shards=True, split_for_dataloading=workers > 1)
-    sampler = DynamicBucketingSampler(cuts, max_duration=BATCH_SECONDS, num_buckets=10, shuffle=True, rank=0, world_size=1)
-    loader = torch.utils.data.DataLoader(IterableDatasetWrapper(Ready(), sampler), batch_size=None, num_workers=workers,
-                                         worker_init_fn=make_worker_init_fn(seed=0) if workers else None)
+    sampler = DynamicBucketingSampler(
+        cuts, max_duration=BATCH_SECONDS, num_buckets=10, shuffle=True, rank=0, world_size=1
+    )
+    loader = torch.utils.data.DataLoader(
+        IterableDatasetWrapper(Ready(), sampler),
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=make_worker_init_fn(seed=0) if workers else None,
+    )
     tally = Tally()
     for features, seconds in loader:
         tally.add(seconds, features.shape[0] * features.shape[1])
@@ -195,14 +234,19 @@ def run(way: str, folder: Path, workers: int, llm: str) -> dict:
     import torch
 
     torch.set_num_threads(1)
-    ways = {"this project": this_project, "lhotse": lhotse_way, "datasets": datasets_way,
-            "webdataset 30 s": lambda *a: webdataset_way(*a, whole=True),
-            "webdataset longest": lambda *a: webdataset_way(*a, whole=False)}
+    ways = {
+        "this project": this_project,
+        "lhotse": lhotse_way,
+        "datasets": datasets_way,
+        "webdataset 30 s": lambda *a: webdataset_way(*a, whole=True),
+        "webdataset longest": lambda *a: webdataset_way(*a, whole=False),
+    }
     return ways[way](folder, workers, llm).result()
 
 
 def large_index(folder: Path, utterances: int) -> Path:
-    """A packed folder with an index of that many made-up utterances; its shards are sparse files without content."""
+    """A packed folder with an index of that many made-up utterances; its shards are sparse files without
+    content."""
     from data_tools.shards import SAMPLE_DTYPE, ShardSummary, write_index
 
     if (folder / "index.json").exists():
@@ -214,7 +258,11 @@ def large_index(folder: Path, utterances: int) -> Path:
         for shard in range(utterances // per_shard):
             random = np.random.default_rng(shard)
             rows = np.zeros(per_shard, SAMPLE_DTYPE)
-            rows["audio_size"], rows["characters"], rows["json_size"] = 1000, random.integers(10, 300, per_shard), 100
+            rows["audio_size"], rows["characters"], rows["json_size"] = (
+                1000,
+                random.integers(10, 300, per_shard),
+                100,
+            )
             rows["duration"] = np.clip(random.normal(12, 4, per_shard), 1, 30)
             rows["id_hash"] = random.integers(0, 2**63, per_shard)
             name = f"large-{shard:06d}.tar"
@@ -227,7 +275,8 @@ def large_index(folder: Path, utterances: int) -> Path:
 
 
 def plan_once(folder: Path, step: int) -> dict:
-    """Open the index and give the batch of `step`, dealt to 64 ranks; seconds and peak memory of this process."""
+    """Open the index and give the batch of `step`, dealt to 64 ranks; seconds and peak memory of this
+    process."""
     from recipe.config import Corpus, DataConfig
     from stream.assign import Budgets, assign
     from stream.plan import Plan
@@ -244,14 +293,31 @@ def plan_once(folder: Path, step: int) -> dict:
     batch = plan.global_batch(step + 1)
     assign(batch["seconds"], batch["positions"], 64, Budgets.of(data))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"open": opened - began, "batch": ready - opened, "next": time.perf_counter() - again, "total": ready - began,
-            "cpu": used, "peak_mb": peak / 1024, "imports_mb": before / 1024}
+    return {
+        "open": opened - began,
+        "batch": ready - opened,
+        "next": time.perf_counter() - again,
+        "total": ready - began,
+        "cpu": used,
+        "peak_mb": peak / 1024,
+        "imports_mb": before / 1024,
+    }
 
 
 def child(*arguments: object) -> dict:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-m", "benchmarks.stream", *map(str, arguments)], cwd=ROOT, env=environment,
-                          capture_output=True, text=True)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.stream", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         raise RuntimeError(f"{arguments}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -275,15 +341,29 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["--plan"]:
         print(json.dumps(plan_once(Path(argv[1]), int(argv[2]))))
         return 0
-    parser = argparse.ArgumentParser(prog="benchmarks.stream", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.stream", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--manifest", type=Path, help="real speech (id, audio, text); default: made up")
     parser.add_argument("--hours", type=float, default=1.0)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each way, taken in turn; the best counts")
-    parser.add_argument("--utterances", type=int, default=10_000_000, help="of the large plan; 0: leave it out")
-    parser.add_argument("--folder", type=Path, default=ROOT / ".cache" / "benchmark-stream", help="for clips and shards (large)")
-    parser.add_argument("--llm", default=".cache/quickstart/models/smollm2-135m", help="folder with the tokenizer (make fetch)")
+    parser.add_argument(
+        "--repeat", type=int, default=3, help="runs of each way, taken in turn; the best counts"
+    )
+    parser.add_argument(
+        "--utterances", type=int, default=10_000_000, help="of the large plan; 0: leave it out"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=ROOT / ".cache" / "benchmark-stream",
+        help="for clips and shards (large)",
+    )
+    parser.add_argument(
+        "--llm",
+        default=".cache/quickstart/models/smollm2-135m",
+        help="folder with the tokenizer (make fetch)",
+    )
     parser.add_argument("--json", type=Path, help="where to write the numbers, the table beside them (.txt)")
     options = parser.parse_args(argv)
     facts = machine()
@@ -301,8 +381,10 @@ def main(argv: list[str] | None = None) -> int:
     say = lines.append
     say(f"{'way':20}{'clips/s':>9}{'audio s/s':>11}{'audio s/core s':>16}{'padding':>9}")
     for way, found in best.items():
-        say(f"{way:20}{found['clips'] / found['wall']:9.1f}{found['audio_seconds'] / found['wall']:11.0f}"
-              f"{found['audio_seconds'] / found['cpu']:16.0f}{found['padding']:9.1%}")
+        say(
+            f"{way:20}{found['clips'] / found['wall']:9.1f}{found['audio_seconds'] / found['wall']:11.0f}"
+            f"{found['audio_seconds'] / found['cpu']:16.0f}{found['padding']:9.1%}"
+        )
     per_core = {way: found["audio_seconds"] / found["cpu"] for way, found in best.items()}
     ratio = per_core["this project"] / max(value for way, value in per_core.items() if way != "this project")
     marks = {"fastest other, per core": {"value": ratio, "mark": 2.0, "reached": ratio >= 2}}
@@ -310,24 +392,44 @@ def main(argv: list[str] | None = None) -> int:
     if options.utterances:
         large = large_index(folder / f"large-{options.utterances}", options.utterances)
         child("--plan", large, 0)  # the index into the page cache
-        say(f"\nplan of {options.utterances:,} utterances\n{'step':>9}{'open s':>9}{'batch s':>9}{'next s':>9}{'CPU s':>9}"
-              f"{'peak MB':>9}")
+        say(
+            f"\nplan of {options.utterances:,} "
+            f"utterances\n{'step':>9}{'open s':>9}{'batch s':>9}{'next s':>9}{'CPU s':>9}"
+            f"{'peak MB':>9}"
+        )
         for step in (0, 1, 1000, 100_000):
             plans[step] = found = child("--plan", large, step)
-            say(f"{step:9,}{found['open']:9.2f}{found['batch']:9.3f}{found['next']:9.3f}{found['cpu']:9.2f}"
-                  f"{found['peak_mb']:9.0f}")
+            say(
+                f"{step:9,}{found['open']:9.2f}{found['batch']:9.3f}{found['next']:9.3f}{found['cpu']:9.2f}"
+                f"{found['peak_mb']:9.0f}"
+            )
         worst = max(found["total"] for found in plans.values())
         peak = max(found["peak_mb"] for found in plans.values()) / 1024
-        marks |= {"plan, seconds": {"value": plans[0]["total"], "mark": 20.0, "reached": plans[0]["total"] <= 20},
-                  "plan, GB": {"value": peak, "mark": 1.0, "reached": peak <= 1},
-                  "resume, seconds": {"value": worst, "mark": 2.0, "reached": worst <= 2}}
+        marks |= {
+            "plan, seconds": {"value": plans[0]["total"], "mark": 20.0, "reached": plans[0]["total"] <= 20},
+            "plan, GB": {"value": peak, "mark": 1.0, "reached": peak <= 1},
+            "resume, seconds": {"value": worst, "mark": 2.0, "reached": worst <= 2},
+        }
     say("")
     for name, mark in marks.items():
-        say(f"{name:26}{mark['value']:8.2f}   mark {mark['mark']:g}   {'reached' if mark['reached'] else 'missed'}")
+        say(
+            f"{name:26}{mark['value']:8.2f}   mark {mark['mark']:g}   "
+            f"{'reached' if mark['reached'] else 'missed'}"
+        )
     print("\n".join(lines))
     if options.json:
-        keep(options.json, {"machine": facts, "workers": options.workers, "hours": options.hours, "runs": runs, "plans": plans,
-                            "marks": marks}, "\n".join(lines))
+        keep(
+            options.json,
+            {
+                "machine": facts,
+                "workers": options.workers,
+                "hours": options.hours,
+                "runs": runs,
+                "plans": plans,
+                "marks": marks,
+            },
+            "\n".join(lines),
+        )
     return 0
 
 

@@ -1,11 +1,13 @@
-"""Decode audio: the one way from a file or its bytes to samples, for packing, training, evaluation and the web demo.
+"""Decode audio: the one way from a file or its bytes to samples, for packing, training, evaluation and the
+web demo.
 
-    bytes or path -> containers (streams, what headers promise) -> decoder -> [frames, channels] -> mono -> target rate
+    bytes or path -> containers (streams, what headers promise) -> decoder -> [frames, channels] -> mono ->
+    target rate
 
-The decoded length is the truth: every stream is decoded to its end, and what a header promises beyond that is a `cut`.
-Decoders: 16-bit WAV as it is; FLAC by dr_flac, by libFLAC where dr_flac decodes less than the header promises; MP3 whose length
-no header tells by dr_mp3; everything else by libsndfile; what libsndfile does not know (AAC, MP4, WebM, WMA, AMR) by PyAV where
-it is installed (core/ffmpeg.py). Resampling is soxr's.
+The decoded length is the truth: every stream is decoded to its end, and what a header promises beyond that is
+a `cut`. Decoders: 16-bit WAV as it is; FLAC by dr_flac, by libFLAC where dr_flac decodes less than the header
+promises; MP3 whose length no header tells by dr_mp3; everything else by libsndfile; what libsndfile does not
+know (AAC, MP4, WebM, WMA, AMR) by PyAV where it is installed (core/ffmpeg.py). Resampling is soxr's.
 
 Errors are `AudioError` with a fixed `reason`. What else was noticed is a list of `Finding`.
 """
@@ -24,9 +26,11 @@ from core.containers import BytesSource, FileSource, Source, locate, open_regula
 from core.decoders import DType, Pcm16, Sound, Whole, decode_stream, to_float
 
 SAMPLE_RATE = 16_000  # of the model
-#: File name extensions of audio. What a file is, is found by its content; these tell which members and files to open.
+#: File name extensions of audio. What a file is, is found by its content; these tell which members and files
+# to open.
 EXTENSIONS = tuple(
-    "wav flac mp3 opus ogg oga aiff aif aifc au snd caf w64 sph m4a mp4 aac webm mka mkv wma amr 3gp mov wv".split()
+    "wav flac mp3 opus ogg oga aiff aif aifc au snd caf w64 sph m4a mp4 aac webm mka mkv wma amr 3gp mov "
+    "wv".split()
 )
 MAX_FILE_BYTES = 1 << 32  # of a file that is read whole
 #: A segment may end this much after its recording (annotators round).
@@ -44,7 +48,15 @@ FindingKind = Literal[
 ]
 
 #: Kinds for which whole audio can be refused; what is cut is an error unless the caller asks for it.
-REFUSABLE: tuple[FindingKind, ...] = ("no_end", "damaged", "trailing", "joined", "antiphase", "silent", "clipped")
+REFUSABLE: tuple[FindingKind, ...] = (
+    "no_end",
+    "damaged",
+    "trailing",
+    "joined",
+    "antiphase",
+    "silent",
+    "clipped",
+)
 
 
 class Finding(NamedTuple):
@@ -56,7 +68,8 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Audio:
-    """Decoded audio. samples: [frames, channels] as read, [frames] once mixed to mono; int16 (full scale 32768) or float32."""
+    """Decoded audio. samples: [frames, channels] as read, [frames] once mixed to mono; int16 (full scale
+    32768) or float32."""
 
     samples: np.ndarray
     rate: int
@@ -83,12 +96,21 @@ def decode(
 ) -> Audio:
     """Decode a file, or its bytes, to mono samples [frames] at `rate` (None: the source's).
 
-    start, duration: seconds; with a start only the segment [start, start + duration) is decoded. whole: audio that is cut is an
-    error (truncated); False returns what there is, with a `cut` finding. levels: also look for silence and clipping. Channels are
-    averaged. 16-bit mono at `rate` keeps its exact values in either dtype. Errors: AudioError.
+    start, duration: seconds; with a start only the segment [start, start + duration) is decoded. whole: audio
+    that is cut is an error (truncated); False returns what there is, with a `cut` finding. levels: also look
+    for silence and clipping. Channels are averaged. 16-bit mono at `rate` keeps its exact values in either
+    dtype. Errors: AudioError.
     """
     native = "float32" if dtype == "float32" else "native"
-    audio = read(source, start=start, duration=duration, dtype=native, whole=whole, max_seconds=max_seconds, max_bytes=max_bytes)
+    audio = read(
+        source,
+        start=start,
+        duration=duration,
+        dtype=native,
+        whole=whole,
+        max_seconds=max_seconds,
+        max_bytes=max_bytes,
+    )
     return to_mono(audio, rate, dtype, levels=levels)
 
 
@@ -102,16 +124,20 @@ def read(
     max_seconds: float = MAX_SECONDS,
     max_bytes: int = MAX_DECODED_BYTES,
 ) -> Audio:
-    """Decode to samples [frames, channels] at the source's rate. dtype native: int16 where the source has 16 bits or fewer.
+    """Decode to samples [frames, channels] at the source's rate. dtype native: int16 where the source has 16
+    bits or fewer.
 
     The other arguments and the errors are those of `decode`.
     """
     recording = Recording(read_file(source) if start is None and not isinstance(source, bytes) else source)
-    return recording.read(start, duration, dtype=dtype, whole=whole, max_seconds=max_seconds, max_bytes=max_bytes)
+    return recording.read(
+        start, duration, dtype=dtype, whole=whole, max_seconds=max_seconds, max_bytes=max_bytes
+    )
 
 
 def largest_decoded(seconds: float) -> int:
-    """Bytes that a clip of at most `seconds` may take decoded where anybody may send one: 8 channels at 48 kHz, in float32."""
+    """Bytes that a clip of at most `seconds` may take decoded where anybody may send one: 8 channels at 48
+    kHz, in float32."""
     return int(seconds * 8 * 48_000 * 4)
 
 
@@ -119,14 +145,18 @@ def read_file(path: str | os.PathLike, *, max_bytes: int = MAX_FILE_BYTES) -> by
     """Return a regular file's bytes. Errors: AudioError missing_file | unreadable | too_large."""
     with typed_errors(), os.fdopen(open_regular(path), "rb") as file:
         if (size := os.fstat(file.fileno()).st_size) > max_bytes:
-            raise AudioError("too_large", f"{size:,} bytes, a whole file may have {max_bytes:,}: give segments of it (offset)")
+            raise AudioError(
+                "too_large",
+                f"{size:,} bytes, a whole file may have {max_bytes:,}: give segments of it (offset)",
+            )
         return file.read()
 
 
 class Recording:
     """A file, or its bytes, open for decoding whole or in segments.
 
-    Of a path, which is opened for segments, only headers and the segment are read, as far as its format allows.
+    Of a path, which is opened for segments, only headers and the segment are read, as far as its format
+    allows.
     """
 
     def __init__(self, source: bytes | str | os.PathLike):
@@ -182,24 +212,37 @@ class Recording:
         if part is None or duration is None or (start + duration) * part.rate > part.frames:
             self._look_deeper()  # the header may promise too little
         try:
-            return self._stretch(self._direct() or self._whole_recording(), start, duration, dtype, limits, refuse_cut)
+            return self._stretch(
+                self._direct() or self._whole_recording(), start, duration, dtype, limits, refuse_cut
+            )
         except soundfile.LibsndfileError:
             if not self._look_deeper():
                 raise
-        return self._stretch(self._direct() or self._whole_recording(), start, duration, dtype, limits, refuse_cut)
+        return self._stretch(
+            self._direct() or self._whole_recording(), start, duration, dtype, limits, refuse_cut
+        )
 
     @staticmethod
     def _stretch(
-        part: Pcm16 | Sound | Whole, start: float, duration: float | None, dtype: DType, limits: Limits, refuse_cut: bool
+        part: Pcm16 | Sound | Whole,
+        start: float,
+        duration: float | None,
+        dtype: DType,
+        limits: Limits,
+        refuse_cut: bool,
     ) -> tuple[Piece, list[Finding]]:
         first = round(min(start * part.rate, 2.0**62))
         if first >= part.frames:
-            raise AudioError("zero_length", f"has {part.frames / part.rate:.3f} s, nothing from {start:.3f} s on")
+            raise AudioError(
+                "zero_length", f"has {part.frames / part.rate:.3f} s, nothing from {start:.3f} s on"
+            )
         there = part.frames - first
         wanted = there if duration is None else round(min(duration * part.rate, 2.0**62))
         if wanted <= 0:
             raise AudioError("zero_length", f"a segment of {duration} s")
-        limits.check(min(wanted, there), part.rate, part.channels, 2 if dtype == "native" and part.exact else 4)
+        limits.check(
+            min(wanted, there), part.rate, part.channels, 2 if dtype == "native" and part.exact else 4
+        )
         samples = part.read(first, min(wanted, there), dtype)
         findings = []
         if len(samples) < wanted - TOLERANCE_SECONDS * part.rate:
@@ -212,8 +255,13 @@ class Recording:
         return Piece(samples, part.rate, part.container, part.subtype), findings
 
     def _look_deeper(self) -> bool:
-        """Look for joined streams, and count MP3 frames, where only headers were read so far; whether that is so."""
-        is_shallow = isinstance(self._source, FileSource) and self._layout.streams[0].kind in ("mp3", "ogg", "flac")
+        """Look for joined streams, and count MP3 frames, where only headers were read so far; whether that is
+        so."""
+        is_shallow = isinstance(self._source, FileSource) and self._layout.streams[0].kind in (
+            "mp3",
+            "ogg",
+            "flac",
+        )
         if not is_shallow or self._source.size > MAX_FILE_BYTES:
             return False
         self._source = BytesSource(read_file(self._source.path))
@@ -226,7 +274,8 @@ class Recording:
         return self._decoded
 
     def _direct(self) -> Pcm16 | Sound | None:
-        """Access to any place of a recording of one stream; None where it has to be decoded from its beginning."""
+        """Access to any place of a recording of one stream; None where it has to be decoded from its
+        beginning."""
         if self._part is None and len(self._layout.streams) == 1:
             stream = self._layout.streams[0]
             if stream.is_pcm16:
@@ -254,7 +303,7 @@ def _check_finite(samples: np.ndarray, rate: int, start: float) -> None:
         raise AudioError("not_finite", f"NaN or infinity at {start + bad / rate:.3f} s")
 
 
-# --- joining, mixing, resampling -------------------------------------------------------------------------------------------
+# --- joining, mixing, resampling ----------------------------------------------------------------------------
 
 
 def _joined(pieces: list[Piece]) -> Piece:
@@ -273,9 +322,14 @@ def _joined(pieces: list[Piece]) -> Piece:
 
 
 def to_mono(
-    audio: Audio, rate: int | None = SAMPLE_RATE, dtype: Literal["int16", "float32"] = "float32", *, levels: bool = True
+    audio: Audio,
+    rate: int | None = SAMPLE_RATE,
+    dtype: Literal["int16", "float32"] = "float32",
+    *,
+    levels: bool = True,
 ) -> Audio:
-    """Mix [frames, channels] to mono [frames] at `rate` (None: as it is). Errors: AudioError odd_rate | too_large."""
+    """Mix [frames, channels] to mono [frames] at `rate` (None: as it is). Errors: AudioError odd_rate |
+    too_large."""
     target = rate or audio.rate
     findings = list(audio.findings)
     with typed_errors():
@@ -308,7 +362,8 @@ _MIX_BLOCK = 1 << 20  # frames
 
 
 def _mixed(samples: np.ndarray) -> tuple[np.ndarray, Finding | None]:
-    """The mean of channels [frames] float32; where they cancel out (inverted phase), the loudest channel and a finding."""
+    """The mean of channels [frames] float32; where they cancel out (inverted phase), the loudest channel and
+    a finding."""
     frames, channels = samples.shape
     if channels == 1:
         return to_float(samples[:, 0]), None
@@ -316,7 +371,9 @@ def _mixed(samples: np.ndarray) -> tuple[np.ndarray, Finding | None]:
     with np.errstate(over="ignore"):  # floats may be of any size
         for start in range(0, frames, _MIX_BLOCK):  # in blocks: a float copy of all channels may be large
             block, mean = to_float(samples[start : start + _MIX_BLOCK]), mono[start : start + _MIX_BLOCK]
-            np.add(block[:, 0], block[:, 1], out=mean)  # numpy's mean over a short axis takes 30 times as long
+            np.add(
+                block[:, 0], block[:, 1], out=mean
+            )  # numpy's mean over a short axis takes 30 times as long
             for channel in range(2, channels):
                 mean += block[:, channel]
             mean /= channels
@@ -324,7 +381,9 @@ def _mixed(samples: np.ndarray) -> tuple[np.ndarray, Finding | None]:
             total += float(np.dot(block.ravel(), block.ravel()))
     if not left < _CANCEL * total / channels or not np.isfinite(total):
         return mono, None
-    loudest = int(np.argmax([np.abs(samples[:, channel].astype(np.float32)).sum() for channel in range(channels)]))
+    loudest = int(
+        np.argmax([np.abs(samples[:, channel].astype(np.float32)).sum() for channel in range(channels)])
+    )
     detail = f"its {channels} channels cancel out (inverted phase): channel {loudest + 1} is taken alone"
     return to_float(samples[:, loudest]), Finding("antiphase", detail)
 
@@ -340,10 +399,17 @@ def _levels(samples: np.ndarray, wave: np.ndarray) -> list[Finding]:
     found = []
     if peak >= full:
         at_full = (samples >= full) | (samples <= -full)
-        share = float((at_full[1:] & at_full[:-1]).sum() / samples.size)  # in a row: a peak that is not clipped has one
+        share = float(
+            (at_full[1:] & at_full[:-1]).sum() / samples.size
+        )  # in a row: a peak that is not clipped has one
         if share >= _CLIPPED_SHARE:
             over = f", its samples reach {peak:.4g} where 1 is full scale" if peak > 1.5 * full else ""
-            found.append(Finding("clipped", f"{100 * share:.1f} % of its samples are at full scale, one after another{over}"))
+            found.append(
+                Finding(
+                    "clipped",
+                    f"{100 * share:.1f} % of its samples are at full scale, one after another{over}",
+                )
+            )
     if samples.shape[1] > 1:
         peak = _peak(wave)
     if peak < _SILENT * (32768 if wave.dtype == np.int16 else 1):
@@ -356,14 +422,18 @@ def _peak(samples: np.ndarray) -> float:
 
 
 def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
-    """Band-limited resampling of float32 [frames] or [frames, channels]. Errors: AudioError odd_rate | too_large."""
+    """Band-limited resampling of float32 [frames] or [frames, channels]. Errors: AudioError odd_rate |
+    too_large."""
     if rate == target:
         return samples
     import soxr  # here: packing what is at 16 kHz starts without it
 
     frames = len(samples) * target / rate
     if frames * samples[:1].size * 4 > MAX_DECODED_BYTES:
-        raise AudioError("too_large", f"{len(samples) / rate:.3f} s from {rate:,} Hz are {frames:,.0f} frames at {target:,} Hz")
+        raise AudioError(
+            "too_large",
+            f"{len(samples) / rate:.3f} s from {rate:,} Hz are {frames:,.0f} frames at {target:,} Hz",
+        )
     try:
         return soxr.resample(samples, rate, target, quality="HQ")
     except (ValueError, RuntimeError) as error:

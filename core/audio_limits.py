@@ -56,31 +56,39 @@ def typed_errors(name: str = "") -> Iterator[None]:
         raise AudioError("too_large", f"{prefix}there is not enough memory to decode it") from None
     except soundfile.LibsndfileError as error:
         raise AudioError("undecodable", prefix + words_of(error)) from None
-    except Exception as error:  # decoders raise RuntimeError, ValueError, OverflowError, struct.error, and errors of their own
+    # decoders raise RuntimeError, ValueError, OverflowError, struct.error, and errors of their own
+    except Exception as error:
         line = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise AudioError("undecodable", f"{prefix}{line} ({type(error).__name__})") from None
 
 
 def words_of(error: soundfile.LibsndfileError) -> str:
     """libsndfile's own words, in one line."""
-    return " ".join(error.error_string.split()).removeprefix("Error : ").strip(" .") or "libsndfile gives no reason"
+    return (
+        " ".join(error.error_string.split()).removeprefix("Error : ").strip(" .")
+        or "libsndfile gives no reason"
+    )
 
 
 class Limits:
-    """What one clip may cost: seconds, and bytes of decoded samples. Checked by its header, then while it is decoded."""
+    """What one clip may cost: seconds, and bytes of decoded samples. Checked by its header, then while it is
+    decoded."""
 
     def __init__(self, max_seconds: float = MAX_SECONDS, max_bytes: int = MAX_DECODED_BYTES):
         self.max_seconds, self.max_bytes = max_seconds, max_bytes
         self._seconds, self._bytes = 0.0, 0
 
     def check(self, frames: int, rate: int, channels: int, width: int) -> tuple[float, int]:
-        """Return (seconds, bytes) with `frames` more, a sample being `width` bytes. Errors: AudioError too_long | too_large."""
+        """Return (seconds, bytes) with `frames` more, a sample being `width` bytes. Errors: AudioError
+        too_long | too_large."""
         seconds, size = self._seconds + frames / rate, self._bytes + frames * channels * width
         if seconds > self.max_seconds:
             raise AudioError("too_long", f"{seconds:.3f} s, more than {self.max_seconds:g}", seconds)
         if size > self.max_bytes:
             what = f"{seconds:.3f} s of {channels} channel{'s' * (channels > 1)} at {rate:,} Hz"
-            raise AudioError("too_large", f"{what} are {size:,} bytes decoded, more than {self.max_bytes:,}", seconds)
+            raise AudioError(
+                "too_large", f"{what} are {size:,} bytes decoded, more than {self.max_bytes:,}", seconds
+            )
         return seconds, size
 
     def add(self, frames: int, rate: int, channels: int, width: int) -> None:

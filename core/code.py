@@ -11,7 +11,8 @@ PACKAGES = ("core", "data_tools", "evaluation", "model", "recipe", "stream", "tr
 
 
 def code_hash(packages: tuple[str, ...]) -> str:
-    """Return the sha256 (hex) over the Python files of `packages`. Errors: FileNotFoundError where a package has none."""
+    """Return the sha256 (hex) over the Python files of `packages`. Errors: FileNotFoundError where a package
+    has none."""
     digest = hashlib.sha256()
     for package in packages:
         paths = sorted((ROOT / package).rglob("*.py"))

@@ -1,4 +1,5 @@
-"""Text for terminals and logs that comes, in part, from data: it must not carry control sequences, and an error is one line."""
+"""Text for terminals and logs that comes, in part, from data: it must not carry control sequences, and an
+error is one line."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ def printable_line(text: object) -> str:
     text = printable(text)
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text
+    )
 
 
 def one_line(error: object) -> str:

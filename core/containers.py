@@ -1,9 +1,13 @@
-"""Find the audio inside a file's bytes: where each stream is, and how much its header promises. Nothing is decoded here.
+"""Find the audio inside a file's bytes: where each stream is, and how much its header promises. Nothing is
+decoded here.
 
-Decoders believe headers; recorders, taggers, `cat` and broken downloads make headers wrong. What is corrected or noticed:
+Decoders believe headers; recorders, taggers, `cat` and broken downloads make headers wrong. What is corrected
+or noticed:
 
-    WAV      the data chunk counts, not the RIFF size; sizes 0 and 0xFFFFFFFF mean "to the end"; odd chunks without padding
-    MP3      frames are counted where no header tells their number (VBR without a Xing header), or where it cannot be right
+    WAV      the data chunk counts, not the RIFF size; sizes 0 and 0xFFFFFFFF mean "to the end"; odd chunks
+             without padding
+    MP3      frames are counted where no header tells their number (VBR without a Xing header), or where it
+             cannot be right
     Ogg      chained streams; a last page that is incomplete, or has no end-of-stream mark
     others   AIFF, AU, CAF, W64, RF64, 8SVX, SPHERE: bytes that the header promises and the file does not hold
     all      ID3v2 tags in front; files joined one after another (WAV, FLAC, Ogg, MP3)
@@ -66,11 +70,17 @@ class NotAFile(OSError):
     """Something other than a regular file: opening or reading it may block for ever, or never end."""
 
 
-_SPECIAL = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+_SPECIAL = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def open_regular(path: str | os.PathLike) -> int:
-    """Open for reading without waiting for a FIFO's writer; return the descriptor. Errors: OSError, NotAFile."""
+    """Open for reading without waiting for a FIFO's writer; return the descriptor. Errors: OSError,
+    NotAFile."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
@@ -80,10 +90,11 @@ def open_regular(path: str | os.PathLike) -> int:
 
 
 class Stream(NamedTuple):
-    """One stream of audio: bytes [begin, end) of the source, with `prefix` in front where the decoder needs another header.
+    """One stream of audio: bytes [begin, end) of the source, with `prefix` in front where the decoder needs
+    another header.
 
-    frames: samples per channel where they were counted; only decoding tells otherwise. The bytes of a 16-bit PCM WAV are its
-    samples: it has `rate`, `channels` and `frames`.
+    frames: samples per channel where they were counted; only decoding tells otherwise. The bytes of a 16-bit
+    PCM WAV are its samples: it has `rate`, `channels` and `frames`.
     """
 
     kind: Kind
@@ -109,7 +120,8 @@ class Stream(NamedTuple):
 
 
 class _Memory(io.BytesIO):
-    """Bytes as a file. libsndfile seeks before the beginning of damaged files; an exception could not pass through it."""
+    """Bytes as a file. libsndfile seeks before the beginning of damaged files; an exception could not pass
+    through it."""
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence == io.SEEK_SET:
@@ -134,7 +146,9 @@ class _Window(io.RawIOBase):
         return self._place
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._place = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence])
+        self._place = max(
+            0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        )
         return self._place
 
     def readinto(self, buffer) -> int:
@@ -159,7 +173,8 @@ class Layout(NamedTuple):
 def locate(source: Source) -> Layout:
     """Return the streams of a source.
 
-    Of a FileSource only headers are read: streams after the first are not looked for, and MP3 frames are not counted.
+    Of a FileSource only headers are read: streams after the first are not looked for, and MP3 frames are not
+    counted.
     """
     layout = Layout([], [])
     begin = _after_id3(source)
@@ -197,7 +212,7 @@ def _after_zeros(source: Source, begin: int) -> int:
     return begin + len(data) - len(data.lstrip(b"\0"))
 
 
-# --- WAV -------------------------------------------------------------------------------------------------------------------
+# --- WAV ----------------------------------------------------------------------------------------------------
 
 _RIFF = (b"RIFF", b"RIFX", b"RF64", b"BW64")
 _TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN")  # that taggers append
@@ -225,7 +240,9 @@ def _wav(source: Source, begin: int, layout: Layout) -> None:
                 parts.append((offset, size))
             offset = next_chunk(source, offset, size)
         if not parts or len(form) < 16:
-            layout.streams.append(Stream("wav", begin, source.size))  # the decoder has the words for what is missing
+            layout.streams.append(
+                Stream("wav", begin, source.size)
+            )  # the decoder has the words for what is missing
             return
         for part_begin, size in parts:
             _wav_part(source, order, form, fact, part_begin, size, layout)
@@ -237,7 +254,7 @@ def _wav(source: Source, begin: int, layout: Layout) -> None:
     unexplained = source.size - offset
     follows = source.read(offset, 4096)
     if unexplained / bytes_a_second >= TRAILING_SECONDS and any(follows) and not follows.startswith(_TAGS):
-        what = f"{unexplained:,} bytes after its data chunk belong to no chunk: the chunk's size may be out of date"
+        what = f"{unexplained:,} bytes after its data chunk belong to no chunk: the chunk's size may be out of date"  # noqa: E501
         layout.noticed.append(("trailing", what))
 
 
@@ -256,7 +273,9 @@ def _holds_only_chunks(source: Source, offset: int) -> bool:
     return offset in (source.size, source.size + 1)
 
 
-def _wav_part(source: Source, order: Order, form: bytes, fact: bytes, begin: int, size: int, layout: Layout) -> None:
+def _wav_part(
+    source: Source, order: Order, form: bytes, fact: bytes, begin: int, size: int, layout: Layout
+) -> None:
     """The stream of one data chunk: 16-bit PCM as it is, anything else under a header that is right."""
     there = max(min(size, source.size - begin), 0)
     if size > there + SLACK_BYTES:
@@ -266,7 +285,9 @@ def _wav_part(source: Source, order: Order, form: bytes, fact: bytes, begin: int
         tag = struct.unpack(order + "H", form[24:26])[0]
     if tag == 1 and bits == 16 and channels and rate:
         frames = there // (2 * channels)
-        layout.streams.append(Stream("wav", begin, begin + frames * 2 * channels, b"", frames, rate, channels, order))
+        layout.streams.append(
+            Stream("wav", begin, begin + frames * 2 * channels, b"", frames, rate, channels, order)
+        )
         return
 
     def chunk(name: bytes, body: bytes) -> bytes:
@@ -278,7 +299,7 @@ def _wav_part(source: Source, order: Order, form: bytes, fact: bytes, begin: int
     layout.streams.append(Stream("wav", begin, begin + there, riff + header + struct.pack(order + "I", told)))
 
 
-# --- FLAC ------------------------------------------------------------------------------------------------------------------
+# --- FLAC ---------------------------------------------------------------------------------------------------
 
 
 class StreamInfo(NamedTuple):
@@ -302,13 +323,17 @@ def _flac(source: Source, begin: int, layout: Layout) -> None:
     starts = [begin]
     if isinstance(source, BytesSource):
         place = source.size
-        while (place := source.data.rfind(b"fLaC", begin + 4, place)) >= 0 and len(starts) < MAX_STREAMS:  # find is slower
+        while (place := source.data.rfind(b"fLaC", begin + 4, place)) >= 0 and len(
+            starts
+        ) < MAX_STREAMS:  # find is slower
             if stream_info(source.data[place : place + 26]):
                 starts.insert(1, place)
-    layout.streams.extend(Stream("flac", start, end) for start, end in zip(starts, [*starts[1:], source.size], strict=True))
+    layout.streams.extend(
+        Stream("flac", start, end) for start, end in zip(starts, [*starts[1:], source.size], strict=True)
+    )
 
 
-# --- Ogg -------------------------------------------------------------------------------------------------------------------
+# --- Ogg ----------------------------------------------------------------------------------------------------
 
 _LARGEST_PAGE = 27 + 255 + 255 * 255
 _FIRST_PAGE, _LAST_PAGE = 2, 4  # bits of a page's flags
@@ -330,13 +355,18 @@ def _ogg(source: Source, begin: int, layout: Layout) -> None:
     if end > source.size or rest and b"OggS".startswith(rest):
         layout.noticed.append(("cut", "the file ends inside an Ogg page"))
     elif not flags & _LAST_PAGE:
-        layout.noticed.append(("no_end", "its last Ogg page has no end-of-stream mark: the recording may have been interrupted"))
+        layout.noticed.append(
+            ("no_end", "its last Ogg page has no end-of-stream mark: the recording may have been interrupted")
+        )
     starts = _ogg_starts(source, begin) if isinstance(source, BytesSource) else [begin]
-    layout.streams.extend(Stream("ogg", start, end) for start, end in zip(starts, [*starts[1:], source.size], strict=True))
+    layout.streams.extend(
+        Stream("ogg", start, end) for start, end in zip(starts, [*starts[1:], source.size], strict=True)
+    )
 
 
 def _ogg_starts(source: BytesSource, begin: int) -> list[int]:
-    """Where chained streams begin: at a first page that follows other pages (first pages in a row are multiplexed)."""
+    """Where chained streams begin: at a first page that follows other pages (first pages in a row are
+    multiplexed)."""
     starts = [begin]
     if source.data.count(b"OggS\0\x02") < 2:
         return starts
@@ -353,7 +383,7 @@ def _ogg_starts(source: BytesSource, begin: int) -> list[int]:
     return starts
 
 
-# --- MP3 -------------------------------------------------------------------------------------------------------------------
+# --- MP3 ----------------------------------------------------------------------------------------------------
 
 
 def _mp3(source: Source, begin: int, layout: Layout) -> None:
@@ -372,7 +402,9 @@ def _mp3(source: Source, begin: int, layout: Layout) -> None:
         layout.noticed.append(("damaged", f"{count.skipped:,} bytes between its MPEG frames belong to none"))
     last = count.runs[-1]
     if not count.ends_inside and last.frames < (last.promised or 0) - mpeg.COUNT_SLACK:
-        layout.noticed.append(("cut", f"its header promises {last.promised:,} MPEG frames, the file holds {last.frames:,}"))
+        layout.noticed.append(
+            ("cut", f"its header promises {last.promised:,} MPEG frames, the file holds {last.frames:,}")
+        )
     for run, end in zip(count.runs, [*(run.begin for run in count.runs[1:]), len(data)], strict=True):
         if run.is_promise_right:
             layout.streams.append(Stream("mp3", begin + run.begin, begin + end))
@@ -381,11 +413,12 @@ def _mp3(source: Source, begin: int, layout: Layout) -> None:
             layout.streams.append(Stream("mp3", begin + start, begin + end, frames=run.samples))
 
 
-# --- other containers: what the header promises ----------------------------------------------------------------------------
+# --- other containers: what the header promises -------------------------------------------------------------
 
 
 def _other(source: Source, begin: int, layout: Layout) -> None:
-    """A stream whose header may promise an end: the file may be cut before it, or another file may follow it."""
+    """A stream whose header may promise an end: the file may be cut before it, or another file may follow
+    it."""
     magic = source.read(begin, 4)
     while (end := promised_end(source, begin)) is not None and begin < end <= source.size:
         following = next((place for place in (end, end + 1) if source.read(place, 4) == magic), None)

@@ -1,10 +1,11 @@
 """Text stays text: what data and users write never becomes a tokenizer's control tokens.
 
-A tokenizer takes its added tokens wherever their names stand, in a transcript that quotes `<|im_end|>` as well as in the chat
-template. Texts are therefore cut inside such names, behind the first character, and tokenised piece by piece: no piece holds a
-whole name. Texts without a name are tokenised as ever. transformers' `sanitize_control_tokens` has the same purpose; it leaves
-added tokens alone that the template does not name, and refuses tokenizers whose model spells a name by itself (Unigram,
-SentencePiece's own symbols).
+A tokenizer takes its added tokens wherever their names stand, in a transcript that quotes `<|im_end|>` as
+well as in the chat template. Texts are therefore cut inside such names, behind the first character, and
+tokenised piece by piece: no piece holds a whole name. Texts without a name are tokenised as ever.
+transformers' `sanitize_control_tokens` has the same purpose; it leaves added tokens alone that the template
+does not name, and refuses tokenizers whose model spells a name by itself (Unigram, SentencePiece's own
+symbols).
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ class ControlTokens:
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> ControlTokens:
-    """Return the control tokens of a tokenizer: its added tokens, but for those of white space (runs of blanks, "\\n\\n") and, of
-    those that are not special, plain words that its chat template does not use: they are vocabulary."""
+    """Return the control tokens of a tokenizer: its added tokens, but for those of white space (runs of
+    blanks, "\\n\\n") and, of those that are not special, plain words that its chat template does not use:
+    they are vocabulary."""
     return _control_tokens(tokenizer, len(tokenizer), str(tokenizer.chat_template))
 
 
@@ -66,19 +68,28 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase, size: int, template: str
     added = tokenizer.added_tokens_decoder
     found = {token.content: i for i, token in added.items() if _is_control(token, template)}
     special = [token.content for token in added.values() if token.special and token.content in found]
-    if (pieces := getattr(tokenizer, "sp_model", None)) is not None:  # symbols that SentencePiece itself keeps whole
+    if (
+        pieces := getattr(tokenizer, "sp_model", None)
+    ) is not None:  # symbols that SentencePiece itself keeps whole
         names = (pieces.IdToPiece(i) for i in range(pieces.GetPieceSize()))
-        found |= {name: tokenizer.convert_tokens_to_ids(name) for name in names
-                  if _MARKUP.fullmatch(name) and pieces.encode(name, out_type=str)[-1:] == [name]}
+        found |= {
+            name: tokenizer.convert_tokens_to_ids(name)
+            for name in names
+            if _MARKUP.fullmatch(name) and pieces.encode(name, out_type=str)[-1:] == [name]
+        }
     spelled = regex.compile(_BYTE) if "<0x0A>" in tokenizer.get_vocab() else None
     names = [*found, *(["<0x0A>"] if spelled else [])]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return ControlTokens(
-        begins=_beginning_of(found, spelled), special=_beginning_of(special, None), spelled=spelled,
+        begins=_beginning_of(found, spelled),
+        special=_beginning_of(special, None),
+        spelled=spelled,
         ids=frozenset(found.values()) - {tokenizer.unk_token_id},
         beginnings=frozenset(name[:size] for name in names for size in range(1, len(name))),
         ends=frozenset(name[size:] for name in names for size in range(1, len(name))),
-        longest=max(map(len, names), default=0), rewrites=backend is None or backend.normalizer is not None)
+        longest=max(map(len, names), default=0),
+        rewrites=backend is None or backend.normalizer is not None,
+    )
 
 
 def _beginning_of(names: Iterable[str], spelled: regex.Pattern | None) -> regex.Pattern:
@@ -92,12 +103,13 @@ def cuts_inside(text: str, names: regex.Pattern) -> set[int]:
 
 
 def cuts_at_borders(text: str, controls: ControlTokens) -> set[int]:
-    """Return where a text is to be cut so that it completes no name with its neighbours: behind the first character of a name's
-    beginning at its end, and in front of a name's end at its beginning."""
+    """Return where a text is to be cut so that it completes no name with its neighbours: behind the first
+    character of a name's beginning at its end, and in front of a name's end at its beginning."""
     begin, end = len(text) - len(text.lstrip()), len(text.rstrip())
     sizes = range(1, min(controls.longest, end - begin + 1))
-    return ({end - size + 1 for size in sizes if text[end - size:end] in controls.beginnings}
-            | {begin for size in sizes if text[begin:begin + size] in controls.ends})
+    return {end - size + 1 for size in sizes if text[end - size : end] in controls.beginnings} | {
+        begin for size in sizes if text[begin : begin + size] in controls.ends
+    }
 
 
 def cuts_everywhere(text: str) -> set[int]:
@@ -116,7 +128,9 @@ def marked(text: str, cuts: set[int], mark: str) -> str:
     return mark.join(text[begin:end] for begin, end in zip(places, places[1:]))
 
 
-def encode_pieces(tokenizer: PreTrainedTokenizerBase, text: str, mark: str, add_special_tokens: bool = False) -> list[int]:
+def encode_pieces(
+    tokenizer: PreTrainedTokenizerBase, text: str, mark: str, add_special_tokens: bool = False
+) -> list[int]:
     """Return the ids of a marked text: its pieces tokenised one by one."""
     first, *others = text.split(mark)
     ids = tokenizer.encode(first, add_special_tokens=add_special_tokens)
@@ -126,12 +140,12 @@ def encode_pieces(tokenizer: PreTrainedTokenizerBase, text: str, mark: str, add_
 
 
 def _continuation(tokenizer: PreTrainedTokenizerBase, piece: str) -> list[int]:
-    """Return the ids of a piece from the middle of a text: without the space that SentencePiece puts before a text's first
-    word."""
+    """Return the ids of a piece from the middle of a text: without the space that SentencePiece puts before a
+    text's first word."""
     for before in ("a", ".", "\n"):
         context, ids = (tokenizer.encode(text, add_special_tokens=False) for text in (before, before + piece))
-        if context and ids[:len(context)] == context:
-            return ids[len(context):]
+        if context and ids[: len(context)] == context:
+            return ids[len(context) :]
     return tokenizer.encode(piece, add_special_tokens=False)
 
 

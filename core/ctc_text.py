@@ -1,4 +1,5 @@
-"""Transcripts as CTC targets: the recipe's data.ctc_text, and the ids of the LLM's vocabulary that spell them."""
+"""Transcripts as CTC targets: the recipe's data.ctc_text, and the ids of the LLM's vocabulary that spell
+them."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ NORMALISATIONS = ("raw", "lower", "lower_no_punctuation")
 
 
 def normalise(text: str, normalisation: str) -> str:
-    """raw: as it is | lower | lower_no_punctuation: lower case, Unicode punctuation and symbols dropped but for apostrophes
-    inside words; in both, white space runs become one space."""
+    """raw: as it is | lower | lower_no_punctuation: lower case, Unicode punctuation and symbols dropped but
+    for apostrophes inside words; in both, white space runs become one space."""
     if normalisation not in NORMALISATIONS:
         raise PromptError(f"data.ctc_text is '{normalisation}': {' or '.join(NORMALISATIONS)}")
     if normalisation == "raw":
@@ -25,9 +26,14 @@ def normalise(text: str, normalisation: str) -> str:
     if normalisation == "lower_no_punctuation":
         text = text.replace("\u2019", "'")
         text = "".join(
-            c if unicodedata.category(c)[0] not in "PS"
-            or c == "'" and text[i - 1:i].isalnum() and text[i + 1:i + 2].isalnum() else " "
-            for i, c in enumerate(text))
+            c
+            if unicodedata.category(c)[0] not in "PS"
+            or c == "'"
+            and text[i - 1 : i].isalnum()
+            and text[i + 1 : i + 2].isalnum()
+            else " "
+            for i, c in enumerate(text)
+        )
     return " ".join(text.split())
 
 
@@ -39,11 +45,14 @@ def _spaced(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def ctc_target_ids(tokenizer: PreTrainedTokenizerBase, text: str, normalisation: str = "lower") -> list[int]:
-    """A transcript as CTC targets. Words that look like special tokens are text here. Where the tokenizer tells words behind a
-    space from words at the beginning, the first word takes the form that all others have: one target type a word."""
+    """A transcript as CTC targets. Words that look like special tokens are text here. Where the tokenizer
+    tells words behind a space from words at the beginning, the first word takes the form that all others
+    have: one target type a word."""
     text = normalise(text, normalisation).strip()
     if not text:
         return []
-    from core.control_tokens import text_ids  # not at the top: it loads transformers, for which filters need not wait
+    from core.control_tokens import (
+        text_ids,
+    )  # not at the top: it loads transformers, for which filters need not wait
 
     return text_ids(tokenizer, " " + text if _spaced(tokenizer) else text)

@@ -1,4 +1,5 @@
-"""Decode one stream of a file to samples [frames, channels], within limits; what decoders raise becomes AudioError."""
+"""Decode one stream of a file to samples [frames, channels], within limits; what decoders raise becomes
+AudioError."""
 
 from __future__ import annotations
 
@@ -11,12 +12,13 @@ from core import ffmpeg
 from core.audio_limits import AudioError, Limits, Piece, words_of
 from core.containers import BytesSource, Source, Stream, StreamInfo, stream_info
 
-# No codec packs more frames into a byte (silence in FLAC: about 3,000). A header that promises more is not believed: what the
-# file holds is then decoded block by block.
+# No codec packs more frames into a byte (silence in FLAC: about 3,000). A header that promises more is not
+# believed: what the file holds is then decoded block by block.
 _MAX_FRAMES_PER_BYTE = 4096
 _BLOCK = 1 << 20  # frames
-# Frames to decode before a place in the middle, where a decoder starts with wrong samples: libmpg123 without the bits that
-# earlier MPEG frames hold for later ones (at most 511 bytes, 32 small frames), libvorbis without the overlapping block.
+# Frames to decode before a place in the middle, where a decoder starts with wrong samples: libmpg123 without
+# the bits that earlier MPEG frames hold for later ones (at most 511 bytes, 32 small frames), libvorbis
+# without the overlapping block.
 _PREROLL = {"MPEG_LAYER_III": 32 * 1152, "VORBIS": 8192}
 
 DType = Literal["native", "float32"]  # native: int16 where the source has 16 bits or fewer, else float32
@@ -70,7 +72,9 @@ class Sound:
         kind = self._type(dtype)
         shape = self.rate, self.channels, np.dtype(kind).itemsize
         if not self.is_believable:
-            raise AudioError("undecodable", "its header tells no length, or an impossible one: write it again")
+            raise AudioError(
+                "undecodable", "its header tells no length, or an impossible one: write it again"
+            )
         limits.check(self.frames, *shape)
         samples = self.file.read(self.frames, dtype=kind, always_2d=True)
         limits.add(len(samples), *shape)
@@ -128,7 +132,9 @@ def _flac(source: Source, stream: Stream, dtype: DType, limits: Limits) -> Piece
         exact = info.bits <= 16 and dtype == "native"
         subtype = f"PCM_{info.bits}" if info.bits > 8 else "PCM_S8"
         if promised is None or not _is_believable(promised, source):
-            return _flac_of_unknown_length(source, stream, info, exact, limits)._replace(subtype=subtype, promised=promised)
+            return _flac_of_unknown_length(source, stream, info, exact, limits)._replace(
+                subtype=subtype, promised=promised
+            )
         limits.check(promised, info.rate, info.channels, 2 if exact else 4)
         fast = _by_miniaudio("flac", source, stream, exact)
         if fast and len(fast.samples) == promised:
@@ -136,18 +142,24 @@ def _flac(source: Source, stream: Stream, dtype: DType, limits: Limits) -> Piece
             return fast._replace(subtype=subtype)
     try:
         sound = Sound(source, stream)
-        return Piece(sound.read_to_end(dtype, limits), sound.rate, sound.container, sound.subtype, promised, 0.0)
+        return Piece(
+            sound.read_to_end(dtype, limits), sound.rate, sound.container, sound.subtype, promised, 0.0
+        )
     except soundfile.LibsndfileError:
         if not fast or not len(fast.samples):
             raise
         return fast._replace(promised=promised, slack=0.0)
 
 
-def _flac_of_unknown_length(source: Source, stream: Stream, info: StreamInfo, exact: bool, limits: Limits) -> Piece:
+def _flac_of_unknown_length(
+    source: Source, stream: Stream, info: StreamInfo, exact: bool, limits: Limits
+) -> Piece:
     """FLAC that was written to a pipe, block by block."""
     import miniaudio
 
-    form, dtype = (miniaudio.SampleFormat.SIGNED16, np.int16) if exact else (miniaudio.SampleFormat.FLOAT32, np.float32)
+    form, dtype = (
+        (miniaudio.SampleFormat.SIGNED16, np.int16) if exact else (miniaudio.SampleFormat.FLOAT32, np.float32)
+    )
     data = source.read(stream.begin, stream.end - stream.begin)
     try:
         blocks = []

@@ -1,4 +1,5 @@
-"""Who am I among the ranks: the same facts from torchrun, the deepspeed launcher, srun or nothing; a clean way in and out."""
+"""Who am I among the ranks: the same facts from torchrun, the deepspeed launcher, srun or nothing; a clean
+way in and out."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def _slurm_master_address() -> str:
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
     if not nodes or int(os.environ.get("SLURM_NNODES", "1")) == 1:
         return "127.0.0.1"
-    names = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30, check=True)
+    names = subprocess.run(
+        ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30, check=True
+    )
     return names.stdout.split()[0]
 
 
@@ -51,8 +54,8 @@ def _free_port() -> int:
 def check_launcher() -> None:
     """RANK and WORLD_SIZE in a Slurm step are this step's, or those of a torchrun in each task of it.
 
-    Left over from another job (a training script that submits its successor), they would make every task the only rank, and all
-    would write one output. Errors: RecipeError.
+    Left over from another job (a training script that submits its successor), they would make every task the
+    only rank, and all would write one output. Errors: RecipeError.
     """
     env = os.environ
     tasks = int(env.get("SLURM_STEP_NUM_TASKS", 1))
@@ -60,15 +63,21 @@ def check_launcher() -> None:
         return
     world_size, by_torchrun = int(env.get("WORLD_SIZE", 1)), "TORCHELASTIC_RUN_ID" in env
     expected = {tasks, tasks * int(env.get("LOCAL_WORLD_SIZE", 1))} if by_torchrun else {tasks}
-    if world_size not in expected or (not by_torchrun and env["RANK"] != env.get("SLURM_PROCID", env["RANK"])):
+    if world_size not in expected or (
+        not by_torchrun and env["RANK"] != env.get("SLURM_PROCID", env["RANK"])
+    ):
         told = f"RANK={env['RANK']} WORLD_SIZE={world_size}"
         env["RANK"] = env.get("SLURM_PROCID", "0")  # one line, from one rank
-        raise RecipeError(f"{told} are not of this Slurm step, which has {tasks} tasks: they come from another launcher; unset "
-                          "RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT and TORCHELASTIC_RUN_ID")
+        raise RecipeError(
+            f"{told} are not of this Slurm step, which has {tasks} tasks: they come from another launcher; "
+            f"unset "
+            "RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT and TORCHELASTIC_RUN_ID"
+        )
 
 
 def fill_environment() -> None:
-    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher did not.
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher did
+    not.
 
     srun sets SLURM_PROCID and its kin only; without any launcher this is one process. Must run before
     deepspeed is imported, which reads DS_ACCELERATOR then. Errors: RecipeError (check_launcher).
@@ -80,7 +89,9 @@ def fill_environment() -> None:
             env["RANK"] = env["SLURM_PROCID"]
             env["WORLD_SIZE"] = env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"]
             env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-            env["LOCAL_WORLD_SIZE"] = (env.get("SLURM_STEP_TASKS_PER_NODE") or "1").split("(")[0].split(",")[0]
+            env["LOCAL_WORLD_SIZE"] = (
+                (env.get("SLURM_STEP_TASKS_PER_NODE") or "1").split("(")[0].split(",")[0]
+            )
             env.setdefault("MASTER_ADDR", _slurm_master_address())
             # Every task derives the same port from the job; a second step of the same job gets another one.
             job, step = int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"])
@@ -93,7 +104,9 @@ def fill_environment() -> None:
     env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", env["WORLD_SIZE"]))
     # One cache of compiled ops per virtual environment: a shared one is spoilt by the next torch version.
     env.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-    if shutil.which("ninja") is None:  # the compiler driver lies beside this python; started by its path, PATH lacks it
+    if (
+        shutil.which("ninja") is None
+    ):  # the compiler driver lies beside this python; started by its path, PATH lacks it
         env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
     env.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of data workers
     import torch
@@ -107,8 +120,8 @@ class PortTaken(RuntimeError):
 
 
 def check_master_port() -> None:
-    """Open rank 0's port for a moment: if another run has it, this one would end in a traceback, and its other ranks would join
-    that run. torchrun has opened it already where it says so. Errors: PortTaken."""
+    """Open rank 0's port for a moment: if another run has it, this one would end in a traceback, and its
+    other ranks would join that run. torchrun has opened it already where it says so. Errors: PortTaken."""
     if int(os.environ["RANK"]) != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return
     port = os.environ["MASTER_PORT"]
@@ -116,19 +129,28 @@ def check_master_port() -> None:
         socket.create_server(("", int(port))).close()
     except (OSError, ValueError, OverflowError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
-        raise PortTaken(f"port {port} (MASTER_PORT) of this machine cannot be opened ({reason}), another training may use it: "
-                        "give a "
-                        "free one, e.g. deepspeed --master_port 29501 train/run.py ...") from None
+        raise PortTaken(
+            f"port {port} (MASTER_PORT) of this machine cannot be opened ({reason}), another training may "
+            f"use it: "
+            "give a "
+            "free one, e.g. deepspeed --master_port 29501 train/run.py ..."
+        ) from None
 
 
 def set_threads(local_world_size: int) -> int:
-    """On CPU, share the cores among the ranks of this node, one thread a core; returns the number of threads per rank.
+    """On CPU, share the cores among the ranks of this node, one thread a core; returns the number of threads
+    per rank.
 
-    A value of OMP_NUM_THREADS is taken as meant, but for the 1 that torchrun sets of its own accord where it starts several.
+    A value of OMP_NUM_THREADS is taken as meant, but for the 1 that torchrun sets of its own accord where it
+    starts several.
     """
     import torch
 
-    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and local_world_size > 1 and os.environ.get("OMP_NUM_THREADS") == "1"
+    by_torchrun = (
+        "TORCHELASTIC_RUN_ID" in os.environ
+        and local_world_size > 1
+        and os.environ.get("OMP_NUM_THREADS") == "1"
+    )
     if "OMP_NUM_THREADS" in os.environ and not by_torchrun:
         return torch.get_num_threads()
     cores = len(os.sched_getaffinity(0))
@@ -140,10 +162,11 @@ def set_threads(local_world_size: int) -> int:
 
 
 def load_communication_op() -> None:
-    """Load (and the first time compile, about 30 s) DeepSpeed's shared-memory collectives for CPU, one process at a time.
+    """Load (and the first time compile, about 30 s) DeepSpeed's shared-memory collectives for CPU, one
+    process at a time.
 
-    PyTorch guards its cache of compiled ops with a file that a killed process leaves behind, and then waits for ever. Whoever
-    holds the flock here, which dies with its process, may take such a file away.
+    PyTorch guards its cache of compiled ops with a file that a killed process leaves behind, and then waits
+    for ever. Whoever holds the flock here, which dies with its process, may take such a file away.
     """
     from deepspeed.accelerator import get_accelerator
 
@@ -167,7 +190,9 @@ def connect(timeout_minutes: float = 30.0) -> Ranks:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # deepspeed sets its own level while being imported
+    logging.getLogger("DeepSpeed").setLevel(
+        logging.WARNING
+    )  # deepspeed sets its own level while being imported
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank, local_world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     device = "cpu"
@@ -191,8 +216,9 @@ def disconnect() -> None:
 
 
 def remove_shared_memory() -> None:
-    """DeepSpeed's ranks on CPU talk through files in /dev/shm, which is memory, and leave them there: 66 MB a rank and run, until
-    the machine has none. Its name for ours (csrc/cpu/comm/shm.cpp): user, address, port, rank."""
+    """DeepSpeed's ranks on CPU talk through files in /dev/shm, which is memory, and leave them there: 66 MB a
+    rank and run, until the machine has none. Its name for ours (csrc/cpu/comm/shm.cpp): user, address, port,
+    rank."""
     address, port, rank = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
     Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
 
@@ -200,10 +226,11 @@ def remove_shared_memory() -> None:
 def leave(code: int) -> NoReturn:
     """End this process with `code`, without the interpreter's own farewell.
 
-    A worker thread of gloo may still be dropping the tensors of the last collective, for which it needs the interpreter's lock.
-    A thread that asks for it during finalisation is unwound by force through C++ that allows no exceptions: "terminate called
-    without an active exception", exit by SIGABRT, and a run that was done counts as failed. DeepSpeed keeps references to process
-    groups, so destroying them does not join these threads. Nothing is left to finalise here: the caller has closed its files.
+    A worker thread of gloo may still be dropping the tensors of the last collective, for which it needs the
+    interpreter's lock. A thread that asks for it during finalisation is unwound by force through C++ that
+    allows no exceptions: "terminate called without an active exception", exit by SIGABRT, and a run that was
+    done counts as failed. DeepSpeed keeps references to process groups, so destroying them does not join
+    these threads. Nothing is left to finalise here: the caller has closed its files.
     """
     remove_shared_memory()
     logging.shutdown()

@@ -22,7 +22,11 @@ def reason_of(error: BaseException) -> str:
         case KeyError():
             return f"no {error.args[0]!r}" if error.args else "a key is missing"
         case OSError():
-            return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error.strerror or text
+            return (
+                f"{error.filename}: {error.strerror}"
+                if error.filename and error.strerror
+                else error.strerror or text
+            )
         case TypeError() | AttributeError() | IndexError():
             return f"a value of another kind than expected ({text})"
     return text or "an unknown error"

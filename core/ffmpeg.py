@@ -1,4 +1,5 @@
-"""Decode by FFmpeg's libraries (PyAV, optional) what libsndfile does not know: AAC, MP4, WebM, WMA, AMR and more."""
+"""Decode by FFmpeg's libraries (PyAV, optional) what libsndfile does not know: AAC, MP4, WebM, WMA, AMR and
+more."""
 
 from __future__ import annotations
 
@@ -9,12 +10,14 @@ import numpy as np
 from core.audio_limits import AudioError, Limits, Piece
 
 INSTALL = "make setup EXTRAS=av"
-# Formats that may be opened. Playlists (HLS, DASH, concat) are not among them: they name other files and addresses.
+# Formats that may be opened. Playlists (HLS, DASH, concat) are not among them: they name other files and
+# addresses.
 _FORMATS = (
     "mov,matroska,asf,xwma,amr,amrnb,amrwb,aac,loas,ac3,eac3,dts,truehd,mlp,flv,avi,mpeg,mpegts,ogg,wav,w64,aiff,caf,flac,mp3,"
     "au,nistsphere,voc,wv,tta,ape,mpc,mpc8,tak,dsf,oma,rm"
 )
-# Formats whose header tells the duration; of the others FFmpeg guesses it from the bit rate or from the file's size.
+# Formats whose header tells the duration; of the others FFmpeg guesses it from the bit rate or from the
+# file's size.
 _TELL_DURATION = {"mov", "matroska", "flv", "wv", "tta", "ape", "caf", "mpc", "mpc8", "tak"}
 _SLACK_SECONDS = 0.25  # durations are rounded, and count the encoder's padding or do not
 _SIGNS = {  # (offset, bytes) of files that need PyAV -> what they are
@@ -31,7 +34,9 @@ _SIGNS = {  # (offset, bytes) of files that need PyAV -> what they are
 
 def name_of(head: bytes) -> str | None:
     """What a file is that needs PyAV, by its first bytes; None for others."""
-    return next((name for (offset, sign), name in _SIGNS.items() if head[offset : offset + len(sign)] == sign), None)
+    return next(
+        (name for (offset, sign), name in _SIGNS.items() if head[offset : offset + len(sign)] == sign), None
+    )
 
 
 def decode_file(file: IO[bytes] | str, limits: Limits, refusal: str) -> Piece:
@@ -51,7 +56,9 @@ def decode_file(file: IO[bytes] | str, limits: Limits, refusal: str) -> Piece:
                 raise AudioError("undecodable", refusal) from None
             raise AudioError("no_decoder", f"{name} needs PyAV: {INSTALL}") from None
         try:
-            container = av.open(opened, container_options={"format_whitelist": _FORMATS, "protocol_whitelist": ""})
+            container = av.open(
+                opened, container_options={"format_whitelist": _FORMATS, "protocol_whitelist": ""}
+            )
         except av.error.FFmpegError as error:
             words = refusal if name is None else f"{name}, but FFmpeg says: {error.strerror}"
             raise AudioError("undecodable", words) from None
@@ -81,16 +88,21 @@ def _decode(container, limits: Limits) -> Piece:
         for frame in decoded:
             block = _samples(frame)
             if blocks and (frame.sample_rate, block.shape[1]) != (rate, blocks[0].shape[1]):
-                raise AudioError("undecodable", f"its rate or its channels change at {frames / rate:.3f} s: split it there")
+                raise AudioError(
+                    "undecodable", f"its rate or its channels change at {frames / rate:.3f} s: split it there"
+                )
             rate = frame.sample_rate
             limits.add(len(block), rate, block.shape[1], block.itemsize)
             blocks.append(block)
             frames += len(block)
     codec = stream.codec_context.name
     if frame is None:
-        raise AudioError("undecodable" if errors else "zero_length", f"{codec} in {name}: no samples can be decoded")
+        raise AudioError(
+            "undecodable" if errors else "zero_length", f"{codec} in {name}: no samples can be decoded"
+        )
     if name == "mov" and codec == "aac" and frame.duration and stream.frames:
-        # The rest of the last frame is the encoder's padding (ffmpeg 9 leaves it out too, but in fragmented files).
+        # The rest of the last frame is the encoder's padding (ffmpeg 9 leaves it out too, but in fragmented
+        # files).
         blocks[-1] = blocks[-1][: round(frame.duration * frame.time_base * rate)]
     if errors and errors[0] < frames - _SLACK_SECONDS * rate:
         raise AudioError("undecodable", f"{codec} in {name} is damaged at {errors[0] / rate:.3f} s")

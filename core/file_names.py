@@ -16,7 +16,8 @@ class UnsafeName(ValueError):
 def plain_name(name: object) -> str:
     """Return `name` if it may name a file directly inside a folder. Errors: UnsafeName.
 
-    Refused: what is no text, separators, `.` and `..`, hidden names, control characters, and names that no file system takes.
+    Refused: what is no text, separators, `.` and `..`, hidden names, control characters, and names that no
+    file system takes.
     """
     if not isinstance(name, str) or not name:
         raise UnsafeName("is not a file name")
@@ -38,7 +39,8 @@ def plain_name(name: object) -> str:
 def file_size_inside(folder: Path, name: str) -> int:
     """Return the size of the regular file `folder`/`name`, which may be no link to a place outside `folder`.
 
-    Errors: UnsafeName for another place and for folders, devices and pipes; FileNotFoundError and other OSErrors.
+    Errors: UnsafeName for another place and for folders, devices and pipes; FileNotFoundError and other
+    OSErrors.
     """
     path = folder / name
     status = os.stat(path)

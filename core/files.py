@@ -15,16 +15,25 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def step_folders(checkpoints: Path) -> list[Path]:
     """Checkpoint folders, newest first, complete by name only: a save that died has left another name."""
-    found = [path for path in checkpoints.glob("step-*") if STEP.match(path.name)] if checkpoints.exists() else []
+    found = (
+        [path for path in checkpoints.glob("step-*") if STEP.match(path.name)] if checkpoints.exists() else []
+    )
     return sorted(found, key=lambda path: int(STEP.match(path.name)[1]), reverse=True)
 
 
 def code_version() -> str | None:
-    """Commit of this code, with -dirty where tracked files were changed; None where there is no git or no checkout. A frozen
-    copy lies in a checkout that may have moved on since: its VERSION says what it is a copy of (slurm/common.sh)."""
+    """Commit of this code, with -dirty where tracked files were changed; None where there is no git or no
+    checkout. A frozen copy lies in a checkout that may have moved on since: its VERSION says what it is a
+    copy of (slurm/common.sh)."""
     if (ROOT / "VERSION").exists():
         return (ROOT / "VERSION").read_text().strip() or None
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]  # tags differ between clones: the hash alone
+    command = [
+        "git",
+        "describe",
+        "--always",
+        "--dirty",
+        "--exclude=*",
+    ]  # tags differ between clones: the hash alone
     try:
         found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
@@ -52,8 +61,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def append_lines(path: Path, records: list[dict]) -> None:
-    """One JSON line each, in one write(): lines that ranks of one machine append to the same file do not mix. (On NFS, lines that
-    several machines append at one moment may be lost: what is kept so is told elsewhere as a number, too.)"""
+    """One JSON line each, in one write(): lines that ranks of one machine append to the same file do not mix.
+    (On NFS, lines that several machines append at one moment may be lost: what is kept so is told elsewhere
+    as a number, too.)"""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -64,8 +74,8 @@ def append_lines(path: Path, records: list[dict]) -> None:
 
 
 def read_lines(path: Path, last_bytes: int | None = None) -> list[dict]:
-    """The records of a file of JSON lines, which may be growing or absent; a line that is cut, by a kill or at the beginning of
-    the last `last_bytes`, is left out."""
+    """The records of a file of JSON lines, which may be growing or absent; a line that is cut, by a kill or
+    at the beginning of the last `last_bytes`, is left out."""
     if not path.exists():
         return []
     with open(path, "rb") as file:
@@ -82,9 +92,11 @@ def read_lines(path: Path, last_bytes: int | None = None) -> list[dict]:
 
 
 def keep_before(path: Path, first_step: int) -> list[dict]:
-    """Take the lines of `first_step` and later ones, which are done again, out of a log of steps; returns what stays: events,
-    too, which have happened whatever is done again."""
-    kept = [record for record in read_lines(path) if record["step"] < first_step or record.get("kind") == "event"]
+    """Take the lines of `first_step` and later ones, which are done again, out of a log of steps; returns
+    what stays: events, too, which have happened whatever is done again."""
+    kept = [
+        record for record in read_lines(path) if record["step"] < first_step or record.get("kind") == "event"
+    ]
     if path.exists():
         write_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
     return kept

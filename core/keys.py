@@ -6,7 +6,8 @@ import hashlib
 
 
 def key64(*parts: object) -> int:
-    """An unsigned 64-bit key of a tuple of names and numbers: the same in every process and on every machine."""
+    """An unsigned 64-bit key of a tuple of names and numbers: the same in every process and on every
+    machine."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 

@@ -1,7 +1,7 @@
 """The one table of languages: codes, names, scripts without spaces, and what an unknown code is.
 
-Codes are those of Whisper (ISO 639-1 with a few exceptions: `jw`, `haw`, `yue`). `language_code` brings what corpora write to a
-code; `effective_language` says by which rules a text is normalised and counted.
+Codes are those of Whisper (ISO 639-1 with a few exceptions: `jw`, `haw`, `yue`). `language_code` brings what
+corpora write to a code; `effective_language` says by which rules a text is normalised and counted.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from functools import cache
 
 import regex
 
-# A code, then its other codes (ISO 639-2, 639-3, old ones), then "=" and its names in English, the usual one first.
+# A code, then its other codes (ISO 639-2, 639-3, old ones), then "=" and its names in English, the usual one
+# first.
 _TABLE = """
 aa aar = Afar
 ab abk = Abkhazian, Abkhaz
@@ -271,8 +272,10 @@ UNSPACED = CHINESE | {"ja", "th", "tts", "nod", "lo", "my", "shn", "mnw", "ksw",
 UNDETERMINED = "und"
 
 _OTHER_LETTERS = regex.compile(r"[\p{L}&&[^\p{Latin}\p{Common}]]", regex.VERSION1)
-_UNSPACED_SCRIPTS = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-                                  r"\p{Tai_Tham}\p{New_Tai_Lue}\p{Tai_Le}\p{Tai_Viet}\p{Yi}]")
+_UNSPACED_SCRIPTS = regex.compile(
+    r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+    r"\p{Tai_Tham}\p{New_Tai_Lue}\p{Tai_Le}\p{Tai_Viet}\p{Yi}]"
+)
 
 
 def _read() -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
@@ -292,8 +295,9 @@ _CODES, _NAMES, _USUAL = _read()
 
 
 def language_code(lang: str | None) -> str | None:
-    """Return the code of a language, given as a code with or without a region (zh-CN, en_us), or as a name in English that may
-    have a word before it (Mandarin Chinese). What is not known is returned in lower case; None for None or ""."""
+    """Return the code of a language, given as a code with or without a region (zh-CN, en_us), or as a name in
+    English that may have a word before it (Mandarin Chinese). What is not known is returned in lower case;
+    None for None or ""."""
     if not lang or not str(lang).strip():
         return None
     code = str(lang).lower().replace("_", "-").split("-")[0].strip()
@@ -316,7 +320,8 @@ def is_known(lang: str | None) -> bool:
 
 
 def language_name(lang: str) -> str:
-    """Return the name that an instruction uses: German for de, de-DE or german; what is not known stays as it is."""
+    """Return the name that an instruction uses: German for de, de-DE or german; what is not known stays as it
+    is."""
     return _USUAL.get(language_code(lang) or "", lang)
 
 
@@ -328,9 +333,10 @@ def writes_no_spaces(character: str) -> bool:
 def effective_language(lang: str | None, text: str) -> str:
     """Return the code by whose rules a text is scored.
 
-    A known language counts as itself. Where none is given, text in Latin letters counts as English, the language of most data. A
-    language that the table does not hold is undetermined (`und`), and so is a missing one of text in other scripts: the basic
-    normaliser, words split at spaces, characters of scripts without spaces each by itself.
+    A known language counts as itself. Where none is given, text in Latin letters counts as English, the
+    language of most data. A language that the table does not hold is undetermined (`und`), and so is a
+    missing one of text in other scripts: the basic normaliser, words split at spaces, characters of scripts
+    without spaces each by itself.
     """
     code = language_code(lang)
     if code is None:

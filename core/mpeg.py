@@ -1,4 +1,5 @@
-"""Count the frames of MPEG audio (MP3), whose length no header has to tell, and find where joined files begin."""
+"""Count the frames of MPEG audio (MP3), whose length no header has to tell, and find where joined files
+begin."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ _KBPS = {
 _RATES = (44100, 48000, 32000)
 _RATE_SHIFT = {3: 0, 2: 1, 0: 2}  # by version bits: MPEG-1, MPEG-2, MPEG-2.5
 _TAGS = (b"Xing", b"Info")
-#: A Xing header's count may be off by this: some writers count the header's own frame, some forget the last one.
+#: A Xing header's count may be off by this: some writers count the header's own frame, some forget the last
+# one.
 COUNT_SLACK = 2
 
 
@@ -31,11 +33,17 @@ class Frame(NamedTuple):
 
 
 def frame_at(data: bytes, offset: int = 0) -> Frame | None:
-    """The frame whose header is at `offset`; None for anything else, and for free format, which does not tell its size."""
+    """The frame whose header is at `offset`; None for anything else, and for free format, which does not tell
+    its size."""
     head = data[offset : offset + 4]
     if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
         return None
-    version, layer, bitrate, rate_index = head[1] >> 3 & 3, 4 - (head[1] >> 1 & 3), head[2] >> 4, head[2] >> 2 & 3
+    version, layer, bitrate, rate_index = (
+        head[1] >> 3 & 3,
+        4 - (head[1] >> 1 & 3),
+        head[2] >> 4,
+        head[2] >> 2 & 3,
+    )
     if version == 1 or layer == 4 or bitrate in (0, 15) or rate_index == 3:
         return None
     is_mpeg1, channels, padding = version == 3, 1 if head[3] >> 6 == 3 else 2, head[2] >> 1 & 1
@@ -53,7 +61,8 @@ def _has_tag(data: bytes, offset: int, frame: Frame) -> bool:
 
 
 def _tagged_frames(data: bytes, offset: int, frame: Frame) -> int:
-    """The number of frames by the Xing, Info or VBRI header in the frame at `offset`; 0 where it does not tell it."""
+    """The number of frames by the Xing, Info or VBRI header in the frame at `offset`; 0 where it does not
+    tell it."""
     place = offset + frame.tag
     if data[place : place + 4] in _TAGS:
         flags = int.from_bytes(data[place + 4 : place + 8], "big")
@@ -80,7 +89,8 @@ class Run:
 
 
 class Count(NamedTuple):
-    """What an MP3 file holds. ends_inside: its last frame is incomplete; skipped: bytes that are in no frame or tag."""
+    """What an MP3 file holds. ends_inside: its last frame is incomplete; skipped: bytes that are in no frame
+    or tag."""
 
     runs: list[Run]
     ends_inside: bool
@@ -89,7 +99,9 @@ class Count(NamedTuple):
 
 def count_frames(data: bytes) -> Count:
     """Walk over all frames of an MP3 file."""
-    frames: dict[bytes, Frame | None] = {}  # by header: few different ones occur, and this loop runs 38 times a second of audio
+    frames: dict[
+        bytes, Frame | None
+    ] = {}  # by header: few different ones occur, and this loop runs 38 times a second of audio
     runs: list[Run] = []
     offset, end, skipped = 0, len(data), 0
     run: Run | None = None
@@ -111,9 +123,16 @@ def count_frames(data: bytes) -> Count:
         if offset + frame.size > end:
             return Count([run for run in runs if run.frames], True, skipped)
         # Two bytes first: few frames have one of these.
-        may_have_tag = offset + 40 <= end and (data[offset + frame.tag] in b"XI" or data[offset + 36] == 86)  # 86: V
+        may_have_tag = offset + 40 <= end and (
+            data[offset + frame.tag] in b"XI" or data[offset + 36] == 86
+        )  # 86: V
         has_tag = may_have_tag and _has_tag(data, offset, frame)
-        if run is None or has_tag or run.promised == run.frames and _are_frames(data, offset, COUNT_SLACK + 1):
+        if (
+            run is None
+            or has_tag
+            or run.promised == run.frames
+            and _are_frames(data, offset, COUNT_SLACK + 1)
+        ):
             # Frames beyond a header's count are those of a file without a header that was joined.
             run = Run(offset, frame, _tagged_frames(data, offset, frame) if has_tag else None)
             runs.append(run)
@@ -124,7 +143,8 @@ def count_frames(data: bytes) -> Count:
 
 
 def _are_frames(data: bytes, offset: int, count: int) -> bool:
-    """Whether `count` frames of one kind follow each other at `offset` (fewer where the data ends with one)."""
+    """Whether `count` frames of one kind follow each other at `offset` (fewer where the data ends with
+    one)."""
     first = None
     for _ in range(count):
         frame = frame_at(data, offset)

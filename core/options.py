@@ -1,12 +1,12 @@
 """Allowed values of a configuration's fields, stated where each field is declared and checked in one place.
 
-    @dataclass
-    class Config:
-        keep: str = choice("peak", "peak", "first")
-        steps: int = number(4000, least=1)
-        output: str = location("runs")
+@dataclass
+class Config:
+    keep: str = choice("peak", "peak", "first")
+    steps: int = number(4000, least=1)
+    output: str = location("runs")
 
-    problems(Config(keep="last"))   ->   [("keep", "is 'last': give peak or first")]
+problems(Config(keep="last"))   ->   [("keep", "is 'last': give peak or first")]
 """
 
 from __future__ import annotations
@@ -29,17 +29,36 @@ def choice(default: str, *values: str):
     return dataclasses.field(default=default, metadata={"choices": values})
 
 
-def number(default: float | None, *, least: float | None = None, above: float | None = None, most: float | None = None,
-           below: float | None = None, why: str = ""):
-    """Return a dataclass field for a finite number within bounds. why: the reason for them, added to the message."""
-    return dataclasses.field(default=default, metadata={"least": least, "above": above, "most": most, "below": below, "why": why})
+def number(
+    default: float | None,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    why: str = "",
+):
+    """Return a dataclass field for a finite number within bounds. why: the reason for them, added to the
+    message."""
+    return dataclasses.field(
+        default=default, metadata={"least": least, "above": above, "most": most, "below": below, "why": why}
+    )
 
 
-def numbers(*default: float, counts: tuple[int, ...] | None = None, least: float | None = None, above: float | None = None,
-            most: float | None = None, below: float | None = None):
-    """Return a dataclass field for a list of finite numbers within bounds. counts: the lengths that it may have."""
-    return dataclasses.field(default_factory=lambda: list(default), metadata={
-        "counts": counts, "least": least, "above": above, "most": most, "below": below})
+def numbers(
+    *default: float,
+    counts: tuple[int, ...] | None = None,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+):
+    """Return a dataclass field for a list of finite numbers within bounds. counts: the lengths that it may
+    have."""
+    return dataclasses.field(
+        default_factory=lambda: list(default),
+        metadata={"counts": counts, "least": least, "above": above, "most": most, "below": below},
+    )
 
 
 def text(default: str):
@@ -48,17 +67,20 @@ def text(default: str):
 
 
 def names_or_pattern():
-    """Return a dataclass field, by default None, for a list of names or one string: a keyword or a regular expression."""
+    """Return a dataclass field, by default None, for a list of names or one string: a keyword or a regular
+    expression."""
     return dataclasses.field(default=None, metadata={"names": True})
 
 
 def location(default: str | None):
-    """Return a dataclass field for the name of a file or folder; `expand_paths` expands a leading ~ and $VARIABLES in it."""
+    """Return a dataclass field for the name of a file or folder; `expand_paths` expands a leading ~ and
+    $VARIABLES in it."""
     return dataclasses.field(default=default, metadata={"path": True})
 
 
 def problems(config: object, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (key, what is wrong) for each field of a dataclass, and of those in it, whose value is not allowed."""
+    """Yield (key, what is wrong) for each field of a dataclass, and of those in it, whose value is not
+    allowed."""
     for field, key, value in _fields(config, prefix):
         rules = field.metadata
         if not _finite(value):
@@ -68,10 +90,18 @@ def problems(config: object, prefix: str = "") -> Iterator[tuple[str, str]]:
         elif isinstance(value, dict) and not all(isinstance(one, (int, float)) for one in value.values()):
             yield key, f"is {_shown(value)}: give numbers by name"
         elif "choices" in rules and value not in rules["choices"]:
-            quoted = " (in quotes, or YAML takes it for a boolean)" if str(value).lower() in rules["choices"] else ""
+            quoted = (
+                " (in quotes, or YAML takes it for a boolean)"
+                if str(value).lower() in rules["choices"]
+                else ""
+            )
             yield key, f"is {_shown(value)}: give {_alternatives(rules['choices'])}{quoted}"
         elif rules.get("counts") and len(value) not in rules["counts"]:
-            yield key, f"is {_shown(value)}: give {_alternatives([str(count) for count in rules['counts']])} numbers"
+            yield (
+                key,
+                f"is {_shown(value)}: give {_alternatives([str(count) for count in rules['counts']])} "
+                f"numbers",
+            )
         elif (rules.get("path") or rules.get("text")) and not is_name(str(value)):
             yield key, f"is {_shown(value)}: give a name"
         elif rules.get("names"):
@@ -79,19 +109,28 @@ def problems(config: object, prefix: str = "") -> Iterator[tuple[str, str]]:
                 yield key, f"is {_shown(value)}: {wrong}"
         else:
             for one in value if isinstance(value, list) else [value]:
-                if (limit := _exceeded(one, rules)):
-                    yield key, f"is {_shown(value)}: must be {limit}{': ' + rules['why'] if rules.get('why') else ''}"
+                if limit := _exceeded(one, rules):
+                    yield (
+                        key,
+                        f"is {_shown(value)}: must be "
+                        f"{limit}{': ' + rules['why'] if rules.get('why') else ''}",
+                    )
                     break
 
 
 def expand_paths(config: object) -> None:
     """Expand a leading ~ and $VARIABLES in every path of a dataclass and of those in it, in place.
 
-    Commands and URLs (`pipe:...`, `s3://...`) stay as they are. Errors: ValueError, starting with the field's key, for a variable
-    that is not set and for ~user without such a user.
+    Commands and URLs (`pipe:...`, `s3://...`) stay as they are. Errors: ValueError, starting with the field's
+    key, for a variable that is not set and for ~user without such a user.
     """
     for field, key, value in list(_fields(config, "")):
-        if not field.metadata.get("path") or not isinstance(value, str) or value.startswith("pipe:") or "://" in value:
+        if (
+            not field.metadata.get("path")
+            or not isinstance(value, str)
+            or value.startswith("pipe:")
+            or "://" in value
+        ):
             continue
         expanded = os.path.expanduser(os.path.expandvars(value))
         unset = re.search(r"\$(\w+|\{\w+\})", expanded)
@@ -119,11 +158,17 @@ def _fields(config: object, prefix: str) -> Iterator[tuple[dataclasses.Field, st
 
 
 def is_name(value: str) -> bool:
-    """Return whether the system takes it for the name of a file: not empty, printable, no part of more than 255 bytes."""
+    """Return whether the system takes it for the name of a file: not empty, printable, no part of more than
+    255 bytes."""
     if value.startswith("pipe:") or "://" in value:
         return True
     size = len(value.encode(errors="replace"))
-    return bool(value.strip()) and value.isprintable() and size < 4096 and all(len(part) <= 255 for part in value.split("/"))
+    return (
+        bool(value.strip())
+        and value.isprintable()
+        and size < 4096
+        and all(len(part) <= 255 for part in value.split("/"))
+    )
 
 
 def _no_names(value: object) -> str | None:
@@ -149,8 +194,12 @@ def _finite(value: object) -> bool:
 
 def _exceeded(value: object, rules: dict) -> str | None:
     """Return the bounds in words where `value` is outside of them."""
-    bounds = (("least", "at least", lambda x, y: x >= y), ("above", "above", lambda x, y: x > y),
-              ("most", "at most", lambda x, y: x <= y), ("below", "below", lambda x, y: x < y))
+    bounds = (
+        ("least", "at least", lambda x, y: x >= y),
+        ("above", "above", lambda x, y: x > y),
+        ("most", "at most", lambda x, y: x <= y),
+        ("below", "below", lambda x, y: x < y),
+    )
     given = [(words, rules[name], holds) for name, words, holds in bounds if rules.get(name) is not None]
     if all(holds(value, limit) for _, limit, holds in given):
         return None

@@ -1,9 +1,10 @@
 """Folders that only this user can write, in places that all users share.
 
-    python -IS core/private_folder.py FOLDER ...        for shell scripts: exit code 2 and one line where one is refused
+    python -IS core/private_folder.py FOLDER ...        for shell scripts: exit code 2 and one line where one
+                                                        is refused
 
-What is read back from such a folder is trusted: compiled libraries are loaded from it, staged data is not hashed again. In /tmp
-another user could have made it first, under a name that is easy to guess.
+What is read back from such a folder is trusted: compiled libraries are loaded from it, staged data is not
+hashed again. In /tmp another user could have made it first, under a name that is easy to guess.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ class NotPrivate(PermissionError):
 
 
 def private_folder(path: str | Path) -> Path:
-    """Create `path` with mode 700, or check the one that exists; return it as it was given. Missing parents are created.
+    """Create `path` with mode 700, or check the one that exists; return it as it was given. Missing parents
+    are created.
 
-    A folder of this user that others may read gets mode 700. Errors: NotPrivate (see check_private); other OSErrors.
+    A folder of this user that others may read gets mode 700. Errors: NotPrivate (see check_private); other
+    OSErrors.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,10 +51,14 @@ def check_private(path: Path, *, set_mode: bool = False) -> None:
         status = os.fstat(descriptor)
         mode = stat.S_IMODE(status.st_mode)
         if status.st_uid != os.geteuid():
-            raise NotPrivate(f"{path} belongs to another user (number {status.st_uid}), who could put anything into it: "
-                             "remove it, or choose another place")
+            raise NotPrivate(
+                f"{path} belongs to another user (number {status.st_uid}), who could put anything into it: "
+                "remove it, or choose another place"
+            )
         if mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise NotPrivate(f"{path} can be written by other users (mode {mode:o}): remove it, or choose another place")
+            raise NotPrivate(
+                f"{path} can be written by other users (mode {mode:o}): remove it, or choose another place"
+            )
         if set_mode and mode != 0o700:
             os.fchmod(descriptor, 0o700)
     finally:

@@ -1,4 +1,5 @@
-"""Where the header of an audio file says that the audio, or the file, ends: a file that ends before it is cut."""
+"""Where the header of an audio file says that the audio, or the file, ends: a file that ends before it is
+cut."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def is_chunk(head: bytes) -> bool:
 
 
 def next_chunk(source: Source, offset: int, size: int) -> int:
-    """The offset after a chunk's body of `size` bytes at `offset`: chunks of odd size are padded, or should be."""
+    """The offset after a chunk's body of `size` bytes at `offset`: chunks of odd size are padded, or should
+    be."""
     end = offset + size
     if size % 2 and not (is_chunk(source.read(end, 8)) and not is_chunk(source.read(end + 1, 8))):
         return end + 1
@@ -65,7 +67,10 @@ def _iff_end(source: Source, offset: int) -> int | None:
 
 
 def _caf_end(source: Source, offset: int) -> int | None:
-    while len(head := source.read(offset, 12)) == 12 and (size := int.from_bytes(head[4:], "big", signed=True)) >= 0:
+    while (
+        len(head := source.read(offset, 12)) == 12
+        and (size := int.from_bytes(head[4:], "big", signed=True)) >= 0
+    ):
         if head[:4] == b"data":
             return offset + 12 + size
         offset += 12 + size

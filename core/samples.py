@@ -1,7 +1,9 @@
-"""The sample schema: what a packed sample asks and what it answers. Training, validation, evaluation and data tools use these.
+"""The sample schema: what a packed sample asks and what it answers. Training, validation, evaluation and data
+tools use these.
 
-The answer is what a model is trained to write and what its prediction is scored against: the last assistant's turn of `messages`;
-else `response`; else, by task, the transcript (`asr`), the label or the transcript (`sound`), the label (all others).
+The answer is what a model is trained to write and what its prediction is scored against: the last assistant's
+turn of `messages`; else `response`; else, by task, the transcript (`asr`), the label or the transcript
+(`sound`), the label (all others).
 """
 
 from __future__ import annotations
@@ -51,8 +53,14 @@ def answer_of(sample: Mapping) -> str | None:
     """Return the text that a sample teaches and is scored against; None where it has none."""
     if messages := sample.get("messages"):
         last = messages[-1]
-        return str(last["content"]) if last.get("role") == "assistant" and last.get("content") is not None else None
-    return next((text for key in _answer_keys(task_of(sample)) if (text := _filled(sample, key)) is not None), None)
+        return (
+            str(last["content"])
+            if last.get("role") == "assistant" and last.get("content") is not None
+            else None
+        )
+    return next(
+        (text for key in _answer_keys(task_of(sample)) if (text := _filled(sample, key)) is not None), None
+    )
 
 
 def transcript_of(sample: Mapping) -> str:
@@ -61,8 +69,8 @@ def transcript_of(sample: Mapping) -> str:
 
 
 def question_of(sample: Mapping, audio_token: str = AUDIO_TOKEN) -> str:
-    """Return what a sample asks, without its audio's place: the last user's turn of `messages`, else `prompt`, else the
-    instruction of its task."""
+    """Return what a sample asks, without its audio's place: the last user's turn of `messages`, else
+    `prompt`, else the instruction of its task."""
     if messages := sample.get("messages"):
         asked = [str(turn.get("content") or "") for turn in messages if turn.get("role") == "user"]
         return asked[-1].replace(audio_token, "").strip("\n") if asked else ""
@@ -71,8 +79,8 @@ def question_of(sample: Mapping, audio_token: str = AUDIO_TOKEN) -> str:
 
 
 def target_language(of: Mapping) -> str | None:
-    """Return the code of a translation's target, of a sample or a prediction: its `target_lang` (a name or a code), else the
-    language that its question asks for ("... into French"); None where neither says."""
+    """Return the code of a translation's target, of a sample or a prediction: its `target_lang` (a name or a
+    code), else the language that its question asks for ("... into French"); None where neither says."""
     if said := of.get("target_lang"):
         return language_code(said)
     question = question_of(of) if of.get("prompt") or of.get("messages") else ""
@@ -84,7 +92,8 @@ def target_language(of: Mapping) -> str | None:
 
 
 def answer_language(sample: Mapping) -> str | None:
-    """Return the language in which a sample is answered, as it is written in the data: a translation's target, else `lang`."""
+    """Return the language in which a sample is answered, as it is written in the data: a translation's
+    target, else `lang`."""
     if task_of(sample) != "translation":
         return sample.get("lang")
     return target_language(sample) or (None if sample.get("prompt") or sample.get("messages") else "en")
@@ -93,10 +102,10 @@ def answer_language(sample: Mapping) -> str | None:
 def messages_of(sample: Mapping, audio_token: str = AUDIO_TOKEN) -> list[dict]:
     """Return a packed sample's JSON as a chat: its own `messages`, or (audio +) question and answer.
 
-    A turn is {"role", "content"}. In `messages` an audio stands wherever `audio_token` does; elsewhere it stands before the
-    question, and the token's name in prompts and answers is text. Such a turn has `audios` besides: how many of its audio tokens,
-    counted from the first, are audio. A sample without `duration` has no audio. Errors: PromptError where there is nothing to
-    answer or to ask.
+    A turn is {"role", "content"}. In `messages` an audio stands wherever `audio_token` does; elsewhere it
+    stands before the question, and the token's name in prompts and answers is text. Such a turn has `audios`
+    besides: how many of its audio tokens, counted from the first, are audio. A sample without `duration` has
+    no audio. Errors: PromptError where there is nothing to answer or to ask.
     """
     if sample.get("messages"):
         return [_turn(number, turn) for number, turn in enumerate(sample["messages"], 1)]
@@ -123,7 +132,9 @@ def _text_turn(role: str, text: str, audio_token: str) -> dict:
 
 def _turn(number: int, turn: object) -> dict:
     if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
-        raise PromptError(f"turn {number} of its messages holds no text: each needs a role and a content that is text")
+        raise PromptError(
+            f"turn {number} of its messages holds no text: each needs a role and a content that is text"
+        )
     check_role(number, turn.get("role"))
     return {"role": turn["role"], "content": turn["content"]}
 

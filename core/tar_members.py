@@ -1,9 +1,10 @@
 """Which members of a tar make up one sample: the rule for packing foreign shards and for streaming them.
 
-A member's name is STEM.EXTENSION, cut at the last dot, since ids hold dots (`sp0.9-utt1.wav`). The extension says what it is:
-audio, JSON or a text. Audio and JSON or text of one stem are a sample. Last parts of a stem that only say what a member is
-(`a.audio.wav`, `a.meta.json`) are taken off where a member has no partner otherwise. Nothing is guessed: several audio members
-make a sample unusable, and members of other kinds are counted by their extension.
+A member's name is STEM.EXTENSION, cut at the last dot, since ids hold dots (`sp0.9-utt1.wav`). The extension
+says what it is: audio, JSON or a text. Audio and JSON or text of one stem are a sample. Last parts of a stem
+that only say what a member is (`a.audio.wav`, `a.meta.json`) are taken off where a member has no partner
+otherwise. Nothing is guessed: several audio members make a sample unusable, and members of other kinds are
+counted by their extension.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ JSON_EXTENSION = "json"
 MAX_TEXT_BYTES = 16 << 20  # of a JSON or text member: a sample's is a few kB
 TEXT_KEYS = ("text", "sentence", "transcript", "transcription")  # of other people's JSON
 
-# What a member is: `a.left.wav`, `a.16k.wav`. Anything else behind a dot is a part of the id: `sp0.9-utt1.wav`.
+# What a member is: `a.left.wav`, `a.16k.wav`. Anything else behind a dot is a part of the id:
+# `sp0.9-utt1.wav`.
 _ROLE = re.compile(r"[A-Za-z][A-Za-z_]*|\d+k(hz)?", re.IGNORECASE)
 _AUDIO_ROLES = frozenset("audio speech sound wav wave clip voice mono source input flac mp3 ogg opus".split())
-_TEXT_ROLES = frozenset("meta metadata info json text txt transcript transcription label labels annotation sentence".split())
+_TEXT_ROLES = frozenset(
+    "meta metadata info json text txt transcript transcription label labels annotation sentence".split()
+)
 
 Kind = Literal["audio", "json", "text"]
 Content = TypeVar("Content")
@@ -48,18 +52,26 @@ def kind_of_member(name: str) -> Kind | None:
 
 
 def ignored_as(name: str) -> str | None:
-    """Return the heading under which a member is counted that belongs to no sample; None for audio, JSON and text."""
+    """Return the heading under which a member is counted that belongs to no sample; None for audio, JSON and
+    text."""
     parts = name.split("/")
-    if parts[-1].startswith("._") or "__MACOSX" in parts or parts[-1] in (".DS_Store", "Thumbs.db", "desktop.ini"):
+    if (
+        parts[-1].startswith("._")
+        or "__MACOSX" in parts
+        or parts[-1] in (".DS_Store", "Thumbs.db", "desktop.ini")
+    ):
         return "files of an operating system (._*, .DS_Store)"
     if kind_of_member(name):
         return None
     extension = split_name(name)[1]
-    return f".{extension} members" if extension and len(extension) <= 12 else "members without a known extension"
+    return (
+        f".{extension} members" if extension and len(extension) <= 12 else "members without a known extension"
+    )
 
 
 def family_of(name: str) -> str:
-    """Return the name that members share which may belong together: the stem, without last parts that only say what it is."""
+    """Return the name that members share which may belong together: the stem, without last parts that only
+    say what it is."""
     stem = split_name(name)[0]
     return _parents(stem)[-1] if _parents(stem) else stem
 
@@ -77,10 +89,11 @@ def _parents(stem: str) -> list[str]:
 
 @dataclass
 class Member(Generic[Content]):
-    """A member that may belong to a sample. content: what the caller needs to read it; size: bytes that it holds in memory.
+    """A member that may belong to a sample. content: what the caller needs to read it; size: bytes that it
+    holds in memory.
 
-    A member without a kind is part of no sample, and is kept beside its neighbours so that it can be named: a link, a device,
-    or a file with an extension that says nothing.
+    A member without a kind is part of no sample, and is kept beside its neighbours so that it can be named: a
+    link, a device, or a file with an extension that says nothing.
     """
 
     name: str
@@ -123,15 +136,18 @@ class Group(Generic[Content]):
     @property
     def without_audio(self) -> str:
         """Return how a report says that there is no audio, and what there is in its place."""
-        strange = [member.name + ("" if member.is_file else " is a link or device") for member in self.of(None)]
+        strange = [
+            member.name + ("" if member.is_file else " is a link or device") for member in self.of(None)
+        ]
         return "no audio member" + (f" (not understood: {', '.join(strange)})" if strange else "")
 
 
 def group_family(members: Iterable[Member[Content]]) -> list[Group[Content]]:
     """Return the groups of one family's members, in the order of their first members.
 
-    Audio and JSON or text of one stem belong together. Members without such a partner go to the nearest shorter stem that lacks
-    one too (`a.audio.wav` to `a.json`); where there is none, roles pair them (`a.audio.wav` and `a.meta.json`).
+    Audio and JSON or text of one stem belong together. Members without such a partner go to the nearest
+    shorter stem that lacks one too (`a.audio.wav` to `a.json`); where there is none, roles pair them
+    (`a.audio.wav` and `a.meta.json`).
     """
     groups: dict[str, Group[Content]] = {}
     for member in members:
@@ -160,10 +176,11 @@ def _has_known_role(group: Group) -> bool:
 
 
 class Grouper(Generic[Content]):
-    """Makes groups of members as they come. Neighbours are grouped at once; members without a partner wait for one.
+    """Makes groups of members as they come. Neighbours are grouped at once; members without a partner wait
+    for one.
 
-    stands_alone: whether a group without audio is whole, so that it need not wait. most_bytes: of the contents that wait; past it
-    the oldest is given up, and comes as an incomplete group.
+    stands_alone: whether a group without audio is whole, so that it need not wait. most_bytes: of the
+    contents that wait; past it the oldest is given up, and comes as an incomplete group.
     """
 
     def __init__(self, stands_alone: Callable[[Group[Content]], bool], most_bytes: float = float("inf")):
@@ -213,7 +230,8 @@ class Grouper(Generic[Content]):
 
 
 def stands_alone(json_text: bytes) -> bool:
-    """Whether a JSON member without audio is whole: a text sample's, or one whose fault can be reported at once."""
+    """Whether a JSON member without audio is whole: a text sample's, or one whose fault can be reported at
+    once."""
     try:
         record = read_record(json_text, None)
     except (ValueError, RecursionError):
@@ -232,7 +250,8 @@ def is_text_sample(record: dict) -> bool:
 
 
 def read_record(json_text: bytes | None, text: bytes | None) -> dict:
-    """Return a sample's JSON object, its transcript under `text`: its own, that of the text member, or another usual key's.
+    """Return a sample's JSON object, its transcript under `text`: its own, that of the text member, or
+    another usual key's.
 
     Errors: ValueError, RecursionError; UnicodeDecodeError for a text that is not UTF-8.
     """
@@ -247,7 +266,11 @@ def read_record(json_text: bytes | None, text: bytes | None) -> dict:
         if not isinstance(record, dict):
             raise ValueError("its JSON is not an object")
     if record.get("text") in (None, ""):
-        other = text.decode("utf-8-sig") if text is not None else next((record[k] for k in TEXT_KEYS if record.get(k)), None)
+        other = (
+            text.decode("utf-8-sig")
+            if text is not None
+            else next((record[k] for k in TEXT_KEYS if record.get(k)), None)
+        )
         if other is not None:
             record["text"] = other
     return record

@@ -1,4 +1,5 @@
-"""Find files whose names have another Unicode form on the disk: an accented letter as one character or as two (macOS)."""
+"""Find files whose names have another Unicode form on the disk: an accented letter as one character or as two
+(macOS)."""
 
 from __future__ import annotations
 
@@ -18,7 +19,11 @@ def find_path(path: str) -> str | None:
         if not name or parent == path:
             return None
         folder = find_path(parent) if parent else "."
-        return None if folder is None or (same := _names(folder).get(_form(name))) is None else os.path.join(folder, same)
+        return (
+            None
+            if folder is None or (same := _names(folder).get(_form(name))) is None
+            else os.path.join(folder, same)
+        )
     except (OSError, ValueError):  # a null byte, a name that is too long, a folder that may not be listed
         return None
 

@@ -1,14 +1,17 @@
-"""What metadata does not tell: `python -m data_tools.annotate --corpus NAME:PATH --out M.jsonl --hash --whisper DIR`.
+"""What metadata does not tell: `python -m data_tools.annotate --corpus NAME:PATH --out M.jsonl --hash
+--whisper DIR`.
 
-Reads the audio of a corpus once and writes a manifest of it with what was found: duration, and on request sound_hash (for
-pack's --drop-duplicates) and hypothesis, what a Whisper model hears (for pack's --max-wer). `pack --manifest M.jsonl` then
-decides by metadata alone, which is what makes its plan, and so its bytes, the same in every run.
+Reads the audio of a corpus once and writes a manifest of it with what was found: duration, and on request
+sound_hash (for pack's --drop-duplicates) and hypothesis, what a Whisper model hears (for pack's --max-wer).
+`pack --manifest M.jsonl` then decides by metadata alone, which is what makes its plan, and so its bytes, the
+same in every run.
 
-    window of entries -> decode in worker processes -> Whisper, batches of similar length -> lines, in the corpus' order
+    window of entries -> decode in worker processes -> Whisper, batches of similar length -> lines, in the
+    corpus' order
 
-Lines are kept window by window; the same command again after an interruption continues after the last one. A clip that
-cannot be read becomes a line in M.jsonl.rejected.jsonl, and so does a shell command in place of a file, unless --allow-pipes
-is given. Parts of an array job (--part i/N) write one manifest each.
+Lines are kept window by window; the same command again after an interruption continues after the last one. A
+clip that cannot be read becomes a line in M.jsonl.rejected.jsonl, and so does a shell command in place of a
+file, unless --allow-pipes is given. Parts of an array job (--part i/N) write one manifest each.
 """
 
 from __future__ import annotations
@@ -37,13 +40,16 @@ from data_tools.progress import Progress
 from data_tools.shards import OutputError
 from data_tools.workers import start_worker
 
-_READERS = "2"  # what readers yield, and so the place of a line in an unfinished file, is that of this version
+_READERS = (
+    "2"  # what readers yield, and so the place of a line in an unfinished file, is that of this version
+)
 WINDOW = 512  # entries that are decoded, transcribed and written together
 WHISPER_SECONDS = 30.0  # what Whisper hears at once; longer clips are cut and their texts joined
 
 
 def hash_of(samples: np.ndarray, rate: int) -> str:
-    """The same for the same sound: of samples, rate and channels, not of the file (a WAV and its FLAC are duplicates)."""
+    """The same for the same sound: of samples, rate and channels, not of the file (a WAV and its FLAC are
+    duplicates)."""
     digest = hashlib.blake2b(f"{rate}:{samples.shape[1]}:{samples.dtype}".encode(), digest_size=8)
     digest.update(np.ascontiguousarray(samples).tobytes())
     return digest.hexdigest()
@@ -77,8 +83,12 @@ class Transcriber:
         dtype = torch.float16 if self.device == "cuda" else torch.float32
         try:
             self.processor = WhisperProcessor.from_pretrained(folder)
-            self.model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(self.device).eval()
-        except Exception as error:  # of a folder that others wrote: the libraries have no list of what it makes them raise
+            self.model = (
+                WhisperForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(self.device).eval()
+            )
+        except (
+            Exception
+        ) as error:  # of a folder that others wrote: the libraries have no list of what it makes them raise
             raise CorpusError(f"--whisper {folder}: {one_line(error)}") from None
         self.batch_clips = max(1, int(batch_seconds // WHISPER_SECONDS))
         self.unknown: set[str] = set()  # languages that were told already
@@ -88,15 +98,21 @@ class Transcriber:
         pieces = []
         for number, (samples, lang) in enumerate(clips):
             step = round(WHISPER_SECONDS * SAMPLE_RATE)
-            pieces += [(number, start, lang, samples[start : start + step]) for start in range(0, max(1, len(samples)), step)]
+            pieces += [
+                (number, start, lang, samples[start : start + step])
+                for start in range(0, max(1, len(samples)), step)
+            ]
         texts: dict[tuple[int, int], str] = {}
-        # Clips of similar length end their texts at about the same token, so that no batch waits long for one of them.
+        # Clips of similar length end their texts at about the same token, so that no batch waits long for one
+        # of them.
         pieces.sort(key=lambda piece: (piece[2] or "", len(piece[3]), piece[0], piece[1]))
         for lang, group in itertools.groupby(pieces, key=lambda piece: piece[2]):
             group = list(group)
             for start in range(0, len(group), self.batch_clips):
                 batch = group[start : start + self.batch_clips]
-                for (number, place, _, _), text in zip(batch, self._texts([piece[3] for piece in batch], lang)):
+                for (number, place, _, _), text in zip(
+                    batch, self._texts([piece[3] for piece in batch], lang)
+                ):
                     texts[number, place] = text
         joined = [[] for _ in clips]
         for number, place in sorted(texts):
@@ -118,13 +134,18 @@ class Transcriber:
                 told = {"language": code, "task": "transcribe"}
             elif code not in self.unknown:
                 self.unknown.add(code)
-                print(f"annotate: this Whisper does not know language '{code}': it is left to detect one", file=sys.stderr)
+                print(
+                    f"annotate: this Whisper does not know language '{code}': it is left to detect one",
+                    file=sys.stderr,
+                )
         with torch.inference_mode():
             ids = self.model.generate(features, attention_mask=mask, do_sample=False, num_beams=1, **told)
         return self.processor.batch_decode(ids, skip_special_tokens=True)
 
 
-def annotated(items: Iterable[Entry | Fault], pool: ProcessPoolExecutor, want_hash: bool, transcriber) -> Iterator[list[str]]:
+def annotated(
+    items: Iterable[Entry | Fault], pool: ProcessPoolExecutor, want_hash: bool, transcriber
+) -> Iterator[list[str]]:
     """Windows of manifest lines, one line for each item."""
     items = iter(items)
     while window := list(itertools.islice(items, WINDOW)):
@@ -133,7 +154,9 @@ def annotated(items: Iterable[Entry | Fault], pool: ProcessPoolExecutor, want_ha
         looked = list(pool.map(look, entries, *wanted, chunksize=8))
         if transcriber is not None:
             heard = [(entry, samples) for entry, samples in looked if samples is not None]
-            for (entry, _), text in zip(heard, transcriber([(samples, entry.lang) for entry, samples in heard])):
+            for (entry, _), text in zip(
+                heard, transcriber([(samples, entry.lang) for entry, samples in heard])
+            ):
                 entry.hypothesis = text
         results = iter(looked)
         yield [(next(results)[0] if isinstance(item, Entry) else item).to_json() for item in window]
@@ -142,7 +165,9 @@ def annotated(items: Iterable[Entry | Fault], pool: ProcessPoolExecutor, want_ha
 def run(options: argparse.Namespace) -> str:
     """Errors: CorpusError, OutputError, BrokenProcessPool."""
     unfinished = options.out.with_name(options.out.name + ".unfinished")
-    told = {key: str(value) for key, value in vars(options).items() if key not in ("workers", "batch_seconds")}
+    told = {
+        key: str(value) for key, value in vars(options).items() if key not in ("workers", "batch_seconds")
+    }
     told["readers"] = _READERS
     corpora = open_apart(options.corpus)
     transcriber = Transcriber(options.whisper, options.batch_seconds) if options.whisper else None
@@ -170,7 +195,8 @@ def run(options: argparse.Namespace) -> str:
 
 
 def _resume(unfinished: Path, told: dict) -> int:
-    """How many items are done; what a kill left of a line is cut off. The first line says what the command was."""
+    """How many items are done; what a kill left of a line is cut off. The first line says what the command
+    was."""
     head = json.dumps(told) + "\n"
     begun = False
     if unfinished.exists():
@@ -185,7 +211,9 @@ def _resume(unfinished: Path, told: dict) -> int:
         for line in file:
             if line.endswith(b"\n"):
                 if lines < 0 and line.decode() != head:
-                    raise CorpusError(f"{unfinished} was begun with other options: finish it with those, or remove it")
+                    raise CorpusError(
+                        f"{unfinished} was begun with other options: finish it with those, or remove it"
+                    )
                 lines, length = lines + 1, length + len(line)
     os.truncate(unfinished, length)
     return lines
@@ -195,7 +223,11 @@ def _finish(unfinished: Path, out: Path) -> str:
     entries = faults = 0
     rejected = out.with_name(out.name + ".rejected.jsonl")
     sorted_out = out.with_name(out.name + ".sorted")
-    with open(unfinished, encoding="utf-8") as lines, open(sorted_out, "w", encoding="utf-8") as good, open(rejected, "w") as bad:
+    with (
+        open(unfinished, encoding="utf-8") as lines,
+        open(sorted_out, "w", encoding="utf-8") as good,
+        open(rejected, "w") as bad,
+    ):
         next(lines)
         for line in lines:
             is_fault = "reason" in json.loads(line)
@@ -219,13 +251,24 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--corpus", action="append", required=True, metavar="NAME:PATH[,option=value]")
     parser.add_argument("--out", type=Path, required=True, metavar="M.jsonl")
-    parser.add_argument("--allow-pipes", action="store_true", help="run the shell commands that a corpus gives in place of files")
-    parser.add_argument("--hash", action="store_true", help="sound_hash: equal for clips with the same samples")
     parser.add_argument(
-        "--whisper", metavar="DIR", help="hypothesis: what this Whisper model hears (the paper filtered by whisper-medium)"
+        "--allow-pipes",
+        action="store_true",
+        help="run the shell commands that a corpus gives in place of files",
     )
     parser.add_argument(
-        "--batch-seconds", type=float, default=480.0, help="audio that Whisper takes at once, 30 s a clip (default: 480)"
+        "--hash", action="store_true", help="sound_hash: equal for clips with the same samples"
+    )
+    parser.add_argument(
+        "--whisper",
+        metavar="DIR",
+        help="hypothesis: what this Whisper model hears (the paper filtered by whisper-medium)",
+    )
+    parser.add_argument(
+        "--batch-seconds",
+        type=float,
+        default=480.0,
+        help="audio that Whisper takes at once, 30 s a clip (default: 480)",
     )
     parser.add_argument("--part", type=_part, default=(0, 1), metavar="i/N")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
@@ -237,9 +280,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"annotate: {printable_line(str(error))}", file=sys.stderr)
         return 2
     except OutputError as error:
-        print(f"annotate: {printable_line(str(error))}; run the same command again: it continues", file=sys.stderr)
+        print(
+            f"annotate: {printable_line(str(error))}; run the same command again: it continues",
+            file=sys.stderr,
+        )
     except BrokenProcessPool:
-        print("annotate: a worker process died (out of memory?); run the same command again: it continues", file=sys.stderr)
+        print(
+            "annotate: a worker process died (out of memory?); run the same command again: it continues",
+            file=sys.stderr,
+        )
     return 1
 
 

@@ -1,7 +1,9 @@
-"""From an entry's audio to the bytes that go into a shard: decode (core/audio.py), cut, encode, or pass through.
+"""From an entry's audio to the bytes that go into a shard: decode (core/audio.py), cut, encode, or pass
+through.
 
-Its one reason to change is a codec. A clip that is refused raises ClipError, which costs that one clip. Every step is a pure
-function of the clip: the same input is the same output byte for byte (with the same library versions on the same kind of CPU).
+Its one reason to change is a codec. A clip that is refused raises ClipError, which costs that one clip. Every
+step is a pure function of the clip: the same input is the same output byte for byte (with the same library
+versions on the same kind of CPU).
 """
 
 from __future__ import annotations
@@ -49,8 +51,8 @@ def read_clip(
 ) -> tuple[Audio, bytes | None]:
     """Decode one entry's audio to [frames, channels] as the source has them; the source's bytes beside it.
 
-    With an offset the segment [offset, offset + duration) seconds is decoded and nothing else (bytes: None); without one
-    the whole clip. Errors: ClipError.
+    With an offset the segment [offset, offset + duration) seconds is decoded and nothing else (bytes: None);
+    without one the whole clip. Errors: ClipError.
     """
     data = read_bytes(audio) if offset is None else None
     recording = open_recording(audio) if data is None else None
@@ -72,7 +74,8 @@ def check_output(codec: str, rate: int | None) -> str | None:
 
 
 def output_rate(codec: str, rate: int) -> int:
-    """The rate at which a clip of `rate` is written where each keeps its own: Opus has five, and takes the next one up."""
+    """The rate at which a clip of `rate` is written where each keeps its own: Opus has five, and takes the
+    next one up."""
     if codec != "opus":
         return rate
     return next((known for known in _OPUS_RATES if known >= rate), _OPUS_RATES[-1])
@@ -80,13 +83,19 @@ def output_rate(codec: str, rate: int) -> int:
 
 def encode(samples: np.ndarray, rate: int, codec: str) -> tuple[bytes, str]:
     """[samples] int16 -> (file bytes, extension). codec: flac | opus | wav16. Errors: ClipError odd_rate."""
-    kinds = {"flac": ("FLAC", "PCM_16", "flac"), "wav16": ("WAV", "PCM_16", "wav"), "opus": ("OGG", "OPUS", "opus")}
+    kinds = {
+        "flac": ("FLAC", "PCM_16", "flac"),
+        "wav16": ("WAV", "PCM_16", "wav"),
+        "opus": ("OGG", "OPUS", "opus"),
+    }
     container, subtype, extension = kinds[codec]
     buffer = io.BytesIO()
     try:
         soundfile.write(buffer, samples, rate, format=container, subtype=subtype)
     except soundfile.LibsndfileError as error:
-        raise ClipError("odd_rate", f"cannot be written as {codec} at {rate:,} Hz ({error.error_string}): give --rate") from None
+        raise ClipError(
+            "odd_rate", f"cannot be written as {codec} at {rate:,} Hz ({error.error_string}): give --rate"
+        ) from None
     data = buffer.getvalue()
     return (with_serial(data, 1) if codec == "opus" else data), extension
 
@@ -95,13 +104,15 @@ _MIRRORED = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
 
 
 def ogg_checksum(page: bytes) -> int:
-    """Ogg's CRC-32 (RFC 3533: polynomial 0x04c11db7, start 0, not mirrored), by zlib's mirrored one on mirrored bits."""
+    """Ogg's CRC-32 (RFC 3533: polynomial 0x04c11db7, start 0, not mirrored), by zlib's mirrored one on
+    mirrored bits."""
     mirrored = zlib.crc32(page.translate(_MIRRORED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int(f"{mirrored:032b}"[::-1], 2)
 
 
 def with_serial(ogg: bytes, serial: int) -> bytes:
-    """The same Ogg stream under another serial number: encoders draw it at random, and equal input must be equal bytes."""
+    """The same Ogg stream under another serial number: encoders draw it at random, and equal input must be
+    equal bytes."""
     pages, start = [], 0
     while start < len(ogg):
         segments = ogg[start + 26]
@@ -125,11 +136,12 @@ def make_clip(
     cut: Callable[[np.ndarray, int], np.ndarray] | None = None,
     max_seconds: float = MAX_SECONDS,
 ) -> Clip:
-    """The whole way for one entry. rate: samples a second, None keeps the source's. cut: chooses a part of the samples.
+    """The whole way for one entry. rate: samples a second, None keeps the source's. cut: chooses a part of
+    the samples.
 
-    copy passes whole clips through, decoded to check them; segments, which have no bytes of their own, become flac. A source
-    that already is what is asked for (16-bit mono FLAC at the rate) keeps its bytes too: encoding it again would give the same
-    samples. Errors: ClipError.
+    copy passes whole clips through, decoded to check them; segments, which have no bytes of their own, become
+    flac. A source that already is what is asked for (16-bit mono FLAC at the rate) keeps its bytes too:
+    encoding it again would give the same samples. Errors: ClipError.
     """
     source, data = read_clip(audio, offset, duration, max_seconds)
     if codec == "copy" and data is not None:
@@ -159,19 +171,31 @@ def _copied(audio: str, source: Audio, data: bytes) -> Clip:
     extension = next((_EXTENSIONS[kind] for kind in kinds if kind in _EXTENSIONS), None)
     if extension is None:
         raise ClipError(
-            "undecodable", f"{audio}: {source.container}/{source.subtype} has no place in a shard: pack it as flac, not copy"
+            "undecodable",
+            f"{audio}: {source.container}/{source.subtype} has no place in a shard: pack it as flac, not "
+            f"copy",
         )
     findings = to_mono(source, None, "int16").findings
     return Clip(data, extension, source.rate, source.seconds, findings=findings)
 
 
-# Bytes of one second in files of each kind: how long a clip about is, and how large it about becomes, without opening it.
-BYTES_PER_SECOND = {"wav": 32000, "flac": 18000, "mp3": 8000, "opus": 4000, "ogg": 8000, "webm": 8000, "amr": 1600}
+# Bytes of one second in files of each kind: how long a clip about is, and how large it about becomes, without
+# opening it.
+BYTES_PER_SECOND = {
+    "wav": 32000,
+    "flac": 18000,
+    "mp3": 8000,
+    "opus": 4000,
+    "ogg": 8000,
+    "webm": 8000,
+    "amr": 1600,
+}
 _UNKNOWN_BYTES_PER_SECOND, _UNKNOWN_SECONDS = 16000, 5.0
 
 
 def estimate_seconds(audio: str, size: int | None = None) -> float:
-    """A guess at a clip's duration from its size alone; 0 for a file that is not there (found out when packed)."""
+    """A guess at a clip's duration from its size alone; 0 for a file that is not there (found out when
+    packed)."""
     kind, rest = kind_of(audio)
     suffix = rest.rpartition(".")[2].lower()
     if size is not None:

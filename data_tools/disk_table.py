@@ -1,4 +1,5 @@
-"""A table by key on the disk, for joining files that may have millions of lines in any order: memory does not grow with it."""
+"""A table by key on the disk, for joining files that may have millions of lines in any order: memory does not
+grow with it."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ _PAGES = -32_000  # kB of memory for pages
 
 
 class DiskTable:
-    """Values by key, and which of them were asked for. It lives in a temporary file that goes with the object."""
+    """Values by key, and which of them were asked for. It lives in a temporary file that goes with the
+    object."""
 
     def __init__(self):
         self._table = sqlite3.connect("", isolation_level=None)
@@ -24,10 +26,14 @@ class DiskTable:
 
     def add(self, key: str, value: str) -> bool:
         """Returns False for a key that is there already; its value stays. Errors: UnicodeEncodeError."""
-        return self._table.execute("insert or ignore into entries values (?, ?, null)", (key, value)).rowcount == 1
+        return (
+            self._table.execute("insert or ignore into entries values (?, ?, null)", (key, value)).rowcount
+            == 1
+        )
 
     def take(self, key: str, taker: str = "") -> tuple[str, str | None] | None:
-        """Return the value and who took it before (None: nobody), and note the taker; None for an unknown key."""
+        """Return the value and who took it before (None: nobody), and note the taker; None for an unknown
+        key."""
         row = self._table.execute("select value, taker from entries where key = ?", (key,)).fetchone()
         if row is not None and row[1] is None:
             self._table.execute("update entries set taker = ? where key = ?", (taker, key))

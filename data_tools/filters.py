@@ -1,7 +1,8 @@
-"""Quality before quantity: what is packed and what is refused, each refusal under a fixed word that is counted.
+"""Quality before quantity: what is packed and what is refused, each refusal under a fixed word that is
+counted.
 
-`Sieve.judge` works on metadata, while planning; `Sieve.judge_clip` again on what the decoded clip turned out to be, since
-corpora err about durations and many tell none.
+`Sieve.judge` works on metadata, while planning; `Sieve.judge_clip` again on what the decoded clip turned out
+to be, since corpora err about durations and many tell none.
 """
 
 from __future__ import annotations
@@ -80,11 +81,16 @@ class Sieve:
     take: str | None = None
     seed: int = 0
     allow_pipes: bool = False
-    clearest_seconds: float | None = None  # clips of task sound are cut to their clearest stretch of this length
-    _wanted: dict[str | None, bool] = field(default_factory=dict, repr=False)  # language -> whether filters.langs has it
+    clearest_seconds: float | None = (
+        None  # clips of task sound are cut to their clearest stretch of this length
+    )
+    _wanted: dict[str | None, bool] = field(
+        default_factory=dict, repr=False
+    )  # language -> whether filters.langs has it
 
     def judge(self, entry: Entry) -> Fault | None:
-        """None for an entry to pack (brought into order in place), else why not. OTHER_SPLIT is no fault, only not this one."""
+        """None for an entry to pack (brought into order in place), else why not. OTHER_SPLIT is no fault,
+        only not this one."""
         if fault := self.prepare(entry):
             return fault
         if self.take is not None and self.split_of(self.split_key(entry))[0] != self.take:
@@ -98,9 +104,11 @@ class Sieve:
         return None if self.allow_pipes else piped(entry)
 
     def split_key(self, entry: Entry) -> SplitKey:
-        """What must not be on both sides of a split; where that is not known, the next best: speaker, recording, id.
+        """What must not be on both sides of a split; where that is not known, the next best: speaker,
+        recording, id.
 
-        The same whatever reader an entry comes from: bare names count, neither the corpus nor the folders that it is in.
+        The same whatever reader an entry comes from: bare names count, neither the corpus nor the folders
+        that it is in.
         """
         if self.split_by == "speaker" and entry.speaker:
             return SplitKey("speaker", entry.speaker)
@@ -109,8 +117,11 @@ class Sieve:
         return SplitKey("id", entry.id if self.split_by == "id" else _bare(entry.id))
 
     def split_of(self, key: SplitKey) -> tuple[str, int]:
-        """The split of a key, by its hash alone, so it is the same in every run, part and order; and that hash."""
-        place = int.from_bytes(hashlib.blake2b(f"split:{self.seed}:{key.value}".encode(), digest_size=8).digest(), "big")
+        """The split of a key, by its hash alone, so it is the same in every run, part and order; and that
+        hash."""
+        place = int.from_bytes(
+            hashlib.blake2b(f"split:{self.seed}:{key.value}".encode(), digest_size=8).digest(), "big"
+        )
         left, total = place / 2**64, sum(self.splits.values())
         for name, share in self.splits.items():
             left -= share / total
@@ -122,7 +133,9 @@ class Sieve:
         """Filters that need no audio."""
         f = self.filters
         if f.langs and not self._is_wanted(entry.lang):
-            return Fault(entry.id, "language", f"{entry.lang} is not one of {', '.join(f.langs)}", entry.corpus)
+            return Fault(
+                entry.id, "language", f"{entry.lang} is not one of {', '.join(f.langs)}", entry.corpus
+            )
         if f.drop_duplicates and entry.audio and entry.sound_hash is None:
             return Fault(
                 entry.id,
@@ -140,7 +153,9 @@ class Sieve:
                 )
             rate = error_rate(entry.text, entry.hypothesis, entry.lang)
             if rate > f.max_wer:
-                return Fault(entry.id, "wer", f"{rate:.3f} of words differ from: {entry.hypothesis}", entry.corpus)
+                return Fault(
+                    entry.id, "wer", f"{rate:.3f} of words differ from: {entry.hypothesis}", entry.corpus
+                )
         if entry.audio is None or entry.duration is None:
             return None
         cut = self.clearest_seconds if self.clearest_seconds and entry.task == "sound" else math.inf
@@ -171,11 +186,15 @@ class Sieve:
         if f.max_rate is not None and rate > f.max_rate:
             return refuse("too_fast", f"{rate:.2f} characters a second")
         if f.ctc_frame_rate is not None:
-            frames, needed = math.floor(seconds * f.ctc_frame_rate), ctc_frames_needed(self.token_ids(entry.text))
+            frames, needed = (
+                math.floor(seconds * f.ctc_frame_rate),
+                ctc_frames_needed(self.token_ids(entry.text)),
+            )
             if frames < needed:
                 return refuse(
                     "ctc_infeasible",
-                    f"{needed} frames needed (tokens + repeats), {frames} there at {f.ctc_frame_rate:g} a second",
+                    f"{needed} frames needed (tokens + repeats), {frames} there at {f.ctc_frame_rate:g} a "
+                    f"second",
                 )
         return None
 
@@ -190,14 +209,21 @@ OTHER_SPLIT = Fault("", "other_split")
 
 
 def piped(entry: Entry) -> Fault | None:
-    """Why an entry whose audio is a shell command is not read unasked: it would run with the caller's rights."""
+    """Why an entry whose audio is a shell command is not read unasked: it would run with the caller's
+    rights."""
     if entry.audio is None or not entry.audio.startswith("pipe:"):
         return None
-    return Fault(entry.id, "pipe", f"a command in place of a file: --allow-pipes runs it ({entry.audio[5:]})", entry.corpus)
+    return Fault(
+        entry.id,
+        "pipe",
+        f"a command in place of a file: --allow-pipes runs it ({entry.audio[5:]})",
+        entry.corpus,
+    )
 
 
 def complete(entry: Entry, normalise: str = "raw") -> Fault | None:
-    """Give an entry its task, its text in the named form and a sound its sentence; refuse what has nothing to be learnt."""
+    """Give an entry its task, its text in the named form and a sound its sentence; refuse what has nothing to
+    be learnt."""
     if entry.task is None:
         answered = entry.response is not None or entry.messages or entry.label is not None
         entry.task = "text" if entry.audio is None else "chat" if answered else "asr"
@@ -205,7 +231,10 @@ def complete(entry: Entry, normalise: str = "raw") -> Fault | None:
         entry.duration = None  # a 0 there is a corpus that does not know; the decoded clip tells
     if entry.audio is None and not entry.messages and not (entry.prompt and entry.response):
         return Fault(
-            entry.id, "no_audio", "neither audio nor a text-only sample (prompt and response, or messages)", entry.corpus
+            entry.id,
+            "no_audio",
+            "neither audio nor a text-only sample (prompt and response, or messages)",
+            entry.corpus,
         )
     if entry.task == "sound" and entry.label and entry.text is None:
         entry.text = label_sentence(entry.label)
@@ -214,10 +243,17 @@ def complete(entry: Entry, normalise: str = "raw") -> Fault | None:
     if entry.task == "asr" and entry.text is None:
         return Fault(entry.id, "no_text", "task asr needs a transcript in text", entry.corpus)
     # A transcript is the answer to "transcribe"; given to another question it would be learnt as one, too.
-    if not (entry.response or entry.messages or entry.label or (entry.text and entry.task in ANSWERED_BY_TEXT)):
+    if not (
+        entry.response or entry.messages or entry.label or (entry.text and entry.task in ANSWERED_BY_TEXT)
+    ):
         known = entry.task.lower() in ANSWERED_BY_TEXT and entry.task != entry.task.lower()
         hint = f"; is {entry.task.lower()} meant?" if known else ""
-        return Fault(entry.id, "no_target", f"task {entry.task} needs a response, label or messages{hint}", entry.corpus)
+        return Fault(
+            entry.id,
+            "no_target",
+            f"task {entry.task} needs a response, label or messages{hint}",
+            entry.corpus,
+        )
     return None
 
 
@@ -228,7 +264,8 @@ def ctc_frames_needed(ids: list[int]) -> int:
 
 @lru_cache(maxsize=4)
 def load_tokenizer(folder: str):
-    """Loaded once, before workers are forked. Errors: OSError of transformers for a folder without a tokenizer."""
+    """Loaded once, before workers are forked. Errors: OSError of transformers for a folder without a
+    tokenizer."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer
 
@@ -236,8 +273,9 @@ def load_tokenizer(folder: str):
 
 
 def recording_of(entry: Entry) -> str | None:
-    """What an entry was cut from: as the corpus says, else the file that it is in. The bare name, without folders and extension,
-    so that it does not matter from where a corpus is read. None where it is not known: a tar's member no longer tells."""
+    """What an entry was cut from: as the corpus says, else the file that it is in. The bare name, without
+    folders and extension, so that it does not matter from where a corpus is read. None where it is not known:
+    a tar's member no longer tells."""
     name = entry.recording or ("" if kind_of(entry.audio or "")[0] != "file" else entry.audio)
     return _bare(name) if name else None
 

@@ -1,11 +1,13 @@
-"""Instruction data for stages II and III: corpora to chat samples, as a manifest that pack takes. `python -m data_tools.instruct`
+"""Instruction data for stages II and III: corpora to chat samples, as a manifest that pack takes. `python -m
+data_tools.instruct`
 
-    wrap   transcripts, translations and labels under many wordings of their task's instruction, the same wording for the same
-           sample and seed; --chain makes a share of them "transcribe, then answer"
+    wrap   transcripts, translations and labels under many wordings of their task's instruction, the same
+           wording for the same sample and seed; --chain makes a share of them "transcribe, then answer"
     text   text-only instruction sets (Alpaca, ShareGPT, OpenAI messages, prompt/response lines), no audio
     speak  their instructions spoken by a text-to-speech command, so that the audio is the question
 
-Every sample keeps where it came from in `origin`. Templates are text files, a wording a line (data_tools/templates/).
+Every sample keeps where it came from in `origin`. Templates are text files, a wording a line
+(data_tools/templates/).
 """
 
 from __future__ import annotations
@@ -63,7 +65,10 @@ def load_templates(path: Path) -> list[Template]:
     """Errors: CorpusError for a missing or empty file."""
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.txt")))
-        raise CorpusError(f"{path} does not exist: give --templates FILE, one instruction a line (there are some for {known})")
+        raise CorpusError(
+            f"{path} does not exist: give --templates FILE, one instruction a line (there are some for "
+            f"{known})"
+        )
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if line.strip() and not line.startswith("#"):
@@ -76,7 +81,10 @@ def load_templates(path: Path) -> list[Template]:
 
 def draw(seed: int, what: str, key: str) -> float:
     """A number in [0, 1) that depends on seed, purpose and sample alone: the same in every run and order."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{what}:{key}".encode(), digest_size=8).digest(), "big") / 2**64
+    return (
+        int.from_bytes(hashlib.blake2b(f"{seed}:{what}:{key}".encode(), digest_size=8).digest(), "big")
+        / 2**64
+    )
 
 
 def fill(template: str, values: dict[str, str]) -> str:
@@ -103,8 +111,8 @@ def wrap(
     seed: int,
     normalise: str = "raw",
 ) -> Entry | Fault:
-    """One corpus entry as a chat sample of `task`. target: language to translate into; None: the entry's, else English.
-    normalise: of its transcript, before an answer is made of it."""
+    """One corpus entry as a chat sample of `task`. target: language to translate into; None: the entry's,
+    else English. normalise: of its transcript, before an answer is made of it."""
     if entry.text:
         entry = replace(entry, text=NORMALISERS[normalise](entry.text).strip())
     key = f"{entry.corpus}/{entry.id}"
@@ -121,18 +129,23 @@ def wrap(
     values = {"target": target, "label": plain_label(entry.label or ""), "lang": entry.lang or ""}
     prompt, response = fill(template.instruction, values), fill(template.answer, values | {"answer": answer})
     origin = f"{task} template {template.name} on {key}"
-    sample = replace(entry, id=f"{entry.id}-{task}", task=task, prompt=prompt, response=response, origin=origin)
+    sample = replace(
+        entry, id=f"{entry.id}-{task}", task=task, prompt=prompt, response=response, origin=origin
+    )
     if entry.recording is None and entry.audio and kind_of(entry.audio)[0] != "file":
         sample.recording = (
             entry.id
         )  # by which splits keep a clip's samples of several tasks together; a file is known by its name
     if task == "translation":
         sample.target_lang = target
-    return sample if task == "asr" else chained(sample, chains, chain_share, seed)  # a transcript would be given twice
+    return (
+        sample if task == "asr" else chained(sample, chains, chain_share, seed)
+    )  # a transcript would be given twice
 
 
 def chained(sample: Entry, chains: list[Template], share: float, seed: int) -> Entry:
-    """The sample as "transcribe, then answer", if it has a transcript and is one of the `share` that are to be."""
+    """The sample as "transcribe, then answer", if it has a transcript and is one of the `share` that are to
+    be."""
     key = f"{sample.corpus}/{sample.id}"
     if not sample.text or draw(seed, "chain", key) >= share:
         return sample
@@ -147,20 +160,33 @@ def chained(sample: Entry, chains: list[Template], share: float, seed: int) -> E
     )
 
 
-_ROLES = {"human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 def text_sample(row: dict, name: str) -> Entry | Fault:
-    """One row of a text-only instruction set, by the names of its fields; chats of one exchange become prompt and response."""
+    """One row of a text-only instruction set, by the names of its fields; chats of one exchange become prompt
+    and response."""
     sample_id = str(row.get("id", name))
     turns = row.get("messages") or row.get("conversations")
     if turns:
         try:
             said = [
-                {"role": _ROLES[turn.get("role") or turn["from"]], "content": turn.get("content", turn.get("value"))}
+                {
+                    "role": _ROLES[turn.get("role") or turn["from"]],
+                    "content": turn.get("content", turn.get("value")),
+                }
                 for turn in turns
             ]
-            if not all(isinstance(turn["content"], str) for turn in said):  # null: a call of a tool; a list: of parts
+            if not all(
+                isinstance(turn["content"], str) for turn in said
+            ):  # null: a call of a tool; a list: of parts
                 return Fault(sample_id, "bad_row", f"{name}: a turn whose content is no text")
         except (KeyError, TypeError, AttributeError) as error:
             return Fault(sample_id, "bad_row", f"{name}: a turn without a known role: {error}")
@@ -173,7 +199,9 @@ def text_sample(row: dict, name: str) -> Entry | Fault:
     response = row.get("output") or row.get("response") or row.get("answer")
     if not isinstance(prompt, str) or not isinstance(response, str):
         return Fault(
-            sample_id, "no_target", f"{name}: neither messages nor instruction/prompt/question with output/response/answer"
+            sample_id,
+            "no_target",
+            f"{name}: neither messages nor instruction/prompt/question with output/response/answer",
         )
     more = row.get("input")
     return Entry(id=sample_id, task="text", prompt=f"{prompt}\n{more}" if more else prompt, response=response)
@@ -202,25 +230,32 @@ def read_text_set(path: Path, lang: str | None) -> Iterator[Entry | Fault]:
 
 
 class Voice:
-    """A text-to-speech command. `{out}` is the WAV to write; the text is `{text}`, or else comes on standard input."""
+    """A text-to-speech command. `{out}` is the WAV to write; the text is `{text}`, or else comes on standard
+    input."""
 
     def __init__(self, command: str, folder: Path):
         self.command, self.folder = shlex.split(command), folder
         if not any("{out}" in part for part in self.command):
             raise CorpusError(
-                f"--tts '{command}' must hold {{out}}, the file to write (and {{text}}, unless it reads standard input)"
+                f"--tts '{command}' must hold {{out}}, the file to write (and {{text}}, unless it reads "
+                f"standard input)"
             )
         folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, text: str) -> Path:
-        """The clip of a text, spoken once: a file that is there is complete. Errors: CorpusError where there is no such program;
-        CalledProcessError; FileNotFoundError where it wrote nothing; OSError and ValueError for a text that is no argument."""
+        """The clip of a text, spoken once: a file that is there is complete. Errors: CorpusError where there
+        is no such program; CalledProcessError; FileNotFoundError where it wrote nothing; OSError and
+        ValueError for a text that is no argument."""
         name = hashlib.blake2b(json.dumps([self.command, text]).encode(), digest_size=12).hexdigest()
         path = self.folder / f"{name}.wav"
-        unfinished = self.folder / f".{name}.{os.getpid()}.{threading.get_ident()}.wav"  # two samples may ask the same at once
+        unfinished = (
+            self.folder / f".{name}.{os.getpid()}.{threading.get_ident()}.wav"
+        )  # two samples may ask the same at once
         if not path.exists():
             said = f" {text}" if text.startswith("-") else text  # a program would take it for an option
-            command = [part.replace("{out}", str(unfinished)).replace("{text}", said) for part in self.command]
+            command = [
+                part.replace("{out}", str(unfinished)).replace("{text}", said) for part in self.command
+            ]
             spoken = None if any("{text}" in part for part in self.command) else text
             try:
                 subprocess.run(command, input=spoken, text=True, check=True, capture_output=True)
@@ -235,7 +270,9 @@ def speak(entry: Entry | Fault, voice: Voice) -> Entry | Fault:
     if isinstance(entry, Fault):
         return entry
     if entry.messages or not entry.prompt:
-        return Fault(entry.id, "bad_row", "only samples of one question and one answer are spoken", entry.corpus)
+        return Fault(
+            entry.id, "bad_row", "only samples of one question and one answer are spoken", entry.corpus
+        )
     try:
         audio = voice(entry.prompt)
     except FileNotFoundError:
@@ -254,14 +291,26 @@ def speak(entry: Entry | Fault, voice: Voice) -> Entry | Fault:
         return fault_of(error, entry.id, entry.corpus, "command_failed")
     origin = f"{entry.origin}, spoken by {Path(voice.command[0]).name}"
     return replace(
-        entry, id=f"{entry.id}-spoken", audio=str(audio.absolute()), text=entry.prompt, prompt=None, task="chat", origin=origin
+        entry,
+        id=f"{entry.id}-spoken",
+        audio=str(audio.absolute()),
+        text=entry.prompt,
+        prompt=None,
+        task="chat",
+        origin=origin,
     )
 
 
 def spoken(
-    items: Iterator[Entry | Fault], voice: Voice, pool: ThreadPoolExecutor, chains: list[Template], share: float, seed: int
+    items: Iterator[Entry | Fault],
+    voice: Voice,
+    pool: ThreadPoolExecutor,
+    chains: list[Template],
+    share: float,
+    seed: int,
 ):
-    """speak, several commands at a time, in the order of the set; a share of them "transcribe, then answer"."""
+    """speak, several commands at a time, in the order of the set; a share of them "transcribe, then
+    answer"."""
     while window := list(itertools.islice(items, 256)):
         for item in pool.map(lambda item: speak(item, voice), window):
             yield item if isinstance(item, Fault) else chained(item, chains, share, seed)
@@ -289,7 +338,9 @@ def write(items: Iterator[Entry | Fault], out: Path) -> str:
             rejected.unlink()
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
-    told = f"{out}: {', '.join(f'{count:,} {name}' for name, count in sorted(counts.items())) or 'no samples'}"
+    told = (
+        f"{out}: {', '.join(f'{count:,} {name}' for name, count in sorted(counts.items())) or 'no samples'}"
+    )
     return told + "".join(f"; ignored {count:,} {what}" for what, count in sorted(ignored.items()))
 
 
@@ -303,7 +354,14 @@ def run(options: argparse.Namespace) -> str:
                 return item
             try:
                 sample = wrap(
-                    item, options.task, templates, chains, options.chain, options.target, options.seed, options.normalise
+                    item,
+                    options.task,
+                    templates,
+                    chains,
+                    options.chain,
+                    options.target,
+                    options.seed,
+                    options.normalise,
                 )
             except Exception as error:  # whatever one sample leads to
                 sample = fault_of(error, item.id, item.corpus, "failed")
@@ -325,26 +383,48 @@ def main(argv: list[str] | None = None) -> int:
         prog="data_tools.instruct", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    add = (wrapping := commands.add_parser("wrap", help="corpora with transcripts, translations or labels")).add_argument
+    add = (
+        wrapping := commands.add_parser("wrap", help="corpora with transcripts, translations or labels")
+    ).add_argument
     add("--corpus", action="append", required=True, metavar="NAME:PATH[,option=value]")
     add("--task", required=True, help="asr, translation, emotion, gender, sound, or another with --templates")
     add("--templates", type=Path, help="one instruction a line; default: data_tools/templates/TASK.txt")
-    add("--target", help="language to translate into, as the instruction names it; default: the corpus' target_lang, or English")
-    add("--normalise", choices=NORMALISERS, default="raw", help="of transcripts, as pack has it: `sentence` for capitals alone")
+    add(
+        "--target",
+        help="language to translate into, as the instruction names it; default: the corpus' target_lang, or English",  # noqa: E501
+    )
+    add(
+        "--normalise",
+        choices=NORMALISERS,
+        default="raw",
+        help="of transcripts, as pack has it: `sentence` for capitals alone",
+    )
     reading = commands.add_parser("text", help="text-only instruction sets")
     speaking = commands.add_parser("speak", help="text-only instruction sets with the question spoken")
     for sub in (reading, speaking):
         sub.add_argument("--input", action="append", type=Path, required=True, metavar="FILE.jsonl")
         sub.add_argument("--lang")
     speaking.add_argument(
-        "--tts", required=True, metavar="COMMAND", help="'piper -m voice.onnx -f {out}' or 'flite -t {text} -o {out}'"
+        "--tts",
+        required=True,
+        metavar="COMMAND",
+        help="'piper -m voice.onnx -f {out}' or 'flite -t {text} -o {out}'",
     )
     speaking.add_argument(
-        "--audio", type=Path, required=True, help="folder for the spoken clips; those there are not spoken again"
+        "--audio",
+        type=Path,
+        required=True,
+        help="folder for the spoken clips; those there are not spoken again",
     )
     speaking.add_argument("--workers", type=int, default=os.cpu_count())
     for sub in (wrapping, speaking):
-        sub.add_argument("--chain", type=float, default=0.0, metavar="SHARE", help='of the samples: "transcribe, then answer"')
+        sub.add_argument(
+            "--chain",
+            type=float,
+            default=0.0,
+            metavar="SHARE",
+            help='of the samples: "transcribe, then answer"',
+        )
         sub.add_argument("--chain-templates", type=Path, default=TEMPLATES / "chain.txt")
         sub.add_argument("--seed", type=int, default=0)
     for sub in (wrapping, reading, speaking):

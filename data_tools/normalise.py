@@ -1,7 +1,8 @@
-"""Transcripts and labels as they are to stand in the shards: named, so that a packing says which choice it was made with.
+"""Transcripts and labels as they are to stand in the shards: named, so that a packing says which choice it
+was made with.
 
-What CTC is trained on is settled later, by the recipe's data.ctc_text (core.ctc_text.normalise); the choices here repair
-what a corpus did to its text, before training ever sees it.
+What CTC is trained on is settled later, by the recipe's data.ctc_text (core.ctc_text.normalise); the choices
+here repair what a corpus did to its text, before training ever sees it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from core.ctc_text import normalise
 
 # Control, format and private-use characters, but for the joiners that Indic and Persian spelling needs.
 _INVISIBLE_CATEGORIES, _JOINERS = {"Cc", "Cf", "Co", "Cs"}, {"\u200c", "\u200d"}
-_QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201a": "'", "\u201c": '"', "\u201d": '"', "\u201e": '"', "\u00a0": " "})
+_QUOTES = str.maketrans(
+    {"\u2018": "'", "\u2019": "'", "\u201a": "'", "\u201c": '"', "\u201d": '"', "\u201e": '"', "\u00a0": " "}
+)
 _ENGLISH_I = re.compile(r"\bi(?=$|[\s',.?!;:])")
 
 
@@ -34,7 +37,8 @@ def clean(text: str) -> str:
 
 
 def sentence(text: str) -> str:
-    """clean, and text in capitals alone (LibriSpeech, GigaSpeech) as a sentence: an LLM knows "hello", hardly "HELLO"."""
+    """clean, and text in capitals alone (LibriSpeech, GigaSpeech) as a sentence: an LLM knows "hello", hardly
+    "HELLO"."""
     text = clean(text)
     if not text.isupper():
         return text
@@ -52,11 +56,14 @@ def lower_no_punctuation(text: str) -> str:
     return normalise(clean(text), "lower_no_punctuation")
 
 
-NORMALISERS = {function.__name__: function for function in (raw, clean, sentence, lower, lower_no_punctuation)}
+NORMALISERS = {
+    function.__name__: function for function in (raw, clean, sentence, lower, lower_no_punctuation)
+}
 
 
 def plain_label(label: str) -> str:
-    """A class name as words: "Dog_bark", "dog-bark" and "Dog bark" are all "dog bark"; "Speech, human" keeps its comma."""
+    """A class name as words: "Dog_bark", "dog-bark" and "Dog bark" are all "dog bark"; "Speech, human" keeps
+    its comma."""
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", label)
     return " ".join(re.sub(r"[_\-]+", " ", clean(words)).lower().split())
 

@@ -37,7 +37,9 @@ def check_output(folder: Path) -> None:
         raise OutputError(f"cannot read {folder}: {error.strerror}") from error
     if strange:
         some = ", ".join(strange[:3]) + (" ..." if len(strange) > 3 else "")
-        raise CorpusError(f"{folder} holds {some}, which this command did not write: give a new or empty --out")
+        raise CorpusError(
+            f"{folder} holds {some}, which this command did not write: give a new or empty --out"
+        )
 
 
 def _may_be_there(path: Path) -> bool:
@@ -58,9 +60,11 @@ def _may_be_there(path: Path) -> bool:
 
 @contextmanager
 def locked(folder: Path, part: tuple[int, int] | None) -> Iterator[None]:
-    """Keep others from packing the same part of a folder, or from merging it meanwhile. Whoever is killed lets go of it.
+    """Keep others from packing the same part of a folder, or from merging it meanwhile. Whoever is killed
+    lets go of it.
 
-    Errors: InUse after a while; OutputError where the folder cannot be written. A file system without locks is used without.
+    Errors: InUse after a while; OutputError where the folder cannot be written. A file system without locks
+    is used without.
     """
     with ExitStack() as stack:
         work = folder / WORK
@@ -95,7 +99,11 @@ def _lock(stack: ExitStack, path: Path, kind: int, folder: Path) -> None:
         if time.monotonic() >= until:
             raise InUse(f"{what}: wait until it has ended; if it has ended already, remove {path}")
         if not told:
-            print(f"{printable_line(what)}: waiting for up to {duration(PATIENCE_SECONDS)}", file=sys.stderr, flush=True)
+            print(
+                f"{printable_line(what)}: waiting for up to {duration(PATIENCE_SECONDS)}",
+                file=sys.stderr,
+                flush=True,
+            )
             told = True
         time.sleep(1.0)
     if kind == fcntl.LOCK_EX:

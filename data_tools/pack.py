@@ -1,11 +1,13 @@
 """Corpora to shards: `python data_tools/pack.py --corpus librispeech:/data/LibriSpeech --out DIR`.
 
-    corpora --plan--> which sample in which shard --worker processes, a shard each--> NAME-000000.tar ... --merge--> index
+    corpora --plan--> which sample in which shard --worker processes, a shard each--> NAME-000000.tar ...
+    --merge--> index
 
-Samples are planned before audio is touched, each worker writes whole shards, and a shard gets its name when it is complete:
-the same command again after any interruption continues and ends in the same bytes, whatever --workers. On a cluster every
-task of an array runs `--part i/N`; when all have ended, `--merge --out DIR` writes the index. `--splits` without `--take` packs
-every split into a folder of its own, in one pass. docs/data.md has an example for each kind of corpus.
+Samples are planned before audio is touched, each worker writes whole shards, and a shard gets its name when
+it is complete: the same command again after any interruption continues and ends in the same bytes, whatever
+--workers. On a cluster every task of an array runs `--part i/N`; when all have ended, `--merge --out DIR`
+writes the index. `--splits` without `--take` packs every split into a folder of its own, in one pass.
+docs/data.md has an example for each kind of corpus.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ _ADDED = {"refuse"}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="pack.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="pack.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument_group("corpora").add_argument
     add(
         "--corpus",
@@ -64,13 +68,27 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="NAME:PATH[,option=value]",
         help="a corpus by its format's name; repeatable",
     )
-    add("--manifest", action="append", default=[], metavar="M.jsonl", help="the same as --corpus manifest:M.jsonl")
-    add("--allow-pipes", action="store_true", help="run the shell commands that a corpus gives in place of files")
+    add(
+        "--manifest",
+        action="append",
+        default=[],
+        metavar="M.jsonl",
+        help="the same as --corpus manifest:M.jsonl",
+    )
+    add(
+        "--allow-pipes",
+        action="store_true",
+        help="run the shell commands that a corpus gives in place of files",
+    )
     add = parser.add_argument_group("output").add_argument
     add("--out", required=True, type=Path, help="folder for shards and index")
     add("--name", help="shards are NAME-000000.tar ...; default: the name of --out")
     add("--codec", choices=CODECS, default="flac", help="copy: compressed bytes as they are")
-    add("--rate", default=str(SAMPLE_RATE), help="samples a second, or keep (default: 16000); channels are mixed to one")
+    add(
+        "--rate",
+        default=str(SAMPLE_RATE),
+        help="samples a second, or keep (default: 16000); channels are mixed to one",
+    )
     add("--shard-mb", type=float, help="about this many MB a shard; default: 256, less for small corpora")
     add("--shard-hours", type=float, help="about this many hours of audio a shard, instead of --shard-mb")
     add(
@@ -80,35 +98,69 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="recordings: a recording's segments stay together (default: samples)",
     )
     add("--seed", type=int, default=0, help="of shuffle and splits")
-    add("--measure", action="store_true", help="write level, peak, clipping and estimated SNR of each clip into its JSON")
     add(
-        "--clearest", type=float, metavar="SECONDS", help="cut clips of task sound to their clearest stretch (the paper: about 3)"
+        "--measure",
+        action="store_true",
+        help="write level, peak, clipping and estimated SNR of each clip into its JSON",
+    )
+    add(
+        "--clearest",
+        type=float,
+        metavar="SECONDS",
+        help="cut clips of task sound to their clearest stretch (the paper: about 3)",
     )
     add = parser.add_argument_group("text").add_argument
-    add("--normalise", choices=tuple(NORMALISERS), default="raw", help="transcripts: see data_tools/normalise.py")
+    add(
+        "--normalise",
+        choices=tuple(NORMALISERS),
+        default="raw",
+        help="transcripts: see data_tools/normalise.py",
+    )
     add("--tokenizer", metavar="DIR", help="the LLM's tokenizer: counts tokens, needed by --ctc-frame-rate")
-    add("--ctc-text", choices=("raw", "lower", "lower_no_punctuation"), default="lower", help="as the recipe's data.ctc_text")
-    add = parser.add_argument_group("filters (refused samples are counted, and named in rejected.jsonl)").add_argument
+    add(
+        "--ctc-text",
+        choices=("raw", "lower", "lower_no_punctuation"),
+        default="lower",
+        help="as the recipe's data.ctc_text",
+    )
+    add = parser.add_argument_group(
+        "filters (refused samples are counted, and named in rejected.jsonl)"
+    ).add_argument
     add("--min-seconds", type=float)
     add("--max-seconds", type=float)
     add("--min-rate", type=float, help="characters of text a second")
     add("--max-rate", type=float)
     add("--langs", help="only these languages: en,de")
-    add("--ctc-frame-rate", type=float, help="CTC frames a second (25: Whisper, two frames stacked): refuse text that cannot fit")
     add(
-        "--max-wer", type=float, help="of the hypothesis column (data_tools.annotate --whisper) against the text; the paper: 0.10"
+        "--ctc-frame-rate",
+        type=float,
+        help="CTC frames a second (25: Whisper, two frames stacked): refuse text that cannot fit",
+    )
+    add(
+        "--max-wer",
+        type=float,
+        help="of the hypothesis column (data_tools.annotate --whisper) against the text; the paper: 0.10",
     )
     add(
         "--refuse",
         metavar="KIND,...",
-        help=f"clips that are {', '.join(REFUSABLE)} (otherwise packed, counted, and named in findings.jsonl)",
+        help=f"clips that are {', '.join(REFUSABLE)} (otherwise packed, counted, and named in findings.jsonl)",  # noqa: E501
     )
-    add("--drop-duplicates", action="store_true", help="by the sound_hash column (data_tools.annotate --hash)")
     add(
-        "--max-broken-share", type=float, default=0.5, help="stop when more lines and clips than this share are missing or broken"
+        "--drop-duplicates", action="store_true", help="by the sound_hash column (data_tools.annotate --hash)"
+    )
+    add(
+        "--max-broken-share",
+        type=float,
+        default=0.5,
+        help="stop when more lines and clips than this share are missing or broken",
     )
     add = parser.add_argument_group("splits").add_argument
-    add("--splits", metavar="train=0.9,valid=0.05,test=0.05", help="shares; each split becomes a folder of --out")
+    add(
+        "--splits",
+        metavar="train=0.9,valid=0.05,test=0.05",
+        help="shares; each split becomes a folder of --out",
+    )
     add(
         "--split-by",
         choices=("speaker", "recording", "id"),
@@ -118,12 +170,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--take", metavar="SPLIT", help="pack this split alone, into --out itself")
     add = parser.add_argument_group("work").add_argument
     add("--workers", type=int, default=os.cpu_count(), help="processes, each writing a shard of its own")
-    add("--part", metavar="i/N", help="pack every N-th shard, from i = 0 on (an array job); --merge joins the parts")
+    add(
+        "--part",
+        metavar="i/N",
+        help="pack every N-th shard, from i = 0 on (an array job); --merge joins the parts",
+    )
     add("--merge", action="store_true", help="write the index of a folder whose parts are all packed")
     add(
         "--dry-run",
         action="store_true",
-        help="read the corpora, print what would be packed and refused, keep nothing: other options may follow",
+        help="read the corpora, print what would be packed and refused, keep nothing: other options may follow",  # noqa: E501
     )
     options = parser.parse_args(argv)
     _check(parser, options)
@@ -157,10 +213,13 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error(f"--max-broken-share {options.max_broken_share}: a share from 0 to 1")
     for option, name in (("--name", options.name), ("--out", options.out.absolute().name)):
         if name is not None and (not name.isprintable() or "/" in name or name.startswith(".") or not name):
-            parser.error(f"{option} {printable_line(name)}: shards are named after it, so it must be a plain file name")
+            parser.error(
+                f"{option} {printable_line(name)}: shards are named after it, so it must be a plain file name"
+            )
     try:
         options.splits = {
-            name: float(share) for name, share in (pair.split("=") for pair in (options.splits or "").split(",") if pair)
+            name: float(share)
+            for name, share in (pair.split("=") for pair in (options.splits or "").split(",") if pair)
         }
     except ValueError:
         parser.error(f"--splits {options.splits}: NAME=SHARE, joined by commas")
@@ -209,19 +268,24 @@ def packing_of(options: argparse.Namespace) -> tuple[Packing, Layout]:
         frozenset(options.refuse or ()),
         options.max_broken_share,
     )
-    return packing, Layout(options.seed, options.shuffle, options.codec, options.shard_mb, options.shard_hours)
+    return packing, Layout(
+        options.seed, options.shuffle, options.codec, options.shard_mb, options.shard_hours
+    )
 
 
 def shaping_options(options: argparse.Namespace, name: str) -> dict:
     """The options that shape the bytes, and a digest of them."""
     given = {key: value for key, value in vars(options).items() if value is not None or key not in _ADDED}
     shaping = {key: value for key, value in given.items() if key not in _NOT_IN_BYTES} | {"name": name}
-    return {"options": shaping, "digest": hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()}
+    return {
+        "options": shaping,
+        "digest": hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest(),
+    }
 
 
 def corpus_files(specifications: list[str]) -> dict[str, str]:
-    """{path: size and digest} of corpora that are a file, e.g. a manifest. Of a large one its two ends are read, of 16 MiB each:
-    an edit changes the size, or it is small."""
+    """{path: size and digest} of corpora that are a file, e.g. a manifest. Of a large one its two ends are
+    read, of 16 MiB each: an edit changes the size, or it is small."""
     found = {}
     for path in (path_of(specification) for specification in specifications):
         if path.is_file():
@@ -235,10 +299,13 @@ def corpus_files(specifications: list[str]) -> dict[str, str]:
 
 
 def _unchanged(folder: Path, known: dict, now: dict[str, str]) -> None:
-    """Errors: CorpusError where a corpus' file is another one than `known`, a plan or an index, was made from."""
+    """Errors: CorpusError where a corpus' file is another one than `known`, a plan or an index, was made
+    from."""
     for path, found in now.items():
         if known.get("files", {}).get(path, found) != found:
-            raise CorpusError(f"{path} has changed since {folder} was made from it: give another --out, or remove {folder}")
+            raise CorpusError(
+                f"{path} has changed since {folder} was made from it: give another --out, or remove {folder}"
+            )
 
 
 @dataclass
@@ -276,7 +343,8 @@ def jobs_of(options: argparse.Namespace) -> tuple[list[Job], Layout]:
 
 
 def run(options: argparse.Namespace) -> str:
-    """Carry out a command; returns what to print. Errors: CorpusError, PackError, OutputError, BrokenProcessPool."""
+    """Carry out a command; returns what to print. Errors: CorpusError, PackError, OutputError,
+    BrokenProcessPool."""
     if options.merge and not options.corpus:
         return _merge_alone(options)
     jobs, layout = jobs_of(options)
@@ -288,7 +356,9 @@ def run(options: argparse.Namespace) -> str:
     if options.tokenizer:
         try:
             load_tokenizer(options.tokenizer)
-        except Exception as error:  # of a folder that others wrote: the libraries have no list of what it makes them raise
+        except (
+            Exception
+        ) as error:  # of a folder that others wrote: the libraries have no list of what it makes them raise
             raise CorpusError(f"--tokenizer {options.tokenizer}: {one_line(error)}") from None
     for job in jobs:
         check_output(job.folder)
@@ -315,14 +385,20 @@ def run(options: argparse.Namespace) -> str:
 
 def _merge_alone(options: argparse.Namespace) -> str:
     """--merge --out DIR: what is unfinished in a folder, or in the folders of its splits."""
-    folders = [path.parents[2] for pattern in ("", "*/") for path in sorted(options.out.glob(f"{pattern}{WORK}/plan/plan.json"))]
+    folders = [
+        path.parents[2]
+        for pattern in ("", "*/")
+        for path in sorted(options.out.glob(f"{pattern}{WORK}/plan/plan.json"))
+    ]
     if not folders:
         done = ": it has its index" if (options.out / INDEX_NAME).exists() else ""
         raise PackError(f"{options.out} holds no unfinished packing to merge{done}")
     told = []
     for folder in folders:
         plan = json.loads((folder / WORK / "plan" / "plan.json").read_bytes())
-        packing = Packing(folder, plan["options"]["name"], max_broken_share=options.max_broken_share, planned=_planned(plan))
+        packing = Packing(
+            folder, plan["options"]["name"], max_broken_share=options.max_broken_share, planned=_planned(plan)
+        )
         with ExitStack() as lock:
             lock.enter_context(locked(folder, None))
             told.append(report(folder, packing.merge(plan, lock), plan))
@@ -330,15 +406,20 @@ def _merge_alone(options: argparse.Namespace) -> str:
 
 
 def _finished(job: Job) -> str | None:
-    """What to say of a folder that has its index; None for another one. Errors: CorpusError where it is another command's."""
+    """What to say of a folder that has its index; None for another one. Errors: CorpusError where it is
+    another command's."""
     if not (job.folder / INDEX_NAME).exists():
         return None
     index = ShardIndex.load(job.folder)
     done = json.loads((job.folder / INDEX_NAME).read_bytes())
     if done.get("options") != job.head["digest"]:
-        raise CorpusError(f"{job.folder} is packed already, with other options: give another --out, or remove it")
+        raise CorpusError(
+            f"{job.folder} is packed already, with other options: give another --out, or remove it"
+        )
     _unchanged(job.folder, done, job.head["files"])
-    shutil.rmtree(job.folder / WORK, ignore_errors=True)  # a kill may have come while the merge was removing it
+    shutil.rmtree(
+        job.folder / WORK, ignore_errors=True
+    )  # a kill may have come while the merge was removing it
     return f"{job.folder} is packed already: {len(index)} samples, {index.hours:.2f} h"
 
 
@@ -356,7 +437,9 @@ def _plan(jobs: list[Job], corpora: list[Corpus], layout: Layout) -> None:
     def make(own: Path) -> None:
         rest = [job for job in jobs if not job.is_planned]
         # The folder that the lock is for is named by the lock's owner, the others are put in place before it.
-        places = {job.split: own if job is rest[0] else own.with_name(f"{own.name}.{job.split}") for job in rest}
+        places = {
+            job.split: own if job is rest[0] else own.with_name(f"{own.name}.{job.split}") for job in rest
+        }
         wanted = {job.split: (places[job.split], job.head) for job in rest}
         make_plans(wanted, corpora, rest[0].packing.sieve, layout, _watch)
         for job in rest[1:]:
@@ -382,16 +465,21 @@ def _check_same(job: Job, plan: dict) -> None:
     """Errors: CorpusError for a plan that was made by another command or from another file."""
     folder, head = job.folder, job.head
     if plan["digest"] != head["digest"]:
-        differing = [key for key, value in head["options"].items() if plan["options"].get(key) != json.loads(json.dumps(value))]
+        differing = [
+            key
+            for key, value in head["options"].items()
+            if plan["options"].get(key) != json.loads(json.dumps(value))
+        ]
         raise CorpusError(
-            f"{folder} was begun with other options ({', '.join(differing)}): finish it with those, or remove {folder}"
+            f"{folder} was begun with other options ({', '.join(differing)}): finish it with those, or "
+            f"remove {folder}"
         )
     _unchanged(folder, plan, head["files"])
 
 
 def _check_content(job: Job, plan: dict, jobs: list[Job]) -> None:
-    """Errors: CorpusError for a plan without samples; PackError where too much is broken. The plans of `jobs` are removed then,
-    but for what they refuse: the corpus may be fixed, or split in another way."""
+    """Errors: CorpusError for a plan without samples; PackError where too much is broken. The plans of `jobs`
+    are removed then, but for what they refuse: the corpus may be fixed, or split in another way."""
     problem = broken_lines(plan, job.packing.max_broken_share)
     if not problem and plan["samples"]:
         return
@@ -420,11 +508,16 @@ def _pack(job: Job, plan: dict, options: argparse.Namespace, lock: ExitStack) ->
         part, parts = options.part or (0, 1)
         shards = [shard for shard in packing.missing(plan["shards"]) if shard % parts == part]
         if shards:
-            packing.run(shards, float(np.load(job.plan_folder / "shards.npy")["seconds"][shards].sum()) / 3600, options.workers)
+            packing.run(
+                shards,
+                float(np.load(job.plan_folder / "shards.npy")["seconds"][shards].sum()) / 3600,
+                options.workers,
+            )
         if options.part:
             missing = len(packing.missing(plan["shards"]))
             return (
-                f"part {part}/{parts} of {job.folder} is packed; {missing} of {plan['shards']} shards are left to other parts, "
+                f"part {part}/{parts} of {job.folder} is packed; {missing} of {plan['shards']} shards are "
+                f"left to other parts, "
                 f"then: pack.py --merge --out {options.out}"
             )
     return report(job.folder, packing.merge(plan, lock), plan)
@@ -455,13 +548,16 @@ def _dry_run(jobs: list[Job], corpora: list[Corpus], layout: Layout) -> str:
     for job in jobs:
         there = next(place for place in (job.folder, *job.folder.parents) if place.exists())
         if not os.access(there, os.W_OK) or not there.is_dir():
-            told.append(f"{job.folder} cannot be written: {there} is {'read-only' if there.is_dir() else 'a file'}")
+            told.append(
+                f"{job.folder} cannot be written: {there} is {'read-only' if there.is_dir() else 'a file'}"
+            )
     return "\n".join(told)
 
 
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
-    """A folder for a plan that is not kept: in the output where that is begun already, else where temporary files go."""
+    """A folder for a plan that is not kept: in the output where that is begun already, else where temporary
+    files go."""
     begun = folder / WORK
     try:
         name = f"trial.{os.uname().nodename}.{os.getpid()}."  # so named, it is cleared away after a kill
@@ -475,7 +571,8 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 stopped on the way (the same command continues), 2 the command or the corpus has to be fixed first."""
+    """Exit code: 0 done, 1 stopped on the way (the same command continues), 2 the command or the corpus has
+    to be fixed first."""
     options = parse_arguments(argv)
     again = "run the same command again: it continues"
     try:

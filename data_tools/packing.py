@@ -1,7 +1,8 @@
 """Planned shards to tars: worker processes, each writing whole shards; what is finished is never done again.
 
-A shard's tar is written under .pack/, brought to the disk, renamed into place, and only then is its summary written: a shard
-counts as done when its summary is there. Whatever a kill leaves, the next run makes the missing shards again, the same bytes.
+A shard's tar is written under .pack/, brought to the disk, renamed into place, and only then is its summary
+written: a shard counts as done when its summary is there. Whatever a kill leaves, the next run makes the
+missing shards again, the same bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,15 @@ from data_tools.filters import FILTERS, Sieve, load_tokenizer
 from data_tools.output import WORK
 from data_tools.plan import shard_entries
 from data_tools.progress import Progress
-from data_tools.shards import OPTIONAL_FIELDS, SAMPLE_DTYPE, OutputError, ShardSummary, ShardWriter, replace_file, write_index
+from data_tools.shards import (
+    OPTIONAL_FIELDS,
+    SAMPLE_DTYPE,
+    OutputError,
+    ShardSummary,
+    ShardWriter,
+    replace_file,
+    write_index,
+)
 from data_tools.sources import ClipError
 from data_tools.workers import start_worker
 
@@ -119,8 +128,11 @@ class Packing:
         replace_file(self.summary_path(shard), json.dumps(header).encode() + b"\n" + summary.rows.tobytes())
         return len(entries), sum(fault.reason not in FILTERS for fault, _ in rejected)
 
-    def _add(self, writer: ShardWriter, number: int, entry: Entry) -> tuple[Fault | None, float, Sequence[Finding]]:
-        """Decode, judge and append one sample; (why not, seconds, findings). Errors: ClipError, ValueError (no JSON)."""
+    def _add(
+        self, writer: ShardWriter, number: int, entry: Entry
+    ) -> tuple[Fault | None, float, Sequence[Finding]]:
+        """Decode, judge and append one sample; (why not, seconds, findings). Errors: ClipError, ValueError
+        (no JSON)."""
         key = f"{number:09d}-{re.sub(r'[^A-Za-z0-9_-]', '_', entry.id)[:60]}"
         if entry.audio is None:
             writer.add(key, None, "", record_of(entry, 0.0, None))
@@ -145,13 +157,17 @@ class Packing:
         most = self.sieve.filters.max_seconds
         if most is None or cut is not None:  # the filter judges what a cut leaves
             most = MAX_SECONDS
-        clip = make_clip(entry.audio, entry.offset, entry.duration, codec=codec, rate=self.rate, cut=cut, max_seconds=most)
+        clip = make_clip(
+            entry.audio, entry.offset, entry.duration, codec=codec, rate=self.rate, cut=cut, max_seconds=most
+        )
         if fault := self.sieve.judge_clip(entry, clip.duration):
             return clip, fault
         if refused := next((finding for finding in clip.findings if finding.kind in self.refuse), None):
             return clip, Fault(entry.id, refused.kind, refused.detail, entry.corpus)
         if len(clip.data) >= 2**32:
-            raise ClipError("too_large", f"{entry.audio}: {len(clip.data)} bytes, a shard's member holds less than 4 GiB")
+            raise ClipError(
+                "too_large", f"{entry.audio}: {len(clip.data)} bytes, a shard's member holds less than 4 GiB"
+            )
         return clip, None
 
     def run(self, shards: list[int], hours: float, workers: int) -> None:
@@ -164,15 +180,20 @@ class Packing:
             load_tokenizer(self.sieve.filters.tokenizer)
         context = get_context("fork")
         progress = context.Value("d", 0.0)
-        pool = ProcessPoolExecutor(min(workers, len(shards)), context, _start_worker, (self, progress, os.getpid()))
+        pool = ProcessPoolExecutor(
+            min(workers, len(shards)), context, _start_worker, (self, progress, os.getpid())
+        )
         try:
             self._follow({pool.submit(_work, shard) for shard in shards}, hours, progress)
         except BrokenProcessPool:
             pool.shutdown(wait=True)  # the other workers end too, each inside its shard
-            names = sorted(path.name.rpartition(".tar.")[0] for path in self._left_behind() if ".tar." in path.name)
+            names = sorted(
+                path.name.rpartition(".tar.")[0] for path in self._left_behind() if ".tar." in path.name
+            )
             raise BrokenProcessPool(" or ".join(f"{name}.tar" for name in names)) from None
         finally:
-            # Shards that stand in the queue are dropped; one that is being written when another fails ends first.
+            # Shards that stand in the queue are dropped; one that is being written when another fails ends
+            # first.
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _follow(self, pending: set[Future], hours: float, progress) -> None:
@@ -185,7 +206,8 @@ class Packing:
                     clips, bad = future.result()
                     tried, broken = tried + clips, broken + bad
                 now = progress.value / 3600
-                # Durations that the corpus does not tell are guesses: the total moves when they turn out to be low.
+                # Durations that the corpus does not tell are guesses: the total moves when they turn out to
+                # be low.
                 shown.total = max(shown.total, now)
                 shown.to(now, f"{plural(len(pending), 'shard')} left")
                 if tried >= _ENOUGH_TO_JUDGE:
@@ -194,9 +216,14 @@ class Packing:
     def _check_share(self, broken: int, tried: int) -> None:
         """Errors: PackError where more is broken than allowed, faults found while planning included."""
         if self.planned.broken_share(broken, tried) > self.max_broken_share:
-            before = f", and {self.planned.faults:,} of {self.planned.items:,} lines before" if self.planned.faults else ""
+            before = (
+                f", and {self.planned.faults:,} of {self.planned.items:,} lines before"
+                if self.planned.faults
+                else ""
+            )
             raise PackError(
-                f"{broken:,} of {tried:,} clips are missing or broken{before}: stopped. {self._first_fault()} "
+                f"{broken:,} of {tried:,} clips are missing or broken{before}: stopped. "
+                f"{self._first_fault()} "
                 f"Fix the corpus, remove {self.folder} and run again, or raise --max-broken-share"
             )
 
@@ -221,21 +248,29 @@ class Packing:
         return json.loads(self.summary_path(shard).read_bytes().partition(b"\n")[0]).get("findings", [])
 
     def clear_unfinished(self) -> None:
-        """Remove what killed processes of this machine left half written (those of other machines go with the merge)."""
+        """Remove what killed processes of this machine left half written (those of other machines go with the
+        merge)."""
         for path in self._left_behind():
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def _left_behind(self) -> list[Path]:
         """Unfinished work of this machine's processes that are no more."""
         here = f".{os.uname().nodename}."
-        found = (self.folder / WORK).glob(f"*{here}*")  # WHAT.MACHINE.PROCESS, and a thread's number behind it for a plan
-        return [path for path in found if not Path(f"/proc/{path.name.rpartition(here)[2].partition('.')[0]}").exists()]
+        found = (self.folder / WORK).glob(
+            f"*{here}*"
+        )  # WHAT.MACHINE.PROCESS, and a thread's number behind it for a plan
+        return [
+            path
+            for path in found
+            if not Path(f"/proc/{path.name.rpartition(here)[2].partition('.')[0]}").exists()
+        ]
 
     def missing(self, shards: int) -> list[int]:
         return [shard for shard in range(shards) if not self.summary_path(shard).exists()]
 
     def merge(self, plan: dict, lock: AbstractContextManager = nullcontext()) -> dict:
-        """Join all finished shards into index and rejected.jsonl; then the working folder goes. Returns the index.
+        """Join all finished shards into index and rejected.jsonl; then the working folder goes. Returns the
+        index.
 
         lock: held while this works; let go before the folder that it is in is removed.
         """
@@ -249,7 +284,8 @@ class Packing:
         if missing:
             some = ", ".join(map(str, missing[:10])) + (" ..." if len(missing) > 10 else "")
             raise PackError(
-                f"{len(missing)} of {plan['shards']} shards of {self.folder} are not packed yet (numbers {some}): "
+                f"{len(missing)} of {plan['shards']} shards of {self.folder} are not packed yet (numbers "
+                f"{some}): "
                 "run the parts that hold them again, then merge"
             )
         counts, seconds = (
@@ -272,9 +308,12 @@ class Packing:
                         out.write(line + "\n")
             if not any(True for _ in self._summaries(plan["shards"])):
                 os.replace(unfinished, self.folder / "rejected.jsonl")
-                shutil.rmtree(self.folder / WORK, ignore_errors=True)  # so that the same command does its work on a mended corpus
+                shutil.rmtree(
+                    self.folder / WORK, ignore_errors=True
+                )  # so that the same command does its work on a mended corpus
                 raise PackError(
-                    f"no sample was left to pack ({counted(counts)}): {self.folder / 'rejected.jsonl'} says why for each"
+                    f"no sample was left to pack ({counted(counts)}): {self.folder / 'rejected.jsonl'} says "
+                    f"why for each"
                 )
             self._check_share(broken, clips)
             os.replace(unfinished, self.folder / "rejected.jsonl")

@@ -1,11 +1,14 @@
 """Which sample goes into which shard, settled from metadata before any audio is decoded, in bounded memory.
 
-    1 scan    corpora -> Sieve -> 256 bucket files by the high bits of a shuffle hash; 20 bytes a sample to find equal ids
+    1 scan    corpora -> Sieve -> 256 bucket files by the high bits of a shuffle hash; 20 bytes a sample to
+              find equal ids
     2 count   totals -> number of shards, all about the same size (no small remainder)
-    3 sort    bucket after bucket -> entries.jsonl, the samples in their final order; cut into shards (shards.npy)
+    3 sort    bucket after bucket -> entries.jsonl, the samples in their final order; cut into shards
+              (shards.npy)
 
-A pure function of (corpora, seed, options): every part of an array job that plans for itself arrives at the same plan. Only
-one bucket is in memory at a time: 10 million entries of 500 bytes make buckets of 20 MB. Several splits are planned in one pass.
+A pure function of (corpora, seed, options): every part of an array job that plans for itself arrives at the
+same plan. Only one bucket is in memory at a time: 10 million entries of 500 bytes make buckets of 20 MB.
+Several splits are planned in one pass.
 """
 
 from __future__ import annotations
@@ -37,7 +40,9 @@ from data_tools.corpora import ENTRY_FIELDS, Corpus, CorpusError, Entry, Fault, 
 from data_tools.filters import FILTERS, Sieve, SplitKey
 from data_tools.shards import OutputError, id_hash, replace_file
 
-SHARD_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u8"), ("first", "<u8"), ("count", "<u4"), ("seconds", "<f8")])
+SHARD_DTYPE = np.dtype(
+    [("offset", "<u8"), ("size", "<u8"), ("first", "<u8"), ("count", "<u4"), ("seconds", "<f8")]
+)
 # Without a wanted size: shards of 256 MB, smaller where a small corpus would not feed 32 readers.
 _SHARD_BYTES, _SMALL_SHARD_BYTES, _SMALL_CORPUS_SHARDS = 256e6, 4e6, 32
 _RECORD_BYTES = 2048  # JSON, two tar headers and padding, about
@@ -49,7 +54,8 @@ class Layout:
     """How samples are laid out: order and shard size. None for both sizes: by the size of the corpus."""
 
     seed: int = 0
-    shuffle: str = "samples"  # samples | recordings: a recording's segments stay together, in order | none: the corpus' order
+    # samples | recordings: a recording's segments stay together, in order | none: the corpus' order
+    shuffle: str = "samples"
     codec: str = "flac"
     shard_megabytes: float | None = None
     shard_hours: float | None = None
@@ -59,7 +65,12 @@ class Layout:
             return max(1, math.ceil(total_seconds / 3600 / self.shard_hours))
         if self.shard_megabytes:
             return max(1, math.ceil(total_bytes / 1e6 / self.shard_megabytes))
-        return max(1, math.ceil(max(total_bytes / _SHARD_BYTES, min(_SMALL_CORPUS_SHARDS, total_bytes / _SMALL_SHARD_BYTES))))
+        return max(
+            1,
+            math.ceil(
+                max(total_bytes / _SHARD_BYTES, min(_SMALL_CORPUS_SHARDS, total_bytes / _SMALL_SHARD_BYTES))
+            ),
+        )
 
     def unit(self, entry: Entry) -> str:
         """What the shuffle moves as one."""
@@ -107,8 +118,12 @@ class _Scan:
         self.rejected[fault.reason] += 1
         self.rejected_seconds[fault.reason] += seconds
         if fault.reason not in self.examples:
-            named = not fault.detail or fault.detail.startswith(f"{fault.id}:")  # a line that has no id but its place
-            self.examples[fault.reason] = (fault.detail or fault.id) if named else f"{fault.id}: {fault.detail}"
+            named = not fault.detail or fault.detail.startswith(
+                f"{fault.id}:"
+            )  # a line that has no id but its place
+            self.examples[fault.reason] = (
+                (fault.detail or fault.id) if named else f"{fault.id}: {fault.detail}"
+            )
         self.faults.write(fault.to_json() + "\n")
 
 
@@ -123,21 +138,30 @@ class _Whole:
     of_split: Counter = field(default_factory=Counter)  # split -> samples
 
 
-def make_plan(folder: Path, corpora: Sequence[Iterable[Item]], sieve: Sieve, layout: Layout, head: dict, watch=iter) -> dict:
+def make_plan(
+    folder: Path, corpora: Sequence[Iterable[Item]], sieve: Sieve, layout: Layout, head: dict, watch=iter
+) -> dict:
     """Write entries.jsonl, shards.npy, rejected.jsonl and, last, plan.json (`head` and counts) into `folder`.
 
-    Returns what plan.json holds. Errors: CorpusError for a corpus that cannot be read, OutputError for `folder`.
+    Returns what plan.json holds. Errors: CorpusError for a corpus that cannot be read, OutputError for
+    `folder`.
     """
     return make_plans({sieve.take: (folder, head)}, corpora, sieve, layout, watch)[sieve.take]
 
 
 def make_plans(
-    wanted: dict[str | None, tuple[Path, dict]], corpora: Sequence[Iterable[Item]], sieve: Sieve, layout: Layout, watch=iter
+    wanted: dict[str | None, tuple[Path, dict]],
+    corpora: Sequence[Iterable[Item]],
+    sieve: Sieve,
+    layout: Layout,
+    watch=iter,
 ) -> dict[str | None, dict]:
-    """Make the plans of several splits (None: all samples, no split) in one pass: {split: (folder, head)} -> {split: plan}.
+    """Make the plans of several splits (None: all samples, no split) in one pass: {split: (folder, head)} ->
+    {split: plan}.
 
-    watch: what a corpus is iterated through, to show how far it is. A corpus whose ids are those of another one, or restart in
-    each of its parts, is read a second time, with its name or its parts' names in front of the ids.
+    watch: what a corpus is iterated through, to show how far it is. A corpus whose ids are those of another
+    one, or restart in each of its parts, is read a second time, with its name or its parts' names in front of
+    the ids.
     """
     corpora = list(corpora)
     try:
@@ -167,7 +191,13 @@ def _open_scan(folder: Path, stack: ExitStack) -> _Scan:
 
 
 def _finish(
-    scan: _Scan, whole: _Whole, corpora: list, sieve: Sieve, layout: Layout, head: dict, same_id: Callable[[int], bool] | None
+    scan: _Scan,
+    whole: _Whole,
+    corpora: list,
+    sieve: Sieve,
+    layout: Layout,
+    head: dict,
+    same_id: Callable[[int], bool] | None,
 ) -> dict:
     """Sort what was scanned and write the plan."""
     with open(scan.folder / "rejected.jsonl", "a", encoding="utf-8") as scan.faults:
@@ -187,7 +217,9 @@ def _finish(
         "unknown_durations": scan.unknown_durations,
         "unprompted": sorted(task for task, count in scan.unprompted.items() if count),
         "rejected": dict(sorted(scan.rejected.items())),
-        "rejected_hours": {reason: seconds / 3600 for reason, seconds in sorted(scan.rejected_seconds.items())},
+        "rejected_hours": {
+            reason: seconds / 3600 for reason, seconds in sorted(scan.rejected_seconds.items())
+        },
         "faults": sum(count for reason, count in scan.rejected.items() if reason not in FILTERS),
         "examples": dict(sorted(scan.examples.items())),
         "ignored": dict(sorted(whole.ignored.items())),
@@ -199,9 +231,15 @@ def _finish(
 
 
 def _scan(
-    scans: dict[str | None, _Scan], corpora: list, sieve: Sieve, layout: Layout, watch: Callable, sources: dict[tuple, int]
+    scans: dict[str | None, _Scan],
+    corpora: list,
+    sieve: Sieve,
+    layout: Layout,
+    watch: Callable,
+    sources: dict[tuple, int],
 ) -> _Whole:
-    """Read the corpora once. sources: filled with a number for each part of a corpus in which ids are unique."""
+    """Read the corpora once. sources: filled with a number for each part of a corpus in which ids are
+    unique."""
     whole = _Whole()
     single = scans.get(None)
     for number, corpus in enumerate(corpora):
@@ -258,7 +296,12 @@ def _keep(scan: _Scan, entry: Entry, source: int, layout: Layout, by_sound: bool
     except (TypeError, ValueError, OverflowError) as error:  # nothing that `malformed` lets through
         return fault_of(error, entry.id, entry.corpus)
     if len(line) > MAX_TEXT_BYTES:
-        return Fault(entry.id, "too_large", f"its line has {len(line):,} bytes: more than any sample's text", entry.corpus)
+        return Fault(
+            entry.id,
+            "too_large",
+            f"its line has {len(line):,} bytes: more than any sample's text",
+            entry.corpus,
+        )
     audio, seconds, size = entry.audio, 0.0, _RECORD_BYTES + _spelt_length(entry, line)
     if audio is not None:
         seconds = entry.duration if entry.duration is not None else estimate_seconds(audio, entry.size)
@@ -272,7 +315,9 @@ def _keep(scan: _Scan, entry: Entry, source: int, layout: Layout, by_sound: bool
         file = scan.buckets[bucket] = scan.stack.enter_context(open(path, "wb", buffering=1 << 16))
     sequence = scan.samples
     file.write(b"%020d\t%020d\t%.0f\t%.3f\t%b\n" % (place, sequence, size, seconds, line))
-    clip = hash((audio, entry.offset, entry.duration if entry.offset is not None else None)) & 0xFFFFFFFFFFFFFFFF
+    clip = (
+        hash((audio, entry.offset, entry.duration if entry.offset is not None else None)) & 0xFFFFFFFFFFFFFFFF
+    )
     scan.ids.write(_pack_id(id_hash(entry.corpus, entry.id)))
     scan.clips.write(_pack_clip(clip, source))
     if by_sound and audio:
@@ -287,10 +332,14 @@ def _keep(scan: _Scan, entry: Entry, source: int, layout: Layout, by_sound: bool
 
 def _spelt_length(entry: Entry, line: bytes) -> int:
     """The characters of an entry's JSON as `json` writes it, which is what shards are cut by."""
-    if entry.messages is not None or 0 < (entry.duration or 1) < 1e-4 or 0 < (entry.offset or 1) < 1e-4:  # json: 1e-05
+    if (
+        entry.messages is not None or 0 < (entry.duration or 1) < 1e-4 or 0 < (entry.offset or 1) < 1e-4
+    ):  # json: 1e-05
         return len(entry.to_json())
     fields = len(ENTRY_FIELDS) - _values(entry).count(None)
-    return (len(line) if line.isascii() else len(line.decode())) + 2 * fields - 1  # a blank behind each : and ,
+    return (
+        (len(line) if line.isascii() else len(line.decode())) + 2 * fields - 1
+    )  # a blank behind each : and ,
 
 
 def _readable(corpus: Iterable[Item]) -> Iterator[Item]:
@@ -301,11 +350,14 @@ def _readable(corpus: Iterable[Item]) -> Iterator[Item]:
 
 
 def _qualify(corpora: list, sources: dict[tuple, int], repeated: Iterable[_Repeated]) -> bool:
-    """Ask corpora to tell apart ids that several of them, or several of their parts, use for different clips. False: none can."""
+    """Ask corpora to tell apart ids that several of them, or several of their parts, use for different clips.
+    False: none can."""
     by_number = {number: key for key, number in sources.items()}
     changed = False
     for group in set().union(*(each.groups for each in repeated)):
-        keys = [by_number[number] for number in group]  # (corpus' name, its place in the command or None, its part)
+        keys = [
+            by_number[number] for number in group
+        ]  # (corpus' name, its place in the command or None, its part)
         places = {place for _, place, _ in keys}
         for place in places - {None}:
             if isinstance(corpora[place], Corpus):
@@ -319,7 +371,8 @@ def _qualified_notes(corpora: list) -> list[str]:
 
 
 def _split_notes(whole: _Whole, sieve: Sieve) -> list[str]:
-    """How many keys and samples each split has, what they were split by, and what to do about an empty one."""
+    """How many keys and samples each split has, what they were split by, and what to do about an empty
+    one."""
     if not sieve.splits:
         return []
     kinds = " or ".join(SplitKey.NAMES[by] for by in dict.fromkeys((sieve.split_by, *whole.fallbacks)))
@@ -341,8 +394,10 @@ def _split_notes(whole: _Whole, sieve: Sieve) -> list[str]:
     for name, share in sieve.splits.items():
         if not whole.of_split[name] and total:
             notes.append(
-                f"0 of {total:,} {kinds} fell into {name} ({share:g} of {sum(sieve.splits.values()):g}): give it a larger share, "
-                "another --seed, or split by something that there is more of (--split-by recording, --split-by id)"
+                f"0 of {total:,} {kinds} fell into {name} ({share:g} of {sum(sieve.splits.values()):g}): "
+                f"give it a larger share, "
+                "another --seed, or split by something that there is more of (--split-by recording, "
+                "--split-by id)"
             )
     return notes
 
@@ -353,8 +408,9 @@ class _Repeated:
     groups: numbers of the parts of corpora that use one id for different clips."""
 
     def __init__(self, folder: Path, chunk: int = 1 << 19):
-        """folder: of the tables `ids` and `clips`, in the order of the samples. They are gone through once for every `chunk` of
-        samples, each time for another residue of the id's hash, so that memory does not grow with them."""
+        """folder: of the tables `ids` and `clips`, in the order of the samples. They are gone through once
+        for every `chunk` of samples, each time for another residue of the id's hash, so that memory does not
+        grow with them."""
         self.groups: set[frozenset[int]] = set()
         self._folder, self._count = folder, (folder / "ids").stat().st_size // 8
         self._marks: bytearray | None = None
@@ -379,7 +435,9 @@ class _Repeated:
         involved = order[np.flatnonzero(np.r_[same, False] | np.r_[False, same])]
         rows = np.memmap(self._folder / "clips", _CLIPS, "r")[places[involved]]
         last, clips, parts = None, set(), set()
-        columns = (column.tolist() for column in (ids[involved], places[involved], rows["clip"], rows["source"]))
+        columns = (
+            column.tolist() for column in (ids[involved], places[involved], rows["clip"], rows["source"])
+        )
         for sample_id, sequence, clip, source in zip(*columns, strict=True):
             if sample_id != last:
                 last, clips, parts = sample_id, {clip}, {source}
@@ -397,10 +455,12 @@ class _Repeated:
         return None if marks is None else lambda sequence: bool(marks[sequence >> 3] & 1 << (sequence & 7))
 
 
-def _doubles(table: Path, out: Callable[[int], bool] | None = None, chunk: int = 1 << 20) -> Callable[[int], bool] | None:
-    """A test for sequence numbers whose hash an earlier one has (None: there are none); those that are `out` have none. `table`
-    holds (hash, sequence) pairs; it is gone through once for every `chunk` of them, each time for another residue of the hash, so
-    that memory does not grow with it."""
+def _doubles(
+    table: Path, out: Callable[[int], bool] | None = None, chunk: int = 1 << 20
+) -> Callable[[int], bool] | None:
+    """A test for sequence numbers whose hash an earlier one has (None: there are none); those that are `out`
+    have none. `table` holds (hash, sequence) pairs; it is gone through once for every `chunk` of them, each
+    time for another residue of the hash, so that memory does not grow with it."""
     count = table.stat().st_size // 16
     if not count:
         return None
@@ -419,11 +479,16 @@ def _doubles(table: Path, out: Callable[[int], bool] | None = None, chunk: int =
         mine = mine[np.argsort(mine[:, 0], kind="stable")]
         for sequence in mine[1:][mine[1:, 0] == mine[:-1, 0], 1].tolist():
             marks[sequence >> 3] |= 1 << (sequence & 7)
-    return lambda sequence: bool(marks[sequence >> 3] & 1 << (sequence & 7)) if sequence >> 3 < len(marks) else False
+    return lambda sequence: (
+        bool(marks[sequence >> 3] & 1 << (sequence & 7)) if sequence >> 3 < len(marks) else False
+    )
 
 
 def _sort(
-    scan: _Scan, layout: Layout, same_id: Callable[[int], bool] | None, same_audio: Callable[[int], bool] | None
+    scan: _Scan,
+    layout: Layout,
+    same_id: Callable[[int], bool] | None,
+    same_audio: Callable[[int], bool] | None,
 ) -> list[tuple]:
     shards = layout.shards(scan.bytes, scan.seconds)
     per_shard = (scan.seconds if layout.shard_hours else scan.bytes) / shards
@@ -447,7 +512,8 @@ def _sort(
                     scan.reject(Fault(entry.id, reason, detail, entry.corpus), seconds)
                     scan.note(entry, -1)
                     continue
-                # A unit (one recording, one row group) is not torn apart, unless it alone is larger than a shard.
+                # A unit (one recording, one row group) is not torn apart, unless it alone is larger than a
+                # shard.
                 if count and filled >= per_shard * (len(rows) + 1) and len(rows) + 1 < shards:
                     if unit != last_unit or filled >= per_shard * (len(rows) + 2):
                         rows.append((start, offset - start, first, count, seconds_here))
@@ -462,7 +528,8 @@ def _sort(
 
 
 def _bucket(path: Path, ordered: bool) -> Iterable[bytes]:
-    """Lines of one bucket, sorted by (shuffle hash, place in the corpus); streamed where the corpus' own order is kept."""
+    """Lines of one bucket, sorted by (shuffle hash, place in the corpus); streamed where the corpus' own
+    order is kept."""
     if ordered:
         with open(path, "rb") as file:
             yield from file
@@ -483,10 +550,12 @@ def shard_entries(folder: Path, shard: int) -> tuple[int, list[Entry]]:
 
 
 def plan_once(folder: Path, make: Callable[[Path], dict], patience_seconds: float = 60.0) -> dict:
-    """The plan in `folder`, made by `make` if nobody has made it; parts of an array job that start together wait for one.
+    """The plan in `folder`, made by `make` if nobody has made it; parts of an array job that start together
+    wait for one.
 
-    The lock only saves work: plans are equal, and the rename of a finished one into place is what counts. A planner that
-    died (its process is gone, or its lock has not moved for `patience_seconds`) is replaced by who waits.
+    The lock only saves work: plans are equal, and the rename of a finished one into place is what counts. A
+    planner that died (its process is gone, or its lock has not moved for `patience_seconds`) is replaced by
+    who waits.
     """
     lock = folder.with_name("plan.lock")
     own = folder.with_name(f"plan.{os.uname().nodename}.{os.getpid()}.{threading.get_ident()}")
@@ -536,10 +605,13 @@ def _lock_state(lock: Path) -> tuple[str, int] | None:
 
 
 def _take_away(lock: Path, state: tuple[str, int]) -> None:
-    """Remove the lock that was seen in this state, and no other: who waited too may have replaced it in the meantime."""
+    """Remove the lock that was seen in this state, and no other: who waited too may have replaced it in the
+    meantime."""
     with suppress(OSError), open(lock, "r+") as file:  # gone: somebody was faster
         with suppress(OSError):  # a file system without flock: two may plan the same then
-            fcntl.flock(file, fcntl.LOCK_EX)  # one at a time; who comes after finds another file under this name, or none
+            fcntl.flock(
+                file, fcntl.LOCK_EX
+            )  # one at a time; who comes after finds another file under this name, or none
         if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)) and _lock_state(lock) == state:
             lock.unlink()
 

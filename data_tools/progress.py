@@ -17,9 +17,17 @@ T = TypeVar("T")
 
 
 class Progress:
-    """Shows how much of something is done. total: None where nobody knows; unit: of what is counted, with its blank in front."""
+    """Shows how much of something is done. total: None where nobody knows; unit: of what is counted, with its
+    blank in front."""
 
-    def __init__(self, name: str, total: float | None = None, unit: str = " samples", done: float = 0, decimals: int = 0):
+    def __init__(
+        self,
+        name: str,
+        total: float | None = None,
+        unit: str = " samples",
+        done: float = 0,
+        decimals: int = 0,
+    ):
         self.name, self.total, self.unit, self.done, self._decimals = name, total, unit, done, decimals
         self._begun, self._first = time.monotonic(), done
         self._told = self._begun
@@ -28,10 +36,18 @@ class Progress:
             form = (
                 None
                 if not decimals
-                else "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f}" + unit + (" [{elapsed}<{remaining}{postfix}]")
+                else "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f}"
+                + unit
+                + (" [{elapsed}<{remaining}{postfix}]")
             )
             self._bar = tqdm(
-                total=total, desc=name, unit=unit, initial=done, bar_format=form, mininterval=1.0, unit_scale=form is None
+                total=total,
+                desc=name,
+                unit=unit,
+                initial=done,
+                bar_format=form,
+                mininterval=1.0,
+                unit_scale=form is None,
             )
 
     def __enter__(self) -> Progress:
@@ -66,8 +82,10 @@ class Progress:
         left = ""
         if self.total is not None and rate > 0:
             left = f", about {duration(max(self.total - self.done, 0) / rate)} left"
-        speed = f"{rate:,.1f}{self.unit}/s" if not self._decimals else f"{rate * 3600:,.0f}{self.unit} an hour"
-        return f"{self.name}: {self.done:,.{self._decimals}f}{of}{self.unit}, {speed}{left}{f', {more}' if more else ''}"
+        speed = (
+            f"{rate:,.1f}{self.unit}/s" if not self._decimals else f"{rate * 3600:,.0f}{self.unit} an hour"
+        )
+        return f"{self.name}: {self.done:,.{self._decimals}f}{of}{self.unit}, {speed}{left}{f', {more}' if more else ''}"  # noqa: E501
 
 
 def watched(items: Iterable[T], name: str, unit: str = " samples", total: int | None = None) -> Iterator[T]:

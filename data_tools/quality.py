@@ -22,10 +22,11 @@ def frame_power(samples: np.ndarray, rate: int) -> np.ndarray:
 
 
 def measure(samples: np.ndarray, rate: int) -> dict[str, float]:
-    """[samples] int16 -> rms_db and peak_db (full scale 0), clipping (share of samples at full scale), snr_db.
+    """[samples] int16 -> rms_db and peak_db (full scale 0), clipping (share of samples at full scale),
+    snr_db.
 
-    snr_db is an estimate: the 90th percentile of the frames' power against the 10th, which holds the pauses. It is high
-    for clean speech and near 0 for steady noise or music.
+    snr_db is an estimate: the 90th percentile of the frames' power against the 10th, which holds the pauses.
+    It is high for clean speech and near 0 for steady noise or music.
     """
     power = frame_power(samples, rate)
     noise, loud = np.percentile(power, [10, 90])
@@ -40,7 +41,8 @@ def measure(samples: np.ndarray, rate: int) -> dict[str, float]:
 
 
 def clearest(samples: np.ndarray, rate: int, seconds: float) -> np.ndarray:
-    """The `seconds` long stretch with the most energy over the clip's own noise floor; a shorter clip as it is.
+    """The `seconds` long stretch with the most energy over the clip's own noise floor; a shorter clip as it
+    is.
 
     The floor (10th percentile) is taken off first, so that a long hum does not win against a short bark.
     """
@@ -54,7 +56,8 @@ def clearest(samples: np.ndarray, rate: int, seconds: float) -> np.ndarray:
     ends = np.minimum(np.arange(len(above)) + frames, len(above))
     totals = sums[ends] - sums[: len(above)]
     hop = max(1, round(_HOP_SECONDS * rate))
-    # A short sound fits many stretches: the middle one of those about as good as the best leaves air on both sides.
+    # A short sound fits many stretches: the middle one of those about as good as the best leaves air on both
+    # sides.
     best = int(totals.argmax())
     worse = np.flatnonzero(totals < 0.99 * totals[best])
     first = worse[worse < best].max(initial=-1) + 1

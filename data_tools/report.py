@@ -30,16 +30,25 @@ def broken_lines(plan: dict, most: float) -> str | None:
     if not items or faults <= most * items:
         return None
     counts = {reason: count for reason, count in plan["rejected"].items() if reason not in FILTERS}
-    first = next((f"{reason} of {plan['examples'][reason]}" for reason in counts if reason in plan.get("examples", {})), "")
+    first = next(
+        (
+            f"{reason} of {plan['examples'][reason]}"
+            for reason in counts
+            if reason in plan.get("examples", {})
+        ),
+        "",
+    )
     return (
-        f"{faults:,} of {items:,} lines or members are broken ({counted(counts)}), more than --max-broken-share {most:g}: "
+        f"{faults:,} of {items:,} lines or members are broken ({counted(counts)}), more than "
+        f"--max-broken-share {most:g}: "
         f"stopped. For example {first}. Fix the corpus, or raise the share"
     )
 
 
 @dataclass
 class Looked:
-    """What a dry run found of some clips: how many were looked for and decoded, what is wrong, and an example of each reason."""
+    """What a dry run found of some clips: how many were looked for and decoded, what is wrong, and an example
+    of each reason."""
 
     files: int = 0
     decoded: int = 0
@@ -56,7 +65,8 @@ class Looked:
 
 
 def probe(folder: Path, plan: dict, packing: Packing) -> Looked:
-    """Look for some of a plan's clips, spread over the corpus by its shuffle, and decode a few. folder: where the plan is."""
+    """Look for some of a plan's clips, spread over the corpus by its shuffle, and decode a few. folder: where
+    the plan is."""
     found, shard = Looked(), 0
     while shard < plan["shards"] and found.files < _FILES:
         for entry in shard_entries(folder, shard)[1]:
@@ -86,7 +96,8 @@ def dry_report(plan: dict, corpora: list[Corpus], looked: Looked | None) -> str:
     unknown = plan.get("unknown_durations", 0)
     about = "about " if unknown else ""
     lines = [
-        f"{plan['samples']:,} samples, {about}{duration(plan['hours'] * 3600)} and {plan['megabytes']:,.1f} MB, in "
+        f"{plan['samples']:,} samples, {about}{duration(plan['hours'] * 3600)} and {plan['megabytes']:,.1f} "
+        f"MB, in "
         f"{plural(plan['shards'], 'shard')}"
     ]
     lines += _totals(plan, plan["samples"], plan["rejected"])
@@ -98,7 +109,8 @@ def dry_report(plan: dict, corpora: list[Corpus], looked: Looked | None) -> str:
         lines.append(f"looked for {looked.files:,} clips and decoded {looked.decoded}: {_found(looked)}")
     if unknown:
         lines.append(
-            f"{unknown:,} samples have no known duration: filters by seconds, rate and CTC frames judge them when they are "
+            f"{unknown:,} samples have no known duration: filters by seconds, rate and CTC frames judge them "
+            f"when they are "
             "decoded; data_tools.annotate finds durations"
         )
     lines += _unasked(plan)
@@ -107,11 +119,14 @@ def dry_report(plan: dict, corpora: list[Corpus], looked: Looked | None) -> str:
 
 
 def broken_clips(plan: dict, looked: Looked, most: float) -> str | None:
-    """One line where packing would stop if all clips were like those that a dry run looked at; None otherwise."""
+    """One line where packing would stop if all clips were like those that a dry run looked at; None
+    otherwise."""
     planned = Planned(plan.get("items", 0), plan.get("faults", 0))
     if planned.broken_share(looked.broken, looked.files) <= most:
         return None
-    first = next(f"{reason} of {example}" for reason, example in looked.examples.items() if reason not in FILTERS)
+    first = next(
+        f"{reason} of {example}" for reason, example in looked.examples.items() if reason not in FILTERS
+    )
     before = f", and {planned.faults:,} of {planned.items:,} lines" if planned.faults else ""
     what = f"{looked.broken} of the {looked.files} clips looked at are missing or broken{before}"
     return f"{what}: fix the corpus. For example {first}"
@@ -120,15 +135,23 @@ def broken_clips(plan: dict, looked: Looked, most: float) -> str | None:
 def _found(looked: Looked) -> str:
     if not looked.faults:
         return "all are good"
-    return "; ".join(f"{count:,} {reason} (for example {looked.examples[reason]})" for reason, count in looked.faults.items())
+    return "; ".join(
+        f"{count:,} {reason} (for example {looked.examples[reason]})"
+        for reason, count in looked.faults.items()
+    )
 
 
 def report(folder: Path, index: dict, plan: dict) -> str:
     """What is in a folder that is packed, and what is not."""
-    refused = f"; refused {sum(index['rejected'].values()):,}, named in {folder / 'rejected.jsonl'}" if index["rejected"] else ""
+    refused = (
+        f"; refused {sum(index['rejected'].values()):,}, named in {folder / 'rejected.jsonl'}"
+        if index["rejected"]
+        else ""
+    )
     seconds = index["hours"] * 3600
     lines = [
-        f"{folder}: {index['samples']:,} samples, {duration(seconds)} in {plural(len(index['shardlist']), 'shard')}{refused}"
+        f"{folder}: {index['samples']:,} samples, {duration(seconds)} in "
+        f"{plural(len(index['shardlist']), 'shard')}{refused}"
     ]
     lines += _totals(plan, index["samples"], index["rejected"])
     lines += _table(index["rejected"], index["rejected_hours"], {})
@@ -152,7 +175,9 @@ def _table(counts: dict[str, int], hours: dict[str, float], examples: dict[str, 
     lines = []
     for reason, count in counts.items():
         example = f"  for example {examples[reason]}" if reason in examples else ""
-        lines.append(f"  refused {count:>9,}  {duration(hours.get(reason, 0.0) * 3600):>10}  {reason}{example}")
+        lines.append(
+            f"  refused {count:>9,}  {duration(hours.get(reason, 0.0) * 3600):>10}  {reason}{example}"
+        )
     return lines
 
 
@@ -169,7 +194,9 @@ def _noted(folder: Path, counts: dict[str, int]) -> list[str]:
         for told in map(json.loads, lines):
             if len(ids[told["finding"]]) < _SHOWN_IDS:
                 ids[told["finding"]].append(told["id"])
-    shown = {kind: ", ".join(ids[kind]) + (" ..." if counts[kind] > len(ids[kind]) else "") for kind in counts}
+    shown = {
+        kind: ", ".join(ids[kind]) + (" ..." if counts[kind] > len(ids[kind]) else "") for kind in counts
+    }
     return [
         f"packed all the same, named in {folder / FINDINGS_NAME} (--refuse KIND leaves them out):",
         *(f"  noted   {count:>9,}  {kind}: {shown[kind]}" for kind, count in counts.items()),
@@ -177,19 +204,30 @@ def _noted(folder: Path, counts: dict[str, int]) -> list[str]:
 
 
 def _unasked(plan: dict) -> list[str]:
-    """A line about tasks whose clips are trained on without a word of what is asked; none where there is none."""
+    """A line about tasks whose clips are trained on without a word of what is asked; none where there is
+    none."""
     tasks = set(plan.get("unprompted", ())) - {"chat", *INSTRUCTIONS}  # of chat, the audio is the question
     if not tasks:
         return []
     return [
-        f"no instruction: clips of task {', '.join(sorted(tasks))} have no prompt, and such a task has no default instruction; "
+        f"no instruction: clips of task {', '.join(sorted(tasks))} have no prompt, and such a task has no "
+        f"default instruction; "
         "give --corpus NAME:PATH,prompt=..., or wordings by data_tools.instruct wrap --templates"
     ]
 
 
 def _unknown_languages(folder: Path) -> list[str]:
-    """A line about languages that core/languages.py does not hold, with the samples of each; none where there are none."""
+    """A line about languages that core/languages.py does not hold, with the samples of each; none where there
+    are none."""
     index = ShardIndex.load(folder)
     counts = np.bincount(index.samples["lang"], minlength=len(index.langs)).tolist()
-    unknown = [f"'{lang}' ({count:,})" for lang, count in zip(index.langs, counts, strict=True) if lang and not is_known(lang)]
-    return [f"not known, samples of language {', '.join(unknown)}: scores split their text by its script"] if unknown else []
+    unknown = [
+        f"'{lang}' ({count:,})"
+        for lang, count in zip(index.langs, counts, strict=True)
+        if lang and not is_known(lang)
+    ]
+    return (
+        [f"not known, samples of language {', '.join(unknown)}: scores split their text by its script"]
+        if unknown
+        else []
+    )

@@ -1,11 +1,14 @@
-"""The shard format: what a packed folder holds, written and read. Its one reason to change is the format itself.
+"""The shard format: what a packed folder holds, written and read. Its one reason to change is the format
+itself.
 
-    NAME-000000.tar ...   members KEY.flac (or wav, opus, mp3 as they came) then KEY.json; text-only: KEY.json alone
-    index.json            shards with counts, sizes and checksums (wids reads it), string tables, hours, fingerprint
+    NAME-000000.tar ...   members KEY.flac (or wav, opus, mp3 as they came) then KEY.json; text-only: KEY.json
+                          alone
+    index.json            shards with counts, sizes and checksums (wids reads it), string tables, hours,
+                          fingerprint
     samples.npy           one SAMPLE_DTYPE row per sample, in shard order, memory-mappable
 
-Everything here is a pure function of what is given: no time stamps, no host names, no random serials. The same samples in
-the same order are the same bytes.
+Everything here is a pure function of what is given: no time stamps, no host names, no random serials. The
+same samples in the same order are the same bytes.
 """
 
 from __future__ import annotations
@@ -50,7 +53,9 @@ SAMPLE_DTYPE = np.dtype(
 INDEX_NAME, TABLE_NAME = "index.json", "samples.npy"
 RECORD_FIELDS = ("id", "corpus", "task", "text", "lang", "duration", "sample_rate")
 OPTIONAL_FIELDS = ("target_lang", "prompt", "response", "label", "speaker", "recording", "messages", "origin")
-_TEXT_FIELDS = tuple(name for name in (*RECORD_FIELDS, *OPTIONAL_FIELDS) if name not in ("duration", "sample_rate", "messages"))
+_TEXT_FIELDS = tuple(
+    name for name in (*RECORD_FIELDS, *OPTIONAL_FIELDS) if name not in ("duration", "sample_rate", "messages")
+)
 _BLOCK = 512
 _WRITE_OUT_BYTES = 4 << 20
 _MAX_MEMBER_BYTES = 2**32 - 1
@@ -62,7 +67,8 @@ _RELEASE_ROWS = 32 * _CHECK_ROWS
 
 
 class ShardError(OneLine, ValueError):
-    """A packed folder that cannot be read or is not what its index says; one line: what, where, what to do."""
+    """A packed folder that cannot be read or is not what its index says; one line: what, where, what to
+    do."""
 
 
 class OutputError(OneLine, OSError):
@@ -75,13 +81,15 @@ def id_hash(corpus: str, sample_id: str) -> int:
 
 
 def audio_hash(audio: bytes | None) -> int:
-    """64 bits that stand for one compressed clip: equal clips of several samples share what is computed from them."""
+    """64 bits that stand for one compressed clip: equal clips of several samples share what is computed from
+    them."""
     # sha256, for which processors have instructions: twice as fast as blake2b where they do
     return int.from_bytes(hashlib.sha256(audio).digest()[:8], "little") if audio else 0
 
 
-# A ustar header but for name, size and checksum: regular file, mode 0644, no owner, time 0, so that equal content is equal
-# bytes. (tarfile's own TarInfo.tobuf gives the same in ten times the time, which --codec copy would feel.)
+# A ustar header but for name, size and checksum: regular file, mode 0644, no owner, time 0, so that equal
+# content is equal bytes. (tarfile's own TarInfo.tobuf gives the same in ten times the time, which --codec
+# copy would feel.)
 _HEADER = bytearray(tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT))
 _HEADER[148:156] = b" " * 8
 
@@ -108,7 +116,8 @@ def target_characters(record: dict) -> int:
 
 
 def check_record(record: dict) -> None:
-    """Check that no field has another type than pack writes; null is always right. Errors: ValueError ("has no text as lang")."""
+    """Check that no field has another type than pack writes; null is always right. Errors: ValueError ("has
+    no text as lang")."""
     for name in _TEXT_FIELDS:
         value = record.get(name)
         if value is not None and not _is_text(value):
@@ -129,7 +138,8 @@ def _is_turn(turn: object) -> bool:
 
 
 def _is_text(value: object) -> bool:
-    """Half of a surrogate pair, which JSON can hold as an escape, is no text: no tokenizer or file takes it."""
+    """Half of a surrogate pair, which JSON can hold as an escape, is no text: no tokenizer or file takes
+    it."""
     return type(value) is str and (value.isascii() or not _SURROGATE.search(value))
 
 
@@ -139,7 +149,8 @@ def _is_number(value: object) -> bool:
 
 @dataclass
 class ShardSummary:
-    """What is known about one finished shard; rows point into this summary's own tables until the index joins them."""
+    """What is known about one finished shard; rows point into this summary's own tables until the index joins
+    them."""
 
     name: str
     rows: np.ndarray  # [n] of SAMPLE_DTYPE
@@ -168,10 +179,12 @@ class ShardWriter:
             raise OutputError(f"cannot write {self.path}: {error.strerror}") from error
 
     def add(self, key: str, audio: bytes | None, codec: str, record: dict, tokens: int = 0) -> None:
-        """Append KEY.`codec` (unless audio is None) and KEY.json. `record` is written as given, in its own key order."""
+        """Append KEY.`codec` (unless audio is None) and KEY.json. `record` is written as given, in its own
+        key order."""
         if "." in key or "/" in key or not key:
             raise ValueError(
-                f"key '{key}' must be non-empty and hold no dot or slash: WebDataset groups members by the first dot"
+                f"key '{key}' must be non-empty and hold no dot or slash: WebDataset groups members by the "
+                f"first dot"
             )
         text = json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
         if max(len(audio or b""), len(text)) > _MAX_MEMBER_BYTES:
@@ -221,15 +234,19 @@ class ShardWriter:
             self._write_out()
 
     def _write_out(self) -> None:
-        """Let the disk begin with what is there, so that little is left for close() to wait for. Linux does so for pages that
-        will not be needed; elsewhere, and where a file system has no such thing, it is advice that changes nothing."""
+        """Let the disk begin with what is there, so that little is left for close() to wait for. Linux does
+        so for pages that will not be needed; elsewhere, and where a file system has no such thing, it is
+        advice that changes nothing."""
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):
-                os.posix_fadvise(self._file.fileno(), self._asked, self._offset - self._asked, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(
+                    self._file.fileno(), self._asked, self._offset - self._asked, os.POSIX_FADV_DONTNEED
+                )
         self._asked = self._offset
 
     def close(self, name: str) -> ShardSummary:
-        """End the archive, bring it to the disk, and return what the index needs. `name`: the shard's final file name."""
+        """End the archive, bring it to the disk, and return what the index needs. `name`: the shard's final
+        file name."""
         self._write(bytes(2 * _BLOCK))
         try:
             self._file.flush()
@@ -247,7 +264,8 @@ class ShardWriter:
 
 
 def fingerprint(table: np.ndarray, checksums: list[str]) -> str:
-    """sha256 over the sample table's bytes and the shards' checksums: one name for a packed folder's content."""
+    """sha256 over the sample table's bytes and the shards' checksums: one name for a packed folder's
+    content."""
     digest = hashlib.sha256()
     for start in range(0, len(table), 1 << 20):
         digest.update(np.ascontiguousarray(table[start : start + (1 << 20)]).tobytes())
@@ -257,8 +275,9 @@ def fingerprint(table: np.ndarray, checksums: list[str]) -> str:
 
 
 def replace_file(path: Path, data: bytes, scratch: Path | None = None) -> None:
-    """Write a file so that its name only ever stands for complete content. scratch: a folder of the same file system for
-    what is not finished (default: the file's own), so that a kill leaves nothing beside finished files."""
+    """Write a file so that its name only ever stands for complete content. scratch: a folder of the same file
+    system for what is not finished (default: the file's own), so that a kill leaves nothing beside finished
+    files."""
     unfinished = (scratch or path.parent) / f".{path.name}.{os.getpid()}"
     try:
         with open(unfinished, "wb") as file:
@@ -270,11 +289,14 @@ def replace_file(path: Path, data: bytes, scratch: Path | None = None) -> None:
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
 
 
-def write_index(folder: str | Path, name: str, summaries, extra: dict | None = None, scratch: Path | None = None) -> dict:
+def write_index(
+    folder: str | Path, name: str, summaries, extra: dict | None = None, scratch: Path | None = None
+) -> dict:
     """Join the shards' summaries into samples.npy and index.json; returns the index.
 
-    `summaries` is gone through twice, in shard order, and may load each summary when it is its turn: memory is then that
-    of one shard's table. index.json is written last: a folder with an index is a complete one. scratch: as in replace_file.
+    `summaries` is gone through twice, in shard order, and may load each summary when it is its turn: memory
+    is then that of one shard's table. index.json is written last: a folder with an index is a complete one.
+    scratch: as in replace_file.
     """
     folder = Path(folder)
     tables = {"tasks": set(), "langs": set(), "codecs": set()}
@@ -283,7 +305,12 @@ def write_index(folder: str | Path, name: str, summaries, extra: dict | None = N
         for table, values in tables.items():
             values.update(getattr(summary, table))
         shardlist.append(
-            {"url": summary.name, "nsamples": len(summary.rows), "filesize": summary.filesize, "sha256": summary.sha256}
+            {
+                "url": summary.name,
+                "nsamples": len(summary.rows),
+                "filesize": summary.filesize,
+                "sha256": summary.sha256,
+            }
         )
         count += len(summary.rows)
     sorted_tables = {table: sorted(values) for table, values in tables.items()}
@@ -292,13 +319,21 @@ def write_index(folder: str | Path, name: str, summaries, extra: dict | None = N
     try:
         with open(unfinished, "wb") as file:
             np.lib.format.write_array_header_1_0(
-                file, {"descr": np.lib.format.dtype_to_descr(SAMPLE_DTYPE), "fortran_order": False, "shape": (count,)}
+                file,
+                {
+                    "descr": np.lib.format.dtype_to_descr(SAMPLE_DTYPE),
+                    "fortran_order": False,
+                    "shape": (count,),
+                },
             )
             for position, summary in enumerate(summaries):
                 rows = summary.rows.copy()
                 rows["shard"] = position
                 for column, table in (("task", "tasks"), ("lang", "langs"), ("codec", "codecs")):
-                    places = np.array([sorted_tables[table].index(value) for value in getattr(summary, table)], dtype=np.uint16)
+                    places = np.array(
+                        [sorted_tables[table].index(value) for value in getattr(summary, table)],
+                        dtype=np.uint16,
+                    )
                     rows[column] = places[rows[column]] if len(rows) else rows[column]
                 seconds += float(rows["duration"].astype(np.float64).sum())
                 digest.update(rows.tobytes())
@@ -321,7 +356,9 @@ def write_index(folder: str | Path, name: str, summaries, extra: dict | None = N
         "fingerprint": digest.hexdigest(),
         **(extra or {}),
     }
-    replace_file(folder / INDEX_NAME, (json.dumps(index, indent=1, ensure_ascii=False) + "\n").encode(), scratch)
+    replace_file(
+        folder / INDEX_NAME, (json.dumps(index, indent=1, ensure_ascii=False) + "\n").encode(), scratch
+    )
     return index
 
 
@@ -341,8 +378,14 @@ def _read_index(folder: Path) -> dict:
     def wrong(what: str) -> ShardError:
         return ShardError(f"{path}: {what}: copy it again, or pack the corpus again")
 
-    for key, kind, name in (("name", str, "text"), ("shardlist", list, "a list"), ("tasks", list, "a list"),
-                            ("langs", list, "a list"), ("codecs", list, "a list"), ("fingerprint", str, "text")):
+    for key, kind, name in (
+        ("name", str, "text"),
+        ("shardlist", list, "a list"),
+        ("tasks", list, "a list"),
+        ("langs", list, "a list"),
+        ("codecs", list, "a list"),
+        ("fingerprint", str, "text"),
+    ):
         if not isinstance(index.get(key), kind):
             raise wrong(f"'{key}' is {'missing' if key not in index else f'not {name}'}")
     for key in ("tasks", "langs", "codecs"):
@@ -350,7 +393,9 @@ def _read_index(folder: Path) -> dict:
             raise wrong(f"'{key}' holds something else than text")
     for key in ("rejected", "rejected_hours"):  # reason -> how many, how long; for people
         counts = index.get(key, {})
-        if not isinstance(counts, dict) or not all(_is_number(count) and math.isfinite(count) for count in counts.values()):
+        if not isinstance(counts, dict) or not all(
+            _is_number(count) and math.isfinite(count) for count in counts.values()
+        ):
             raise wrong(f"'{key}' is not an object of numbers")
     hours = index.get("hours")
     if not _is_number(hours) or not 0 <= hours < math.inf:
@@ -388,13 +433,18 @@ def _read_table(folder: Path, index: dict) -> np.ndarray:
     except (UnsafeName, OSError) as error:
         raise ShardError(f"{path} {_reason(error)}: pack the corpus again") from None
     except Exception as error:  # numpy evaluates the header, and has no list of what a broken one raises
-        raise ShardError(f"{path} is not a table of numpy ({str(error).splitlines()[0] if str(error) else 'broken header'}): "
-                         "pack the corpus again") from None
+        raise ShardError(
+            f"{path} is not a table of numpy "
+            f"({str(error).splitlines()[0] if str(error) else 'broken header'}): "
+            "pack the corpus again"
+        ) from None
     if samples.dtype != SAMPLE_DTYPE:
         raise ShardError(f"{path} does not have the columns of this version: pack the corpus again")
     counts = np.array([shard["nsamples"] for shard in index["shardlist"]], np.int64)
     if samples.ndim != 1 or len(samples) != counts.sum():
-        raise ShardError(f"{path} has {samples.size} rows, {INDEX_NAME} counts {counts.sum()}: run pack --merge again")
+        raise ShardError(
+            f"{path} has {samples.size} rows, {INDEX_NAME} counts {counts.sum()}: run pack --merge again"
+        )
     _check_rows(samples, index, counts, path)
     return samples
 
@@ -417,22 +467,30 @@ def _check_rows(samples: np.ndarray, index: dict, counts: np.ndarray, path: Path
             faults[f"has {member} beyond the end of its shard"] = ~inside
         for column, length in tables.items():
             faults[f"names a {column} that {INDEX_NAME} does not list"] = rows[column] >= length
-        faults["has a duration that is negative or not finite"] = ~(np.isfinite(rows["duration"]) & (rows["duration"] >= 0))
+        faults["has a duration that is negative or not finite"] = ~(
+            np.isfinite(rows["duration"]) & (rows["duration"] >= 0)
+        )
         for fault, where in faults.items():
             if where.any():
-                raise ShardError(f"{path}: row {start + int(where.argmax())} {fault}: copy it again, or pack the corpus again")
+                raise ShardError(
+                    f"{path}: row {start + int(where.argmax())} {fault}: copy it again, or pack the corpus "
+                    f"again"
+                )
 
 
 class ShardIndex:
-    """A packed folder, read by sample number: two preads and nothing else, so it serves any order and any worker.
+    """A packed folder, read by sample number: two preads and nothing else, so it serves any order and any
+    worker.
 
-    samples: np.memmap [n] of SAMPLE_DTYPE;  shards: the shardlist of index.json;  tasks, langs, codecs: string tables;
-    fingerprint: str;  hours: float;  damaged: one line for each shard whose size is not what the index says (its lost
+    samples: np.memmap [n] of SAMPLE_DTYPE;  shards: the shardlist of index.json;  tasks, langs, codecs:
+                                             string tables;
+    fingerprint: str;  hours: float;  damaged: one line for each shard whose size is not what the index says
+                                      (its lost
     samples raise ShardError when read, the others are served).
 
-    Files are opened at first use and at most `open_files` are kept open. Safe to pickle and to fork. Where the environment
-    names a folder of node-local copies in SOUNDWAVE_LOCAL_SHARDS (checked by load: only this user may write there), a shard that
-    stands there complete as FINGERPRINT/NAME is read from there.
+    Files are opened at first use and at most `open_files` are kept open. Safe to pickle and to fork. Where
+    the environment names a folder of node-local copies in SOUNDWAVE_LOCAL_SHARDS (checked by load: only this
+    user may write there), a shard that stands there complete as FINGERPRINT/NAME is read from there.
     """
 
     def __init__(self, folder: Path, index: dict, samples: np.ndarray, open_files: int = 64):
@@ -451,21 +509,26 @@ class ShardIndex:
 
     @classmethod
     def load(cls, folder: str | Path) -> ShardIndex:
-        """Check and open a packed folder: whoever made it can make neither this nor a later read leave the folder.
+        """Check and open a packed folder: whoever made it can make neither this nor a later read leave the
+        folder.
 
-        Errors: ShardError where the folder, its index or a shard is missing, where they do not fit each other, and for shard
-        names, checksums, types and numbers in the index or the table that pack does not write.
+        Errors: ShardError where the folder, its index or a shard is missing, where they do not fit each
+        other, and for shard names, checksums, types and numbers in the index or the table that pack does not
+        write.
         """
         folder = Path(folder)
         if not (folder / INDEX_NAME).exists():
             why = "does not exist" if not folder.exists() else f"holds no {INDEX_NAME}"
             raise ShardError(
-                f"{folder} {why}: give a folder that data_tools/pack.py has finished (run its command again, or --merge)"
+                f"{folder} {why}: give a folder that data_tools/pack.py has finished (run its command again, "
+                f"or --merge)"
             )
         index = _read_index(folder)
         samples = _read_table(folder, index)
         loaded = cls(folder, index, samples)
-        if loaded._copies is not None and loaded._copies.parent.exists():  # of which only the size is compared
+        if (
+            loaded._copies is not None and loaded._copies.parent.exists()
+        ):  # of which only the size is compared
             try:
                 check_private(loaded._copies.parent)
             except NotPrivate as error:
@@ -477,21 +540,30 @@ class ShardIndex:
             except FileNotFoundError:
                 raise ShardError(f"shard {path} is missing: copy or pack it again") from None
             except (UnsafeName, OSError) as error:
-                raise ShardError(f"shard {path} {_reason(error)}: copy the file itself, or pack the corpus again") from None
+                raise ShardError(
+                    f"shard {path} {_reason(error)}: copy the file itself, or pack the corpus again"
+                ) from None
             if size != shard["filesize"]:
-                loaded.damaged.append(f"{path} has {size} bytes, the index says {shard['filesize']}: copy or pack it again")
+                loaded.damaged.append(
+                    f"{path} has {size} bytes, the index says {shard['filesize']}: copy or pack it again"
+                )
         return loaded
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def read(self, row: int) -> tuple[bytes | None, dict]:
-        """Return the audio bytes as they are in the shard (None for text only) and the JSON record of sample number `row`.
+        """Return the audio bytes as they are in the shard (None for text only) and the JSON record of sample
+        number `row`.
 
         Errors: ShardError where the bytes are not there or the JSON is no record (see check_record).
         """
         sample = self.samples[row]
-        audio = self._pread(sample["shard"], sample["audio_offset"], sample["audio_size"], row) if sample["audio_size"] else None
+        audio = (
+            self._pread(sample["shard"], sample["audio_offset"], sample["audio_size"], row)
+            if sample["audio_size"]
+            else None
+        )
         text = self._pread(sample["shard"], sample["json_offset"], sample["json_size"], row)
         try:
             record = parse_object(text)
@@ -527,7 +599,8 @@ class ShardIndex:
             raise ShardError(f"cannot read shard {self._path(shard)}: {error.strerror}") from error
         if len(data) != int(size):
             raise ShardError(
-                f"shard {self._path(shard)} ends inside sample {row}: copy or pack it again (data_tools.verify names all such)"
+                f"shard {self._path(shard)} ends inside sample {row}: copy or pack it again "
+                f"(data_tools.verify names all such)"
             )
         return data
 
@@ -546,4 +619,6 @@ class ShardIndex:
         return {**self.__dict__, "samples": None, "_files": None}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, samples=np.load(state["folder"] / TABLE_NAME, mmap_mode="r"), _files=OrderedDict())
+        self.__dict__.update(
+            state, samples=np.load(state["folder"] / TABLE_NAME, mmap_mode="r"), _files=OrderedDict()
+        )

@@ -1,9 +1,10 @@
-"""What is in a packed folder: `python -m data_tools.show DIR`, as text, as a picture, or one clip to listen to. Of a folder of
-packed folders, a line for each of them.
+"""What is in a packed folder: `python -m data_tools.show DIR`, as text, as a picture, or one clip to listen
+to. Of a folder of packed folders, a line for each of them.
 
     --png FILE              histograms of duration and of speaking rate
     --listen ROW --to FILE  one clip (and its JSON, printed); ROW is a number, or CORPUS/ID
-    --lhotse FILE           a lhotse cut manifest of the shards as they are (bytes are read out of the tars by commands)
+    --lhotse FILE           a lhotse cut manifest of the shards as they are (bytes are read out of the tars by
+                            commands)
 
 Everything but --listen and --lhotse comes from the index alone: no shard is opened.
 """
@@ -37,7 +38,8 @@ def histogram_text(values: np.ndarray, unit: str, bins: int = 12) -> str:
     edges = np.linspace(0.0, max(float(np.percentile(values, 99.5)), 1e-6), bins + 1)
     counts = np.histogram(np.minimum(values, edges[-1]), edges)[0]
     return "\n".join(
-        f"  {edges[i]:7.1f} - {edges[i + 1]:7.1f} {unit}  {count / len(values):6.1%}  {'#' * round(_BAR * count / counts.max())}"
+        f"  {edges[i]:7.1f} - {edges[i + 1]:7.1f} {unit}  {count / len(values):6.1%}  "
+        f"{'#' * round(_BAR * count / counts.max())}"
         for i, count in enumerate(counts)
     )
 
@@ -47,7 +49,8 @@ def describe(folder: Path, index: ShardIndex) -> str:
     told, samples = json.loads((folder / "index.json").read_bytes()), index.samples
     megabytes = sum(shard["filesize"] for shard in index.shards) / 1e6
     lines = [
-        f"{index.name}: {len(index):,} samples, {duration(index.hours * 3600)} in {plural(len(index.shards), 'shard')} of "
+        f"{index.name}: {len(index):,} samples, {duration(index.hours * 3600)} in "
+        f"{plural(len(index.shards), 'shard')} of "
         f"{megabytes:,.1f} MB in all",
         f"fingerprint {index.fingerprint}",
         "",
@@ -62,11 +65,18 @@ def describe(folder: Path, index: ShardIndex) -> str:
         rate = f"{rows['characters'].sum() / total:.1f}" if total else "-"
         tokens = f"{rows['tokens'].sum() / total:.2f}" if total and rows["tokens"].any() else "-"
         lines.append(
-            f"{index.tasks[kind[0]]:<14}{index.langs[kind[1]] or '?':<10}{index.codecs[kind[2]] or 'text':<7}{len(rows):>12,}"
+            f"{index.tasks[kind[0]]:<14}{index.langs[kind[1]] or '?':<10}{index.codecs[kind[2]] or 'text':<7}{len(rows):>12,}"  # noqa: E501
             f"{total / 3600:>10.2f}{seconds.mean():>8.2f}{seconds.max():>8.2f}{rate:>9}{tokens:>9}"
         )
     seconds, rates = durations_and_rates(index)
-    lines += ["", "duration", histogram_text(seconds, "s"), "", "characters a second", histogram_text(rates, "/s")]
+    lines += [
+        "",
+        "duration",
+        histogram_text(seconds, "s"),
+        "",
+        "characters a second",
+        histogram_text(rates, "/s"),
+    ]
     if told.get("rejected"):
         lines += ["", f"refused when packed (named in {folder / 'rejected.jsonl'})"]
         lines += [
@@ -74,7 +84,11 @@ def describe(folder: Path, index: ShardIndex) -> str:
             for reason, count in told["rejected"].items()
         ]
     if told.get("ignored"):
-        lines += ["", "ignored when packed", *(f"  {count:>9,}  {what}" for what, count in told["ignored"].items())]
+        lines += [
+            "",
+            "ignored when packed",
+            *(f"  {count:>9,}  {what}" for what, count in told["ignored"].items()),
+        ]
     if told.get("findings"):
         lines += ["", f"noted when packed (named in {folder / 'findings.jsonl'})"]
         lines += [f"  {count:>9,}  {kind}" for kind, count in told["findings"].items()]
@@ -95,7 +109,9 @@ def draw(index: ShardIndex, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for axis, values, label in zip(axes, durations_and_rates(index), ("seconds a clip", "characters a second")):
+    for axis, values, label in zip(
+        axes, durations_and_rates(index), ("seconds a clip", "characters a second")
+    ):
         if len(values):
             axis.hist(np.minimum(values, np.percentile(values, 99.5)), bins=60)
         axis.set_xlabel(label)
@@ -114,12 +130,15 @@ def find_row(index: ShardIndex, wanted: str) -> int:
     corpus, _, sample_id = wanted.partition("/")
     rows = np.flatnonzero(index.samples["id_hash"] == id_hash(corpus, sample_id))
     if len(rows) == 0:
-        raise ShardError(f"{index.folder} holds no sample {wanted}: give a row number, or CORPUS/ID as the JSON has them")
+        raise ShardError(
+            f"{index.folder} holds no sample {wanted}: give a row number, or CORPUS/ID as the JSON has them"
+        )
     return int(rows[0])
 
 
 def listen(index: ShardIndex, wanted: str, to: Path) -> str:
-    """Write one clip to a file: its own bytes where the extension is the same, else decoded into the file's format."""
+    """Write one clip to a file: its own bytes where the extension is the same, else decoded into the file's
+    format."""
     row = find_row(index, wanted)
     audio, record = index.read(row)
     text = printable(json.dumps(record, ensure_ascii=False, indent=1))
@@ -133,14 +152,18 @@ def listen(index: ShardIndex, wanted: str, to: Path) -> str:
             soundfile.write(to, decoded.samples, decoded.rate)
         except AudioError as error:
             raise ShardError(f"row {row} cannot be decoded ({error.reason}): {error}") from None
-        except (TypeError, ValueError, soundfile.LibsndfileError) as error:  # an extension that libsndfile does not know
+        except (
+            TypeError,
+            ValueError,
+            soundfile.LibsndfileError,
+        ) as error:  # an extension that libsndfile does not know
             raise ShardError(f"cannot write {to}: {error}") from None
     return f"{text}\nrow {row} written to {to}"
 
 
 def write_lhotse_cuts(index: ShardIndex, path: Path) -> int:
-    """A lhotse cut manifest that leaves the shards as they are: each recording's source is the command that cuts its bytes
-    out of the tar. lhotse runs it when the audio is loaded. Returns the number of cuts."""
+    """A lhotse cut manifest that leaves the shards as they are: each recording's source is the command that
+    cuts its bytes out of the tar. lhotse runs it when the audio is loaded. Returns the number of cuts."""
     count = 0
     with gzip.open(path, "wt", encoding="utf-8") as out:
         for row, sample in enumerate(watched(index.samples, "cuts", total=len(index))):
@@ -172,19 +195,33 @@ def write_lhotse_cuts(index: ShardIndex, path: Path) -> int:
             }
             optional = {"language": record["lang"], "speaker": record.get("speaker")}
             supervision |= {key: value for key, value in optional.items() if value is not None}
-            cut = {"id": name, "start": 0.0, "duration": samples / rate, "channel": 0, "supervisions": [supervision]}
-            out.write(json.dumps({**cut, "recording": recording, "type": "MonoCut"}, ensure_ascii=False) + "\n")
+            cut = {
+                "id": name,
+                "start": 0.0,
+                "duration": samples / rate,
+                "channel": 0,
+                "supervisions": [supervision],
+            }
+            out.write(
+                json.dumps({**cut, "recording": recording, "type": "MonoCut"}, ensure_ascii=False) + "\n"
+            )
             count += 1
     return count
 
 
 def folders_in(parent: Path) -> str:
     """A line for each packed folder in a folder. Errors: ShardError where there is none."""
-    found = sorted({path.parent for pattern in ("*/", "*/*/") for path in parent.glob(f"{pattern}{INDEX_NAME}")})
-    begun = sorted({path.parents[1] for pattern in ("*/", "*/*/") for path in parent.glob(f"{pattern}{WORK}/done")} - set(found))
+    found = sorted(
+        {path.parent for pattern in ("*/", "*/*/") for path in parent.glob(f"{pattern}{INDEX_NAME}")}
+    )
+    begun = sorted(
+        {path.parents[1] for pattern in ("*/", "*/*/") for path in parent.glob(f"{pattern}{WORK}/done")}
+        - set(found)
+    )
     if not found and not begun:
         raise ShardError(
-            f"{parent} holds no {INDEX_NAME}, nor does a folder in it: give a folder that data_tools/pack.py has finished"
+            f"{parent} holds no {INDEX_NAME}, nor does a folder in it: give a folder that data_tools/pack.py "
+            f"has finished"
         )
     lines = [f"{'samples':>12}{'audio':>12}  {'tasks':<24}{'languages':<16}folder"]
     for folder in found:
@@ -194,8 +231,12 @@ def folders_in(parent: Path) -> str:
             lines.append(f"{'damaged':>24}  {'':<40}{folder}: {error}")
             continue
         tasks, langs = ", ".join(index.tasks), ", ".join(lang or "?" for lang in index.langs)
-        lines.append(f"{len(index):>12,}{duration(index.hours * 3600):>12}  {tasks[:23]:<24}{langs[:15]:<16}{folder}")
-    lines += [f"{'not finished':>24}  {'':<40}{folder}: run its command again, or --merge" for folder in begun]
+        lines.append(
+            f"{len(index):>12,}{duration(index.hours * 3600):>12}  {tasks[:23]:<24}{langs[:15]:<16}{folder}"
+        )
+    lines += [
+        f"{'not finished':>24}  {'':<40}{folder}: run its command again, or --merge" for folder in begun
+    ]
     return printable("\n".join(lines))
 
 

@@ -1,15 +1,18 @@
-"""Where a clip's bytes come from: a file, a member of a tar, a row of a Parquet or Arrow file, a Kaldi archive, a command.
+"""Where a clip's bytes come from: a file, a member of a tar, a row of a Parquet or Arrow file, a Kaldi
+archive, a command.
 
 An entry's `audio` is a plain path or one of these, PATH being absolute:
 
     tar:PATH#OFFSET+SIZE.EXT      bytes inside a tar (its member's extension kept)
     tarz:PATH#OFFSET+SIZE.EXT     the same of a compressed tar, the offset being that in the decompressed one
     ark:PATH#OFFSET               a WAV inside a Kaldi archive
-    parquet:PATH#GROUP/ROW/COLUMN the audio of one row of one row group (bytes, a path, or Hugging Face's structs: _cell)
+    parquet:PATH#GROUP/ROW/COLUMN the audio of one row of one row group (bytes, a path, or Hugging Face's
+    structs: _cell)
     arrow:PATH#BATCH/ROW/COLUMN   the same of a record batch in a folder written by datasets' save_to_disk
     pipe:COMMAND                  what a shell command writes to its standard output
 
-Whatever was opened last stays open, so that neighbours (segments of one recording, rows of one group) do not pay again.
+Whatever was opened last stays open, so that neighbours (segments of one recording, rows of one group) do not
+pay again.
 """
 
 from __future__ import annotations
@@ -50,8 +53,8 @@ def kind_of(audio: str) -> tuple[str, str]:
 def read_bytes(audio: str) -> bytes:
     """All bytes of one clip as they are in the corpus.
 
-    Errors: ClipError missing_file | unreadable | undecodable | truncated | command_failed | too_large; OutputError where there is
-    no room to decompress a tar.
+    Errors: ClipError missing_file | unreadable | undecodable | truncated | command_failed | too_large;
+    OutputError where there is no room to decompress a tar.
     """
     kind, rest = _found(audio)
     if kind == "tarz":
@@ -75,7 +78,8 @@ def _found(audio: str) -> tuple[str, str]:
 
 @lru_cache(maxsize=1)
 def open_recording(audio: str) -> Recording:
-    """A recording of which segments are wanted; the last one stays open. Errors: as read_bytes, and ClipError undecodable."""
+    """A recording of which segments are wanted; the last one stays open. Errors: as read_bytes, and ClipError
+    undecodable."""
     kind, rest = _found(audio)
     source = rest if kind == "file" else read_bytes(audio)
     with typed_errors(audio):
@@ -99,7 +103,8 @@ def _make_room(path: str) -> None:
 
 @lru_cache(maxsize=1)
 def _decompressed(path: str) -> IO[bytes]:
-    """A compressed tar as a temporary file without a name: its members are wanted in any order. Errors: OSError, OutputError."""
+    """A compressed tar as a temporary file without a name: its members are wanted in any order. Errors:
+    OSError, OutputError."""
     file = tempfile.TemporaryFile()  # noqa: SIM115  closed when it falls out of the cache
     # Of one that is cut, the members up to there are good.
     with open_bytes(Path(path)) as compressed, suppress(EOFError, zlib.error, lzma.LZMAError):
@@ -108,7 +113,9 @@ def _decompressed(path: str) -> IO[bytes]:
                 file.write(block)
                 file.flush()
             except OSError as error:
-                raise OutputError(f"cannot decompress {path} in {tempfile.gettempdir()}: {error.strerror}") from error
+                raise OutputError(
+                    f"cannot decompress {path} in {tempfile.gettempdir()}: {error.strerror}"
+                ) from error
     return file
 
 
@@ -128,7 +135,9 @@ def _member(rest: str, opened: Callable[[str], IO[bytes]]) -> bytes:
         raise ClipError("too_large", f"a member of {size:,} bytes, more than {_MAX_READ:,}")
     data = os.pread(opened(path).fileno(), size, int(offset))
     if len(data) != size:
-        raise ClipError("truncated", f"the tar ends at {int(offset) + len(data)}, inside a member of {size} bytes")
+        raise ClipError(
+            "truncated", f"the tar ends at {int(offset) + len(data)}, inside a member of {size} bytes"
+        )
     return data
 
 
@@ -140,7 +149,9 @@ def _ark(rest: str) -> bytes:
         raise ClipError("undecodable", f"no WAV at byte {offset}")
     size = 8 + int.from_bytes(head[4:], "little")
     if size > _MAX_READ:
-        raise ClipError("undecodable", f"the WAV at byte {offset} does not tell its size: write it to a file first")
+        raise ClipError(
+            "undecodable", f"the WAV at byte {offset} does not tell its size: write it to a file first"
+        )
     return os.pread(file, size, int(offset))
 
 
@@ -172,7 +183,8 @@ def may_hold_audio(kind) -> bool:
 
 
 def _cell(value, folder: str) -> bytes:
-    """A cell's audio: bytes, a path (relative to the table's folder), or Hugging Face's structs of either or of samples."""
+    """A cell's audio: bytes, a path (relative to the table's folder), or Hugging Face's structs of either or
+    of samples."""
     from pyarrow import types
 
     path = None
@@ -203,7 +215,9 @@ def _wav_of(array, rate) -> bytes:
     if samples.dtype.kind != "f" and samples.dtype != np.int16:
         raise ClipError("unreadable", f"its samples are {samples.dtype}: floats or int16 are wanted")
     buffer = io.BytesIO()
-    soundfile.write(buffer, samples, int(rate.as_py()), "FLOAT" if samples.dtype.kind == "f" else "PCM_16", format="WAV")
+    soundfile.write(
+        buffer, samples, int(rate.as_py()), "FLOAT" if samples.dtype.kind == "f" else "PCM_16", format="WAV"
+    )
     return buffer.getvalue()
 
 
@@ -225,7 +239,10 @@ def _pipe(command: str) -> bytes:
     with (
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(
-            ["bash", "-o", "pipefail", "-c", command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
+            ["bash", "-o", "pipefail", "-c", command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
         ) as process,
     ):
         while block := process.stdout.read(1 << 24):
@@ -237,8 +254,18 @@ def _pipe(command: str) -> bytes:
         if code := process.wait():
             errors.seek(0)
             last = errors.read().decode(errors="replace").strip().splitlines()
-            raise ClipError("command_failed", f"'{command}' ended with {code}: {last[-1] if last else 'no message'}")
+            raise ClipError(
+                "command_failed", f"'{command}' ended with {code}: {last[-1] if last else 'no message'}"
+            )
     return b"".join(blocks)
 
 
-_READERS = {"file": read_file, "tar": _tar, "tarz": _tarz, "ark": _ark, "parquet": _parquet, "arrow": _arrow, "pipe": _pipe}
+_READERS = {
+    "file": read_file,
+    "tar": _tar,
+    "tarz": _tarz,
+    "ark": _ark,
+    "parquet": _parquet,
+    "arrow": _arrow,
+    "pipe": _pipe,
+}

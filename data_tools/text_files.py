@@ -5,8 +5,9 @@
     json_items   (number, value) of JSON lines or of the elements of a JSON array
     table_rows   (line number, {column: cell}) of a CSV or TSV
 
-All are read one item at a time. An item that cannot be used comes as a `Problem` and costs nothing else. A file that ends in the
-middle of its compressed data, or cannot be read, is a CorpusError: nobody knows what is missing.
+All are read one item at a time. An item that cannot be used comes as a `Problem` and costs nothing else. A
+file that ends in the middle of its compressed data, or cannot be read, is a CorpusError: nobody knows what is
+missing.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def existing(path: Path) -> Path:
     """Return the path, or the compressed file of that name where only that is there."""
     if path.exists():
         return path
-    return next((other for end in (".gz", ".bz2", ".xz") if (other := path.with_name(path.name + end)).exists()), path)
+    return next(
+        (other for end in (".gz", ".bz2", ".xz") if (other := path.with_name(path.name + end)).exists()), path
+    )
 
 
 def bare_suffixes(path: Path) -> list[str]:
@@ -84,7 +87,9 @@ def reading(path: Path) -> Iterator[None]:
     except (zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
         raise CorpusError(f"{path} is damaged ({reason_of(error)}): copy it again") from None
     except UnicodeError as error:
-        raise CorpusError(f"{path} is {reason_of(error)}: give its encoding (encoding=NAME), or convert it to UTF-8") from None
+        raise CorpusError(
+            f"{path} is {reason_of(error)}: give its encoding (encoding=NAME), or convert it to UTF-8"
+        ) from None
     except OSError as error:
         damaged = error.errno is None  # bz2 has no type of its own for damage
         what = f"is damaged ({error}): copy it again" if damaged else f"cannot be read: {error.strerror}"
@@ -92,7 +97,8 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def open_bytes(path: Path) -> IO[bytes]:
-    """Open a file for reading, decompressed. Errors: OSError, CorpusError for a compression that cannot be read."""
+    """Open a file for reading, decompressed. Errors: OSError, CorpusError for a compression that cannot be
+    read."""
     file = open(path, "rb")  # noqa: SIM115  closed by the caller
     head = file.peek(8)[:8]
     if head.startswith(_ZSTD):
@@ -112,16 +118,20 @@ def check_encoding(encoding: str | None) -> None:
 
 
 def _form_of(file: IO[bytes], path: Path, encoding: str | None) -> tuple[int, str | None]:
-    """(bytes of the mark at its beginning, encoding: None for plain UTF-8) of a file that is open at its beginning."""
+    """(bytes of the mark at its beginning, encoding: None for plain UTF-8) of a file that is open at its
+    beginning."""
     head = file.peek(64)[:64]
     mark, found = next(((len(bom), name) for bom, name in _BOMS.items() if head.startswith(bom)), (0, None))
     if encoding is None and found is None and b"\0" in head:
-        raise CorpusError(f"{path} seems to be UTF-16 without a mark of its order: give encoding=utf-16-le (or -be)")
+        raise CorpusError(
+            f"{path} seems to be UTF-16 without a mark of its order: give encoding=utf-16-le (or -be)"
+        )
     return mark, encoding or found
 
 
 def open_text(path: Path, encoding: str | None = None) -> IO[str]:
-    """Open a file as text, line ends as they are. Bytes that are no UTF-8 come as lone surrogates: `damage` names them."""
+    """Open a file as text, line ends as they are. Bytes that are no UTF-8 come as lone surrogates: `damage`
+    names them."""
     file = open_bytes(path)
     encoding = _form_of(file, path, encoding)[1] or "utf-8"
     errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
@@ -129,7 +139,8 @@ def open_text(path: Path, encoding: str | None = None) -> IO[str]:
 
 
 def damage(text: str | bytes, encoding: str | None = None) -> Problem | None:
-    """Return what is wrong with the encoding of a text as `open_text` or `lines` give it; None for a sound one."""
+    """Return what is wrong with the encoding of a text as `open_text` or `lines` give it; None for a sound
+    one."""
     try:
         data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
         data.decode(encoding or "utf-8")
@@ -142,11 +153,14 @@ def damage(text: str | bytes, encoding: str | None = None) -> Problem | None:
             return Problem("encoding", f"not {encoding} (byte 0x{data[error.start]:02x})")
         seen = data[begin:end].decode("cp1252", "replace").strip()
         what = f"not UTF-8 (byte 0x{data[error.start]:02x}); as cp1252 it reads '{seen}'"
-        return Problem("encoding", f"{what}: give encoding=cp1252 if that is right, else its own, or convert the file")
+        return Problem(
+            "encoding", f"{what}: give encoding=cp1252 if that is right, else its own, or convert the file"
+        )
 
 
 def lines(path: Path, encoding: str | None = None) -> Iterator[tuple[int, bytes | Problem]]:
-    """(number, line in UTF-8 with its line end) of each line; nothing is decoded where a file is UTF-8 already."""
+    """(number, line in UTF-8 with its line end) of each line; nothing is decoded where a file is UTF-8
+    already."""
     with reading(path), open_bytes(path) as file:
         mark, encoding = _form_of(file, path, encoding)
         if encoding and encoding.lower().replace("_", "-").startswith(("utf-16", "utf-32")):
@@ -173,7 +187,7 @@ def text_lines(path: Path, encoding: str | None = None) -> Iterator[tuple[int, s
             yield place, damage(line)
 
 
-# --- JSON ------------------------------------------------------------------------------------------------------------------
+# --- JSON ---------------------------------------------------------------------------------------------------
 
 
 def json_items(
@@ -181,7 +195,8 @@ def json_items(
 ) -> Iterator[tuple[int, Any | Problem]]:
     """(number, value) of each line of a JSON Lines file, or of each element of a file that is one JSON array.
 
-    decode: what is tried first on a line; where it raises ValueError, the value is what json makes of the line.
+    decode: what is tried first on a line; where it raises ValueError, the value is what json makes of the
+    line.
     """
     with reading(path), open_text(path, encoding) as file:
         head = file.read(_CHUNK).lstrip()
@@ -203,7 +218,8 @@ def json_items(
 
 
 def _is_line_of_its_own(head: str) -> bool:
-    """Whether a file's first line is a whole JSON array, and others follow: lines that happen to hold lists, not one array."""
+    """Whether a file's first line is a whole JSON array, and others follow: lines that happen to hold lists,
+    not one array."""
     first, newline, rest = head.partition("\n")
     try:
         return bool(newline and rest.strip()) and isinstance(json.loads(first), list)
@@ -226,7 +242,8 @@ def _slowly(line: bytes) -> Any | Problem:
 
 
 def json_array(path: Path, key: str, encoding: str | None = None) -> Iterator[Any]:
-    """The elements of the array under `key` of one large JSON object, one by one: the whole file is never in memory."""
+    """The elements of the array under `key` of one large JSON object, one by one: the whole file is never in
+    memory."""
     with reading(path), open_text(path, encoding) as file:
         yield from _elements(file, path, key)
 
@@ -264,7 +281,9 @@ def _elements(file: IO[str], path: Path, key: str | None) -> Iterator[Any]:
             raise CorpusError(f"{path}: element {number + 1} of {name} is nested too deeply") from None
         except ValueError as error:
             if len(buffer) - place > _MAX_ELEMENT:
-                raise CorpusError(f"{path}: element {number + 1} of {name} is not valid JSON ({error})") from None
+                raise CorpusError(
+                    f"{path}: element {number + 1} of {name} is not valid JSON ({error})"
+                ) from None
             if not more():
                 where = f"{path} ends in the middle of {name}, or is no JSON after element {number}"
                 raise CorpusError(f"{where}: copy it again") from None
@@ -272,10 +291,12 @@ def _elements(file: IO[str], path: Path, key: str | None) -> Iterator[Any]:
         number, place = number + 1, end
         yield element
     if key is None and (buffer[place + 1 :].strip() or file.read(_CHUNK).strip()):
-        raise CorpusError(f"{path} continues after the end of its list: make it one list, or one JSON object a line")
+        raise CorpusError(
+            f"{path} continues after the end of its list: make it one list, or one JSON object a line"
+        )
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------------
+# --- tables -------------------------------------------------------------------------------------------------
 
 DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
 
@@ -319,10 +340,11 @@ def table_rows(
 ) -> Iterator[tuple[int, dict[str, str] | Problem]]:
     """(number of the last line, {column: cell}) of each row of a CSV or TSV.
 
-    header: column names of a file without a line of them; escape: the sign before signs that would mean something else;
-    required: columns without which the file is another one than it should be. A row
-    with another number of cells than there are columns, and one that is not valid between quotes, is a Problem; what such
-    quotes swallowed is read again. Errors: CorpusError for a file or header that cannot be used.
+    header: column names of a file without a line of them; escape: the sign before signs that would mean
+    something else; required: columns without which the file is another one than it should be. A row
+    with another number of cells than there are columns, and one that is not valid between quotes, is a
+    Problem; what such quotes swallowed is read again. Errors: CorpusError for a file or header that cannot be
+    used.
     """
     delimiter = delimiter or usual_delimiter(path)
     options = {
@@ -352,10 +374,16 @@ def table_rows(
             if not "".join(cells).isascii() and (problem := next(filter(None, map(damage, cells)), None)):
                 yield source.place, problem
             elif len(cells) != len(columns):
-                yield source.place, Problem("bad_row", _count_problem(len(cells), len(columns), delimiter, quoted))
+                yield (
+                    source.place,
+                    Problem("bad_row", _count_problem(len(cells), len(columns), delimiter, quoted)),
+                )
             elif len(source.taken) > 1 and _swallowed(cells, source.taken[1:], options):
                 source.give_back()
-                yield source.place, Problem("bad_row", "a quote that is not closed: it would take in the rows that follow")
+                yield (
+                    source.place,
+                    Problem("bad_row", "a quote that is not closed: it would take in the rows that follow"),
+                )
             else:
                 yield source.place, dict(zip(columns, cells, strict=True))
 
@@ -366,15 +394,19 @@ def _checked_header(cells: list[str], delimiter: str, path: Path, required: Coll
     names = [name for name in cells if name]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise CorpusError(
-            f"{path} has two columns named '{twice}': rename one; if its first line holds no names, give them: columns=audio+text"
+            f"{path} has two columns named '{twice}': rename one; if its first line holds no names, give "
+            f"them: columns=audio+text"
         )
     if len(cells) == 1 and (other := next((d for d in DELIMITERS if d != delimiter and d in cells[0]), None)):
         used, seen = DELIMITERS.get(delimiter, delimiter), DELIMITERS[other]
         raise CorpusError(
-            f"{path} has one column, '{cells[0]}', between {used}s: give delimiter={seen} if its cells are divided by {seen}s"
+            f"{path} has one column, '{cells[0]}', between {used}s: give delimiter={seen} if its cells are "
+            f"divided by {seen}s"
         )
     if missing := [name for name in required if name not in cells]:
-        raise CorpusError(f"{path} has no column {' and no column '.join(missing)}: its columns are {', '.join(cells)}")
+        raise CorpusError(
+            f"{path} has no column {' and no column '.join(missing)}: its columns are {', '.join(cells)}"
+        )
     return cells
 
 
@@ -393,11 +425,14 @@ def _count_problem(cells: int, columns: int, delimiter: str, quoted: bool) -> st
 
 
 def _swallowed(cells: list[str], more: list[str], options: dict) -> bool:
-    """Whether lines inside a quoted cell are rows themselves: as many cells, and a file of the same kind in the same column."""
+    """Whether lines inside a quoted cell are rows themselves: as many cells, and a file of the same kind in
+    the same column."""
     for line in more:
         inner = next(csv.reader([line], **options), [])
         if len(inner) == len(cells) and any(
-            (mine := _FILE_NAME.search(a.strip())) and (theirs := _FILE_NAME.search(b.strip())) and mine[0] == theirs[0]
+            (mine := _FILE_NAME.search(a.strip()))
+            and (theirs := _FILE_NAME.search(b.strip()))
+            and mine[0] == theirs[0]
             for a, b in zip(cells, inner, strict=True)
         ):
             return True

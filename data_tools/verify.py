@@ -1,6 +1,8 @@
-"""Is a packed folder what its index says? `python -m data_tools.verify DIR [--decode all]`; exit code 0 if so, 1 if not.
+"""Is a packed folder what its index says? `python -m data_tools.verify DIR [--decode all]`; exit code 0 if
+so, 1 if not.
 
-every shard:  size, sha256; tar members against the sample table (names, offsets, sizes); JSON against the table
+every shard:  size, sha256; tar members against the sample table (names, offsets, sizes); JSON against the
+              table
 a sample or all of the clips:  decoded; duration and rate as the JSON says
 the whole:    counts, hours, fingerprint
 """
@@ -22,7 +24,15 @@ from core.audio import AudioError, read
 from core.console import print_text
 from core.json_files import read_object
 from data_tools.progress import watched
-from data_tools.shards import INDEX_NAME, ShardError, ShardIndex, audio_hash, fingerprint, id_hash, target_characters
+from data_tools.shards import (
+    INDEX_NAME,
+    ShardError,
+    ShardIndex,
+    audio_hash,
+    fingerprint,
+    id_hash,
+    target_characters,
+)
 
 _DURATION_TOLERANCE = 0.002  # seconds: JSON and table keep fewer digits than there are
 
@@ -33,19 +43,26 @@ def file_sha256(path: Path) -> str:
 
 
 def check_shard(index: ShardIndex, shard: int, decode: int | None) -> list[str]:
-    """Problems of one shard, a line each. decode: at most this many clips, spread over the shard; None: all."""
+    """Problems of one shard, a line each. decode: at most this many clips, spread over the shard; None:
+    all."""
     path, expected = index.folder / index.shards[shard]["url"], index.shards[shard]
     if path.stat().st_size != expected["filesize"]:
         return [f"{path.name}: {path.stat().st_size} bytes, the index says {expected['filesize']}"]
     if file_sha256(path) != expected["sha256"]:
-        return [f"{path.name}: content differs from what was packed (sha256)"] + _check_members(index, shard, path, 0)
+        return [f"{path.name}: content differs from what was packed (sha256)"] + _check_members(
+            index, shard, path, 0
+        )
     return _check_members(index, shard, path, decode)
 
 
 def _check_members(index: ShardIndex, shard: int, path: Path, decode: int | None) -> list[str]:
     rows = np.flatnonzero(index.samples["shard"] == shard)
     wanted = set(
-        rows if decode is None else rows[np.linspace(0, len(rows) - 1, min(decode, len(rows))).astype(int)] if decode else []
+        rows
+        if decode is None
+        else rows[np.linspace(0, len(rows) - 1, min(decode, len(rows))).astype(int)]
+        if decode
+        else []
     )
     try:
         with tarfile.open(path) as tar:
@@ -57,25 +74,36 @@ def _check_members(index: ShardIndex, shard: int, path: Path, decode: int | None
         sample = index.samples[row]
         count = 2 if sample["audio_size"] else 1
         here, place = members[place : place + count], place + count
-        table = [(sample["audio_offset"], sample["audio_size"])] * (count - 1) + [(sample["json_offset"], sample["json_size"])]
+        table = [(sample["audio_offset"], sample["audio_size"])] * (count - 1) + [
+            (sample["json_offset"], sample["json_size"])
+        ]
         if [(offset, size) for _, offset, size in here] != table:
             problems.append(f"{path.name}: sample {row} is not where the table says")
             continue
         keys = {name.partition(".")[0] for name, _, _ in here}
         if len(keys) != 1 or not here[-1][0].endswith(".json") or "/" in here[0][0]:
-            problems.append(f"{path.name}: members of sample {row} are named {', '.join(name for name, _, _ in here)}")
+            problems.append(
+                f"{path.name}: members of sample {row} are named {', '.join(name for name, _, _ in here)}"
+            )
         try:
             audio, record = index.read(row)
         except ShardError as error:
             problems.append(str(error))
             continue
         problems += [
-            f"{path.name}: sample {row} ({record.get('id')}): {problem}" for problem in _check_record(index, sample, record)
+            f"{path.name}: sample {row} ({record.get('id')}): {problem}"
+            for problem in _check_record(index, sample, record)
         ]
         if audio_hash(audio) != sample["audio_hash"]:
-            problems.append(f"{path.name}: sample {row} ({record.get('id')}): the audio is not the one that the table knows")
+            problems.append(
+                f"{path.name}: sample {row} ({record.get('id')}): the audio is not the one that the table "
+                f"knows"
+            )
         if audio is not None and row in wanted:
-            problems += [f"{path.name}: sample {row} ({record.get('id')}): {problem}" for problem in _check_audio(audio, record)]
+            problems += [
+                f"{path.name}: sample {row} ({record.get('id')}): {problem}"
+                for problem in _check_audio(audio, record)
+            ]
     if place != len(members):
         problems.append(f"{path.name}: {len(members)} members, the table knows {place}")
     return problems
@@ -89,9 +117,15 @@ def _check_record(index: ShardIndex, sample: np.void, record: dict) -> list[str]
         "characters": (len(record.get("text") or ""), int(sample["characters"])),
         "target characters": (target_characters(record), int(sample["target_characters"])),
     }
-    problems = [f"{name} is {here} in the JSON, {there} in the table" for name, (here, there) in told.items() if here != there]
+    problems = [
+        f"{name} is {here} in the JSON, {there} in the table"
+        for name, (here, there) in told.items()
+        if here != there
+    ]
     if abs((record.get("duration") or 0.0) - float(sample["duration"])) > _DURATION_TOLERANCE:
-        problems.append(f"duration is {record.get('duration')} in the JSON, {sample['duration']} in the table")
+        problems.append(
+            f"duration is {record.get('duration')} in the JSON, {sample['duration']} in the table"
+        )
     return problems
 
 
@@ -119,8 +153,12 @@ def check(folder: Path, decode: int | None, workers: int) -> list[str]:
     hours = float(index.samples["duration"].astype(np.float64).sum()) / 3600
     counted = told.get("samples")
     if counted != len(index) or abs(hours - index.hours) > 1e-5:
-        problems.append(f"index.json says {counted} samples, {index.hours} h; the table has {len(index)}, {hours:.6f} h")
-    shards = [shard for shard in range(len(index.shards)) if str(folder / index.shards[shard]["url"]) not in damaged]
+        problems.append(
+            f"index.json says {counted} samples, {index.hours} h; the table has {len(index)}, {hours:.6f} h"
+        )
+    shards = [
+        shard for shard in range(len(index.shards)) if str(folder / index.shards[shard]["url"]) not in damaged
+    ]
     per_shard = None if decode is None else -(-decode // max(1, len(shards)))
     with ProcessPoolExecutor(max(1, min(workers, len(shards))), get_context("fork")) as pool:
         futures = [pool.submit(check_shard, index, shard, per_shard) for shard in shards]
@@ -135,14 +173,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument(
-        "--decode", default="1000", help="how many clips to decode, spread over the shards, or all (default: 1000)"
+        "--decode",
+        default="1000",
+        help="how many clips to decode, spread over the shards, or all (default: 1000)",
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args(argv)
     if options.decode != "all" and not options.decode.isdigit():
         parser.error(f"--decode {options.decode}: a number, or all")
     try:
-        problems = check(options.folder, None if options.decode == "all" else int(options.decode), options.workers)
+        problems = check(
+            options.folder, None if options.decode == "all" else int(options.decode), options.workers
+        )
     except ShardError as error:
         print(f"verify: {error}", file=sys.stderr)
         return 2

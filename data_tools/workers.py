@@ -10,7 +10,8 @@ import time
 
 
 def start_worker(parent: int) -> None:
-    """To be run first in each worker: one thread of its own, a quiet end on Ctrl-C, and no life without its parent (a pid)."""
+    """To be run first in each worker: one thread of its own, a quiet end on Ctrl-C, and no life without its
+    parent (a pid)."""
     # One thread, also for a torch that is imported already.
     os.environ["OMP_NUM_THREADS"] = "1"
     if "torch" in sys.modules:
@@ -20,7 +21,8 @@ def start_worker(parent: int) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """A worker whose parent was killed would wait for work for ever, since it holds the other end of its own queue."""
+    """A worker whose parent was killed would wait for work for ever, since it holds the other end of its own
+    queue."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

@@ -1,4 +1,5 @@
-"""Do two runs differ? `python -m evaluation.compare A.jsonl B.jsonl`: paired tests on the utterances that both answered."""
+"""Do two runs differ? `python -m evaluation.compare A.jsonl B.jsonl`: paired tests on the utterances that
+both answered."""
 
 from __future__ import annotations
 
@@ -29,10 +30,12 @@ from evaluation.tasks import metric_of
 
 
 def paired(first: list[dict], second: list[dict]) -> dict[str, dict]:
-    """Per metric: both scores, the difference (second - first), its 95 % interval where known, and a two-sided p-value.
+    """Per metric: both scores, the difference (second - first), its 95 % interval where known, and a
+    two-sided p-value.
 
-    Rows are of one task, translations of one BLEU tokenizer, and stand in the same order. Error rates and accuracy: approximate
-    randomisation over utterances (evaluation.resampling); BLEU and chrF: sacrebleu's paired approximate randomisation.
+    Rows are of one task, translations of one BLEU tokenizer, and stand in the same order. Error rates and
+    accuracy: approximate randomisation over utterances (evaluation.resampling); BLEU and chrF: sacrebleu's
+    paired approximate randomisation.
     """
     metric = metric_of(first)
     if metric == "wer":
@@ -46,12 +49,19 @@ def paired(first: list[dict], second: list[dict]) -> dict[str, dict]:
             results[name] = paired_test(a, b, units)
         return results
     if metric == "accuracy":
-        return {"accuracy": paired_test(correct_answers(first)[0], correct_answers(second)[0], np.ones(len(first)))}
+        return {
+            "accuracy": paired_test(
+                correct_answers(first)[0], correct_answers(second)[0], np.ones(len(first))
+            )
+        }
     if metric in ("answer", "chain"):
         return {"exact": paired_test(exact_answers(first), exact_answers(second), np.ones(len(first)))}
     if metric != "bleu":
         raise PredictionError(f"metric '{metric}' has no paired test: add one to evaluation/compare.py")
-    systems = [("first", [row["prediction"] for row in first]), ("second", [row["prediction"] for row in second])]
+    systems = [
+        ("first", [row["prediction"] for row in first]),
+        ("second", [row["prediction"] for row in second]),
+    ]
     references = [[row["reference"] for row in first]]
     bleu = BLEU(tokenize=bleu_tokenizer(first[0]))
     _, scores = PairedTest(systems, {"bleu": bleu, "chrf": CHRF()}, references, test_type="ar")()
@@ -59,28 +69,40 @@ def paired(first: list[dict], second: list[dict]) -> dict[str, dict]:
     for name, pair in scores.items():
         if name != "System":
             a, b = pair
-            results[name.lower().removesuffix("2")] = {"first": float(a.score), "second": float(b.score),
-                                                       "difference": float(b.score - a.score), "p_value": float(b.p_value)}
+            results[name.lower().removesuffix("2")] = {
+                "first": float(a.score),
+                "second": float(b.score),
+                "difference": float(b.score - a.score),
+                "p_value": float(b.p_value),
+            }
     return results
 
 
 def compare(first: Path, second: Path) -> dict:
-    """{task: {utterances, metrics}} and how many utterances only one file has; translations whose directions need several BLEU
-    tokenizers stand by direction, as "translation en-zh". PredictionError where they cannot be compared."""
+    """{task: {utterances, metrics}} and how many utterances only one file has; translations whose directions
+    need several BLEU tokenizers stand by direction, as "translation en-zh". PredictionError where they cannot
+    be compared."""
     files, notes = [], []
     for path in (first, second):
         rows, noted = read_predictions(path)
         files.append(rows)
         notes += [f"{path}: {note}" for note in noted]
     every = [*files[0], *files[1]]
-    tables = [{prediction_key(row): row for row in with_tokenizers(with_labels(rows, every), every)} for rows in files]
+    tables = [
+        {prediction_key(row): row for row in with_tokenizers(with_labels(rows, every), every)}
+        for rows in files
+    ]
     shared = [key for key in tables[0] if key in tables[1]]
     differing = [key for key in shared if tables[0][key]["reference"] != tables[1][key]["reference"]]
     if differing:
-        raise PredictionError(f"{first} and {second} hold other references for {len(differing)} utterances ({differing[0]}): "
-                              "compare two runs over the same shards")
+        raise PredictionError(
+            f"{first} and {second} hold other references for {len(differing)} utterances ({differing[0]}): "
+            "compare two runs over the same shards"
+        )
     if not shared:
-        raise PredictionError(f"{first} and {second} share no utterance: compare two runs over the same shards")
+        raise PredictionError(
+            f"{first} and {second} share no utterance: compare two runs over the same shards"
+        )
     by_task = defaultdict(list)
     for key in shared:
         by_task[tables[0][key].get("task") or "asr"].append(key)
@@ -91,9 +113,19 @@ def compare(first: Path, second: Path) -> dict:
             for key, row in zip(keys, rows, strict=True):
                 by_task[f"{task} {direction(row)}"].append(key)
     counts = {"only_first": len(tables[0]) - len(shared), "only_second": len(tables[1]) - len(shared)}
-    return {"first": str(first), "second": str(second), **counts, "notes": notes,
-            "tasks": {task: {"utterances": len(keys), "metrics": paired(*([part[key] for key in keys] for part in tables))}
-                      for task, keys in sorted(by_task.items())}}
+    return {
+        "first": str(first),
+        "second": str(second),
+        **counts,
+        "notes": notes,
+        "tasks": {
+            task: {
+                "utterances": len(keys),
+                "metrics": paired(*([part[key] for key in keys] for part in tables)),
+            }
+            for task, keys in sorted(by_task.items())
+        },
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -111,9 +143,18 @@ def main(arguments: list[str] | None = None) -> int:
     for task, part in result["tasks"].items():
         for name, values in part["metrics"].items():
             bounds = values.get("difference_ci95")
-            lines.append([task, name, part["utterances"], f"{values['first']:.4f}", f"{values['second']:.4f}",
-                          f"{values['difference']:+.4f}", f"[{bounds[0]:+.4f}, {bounds[1]:+.4f}]" if bounds else "",
-                          f"{values['p_value']:.4g}"])
+            lines.append(
+                [
+                    task,
+                    name,
+                    part["utterances"],
+                    f"{values['first']:.4f}",
+                    f"{values['second']:.4f}",
+                    f"{values['difference']:+.4f}",
+                    f"[{bounds[0]:+.4f}, {bounds[1]:+.4f}]" if bounds else "",
+                    f"{values['p_value']:.4g}",
+                ]
+            )
     headers = ["task", "metric", "utterances", "first", "second", "second - first", "95 %", "p"]
     print(tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True))
     for note in result["notes"]:

@@ -1,10 +1,12 @@
 """A page to talk to a model: `python -m evaluation.demo MODEL` (needs Gradio: make setup EXTRAS=demo).
 
-Record or upload speech, ask about it, and see the answer as it is written, what the CTC head heard, which frames the LLM was
-given, and how long each part took. It listens on this machine alone unless --host says otherwise, and sends nothing anywhere.
+Record or upload speech, ask about it, and see the answer as it is written, what the CTC head heard, which
+frames the LLM was given, and how long each part took. It listens on this machine alone unless --host says
+otherwise, and sends nothing anywhere.
 
-What visitors may cost is bounded: bytes of an upload and of a request, seconds of audio, length of a question, seconds of an
-answer, length of the queue. Recordings lie in a folder of this process alone, for an hour at most, and go when it ends.
+What visitors may cost is bounded: bytes of an upload and of a request, seconds of audio, length of a
+question, seconds of an answer, length of the queue. Recordings lie in a folder of this process alone, for an
+hour at most, and go when it ends.
 """
 
 from __future__ import annotations
@@ -45,11 +47,13 @@ CLEAN_EVERY, KEEP_SECONDS = 600, 3600  # uploads
 
 
 class Refusal(ValueError):
-    """What a visitor asked for and does not get; one line for them, without anything of this machine in it."""
+    """What a visitor asked for and does not get; one line for them, without anything of this machine in
+    it."""
 
 
 class Streamer(TextIteratorStreamer):
-    """The answer in pieces, until `stopped` is set or `seconds` have passed: then the next token ends the generation."""
+    """The answer in pieces, until `stopped` is set or `seconds` have passed: then the next token ends the
+    generation."""
 
     def __init__(self, tokenizer, seconds: float):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -71,7 +75,8 @@ class Talker:
         self.model, self.max_new_tokens, self.seconds = model, max_new_tokens, seconds
 
     def warm_up(self) -> None:
-        """The first call pays for what is loaded and compiled once: better before the first visitor than for them."""
+        """The first call pays for what is loaded and compiled once: better before the first visitor than for
+        them."""
         for _ in self.answer(torch.zeros(SAMPLE_RATE), QUESTION):
             pass
 
@@ -79,7 +84,8 @@ class Talker:
         return self.model.tokenizer.decode([token])
 
     def ask(self, file: str | None, question: str) -> Iterator[tuple]:
-        """Yields (answer so far, CTC transcript, picture, timings as Markdown), None where nothing has changed.
+        """Yields (answer so far, CTC transcript, picture, timings as Markdown), None where nothing has
+        changed.
 
         Errors: AudioError, PromptError, Refusal (one line).
         """
@@ -92,7 +98,9 @@ class Talker:
         except AudioError as error:
             self.check_length(error.seconds or 0.0)
             raise
-        yield from self.answer(torch.from_numpy(audio.samples), question, [finding.detail for finding in audio.findings])
+        yield from self.answer(
+            torch.from_numpy(audio.samples), question, [finding.detail for finding in audio.findings]
+        )
 
     def check_length(self, seconds: float) -> None:
         longest = self.model.config.encoder.max_seconds
@@ -108,14 +116,21 @@ class Talker:
 
     def check_question(self, question: str) -> None:
         if self.positions is not None and len(question) > CHARACTERS_PER_POSITION * self.positions:
-            raise Refusal(f"the question has {len(question)} characters, more than fit into the LLM's {self.positions} positions")
+            raise Refusal(
+                f"the question has {len(question)} characters, more than fit into the LLM's {self.positions} "
+                f"positions"
+            )
 
     def check_positions(self, batch: Batch, kept: int) -> None:
-        """Room for the question, for what is kept of the audio (in place of its one token), and for the answer."""
+        """Room for the question, for what is kept of the audio (in place of its one token), and for the
+        answer."""
         needed = batch.input_ids.shape[1] - 1 + kept
         if self.positions is not None and needed + self.max_new_tokens > self.positions:
-            raise Refusal(f"question and audio take {needed} of the LLM's {self.positions} positions, and the answer may take "
-                          f"{self.max_new_tokens}: ask a shorter question, or send a shorter recording")
+            raise Refusal(
+                f"question and audio take {needed} of the LLM's {self.positions} positions, and the answer "
+                f"may take "
+                f"{self.max_new_tokens}: ask a shorter question, or send a shorter recording"
+            )
 
     def conversation(self, waveform: torch.Tensor, question: str) -> Batch:
         """The recording, then the question, as a conversation ready to be continued."""
@@ -128,17 +143,28 @@ class Talker:
         began = time.perf_counter()
         inspection = self.model.inspect(self.conversation(waveform, ""))
         heard = time.perf_counter() - began
-        tokens = [token for _, token in ctc_peaks(inspection["tokens"][0], inspection["peak"][0], inspection["blank"])]
+        tokens = [
+            token
+            for _, token in ctc_peaks(inspection["tokens"][0], inspection["peak"][0], inspection["blank"])
+        ]
         transcript = self.model.tokenizer.decode([t for t in tokens if t < len(self.model.tokenizer)]).strip()
         kept, frames = len(inspection["kept"][0]), len(inspection["tokens"][0])
         picture = figure(inspection, self.name_of)
         if warning := self.model.length_warning(seconds):
             findings = [*findings, warning]
-        lines = [("audio", f"{seconds:.2f} s"), ("frames", f"{frames}, {kept} kept for the LLM ({kept / seconds:.1f} a second)"),
-                 ("encoder, adapter and CTC", f"{heard * 1000:.0f} ms")]
+        lines = [
+            ("audio", f"{seconds:.2f} s"),
+            ("frames", f"{frames}, {kept} kept for the LLM ({kept / seconds:.1f} a second)"),
+            ("encoder, adapter and CTC", f"{heard * 1000:.0f} ms"),
+        ]
         lines = [*(("**warning**", text.replace("|", "/")) for text in findings), *lines]
         if self.model.llm is None:
-            yield "(A model of stage I has no LLM; below is what its CTC head heard.)", transcript, picture, timings(lines)
+            yield (
+                "(A model of stage I has no LLM; below is what its CTC head heard.)",
+                transcript,
+                picture,
+                timings(lines),
+            )
             return
         batch = self.conversation(waveform, question.strip())
         self.check_positions(batch, kept)
@@ -153,12 +179,16 @@ class Talker:
         if self.model.unanswered:
             raise ValueError("; ".join(self.model.unanswered.values()))
         total = time.perf_counter() - began
-        lines += [("time to first words", f"{(first or total) * 1000:.0f} ms"), ("whole answer", f"{total:.2f} s"),
-                  ("real-time factor", f"{total / seconds:.2f}")]
+        lines += [
+            ("time to first words", f"{(first or total) * 1000:.0f} ms"),
+            ("whole answer", f"{total:.2f} s"),
+            ("real-time factor", f"{total / seconds:.2f}"),
+        ]
         yield text, None, None, timings(lines)
 
     def stream(self, batch) -> Iterator[str]:
-        """The answer in pieces. What goes wrong in the generating thread is raised here; it ends before this does."""
+        """The answer in pieces. What goes wrong in the generating thread is raised here; it ends before this
+        does."""
         streamer = Streamer(self.model.tokenizer, self.seconds)
         problems: list[BaseException] = []
 
@@ -185,7 +215,8 @@ def timings(lines: list[tuple[str, str]]) -> str:
 
 
 class BodyLimit:
-    """ASGI: a request whose body is longer than `most` bytes ends with status 413; uploads are counted by Gradio itself."""
+    """ASGI: a request whose body is longer than `most` bytes ends with status 413; uploads are counted by
+    Gradio itself."""
 
     def __init__(self, app, most: int):
         self.app, self.most = app, most
@@ -209,7 +240,8 @@ class BodyLimit:
 
 
 def shown(talker: Talker, file: str | None, question: str) -> Iterator[tuple]:
-    """`Talker.ask` for strangers: whatever goes wrong is one line here, and one without names of this machine for them.
+    """`Talker.ask` for strangers: whatever goes wrong is one line here, and one without names of this machine
+    for them.
 
     Errors: Refusal.
     """
@@ -233,11 +265,15 @@ def page(talker: Talker, title: str):
         except Refusal as error:
             raise gradio.Error(str(error), print_exception=False) from None
 
-    with gradio.Blocks(title="Soundwave", analytics_enabled=False, delete_cache=(CLEAN_EVERY, KEEP_SECONDS)) as blocks:
+    with gradio.Blocks(
+        title="Soundwave", analytics_enabled=False, delete_cache=(CLEAN_EVERY, KEEP_SECONDS)
+    ) as blocks:
         gradio.Markdown(f"# Soundwave\n{title}")
         with gradio.Row():
             with gradio.Column():
-                audio = gradio.Audio(sources=["microphone", "upload"], type="filepath", label="Speech", buttons=["download"])
+                audio = gradio.Audio(
+                    sources=["microphone", "upload"], type="filepath", label="Speech", buttons=["download"]
+                )
                 asks = talker.model.llm is not None
                 question = gradio.Textbox(value=QUESTION, label="Question", elem_id="question", visible=asks)
                 button = gradio.Button("Ask", variant="primary", elem_id="ask")
@@ -245,7 +281,10 @@ def page(talker: Talker, title: str):
                 answer = gradio.Textbox(label="Answer", lines=4, elem_id="answer")
                 transcript = gradio.Textbox(label="What the CTC head heard", elem_id="transcript")
                 times = gradio.Markdown(elem_id="timings")
-        gradio.Markdown("Spectrogram with the frames that the LLM is given; probability of the blank; CTC peaks and their tokens")
+        gradio.Markdown(
+            "Spectrogram with the frames that the LLM is given; probability of the blank; CTC peaks and "
+            "their tokens"
+        )
         picture = gradio.Plot(show_label=False, elem_id="picture")
         outputs = [answer, transcript, picture, times]
         for event in (button.click, question.submit):  # one queue for both: one question at a time
@@ -271,7 +310,9 @@ def login(variable: str | None) -> tuple[str, str] | None:
 
 
 def serve(options: argparse.Namespace, folder_of_uploads: str) -> int:
-    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=folder_of_uploads)  # before the import, which reads them
+    os.environ.update(
+        GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=folder_of_uploads
+    )  # before the import, which reads them
     try:
         import gradio
         from starlette.middleware import Middleware
@@ -281,7 +322,9 @@ def serve(options: argparse.Namespace, folder_of_uploads: str) -> int:
     disable_progress_bar()
     try:
         credentials = login(options.login)
-        model = folder.load(options.model, device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = folder.load(
+            options.model, device=options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        )
     except (folder.FolderError, SourceError, ValueError) as error:
         print_error("error:", error)
         return 2
@@ -298,18 +341,36 @@ def serve(options: argparse.Namespace, folder_of_uploads: str) -> int:
     # The longest recording as stereo at 48 kHz in 32 bits, and room for headers.
     largest = int(model.config.encoder.max_seconds * 2 * 48_000 * 4) + 2**20
     if not is_loopback(options.host) and credentials is None:
-        print_error(f"warning: whoever reaches {options.host}:{options.port} can use this page, unencrypted and without a "
-                    "password: give --login, or keep --host at 127.0.0.1 and forward the port by ssh -L")
-    # Gradio 6.31 prints the stack of whatever a visitor makes it refuse: a line of the log is enough (gradio/queueing.py).
+        print_error(
+            f"warning: whoever reaches {options.host}:{options.port} can use this page, unencrypted and "
+            f"without a "
+            "password: give --login, or keep --host at 127.0.0.1 and forward the port by ssh -L"
+        )
+    # Gradio 6.31 prints the stack of whatever a visitor makes it refuse: a line of the log is enough
+    # (gradio/queueing.py).
     gradio.queueing.traceback = SimpleNamespace(
-        print_exc=lambda: print_error(f"error: a request was refused: {one_line(sys.exc_info()[1])}"))
+        print_exc=lambda: print_error(f"error: a request was refused: {one_line(sys.exc_info()[1])}")
+    )
     try:
         page(talker, title).queue(max_size=options.queue, api_open=False).launch(
-            server_name=options.host, server_port=options.port, share=False, theme=theme, ssr_mode=False, quiet=True,
-            prevent_thread_lock=True, footer_links=[], max_file_size=largest, auth=credentials, show_error=False,
-            app_kwargs={"middleware": [Middleware(BodyLimit, most=REQUEST_BYTES)]})
+            server_name=options.host,
+            server_port=options.port,
+            share=False,
+            theme=theme,
+            ssr_mode=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            footer_links=[],
+            max_file_size=largest,
+            auth=credentials,
+            show_error=False,
+            app_kwargs={"middleware": [Middleware(BodyLimit, most=REQUEST_BYTES)]},
+        )
     except OSError as error:
-        print_error(f"error: cannot listen on {options.host}:{options.port} ({one_line(error)}): choose another --port")
+        print_error(
+            f"error: cannot listen on {options.host}:{options.port} ({one_line(error)}): choose another "
+            f"--port"
+        )
         return 2
     print(f"listening on http://{options.host}:{options.port} (Ctrl-C ends it)", flush=True)
     threading.Event().wait()
@@ -319,13 +380,24 @@ def serve(options: argparse.Namespace, folder_of_uploads: str) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m evaluation.demo", description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="model folder: <output>/<stage>/model")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: this machine alone)"
+    )
     parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument("--login", metavar="VARIABLE", help="environment variable with USER:PASSWORD that visitors must give")
+    parser.add_argument(
+        "--login", metavar="VARIABLE", help="environment variable with USER:PASSWORD that visitors must give"
+    )
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument("--max-seconds", type=float, default=120.0, help="longest time for one answer (default: 120)")
-    parser.add_argument("--queue", type=int, default=16, help="questions that may wait; further ones are refused (default: 16)")
+    parser.add_argument(
+        "--max-seconds", type=float, default=120.0, help="longest time for one answer (default: 120)"
+    )
+    parser.add_argument(
+        "--queue",
+        type=int,
+        default=16,
+        help="questions that may wait; further ones are refused (default: 16)",
+    )
     options = parser.parse_args(arguments)
 
     def stop(*_) -> None:
@@ -333,7 +405,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     signal.signal(signal.SIGTERM, stop)  # so that the uploads go
     try:
-        with tempfile.TemporaryDirectory(prefix="soundwave-demo-") as folder_of_uploads:  # mode 700, a name nobody can guess
+        with tempfile.TemporaryDirectory(
+            prefix="soundwave-demo-"
+        ) as folder_of_uploads:  # mode 700, a name nobody can guess
             return serve(options, folder_of_uploads)
     except KeyboardInterrupt:
         print()

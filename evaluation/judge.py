@@ -3,10 +3,11 @@
     python -m evaluation.judge P.jsonl --endpoint http://localhost:8000/v1 --judge-model NAME
     python -m evaluation.judge P.jsonl --local FOLDER
 
-Each answer is rated from 1 to 10 against the reference answer, given a description of the audio (AIR-Bench's `meta_info` with
---meta, else the transcript), twice with the two answers in either order; the mean of both counts. Judgements are kept in
-P.judge.jsonl, so an interrupted run goes on, and the score is recomputed from those of this judge, wording and answer. The
-wording is this project's (replace it with --template): scores by another wording or another judge are not comparable.
+Each answer is rated from 1 to 10 against the reference answer, given a description of the audio (AIR-Bench's
+`meta_info` with --meta, else the transcript), twice with the two answers in either order; the mean of both
+counts. Judgements are kept in P.judge.jsonl, so an interrupted run goes on, and the score is recomputed from
+those of this judge, wording and answer. The wording is this project's (replace it with --template): scores by
+another wording or another judge are not comparable.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ _TAGS = re.compile(r"<(?=/?(?:audio|answer)\b)")
 
 
 def local_judge(folder: Path) -> Callable[[str], str]:
-    """A function text -> reply of a transformers model folder, on the GPU where there is one. Errors: PredictionError."""
+    """A function text -> reply of a transformers model folder, on the GPU where there is one. Errors:
+    PredictionError."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -58,22 +60,31 @@ def local_judge(folder: Path) -> Callable[[str], str]:
     try:
         with reading(folder, "chat model"):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False).to(device).eval()
+            model = (
+                AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+                .to(device)
+                .eval()
+            )
     except SourceError as error:
         raise PredictionError(str(error)) from None
 
     def ask(text: str) -> str:
         # As text: an answer that holds the judge's control tokens must not open a turn of its own.
-        ids = torch.tensor([chat_ids(tokenizer, [{"role": "user", "content": text, "audios": 0}])[0]], device=model.device)
+        ids = torch.tensor(
+            [chat_ids(tokenizer, [{"role": "user", "content": text, "audios": 0}])[0]], device=model.device
+        )
         with torch.inference_mode():
-            output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)
-        return tokenizer.decode(output[0, ids.shape[1]:], skip_special_tokens=True)
+            output = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False
+            )
+        return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
     return ask
 
 
 def parse_scores(reply: str) -> tuple[float, float] | None:
-    """The two ratings of a reply: a line of two numbers from 1 to 10 and nothing else ("7 9", "7/10, 9/10"); None without one."""
+    """The two ratings of a reply: a line of two numbers from 1 to 10 and nothing else ("7 9", "7/10, 9/10");
+    None without one."""
     number = r"(\d+(?:\.\d+)?)(?:\s*/\s*10)?"
     match = re.search(rf"^\s*{number}[\s,;]+{number}\s*$", reply, re.MULTILINE)
     numbers = [float(n) for n in match.groups()] if match else []
@@ -81,8 +92,17 @@ def parse_scores(reply: str) -> tuple[float, float] | None:
 
 
 def digest_of(row: dict, description: str, judge: str, template: str = TEMPLATE) -> str:
-    """sha256 over all that a judgement depends on: one of another judge, wording, answer or reference does not stand for it."""
-    parts = [row_key(row), judge, template, row.get("prompt"), row["prediction"], row["reference"], description]
+    """sha256 over all that a judgement depends on: one of another judge, wording, answer or reference does
+    not stand for it."""
+    parts = [
+        row_key(row),
+        judge,
+        template,
+        row.get("prompt"),
+        row["prediction"],
+        row["reference"],
+        description,
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -97,26 +117,40 @@ def read_template(path: Path | None) -> str:
         template = path.read_text() if path else TEMPLATE
         template.format(description="", question="", first="", second="")
     except (OSError, ValueError, LookupError, AttributeError) as error:
-        raise PredictionError(f"--template {path} cannot be used ({type(error).__name__}: {one_line(error)}): it may hold "
-                              "{description} {question} {first} {second}, and {{ for a brace") from None
+        raise PredictionError(
+            f"--template {path} cannot be used ({type(error).__name__}: {one_line(error)}): it may hold "
+            "{description} {question} {first} {second}, and {{ for a brace"
+        ) from None
     return template
 
 
 def judge_row(row: dict, description: str, ask: Callable[[str], str], template: str = TEMPLATE) -> dict:
-    """Both orders of one answer and its reference: {id, corpus, task, score, reference_score, replies}; score None: unread."""
+    """Both orders of one answer and its reference: {id, corpus, task, score, reference_score, replies}; score
+    None: unread."""
     values = {"description": _plain(description), "question": _plain(row.get("prompt") or "What is said?")}
     answer, reference = _plain(row["prediction"]), _plain(row["reference"])
-    replies = [ask(template.format(**values, first=reference, second=answer)),
-               ask(template.format(**values, first=answer, second=reference))]
+    replies = [
+        ask(template.format(**values, first=reference, second=answer)),
+        ask(template.format(**values, first=answer, second=reference)),
+    ]
     pairs = [parse_scores(reply) for reply in replies]
-    known = [(pair[1 - swapped], pair[swapped]) for swapped, pair in enumerate(pairs) if pair]  # (answer, reference)
+    known = [
+        (pair[1 - swapped], pair[swapped]) for swapped, pair in enumerate(pairs) if pair
+    ]  # (answer, reference)
     score, reference = np.mean(known, axis=0).tolist() if known else (None, None)
-    return {"id": row["id"], "corpus": row.get("corpus"), "task": row.get("task"), "score": score, "reference_score": reference,
-            "replies": replies}
+    return {
+        "id": row["id"],
+        "corpus": row.get("corpus"),
+        "task": row.get("task"),
+        "score": score,
+        "reference_score": reference,
+        "replies": replies,
+    }
 
 
 def summarise(judgements: list[dict]) -> dict:
-    """{task: {judged, unread, score, score_ci95, reference_score, wins}}: wins is the share rated above the reference."""
+    """{task: {judged, unread, score, score_ci95, reference_score, wins}}: wins is the share rated above the
+    reference."""
     result = {}
     for task in sorted({j.get("task") or "" for j in judgements}):
         rows = [j for j in judgements if (j.get("task") or "") == task]
@@ -124,9 +158,12 @@ def summarise(judgements: list[dict]) -> dict:
         result[task] = {"judged": len(read), "unread": len(rows) - len(read)}
         if read:
             scores = [j["score"] for j in read]
-            result[task] |= {"score": float(np.mean(scores)), "score_ci95": interval(scores, np.ones(len(scores))),
-                             "reference_score": float(np.mean([j["reference_score"] for j in read])),
-                             "wins": float(np.mean([j["score"] > j["reference_score"] for j in read]))}
+            result[task] |= {
+                "score": float(np.mean(scores)),
+                "score_ci95": interval(scores, np.ones(len(scores))),
+                "reference_score": float(np.mean([j["reference_score"] for j in read])),
+                "wins": float(np.mean([j["score"] > j["reference_score"] for j in read])),
+            }
     return result
 
 
@@ -134,11 +171,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m evaluation.judge", description=__doc__.splitlines()[0])
     parser.add_argument("predictions", type=Path)
     judge = parser.add_mutually_exclusive_group(required=True)
-    judge.add_argument("--endpoint", help="base URL of an OpenAI-compatible server, e.g. http://localhost:8000/v1")
+    judge.add_argument(
+        "--endpoint", help="base URL of an OpenAI-compatible server, e.g. http://localhost:8000/v1"
+    )
     judge.add_argument("--local", type=Path, help="folder of a transformers chat model")
     parser.add_argument("--judge-model", default="default", help="model name for the endpoint")
-    parser.add_argument("--key-env", default="OPENAI_API_KEY", help="environment variable that holds the endpoint's key")
-    parser.add_argument("--meta", type=Path, help="AIR-Bench's Chat_meta.json, for its descriptions of the audio")
+    parser.add_argument(
+        "--key-env", default="OPENAI_API_KEY", help="environment variable that holds the endpoint's key"
+    )
+    parser.add_argument(
+        "--meta", type=Path, help="AIR-Bench's Chat_meta.json, for its descriptions of the audio"
+    )
     parser.add_argument("--template", type=Path, help="text with {description} {question} {first} {second}")
     options = parser.parse_args(arguments)
     try:
@@ -149,7 +192,11 @@ def main(arguments: list[str] | None = None) -> int:
             if key and sent_in_clear(options.endpoint):
                 print_error(f"warning: the key in {options.key_env} goes unencrypted to {options.endpoint}")
         rows, notes = read_predictions(options.predictions)
-        described = {sample_id(item): item.get("meta_info") for item in read_meta(options.meta)} if options.meta else {}
+        described = (
+            {sample_id(item): item.get("meta_info") for item in read_meta(options.meta)}
+            if options.meta
+            else {}
+        )
         template = read_template(options.template)
         judge_name = str(options.local or f"{options.endpoint} {options.judge_model}")
         wanted = {}
@@ -164,7 +211,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise PredictionError(f"{options.local} is no model folder (it holds no config.json)")
         ask = local_judge(options.local) if options.local else endpoint
         with kept.open("a", encoding="utf-8") as out:
-            for digest in tqdm([digest for digest in wanted if digest not in judged], desc="judging", unit="answer"):
+            for digest in tqdm(
+                [digest for digest in wanted if digest not in judged], desc="judging", unit="answer"
+            ):
                 judged[digest] = judge_row(*wanted[digest], ask, template) | {"digest": digest}
                 out.write(json.dumps(judged[digest], ensure_ascii=False) + "\n")
                 out.flush()

@@ -1,6 +1,6 @@
 """Draw what the two adapters make of one packed utterance (model/picture.py).
 
-    python -m evaluation.picture --model DIR --shards DIR --index 3 --out picture.png
+python -m evaluation.picture --model DIR --shards DIR --index 3 --out picture.png
 """
 
 from __future__ import annotations
@@ -30,13 +30,25 @@ def main(arguments: list[str] | None = None) -> int:
             raise ShardError(f"{options.shards} has samples 0 to {len(index) - 1}, not {options.index}")
         audio, sample = index.read(options.index)
         if audio is None:
-            raise ShardError(f"sample {options.index} of {options.shards} ({sample['id']}) is text only: choose another --index")
+            raise ShardError(
+                f"sample {options.index} of {options.shards} ({sample['id']}) is text only: choose another "
+                f"--index"
+            )
         model = folder.load(options.model)
-        inspection = model.inspect(model.prompts([[{"role": "user", "content": model.config.audio_token}]], [decode(audio)]))
+        inspection = model.inspect(
+            model.prompts([[{"role": "user", "content": model.config.audio_token}]], [decode(audio)])
+        )
     except (BrokenSample, ShardError, SourceError, folder.FolderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(draw(inspection, options.out, lambda token: model.tokenizer.decode([token]), title=sample.get("text") or sample["id"]))
+    print(
+        draw(
+            inspection,
+            options.out,
+            lambda token: model.tokenizer.decode([token]),
+            title=sample.get("text") or sample["id"],
+        )
+    )
     return 0
 
 

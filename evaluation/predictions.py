@@ -1,9 +1,9 @@
 """The predictions file: JSON lines that an interruption cannot spoil, one part a rank, merged at the end.
 
-    NAME.jsonl             all rows, in the order of their keys, once every rank is done
-    NAME.rank-R.jsonl      what rank R has so far (appended and flushed batch by batch; deleted after the merge)
-    NAME.run.json          the settings that the predictions depend on: a second run with others is refused
-    NAME.rejected.jsonl    samples that could not be read: id and why
+NAME.jsonl             all rows, in the order of their keys, once every rank is done
+NAME.rank-R.jsonl      what rank R has so far (appended and flushed batch by batch; deleted after the merge)
+NAME.run.json          the settings that the predictions depend on: a second run with others is refused
+NAME.rejected.jsonl    samples that could not be read: id and why
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def _numbered_rows(path: Path) -> Iterator[tuple[int, dict]]:
         except ValueError as error:
             if number == len(lines):  # no newline after it: the write was cut
                 break
-            raise PredictionError(f"{path}, line {number} is not JSON ({error}): restore the file or delete it") from None
+            raise PredictionError(
+                f"{path}, line {number} is not JSON ({error}): restore the file or delete it"
+            ) from None
 
 
 _TEXTS = ("corpus", "task", "lang", "target_lang", "label", "prompt", "raw", "transcript")
@@ -47,8 +49,8 @@ _NUMBERS = ("duration", "frames", "kept", "tokens", "wall")
 def read_predictions(path: Path) -> tuple[list[dict], list[str]]:
     """Rows to be scored, whoever wrote them, and what is to be said about them.
 
-    A row that is there twice is counted once. Errors: PredictionError for a row that lacks what scoring needs, and for two rows
-    of the same id that differ.
+    A row that is there twice is counted once. Errors: PredictionError for a row that lacks what scoring
+    needs, and for two rows of the same id that differ.
     """
     rows: dict[str, tuple[int, dict]] = {}
     repeated = 0
@@ -58,8 +60,10 @@ def read_predictions(path: Path) -> tuple[list[dict], list[str]]:
         if known is row:
             continue
         if any(known[key] != row[key] for key in ("reference", "prediction")):
-            raise PredictionError(f"{path}, line {number}: {prediction_key(row)} is there twice and differs from line {first}: "
-                                  "keep one of them")
+            raise PredictionError(
+                f"{path}, line {number}: {prediction_key(row)} is there twice and differs from line {first}: "
+                "keep one of them"
+            )
         repeated += 1
     notes = [f"{repeated} rows are there twice and counted once"] if repeated else []
     return [row for _, row in rows.values()], notes
@@ -74,17 +78,21 @@ def _checked(row: object, where: str) -> dict:
     row = dict(row)
     for key in ("reference", "prediction"):
         if row.get(key) is None:
-            raise PredictionError(f"{where} ({row['id']}) has no {key}: give text, \"\" where nothing was said")
+            raise PredictionError(f'{where} ({row["id"]}) has no {key}: give text, "" where nothing was said')
     for key in ("reference", "prediction", *_TEXTS):
         if isinstance(row.get(key), (dict, list)):
             raise PredictionError(f"{where} ({row['id']}): {key} is no text")
         if row.get(key) is not None:
             row[key] = str(row[key])
     for key in _NUMBERS:
-        if row.get(key) is not None and (isinstance(row[key], bool) or not isinstance(row[key], (int, float))):
+        if row.get(key) is not None and (
+            isinstance(row[key], bool) or not isinstance(row[key], (int, float))
+        ):
             raise PredictionError(f"{where} ({row['id']}): {key} is {row[key]!r}, not a number")
     choices = row.get("choices")
-    if choices is not None and not (isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)):
+    if choices is not None and not (
+        isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
+    ):
         raise PredictionError(f"{where} ({row['id']}): choices is no list of texts")
     return row
 
@@ -93,7 +101,8 @@ class PredictionFile:
     """One run's predictions: knows what is done, appends what comes, merges the ranks' parts."""
 
     def __init__(self, path: Path, settings: dict, rank: int = 0, restart: bool = False):
-        """Open (or start) `path`; PredictionError when it was made with other settings and `restart` is not given."""
+        """Open (or start) `path`; PredictionError when it was made with other settings and `restart` is not
+        given."""
         self.path, self.settings, self.rank = path, settings, rank
         self.part = path.with_suffix(f".rank-{rank}.jsonl")
         self.rejected_part = path.with_suffix(f".rank-{rank}.rejected.jsonl")
@@ -107,22 +116,36 @@ class PredictionFile:
     def prepare(self) -> None:
         """Rank 0, before any rank reads: check or write the settings, and clear old rows on restart."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        before, job = json.loads(self.run_file.read_text()) if self.run_file.exists() else None, os.environ.get("SOUNDWAVE_JOB")
-        if self.restart and not (job and before and before.get("job") == job):  # a job that is requeued throws nothing away twice
+        before, job = (
+            json.loads(self.run_file.read_text()) if self.run_file.exists() else None,
+            os.environ.get("SOUNDWAVE_JOB"),
+        )
+        if self.restart and not (
+            job and before and before.get("job") == job
+        ):  # a job that is requeued throws nothing away twice
             whole = [self.path, self.run_file, self.path.with_suffix(".rejected.jsonl")]
             for old in [*self.parts(), *self._rejected_parts(), *whole]:
                 old.unlink(missing_ok=True)
             before = None
         if before is None and (there := [*self.parts(), *([self.path] if self.path.exists() else [])]):
-            raise PredictionError(f"{there[0]} is there, but not {self.run_file.name}, which says how it was made: give another "
-                                  "--out, or --restart to throw it away")
+            raise PredictionError(
+                f"{there[0]} is there, but not {self.run_file.name}, which says how it was made: give "
+                f"another "
+                "--out, or --restart to throw it away"
+            )
         if before is not None:
             now = json.loads(json.dumps(self.settings))
-            changed = [key for key in sorted((before.keys() | now.keys()) - {"job"}) if before.get(key) != now.get(key)]
+            changed = [
+                key
+                for key in sorted((before.keys() | now.keys()) - {"job"})
+                if before.get(key) != now.get(key)
+            ]
             if changed:
                 what = ", ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
-                raise PredictionError(f"{self.path} was made with other settings ({what}): give another --out, or --restart to "
-                                      "throw these predictions away")
+                raise PredictionError(
+                    f"{self.path} was made with other settings ({what}): give another --out, or --restart to "
+                    "throw these predictions away"
+                )
         else:
             told = {**self.settings, **({"job": job} if job else {})}
             self.run_file.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
@@ -142,13 +165,24 @@ class PredictionFile:
                 out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
 
     def merge(self) -> list[dict]:
-        """Rank 0, after every rank is done: one file in the order of the keys; the parts are deleted after it is written."""
-        rows = {row_key(row): row for file in [self.path, *self.parts()] if file.exists() for row in read_rows(file)}
+        """Rank 0, after every rank is done: one file in the order of the keys; the parts are deleted after it
+        is written."""
+        rows = {
+            row_key(row): row
+            for file in [self.path, *self.parts()]
+            if file.exists()
+            for row in read_rows(file)
+        }
         ordered = [rows[key] for key in sorted(rows)]
         _replace(self.path, ordered)
         target = self.path.with_suffix(".rejected.jsonl")
-        rejected = {row_key(row): row for file in [target, *self._rejected_parts()] if file.exists() for row in read_rows(file)
-                    if row_key(row) not in rows}
+        rejected = {
+            row_key(row): row
+            for file in [target, *self._rejected_parts()]
+            if file.exists()
+            for row in read_rows(file)
+            if row_key(row) not in rows
+        }
         if rejected:
             _replace(target, list(rejected.values()))
         else:
@@ -172,7 +206,8 @@ def prediction_key(row: dict) -> str:
 
 
 def end_last_line(file: Path) -> None:
-    """Before appending: end a last line that lacks its newline alone (it counts as a row), and cut a half-written one off."""
+    """Before appending: end a last line that lacks its newline alone (it counts as a row), and cut a
+    half-written one off."""
     if file.exists() and file.stat().st_size:
         content = file.read_bytes()
         if not content.endswith(b"\n"):

@@ -2,9 +2,10 @@
 
     python -m evaluation.retention --model DIR [--passages FILE] [--questions FILE] [--out FILE]
 
-Perplexity over passages (one a line), and greedy answers to short questions through the chat template: how many are right, how
-many are the same with and without LoRA. The passages and questions that come with it (evaluation/text) were written for this
-project; they are few and easy: they show damage, they do not rank models.
+Perplexity over passages (one a line), and greedy answers to short questions through the chat template: how
+many are right, how many are the same with and without LoRA. The passages and questions that come with it
+(evaluation/text) were written for this project; they are few and easy: they show damage, they do not rank
+models.
 """
 
 from __future__ import annotations
@@ -69,46 +70,89 @@ def retention(model: Soundwave, passages: list[str], questions: list[dict], max_
         tuned = answer(model, item["question"], max_new_tokens)
         with model.llm.disable_adapter():
             base = answer(model, item["question"], max_new_tokens)
-        rows.append({"question": item["question"], "base": base, "tuned": tuned, "base_right": is_right(base, item["accept"]),
-                     "tuned_right": is_right(tuned, item["accept"])})
+        rows.append(
+            {
+                "question": item["question"],
+                "base": base,
+                "tuned": tuned,
+                "base_right": is_right(base, item["accept"]),
+                "tuned_right": is_right(tuned, item["accept"]),
+            }
+        )
     result: dict = {"base": str(base_of(model.llm).config.name_or_path)}
     if scored:
         base, tuned, tokens = (np.array(column, dtype=np.float64) for column in zip(*scored, strict=True))
         low, high = interval(tuned - base, tokens)
-        result["perplexity"] = {"passages": len(scored), "tokens": int(tokens.sum()),
-                                "base": math.exp(base.sum() / tokens.sum()), "tuned": math.exp(tuned.sum() / tokens.sum()),
-                                "ratio": math.exp((tuned - base).sum() / tokens.sum()),
-                                "ratio_ci95": [math.exp(low), math.exp(high)]}
+        result["perplexity"] = {
+            "passages": len(scored),
+            "tokens": int(tokens.sum()),
+            "base": math.exp(base.sum() / tokens.sum()),
+            "tuned": math.exp(tuned.sum() / tokens.sum()),
+            "ratio": math.exp((tuned - base).sum() / tokens.sum()),
+            "ratio_ci95": [math.exp(low), math.exp(high)],
+        }
     if rows:
-        test = paired_test([row["base_right"] for row in rows], [row["tuned_right"] for row in rows], np.ones(len(rows)))
-        result["questions"] = {"questions": len(rows), "base_right": test["first"], "tuned_right": test["second"],
-                               "difference_ci95": test["difference_ci95"], "p_value": test["p_value"],
-                               "same_answer": float(np.mean([row["base"] == row["tuned"] for row in rows])),
-                               "chrf_to_base": CHRF().corpus_score([r["tuned"] for r in rows], [[r["base"] for r in rows]]).score}
+        test = paired_test(
+            [row["base_right"] for row in rows], [row["tuned_right"] for row in rows], np.ones(len(rows))
+        )
+        result["questions"] = {
+            "questions": len(rows),
+            "base_right": test["first"],
+            "tuned_right": test["second"],
+            "difference_ci95": test["difference_ci95"],
+            "p_value": test["p_value"],
+            "same_answer": float(np.mean([row["base"] == row["tuned"] for row in rows])),
+            "chrf_to_base": CHRF()
+            .corpus_score([r["tuned"] for r in rows], [[r["base"] for r in rows]])
+            .score,
+        }
     return result | {"answers": rows}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m evaluation.retention", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluation.retention", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--model", type=Path, required=True, help="model folder of stage II or III")
-    parser.add_argument("--passages", type=Path, default=TEXT / "passages.txt", help="text file, one passage a line")
-    parser.add_argument("--questions", type=Path, default=TEXT / "questions.jsonl",
-                        help='JSON lines {"question": text, "accept": [words]}')
+    parser.add_argument(
+        "--passages", type=Path, default=TEXT / "passages.txt", help="text file, one passage a line"
+    )
+    parser.add_argument(
+        "--questions",
+        type=Path,
+        default=TEXT / "questions.jsonl",
+        help='JSON lines {"question": text, "accept": [words]}',
+    )
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--out", type=Path, help="result as JSON (default: <model>/evaluation/retention.json)")
+    parser.add_argument(
+        "--out", type=Path, help="result as JSON (default: <model>/evaluation/retention.json)"
+    )
     options = parser.parse_args(arguments)
     try:
         for file in (options.passages, options.questions):
             if not file.exists():
                 raise ValueError(f"{file} does not exist")
-        passages = [line for line in options.passages.read_text(encoding="utf-8").splitlines() if line.strip()]
-        questions = [json.loads(line) for line in options.questions.read_text(encoding="utf-8").splitlines() if line.strip()]
+        passages = [
+            line for line in options.passages.read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
+        questions = [
+            json.loads(line)
+            for line in options.questions.read_text(encoding="utf-8").splitlines()
+            if line.strip()
+        ]
         if folder.describe(options.model)["stage"] == "alignment":
-            raise ValueError(f"{options.model} is of stage I, which leaves the LLM alone: give a folder of stage II or III")
-        model = folder.load(options.model, device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            raise ValueError(
+                f"{options.model} is of stage I, which leaves the LLM alone: give a folder of stage II or III"
+            )
+        model = folder.load(
+            options.model, device=options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        )
         if not isinstance(model.llm, PeftModel):
-            raise ValueError(f"{options.model} was trained without LoRA (model.llm.lora_r = 0): there is nothing to compare")
+            raise ValueError(
+                f"{options.model} was trained without LoRA (model.llm.lora_r = 0): there is nothing to "
+                f"compare"
+            )
         result = retention(model, passages, questions, options.max_new_tokens)
     except (ValueError, SourceError, PromptError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -118,12 +162,18 @@ def main(arguments: list[str] | None = None) -> int:
     out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     if "perplexity" in result:
         part = result["perplexity"]
-        print(f"perplexity on {part['tokens']} tokens: {part['base']:.2f} without LoRA, {part['tuned']:.2f} with it; ratio "
-              f"{part['ratio']:.3f} [{part['ratio_ci95'][0]:.3f}, {part['ratio_ci95'][1]:.3f}]")
+        print(
+            f"perplexity on {part['tokens']} tokens: {part['base']:.2f} without LoRA, {part['tuned']:.2f} "
+            f"with it; ratio "
+            f"{part['ratio']:.3f} [{part['ratio_ci95'][0]:.3f}, {part['ratio_ci95'][1]:.3f}]"
+        )
     if "questions" in result:
         part = result["questions"]
-        print(f"{part['questions']} questions: {part['base_right']:.3f} right without LoRA, {part['tuned_right']:.3f} with it "
-              f"(p = {part['p_value']:.3g}); {part['same_answer']:.0%} of the answers are the same")
+        print(
+            f"{part['questions']} questions: {part['base_right']:.3f} right without LoRA, "
+            f"{part['tuned_right']:.3f} with it "
+            f"(p = {part['p_value']:.3g}); {part['same_answer']:.0%} of the answers are the same"
+        )
     print(f"result: {out}")
     return 0
 

@@ -1,11 +1,12 @@
 """Predictions of a model folder on packed shards, and their scores.
 
     python -m evaluation.run --model runs/demo/alignment/model --shards shards/dialogues-test --task asr
-    torchrun --nproc_per_node 8 -m evaluation.run --model ... --shards shards/test-a shards/test-b --task asr translation
+    torchrun --nproc_per_node 8 -m evaluation.run --model ... --shards shards/test-a shards/test-b --task asr
+    translation
 
-A stage I folder is read out by its CTC head (greedy, no LLM is loaded), folders of stages II and III by generation. In place
-of --model, --untrained RECIPE scores a stage's model before its first step. Every batch is on disk before the next one starts;
-the same command goes on where a killed one stopped.
+A stage I folder is read out by its CTC head (greedy, no LLM is loaded), folders of stages II and III by
+generation. In place of --model, --untrained RECIPE scores a stage's model before its first step. Every batch
+is on disk before the next one starts; the same command goes on where a killed one stopped.
 """
 
 from __future__ import annotations
@@ -65,13 +66,18 @@ def shard_folder(shards: str, split: str | None) -> Path:
     path = Path(shards) / split if split else Path(shards)
     if not (path / "index.json").exists():
         splits = sorted(p.parent.name for p in Path(shards).glob("*/index.json"))
-        hint = f"; packed folders in {shards}: {', '.join(splits)} (choose one with --split)" if splits else ""
-        raise InputError(f"{path} holds no index.json{hint or ': give a folder written by data_tools/pack.py'}")
+        hint = (
+            f"; packed folders in {shards}: {', '.join(splits)} (choose one with --split)" if splits else ""
+        )
+        raise InputError(
+            f"{path} holds no index.json{hint or ': give a folder written by data_tools/pack.py'}"
+        )
     return path
 
 
 def joint_search(options: argparse.Namespace) -> JointSearch:
-    """The search of `--decode joint`; the text that CTC was taught is the trained or the untrained recipe's."""
+    """The search of `--decode joint`; the text that CTC was taught is the trained or the untrained
+    recipe's."""
     if options.model:
         ctc_text = folder.trained_with(folder.describe(options.model)).get("ctc_text", DataConfig.ctc_text)
     else:
@@ -80,8 +86,9 @@ def joint_search(options: argparse.Namespace) -> JointSearch:
 
 
 def begin(recipe: Recipe, decode: str | None) -> tuple[Soundwave, str]:
-    """The recipe's model as its stage begins, and the stage: what the previous stage has learnt, the rest fresh from the
-    recipe's seed. Stage I and CTC need no LLM. Errors: RecipeError, SourceError, FolderError."""
+    """The recipe's model as its stage begins, and the stage: what the previous stage has learnt, the rest
+    fresh from the recipe's seed. Stage I and CTC need no LLM. Errors: RecipeError, SourceError,
+    FolderError."""
     previous = initial_folder(recipe)
     parts = ("encoder", "adapters") if decode == "ctc" else stage_of(recipe).parts
     torch.manual_seed(recipe.seed)
@@ -93,10 +100,16 @@ def begin(recipe: Recipe, decode: str | None) -> tuple[Soundwave, str]:
 
 def prediction_row(sample: dict, prediction: str, raw: str, decode: str) -> dict:
     """What is kept of one answer: enough to score it again without the audio."""
-    row = {"id": sample["id"], "corpus": sample.get("corpus"), "task": "asr" if decode == "ctc" else sample.get("task"),
-           "lang": sample.get("lang"), "duration": sample.get("duration"),
-           "reference": transcript_of(sample) if decode == "ctc" else reference_of(sample),
-           "prediction": prediction.strip(), "raw": raw}
+    row = {
+        "id": sample["id"],
+        "corpus": sample.get("corpus"),
+        "task": "asr" if decode == "ctc" else sample.get("task"),
+        "lang": sample.get("lang"),
+        "duration": sample.get("duration"),
+        "reference": transcript_of(sample) if decode == "ctc" else reference_of(sample),
+        "prediction": prediction.strip(),
+        "raw": raw,
+    }
     if decode != "ctc":
         row |= {key: sample[key] for key in ("label", "target_lang") if sample.get(key) is not None}
         if question := question_of(sample):
@@ -111,10 +124,15 @@ def prediction_row(sample: dict, prediction: str, raw: str, decode: str) -> dict
 
 
 def audio_lengths(model: Soundwave, batch: Batch) -> list[dict]:
-    """Per row of the last batch: `frames` of the adapter and `kept` of them, summed over the row's audios; {} without audio."""
+    """Per row of the last batch: `frames` of the adapter and `kept` of them, summed over the row's audios; {}
+    without audio."""
     if batch.audio_is_dummy:
         return [{} for _ in batch.ids]
-    counts = (batch.input_ids == model.audio_id).sum(dim=1).tolist() if batch.input_ids.shape[1] else [1] * len(batch.ids)
+    counts = (
+        (batch.input_ids == model.audio_id).sum(dim=1).tolist()
+        if batch.input_ids.shape[1]
+        else [1] * len(batch.ids)
+    )
     frames, kept = (lengths.tolist() for lengths in model.lengths_of_last_batch)
     rows, place = [], 0
     for count in counts:
@@ -125,12 +143,17 @@ def audio_lengths(model: Soundwave, batch: Batch) -> list[dict]:
 
 
 @torch.inference_mode()
-def predict(model: Soundwave, stream: EvalStream, file: PredictionFile, options: argparse.Namespace, decode: str) -> None:
-    """Answer every batch of the stream and append it to the file. A batch without samples fills up a shorter rank: no answer."""
+def predict(
+    model: Soundwave, stream: EvalStream, file: PredictionFile, options: argparse.Namespace, decode: str
+) -> None:
+    """Answer every batch of the stream and append it to the file. A batch without samples fills up a shorter
+    rank: no answer."""
     joint = joint_search(options) if decode == "joint" else None
     device = next(model.parameters()).device
     reported = 0
-    with tqdm(total=stream.total, desc=f"{decode} {file.path.stem}", unit="utt", disable=file.rank != 0) as progress:
+    with tqdm(
+        total=stream.total, desc=f"{decode} {file.path.stem}", unit="utt", disable=file.rank != 0
+    ) as progress:
         for batch, samples in stream:
             rejected, reported = stream.rejected[reported:], len(stream.rejected)
             if not samples:  # no rank waits for another here
@@ -142,8 +165,14 @@ def predict(model: Soundwave, stream: EvalStream, file: PredictionFile, options:
                 raws = model.ctc_greedy(batch)
                 texts, counts = raws, [None] * len(raws)
             else:
-                tokens = model.generate(batch, max_new_tokens=options.max_new_tokens, do_sample=options.sample,
-                                        temperature=options.temperature, top_p=options.top_p, joint=joint)
+                tokens = model.generate(
+                    batch,
+                    max_new_tokens=options.max_new_tokens,
+                    do_sample=options.sample,
+                    temperature=options.temperature,
+                    top_p=options.top_p,
+                    joint=joint,
+                )
                 raws = [model.tokenizer.decode(ids, skip_special_tokens=False) for ids in tokens]
                 texts = [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
                 counts = [len(ids) for ids in tokens]
@@ -152,7 +181,10 @@ def predict(model: Soundwave, stream: EvalStream, file: PredictionFile, options:
             rows = []
             for i, sample in enumerate(samples):
                 if decode != "ctc" and i in model.unanswered:
-                    rejected = [*rejected, {"id": sample["id"], "corpus": sample.get("corpus"), "why": model.unanswered[i]}]
+                    rejected = [
+                        *rejected,
+                        {"id": sample["id"], "corpus": sample.get("corpus"), "why": model.unanswered[i]},
+                    ]
                     continue
                 row = prediction_row(sample, texts[i], raws[i], decode) | {"wall": round(wall, 4)}
                 if counts[i] is not None:
@@ -176,32 +208,64 @@ def check_inputs(options: argparse.Namespace) -> list[TestSet]:
     """No model is loaded. Errors: InputError, ShardError, RecipeError."""
     folders = [shard_folder(shards, options.split) for shards in options.shards]
     if len({path.name for path in folders}) < len(folders):
-        raise InputError("--shards: two folders of the same name would write to the same file: score them one after the other")
+        raise InputError(
+            "--shards: two folders of the same name would write to the same file: score them one after the "
+            "other"
+        )
     if options.out and len(folders) > 1 and options.out.suffix:
-        raise InputError(f"--out {options.out} is one file for {len(folders)} folders: name a folder, where each has its own")
+        raise InputError(
+            f"--out {options.out} is one file for {len(folders)} folders: name a folder, where each has its "
+            f"own"
+        )
     if options.model and not (options.model / "soundwave.json").exists():
-        raise InputError(f"{options.model} holds no soundwave.json: give a model folder, e.g. <output>/<stage>/model")
+        raise InputError(
+            f"{options.model} holds no soundwave.json: give a model folder, e.g. <output>/<stage>/model"
+        )
     if options.model:
         model = folder_digest(options.model)
     else:
         recipe = load_recipe(options.untrained, options.overrides)
         previous = initial_folder(recipe)
-        model = {"untrained": asdict(recipe.model), "stage": recipe.stage, "seed": recipe.seed,
-                 "previous": folder_digest(previous) if previous else None}
+        model = {
+            "untrained": asdict(recipe.model),
+            "stage": recipe.stage,
+            "seed": recipe.seed,
+            "previous": folder_digest(previous) if previous else None,
+        }
     indexes = [ShardIndex.load(path) for path in folders]
     wanted = None if "all" in options.task else set(options.task)
     there = sorted({task for index in indexes for task in index.tasks})
     for task in sorted((wanted or set()) - set(there)):
-        raise InputError(f"{' '.join(map(str, folders))}: no task '{task}': give --task {' or '.join(there)}, or --task all")
+        raise InputError(
+            f"{' '.join(map(str, folders))}: no task '{task}': give --task {' or '.join(there)}, or --task "
+            f"all"
+        )
     sets = []
     for path, index in zip(folders, indexes, strict=True):
         tasks = None if wanted is None else sorted(wanted & set(index.tasks))
         if tasks == []:
             raise InputError(f"{path} has none of the tasks asked for: it has {', '.join(index.tasks)}")
-        sets.append(TestSet(path, tasks, {
-            "shards": index.fingerprint, "tasks": tasks, "limit": options.limit, "max_new_tokens": options.max_new_tokens,
-            "sampling": [options.temperature, options.top_p, options.seed] if options.sample else None, "model": model,
-            **({"joint": [options.ctc_weight, options.beams, options.token_bonus]} if options.decode == "joint" else {})}))
+        sets.append(
+            TestSet(
+                path,
+                tasks,
+                {
+                    "shards": index.fingerprint,
+                    "tasks": tasks,
+                    "limit": options.limit,
+                    "max_new_tokens": options.max_new_tokens,
+                    "sampling": [options.temperature, options.top_p, options.seed]
+                    if options.sample
+                    else None,
+                    "model": model,
+                    **(
+                        {"joint": [options.ctc_weight, options.beams, options.token_bonus]}
+                        if options.decode == "joint"
+                        else {}
+                    ),
+                },
+            )
+        )
     return sets
 
 
@@ -213,16 +277,23 @@ def load(options: argparse.Namespace, device: torch.device) -> tuple[Soundwave, 
         model = folder.load(options.model, with_llm=options.decode != "ctc")
         stage = model.stage
     if options.decode in ("generate", "joint") and stage == STAGE_I:
-        raise InputError(f"{options.model or options.untrained} is of stage I, which has no LLM: use --decode ctc, or the folder "
-                         "of a later stage")
+        raise InputError(
+            f"{options.model or options.untrained} is of stage I, which has no LLM: use --decode ctc, or the "
+            f"folder "
+            "of a later stage"
+        )
     return model.to(device).eval(), options.decode or ("ctc" if stage == STAGE_I else "generate")
 
 
 def output_file(options: argparse.Namespace, test: TestSet) -> Path:
     if options.out and len(options.shards) == 1 and options.out.suffix:
         return options.out
-    place = options.out or (options.model or Path("evaluations") / Path(options.untrained).stem) / "evaluation"
-    name = "-".join([test.shards.name, *(test.tasks or ["all"]), *([options.decode] if options.decode else [])])
+    place = (
+        options.out or (options.model or Path("evaluations") / Path(options.untrained).stem) / "evaluation"
+    )
+    name = "-".join(
+        [test.shards.name, *(test.tasks or ["all"]), *([options.decode] if options.decode else [])]
+    )
     return place / f"{name}.jsonl"
 
 
@@ -235,7 +306,8 @@ class Place:
     device: torch.device
 
     def stop(self, error: str | None) -> bool:
-        """Whether any rank met an error; rank 0 prints the first one, and all ranks know, so that they stop together."""
+        """Whether any rank met an error; rank 0 prints the first one, and all ranks know, so that they stop
+        together."""
         errors: list[str | None] = [error]
         if self.world_size > 1:
             errors = [None] * self.world_size
@@ -254,7 +326,8 @@ class Place:
 
 
 def start(device: str | None) -> Place:
-    """Ranks from the launcher's environment (one process without), joined by gloo; the answers themselves go through files."""
+    """Ranks from the launcher's environment (one process without), joined by gloo; the answers themselves go
+    through files."""
     disable_progress_bar()  # of transformers' weight loading; tqdm shows what takes long
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1 and not dist.is_initialized():
@@ -271,16 +344,25 @@ def clip_notes(rows: list[dict], trained_seconds: float | None) -> list[str]:
     odd = [row for row in rows if row.get("findings")]
     if odd:
         first = f"{odd[0]['id']}: {'; '.join(odd[0]['findings'])}"
-        notes.append(f"{len(odd)} clips may not be what they should be ({first}): see `findings` in the predictions")
-    if trained_seconds is not None and (long := sum((row.get("duration") or 0) > 1.01 * trained_seconds for row in rows)):
-        notes.append(f"{long} clips are longer than {trained_seconds:g} s, the longest of training (data.max_seconds): answers "
-                     "may be wrong or stop early")
+        notes.append(
+            f"{len(odd)} clips may not be what they should be ({first}): see `findings` in the predictions"
+        )
+    if trained_seconds is not None and (
+        long := sum((row.get("duration") or 0) > 1.01 * trained_seconds for row in rows)
+    ):
+        notes.append(
+            f"{long} clips are longer than {trained_seconds:g} s, the longest of training "
+            f"(data.max_seconds): answers "
+            "may be wrong or stop early"
+        )
     return notes
 
 
-def finish(file: PredictionFile, place: Place, longest: int | None = None, trained_seconds: float | None = None) -> bool:
-    """Wait for all ranks, merge, score, print. longest: tokens at which an answer was cut. trained_seconds: of the longest clip
-    in training. False where there is nothing to score: rank 0 has said why."""
+def finish(
+    file: PredictionFile, place: Place, longest: int | None = None, trained_seconds: float | None = None
+) -> bool:
+    """Wait for all ranks, merge, score, print. longest: tokens at which an answer was cut. trained_seconds:
+    of the longest clip in training. False where there is nothing to score: rank 0 has said why."""
     if place.world_size > 1:
         dist.barrier()
     error = None
@@ -295,7 +377,9 @@ def finish(file: PredictionFile, place: Place, longest: int | None = None, train
                 print(f"note: {note}")
             if longest and (cut := sum(row.get("tokens", 0) >= longest for row in rows)):
                 print(f"{cut} answers were cut at --max-new-tokens {longest}")
-            print(f"predictions: {file.path} ({result['utterances']} answered, {result['rejected']} rejected)")
+            print(
+                f"predictions: {file.path} ({result['utterances']} answered, {result['rejected']} rejected)"
+            )
             print(f"scores: {file.path.with_suffix('.scores.json')}")
         except PredictionError as problem:
             error = str(problem)
@@ -306,29 +390,60 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m evaluation.run", description=__doc__.splitlines()[0])
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", type=Path, help="model folder written by a stage: <output>/<stage>/model")
-    source.add_argument("--untrained", metavar="RECIPE", help="the recipe's model as its stage begins: the score before")
-    parser.add_argument("--shards", nargs="+", required=True, help="one or more folders written by data_tools/pack.py")
+    source.add_argument(
+        "--untrained", metavar="RECIPE", help="the recipe's model as its stage begins: the score before"
+    )
+    parser.add_argument(
+        "--shards", nargs="+", required=True, help="one or more folders written by data_tools/pack.py"
+    )
     parser.add_argument("--split", help="sub-folder of each --shards")
-    parser.add_argument("--task", nargs="+", default=["asr"], help="tasks to answer, each where a folder has it, or all "
-                        "(default: asr)")
-    parser.add_argument("--decode", choices=["ctc", "generate", "joint"],
-                        help="default: ctc for stage I, generate for II and III; joint: transcripts by LLM and CTC together")
-    parser.add_argument("--beams", type=int, default=JointSearch.beams, help="hypotheses of joint (default: %(default)s)")
-    parser.add_argument("--ctc-weight", type=float, default=JointSearch.weight,
-                        help="of CTC's log-probability beside the LLM's in joint (default: %(default)s)")
-    parser.add_argument("--token-bonus", type=float, default=JointSearch.token_bonus,
-                        help="added in joint for each token of the text, against words left out (default: %(default)s)")
+    parser.add_argument(
+        "--task",
+        nargs="+",
+        default=["asr"],
+        help="tasks to answer, each where a folder has it, or all (default: asr)",
+    )
+    parser.add_argument(
+        "--decode",
+        choices=["ctc", "generate", "joint"],
+        help="default: ctc for stage I, generate for II and III; joint: transcripts by LLM and CTC together",
+    )
+    parser.add_argument(
+        "--beams", type=int, default=JointSearch.beams, help="hypotheses of joint (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--ctc-weight",
+        type=float,
+        default=JointSearch.weight,
+        help="of CTC's log-probability beside the LLM's in joint (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--token-bonus",
+        type=float,
+        default=JointSearch.token_bonus,
+        help="added in joint for each token of the text, against words left out (default: %(default)s)",
+    )
     parser.add_argument("--limit", type=int, help="only this many utterances, evenly spaced, of each folder")
-    parser.add_argument("--batch-seconds", type=float, default=60.0, help="padded audio seconds in a batch (default: 60)")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read and decode ahead (default: 2)")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="longer answers are cut (default: %(default)s)")
+    parser.add_argument(
+        "--batch-seconds", type=float, default=60.0, help="padded audio seconds in a batch (default: 60)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes that read and decode ahead (default: 2)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=200, help="longer answers are cut (default: %(default)s)"
+    )
     parser.add_argument("--sample", action="store_true", help="sample instead of greedy search")
     parser.add_argument("--temperature", type=float, default=0.2)
     parser.add_argument("--top-p", type=float, default=0.9)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--out", type=Path, help="predictions file, or a folder for <shards>-<task>[-<decode>].jsonl of each "
-                        "folder (default: <model>/evaluation)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="predictions file, or a folder for <shards>-<task>[-<decode>].jsonl of each "
+        "folder (default: <model>/evaluation)",
+    )
     parser.add_argument("--restart", action="store_true", help="throw away what --out already holds")
     parser.add_argument("overrides", nargs="*", help="key=value for the recipe of --untrained")
     options = parser.parse_args(arguments)
@@ -365,9 +480,19 @@ def main(arguments: list[str] | None = None) -> int:
         torch.manual_seed(options.seed + place.rank)
         # One list for all: a slower rank would find the faster one's first rows in it.
         done = place.first(file.done() if place.rank == 0 else None)
-        stream = EvalStream(str(test.shards), model.tokenizer, model.config, stage, tasks=test.tasks, limit=options.limit,
-                            done=lambda sample, done=done: row_key(sample) in done, batch_seconds=options.batch_seconds,
-                            rank=place.rank, world_size=place.world_size, data=DataConfig(workers=options.workers))
+        stream = EvalStream(
+            str(test.shards),
+            model.tokenizer,
+            model.config,
+            stage,
+            tasks=test.tasks,
+            limit=options.limit,
+            done=lambda sample, done=done: row_key(sample) in done,
+            batch_seconds=options.batch_seconds,
+            rank=place.rank,
+            world_size=place.world_size,
+            data=DataConfig(workers=options.workers),
+        )
         predict(model, stream, file, options, decode)
         if not finish(file, place, options.max_new_tokens, model.trained_seconds):
             return 2

@@ -1,8 +1,9 @@
-"""How fast an answer comes: `python -m evaluation.speed --model DIR --shards DIR`, one clip at a time, as a user waits for it.
+"""How fast an answer comes: `python -m evaluation.speed --model DIR --shards DIR`, one clip at a time, as a
+user waits for it.
 
-Per clip, in seconds: from the waveform to the kept frames (encoder, adapter, CTC), from the waveform to the first token, and to
-the end of the answer; then medians, and the real-time factor (seconds of work per second of audio). Reading and decoding the file
-is not counted.
+Per clip, in seconds: from the waveform to the kept frames (encoder, adapter, CTC), from the waveform to the
+first token, and to the end of the answer; then medians, and the real-time factor (seconds of work per second
+of audio). Reading and decoding the file is not counted.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from stream import EvalStream
 
 
 class Clock(BaseStreamer):
-    """Notes when each token arrives. `generate` hands over the prompt first: the second call brings the first new token."""
+    """Notes when each token arrives. `generate` hands over the prompt first: the second call brings the first
+    new token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -51,8 +53,9 @@ def wait(device: torch.device) -> float:
 
 @torch.inference_mode()
 def measure(model: Soundwave, batch: Batch, max_new_tokens: int) -> dict[str, float]:
-    """One conversation: {audio_path, first_token, total} in seconds, {frames, kept, tokens} as counts. first_token is there
-    when the model answers at all (a stage I folder has no LLM: the CTC transcript is its answer)."""
+    """One conversation: {audio_path, first_token, total} in seconds, {frames, kept, tokens} as counts.
+    first_token is there when the model answers at all (a stage I folder has no LLM: the CTC transcript is its
+    answer)."""
     device = next(model.parameters()).device
     began = wait(device)
     model.listen(batch)
@@ -72,10 +75,13 @@ def measure(model: Soundwave, batch: Batch, max_new_tokens: int) -> dict[str, fl
 def summarise(clips: list[dict]) -> dict:
     """Medians over clips, and sums' ratios: real-time factor, kept frames and frames per second of audio."""
     seconds = sum(clip["seconds"] for clip in clips)
-    result = {"clips": len(clips), "audio_seconds": seconds,
-              "real_time_factor": sum(clip["total"] for clip in clips) / seconds,
-              "frames_per_second": sum(clip["frames"] for clip in clips) / seconds,
-              "kept_per_second": sum(clip["kept"] for clip in clips) / seconds}
+    result = {
+        "clips": len(clips),
+        "audio_seconds": seconds,
+        "real_time_factor": sum(clip["total"] for clip in clips) / seconds,
+        "frames_per_second": sum(clip["frames"] for clip in clips) / seconds,
+        "kept_per_second": sum(clip["kept"] for clip in clips) / seconds,
+    }
     for key in ("audio_path", "first_token", "total"):
         values = [clip[key] for clip in clips if key in clip]
         if values:
@@ -90,7 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shards", required=True, help="folder written by data_tools/pack.py")
     parser.add_argument("--split", help="sub-folder of --shards")
     parser.add_argument("--task", nargs="+", default=["asr"])
-    parser.add_argument("--clips", type=int, default=20, help="how many, evenly spaced over the folder (default: 20)")
+    parser.add_argument(
+        "--clips", type=int, default=20, help="how many, evenly spaced over the folder (default: 20)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--out", type=Path, help="write clips and summary here as JSON")
@@ -99,8 +107,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         shards = shard_folder(options.shards, options.split)
         model = folder.load(options.model, device=device)
-        stream = EvalStream(str(shards), model.tokenizer, model.config, model.stage, tasks=options.task, limit=options.clips,
-                            batch_seconds=0.01, data=DataConfig(workers=0))  # a budget that one clip exceeds: one clip a batch
+        stream = EvalStream(
+            str(shards),
+            model.tokenizer,
+            model.config,
+            model.stage,
+            tasks=options.task,
+            limit=options.clips,
+            batch_seconds=0.01,
+            data=DataConfig(workers=0),
+        )  # a budget that one clip exceeds: one clip a batch
     except (InputError, RecipeError, ShardError, SourceError, folder.FolderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -110,14 +126,27 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         batch = batch.to(device)
         if not clips:
-            measure(model, batch, options.max_new_tokens)  # the first run pays for allocations and compiled kernels
-        clips.append(measure(model, batch, options.max_new_tokens) | {"id": samples[0]["id"], "seconds": samples[0]["duration"]})
+            measure(
+                model, batch, options.max_new_tokens
+            )  # the first run pays for allocations and compiled kernels
+        clips.append(
+            measure(model, batch, options.max_new_tokens)
+            | {"id": samples[0]["id"], "seconds": samples[0]["duration"]}
+        )
     if not clips:
         print(f"error: {shards} holds no readable clip of task {', '.join(options.task)}", file=sys.stderr)
         return 2
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    result = {"device": f"{name}, {torch.get_num_threads()} CPU threads", **summarise(clips), "skipped": len(stream.rejected),
-              "per_clip": clips}
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    result = {
+        "device": f"{name}, {torch.get_num_threads()} CPU threads",
+        **summarise(clips),
+        "skipped": len(stream.rejected),
+        "per_clip": clips,
+    }
     for key, value in result.items():
         if key != "per_clip":
             print(f"{key:24} {value:.4g}" if isinstance(value, float) else f"{key:24} {value}")

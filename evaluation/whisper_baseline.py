@@ -2,9 +2,9 @@
 
     python -m evaluation.whisper_baseline --whisper DIR --shards DIR --task asr
 
-The predictions file is that of evaluation.run: `python -m evaluation.compare` pairs the two utterance by utterance. The
-language is told to Whisper where the shards name one that it knows (it detects the others), and each clip is padded to 30 s,
-as Whisper is used.
+The predictions file is that of evaluation.run: `python -m evaluation.compare` pairs the two utterance by
+utterance. The language is told to Whisper where the shards name one that it knows (it detects the others),
+and each clip is padded to 30 s, as Whisper is used.
 """
 
 from __future__ import annotations
@@ -42,14 +42,16 @@ class Whisper:
         self.languages = getattr(self.model.generation_config, "lang_to_id", None)
 
     def code_of(self, language: str | None) -> str | None:
-        """The code by which this Whisper is told a language; None where it does not know it, or knows one language only."""
+        """The code by which this Whisper is told a language; None where it does not know it, or knows one
+        language only."""
         code = language_code(language)
         return code if self.languages and f"<|{code}|>" in self.languages else None
 
     @torch.inference_mode()
     def transcribe(self, waveforms: list[torch.Tensor], languages: list[str | None]) -> list[list[int]]:
-        """waveforms [S] each at 16 kHz and at most 30 s -> token ids each, greedy. Clips whose language is told and clips whose
-        language is detected go through the model by themselves: transformers takes a batch of the one kind or of the other."""
+        """waveforms [S] each at 16 kHz and at most 30 s -> token ids each, greedy. Clips whose language is
+        told and clips whose language is detected go through the model by themselves: transformers takes a
+        batch of the one kind or of the other."""
         codes = [self.code_of(language) for language in languages]
         answers: list[list[int]] = [[] for _ in waveforms]
         for told in (True, False):
@@ -64,14 +66,19 @@ class Whisper:
         lengths = torch.tensor([len(waveform) for waveform in waveforms])
         padded = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
         device = self.model.device
-        mel, _ = log_mel(padded.to(device), lengths.to(device), self.model.config.num_mel_bins, pad_to_samples=WINDOW)
+        mel, _ = log_mel(
+            padded.to(device), lengths.to(device), self.model.config.num_mel_bins, pad_to_samples=WINDOW
+        )
         options = {"do_sample": False, "num_beams": 1}
         if self.languages:
             options["task"] = "transcribe"
             if languages[0] is not None:
                 options["language"] = languages
-        output = self.model.generate(mel.to(self.model.dtype), attention_mask=torch.ones(len(mel), mel.shape[-1], device=device),
-                                     **options)
+        output = self.model.generate(
+            mel.to(self.model.dtype),
+            attention_mask=torch.ones(len(mel), mel.shape[-1], device=device),
+            **options,
+        )
         special = set(self.tokenizer.all_special_ids)
         return [[token for token in row if token not in special] for row in output.tolist()]
 
@@ -87,7 +94,9 @@ def read_batch(index: ShardIndex, rows: list[int]) -> tuple[list[dict], list[tor
             waveform = decode(audio, findings=(findings := []))
             sample |= {"findings": findings} if findings else {}
             if len(waveform) > WINDOW:
-                raise BrokenSample(f"{len(waveform) / SAMPLE_RATE:.1f} s: Whisper's decoder takes 30 s at once")
+                raise BrokenSample(
+                    f"{len(waveform) / SAMPLE_RATE:.1f} s: Whisper's decoder takes 30 s at once"
+                )
         except BrokenSample as error:
             rejected.append({"id": name, "corpus": index.name, "why": str(error)})
             continue
@@ -97,12 +106,18 @@ def read_batch(index: ShardIndex, rows: list[int]) -> tuple[list[dict], list[tor
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m evaluation.whisper_baseline", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluation.whisper_baseline", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--whisper", type=Path, required=True, help="folder of a whole transformers Whisper")
     parser.add_argument("--shards", required=True, help="folder written by data_tools/pack.py")
     parser.add_argument("--split", help="sub-folder of --shards")
-    parser.add_argument("--task", nargs="+", default=["asr"], help="tasks whose transcripts to score (default: asr)")
-    parser.add_argument("--limit", type=int, help="only this many utterances, evenly spaced, the same as evaluation.run's")
+    parser.add_argument(
+        "--task", nargs="+", default=["asr"], help="tasks whose transcripts to score (default: asr)"
+    )
+    parser.add_argument(
+        "--limit", type=int, help="only this many utterances, evenly spaced, the same as evaluation.run's"
+    )
     parser.add_argument("--batch", type=int, default=8, help="clips at a time (default: 8)")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--out", type=Path, required=True, help="predictions file")
@@ -114,11 +129,19 @@ def main(arguments: list[str] | None = None) -> int:
         index = ShardIndex.load(shard_folder(options.shards, options.split))
         rows = select(index, 0, "alignment", Corpus(tasks=options.task), options.limit)["row"].tolist()
         if not (options.whisper / "generation_config.json").exists():
-            raise InputError(f"{options.whisper} holds no generation_config.json: give a whole Whisper folder, with decoder and "
-                             "tokenizer")
+            raise InputError(
+                f"{options.whisper} holds no generation_config.json: give a whole Whisper folder, with "
+                f"decoder and "
+                "tokenizer"
+            )
         whisper = Whisper(options.whisper, place.device)
-        settings = {"whisper": str(options.whisper), "weights": fingerprint(options.whisper), "shards": index.fingerprint,
-                    "tasks": sorted(options.task), "limit": options.limit}
+        settings = {
+            "whisper": str(options.whisper),
+            "weights": fingerprint(options.whisper),
+            "shards": index.fingerprint,
+            "tasks": sorted(options.task),
+            "limit": options.limit,
+        }
         file = PredictionFile(options.out, settings, place.rank, options.restart)
         if place.rank == 0:
             file.prepare()
@@ -127,19 +150,27 @@ def main(arguments: list[str] | None = None) -> int:
     if place.stop(error):
         return 2
     done = place.first(file.done() if place.rank == 0 else None)
-    mine = sorted(rows, key=lambda row: -float(index.samples[row]["duration"]))[place.rank::place.world_size]
-    with tqdm(total=len(mine), desc=f"whisper {file.path.stem}", unit="utt", disable=place.rank != 0) as progress:
+    mine = sorted(rows, key=lambda row: -float(index.samples[row]["duration"]))[
+        place.rank :: place.world_size
+    ]
+    with tqdm(
+        total=len(mine), desc=f"whisper {file.path.stem}", unit="utt", disable=place.rank != 0
+    ) as progress:
         for first in range(0, len(mine), options.batch):
-            samples, waveforms, rejected = read_batch(index, mine[first:first + options.batch])
+            samples, waveforms, rejected = read_batch(index, mine[first : first + options.batch])
             left = [i for i, sample in enumerate(samples) if row_key(sample) not in done]
             answers = []
             if left:
                 began = time.perf_counter()
-                tokens = whisper.transcribe([waveforms[i] for i in left], [samples[i].get("lang") for i in left])
+                tokens = whisper.transcribe(
+                    [waveforms[i] for i in left], [samples[i].get("lang") for i in left]
+                )
                 wall = round((time.perf_counter() - began) / len(left), 4)
                 for i, ids in zip(left, tokens, strict=True):
                     text = whisper.tokenizer.decode(ids)
-                    answers.append(prediction_row(samples[i], text, text, "ctc") | {"tokens": len(ids), "wall": wall})
+                    answers.append(
+                        prediction_row(samples[i], text, text, "ctc") | {"tokens": len(ids), "wall": wall}
+                    )
             file.append(answers, rejected)
             progress.update(len(samples) + len(rejected))
     return 0 if finish(file, place) else 2

@@ -6,7 +6,8 @@ from core.files import write_atomically
 
 
 def put_between(path: Path, marks: tuple[str, str], text: str) -> None:
-    """Replace what stands between the two marks, each on a line of its own. Errors: ValueError where they are missing."""
+    """Replace what stands between the two marks, each on a line of its own. Errors: ValueError where they are
+    missing."""
     whole = path.read_text()
     if [whole.count(mark) for mark in marks] != [1, 1]:
         raise ValueError(f"{path} needs the line {marks[0]} and, below it, the line {marks[1]}, once each")

@@ -1,7 +1,7 @@
 """A list of commands, each done once: what the examples run on.
 
-A step is an ordinary command of the project, printed before it runs, so that it can be run alone. It is done again only when
-something that it depends on has changed; an interrupted one goes on where it stopped.
+A step is an ordinary command of the project, printed before it runs, so that it can be run alone. It is done
+again only when something that it depends on has changed; an interrupted one goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def with_free_port(command: list[str]) -> list[str]:
     if "--master_port" not in command:
         return command
     place = command.index("--master_port") + 1
-    return [*command[:place], str(free_port()), *command[place + 1:]]
+    return [*command[:place], str(free_port()), *command[place + 1 :]]
 
 
 def rank_count(wanted: int) -> int:
@@ -77,8 +77,14 @@ def rank_count(wanted: int) -> int:
 
 def what_is_learnt(recipe: Recipe) -> dict:
     """What of a recipe its trained weights depend on, the data aside."""
-    learnt = {name: value for name, value in asdict(recipe).items() if name not in ("log", "checkpoint", "init_accept")}
-    if learnt["model"]["llm"]["lora_targets"] is None:  # what runs of earlier versions noted; the examples' LLM has these
+    learnt = {
+        name: value
+        for name, value in asdict(recipe).items()
+        if name not in ("log", "checkpoint", "init_accept")
+    }
+    if (
+        learnt["model"]["llm"]["lora_targets"] is None
+    ):  # what runs of earlier versions noted; the examples' LLM has these
         learnt["model"]["llm"]["lora_targets"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     corpora = {kind: [known(corpus) for corpus in learnt["data"][kind]] for kind in ("train", "valid")}
     return learnt | {"data": learnt["data"] | corpora}
@@ -98,8 +104,14 @@ def scoring(ranks: int, *arguments: str, module: str = "evaluation.run") -> list
 def child_environment(processes: int) -> dict[str, str]:
     """What every command gets, unless the user has set it. processes: that run at one time."""
     threads = max(1, (os.cpu_count() or 1) // processes)
-    defaults = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-                "PYTHONWARNINGS": "ignore::FutureWarning", "PYTHONPATH": os.getcwd(), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    defaults = {
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONWARNINGS": "ignore::FutureWarning",
+        "PYTHONPATH": os.getcwd(),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
     if not sys.stderr.isatty():
         defaults["TQDM_MININTERVAL"] = "15"  # a line now and then where there is no terminal to draw a bar in
     return {**defaults, **os.environ}
@@ -141,7 +153,10 @@ def clock(minutes: float) -> str:
 def show(steps: list[Step]) -> None:
     """What `run` would do."""
     for number, step in enumerate(steps, 1):
-        print(f"[{number:2d}/{len(steps)}] {step.title} ({clock(step.minutes)})\n      {shlex.join(step.command)}")
+        print(
+            f"[{number:2d}/{len(steps)}] {step.title} ({clock(step.minutes)})\n      "
+            f"{shlex.join(step.command)}"
+        )
     print(f"{clock(sum(step.minutes for step in steps))} in all")
 
 
@@ -163,19 +178,22 @@ class Running:
 
 
 def run(record: Path, steps: list[Step], at_once: int = 1) -> None:
-    """All steps; `record`: the file that says what is done. at_once: steps that may run side by side where `after` allows it;
-    with more than one, each one's output goes to logs/NAME.log beside the record. A failed step stops those that need it, not the
-    others. Errors: StepError, of the first that failed, when no other can be done.
+    """All steps; `record`: the file that says what is done. at_once: steps that may run side by side where
+    `after` allows it; with more than one, each one's output goes to logs/NAME.log beside the record. A failed
+    step stops those that need it, not the others. Errors: StepError, of the first that failed, when no other
+    can be done.
     """
     state, running, finished = State(record), [], set()
     waiting, failed = list(enumerate(steps, 1)), []
-    spent = expected = 0.0  # of the steps that ran now: how this machine compares with the one that `minutes` were taken on
+    spent = expected = (
+        0.0  # of the steps that ran now: how this machine compares with the one that `minutes` were taken on
+    )
 
     def label(number: int, step: Step) -> str:
         return f"[{number:2d}/{len(steps)}] {step.title}"
 
     def ready(number: int, step: Step) -> bool:
-        before = {earlier.name for earlier in steps[:number - 1]}
+        before = {earlier.name for earlier in steps[: number - 1]}
         return (before if step.after is None else before & set(step.after)) <= finished
 
     def start(number: int, step: Step) -> Running | None:
@@ -185,8 +203,18 @@ def run(record: Path, steps: list[Step], at_once: int = 1) -> None:
             print(f"{label(number, step)}: done")
             return None
         pace = max(0.2, spent / expected) if expected > 1 else 1.0
-        left = sum(later.minutes for _, later in waiting if state.steps.get(later.name, {}).get("status") != "done") / at_once
-        print(f"\n{label(number, step)} ({clock(step.minutes * pace)}; after it {clock(left * pace)} to go)", flush=True)
+        left = (
+            sum(
+                later.minutes
+                for _, later in waiting
+                if state.steps.get(later.name, {}).get("status") != "done"
+            )
+            / at_once
+        )
+        print(
+            f"\n{label(number, step)} ({clock(step.minutes * pace)}; after it {clock(left * pace)} to go)",
+            flush=True,
+        )
         command = with_free_port(step.command)
         print(f"      {shlex.join(command)}", flush=True)
         if step.set_aside and known.get("key") not in (None, key):
@@ -197,11 +225,17 @@ def run(record: Path, steps: list[Step], at_once: int = 1) -> None:
             if log:
                 log.parent.mkdir(parents=True, exist_ok=True)
                 output = opened.enter_context(open(log, "a"))
-            # Noted before it begins: whatever ends this process, what the step leaves is known as that of this key.
+            # Noted before it begins: whatever ends this process, what the step leaves is known as that of
+            # this key.
             before = known.get("seconds", 0.0) if known.get("key") == key else 0.0
             state.note(step.name, key=key, status="begun", seconds=before)
-            process = subprocess.Popen(command, env=child_environment(step.processes * at_once), stdin=subprocess.DEVNULL,
-                                       stdout=output, stderr=output)
+            process = subprocess.Popen(
+                command,
+                env=child_environment(step.processes * at_once),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
         return Running(number, step, key, before, process, log, time.monotonic())
 
     def interrupt(signum: int, frame: object) -> None:
@@ -234,8 +268,14 @@ def run(record: Path, steps: list[Step], at_once: int = 1) -> None:
                 if code or not one.step.output.exists():
                     note(one)
                     messages = f"in {one.log}" if one.log else "above"
-                    why = "was preempted and has saved" if code == 85 else f"failed (exit {code}); its messages are {messages}"
-                    failed.append(f"step {one.number}, {one.step.title}, {why}. The same command goes on from there")
+                    why = (
+                        "was preempted and has saved"
+                        if code == 85
+                        else f"failed (exit {code}); its messages are {messages}"
+                    )
+                    failed.append(
+                        f"step {one.number}, {one.step.title}, {why}. The same command goes on from there"
+                    )
                     if at_once > 1:
                         print(f"{label(one.number, one.step)}: failed (exit {code}), {one.log}", flush=True)
                     continue
@@ -244,7 +284,9 @@ def run(record: Path, steps: list[Step], at_once: int = 1) -> None:
                 spent, expected = spent + one.seconds / 60, expected + one.step.minutes
                 if at_once > 1:
                     print(f"{label(one.number, one.step)}: done in {clock(one.seconds / 60)}", flush=True)
-    finally:  # only an interruption finds something still running: it gets the time to save that a launcher gives its ranks
+    # only an interruption finds something still running: it gets the time to save that a launcher gives its
+    # ranks
+    finally:
         for one in running:
             one.process.terminate()
         for one in running:

@@ -1,15 +1,22 @@
-"""Lock files: the version and sha256 of every package that the requirements bring, and questions about them. `make lock`.
+"""Lock files: the version and sha256 of every package that the requirements bring, and questions about them.
+`make lock`.
 
-    python3 install/locks.py lock        write install/locks/*.txt (uv; needs a network), keeping versions that still fit
-    python3 install/locks.py audit       known vulnerabilities of what is locked (pip-audit); AUDIT_DB=DIR: a local database
-    .venv/bin/python install/locks.py licences    docs/licences.md from the packages' own metadata (pip-licenses)
+    python3 install/locks.py lock        write install/locks/*.txt (uv; needs a network), keeping versions
+                                         that still fit
+    python3 install/locks.py audit       known vulnerabilities of what is locked (pip-audit); AUDIT_DB=DIR: a
+                                         local database
+    .venv/bin/python install/locks.py licences    docs/licences.md from the packages' own metadata
+                                                  (pip-licenses)
 
-    install/locks/  cuda.txt       requirements.txt with the default torch, which brings CUDA's libraries on Linux
+    install/locks/  cuda.txt       requirements.txt with the default torch, which brings CUDA's libraries on
+                                   Linux
                     cpu.txt        the same with torch's CPU build, without these libraries
                     deepspeed.txt  a source distribution, which install/setup_env.py builds with its ops
-                    dev.txt dev-cpu.txt demo.txt bench.txt gpu.txt tools.txt     what requirements-NAME.txt adds to those
+                    dev.txt dev-cpu.txt demo.txt bench.txt gpu.txt tools.txt     what requirements-NAME.txt
+                                                                                 adds to those
 
-Set-up installs from these files alone, with --no-deps and --require-hashes. They name no registry: that is pip's configuration.
+Set-up installs from these files alone, with --no-deps and --require-hashes. They name no registry: that is
+pip's configuration.
 """
 
 import json
@@ -27,10 +34,13 @@ LOCKS = ROOT / "install" / "locks"
 TOOLS = ROOT / ".cache" / "tools"
 EXTRAS = ("av", "dev", "dev-cpu", "demo", "bench", "browser", "gpu", "tools")
 OLDEST_PYTHON = "3.11"
-# Packages that only torch's CUDA build needs. (Triton on a CPU machine is a matter of requirements-dev-cpu.txt.)
+# Packages that only torch's CUDA build needs. (Triton on a CPU machine is a matter of
+# requirements-dev-cpu.txt.)
 CUDA_ONLY = re.compile(r"nvidia-|cuda-|triton$")
 OWN_ENVIRONMENT = ("tools",)  # versions need not agree with the others'
-UNREACHABLE = re.compile(r"ConnectionError|Max retries|Name or service|Temporary failure|ConnectTimeout|ReadTimeout|ServiceError")
+UNREACHABLE = re.compile(
+    r"ConnectionError|Max retries|Name or service|Temporary failure|ConnectTimeout|ReadTimeout|ServiceError"
+)
 
 
 class LockError(Exception):
@@ -68,7 +78,9 @@ def write(name: str, source: str, found: dict[str, str]) -> None:
 
 
 def run(command: list, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([str(part) for part in command], cwd=ROOT, text=True, stdin=subprocess.DEVNULL, **options)
+    return subprocess.run(
+        [str(part) for part in command], cwd=ROOT, text=True, stdin=subprocess.DEVNULL, **options
+    )
 
 
 def tool(name: str) -> Path:
@@ -78,9 +90,24 @@ def tool(name: str) -> Path:
         print(f"installing {name} into {TOOLS.relative_to(ROOT)}", flush=True)
         run([sys.executable, "-m", "venv", "--clear", TOOLS], check=True)
         locked = LOCKS / "tools.txt"
-        wanted = ["--no-deps", "--require-hashes", "-r", locked] if locked.exists() else ["-r", ROOT / "requirements-tools.txt"]
-        run([TOOLS / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted], check=True,
-            stderr=subprocess.PIPE)
+        wanted = (
+            ["--no-deps", "--require-hashes", "-r", locked]
+            if locked.exists()
+            else ["-r", ROOT / "requirements-tools.txt"]
+        )
+        run(
+            [
+                TOOLS / "bin" / "python",
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--disable-pip-version-check",
+                *wanted,
+            ],
+            check=True,
+            stderr=subprocess.PIPE,
+        )
     return program
 
 
@@ -89,9 +116,22 @@ def compiled(name: str, source: str, constraint: Path | None, kept: dict[str, st
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / f"{name}.txt"
         out.write_text("".join(kept.values()))
-        command = [tool("uv"), "pip", "compile", source, "--universal", "--python-version", OLDEST_PYTHON, "--generate-hashes",
-                   "--no-header", "--quiet", "--output-file", out, *(["--constraints", constraint] if constraint else []),
-                   *(["--no-deps"] if name == "gpu" else [])]  # flash-attn would have to be built to be asked for them
+        command = [
+            tool("uv"),
+            "pip",
+            "compile",
+            source,
+            "--universal",
+            "--python-version",
+            OLDEST_PYTHON,
+            "--generate-hashes",
+            "--no-header",
+            "--quiet",
+            "--output-file",
+            out,
+            *(["--constraints", constraint] if constraint else []),
+            *(["--no-deps"] if name == "gpu" else []),
+        ]  # flash-attn would have to be built to be asked for them
         done = run(command, stderr=subprocess.PIPE)
         if done.returncode:
             raise LockError(f"{source}: uv found no versions that fit together:\n{done.stderr.strip()}")
@@ -104,8 +144,11 @@ def lock() -> None:
     whole = compiled("cuda", "requirements.txt", None, {**before["cuda"], **before["deepspeed"]})
     cpu_torch = entries((ROOT / "requirements-torch-cpu.txt").read_text())["torch"]
     if version(cpu_torch) != version(whole["torch"]) + "+cpu":
-        raise LockError(f"requirements-torch-cpu.txt has torch {version(cpu_torch)}, requirements.txt {version(whole['torch'])}: "
-                        "write that version's CPU build and its hashes into it")
+        raise LockError(
+            f"requirements-torch-cpu.txt has torch {version(cpu_torch)}, requirements.txt "
+            f"{version(whole['torch'])}: "
+            "write that version's CPU build and its hashes into it"
+        )
     with tempfile.TemporaryDirectory() as folder:
         all_of_it = Path(folder) / "whole.txt"
         all_of_it.write_text("".join(whole.values()))
@@ -117,8 +160,16 @@ def lock() -> None:
         for name in EXTRAS:
             alone = name in OWN_ENVIRONMENT or name == "dev-cpu"
             found = compiled(name, f"requirements-{name}.txt", None if alone else all_of_it, before[name])
-            there = set() if name in OWN_ENVIRONMENT else {*plain, "deepspeed", *({} if name == "dev-cpu" else whole)}
-            write(name, f"requirements-{name}.txt", {key: entry for key, entry in found.items() if key not in there})
+            there = (
+                set()
+                if name in OWN_ENVIRONMENT
+                else {*plain, "deepspeed", *({} if name == "dev-cpu" else whole)}
+            )
+            write(
+                name,
+                f"requirements-{name}.txt",
+                {key: entry for key, entry in found.items() if key not in there},
+            )
     for path in sorted(LOCKS.glob("*.txt")):
         print(f"{path.relative_to(ROOT)}: {len(entries(path.read_text()))} packages")
 
@@ -128,12 +179,12 @@ def locked(*names: str) -> dict[str, str]:
     return {key: version(entry) for name in names for key, entry in read(name).items()}
 
 
-# ------------------------------------------------------------------------------------------------ vulnerabilities
+# ------------------------------------------------------------------------------------------------ vulnerabili
 
 
 class Advisories:
-    """A folder of advisories in OSV's format, such as a clone of pypa/advisory-database with its files as JSON, behind OSV's
-    query protocol on the loopback, which pip-audit speaks."""
+    """A folder of advisories in OSV's format, such as a clone of pypa/advisory-database with its files as
+    JSON, behind OSV's query protocol on the loopback, which pip-audit speaks."""
 
     def __init__(self, folder: Path):
         self.found: dict[str, list[dict]] = {}
@@ -143,7 +194,10 @@ class Advisories:
                 if affected.get("package", {}).get("ecosystem") == "PyPI":
                     self.found.setdefault(normal(affected["package"]["name"]), []).append(record)
         if not self.found:
-            raise LockError(f"AUDIT_DB={folder} holds no advisories about PyPI packages: give a folder of OSV's JSON files")
+            raise LockError(
+                f"AUDIT_DB={folder} holds no advisories about PyPI packages: give a folder of OSV's JSON "
+                f"files"
+            )
 
     def about(self, name: str, wanted: str) -> list[dict]:
         from packaging.version import InvalidVersion, Version  # of the tools' environment
@@ -205,7 +259,12 @@ def audit() -> int:
     options: list = []
     if folder:
         server = Advisories(Path(folder)).serve()
-        options = ["--vulnerability-service", "osv", "--osv-url", f"http://127.0.0.1:{server.server_port}/v1/query"]
+        options = [
+            "--vulnerability-service",
+            "osv",
+            "--osv-url",
+            f"http://127.0.0.1:{server.server_port}/v1/query",
+        ]
     with tempfile.TemporaryDirectory() as scratch:
         wanted = Path(scratch) / "locked.txt"
         wanted.write_text("".join(f"{name}=={number}\n" for name, number in sorted(versions.items())))
@@ -228,7 +287,10 @@ def audit() -> int:
     for package, fault in found:
         fixed = ", ".join(fault["fix_versions"]) or "no version yet"
         print(f"{package['name']} {package['version']}: {fault['id']}, fixed in {fixed}")
-    print(f"audit: {len(found)} known vulnerabilities in {len(known)} of {len(asked)} locked packages that the service knows")
+    print(
+        f"audit: {len(found)} known vulnerabilities in {len(known)} of {len(asked)} locked packages that the "
+        f"service knows"
+    )
     return 1 if found else 0
 
 
@@ -246,21 +308,47 @@ it is asked for, is BSD-3-Clause.
 
 
 def licences() -> None:
-    """Ask the environment that this runs in (`make setup-dev`), and scratch folders with the extras and the tools."""
+    """Ask the environment that this runs in (`make setup-dev`), and scratch folders with the extras and the
+    tools."""
+
     def ask(folder: Path | None) -> dict[str, tuple[str, str]]:
-        where = ["--python", sys.executable] if folder is None else []  # given, it makes pip-licenses forget PYTHONPATH
-        done = run([tool("pip-licenses"), *where, "--format", "json", "--with-system", "--from", "mixed"], capture_output=True,
-                   env={**os.environ, "PYTHONPATH": str(folder or "")}, check=True)
-        return {normal(row["Name"]): (row["Version"].split("+")[0], re.sub(r"[|\n]", "/", row["License"]))
-                for row in json.loads(done.stdout)}
+        where = (
+            ["--python", sys.executable] if folder is None else []
+        )  # given, it makes pip-licenses forget PYTHONPATH
+        done = run(
+            [tool("pip-licenses"), *where, "--format", "json", "--with-system", "--from", "mixed"],
+            capture_output=True,
+            env={**os.environ, "PYTHONPATH": str(folder or "")},
+            check=True,
+        )
+        return {
+            normal(row["Name"]): (row["Version"].split("+")[0], re.sub(r"[|\n]", "/", row["License"]))
+            for row in json.loads(done.stdout)
+        }
 
     with tempfile.TemporaryDirectory() as scratch:
         for name, files in {"extras": ("demo", "bench"), "tools": ("tools",)}.items():
-            run([sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-compile",
-                 "--target", Path(scratch) / name, *(part for file in files for part in ("-r", LOCKS / f"{file}.txt"))],
-                check=True, stderr=subprocess.PIPE)
+            run(
+                [
+                    sys.executable,
+                    "-m",
+                    "pip",
+                    "install",
+                    "--quiet",
+                    "--disable-pip-version-check",
+                    "--no-deps",
+                    "--no-compile",
+                    "--target",
+                    Path(scratch) / name,
+                    *(part for file in files for part in ("-r", LOCKS / f"{file}.txt")),
+                ],
+                check=True,
+                stderr=subprocess.PIPE,
+            )
         rows = {**ask(Path(scratch) / "tools"), **ask(Path(scratch) / "extras"), **ask(None)}
-    wanted = {package for name in ("cpu", "deepspeed", "dev", "demo", "bench", "tools") for package in read(name)}
+    wanted = {
+        package for name in ("cpu", "deepspeed", "dev", "demo", "bench", "tools") for package in read(name)
+    }
     rows = {name: row for name, row in rows.items() if name in wanted}
     table = ["| package | version | licence |", "|---|---|---|"]
     table += [f"| {name} | {number} | {licence} |" for name, (number, licence) in sorted(rows.items())]
@@ -278,7 +366,10 @@ def main() -> int:
     except LockError as error:
         print(f"error: {error}", file=sys.stderr)
     except subprocess.CalledProcessError as error:
-        print(f"error: {Path(str(error.cmd[0])).name} failed: {(error.stderr or '').strip()[-500:]}", file=sys.stderr)
+        print(
+            f"error: {Path(str(error.cmd[0])).name} failed: {(error.stderr or '').strip()[-500:]}",
+            file=sys.stderr,
+        )
     return 1
 
 

@@ -1,20 +1,23 @@
 """Fill .venv so that nothing is compiled, downloaded or mended later, inside a run. Used by `make setup`.
 
-    python3 install/setup_env.py [--venv .venv] [--gpu auto|yes|no] [--dev] [--extras demo bench] [--flash-attn] [--check]
+    python3 install/setup_env.py [--venv .venv] [--gpu auto|yes|no] [--dev] [--extras demo bench]
+    [--flash-attn] [--check]
 
-Steps, each skipped when it is done already, so that a repeat is quick and an interrupted set-up goes on where it stopped:
+Steps, each skipped when it is done already, so that a repeat is quick and an interrupted set-up goes on where
+it stopped:
 
 1. venv            python3 -m venv; a broken one is made anew
-2. packages        those of install/locks/, each checked against the sha256 there (`make lock` writes these files from the
-                   requirements): the CPU build of torch where pip offers one and there is no GPU
-3. torchaudio      on CPU torch its compiled part, which links CUDA, is moved away: with it `import torchaudio` fails, and
-                   transformers with it. On CUDA torch it stays (and comes back)
+2. packages        those of install/locks/, each checked against the sha256 there (`make lock` writes these
+                   files from the requirements): the CPU build of torch where pip offers one and there is no
+                   GPU
+3. torchaudio      on CPU torch its compiled part, which links CUDA, is moved away: with it `import
+                   torchaudio` fails, and transformers with it. On CUDA torch it stays (and comes back)
 4. deepspeed ops   built into the installed package instead of just in time inside the first run
 5. fused op        python -m model.ops.build
 
-The stamp .venv/.setup/done holds the hash of everything that these steps depend on. Only the standard library is used here, and
-syntax that an old Python can read, so that it can say that it is too old. One set-up works at a time: .venv.lock stands beside
-the folder, which step 1 may empty.
+The stamp .venv/.setup/done holds the hash of everything that these steps depend on. Only the standard library
+is used here, and syntax that an old Python can read, so that it can say that it is too old. One set-up works
+at a time: .venv.lock stands beside the folder, which step 1 may empty.
 """
 
 import argparse
@@ -31,20 +34,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST, NEWEST = (3, 11), (3, 13)  # numpy needs 3.11; wheels of the pinned versions end at 3.13
 EXTRAS = ("av", "bench", "browser", "demo")
-REQUIREMENTS = tuple("requirements%s.txt" % kind for kind in ("", "-dev", "-dev-cpu", "-gpu", "-torch-cpu")) + tuple(
-    "requirements-%s.txt" % name for name in EXTRAS)
+REQUIREMENTS = tuple(
+    "requirements%s.txt" % kind for kind in ("", "-dev", "-dev-cpu", "-gpu", "-torch-cpu")
+) + tuple("requirements-%s.txt" % name for name in EXTRAS)
 LOCKS = ROOT / "install" / "locks"
 DISK_GB = {"cpu": 4, "cuda": 14}
 
-# Every process of this environment, however it is started: prebuilt ops and whatever torch still builds stay inside it (the
-# default, ~/.cache/torch_extensions, is shared by all environments of a user, which spoil it for each other, and by all nodes
-# of a shared home, which race for it). What torch.compile builds goes to the user's own cache: its default, a folder
-# /tmp/torchinductor_USER, could be made by another user first.
+# Every process of this environment, however it is started: prebuilt ops and whatever torch still builds stay
+# inside it (the default, ~/.cache/torch_extensions, is shared by all environments of a user, which spoil it
+# for each other, and by all nodes of a shared home, which race for it). What torch.compile builds goes to the
+# user's own cache: its default, a folder /tmp/torchinductor_USER, could be made by another user first.
 ENVIRONMENT_PTH = (
-    "import os, sys; os.environ.setdefault('TORCH_EXTENSIONS_DIR', os.path.join(sys.prefix, 'torch_extensions'))"
+    "import os, sys; os.environ.setdefault('TORCH_EXTENSIONS_DIR', os.path.join(sys.prefix, "
+    "'torch_extensions'))"
     "; os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', os.path.join(os.environ.get('XDG_CACHE_HOME') or "
     "os.path.expanduser('~/.cache'), 'torchinductor'))"
-    "; {accelerator}\n")
+    "; {accelerator}\n"
+)
 
 
 class SetupError(Exception):
@@ -64,35 +70,56 @@ class Environment:
         self.state = folder / ".setup"
 
     def run(self, label, command, env=None, cwd=ROOT):
-        """Run with output to a log, pip's milestones shown; returns the time taken. Errors: SetupError, with the last line."""
+        """Run with output to a log, pip's milestones shown; returns the time taken. Errors: SetupError, with
+        the last line."""
         self.state.mkdir(parents=True, exist_ok=True)
         log_path = self.state / (label + ".log")
         tail = []
         began = time.time()
         with open(str(log_path), "w") as log:
-            process = subprocess.Popen([str(part) for part in command], cwd=str(cwd), env=dict(os.environ, **(env or {})),
-                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                                       stdin=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                [str(part) for part in command],
+                cwd=str(cwd),
+                env=dict(os.environ, **(env or {})),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                stdin=subprocess.DEVNULL,
+            )
             for line in process.stdout:
                 log.write(line)
                 log.flush()
                 tail = tail[-400:] + [line.rstrip()]
-                match = re.match(r"\s*(Collecting|Downloading|Installing collected|Building wheel|Preparing metadata)\b.*", line)
+                match = re.match(
+                    r"\s*(Collecting|Downloading|Installing collected|Building wheel|Preparing metadata)\b.*",
+                    line,
+                )
                 if match and sys.stdout.isatty():
                     print("\r\033[K    " + line.strip()[:100], end="", flush=True)
             code = process.wait()
         if sys.stdout.isatty():
             print("\r\033[K", end="", flush=True)
         if code:
-            errors = [line.strip() for line in tail if re.search(r"\berror\b|No space left|not found", line, re.I)]
+            errors = [
+                line.strip() for line in tail if re.search(r"\berror\b|No space left|not found", line, re.I)
+            ]
             reason = (errors or [line for line in tail if line.strip()] or ["no output"])[-1]
-            raise SetupError("%s failed (exit %d): %s\n    all output: %s" % (label, code, reason[:300], log_path))
+            raise SetupError(
+                "%s failed (exit %d): %s\n    all output: %s" % (label, code, reason[:300], log_path)
+            )
         return "%.0f s" % (time.time() - began)
 
     def ask(self, code):
         """The last line that a few lines of Python print in the environment; None where they fail."""
-        found = subprocess.run([str(self.python), "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                               stdin=subprocess.DEVNULL, cwd=str(self.folder))
+        found = subprocess.run(
+            [str(self.python), "-c", code],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            cwd=str(self.folder),
+        )
         # The last line: libraries may have something to say before.
         return (found.stdout.strip().splitlines() or [""])[-1] if found.returncode == 0 else None
 
@@ -106,13 +133,16 @@ def has_gpu():
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return False
-    listed = subprocess.run([smi, "-L"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, stdin=subprocess.DEVNULL)
+    listed = subprocess.run(
+        [smi, "-L"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, stdin=subprocess.DEVNULL
+    )
     return listed.returncode == 0 and "GPU" in listed.stdout
 
 
 def which_kind(env, gpu):
-    """cpu or cuda: as said (yes, no), else cuda where this machine has a GPU, or where the environment was made for one: jobs run
-    from it, and a login node's `make test` must not turn it into a CPU one under them."""
+    """cpu or cuda: as said (yes, no), else cuda where this machine has a GPU, or where the environment was
+    made for one: jobs run from it, and a login node's `make test` must not turn it into a CPU one under
+    them."""
     if gpu == "auto":
         kept = env.state / "kind"
         return "cuda" if has_gpu() or (kept.exists() and kept.read_text() == "cuda") else "cpu"
@@ -120,11 +150,19 @@ def which_kind(env, gpu):
 
 
 def fingerprint(kind):
-    """Hash of what the set-up depends on: the pins, this folder, the op's sources, the interpreter, CPU or CUDA."""
+    """Hash of what the set-up depends on: the pins, this folder, the op's sources, the interpreter, CPU or
+    CUDA."""
     digest = hashlib.sha256(repr((kind, sys.version_info[:3])).encode())
-    sources = [ROOT / name for name in REQUIREMENTS] + [ROOT / "install" / "setup_env.py"] + sorted(LOCKS.glob("*.txt"))
-    sources += [path for path in sorted((ROOT / "model" / "ops").rglob("*"))
-                if path.suffix in (".cpp", ".h", ".hpp", ".cu", ".cuh") or path.name == "build.py"]
+    sources = (
+        [ROOT / name for name in REQUIREMENTS]
+        + [ROOT / "install" / "setup_env.py"]
+        + sorted(LOCKS.glob("*.txt"))
+    )
+    sources += [
+        path
+        for path in sorted((ROOT / "model" / "ops").rglob("*"))
+        if path.suffix in (".cpp", ".h", ".hpp", ".cu", ".cuh") or path.name == "build.py"
+    ]
     for path in sources:
         if path.is_file():
             digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
@@ -133,20 +171,33 @@ def fingerprint(kind):
 
 def check_python():
     if not OLDEST <= sys.version_info[:2] <= NEWEST:
-        raise SetupError("Python %d.%d is %s: this needs %d.%d to %d.%d. Name another one: make setup PYTHON=python3.12" % (
-            sys.version_info[0], sys.version_info[1], "too old" if sys.version_info[:2] < OLDEST else "not tried yet",
-            OLDEST[0], OLDEST[1], NEWEST[0], NEWEST[1]))
+        raise SetupError(
+            "Python %d.%d is %s: this needs %d.%d to %d.%d. Name another one: make setup PYTHON=python3.12"
+            % (
+                sys.version_info[0],
+                sys.version_info[1],
+                "too old" if sys.version_info[:2] < OLDEST else "not tried yet",
+                OLDEST[0],
+                OLDEST[1],
+                NEWEST[0],
+                NEWEST[1],
+            )
+        )
 
 
 def check_machine(folder, kind):
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None and shutil.which("g++") is None:
-        raise SetupError("no C++ compiler (%s): the fused op and DeepSpeed's ops are compiled here. Install one "
-                         "(Debian, Ubuntu: apt-get install g++ python3-dev; clusters: module load gcc)" % compiler)
+        raise SetupError(
+            "no C++ compiler (%s): the fused op and DeepSpeed's ops are compiled here. Install one "
+            "(Debian, Ubuntu: apt-get install g++ python3-dev; clusters: module load gcc)" % compiler
+        )
     free = shutil.disk_usage(str(ROOT if not folder.parent.exists() else folder.parent)).free / 1e9
     if not folder.exists() and free < DISK_GB[kind]:
-        raise SetupError("%.1f GB free in %s, about %d GB needed: free some, or name another place: make setup VENV=/path"
-                         % (free, folder.parent, DISK_GB[kind]))
+        raise SetupError(
+            "%.1f GB free in %s, about %d GB needed: free some, or name another place: make setup VENV=/path"
+            % (free, folder.parent, DISK_GB[kind])
+        )
 
 
 def last_set_up(env):
@@ -162,10 +213,14 @@ def make_venv(env):
         return
     say("[1/5] virtual environment %s" % env.folder)
     command = [sys.executable, "-m", "venv", "--clear", str(env.folder)]
-    made = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL)
+    made = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL
+    )
     if made.returncode:
-        raise SetupError("python3 -m venv failed: %s (Debian, Ubuntu: apt-get install python3-venv)"
-                         % " ".join(made.stdout.split())[-300:])
+        raise SetupError(
+            "python3 -m venv failed: %s (Debian, Ubuntu: apt-get install python3-venv)"
+            % " ".join(made.stdout.split())[-300:]
+        )
 
 
 def pins(path):
@@ -180,7 +235,7 @@ def pins(path):
 
 def lock_of(name, kind):
     """The lock file of a requirements file."""
-    middle = name[len("requirements"):-len(".txt")].lstrip("-")
+    middle = name[len("requirements") : -len(".txt")].lstrip("-")
     return LOCKS / ((middle or kind) + ".txt")
 
 
@@ -192,8 +247,10 @@ def check_locks(files, kind):
     for name in files:
         for package, version in pins(ROOT / name).items():
             if there.get(package, "").split("+")[0] != version:
-                raise SetupError("%s asks for %s %s, install/locks/ has %s: make lock" % (
-                    name, package, version, there.get(package, "none")))
+                raise SetupError(
+                    "%s asks for %s %s, install/locks/ has %s: make lock"
+                    % (name, package, version, there.get(package, "none"))
+                )
 
 
 def without_hashes(env, path):
@@ -215,14 +272,19 @@ class Installer:
             paths = [without_hashes(self.env, path) for path in paths]
         command = [str(self.env.python), "-m", "pip", "install", "--disable-pip-version-check", "--no-deps"]
         command += ["--require-hashes"] if self.hashes else []
-        return self.env.run(label, command + list(options) + [part for path in paths for part in ("-r", str(path))], env=env)
+        return self.env.run(
+            label, command + list(options) + [part for path in paths for part in ("-r", str(path))], env=env
+        )
 
 
 def install_packages(env, kind, files, installer):
     check_locks(files, kind)
     wanted = pins(LOCKS / "cuda.txt")["torch"]
     have = env.ask("import importlib.metadata as m; print(m.version('torch'))")
-    wheels = ("--only-binary", ":all:")  # a source distribution would run code, and fetch what it is built with unchecked
+    wheels = (
+        "--only-binary",
+        ":all:",
+    )  # a source distribution would run code, and fetch what it is built with unchecked
     lock = kind
     if kind == "cpu" and have != wanted + "+cpu":
         say("[2/5] packages: torch %s first" % wanted)
@@ -233,7 +295,10 @@ def install_packages(env, kind, files, installer):
         except SetupError as error:
             if "No matching distribution" not in str(error):
                 raise
-            say("      pip offers no CPU build of torch %s here: taking the default one, which brings CUDA libraries" % wanted)
+            say(
+                "      pip offers no CPU build of torch %s here: taking the default one, which brings CUDA "
+                "libraries" % wanted
+            )
             lock = "cuda"
     elif kind == "cuda" and have == wanted + "+cpu":  # pip would leave it: +cpu is the same version to it
         env.run("pip-torch", [str(env.python), "-m", "pip", "uninstall", "--yes", "torch"])
@@ -248,7 +313,8 @@ def install_packages(env, kind, files, installer):
 
 
 def mend_torchaudio(env):
-    """Move torchaudio's CUDA-linked library away on CPU torch, back on CUDA torch; then the import must work."""
+    """Move torchaudio's CUDA-linked library away on CPU torch, back on CUDA torch; then the import must
+    work."""
     cuda = env.ask("import torch; print(torch.version.cuda)")
     package = env.site_packages / "torchaudio"
     library, aside = package / "lib", package / "lib.cuda"
@@ -259,8 +325,10 @@ def mend_torchaudio(env):
     elif cuda != "None" and aside.exists() and not library.exists():
         aside.rename(library)
     if env.ask("import torchaudio, transformers; torchaudio.transforms.Resample(8000, 16000)") is None:
-        raise SetupError("torchaudio or transformers does not import: see the error with: "
-                         "%s -c 'import torchaudio, transformers'" % env.python)
+        raise SetupError(
+            "torchaudio or transformers does not import: see the error with: "
+            "%s -c 'import torchaudio, transformers'" % env.python
+        )
 
 
 OPS_CHECK = """
@@ -280,7 +348,8 @@ print("ok")
 """
 
 
-# Communication through shared memory is CPU ranks'; Adam on the CPU is also that of offloaded optimizer states.
+# Communication through shared memory is CPU ranks'; Adam on the CPU is also that of offloaded optimizer
+# states.
 DEEPSPEED_OPS = {"cpu": ["deepspeed_shm_comm", "cpu_adam"], "cuda": ["cpu_adam"]}
 BUILD_FLAGS = {"deepspeed_shm_comm": "DS_BUILD_SHM_COMM", "cpu_adam": "DS_BUILD_CPU_ADAM"}
 
@@ -292,23 +361,36 @@ def build_deepspeed(env, kind, installer):
     if have == pins(LOCKS / "deepspeed.txt")["deepspeed"] and env.ask(check) == "ok":
         return
     say("[4/5] DeepSpeed's ops (%s), about 2 minutes" % ", ".join(wanted))
-    # DeepSpeed uses a prebuilt op only where the accelerator is the one that it was built under; a login node shows none.
+    # DeepSpeed uses a prebuilt op only where the accelerator is the one that it was built under; a login node
+    # shows none.
     flags = {"DS_ACCELERATOR": kind, **{BUILD_FLAGS[name]: "1" for name in wanted}}
     if kind == "cpu":
-        # DeepSpeed's build does without ninja: one file after the other. This lets the extensions at least be built side by side.
+        # DeepSpeed's build does without ninja: one file after the other. This lets the extensions at least be
+        # built side by side.
         side_by_side = env.state / "distutils.cfg"
         env.state.mkdir(parents=True, exist_ok=True)
         side_by_side.write_text("[build_ext]\nparallel = %d\n" % len(wanted))
         flags.update(DIST_EXTRA_CONFIG=str(side_by_side))
-    # --no-cache-dir: pip keeps a wheel that it once built, for another CPU or with other ops, and would install that one again.
+    # --no-cache-dir: pip keeps a wheel that it once built, for another CPU or with other ops, and would
+    # install that one again.
     took = installer.run(
-        "deepspeed-ops", [LOCKS / "deepspeed.txt"],
+        "deepspeed-ops",
+        [LOCKS / "deepspeed.txt"],
         ("--no-build-isolation", "--no-binary", "deepspeed", "--no-cache-dir", "--force-reinstall"),
-        dict(flags, MAX_JOBS=os.environ.get("MAX_JOBS", str(min(8, os.cpu_count() or 1))),
-             PATH=str(env.folder / "bin") + os.pathsep + os.environ.get("PATH", "")))  # ninja is in there
+        dict(
+            flags,
+            MAX_JOBS=os.environ.get("MAX_JOBS", str(min(8, os.cpu_count() or 1))),
+            PATH=str(env.folder / "bin") + os.pathsep + os.environ.get("PATH", ""),
+        ),
+    )  # ninja is in there
     if env.ask(check) != "ok":
-        raise SetupError("DeepSpeed was built, but its ops %s do not load: see %s" % (wanted, env.state / "deepspeed-ops.log"))
-    info = Path("/proc/cpuinfo")  # the compiler used what this CPU can: train/preflight.py asks whether a node's can it, too
+        raise SetupError(
+            "DeepSpeed was built, but its ops %s do not load: see %s"
+            % (wanted, env.state / "deepspeed-ops.log")
+        )
+    info = Path(
+        "/proc/cpuinfo"
+    )  # the compiler used what this CPU can: train/preflight.py asks whether a node's can it, too
     for line in info.read_text().splitlines() if info.exists() else []:
         if line.startswith(("flags", "Features")):
             (env.state / "cpu").write_text(line.partition(":")[2].strip())
@@ -324,7 +406,9 @@ def build_fused_op(env):
 
 def write_environment(env, kind):
     accelerator = "os.environ.setdefault('DS_ACCELERATOR', 'cpu')" if kind == "cpu" else "None"
-    (env.site_packages / "soundwave_environment.pth").write_text(ENVIRONMENT_PTH.format(accelerator=accelerator))
+    (env.site_packages / "soundwave_environment.pth").write_text(
+        ENVIRONMENT_PTH.format(accelerator=accelerator)
+    )
 
 
 SUMMARY = """
@@ -380,8 +464,10 @@ def set_up(options):
         build_fused_op(env)
         summary = env.ask(SUMMARY)
         if summary is None:
-            raise SetupError("the packages do not import together: see the error with: "
-                             "%s -c 'import torch, deepspeed, transformers'" % env.python)
+            raise SetupError(
+                "the packages do not import together: see the error with: "
+                "%s -c 'import torch, deepspeed, transformers'" % env.python
+            )
         partial = stamp.with_name("done.partial")
         partial.write_text(json.dumps({"fingerprint": wanted, "files": files, "summary": summary}))
         partial.replace(stamp)
@@ -390,8 +476,8 @@ def set_up(options):
 
 
 class lock:
-    """One set-up at a time in a folder: a second one waits, then finds the work done. The lock stands beside the folder, which
-    making the environment empties."""
+    """One set-up at a time in a folder: a second one waits, then finds the work done. The lock stands beside
+    the folder, which making the environment empties."""
 
     def __init__(self, folder):
         folder = folder.resolve()
@@ -399,6 +485,7 @@ class lock:
 
     def __enter__(self):
         import fcntl
+
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(str(self.path), "w")
@@ -415,17 +502,31 @@ class lock:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Fill .venv: packages, mends, prebuilt ops. Quick when repeated.")
+    parser = argparse.ArgumentParser(
+        description="Fill .venv: packages, mends, prebuilt ops. Quick when repeated."
+    )
     parser.add_argument("--venv", default=".venv", help="folder of the virtual environment (default: .venv)")
-    parser.add_argument("--gpu", choices=("auto", "yes", "no"), default="auto",
-                        help="which torch: CUDA's where this machine has an NVIDIA GPU or the environment was made for one; or "
-                             "said (a login node without one: yes)")
+    parser.add_argument(
+        "--gpu",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="which torch: CUDA's where this machine has an NVIDIA GPU or the environment was made for one; or "  # noqa: E501
+        "said (a login node without one: yes)",
+    )
     parser.add_argument("--dev", action="store_true", help="also what tests and linting need")
     parser.add_argument("--extras", nargs="*", choices=EXTRAS, default=[], help="also requirements-NAME.txt")
-    parser.add_argument("--no-hashes", dest="hashes", action="store_false",
-                        help="do not compare packages with install/locks/: where a site has built some itself")
-    parser.add_argument("--flash-attn", action="store_true", help="also flash-attn (compiled; needs CUDA's nvcc)")
-    parser.add_argument("--check", action="store_true", help="only say whether the set-up is complete (exit 1: not)")
+    parser.add_argument(
+        "--no-hashes",
+        dest="hashes",
+        action="store_false",
+        help="do not compare packages with install/locks/: where a site has built some itself",
+    )
+    parser.add_argument(
+        "--flash-attn", action="store_true", help="also flash-attn (compiled; needs CUDA's nvcc)"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="only say whether the set-up is complete (exit 1: not)"
+    )
     try:
         return set_up(parser.parse_args())
     except SetupError as error:

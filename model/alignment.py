@@ -1,13 +1,15 @@
 """The alignment adapter and its CTC head: encoder frames to vectors that predict the LLM's tokens.
 
-    features [A, T, E] -> stack n frames -> Linear -> pre-norm Transformer layer(s) -> LayerNorm -> hidden [A, T/n, D]
-    CTC head: hidden x (the LLM's output embeddings, one blank row) -> loss and argmax, without T x |V| logits (model.ops)
+    features [A, T, E] -> stack n frames -> Linear -> pre-norm Transformer layer(s) -> LayerNorm -> hidden [A,
+    T/n, D] CTC head: hidden x (the LLM's output embeddings, one blank row) -> loss and argmax, without T x
+    |V| logits (model.ops)
 
-The LayerNorm's gain starts so small that the first logits have a standard deviation of 1 at most (0.31 for SmolLM2-135M, whose
-output embeddings have an RMS of 0.136; 1 for Llama-3.1-8B): from gain 1, SmolLM2's first frames cost about ln V + 3.3^2 / 2 =
-16 nats instead of 11. The blank's row starts random on the embeddings' scale. Their mean would be a poor start: every token
-shares that direction, so a frame cannot choose the blank without raising them all. What the LLM reads passes another LayerNorm,
-in the shrinking adapter, which has the scale of the input embeddings.
+The LayerNorm's gain starts so small that the first logits have a standard deviation of 1 at most (0.31 for
+SmolLM2-135M, whose output embeddings have an RMS of 0.136; 1 for Llama-3.1-8B): from gain 1, SmolLM2's first
+frames cost about ln V + 3.3^2 / 2 = 16 nats instead of 11. The blank's row starts random on the embeddings'
+scale. Their mean would be a poor start: every token shares that direction, so a frame cannot choose the blank
+without raising them all. What the LLM reads passes another LayerNorm, in the shrinking adapter, which has the
+scale of the input embeddings.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from model.dropout import KeyedDropout, dropped_frames, position_keys
 
 
 class ScaledLayerNorm(nn.LayerNorm):
-    """LayerNorm whose gain starts at a value of choice (set in the constructor: under ZeRO-3 that is the last moment)."""
+    """LayerNorm whose gain starts at a value of choice (set in the constructor: under ZeRO-3 that is the last
+    moment)."""
 
     def __init__(self, width: int, gain: float):
         super().__init__(width)
@@ -31,16 +34,19 @@ class ScaledLayerNorm(nn.LayerNorm):
 
 
 class TransformerLayer(nn.Module):
-    """x + attention(norm(x)); x + feed-forward(norm(x)), with ReLU: `nn.TransformerEncoderLayer(norm_first=True)`.
+    """x + attention(norm(x)); x + feed-forward(norm(x)), with ReLU:
+    `nn.TransformerEncoderLayer(norm_first=True)`.
 
-    Written out because torch's own reads the weights of its parts directly, which ZeRO-3 has not gathered then.
+    Written out because torch's own reads the weights of its parts directly, which ZeRO-3 has not gathered
+    then.
     """
 
     def __init__(self, width: int, heads: int, ffn: int, dropout: float, attention: str, name: str):
         super().__init__()
         self.heads, self.attention = heads, attention
         self.drop_frames, self.drop_mixed, self.drop_inner, self.drop_out = (
-            KeyedDropout(dropout, f"{name}.{place}") for place in ("frames", "mixed", "inner", "out"))
+            KeyedDropout(dropout, f"{name}.{place}") for place in ("frames", "mixed", "inner", "out")
+        )
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -52,8 +58,12 @@ class TransformerLayer(nn.Module):
         if self.attention == "frame":  # softmax over the frame alone is 1: the value itself
             mixed = value
         else:
-            mixed = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
-                                                   attn_mask=valid[:, None, None]).transpose(1, 2)
+            mixed = F.scaled_dot_product_attention(
+                query.transpose(1, 2),
+                key.transpose(1, 2),
+                value.transpose(1, 2),
+                attn_mask=valid[:, None, None],
+            ).transpose(1, 2)
         return self.out(mixed.flatten(2))
 
     def forward(self, x: torch.Tensor, valid: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
@@ -64,23 +74,37 @@ class TransformerLayer(nn.Module):
 
 
 class AlignmentAdapter(nn.Module):
-    def __init__(self, config: AlignmentConfig, encoder_width: int, width: int, llm_heads: int, gain: float = 1.0):
+    def __init__(
+        self, config: AlignmentConfig, encoder_width: int, width: int, llm_heads: int, gain: float = 1.0
+    ):
         super().__init__()
         heads = config.heads or llm_heads
         if width % heads:
-            raise OptionError(f"model.alignment.heads = {heads} does not divide the LLM's width {width}: set it in the recipe")
+            raise OptionError(
+                f"model.alignment.heads = {heads} does not divide the LLM's width {width}: set it in the "
+                f"recipe"
+            )
         self.stack = config.stack_frames
         self.projection = nn.Linear(self.stack * encoder_width, width)
         self.layers = nn.ModuleList(
-            TransformerLayer(width, heads, round(config.ffn_multiple * width), config.dropout, config.attention,
-                             f"alignment.layers.{layer}")
-            for layer in range(config.layers))
+            TransformerLayer(
+                width,
+                heads,
+                round(config.ffn_multiple * width),
+                config.dropout,
+                config.attention,
+                f"alignment.layers.{layer}",
+            )
+            for layer in range(config.layers)
+        )
         self.norm = ScaledLayerNorm(width, gain)
 
-    def forward(self, features: torch.Tensor, lengths: torch.Tensor, keys: torch.Tensor | None = None
-                ) -> tuple[torch.Tensor, torch.Tensor]:
-        """features [A, T, E], lengths [A] -> hidden [A, T', D], lengths [A], with T' = ceil(T / stack). Padding does not
-        affect the result; hidden is zero there. keys [A]: the utterances' keys of dropout, needed in training."""
+    def forward(
+        self, features: torch.Tensor, lengths: torch.Tensor, keys: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """features [A, T, E], lengths [A] -> hidden [A, T', D], lengths [A], with T' = ceil(T / stack).
+        Padding does not affect the result; hidden is zero there. keys [A]: the utterances' keys of dropout,
+        needed in training."""
         positions = torch.arange(features.shape[1], device=features.device)
         features = features.masked_fill((positions >= lengths[:, None])[..., None], 0.0)
         features = F.pad(features, (0, 0, 0, -features.shape[1] % self.stack))
@@ -95,22 +119,33 @@ class AlignmentAdapter(nn.Module):
 
 
 class CTCHead(nn.Module):
-    """Linear over the LLM's vocabulary and the blank, without bias; it owns its weight, so ZeRO-3 gathers it here.
+    """Linear over the LLM's vocabulary and the blank, without bias; it owns its weight, so ZeRO-3 gathers it
+    here.
 
-    tied         `weight` is the LLM's output embeddings [V, D], frozen (the very same parameter where the LLM is loaded);
-                 `blank_row` [D] is trained and starts random, on their scale. The blank is index V, whatever number
-                 `<audio_patch>` has in the tokenizer (a vocabulary may be padded beyond it).
+    tied         `weight` is the LLM's output embeddings [V, D], frozen (the very same parameter where the LLM
+                 is loaded); `blank_row` [D] is trained and starts random, on their scale. The blank is index
+                 V, whatever number `<audio_patch>` has in the tokenizer (a vocabulary may be padded beyond
+                 it).
     initialised  `weight` [V', D] starts as a copy of them (the blank's row: random), and is trained
     free         `weight` [V', D] starts random, and is trained (what the released weights have)
     """
 
-    def __init__(self, kind: str, embeddings: torch.Tensor | nn.Parameter, row_scale: float, audio_id: int,
-                 ops_config: OpsConfig):
-        """embeddings [V, D]: the output embeddings' parameter to share, or a tensor to own; row_scale: their RMS (given,
-        because a ZeRO-3 partition of them cannot be measured here); audio_id: of `<audio_patch>` in the tokenizer."""
+    def __init__(
+        self,
+        kind: str,
+        embeddings: torch.Tensor | nn.Parameter,
+        row_scale: float,
+        audio_id: int,
+        ops_config: OpsConfig,
+    ):
+        """embeddings [V, D]: the output embeddings' parameter to share, or a tensor to own; row_scale: their
+        RMS (given, because a ZeRO-3 partition of them cannot be measured here); audio_id: of `<audio_patch>`
+        in the tokenizer."""
         super().__init__()
         self.kind, self.ops_config = kind, ops_config
-        rows, width = getattr(embeddings, "ds_shape", embeddings.shape)  # a ZeRO-3 partition knows its whole shape
+        rows, width = getattr(
+            embeddings, "ds_shape", embeddings.shape
+        )  # a ZeRO-3 partition knows its whole shape
         if kind == "tied":
             shared = isinstance(embeddings, nn.Parameter)
             self.weight = embeddings if shared else nn.Parameter(embeddings, requires_grad=False)
@@ -119,7 +154,7 @@ class CTCHead(nn.Module):
         elif kind in ("initialised", "free"):
             start = torch.empty(max(rows, audio_id + 1), width, device=embeddings.device)
             if kind == "free":
-                nn.init.normal_(start, std=width ** -0.5)
+                nn.init.normal_(start, std=width**-0.5)
             else:
                 start[:rows] = embeddings.detach()
                 start[rows:] = row_scale * torch.randn(start.shape[0] - rows, width, device=embeddings.device)
@@ -128,28 +163,49 @@ class CTCHead(nn.Module):
         else:
             raise OptionError(f"model.alignment.ctc_head is '{kind}': tied, initialised or free")
 
-    def forward(self, hidden: torch.Tensor, lengths: torch.Tensor, targets: torch.Tensor | None = None,
-                target_lengths: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        lengths: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        target_lengths: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
         """hidden [A, T, D], lengths [A], targets [A, U], target_lengths [A] ->
-        (loss [A] each divided by its target length, argmax [A, T], its log-probability [A, T], the blank's [A, T]).
-        Without targets the loss is zero and the vocabulary is swept for the argmax alone."""
-        # Whatever their types, the op converts a tile at a time: a copy of the weight would outlive ZeRO-3's gather.
+        (loss [A] each divided by its target length, argmax [A, T], its log-probability [A, T], the blank's
+        [A, T]). Without targets the loss is zero and the vocabulary is swept for the argmax alone."""
+        # Whatever their types, the op converts a tile at a time: a copy of the weight would outlive ZeRO-3's
+        # gather.
         weight, row = self.weight, self.blank_row
         how = {"implementation": self.ops_config.implementation}
         if targets is None:
-            argmax, lse, top, blank = ops.linear_argmax(hidden, weight, lengths, blank=self.blank, extra_row=row, **how)
+            argmax, lse, top, blank = ops.linear_argmax(
+                hidden, weight, lengths, blank=self.blank, extra_row=row, **how
+            )
             loss = lse.new_zeros(lse.shape[0])
         else:
             loss, argmax, lse, top, blank = ops.linear_ctc(
-                hidden, weight, lengths, targets, target_lengths, self.blank, reduction="none", zero_infinity=True,
-                extra_row=row, skip_below=self.ops_config.skip_below, deterministic=self.ops_config.deterministic, **how)
+                hidden,
+                weight,
+                lengths,
+                targets,
+                target_lengths,
+                self.blank,
+                reduction="none",
+                zero_infinity=True,
+                extra_row=row,
+                skip_below=self.ops_config.skip_below,
+                deterministic=self.ops_config.deterministic,
+                **how,
+            )
             loss = loss / target_lengths.clamp(min=1)
         return loss, argmax, top - lse, blank - lse
 
     def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [T, D] of one utterance -> [T, V'] log-probabilities, the blank's in column `blank`, in fp32. All at once:
-        4 bytes x T x V' (0.2 GB for 30 s over Llama's vocabulary)."""
+        """hidden [T, D] of one utterance -> [T, V'] log-probabilities, the blank's in column `blank`, in
+        fp32. All at once: 4 bytes x T x V' (0.2 GB for 30 s over Llama's vocabulary)."""
         logits = hidden.to(self.weight.dtype) @ self.weight.T
         if self.blank_row is not None:
-            logits = torch.cat([logits, hidden.to(logits.dtype) @ self.blank_row.to(logits.dtype)[:, None]], dim=1)
+            logits = torch.cat(
+                [logits, hidden.to(logits.dtype) @ self.blank_row.to(logits.dtype)[:, None]], dim=1
+            )
         return logits.float().log_softmax(-1)

@@ -11,8 +11,9 @@ import torch
 class Batch:
     """One micro-batch of B conversations that hold A audios in all.
 
-    Audios stand in the order of their `<audio_patch>` positions, row by row. A micro-batch without audio still carries
-    one silent dummy (`audio_is_dummy`): under ZeRO-3 every rank must run the audio path, and the dummy adds zero.
+    Audios stand in the order of their `<audio_patch>` positions, row by row. A micro-batch without audio
+    still carries one silent dummy (`audio_is_dummy`): under ZeRO-3 every rank must run the audio path, and
+    the dummy adds zero.
     """
 
     # Audio: exactly one of waveforms and features is given.
@@ -30,23 +31,34 @@ class Batch:
     labels: torch.Tensor  # [B, L] int64, -100 where nothing is to be predicted
     ids: list[str] = field(default_factory=list)  # sample id of each row, for messages and logs
     tasks: list[str] = field(default_factory=list)
-    languages: list[str | None] = field(default_factory=list)  # of each row's answer, as the data has it, for error rates
+    languages: list[str | None] = field(
+        default_factory=list
+    )  # of each row's answer, as the data has it, for error rates
     # SpecAugment: True where the log-mel is masked, [A, n_mels, F]; only with waveforms.
     mel_mask: torch.Tensor | None = None
-    # Dropout's keys, one of each utterance and pass over its corpus (model/dropout.py); None: the batch is not trained on.
+    # Dropout's keys, one of each utterance and pass over its corpus (model/dropout.py); None: the batch is
+    # not trained on.
     audio_keys: torch.Tensor | None = None  # [A] int64
     row_keys: torch.Tensor | None = None  # [B] int64
 
     def to(self, device: torch.device | str) -> "Batch":
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)
-                 if isinstance(getattr(self, f.name), torch.Tensor)}
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), torch.Tensor)
+        }
         return replace(self, **moved)
 
     def at_step(self, key: int) -> "Batch":
-        """The batch with the dropout of one step: its utterances' keys mixed with the step's (a signed 64-bit number)."""
+        """The batch with the dropout of one step: its utterances' keys mixed with the step's (a signed 64-bit
+        number)."""
         from model.ops import mix64  # not above: readers of data make batches, and need no ops
 
-        keys = {name: mix64(value ^ key) for name in ("audio_keys", "row_keys") if (value := getattr(self, name)) is not None}
+        keys = {
+            name: mix64(value ^ key)
+            for name in ("audio_keys", "row_keys")
+            if (value := getattr(self, name)) is not None
+        }
         return replace(self, **keys)
 
     @property

@@ -1,6 +1,7 @@
 """What the network is: every switch of the method, typed, with the paper's meaning as default.
 
-`official_switches()` gives the set that the authors' released weights need; docs/method.md explains each departure.
+`official_switches()` gives the set that the authors' released weights need; docs/method.md explains each
+departure.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from pydantic import ConfigDict, with_config
 from core.console import OneLine
 from core.options import choice, location, names_or_pattern, number, text
 
-# A model folder's soundwave.json is read by these types (model/folder.py): unknown keys, NaN and infinity are errors.
+# A model folder's soundwave.json is read by these types (model/folder.py): unknown keys, NaN and infinity are
+# errors.
 _strict = with_config(ConfigDict(extra="forbid", allow_inf_nan=False))
 
 
@@ -43,24 +45,29 @@ class LLMConfig:
     lora_r: int = number(64, least=0)  # 0: no LoRA
     lora_alpha: int = number(16, least=1)
     lora_dropout: float = number(0.0, least=0, below=1)
-    # null: the linear layers of the LLM's attention | names of linear layers | "all-linear" | a regular expression, as in peft
+    # null: the linear layers of the LLM's attention | names of linear layers | "all-linear" | a regular
+    # expression, as in peft
     lora_targets: Any = names_or_pattern()
 
 
 @_strict
 @dataclass
 class AlignmentConfig:
-    """Alignment adapter: stack frames -> Linear -> pre-norm Transformer layer(s) -> LayerNorm; then the CTC head."""
+    """Alignment adapter: stack frames -> Linear -> pre-norm Transformer layer(s) -> LayerNorm; then the CTC
+    head."""
 
     stack_frames: int = number(2, least=1)  # encoder frames per adapter frame: 50 -> 25 frames a second
     layers: int = number(1, least=0)
     heads: int | None = number(None, least=1)  # null: as many as the LLM has
     ffn_multiple: float = number(2.0, above=0)  # width of the feed-forward part, in LLM hidden sizes
     dropout: float = number(0.1, least=0, below=1)
-    attention: str = choice("time", "time", "frame")  # over the utterance's frames (paper) | each frame alone (release)
+    attention: str = choice(
+        "time", "time", "frame"
+    )  # over the utterance's frames (paper) | each frame alone (release)
     # tied: the LLM's output embeddings, frozen, + one trained blank row | initialised | free
     ctc_head: str = choice("tied", "tied", "initialised", "free")
-    # true: after the encoder, only the clip's own frames count | full: the padding's, too (release; only with pad_to_seconds)
+    # true: after the encoder, only the clip's own frames count | full: the padding's, too (release; only with
+    # pad_to_seconds)
     ctc_length: str = choice("true", "true", "full")
 
 
@@ -76,9 +83,11 @@ class ShrinkingConfig:
     lookback: str = choice("all", "all", "kept", "none")
     heads: int | None = number(None, least=1)
     dropout: float = number(0.1, least=0, below=1)
-    # true: a kept frame carries the input embedding of its CTC token, too (neither the paper nor the release has it)
+    # true: a kept frame carries the input embedding of its CTC token, too (neither the paper nor the release
+    # has it)
     token_embeddings: bool = False
-    # The last LayerNorm's gain starts at the RMS of the LLM's input embeddings, so that its output lies on their scale.
+    # The last LayerNorm's gain starts at the RMS of the LLM's input embeddings, so that its output lies on
+    # their scale.
     init_gain_to_embeddings: bool = True
 
 
@@ -101,17 +110,23 @@ class SoundwaveConfig:
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     shrinking: ShrinkingConfig = field(default_factory=ShrinkingConfig)
     ops: OpsConfig = field(default_factory=OpsConfig)
-    prompt: str = choice("chat", "chat", "release")  # the tokenizer's own chat template | the released weights' prompt
-    # Said before each conversation that brings no system turn of its own; null: what the template itself says, "": nothing.
+    prompt: str = choice(
+        "chat", "chat", "release"
+    )  # the tokenizer's own chat template | the released weights' prompt
+    # Said before each conversation that brings no system turn of its own; null: what the template itself
+    # says, "": nothing.
     system_prompt: str | None = None
-    audio_token: str = text("<audio_patch>")  # its one position in the prompt is replaced by the audio; it is also CTC's blank
+    audio_token: str = text(
+        "<audio_patch>"
+    )  # its one position in the prompt is replaced by the audio; it is also CTC's blank
     # auto: flash_attention_2 when it can, else sdpa
     attention_implementation: str = choice("auto", "auto", "flash_attention_2", "sdpa", "eager")
     dtype: str = choice("float32", "float32", "bfloat16", "float16")  # weights of the frozen parts
 
 
 def official_switches(config: SoundwaveConfig) -> SoundwaveConfig:
-    """Set the switches that the authors' released weights were made with (docs/method.md, Departures), in place."""
+    """Set the switches that the authors' released weights were made with (docs/method.md, Departures), in
+    place."""
     config.encoder.pad_to_seconds = 30.0
     config.alignment.attention = "frame"
     config.alignment.ctc_head = "free"

@@ -1,7 +1,8 @@
 """Released weights in and out.
 
-    python -m model.convert --from-official DIR --out DIR [--encoder WHISPER]   the release's folder -> a model folder of ours
-    python -m model.convert --to-official RUN/model --out DIR                   and back, LoRA merged
+python -m model.convert --from-official DIR --out DIR [--encoder WHISPER]   the release's folder -> a model
+folder of ours
+python -m model.convert --to-official RUN/model --out DIR                   and back, LoRA merged
 """
 
 from __future__ import annotations
@@ -15,13 +16,21 @@ from model.pretrained import SourceError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--from-official", metavar="DIR", help="the release: config, safetensors, tokenizer")
+    direction.add_argument(
+        "--from-official", metavar="DIR", help="the release: config, safetensors, tokenizer"
+    )
     direction.add_argument("--to-official", metavar="DIR", help="model folder of stage II or III")
     parser.add_argument("--out", required=True, metavar="DIR")
-    parser.add_argument("--encoder", metavar="WHISPER", help="Whisper's folder or hub name; default: the one inside the "
-                        "checkpoint, else the one that the release's config names")
+    parser.add_argument(
+        "--encoder",
+        metavar="WHISPER",
+        help="Whisper's folder or hub name; default: the one inside the "
+        "checkpoint, else the one that the release's config names",
+    )
     options = parser.parse_args(arguments)
     try:
         if options.from_official:

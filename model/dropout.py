@@ -1,9 +1,12 @@
-"""Dropout of what is trained, keyed by (seed, step, utterance, place in the network, position): see docs/method.md.
+"""Dropout of what is trained, keyed by (seed, step, utterance, place in the network, position): see
+docs/method.md.
 
-    utterance's key, step's key -> Batch.at_step -> row keys [B] -> position_keys [B, T] -> KeyedDropout at each place
+    utterance's key, step's key -> Batch.at_step -> row keys [B] -> position_keys [B, T] -> KeyedDropout at
+    each place
 
-No generator has a state. The same utterance in the same step has the same masks on any number of ranks, in any micro-batch and
-row, after a restart, and where a layer is computed again in backward (activation checkpointing).
+No generator has a state. The same utterance in the same step has the same masks on any number of ranks, in
+any micro-batch and row, after a restart, and where a layer is computed again in backward (activation
+checkpointing).
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ def position_keys(rows: torch.Tensor, length: int) -> torch.Tensor:
 
 
 class KeyedDropout(nn.Module):
-    """nn.Dropout with the mask of `model.ops.keyed_dropout`. name: this place in the network, unlike any other's.
+    """nn.Dropout with the mask of `model.ops.keyed_dropout`. name: this place in the network, unlike any
+    other's.
 
     Errors: ValueError for a rate outside 0 to 1, or without keys while training.
     """
@@ -43,16 +47,20 @@ class KeyedDropout(nn.Module):
         if not self.training or self.p == 0.0:
             return x
         if keys is None:
-            raise ValueError(f"dropout of {self.name} needs its utterances' keys in training: set Batch.row_keys and audio_keys")
+            raise ValueError(
+                f"dropout of {self.name} needs its utterances' keys in training: set Batch.row_keys and "
+                f"audio_keys"
+            )
         return keyed_dropout(x, keys, self.site, self.p)
 
 
 def dropped_frames(dropout: KeyedDropout, value: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor:
     """Attention's dropout: value [A, T, H, d], keys [A, T] -> the same with whole frames of a head dropped.
 
-    Dropping the attention weight of frame t equals dropping its value for one query. One draw a (frame, head) serves all queries
-    of the utterance: each query's result has the distribution that a draw of its own would give, any kernel can compute the
-    attention (a mask inside of a fused one cannot be keyed), and no T x T mask exists.
+    Dropping the attention weight of frame t equals dropping its value for one query. One draw a (frame, head)
+    serves all queries of the utterance: each query's result has the distribution that a draw of its own would
+    give, any kernel can compute the attention (a mask inside of a fused one cannot be keyed), and no T x T
+    mask exists.
     """
     if not dropout.training or dropout.p == 0.0:
         return value
@@ -60,7 +68,8 @@ def dropped_frames(dropout: KeyedDropout, value: torch.Tensor, keys: torch.Tenso
 
 
 class TokenKeys:
-    """Keys of the tokens that the LLM is computing: its layers pass hidden states on, and nothing beside them."""
+    """Keys of the tokens that the LLM is computing: its layers pass hidden states on, and nothing beside
+    them."""
 
     def __init__(self):
         self.keys: torch.Tensor | None = None  # [B, L], or [1, N] of joined rows
@@ -69,7 +78,8 @@ class TokenKeys:
         return InUse(self, keys)
 
     def for_checkpoint(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """`context_fn` of torch's checkpoint: what is computed again in backward has the keys of its forward."""
+        """`context_fn` of torch's checkpoint: what is computed again in backward has the keys of its
+        forward."""
         return nullcontext(), self.use(self.keys)
 
 
@@ -87,7 +97,8 @@ class InUse(AbstractContextManager):
 
 
 class LoraDropout(KeyedDropout):
-    """LoRA's dropout, in the place where peft has nn.Dropout. Errors: SourceError in a layer that does not see tokens."""
+    """LoRA's dropout, in the place where peft has nn.Dropout. Errors: SourceError in a layer that does not
+    see tokens."""
 
     def __init__(self, p: float, name: str, tokens: TokenKeys):
         super().__init__(p, name)
@@ -97,15 +108,20 @@ class LoraDropout(KeyedDropout):
         keys = self.tokens.keys
         if self.training and self.p > 0.0 and keys is not None and keys.shape != x.shape[:-1]:
             if keys.numel() != x.shape[:-1].numel():
-                raise SourceError(f"model.llm.lora_dropout: the input of {self.name} is {tuple(x.shape)} where the tokens are "
-                                  f"{tuple(keys.shape)}, not one vector a token: take its layer out of model.llm.lora_targets, "
-                                  "or set model.llm.lora_dropout=0")
+                raise SourceError(
+                    f"model.llm.lora_dropout: the input of {self.name} is {tuple(x.shape)} where the tokens "
+                    f"are "
+                    f"{tuple(keys.shape)}, not one vector a token: take its layer out of "
+                    f"model.llm.lora_targets, "
+                    "or set model.llm.lora_dropout=0"
+                )
             keys = keys.reshape(x.shape[:-1])
         return super().forward(x, keys)
 
 
 def key_lora_dropout(llm: nn.Module) -> None:
-    """Replace the dropout of peft's LoRA layers in place by keyed ones; `llm.token_keys` then says which tokens it computes."""
+    """Replace the dropout of peft's LoRA layers in place by keyed ones; `llm.token_keys` then says which
+    tokens it computes."""
     llm.token_keys = TokenKeys()
     for name, module in list(llm.named_modules()):
         if not isinstance(getattr(module, "lora_dropout", None), nn.ModuleDict):

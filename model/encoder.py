@@ -1,7 +1,7 @@
 """The frozen audio encoder: waveforms to frames, each clip at its true length.
 
-Another encoder family is one small class here: it says its width, its frame count for a number of samples, how many seconds it
-takes at once, and encodes. Nothing else in the project knows which one runs.
+Another encoder family is one small class here: it says its width, its frame count for a number of samples,
+how many seconds it takes at once, and encodes. Nothing else in the project knows which one runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from model.pretrained import Source, SourceError, preprocessor_settings, reading
 
 
 class Encoder(nn.Module, ABC):
-    """A frozen encoder. Subclasses set `width`, `frame_rate`, `window_seconds` and implement `frames` and `encode`."""
+    """A frozen encoder. Subclasses set `width`, `frame_rate`, `window_seconds` and implement `frames` and
+    `encode`."""
 
     width: int  # of one frame
     frame_rate: float  # frames per second
@@ -30,7 +31,9 @@ class Encoder(nn.Module, ABC):
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
-        self.pad_to_samples = None if config.pad_to_seconds is None else round(config.pad_to_seconds * SAMPLE_RATE)
+        self.pad_to_samples = (
+            None if config.pad_to_seconds is None else round(config.pad_to_seconds * SAMPLE_RATE)
+        )
         self.max_seconds = config.max_seconds
 
     @abstractmethod
@@ -38,46 +41,65 @@ class Encoder(nn.Module, ABC):
         """Frames of clips of that many samples, as integers."""
 
     @abstractmethod
-    def encode(self, waveforms: torch.Tensor, lengths: torch.Tensor, mel_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """waveforms [W, S], lengths [W] (samples) -> features [W, T, width]; T covers the longest, or the padded length."""
+    def encode(
+        self, waveforms: torch.Tensor, lengths: torch.Tensor, mel_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """waveforms [W, S], lengths [W] (samples) -> features [W, T, width]; T covers the longest, or the
+        padded length."""
 
     @torch.no_grad()
-    def forward(self, waveforms: torch.Tensor, lengths: torch.Tensor, padded: bool = False,
-                mel_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self,
+        waveforms: torch.Tensor,
+        lengths: torch.Tensor,
+        padded: bool = False,
+        mel_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """waveforms [A, S] at 16 kHz, lengths [A] (samples) -> features [A, T, width], lengths [A] (frames).
 
-        Clips beyond the encoder's window are cut into windows, encoded as a batch and put together again. `padded`: the
-        lengths count the silence of `pad_to_seconds` too. mel_mask [A, n_mels, F]: for encoders that see a mel.
+        Clips beyond the encoder's window are cut into windows, encoded as a batch and put together again.
+        `padded`: the lengths count the silence of `pad_to_seconds` too. mel_mask [A, n_mels, F]: for encoders
+        that see a mel.
         Errors: ValueError beyond `max_seconds`.
         """
         longest = int(lengths.max())
         if longest > self.max_seconds * SAMPLE_RATE:
-            raise ValueError(f"audio of {longest / SAMPLE_RATE:.1f} s is longer than model.encoder.max_seconds = "
-                             f"{self.max_seconds:g}: cut it, or raise that setting")
+            raise ValueError(
+                f"audio of {longest / SAMPLE_RATE:.1f} s is longer than model.encoder.max_seconds = "
+                f"{self.max_seconds:g}: cut it, or raise that setting"
+            )
         window = self.pad_to_samples or (self.window_seconds and round(self.window_seconds * SAMPLE_RATE))
         if window is None or longest <= window:
-            features = self.encode(waveforms[:, :max(longest, 1)], lengths, mel_mask)
+            features = self.encode(waveforms[:, : max(longest, 1)], lengths, mel_mask)
             frames = self.frames(lengths)
         else:
             features, frames = self._encode_windows(waveforms, lengths, window, mel_mask)
-        if padded and self.pad_to_samples:  # each clip to the end of its own last window, whatever stands beside it
+        if (
+            padded and self.pad_to_samples
+        ):  # each clip to the end of its own last window, whatever stands beside it
             frames = (-(-lengths // window)).clamp(min=1) * int(self.frames(torch.tensor(window)))
         features = features[:, : int(frames.max())]
         behind = torch.arange(features.shape[1], device=features.device) >= frames[:, None]
         return features.masked_fill(behind[..., None], 0.0), frames
 
-    def _encode_windows(self, waveforms: torch.Tensor, lengths: torch.Tensor, window: int, mel_mask: torch.Tensor | None
-                        ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each clip's windows stand one behind the other; all but a clip's last one are full, so its frames are contiguous."""
+    def _encode_windows(
+        self, waveforms: torch.Tensor, lengths: torch.Tensor, window: int, mel_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each clip's windows stand one behind the other; all but a clip's last one are full, so its frames
+        are contiguous."""
         audios = waveforms.shape[0]
         count = -(-int(lengths.max()) // window)
-        pieces = F.pad(waveforms, (0, max(0, count * window - waveforms.shape[1])))[:, : count * window].reshape(-1, window)
+        pieces = F.pad(waveforms, (0, max(0, count * window - waveforms.shape[1])))[
+            :, : count * window
+        ].reshape(-1, window)
         sizes = (lengths[:, None] - window * torch.arange(count, device=lengths.device)).clamp(0, window)
         used = sizes > 0
         used[:, 0] = True
         if mel_mask is not None:
             length = window // HOP
-            mel_mask = F.pad(mel_mask, (0, max(0, count * length - mel_mask.shape[-1])))[..., : count * length]
+            mel_mask = F.pad(mel_mask, (0, max(0, count * length - mel_mask.shape[-1])))[
+                ..., : count * length
+            ]
             mel_mask = mel_mask.unflatten(-1, (count, length)).transpose(1, 2).flatten(0, 1)[used.flatten()]
         encoded = self.encode(pieces[used.flatten()], sizes[used], mel_mask)
         per_window = int(self.frames(torch.tensor(window)))
@@ -103,13 +125,17 @@ class WhisperEncoder(Encoder):
         self.frame_rate = 50.0
         self.window_seconds = layers.config.max_source_positions / self.frame_rate
         if self.pad_to_samples and config.pad_to_seconds > self.window_seconds:
-            raise OptionError(f"model.encoder.pad_to_seconds = {config.pad_to_seconds:g} is beyond this encoder's "
-                             f"{self.window_seconds:g} s")
+            raise OptionError(
+                f"model.encoder.pad_to_seconds = {config.pad_to_seconds:g} is beyond this encoder's "
+                f"{self.window_seconds:g} s"
+            )
 
     def frames(self, samples: torch.Tensor) -> torch.Tensor:
         return (mel_frames(samples) + 1) // 2
 
-    def encode(self, waveforms: torch.Tensor, lengths: torch.Tensor, mel_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def encode(
+        self, waveforms: torch.Tensor, lengths: torch.Tensor, mel_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         mel, frames = log_mel(waveforms, lengths, self.layers.config.num_mel_bins, self.pad_to_samples)
         if mel_mask is not None:
             mel_mask = F.pad(mel_mask[..., : mel.shape[-1]], (0, max(0, mel.shape[-1] - mel_mask.shape[-1])))
@@ -119,8 +145,9 @@ class WhisperEncoder(Encoder):
         return self.encode_mel(mel, frames)
 
     def encode_mel(self, mel: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-        """mel [A, n_mels, F], frames [A] -> features [A, ceil(F / 2), width]. What stands behind `frames` has no influence:
-        both convolutions see zeros there, as they do at the end of a clip that is alone, and attention is masked."""
+        """mel [A, n_mels, F], frames [A] -> features [A, ceil(F / 2), width]. What stands behind `frames` has
+        no influence: both convolutions see zeros there, as they do at the end of a clip that is alone, and
+        attention is masked."""
         net = self.layers
         hidden = mel.to(net.conv1.weight.dtype)
         for convolution, stride in ((net.conv1, 1), (net.conv2, 2)):
@@ -138,7 +165,8 @@ class WhisperEncoder(Encoder):
 
 
 class ClipNorm(nn.GroupNorm):
-    """wav2vec2's norm over a clip's time, taken over the frames that the clip has: `lengths` [A] is set before the call."""
+    """wav2vec2's norm over a clip's time, taken over the frames that the clip has: `lengths` [A] is set
+    before the call."""
 
     lengths: torch.Tensor
 
@@ -152,7 +180,8 @@ class ClipNorm(nn.GroupNorm):
 
 
 class WaveformEncoder(Encoder):
-    """wav2vec 2.0, HuBERT and WavLM: convolutions on the waveform (50 frames a second), then Transformer layers, any length."""
+    """wav2vec 2.0, HuBERT and WavLM: convolutions on the waveform (50 frames a second), then Transformer
+    layers, any length."""
 
     window_seconds = None
 
@@ -168,7 +197,9 @@ class WaveformEncoder(Encoder):
             self.shortest = (self.shortest - 1) * stride + kernel
         self.normalise = preprocessor_settings(source.folder).get("do_normalize", True)
         for module in layers.feature_extractor.modules():
-            if isinstance(module, nn.GroupNorm):  # as it is, a clip's padding would move its mean and variance
+            if isinstance(
+                module, nn.GroupNorm
+            ):  # as it is, a clip's padding would move its mean and variance
                 module.__class__ = ClipNorm
 
     def frames(self, samples: torch.Tensor) -> torch.Tensor:
@@ -177,7 +208,9 @@ class WaveformEncoder(Encoder):
             frames = (frames - kernel) // stride + 1
         return frames
 
-    def encode(self, waveforms: torch.Tensor, lengths: torch.Tensor, mel_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def encode(
+        self, waveforms: torch.Tensor, lengths: torch.Tensor, mel_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if mel_mask is not None:
             raise ValueError("data.spec_augment masks a mel, which this encoder does not see: switch it off")
         valid = torch.arange(waveforms.shape[1], device=waveforms.device) < lengths[:, None]
@@ -188,7 +221,9 @@ class WaveformEncoder(Encoder):
             waveforms = ((waveforms - mean) * (variance + 1e-7).rsqrt()).masked_fill(~valid, 0.0)
         longest = max(self.shortest, self.pad_to_samples or waveforms.shape[1])
         waveforms = F.pad(waveforms, (0, longest - waveforms.shape[1]))
-        lengths = torch.full_like(lengths, longest) if self.pad_to_samples else lengths.clamp(min=self.shortest)
+        lengths = (
+            torch.full_like(lengths, longest) if self.pad_to_samples else lengths.clamp(min=self.shortest)
+        )
         kernel, stride = self.convolutions[0]
         for module in self.layers.feature_extractor.modules():
             if isinstance(module, ClipNorm):  # only the first convolution has one
@@ -198,19 +233,29 @@ class WaveformEncoder(Encoder):
         return self.layers(waveforms.to(dtype), attention_mask=mask).last_hidden_state
 
 
-def build_encoder(config: EncoderConfig, source: Source, dtype: torch.dtype, attention: str | None, *, weights: bool = True
-                  ) -> Encoder:
-    """The encoder; without `weights` on the meta device, for its sizes. Errors: SourceError for an unknown family."""
+def build_encoder(
+    config: EncoderConfig, source: Source, dtype: torch.dtype, attention: str | None, *, weights: bool = True
+) -> Encoder:
+    """The encoder; without `weights` on the meta device, for its sizes. Errors: SourceError for an unknown
+    family."""
     family = source.config.model_type
     wrapper, layers, renamed, _ = _family(source)
     if weights:
         tensor_files(source.folder)  # a file that is missing or cut is named
         with reading(source.folder, "weights for its config.json"):
-            network, report = layers.from_pretrained(source.folder, dtype=dtype, attn_implementation=attention,
-                                                     key_mapping=renamed, output_loading_info=True, use_safetensors=True)
+            network, report = layers.from_pretrained(
+                source.folder,
+                dtype=dtype,
+                attn_implementation=attention,
+                key_mapping=renamed,
+                output_loading_info=True,
+                use_safetensors=True,
+            )
         if report["missing_keys"]:
-            raise SourceError(f"{source.folder} lacks {len(report['missing_keys'])} of the encoder's tensors, "
-                              f"{sorted(report['missing_keys'])[0]} for one: it is not a whole {family} model")
+            raise SourceError(
+                f"{source.folder} lacks {len(report['missing_keys'])} of the encoder's tensors, "
+                f"{sorted(report['missing_keys'])[0]} for one: it is not a whole {family} model"
+            )
     else:
         with torch.device("meta"):
             network = layers(source.config).to(dtype)
@@ -219,17 +264,20 @@ def build_encoder(config: EncoderConfig, source: Source, dtype: torch.dtype, att
 
 def _family(source: Source) -> tuple:
     if source.config.model_type not in _FAMILIES:
-        raise SourceError(f"{source.name} is a '{source.config.model_type}' model; encoders known: {', '.join(_FAMILIES)}")
+        raise SourceError(
+            f"{source.name} is a '{source.config.model_type}' model; encoders known: {', '.join(_FAMILIES)}"
+        )
     return _FAMILIES[source.config.model_type]
 
 
 def tensor_prefix(source: Source) -> str:
-    """What the encoder's tensors are called under in its folder, where the folder holds other things, too. Errors:
-    SourceError for an unknown family."""
+    """What the encoder's tensors are called under in its folder, where the folder holds other things, too.
+    Errors: SourceError for an unknown family."""
     return _family(source)[3]
 
 
-# model_type -> (our class, transformers' network, renaming of its tensors in a whole model's file, their prefix there)
+# model_type -> (our class, transformers' network, renaming of its tensors in a whole model's file, their
+# prefix there)
 _FAMILIES = {
     "whisper": (WhisperEncoder, WhisperLayers, {r"^(model\.)?encoder\.": ""}, "encoder."),
     "wav2vec2": (WaveformEncoder, Wav2Vec2Model, None, "wav2vec2."),

@@ -8,8 +8,8 @@
     encoder/                 the frozen encoder                            (with --with-encoder)
     tokenizer files, chat template, generation_config.json
 
-RUN is a model folder (<output>/<stage>/model) or the stage's folder. Scores are those that evaluation.run left in RUN's
-model/evaluation/. Nothing of RUN is changed.
+RUN is a model folder (<output>/<stage>/model) or the stage's folder. Scores are those that evaluation.run
+left in RUN's model/evaluation/. Nothing of RUN is changed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,16 @@ from transformers import GenerationConfig
 from model import identity
 from model.auto import SoundwaveHubConfig
 from model.encoder import tensor_prefix
-from model.folder import ADAPTERS, CONFIG, LORA, FolderError, describe, identity_differences, read_config, trained_with
+from model.folder import (
+    ADAPTERS,
+    CONFIG,
+    LORA,
+    FolderError,
+    describe,
+    identity_differences,
+    read_config,
+    trained_with,
+)
 from model.language_model import end_ids, end_settings, load_tokenizer
 from model.model_card import model_card
 from model.official import LoRAMerge, ShardWriter, stream_tensors
@@ -36,8 +45,8 @@ from model.pretrained import Source, SourceError, fingerprint, locate
 def export(run: str | Path, out: str | Path, *, merge: bool = False, with_encoder: bool = False) -> Path:
     """Write the export (see the module's docstring).
 
-    Errors: FolderError for what is no model folder of stage II or III, for an `out` that holds something, and for a frozen
-    part that is not the one trained with; SourceError where one is not found.
+    Errors: FolderError for what is no model folder of stage II or III, for an `out` that holds something, and
+    for a frozen part that is not the one trained with; SourceError where one is not found.
     """
     run, out = Path(run), Path(out)
     run = run / "model" if (run / "model" / CONFIG).exists() else run
@@ -50,15 +59,22 @@ def export(run: str | Path, out: str | Path, *, merge: bool = False, with_encode
     tokenizer = load_tokenizer(llm, config.audio_token)
     frozen = {"encoder": fingerprint(encoder.folder, tensor_prefix(encoder)), "llm": fingerprint(llm.folder)}
     settings = identity.settings({"encoder": encoder, "llm": llm}, tokenizer)
-    for text in identity_differences(run, frozen, settings, {"encoder": encoder.folder, "llm": llm.folder}).values():
+    for text in identity_differences(
+        run, frozen, settings, {"encoder": encoder.folder, "llm": llm.folder}
+    ).values():
         raise FolderError(text)
     out.mkdir(parents=True, exist_ok=True)
     names = {"encoder": encoder.name, "llm": llm.name}
     shutil.copyfile(run / ADAPTERS, out / ADAPTERS)
     stop = end_ids(tokenizer, config.prompt, end_settings(llm))
     pad = stop[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    generation = GenerationConfig(eos_token_id=stop, bos_token_id=tokenizer.bos_token_id, pad_token_id=pad, max_new_tokens=512,
-                                  do_sample=False)
+    generation = GenerationConfig(
+        eos_token_id=stop,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=pad,
+        max_new_tokens=512,
+        do_sample=False,
+    )
     for folder in [out, *([out / "llm"] if merge else [])]:
         folder.mkdir(exist_ok=True)
         tokenizer.save_pretrained(folder)
@@ -74,15 +90,30 @@ def export(run: str | Path, out: str | Path, *, merge: bool = False, with_encode
         config.encoder.name = "encoder"
     if merge:
         inside = locate(str(out / "llm"))
-        settings = identity.settings({"encoder": encoder, "llm": inside}, load_tokenizer(inside, config.audio_token))
-    written = {"config": asdict(config), "stage": description["stage"], "frozen": frozen, "settings": settings}
+        settings = identity.settings(
+            {"encoder": encoder, "llm": inside}, load_tokenizer(inside, config.audio_token)
+        )
+    written = {
+        "config": asdict(config),
+        "stage": description["stage"],
+        "frozen": frozen,
+        "settings": settings,
+    }
     # What inference asks for (the joint search, the warning about long audio); the rest is the trainer's own.
-    if kept := {key: value for key, value in trained_with(description).items() if key in ("ctc_text", "max_seconds")}:
+    if kept := {
+        key: value for key, value in trained_with(description).items() if key in ("ctc_text", "max_seconds")
+    }:
         written["recipe"] = {"data": kept}
     (out / CONFIG).write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n")
-    SoundwaveHubConfig(architectures=["Soundwave"], soundwave=asdict(config), llm_config=llm.config.to_dict(),
-                       encoder_config=encoder.config.to_dict()).save_pretrained(out)
-    (out / "README.md").write_text(model_card(run, description, names, frozen, merged=merge, has_lora=has_lora))
+    SoundwaveHubConfig(
+        architectures=["Soundwave"],
+        soundwave=asdict(config),
+        llm_config=llm.config.to_dict(),
+        encoder_config=encoder.config.to_dict(),
+    ).save_pretrained(out)
+    (out / "README.md").write_text(
+        model_card(run, description, names, frozen, merged=merge, has_lora=has_lora)
+    )
     return out
 
 
@@ -99,17 +130,24 @@ def _write_llm(llm: Source, merge: LoRAMerge | None, out: Path) -> None:
 def _copy_encoder(encoder: Source, out: Path) -> None:
     out.mkdir()
     for path in sorted(encoder.folder.iterdir()):
-        if path.is_file() and (path.suffix == ".safetensors" or path.name in (
-                "config.json", "preprocessor_config.json", "model.safetensors.index.json")):
+        if path.is_file() and (
+            path.suffix == ".safetensors"
+            or path.name in ("config.json", "preprocessor_config.json", "model.safetensors.index.json")
+        ):
             shutil.copyfile(path, out / path.name)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m model.export", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m model.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("run", help="model folder of stage II or III, or the stage's folder")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--merge", action="store_true", help="merge LoRA into the LLM and put the whole LLM inside")
+    parser.add_argument(
+        "--merge", action="store_true", help="merge LoRA into the LLM and put the whole LLM inside"
+    )
     parser.add_argument("--with-encoder", action="store_true", help="put the frozen encoder inside, too")
     options = parser.parse_args(arguments)
     try:

@@ -1,13 +1,16 @@
 """Log-mel spectrograms as Whisper defines them, in torch, at the true length of each clip.
 
-Source of the definition: Radford et al. 2022, section 2.2, and OpenAI's `audio.py`: 25 ms Hann windows every 10 ms, power
-spectrum, Slaney mel filters up to 8 kHz, log10 with floor 1e-10, clamped to 8 below the clip's own maximum, then (x + 4) / 4.
+Source of the definition: Radford et al. 2022, section 2.2, and OpenAI's `audio.py`: 25 ms Hann windows every
+10 ms, power spectrum, Slaney mel filters up to 8 kHz, log10 with floor 1e-10, clamped to 8 below the clip's
+own maximum, then (x + 4) / 4.
 
-Whisper pads a clip with silence to 30 s first. Frame t depends only on samples 160 t - 200 ... 160 t + 199, and silence never is
-the maximum (unless the whole clip is), so the frames of the clip itself can be had without those 30 s, to the last bit of the
-definition. Two things decide whether that holds at the clip's end, and both are kept:
-- the last frames see silence behind the clip, not its mirror image: zeros are put there before the transform, whatever the
-  batch's padding holds (Whisper mirrors the signal at 30 s only, so a clip within 400 samples of 30 s is padded to exactly 30 s);
+Whisper pads a clip with silence to 30 s first. Frame t depends only on samples 160 t - 200 ... 160 t + 199,
+and silence never is the maximum (unless the whole clip is), so the frames of the clip itself can be had
+without those 30 s, to the last bit of the definition. Two things decide whether that holds at the clip's end,
+and both are kept:
+- the last frames see silence behind the clip, not its mirror image: zeros are put there before the transform,
+  whatever the batch's padding holds (Whisper mirrors the signal at 30 s only, so a clip within 400 samples of
+  30 s is padded to exactly 30 s);
 - the maximum is taken over the frames that begin behind the clip's end and still see its last samples, too.
 """
 
@@ -28,8 +31,11 @@ _FULL = int(WINDOW_SECONDS * SAMPLE_RATE)
 
 @lru_cache(maxsize=8)
 def _filters(n_mels: int, device: torch.device) -> torch.Tensor:
-    """Slaney mel filters [n_mels, 201]. Kept out of the modules: an engine that casts buffers to bf16 must not touch them."""
-    bank = mel_filter_bank(1 + WINDOW // 2, n_mels, 0.0, SAMPLE_RATE / 2, SAMPLE_RATE, norm="slaney", mel_scale="slaney")
+    """Slaney mel filters [n_mels, 201]. Kept out of the modules: an engine that casts buffers to bf16 must
+    not touch them."""
+    bank = mel_filter_bank(
+        1 + WINDOW // 2, n_mels, 0.0, SAMPLE_RATE / 2, SAMPLE_RATE, norm="slaney", mel_scale="slaney"
+    )
     return torch.from_numpy(bank).to(device, torch.float32).T.contiguous()
 
 
@@ -38,30 +44,37 @@ def mel_frames(samples: torch.Tensor) -> torch.Tensor:
     return torch.div(samples + HOP - 1, HOP, rounding_mode="floor").clamp(min=1)
 
 
-def log_mel(waveforms: torch.Tensor, lengths: torch.Tensor, n_mels: int, pad_to_samples: int | None = None
-            ) -> tuple[torch.Tensor, torch.Tensor]:
+def log_mel(
+    waveforms: torch.Tensor, lengths: torch.Tensor, n_mels: int, pad_to_samples: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """waveforms [A, S] at 16 kHz, lengths [A] in samples -> mel [A, n_mels, F] float32, frames [A].
 
-    What stands behind a clip's length in `waveforms` has no influence. `mel` is zero behind a clip's frames, unless
-    `pad_to_samples` asks for Whisper's own way (480000: 30 s): then F = pad_to_samples / 160 frames are filled, silence
-    included, and `frames` still counts those of the clip.
+    What stands behind a clip's length in `waveforms` has no influence. `mel` is zero behind a clip's frames,
+    unless `pad_to_samples` asks for Whisper's own way (480000: 30 s): then F = pad_to_samples / 160 frames
+    are filled, silence included, and `frames` still counts those of the clip.
     """
     waveforms, longest = waveforms.float(), waveforms.shape[1]
     if pad_to_samples is not None and longest > pad_to_samples:
-        raise ValueError(f"a clip of {longest / SAMPLE_RATE:.2f} s does not fit into {pad_to_samples / SAMPLE_RATE:.2f} s")
+        raise ValueError(
+            f"a clip of {longest / SAMPLE_RATE:.2f} s does not fit into {pad_to_samples / SAMPLE_RATE:.2f} s"
+        )
     with torch.autocast(waveforms.device.type, enabled=False):
         compute = _each if waveforms.device.type == "cpu" else _together
         return compute(waveforms, lengths, n_mels, pad_to_samples), mel_frames(lengths)
 
 
-def _together(waveforms: torch.Tensor, lengths: torch.Tensor, n_mels: int, pad_to_samples: int | None) -> torch.Tensor:
+def _together(
+    waveforms: torch.Tensor, lengths: torch.Tensor, n_mels: int, pad_to_samples: int | None
+) -> torch.Tensor:
     """All clips at once, as a GPU likes it."""
     longest = waveforms.shape[1]
     positions = torch.arange(longest, device=waveforms.device)
     waveforms = waveforms.masked_fill(positions >= lengths[:, None], 0.0)
     size = pad_to_samples or (_FULL if _FULL - WINDOW < longest <= _FULL else longest + WINDOW)
     padded = F.pad(F.pad(waveforms, (0, size - longest)), (WINDOW // 2, WINDOW // 2), mode="reflect")
-    frames = padded.unfold(1, WINDOW, HOP)[:, : size // HOP] * torch.hann_window(WINDOW, device=waveforms.device)
+    frames = padded.unfold(1, WINDOW, HOP)[:, : size // HOP] * torch.hann_window(
+        WINDOW, device=waveforms.device
+    )
     power = torch.view_as_real(torch.fft.rfft(frames)).square_().sum(-1)
     log = torch.matmul(_filters(n_mels, waveforms.device), power.transpose(1, 2)).clamp(min=1e-10).log10()
     mel = (torch.maximum(log, log.amax(dim=(1, 2), keepdim=True) - 8.0) + 4.0) / 4.0
@@ -72,8 +85,11 @@ def _together(waveforms: torch.Tensor, lengths: torch.Tensor, n_mels: int, pad_t
     return mel.masked_fill(behind[:, None], 0.0)
 
 
-def _each(waveforms: torch.Tensor, lengths: torch.Tensor, n_mels: int, pad_to_samples: int | None) -> torch.Tensor:
-    """Clip by clip in the same memory, as a CPU likes it: a clip's spectrum stays in cache, and silence is not transformed."""
+def _each(
+    waveforms: torch.Tensor, lengths: torch.Tensor, n_mels: int, pad_to_samples: int | None
+) -> torch.Tensor:
+    """Clip by clip in the same memory, as a CPU likes it: a clip's spectrum stays in cache, and silence is
+    not transformed."""
     longest, half, bins = waveforms.shape[1], WINDOW // 2, WINDOW // 2 + 1
     most = pad_to_samples // HOP if pad_to_samples else int(mel_frames(torch.tensor(longest)))
     mel = waveforms.new_zeros(len(waveforms), n_mels, most)
@@ -98,7 +114,9 @@ def _each(waveforms: torch.Tensor, lengths: torch.Tensor, n_mels: int, pad_to_sa
         log = torch.mm(power[:heard], filters, out=logs[:heard]).clamp_(min=1e-10).log10_()
         floor = log.max() - 8.0
         shown = heard if pad_to_samples else (length + HOP - 1) // HOP or 1
-        torch.add(one, torch.maximum(log, floor, out=log)[:shown].T, alpha=0.25, out=out[:, :shown])  # (x + 4) / 4, to the bit
+        torch.add(
+            one, torch.maximum(log, floor, out=log)[:shown].T, alpha=0.25, out=out[:, :shown]
+        )  # (x + 4) / 4, to the bit
         if pad_to_samples:
             out[:, heard:] = (floor.clamp(min=-10.0) + 4.0) / 4.0  # of silence
     return mel

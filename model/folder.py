@@ -1,9 +1,10 @@
 """The model folder: what was trained, and which frozen parts it belongs to.
 
-    soundwave.json        SoundwaveConfig, stage, sha256 of the frozen parts and their settings (model/identity.py), whatever the
-                          caller adds
-    adapters.safetensors  trained parts but LoRA, by their names in the model (of a tied CTC head: the blank's row)
-    lora/                 LoRA in peft's own format
+soundwave.json        SoundwaveConfig, stage, sha256 of the frozen parts and their settings
+                      (model/identity.py), whatever the caller adds
+adapters.safetensors  trained parts but LoRA, by their names in the model (of a tied CTC head: the blank's
+                      row)
+lora/                 LoRA in peft's own format
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from model.soundwave import PARTS, STAGES, Soundwave
 
 logger = logging.getLogger("soundwave")
 CONFIG, ADAPTERS, LORA = "soundwave.json", "adapters.safetensors", "lora"
-MOST_LAYERS = 1000  # of the alignment adapter; more are a damaged or hostile file, and building them would take for ever
+# of the alignment adapter; more are a damaged or hostile file, and building them would take for ever
+MOST_LAYERS = 1000
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CONFIG_TYPE = TypeAdapter(SoundwaveConfig)
 
@@ -45,17 +47,23 @@ class FolderError(SourceError):
 def trained_tensors(model: Soundwave) -> dict[str, torch.Tensor]:
     """Adapters and CTC head by name, without a tied head's embeddings."""
     skip = {"ctc_head.weight"} if model.ctc_head.kind == "tied" else set()
-    return {name: parameter for name, parameter in model.named_parameters()
-            if name.split(".")[0] in ("alignment", "ctc_head", "shrinking") and name not in skip}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.split(".")[0] in ("alignment", "ctc_head", "shrinking") and name not in skip
+    }
 
 
 def save(model: Soundwave, folder: str | Path, extra: dict | None = None) -> Path:
-    """Write a model folder; complete, or not there. Under ZeRO-3 the caller gathers the parameters and calls it on one rank."""
+    """Write a model folder; complete, or not there. Under ZeRO-3 the caller gathers the parameters and calls
+    it on one rank."""
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write_tensors({n: p.detach().cpu().contiguous() for n, p in trained_tensors(model).items()}, partial / ADAPTERS)
+    write_tensors(
+        {n: p.detach().cpu().contiguous() for n, p in trained_tensors(model).items()}, partial / ADAPTERS
+    )
     if isinstance(model.llm, PeftModel):
         (partial / LORA).mkdir(exist_ok=True)
         state = {n: p.detach().cpu().contiguous() for n, p in get_peft_model_state_dict(model.llm).items()}
@@ -64,10 +72,18 @@ def save(model: Soundwave, folder: str | Path, extra: dict | None = None) -> Pat
         peft_config.base_model_name_or_path = model.config.llm.name
         peft_config.inference_mode = True
         peft_config.save_pretrained(partial / LORA)
-    description = {"config": asdict(model.config), "stage": model.stage, "frozen": model.frozen_hash(),
-                   "settings": model.frozen_settings(), **(extra or {})}
+    description = {
+        "config": asdict(model.config),
+        "stage": model.stage,
+        "frozen": model.frozen_hash(),
+        "settings": model.frozen_settings(),
+        **(extra or {}),
+    }
     (partial / CONFIG).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
-    for path in [*partial.rglob("*"), partial]:  # a name that survives a power cut must not stand for files that did not
+    for path in [
+        *partial.rglob("*"),
+        partial,
+    ]:  # a name that survives a power cut must not stand for files that did not
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
@@ -84,8 +100,10 @@ def describe(folder: str | Path) -> dict:
     """Return soundwave.json of a model folder, its parts of the right types. Errors: FolderError."""
     path = Path(folder) / CONFIG
     if not path.exists():
-        raise FolderError(f"{folder} is not a model folder ({CONFIG} is missing): "
-                          "give <output>/<stage>/model of a finished stage")
+        raise FolderError(
+            f"{folder} is not a model folder ({CONFIG} is missing): "
+            "give <output>/<stage>/model of a finished stage"
+        )
     try:
         found = read_object(path)
     except JsonError as error:
@@ -94,38 +112,53 @@ def describe(folder: str | Path) -> dict:
     right = {
         "config": isinstance(found.get("config"), dict),
         "stage": found.get("stage") in STAGES,
-        "frozen": isinstance(frozen, dict) and all(isinstance(one, str) and _SHA256.fullmatch(one) for one in frozen.values()),
-        "settings": isinstance(settings, dict) and all(isinstance(settings.get(part, {}), dict) for part in identity.PARTS),
+        "frozen": isinstance(frozen, dict)
+        and all(isinstance(one, str) and _SHA256.fullmatch(one) for one in frozen.values()),
+        "settings": isinstance(settings, dict)
+        and all(isinstance(settings.get(part, {}), dict) for part in identity.PARTS),
         "recipe": isinstance(recipe, dict) and _is_data(recipe.get("data", {})),
         "step": type(found.get("step", 0)) is int,
     }
     wrong = [key for key, sound in right.items() if not sound]
     if wrong:
-        raise FolderError(f"{path}: '{wrong[0]}' is missing or not as training writes it: copy the folder again")
+        raise FolderError(
+            f"{path}: '{wrong[0]}' is missing or not as training writes it: copy the folder again"
+        )
     return found
 
 
 def _is_data(data: object) -> bool:
     """Whether it is a recipe's `data`, as far as others than the trainer read it."""
-    return (isinstance(data, dict) and isinstance(corpora := data.get("train", []), list)
-            and all(isinstance(corpus, dict) and isinstance(corpus.get("shards"), str) for corpus in corpora)
-            and data.get("ctc_text", NORMALISATIONS[0]) in NORMALISATIONS)
+    return (
+        isinstance(data, dict)
+        and isinstance(corpora := data.get("train", []), list)
+        and all(isinstance(corpus, dict) and isinstance(corpus.get("shards"), str) for corpus in corpora)
+        and data.get("ctc_text", NORMALISATIONS[0]) in NORMALISATIONS
+    )
 
 
 def read_config(folder: str | Path) -> SoundwaveConfig:
-    """Return the configuration of a model folder. Its texts are text: nothing in them is looked up. Errors: FolderError."""
+    """Return the configuration of a model folder. Its texts are text: nothing in them is looked up. Errors:
+    FolderError."""
     path = Path(folder) / CONFIG
     try:
         config = _CONFIG_TYPE.validate_python(describe(folder)["config"])
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "config"
-        raise FolderError(f"{path}: {key}: {first['msg']} ({ascii(first['input'])[:60]}): copy the folder again") from None
+        raise FolderError(
+            f"{path}: {key}: {first['msg']} ({ascii(first['input'])[:60]}): copy the folder again"
+        ) from None
     for key, problem in problems(config):
         raise FolderError(f"{path}: {key} {problem}")
     if config.alignment.layers > MOST_LAYERS:
-        raise FolderError(f"{path}: alignment.layers is {config.alignment.layers}: give at most {MOST_LAYERS}")
-    for part in (config.encoder, config.llm):  # frozen parts that stand inside the folder are named relative to it
+        raise FolderError(
+            f"{path}: alignment.layers is {config.alignment.layers}: give at most {MOST_LAYERS}"
+        )
+    for part in (
+        config.encoder,
+        config.llm,
+    ):  # frozen parts that stand inside the folder are named relative to it
         name = Path(part.name)
         if not name.is_absolute() and ".." not in name.parts and (Path(folder) / name).is_dir():
             part.name = str(Path(folder) / name)
@@ -149,34 +182,48 @@ def base_differences(model: Soundwave, folder: str | Path) -> dict[str, str]:
     return identity_differences(folder, model.frozen_hash(), model.frozen_settings(), places)
 
 
-def identity_differences(folder: str | Path, frozen: dict[str, str], settings: dict, places: dict[str, Path]) -> dict[str, str]:
-    """Return "base" and "tokenizer" -> one line, where the frozen parts are not those that the folder was trained with.
+def identity_differences(
+    folder: str | Path, frozen: dict[str, str], settings: dict, places: dict[str, Path]
+) -> dict[str, str]:
+    """Return "base" and "tokenizer" -> one line, where the frozen parts are not those that the folder was
+    trained with.
 
-    frozen, settings: of the parts in `places`. Where the folder was made before settings were recorded, a warning replaces their
-    check. Errors: FolderError.
+    frozen, settings: of the parts in `places`. Where the folder was made before settings were recorded, a
+    warning replaces their check. Errors: FolderError.
     """
     description, found = describe(folder), {}
     stored = description["frozen"]
     for part, digest in frozen.items():
         if part in stored and stored[part] != digest:
-            found.setdefault("base", f"{folder} was trained with another {part}: its sha256 is {stored[part][:12]}..., that of "
-                                     f"{places[part]} is {digest[:12]}...; set model.{part}.name to the right one, "
-                                     f"{getattr(read_config(folder), part).name} at that time")
+            found.setdefault(
+                "base",
+                f"{folder} was trained with another {part}: its sha256 is {stored[part][:12]}..., that of "
+                f"{places[part]} is {digest[:12]}...; set model.{part}.name to the right one, "
+                f"{getattr(read_config(folder), part).name} at that time",
+            )
     if "settings" not in description:
-        logger.warning("%s does not record the configurations, the preprocessor, the tokenizer and the end tokens of its frozen "
-                       "parts (an earlier version made it): only their tensors were compared", folder)
+        logger.warning(
+            "%s does not record the configurations, the preprocessor, the tokenizer and the end tokens of "
+            "its frozen "
+            "parts (an earlier version made it): only their tensors were compared",
+            folder,
+        )
         return found
     for part, lines in identity.changes(description["settings"], settings).items():
         key = "llm" if part == "tokenizer" else part
         more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
-        found.setdefault("tokenizer" if part == "tokenizer" else "base",
-                         f"{folder} was trained with another {part} ({'; '.join(lines[:5])}{more}): give {places[key]} its old "
-                         f"files back, or set model.{key}.name to a folder that has them")
+        found.setdefault(
+            "tokenizer" if part == "tokenizer" else "base",
+            f"{folder} was trained with another {part} ({'; '.join(lines[:5])}{more}): give {places[key]} "
+            f"its old "
+            f"files back, or set model.{key}.name to a folder that has them",
+        )
     return found
 
 
 def check_fit(model: Soundwave, folder: str | Path, *, but: tuple[str, ...] = ()) -> list[str]:
-    """Return the trained parts that a folder and a model both have, `but` some. The model may be on the meta device.
+    """Return the trained parts that a folder and a model both have, `but` some. The model may be on the meta
+    device.
 
     Errors: FolderError for tensors that one side lacks and for sizes that differ.
     """
@@ -189,15 +236,25 @@ def check_fit(model: Soundwave, folder: str | Path, *, but: tuple[str, ...] = ()
             continue
         differ = sorted(names ^ own) + [n for n in sorted(names & own) if _shape(parameters[n]) != stored[n]]
         if differ:
-            raise FolderError(f"{folder}: {part} does not fit model.{'alignment' if part == 'ctc_head' else part} of this recipe "
-                              f"({', '.join(differ[:3])}): use the settings in {folder / CONFIG}")
+            raise FolderError(
+                f"{folder}: {part} does not fit model.{'alignment' if part == 'ctc_head' else part} of this "
+                f"recipe "
+                f"({', '.join(differ[:3])}): use the settings in {folder / CONFIG}"
+            )
         fitting.append(part)
     if (folder / LORA).is_dir() and isinstance(model.llm, PeftModel):
-        stored, own = _shapes(folder / LORA / "adapter_model.safetensors"), get_peft_model_state_dict(model.llm)
-        differ = sorted(stored.keys() ^ own.keys()) + [n for n in stored.keys() & own.keys() if _shape(own[n]) != stored[n]]
+        stored, own = (
+            _shapes(folder / LORA / "adapter_model.safetensors"),
+            get_peft_model_state_dict(model.llm),
+        )
+        differ = sorted(stored.keys() ^ own.keys()) + [
+            n for n in stored.keys() & own.keys() if _shape(own[n]) != stored[n]
+        ]
         if differ:
-            raise FolderError(f"{folder}: its LoRA does not fit model.llm of this recipe ({differ[0]}): "
-                              f"use the lora_* settings in {folder / CONFIG}")
+            raise FolderError(
+                f"{folder}: its LoRA does not fit model.llm of this recipe ({differ[0]}): "
+                f"use the lora_* settings in {folder / CONFIG}"
+            )
         fitting.append("lora")
     return fitting
 
@@ -205,8 +262,8 @@ def check_fit(model: Soundwave, folder: str | Path, *, but: tuple[str, ...] = ()
 def load_trained(model: Soundwave, folder: str | Path, *, verify: bool = True) -> list[str]:
     """Put a folder's trained parts into a built model, where both have them; returns the parts taken.
 
-    A stage I folder has no shrinking adapter and no LoRA: the model's stay fresh. Errors: FolderError for another base
-    (unless not `verify`), and for sizes that differ (the message names them).
+    A stage I folder has no shrinking adapter and no LoRA: the model's stay fresh. Errors: FolderError for
+    another base (unless not `verify`), and for sizes that differ (the message names them).
     """
     folder = Path(folder)
     describe(folder)
@@ -251,14 +308,23 @@ def dtype_name(dtype: torch.dtype | str | None) -> str | None:
     return None if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
 
 
-def load(folder: str | Path, *, encoder: str | None = None, llm: str | None = None, device: torch.device | str | None = None,
-         dtype: torch.dtype | str | None = None, verify: bool = True, with_llm: bool = True, attention: str | None = None
-         ) -> Soundwave:
-    """A model folder as a model in eval mode, with its frozen parts from where it names them, or from `encoder` and `llm`.
+def load(
+    folder: str | Path,
+    *,
+    encoder: str | None = None,
+    llm: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    verify: bool = True,
+    with_llm: bool = True,
+    attention: str | None = None,
+) -> Soundwave:
+    """A model folder as a model in eval mode, with its frozen parts from where it names them, or from
+    `encoder` and `llm`.
 
-    dtype: of the frozen parts; None or "auto": the one that the folder names. attention: as model.attention_implementation.
-    A stage I folder comes without the LLM; any other, too, if not `with_llm`, for its CTC head alone. Errors: FolderError,
-    SourceError.
+    dtype: of the frozen parts; None or "auto": the one that the folder names. attention: as
+    model.attention_implementation. A stage I folder comes without the LLM; any other, too, if not `with_llm`,
+    for its CTC head alone. Errors: FolderError, SourceError.
     """
     description, config = describe(folder), read_config(folder)
     config.encoder.name, config.llm.name = encoder or config.encoder.name, llm or config.llm.name
@@ -267,7 +333,8 @@ def load(folder: str | Path, *, encoder: str | None = None, llm: str | None = No
     stage = description["stage"] if with_llm else "alignment"
     parts = tuple(p for p in PARTS if p != "llm" or stage != "alignment")
     try:
-        # Sizes first, before memory is asked for; the CTC head's depend on the tokenizer, which is not read yet.
+        # Sizes first, before memory is asked for; the CTC head's depend on the tokenizer, which is not read
+        # yet.
         check_fit(Soundwave.build(config, parts=parts, meta=True), folder, but=("ctc_head",))
         model = Soundwave.build(config, parts=parts)
         load_trained(model, folder, verify=verify)
@@ -275,7 +342,10 @@ def load(folder: str | Path, *, encoder: str | None = None, llm: str | None = No
     except SourceError:
         raise
     except Exception as error:  # sizes that do not go together, or no memory for them
-        raise FolderError(f"{folder} cannot be built as its {CONFIG} says ({type(error).__name__}: {one_line(error)}): copy the "
-                          "folder and its frozen parts again") from error
+        raise FolderError(
+            f"{folder} cannot be built as its {CONFIG} says ({type(error).__name__}: {one_line(error)}): "
+            f"copy the "
+            "folder and its frozen parts again"
+        ) from error
     model.trained_seconds = trained_with(description).get("max_seconds")
     return (model if device is None else model.to(device)).eval()

@@ -6,8 +6,8 @@
          "llm":       {"config.json rms_norm_eps": 1e-05, ..., "generation eos_token_id": [2], ...},
          "tokenizer": {"vocabulary": sha256, "chat template": sha256, "bos_token": "<s>", ...}}
 
-Model folders and checkpoints record it beside the tensors' hashes. Files are read as transformers reads them: order, white space,
-names of earlier versions and defaults that are written out make no difference.
+Model folders and checkpoints record it beside the tensors' hashes. Files are read as transformers reads them:
+order, white space, names of earlier versions and defaults that are written out make no difference.
 """
 
 from __future__ import annotations
@@ -22,23 +22,33 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from model.pretrained import Source, preprocessor_settings, read_json
 
 PARTS = ("encoder", "llm", "tokenizer")
-# Of a config.json: provenance, the type of the weights (the recipe decides it), what only training or classification heads use,
-# and token ids, of which generation_config.json's count.
+# Of a config.json: provenance, the type of the weights (the recipe decides it), what only training or
+# classification heads use, and token ids, of which generation_config.json's count.
 _NO_MATTER = re.compile(
     r"_name_or_path|transformers_version|dtype|torch_dtype|architectures|auto_map|_commit_hash|use_cache"
     r"|_?attn_implementation.*|output_\w+|return_dict|id2label|label2id|problem_type|initializer_\w+|init_std|pretraining_tp"
-    r"|\w*(dropout|pdrop|layerdrop)\w*|(bos|eos|pad|sep|decoder_start)_token_id|chunk_size_feed_forward|torchscript|tokenizer_class")
+    r"|\w*(dropout|pdrop|layerdrop)\w*|(bos|eos|pad|sep|decoder_start)_token_id|chunk_size_feed_forward|torchscript|tokenizer_class"
+)
 # Of an encoder's: what belongs to the decoder and to other tasks.
 _NOT_ENCODERS = re.compile(
     r"decoder_\w+|max_target_positions|vocab_size|(begin_)?suppress_tokens|forced_decoder_ids|is_encoder_decoder|max_length|"
     r"median_filter_width|use_weighted_layer_sum|classifier_proj_size|apply_spec_augment|mask_\w+|ctc_\w+|tie_word_embeddings|"
-    r"tdnn_\w+|xvector_\w+|num_codevector\w*|codevector_dim|contrastive_\w+|num_negatives|proj_codevector_dim|diversity_\w+")
-_PREPROCESSOR = {"sampling_rate": 16000, "hop_length": None, "n_fft": None, "feature_size": None, "do_normalize": None,
-                 "padding_value": 0.0, "dither": 0.0}
+    r"tdnn_\w+|xvector_\w+|num_codevector\w*|codevector_dim|contrastive_\w+|num_negatives|proj_codevector_dim|diversity_\w+"
+)
+_PREPROCESSOR = {
+    "sampling_rate": 16000,
+    "hop_length": None,
+    "n_fft": None,
+    "feature_size": None,
+    "do_normalize": None,
+    "padding_value": 0.0,
+    "dither": 0.0,
+}
 
 
 def settings(sources: dict[str, Source], tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
-    """Return the identity beside the tensors (see the module's docstring), as JSON gives it back. The sources have folders."""
+    """Return the identity beside the tensors (see the module's docstring), as JSON gives it back. The sources
+    have folders."""
     llm = sources["llm"]
     found = {"llm": _config(llm.config) | _end_tokens(llm), "tokenizer": _tokenizer(tokenizer)}
     return encoder_settings(sources["encoder"]) | json.loads(json.dumps(found, default=str))
@@ -46,14 +56,18 @@ def settings(sources: dict[str, Source], tokenizer: PreTrainedTokenizerBase) -> 
 
 def encoder_settings(encoder: Source) -> dict[str, object]:
     """Return the encoder's part of `settings` alone."""
-    found = {"transformers": transformers.__version__, "encoder": _config(encoder.config, _NOT_ENCODERS) | _preprocessor(encoder)}
+    found = {
+        "transformers": transformers.__version__,
+        "encoder": _config(encoder.config, _NOT_ENCODERS) | _preprocessor(encoder),
+    }
     return json.loads(json.dumps(found, default=str))
 
 
 def changes(stored: dict, now: dict) -> dict[str, list[str]]:
     """Return part -> "name: then -> now" lines, for the parts that differ.
 
-    A name that one side lacks counts as a difference under the same version of transformers; other versions know other names.
+    A name that one side lacks counts as a difference under the same version of transformers; other versions
+    know other names.
     """
     same_version = stored.get("transformers") == now.get("transformers")
     found = {}
@@ -77,7 +91,11 @@ def _lines(name: str, then: object, now: object) -> list[str]:
     if then == now:
         return []
     if isinstance(then, dict) and isinstance(now, dict):
-        return [line for key in sorted(then.keys() | now.keys()) for line in _lines(f"{name}.{key}", then.get(key), now.get(key))]
+        return [
+            line
+            for key in sorted(then.keys() | now.keys())
+            for line in _lines(f"{name}.{key}", then.get(key), now.get(key))
+        ]
     return [f"{name}: {_short(then)} -> {_short(now)}"]
 
 
@@ -89,41 +107,61 @@ def _short(value: object) -> str:
 
 
 def _config(config: PretrainedConfig, also_no_matter: re.Pattern | None = None) -> dict[str, object]:
-    return {f"config.json {key}": value for key, value in _kept(config.to_dict()).items()
-            if also_no_matter is None or not also_no_matter.fullmatch(key)}
+    return {
+        f"config.json {key}": value
+        for key, value in _kept(config.to_dict()).items()
+        if also_no_matter is None or not also_no_matter.fullmatch(key)
+    }
 
 
 def _kept(values: dict) -> dict:
     """A config's values that matter, its sub-configs' too."""
-    return {str(key): _kept(value) if isinstance(value, dict) else value for key, value in values.items()
-            if not _NO_MATTER.fullmatch(str(key))}
+    return {
+        str(key): _kept(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if not _NO_MATTER.fullmatch(str(key))
+    }
 
 
 def _preprocessor(source: Source) -> dict[str, object]:
-    """Values of the feature extractor that change features; where a file or a value is missing, those that the family has."""
-    own = {"feature_size": getattr(source.config, "num_mel_bins", 1), "do_normalize": source.config.model_type != "whisper"}
+    """Values of the feature extractor that change features; where a file or a value is missing, those that
+    the family has."""
+    own = {
+        "feature_size": getattr(source.config, "num_mel_bins", 1),
+        "do_normalize": source.config.model_type != "whisper",
+    }
     if source.config.model_type == "whisper":
         own |= {"hop_length": 160, "n_fft": 400}
     given = preprocessor_settings(source.folder)
-    return {f"preprocessor_config.json {key}": given.get(key, own.get(key, default)) for key, default in _PREPROCESSOR.items()}
+    return {
+        f"preprocessor_config.json {key}": given.get(key, own.get(key, default))
+        for key, default in _PREPROCESSOR.items()
+    }
 
 
 def _end_tokens(source: Source) -> dict[str, object]:
-    """Ids that end an answer and pad a batch, of generation_config.json, or of config.json where that is missing."""
+    """Ids that end an answer and pad a batch, of generation_config.json, or of config.json where that is
+    missing."""
     path = source.folder / "generation_config.json"
     values = read_json(path) if path.exists() else source.config.to_dict()
     ends = values.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
-    return {"generation eos_token_id": sorted(one for one in ends if one is not None),
-            "generation pad_token_id": values.get("pad_token_id")}
+    return {
+        "generation eos_token_id": sorted(one for one in ends if one is not None),
+        "generation pad_token_id": values.get("pad_token_id"),
+    }
 
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
     template = tokenizer.chat_template
-    return {"vocabulary": vocabulary_hash(tokenizer),
-            "chat template": None if template is None else _sha256(json.dumps(template, sort_keys=True)),
-            **{name: str(value) if (value := getattr(tokenizer, name)) is not None else None
-               for name in ("bos_token", "eos_token", "pad_token")}}
+    return {
+        "vocabulary": vocabulary_hash(tokenizer),
+        "chat template": None if template is None else _sha256(json.dumps(template, sort_keys=True)),
+        **{
+            name: str(value) if (value := getattr(tokenizer, name)) is not None else None
+            for name in ("bos_token", "eos_token", "pad_token")
+        },
+    }
 
 
 def _sha256(text: str) -> str:

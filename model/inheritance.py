@@ -1,4 +1,5 @@
-"""What a stage inherits from the model folder that it starts from, read from files alone: no tensor library is loaded here."""
+"""What a stage inherits from the model folder that it starts from, read from files alone: no tensor library
+is loaded here."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from model.config import SoundwaveConfig
 
 #: Options that say how a model is computed here, not what it is; they are never inherited.
 _OF_THE_MACHINE = ("dtype", "attention_implementation", "encoder.max_seconds")
-#: Options that matter in training alone, inherited but free to differ, and the frozen parts' names: their content is compared.
+#: Options that matter in training alone, inherited but free to differ, and the frozen parts' names: their
+# content is compared.
 _FREE = ("alignment.dropout", "shrinking.dropout", "llm.lora_dropout", "encoder.name", "llm.name")
 
 
@@ -22,10 +24,12 @@ class StartError(ValueError):
 
 
 def inherited_options(folder: str | Path) -> dict[str, object]:
-    """Return the options of the parts that a folder holds, e.g. {"alignment.layers": 1, "shrinking.keep": "first"}.
+    """Return the options of the parts that a folder holds, e.g. {"alignment.layers": 1, "shrinking.keep":
+    "first"}.
 
-    A stage that starts from the folder computes these parts as they were trained. A stage I folder decides nothing about the
-    shrinking adapter and the prompt, and one without LoRA nothing about LoRA. Options that were added later have their defaults.
+    A stage that starts from the folder computes these parts as they were trained. A stage I folder decides
+    nothing about the shrinking adapter and the prompt, and one without LoRA nothing about LoRA. Options that
+    were added later have their defaults.
     Errors: StartError.
     """
     folder = Path(folder)
@@ -35,7 +39,9 @@ def inherited_options(folder: str | Path) -> dict[str, object]:
         sections = {name: value for name, value in stored.items() if isinstance(value, dict)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise StartError(f"{folder / 'soundwave.json'} is not as training writes it ({reason}): copy the folder again") from None
+        raise StartError(
+            f"{folder / 'soundwave.json'} is not as training writes it ({reason}): copy the folder again"
+        ) from None
     kept = ["encoder", "alignment", "audio_token", "llm.name"]
     if stage != "alignment":
         kept += ["shrinking", "prompt", "system_prompt"]
@@ -44,12 +50,20 @@ def inherited_options(folder: str | Path) -> dict[str, object]:
     options = {}
     for name, default in asdict(SoundwaveConfig()).items():
         if isinstance(default, dict):
-            options |= {f"{name}.{key}": sections.get(name, {}).get(key, value) for key, value in default.items()}
+            options |= {
+                f"{name}.{key}": sections.get(name, {}).get(key, value) for key, value in default.items()
+            }
         else:
             options[name] = stored.get(name, default)
-    options = {key: value for key, value in options.items() if key not in _OF_THE_MACHINE
-               and (key in kept or key.partition(".")[0] in kept)}
-    for key in {"encoder.name", "llm.name"} & options.keys():  # frozen parts inside the folder are named relative to it
+    options = {
+        key: value
+        for key, value in options.items()
+        if key not in _OF_THE_MACHINE and (key in kept or key.partition(".")[0] in kept)
+    }
+    for key in {
+        "encoder.name",
+        "llm.name",
+    } & options.keys():  # frozen parts inside the folder are named relative to it
         name = Path(str(options[key]))
         if not name.is_absolute() and ".." not in name.parts and (folder / name).is_dir():
             options[key] = str(folder / name)
@@ -57,8 +71,9 @@ def inherited_options(folder: str | Path) -> dict[str, object]:
 
 
 def differing_options(config: SoundwaveConfig, folder: str | Path) -> dict[str, tuple[object, object]]:
-    """Return {"model.alignment.layers": (in the folder, in this configuration)} for options by which a part would be computed in
-    another way than it was trained. Which layers have LoRA shows in the tensors (`folder.check_fit`). Errors: StartError."""
+    """Return {"model.alignment.layers": (in the folder, in this configuration)} for options by which a part
+    would be computed in another way than it was trained. Which layers have LoRA shows in the tensors
+    (`folder.check_fit`). Errors: StartError."""
     differ = {}
     for key, then in inherited_options(folder).items():
         now = operator.attrgetter(key)(config)
@@ -74,4 +89,6 @@ def held_parts(folder: str | Path) -> set[str]:
         with safe_open(file, "np") as opened:
             return {name.split(".")[0] for name in opened.keys()}
     except (OSError, SafetensorError) as error:
-        raise StartError(f"{file} cannot be read ({str(error).splitlines()[0]}): copy the folder again") from None
+        raise StartError(
+            f"{file} cannot be read ({str(error).splitlines()[0]}): copy the folder again"
+        ) from None

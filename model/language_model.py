@@ -1,4 +1,5 @@
-"""The language model: any decoder-only LLM of transformers, with LoRA by peft, and its tokenizer with the audio token."""
+"""The language model: any decoder-only LLM of transformers, with LoRA by peft, and its tokenizer with the
+audio token."""
 
 from __future__ import annotations
 
@@ -30,34 +31,45 @@ from model.pretrained import Source, SourceError, reading, tensor_files, text_co
 from model.prompt import stop_ids
 
 ALL_LINEAR = "all-linear"  # peft's keyword
-# transformers names its modules so, in every family; MLA: DeepSeek's and Longcat's multi-head latent attention.
+# transformers names its modules so, in every family; MLA: DeepSeek's and Longcat's multi-head latent
+# attention.
 _ATTENTION = re.compile(r"(Attention|Attn|MLA)$")
 
 
 def load_tokenizer(source: Source, audio_token: str) -> PreTrainedTokenizerBase:
-    """The LLM's tokenizer with `audio_token` as one special token (added at its end unless it is there already)."""
+    """The LLM's tokenizer with `audio_token` as one special token (added at its end unless it is there
+    already)."""
     with reading(source.folder, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
         if audio_token not in tokenizer.get_vocab():
-            tokenizer.add_tokens([AddedToken(audio_token, special=True, normalized=False)], special_tokens=True)
+            tokenizer.add_tokens(
+                [AddedToken(audio_token, special=True, normalized=False)], special_tokens=True
+            )
     return tokenizer
 
 
 def without_noise(config: PretrainedConfig) -> PretrainedConfig:
     """Return an LLM's config with every rate of dropout and jitter 0: a frozen base is not regularised.
 
-    Soundwave.train keeps it in eval mode, too; but layers that are computed again in backward are not in that mode.
+    Soundwave.train keeps it in eval mode, too; but layers that are computed again in backward are not in that
+    mode.
     """
     config = copy.deepcopy(config)
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for name, value in vars(part).items():
-            if ("drop" in name or "jitter" in name) and isinstance(value, (int, float)) and not isinstance(value, bool) and value:
+            if (
+                ("drop" in name or "jitter" in name)
+                and isinstance(value, (int, float))
+                and not isinstance(value, bool)
+                and value
+            ):
                 setattr(part, name, type(value)(0))
     return config
 
 
 def build_llm(config: LLMConfig, source: Source, dtype: torch.dtype, attention: str | None) -> nn.Module:
-    """The frozen LLM with fresh LoRA (which starts as the identity); on the meta device where the source has no weights."""
+    """The frozen LLM with fresh LoRA (which starts as the identity); on the meta device where the source has
+    no weights."""
     options = {"dtype": dtype, "attn_implementation": attention}
     quiet = without_noise(source.config)
     loading = {**options, "config": quiet, "output_loading_info": True}
@@ -68,21 +80,29 @@ def build_llm(config: LLMConfig, source: Source, dtype: torch.dtype, attention: 
         tensor_files(source.folder)  # a file that is missing or cut is named
         with reading(source.folder, "weights for its config.json"):
             try:
-                llm, report = AutoModelForCausalLM.from_pretrained(source.folder, trust_remote_code=False, use_safetensors=True,
-                                                                   **loading)
+                llm, report = AutoModelForCausalLM.from_pretrained(
+                    source.folder, trust_remote_code=False, use_safetensors=True, **loading
+                )
             except (ValueError, ImportError) as error:
                 if attention is None or "attention" not in str(error).lower():
                     raise
-                raise SourceError(f"{source.name} does not run with model.attention_implementation={attention} "
-                                  f"({str(error).split('.')[0]}): set it to eager or auto") from None
+                raise SourceError(
+                    f"{source.name} does not run with model.attention_implementation={attention} "
+                    f"({str(error).split('.')[0]}): set it to eager or auto"
+                ) from None
             except RuntimeError as error:
                 if "mismatch" not in str(error):
                     raise
-                raise SourceError(f"the tensors of {source.folder} do not have the sizes that its config.json names: copy the "
-                                  "model again") from None
+                raise SourceError(
+                    f"the tensors of {source.folder} do not have the sizes that its config.json names: copy "
+                    f"the "
+                    "model again"
+                ) from None
         if lacking := sorted(report["missing_keys"]):
-            raise SourceError(f"{source.folder} lacks {len(lacking)} of the tensors that its config.json asks for, "
-                              f"'{lacking[0]}' for one: it is not a whole {source.config.model_type} model")
+            raise SourceError(
+                f"{source.folder} lacks {len(lacking)} of the tensors that its config.json asks for, "
+                f"'{lacking[0]}' for one: it is not a whole {source.config.model_type} model"
+            )
     llm.generation_config = end_settings(source)
     llm.requires_grad_(False)
     if config.lora_r == 0:
@@ -96,37 +116,48 @@ def with_lora(llm: nn.Module, config: LLMConfig, name: str) -> PeftModel:
     targets = lora_targets(llm, config.lora_targets, name)
     linear = _linear_layers(llm)
     transposed = all(isinstance(linear[key], Conv1D) for key in linear if _is_target(key, targets))  # GPT-2's
-    lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=targets,
-                      task_type="CAUSAL_LM", fan_in_fan_out=transposed)
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=transposed,
+    )
     try:
         llm = get_peft_model(llm, lora)
         key_lora_dropout(llm)
         return llm
     except ValueError as error:
-        raise SourceError(f"LoRA does not fit {name}: model.llm.lora_targets = {targets} "
-                          f"({str(error).splitlines()[0]})") from None
+        raise SourceError(
+            f"LoRA does not fit {name}: model.llm.lora_targets = {targets} ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def _linear_layers(llm: nn.Module) -> dict[str, nn.Module]:
     """Name -> module of every linear layer but the output embeddings."""
     head = llm.get_output_embeddings()
-    return {name: module for name, module in llm.named_modules()
-            if isinstance(module, (nn.Linear, Conv1D)) and module is not head}
+    return {
+        name: module
+        for name, module in llm.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    }
 
 
 def _is_target(key: str, targets: str | list[str]) -> bool:
-    """Whether peft adapts a module of this name: a string is `all-linear` or a regular expression for the whole name, each of a
-    list the whole name or its end."""
+    """Whether peft adapts a module of this name: a string is `all-linear` or a regular expression for the
+    whole name, each of a list the whole name or its end."""
     if isinstance(targets, str):
         return targets.lower() == ALL_LINEAR or re.fullmatch(targets, key) is not None
     return any(key == target or key.endswith(f".{target}") for target in targets)
 
 
 def lora_targets(llm: nn.Module, wanted: list[str] | str | None, name: str) -> list[str] | str:
-    """Return peft's target_modules for `model.llm.lora_targets`; None: the linear layers of the LLM's attention.
+    """Return peft's target_modules for `model.llm.lora_targets`; None: the linear layers of the LLM's
+    attention.
 
-    llm: without LoRA, on any device. Errors: SourceError for a target that no linear layer matches, and for None where the LLM
-    has no attention.
+    llm: without LoRA, on any device. Errors: SourceError for a target that no linear layer matches, and for
+    None where the LLM has no attention.
     """
     if wanted is None:
         return _attention_targets(llm, name)
@@ -137,56 +168,80 @@ def lora_targets(llm: nn.Module, wanted: list[str] | str | None, name: str) -> l
     if isinstance(wanted, str):
         if not any(_is_target(key, wanted) for key in linear):
             hint = f"; a list of names is written [{wanted}]" if wanted in known else ""
-            raise SourceError(f"model.llm.lora_targets: no linear layer of {name} has a whole name that the regular expression "
-                              f"'{wanted}' matches, such as '{next(iter(linear))}'{hint}; its linear layers: {', '.join(known)}")
-        others = [key for key, module in llm.named_modules() if wanted.lower() != ALL_LINEAR and _is_target(key, wanted)
-                  and key not in linear]
+            raise SourceError(
+                f"model.llm.lora_targets: no linear layer of {name} has a whole name that the regular "
+                f"expression "
+                f"'{wanted}' matches, such as '{next(iter(linear))}'{hint}; its linear layers: "
+                f"{', '.join(known)}"
+            )
+        others = [
+            key
+            for key, module in llm.named_modules()
+            if wanted.lower() != ALL_LINEAR and _is_target(key, wanted) and key not in linear
+        ]
     else:
         for target in wanted:
             if not any(_is_target(key, [target]) for key in linear):
                 nearest = max(known, key=lambda one: difflib.SequenceMatcher(None, target, one).ratio())
-                raise SourceError(f"model.llm.lora_targets: {name} has no linear layer '{target}'; did you mean '{nearest}'? Its "
-                                  f"linear layers: {', '.join(known)}")
+                raise SourceError(
+                    f"model.llm.lora_targets: {name} has no linear layer '{target}'; did you mean "
+                    f"'{nearest}'? Its "
+                    f"linear layers: {', '.join(known)}"
+                )
         others = [key for key, _ in llm.named_modules() if _is_target(key, wanted) and key not in linear]
     if others:
-        raise SourceError(f"model.llm.lora_targets: '{others[0]}' of {name} is no linear layer inside the LLM, and LoRA is for "
-                          "those: "
-                          f"{', '.join(known)}")
+        raise SourceError(
+            f"model.llm.lora_targets: '{others[0]}' of {name} is no linear layer inside the LLM, and LoRA is "
+            f"for "
+            "those: "
+            f"{', '.join(known)}"
+        )
     return wanted
 
 
 def resolved_targets(config: LLMConfig, source: Source) -> list[str] | str | None:
-    """`config.lora_targets`; for None what that stands for in this LLM, from its config.json alone. Errors: SourceError."""
+    """`config.lora_targets`; for None what that stands for in this LLM, from its config.json alone. Errors:
+    SourceError."""
     if config.lora_targets is not None or config.lora_r == 0:
         return config.lora_targets
     with torch.device("meta"):
-        # The class itself: from_config would shard and initialise a model without weights while ZeRO-3 is being set up.
+        # The class itself: from_config would shard and initialise a model without weights while ZeRO-3 is
+        # being set up.
         llm = AutoModelForCausalLM._model_mapping[type(source.config)](source.config)
     return lora_targets(llm, None, source.name)
 
 
 def _attention_targets(llm: nn.Module, name: str) -> list[str] | str:
-    """The linear layers inside the text decoder's attention modules: the shortest ends of their names that mean no others, or a
-    regular expression where these ends hold a layer's number (beside a vision tower with layers of the same names)."""
+    """The linear layers inside the text decoder's attention modules: the shortest ends of their names that
+    mean no others, or a regular expression where these ends hold a layer's number (beside a vision tower with
+    layers of the same names)."""
     linear, decoder = _linear_layers(llm), llm.get_decoder()
     inside = {id(module) for module in decoder.modules()}
     modules = dict(llm.named_modules())
     # A multimodal LLM's vision and audio towers have attention too; their configurations name other sizes.
     own = (llm.config.model_type, llm.config.get_text_config().model_type)
-    towers = [key for key, module in modules.items()
-              if key and getattr(getattr(module, "config", None), "model_type", own[0]) not in own]
+    towers = [
+        key
+        for key, module in modules.items()
+        if key and getattr(getattr(module, "config", None), "model_type", own[0]) not in own
+    ]
     attends = []
     for key in linear:
-        parents = [key[:end.start()] for end in re.finditer(r"\.", key)]
-        if any(_ATTENTION.search(type(modules[parent]).__name__) for parent in parents) \
-                and not any(key.startswith(f"{tower}.") for tower in towers):
+        parents = [key[: end.start()] for end in re.finditer(r"\.", key)]
+        if any(_ATTENTION.search(type(modules[parent]).__name__) for parent in parents) and not any(
+            key.startswith(f"{tower}.") for tower in towers
+        ):
             attends.append(key)
-    chosen = [key for key in attends if id(linear[key]) in inside] or attends  # what some call their decoder is a head
+    chosen = [
+        key for key in attends if id(linear[key]) in inside
+    ] or attends  # what some call their decoder is a head
     if not chosen:
         known = list(dict.fromkeys(key.rpartition(".")[2] for key in linear))
-        raise SourceError(f"{name} has no attention layers that model.llm.lora_targets: null could stand for: name linear "
-                          "layers, or "
-                          f"write all-linear; its linear layers: {', '.join(known)}")
+        raise SourceError(
+            f"{name} has no attention layers that model.llm.lora_targets: null could stand for: name linear "
+            "layers, or "
+            f"write all-linear; its linear layers: {', '.join(known)}"
+        )
     others = [key for key in linear if key not in set(chosen)]
     targets: list[str] = []
     for key in chosen:
@@ -197,20 +252,28 @@ def _attention_targets(llm: nn.Module, name: str) -> list[str] | str:
         targets.append(next(end for end in ends if not any(_is_target(other, [end]) for other in others)))
     if not any(re.search(r"(^|\.)\d+\.", target) for target in targets):
         return targets
-    pattern = "|".join(dict.fromkeys(re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(key)) for key in chosen))
+    pattern = "|".join(
+        dict.fromkeys(re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(key)) for key in chosen)
+    )
     return targets if any(_is_target(other, pattern) for other in others) else pattern
 
 
 def described_targets(llm: nn.Module) -> str:
     """Which layers of the LLM have LoRA, for people: "q_proj x 32, v_proj x 32"."""
-    counts = Counter(name.removesuffix(".lora_A.default.weight").rpartition(".")[2]
-                     for name, _ in llm.named_parameters() if name.endswith(".lora_A.default.weight"))
+    counts = Counter(
+        name.removesuffix(".lora_A.default.weight").rpartition(".")[2]
+        for name, _ in llm.named_parameters()
+        if name.endswith(".lora_A.default.weight")
+    )
     return ", ".join(f"{name} x {count}" for name, count in counts.items())
+
+
 def end_settings(source: Source) -> GenerationConfig:
     """Return all that is taken from an LLM's own generation settings: the ids that begin, end and pad a text.
 
-    Whatever else stands there (n-grams that must not repeat, suppressed words, a time limit ...) would change answers and differ
-    between a run and its export: the settings of generation are this project's (model/generation/greedy.py). Errors: SourceError.
+    Whatever else stands there (n-grams that must not repeat, suppressed words, a time limit ...) would change
+    answers and differ between a run and its export: the settings of generation are this project's
+    (model/generation/greedy.py). Errors: SourceError.
     """
     file = source.folder and source.folder / "generation_config.json"
     if not file or not file.exists():
@@ -219,12 +282,17 @@ def end_settings(source: Source) -> GenerationConfig:
         try:
             base = GenerationConfig.from_pretrained(source.folder)
         except (OSError, ValueError, TypeError) as error:
-            raise SourceError(f"{file} cannot be read ({one_line(error)}): save it again or remove it") from None
-    return GenerationConfig(bos_token_id=base.bos_token_id, eos_token_id=base.eos_token_id, pad_token_id=base.pad_token_id)
+            raise SourceError(
+                f"{file} cannot be read ({one_line(error)}): save it again or remove it"
+            ) from None
+    return GenerationConfig(
+        bos_token_id=base.bos_token_id, eos_token_id=base.eos_token_id, pad_token_id=base.pad_token_id
+    )
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, style: str, settings: GenerationConfig) -> list[int]:
-    """Return the ids that end an answer: those of the chat template's turn and the tokenizer, and those of `end_settings`."""
+    """Return the ids that end an answer: those of the chat template's turn and the tokenizer, and those of
+    `end_settings`."""
     configured = settings.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
     stop = stop_ids(tokenizer, style)
@@ -236,7 +304,11 @@ def context_length(config: PretrainedConfig) -> int | None:
     sizes = text_config(config)
     longest = getattr(sizes, "max_position_embeddings", None)
     rope = getattr(sizes, "rope_parameters", None) or {}
-    if longest and rope.get("rope_type") in ("yarn", "longrope") and rope.get("original_max_position_embeddings"):
+    if (
+        longest
+        and rope.get("rope_type") in ("yarn", "longrope")
+        and rope.get("original_max_position_embeddings")
+    ):
         longest = max(longest, int(rope["original_max_position_embeddings"] * (rope.get("factor") or 1)))
     return longest
 
@@ -251,7 +323,8 @@ def lora_parameters(llm: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def embed(llm: nn.Module, input_ids: torch.Tensor, audio_id: int) -> torch.Tensor:
-    """input_ids [B, L] -> embeddings [B, L, D]; the audio token, which may lie beyond the table, reads row 0."""
+    """input_ids [B, L] -> embeddings [B, L, D]; the audio token, which may lie beyond the table, reads row
+    0."""
     return base_of(llm).get_input_embeddings()(input_ids.masked_fill(input_ids == audio_id, 0))
 
 
@@ -259,12 +332,14 @@ CHUNK_LOGITS = 1 << 24  # logits that exist at once: 64 MiB in fp32
 
 
 class HeadCrossEntropy(torch.autograd.Function):
-    """hidden [N, D], weight [V, D] (frozen), targets [N] -> cross-entropy of hidden x weight^T summed over N, in fp32.
+    """hidden [N, D], weight [V, D] (frozen), targets [N] -> cross-entropy of hidden x weight^T summed over N,
+    in fp32.
 
-    A chunk of positions at a time: its logits become its loss and, at once, the gradient of its hidden states, so that neither
-    N x |V| numbers nor the weight are kept for backward (ZeRO-3 has released it by then). The arithmetic is that of
-    `F.cross_entropy((hidden @ weight.T).float(), targets)`. torch's own `F.linear_cross_entropy` does the same, but returns the
-    sum over bf16 inputs in bf16: 2 to 3 digits of a sum over thousands of tokens.
+    A chunk of positions at a time: its logits become its loss and, at once, the gradient of its hidden
+    states, so that neither N x |V| numbers nor the weight are kept for backward (ZeRO-3 has released it by
+    then). The arithmetic is that of `F.cross_entropy((hidden @ weight.T).float(), targets)`. torch's own
+    `F.linear_cross_entropy` does the same, but returns the sum over bf16 inputs in bf16: 2 to 3 digits of a
+    sum over thousands of tokens.
     """
 
     @staticmethod
@@ -294,14 +369,19 @@ ROW_LIMITS = ("max_position_embeddings", "attention_chunk_size", "floor_scale")
 
 
 def one_row_is_cheaper(llm: nn.Module, mask: torch.Tensor, width: int) -> bool:
-    """Whether the rows of a batch, mask [B, L], cost a model of this width less joined to one row without padding.
+    """Whether the rows of a batch, mask [B, L], cost a model of this width less joined to one row without
+    padding.
 
-    A token costs a layer about 24 D^2 operations in its products and 4 D for each position that attention computes; in one row
-    those are all N tokens of the batch (block-diagonal, but computed), unless FlashAttention runs, which skips other rows. Rows
-    joined are no longer than a row may be by the LLM's config: some models count there by place, whatever the positions say.
+    A token costs a layer about 24 D^2 operations in its products and 4 D for each position that attention
+    computes; in one row those are all N tokens of the batch (block-diagonal, but computed), unless
+    FlashAttention runs, which skips other rows. Rows joined are no longer than a row may be by the LLM's
+    config: some models count there by place, whatever the positions say.
     """
     (rows, length), tokens, config = mask.shape, int(mask.sum()), base_of(llm).config
-    if tokens > min((limit for name in ROW_LIMITS if (limit := getattr(config.get_text_config(), name, None))), default=tokens):
+    if tokens > min(
+        (limit for name in ROW_LIMITS if (limit := getattr(config.get_text_config(), name, None))),
+        default=tokens,
+    ):
         return False
     if "flash" in (config._attn_implementation or ""):
         return tokens > 0
@@ -309,23 +389,34 @@ def one_row_is_cheaper(llm: nn.Module, mask: torch.Tensor, width: int) -> bool:
 
 
 class Arranged(NamedTuple):
-    """A batch's rows as the LLM gets them: as they are, [B, L] with padding, or joined to one row [1, N] without."""
+    """A batch's rows as the LLM gets them: as they are, [B, L] with padding, or joined to one row [1, N]
+    without."""
 
     arguments: dict[str, torch.Tensor]  # of the LLM's forward
     labels: torch.Tensor
     keys: torch.Tensor | None  # of dropout, one a token
 
 
-def arrange(embeddings: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, row_keys: torch.Tensor | None,
-            joined: bool) -> Arranged:
+def arrange(
+    embeddings: torch.Tensor,
+    mask: torch.Tensor,
+    labels: torch.Tensor,
+    row_keys: torch.Tensor | None,
+    joined: bool,
+) -> Arranged:
     """embeddings [B, L, D], mask and labels [B, L], row_keys [B] -> the arguments of one forward."""
     keys = None if row_keys is None else position_keys(row_keys, mask.shape[1])
     if not joined:
         return Arranged({"inputs_embeds": embeddings, "attention_mask": mask}, labels, keys)
     there = mask.bool()
-    labels = labels.masked_fill(mask.cumsum(1) == 1, -100)  # the row before does not predict a row's first token
-    return Arranged({"inputs_embeds": embeddings[there][None], "position_ids": (mask.long().cumsum(1) - 1)[there][None]},
-                    labels[there][None], None if keys is None else keys[there][None])
+    labels = labels.masked_fill(
+        mask.cumsum(1) == 1, -100
+    )  # the row before does not predict a row's first token
+    return Arranged(
+        {"inputs_embeds": embeddings[there][None], "position_ids": (mask.long().cumsum(1) - 1)[there][None]},
+        labels[there][None],
+        None if keys is None else keys[there][None],
+    )
 
 
 def token_keys_in_use(llm: nn.Module, keys: torch.Tensor | None) -> AbstractContextManager:
@@ -334,16 +425,23 @@ def token_keys_in_use(llm: nn.Module, keys: torch.Tensor | None) -> AbstractCont
     return tokens.use(keys) if tokens is not None else nullcontext()
 
 
-def target_loss(llm: nn.Module, embeddings: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor,
-                row_keys: torch.Tensor | None = None) -> torch.Tensor:
-    """embeddings [B, L, D], mask [B, L], labels [B, L] (-100: none) -> cross-entropy summed over the target tokens.
+def target_loss(
+    llm: nn.Module,
+    embeddings: torch.Tensor,
+    mask: torch.Tensor,
+    labels: torch.Tensor,
+    row_keys: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """embeddings [B, L, D], mask [B, L], labels [B, L] (-100: none) -> cross-entropy summed over the target
+    tokens.
 
-    row_keys [B]: the rows' keys of dropout, needed where LoRA's is on. Rows are joined to one without padding where that is
-    cheaper and `llm.joins_rows` (model/rows.py) allows it; their positions start at 0 again, by which transformers keeps them
-    apart in attention. Logits exist only where a label is, and of those a chunk at a time: a hook takes the hidden states in
-    front of the output embeddings to the loss, and sends one position on through the head and the model's end. A model that does
-    more there than multiply (a bias, LoRA, Gemma 2's cap on its logits) is known by its result for that position; it gets all
-    logits at target positions. Without any target one position is run and counts nothing.
+    row_keys [B]: the rows' keys of dropout, needed where LoRA's is on. Rows are joined to one without padding
+    where that is cheaper and `llm.joins_rows` (model/rows.py) allows it; their positions start at 0 again, by
+    which transformers keeps them apart in attention. Logits exist only where a label is, and of those a chunk
+    at a time: a hook takes the hidden states in front of the output embeddings to the loss, and sends one
+    position on through the head and the model's end. A model that does more there than multiply (a bias,
+    LoRA, Gemma 2's cap on its logits) is known by its result for that position; it gets all logits at target
+    positions. Without any target one position is run and counts nothing.
     """
     joined = getattr(llm, "joins_rows", False) and one_row_is_cheaper(llm, mask, embeddings.shape[-1])
     arguments, wanted, keys = arrange(embeddings, mask, labels, row_keys, joined)
@@ -376,7 +474,9 @@ def target_loss(llm: nn.Module, embeddings: torch.Tensor, mask: torch.Tensor, la
         for handle in handles:
             handle.remove()
     if product is None:
-        product = llm.head_is_a_product = torch.allclose(seen["product"], logits.float(), rtol=0.0, atol=0.0, equal_nan=True)
+        product = llm.head_is_a_product = torch.allclose(
+            seen["product"], logits.float(), rtol=0.0, atol=0.0, equal_nan=True
+        )
         if not product:
             return target_loss(llm, embeddings, mask, labels, row_keys)
     if product:
@@ -384,13 +484,22 @@ def target_loss(llm: nn.Module, embeddings: torch.Tensor, mask: torch.Tensor, la
     return counts * F.cross_entropy(logits[0].float(), targets, reduction="sum")
 
 
-def splice(text: torch.Tensor, input_ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor | None, audio: torch.Tensor,
-           audio_lengths: torch.Tensor, audio_id: int, *, left_padded: bool = False
-           ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def splice(
+    text: torch.Tensor,
+    input_ids: torch.Tensor,
+    mask: torch.Tensor,
+    labels: torch.Tensor | None,
+    audio: torch.Tensor,
+    audio_lengths: torch.Tensor,
+    audio_id: int,
+    *,
+    left_padded: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Put the audios in the place of their tokens.
 
-    text [B, L, D] embeddings of input_ids [B, L] under mask [B, L] (padding on either side); audio [A, K, D] with lengths [A],
-    in the order of the audio tokens, row by row -> embeddings [B, L', D], mask [B, L'], labels [B, L'] (-100 on audio).
+    text [B, L, D] embeddings of input_ids [B, L] under mask [B, L] (padding on either side); audio [A, K, D]
+    with lengths [A], in the order of the audio tokens, row by row -> embeddings [B, L', D], mask [B, L'],
+    labels [B, L'] (-100 on audio).
     """
     batch = input_ids.shape[0]
     is_text = mask.bool() & (input_ids != audio_id)

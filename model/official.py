@@ -3,19 +3,23 @@
 Their checkpoint is one state dict. What stands where:
 
     theirs                                            ours
-    model.{embed_tokens,layers,norm}, lm_head         llm/ (a plain Llama folder; LoRA is merged in the release)
-    model.audio_tower.*                               encoder/ (a Whisper folder), where the checkpoint holds it
+    model.{embed_tokens,layers,norm}, lm_head         llm/ (a plain Llama folder; LoRA is merged in the
+                                                      release)
+    model.audio_tower.*                               encoder/ (a Whisper folder), where the checkpoint holds
+                                                      it
     model.mm_projector1                               alignment.projection
     model.asr_transformer_encoder.layers.N            alignment.layers.N
         self_attn.{in_proj_weight,in_proj_bias}           qkv
         self_attn.out_proj, linear1, linear2, norm1/2     out, up, down, norm1/2
     model.out_norm                                    alignment.norm
     model.audio_feature_head.weight                   ctc_head.weight (blank: the row of <audio_patch>)
-    model.lbm.encoder_attn.in_proj_*                  shrinking.query (first third), shrinking.key_value (the others)
+    model.lbm.encoder_attn.in_proj_*                  shrinking.query (first third), shrinking.key_value (the
+                                                      others)
     model.lbm.encoder_attn.out_proj                   shrinking.out
     model.lbm.atten_layer_norm                        shrinking.norm
 
-Tensors are read one at a time and written shard by shard: at no moment does more than one shard lie in memory.
+Tensors are read one at a time and written shard by shard: at no moment does more than one shard lie in
+memory.
 """
 
 from __future__ import annotations
@@ -58,8 +62,14 @@ _NAMES = {
 }
 _ENCODER = "model.audio_tower."
 _JOINT = "model.lbm.encoder_attn.in_proj_"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                    "chat_template.jinja", "tokenizer.model")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+)
 
 
 class ShardWriter:
@@ -94,7 +104,8 @@ class ShardWriter:
             index.update({name: file for name in names})
         if count > 1:
             (self.folder / "model.safetensors.index.json").write_text(
-                json.dumps({"metadata": {"total_size": self.total}, "weight_map": index}, indent=2) + "\n")
+                json.dumps({"metadata": {"total_size": self.total}, "weight_map": index}, indent=2) + "\n"
+            )
 
 
 def stream_tensors(folder: Path, progress: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -111,10 +122,13 @@ def stream_tensors(folder: Path, progress: str) -> Iterator[tuple[str, torch.Ten
 
 
 def from_official(folder: str | Path, out: str | Path, *, encoder: str | None = None) -> Path:
-    """The release's folder as a model folder of ours with its LLM (and encoder, if the checkpoint holds it) inside.
+    """The release's folder as a model folder of ours with its LLM (and encoder, if the checkpoint holds it)
+    inside.
 
-    encoder: Whisper's folder or hub name where the checkpoint has no `audio_tower` tensors (default: what its config names).
-    Errors: FolderError for a tokenizer that is missing or lacks `<audio_patch>`, and for tensors that are missing or unknown.
+    encoder: Whisper's folder or hub name where the checkpoint has no `audio_tower` tensors (default: what its
+    config names).
+    Errors: FolderError for a tokenizer that is missing or lacks `<audio_patch>`, and for tensors that are
+    missing or unknown.
     """
     with reading(folder, "layout of the release"):
         return _from_official(Path(folder), Path(out), encoder)
@@ -126,8 +140,10 @@ def _from_official(folder: Path, out: Path, encoder: str | None) -> Path:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise FolderError(f"{folder} has no tokenizer that loads ({one_line(error)}): "
-                          "copy the release's tokenizer files there") from None
+        raise FolderError(
+            f"{folder} has no tokenizer that loads ({one_line(error)}): "
+            "copy the release's tokenizer files there"
+        ) from None
     if config.audio_token not in tokenizer.get_vocab():
         raise FolderError(f"the tokenizer in {folder} has no {config.audio_token}: it is not the release's")
 
@@ -149,7 +165,9 @@ def _from_official(folder: Path, out: Path, encoder: str | None) -> Path:
         else:
             raise FolderError(f"{folder} holds '{name}', which is no part of the release's layout")
     if back or "shrinking.query.weight" not in adapters:
-        raise FolderError(f"{folder} lacks {sorted(back)[0] if back else _JOINT + 'weight'}: it is not the release's layout")
+        raise FolderError(
+            f"{folder} lacks {sorted(back)[0] if back else _JOINT + 'weight'}: it is not the release's layout"
+        )
     llm.close()
     _llm_config(theirs).save_pretrained(out / "llm")
     for file in (*_TOKENIZER_FILES, "generation_config.json"):
@@ -165,28 +183,47 @@ def _from_official(folder: Path, out: Path, encoder: str | None) -> Path:
         write_tensors(tower, out / "encoder" / "model.safetensors")
         source = beside if named and (beside / "config.json").exists() else folder / "encoder"
         if not (source / "config.json").exists():
-            raise FolderError(f"{folder} holds an encoder's weights but no encoder/config.json: give --encoder")
+            raise FolderError(
+                f"{folder} holds an encoder's weights but no encoder/config.json: give --encoder"
+            )
         shutil.copyfile(source / "config.json", out / "encoder" / "config.json")
         config.encoder.name = "encoder"
     else:
         config.encoder.name = encoder or (str(beside.resolve()) if named and beside.is_dir() else named)
     config.llm.name, config.llm.lora_r = "llm", 0
     write_tensors(adapters, out / ADAPTERS)
-    sources = {"encoder": locate(str(out / "encoder") if config.encoder.name == "encoder" else config.encoder.name),
-               "llm": locate(str(out / "llm"))}
+    sources = {
+        "encoder": locate(str(out / "encoder") if config.encoder.name == "encoder" else config.encoder.name),
+        "llm": locate(str(out / "llm")),
+    }
     frozen = {"encoder": fingerprint(sources["encoder"].folder, "encoder."), "llm": fingerprint(out / "llm")}
     settings = identity.settings(sources, load_tokenizer(sources["llm"], config.audio_token))
-    (out / CONFIG).write_text(json.dumps({"config": asdict(config), "stage": "sft", "frozen": frozen, "settings": settings,
-                                          "origin": "released weights"}, indent=2, ensure_ascii=False) + "\n")
+    (out / CONFIG).write_text(
+        json.dumps(
+            {
+                "config": asdict(config),
+                "stage": "sft",
+                "frozen": frozen,
+                "settings": settings,
+                "origin": "released weights",
+            },
+            indent=2,
+            ensure_ascii=False,
+        )
+        + "\n"
+    )
     return out
 
 
 def _expected_names(theirs: dict) -> dict[str, str]:
-    """Our names -> theirs, for what has a tensor of its own in both; the release has one Transformer layer."""
+    """Our names -> theirs, for what has a tensor of its own in both; the release has one Transformer
+    layer."""
     ours = ["alignment.projection", "alignment.norm", "shrinking.out", "shrinking.norm"]
     ours += [f"alignment.layers.0.{part}" for part in ("qkv", "out", "up", "down", "norm1", "norm2")]
-    return {name: their_name(name) for name in
-            [f"{part}.{kind}" for part in ours for kind in ("weight", "bias")] + ["ctc_head.weight"]}
+    return {
+        name: their_name(name)
+        for name in [f"{part}.{kind}" for part in ours for kind in ("weight", "bias")] + ["ctc_head.weight"]
+    }
 
 
 def their_name(name: str) -> str:
@@ -199,38 +236,70 @@ def their_name(name: str) -> str:
 
 def _llm_config(theirs: dict) -> LlamaConfig:
     """Their config without what is theirs: a plain Llama's."""
-    extra = {"adapter_size", "audio_tower", "audio_patch_size", "audio_patch_token", "llm_pad_token_id", "model_type",
-             "architectures", "_name_or_path", "transformers_version", "torch_dtype"}
-    return LlamaConfig(**{k: v for k, v in theirs.items() if k not in extra}, architectures=["LlamaForCausalLM"])
+    extra = {
+        "adapter_size",
+        "audio_tower",
+        "audio_patch_size",
+        "audio_patch_token",
+        "llm_pad_token_id",
+        "model_type",
+        "architectures",
+        "_name_or_path",
+        "transformers_version",
+        "torch_dtype",
+    }
+    return LlamaConfig(
+        **{k: v for k, v in theirs.items() if k not in extra}, architectures=["LlamaForCausalLM"]
+    )
 
 
 # What the release's code does whatever the weights say: (setting, value).
-_FIXED = (("alignment.attention", "frame"), ("alignment.stack_frames", 2), ("alignment.layers", 1),
-          ("alignment.ffn_multiple", 2.0), ("alignment.heads", None), ("shrinking.heads", None), ("shrinking.enabled", True),
-          ("shrinking.keep", "first"), ("shrinking.keep_blank_runs", True), ("shrinking.lookback", "kept"),
-          ("shrinking.token_embeddings", False), ("encoder.pad_to_seconds", 30.0), ("alignment.ctc_length", "full"),
-          ("prompt", "release"), ("system_prompt", None))
+_FIXED = (
+    ("alignment.attention", "frame"),
+    ("alignment.stack_frames", 2),
+    ("alignment.layers", 1),
+    ("alignment.ffn_multiple", 2.0),
+    ("alignment.heads", None),
+    ("shrinking.heads", None),
+    ("shrinking.enabled", True),
+    ("shrinking.keep", "first"),
+    ("shrinking.keep_blank_runs", True),
+    ("shrinking.lookback", "kept"),
+    ("shrinking.token_embeddings", False),
+    ("encoder.pad_to_seconds", 30.0),
+    ("alignment.ctc_length", "full"),
+    ("prompt", "release"),
+    ("system_prompt", None),
+)
 
 
 def to_official(run: str | Path, out: str | Path) -> Path:
-    """A model folder of ours in the release's layout: names, config, tokenizer with `<audio_patch>`; LoRA merged.
+    """A model folder of ours in the release's layout: names, config, tokenizer with `<audio_patch>`; LoRA
+    merged.
 
-    Tables grow to hold `<audio_patch>`; a tied CTC head is written out with its blank row; tied embeddings are written twice.
-    The encoder's tensors stand under `model.audio_tower`, its configuration in encoder/. Errors: FolderError for a stage I
-    folder, an LLM that is no Llama, and for switches that the release's code does not have.
+    Tables grow to hold `<audio_patch>`; a tied CTC head is written out with its blank row; tied embeddings
+    are written twice. The encoder's tensors stand under `model.audio_tower`, its configuration in encoder/.
+    Errors: FolderError for a stage I folder, an LLM that is no Llama, and for switches that the release's
+    code does not have.
     """
     run, out = Path(run), Path(out)
     config = read_config(run)
     if describe(run)["stage"] == "alignment":
-        raise FolderError(f"{run} is a stage I folder: the release's layout holds all parts, give one of stage II or III")
+        raise FolderError(
+            f"{run} is a stage I folder: the release's layout holds all parts, give one of stage II or III"
+        )
     for key, value in _FIXED:
         have = operator.attrgetter(key)(config)
         if have != value:
-            raise FolderError(f"{run} has model.{key} = {have}, the release's code knows {value} only: "
-                              "its answers would not be this model's")
+            raise FolderError(
+                f"{run} has model.{key} = {have}, the release's code knows {value} only: "
+                "its answers would not be this model's"
+            )
     llm, encoder = locate(config.llm.name), locate(config.encoder.name)
     if llm.config.model_type != "llama":
-        raise FolderError(f"{llm.name} is a '{llm.config.model_type}' model; the release's layout takes Llama only")
+        raise FolderError(
+            f"{llm.name} is a '{llm.config.model_type}' model; the release's layout takes Llama only"
+        )
     tokenizer = load_tokenizer(llm, config.audio_token)
     audio_id = tokenizer.convert_tokens_to_ids(config.audio_token)
     if tokenizer.pad_token_id is None:  # the release's code tells padding by a token of its own
@@ -261,7 +330,9 @@ def to_official(run: str | Path, out: str | Path) -> Path:
         adapters["ctc_head.weight"] = head
     adapters["ctc_head.weight"] = grow(adapters["ctc_head.weight"], rows)
     for kind in ("weight", "bias"):
-        joint = torch.cat([adapters.pop(f"shrinking.query.{kind}"), adapters.pop(f"shrinking.key_value.{kind}")])
+        joint = torch.cat(
+            [adapters.pop(f"shrinking.query.{kind}"), adapters.pop(f"shrinking.key_value.{kind}")]
+        )
         writer.add(_JOINT + kind, joint)
     for name, tensor in adapters.items():
         writer.add(their_name(name), tensor)
@@ -282,8 +353,8 @@ def to_official(run: str | Path, out: str | Path) -> Path:
 
 
 def _write_tokenizer_for_transformers_4(folder: Path) -> None:
-    """What transformers 5 wrote, in the words of 4.43 (tokenizers 0.19): its class, the template inside the settings, each
-    merge as one string."""
+    """What transformers 5 wrote, in the words of 4.43 (tokenizers 0.19): its class, the template inside the
+    settings, each merge as one string."""
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -314,7 +385,9 @@ class LoRAMerge:
         self.folder = folder
         self.parts: dict[str, dict[str, torch.Tensor]] = {}
         with reading(folder, "LoRA"):
-            self.scale = settings["lora_alpha"] / (settings["r"] ** 0.5 if settings.get("use_rslora") else settings["r"])
+            self.scale = settings["lora_alpha"] / (
+                settings["r"] ** 0.5 if settings.get("use_rslora") else settings["r"]
+            )
             self.transposed = settings.get("fan_in_fan_out", False)  # GPT-2 holds its weights so
             for name, tensor in load_file(folder / "adapter_model.safetensors").items():
                 base, part = re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])\.weight", name).groups()
@@ -329,7 +402,9 @@ class LoRAMerge:
 
     def check_all_used(self) -> None:
         if self.parts:
-            raise FolderError(f"{self.folder} has LoRA for '{next(iter(self.parts))}', which the LLM does not hold")
+            raise FolderError(
+                f"{self.folder} has LoRA for '{next(iter(self.parts))}', which the LLM does not hold"
+            )
 
 
 def _their_config(llm: Source, encoder: Source, rows: int, audio_id: int, pad_id: int) -> dict:
@@ -344,7 +419,15 @@ def _their_config(llm: Source, encoder: Source, rows: int, audio_id: int, pad_id
         raw["torch_dtype"] = raw.pop("dtype")
     encoder_width = encoder.config.d_model
     named = encoder.name if not Path(encoder.name).exists() else "encoder"
-    raw.update(model_type="Soundwave", architectures=["SoundwaveForCausalLM"], vocab_size=rows, tie_word_embeddings=False,
-               adapter_size=encoder_width, audio_tower=named, audio_patch_size=1, audio_patch_token=audio_id,
-               llm_pad_token_id=pad_id)
+    raw.update(
+        model_type="Soundwave",
+        architectures=["SoundwaveForCausalLM"],
+        vocab_size=rows,
+        tie_word_embeddings=False,
+        adapter_size=encoder_width,
+        audio_tower=named,
+        audio_patch_size=1,
+        audio_patch_token=audio_id,
+        llm_pad_token_id=pad_id,
+    )
     return raw

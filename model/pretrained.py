@@ -1,4 +1,5 @@
-"""Where the frozen parts come from: a folder, a hub name, or the size of a known model; their tensors and their fingerprints."""
+"""Where the frozen parts come from: a folder, a hub name, or the size of a known model; their tensors and
+their fingerprints."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from model.config import OptionError
 
 PRESETS = Path(__file__).parent / "presets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MOST_LAYERS = 10_000  # or experts; a file that asks for more is damaged or hostile, and building them would take for ever
+# or experts; a file that asks for more is damaged or hostile, and building them would take for ever
+MOST_LAYERS = 10_000
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
@@ -31,9 +33,11 @@ class SourceError(OneLine, ValueError):
 
 @contextlib.contextmanager
 def reading(folder: str | Path, what: str) -> Iterator[None]:
-    """Turn whatever a library raises over a model folder's content into a SourceError of one line; the original is its cause.
+    """Turn whatever a library raises over a model folder's content into a SourceError of one line; the
+    original is its cause.
 
-    No list of exceptions would be complete: a hostile file reaches every branch, and tokenizers, written in Rust, panics.
+    No list of exceptions would be complete: a hostile file reaches every branch, and tokenizers, written in
+    Rust, panics.
     """
     try:
         yield
@@ -44,8 +48,11 @@ def reading(folder: str | Path, what: str) -> Iterator[None]:
             raise
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
             raise SourceError(f"there is no memory to load {folder} ({one_line(error)})") from error
-        raise SourceError(f"{folder} has no {what} that can be loaded ({one_line(error)}): copy the model again, or save it with "
-                          "save_pretrained") from error
+        raise SourceError(
+            f"{folder} has no {what} that can be loaded ({one_line(error)}): copy the model again, or save "
+            f"it with "
+            "save_pretrained"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -91,17 +98,29 @@ def read_config(folder: Path) -> PretrainedConfig:
     Errors: SourceError, for quantised weights too.
     """
     if not (folder / "config.json").exists():
-        raise SourceError(f"{folder} has no config.json: give a folder written by save_pretrained, or a hub name")
+        raise SourceError(
+            f"{folder} has no config.json: give a folder written by save_pretrained, or a hub name"
+        )
     read_json(folder / "config.json")
     with reading(folder, "config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         method = _quantisation(config)
         for key, value in [*config.to_dict().items(), *text_config(config).to_dict().items()]:
-            if isinstance(value, int) and value > MOST_LAYERS and any(word in key for word in ("layer", "expert")):
-                raise SourceError(f"{folder / 'config.json'}: {key} is {value}, more than any model has: copy the model again")
+            if (
+                isinstance(value, int)
+                and value > MOST_LAYERS
+                and any(word in key for word in ("layer", "expert"))
+            ):
+                raise SourceError(
+                    f"{folder / 'config.json'}: {key} is {value}, more than any model has: copy the model "
+                    f"again"
+                )
     if method:
-        raise SourceError(f"{folder} is quantised ({method}): training, hashing and export need its whole weights; take the "
-                          "unquantised model, or load it dequantised with transformers and save_pretrained it")
+        raise SourceError(
+            f"{folder} is quantised ({method}): training, hashing and export need its whole weights; take "
+            f"the "
+            "unquantised model, or load it dequantised with transformers and save_pretrained it"
+        )
     return config
 
 
@@ -111,12 +130,16 @@ def _quantisation(config: PretrainedConfig) -> str | None:
         given = getattr(part, "quantization_config", None)
         if given:
             given = given if isinstance(given, dict) else given.to_dict()
-            return str(given.get("quant_method") or next((key for key in given if key.startswith("load_in_")), "unknown method"))
+            return str(
+                given.get("quant_method")
+                or next((key for key in given if key.startswith("load_in_")), "unknown method")
+            )
     return None
 
 
 def preprocessor_settings(folder: Path | None) -> dict:
-    """Return the feature extractor's settings of a model folder; {} where it has none. Errors: SourceError."""
+    """Return the feature extractor's settings of a model folder; {} where it has none. Errors:
+    SourceError."""
     if folder is None:
         return {}
     if (folder / "preprocessor_config.json").exists():
@@ -124,7 +147,10 @@ def preprocessor_settings(folder: Path | None) -> dict:
     if (folder / "processor_config.json").exists():
         found = read_json(folder / "processor_config.json").get("feature_extractor", {})
         if not isinstance(found, dict):
-            raise SourceError(f"{folder / 'processor_config.json'}: 'feature_extractor' is not an object: copy the model again")
+            raise SourceError(
+                f"{folder / 'processor_config.json'}: 'feature_extractor' is not an object: copy the model "
+                f"again"
+            )
         return found
     return {}
 
@@ -132,8 +158,9 @@ def preprocessor_settings(folder: Path | None) -> dict:
 def locate(name: str, *, sizes_only: bool = False, fetch: bool = True) -> Source:
     """Find a model by folder, hub name or preset name.
 
-    With `sizes_only`, a preset is enough and nothing is fetched. Otherwise a hub name is taken from the local hub cache, or
-    downloaded where the machine may (HF_HUB_OFFLINE decides) and `fetch` allows it. Errors: SourceError.
+    With `sizes_only`, a preset is enough and nothing is fetched. Otherwise a hub name is taken from the local
+    hub cache, or downloaded where the machine may (HF_HUB_OFFLINE decides) and `fetch` allows it. Errors:
+    SourceError.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -151,20 +178,31 @@ def locate(name: str, *, sizes_only: bool = False, fetch: bool = True) -> Source
         folder = Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=not fetch))
     except Exception as error:  # the hub client's errors have many types; all mean that it cannot be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        known = (f"fetch its sizes on a machine with network (hf download {repository} config.json), give a folder with its "
-                 f"config.json, or a known size: {', '.join(presets())}") if sizes_only else (
-            f"fetch it on a machine with network (hf download {repository}) or give a folder")
-        raise SourceError(f"model '{name}' is neither a folder nor in the hub cache ({reason}); {known}") from None
+        known = (
+            (
+                f"fetch its sizes on a machine with network (hf download {repository} config.json), give a "
+                f"folder with its "
+                f"config.json, or a known size: {', '.join(presets())}"
+            )
+            if sizes_only
+            else (f"fetch it on a machine with network (hf download {repository}) or give a folder")
+        )
+        raise SourceError(
+            f"model '{name}' is neither a folder nor in the hub cache ({reason}); {known}"
+        ) from None
     return Source(name, read_config(folder), None if sizes_only else folder)
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> safetensors file of a model folder, sharded or not. Errors: SourceError, where a file is missing or cut."""
+    """Tensor name -> safetensors file of a model folder, sharded or not. Errors: SourceError, where a file is
+    missing or cut."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         single = folder / "model.safetensors"
         if not single.exists():
-            raise SourceError(f"{folder} has no model.safetensors: save the model with save_pretrained (safetensors) first")
+            raise SourceError(
+                f"{folder} has no model.safetensors: save the model with save_pretrained (safetensors) first"
+            )
         return dict.fromkeys(_tensor_names(single), single)
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not files:
@@ -173,11 +211,15 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         try:
             plain_name(file)
         except UnsafeName as error:
-            raise SourceError(f"{index}: the file name {ascii(file)[:100]} {error}: copy the model again") from None
+            raise SourceError(
+                f"{index}: the file name {ascii(file)[:100]} {error}: copy the model again"
+            ) from None
     absent = sorted({file for file in files.values() if not (folder / file).exists()})
     if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-        raise SourceError(f"{folder} is incomplete: {absent[0]}{more} of {index.name} is missing; copy the model again")
+        raise SourceError(
+            f"{folder} is incomplete: {absent[0]}{more} of {index.name} is missing; copy the model again"
+        )
     there = {file: _tensor_names(folder / file) for file in set(files.values())}
     for name, file in files.items():
         if name not in there[file]:
@@ -186,12 +228,15 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def _tensor_names(file: Path) -> set[str]:
-    """Names of the tensors of a safetensors file. Errors: SourceError for one that is cut short or is none."""
+    """Names of the tensors of a safetensors file. Errors: SourceError for one that is cut short or is
+    none."""
     try:
         with safe_open(file, "pt") as opened:
             return set(opened.keys())
     except (SafetensorError, OSError) as error:
-        raise SourceError(f"{file} is damaged or cut short ({one_line(error)}): copy the model again") from None
+        raise SourceError(
+            f"{file} is damaged or cut short ({one_line(error)}): copy the model again"
+        ) from None
 
 
 def read_tensor(folder: Path, name: str) -> torch.Tensor:
@@ -209,18 +254,22 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def _umask() -> int:
-    """Return this process's umask without changing it, as os.umask would for a moment in all threads (proc(5))."""
+    """Return this process's umask without changing it, as os.umask would for a moment in all threads
+    (proc(5))."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("Umask:")), 8)
 
 
 def embedding_names(config: PretrainedConfig) -> tuple[str, str, float]:
-    """(input embeddings' name, output embeddings' name, factor on the input embeddings), found on a weightless model.
+    """(input embeddings' name, output embeddings' name, factor on the input embeddings), found on a
+    weightless model.
 
-    Tied models have one name for both. The factor is that of embeddings that scale what they look up (Gemma 3).
+    Tied models have one name for both. The factor is that of embeddings that scale what they look up (Gemma
+    3).
     """
     with torch.device("meta"):
-        # The class itself: from_config would shard and initialise a model without weights while ZeRO-3 is being set up.
+        # The class itself: from_config would shard and initialise a model without weights while ZeRO-3 is
+        # being set up.
         model = AutoModelForCausalLM._model_mapping[type(config)](config)
     model.tie_weights()
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -231,13 +280,15 @@ def embedding_names(config: PretrainedConfig) -> tuple[str, str, float]:
 
 
 def output_embeddings(source: Source, dtype: torch.dtype) -> torch.Tensor:
-    """The LLM's output embeddings [V, D] (the input embeddings where the LLM ties them), read without the rest of it."""
+    """The LLM's output embeddings [V, D] (the input embeddings where the LLM ties them), read without the
+    rest of it."""
     return read_tensor(source.folder, embedding_names(source.config)[1]).to(dtype)
 
 
 def embedding_statistics(source: Source) -> tuple[float, float]:
-    """Root mean square of the input embeddings (the scale of the space that the LLM's first layer expects) and of the output
-    embeddings (the scale of CTC's target space), from the files, a block of rows at a time (the table of an 8B model is 1 GB)."""
+    """Root mean square of the input embeddings (the scale of the space that the LLM's first layer expects)
+    and of the output embeddings (the scale of CTC's target space), from the files, a block of rows at a time
+    (the table of an 8B model is 1 GB)."""
     input_name, output_name, scale = embedding_names(source.config)
     files = tensor_files(source.folder)
     mean_square = {}
@@ -249,7 +300,7 @@ def embedding_statistics(source: Source) -> tuple[float, float]:
             size, width = rows.get_shape()
             squares = 0.0
             for start in range(0, size, 16384):
-                squares += float(rows[start:start + 16384].float().square().sum(dtype=torch.float64))
+                squares += float(rows[start : start + 16384].float().square().sum(dtype=torch.float64))
             mean_square[name] = squares / (size * width)
     return scale * mean_square[input_name] ** 0.5, mean_square[output_name] ** 0.5
 
@@ -257,8 +308,8 @@ def embedding_statistics(source: Source) -> tuple[float, float]:
 def fingerprint(folder: Path, prefix: str = "") -> str:
     """sha256 over names, types, shapes and bytes of the tensors under `prefix`, in name order.
 
-    It is the same however the tensors are spread over files, with whatever metadata, and whether or not the prefix was
-    already stripped (a Whisper folder that holds its encoder alone has the encoder's fingerprint).
+    It is the same however the tensors are spread over files, with whatever metadata, and whether or not the
+    prefix was already stripped (a Whisper folder that holds its encoder alone has the encoder's fingerprint).
     """
     files = tensor_files(folder)
     chosen = [n for n in files if prefix and prefix in n] or list(files)
@@ -285,10 +336,13 @@ def fingerprint(folder: Path, prefix: str = "") -> str:
 
 
 def attention_implementation(setting: str, dtype: torch.dtype) -> str | None:
-    """`auto`: flash_attention_2 where it imports, there is a GPU and the weights are 16-bit (it has no fp32); else None: sdpa
-    where the model has it (Gemma 2 has not). Errors: OptionError for a setting that is not known."""
+    """`auto`: flash_attention_2 where it imports, there is a GPU and the weights are 16-bit (it has no fp32);
+    else None: sdpa where the model has it (Gemma 2 has not). Errors: OptionError for a setting that is not
+    known."""
     if setting not in ("auto", "flash_attention_2", "sdpa", "eager"):
-        raise OptionError(f"model.attention_implementation is '{setting}': auto, flash_attention_2, sdpa or eager")
+        raise OptionError(
+            f"model.attention_implementation is '{setting}': auto, flash_attention_2, sdpa or eager"
+        )
     if setting != "auto":
         return setting
     from transformers.utils import is_flash_attn_2_available

@@ -1,4 +1,5 @@
-"""Text in and out of the tokenizer: chats to token ids with labels, samples to chats, transcripts to CTC targets."""
+"""Text in and out of the tokenizer: chats to token ids with labels, samples to chats, transcripts to CTC
+targets."""
 
 from __future__ import annotations
 
@@ -19,27 +20,44 @@ from core.control_tokens import (
 )
 from core.samples import AUDIO_TOKEN, INSTRUCTIONS, PromptError, asked, check_role, messages_of, prompt_of
 
-__all__ = ["AUDIO_TOKEN", "INSTRUCTIONS", "PromptError", "asked", "audio_count", "chat_ids", "messages_of", "prompt_of",
-           "stop_ids"]
+__all__ = [
+    "AUDIO_TOKEN",
+    "INSTRUCTIONS",
+    "PromptError",
+    "asked",
+    "audio_count",
+    "chat_ids",
+    "messages_of",
+    "prompt_of",
+    "stop_ids",
+]
 
 IGNORED = -100
 # Llama 3.x templates print a date, by default today's: a training prompt must not depend on the day.
 _TEMPLATE_DATE = "26 Jul 2024"
 
-RELEASE_SYSTEM = ("You are a helpful language and speech assistant. You are able to understand the speech content that the user "
-                  "provides, and assist the user with a variety of tasks using natural language.")
+RELEASE_SYSTEM = (
+    "You are a helpful language and speech assistant. You are able to understand the speech content that the "
+    "user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict], style: str = "chat", audio_token: str = AUDIO_TOKEN,
-             system: str | None = None) -> tuple[list[int], list[int]]:
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict],
+    style: str = "chat",
+    audio_token: str = AUDIO_TOKEN,
+    system: str | None = None,
+) -> tuple[list[int], list[int]]:
     """Return a chat as token ids and labels (-100 but on the assistants' words and their end of turn).
 
-    messages: turns as of `core.samples.messages_of`. An audio stands where `audio_token` does; all else that a turn holds is
-    text, and the only control tokens are those that the template writes. system: the system turn of a chat that has none; None
-    leaves it to the template.
+    messages: turns as of `core.samples.messages_of`. An audio stands where `audio_token` does; all else that
+    a turn holds is text, and the only control tokens are those that the template writes. system: the system
+    turn of a chat that has none; None leaves it to the template.
 
-    A chat that does not end with an assistant's turn ends with that turn's opening, ready to be continued; the ids are then a
-    prefix of the ids with the answer. Errors: PromptError.
+    A chat that does not end with an assistant's turn ends with that turn's opening, ready to be continued;
+    the ids are then a prefix of the ids with the answer. Errors: PromptError.
     """
     if not messages:
         raise PromptError("the conversation is empty")
@@ -75,9 +93,10 @@ Pieces = list[tuple[list[int], bool]]  # (ids, whether they are to be predicted)
 def _chat_pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict], audio_token: str) -> Pieces:
     """Tokenise a chat through the template, with what the turns hold as text.
 
-    Names of control tokens in the turns are cut (core/control_tokens.py) before the template is rendered. Whether that sufficed
-    is seen by the control tokens of the result: they must be those of the same chat with every turn cut into characters.
-    Templates that read what an assistant wrote (and take thoughts out of earlier turns) see its markup, where that holds as well.
+    Names of control tokens in the turns are cut (core/control_tokens.py) before the template is rendered.
+    Whether that sufficed is seen by the control tokens of the result: they must be those of the same chat
+    with every turn cut into characters. Templates that read what an assistant wrote (and take thoughts out of
+    earlier turns) see its markup, where that holds as well.
     """
     controls = control_tokens(tokenizer)
     texts = [message["content"].split(audio_token, _audios_of(message, audio_token)) for message in messages]
@@ -85,10 +104,19 @@ def _chat_pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict], audio
     mark = unused_mark(part for parts in texts for part in parts)
 
     def tokenised(cuts_of: Callable[[str, str], set[int]]) -> Pieces:
-        turns = [{"role": message["role"], "content": audio_token.join(
-            marked(part, cuts_of(message["role"], part), mark) if cut else part for part in parts)}
-            for message, parts, cut in zip(messages, texts, threatened, strict=True)]
-        return [(encode_pieces(tokenizer, text, mark), target) for text, target in _template_pieces(tokenizer, turns)]
+        turns = [
+            {
+                "role": message["role"],
+                "content": audio_token.join(
+                    marked(part, cuts_of(message["role"], part), mark) if cut else part for part in parts
+                ),
+            }
+            for message, parts, cut in zip(messages, texts, threatened, strict=True)
+        ]
+        return [
+            (encode_pieces(tokenizer, text, mark), target)
+            for text, target in _template_pieces(tokenizer, turns)
+        ]
 
     def inside(role: str, text: str) -> set[int]:
         cuts = cuts_inside(text, controls.begins)
@@ -117,45 +145,64 @@ def _chat_pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict], audio
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], opening: bool) -> str:
     if not tokenizer.chat_template:
-        raise PromptError("the tokenizer has no chat template: take an instruction-tuned LLM, or give its tokenizer one")
+        raise PromptError(
+            "the tokenizer has no chat template: take an instruction-tuned LLM, or give its tokenizer one"
+        )
     try:
-        # enable_thinking: Qwen 3's would otherwise put an empty block of thoughts into every answer, to be learnt and read out.
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening, date_string=_TEMPLATE_DATE,
-                                             enable_thinking=False)
-    except Exception as error:  # a template is a program: Gemma's, for one, refuses a system turn, others may do anything
+        # enable_thinking: Qwen 3's would otherwise put an empty block of thoughts into every answer, to be
+        # learnt and read out.
+        return tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=opening,
+            date_string=_TEMPLATE_DATE,
+            enable_thinking=False,
+        )
+    except (
+        Exception
+    ) as error:  # a template is a program: Gemma's, for one, refuses a system turn, others may do anything
         raise PromptError(f"the chat template refuses this conversation: {one_line(error)}") from None
 
 
-def _template_pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[tuple[str, bool]]:
-    """Return the rendered chat, cut where assistants begin and end, to be tokenised piece by piece: the ids that stand before an
-    answer are the same whether the answer is being learnt or generated."""
+def _template_pieces(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
+) -> list[tuple[str, bool]]:
+    """Return the rendered chat, cut where assistants begin and end, to be tokenised piece by piece: the ids
+    that stand before an answer are the same whether the answer is being learnt or generated."""
     pieces: list[tuple[str, bool]] = []
     done = ""
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        opened, closed = _render(tokenizer, messages[:i], True), _render(tokenizer, messages[:i + 1], False)
+        opened, closed = _render(tokenizer, messages[:i], True), _render(tokenizer, messages[: i + 1], False)
         if not (opened.startswith(done) and closed.startswith(opened)):
-            raise PromptError("the chat template rewrites earlier turns when a later one is added: labels cannot be placed")
-        turn = closed[len(opened):]
+            raise PromptError(
+                "the chat template rewrites earlier turns when a later one is added: labels cannot be placed"
+            )
+        turn = closed[len(opened) :]
         words = turn.rstrip()  # the line break behind the end of turn is the template's, not the assistant's
-        pieces += [(opened[len(done):], False), (words, True), (turn[len(words):], False)]
+        pieces += [(opened[len(done) :], False), (words, True), (turn[len(words) :], False)]
         done = closed
     whole = _render(tokenizer, messages, messages[-1]["role"] != "assistant")
     if not whole.startswith(done):
-        raise PromptError("the chat template rewrites earlier turns when a later one is added: labels cannot be placed")
-    pieces.append((whole[len(done):], False))
+        raise PromptError(
+            "the chat template rewrites earlier turns when a later one is added: labels cannot be placed"
+        )
+    pieces.append((whole[len(done) :], False))
     return [(text, target) for text, target in pieces if text]
 
 
 def _release_pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict], audio_token: str) -> Pieces:
-    """The released weights' prompt: their system sentence, one line break behind each header, the audio on a line of its own
-    before the instruction, every piece tokenised alone (so that a tokenizer which begins with BOS repeats it)."""
+    """The released weights' prompt: their system sentence, one line break behind each header, the audio on a
+    line of its own before the instruction, every piece tokenised alone (so that a tokenizer which begins with
+    BOS repeats it)."""
     known = tokenizer.get_vocab()
     needed = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
     missing = [token for token in needed if token not in known]
     if missing:
-        raise PromptError(f"model.prompt=release needs Llama 3's tokenizer: {', '.join(missing)} not in this one")
+        raise PromptError(
+            f"model.prompt=release needs Llama 3's tokenizer: {', '.join(missing)} not in this one"
+        )
     begin, start, end, stop = (known[token] for token in needed)
 
     def words(text: str) -> list[int]:
@@ -174,7 +221,7 @@ def _release_pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict], au
         elif audios:
             if audios > 1 or not content.startswith(audio_token):
                 raise PromptError(f"model.prompt=release takes one {audio_token} at the beginning of a turn")
-            instruction = content[len(audio_token):].lstrip("\n")
+            instruction = content[len(audio_token) :].lstrip("\n")
             question = words(instruction) if instruction else []
             audio = tokenizer.encode("\n" + audio_token)
             pieces.append((header(role) + audio + question + [stop], False))

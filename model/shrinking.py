@@ -1,10 +1,12 @@
 """The shrinking adapter: runs of equal CTC tokens to one frame each, which then looks back at the utterance.
 
-    argmax [A, T] -> runs -> kept frames [A, K] -> x = hidden[kept] -> LayerNorm(x + look-back attention of x over the frames)
+    argmax [A, T] -> runs -> kept frames [A, K] -> x = hidden[kept] -> LayerNorm(x + look-back attention of x
+    over the frames)
 
-The result stands in the LLM's input at the place of `<audio_patch>`. The last LayerNorm's gain starts at the RMS of the LLM's
-input embeddings (0.136 for SmolLM2-135M; a plain LayerNorm's output has 1), and the look-back's output projection starts at
-zero: the LLM first sees the kept frames themselves, on the scale that it knows.
+The result stands in the LLM's input at the place of `<audio_patch>`. The last LayerNorm's gain starts at the
+RMS of the LLM's input embeddings (0.136 for SmolLM2-135M; a plain LayerNorm's output has 1), and the
+look-back's output projection starts at zero: the LLM first sees the kept frames themselves, on the scale that
+it knows.
 """
 
 from __future__ import annotations
@@ -26,13 +28,27 @@ class ZeroLinear(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
-def kept_frames(config: ShrinkingConfig, argmax: torch.Tensor, peak: torch.Tensor, blank_logprob: torch.Tensor,
-                lengths: torch.Tensor, blank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """argmax, peak, blank_logprob [A, T], lengths [A] -> kept [A, K] frame positions padded with 0, kept_lengths [A] >= 1."""
+def kept_frames(
+    config: ShrinkingConfig,
+    argmax: torch.Tensor,
+    peak: torch.Tensor,
+    blank_logprob: torch.Tensor,
+    lengths: torch.Tensor,
+    blank: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """argmax, peak, blank_logprob [A, T], lengths [A] -> kept [A, K] frame positions padded with 0,
+    kept_lengths [A] >= 1."""
     if not config.enabled:
         return torch.arange(argmax.shape[1], device=argmax.device).expand_as(argmax), lengths
-    return ops.ctc_runs(argmax, peak, lengths, blank, keep=config.keep, keep_blank_runs=config.keep_blank_runs,
-                        blank_logprob=blank_logprob)
+    return ops.ctc_runs(
+        argmax,
+        peak,
+        lengths,
+        blank,
+        keep=config.keep,
+        keep_blank_runs=config.keep_blank_runs,
+        blank_logprob=blank_logprob,
+    )
 
 
 class ShrinkingAdapter(nn.Module):
@@ -41,8 +57,10 @@ class ShrinkingAdapter(nn.Module):
         self.config = config
         self.heads = config.heads or llm_heads
         if width % self.heads:
-            raise OptionError(f"model.shrinking.heads = {self.heads} does not divide the LLM's width {width}: "
-                             "set it in the recipe")
+            raise OptionError(
+                f"model.shrinking.heads = {self.heads} does not divide the LLM's width {width}: "
+                "set it in the recipe"
+            )
         self.looks_back = config.enabled and config.lookback != "none"
         self.drop_frames = KeyedDropout(config.dropout, "shrinking.lookback")
         if self.looks_back:
@@ -50,13 +68,21 @@ class ShrinkingAdapter(nn.Module):
             self.out = ZeroLinear(width, width)
         self.norm = ScaledLayerNorm(width, gain)
 
-    def forward(self, hidden: torch.Tensor, lengths: torch.Tensor, kept: torch.Tensor, kept_lengths: torch.Tensor,
-                keys: torch.Tensor | None = None) -> torch.Tensor:
-        """hidden [A, T, D], lengths [A], kept [A, K] frame positions, kept_lengths [A] -> [A, K, D], zero after kept_lengths.
-        keys [A]: the utterances' keys of dropout, needed in training."""
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        lengths: torch.Tensor,
+        kept: torch.Tensor,
+        kept_lengths: torch.Tensor,
+        keys: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """hidden [A, T, D], lengths [A], kept [A, K] frame positions, kept_lengths [A] -> [A, K, D], zero
+        after kept_lengths. keys [A]: the utterances' keys of dropout, needed in training."""
         frames = hidden.gather(1, kept[..., None].expand(-1, -1, hidden.shape[-1]))
         if self.looks_back:
-            over, over_lengths = (hidden, lengths) if self.config.lookback == "all" else (frames, kept_lengths)
+            over, over_lengths = (
+                (hidden, lengths) if self.config.lookback == "all" else (frames, kept_lengths)
+            )
             query = self.query(frames).unflatten(-1, (self.heads, -1))
             key, value = self.key_value(over).unflatten(-1, (2, self.heads, -1)).unbind(2)
             if keys is not None:

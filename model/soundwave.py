@@ -1,8 +1,9 @@
 """The whole network: frozen encoder -> alignment adapter -> CTC head -> shrinking adapter -> LLM with LoRA.
 
-One forward for all stages; a stage says which losses it asks for and which parts learn. Whatever a batch holds, the same
-modules run in the same order (under ZeRO-3 ranks wait for each other in every module): a batch without audio brings a silent
-dummy whose result is multiplied by 0, a batch without targets still passes the LLM.
+One forward for all stages; a stage says which losses it asks for and which parts learn. Whatever a batch
+holds, the same modules run in the same order (under ZeRO-3 ranks wait for each other in every module): a
+batch without audio brings a silent dummy whose result is multiplied by 0, a batch without targets still
+passes the LLM.
 """
 
 from __future__ import annotations
@@ -61,8 +62,18 @@ class Audio(NamedTuple):
 
 
 class Soundwave(Generation, nn.Module):
-    def __init__(self, config: SoundwaveConfig, *, tokenizer, encoder: nn.Module | None, alignment: AlignmentAdapter,
-                 ctc_head: CTCHead, shrinking: ShrinkingAdapter | None, llm: nn.Module | None, sources: dict):
+    def __init__(
+        self,
+        config: SoundwaveConfig,
+        *,
+        tokenizer,
+        encoder: nn.Module | None,
+        alignment: AlignmentAdapter,
+        ctc_head: CTCHead,
+        shrinking: ShrinkingAdapter | None,
+        llm: nn.Module | None,
+        sources: dict,
+    ):
         super().__init__()
         self.config, self.tokenizer, self.sources = config, tokenizer, sources
         self.encoder, self.alignment, self.ctc_head = encoder, alignment, ctc_head
@@ -70,7 +81,9 @@ class Soundwave(Generation, nn.Module):
         self.audio_id = None if tokenizer is None else tokenizer.convert_tokens_to_ids(config.audio_token)
         self.stage = "shrinking" if llm is not None else "alignment"
         self.lengths_of_last_batch: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.unanswered: dict[int, str] = {}  # of the last batch that was generated: rows beyond the LLM's context, and why
+        self.unanswered: dict[
+            int, str
+        ] = {}  # of the last batch that was generated: rows beyond the LLM's context, and why
         self.trained_seconds: float | None = None  # longest clip of training, where a model folder records it
         self.set_stage(self.stage)
 
@@ -80,22 +93,34 @@ class Soundwave(Generation, nn.Module):
         return self.audio_id
 
     @classmethod
-    def build(cls, config: SoundwaveConfig, *, parts: tuple[str, ...] = PARTS, device: torch.device | str | None = None,
-              meta: bool = False) -> "Soundwave":
+    def build(
+        cls,
+        config: SoundwaveConfig,
+        *,
+        parts: tuple[str, ...] = PARTS,
+        device: torch.device | str | None = None,
+        meta: bool = False,
+    ) -> "Soundwave":
         """Frozen parts from their folders, fresh adapters and LoRA.
 
-        parts without "llm": stage I; of the LLM only its embeddings are read, from its safetensors, and there is no shrinking
-        adapter. parts without "encoder": for cached features. meta: sizes alone, nothing is read or fetched (names of
-        model/presets, or folders with a config.json). Errors: SourceError, OptionError, one line each.
+        parts without "llm": stage I; of the LLM only its embeddings are read, from its safetensors, and there
+        is no shrinking adapter. parts without "encoder": for cached features. meta: sizes alone, nothing is
+        read or fetched (names of model/presets, or folders with a config.json). Errors: SourceError,
+        OptionError, one line each.
         """
         for key, problem in problems(config, "model."):
             raise OptionError(f"{key} {problem}")
         dtype = DTYPES[config.dtype]
-        sources = {"encoder": locate(config.encoder.name, sizes_only=meta), "llm": locate(config.llm.name, sizes_only=meta)}
+        sources = {
+            "encoder": locate(config.encoder.name, sizes_only=meta),
+            "llm": locate(config.llm.name, sizes_only=meta),
+        }
         if meta:
             sources = {name: source.without_weights() for name, source in sources.items()}
         attention = attention_implementation(config.attention_implementation, dtype)
-        encoder = build_encoder(config.encoder, sources["encoder"], dtype, attention, weights="encoder" in parts and not meta)
+        encoder = build_encoder(
+            config.encoder, sources["encoder"], dtype, attention, weights="encoder" in parts and not meta
+        )
         sizes = text_config(sources["llm"].config)
         width, heads, rows = sizes.hidden_size, sizes.num_attention_heads, sizes.vocab_size
 
@@ -104,24 +129,38 @@ class Soundwave(Generation, nn.Module):
             audio_id = rows if meta else tokenizer.convert_tokens_to_ids(config.audio_token)
             input_rms, output_rms = (1.0, 1.0) if meta else embedding_statistics(sources["llm"])
             llm = build_llm(config.llm, sources["llm"], dtype, attention) if "llm" in parts else None
-            alignment = AlignmentAdapter(config.alignment, encoder.width, width, heads,
-                                         gain=min(1.0, 1 / (output_rms * width ** 0.5)))
+            alignment = AlignmentAdapter(
+                config.alignment, encoder.width, width, heads, gain=min(1.0, 1 / (output_rms * width**0.5))
+            )
             if llm is not None and config.alignment.ctc_head == "tied":
                 embeddings = llm.get_output_embeddings().weight
             else:
-                embeddings = torch.empty(rows, width, dtype=dtype) if meta else output_embeddings(sources["llm"], dtype)
+                embeddings = (
+                    torch.empty(rows, width, dtype=dtype)
+                    if meta
+                    else output_embeddings(sources["llm"], dtype)
+                )
             ctc_head = CTCHead(config.alignment.ctc_head, embeddings, output_rms, audio_id, config.ops)
             gain = input_rms if config.shrinking.init_gain_to_embeddings else 1.0
             shrinking = ShrinkingAdapter(config.shrinking, width, heads, gain) if llm is not None else None
-        model = cls(config, tokenizer=tokenizer, encoder=encoder if "encoder" in parts else None, alignment=alignment,
-                    ctc_head=ctc_head, shrinking=shrinking, llm=llm, sources=sources)
+        model = cls(
+            config,
+            tokenizer=tokenizer,
+            encoder=encoder if "encoder" in parts else None,
+            alignment=alignment,
+            ctc_head=ctc_head,
+            shrinking=shrinking,
+            llm=llm,
+            sources=sources,
+        )
         return model if device is None else model.to(device)
 
     # ---- what is trained ----
 
     def set_stage(self, stage: str) -> None:
-        """I alignment: alignment adapter and CTC head | II shrinking: both adapters, CTC head, LoRA | III sft: LoRA alone.
-        Of a tied CTC head the blank's row is trained, the embeddings never. Frozen parts stay in eval mode."""
+        """I alignment: alignment adapter and CTC head | II shrinking: both adapters, CTC head, LoRA | III
+        sft: LoRA alone. Of a tied CTC head the blank's row is trained, the embeddings never. Frozen parts
+        stay in eval mode."""
         if stage not in STAGES:
             raise ValueError(f"stage is '{stage}': {', '.join(STAGES)}")
         if stage != "alignment" and self.llm is None:
@@ -142,11 +181,18 @@ class Soundwave(Generation, nn.Module):
     def train(self, mode: bool = True) -> "Soundwave":
         super().train(mode)
         adapters = self.stage != "sft"
-        for part, learns in ((self.encoder, False), (self.alignment, adapters), (self.ctc_head, adapters),
-                             (self.shrinking, self.stage == "shrinking"), (self.llm, self.stage != "alignment")):
+        for part, learns in (
+            (self.encoder, False),
+            (self.alignment, adapters),
+            (self.ctc_head, adapters),
+            (self.shrinking, self.stage == "shrinking"),
+            (self.llm, self.stage != "alignment"),
+        ):
             if part is not None and not learns:
                 part.eval()
-        if self.llm is not None:  # frozen: it draws no random number and changes no weight of its own (some do both in training)
+        if (
+            self.llm is not None
+        ):  # frozen: it draws no random number and changes no weight of its own (some do both in training)
             learns = mode and self.stage != "alignment"
             for module in self.llm.modules():
                 # transformers computes a layer again in backward where the layer itself is in training mode.
@@ -159,37 +205,55 @@ class Soundwave(Generation, nn.Module):
         groups: dict[str, list[tuple[str, nn.Parameter]]] = {"adapters": [], "ctc_head": [], "lora": []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                group = "ctc_head" if name.startswith("ctc_head.") else "lora" if name.startswith("llm.") else "adapters"
+                group = (
+                    "ctc_head"
+                    if name.startswith("ctc_head.")
+                    else "lora"
+                    if name.startswith("llm.")
+                    else "adapters"
+                )
                 groups[group].append((name, parameter))
         return groups
 
     def shared_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
-        """Parameters that a module uses and another one owns, too: a tied CTC head's weight is the LLM's own parameter.
-        It is registered in the head, so that ZeRO-3's hooks gather it there."""
+        """Parameters that a module uses and another one owns, too: a tied CTC head's weight is the LLM's own
+        parameter. It is registered in the head, so that ZeRO-3's hooks gather it there."""
         shared = self.llm is not None and self.ctc_head.kind == "tied"
         return [(self.ctc_head, self.ctc_head.weight)] if shared else []
 
     def enable_activation_checkpointing(self) -> None:
-        """Keep only the LLM layers' inputs and compute the rest again in backward. Errors: SourceError for LLMs that cannot."""
+        """Keep only the LLM layers' inputs and compute the rest again in backward. Errors: SourceError for
+        LLMs that cannot."""
         if self.llm is None:
             return
         try:
-            self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={
-                "use_reentrant": False, "context_fn": self.llm.token_keys.for_checkpoint})
+            self.llm.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={
+                    "use_reentrant": False,
+                    "context_fn": self.llm.token_keys.for_checkpoint,
+                }
+            )
         except ValueError as error:
-            raise SourceError(f"optim.activation_checkpointing does not work with {self.sources['llm'].name} "
-                              f"({str(error).splitlines()[0]}): set it to false") from None
+            raise SourceError(
+                f"optim.activation_checkpointing does not work with {self.sources['llm'].name} "
+                f"({str(error).splitlines()[0]}): set it to false"
+            ) from None
         self.train(self.training)
 
     def frozen_hash(self) -> dict[str, str]:
-        """sha256 of the frozen parts' tensors, from their files. (What else decides their numbers: `frozen_settings`.)"""
+        """sha256 of the frozen parts' tensors, from their files. (What else decides their numbers:
+        `frozen_settings`.)"""
         if not hasattr(self, "_hashes"):
             encoder, llm = self.sources["encoder"], self.sources["llm"]
-            self._hashes = {"encoder": fingerprint(encoder.folder, tensor_prefix(encoder)), "llm": fingerprint(llm.folder)}
+            self._hashes = {
+                "encoder": fingerprint(encoder.folder, tensor_prefix(encoder)),
+                "llm": fingerprint(llm.folder),
+            }
         return self._hashes
 
     def frozen_settings(self) -> dict[str, object]:
-        """Configurations, preprocessor, tokenizer with chat template and end tokens of the frozen parts (model/identity.py)."""
+        """Configurations, preprocessor, tokenizer with chat template and end tokens of the frozen parts
+        (model/identity.py)."""
         return identity.settings(self.sources, self.tokenizer)
 
     # ---- forward ----
@@ -200,36 +264,55 @@ class Soundwave(Generation, nn.Module):
             return batch.features, batch.audio_lengths
         if self.encoder is None:
             raise ValueError("the model was built without its encoder: give batches with cached features")
-        return self.encoder(batch.waveforms, batch.audio_lengths, self.config.alignment.ctc_length == "full", batch.mel_mask)
+        return self.encoder(
+            batch.waveforms, batch.audio_lengths, self.config.alignment.ctc_length == "full", batch.mel_mask
+        )
 
     def listen(self, batch: Batch, with_ctc: bool = False) -> Audio:
         """Everything up to the kept frames; with_ctc: the CTC loss, too."""
         hidden, lengths = self.alignment(*self.encode(batch), batch.audio_keys)
         targets = (batch.ctc_targets, batch.ctc_target_lengths) if with_ctc else ()
         loss, argmax, peak, blank_logprob = self.ctc_head(hidden, lengths, *targets)
-        kept, kept_lengths = kept_frames(self.config.shrinking, argmax, peak.detach(), blank_logprob.detach(), lengths,
-                                         self.ctc_head.blank)
+        kept, kept_lengths = kept_frames(
+            self.config.shrinking, argmax, peak.detach(), blank_logprob.detach(), lengths, self.ctc_head.blank
+        )
         self.lengths_of_last_batch = (lengths, kept_lengths)
         return Audio(hidden, lengths, loss, argmax, peak, blank_logprob, kept, kept_lengths)
 
-    def embeddings(self, batch: Batch, audio: Audio, left_padded: bool = False
-                   ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def embeddings(
+        self, batch: Batch, audio: Audio, left_padded: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The LLM's input: embeddings [B, L, D], mask [B, L], labels [B, L]."""
         shrunk = self.shrinking(audio.hidden, audio.lengths, audio.kept, audio.kept_lengths, batch.audio_keys)
         if self.config.shrinking.token_embeddings:
             tokens = audio.argmax.gather(1, audio.kept)
-            said = (tokens != self.ctc_head.blank) & (torch.arange(tokens.shape[1], device=tokens.device)
-                                                      < audio.kept_lengths[:, None])
-            shrunk = shrunk + said[..., None] * embed(self.llm, tokens.masked_fill(~said, 0), self.audio_id).to(shrunk.dtype)
+            said = (tokens != self.ctc_head.blank) & (
+                torch.arange(tokens.shape[1], device=tokens.device) < audio.kept_lengths[:, None]
+            )
+            shrunk = shrunk + said[..., None] * embed(
+                self.llm, tokens.masked_fill(~said, 0), self.audio_id
+            ).to(shrunk.dtype)
         text = embed(self.llm, batch.input_ids, self.audio_id)
         places = int((batch.attention_mask.bool() & (batch.input_ids == self.audio_id)).sum())
         audios = 0 if batch.audio_is_dummy else len(shrunk)
         if places != audios:
-            raise ValueError(f"batch has {audios} audios and {places} {self.config.audio_token} in its text "
-                             f"({batch.ids[:3]} ...)")
-        embeddings, mask, labels = splice(text, batch.input_ids, batch.attention_mask, batch.labels, shrunk[:audios],
-                                          audio.kept_lengths[:audios], self.audio_id, left_padded=left_padded)
-        if not audios:  # the dummy's modules are part of the graph; of real clips, a NaN or a sum's overflow would reach all rows
+            raise ValueError(
+                f"batch has {audios} audios and {places} {self.config.audio_token} in its text "
+                f"({batch.ids[:3]} ...)"
+            )
+        embeddings, mask, labels = splice(
+            text,
+            batch.input_ids,
+            batch.attention_mask,
+            batch.labels,
+            shrunk[:audios],
+            audio.kept_lengths[:audios],
+            self.audio_id,
+            left_padded=left_padded,
+        )
+        # the dummy's modules are part of the graph; of real clips, a NaN or a sum's overflow would reach all
+        # rows
+        if not audios:
             embeddings = embeddings + 0.0 * shrunk.sum().to(text.dtype)
         return embeddings, mask, labels
 
@@ -242,4 +325,6 @@ class Soundwave(Generation, nn.Module):
         if "ce" in losses:
             embeddings, mask, labels = self.embeddings(batch, audio)
             ce_sum, llm_tokens = target_loss(self.llm, embeddings, mask, labels, batch.row_keys), mask.sum()
-        return Output(ce_sum, ctc_sum, real * audio.lengths.sum(), real * audio.kept_lengths.sum(), llm_tokens)
+        return Output(
+            ce_sum, ctc_sum, real * audio.lengths.sum(), real * audio.kept_lengths.sum(), llm_tokens
+        )

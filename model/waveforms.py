@@ -1,5 +1,5 @@
-"""Waveforms as callers have them -> what the network takes: float32, mono, 16 kHz, full scale 1. The one place that converts
-them."""
+"""Waveforms as callers have them -> what the network takes: float32, mono, 16 kHz, full scale 1. The one
+place that converts them."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class ClipProblem(ValueError):
 def mono(waveform: Waveform, sampling_rate: int = SAMPLE_RATE) -> tuple[torch.Tensor, list[str]]:
     """Return a waveform as [S] float32 at 16 kHz, full scale 1, and findings about it.
 
-    waveform: tensor or array of samples [S], or of channels [C, S] or [S, C], which are averaged (where they cancel out, the
-    loudest one is taken); floats with full scale 1, or int8, int16 or int32. Errors: ClipProblem for a clip without samples or
-    with NaN or infinity; ValueError for what is no waveform.
+    waveform: tensor or array of samples [S], or of channels [C, S] or [S, C], which are averaged (where they
+    cancel out, the loudest one is taken); floats with full scale 1, or int8, int16 or int32. Errors:
+    ClipProblem for a clip without samples or with NaN or infinity; ValueError for what is no waveform.
     """
     if isinstance(waveform, torch.Tensor):
         waveform = waveform.detach().cpu()
@@ -53,9 +53,16 @@ def mono(waveform: Waveform, sampling_rate: int = SAMPLE_RATE) -> tuple[torch.Te
         bad = int((~finite).any(axis=1).argmax())
         raise ClipProblem(f"holds NaN or infinity, first at sample {bad} of {len(samples)}")
     if (loudest := float(np.abs(samples).max())) > LOUDEST:
-        raise ValueError(f"a waveform with samples up to {loudest:.5g}: give floats between -1 and 1 (16-bit samples divided by "
-                         "32768), or int16")
-    if isinstance(sampling_rate, bool) or not isinstance(sampling_rate, (int, np.integer)) or sampling_rate <= 0:
+        raise ValueError(
+            f"a waveform with samples up to {loudest:.5g}: give floats between -1 and 1 (16-bit samples "
+            f"divided by "
+            "32768), or int16"
+        )
+    if (
+        isinstance(sampling_rate, bool)
+        or not isinstance(sampling_rate, (int, np.integer))
+        or sampling_rate <= 0
+    ):
         raise ValueError(f"sampling_rate is {sampling_rate!r}: give samples a second, as 16000")
     try:
         audio = to_mono(Audio(samples, int(sampling_rate)), SAMPLE_RATE, levels=False)
@@ -75,12 +82,16 @@ def _by_frames(samples: np.ndarray) -> np.ndarray:
         channels = min(first, second)
         if channels <= MOST_CHANNELS and (first != second or channels <= 1):
             return samples if second < first else samples.T
-    raise ValueError(f"a waveform of shape {list(samples.shape)}: give samples [S], or channels [C, S] or [S, C]")
+    raise ValueError(
+        f"a waveform of shape {list(samples.shape)}: give samples [S], or channels [C, S] or [S, C]"
+    )
 
 
-def usable_clips(waveforms: Sequence[Waveform], sampling_rate: int = SAMPLE_RATE) -> tuple[list[torch.Tensor], list[int]]:
-    """Return each waveform by `mono`, and the numbers of those that cannot be used: silence stands in their place, and a
-    SoundWarning names them. Errors: ValueError, also where none can be used."""
+def usable_clips(
+    waveforms: Sequence[Waveform], sampling_rate: int = SAMPLE_RATE
+) -> tuple[list[torch.Tensor], list[int]]:
+    """Return each waveform by `mono`, and the numbers of those that cannot be used: silence stands in their
+    place, and a SoundWarning names them. Errors: ValueError, also where none can be used."""
     clips, unusable, problems = [], [], []
     for number, waveform in enumerate(waveforms):
         try:

@@ -1,7 +1,8 @@
-"""The recipe: typed dataclasses < model folder that the stage starts from < YAML files < command line `key=value`.
+"""The recipe: typed dataclasses < model folder that the stage starts from < YAML files < command line
+`key=value`.
 
-OmegaConf merges the layers. An unknown key, a wrong type or a value out of bounds stops the run before anything is loaded, with
-one line that names the file and the key.
+OmegaConf merges the layers. An unknown key, a wrong type or a value out of bounds stops the run before
+anything is loaded, with one line that names the file and the key.
 """
 
 from __future__ import annotations
@@ -31,8 +32,12 @@ FRESH = "fresh"  # init_from: start from no model folder
 class Corpus:
     """One packed folder (index.json beside its shards) and its share in the mixture."""
 
-    shards: str = location("")  # folder written by data_tools/pack.py, or a pipe/URL pattern for plain streaming
-    weight: float | None = number(None, above=0)  # explicit weight within its task; null: by its number of utterances
+    shards: str = location(
+        ""
+    )  # folder written by data_tools/pack.py, or a pipe/URL pattern for plain streaming
+    weight: float | None = number(
+        None, above=0
+    )  # explicit weight within its task; null: by its number of utterances
     tasks: list[str] | None = None  # take only these tasks of the folder; null: all
     # Train on this share of its utterances, drawn by id: those of 0.1 are among those of 0.25.
     share: float = number(1.0, above=0, most=1)
@@ -42,7 +47,8 @@ class Corpus:
 
 @dataclass
 class MixtureConfig:
-    """Dynamic data mixture: p_task proportional to n_task^(1/tau), tau moving from tau_start to tau_end over the stage."""
+    """Dynamic data mixture: p_task proportional to n_task^(1/tau), tau moving from tau_start to tau_end over
+    the stage."""
 
     tau_start: float = number(1.0, above=0)
     tau_end: float = number(1.0, above=0)
@@ -54,8 +60,12 @@ class DataConfig:
     train: list[Corpus] = field(default_factory=list)
     valid: list[Corpus] = field(default_factory=list)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
-    batch_seconds: float = number(3600.0, above=0)  # audio seconds in one global batch (one optimizer step, all ranks together)
-    micro_batch_seconds: float = number(120.0, above=0)  # padded audio seconds in one rank's micro-batch at most
+    batch_seconds: float = number(
+        3600.0, above=0
+    )  # audio seconds in one global batch (one optimizer step, all ranks together)
+    micro_batch_seconds: float = number(
+        120.0, above=0
+    )  # padded audio seconds in one rank's micro-batch at most
     micro_batch_tokens: int = number(8192, least=1)  # padded LLM positions in one rank's micro-batch at most
     min_seconds: float = number(0.1, least=0)  # shorter clips are rejected, named and counted
     max_seconds: float = number(30.0, above=0)
@@ -63,11 +73,16 @@ class DataConfig:
     seed: int = number(0, least=0, most=LARGEST_SEED)
     workers: int = number(2, least=0)
     prefetch: int = number(4, least=0)  # micro-batches ready ahead per worker
-    # Audio of about one length that goes into a step together: more pads less, less mixes more; 0: any lengths.
+    # Audio of about one length that goes into a step together: more pads less, less mixes more; 0: any
+    # lengths.
     bucket_seconds: float = number(120.0, least=0)
     shuffle_window_shards: int = number(16, least=1)  # shards whose utterances are shuffled together
-    cache_features: str | None = location(None)  # folder for the frozen encoder's output, computed once; null: each step
-    max_rejected_share: float = number(0.01, least=0, most=1)  # past this share of broken samples the run stops with the list
+    cache_features: str | None = location(
+        None
+    )  # folder for the frozen encoder's output, computed once; null: each step
+    max_rejected_share: float = number(
+        0.01, least=0, most=1
+    )  # past this share of broken samples the run stops with the list
     speed_perturb: list[float] = numbers(least=0.5, most=2)  # e.g. [0.9, 1.0, 1.1]; off when empty
     spec_augment: bool = False
     noise_snr_db: list[float] = numbers(counts=(0, 2))  # [low, high] white noise; off when empty
@@ -101,9 +116,13 @@ class CheckpointConfig:
     every_minutes: float = number(30.0, above=0)  # whichever of the two comes first
     keep_last: int = number(2, least=0)
     keep_best: bool = True
-    best_by: str = "wer"  # of a validation, the lower the better: wer | cer | mer | loss; of equal ones the lower loss
+    best_by: str = (
+        "wer"  # of a validation, the lower the better: wer | cer | mer | loss; of equal ones the lower loss
+    )
     copy_to: str | None = location(None)  # a second folder that gets each finished checkpoint
-    accept_changes: list[str] = field(default_factory=list)  # base | tokenizer | recipe | index: accepted on resume
+    accept_changes: list[str] = field(
+        default_factory=list
+    )  # base | tokenizer | recipe | index: accepted on resume
 
 
 @dataclass
@@ -113,15 +132,23 @@ class LogConfig:
     validate_utterances: int = number(200, least=1)
     sample_ids: bool = False  # samples.jsonl: the ids that each rank consumed in each step
     validate_at_start: bool = True  # score the untrained stage too, before its first step
-    gather_to_validate: bool = True  # ZeRO-3: hold the whole model on every rank while validating; false: layer by layer
+    gather_to_validate: bool = (
+        True  # ZeRO-3: hold the whole model on every rank while validating; false: layer by layer
+    )
     tensorboard: bool = True
 
 
 @dataclass
 class HealthConfig:
-    spike_sigma: float = number(8.0, above=0)  # gradient norm beyond median + this many robust deviations: the step is skipped
-    window: int = number(128, least=32, why="fewer steps say nothing about a spike")  # at least health.Health.MINIMUM
-    max_consecutive_skips: int = number(5, least=1)  # then back to the last good checkpoint, past the bad stretch
+    spike_sigma: float = number(
+        8.0, above=0
+    )  # gradient norm beyond median + this many robust deviations: the step is skipped
+    window: int = number(
+        128, least=32, why="fewer steps say nothing about a spike"
+    )  # at least health.Health.MINIMUM
+    max_consecutive_skips: int = number(
+        5, least=1
+    )  # then back to the last good checkpoint, past the bad stretch
     max_rollbacks: int = number(2, least=0)  # then stop with a report
     desync_every_steps: int = number(500, least=0)
 
@@ -129,10 +156,14 @@ class HealthConfig:
 @dataclass
 class Recipe:
     stage: str = "alignment"  # alignment (I) | shrinking (II) | sft (III)
-    output: str = location("runs/soundwave")  # <output>/<stage>/ holds checkpoints, logs and the finished model folder
+    output: str = location(
+        "runs/soundwave"
+    )  # <output>/<stage>/ holds checkpoints, logs and the finished model folder
     # The model folder that the stage starts from; null: <output>/<previous stage>/model | fresh: none.
     init_from: str | None = location(None)
-    init_accept: list[str] = field(default_factory=list)  # model keys that may differ from that folder's: an ablation
+    init_accept: list[str] = field(
+        default_factory=list
+    )  # model keys that may differ from that folder's: an ablation
     seed: int = number(0, least=0, most=LARGEST_SEED)
     model: SoundwaveConfig = field(default_factory=SoundwaveConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -148,8 +179,8 @@ CORPORA = ("data.train", "data.valid")
 
 
 def start_folder(recipe: Recipe) -> Path | None:
-    """Return the model folder that the recipe starts from, whether it exists or not: `init_from`, or the previous stage's.
-    None for stage I by default, and where `init_from` is `fresh`."""
+    """Return the model folder that the recipe starts from, whether it exists or not: `init_from`, or the
+    previous stage's. None for stage I by default, and where `init_from` is `fresh`."""
     if recipe.init_from == FRESH:
         return None
     if recipe.init_from:
@@ -161,11 +192,11 @@ def start_folder(recipe: Recipe) -> Path | None:
 def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     """Read a recipe. `base: other.yaml` inside it names a recipe (relative to it) whose values come first.
 
-    Model keys that no layer sets are those of the model folder that the stage starts from, where that exists. Paths are expanded
-    (~, $VARIABLE).
-    Errors: RecipeError with one line for a file that is missing or no recipe, an unknown key (the nearest right key is
-    suggested), a value of the wrong type or out of bounds, an override that is not `key=value`, and a model key that contradicts
-    the start folder.
+    Model keys that no layer sets are those of the model folder that the stage starts from, where that exists.
+    Paths are expanded (~, $VARIABLE).
+    Errors: RecipeError with one line for a file that is missing or no recipe, an unknown key (the nearest
+    right key is suggested), a value of the wrong type or out of bounds, an override that is not `key=value`,
+    and a model key that contradicts the start folder.
     """
     layers = [*_read_files(Path(path)), *map(_read_override, overrides)]
     recipe = _merge(OmegaConf.structured(Recipe), layers)
@@ -175,7 +206,7 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     return _inherit(recipe, layers, start)
 
 
-# ---------------------------------------------------------------------------------------------------------------- layers
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _read_files(path: Path) -> list[tuple[str, DictConfig]]:
@@ -203,16 +234,24 @@ def _read_files(path: Path) -> list[tuple[str, DictConfig]]:
 
 def _read_yaml(path: Path) -> DictConfig:
     if not is_name(str(path)) or not path.exists():
-        raise RecipeError(f"recipe {_shown(str(path)).strip(chr(39))} does not exist: give the path of a YAML file, e.g. "
-                          "train/recipes/stage1.yaml")
+        raise RecipeError(
+            f"recipe {_shown(str(path)).strip(chr(39))} does not exist: give the path of a YAML file, e.g. "
+            "train/recipes/stage1.yaml"
+        )
     try:
         layer = OmegaConf.load(path)
     except OSError as error:
-        raise RecipeError(f"recipe {path} cannot be read: {error.strerror or 'it is no mapping of keys to values'}") from None
+        raise RecipeError(
+            f"recipe {path} cannot be read: {error.strerror or 'it is no mapping of keys to values'}"
+        ) from None
     except Exception as error:  # yaml's own error types carry line and column
-        raise RecipeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split()) or type(error).__name__}") from None
+        raise RecipeError(
+            f"recipe {path} is not valid YAML: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from None
     if not OmegaConf.is_dict(layer):
-        raise RecipeError(f"recipe {path} is no mapping: write lines such as `stage: alignment`, without a dash before them")
+        raise RecipeError(
+            f"recipe {path} is no mapping: write lines such as `stage: alignment`, without a dash before them"
+        )
     return layer
 
 
@@ -222,12 +261,16 @@ def _read_override(item: str) -> tuple[str, DictConfig]:
     if not equals:
         raise RecipeError(f"{item!r} is not key=value: write e.g. optim.steps=100")
     if not re.fullmatch(r"\w+(\.\w+)*", key):
-        raise RecipeError(f"{item!r}: {key!r} is no key: write e.g. optim.steps=100, and a list as a whole: "
-                          "data.train=[{shards: DIR}]")
+        raise RecipeError(
+            f"{item!r}: {key!r} is no key: write e.g. optim.steps=100, and a list as a whole: "
+            "data.train=[{shards: DIR}]"
+        )
     try:
         layer = OmegaConf.from_dotlist([item])
     except Exception as error:  # yaml's and OmegaConf's, for an unclosed bracket, say
-        raise RecipeError(f"command line: {key}: {value!r} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(
+            f"command line: {key}: {value!r} is not valid YAML: {' '.join(str(error).split())}"
+        ) from None
     if key.partition(".")[0] == "base":
         raise RecipeError(f"{item!r}: write `base:` into a recipe; the command line takes single keys")
     return "command line", layer
@@ -239,8 +282,10 @@ def _merge(merged: DictConfig, layers: list[tuple[str, DictConfig]]) -> Recipe:
         content = OmegaConf.to_container(layer)
         for key in _flat(content):
             if key.startswith(tuple(f"{corpora}." for corpora in CORPORA)):
-                raise RecipeError(f"{where}: {key} is set, and {key.rpartition('.')[0]} is a list: write "
-                                  f"{key.rpartition('.')[0]}=[{{shards: DIR}}]")
+                raise RecipeError(
+                    f"{where}: {key} is set, and {key.rpartition('.')[0]} is a list: write "
+                    f"{key.rpartition('.')[0]}=[{{shards: DIR}}]"
+                )
             if key not in known and not key.startswith("data.mixture.task_weights."):
                 raise RecipeError(f"{where}: unknown key {key!r}; did you mean '{_nearest(key, known)}'?")
         for path, value in _leaves(content):
@@ -251,7 +296,9 @@ def _merge(merged: DictConfig, layers: list[tuple[str, DictConfig]]) -> Recipe:
         merged = _merge_layer(merged, where, layer, content)
     try:
         recipe = OmegaConf.to_object(merged)
-    except Exception as error:  # an interpolation that leads nowhere; OmegaConf reports some with built-in types
+    except (
+        Exception
+    ) as error:  # an interpolation that leads nowhere; OmegaConf reports some with built-in types
         key = getattr(error, "full_key", None) or ""
         raise RecipeError(f"{_origin(layers, key)}{key + ': ' if key else ''}{_unresolved(error)}") from None
     try:
@@ -266,7 +313,9 @@ def _merge(merged: DictConfig, layers: list[tuple[str, DictConfig]]) -> Recipe:
 def _merge_layer(merged: DictConfig, where: str, layer: DictConfig, content: dict) -> DictConfig:
     try:
         return OmegaConf.merge(merged, layer)
-    except Exception:  # OmegaConf's, or a built-in type: it names no key for some shapes, so each key is tried by itself
+    except (
+        Exception
+    ):  # OmegaConf's, or a built-in type: it names no key for some shapes, so each key is tried by itself
         for path, value in _leaves(content):
             alone = value
             for name in reversed(path):
@@ -284,14 +333,20 @@ def _check_corpora(where: str, key: str, data: dict) -> None:
     fields = [field.name for field in dataclasses.fields(Corpus)]
     for place, corpus in enumerate(corpora if isinstance(corpora, list) else ()):
         if not isinstance(corpus, dict):
-            raise RecipeError(f"{where}: {key}[{place}] is {_shown(corpus)}: write {key}=[{{shards: DIR}}], or [] for none")
+            raise RecipeError(
+                f"{where}: {key}[{place}] is {_shown(corpus)}: write {key}=[{{shards: DIR}}], or [] for none"
+            )
         for name, value in corpus.items():
             at = f"{where}: {key}[{place}]"
             glued = next((field for field in fields if str(name).startswith(f"{field}:")), None)
             if glued:
-                raise RecipeError(f"{at}: {name!r}: write a blank after the colon: {{{glued}: {name.partition(':')[2]}}}")
+                raise RecipeError(
+                    f"{at}: {name!r}: write a blank after the colon: {{{glued}: {name.partition(':')[2]}}}"
+                )
             if name not in fields:
-                raise RecipeError(f"{at}: unknown key {name!r}; did you mean '{_nearest(str(name), fields)}'?")
+                raise RecipeError(
+                    f"{at}: unknown key {name!r}; did you mean '{_nearest(str(name), fields)}'?"
+                )
             try:
                 OmegaConf.merge(OmegaConf.structured(Corpus), OmegaConf.create({name: value}))
             except Exception:  # OmegaConf's, or a built-in type
@@ -302,23 +357,38 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Yield (key, what is wrong) for keys that do not go together."""
     data, model = recipe.data, recipe.model
     if data.min_seconds > data.max_seconds:
-        yield "data.min_seconds", f"is {data.min_seconds:g}, above data.max_seconds={data.max_seconds:g}: no clip is left"
+        yield (
+            "data.min_seconds",
+            f"is {data.min_seconds:g}, above data.max_seconds={data.max_seconds:g}: no clip is left",
+        )
     if len(data.noise_snr_db) == 2 and data.noise_snr_db[0] > data.noise_snr_db[1]:
-        yield "data.noise_snr_db", f"is {list(data.noise_snr_db)}: give [lowest, highest] in dB, e.g. [10, 30]"
+        yield (
+            "data.noise_snr_db",
+            f"is {list(data.noise_snr_db)}: give [lowest, highest] in dB, e.g. [10, 30]",
+        )
     if model.alignment.ctc_length == "full" and model.encoder.pad_to_seconds is None:
-        yield "model.alignment.ctc_length", ("is full, which counts the padding's frames, and model.encoder.pad_to_seconds pads "
-                                             "nothing: set it, or write model.alignment.ctc_length: 'true'")
+        yield (
+            "model.alignment.ctc_length",
+            (
+                "is full, which counts the padding's frames, and model.encoder.pad_to_seconds pads "
+                "nothing: set it, or write model.alignment.ctc_length: 'true'"
+            ),
+        )
     model_keys = [key for key in known_keys() if key.startswith("model.")] if recipe.init_accept else []
     for key in recipe.init_accept:
         if key not in model_keys:
-            yield "init_accept", f"names {key!r}, which is no key of the model; did you mean '{_nearest(key, model_keys)}'?"
+            yield (
+                "init_accept",
+                f"names {key!r}, which is no key of the model; did you mean '{_nearest(key, model_keys)}'?",
+            )
 
 
-# ----------------------------------------------------------------------------------------------------------- inheritance
+# -----------------------------------------------------------------------------------------------------------
 
 
 def _inherit(recipe: Recipe, layers: list[tuple[str, DictConfig]], start: Path) -> Recipe:
-    """The recipe with the start folder's model options where no layer sets them. Errors: RecipeError where one contradicts."""
+    """The recipe with the start folder's model options where no layer sets them. Errors: RecipeError where
+    one contradicts."""
     try:
         options = {f"model.{key}": value for key, value in inherited_options(start).items()}
     except StartError as error:
@@ -329,19 +399,30 @@ def _inherit(recipe: Recipe, layers: list[tuple[str, DictConfig]], start: Path) 
             try:
                 OmegaConf.update(merged, key, value)
             except Exception:  # OmegaConf's, or a built-in type
-                raise RecipeError(f"{start / 'soundwave.json'}: {key} {_needs(tuple(key.split('.')), value)}") from None
+                raise RecipeError(
+                    f"{start / 'soundwave.json'}: {key} {_needs(tuple(key.split('.')), value)}"
+                ) from None
     recipe = _merge(merged, layers)
-    differ = {key: values for key, values in differing_options(recipe.model, start).items() if key not in recipe.init_accept}
+    differ = {
+        key: values
+        for key, values in differing_options(recipe.model, start).items()
+        if key not in recipe.init_accept
+    }
     if differ:
-        lines = [f"{key}: {then!r} in the folder, {now!r} in {_origin(layers, key).removesuffix(': ')}"
-                 for key, (then, now) in differ.items()]
-        raise RecipeError(f"the recipe contradicts {start}, which this stage starts from ({'; '.join(lines)}): remove the keys "
-                          "from "
-                          f"the recipe (the folder's values are then used), or accept with init_accept=[{','.join(differ)}]")
+        lines = [
+            f"{key}: {then!r} in the folder, {now!r} in {_origin(layers, key).removesuffix(': ')}"
+            for key, (then, now) in differ.items()
+        ]
+        raise RecipeError(
+            f"the recipe contradicts {start}, which this stage starts from ({'; '.join(lines)}): remove the "
+            f"keys "
+            "from "
+            f"the recipe (the folder's values are then used), or accept with init_accept=[{','.join(differ)}]"
+        )
     return recipe
 
 
-# ---------------------------------------------------------------------------------------------------------------- words
+# ------------------------------------------------------------------------------------------------------------
 
 
 def known_keys(node: object = None, prefix: str = "") -> list[str]:
@@ -357,10 +438,13 @@ def known_keys(node: object = None, prefix: str = "") -> list[str]:
 
 
 def _nearest(key: str, known: list[str]) -> str:
-    """The key whose last word reads most alike: of the same section if there is one, unless the word stands elsewhere."""
+    """The key whose last word reads most alike: of the same section if there is one, unless the word stands
+    elsewhere."""
     section, _, word = key.rpartition(".")
     names = {k: k.rpartition(".")[2] for k in known}
-    near = [k for k in known if section and k.startswith(section + ".") and word not in names.values()] or known
+    near = [
+        k for k in known if section and k.startswith(section + ".") and word not in names.values()
+    ] or known
     return max(near, key=lambda k: difflib.SequenceMatcher(None, word, names[k]).ratio())
 
 
@@ -374,9 +458,11 @@ def _flat(node: dict, prefix: str = "") -> list[str]:
 
 
 def _origin(layers: list[tuple[str, DictConfig]], key: str) -> str:
-    """"FILE: " of the last layer that sets a key, or its list; "" where none does."""
+    """ "FILE: " of the last layer that sets a key, or its list; "" where none does."""
     key = key.partition("[")[0]
-    return next((f"{where}: " for where, layer in reversed(layers) if key in _flat(OmegaConf.to_container(layer))), "")
+    return next(
+        (f"{where}: " for where, layer in reversed(layers) if key in _flat(OmegaConf.to_container(layer))), ""
+    )
 
 
 def _leaves(node: dict, path: tuple = ()) -> Iterator[tuple[tuple, object]]:
@@ -399,13 +485,19 @@ def _unresolved(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-_NEEDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text",
-          "list[float]": "a list of numbers, e.g. [0.9, 0.98]", "list[str]": "a list of names, e.g. [asr, translation]",
-          "dict[str, float]": "numbers by name, e.g. {asr: 0.8}"}
+_NEEDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "list[float]": "a list of numbers, e.g. [0.9, 0.98]",
+    "list[str]": "a list of names, e.g. [asr, translation]",
+    "dict[str, float]": "numbers by name, e.g. {asr: 0.8}",
+}
 
 
 def _needs(path: tuple, value: object, owner: type = Recipe) -> str:
-    """"is VALUE: needs ..." by the declared type of a key."""
+    """ "is VALUE: needs ..." by the declared type of a key."""
     if not all(isinstance(name, str) for name in path):
         return f"is named by {_shown(path[-1])}, which is no text: write the name in quotes"
     kind = ""

@@ -1,4 +1,5 @@
-"""A stage is data: what is trained, what is loaded, which losses, and how it is scored. The loop is the same for all."""
+"""A stage is data: what is trained, what is loaded, which losses, and how it is scored. The loop is the same
+for all."""
 
 from __future__ import annotations
 
@@ -30,14 +31,53 @@ class Stage:
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("alignment", "I", ("encoder", "adapters"), ("ctc",), ("adapters", "ctc_head"), PREVIOUS["alignment"], "ctc",
-              ("model.llm.lora_r", "model.llm.lora_alpha", "model.llm.lora_dropout", "model.llm.lora_targets", "model.shrinking.",
-               "model.prompt", "model.system_prompt", "optim.lr_lora", "loss.ctc_weight", "data.micro_batch_tokens")),
-        Stage("shrinking", "II", ("encoder", "adapters", "llm"), ("ce", "ctc"), ("adapters", "ctc_head", "lora"),
-              PREVIOUS["shrinking"], "generate", ()),
-        Stage("sft", "III", ("encoder", "adapters", "llm"), ("ce",), ("lora",), PREVIOUS["sft"], "generate",
-              ("model.alignment.dropout", "model.shrinking.dropout", "optim.lr_adapters", "optim.lr_ctc_head",
-               "loss.ctc_weight")),
+        Stage(
+            "alignment",
+            "I",
+            ("encoder", "adapters"),
+            ("ctc",),
+            ("adapters", "ctc_head"),
+            PREVIOUS["alignment"],
+            "ctc",
+            (
+                "model.llm.lora_r",
+                "model.llm.lora_alpha",
+                "model.llm.lora_dropout",
+                "model.llm.lora_targets",
+                "model.shrinking.",
+                "model.prompt",
+                "model.system_prompt",
+                "optim.lr_lora",
+                "loss.ctc_weight",
+                "data.micro_batch_tokens",
+            ),
+        ),
+        Stage(
+            "shrinking",
+            "II",
+            ("encoder", "adapters", "llm"),
+            ("ce", "ctc"),
+            ("adapters", "ctc_head", "lora"),
+            PREVIOUS["shrinking"],
+            "generate",
+            (),
+        ),
+        Stage(
+            "sft",
+            "III",
+            ("encoder", "adapters", "llm"),
+            ("ce",),
+            ("lora",),
+            PREVIOUS["sft"],
+            "generate",
+            (
+                "model.alignment.dropout",
+                "model.shrinking.dropout",
+                "optim.lr_adapters",
+                "optim.lr_ctc_head",
+                "loss.ctc_weight",
+            ),
+        ),
     )
 }
 
@@ -58,12 +98,16 @@ def has_model(recipe: Recipe) -> bool:
 
 
 def trained_by(recipe: Recipe) -> int | None:
-    """The process of this machine that is training this stage in the same output, beside this one; None where there is none.
-    (Of other machines slurm/common.sh asks Slurm.)"""
+    """The process of this machine that is training this stage in the same output, beside this one; None where
+    there is none. (Of other machines slurm/common.sh asks Slurm.)"""
     path = stage_folder(recipe) / "run.json"
     noted = json.loads(path.read_text()) if path.exists() else {}
     pid = noted.get("pid", 0)
-    if noted.get("host") != os.uname().nodename or noted.get("status") not in ("starting", "running") or pid == os.getpid():
+    if (
+        noted.get("host") != os.uname().nodename
+        or noted.get("status") not in ("starting", "running")
+        or pid == os.getpid()
+    ):
         return None
     try:
         if began(pid) > noted.get("updated", 0.0):  # it has the number of one that died
@@ -75,9 +119,14 @@ def trained_by(recipe: Recipe) -> int | None:
 
 
 def began(pid: int) -> float:
-    """When a process of this machine began, in seconds since 1970 (proc(5): ticks since the boot). Errors: OSError."""
+    """When a process of this machine began, in seconds since 1970 (proc(5): ticks since the boot). Errors:
+    OSError."""
     ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    boot = next(int(line.split()[1]) for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+    boot = next(
+        int(line.split()[1])
+        for line in Path("/proc/stat").read_text().splitlines()
+        if line.startswith("btime")
+    )
     return boot + ticks / os.sysconf("SC_CLK_TCK")
 
 
@@ -86,33 +135,46 @@ class NotThereYet(RecipeError):
 
 
 def initial_folder(recipe: Recipe) -> Path | None:
-    """The model folder that this stage starts from: `init_from`, or the previous stage's. None in stage I by default, and
-    where `init_from` is `fresh`: new adapters (a baseline, not the method).
+    """The model folder that this stage starts from: `init_from`, or the previous stage's. None in stage I by
+    default, and where `init_from` is `fresh`: new adapters (a baseline, not the method).
 
-    Errors: RecipeError where the folder does not hold a finished model, or not all that the stage leaves as it is.
+    Errors: RecipeError where the folder does not hold a finished model, or not all that the stage leaves as
+    it is.
     """
     stage = stage_of(recipe)
     frozen = () if "adapters" in stage.trains else ("alignment", "ctc_head", "shrinking")
     folder = start_folder(recipe)
     if folder is None:
         if frozen:
-            raise RecipeError(f"init_from: stage {stage.number} ({stage.name}) trains LoRA alone, behind adapters that earlier "
-                              "stages "
-                              f"trained: give the model folder of stage {STAGES[stage.previous].number}, not `fresh`")
+            raise RecipeError(
+                f"init_from: stage {stage.number} ({stage.name}) trains LoRA alone, behind adapters that "
+                f"earlier "
+                "stages "
+                f"trained: give the model folder of stage {STAGES[stage.previous].number}, not `fresh`"
+            )
         return None
     if not (folder / "soundwave.json").exists():
-        hint = "check init_from" if recipe.init_from else f"finish stage {STAGES[stage.previous].number} first, or set init_from"
-        raise NotThereYet(f"stage {stage.number} ({stage.name}) starts from {folder}, which holds no finished model: {hint}")
+        hint = (
+            "check init_from"
+            if recipe.init_from
+            else f"finish stage {STAGES[stage.previous].number} first, or set init_from"
+        )
+        raise NotThereYet(
+            f"stage {stage.number} ({stage.name}) starts from {folder}, which holds no finished model: {hint}"
+        )
     if frozen:
         try:
             untrained = [part for part in frozen if part not in held_parts(folder)]
         except StartError as error:
             raise RecipeError(str(error)) from None
         if untrained:
-            raise RecipeError(f"stage {stage.number} ({stage.name}) trains LoRA alone, and {folder}, which it starts from, "
-                              "holds no "
-                              f"trained {' and no '.join(map(_ADAPTER_NAMES.get, untrained))}: give the model folder of stage "
-                              f"{STAGES[stage.previous].number}")
+            raise RecipeError(
+                f"stage {stage.number} ({stage.name}) trains LoRA alone, and {folder}, which it starts from, "
+                "holds no "
+                f"trained {' and no '.join(map(_ADAPTER_NAMES.get, untrained))}: give the model folder of "
+                f"stage "
+                f"{STAGES[stage.previous].number}"
+            )
     return folder
 
 
@@ -123,5 +185,8 @@ def check_trains_something(recipe: Recipe) -> None:
     """Errors: RecipeError for a stage whose every trained part is switched off."""
     stage = stage_of(recipe)
     if stage.trains == ("lora",) and recipe.model.llm.lora_r == 0:
-        raise RecipeError(f"model.llm.lora_r is 0, and stage {stage.number} ({stage.name}) trains LoRA alone: nothing would be "
-                          "trained; give a rank, e.g. 64")
+        raise RecipeError(
+            f"model.llm.lora_r is 0, and stage {stage.number} ({stage.name}) trains LoRA alone: nothing "
+            f"would be "
+            "trained; give a rank, e.g. 64"
+        )

@@ -1,4 +1,5 @@
-"""Shards to batches: plan (what), assign (who), reader and collate (how), stream (all of it), validation (once each)."""
+"""Shards to batches: plan (what), assign (who), reader and collate (how), stream (all of it), validation
+(once each)."""
 
 from stream.loader import StreamStalled
 from stream.packed import StepBatches, Stream
@@ -7,5 +8,13 @@ from stream.rejected import TooManyRejected
 from stream.validation import EvalStream, validation_batches
 from stream.worst_case import worst_case_batch
 
-__all__ = ["EvalStream", "Plan", "StepBatches", "Stream", "StreamStalled", "TooManyRejected", "validation_batches",
-           "worst_case_batch"]
+__all__ = [
+    "EvalStream",
+    "Plan",
+    "StepBatches",
+    "Stream",
+    "StreamStalled",
+    "TooManyRejected",
+    "validation_batches",
+    "worst_case_batch",
+]

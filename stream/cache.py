@@ -2,14 +2,17 @@
 
     FOLDER/<key>/settings.json            encoder, its fingerprint and settings: what the key stands for
     FOLDER/<key>/<name>.npy               [frames of all utterances of the pack, width] float16
-    FOLDER/<key>/<name>.index.npy         ENTRY_DTYPE, one row per utterance; written last, so it vouches for the pack
+    FOLDER/<key>/<name>.index.npy         ENTRY_DTYPE, one row per utterance; written last, so it vouches for
+                                          the pack
 
-The key is made of the encoder's fingerprint and of the settings that change its output. A clip is found by the hash of its
-bytes: packing a corpus again in another order finds what is there, and several tasks on one clip share it. A pack holds about
-ten minutes of audio: that much is lost by an interruption, and what was finished is never computed again.
+The key is made of the encoder's fingerprint and of the settings that change its output. A clip is found by
+the hash of its bytes: packing a corpus again in another order finds what is there, and several tasks on one
+clip share it. A pack holds about ten minutes of audio: that much is lost by an interruption, and what was
+finished is never computed again.
 
-The trade: 50 frames a second x width x 2 bytes, i.e. 0.18 GB an hour for Whisper base and 0.46 GB for large-v3 (a 10,000 hour
-corpus: 4.6 TB), against an encoder forward per utterance and pass. Augmented audio has no place in it.
+The trade: 50 frames a second x width x 2 bytes, i.e. 0.18 GB an hour for Whisper base and 0.46 GB for
+large-v3 (a 10,000 hour corpus: 4.6 TB), against an encoder forward per utterance and pass. Augmented audio
+has no place in it.
 """
 
 from __future__ import annotations
@@ -52,7 +55,8 @@ LOGGER = logging.getLogger(__name__)
 
 
 class Interrupted(Exception):
-    """A rank was asked to stop, and all have stopped, between two packs: the next start goes on from there. Says why."""
+    """A rank was asked to stop, and all have stopped, between two packs: the next start goes on from there.
+    Says why."""
 
 
 def sample_keys(samples: np.ndarray) -> np.ndarray:
@@ -66,9 +70,12 @@ _encoder_fingerprint = lru_cache(maxsize=4)(fingerprint)
 def _settings(config: SoundwaveConfig) -> dict:
     """What the encoder's output depends on."""
     source = locate(config.encoder.name)
-    return {"encoder": _encoder_fingerprint(source.folder, tensor_prefix(source)),
-            "pad_to_seconds": config.encoder.pad_to_seconds, "padded_length": config.alignment.ctc_length == "full",
-            "dtype": config.dtype}
+    return {
+        "encoder": _encoder_fingerprint(source.folder, tensor_prefix(source)),
+        "pad_to_seconds": config.encoder.pad_to_seconds,
+        "padded_length": config.alignment.ctc_length == "full",
+        "dtype": config.dtype,
+    }
 
 
 def cache_folder(folder: str | Path, config: SoundwaveConfig) -> Path:
@@ -77,18 +84,24 @@ def cache_folder(folder: str | Path, config: SoundwaveConfig) -> Path:
 
 
 def check_encoder(folder: Path, config: SoundwaveConfig) -> None:
-    """The folder's name stands for the encoder's tensors; its configuration and preprocessor must be the same, too. Errors:
-    RecipeError."""
+    """The folder's name stands for the encoder's tensors; its configuration and preprocessor must be the
+    same, too. Errors: RecipeError."""
     stored = json.loads((folder / "settings.json").read_text()).get("identity")
     if stored is None:
-        LOGGER.warning("%s does not record the encoder's config.json and preprocessor (an earlier version made it): only its "
-                       "tensors "
-                       "were compared", folder)
+        LOGGER.warning(
+            "%s does not record the encoder's config.json and preprocessor (an earlier version made it): "
+            "only its "
+            "tensors "
+            "were compared",
+            folder,
+        )
         return
     for lines in identity.changes(stored, identity.encoder_settings(locate(config.encoder.name))).values():
-        raise RecipeError(f"data.cache_features: {folder} holds what another configuration of this encoder gave "
-                          f"({'; '.join(lines[:5])}): "
-                          "give the encoder its old files back, or name another folder")
+        raise RecipeError(
+            f"data.cache_features: {folder} holds what another configuration of this encoder gave "
+            f"({'; '.join(lines[:5])}): "
+            "give the encoder its old files back, or name another folder"
+        )
 
 
 class FeatureStore:
@@ -111,9 +124,14 @@ class FeatureStore:
                 self._packs.append(pack)
                 tables.append(table)
         if spoilt:
-            LOGGER.warning("%s: %d packs of features are missing or cut short, and are left out", folder, spoilt)
+            LOGGER.warning(
+                "%s: %d packs of features are missing or cut short, and are left out", folder, spoilt
+            )
         tables = tables or [np.empty(0, ENTRY_DTYPE)]
-        entries, pack = np.concatenate(tables), np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+        entries, pack = (
+            np.concatenate(tables),
+            np.repeat(np.arange(len(tables)), [len(table) for table in tables]),
+        )
         order = np.argsort(entries["key"], kind="stable")
         self._entries, self._pack = entries[order], pack[order]
         self._open: OrderedDict[int, np.ndarray] = OrderedDict()
@@ -123,8 +141,11 @@ class FeatureStore:
         """Errors: RecipeError where nothing was cached for this encoder and these settings."""
         path = cache_folder(folder, config)
         if not (path / "settings.json").exists():
-            raise RecipeError(f"data.cache_features: '{folder}' holds nothing for this encoder and its settings ({path.name}): "
-                              "run python -m stream.cache RECIPE first")
+            raise RecipeError(
+                f"data.cache_features: '{folder}' holds nothing for this encoder and its settings "
+                f"({path.name}): "
+                "run python -m stream.cache RECIPE first"
+            )
         check_encoder(path, config)
         return cls(path)
 
@@ -157,7 +178,7 @@ class FeatureStore:
             if len(self._open) > _OPEN_PACKS:
                 self._open.popitem(last=False)
         start = int(entry["start"])
-        return torch.from_numpy(np.array(self._open[number][start:start + int(entry["frames"])]))
+        return torch.from_numpy(np.array(self._open[number][start : start + int(entry["frames"])]))
 
 
 def _write_pack(folder: Path, keys: list[int], features: list[np.ndarray]) -> None:
@@ -183,7 +204,9 @@ def _needed(recipe: Recipe) -> list[tuple[ShardIndex, np.ndarray]]:
         samples = np.asarray(index.samples)
         wanted = usable(samples, data, recipe.stage)[""]
         if corpus.tasks is not None:
-            wanted &= np.isin(samples["task"], [index.tasks.index(t) for t in corpus.tasks if t in index.tasks])
+            wanted &= np.isin(
+                samples["task"], [index.tasks.index(t) for t in corpus.tasks if t in index.tasks]
+            )
         if (drawn := drawn_share(samples, corpus)) is not None:
             wanted &= drawn
         chosen.append((index, np.flatnonzero(wanted)))
@@ -195,11 +218,14 @@ def _needed(recipe: Recipe) -> list[tuple[ShardIndex, np.ndarray]]:
     return [(index, rows[index.samples[rows]["audio_size"] > 0]) for index, rows in chosen]
 
 
-def _packs(needed: list[tuple[ShardIndex, np.ndarray]], store: FeatureStore, rank: int, world_size: int
-           ) -> list[list[tuple[ShardIndex, int]]]:
-    """A rank's part of what is missing, each utterance once, by falling length, cut into packs of about PACK_SECONDS.
+def _packs(
+    needed: list[tuple[ShardIndex, np.ndarray]], store: FeatureStore, rank: int, world_size: int
+) -> list[list[tuple[ShardIndex, int]]]:
+    """A rank's part of what is missing, each utterance once, by falling length, cut into packs of about
+    PACK_SECONDS.
 
-    Parts are dealt by key, not by place in the list: ranks that look at different times, while others already write, agree.
+    Parts are dealt by key, not by place in the list: ranks that look at different times, while others already
+    write, agree.
     """
     missing, seen = [], set()
     for index, rows in needed:
@@ -226,8 +252,14 @@ def _encode(encoder: Encoder, clips: list[torch.Tensor], padded: bool) -> list[n
     return [f[:n].to("cpu", torch.float16).numpy() for f, n in zip(features, frames.tolist(), strict=True)]
 
 
-def _fill_pack(folder: Path, pack: list[tuple[ShardIndex, int]], encoder: Encoder, padded: bool, batch_seconds: float,
-               progress: tqdm) -> int:
+def _fill_pack(
+    folder: Path,
+    pack: list[tuple[ShardIndex, int]],
+    encoder: Encoder,
+    padded: bool,
+    batch_seconds: float,
+    progress: tqdm,
+) -> int:
     """Encode and write one pack; returns the number of utterances that could not be read."""
     keys, features, broken = [], [], 0
     waiting: list[tuple[int, torch.Tensor]] = []
@@ -247,12 +279,17 @@ def _fill_pack(folder: Path, pack: list[tuple[ShardIndex, int]], encoder: Encode
             broken += 1
             LOGGER.warning("no features for sample %d of %s: %s", row, index.folder, error)
             continue
-        if waiting and max(len(clip), *(len(c) for _, c in waiting)) * (len(waiting) + 1) > batch_seconds * 16000:
+        if (
+            waiting
+            and max(len(clip), *(len(c) for _, c in waiting)) * (len(waiting) + 1) > batch_seconds * 16000
+        ):
             flush()
-        waiting.append((int(sample_keys(index.samples[row:row + 1])[0]), clip))
+        waiting.append((int(sample_keys(index.samples[row : row + 1])[0]), clip))
     flush()
     if any(not np.isfinite(f).all() for f in features):
-        raise RuntimeError("the encoder's output does not fit float16: do without data.cache_features for this encoder")
+        raise RuntimeError(
+            "the encoder's output does not fit float16: do without data.cache_features for this encoder"
+        )
     if keys:
         _write_pack(folder, keys, features)
     return broken
@@ -267,14 +304,20 @@ def _of_all_ranks(value: object) -> list:
     return values
 
 
-def ensure_features(recipe: Recipe, model=None, rank: int = 0, world_size: int = 1,
-                    wish: Callable[[float], str | None] = lambda seconds: None) -> FeatureStore | None:
+def ensure_features(
+    recipe: Recipe,
+    model=None,
+    rank: int = 0,
+    world_size: int = 1,
+    wish: Callable[[float], str | None] = lambda seconds: None,
+) -> FeatureStore | None:
     """Compute whatever features data.train and data.valid lack; every rank does its share of the packs.
 
-    The ranks meet after every pack: none waits for another longer than that takes (a collective has a time limit), and all stop
-    together. wish: given the seconds that the last pack took, why this rank wants to stop, or None (train/preemption.py).
-    Nothing to do (and None) where data.cache_features is not set. model: lends its encoder; None, or a model built without
-    one: the encoder alone is loaded, and only where something is missing. Call it before ZeRO-3 partitions parameters.
+    The ranks meet after every pack: none waits for another longer than that takes (a collective has a time
+    limit), and all stop together. wish: given the seconds that the last pack took, why this rank wants to
+    stop, or None (train/preemption.py). Nothing to do (and None) where data.cache_features is not set. model:
+    lends its encoder; None, or a model built without one: the encoder alone is loaded, and only where
+    something is missing. Call it before ZeRO-3 partitions parameters.
     Errors: RecipeError; Interrupted; RuntimeError for a partitioned encoder.
     """
     data, config = recipe.data, recipe.model
@@ -287,32 +330,48 @@ def ensure_features(recipe: Recipe, model=None, rank: int = 0, world_size: int =
     if not (folder / "settings.json").exists():
         source = locate(config.encoder.name)
         sizes = encoder or build_encoder(config.encoder, source, DTYPES[config.dtype], "sdpa", weights=False)
-        facts = {**_settings(config), "name": config.encoder.name, "width": sizes.width, "frame_rate": sizes.frame_rate,
-                 "identity": identity.encoder_settings(source)}
+        facts = {
+            **_settings(config),
+            "name": config.encoder.name,
+            "width": sizes.width,
+            "frame_rate": sizes.frame_rate,
+            "identity": identity.encoder_settings(source),
+        }
         replace_file(folder / "settings.json", (json.dumps(facts, indent=1) + "\n").encode())
     check_encoder(folder, config)
     packs = _packs(_needed(recipe), FeatureStore(folder), rank, world_size)
     if packs:
         if encoder is None:
             attention = attention_implementation(config.attention_implementation, DTYPES[config.dtype])
-            encoder = build_encoder(config.encoder, locate(config.encoder.name), DTYPES[config.dtype], attention)
+            encoder = build_encoder(
+                config.encoder, locate(config.encoder.name), DTYPES[config.dtype], attention
+            )
             if torch.cuda.is_available():
                 encoder = encoder.cuda()
         if any(hasattr(parameter, "ds_id") for parameter in encoder.parameters()):
-            raise RuntimeError("ensure_features: ZeRO-3 has partitioned the encoder already; call it before deepspeed.initialize")
+            raise RuntimeError(
+                "ensure_features: ZeRO-3 has partitioned the encoder already; call it before "
+                "deepspeed.initialize"
+            )
     seconds = sum(float(index.samples["duration"][row]) for pack in packs for index, row in pack)
     padded = config.alignment.ctc_length == "full"
     broken, took = 0, 0.0
-    with tqdm(total=math.ceil(seconds), unit="s", desc="encoder features", disable=rank != 0 or not packs) as progress:
+    with tqdm(
+        total=math.ceil(seconds), unit="s", desc="encoder features", disable=rank != 0 or not packs
+    ) as progress:
         while True:
             left, wishes = zip(*_of_all_ranks((len(packs), wish(took))), strict=True)
             if not any(left):
                 break
             if any(wishes):
-                raise Interrupted("; ".join(f"{why} on rank {number}" for number, why in enumerate(wishes) if why))
+                raise Interrupted(
+                    "; ".join(f"{why} on rank {number}" for number, why in enumerate(wishes) if why)
+                )
             if packs:
                 begun = time.monotonic()
-                broken += _fill_pack(folder, packs.pop(0), encoder, padded, data.micro_batch_seconds, progress)
+                broken += _fill_pack(
+                    folder, packs.pop(0), encoder, padded, data.micro_batch_seconds, progress
+                )
                 took = time.monotonic() - begun
     if broken:
         LOGGER.warning("%d utterances have no features; training names and replaces them", broken)
@@ -320,15 +379,20 @@ def ensure_features(recipe: Recipe, model=None, rank: int = 0, world_size: int =
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m stream.cache", description="Fill data.cache_features of a recipe. With "
-                                     "RANK and WORLD_SIZE set, several processes share the work.")
+    parser = argparse.ArgumentParser(
+        prog="python -m stream.cache",
+        description="Fill data.cache_features of a recipe. With "
+        "RANK and WORLD_SIZE set, several processes share the work.",
+    )
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     options = parser.parse_args(arguments)
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         if not recipe.data.cache_features:
-            raise RecipeError(f"{options.recipe}: data.cache_features is not set; name a folder for the features")
+            raise RecipeError(
+                f"{options.recipe}: data.cache_features is not set; name a folder for the features"
+            )
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         store = ensure_features(recipe, None, rank, world_size)
     except ValueError as error:

@@ -32,32 +32,48 @@ class Prepared:
 
 
 def _padded(clips: list[torch.Tensor]) -> torch.Tensor:
-    """[S, ...] float32 each -> [A, longest, ...], zero behind each. A worker makes it in shared memory, where it would be copied
-    to otherwise."""
+    """[S, ...] float32 each -> [A, longest, ...], zero behind each. A worker makes it in shared memory, where
+    it would be copied to otherwise."""
     shape = len(clips), max(map(len, clips)), *clips[0].shape[1:]
     if torch.utils.data.get_worker_info() is None:
         padded = torch.zeros(shape)
     else:
-        memory = torch.UntypedStorage._new_shared(4 * math.prod(shape))  # of zeros; as torch's own default_collate does it
+        memory = torch.UntypedStorage._new_shared(
+            4 * math.prod(shape)
+        )  # of zeros; as torch's own default_collate does it
         padded = torch.empty(0).set_(memory, 0, shape)
     for row, clip in zip(padded, clips, strict=True):
-        row[:len(clip)] = clip
+        row[: len(clip)] = clip
     return padded
 
 
 class Collator:
     """Turns samples into Batches for one stage.
 
-    answers: with the assistant's words and labels (training), or the prompt alone, ready to be continued (generation).
-    token_limit: LLM positions that one row's text may take (None: any). row_limit: those that text and audio may take, at most
-    one a frame (`model.rows.longest_row`). feature_width: width of cached encoder features, where used.
+    answers: with the assistant's words and labels (training), or the prompt alone, ready to be continued
+    (generation). token_limit: LLM positions that one row's text may take (None: any). row_limit: those that
+    text and audio may take, at most one a frame (`model.rows.longest_row`). feature_width: width of cached
+    encoder features, where used.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model_config: SoundwaveConfig, stage: str, ctc_text: str, *,
-                 answers: bool = True, token_limit: int | None = None, row_limit: int | None = None,
-                 feature_width: int | None = None):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        model_config: SoundwaveConfig,
+        stage: str,
+        ctc_text: str,
+        *,
+        answers: bool = True,
+        token_limit: int | None = None,
+        row_limit: int | None = None,
+        feature_width: int | None = None,
+    ):
         self.tokenizer, self.stage, self.ctc_text = tokenizer, stage, ctc_text
-        self.chat = {"style": model_config.prompt, "audio_token": model_config.audio_token, "system": model_config.system_prompt}
+        self.chat = {
+            "style": model_config.prompt,
+            "audio_token": model_config.audio_token,
+            "system": model_config.system_prompt,
+        }
         self.audio_token = model_config.audio_token
         self.answers, self.token_limit, self.feature_width = answers, token_limit, feature_width
         self.row_limit, self.stack_frames = row_limit, model_config.alignment.stack_frames
@@ -70,7 +86,9 @@ class Collator:
             if not sample.has_audio:
                 raise BrokenSample("no audio: stage alignment trains on transcribed audio only")
             if not target and self.answers:
-                raise BrokenSample("no transcript in its JSON (`text` is missing or empty after normalisation)")
+                raise BrokenSample(
+                    "no transcript in its JSON (`text` is missing or empty after normalisation)"
+                )
             return Prepared(sample, [], [], target)
         try:
             messages = messages_of(sample.meta, self.audio_token)
@@ -78,33 +96,56 @@ class Collator:
                 messages = prompt_of(messages)
             audios = audio_count(messages, self.audio_token)
             if audios != sample.has_audio:
-                raise BrokenSample(f"its messages hold {audios} x {self.audio_token}, its audio counts {int(sample.has_audio)}")
+                raise BrokenSample(
+                    f"its messages hold {audios} x {self.audio_token}, its audio counts "
+                    f"{int(sample.has_audio)}"
+                )
             input_ids, labels = chat_ids(self.tokenizer, messages, **self.chat)
         except BrokenSample:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:  # whatever malformed JSON leads to in a chat
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as error:  # whatever malformed JSON leads to in a chat
             raise BrokenSample(f"its JSON makes no conversation: {type(error).__name__}: {error}") from None
         if self.token_limit is not None and len(input_ids) > self.token_limit:
-            raise BrokenSample(f"its conversation takes {len(input_ids)} LLM positions, above "
-                               f"data.micro_batch_tokens={self.token_limit}")
-        if self.row_limit is not None and (most := len(input_ids) + self._most_frames(sample)) > self.row_limit:
-            raise BrokenSample(f"its conversation may take {most} LLM positions, above {self.row_limit}, beyond which this LLM's "
-                               "rotary positions depend on the longest row of a batch")
+            raise BrokenSample(
+                f"its conversation takes {len(input_ids)} LLM positions, above "
+                f"data.micro_batch_tokens={self.token_limit}"
+            )
+        if (
+            self.row_limit is not None
+            and (most := len(input_ids) + self._most_frames(sample)) > self.row_limit
+        ):
+            raise BrokenSample(
+                f"its conversation may take {most} LLM positions, above {self.row_limit}, beyond which this "
+                f"LLM's "
+                "rotary positions depend on the longest row of a batch"
+            )
         return Prepared(sample, input_ids, labels, target)
 
     def _most_frames(self, sample: Sample) -> int:
         """LLM positions that a sample's audio may take."""
         if not sample.has_audio:
             return 0
-        frames = len(sample.waveform) * DUMMY_FRAMES / DUMMY_SAMPLES if sample.features is None else len(sample.features)
+        frames = (
+            len(sample.waveform) * DUMMY_FRAMES / DUMMY_SAMPLES
+            if sample.features is None
+            else len(sample.features)
+        )
         return math.ceil(frames / self.stack_frames)
 
     def __call__(self, prepared: list[Prepared]) -> Batch:
-        """[B] utterances -> Batch, right padded. No utterance at all makes a dummy: all ranks run all modules."""
+        """[B] utterances -> Batch, right padded. No utterance at all makes a dummy: all ranks run all
+        modules."""
         heard = [p for p in prepared if p.sample.has_audio]
         waveforms = features = None
         if self.feature_width is not None:
-            frames = [p.sample.features.float() for p in heard] or [torch.zeros(DUMMY_FRAMES, self.feature_width)]
+            frames = [p.sample.features.float() for p in heard] or [
+                torch.zeros(DUMMY_FRAMES, self.feature_width)
+            ]
             features = _padded(frames)
             lengths = torch.tensor([len(f) for f in frames])
         else:
@@ -115,19 +156,27 @@ class Collator:
         if self.stage == "alignment":  # as many rows as audios, none with tokens
             input_ids = attention_mask = labels = torch.zeros(max(len(prepared), 1), 0, dtype=torch.long)
         else:
-            input_ids, attention_mask, labels = self._pad_rows([(p.input_ids, p.labels) for p in prepared] or [self._dummy_row()])
+            input_ids, attention_mask, labels = self._pad_rows(
+                [(p.input_ids, p.labels) for p in prepared] or [self._dummy_row()]
+            )
         return Batch(
-            waveforms=waveforms, features=features, audio_lengths=lengths, audio_is_dummy=not heard,
+            waveforms=waveforms,
+            features=features,
+            audio_lengths=lengths,
+            audio_is_dummy=not heard,
             ctc_targets=pad_sequence([torch.tensor(t, dtype=torch.long) for t in targets], batch_first=True),
             ctc_target_lengths=torch.tensor([len(t) for t in targets]),
             has_transcript=torch.tensor([bool(t) for t in targets]),
-            input_ids=input_ids, attention_mask=attention_mask, labels=labels,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
             ids=[str(p.sample.meta.get("id", "")) for p in prepared],
             tasks=[str(p.sample.meta.get("task", "")) for p in prepared],
             languages=[self._language_of(p.sample.meta) for p in prepared],
             mel_mask=self._pad_masks([p.sample.mel_mask for p in heard]),
             audio_keys=torch.tensor([p.sample.dropout_key for p in heard] or [0]),
-            row_keys=torch.tensor([p.sample.dropout_key for p in prepared] or [0]))
+            row_keys=torch.tensor([p.sample.dropout_key for p in prepared] or [0]),
+        )
 
     def _language_of(self, sample: dict) -> str | None:
         """The language of what is scored: the transcript's in stage I, else the answer's."""
@@ -141,14 +190,21 @@ class Collator:
         return pad_sequence([mask.T for mask in masks], batch_first=True).transpose(1, 2)
 
     def _dummy_row(self) -> tuple[list[int], list[int]]:
-        messages = [{"role": "user", "content": "."}] + ([{"role": "assistant", "content": "."}] if self.answers else [])
+        messages = [{"role": "user", "content": "."}] + (
+            [{"role": "assistant", "content": "."}] if self.answers else []
+        )
         ids, _ = chat_ids(self.tokenizer, messages, **self.chat)
         return ids, [IGNORED] * len(ids)
 
-    def _pad_rows(self, rows: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _pad_rows(
+        self, rows: list[tuple[list[int], list[int]]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         padding = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         ids = [torch.tensor(ids, dtype=torch.long) for ids, _ in rows]
         labels = [torch.tensor(labels, dtype=torch.long) for _, labels in rows]
         mask = [torch.ones_like(i) for i in ids]
-        return (pad_sequence(ids, batch_first=True, padding_value=padding), pad_sequence(mask, batch_first=True),
-                pad_sequence(labels, batch_first=True, padding_value=IGNORED))
+        return (
+            pad_sequence(ids, batch_first=True, padding_value=padding),
+            pad_sequence(mask, batch_first=True),
+            pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        )

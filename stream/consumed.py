@@ -1,8 +1,8 @@
 """What each step consumed: `samples.jsonl`, kept where `log.sample_ids` is on.
 
-One line per step and rank: {"step", "planned" (the plan's step), "rank", "ids": [[of a micro-batch], ...]}. A step that is done
-again after an interruption stands once; after a roll-back the later line counts. What a step was meant to hold needs no record:
-`python -m stream RECIPE --ids`.
+One line per step and rank: {"step", "planned" (the plan's step), "rank", "ids": [[of a micro-batch], ...]}. A
+step that is done again after an interruption stands once; after a roll-back the later line counts. What a
+step was meant to hold needs no record: `python -m stream RECIPE --ids`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ def begin(folder: Path, first_step: int) -> None:
 
 
 def note(folder: Path, step: int, planned: int, rank: int, micro_batches: list[Batch]) -> None:
-    append_lines(folder / NAME, [{"step": step, "planned": planned, "rank": rank, "ids": [b.ids for b in micro_batches]}])
+    append_lines(
+        folder / NAME,
+        [{"step": step, "planned": planned, "rank": rank, "ids": [b.ids for b in micro_batches]}],
+    )
 
 
 def read(folder: Path) -> dict[int, dict[int, list[list[str]]]]:

@@ -1,4 +1,5 @@
-"""Jobs through worker processes, results in order: the machinery under the streams, with a watchdog that names what is slow."""
+"""Jobs through worker processes, results in order: the machinery under the streams, with a watchdog that
+names what is slow."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ class Loaded:
         return self.unpacked()._each(torch.Tensor, torch.Tensor.pin_memory)
 
     def packed(self) -> "Loaded":
-        """Small tensors as arrays: a tensor leaves a worker as a file of shared memory, which costs more than they do."""
+        """Small tensors as arrays: a tensor leaves a worker as a file of shared memory, which costs more than
+        they do."""
         return self._each(torch.Tensor, lambda value: value.numpy() if value.nbytes <= SMALL else value)
 
     def unpacked(self) -> "Loaded":
@@ -74,7 +76,9 @@ class Loaded:
 class Reader(Protocol):
     """What a Loader runs: a torch Dataset that knows what its workers are at."""
 
-    at: torch.Tensor  # [workers, 4] float64, shared: [time it began (0: idle), three numbers that `doing` understands]
+    at: (
+        torch.Tensor
+    )  # [workers, 4] float64, shared: [time it began (0: idle), three numbers that `doing` understands]
 
     def doing(self, worker: int) -> tuple[float, str] | None:
         """(seconds, what) of the utterance that a worker is at."""
@@ -85,7 +89,8 @@ def _packed(loaded: "Loaded") -> "Loaded":
 
 
 def _init_worker(worker: int) -> None:
-    """Signals of the batch system go to all processes of a job; what they mean is decided by the main process alone."""
+    """Signals of the batch system go to all processes of a job; what they mean is decided by the main process
+    alone."""
     for name in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         signal.signal(name, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -109,14 +114,25 @@ def _kill(processes: list) -> None:
 
 
 class Loader:
-    """Runs jobs through worker processes and yields the results in the order of the jobs; 0 workers: in this process.
+    """Runs jobs through worker processes and yields the results in the order of the jobs; 0 workers: in this
+    process.
 
-    jobs: None where the reader makes up its own (an IterableDataset): then worker after worker gives one result.
-    Errors: StreamStalled where a worker died, or was at one utterance for `stuck_after` seconds; what a worker raises.
+    jobs: None where the reader makes up its own (an IterableDataset): then worker after worker gives one
+    result.
+    Errors: StreamStalled where a worker died, or was at one utterance for `stuck_after` seconds; what a
+    worker raises.
     """
 
-    def __init__(self, reader: Reader, jobs: Iterator[Job] | None, workers: int, prefetch: int, *,
-                 slow_after: float = SLOW_AFTER, stuck_after: float = STUCK_AFTER):
+    def __init__(
+        self,
+        reader: Reader,
+        jobs: Iterator[Job] | None,
+        workers: int,
+        prefetch: int,
+        *,
+        slow_after: float = SLOW_AFTER,
+        stuck_after: float = STUCK_AFTER,
+    ):
         self._reader, self._jobs, self._workers, self._prefetch = reader, jobs, workers, max(prefetch, 1)
         self._slow_after, self._stuck_after = slow_after, stuck_after
         self._stop = threading.Event()
@@ -124,20 +140,38 @@ class Loader:
         self._finalizer = None
 
     def __iter__(self) -> Iterator[Loaded]:
-        # A fast tokenizer that has run threads before a fork warns and falls back by itself; this says so beforehand.
+        # A fast tokenizer that has run threads before a fork warns and falls back by itself; this says so
+        # beforehand.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        many = {"prefetch_factor": self._prefetch, "multiprocessing_context": "fork",
-                "worker_init_fn": _init_worker} if self._workers else {}
-        # Its own generator: the loader draws a base seed, which must not move the global one (dropout) from run to run.
-        loader = DataLoader(self._reader, batch_size=None, sampler=self._jobs, num_workers=self._workers, collate_fn=_packed,
-                            pin_memory=torch.cuda.is_available(), generator=torch.Generator(), **many)
+        many = (
+            {
+                "prefetch_factor": self._prefetch,
+                "multiprocessing_context": "fork",
+                "worker_init_fn": _init_worker,
+            }
+            if self._workers
+            else {}
+        )
+        # Its own generator: the loader draws a base seed, which must not move the global one (dropout) from
+        # run to run.
+        loader = DataLoader(
+            self._reader,
+            batch_size=None,
+            sampler=self._jobs,
+            num_workers=self._workers,
+            collate_fn=_packed,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),
+            **many,
+        )
         results = iter(loader)
         processes = list(getattr(results, "_workers", []))
         # Workers ignore SIGTERM (above), so whatever ends this process must end them by SIGKILL.
         self._finalizer = weakref.finalize(self, _kill, processes)
         if processes:
-            # torch raises from SIGCHLD when a worker dies, wherever the main thread is then: inside a backward pass, say. Taken
-            # off its list, a death is found by next() below (it looks every 5 s), where the run can stop in good order.
+            # torch raises from SIGCHLD when a worker dies, wherever the main thread is then: inside a
+            # backward pass, say. Taken off its list, a death is found by next() below (it looks every 5 s),
+            # where the run can stop in good order.
             _remove_worker_pids(id(results))
             results._worker_pids_set = False
             threading.Thread(target=self._watch, args=(processes,), daemon=True).start()
@@ -160,7 +194,8 @@ class Loader:
                 _kill(processes)
 
     def _watch(self, processes: list) -> None:
-        """Names a worker that is slow, once per utterance, and ends one that is stuck: next() then finds it dead."""
+        """Names a worker that is slow, once per utterance, and ends one that is stuck: next() then finds it
+        dead."""
         named: dict[int, str] = {}
         while not self._stop.wait(min(self._slow_after / 4, 5.0)):
             for worker, process in enumerate(processes):
@@ -170,8 +205,12 @@ class Loader:
                     process.kill()
                 elif seconds > self._slow_after and named.get(worker) != what:
                     named[worker] = what
-                    LOGGER.warning("data worker %d has been at %s for %.0f s: slow storage or a stuck mount?",
-                                   worker, what, seconds)
+                    LOGGER.warning(
+                        "data worker %d has been at %s for %.0f s: slow storage or a stuck mount?",
+                        worker,
+                        what,
+                        seconds,
+                    )
 
     def _describe(self, processes: list, error: RuntimeError) -> str:
         states = []
@@ -179,9 +218,15 @@ class Loader:
             doing = self._reader.doing(worker)
             at = f", at {doing[1]}" if doing else ""
             if worker in self._stuck:
-                states.append(f"worker {worker} (pid {process.pid}) was stuck for {self._stuck[worker]:.0f} s and was ended{at}: "
-                              "look at that file's storage")
+                states.append(
+                    f"worker {worker} (pid {process.pid}) was stuck for {self._stuck[worker]:.0f} s and was "
+                    f"ended{at}: "
+                    "look at that file's storage"
+                )
             elif not process.is_alive():
-                states.append(f"worker {worker} (pid {process.pid}) is dead, exit code {process.exitcode}{at}; -9 is often the "
-                              "memory limit: lower data.prefetch or data.workers")
+                states.append(
+                    f"worker {worker} (pid {process.pid}) is dead, exit code {process.exitcode}{at}; -9 is "
+                    f"often the "
+                    "memory limit: lower data.prefetch or data.workers"
+                )
         return f"the data stream stopped: {'; '.join(states) or str(error).splitlines()[0]}"

@@ -1,9 +1,10 @@
 """How much of each source goes into each step: the dynamic data mixture.
 
-A source is one task of one corpus. Tasks are drawn with p_task proportional to n_task^(1/tau) (n: utterances), tau
-moving linearly over the stage from `tau_start` to `tau_end`: 1 is proportional to size, large is balanced. Nothing is
-drawn at random: a source owns a fixed number of cost units (milliseconds of audio) of every step, so that the units it
-has given before step s are a prefix sum over the schedule, known for any s without visiting the steps before.
+A source is one task of one corpus. Tasks are drawn with p_task proportional to n_task^(1/tau) (n:
+utterances), tau moving linearly over the stage from `tau_start` to `tau_end`: 1 is proportional to size,
+large is balanced. Nothing is drawn at random: a source owns a fixed number of cost units (milliseconds of
+audio) of every step, so that the units it has given before step s are a prefix sum over the schedule, known
+for any s without visiting the steps before.
 """
 
 from __future__ import annotations
@@ -29,15 +30,25 @@ def task_probabilities(counts: np.ndarray, tau: np.ndarray) -> np.ndarray:
 class Mixture:
     """Cost units of every source before any step.
 
-    tasks [C], counts [C] (utterances), mean_cost [C] (units per utterance), weights [C] (the corpus' explicit weight within
-    its task, or None) describe the C sources; `units` is the budget of one step.
+    tasks [C], counts [C] (utterances), mean_cost [C] (units per utterance), weights [C] (the corpus' explicit
+    weight within its task, or None) describe the C sources; `units` is the budget of one step.
     """
 
-    def __init__(self, config: MixtureConfig, tasks: list[str], counts: np.ndarray, mean_cost: np.ndarray,
-                 weights: list[float | None], units: int, steps: int):
+    def __init__(
+        self,
+        config: MixtureConfig,
+        tasks: list[str],
+        counts: np.ndarray,
+        mean_cost: np.ndarray,
+        weights: list[float | None],
+        units: int,
+        steps: int,
+    ):
         if config.tau_start <= 0 or config.tau_end <= 0:
-            raise RecipeError(f"data.mixture: tau must be above 0, got {config.tau_start} to {config.tau_end} "
-                              "(1: proportional to size, 5 and more: nearly balanced)")
+            raise RecipeError(
+                f"data.mixture: tau must be above 0, got {config.tau_start} to {config.tau_end} "
+                "(1: proportional to size, 5 and more: nearly balanced)"
+            )
         self.config, self.units, self.steps = config, units, max(int(steps), 1)
         self.tasks = sorted(set(tasks))
         self._task_of = np.array([self.tasks.index(task) for task in tasks])
@@ -58,15 +69,22 @@ class Mixture:
             return None
         for task in self.tasks:
             if task not in given:
-                raise RecipeError(f"data.mixture.task_weights has no weight for task '{task}': name every task of data.train "
-                                  f"({', '.join(self.tasks)}), or restrict the corpora with `tasks:`")
+                raise RecipeError(
+                    f"data.mixture.task_weights has no weight for task '{task}': name every task of "
+                    f"data.train "
+                    f"({', '.join(self.tasks)}), or restrict the corpora with `tasks:`"
+                )
         weights = np.array([float(given[task]) for task in self.tasks])
         if (weights <= 0).any():
-            raise RecipeError(f"data.mixture.task_weights must be above 0, got {dict(given)}; leave a task out with `tasks:`")
+            raise RecipeError(
+                f"data.mixture.task_weights must be above 0, got {dict(given)}; leave a task out with "
+                f"`tasks:`"
+            )
         return weights / weights.sum()
 
     def _shares_within(self, tasks: list[str], counts: np.ndarray, weights: list[float | None]) -> np.ndarray:
-        """Share of each source within its task: by size, or by explicit weights, which all corpora of a task then need."""
+        """Share of each source within its task: by size, or by explicit weights, which all corpora of a task
+        then need."""
         shares = np.zeros(len(tasks))
         for task in self.tasks:
             members = [i for i, name in enumerate(tasks) if name == task]
@@ -74,8 +92,10 @@ class Mixture:
             if all(weight is None for weight in given):
                 share = counts[members]
             elif any(weight is None or weight <= 0 for weight in given):
-                raise RecipeError(f"data.train: of the corpora with task '{task}', all or none need a `weight` above 0; "
-                                  f"got {given}")
+                raise RecipeError(
+                    f"data.train: of the corpora with task '{task}', all or none need a `weight` above 0; "
+                    f"got {given}"
+                )
             else:
                 share = np.array(given, dtype=np.float64)
             shares[members] = share / share.sum()
@@ -91,12 +111,14 @@ class Mixture:
         return per_task[:, self._task_of] * self._within[None, :]
 
     def _rates(self, steps: np.ndarray) -> np.ndarray:
-        """Units of each step by source. Utterances are what the mixture shares out, so a source's units follow its length."""
+        """Units of each step by source. Utterances are what the mixture shares out, so a source's units
+        follow its length."""
         cost = self.probabilities(steps) * self._mean_cost[None, :]
         # Whole units: sums of integers are the same on every machine, whatever the order of addition.
         return np.maximum(np.rint(cost / cost.sum(axis=1, keepdims=True) * self.units), 1).astype(np.int64)
 
     def before(self, step: int) -> np.ndarray:
-        """Units that each source has given before `step` [C] int64. The same work at step 10 and at step 10 million."""
+        """Units that each source has given before `step` [C] int64. The same work at step 10 and at step 10
+        million."""
         last = len(self._before) - 1
         return self._before[min(step, last)] + max(step - last, 0) * self._rate_after

@@ -1,6 +1,8 @@
-"""The stream: planned global batches, read and collated in worker processes, one list of micro-batches per step and rank.
+"""The stream: planned global batches, read and collated in worker processes, one list of micro-batches per
+step and rank.
 
-    plan.global_batch(step) -> assign -> this rank's micro-batches -> workers: read, decode, check, augment, tokenise, collate
+    plan.global_batch(step) -> assign -> this rank's micro-batches -> workers: read, decode, check, augment,
+    tokenise, collate
                                                                     -> StepBatches(step, [Batch, ...])
 
 State: the step. Nothing else is needed to go on, on any number of ranks and workers.
@@ -56,12 +58,15 @@ class StepBatches:
         return 1 - self.seconds / self.padded_seconds if self.padded_seconds else 0.0
 
 
-OPEN_FILES, OTHER_FILES = 64, 384  # most of one corpus; what a worker needs for all else (shared memory, above all)
+OPEN_FILES, OTHER_FILES = (
+    64,
+    384,
+)  # most of one corpus; what a worker needs for all else (shared memory, above all)
 
 
 def share_open_files(indexes: list[ShardIndex]) -> None:
-    """As many open files as the system lets this process (and its workers) have, dealt out among corpora: each keeps some, and
-    twenty times some is more than many systems' first limit."""
+    """As many open files as the system lets this process (and its workers) have, dealt out among corpora:
+    each keeps some, and twenty times some is more than many systems' first limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
     if soft != resource.RLIM_INFINITY and soft < most:
@@ -73,14 +78,32 @@ def share_open_files(indexes: list[ShardIndex]) -> None:
 
 
 class MicroBatchReader(Dataset):
-    """Makes a micro-batch from a job: the work of a worker process. replace: another utterance in a broken one's place."""
+    """Makes a micro-batch from a job: the work of a worker process. replace: another utterance in a broken
+    one's place."""
 
-    def __init__(self, indexes: list[ShardIndex], collator: Collator, data: DataConfig, *, plan: Plan | None = None,
-                 features=None, slots: int = 1, mel_channels: int | None = None):
+    def __init__(
+        self,
+        indexes: list[ShardIndex],
+        collator: Collator,
+        data: DataConfig,
+        *,
+        plan: Plan | None = None,
+        features=None,
+        slots: int = 1,
+        mel_channels: int | None = None,
+    ):
         self.mel_channels = mel_channels
         share_open_files(indexes)
-        self.indexes, self.collator, self.data, self.plan, self.features = indexes, collator, data, plan, features
-        self._refused: dict[tuple[int, int], float] = {}  # (corpus, shard) -> when its reads failed to the last attempt
+        self.indexes, self.collator, self.data, self.plan, self.features = (
+            indexes,
+            collator,
+            data,
+            plan,
+            features,
+        )
+        self._refused: dict[
+            tuple[int, int], float
+        ] = {}  # (corpus, shard) -> when its reads failed to the last attempt
         # What each worker is at, for the watchdog: [time it began (0: idle), corpus, row, step].
         self.at = torch.zeros(max(slots, 1), 4, dtype=torch.float64).share_memory_()
 
@@ -101,7 +124,9 @@ class MicroBatchReader(Dataset):
         elif self.features is not None:
             sample = Sample(meta, None, self.features.read(index.samples[row]))
         else:
-            findings = [] if self.plan is None else None  # of an evaluation's clips: it is reported beside their scores
+            findings = (
+                [] if self.plan is None else None
+            )  # of an evaluation's clips: it is reported beside their scores
             waveform = decode(audio, findings=findings)
             if findings:
                 meta = meta | {"findings": findings}
@@ -149,7 +174,9 @@ class MicroBatchReader(Dataset):
                 except Exception as error:  # one utterance is no reason to stop
                     reason = str(broken_by(error))
                     if not any(record["row"] == entry["row"] for record in broken):
-                        broken.append({**self.identity(entry), "reason": reason, "step": job.step, "replaced_by": None})
+                        broken.append(
+                            {**self.identity(entry), "reason": reason, "step": job.step, "replaced_by": None}
+                        )
                     continue
                 for record in broken:
                     record["replaced_by"] = str(one.sample.meta.get("id"))
@@ -163,8 +190,16 @@ class MicroBatchReader(Dataset):
         timings["collate"] = time.perf_counter() - began
         rate = self.features.frame_rate if self.features is not None else SAMPLE_RATE
         lengths = batch.audio_lengths.double() / rate * (not batch.audio_is_dummy)
-        return Loaded(job, batch, [p.sample.meta for p in prepared], float(lengths.sum()),
-                      float(lengths.max()) * len(lengths), rejected, retries, timings)
+        return Loaded(
+            job,
+            batch,
+            [p.sample.meta for p in prepared],
+            float(lengths.sum()),
+            float(lengths.max()) * len(lengths),
+            rejected,
+            retries,
+            timings,
+        )
 
     def doing(self, worker: int) -> tuple[float, str] | None:
         """(seconds, what) of the utterance that a worker is at."""
@@ -179,16 +214,29 @@ class MicroBatchReader(Dataset):
 class Stream:
     """Iterates StepBatches for steps [start_step, steps) of one rank.
 
-    Every rank gets the same number of steps, and in each step the same number of micro-batches. Where data.train names pipes
-    or URLs in place of packed folders, see stream/unindexed.py for what holds then. rejected_path: JSONL that
-    names broken utterances (all ranks append). plan: where the caller has one already. row_limit: see Collator.
-    Errors: RecipeError before the first step; StreamStalled. How many broken utterances are too many is the caller's to judge,
-    who knows those of all ranks: `rejected.too_many(...)`.
+    Every rank gets the same number of steps, and in each step the same number of micro-batches. Where
+    data.train names pipes or URLs in place of packed folders, see stream/unindexed.py for what holds then.
+    rejected_path: JSONL that names broken utterances (all ranks append). plan: where the caller has one
+    already. row_limit: see Collator.
+    Errors: RecipeError before the first step; StreamStalled. How many broken utterances are too many is the
+    caller's to judge, who knows those of all ranks: `rejected.too_many(...)`.
     """
 
-    def __init__(self, data: DataConfig, stage: str, tokenizer: PreTrainedTokenizerBase, model_config: SoundwaveConfig,
-                 rank: int, world_size: int, start_step: int, steps: int, *, rejected_path: str | Path | None = None,
-                 plan: Plan | PlainPlan | None = None, row_limit: int | None = None):
+    def __init__(
+        self,
+        data: DataConfig,
+        stage: str,
+        tokenizer: PreTrainedTokenizerBase,
+        model_config: SoundwaveConfig,
+        rank: int,
+        world_size: int,
+        start_step: int,
+        steps: int,
+        *,
+        rejected_path: str | Path | None = None,
+        plan: Plan | PlainPlan | None = None,
+        row_limit: int | None = None,
+    ):
         augment.check(data)
         self.data, self.rank, self.world_size = data, rank, world_size
         self.start_step, self.steps = start_step, steps
@@ -196,29 +244,53 @@ class Stream:
         features = None
         if data.cache_features:
             features = FeatureStore.open(data.cache_features, model_config)
-        collator = Collator(tokenizer, model_config, stage, data.ctc_text, token_limit=data.micro_batch_tokens,
-                            row_limit=row_limit, feature_width=features.width if features else None)
+        collator = Collator(
+            tokenizer,
+            model_config,
+            stage,
+            data.ctc_text,
+            token_limit=data.micro_batch_tokens,
+            row_limit=row_limit,
+            feature_width=features.width if features else None,
+        )
         channels = augment.mel_channels(data, model_config)
         self.rejected = RejectedLog(rejected_path, data.max_rejected_share)
         self._iterator: Iterator[StepBatches] | None = None
         if isinstance(self.plan, PlainPlan):
             self.reader = PlainReader(self.plan, collator, data, rank, world_size, start_step, channels)
             return
-        self.reader = MicroBatchReader(self.plan.indexes, collator, data, plan=self.plan, features=features, slots=data.workers,
-                                       mel_channels=channels)
+        self.reader = MicroBatchReader(
+            self.plan.indexes,
+            collator,
+            data,
+            plan=self.plan,
+            features=features,
+            slots=data.workers,
+            mel_channels=channels,
+        )
         if rank == 0 and start_step == 0:
             self.rejected.write(self._excluded())
 
     def _excluded(self, most: int = 1000) -> list[dict]:
-        """Lines that name what the index rules out, at most `most` per corpus and reason, and a count of the rest."""
+        """Lines that name what the index rules out, at most `most` per corpus and reason, and a count of the
+        rest."""
         lines = []
         for excluded in self.plan.excluded:
             entries = np.zeros(min(len(excluded.rows), most), [("corpus", "u2"), ("row", "u4")])
             entries["corpus"], entries["row"] = excluded.corpus, excluded.rows[:most]
-            lines += [{**self.reader.identity(entry), "reason": excluded.reason, "step": None} for entry in entries]
+            lines += [
+                {**self.reader.identity(entry), "reason": excluded.reason, "step": None} for entry in entries
+            ]
             if len(excluded.rows) > most:
-                lines.append({"id": None, "corpus": self.plan.indexes[excluded.corpus].name, "reason": excluded.reason,
-                              "step": None, "further": len(excluded.rows) - most})
+                lines.append(
+                    {
+                        "id": None,
+                        "corpus": self.plan.indexes[excluded.corpus].name,
+                        "reason": excluded.reason,
+                        "step": None,
+                        "further": len(excluded.rows) - most,
+                    }
+                )
         return lines
 
     def micro_batches(self, step: int) -> list[np.ndarray]:
@@ -252,10 +324,15 @@ class Stream:
             rejected = [record for part in parts for record in part.rejected]
             self.rejected.add(rejected)
             yield StepBatches(
-                step=step, micro_batches=[part.batch for part in parts], seconds=sum(part.seconds for part in parts),
-                padded_seconds=sum(part.padded_seconds for part in parts), samples=sum(len(part.metas) for part in parts),
-                rejected=rejected, retries=sum(part.retries for part in parts),
-                timings={name: sum(part.timings[name] for part in parts) for name in loaded.timings})
+                step=step,
+                micro_batches=[part.batch for part in parts],
+                seconds=sum(part.seconds for part in parts),
+                padded_seconds=sum(part.padded_seconds for part in parts),
+                samples=sum(len(part.metas) for part in parts),
+                rejected=rejected,
+                retries=sum(part.retries for part in parts),
+                timings={name: sum(part.timings[name] for part in parts) for name in loaded.timings},
+            )
             parts, step = [], step + 1
 
     def close(self) -> None:

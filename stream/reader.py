@@ -34,8 +34,8 @@ class Sample:
 
 
 def decode(audio: bytes, max_seconds: float = MAX_SECONDS, findings: list[str] | None = None) -> torch.Tensor:
-    """A clip's bytes -> waveform [S] float32, mono, 16 kHz, of at most `max_seconds`. Findings about it are added to
-    `findings`, where a list is given. Errors: BrokenSample."""
+    """A clip's bytes -> waveform [S] float32, mono, 16 kHz, of at most `max_seconds`. Findings about it are
+    added to `findings`, where a list is given. Errors: BrokenSample."""
     try:
         decoded = decode_audio(audio, levels=findings is not None, max_seconds=max_seconds)
     except AudioError as error:
@@ -45,11 +45,14 @@ def decode(audio: bytes, max_seconds: float = MAX_SECONDS, findings: list[str] |
     return torch.from_numpy(decoded.samples)
 
 
-def read_with_retry(index: ShardIndex, row: int, pauses: tuple[float, ...] | None = None) -> tuple[bytes | None, dict, int]:
+def read_with_retry(
+    index: ShardIndex, row: int, pauses: tuple[float, ...] | None = None
+) -> tuple[bytes | None, dict, int]:
     """index.read(row) and the number of retries it took.
 
-    What the file system refuses (a stalled or remounted NFS, a vanished shard) is tried again after `pauses` (RETRY_PAUSES);
-    content that is wrong is not. Errors: BrokenSample with the last reason, UnreadableSample where the file system refused.
+    What the file system refuses (a stalled or remounted NFS, a vanished shard) is tried again after `pauses`
+    (RETRY_PAUSES); content that is wrong is not. Errors: BrokenSample with the last reason, UnreadableSample
+    where the file system refused.
     """
     pauses = RETRY_PAUSES if pauses is None else pauses
     for attempt, pause in enumerate((*pauses, None)):
@@ -70,8 +73,11 @@ def read_with_retry(index: ShardIndex, row: int, pauses: tuple[float, ...] | Non
 
 
 def check_length(waveform: torch.Tensor, data: DataConfig) -> None:
-    """The index promised a length within the recipe's limits; a file that holds another one would break the budgets."""
+    """The index promised a length within the recipe's limits; a file that holds another one would break the
+    budgets."""
     seconds = len(waveform) / SAMPLE_RATE
     if not data.min_seconds * 0.99 <= seconds <= data.max_seconds * 1.01:
-        raise BrokenSample(f"audio lasts {seconds:.2f} s, outside data.min_seconds={data.min_seconds:g} to "
-                           f"data.max_seconds={data.max_seconds:g}: the index says otherwise")
+        raise BrokenSample(
+            f"audio lasts {seconds:.2f} s, outside data.min_seconds={data.min_seconds:g} to "
+            f"data.max_seconds={data.max_seconds:g}: the index says otherwise"
+        )

@@ -9,7 +9,8 @@ from core.failures import reason_of
 from core.files import append_lines, read_lines
 from core.options import RecipeError
 
-# A share is judged over at least this many utterances: one broken clip among the first three is not a third of a corpus.
+# A share is judged over at least this many utterances: one broken clip among the first three is not a third
+# of a corpus.
 LEAST_UTTERANCES = 1000
 
 
@@ -22,8 +23,11 @@ class UnreadableSample(BrokenSample):
 
 
 def broken_by(error: Exception) -> BrokenSample:
-    """Turn whatever one utterance raised, on its way from the shard to its tokens, into the reject that names it."""
-    return error if isinstance(error, BrokenSample) else BrokenSample(f"it cannot be used: {reason_of(error)}")
+    """Turn whatever one utterance raised, on its way from the shard to its tokens, into the reject that names
+    it."""
+    return (
+        error if isinstance(error, BrokenSample) else BrokenSample(f"it cannot be used: {reason_of(error)}")
+    )
 
 
 class TooManyRejected(RecipeError):
@@ -46,20 +50,25 @@ class RejectedLog:
         return [record for record in (read_lines(self.path) if self.path else []) if "replaced_by" in record]
 
     def add(self, records: list[dict]) -> None:
-        """Write those that nobody named before: not this rank, not another one, not before an interruption."""
-        new = {(r["corpus"], r["id"]): r for r in reversed(records) if (r["corpus"], r["id"]) not in self._named}
+        """Write those that nobody named before: not this rank, not another one, not before an
+        interruption."""
+        new = {
+            (r["corpus"], r["id"]): r for r in reversed(records) if (r["corpus"], r["id"]) not in self._named
+        }
         if new:
             self._named |= new.keys()
             told = {(r["corpus"], r["id"]) for r in self._broken()}
             self.write([record for name, record in reversed(new.items()) if name not in told])
 
     def too_many(self, rejected: int, samples: int) -> TooManyRejected | None:
-        """What stops the run where `rejected` utterances beside `samples` good ones are past the share. Numbers over all ranks,
-        so that all decide alike; a broken utterance counts each time it is met."""
+        """What stops the run where `rejected` utterances beside `samples` good ones are past the share.
+        Numbers over all ranks, so that all decide alike; a broken utterance counts each time it is met."""
         read = rejected + samples
         if rejected <= self.share * max(read, LEAST_UTTERANCES):
             return None
         last = "; ".join(f"{r['id']} ({r['reason']})" for r in self._broken()[-10:])
         listed = f"all in {self.path}, the last: {last}. " if last else ""
-        return TooManyRejected(f"{rejected} of {read} utterances could not be used, more than data.max_rejected_share="
-                               f"{self.share:g}: {listed}Mend the shards (python -m data_tools.verify DIR) or raise the share")
+        return TooManyRejected(
+            f"{rejected} of {read} utterances could not be used, more than data.max_rejected_share="
+            f"{self.share:g}: {listed}Mend the shards (python -m data_tools.verify DIR) or raise the share"
+        )

@@ -1,4 +1,5 @@
-"""Which utterances of packed folders are scored: those that a stage can be scored on, spread evenly over a corpus."""
+"""Which utterances of packed folders are scored: those that a stage can be scored on, spread evenly over a
+corpus."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from stream.plan import PLANNED, drawn_share, llm_positions, usable
 
 
 def select(index: ShardIndex, number: int, stage: str, corpus: Corpus, limit: int | None) -> np.ndarray:
-    """PLANNED entries of a corpus that a stage can be scored on; `limit` takes that many, evenly spaced, so that a split
-    sorted by speaker or dialogue is not judged by its first one."""
+    """PLANNED entries of a corpus that a stage can be scored on; `limit` takes that many, evenly spaced, so
+    that a split sorted by speaker or dialogue is not judged by its first one."""
     tasks = corpus.tasks
     for task in tasks or []:
         if task not in index.tasks:

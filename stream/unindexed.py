@@ -1,16 +1,19 @@
-"""Plain streaming: shards without an index (pipes, HTTP, object-store commands), opened by `webdataset`, read from front to back.
+"""Plain streaming: shards without an index (pipes, HTTP, object-store commands), opened by `webdataset`, read
+from front to back.
 
     urls -> slots (rank x worker): whole shards, or every n-th sample where shards are fewer than slots
-    each slot, for ever: shards in a new order each pass -> tar -> shuffle buffer -> decode, check, augment, tokenise
+    each slot, for ever: shards in a new order each pass -> tar -> shuffle buffer -> decode, check, augment,
+    tokenise
                          -> pool of a few micro-batches' worth -> neighbours in length make a micro-batch
 
-Without an index nothing is known beforehand, so less is promised than for a packed folder. What holds: every rank gets the same
-number of steps, and of micro-batches in each of them, because no slot ever ends; a slot reads each of its utterances once per
-pass. What does not: global batches depend on the number of ranks and workers, a resumed run goes on in a new order, and slots
-whose shards are fewer get round sooner (at most one shard's difference where there are more shards than slots).
+Without an index nothing is known beforehand, so less is promised than for a packed folder. What holds: every
+rank gets the same number of steps, and of micro-batches in each of them, because no slot ever ends; a slot
+reads each of its utterances once per pass. What does not: global batches depend on the number of ranks and
+workers, a resumed run goes on in a new order, and slots whose shards are fewer get round sooner (at most one
+shard's difference where there are more shards than slots).
 
-Which members make a sample is the rule of core/tar_members.py, the same as for packing: every member ends in a sample, in a named
-broken one, or in a count of what was ignored, which is logged for each shard.
+Which members make a sample is the rule of core/tar_members.py, the same as for packing: every member ends in
+a sample, in a named broken one, or in a count of what was ignored, which is logged for each shard.
 """
 
 from __future__ import annotations
@@ -55,7 +58,19 @@ MOST_WAITING = 64 << 20  # bytes of members that wait in each slot for the other
 LINKS = "links and devices"
 LOGGER = logging.getLogger(__name__)
 _NAMES = ("id", "speaker", "recording")  # what corpora number
-_TEXTS = ("id", "corpus", "text", "task", "lang", "target_lang", "prompt", "response", "label", "speaker", "origin")
+_TEXTS = (
+    "id",
+    "corpus",
+    "text",
+    "task",
+    "lang",
+    "target_lang",
+    "prompt",
+    "response",
+    "label",
+    "speaker",
+    "origin",
+)
 
 
 def micro_batches_per_step(data: DataConfig, world_size: int) -> int:
@@ -70,7 +85,8 @@ def sample_seconds(prepared: Prepared) -> float:
 
 
 def tar_groups(url: str, counts: Counter[str]) -> Iterator[Group[bytes]]:
-    """Members of one shard, grouped. counts: filled with all members, those in groups, and what is ignored, by heading."""
+    """Members of one shard, grouped. counts: filled with all members, those in groups, and what is ignored,
+    by heading."""
     grouper: Grouper[bytes] = Grouper(_stands_alone, MOST_WAITING)
 
     def counted(groups: Iterator[Group[bytes]]) -> Iterator[Group[bytes]]:
@@ -107,7 +123,9 @@ def sample_of(group: Group[bytes]) -> tuple[dict, bytes | None]:
     if group.problem:
         raise BrokenSample(group.problem)
     parts = {kind: group.one(kind) for kind in ("audio", "json", "text")}
-    if large := next((member for member in parts.values() if member is not None and member.content is None), None):
+    if large := next(
+        (member for member in parts.values() if member is not None and member.content is None), None
+    ):
         raise BrokenSample(f"{large.name} is larger than {MAX_TEXT_BYTES:,} bytes")
     audio, json_text, text = (member.content if member else None for member in parts.values())
     try:
@@ -120,7 +138,12 @@ def sample_of(group: Group[bytes]) -> tuple[dict, bytes | None]:
         if type(meta.get(name)) is int:
             meta[name] = str(meta[name])
     meta["id"] = meta.get("id") or group.key
-    if audio is not None and meta.get("task") is None and meta.get("text") and not (meta.get("messages") or meta.get("response")):
+    if (
+        audio is not None
+        and meta.get("task") is None
+        and meta.get("text")
+        and not (meta.get("messages") or meta.get("response"))
+    ):
         meta["task"] = "asr"
     duration = meta.get("duration")
     if isinstance(duration, bool) or not isinstance(duration or 0, int | float):
@@ -131,21 +154,36 @@ def sample_of(group: Group[bytes]) -> tuple[dict, bytes | None]:
 
 
 class PlainReader(IterableDataset):
-    """Micro-batches for ever; the work of a worker process. Errors: RecipeError where a whole pass yields nothing."""
+    """Micro-batches for ever; the work of a worker process. Errors: RecipeError where a whole pass yields
+    nothing."""
 
-    def __init__(self, plan: PlainPlan, collator: Collator, data: DataConfig, rank: int, world_size: int, start_step: int,
-                 mel_channels: int | None = None):
+    def __init__(
+        self,
+        plan: PlainPlan,
+        collator: Collator,
+        data: DataConfig,
+        rank: int,
+        world_size: int,
+        start_step: int,
+        mel_channels: int | None = None,
+    ):
         self.mel_channels = mel_channels
         self.plan, self.collator, self.data = plan, collator, data
         self.rank, self.world_size, self.start_step = rank, world_size, start_step
         self.urls = [expand_urls(corpus.shards) for corpus in data.train]
         self.micro_batches = micro_batches_per_step(data, world_size)
         self._logged: set[str] = set()
-        self.at = torch.zeros(max(data.workers, 1), 4, dtype=torch.float64).share_memory_()  # [began, corpus, shard, pass]
+        self.at = torch.zeros(
+            max(data.workers, 1), 4, dtype=torch.float64
+        ).share_memory_()  # [began, corpus, shard, pass]
 
     def doing(self, worker: int) -> tuple[float, str] | None:
         began, corpus, shard, number = self.at[worker].tolist()
-        return (time.time() - began, f"{self.urls[int(corpus)][int(shard)]} (pass {int(number)})") if began else None
+        return (
+            (time.time() - began, f"{self.urls[int(corpus)][int(shard)]} (pass {int(number)})")
+            if began
+            else None
+        )
 
     def _shards(self, corpus: int, slot: int, slots: int) -> tuple[list[int], int, int]:
         """Shards of a slot, and which of their samples it takes: every `n`-th from `first`."""
@@ -167,28 +205,53 @@ class PlainReader(IterableDataset):
                         yield {"__key__": group.key, "__url__": url, "group": group}
                 self._log_members(url, counts)
                 return
-            except Exception as error:  # commands, sockets and tar readers fail in many types; all end this shard
+            except (
+                Exception
+            ) as error:  # commands, sockets and tar readers fail in many types; all end this shard
                 if pause is None:
-                    broken.append({"id": f"{url} after {done} samples", "corpus": url, "reason": f"cannot be read: {error}",
-                                   "step": None, "replaced_by": None, "attempts": attempt + 1})
+                    broken.append(
+                        {
+                            "id": f"{url} after {done} samples",
+                            "corpus": url,
+                            "reason": f"cannot be read: {error}",
+                            "step": None,
+                            "replaced_by": None,
+                            "attempts": attempt + 1,
+                        }
+                    )
                     return
                 time.sleep(pause)
 
     def _log_members(self, url: str, counts: Counter[str]) -> None:
         """Say once of each shard what became of its members, where some are in no sample."""
-        ignored = {heading: count for heading, count in counts.items() if heading not in ("members", "grouped", "groups")}
+        ignored = {
+            heading: count
+            for heading, count in counts.items()
+            if heading not in ("members", "grouped", "groups")
+        }
         if ignored and url not in self._logged:
             self._logged.add(url)
-            LOGGER.warning("%s: %d members: %d in %d samples, %d ignored (%s)", url, counts["members"], counts["grouped"],
-                           counts["groups"], sum(ignored.values()), ", ".join(f"{n} {what}" for what, n in ignored.items()))
+            LOGGER.warning(
+                "%s: %d members: %d in %d samples, %d ignored (%s)",
+                url,
+                counts["members"],
+                counts["grouped"],
+                counts["groups"],
+                sum(ignored.values()),
+                ", ".join(f"{n} {what}" for what, n in ignored.items()),
+            )
 
-    def _samples(self, corpus: int, slot: int, slots: int, at: np.ndarray, broken: list[dict]) -> Iterator[tuple[dict, int]]:
+    def _samples(
+        self, corpus: int, slot: int, slots: int, at: np.ndarray, broken: list[dict]
+    ) -> Iterator[tuple[dict, int]]:
         """Undecoded samples of one corpus and their pass, for ever."""
         shards, first, every = self._shards(corpus, slot, slots)
         number = 0
         while True:
             counted = found = 0
-            for shard in sorted(shards, key=lambda s: int(key64(self.data.seed, self.start_step, number, corpus, s))):
+            for shard in sorted(
+                shards, key=lambda s: int(key64(self.data.seed, self.start_step, number, corpus, s))
+            ):
                 at[:] = time.time(), corpus, shard, number
                 for sample in self._open(self.urls[corpus][shard], broken):
                     at[0] = 0
@@ -200,7 +263,9 @@ class PlainReader(IterableDataset):
             if not found:
                 why = broken[-1]["reason"] if broken else f"{counted} samples in {len(shards)} shards"
                 pattern = self.data.train[corpus].shards
-                raise RecipeError(f"data.train: '{pattern}' gives rank {self.rank} nothing in a whole pass: {why}")
+                raise RecipeError(
+                    f"data.train: '{pattern}' gives rank {self.rank} nothing in a whole pass: {why}"
+                )
             number += 1
 
     def _prepare(self, raw: dict, epoch: int, timings: dict[str, float]) -> Prepared | None:
@@ -237,7 +302,9 @@ class PlainReader(IterableDataset):
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         slot, slots = self.rank * workers + number, self.world_size * workers
-        random = np.random.Generator(np.random.PCG64(int(key64("plain", self.data.seed, self.start_step, slot))))
+        random = np.random.Generator(
+            np.random.PCG64(int(key64("plain", self.data.seed, self.start_step, slot)))
+        )
         at, broken, timings = self.at[number].numpy(), [], dict.fromkeys(PHASES, 0.0)
         sources = [self._samples(corpus, slot, slots, at, broken) for corpus in range(len(self.urls))]
         buffer: list[tuple[dict, int]] = []
@@ -260,16 +327,29 @@ class PlainReader(IterableDataset):
                 except RecipeError:
                     raise
                 except Exception as error:  # one utterance is no reason to stop
-                    broken.append({"id": f"{raw['__key__']} of {raw['__url__']}", "corpus": raw["__url__"],
-                                   "reason": str(broken_by(error)), "step": None, "replaced_by": None})
+                    broken.append(
+                        {
+                            "id": f"{raw['__key__']} of {raw['__url__']}",
+                            "corpus": raw["__url__"],
+                            "reason": str(broken_by(error)),
+                            "step": None,
+                            "replaced_by": None,
+                        }
+                    )
                     seen += 1
                     prepared = None
                 if prepared is not None:
                     pool.append(prepared)
                     seen, idle = seen + 1, 0
                 if idle > 20 * SHUFFLE_BUFFER:
-                    why = broken[-1]["reason"] if broken else "of another task, or outside data.min_seconds and data.max_seconds"
-                    raise RecipeError(f"data.train: of {idle} utterances in a row none can be used; the last: {why}")
+                    why = (
+                        broken[-1]["reason"]
+                        if broken
+                        else "of another task, or outside data.min_seconds and data.max_seconds"
+                    )
+                    raise RecipeError(
+                        f"data.train: of {idle} utterances in a row none can be used; the last: {why}"
+                    )
             owed += target
             chosen = self._neighbours(pool, max(owed, target / 4), random)
             seconds = [sample_seconds(p) for p in chosen]
@@ -277,20 +357,31 @@ class PlainReader(IterableDataset):
             began = time.perf_counter()
             batch = self.collator(chosen)
             timings["collate"] += time.perf_counter() - began
-            audio = [len(p.sample.waveform) / SAMPLE_RATE for p in chosen if p.sample.waveform is not None] or [0.0]
+            audio = [
+                len(p.sample.waveform) / SAMPLE_RATE for p in chosen if p.sample.waveform is not None
+            ] or [0.0]
             job = Job(0, 0, self.micro_batches, np.zeros(seen, PLANNED))
-            yield Loaded(job, batch, [p.sample.meta for p in chosen], sum(audio), max(audio) * len(audio), list(broken), 0,
-                         dict(timings))
+            yield Loaded(
+                job,
+                batch,
+                [p.sample.meta for p in chosen],
+                sum(audio),
+                max(audio) * len(audio),
+                list(broken),
+                0,
+                dict(timings),
+            )
             broken.clear()
             timings.update(dict.fromkeys(PHASES, 0.0))
             seen = 0
 
     def _neighbours(self, pool: list[Prepared], wanted: float, random: np.random.Generator) -> list[Prepared]:
-        """Take neighbours in length out of the pool: about `wanted` seconds, within the budgets, at least one."""
+        """Take neighbours in length out of the pool: about `wanted` seconds, within the budgets, at least
+        one."""
         pool.sort(key=sample_seconds)
         budgets = Budgets.of(self.data)
         high = int(random.integers(len(pool)))
-        while high < len(pool) - 1 and sum(map(sample_seconds, pool[:high + 1])) < wanted:
+        while high < len(pool) - 1 and sum(map(sample_seconds, pool[: high + 1])) < wanted:
             high += 1  # too few shorter ones
         longest = sample_seconds(pool[high])
         low, total, widest = high, longest, len(pool[high].input_ids)
@@ -301,6 +392,6 @@ class PlainReader(IterableDataset):
                 break
             low -= 1
             total += sample_seconds(pool[low])
-        chosen = pool[low:high + 1][::-1]
-        del pool[low:high + 1]
+        chosen = pool[low : high + 1][::-1]
+        del pool[low : high + 1]
         return chosen

@@ -1,7 +1,7 @@
 """Every utterance of a split exactly once, for validation during training and for the evaluation afterwards.
 
-The split is sorted by length, cut and dealt to ranks as in training (assign), so all ranks get equally many batches; where
-utterances are too few, a rank gets dummies. Nothing is shuffled, augmented or replaced.
+The split is sorted by length, cut and dealt to ranks as in training (assign), so all ranks get equally many
+batches; where utterances are too few, a rank gets dummies. Nothing is shuffled, augmented or replaced.
 """
 
 from __future__ import annotations
@@ -31,21 +31,36 @@ LOGGER = logging.getLogger(__name__)
 class EvalStream:
     """Iterates (Batch, samples): one micro-batch and the JSON of its rows, longest utterances first.
 
-    shards: a packed folder, or a list of Corpus. answers: False gives prompts ready to be continued, True whole
-    conversations with labels. done: tells which samples to leave out. limit: so many utterances of each corpus. batch_seconds:
-    padded audio of one batch. `samples` is empty where a dummy fills up a shorter rank. total: utterances of this rank.
-    rejected: what could not be read, or is too long for the encoder, as {"id", "why", ...}.
+    shards: a packed folder, or a list of Corpus. answers: False gives prompts ready to be continued, True
+    whole conversations with labels. done: tells which samples to leave out. limit: so many utterances of each
+    corpus. batch_seconds: padded audio of one batch. `samples` is empty where a dummy fills up a shorter
+    rank. total: utterances of this rank. rejected: what could not be read, or is too long for the encoder, as
+    {"id", "why", ...}.
     """
 
-    def __init__(self, shards: str | list[Corpus], tokenizer: PreTrainedTokenizerBase, model_config: SoundwaveConfig, stage: str,
-                 *, tasks: list[str] | None = None, limit: int | None = None, batch_seconds: float = 60.0,
-                 done: Callable[[dict], bool] | None = None, rank: int = 0, world_size: int = 1, data: DataConfig | None = None,
-                 answers: bool = False):
+    def __init__(
+        self,
+        shards: str | list[Corpus],
+        tokenizer: PreTrainedTokenizerBase,
+        model_config: SoundwaveConfig,
+        stage: str,
+        *,
+        tasks: list[str] | None = None,
+        limit: int | None = None,
+        batch_seconds: float = 60.0,
+        done: Callable[[dict], bool] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        data: DataConfig | None = None,
+        answers: bool = False,
+    ):
         data = data or DataConfig()
         corpora = [Corpus(shards=str(shards), tasks=tasks)] if not isinstance(shards, list) else shards
         indexes = [load_index(corpus.shards) for corpus in corpora]
-        chosen = [select(index, number, stage, corpus, limit)
-                  for number, (corpus, index) in enumerate(zip(corpora, indexes, strict=True))]
+        chosen = [
+            select(index, number, stage, corpus, limit)
+            for number, (corpus, index) in enumerate(zip(corpora, indexes, strict=True))
+        ]
         entries = np.concatenate([np.empty(0, PLANNED), *chosen])
         if done:
             entries = entries[[not done(indexes[e["corpus"]].read(int(e["row"]))[1]) for e in entries]]
@@ -56,14 +71,28 @@ class EvalStream:
             features = FeatureStore.open(data.cache_features, model_config)
         self.data = replace(data, speed_perturb=[], noise_snr_db=[], spec_augment=False)
         budgets = Budgets(batch_seconds, data.micro_batch_tokens)
-        groups = assign(entries["seconds"], entries["positions"], world_size, budgets)[rank] if len(entries) else []
+        groups = (
+            assign(entries["seconds"], entries["positions"], world_size, budgets)[rank]
+            if len(entries)
+            else []
+        )
         self._parts = [entries[group] for group in groups]
         self.total = sum(map(len, self._parts))
-        collator = Collator(tokenizer, model_config, stage, data.ctc_text, answers=answers,
-                            feature_width=features.width if features else None)
+        collator = Collator(
+            tokenizer,
+            model_config,
+            stage,
+            data.ctc_text,
+            answers=answers,
+            feature_width=features.width if features else None,
+        )
         self._reader = MicroBatchReader(indexes, collator, self.data, features=features, slots=data.workers)
         why = f"longer than model.encoder.max_seconds = {longest:g}"
-        self.rejected = [{**self._reader.identity(entry), "reason": why, "why": why} for entry in too_long] if rank == 0 else []
+        self.rejected = (
+            [{**self._reader.identity(entry), "reason": why, "why": why} for entry in too_long]
+            if rank == 0
+            else []
+        )
 
     def __len__(self) -> int:
         """Batches, the same number on every rank."""
@@ -77,19 +106,42 @@ class EvalStream:
             yield loaded.batch, loaded.metas
 
 
-def validation_batches(data: DataConfig, stage: str, tokenizer: PreTrainedTokenizerBase, model_config: SoundwaveConfig,
-                       rank: int, world_size: int, utterances: int, *, answers: bool = False) -> list[tuple[Batch, list[str]]]:
-    """data.valid as a list of (Batch, references), one reference a row, equally many batches on every rank; a dummy has none.
+def validation_batches(
+    data: DataConfig,
+    stage: str,
+    tokenizer: PreTrainedTokenizerBase,
+    model_config: SoundwaveConfig,
+    rank: int,
+    world_size: int,
+    utterances: int,
+    *,
+    answers: bool = False,
+) -> list[tuple[Batch, list[str]]]:
+    """data.valid as a list of (Batch, references), one reference a row, equally many batches on every rank; a
+    dummy has none.
 
     `utterances` are spread evenly over the corpora. answers as in EvalStream. Broken utterances are left out.
     """
     if not data.valid:
         return []
-    stream = EvalStream(data.valid, tokenizer, model_config, stage, limit=share_of_each(data, utterances),
-                        batch_seconds=data.micro_batch_seconds, rank=rank, world_size=world_size,
-                        data=replace(data, workers=0), answers=answers)
+    stream = EvalStream(
+        data.valid,
+        tokenizer,
+        model_config,
+        stage,
+        limit=share_of_each(data, utterances),
+        batch_seconds=data.micro_batch_seconds,
+        rank=rank,
+        world_size=world_size,
+        data=replace(data, workers=0),
+        answers=answers,
+    )
     answer = transcript_of if stage == "alignment" else answer_of
     batches = [(batch, [answer(sample) or "" for sample in samples]) for batch, samples in stream]
     if stream.rejected:
-        LOGGER.warning("%d utterances of data.valid are left out; the first: %s", len(stream.rejected), stream.rejected[0])
+        LOGGER.warning(
+            "%d utterances of data.valid are left out; the first: %s",
+            len(stream.rejected),
+            stream.rejected[0],
+        )
     return batches

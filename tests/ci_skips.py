@@ -1,4 +1,5 @@
-"""In CI a test that is skipped is a failure, unless its reason is on the list below: what could run there must run."""
+"""In CI a test that is skipped is a failure, unless its reason is on the list below: what could run there
+must run."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def unexpected(reports) -> list[str]:
 
 def _skipped(config) -> list[str]:
     reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if os.environ.get("CI") != "true" or reporter is None or hasattr(config, "workerinput"):  # xdist's workers report to one
+    if (
+        os.environ.get("CI") != "true" or reporter is None or hasattr(config, "workerinput")
+    ):  # xdist's workers report to one
         return []
     return unexpected(reporter.stats.get("skipped", []))
 

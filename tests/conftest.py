@@ -9,7 +9,8 @@ pytest_plugins = ["tests.ci_skips"]
 
 @pytest.fixture(scope="session")
 def server():
-    """A process that forks ranks; it imports everything once for all files that a worker runs (tests/train/ranks.py)."""
+    """A process that forks ranks; it imports everything once for all files that a worker runs
+    (tests/train/ranks.py)."""
     from tests.train.ranks import Server
 
     with Server() as started:

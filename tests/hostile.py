@@ -1,4 +1,5 @@
-"""Files as a stranger might write them: JSON documents and bytes with a few odd places, and a watch on what is opened."""
+"""Files as a stranger might write them: JSON documents and bytes with a few odd places, and a watch on what
+is opened."""
 
 from __future__ import annotations
 
@@ -13,9 +14,49 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 ODD_VALUES = [
-    None, True, False, -1, 0, 1, 7, 2**31, 2**32, 2**63, 2**64, -(2**63), 0.5, -0.0, float("nan"), float("inf"), "", ".", "..",
-    "../outside", "../../outside/file", "/etc/passwd", "a/b", "a\\b", ".hidden", "-", "nul\0", "\x1b[31m", "line\nbreak",
-    "\ud800", "0" * 64, "g" * 64, "0" * 63, "x" * 300, "${oc.env:HOME}", "${", [], {}, [[]], [None], {"a": 1}, ["x"], [[[[[]]]]],
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    7,
+    2**31,
+    2**32,
+    2**63,
+    2**64,
+    -(2**63),
+    0.5,
+    -0.0,
+    float("nan"),
+    float("inf"),
+    "",
+    ".",
+    "..",
+    "../outside",
+    "../../outside/file",
+    "/etc/passwd",
+    "a/b",
+    "a\\b",
+    ".hidden",
+    "-",
+    "nul\0",
+    "\x1b[31m",
+    "line\nbreak",
+    "\ud800",
+    "0" * 64,
+    "g" * 64,
+    "0" * 63,
+    "x" * 300,
+    "${oc.env:HOME}",
+    "${",
+    [],
+    {},
+    [[]],
+    [None],
+    {"a": 1},
+    ["x"],
+    [[[[[]]]]],
 ]
 
 
@@ -78,14 +119,23 @@ _watched: list[list[str] | None] = [None]
 
 def _note(event: str, arguments: tuple) -> None:
     noted = _watched[0]
-    if noted is not None and event in ("open", "os.mkdir", "os.rename", "os.link", "os.symlink", "os.remove", "os.truncate"):
+    if noted is not None and event in (
+        "open",
+        "os.mkdir",
+        "os.rename",
+        "os.link",
+        "os.symlink",
+        "os.remove",
+        "os.truncate",
+    ):
         names = arguments[:1] if event == "open" else arguments[:2]  # open's second is its mode
         noted.extend(os.path.abspath(os.fsdecode(name)) for name in names if isinstance(name, (str, bytes)))
 
 
 @contextlib.contextmanager
 def only_inside(*folders: Path) -> Iterator[None]:
-    """Fail where a file outside `folders` (and outside Python's own) is opened, made, moved or removed meanwhile."""
+    """Fail where a file outside `folders` (and outside Python's own) is opened, made, moved or removed
+    meanwhile."""
     if not getattr(sys, "_soundwave_audit", False):  # a hook cannot be removed: one for all tests
         sys.addaudithook(_note)
         sys._soundwave_audit = True
@@ -94,7 +144,10 @@ def only_inside(*folders: Path) -> Iterator[None]:
         yield
     finally:
         _watched[0] = None
-    allowed = tuple(os.path.abspath(folder) + os.sep for folder in (*folders, sys.prefix, sys.base_prefix, "/proc", "/sys"))
+    allowed = tuple(
+        os.path.abspath(folder) + os.sep
+        for folder in (*folders, sys.prefix, sys.base_prefix, "/proc", "/sys")
+    )
     outside = [name for name in noted if not (name + os.sep).startswith(allowed) and name != os.devnull]
     assert outside == [], f"opened outside {', '.join(map(str, folders))}: {outside}"
 

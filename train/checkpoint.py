@@ -1,21 +1,25 @@
-"""Checkpoints: complete or not there. What was trained, the optimizer, the position; the frozen base by hash, never by bytes.
+"""Checkpoints: complete or not there. What was trained, the optimizer, the position; the frozen base by hash,
+never by bytes.
 
     <stage folder>/checkpoints/
-        step-000500/            one checkpoint: DeepSpeed's files of all ranks, state.json, manifest.json (sha256 of each file)
-        step-001000.partial/    one being written, or what a kill left of it; removed at the next start, unless its manifest
-                                stands: then only the rename was missing
-        step-000500.damaged/    one that was found damaged when the run was started again; nothing but eyes looks at it
+        step-000500/            one checkpoint: DeepSpeed's files of all ranks, state.json, manifest.json
+                                (sha256 of each file)
+        step-001000.partial/    one being written, or what a kill left of it; removed at the next start,
+                                unless its manifest stands: then only the rename was missing
+        step-000500.damaged/    one that was found damaged when the run was started again; nothing but eyes
+                                looks at it
         latest                  name of the newest finished one; moves last
         best.json               step and score of the best validation so far
 
-Writing: every rank copies its tensors to host memory and goes on training; a thread of its own writes, hashes and syncs them to
-`step-N.partial`. When all ranks report that they are done (a flag in the next step's all-reduce), rank 0 writes the manifest,
-syncs, renames the folder and moves `latest`. A kill at any instant leaves the previous checkpoint as it was. Cost: one copy of
-what is trained and its optimizer states (12 to 14 bytes a parameter, divided by the number of ranks) in host memory.
+Writing: every rank copies its tensors to host memory and goes on training; a thread of its own writes, hashes
+and syncs them to `step-N.partial`. When all ranks report that they are done (a flag in the next step's
+all-reduce), rank 0 writes the manifest, syncs, renames the folder and moves `latest`. A kill at any instant
+leaves the previous checkpoint as it was. Cost: one copy of what is trained and its optimizer states (12 to 14
+bytes a parameter, divided by the number of ranks) in host memory.
 
-Reading: newest first; a folder whose files do not have the size and sha256 of its manifest is set aside, with a line: were it
-left among the others, it would be kept as the newest in place of good ones. Another number of ranks than at the time of writing:
-train/universal.py.
+Reading: newest first; a folder whose files do not have the size and sha256 of its manifest is set aside, with
+a line: were it left among the others, it would be kept as the newest in place of good ones. Another number of
+ranks than at the time of writing: train/universal.py.
 """
 
 from __future__ import annotations
@@ -48,8 +52,16 @@ logger = logging.getLogger("soundwave")
 REPLACED, DAMAGED = ".replaced", ".damaged"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # What loading a file with another content than `save` writes ends in.
-_WRONG_CONTENT = (pickle.UnpicklingError, LookupError, TypeError, ValueError, AttributeError, AssertionError, EOFError,
-                  RuntimeError)
+_WRONG_CONTENT = (
+    pickle.UnpicklingError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    AssertionError,
+    EOFError,
+    RuntimeError,
+)
 COPY_SECONDS = 60  # a second file system that takes longer to let go of one checkpoint misses the next
 LAST_COPY_SECONDS = 1800  # but what it gets at the end it has time for
 
@@ -163,7 +175,8 @@ class BackgroundWriter(CheckpointEngine):
 
 
 def manifest_files(folder: Path) -> dict[str, dict]:
-    """Return name -> {"size", "sha256"} of a checkpoint's files. All names are plain: nothing outside the folder is read.
+    """Return name -> {"size", "sha256"} of a checkpoint's files. All names are plain: nothing outside the
+    folder is read.
 
     Errors: ValueError for a manifest that is missing or not as `save` writes it.
     """
@@ -173,7 +186,11 @@ def manifest_files(folder: Path) -> dict[str, dict]:
             raise ValueError("does not list state.json")
         for name, fact in files.items():
             plain_name(name)
-            if not isinstance(fact, dict) or not _is_count(fact.get("size")) or not _SHA256.fullmatch(str(fact.get("sha256"))):
+            if (
+                not isinstance(fact, dict)
+                or not _is_count(fact.get("size"))
+                or not _SHA256.fullmatch(str(fact.get("sha256")))
+            ):
                 raise ValueError("has an entry without size and sha256")
     except ValueError as error:
         raise ValueError(f"manifest.json {error}") from None
@@ -185,7 +202,8 @@ def _is_count(value: object) -> bool:
 
 
 def verify(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
-    """None where the folder is complete and sound, else what is wrong. `part` of `parts`: hash only every parts-th file."""
+    """None where the folder is complete and sound, else what is wrong. `part` of `parts`: hash only every
+    parts-th file."""
     name = "manifest.json"
     try:
         files = manifest_files(folder)
@@ -221,12 +239,18 @@ def check_state(state: dict, folder: Path) -> None:
     """Errors: ValueError for a value that is missing or of another type than `save` is given."""
     topology, health, best = state.get("topology"), state.get("health"), state.get("best")
     right = {
-        "step": _is_count(state.get("step")) and STEP.match(folder.name) and int(STEP.match(folder.name)[1]) == state["step"],
+        "step": _is_count(state.get("step"))
+        and STEP.match(folder.name)
+        and int(STEP.match(folder.name)[1]) == state["step"],
         "data_offset": _is_count(state.get("data_offset")),
-        "topology": isinstance(topology, dict) and _is_count(topology.get("world_size")) and topology["world_size"] > 0
+        "topology": isinstance(topology, dict)
+        and _is_count(topology.get("world_size"))
+        and topology["world_size"] > 0
         and topology.get("zero_stage") in (1, 2, 3),
-        "health": isinstance(health, dict) and all(_is_count(health.get(key)) for key in ("consecutive", "skipped", "rollbacks"))
-        and isinstance(health.get("norms"), list) and all(_is_finite(norm) for norm in health["norms"]),
+        "health": isinstance(health, dict)
+        and all(_is_count(health.get(key)) for key in ("consecutive", "skipped", "rollbacks"))
+        and isinstance(health.get("norms"), list)
+        and all(_is_finite(norm) for norm in health["norms"]),
         "best": "best" in state and (best is None or is_best(best)),
         "facts": isinstance(state.get("facts"), dict),
     }
@@ -241,12 +265,17 @@ def _is_finite(value: object) -> bool:
 
 def is_best(best: object) -> bool:
     """Whether `best` is what a validation leaves: {"step", "score", "by"}."""
-    return (isinstance(best, dict) and _is_count(best.get("step")) and _is_finite(best.get("score"))
-            and isinstance(best.get("by", ""), str))
+    return (
+        isinstance(best, dict)
+        and _is_count(best.get("step"))
+        and _is_finite(best.get("score"))
+        and isinstance(best.get("by", ""), str)
+    )
 
 
 def saved_in_health(folder: Path) -> bool:
-    """Whether no step was skipped right before it was saved. True where that cannot be read: `verify` tells of the damage."""
+    """Whether no step was skipped right before it was saved. True where that cannot be read: `verify` tells
+    of the damage."""
     try:
         return read_state(folder)["health"]["consecutive"] == 0
     except (OSError, ValueError, KeyError, TypeError):
@@ -254,12 +283,16 @@ def saved_in_health(folder: Path) -> bool:
 
 
 def find_good(folders: list[Path], ranks: Ranks, *, among=lambda folder: True) -> Path | None:
-    """The newest sound checkpoint, of the first folder that has one; hashing is shared among ranks, all return the same. Every
-    damaged one before it gets a line and another name.
+    """The newest sound checkpoint, of the first folder that has one; hashing is shared among ranks, all
+    return the same. Every damaged one before it gets a line and another name.
 
     among: asked on rank 0 for each folder, whether it is a candidate at all.
     """
-    candidates = [[str(p) for folder in folders for p in step_folders(folder) if among(p)]] if ranks.is_main else [None]
+    candidates = (
+        [[str(p) for folder in folders for p in step_folders(folder) if among(p)]]
+        if ranks.is_main
+        else [None]
+    )
     dist.broadcast_object_list(candidates, src=0)
     for name in candidates[0]:
         problems = [None] * ranks.world_size
@@ -269,8 +302,12 @@ def find_good(folders: list[Path], ranks: Ranks, *, among=lambda folder: True) -
             return Path(name)
         if ranks.is_main:
             aside = _set_aside(Path(name))
-            logger.warning("checkpoint %s is damaged (%s): it is set aside as %s, and the one before it is taken", name, problem,
-                           aside)
+            logger.warning(
+                "checkpoint %s is damaged (%s): it is set aside as %s, and the one before it is taken",
+                name,
+                problem,
+                aside,
+            )
     return None
 
 
@@ -287,7 +324,8 @@ def _set_aside(folder: Path) -> str:
 
 
 def _remove(folder: Path) -> None:
-    """A checkpoint that is not wanted any more. What cannot be deleted now has another name, and goes at the next start."""
+    """A checkpoint that is not wanted any more. What cannot be deleted now has another name, and goes at the
+    next start."""
     gone = folder if folder.name.endswith(REPLACED) else folder.with_name(folder.name + REPLACED)
     try:
         if gone != folder:
@@ -298,9 +336,11 @@ def _remove(folder: Path) -> None:
 
 
 def own_steps(optimizer) -> None:
-    """Give every parameter its own step counter: one tensor for all would count once for each of them in every step.
+    """Give every parameter its own step counter: one tensor for all would count once for each of them in
+    every step.
 
-    AdamW's fused kernel wants the counter where the parameter lies; DeepSpeed's universal loader leaves it where it was saved.
+    AdamW's fused kernel wants the counter where the parameter lies; DeepSpeed's universal loader leaves it
+    where it was saved.
     """
     on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     for parameter, state in optimizer.state.items():
@@ -317,7 +357,9 @@ class Checkpoints:
         self.writer = BackgroundWriter()
         self.target: Path | None = None  # the .partial folder being written
         self.started = 0.0
-        self.save_seconds = 0.0  # the longest save so far, from snapshot to rename: the margin before a time limit
+        self.save_seconds = (
+            0.0  # the longest save so far, from snapshot to rename: the margin before a time limit
+        )
         self.blocked_seconds = 0.0  # how long the last snapshot held up training
         self.copier: threading.Thread | None = None
         self.copying: Path | None = None
@@ -325,7 +367,9 @@ class Checkpoints:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob("*" + PARTIAL):
                 final = leftover.with_name(leftover.name.removesuffix(PARTIAL))
-                if (leftover / "manifest.json").exists() and not final.exists():  # the manifest is written when all else is
+                if (
+                    leftover / "manifest.json"
+                ).exists() and not final.exists():  # the manifest is written when all else is
                     os.rename(leftover, final)
                 else:
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -340,18 +384,21 @@ class Checkpoints:
     # ---------------------------------------------------------------- writing
 
     def _needed_bytes(self, engine) -> int:
-        """All ranks' files together: measured on the newest checkpoint, else 4 bytes a number for weights (twice: fp32 master
-        and module) and the two moments, and 5 % more."""
+        """All ranks' files together: measured on the newest checkpoint, else 4 bytes a number for weights
+        (twice: fp32 master and module) and the two moments, and 5 % more."""
         for newest in step_folders(self.folder):
             try:
                 return int(1.05 * sum(fact["size"] for fact in manifest_files(newest).values()))
             except ValueError:
                 continue
-        trained = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)
+        trained = sum(
+            getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad
+        )
         return int(1.05 * 16 * trained)
 
     def save(self, engine, state: dict) -> bool:
-        """Start writing `step-<state["step"]>`. False, with a warning, where the disk has no room; training goes on."""
+        """Start writing `step-<state["step"]>`. False, with a warning, where the disk has no room; training
+        goes on."""
         self.finish()
         begun = time.perf_counter()
         target = self.folder / f"step-{state['step']:06d}{PARTIAL}"
@@ -368,14 +415,25 @@ class Checkpoints:
                     shutil.rmtree(target, ignore_errors=True)
                     logger.error("no checkpoint in %s: %s; training goes on from memory", self.folder, error)
             else:
-                logger.error("no room for a checkpoint in %s: it needs %.1f MB and %.1f MB are free; free space or move "
-                             "`output`, training goes on from memory", self.folder, needed / 1e6, free / 1e6)
+                logger.error(
+                    "no room for a checkpoint in %s: it needs %.1f MB and %.1f MB are free; free space or "
+                    "move "
+                    "`output`, training goes on from memory",
+                    self.folder,
+                    needed / 1e6,
+                    free / 1e6,
+                )
         dist.broadcast_object_list(room, src=0)
         if not room[0]:
             return False
         ours, engine.checkpoint_engine = engine.checkpoint_engine, self.writer
-        engine.save_checkpoint(str(self.folder), tag=target.name, save_latest=False, exclude_frozen_parameters=True,
-                               client_state={"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}})
+        engine.save_checkpoint(
+            str(self.folder),
+            tag=target.name,
+            save_latest=False,
+            exclude_frozen_parameters=True,
+            client_state={"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}},
+        )
         engine.checkpoint_engine = ours
         self.target, self.started = target, begun
         self.writer.start()
@@ -388,7 +446,8 @@ class Checkpoints:
         return self.target is not None and not self.writer.busy
 
     def finish(self) -> bool:
-        """Wait for the writing in progress, if any, and publish it. Collective. False where it failed, with a line."""
+        """Wait for the writing in progress, if any, and publish it. Collective. False where it failed, with a
+        line."""
         if self.target is None:
             return True
         self.writer.wait()
@@ -400,13 +459,18 @@ class Checkpoints:
         if self.ranks.is_main:
             if problem is None:
                 try:
-                    self._publish(target, {name: fact for written, _ in parts for name, fact in written.items()})
+                    self._publish(
+                        target, {name: fact for written, _ in parts for name, fact in written.items()}
+                    )
                 except OSError as error:
                     outcome = [str(error)]
             if outcome[0]:
                 shutil.rmtree(target, ignore_errors=True)
-                logger.error("checkpoint %s could not be written (%s): the one before it stays the last good one", target.stem,
-                             outcome[0])
+                logger.error(
+                    "checkpoint %s could not be written (%s): the one before it stays the last good one",
+                    target.stem,
+                    outcome[0],
+                )
         dist.broadcast_object_list(outcome, src=0)
         self.save_seconds = max(self.save_seconds, time.perf_counter() - self.started)
         return outcome[0] is None
@@ -417,7 +481,9 @@ class Checkpoints:
         write_atomically(target / "manifest.json", json.dumps({"files": files}, indent=1))
         final = target.with_name(target.name.removesuffix(PARTIAL))
         replaced = final.with_name(final.name + REPLACED)
-        if final.exists():  # the same step again: saved and then asked to stop, or after a roll-back; the newer one counts
+        if (
+            final.exists()
+        ):  # the same step again: saved and then asked to stop, or after a roll-back; the newer one counts
             os.rename(final, replaced)
         os.rename(target, final)
         sync_folder(self.folder)
@@ -431,18 +497,30 @@ class Checkpoints:
         self._prune(self.folder)
         if self.config.copy_to and free:
             self.copying = final
-            self.copier = threading.Thread(target=self._copy, args=(final,), name="checkpoint-copier", daemon=True)
+            self.copier = threading.Thread(
+                target=self._copy, args=(final,), name="checkpoint-copier", daemon=True
+            )
             self.copier.start()
-        logger.info("checkpoint %s: %.1f MB, training held up %.2f s, written in %.2f s", final,
-                    sum(fact["size"] for fact in files.values()) / 1e6, self.blocked_seconds, time.perf_counter() - self.started)
+        logger.info(
+            "checkpoint %s: %.1f MB, training held up %.2f s, written in %.2f s",
+            final,
+            sum(fact["size"] for fact in files.values()) / 1e6,
+            self.blocked_seconds,
+            time.perf_counter() - self.started,
+        )
 
     def _await_copy(self, seconds: float) -> bool:
-        """Wait for the copy in progress, if any; not for ever: a second file system that hangs must not hold up the run."""
+        """Wait for the copy in progress, if any; not for ever: a second file system that hangs must not hold
+        up the run."""
         if self.copier is not None:
             self.copier.join(seconds)
             if self.copier.is_alive():
-                logger.error("checkpoint.copy_to: %s has not taken %s in %d s; the run goes on without waiting for it",
-                             self.config.copy_to, self.copying.name, seconds)
+                logger.error(
+                    "checkpoint.copy_to: %s has not taken %s in %d s; the run goes on without waiting for it",
+                    self.config.copy_to,
+                    self.copying.name,
+                    seconds,
+                )
                 return False
             self.copier = self.copying = None
         return True
@@ -464,10 +542,11 @@ class Checkpoints:
             logger.error("checkpoint.copy_to: %s could not be copied to %s: %s", source.name, folder, error)
 
     def _prune(self, folder: Path) -> None:
-        """Keep the last, the best, and the last one from before a bad stretch: a roll-back has to go somewhere."""
+        """Keep the last, the best, and the last one from before a bad stretch: a roll-back has to go
+        somewhere."""
         best, there = self._best(folder) if self.config.keep_best else None, step_folders(folder)
         healthy = next((one for one in there if saved_in_health(one)), None)
-        for old in there[max(1, self.config.keep_last):]:
+        for old in there[max(1, self.config.keep_last) :]:
             if int(STEP.match(old.name)[1]) != best and old not in (healthy, self.copying):
                 _remove(old)
 
@@ -488,10 +567,11 @@ class Checkpoints:
         return done
 
     def forget_after(self, step: int, best: dict | None) -> dict | None:
-        """Remove what was saved after `step`, here and in `copy_to`: the run goes another way from there. Collective.
+        """Remove what was saved after `step`, here and in `copy_to`: the run goes another way from there.
+        Collective.
 
-        best: the best score so far at `step`. Returns it; None where its own checkpoint has gone since, for a better one that
-        goes now: the next score is then the best of those that are kept.
+        best: the best score so far at `step`. Returns it; None where its own checkpoint has gone since, for a
+        better one that goes now: the next score is then the best of those that are kept.
         """
         kept = [best]
         if self.ranks.is_main:
@@ -503,8 +583,12 @@ class Checkpoints:
                 try:
                     self._forget_after(Path(self.config.copy_to), step, kept[0])
                 except OSError as error:  # a second folder must not end the run
-                    logger.error("checkpoint.copy_to: what was saved after step %d could not be removed from %s: %s", step,
-                                 self.config.copy_to, error)
+                    logger.error(
+                        "checkpoint.copy_to: what was saved after step %d could not be removed from %s: %s",
+                        step,
+                        self.config.copy_to,
+                        error,
+                    )
         dist.broadcast_object_list(kept, src=0)
         return kept[0]
 
@@ -514,8 +598,10 @@ class Checkpoints:
             if int(STEP.match(later.name)[1]) > step:
                 shutil.rmtree(later)
         left = [path.name for path in step_folders(folder)]
-        for name, text in (("latest", left[0] if left else None),
-                           ("best.json", json.dumps(best) if best and f"step-{best['step']:06d}" in left else None)):
+        for name, text in (
+            ("latest", left[0] if left else None),
+            ("best.json", json.dumps(best) if best and f"step-{best['step']:06d}" in left else None),
+        ):
             if text is not None:
                 write_atomically(folder / name, text)
             else:
@@ -524,28 +610,42 @@ class Checkpoints:
     # ---------------------------------------------------------------- reading
 
     def load(self, engine, folder: Path, saved: dict, now: dict) -> None:
-        """Weights and optimizer from `folder` into an engine, fresh or in use. `saved`, `now`: topologies (train/universal.py).
+        """Weights and optimizer from `folder` into an engine, fresh or in use. `saved`, `now`: topologies
+        (train/universal.py).
 
-        Rates, decay and names of the optimizer's groups stay the recipe's. Errors: RecipeError, ConversionError, CheckpointError.
+        Rates, decay and names of the optimizer's groups stay the recipe's. Errors: RecipeError,
+        ConversionError, CheckpointError.
         """
-        groups = [{key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups]
+        groups = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in engine.optimizer.param_groups
+        ]
         convert = universal.needed(saved, now, folder)
         source = universal.convert(folder, self.ranks) if convert else folder
-        # The configuration's checkpoint.load_universal, which DeepSpeed reads at each load: a roll-back may need the other kind.
+        # The configuration's checkpoint.load_universal, which DeepSpeed reads at each load: a roll-back may
+        # need the other kind.
         engine._config.load_universal_checkpoint = convert
         ours, engine.checkpoint_engine = engine.checkpoint_engine, self.writer
         try:
             with safe_load.data_only():
-                path, _ = engine.load_checkpoint(str(source.parent), tag=source.name, load_module_strict=False)
-        except _WRONG_CONTENT as error:  # its files have their hashes, so somebody else has written them like that
+                path, _ = engine.load_checkpoint(
+                    str(source.parent), tag=source.name, load_module_strict=False
+                )
+        except (
+            _WRONG_CONTENT
+        ) as error:  # its files have their hashes, so somebody else has written them like that
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise CheckpointError(f"checkpoint {folder} cannot be loaded ({safe_load.reason(error)}): remove it to resume from "
-                                  "the one before it, or choose another output folder") from error
+            raise CheckpointError(
+                f"checkpoint {folder} cannot be loaded ({safe_load.reason(error)}): remove it to resume from "
+                "the one before it, or choose another output folder"
+            ) from error
         finally:
             engine.checkpoint_engine = ours
         if path is None:
-            raise CheckpointError(f"checkpoint {folder} has no files for rank {self.ranks.rank} of {self.ranks.world_size}")
+            raise CheckpointError(
+                f"checkpoint {folder} has no files for rank {self.ranks.rank} of {self.ranks.world_size}"
+            )
         for group, own in zip(engine.optimizer.param_groups, groups, strict=True):
             group.update(own)
         own_steps(engine.optimizer)

@@ -1,4 +1,5 @@
-"""What a recipe would do, from sizes alone: parameters, memory per rank, steps, hours, arithmetic, and what is missing.
+"""What a recipe would do, from sizes alone: parameters, memory per rank, steps, hours, arithmetic, and what
+is missing.
 
 Nothing is read or fetched but configuration files; sizes of known models ship in model/presets/.
 """
@@ -35,8 +36,11 @@ def _known(name: str) -> str:
 
 def meta_model(recipe: Recipe) -> Soundwave:
     """The network on the meta device, stage set. Errors: RecipeError for a model of unknown size."""
-    config = replace(recipe.model, encoder=replace(recipe.model.encoder, name=_known(recipe.model.encoder.name)),
-                     llm=replace(recipe.model.llm, name=_known(recipe.model.llm.name)))
+    config = replace(
+        recipe.model,
+        encoder=replace(recipe.model.encoder, name=_known(recipe.model.encoder.name)),
+        llm=replace(recipe.model.llm, name=_known(recipe.model.llm.name)),
+    )
     try:
         model = Soundwave.build(config, parts=stage_of(recipe).parts, meta=True)
     except (SourceError, ValueError) as error:
@@ -55,17 +59,22 @@ def parameters_by_module(model: Soundwave) -> list[tuple[str, int, int]]:
 
 
 def states_per_rank(trained: int, frozen: int, ranks: int, zero_stage: int, weight_bytes: int) -> float:
-    """Bytes of weights, gradients (fp32) and optimizer states (fp32 master, two moments) on a rank (Rajbhandari et al., 2020,
-    figure 1, with frozen weights beside the trained ones). DeepSpeed keeps masters of fp32 weights, too."""
+    """Bytes of weights, gradients (fp32) and optimizer states (fp32 master, two moments) on a rank
+    (Rajbhandari et al., 2020, figure 1, with frozen weights beside the trained ones). DeepSpeed keeps masters
+    of fp32 weights, too."""
     weights = weight_bytes * (trained + frozen)
     gradients = 4 * trained
     states = 12 * trained
-    return {1: weights + gradients + states / ranks, 2: weights + (gradients + states) / ranks,
-            3: (weights + gradients + states) / ranks}[zero_stage]
+    return {
+        1: weights + gradients + states / ranks,
+        2: weights + (gradients + states) / ranks,
+        3: (weights + gradients + states) / ranks,
+    }[zero_stage]
 
 
 def check_start(recipe: Recipe, model: Soundwave) -> list[str]:
-    """What the start folder decides, one line each. Errors: RecipeError where it does not fit the model or the frozen parts."""
+    """What the start folder decides, one line each. Errors: RecipeError where it does not fit the model or
+    the frozen parts."""
     try:
         folder = initial_folder(recipe)
     except NotThereYet:
@@ -75,7 +84,9 @@ def check_start(recipe: Recipe, model: Soundwave) -> list[str]:
     places = {part: Path(getattr(recipe.model, part).name) for part in ("encoder", "llm")}
     try:
         # The rows of a CTC head that is trained whole depend on the tokenizer, which is not read here.
-        model_folder.check_fit(model, folder, but=() if recipe.model.alignment.ctc_head == "tied" else ("ctc_head",))
+        model_folder.check_fit(
+            model, folder, but=() if recipe.model.alignment.ctc_head == "tied" else ("ctc_head",)
+        )
         settings = resume.settings_here(recipe)
         found = model_folder.identity_differences(folder, {}, settings, places) if settings else {}
     except model_folder.FolderError as error:
@@ -84,8 +95,11 @@ def check_start(recipe: Recipe, model: Soundwave) -> list[str]:
         if kind not in recipe.checkpoint.accept_changes:
             raise RecipeError(f"{text}, or accept it with checkpoint.accept_changes=[{kind}]")
     defaults = SoundwaveConfig()
-    taken = [f"model.{key}={value}" for key, value in inherited_options(folder).items()
-             if operator.attrgetter(key)(recipe.model) == value != operator.attrgetter(key)(defaults)]
+    taken = [
+        f"model.{key}={value}"
+        for key, value in inherited_options(folder).items()
+        if operator.attrgetter(key)(recipe.model) == value != operator.attrgetter(key)(defaults)
+    ]
     lines = [f"starts from {folder}" + (f", with its model options {', '.join(taken)}" if taken else "")]
     for key, (then, now) in differing_options(recipe.model, folder).items():
         lines.append(f"{key} was {then} when that was trained, and is {now} here (init_accept)")
@@ -113,19 +127,25 @@ def missing(recipe: Recipe) -> list[str]:
             continue
         repository = presets()[name]["names"][0] if name in presets() else name
         try:  # it also finds what holds config.json alone
-            folder = Path(snapshot_download(repository, allow_patterns=["*.safetensors"], local_files_only=True))
+            folder = Path(
+                snapshot_download(repository, allow_patterns=["*.safetensors"], local_files_only=True)
+            )
             there = bool(tensor_files(folder))
         except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
             there = False
         if not there:
-            lines.append(f"model.{part}.name: {repository} is not in the hub cache; on a machine with network: "
-                         f"hf download {repository}")
+            lines.append(
+                f"model.{part}.name: {repository} is not in the hub cache; on a machine with network: "
+                f"hf download {repository}"
+            )
     for kind in ("train", "valid"):
         for corpus in getattr(recipe.data, kind):
             if kind == "train" and is_plain_stream(corpus.shards):
                 continue
             if not (Path(corpus.shards) / "index.json").exists():
-                lines.append(f"data.{kind}: {corpus.shards} has no index.json; pack it with data_tools/pack.py")
+                lines.append(
+                    f"data.{kind}: {corpus.shards} has no index.json; pack it with data_tools/pack.py"
+                )
                 continue
             try:
                 load_index(corpus.shards)
@@ -169,25 +189,41 @@ def dry_run(recipe: Recipe) -> int:
     trained, frozen = sum(r[1] for r in rows), sum(r[2] for r in rows)
     weight_bytes = 2 if recipe.model.dtype == "bfloat16" else 4
     config = zero.resolve(recipe, model.ctc_head.weight.shape[1])
-    print(f"stage {stage.number} ({stage.name}): losses {' + '.join(stage.losses)}, weights in {recipe.model.dtype}, "
-          f"{recipe.deepspeed} (ZeRO-{zero.stage_number(config)}) -> {stage_folder(recipe)}\n")
-    print(tabulate([(n, _number(t), _number(f)) for n, t, f in rows] + [("all", _number(trained), _number(frozen))],
-                   headers=("parameters", "trained", "frozen"), colalign=("left", "right", "right")))
+    print(
+        f"stage {stage.number} ({stage.name}): losses {' + '.join(stage.losses)}, weights in "
+        f"{recipe.model.dtype}, "
+        f"{recipe.deepspeed} (ZeRO-{zero.stage_number(config)}) -> {stage_folder(recipe)}\n"
+    )
+    print(
+        tabulate(
+            [(n, _number(t), _number(f)) for n, t, f in rows] + [("all", _number(trained), _number(frozen))],
+            headers=("parameters", "trained", "frozen"),
+            colalign=("left", "right", "right"),
+        )
+    )
     if model.llm is not None and recipe.model.llm.lora_r:
         print(f"LoRA on {described_targets(model.llm)}")
     for line in [*notes, *(f"warning: {line}" for line in warnings_of(recipe))]:
         print(line)
     print("\nModel states per rank in GiB (weights, fp32 gradients of what is trained, AdamW)")
-    states = [(f"ZeRO-{z}", *(states_per_rank(trained, frozen, r, z, weight_bytes) / GIB for r in RANKS)) for z in (1, 2, 3)]
+    states = [
+        (f"ZeRO-{z}", *(states_per_rank(trained, frozen, r, z, weight_bytes) / GIB for r in RANKS))
+        for z in (1, 2, 3)
+    ]
     print(tabulate(states, headers=("ranks", *map(str, RANKS)), floatfmt=".2f"))
     flops = Flops.of(model)
     if stage.score == "generate":
         tokens, width, layers = recipe.data.micro_batch_tokens, flops.width, flops.llm_layers
-        full = 34 * tokens * width * layers * weight_bytes / 2  # bytes; Korthikanti et al., 2022, without the score matrices
+        full = (
+            34 * tokens * width * layers * weight_bytes / 2
+        )  # bytes; Korthikanti et al., 2022, without the score matrices
         kept = weight_bytes * tokens * width * layers
         on = "on" if recipe.optim.activation_checkpointing else "off"
-        print(f"Activations of the LLM come on top: about {full / GIB:.1f} GiB for {tokens} positions (data.micro_batch_tokens), "
-              f"{kept / GIB:.1f} GiB with optim.activation_checkpointing (now {on})")
+        print(
+            f"Activations of the LLM come on top: about {full / GIB:.1f} GiB for {tokens} positions "
+            f"(data.micro_batch_tokens), "
+            f"{kept / GIB:.1f} GiB with optim.activation_checkpointing (now {on})"
+        )
     print()
     absent = missing(recipe)
     for line in _plan(recipe, ready=not any(line.startswith("data") for line in absent)):
@@ -199,10 +235,17 @@ def dry_run(recipe: Recipe) -> int:
     tokens = 9 * seconds if stage.score == "generate" else 0
     per_step = sum(flops.step(frames, clips, tokens, clips, tokens / 2).values())
     hours = per_step * recipe.optim.steps / (ASSUMED_UTILISATION * PEAKS["H100"]) / 3600
-    print(f"arithmetic: {per_step / 1e15:.2f} PFLOP a step (clips of 10 s), {hours:,.1f} H100 hours in all if "
-          f"{ASSUMED_UTILISATION:.0%} of {PEAKS['H100'] / 1e12:.0f} TFLOP/s are reached (an assumption, not a measurement)")
+    print(
+        f"arithmetic: {per_step / 1e15:.2f} PFLOP a step (clips of 10 s), {hours:,.1f} H100 hours in all if "
+        f"{ASSUMED_UTILISATION:.0%} of {PEAKS['H100'] / 1e12:.0f} TFLOP/s are reached (an assumption, not a "
+        f"measurement)"
+    )
     if is_finished:
-        print(f"\nstage {stage.number} is finished: {stage_folder(recipe) / 'model'}; nothing would be trained")
+        print(
+            f"\nstage {stage.number} is finished: {stage_folder(recipe) / 'model'}; nothing would be trained"
+        )
         return 0
-    print("\nmissing: nothing" if not absent else "\nmissing:\n" + "\n".join(f"  - {line}" for line in absent))
+    print(
+        "\nmissing: nothing" if not absent else "\nmissing:\n" + "\n".join(f"  - {line}" for line in absent)
+    )
     return 0

@@ -1,11 +1,12 @@
 """Arithmetic of a training step: what the network must compute, frozen parts counted as what they are.
 
-A matrix of N numbers costs 2 N operations a position forward, 2 N for the gradient of its input, and 2 N for its own
-gradient. Below the lowest trained part nothing flows back, so the frozen encoder costs its forward pass alone; through the
-frozen LLM the gradient flows but its weights have none. Recomputation (activation checkpointing, the fused op's second sweep)
-is not counted: these are model FLOPs, not hardware FLOPs (Chowdhery et al., 2022, appendix B). Attention: 4 x length x
-width operations a position and layer forward (scores and mixture), twice that backward. Left out, because they are small:
-norms, activations, the log-mel, the look-back's scores, every second frame of Whisper's first convolution.
+A matrix of N numbers costs 2 N operations a position forward, 2 N for the gradient of its input, and 2 N for
+its own gradient. Below the lowest trained part nothing flows back, so the frozen encoder costs its forward
+pass alone; through the frozen LLM the gradient flows but its weights have none. Recomputation (activation
+checkpointing, the fused op's second sweep) is not counted: these are model FLOPs, not hardware FLOPs
+(Chowdhery et al., 2022, appendix B). Attention: 4 x length x width operations a position and layer forward
+(scores and mixture), twice that backward. Left out, because they are small: norms, activations, the log-mel,
+the look-back's scores, every second frame of Whisper's first convolution.
 """
 
 from __future__ import annotations
@@ -16,10 +17,20 @@ from torch import nn
 
 from model.language_model import base_of
 
-# Dense bf16 matrix products a second, from NVIDIA's data sheets; the name as torch.cuda.get_device_name() gives it holds the key.
-# More particular names come first.
-PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12,
-         "L40S": 362e12, "A10G": 70e12, "A10": 125e12, "A30": 165e12}
+# Dense bf16 matrix products a second, from NVIDIA's data sheets; the name as torch.cuda.get_device_name()
+# gives it holds the key. More particular names come first.
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "A30": 165e12,
+}
 
 
 def peak_of(device_name: str) -> float | None:
@@ -32,8 +43,8 @@ def numel(parameter: nn.Parameter) -> int:
 
 
 def sizes(model) -> dict[str, int]:
-    """Parameters that are multiplied with, by part: encoder, alignment, ctc_head, shrinking, llm (without embeddings),
-    embeddings, lora."""
+    """Parameters that are multiplied with, by part: encoder, alignment, ctc_head, shrinking, llm (without
+    embeddings), embeddings, lora."""
     found = dict.fromkeys(("encoder", "alignment", "ctc_head", "shrinking", "llm", "embeddings", "lora"), 0)
     tables = set()
     if model.llm is not None:
@@ -54,7 +65,8 @@ def sizes(model) -> dict[str, int]:
 
 @dataclass
 class Flops:
-    """Model FLOPs of global batches, by part. Built from a model on any device, ZeRO-3 partitions and meta included."""
+    """Model FLOPs of global batches, by part. Built from a model on any device, ZeRO-3 partitions and meta
+    included."""
 
     counts: dict[str, int]
     width: int
@@ -73,30 +85,52 @@ class Flops:
         encoder = getattr(model.encoder, "layers", None)
         llm = None if model.llm is None else base_of(model.llm).config.get_text_config()
         rows, width = getattr(model.ctc_head.weight, "ds_shape", model.ctc_head.weight.shape)
-        return cls(sizes(model), width, rows, 0 if model.encoder is None else model.encoder.width,
-                   0 if encoder is None else len(encoder.layers) if hasattr(encoder, "layers") else len(encoder),
-                   0 if llm is None else llm.num_hidden_layers, model.config.alignment.stack_frames, len(model.alignment.layers),
-                   numel(model.alignment.projection.weight), model.stage,
-                   model.stage != "sft" and model.ctc_head.kind != "tied")
+        return cls(
+            sizes(model),
+            width,
+            rows,
+            0 if model.encoder is None else model.encoder.width,
+            0 if encoder is None else len(encoder.layers) if hasattr(encoder, "layers") else len(encoder),
+            0 if llm is None else llm.num_hidden_layers,
+            model.config.alignment.stack_frames,
+            len(model.alignment.layers),
+            numel(model.alignment.projection.weight),
+            model.stage,
+            model.stage != "sft" and model.ctc_head.kind != "tied",
+        )
 
-    def step(self, frames: float, clips: float, llm_tokens: float, rows: float, targets: float, kept: float = 0.0
-             ) -> dict[str, float]:
-        """frames: adapter frames of all audio; clips: audios; llm_tokens: LLM positions in `rows` conversations; targets: target
-        tokens of the cross-entropy; kept: frames that the shrinking adapter keeps. Attention is counted at mean lengths."""
+    def step(
+        self, frames: float, clips: float, llm_tokens: float, rows: float, targets: float, kept: float = 0.0
+    ) -> dict[str, float]:
+        """frames: adapter frames of all audio; clips: audios; llm_tokens: LLM positions in `rows`
+        conversations; targets: target tokens of the cross-entropy; kept: frames that the shrinking adapter
+        keeps. Attention is counted at mean lengths."""
         learns = self.stage != "sft"  # alignment adapter and CTC head
         encoder_frames = frames * self.stack
         mean = encoder_frames / max(clips, 1.0)
         attention = 4 * self.adapter_layers * frames / max(clips, 1.0) * self.width
         out = {
-            "encoder": encoder_frames * (2 * self.counts["encoder"] + 4 * self.encoder_layers * mean * self.encoder_width),
-            # Below the adapter nothing flows back: its projection, which the encoder feeds, has no gradient of its input.
-            "alignment": frames * ((6 if learns else 2) * self.counts["alignment"] - 2 * learns * self.projection
-                                   + (3 if learns else 1) * attention),
-            "ctc_head": frames * 2 * self.width * self.vocabulary * ((2 if learns else 1) + self.head_is_trained),
+            "encoder": encoder_frames
+            * (2 * self.counts["encoder"] + 4 * self.encoder_layers * mean * self.encoder_width),
+            # Below the adapter nothing flows back: its projection, which the encoder feeds, has no gradient
+            # of its input.
+            "alignment": frames
+            * (
+                (6 if learns else 2) * self.counts["alignment"]
+                - 2 * learns * self.projection
+                + (3 if learns else 1) * attention
+            ),
+            "ctc_head": frames
+            * 2
+            * self.width
+            * self.vocabulary
+            * ((2 if learns else 1) + self.head_is_trained),
         }
         if self.stage != "alignment":
             # Key and value for every frame, query and output for the kept ones.
-            out["shrinking"] = (frames + kept) / 2 * (6 if self.stage == "shrinking" else 2) * self.counts["shrinking"]
+            out["shrinking"] = (
+                (frames + kept) / 2 * (6 if self.stage == "shrinking" else 2) * self.counts["shrinking"]
+            )
             mean = llm_tokens / max(rows, 1.0)
             out["llm"] = llm_tokens * (4 * self.counts["llm"] + 12 * self.llm_layers * mean * self.width)
             out["lora"] = llm_tokens * 6 * self.counts["lora"]

@@ -1,4 +1,5 @@
-"""One stage from its recipe to its model folder: load, resume, steps, validation, checkpoints, the finished folder."""
+"""One stage from its recipe to its model folder: load, resume, steps, validation, checkpoints, the finished
+folder."""
 
 from __future__ import annotations
 
@@ -53,13 +54,19 @@ def check(recipe: Recipe) -> None:
     stage_of(recipe)
     check_trains_something(recipe)
     if recipe.checkpoint.best_by not in SCORES:
-        raise RecipeError(f"checkpoint.best_by: '{recipe.checkpoint.best_by}' is not one of {', '.join(SCORES)}")
+        raise RecipeError(
+            f"checkpoint.best_by: '{recipe.checkpoint.best_by}' is not one of {', '.join(SCORES)}"
+        )
     zero.resolve(recipe, hidden_size=1024)
     augment.check(recipe.data)
     if recipe.data.ctc_text not in NORMALISATIONS:
-        raise RecipeError(f"data.ctc_text: '{recipe.data.ctc_text}' is not one of {', '.join(NORMALISATIONS)}")
+        raise RecipeError(
+            f"data.ctc_text: '{recipe.data.ctc_text}' is not one of {', '.join(NORMALISATIONS)}"
+        )
     if not recipe.data.train:
-        raise RecipeError("data.train is empty: name at least one packed folder, e.g. data.train=[{shards: data/train}]")
+        raise RecipeError(
+            "data.train is empty: name at least one packed folder, e.g. data.train=[{shards: data/train}]"
+        )
 
 
 def warnings_of(recipe: Recipe) -> list[str]:
@@ -67,8 +74,11 @@ def warnings_of(recipe: Recipe) -> list[str]:
     optim = recipe.optim
     if optim.warmup_steps < optim.steps or optim.warmup_steps == 0:
         return []
-    return [f"optim.warmup_steps={optim.warmup_steps} is not below optim.steps={optim.steps}: the learning rate rises to "
-            f"{optim.steps / optim.warmup_steps:.0%} of its peak in the last step and never falls"]
+    return [
+        f"optim.warmup_steps={optim.warmup_steps} is not below optim.steps={optim.steps}: the learning rate "
+        f"rises to "
+        f"{optim.steps / optim.warmup_steps:.0%} of its peak in the last step and never falls"
+    ]
 
 
 class Run:
@@ -78,9 +88,15 @@ class Run:
         self.recipe, self.ranks, self.profile_steps = recipe, ranks, profile_steps
         self.stage: Stage = stage_of(recipe)
         self.folder: Path = stage_folder(recipe)
-        self.status: dict = {"stage": self.stage.name, "steps": recipe.optim.steps, "world_size": ranks.world_size,
-                             "started": time.time(), "host": os.uname().nodename, "pid": os.getpid(),
-                             "commit": code_version() if ranks.is_main else None}
+        self.status: dict = {
+            "stage": self.stage.name,
+            "steps": recipe.optim.steps,
+            "world_size": ranks.world_size,
+            "started": time.time(),
+            "host": os.uname().nodename,
+            "pid": os.getpid(),
+            "commit": code_version() if ranks.is_main else None,
+        }
 
     def note(self, status: str, **values) -> None:
         """run.json: what `python -m train.status` reads, from files alone."""
@@ -96,14 +112,21 @@ class Run:
         other, is_finished, problem = self._look()
         if other or problem:  # run.json stays as it is: the other process's, or the finished stage's
             if self.ranks.is_main:
-                logger.error("%s", problem or f"process {other} of this machine is training {self.folder}: wait for it, end "
-                             "it, or "
-                                              "choose another output")
+                logger.error(
+                    "%s",
+                    problem
+                    or f"process {other} of this machine is training {self.folder}: wait for it, end "
+                    "it, or "
+                    "choose another output",
+                )
             return WRONG_INPUT
         if is_finished:
             if self.ranks.is_main:
-                logger.info("stage %s is finished: %s; remove that folder or choose another output to train again",
-                            self.stage.number, self.folder / "model")
+                logger.info(
+                    "stage %s is finished: %s; remove that folder or choose another output to train again",
+                    self.stage.number,
+                    self.folder / "model",
+                )
             return DONE
         for line in warnings_of(self.recipe) if self.ranks.is_main else ():
             logger.warning("%s", line)
@@ -128,7 +151,8 @@ class Run:
     # ---------------------------------------------------------------- start
 
     def _look(self) -> tuple[int | None, bool, str | None]:
-        """(another process that trains the stage, whether it is finished, why its model is not this recipe's), by rank 0."""
+        """(another process that trains the stage, whether it is finished, why its model is not this
+        recipe's), by rank 0."""
         seen = [None]
         if self.ranks.is_main:
             other, is_finished, problem = trained_by(self.recipe), False, None
@@ -148,7 +172,9 @@ class Run:
         if state is not None:
             resume.check_steps(recipe, state["step"], source)
         start_from = initial_folder(recipe)
-        self.plan = Plan.open(recipe.data, self.stage.name, recipe.optim.steps)  # wrong data is told before models are read
+        self.plan = Plan.open(
+            recipe.data, self.stage.name, recipe.optim.steps
+        )  # wrong data is told before models are read
         for corpus in recipe.data.valid:
             select(load_index(corpus.shards), 0, self.stage.name, corpus, recipe.log.validate_utterances)
         llm = locate(recipe.model.llm.name, sizes_only=True)
@@ -156,7 +182,9 @@ class Run:
         self.ds_config = config = zero.resolve(recipe, sizes.hidden_size)
         self.row_limit = longest_row(sizes)
         if "lora" in self.stage.trains:
-            recipe.model.llm.lora_targets = resolved_targets(recipe.model.llm, llm)  # recorded as what they are
+            recipe.model.llm.lora_targets = resolved_targets(
+                recipe.model.llm, llm
+            )  # recorded as what they are
         if state is not None:  # what can be refused is, before features are computed and models read
             now = {**state["facts"], "recipe": resume.recipe_facts(recipe), "index": self.plan.fingerprint}
             if "settings" in now:
@@ -165,12 +193,18 @@ class Run:
             universal.needed(state["topology"], self._topology(), source)
         if ranks.is_main:
             OmegaConf.save(OmegaConf.structured(recipe), self.folder / "recipe.yaml")
-        ensure_features(recipe, rank=ranks.rank, world_size=ranks.world_size,  # before ZeRO-3 shards what is loaded
-                        wish=lambda seconds: self.preemption.wish(0.0, seconds))
+        ensure_features(
+            recipe,
+            rank=ranks.rank,
+            world_size=ranks.world_size,  # before ZeRO-3 shards what is loaded
+            wish=lambda seconds: self.preemption.wish(0.0, seconds),
+        )
         if zero.stage_number(config) == 3:
             from transformers.integrations import HfDeepSpeedConfig
 
-            self._shard_while_loading = HfDeepSpeedConfig(config)  # from_pretrained asks for it as long as it lives
+            self._shard_while_loading = HfDeepSpeedConfig(
+                config
+            )  # from_pretrained asks for it as long as it lives
         torch.manual_seed(recipe.seed)  # the same new adapters on every rank
         parts = tuple(p for p in self.stage.parts if p != "encoder" or not recipe.data.cache_features)
         try:
@@ -180,10 +214,16 @@ class Run:
         self.model = model = Soundwave.build(recipe.model, parts=parts)
         facts = [None]
         if ranks.is_main:  # reads every byte of the frozen parts: once per machine room, not once per rank
-            facts = [{"base": model.frozen_hash(), "start": resume.weights_hash(start_from) if start_from else None}]
+            facts = [
+                {
+                    "base": model.frozen_hash(),
+                    "start": resume.weights_hash(start_from) if start_from else None,
+                }
+            ]
         dist.broadcast_object_list(facts, src=0)
         model._hashes = facts[0]["base"]
-        # A checkpoint holds what this stage trains; what earlier stages trained comes from their folder, on resume too.
+        # A checkpoint holds what this stage trains; what earlier stages trained comes from their folder, on
+        # resume too.
         if start_from is not None:
             notes = self._check_base(start_from)
             model_folder.load_trained(model, start_from, verify=False)
@@ -212,28 +252,48 @@ class Run:
         self.validation = validation_set(recipe, self.stage, model.tokenizer, ranks)
         if ranks.is_main:
             trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-            logger.info("stage %s (%s): %.1fM parameters trained, ZeRO-%d, %d rank(s), %d thread(s) each, steps %d to %d",
-                        self.stage.number, self.stage.name, trained / 1e6, zero.stage_number(config), ranks.world_size,
-                        torch.get_num_threads(), self.first_step, recipe.optim.steps)
+            logger.info(
+                "stage %s (%s): %.1fM parameters trained, ZeRO-%d, %d rank(s), %d thread(s) each, steps %d "
+                "to %d",
+                self.stage.number,
+                self.stage.name,
+                trained / 1e6,
+                zero.stage_number(config),
+                ranks.world_size,
+                torch.get_num_threads(),
+                self.first_step,
+                recipe.optim.steps,
+            )
 
     def _check_base(self, folder: Path) -> list[str]:
-        """Compare the frozen parts with those of the start folder: lines about accepted differences. Errors: RecipeError."""
+        """Compare the frozen parts with those of the start folder: lines about accepted differences. Errors:
+        RecipeError."""
         accepted, notes = self.recipe.checkpoint.accept_changes, []
         for kind, text in model_folder.base_differences(self.model, folder).items():
             if kind not in accepted:
-                raise RecipeError(f"{text}, or accept it with checkpoint.accept_changes=[{','.join([*accepted, kind])}]")
+                raise RecipeError(
+                    f"{text}, or accept it with checkpoint.accept_changes=[{','.join([*accepted, kind])}]"
+                )
             notes.append(f"{kind} has changed and is accepted: {text}")
         return notes
 
     def _accepted_options(self, folder: Path) -> list[str]:
-        """Lines about model options that differ from the start folder's; info about those that are the folder's."""
+        """Lines about model options that differ from the start folder's; info about those that are the
+        folder's."""
         config = self.recipe.model
-        taken = {f"model.{key}": value for key, value in inherited_options(folder).items()
-                 if operator.attrgetter(key)(config) == value != operator.attrgetter(key)(SoundwaveConfig())}
+        taken = {
+            f"model.{key}": value
+            for key, value in inherited_options(folder).items()
+            if operator.attrgetter(key)(config) == value != operator.attrgetter(key)(SoundwaveConfig())
+        }
         if self.ranks.is_main:
-            logger.info("starting from %s%s", folder, "".join(f", {key}={value}" for key, value in taken.items()))
-        return [f"{key} was {then} when {folder} was trained, and is {now} here (init_accept)"
-                for key, (then, now) in differing_options(config, folder).items()]
+            logger.info(
+                "starting from %s%s", folder, "".join(f", {key}={value}" for key, value in taken.items())
+            )
+        return [
+            f"{key} was {then} when {folder} was trained, and is {now} here (init_accept)"
+            for key, (then, now) in differing_options(config, folder).items()
+        ]
 
     def _same_on_all_ranks(self) -> None:
         """Errors: RecipeError where nodes read different files: code, recipe, tokenizer or index."""
@@ -242,59 +302,106 @@ class Run:
         for rank, facts in enumerate(found):
             kinds = [kind for kind in facts if facts[kind] != found[0][kind]]
             if kinds:
-                raise RecipeError(f"rank {rank} and rank 0 have different {' and '.join(kinds)}: all nodes must see the same "
-                                  "files; bring them up to date and start again")
+                raise RecipeError(
+                    f"rank {rank} and rank 0 have different {' and '.join(kinds)}: all nodes must see the "
+                    f"same "
+                    "files; bring them up to date and start again"
+                )
 
     def _restore(self, source: Path, state: dict) -> None:
         self.checkpoints.load(self.engine.deepspeed, source, state["topology"], self._topology())
-        self.first_step, self.data_offset, self.best = state["step"], state["data_offset"], self._best_of(state)
+        self.first_step, self.data_offset, self.best = (
+            state["step"],
+            state["data_offset"],
+            self._best_of(state),
+        )
         self.engine.health.load(state["health"])
         if self.ranks.is_main:
             logger.info("resuming at step %d from %s", self.first_step, source)
 
     def _best_of(self, state: dict) -> dict | None:
-        """The best so far at a checkpoint; None where it was chosen by another score than the recipe's now."""
+        """The best so far at a checkpoint; None where it was chosen by another score than the recipe's
+        now."""
         best = state["best"]
-        return best if best and best.get("asked", best.get("by", "wer")) == self.recipe.checkpoint.best_by else None
+        return (
+            best
+            if best and best.get("asked", best.get("by", "wer")) == self.recipe.checkpoint.best_by
+            else None
+        )
 
     def _topology(self) -> dict:
         return {"world_size": self.ranks.world_size, "zero_stage": zero.stage_number(self.ds_config)}
 
     def _state(self, step: int) -> dict:
         """What goes into a checkpoint beside DeepSpeed's files; `step` is the next one to do."""
-        return {"step": step, "data_offset": self.data_offset, "best": self.best, "health": self.engine.health.state(),
-                "topology": self._topology(),
-                "seed": self.recipe.seed, "facts": self.facts}
+        return {
+            "step": step,
+            "data_offset": self.data_offset,
+            "best": self.best,
+            "health": self.engine.health.state(),
+            "topology": self._topology(),
+            "seed": self.recipe.seed,
+            "facts": self.facts,
+        }
 
     def _try_largest(self) -> None:
-        """Forward and backward of the largest micro-batch that the recipe allows. Errors: RecipeError where memory runs out."""
+        """Forward and backward of the largest micro-batch that the recipe allows. Errors: RecipeError where
+        memory runs out."""
         data, begun = self.recipe.data, time.perf_counter()
-        audio = "data.micro_batch_seconds" if data.micro_batch_seconds > data.max_seconds else "data.max_seconds"
+        audio = (
+            "data.micro_batch_seconds" if data.micro_batch_seconds > data.max_seconds else "data.max_seconds"
+        )
         keys = [audio] if self.stage.name == "alignment" else ["data.micro_batch_tokens", audio]
         try:
-            self.engine.rehearse(worst_case_batch(data, self.stage.name, self.model.tokenizer, self.recipe.model))
+            self.engine.rehearse(
+                worst_case_batch(data, self.stage.name, self.model.tokenizer, self.recipe.model)
+            )
         except RuntimeError as error:  # of CPU memory, PyTorch has no type of its own
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
             settings = " or ".join(f"{key}={getattr(data, key.removeprefix('data.')):g}" for key in keys)
-            raise RecipeError("the largest micro-batch that the recipe allows does not fit into memory: lower "
-                              f"{settings} ({str(error).splitlines()[0]})") from None
+            raise RecipeError(
+                "the largest micro-batch that the recipe allows does not fit into memory: lower "
+                f"{settings} ({str(error).splitlines()[0]})"
+            ) from None
         if self.ranks.is_main:
-            peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most" if torch.cuda.is_available() else ""
-            logger.info("the largest micro-batch of the recipe fits (%.1f s%s)", time.perf_counter() - begun, peak)
+            peak = (
+                f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most"
+                if torch.cuda.is_available()
+                else ""
+            )
+            logger.info(
+                "the largest micro-batch of the recipe fits (%.1f s%s)", time.perf_counter() - begun, peak
+            )
 
     # ---------------------------------------------------------------- steps
 
     def _stream(self, first_step: int) -> Stream:
         recipe = self.recipe
-        return Stream(recipe.data, self.stage.name, self.model.tokenizer, recipe.model, self.ranks.rank, self.ranks.world_size,
-                      start_step=first_step + self.data_offset, steps=recipe.optim.steps + self.data_offset,
-                      rejected_path=self.folder / "rejected.jsonl", plan=self.plan, row_limit=self.row_limit)
+        return Stream(
+            recipe.data,
+            self.stage.name,
+            self.model.tokenizer,
+            recipe.model,
+            self.ranks.rank,
+            self.ranks.world_size,
+            start_step=first_step + self.data_offset,
+            steps=recipe.optim.steps + self.data_offset,
+            rejected_path=self.folder / "rejected.jsonl",
+            plan=self.plan,
+            row_limit=self.row_limit,
+        )
 
     def _train(self) -> int:
         recipe, ranks = self.recipe, self.ranks
-        log = Telemetry(self.folder, ranks, first_step=self.first_step, steps=recipe.optim.steps,
-                        stage=f"stage {self.stage.number}", tensorboard=recipe.log.tensorboard)
+        log = Telemetry(
+            self.folder,
+            ranks,
+            first_step=self.first_step,
+            steps=recipe.optim.steps,
+            stage=f"stage {self.stage.number}",
+            tensorboard=recipe.log.tensorboard,
+        )
         self.log, self.meter = log, Meter(self.model, ranks)
         self.note("running", step=self.first_step)
         if ranks.is_main and recipe.log.sample_ids:
@@ -319,8 +426,15 @@ class Run:
             wish = self.preemption.wish(self.checkpoints.save_seconds, step_seconds)
             overdue = ranks.is_main and time.monotonic() - saved_at > 60 * recipe.checkpoint.every_minutes
             ce_count, ctc_count, (stop, written, save_now, broken, *streamed) = self.engine.agree(
-                micro_batches, [float(wish is not None), float(self.checkpoints.written), float(overdue),
-                                float(problem is not None), *StreamSums.of(batch)])
+                micro_batches,
+                [
+                    float(wish is not None),
+                    float(self.checkpoints.written),
+                    float(overdue),
+                    float(problem is not None),
+                    *StreamSums.of(batch),
+                ],
+            )
             streamed = StreamSums(*streamed)
             rejected, samples = rejected + int(streamed.rejected), samples + int(streamed.samples)
             if not broken and (problem := stream.rejected.too_many(rejected, samples)):
@@ -329,7 +443,10 @@ class Run:
                 self.checkpoints.finish()
             if stop or broken:
                 stream.close()
-                saved = self.checkpoints.save(self.engine.deepspeed, self._state(step)) and self.checkpoints.finish()
+                saved = (
+                    self.checkpoints.save(self.engine.deepspeed, self._state(step))
+                    and self.checkpoints.finish()
+                )
                 if broken:
                     return self._data_failed(step, problem, saved)
                 return self._preempted(step, wish, saved)
@@ -367,12 +484,18 @@ class Run:
                 saved_at = time.monotonic()
         stream.close()
         saved = self.checkpoints.finish()
-        self._save_model(step, "model")  # whatever became of the checkpoint: what was trained is in memory, and there only
+        self._save_model(
+            step, "model"
+        )  # whatever became of the checkpoint: what was trained is in memory, and there only
         if ranks.is_main:
             logger.info("stage %s is done: %s", self.stage.number, self.folder / "model")
         if not saved:
-            return self._stopped(step, f"the checkpoint of the last step, {step}, could not be written; the model could: "
-                                       f"{self.folder / 'model'}", FAILED)
+            return self._stopped(
+                step,
+                f"the checkpoint of the last step, {step}, could not be written; the model could: "
+                f"{self.folder / 'model'}",
+                FAILED,
+            )
         log.close()
         self.note("done", step=step, exit_code=DONE)
         return DONE
@@ -380,8 +503,12 @@ class Run:
     def _features_unfinished(self, why: str) -> int:
         if self.ranks.is_main:
             self.preemption.stop_file.unlink(missing_ok=True)
-            logger.info("stopped while encoder features were computed (%s), exit code %d; the same command goes on from there",
-                        why, PREEMPTED)
+            logger.info(
+                "stopped while encoder features were computed (%s), exit code %d; the same command goes on "
+                "from there",
+                why,
+                PREEMPTED,
+            )
         self.note("preempted", reason=why, exit_code=PREEMPTED)
         return PREEMPTED
 
@@ -393,8 +520,12 @@ class Run:
         code = PREEMPTED if saved else FAILED
         if self.ranks.is_main:
             self.preemption.stop_file.unlink(missing_ok=True)
-            logger.info("stopped before step %d (%s), %s; the same command goes on from there", step, why,
-                        f"saved, exit code {code}" if saved else "NOT saved")
+            logger.info(
+                "stopped before step %d (%s), %s; the same command goes on from there",
+                step,
+                why,
+                f"saved, exit code {code}" if saved else "NOT saved",
+            )
         self.note("preempted" if saved else "failed", step=step, reason=why, exit_code=code)
         return code
 
@@ -403,12 +534,16 @@ class Run:
         dist.all_gather_object(problems, (type(problem).__name__, str(problem)) if problem else None)
         rank, (kind, text) = next((r, p) for r, p in enumerate(problems) if p)
         weights = "saved" if saved else "NOT saved"
-        return self._stopped(step, f"stopped before step {step}, weights {weights}; data on rank {rank}: {text}",
-                             FAILED if kind == StreamStalled.__name__ else WRONG_INPUT)
+        return self._stopped(
+            step,
+            f"stopped before step {step}, weights {weights}; data on rank {rank}: {text}",
+            FAILED if kind == StreamStalled.__name__ else WRONG_INPUT,
+        )
 
     def _roll_back(self, step: int) -> int | None:
-        """Back to the last checkpoint from before the bad stretch; the data goes on behind it (as for PaLM after spikes:
-        Chowdhery et al., 2022, section 5.1). Returns the step to go on with; None where that is used up or nothing is left."""
+        """Back to the last checkpoint from before the bad stretch; the data goes on behind it (as for PaLM
+        after spikes: Chowdhery et al., 2022, section 5.1). Returns the step to go on with; None where that is
+        used up or nothing is left."""
         health = self.engine.health
         if health.rollbacks >= self.recipe.health.max_rollbacks:
             return None
@@ -425,24 +560,47 @@ class Run:
         if self.ranks.is_main and best.exists() and model_folder.describe(best)["step"] > state["step"]:
             shutil.rmtree(best)  # the run goes another way from here
         self.log.go_back(state["step"])
-        self.log.line("event", state["step"], {"event": "roll_back", "from_step": step, "data_offset": self.data_offset})
+        self.log.line(
+            "event", state["step"], {"event": "roll_back", "from_step": step, "data_offset": self.data_offset}
+        )
         if self.ranks.is_main:
-            logger.warning("roll-back %d of %d: %s; going on from %s with the data behind the bad stretch", health.rollbacks,
-                           self.recipe.health.max_rollbacks, self.bad_stretch, source)
+            logger.warning(
+                "roll-back %d of %d: %s; going on from %s with the data behind the bad stretch",
+                health.rollbacks,
+                self.recipe.health.max_rollbacks,
+                self.bad_stretch,
+                source,
+            )
         self.bad_stretch.steps.clear()
         return state["step"]
 
     def _unhealthy(self, step: int) -> int:
         done = self.engine.health.rollbacks
-        tried = f"{done} roll-back(s) did not help" if done >= self.recipe.health.max_rollbacks else "no checkpoint is older"
-        return self._stopped(step, f"stopped before step {step}: {self.bad_stretch}; {tried}: look at these utterances, lower "
-                                   "the learning rates, or raise health.spike_sigma", FAILED)
+        tried = (
+            f"{done} roll-back(s) did not help"
+            if done >= self.recipe.health.max_rollbacks
+            else "no checkpoint is older"
+        )
+        return self._stopped(
+            step,
+            f"stopped before step {step}: {self.bad_stretch}; {tried}: look at these utterances, lower "
+            "the learning rates, or raise health.spike_sigma",
+            FAILED,
+        )
 
     def _apart(self, step: int, difference: str) -> int:
-        since = f"they were equal at step {self.agreed_at}" if self.agreed_at is not None else "no check before found them equal"
-        return self._stopped(step, f"stopped before step {step}: the ranks have come apart: {difference}; {since}: remove the "
-                                   f"checkpoints made since from {self.checkpoints.folder}, look for a faulty device, and start "
-                                   "the same command again", FAILED)
+        since = (
+            f"they were equal at step {self.agreed_at}"
+            if self.agreed_at is not None
+            else "no check before found them equal"
+        )
+        return self._stopped(
+            step,
+            f"stopped before step {step}: the ranks have come apart: {difference}; {since}: remove the "
+            f"checkpoints made since from {self.checkpoints.folder}, look for a faulty device, and start "
+            "the same command again",
+            FAILED,
+        )
 
     def _stopped(self, step: int, text: str, code: int) -> int:
         self.checkpoints.finish()
@@ -453,7 +611,10 @@ class Run:
         return code
 
     def _tell(self, result: StepResult, streamed: StreamSums, waited: float, seconds: float) -> None:
-        values = {**self.meter.values(result, streamed, waited, seconds), "skipped_steps": self.engine.health.skipped}
+        values = {
+            **self.meter.values(result, streamed, waited, seconds),
+            "skipped_steps": self.engine.health.skipped,
+        }
         if result.skipped:
             values["skipped"] = result.skipped
             if self.ranks.is_main:
@@ -471,14 +632,19 @@ class Run:
         self.log.advance(shown)
 
     def _validate(self, step: int) -> bool:
-        """Validate, tell, and say whether this is the best so far (alike on all ranks: the score is a global number)."""
+        """Validate, tell, and say whether this is the best so far (alike on all ranks: the score is a global
+        number)."""
         result = validate(self.engine, self.validation, self.model.tokenizer, self.ranks)
         samples, clip = result.pop("samples"), result.pop("clip")
         self.log.line("valid", step, {**result, "samples": samples[:8]})
         if clip:
             inspection, reference, hypothesis = clip
-            self.log.picture(step, inspection, f"step {step}: {reference} → {hypothesis}",
-                             lambda token: self.model.tokenizer.decode([token]))
+            self.log.picture(
+                step,
+                inspection,
+                f"step {step}: {reference} → {hypothesis}",
+                lambda token: self.model.tokenizer.decode([token]),
+            )
         self.log.scalars("valid", step, result)
         if samples:
             self.log.text("valid/samples", step, "\n\n".join(f"**{r}** → {h}" for r, h in samples[:8]))
@@ -488,8 +654,18 @@ class Run:
         asked = self.recipe.checkpoint.best_by
         by = chosen_by(result, asked)
         if by != asked and self.ranks.is_main:
-            logger.warning("step %d: data.valid holds no words, thus no %s: the best model is chosen by loss", step, asked)
-        found = {"step": step, "by": by, "score": result[by], "loss": result["loss"], **({"asked": asked} if by != asked else {})}
+            logger.warning(
+                "step %d: data.valid holds no words, thus no %s: the best model is chosen by loss",
+                step,
+                asked,
+            )
+        found = {
+            "step": step,
+            "by": by,
+            "score": result[by],
+            "loss": result["loss"],
+            **({"asked": asked} if by != asked else {}),
+        }
         if step > 0 and is_better(found, self.best):
             self.best = found
             return self.recipe.checkpoint.keep_best
@@ -498,23 +674,36 @@ class Run:
     # ---------------------------------------------------------------- end
 
     def _save_model(self, step: int, name: str) -> None:
-        """Write <stage folder>/<name>, a model folder: gathered from all ranks, into a partial folder, then renamed. The best on
-        the way is a convenience: where there is no room for it, training goes on."""
+        """Write <stage folder>/<name>, a model folder: gathered from all ranks, into a partial folder, then
+        renamed. The best on the way is a convenience: where there is no room for it, training goes on."""
         import deepspeed
 
-        kept = [*model_folder.trained_tensors(self.model).values(),
-                *(p for _, p in (lora_parameters(self.model.llm) if self.model.llm is not None else []))]
+        kept = [
+            *model_folder.trained_tensors(self.model).values(),
+            *(p for _, p in (lora_parameters(self.model.llm) if self.model.llm is not None else [])),
+        ]
         parameters = [p for p in kept if hasattr(p, "ds_id")]
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.engine.zero_stage == 3):
             if self.ranks.is_main:
-                extra = {"step": step, "best": self.best, "recipe": dataclasses.asdict(self.recipe),
-                         "tokenizer": self.facts["tokenizer"], "index": self.facts["index"], "code": self.facts["code"],
-                         "start": self.facts["base"]["start"]}
+                extra = {
+                    "step": step,
+                    "best": self.best,
+                    "recipe": dataclasses.asdict(self.recipe),
+                    "tokenizer": self.facts["tokenizer"],
+                    "index": self.facts["index"],
+                    "code": self.facts["code"],
+                    "start": self.facts["base"]["start"],
+                }
                 try:
                     model_folder.save(self.model, self.folder / name, extra=extra)
                 except (OSError, SafetensorError) as error:
                     if name != BEST:
                         raise
                     shutil.rmtree(self.folder / f"{name}.partial", ignore_errors=True)
-                    logger.error("step %d: %s could not be written (%s); training goes on", step, self.folder / name, error)
+                    logger.error(
+                        "step %d: %s could not be written (%s); training goes on",
+                        step,
+                        self.folder / name,
+                        error,
+                    )
         dist.barrier()

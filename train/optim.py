@@ -10,8 +10,8 @@ from recipe.config import OptimConfig
 
 
 def lr_share(config: OptimConfig, step: int) -> float:
-    """The learning rate at `step` (from 0) as a share of its peak: linear warm-up, then cosine or line down to
-    `min_lr_share` at the last step, or constant."""
+    """The learning rate at `step` (from 0) as a share of its peak: linear warm-up, then cosine or line down
+    to `min_lr_share` at the last step, or constant."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -21,12 +21,14 @@ def lr_share(config: OptimConfig, step: int) -> float:
     return config.min_lr_share + (1.0 - config.min_lr_share) * shape
 
 
-def parameter_groups(named: dict[str, list[tuple[str, torch.nn.Parameter]]], trains: tuple[str, ...],
-                     config: OptimConfig) -> list[dict]:
-    """Optimizer groups, two for each of `trains`: weights with decay, norms and biases (one-dimensional) without.
+def parameter_groups(
+    named: dict[str, list[tuple[str, torch.nn.Parameter]]], trains: tuple[str, ...], config: OptimConfig
+) -> list[dict]:
+    """Optimizer groups, two for each of `trains`: weights with decay, norms and biases (one-dimensional)
+    without.
 
-    Each group holds its `name` and `peak_lr`; `set_lr` multiplies the latter. Parameters may be ZeRO-3 partitions, whose
-    own shape is flat: the shape that counts is the full one.
+    Each group holds its `name` and `peak_lr`; `set_lr` multiplies the latter. Parameters may be ZeRO-3
+    partitions, whose own shape is flat: the shape that counts is the full one.
     """
     peaks = {"adapters": config.lr_adapters, "ctc_head": config.lr_ctc_head, "lora": config.lr_lora}
     groups = []
@@ -35,13 +37,21 @@ def parameter_groups(named: dict[str, list[tuple[str, torch.nn.Parameter]]], tra
         for suffix, decay in (("", config.weight_decay), ("_no_decay", 0.0)):
             chosen = [p for p in parameters if (len(getattr(p, "ds_shape", p.shape)) > 1) == (suffix == "")]
             if chosen:
-                groups.append({"params": chosen, "name": name + suffix, "weight_decay": decay,
-                               "peak_lr": peaks[name], "lr": peaks[name]})
+                groups.append(
+                    {
+                        "params": chosen,
+                        "name": name + suffix,
+                        "weight_decay": decay,
+                        "peak_lr": peaks[name],
+                        "lr": peaks[name],
+                    }
+                )
     return groups
 
 
 def build(groups: list[dict], config: OptimConfig, *, offload: bool) -> torch.optim.Optimizer:
-    """torch's AdamW (fused on CUDA); where DeepSpeed keeps optimizer states in host memory, its own vectorised CPU Adam."""
+    """torch's AdamW (fused on CUDA); where DeepSpeed keeps optimizer states in host memory, its own
+    vectorised CPU Adam."""
     arguments = {"betas": tuple(config.betas), "eps": config.eps}
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -51,7 +61,8 @@ def build(groups: list[dict], config: OptimConfig, *, offload: bool) -> torch.op
 
 
 def set_lr(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int) -> dict[str, float]:
-    """Set every group's rate for this step; returns them by name, for the log: with and without decay a part has one."""
+    """Set every group's rate for this step; returns them by name, for the log: with and without decay a part
+    has one."""
     share = lr_share(config, step)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * share

@@ -1,8 +1,10 @@
-"""When to stop early: SIGUSR1, SIGTERM, a time limit or a STOP file on any rank becomes one decision of all ranks.
+"""When to stop early: SIGUSR1, SIGTERM, a time limit or a STOP file on any rank becomes one decision of all
+ranks.
 
-A rank only notes the wish; the wishes travel in the all-reduce that opens every step, so all ranks stop before the same step,
-save, and exit with code PREEMPTED. SLURM gives the end of the job in SLURM_JOB_END_TIME; the margin before it is three times the
-longest save seen, at least two minutes, and never more than half of the allocation that is left at the start.
+A rank only notes the wish; the wishes travel in the all-reduce that opens every step, so all ranks stop
+before the same step, save, and exit with code PREEMPTED. SLURM gives the end of the job in
+SLURM_JOB_END_TIME; the margin before it is three times the longest save seen, at least two minutes, and never
+more than half of the allocation that is left at the start.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ MINIMUM_MARGIN = 120.0  # seconds
 
 class Preemption:
     def __init__(self, folder: Path, *, end_time: float | None = None):
-        """`folder`: where a file named STOP asks for a stop. `end_time`: seconds since the epoch; default SLURM_JOB_END_TIME."""
+        """`folder`: where a file named STOP asks for a stop. `end_time`: seconds since the epoch; default
+        SLURM_JOB_END_TIME."""
         self.stop_file = folder / "STOP"
         self.reason: str | None = None
         if end_time is None and os.environ.get("SLURM_JOB_END_TIME", "").isdigit():

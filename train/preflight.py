@@ -1,18 +1,23 @@
-"""Before any weight is loaded: can the nodes of this job train this recipe? One line for each thing that is wrong, with its node.
+"""Before any weight is loaded: can the nodes of this job train this recipe? One line for each thing that is
+wrong, with its node.
 
-    srun python train/preflight.py RECIPE [key=value ...]     in a job, one process per rank, as training itself (slurm/common.sh)
+    srun python train/preflight.py RECIPE [key=value ...]     in a job, one process per rank, as training
+                                                              itself (slurm/common.sh)
     python train/preflight.py RECIPE [key=value ...]          here, one process
-    python train/preflight.py RECIPE --where                  only print the stage, the output folder, whether it is finished, and
-                                                              the model folder that it starts from
+    python train/preflight.py RECIPE --where                  only print the stage, the output folder, whether
+                                                              it is finished, and the model folder that it
+                                                              starts from
 
-1. Every rank looks at its GPU; one rank per node looks at what a node sees: packages, shards and their index, the frozen base,
-   room on the disks.
-2. The findings travel through a TCP store (no collective, so that a missing node is named, not waited for), and rank 0 compares
-   them: all nodes must see the same shards, the same base, the same versions, the same code.
+1. Every rank looks at its GPU; one rank per node looks at what a node sees: packages, shards and their index,
+   the frozen base, room on the disks.
+2. The findings travel through a TCP store (no collective, so that a missing node is named, not waited for),
+   and rank 0 compares them: all nodes must see the same shards, the same base, the same versions, the same
+   code.
 3. If all is well so far, an all_reduce over all ranks, checked and timed.
 
-Exit codes as in training: 0 all is well, 1 a node is at fault, 2 the recipe or its input is (starting again does not help),
-85 all is well, but SIGTERM came meanwhile (preemption): training had better not begin, 98 MASTER_PORT is taken.
+Exit codes as in training: 0 all is well, 1 a node is at fault, 2 the recipe or its input is (starting again
+does not help), 85 all is well, but SIGTERM came meanwhile (preemption): training had better not begin, 98
+MASTER_PORT is taken.
 """
 
 from __future__ import annotations
@@ -72,7 +77,7 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0]
 
 
-# --- what one rank, or one node, sees ---------------------------------------------------------------------------------------
+# --- what one rank, or one node, sees -----------------------------------------------------------------------
 
 
 def version_facts() -> dict[str, str]:
@@ -95,7 +100,8 @@ def version_facts() -> dict[str, str]:
 
 
 def packed_folders(recipe: Recipe) -> list[Corpus]:
-    """The recipe's corpora that lie in packed folders, each folder once; a pipe or URL is streamed and cannot be looked at."""
+    """The recipe's corpora that lie in packed folders, each folder once; a pipe or URL is streamed and cannot
+    be looked at."""
     corpora = {corpus.shards: corpus for corpus in [*recipe.data.train, *recipe.data.valid]}
     return [corpus for name, corpus in corpora.items() if "://" not in name and not name.startswith("pipe:")]
 
@@ -111,15 +117,20 @@ def look_at_shards(recipe: Recipe, report: Report) -> None:
             report.input_faults.append(f"data {corpus.shards}: {one_line(error)}")
             continue
         if fingerprint(index.samples, [shard["sha256"] for shard in index.shards]) != index.fingerprint:
-            report.input_faults.append(f"data {corpus.shards}: samples.npy is not the table that index.json was written with: "
-                                       "run the pack command's --merge again")
+            report.input_faults.append(
+                f"data {corpus.shards}: samples.npy is not the table that index.json was written with: "
+                "run the pack command's --merge again"
+            )
         report.facts[f"data {corpus.shards}"] = " with ".join([index.fingerprint[:12], *index.damaged])
-        if report.rank == 0:  # on one node only, it is a difference between nodes; on all, it costs the shard's samples
+        if (
+            report.rank == 0
+        ):  # on one node only, it is a difference between nodes; on all, it costs the shard's samples
             report.notes += [f"{line}; its lost samples are left out" for line in index.damaged]
 
 
 def newest(recipe: Recipe, name: str) -> tuple[Path, dict] | None:
-    """The newest checkpoint whose file `name` can be read, and what it holds: training passes over damaged ones, too."""
+    """The newest checkpoint whose file `name` can be read, and what it holds: training passes over damaged
+    ones, too."""
     for folder in step_folders(stage_folder(recipe) / "checkpoints"):
         try:
             return folder, json.loads((folder / name).read_text())
@@ -129,7 +140,8 @@ def newest(recipe: Recipe, name: str) -> tuple[Path, dict] | None:
 
 
 def look_at_base(recipe: Recipe, report: Report) -> None:
-    """The frozen parts are there, and are those that the previous stage and this stage's checkpoints were made with."""
+    """The frozen parts are there, and are those that the previous stage and this stage's checkpoints were
+    made with."""
     from model import identity
     from model.encoder import tensor_prefix
     from model.folder import describe
@@ -154,8 +166,14 @@ def look_at_base(recipe: Recipe, report: Report) -> None:
             report.input_faults.append(f"model.llm: {one_line(error)}")
     made_with = []
     if not has_model(recipe) and (start := initial_folder(recipe)):
-        report.notes += [f"{key} was {then} when {start} was trained, and is {now} here (init_accept)" for key, (then, now)
-                         in differing_options(recipe.model, start).items()] if report.rank == 0 else []
+        report.notes += (
+            [
+                f"{key} was {then} when {start} was trained, and is {now} here (init_accept)"
+                for key, (then, now) in differing_options(recipe.model, start).items()
+            ]
+            if report.rank == 0
+            else []
+        )
         described = describe(start)
         made_with.append((start, described["frozen"], described.get("settings")))
     saved = newest(recipe, "state.json")
@@ -165,17 +183,22 @@ def look_at_base(recipe: Recipe, report: Report) -> None:
     for where, stored, then in made_with:
         for part, digest in hashes.items():
             if stored.get(part, digest) != digest and "base" not in accepted:
-                report.input_faults.append(f"model.{part}: {where} was made with another one (sha256 {stored[part][:12]}..., "
-                                           f"here {digest[:12]}...): set model.{part}.name to the one it was made with")
+                report.input_faults.append(
+                    f"model.{part}: {where} was made with another one (sha256 {stored[part][:12]}..., "
+                    f"here {digest[:12]}...): set model.{part}.name to the one it was made with"
+                )
         for part, lines in identity.changes(then, settings).items() if then and settings else ():
             if ("tokenizer" if part == "tokenizer" else "base") not in accepted:
-                report.input_faults.append(f"model.{'llm' if part == 'tokenizer' else part}: {where} was made with another "
-                                           f"{part} "
-                                           f"({'; '.join(lines[:5])}): give its folder the old files back")
+                report.input_faults.append(
+                    f"model.{'llm' if part == 'tokenizer' else part}: {where} was made with another "
+                    f"{part} "
+                    f"({'; '.join(lines[:5])}): give its folder the old files back"
+                )
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
-    """Size of one checkpoint: of the newest there is, else 16 bytes a trained number (two fp32 copies and Adam's two moments)."""
+    """Size of one checkpoint: of the newest there is, else 16 bytes a trained number (two fp32 copies and
+    Adam's two moments)."""
     if saved := newest(recipe, "manifest.json"):
         return sum(entry["size"] for entry in saved[1]["files"].values())
     from model.soundwave import Soundwave
@@ -186,7 +209,8 @@ def checkpoint_bytes(recipe: Recipe) -> int:
 
 
 def look_at_disks(recipe: Recipe, report: Report) -> None:
-    """This node can write to the output folder. Rank 0: there is room for the checkpoints that are kept, and the one in work."""
+    """This node can write to the output folder. Rank 0: there is room for the checkpoints that are kept, and
+    the one in work."""
     folder = stage_folder(recipe)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -197,48 +221,68 @@ def look_at_disks(recipe: Recipe, report: Report) -> None:
     free = shutil.disk_usage(folder).free
     if report.rank == 0 and not report.input_faults:
         existing = len(step_folders(folder / "checkpoints"))
-        size, count = checkpoint_bytes(recipe), max(1, recipe.checkpoint.keep_last + recipe.checkpoint.keep_best + 1 - existing)
-        report.notes.append(f"output {folder}: {free / 1e9:.1f} GB free, {count} more checkpoints of {size / 1e9:.3f} GB to come")
+        size, count = (
+            checkpoint_bytes(recipe),
+            max(1, recipe.checkpoint.keep_last + recipe.checkpoint.keep_best + 1 - existing),
+        )
+        report.notes.append(
+            f"output {folder}: {free / 1e9:.1f} GB free, {count} more checkpoints of {size / 1e9:.3f} GB to "
+            f"come"
+        )
         if free < size * count:
-            report.input_faults.append(f"output {folder}: {count} more checkpoints of {size / 1e9:.3f} GB do not fit into "
-                                       f"the {free / 1e9:.3f} GB free: make room, lower checkpoint.keep_last, or move output")
+            report.input_faults.append(
+                f"output {folder}: {count} more checkpoints of {size / 1e9:.3f} GB do not fit into "
+                f"the {free / 1e9:.3f} GB free: make room, lower checkpoint.keep_last, or move output"
+            )
 
 
 def look_at_gpu(report: Report) -> None:
-    """This rank's GPU is there, free, and computes; where PyTorch sees none, that none is there to be seen."""
+    """This rank's GPU is there, free, and computes; where PyTorch sees none, that none is there to be
+    seen."""
     import torch
 
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if not torch.cuda.is_available():
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
         if Path("/dev/nvidiactl").exists() and not hidden and first_of_node(report.rank):
-            report.node_faults.append(f"the node has NVIDIA GPUs but PyTorch {torch.__version__} sees none: make setup GPU=1 "
-                                      "installs a CUDA build; or set CUDA_VISIBLE_DEVICES= to train on CPU")
+            report.node_faults.append(
+                f"the node has NVIDIA GPUs but PyTorch {torch.__version__} sees none: make setup GPU=1 "
+                "installs a CUDA build; or set CUDA_VISIBLE_DEVICES= to train on CPU"
+            )
         elif report.rank == 0:
             report.notes.append("no GPU is seen: training will run on CPU")
         return
     if local_rank >= torch.cuda.device_count():
-        report.node_faults.append(f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible; make "
-                                  "--ntasks-per-node the number of GPUs per node")
+        report.node_faults.append(
+            f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible; make "
+            "--ntasks-per-node the number of GPUs per node"
+        )
         return
     try:
         torch.cuda.set_device(local_rank)
         free, total = torch.cuda.mem_get_info()
         if free < 0.9 * total:
-            report.node_faults.append(f"GPU {local_rank}: {(total - free) / 1e9:.1f} of {total / 1e9:.1f} GB are taken already: "
-                                      "another process runs on it (nvidia-smi)")
+            report.node_faults.append(
+                f"GPU {local_rank}: {(total - free) / 1e9:.1f} of {total / 1e9:.1f} GB are taken already: "
+                "another process runs on it (nvidia-smi)"
+            )
         generator = torch.Generator().manual_seed(0)
         a, b = (torch.randn(1024, 1024, generator=generator) for _ in range(2))
         result = (a.to("cuda", torch.bfloat16) @ b.to("cuda", torch.bfloat16)).float().cpu()
         expected = a.bfloat16().float() @ b.bfloat16().float()
-        if not torch.allclose(result, expected, atol=2.0, rtol=0.02):  # entries of about 32, rounded to 8 bits
-            report.node_faults.append(f"GPU {local_rank} multiplies matrices wrongly: leave it out (--exclude={report.node})")
+        if not torch.allclose(
+            result, expected, atol=2.0, rtol=0.02
+        ):  # entries of about 32, rounded to 8 bits
+            report.node_faults.append(
+                f"GPU {local_rank} multiplies matrices wrongly: leave it out (--exclude={report.node})"
+            )
     except RuntimeError as error:
         report.node_faults.append(f"GPU {local_rank}: {one_line(error)}")
 
 
 def look_at_cpu(recipe: Recipe, report: Report) -> None:
-    """DeepSpeed's ops for the CPU were compiled for the one that `make setup` ran on: another would end them by SIGILL."""
+    """DeepSpeed's ops for the CPU were compiled for the one that `make setup` ran on: another would end them
+    by SIGILL."""
     import torch
 
     from train import zero
@@ -249,26 +293,37 @@ def look_at_cpu(recipe: Recipe, report: Report) -> None:
         here = set(info.read_text().split())
         wanted = [flag for flag in built.read_text().split() if flag.startswith(("avx", "fma", "amx", "sve"))]
         if lacking := [flag for flag in wanted if flag not in here]:
-            report.node_faults.append(f"DeepSpeed's CPU ops were built for a CPU with {' '.join(lacking)}, which this node's has "
-                                      "not: run make setup on a node of the weakest kind, with another VENV")
+            report.node_faults.append(
+                f"DeepSpeed's CPU ops were built for a CPU with {' '.join(lacking)}, which this node's has "
+                "not: run make setup on a node of the weakest kind, with another VENV"
+            )
 
 
 def look_at_ecc(report: Report) -> None:
-    """Uncorrected memory errors since the driver started, where nvidia-smi counts them. Noted: the driver retires such rows."""
+    """Uncorrected memory errors since the driver started, where nvidia-smi counts them. Noted: the driver
+    retires such rows."""
     if shutil.which("nvidia-smi") is None:
         return
-    command = ["nvidia-smi", "--query-gpu=index,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader"]
+    command = [
+        "nvidia-smi",
+        "--query-gpu=index,ecc.errors.uncorrected.volatile.total",
+        "--format=csv,noheader",
+    ]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
-        report.node_faults.append(f"nvidia-smi does not answer within 60 s: leave the node out (--exclude={report.node})")
+        report.node_faults.append(
+            f"nvidia-smi does not answer within 60 s: leave the node out (--exclude={report.node})"
+        )
         return
     if answer.returncode != 0:
         report.node_faults.append(f"nvidia-smi: {one_line(answer.stdout + answer.stderr)}")
     for line in answer.stdout.splitlines():
         index, _, count = line.partition(", ")
         if count.strip().isdigit() and int(count) > 0:
-            report.notes.append(f"node {report.node}: GPU {index} counts {count.strip()} uncorrected memory errors")
+            report.notes.append(
+                f"node {report.node}: GPU {index} counts {count.strip()} uncorrected memory errors"
+            )
 
 
 def one_line(error: object) -> str:
@@ -276,8 +331,11 @@ def one_line(error: object) -> str:
 
 
 def first_of_node(rank: int) -> bool:
-    """LOCAL_RANK does not tell: it is the GPU's number, and 0 on every rank where the site shows each rank its own GPU alone."""
-    if "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's ranks inherit torchrun's own
+    """LOCAL_RANK does not tell: it is the GPU's number, and 0 on every rank where the site shows each rank
+    its own GPU alone."""
+    if (
+        "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    ):  # torchrun's ranks inherit torchrun's own
         return os.environ["SLURM_LOCALID"] == "0"
     return rank % int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 0
 
@@ -295,7 +353,7 @@ def look(recipe: Recipe, rank: int) -> Report:
     return report
 
 
-# --- all ranks together ------------------------------------------------------------------------------------------------------
+# --- all ranks together -------------------------------------------------------------------------------------
 
 
 def compare(reports: list[Report]) -> list[Fault]:
@@ -308,14 +366,18 @@ def compare(reports: list[Report]) -> list[Fault]:
     for report in reports:
         if report.facts:
             first.setdefault(report.node, report.facts)
-    for fact in sorted({name for facts in first.values() for name in facts} - {"driver"}):  # which sites update node by node
+    for fact in sorted(
+        {name for facts in first.values() for name in facts} - {"driver"}
+    ):  # which sites update node by node
         values = {node: facts.get(fact, "missing") for node, facts in first.items()}
         usual, _ = Counter(values.values()).most_common(1)[0]
         with_usual = [node for node, value in values.items() if value == usual]
         for node, value in values.items():
             if value != usual and "missing" not in (value, usual):  # what is missing has a fault of its own
                 where = with_usual[0] + (f" and {len(with_usual) - 1} more" if len(with_usual) > 1 else "")
-                faults.append(Fault(node, f"{fact} is {value}, but {usual} on {where}: give all nodes the same", False))
+                faults.append(
+                    Fault(node, f"{fact} is {value}, but {usual} on {where}: give all nodes the same", False)
+                )
     return faults
 
 
@@ -332,8 +394,15 @@ def gather(store, world_size: int, seconds: float) -> tuple[list[Report], list[F
             node = nodes[rank // per_node] if rank // per_node < len(nodes) else "unknown"
             missing.setdefault(node, []).append(rank)
     master = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    return reports, [Fault(node, f"no word from rank {', '.join(map(str, ranks))} within {seconds:.0f} s: is the node up, does "
-                                 f"Python start there, can it reach {master}?", False) for node, ranks in missing.items()]
+    return reports, [
+        Fault(
+            node,
+            f"no word from rank {', '.join(map(str, ranks))} within {seconds:.0f} s: is the node up, does "
+            f"Python start there, can it reach {master}?",
+            False,
+        )
+        for node, ranks in missing.items()
+    ]
 
 
 def check_shared_output(recipe: Recipe, reports: list[Report]) -> list[Fault]:
@@ -347,24 +416,31 @@ def check_shared_output(recipe: Recipe, reports: list[Report]) -> list[Fault]:
             os.listdir(folder)
             time.sleep(0.5)
         else:
-            text = f"output {folder} is not the folder that {node_name()} sees: put output on a shared file system"
+            text = f"output {folder} is not the folder that {node_name()} sees: put output on a shared file system"  # noqa: E501
             faults.append(Fault(node, text, from_input=True))
         mark.unlink(missing_ok=True)
     return faults
 
 
 def all_reduce_line(store, rank: int, world_size: int, seconds: float) -> tuple[str, str | None]:
-    """(how fast, what went wrong or None) of an all_reduce over all ranks, at the size of one gradient bucket.
+    """(how fast, what went wrong or None) of an all_reduce over all ranks, at the size of one gradient
+    bucket.
 
-    Bus bandwidth is bytes / seconds * 2 (n - 1) / n: what each link carries in a ring (NVIDIA nccl-tests, PERFORMANCE.md).
+    Bus bandwidth is bytes / seconds * 2 (n - 1) / n: what each link carries in a ring (NVIDIA nccl-tests,
+    PERFORMANCE.md).
     """
     import torch
     import torch.distributed as dist
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
-    dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.PrefixStore("preflight", store), rank=rank,
-                            world_size=world_size, timeout=timedelta(seconds=seconds))
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=dist.PrefixStore("preflight", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=seconds),
+    )
     size = GPU_REDUCE_BYTES if on_gpu else CPU_REDUCE_BYTES
     times = []
     for repeat in range(REPEATS + 1):  # the first one opens the connections
@@ -373,7 +449,11 @@ def all_reduce_line(store, rank: int, world_size: int, seconds: float) -> tuple[
         work = dist.all_reduce(tensor, async_op=True)
         while not work.is_completed():
             if time.perf_counter() - begun > seconds:
-                return "", f"an all_reduce over {world_size} ranks does not end; NCCL_DEBUG=INFO says which network it took"
+                return (
+                    "",
+                    f"an all_reduce over {world_size} ranks does not end; NCCL_DEBUG=INFO says which network "
+                    f"it took",
+                )
             time.sleep(1e-5 if on_gpu else 1e-4)
         work.wait()
         if on_gpu:
@@ -381,10 +461,17 @@ def all_reduce_line(store, rank: int, world_size: int, seconds: float) -> tuple[
         times.append(time.perf_counter() - begun)
         expected = world_size * (world_size + 1) / 2
         if not bool((tensor == expected).all()):
-            return "", f"an all_reduce gave {tensor.min().item()}..{tensor.max().item()} instead of {expected}"
+            return (
+                "",
+                f"an all_reduce gave {tensor.min().item()}..{tensor.max().item()} instead of {expected}",
+            )
     best = min(times[1:])
     bus = size / best * 2 * (world_size - 1) / world_size / 1e9
-    return f"all_reduce of {size >> 20} MiB over {world_size} ranks: {best * 1e3:.1f} ms, bus bandwidth {bus:.2f} GB/s", None
+    return (
+        f"all_reduce of {size >> 20} MiB over {world_size} ranks: {best * 1e3:.1f} ms, bus bandwidth "
+        f"{bus:.2f} GB/s",
+        None,
+    )
 
 
 def run(recipe: Recipe, seconds: float, faults_to: Path | None = None) -> int:
@@ -394,16 +481,31 @@ def run(recipe: Recipe, seconds: float, faults_to: Path | None = None) -> int:
     rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
     env.setdefault("MASTER_ADDR", "127.0.0.1")
     env.setdefault("MASTER_PORT", "0" if world_size == 1 else "29500")
-    serves = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun has opened a store there already
+    serves = (
+        rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    )  # torchrun has opened a store there already
     try:
-        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world_size, is_master=serves,
-                              timeout=timedelta(seconds=seconds), wait_for_workers=False)
+        store = dist.TCPStore(
+            env["MASTER_ADDR"],
+            int(env["MASTER_PORT"]),
+            world_size,
+            is_master=serves,
+            timeout=timedelta(seconds=seconds),
+            wait_for_workers=False,
+        )
     except RuntimeError as error:
         if serves and "EADDRINUSE" in str(error):
-            print(f"preflight: node {node_name()}: port {env['MASTER_PORT']} is taken by another program", file=sys.stderr)
+            print(
+                f"preflight: node {node_name()}: port {env['MASTER_PORT']} is taken by another program",
+                file=sys.stderr,
+            )
             return PORT_TAKEN
-        print(f"preflight: node {node_name()}: rank {rank} cannot reach rank 0 at {env['MASTER_ADDR']}:{env['MASTER_PORT']} "
-              f"({one_line(error)[:120]}): see the firewall and the nodes' host names", file=sys.stderr)
+        print(
+            f"preflight: node {node_name()}: rank {rank} cannot reach rank 0 at "
+            f"{env['MASTER_ADDR']}:{env['MASTER_PORT']} "
+            f"({one_line(error)[:120]}): see the firewall and the nodes' host names",
+            file=sys.stderr,
+        )
         return FAILED
     report = look(recipe, rank)
     store.set(f"report-{rank}", json.dumps(asdict(report)))
@@ -419,8 +521,10 @@ def run(recipe: Recipe, seconds: float, faults_to: Path | None = None) -> int:
             code = WRONG_INPUT if any(fault.from_input for fault in faults) else FAILED
         else:
             facts = reports[0].facts
-            print(f"preflight: {len({r.node for r in reports})} nodes, {world_size} ranks agree: "
-                  + ", ".join(f"{name} {value}" for name, value in facts.items()))
+            print(
+                f"preflight: {len({r.node for r in reports})} nodes, {world_size} ranks agree: "
+                + ", ".join(f"{name} {value}" for name, value in facts.items())
+            )
             for note in (note for r in reports for note in r.notes):
                 print(f"preflight: {note}")
         store.set("verdict", str(code))
@@ -429,8 +533,11 @@ def run(recipe: Recipe, seconds: float, faults_to: Path | None = None) -> int:
             store.wait(["verdict"], timedelta(seconds=2 * seconds + 60))
             code = int(store.get("verdict"))
         except RuntimeError as error:
-            print(f"preflight: node {node_name()}: rank {rank} heard nothing more from rank 0 ({one_line(error)[:120]})",
-                  file=sys.stderr)
+            print(
+                f"preflight: node {node_name()}: rank {rank} heard nothing more from rank 0 "
+                f"({one_line(error)[:120]})",
+                file=sys.stderr,
+            )
             return FAILED
     if code == DONE:
         try:
@@ -442,7 +549,8 @@ def run(recipe: Recipe, seconds: float, faults_to: Path | None = None) -> int:
             code = FAILED
         elif rank == 0:
             print(f"preflight: {speed}")
-    # Rank 0 holds the store, so it leaves last; after a fault it does not wait long for those who never came, or are stuck.
+    # Rank 0 holds the store, so it leaves last; after a fault it does not wait long for those who never came,
+    # or are stuck.
     try:
         store.set(f"left-{rank}", "")
         if rank == 0:
@@ -456,18 +564,24 @@ def run(recipe: Recipe, seconds: float, faults_to: Path | None = None) -> int:
 
 
 def print_where(recipe: Recipe) -> None:
-    """Print what the job scripts ask for, a marked line each: other programs may print to the same standard output."""
+    """Print what the job scripts ask for, a marked line each: other programs may print to the same standard
+    output."""
     is_finished = finished(recipe)
     if not is_finished:
         check_checkpoint(recipe)
     state = "finished" if is_finished else "unfinished"
-    for name, value in (("stage", recipe.stage), ("output", recipe.output), ("state", state),
-                        ("start", start_folder(recipe) or "")):
+    for name, value in (
+        ("stage", recipe.stage),
+        ("output", recipe.output),
+        ("state", state),
+        ("start", start_folder(recipe) or ""),
+    ):
         print(f"soundwave-where {name} {value}")
 
 
 def write_faults(path: Path, faults: list[str]) -> None:
-    """Write the faults for `python -m train.status`. A file that cannot be written changes no outcome: they are printed, too."""
+    """Write the faults for `python -m train.status`. A file that cannot be written changes no outcome: they
+    are printed, too."""
     try:
         path.write_text("".join(f"{fault}\n" for fault in faults))
     except OSError as error:
@@ -475,10 +589,14 @@ def write_faults(path: Path, faults: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="train/preflight.py", description="Check the nodes of a job before training.")
+    parser = argparse.ArgumentParser(
+        prog="train/preflight.py", description="Check the nodes of a job before training."
+    )
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
-    parser.add_argument("--where", action="store_true", help="print stage, output folder, (un)finished and start folder")
+    parser.add_argument(
+        "--where", action="store_true", help="print stage, output folder, (un)finished and start folder"
+    )
     parser.add_argument("--faults-to", type=Path, help="write the faults to this file, one a line")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds to wait for the other ranks")
     args = parser.parse_intermixed_args(argv)
@@ -492,7 +610,9 @@ def main(argv: list[str] | None = None) -> int:
         if not has_model(recipe):  # else it may be finished, and then it needs no start
             initial_folder(recipe)
         if not recipe.data.train:
-            raise RecipeError("data.train is empty: name at least one packed folder, e.g. data.train=[{shards: data/train}]")
+            raise RecipeError(
+                "data.train is empty: name at least one packed folder, e.g. data.train=[{shards: data/train}]"
+            )
     except RecipeError as error:
         if is_main:
             print(f"preflight: {error}", file=sys.stderr)
@@ -503,9 +623,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm's warning is the batch script's business until training listens
+    signal.signal(
+        signal.SIGUSR1, signal.SIG_IGN
+    )  # Slurm's warning is the batch script's business until training listens
     terms: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _frame: terms.append(number))  # of which the batch script hears nothing
+    signal.signal(
+        signal.SIGTERM, lambda number, _frame: terms.append(number)
+    )  # of which the batch script hears nothing
     exit_code = main()
     if exit_code == DONE and terms:
         exit_code = PREEMPTED

@@ -1,8 +1,10 @@
-"""What a checkpoint and a finished stage belong to: base, tokenizer, recipe, data. A difference is an error that names it.
+"""What a checkpoint and a finished stage belong to: base, tokenizer, recipe, data. A difference is an error
+that names it.
 
 The facts of a run, as state.json holds them:
 
-    base       sha256 of the tensors of encoder and llm; start: of the weights of the model folder that the stage starts from
+    base       sha256 of the tensors of encoder and llm; start: of the weights of the model folder that the
+               stage starts from
     settings   configurations, preprocessor, tokenizer with chat template, end tokens (model/identity.py)
     tokenizer  sha256 of the vocabulary
     recipe     keys that decide what is learnt (`recipe_facts`)
@@ -26,12 +28,25 @@ from recipe.stages import STAGES, stage_folder
 logger = logging.getLogger("soundwave")
 
 # Keys that do not change what is computed: they may differ between a run and its continuation.
-_FREE = ("output", "checkpoint.", "log.", "deepspeed", "data.valid", "data.workers", "data.prefetch", "data.try_largest",
-         "data.max_rejected_share",
-         "data.micro_batch_seconds",  # the global batches, hence the gradients, stay the same
-         "optim.activation_checkpointing",
-         "health.desync_every_steps", "init_from", "init_accept", "data.cache_features",
-         "model.encoder.name", "model.llm.name")  # names: the base's hash is compared instead
+_FREE = (
+    "output",
+    "checkpoint.",
+    "log.",
+    "deepspeed",
+    "data.valid",
+    "data.workers",
+    "data.prefetch",
+    "data.try_largest",
+    "data.max_rejected_share",
+    "data.micro_batch_seconds",  # the global batches, hence the gradients, stay the same
+    "optim.activation_checkpointing",
+    "health.desync_every_steps",
+    "init_from",
+    "init_accept",
+    "data.cache_features",
+    "model.encoder.name",
+    "model.llm.name",
+)  # names: the base's hash is compared instead
 KINDS = ("base", "tokenizer", "recipe", "index")
 _TARGETS = "model.llm.lora_targets"
 
@@ -54,7 +69,8 @@ def _is_one_of(key: str, keys: tuple[str, ...]) -> bool:
 
 
 def known(corpus: dict) -> dict:
-    """A corpus without a key that checkpoints made before there was one do not hold, where it changes nothing."""
+    """A corpus without a key that checkpoints made before there was one do not hold, where it changes
+    nothing."""
     return {key: value for key, value in corpus.items() if (key, value) != ("share_from", 0.0)}
 
 
@@ -65,14 +81,17 @@ def recipe_facts(recipe: Recipe | dict) -> dict[str, object]:
     free = (*_FREE, *(stage.without_effect if stage else ()))
     facts = {key: value for key, value in values.items() if not _is_one_of(key, free)}
     # Where the shards lie may change; what they hold is the index's fingerprint.
-    facts["data.train"] = [{k: v for k, v in known(corpus).items() if k != "shards"} for corpus in facts["data.train"]]
+    facts["data.train"] = [
+        {k: v for k, v in known(corpus).items() if k != "shards"} for corpus in facts["data.train"]
+    ]
     if isinstance(targets := facts.get(_TARGETS), list):
         facts[_TARGETS] = sorted(targets)
     return facts
 
 
 def code_fingerprint() -> str:
-    """sha256 over the source that decides training's numbers. A difference is logged: code may change between two starts."""
+    """sha256 over the source that decides training's numbers. A difference is logged: code may change between
+    two starts."""
     return code_hash(("core", "model", "recipe", "stream", "train"))
 
 
@@ -90,7 +109,9 @@ def differences(saved: dict, now: dict) -> dict[str, list[str]]:
         for part, lines in changes(saved["settings"], now["settings"]).items():
             found["tokenizer" if part == "tokenizer" else "base"] += [f"{part}: {line}" for line in lines]
     if saved["tokenizer"] != now["tokenizer"] and not found["tokenizer"]:
-        found["tokenizer"].append(f"tokenizer: vocabulary: {_hash(saved['tokenizer'])} -> {_hash(now['tokenizer'])}")
+        found["tokenizer"].append(
+            f"tokenizer: vocabulary: {_hash(saved['tokenizer'])} -> {_hash(now['tokenizer'])}"
+        )
     found["recipe"] = recipe_differences(saved["recipe"], now["recipe"])
     if saved["index"] != now["index"]:
         found["index"].append(f"index: {_hash(saved['index'])} -> {_hash(now['index'])}")
@@ -98,8 +119,9 @@ def differences(saved: dict, now: dict) -> dict[str, list[str]]:
 
 
 def recipe_differences(saved: dict, now: dict) -> list[str]:
-    """Lines for the keys of two sets of facts that differ. A key that the saved ones do not know, because it was made later,
-    differs where its value is not the default; one that has become free since, or has no effect on the stage, does not."""
+    """Lines for the keys of two sets of facts that differ. A key that the saved ones do not know, because it
+    was made later, differs where its value is not the default; one that has become free since, or has no
+    effect on the stage, does not."""
     free = (*_FREE, *STAGES[now["stage"]].without_effect)
     defaults = flat(Recipe())
     lines = []
@@ -117,17 +139,25 @@ def _hash(value: str | None) -> str:
 
 
 def check(saved: dict, now: dict, accepted: list[str], where: Path) -> list[str]:
-    """Lines about accepted differences. Errors: RecipeError naming what differs and the switch that accepts it."""
-    notes = accepted_differences(saved, now, accepted, where, "give the old one back, choose another output folder")
+    """Lines about accepted differences. Errors: RecipeError naming what differs and the switch that accepts
+    it."""
+    notes = accepted_differences(
+        saved, now, accepted, where, "give the old one back, choose another output folder"
+    )
     if saved["code"] != now["code"]:
         notes.append("the code of core/, model/ or train/ has changed since the checkpoint was made")
     if "settings" not in saved:
-        notes.append(f"{where} does not record the configurations, the chat template and the end tokens of its frozen base (an "
-                     "earlier version made it): only tensors, vocabulary, recipe and data were compared")
+        notes.append(
+            f"{where} does not record the configurations, the chat template and the end tokens of its frozen "
+            f"base (an "
+            "earlier version made it): only tensors, vocabulary, recipe and data were compared"
+        )
     return notes
 
 
-def accepted_differences(saved: dict, now: dict, accepted: list[str], where: Path, ways_out: str) -> list[str]:
+def accepted_differences(
+    saved: dict, now: dict, accepted: list[str], where: Path, ways_out: str
+) -> list[str]:
     """A line for each kind that differs and is accepted. Errors: RecipeError for one that is not."""
     for kind in accepted:
         if kind not in KINDS:
@@ -136,8 +166,10 @@ def accepted_differences(saved: dict, now: dict, accepted: list[str], where: Pat
     for kind, lines in differences(saved, now).items():
         text = "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else "")
         if kind not in accepted:
-            raise RecipeError(f"{where} was made with another {kind} ({text}): {ways_out}, or accept it with "
-                              f"checkpoint.accept_changes=[{','.join([*accepted, kind])}]")
+            raise RecipeError(
+                f"{where} was made with another {kind} ({text}): {ways_out}, or accept it with "
+                f"checkpoint.accept_changes=[{','.join([*accepted, kind])}]"
+            )
         notes.append(f"{kind} has changed and is accepted: {text}")
     return notes
 
@@ -145,9 +177,12 @@ def accepted_differences(saved: dict, now: dict, accepted: list[str], where: Pat
 def check_steps(recipe: Recipe, step: int, where: Path) -> None:
     """Errors: RecipeError where the recipe ends before a checkpoint's or model's step."""
     if recipe.optim.steps < step:
-        raise RecipeError(f"optim.steps is {recipe.optim.steps}, and {where} is at step {step} already: give at least {step}, "
-                          "choose "
-                          f"another output, or remove what was saved after step {recipe.optim.steps}")
+        raise RecipeError(
+            f"optim.steps is {recipe.optim.steps}, and {where} is at step {step} already: give at least "
+            f"{step}, "
+            "choose "
+            f"another output, or remove what was saved after step {recipe.optim.steps}"
+        )
 
 
 def weights_hash(folder: Path) -> str:
@@ -161,14 +196,16 @@ def weights_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------- before anything is loaded
+# ------------------------------------------------------------------------------------------------- before any
 
 
 def finished(recipe: Recipe) -> bool:
-    """Whether the stage is done: its model folder is there, and this recipe, its data, its start folder and its base made it.
+    """Whether the stage is done: its model folder is there, and this recipe, its data, its start folder and
+    its base made it.
 
-    What cannot be found here (data, base) is not compared where the recipe still names the same place. Frozen tensors are hashed
-    only where the recipe names another base than before. Errors: RecipeError for a model that another recipe made.
+    What cannot be found here (data, base) is not compared where the recipe still names the same place. Frozen
+    tensors are hashed only where the recipe names another base than before. Errors: RecipeError for a model
+    that another recipe made.
     """
     folder = stage_folder(recipe) / "model"
     described = _read(folder / "soundwave.json")
@@ -179,8 +216,11 @@ def finished(recipe: Recipe) -> bool:
     recorded = described["recipe"]
     check_steps(recipe, described["step"], folder)
     further = recipe.optim.steps > described["step"]
-    ways_out = (f"give the old one back, choose another output, or remove {folder.parent} to train the stage again; to "
-                f"{'continue from its last checkpoint' if further else 'keep the model as it is'}")
+    ways_out = (
+        f"give the old one back, choose another output, or remove {folder.parent} to train the stage again; "
+        f"to "
+        f"{'continue from its last checkpoint' if further else 'keep the model as it is'}"
+    )
 
     def compare(saved: dict, now: dict) -> None:
         for note in accepted_differences(saved, now, recipe.checkpoint.accept_changes, folder, ways_out):
@@ -207,8 +247,11 @@ def finished(recipe: Recipe) -> bool:
     _compare_base(recipe, recorded, described, saved, now)
     compare(saved, now)
     if further and not step_folders(stage_folder(recipe) / "checkpoints"):
-        raise RecipeError(f"optim.steps is {recipe.optim.steps}, and {folder} was trained for {described['step']}: no checkpoint "
-                          f"is left to continue from; choose another output with init_from={folder}")
+        raise RecipeError(
+            f"optim.steps is {recipe.optim.steps}, and {folder} was trained for {described['step']}: no "
+            f"checkpoint "
+            f"is left to continue from; choose another output with init_from={folder}"
+        )
     return not further
 
 
@@ -228,8 +271,8 @@ def check_checkpoint(recipe: Recipe) -> None:
 
 
 def settings_here(recipe: Recipe) -> dict | None:
-    """Configurations, preprocessor, tokenizer and end tokens of the recipe's base; None where it is not on this machine. Errors:
-    RecipeError."""
+    """Configurations, preprocessor, tokenizer and end tokens of the recipe's base; None where it is not on
+    this machine. Errors: RecipeError."""
     from model import identity
     from model.language_model import load_tokenizer
     from model.pretrained import SourceError, locate
@@ -263,8 +306,8 @@ def _start_of_checkpoint(recipe: Recipe) -> object:
 
 
 def _resolve_targets(recipe: Recipe, saved: dict, now: dict, look: bool = True) -> None:
-    """Recorded LoRA targets are the resolved ones. Where the recipe's cannot be resolved here, or not `look`, they are not
-    compared."""
+    """Recorded LoRA targets are the resolved ones. Where the recipe's cannot be resolved here, or not `look`,
+    they are not compared."""
     if now.get(_TARGETS) is not None or saved.get(_TARGETS) is None:
         return
     if not look:
@@ -274,20 +317,25 @@ def _resolve_targets(recipe: Recipe, saved: dict, now: dict, look: bool = True) 
     from model.pretrained import SourceError, locate
 
     try:
-        targets = resolved_targets(recipe.model.llm, locate(recipe.model.llm.name, sizes_only=True, fetch=False))
+        targets = resolved_targets(
+            recipe.model.llm, locate(recipe.model.llm.name, sizes_only=True, fetch=False)
+        )
     except SourceError:
         targets = saved.get(_TARGETS)
     now[_TARGETS] = sorted(targets) if isinstance(targets, list) else targets
 
 
 def _index(recipe: Recipe, recorded: dict, fingerprint: str) -> str:
-    """Fingerprint of the recipe's data; the recorded one where the recipe names the same places as then and the data is gone."""
+    """Fingerprint of the recipe's data; the recorded one where the recipe names the same places as then and
+    the data is gone."""
     from stream.plan import Plan
 
     try:
         return Plan.open(recipe.data, recipe.stage, recipe.optim.steps).fingerprint
     except RecipeError:
-        if [corpus.shards for corpus in recipe.data.train] == [corpus["shards"] for corpus in recorded["data"]["train"]]:
+        if [corpus.shards for corpus in recipe.data.train] == [
+            corpus["shards"] for corpus in recorded["data"]["train"]
+        ]:
             return fingerprint
         raise
 
@@ -304,9 +352,11 @@ def _compare_base(recipe: Recipe, recorded: dict, described: dict, saved: dict, 
             sources[part] = locate(name, fetch=False)
         except SourceError as error:
             if name != then:
-                raise RecipeError(f"model.{part}.name was {then} when {stage_folder(recipe) / 'model'} was trained, and is "
-                                  f"{name} here, "
-                                  f"which cannot be compared: {error}") from None
+                raise RecipeError(
+                    f"model.{part}.name was {then} when {stage_folder(recipe) / 'model'} was trained, and is "
+                    f"{name} here, "
+                    f"which cannot be compared: {error}"
+                ) from None
     described_settings, here = described.get("settings"), settings_here(recipe)
     if described_settings and here:
         saved["settings"], now["settings"] = described_settings, here
@@ -314,7 +364,9 @@ def _compare_base(recipe: Recipe, recorded: dict, described: dict, saved: dict, 
         for part, source in sources.items():
             if source.name != recorded["model"][part]["name"]:
                 saved["base"] = {**saved["base"], part: described["frozen"].get(part)}
-                now["base"] = {**now["base"],
-                               part: fingerprint(source.folder, tensor_prefix(source) if part == "encoder" else "")}
+                now["base"] = {
+                    **now["base"],
+                    part: fingerprint(source.folder, tensor_prefix(source) if part == "encoder" else ""),
+                }
     except SourceError as error:
         raise RecipeError(str(error)) from None

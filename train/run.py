@@ -1,12 +1,13 @@
 """The one entry of training, for all stages:
 
-    deepspeed train/run.py RECIPE [key=value ...]        one node, one process per GPU (or --num_gpus 2 on CPU)
+    deepspeed train/run.py RECIPE [key=value ...]        one node, one process per GPU (or --num_gpus 2 on
+                                                         CPU)
     torchrun --nproc-per-node 8 train/run.py RECIPE      the same by torchrun
     srun python train/run.py RECIPE                      one task per GPU, any number of nodes (slurm/)
     python -m train.run RECIPE                           one process
 
-Exit codes: 0 done, 1 failure, 2 wrong recipe or input (starting again does not help), 85 stopped early and saved (start again),
-98 MASTER_PORT is taken.
+Exit codes: 0 done, 1 failure, 2 wrong recipe or input (starting again does not help), 85 stopped early and
+saved (start again), 98 MASTER_PORT is taken.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# `python train/run.py` puts train/ first on the path, where `import data` or `import config` would find our modules.
+# `python train/run.py` puts train/ first on the path, where `import data` or `import config` would find our
+# modules.
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "train")]
 
 from core.distributed import PortTaken, check_master_port, connect, disconnect, fill_environment, leave  # noqa: E402
@@ -31,12 +33,23 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("recipe", help="YAML file, e.g. train/recipes/stage1.yaml")
     # With a default it is not listed as required.
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. optim.steps=100")
-    parser.add_argument("--dry-run", action="store_true", help="say what would happen; needs no weights and no data, and "
-                        "only the config.json of models that are not in model/presets/")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would happen; needs no weights and no data, and "
+        "only the config.json of models that are not in model/presets/",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and end")
-    parser.add_argument("--profile", type=int, default=0, metavar="N",
-                        help="record N steps with torch.profiler into <output>/<stage>/profile/, then go on")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    parser.add_argument(
+        "--profile",
+        type=int,
+        default=0,
+        metavar="N",
+        help="record N steps with torch.profiler into <output>/<stage>/profile/, then go on",
+    )
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
+    )  # given by the deepspeed launcher
     return parser.parse_intermixed_args(argv)
 
 
@@ -83,8 +96,12 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        print(f"error: port {os.environ['MASTER_PORT']} of {os.environ['MASTER_ADDR']} is taken by another program: set another "
-              "MASTER_PORT", file=sys.stderr)
+        print(
+            f"error: port {os.environ['MASTER_PORT']} of {os.environ['MASTER_ADDR']} is taken by another "
+            f"program: set another "
+            "MASTER_PORT",
+            file=sys.stderr,
+        )
         return PORT_TAKEN
     start_logging(stage_folder(recipe), ranks)
     logger = logging.getLogger("soundwave")

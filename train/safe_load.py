@@ -2,9 +2,10 @@
 
     python -m train.safe_load ARGUMENTS        deepspeed.checkpoint.ds_to_universal, loading in this way
 
-A .pt file is a pickle, which can name any function to be called. DeepSpeed 0.19.8 says weights_only=False in each of its calls
-of torch.load (to be changed, says https://github.com/deepspeedai/DeepSpeed/pull/6751). PyTorch's own switch overrules them: only
-tensors, plain containers and the classes named here can then be in a file.
+A .pt file is a pickle, which can name any function to be called. DeepSpeed 0.19.8 says weights_only=False in
+each of its calls of torch.load (to be changed, says https://github.com/deepspeedai/DeepSpeed/pull/6751).
+PyTorch's own switch overrules them: only tensors, plain containers and the classes named here can then be in
+a file.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ SWITCH = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def allowed_classes() -> list[type]:
-    """Return the classes that DeepSpeed 0.19.8 stores beside tensors (ZeRO-1 to 3, offloaded or not, fp32 and bf16)."""
+    """Return the classes that DeepSpeed 0.19.8 stores beside tensors (ZeRO-1 to 3, offloaded or not, fp32 and
+    bf16)."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -53,7 +55,8 @@ class UnsafeCheckpoint(ValueError):
 
 
 def check_names(folder: Path) -> None:
-    """Refuse keys that are paths: ds_to_universal makes a folder of each parameter and a file of each of its states.
+    """Refuse keys that are paths: ds_to_universal makes a folder of each parameter and a file of each of its
+    states.
 
     Tensors are mapped, not read. Errors: UnsafeCheckpoint.
     """
@@ -64,7 +67,9 @@ def check_names(folder: Path) -> None:
             if isinstance(value, dict):
                 for key in value:
                     if isinstance(key, str) and ("/" in key or "\0" in key or key in (".", "..")):
-                        raise UnsafeCheckpoint(f"{path.name} holds the name {ascii(key)[:100]}, which is a path")
+                        raise UnsafeCheckpoint(
+                            f"{path.name} holds the name {ascii(key)[:100]}, which is a path"
+                        )
                 waiting += value.values()
             elif isinstance(value, (list, tuple)):
                 waiting += value
@@ -74,8 +79,16 @@ def reason(error: BaseException) -> str:
     """Return in one line why a file was refused."""
     if isinstance(error, pickle.UnpicklingError):
         named = re.search(r"GLOBAL:? (?:GLOBAL )?([\w.]+)", str(error))
-        return f"it names {named[1]}, and so would run code when it is loaded" if named else "it is no file of tensors alone"
-    return one_line(error) if isinstance(error, UnsafeCheckpoint) else f"{type(error).__name__}: {one_line(error)}"
+        return (
+            f"it names {named[1]}, and so would run code when it is loaded"
+            if named
+            else "it is no file of tensors alone"
+        )
+    return (
+        one_line(error)
+        if isinstance(error, UnsafeCheckpoint)
+        else f"{type(error).__name__}: {one_line(error)}"
+    )
 
 
 def main(arguments: list[str]) -> int:

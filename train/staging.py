@@ -1,9 +1,12 @@
-"""Copy the recipe's shards to a node's own disk before training, for file systems that many nodes read slowly.
+"""Copy the recipe's shards to a node's own disk before training, for file systems that many nodes read
+slowly.
 
-    srun --ntasks-per-node=1 python train/staging.py RECIPE [key=value ...]      (slurm/common.sh, STAGE_SHARDS=1)
+    srun --ntasks-per-node=1 python train/staging.py RECIPE [key=value ...]      (slurm/common.sh,
+    STAGE_SHARDS=1)
 
-Copies go to $SOUNDWAVE_LOCAL_SHARDS/FINGERPRINT/, where ShardIndex finds them; only complete, checked files carry a shard's
-name. The recipe and the index stay as they are. A corpus for which there is no room is left where it is, with a line.
+Copies go to $SOUNDWAVE_LOCAL_SHARDS/FINGERPRINT/, where ShardIndex finds them; only complete, checked files
+carry a shard's name. The recipe and the index stay as they are. A corpus for which there is no room is left
+where it is, with a line.
 """
 
 from __future__ import annotations
@@ -60,15 +63,21 @@ def stage_corpus(shards: str, local: Path) -> str:
     for left in folder.glob(".*.tar.*"):  # by a job that a signal ended
         if not Path(f"/proc/{left.suffix[1:]}").exists():
             left.unlink(missing_ok=True)
-    # A shard that is cut where it lies is read from there: the stream leaves out what it has lost (the preflight has told).
+    # A shard that is cut where it lies is read from there: the stream leaves out what it has lost (the
+    # preflight has told).
     whole = [s for s in index.shards if size(Path(shards) / s["url"]) == s["filesize"]]
     todo = [s for s in whole if size(folder / s["url"]) != s["filesize"]]
     needed, disk = sum(s["filesize"] for s in todo), shutil.disk_usage(folder)
     if needed > disk.free - RESERVE * disk.total:
-        return f"{shards}: {needed / 1e9:.2f} GB do not fit into {disk.free / 1e9:.2f} GB free in {local}; read from where it is"
-    with tqdm(total=needed, unit="B", unit_scale=True, desc=f"{node_name()} {shards}", mininterval=10) as progress:
+        return f"{shards}: {needed / 1e9:.2f} GB do not fit into {disk.free / 1e9:.2f} GB free in {local}; read from where it is"  # noqa: E501
+    with tqdm(
+        total=needed, unit="B", unit_scale=True, desc=f"{node_name()} {shards}", mininterval=10
+    ) as progress:
         with ThreadPoolExecutor(COPIES_AT_A_TIME) as pool:
-            copies = [pool.submit(copy_shard, Path(shards) / s["url"], folder / s["url"], s["sha256"], progress) for s in todo]
+            copies = [
+                pool.submit(copy_shard, Path(shards) / s["url"], folder / s["url"], s["sha256"], progress)
+                for s in todo
+            ]
             for copy in copies:
                 copy.result()
     return f"{shards}: {len(todo)} of {len(index.shards)} shards copied to {folder}, {needed / 1e9:.2f} GB"

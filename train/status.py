@@ -1,10 +1,11 @@
 """State of a run: `python -m train.status RUN`, RUN being the recipes' `output`.
 
-    RUN/<stage>/run.json         state, steps, last error (the trainer writes it)
-    RUN/<stage>/metrics.jsonl    seconds of the last steps: speed and time left
-    RUN/<stage>/checkpoints/     the last good checkpoint
-    RUN/slurm.jsonl              jobs and restarts (slurm/ writes it), also of stages that only wait in the queue
-    squeue, sacct                the jobs of stages that are not done, asked once, where the machine has Slurm and it answers
+RUN/<stage>/run.json         state, steps, last error (the trainer writes it)
+RUN/<stage>/metrics.jsonl    seconds of the last steps: speed and time left
+RUN/<stage>/checkpoints/     the last good checkpoint
+RUN/slurm.jsonl              jobs and restarts (slurm/ writes it), also of stages that only wait in the queue
+squeue, sacct                the jobs of stages that are not done, asked once, where the machine has Slurm and
+                             it answers
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ from core.files import read_lines
 from recipe.stages import STAGES
 
 SILENT_SECONDS = 600  # a running stage that has not written for so long is called silent
-NO_END = {"submitted", "started", "done", "resubmitted"}  # events of slurm.jsonl after which nothing has gone wrong
+NO_END = {
+    "submitted",
+    "started",
+    "done",
+    "resubmitted",
+}  # events of slurm.jsonl after which nothing has gone wrong
 ANSWER_SECONDS = 20  # that Slurm has for each question
 # Display settings of the user that would change what Slurm's commands print or select.
 _DISPLAY = re.compile(r"SQUEUE_|SACCT_|SLURM_(TIME_FORMAT|CLUSTERS|BITSTR_LEN)")
@@ -46,34 +52,47 @@ def _time_of(event: dict) -> float:
 
 
 def _ask(*command: str) -> dict[str, tuple[str, str]] | None:
-    """Job -> (state, reason), of lines JOB|STATE|REASON that a Slurm command prints; None where there is no answer."""
+    """Job -> (state, reason), of lines JOB|STATE|REASON that a Slurm command prints; None where there is no
+    answer."""
     environment = {name: value for name, value in os.environ.items() if not _DISPLAY.match(name)}
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", timeout=ANSWER_SECONDS)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, errors="replace", timeout=ANSWER_SECONDS
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     if done.returncode != 0:
         return None
     lines = [line.strip().split("|") for line in done.stdout.splitlines()]
-    return {job: (state, reason) for job, state, reason in (fields for fields in lines if len(fields) == 3) if job.isdigit()}
+    return {
+        job: (state, reason)
+        for job, state, reason in (fields for fields in lines if len(fields) == 3)
+        if job.isdigit()
+    }
 
 
 def slurm_states(jobs: list[str]) -> dict[str, tuple[str, str]]:
-    """Job -> (state, reason) as Slurm knows them; UNKNOWN for a job that it has forgotten; nothing where it does not answer."""
+    """Job -> (state, reason) as Slurm knows them; UNKNOWN for a job that it has forgotten; nothing where it
+    does not answer."""
     if not jobs:
         return {}
     several = ",".join([*jobs, jobs[0]])  # of one alone, squeue fails where it does not know it
     known = _ask("squeue", "-h", "-t", "all", "-j", several, "-o", "%A|%T|%r")
     if known is None:
         return {}
-    if missing := [job for job in jobs if job not in known]:  # squeue forgets a job some minutes after its end
-        recorded = _ask("sacct", "-X", "-n", "-P", "-j", ",".join(missing), "-o", "JobIDRaw,State,Reason") or {}
+    if missing := [
+        job for job in jobs if job not in known
+    ]:  # squeue forgets a job some minutes after its end
+        recorded = (
+            _ask("sacct", "-X", "-n", "-P", "-j", ",".join(missing), "-o", "JobIDRaw,State,Reason") or {}
+        )
         known |= {job: recorded.get(job, ("UNKNOWN", "")) for job in missing}
     return known
 
 
 def slurm_word(state: str, reason: str) -> str | None:
-    """How a stage is shown whose last job Slurm has in this state; None where the run's own files know more."""
+    """How a stage is shown whose last job Slurm has in this state; None where the run's own files know
+    more."""
     state = state.split()[0]  # sacct: CANCELLED by 1000
     if state in _ALIVE or state == "COMPLETED":
         return None
@@ -90,10 +109,12 @@ def jobs_of(run: Path, name: str) -> list[dict]:
 
 
 def stage_status(run: Path, name: str, now: float, slurm: dict[str, tuple[str, str]]) -> dict | None:
-    """One stage's state; None where nothing of it is there yet. Of the trainer's record and the job's the later one counts, and
-    `slurm` for a stage that neither calls done."""
+    """One stage's state; None where nothing of it is there yet. Of the trainer's record and the job's the
+    later one counts, and `slurm` for a stage that neither calls done."""
     folder, jobs = run / name, jobs_of(run, name)
-    train = [line for line in read_lines(folder / "metrics.jsonl", _TAIL_BYTES) if line.get("kind") == "train"][-_RECENT_STEPS:]
+    train = [
+        line for line in read_lines(folder / "metrics.jsonl", _TAIL_BYTES) if line.get("kind") == "train"
+    ][-_RECENT_STEPS:]
     path = folder / "run.json"
     if not path.exists() and not jobs:
         return None
@@ -111,7 +132,8 @@ def stage_status(run: Path, name: str, now: float, slurm: dict[str, tuple[str, s
         state = f"{state}, {from_slurm}"
     elif from_slurm and from_slurm != "not in the queue" and state not in ("done", "stopped"):
         state = from_slurm
-    # The first end that a job notes after the trainer's last word is the one that the trainer gave its reason for.
+    # The first end that a job notes after the trainer's last word is the one that the trainer gave its reason
+    # for.
     ends = [job for job in jobs if job["event"] not in NO_END]
     after, error = sum(job in later for job in ends), ends[-1]["detail"] if ends else "-"
     if noted.get("reason") and after <= 1:
@@ -120,12 +142,15 @@ def stage_status(run: Path, name: str, now: float, slurm: dict[str, tuple[str, s
     step, steps = noted.get("step", 0), noted.get("steps")
     latest = folder / "checkpoints" / "latest"
     row = {
-        "stage": f"{STAGES[name].number} {name}", "state": state, "step": f"{step}/{steps}" if steps else "-",
+        "stage": f"{STAGES[name].number} {name}",
+        "state": state,
+        "step": f"{step}/{steps}" if steps else "-",
         "s/step": f"{seconds:.2f}" if seconds else "-",
         "left": _clock((steps - step) * seconds) if seconds and steps and state == "running" else "-",
         "restarts": max((line.get("restarts", 0) for line in jobs), default=0),
         "checkpoint": latest.read_text().strip() if latest.exists() else "-",
-        "job": job, "last error": error,
+        "job": job,
+        "last error": error,
     }
     return {column: _plain(value) if isinstance(value, str) else value for column, value in row.items()}
 
@@ -136,15 +161,20 @@ def _plain(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.status", description="Print the state of a run's stages and jobs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m train.status", description="Print the state of a run's stages and jobs."
+    )
     parser.add_argument("run", type=Path, help="the recipes' `output` folder")
     run = parser.parse_args(argv).run
     last = [jobs[-1] for name in STAGES if (jobs := jobs_of(run, name))]
     slurm = slurm_states([job["job"] for job in last if job["event"] != "done"])
     rows = [row for name in STAGES if (row := stage_status(run, name, time.time(), slurm))]
     if not rows:
-        print(f"error: {run} holds no stage ({', '.join(STAGES)}) and no slurm.jsonl: give the recipes' `output`",
-              file=sys.stderr)
+        print(
+            f"error: {run} holds no stage ({', '.join(STAGES)}) and no slurm.jsonl: give the recipes' "
+            f"`output`",
+            file=sys.stderr,
+        )
         return 2
     print(tabulate(rows, headers="keys"))
     return 0

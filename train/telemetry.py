@@ -1,4 +1,5 @@
-"""What a run tells: metrics.jsonl for machines, TensorBoard for curves and pictures, a log per rank, rank 0 on the console."""
+"""What a run tells: metrics.jsonl for machines, TensorBoard for curves and pictures, a log per rank, rank 0
+on the console."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ def start_logging(folder: Path, ranks: Ranks) -> None:
     SIGUSR2 writes the stacks of all threads to the rank's log: where does a run hang?
     """
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    faulthandler.register(signal.SIGUSR2, file=open(folder / "logs" / f"rank-{ranks.rank}.log", "a"), all_threads=True)
+    faulthandler.register(
+        signal.SIGUSR2, file=open(folder / "logs" / f"rank-{ranks.rank}.log", "a"), all_threads=True
+    )
     formatter = PrintableFormatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
     handlers: list[logging.Handler] = [logging.FileHandler(folder / "logs" / f"rank-{ranks.rank}.log")]
     if ranks.is_main:
@@ -77,11 +80,14 @@ class StreamSums(NamedTuple):
         if batch is None:
             return cls()
         audios = sum(0 if b.audio_is_dummy else len(b.audio_lengths) for b in batch.micro_batches)
-        return cls(batch.seconds, batch.padded_seconds, batch.samples, audios, len(batch.rejected), batch.retries)
+        return cls(
+            batch.seconds, batch.padded_seconds, batch.samples, audios, len(batch.rejected), batch.retries
+        )
 
 
 def peak_memory() -> float:
-    """GiB: the most that this process has had at once, of GPU memory for tensors, or of main memory where there is no GPU."""
+    """GiB: the most that this process has had at once, of GPU memory for tensors, or of main memory where
+    there is no GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -95,35 +101,63 @@ class Meter:
         fast = torch.cuda.is_available() and model.config.dtype in ("bfloat16", "float16")
         self.peak = peak_of(torch.cuda.get_device_name()) if fast else None
 
-    def values(self, result: StepResult, streamed: StreamSums, waited: float, seconds: float) -> dict[str, float]:
+    def values(
+        self, result: StepResult, streamed: StreamSums, waited: float, seconds: float
+    ) -> dict[str, float]:
         """streamed: over all ranks; waited, seconds: this rank's wait for data and whole step."""
         sums = result.sums
-        operations = sum(self.flops.step(sums["frames"], streamed.audios, sums["llm_tokens"], streamed.samples,
-                                         sums["ce_count"], sums["kept"]).values())
+        operations = sum(
+            self.flops.step(
+                sums["frames"],
+                streamed.audios,
+                sums["llm_tokens"],
+                streamed.samples,
+                sums["ce_count"],
+                sums["kept"],
+            ).values()
+        )
         rate = operations / seconds / self.world_size
-        values = {"loss": result.loss, "ce": result.ce, "ctc": result.ctc, "grad_norm": result.grad_norm,
-                  **{f"lr_{name}": rate for name, rate in result.lr.items()},
-                  "step_seconds": seconds, "data_wait_seconds": waited, "data_wait_share": waited / seconds,
-                  "compute_seconds": result.seconds["compute"], "update_seconds": result.seconds["update"],
-                  "audio_seconds": streamed.seconds,
-                  "audio_seconds_per_second": streamed.seconds / seconds / self.world_size,
-                  "padding_share": 1 - streamed.seconds / streamed.padded_seconds if streamed.padded_seconds else 0.0,
-                  "samples": streamed.samples,
-                  "shrink_ratio": sums["kept"] / max(sums["frames"], 1.0), "micro_batches": sums["micro_batches"],
-                  "llm_tokens": sums["llm_tokens"], "target_tokens": sums["ce_count"],
-                  "flops_per_second": rate, "utilisation": rate / self.peak if self.peak else None,
-                  "peak_memory_gib": peak_memory(), "rejected": streamed.rejected, "retries": streamed.retries}
+        values = {
+            "loss": result.loss,
+            "ce": result.ce,
+            "ctc": result.ctc,
+            "grad_norm": result.grad_norm,
+            **{f"lr_{name}": rate for name, rate in result.lr.items()},
+            "step_seconds": seconds,
+            "data_wait_seconds": waited,
+            "data_wait_share": waited / seconds,
+            "compute_seconds": result.seconds["compute"],
+            "update_seconds": result.seconds["update"],
+            "audio_seconds": streamed.seconds,
+            "audio_seconds_per_second": streamed.seconds / seconds / self.world_size,
+            "padding_share": 1 - streamed.seconds / streamed.padded_seconds
+            if streamed.padded_seconds
+            else 0.0,
+            "samples": streamed.samples,
+            "shrink_ratio": sums["kept"] / max(sums["frames"], 1.0),
+            "micro_batches": sums["micro_batches"],
+            "llm_tokens": sums["llm_tokens"],
+            "target_tokens": sums["ce_count"],
+            "flops_per_second": rate,
+            "utilisation": rate / self.peak if self.peak else None,
+            "peak_memory_gib": peak_memory(),
+            "rejected": streamed.rejected,
+            "retries": streamed.retries,
+        }
         return {name: value for name, value in values.items() if value is not None}
 
 
 class Telemetry:
     """Rank 0's record of the run; on other ranks every method does nothing.
 
-    `first_step`: the step that this process starts with. Lines of later steps, written by a process that was killed after its
-    last checkpoint or before a roll-back, are taken out, so that each step stands once; events stay.
+    `first_step`: the step that this process starts with. Lines of later steps, written by a process that was
+    killed after its last checkpoint or before a roll-back, are taken out, so that each step stands once;
+    events stay.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, *, first_step: int, steps: int, stage: str, tensorboard: bool):
+    def __init__(
+        self, folder: Path, ranks: Ranks, *, first_step: int, steps: int, stage: str, tensorboard: bool
+    ):
         self.active = ranks.is_main
         self.board = self.file = self.bar = None
         self.totals = {"rejected": 0.0, "retries": 0.0}  # over the whole stage, earlier processes included
@@ -137,8 +171,14 @@ class Telemetry:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step, flush_secs=30)
-        self.bar = tqdm(total=steps, initial=first_step, desc=stage, unit="step", dynamic_ncols=True,
-                        mininterval=0.5 if sys.stderr.isatty() else 30)
+        self.bar = tqdm(
+            total=steps,
+            initial=first_step,
+            desc=stage,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )
 
     def _open(self, first_step: int) -> list[dict]:
         """metrics.jsonl, ready for lines of `first_step`; returns those that stand before it."""
@@ -164,11 +204,14 @@ class Telemetry:
             logger.error("%s: %s", self.path, error)
 
     def line(self, kind: str, step: int, values: dict) -> None:
-        """One line of metrics.jsonl: kind (train | valid | event), step, time and the values; flushed at once."""
+        """One line of metrics.jsonl: kind (train | valid | event), step, time and the values; flushed at
+        once."""
         if self.active:
             self._count(values)
             try:
-                self.file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
+                self.file.write(
+                    json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n"
+                )
                 self.file.flush()
             except OSError as error:  # a full disk must not end what is in memory alone
                 logger.error("step %d is not in %s: %s", step, self.path, error)
@@ -189,7 +232,8 @@ class Telemetry:
             self.bar.update()
 
     def picture(self, step: int, inspection: dict, title: str, name_of: Callable[[int], str]) -> None:
-        """What the adapters make of one clip (`Soundwave.inspect`'s result), to pictures/step-N.png and to TensorBoard."""
+        """What the adapters make of one clip (`Soundwave.inspect`'s result), to pictures/step-N.png and to
+        TensorBoard."""
         if not self.active:
             return
         from model.picture import figure

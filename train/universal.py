@@ -1,11 +1,14 @@
-"""A checkpoint for another number of ranks: DeepSpeed's universal format, made once, inside the checkpoint's own folder.
+"""A checkpoint for another number of ranks: DeepSpeed's universal format, made once, inside the checkpoint's
+own folder.
 
-    step-000500/universal/            one file a parameter and state, of no topology; goes away with its checkpoint
+    step-000500/universal/            one file a parameter and state, of no topology; goes away with its
+                                      checkpoint
     step-000500/universal.partial/    being made, or what a kill left of it: made again
 
-DeepSpeed's loader drops frozen parameters without a word; here the frozen base comes from its own files and the earlier stages'
-folder, and their hashes are compared (train/resume.py) before anything is loaded. Its ZeRO-3 loader also gives every optimizer
-group the first group's settings and all parts one shared step counter: `Checkpoints.load` puts both right.
+DeepSpeed's loader drops frozen parameters without a word; here the frozen base comes from its own files and
+the earlier stages' folder, and their hashes are compared (train/resume.py) before anything is loaded. Its
+ZeRO-3 loader also gives every optimizer group the first group's settings and all parts one shared step
+counter: `Checkpoints.load` puts both right.
 """
 
 from __future__ import annotations
@@ -36,18 +39,22 @@ class ConversionError(OneLine, RuntimeError):
 def needed(saved: dict, now: dict, source: Path) -> bool:
     """Does `source` have to be converted for this run? `saved`, `now`: {"world_size", "zero_stage"}.
 
-    Errors: RecipeError for another ZeRO stage: the universal files made from ZeRO-3 and from ZeRO-1/2 name and nest the common
-    optimizer state in two ways, and DeepSpeed's loaders read their own only.
+    Errors: RecipeError for another ZeRO stage: the universal files made from ZeRO-3 and from ZeRO-1/2 name
+    and nest the common optimizer state in two ways, and DeepSpeed's loaders read their own only.
     """
     if saved["zero_stage"] != now["zero_stage"]:
-        raise RecipeError(f"{source} was written under ZeRO-{saved['zero_stage']} and this run uses ZeRO-{now['zero_stage']}: "
-                          "only the number of ranks may change while a stage is trained; set `deepspeed` to a "
-                          f"ZeRO-{saved['zero_stage']} configuration again, or choose another output folder")
+        raise RecipeError(
+            f"{source} was written under ZeRO-{saved['zero_stage']} and this run uses "
+            f"ZeRO-{now['zero_stage']}: "
+            "only the number of ranks may change while a stage is trained; set `deepspeed` to a "
+            f"ZeRO-{saved['zero_stage']} configuration again, or choose another output folder"
+        )
     return saved["world_size"] != now["world_size"]
 
 
 def convert(source: Path, ranks: Ranks) -> Path:
-    """The universal folder of a checkpoint; rank 0 makes it where it is missing, the others wait. Errors: ConversionError."""
+    """The universal folder of a checkpoint; rank 0 makes it where it is missing, the others wait. Errors:
+    ConversionError."""
     problem = [None]
     if ranks.is_main and not (source / NAME).exists():
         try:
@@ -67,22 +74,43 @@ def _make(source: Path) -> None:
     size = sum(path.stat().st_size for path in source.iterdir())
     free = shutil.disk_usage(source).free
     if free < 2.5 * size:
-        raise ConversionError(f"no room to convert {source} for another number of ranks: it needs {2.5 * size / 1e6:.1f} MB and "
-                              f"{free / 1e6:.1f} MB are free; free space and start again")
+        raise ConversionError(
+            f"no room to convert {source} for another number of ranks: it needs {2.5 * size / 1e6:.1f} MB "
+            f"and "
+            f"{free / 1e6:.1f} MB are free; free space and start again"
+        )
     logger.info("converting %s (%.1f MB) for another number of ranks, once", source, size / 1e6)
     begun = time.monotonic()
     workers = str(min(4, len(os.sched_getaffinity(0))))
     environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, "-m", "train.safe_load", "--input_folder", str(source), "--output_folder",
-         str(partial), "--num_extract_workers", workers, "--num_merge_workers", workers],
-        env={**environment, "DS_ACCELERATOR": "cpu", "PYTHONPATH": path}, capture_output=True, text=True)  # no GPU needed
-    (source / "latest_universal").unlink(missing_ok=True)  # the converter's own mark; the folder's name is ours
+        [
+            sys.executable,
+            "-m",
+            "train.safe_load",
+            "--input_folder",
+            str(source),
+            "--output_folder",
+            str(partial),
+            "--num_extract_workers",
+            workers,
+            "--num_merge_workers",
+            workers,
+        ],
+        env={**environment, "DS_ACCELERATOR": "cpu", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )  # no GPU needed
+    (source / "latest_universal").unlink(
+        missing_ok=True
+    )  # the converter's own mark; the folder's name is ours
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise ConversionError(f"{source} could not be converted for another number of ranks ({last}): start with as many ranks "
-                              "as wrote it, or remove that folder to go on from the one before it")
+        raise ConversionError(
+            f"{source} could not be converted for another number of ranks ({last}): start with as many ranks "
+            "as wrote it, or remove that folder to go on from the one before it"
+        )
     for path in partial.rglob("*"):  # a rename must not outrun the bytes
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)

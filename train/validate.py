@@ -1,4 +1,5 @@
-"""Validation during training: the loss, and the error rates of what the model writes, on the same utterances each time."""
+"""Validation during training: the loss, and the error rates of what the model writes, on the same utterances
+each time."""
 
 from __future__ import annotations
 
@@ -20,15 +21,17 @@ from stream import validation_batches
 from train.engine import Engine, all_reduce
 
 MAX_NEW_TOKENS = 128
-#: Scores by which the best model can be chosen, the lower the better: error rates (core/text.py) and the loss.
+#: Scores by which the best model can be chosen, the lower the better: error rates (core/text.py) and the
+# loss.
 SCORES = (*RATES, "loss")
 logger = logging.getLogger("soundwave")
 
 
-def word_errors(references: list[str], hypotheses: list[str], langs: list[str | None] | None = None, unit: Unit = "word"
-                ) -> tuple[int, int]:
-    """Return (errors, reference units), as evaluation counts them. Without `langs` the references' scripts decide what a word is;
-    utterances whose reference says nothing are left out."""
+def word_errors(
+    references: list[str], hypotheses: list[str], langs: list[str | None] | None = None, unit: Unit = "word"
+) -> tuple[int, int]:
+    """Return (errors, reference units), as evaluation counts them. Without `langs` the references' scripts
+    decide what a word is; utterances whose reference says nothing are left out."""
     langs = langs or [None] * len(references)
     said = [i for i, reference in enumerate(references) if not says_nothing(reference)]
     counted = count_errors(*([texts[i] for i in said] for texts in (references, hypotheses, langs)), unit)
@@ -36,12 +39,14 @@ def word_errors(references: list[str], hypotheses: list[str], langs: list[str | 
 
 
 def chosen_by(result: dict, asked: str) -> str:
-    """Return the score by which a validation is compared: the one asked for, or the loss where the references hold no words."""
+    """Return the score by which a validation is compared: the one asked for, or the loss where the references
+    hold no words."""
     return asked if asked in result else "loss"
 
 
 def is_better(found: dict, best: dict | None) -> bool:
-    """Return whether a validation {by, score, loss} beats the best so far; of equal scores the lower loss wins."""
+    """Return whether a validation {by, score, loss} beats the best so far; of equal scores the lower loss
+    wins."""
     if not math.isfinite(found["score"]):
         return False
     if best is None or best.get("by", "wer") != found["by"]:
@@ -49,28 +54,52 @@ def is_better(found: dict, best: dict | None) -> bool:
     return (found["score"], found["loss"]) < (best["score"], best.get("loss", math.inf))
 
 
-ValidationSet = list[tuple[Batch, list[str], Batch | None]]  # (batch with labels, references, prompts to be continued)
+ValidationSet = list[
+    tuple[Batch, list[str], Batch | None]
+]  # (batch with labels, references, prompts to be continued)
 
 
 def validation_set(recipe: Recipe, stage: Stage, tokenizer, ranks: Ranks) -> ValidationSet:
     """This rank's share of data.valid, read once; the same number of batches on every rank."""
-    arguments = (recipe.data, stage.name, tokenizer, recipe.model, ranks.rank, ranks.world_size, recipe.log.validate_utterances)
+    arguments = (
+        recipe.data,
+        stage.name,
+        tokenizer,
+        recipe.model,
+        ranks.rank,
+        ranks.world_size,
+        recipe.log.validate_utterances,
+    )
     labelled = validation_batches(*arguments, answers=True)
-    unknown = Counter(lang for batch, _ in labelled for lang in batch.languages if lang and not is_known(lang))
+    unknown = Counter(
+        lang for batch, _ in labelled for lang in batch.languages if lang and not is_known(lang)
+    )
     if unknown and ranks.is_main:
-        logger.warning("%d utterances of data.valid have a language that is not known (%s): their text is split into words by "
-                       "its script", unknown.total(), ", ".join(sorted(unknown)))
+        logger.warning(
+            "%d utterances of data.valid have a language that is not known (%s): their text is split into "
+            "words by "
+            "its script",
+            unknown.total(),
+            ", ".join(sorted(unknown)),
+        )
     if stage.score == "ctc":
         return [(batch, references, None) for batch, references in labelled]
     prompts = validation_batches(*arguments, answers=False)
-    return [(batch, references, prompt) for (batch, references), (prompt, _) in zip(labelled, prompts, strict=True)]
+    return [
+        (batch, references, prompt)
+        for (batch, references), (prompt, _) in zip(labelled, prompts, strict=True)
+    ]
 
 
 def fixed_clip(batches: ValidationSet, audio_id: int | None) -> tuple[int, int, int]:
-    """(batch, audio in it, row in it) of the clip that is drawn each time: of this rank's, one of median length. A rank without
-    audio draws nothing, but computes along with the others: its first dummy."""
-    found = sorted((int(length), number, audio) for number, (batch, _, _) in enumerate(batches) if not batch.audio_is_dummy
-                   for audio, length in enumerate(batch.audio_lengths.tolist()))
+    """(batch, audio in it, row in it) of the clip that is drawn each time: of this rank's, one of median
+    length. A rank without audio draws nothing, but computes along with the others: its first dummy."""
+    found = sorted(
+        (int(length), number, audio)
+        for number, (batch, _, _) in enumerate(batches)
+        if not batch.audio_is_dummy
+        for audio, length in enumerate(batch.audio_lengths.tolist())
+    )
     if not found:
         return 0, 0, -1
     _, number, audio = found[len(found) // 2]
@@ -80,36 +109,56 @@ def fixed_clip(batches: ValidationSet, audio_id: int | None) -> tuple[int, int, 
 
 
 def validate(engine: Engine, batches: ValidationSet, tokenizer, ranks: Ranks) -> dict[str, float]:
-    """{"loss", "ce", "ctc", "wer", "cer", "mer", "words", "samples": [(reference, hypothesis), ...], "clip": (inspection,
-    reference, hypothesis) or None}; numbers over all ranks, samples and clip of this one. An error rate is missing where the
-    references hold no words. A batch without references fills up a rank's share: computed, for the collectives of ZeRO-3, and not
-    counted.
+    """{"loss", "ce", "ctc", "wer", "cer", "mer", "words", "samples": [(reference, hypothesis), ...], "clip":
+    (inspection, reference, hypothesis) or None}; numbers over all ranks, samples and clip of this one. An
+    error rate is missing where the references hold no words. A batch without references fills up a rank's
+    share: computed, for the collectives of ZeRO-3, and not counted.
     """
     stage, recipe, model = engine.stage, engine.recipe, engine.model
-    sums = [0.0] * (4 + 2 * len(RATES))  # CE sum, CE count, CTC sum, CTC count, then errors and units of each rate
+    sums = [0.0] * (
+        4 + 2 * len(RATES)
+    )  # CE sum, CE count, CTC sum, CTC count, then errors and units of each rate
     samples, written = [], []
     with engine.whole_model() as synced:
-        for batch, references, prompts in tqdm(batches, desc="validate", unit="batch", leave=False, disable=not ranks.is_main):
+        for batch, references, prompts in tqdm(
+            batches, desc="validate", unit="batch", leave=False, disable=not ranks.is_main
+        ):
             batch = batch.to(ranks.device)
             output = model(batch, losses=stage.losses)
             if stage.score == "ctc":
                 hypotheses = model.ctc_greedy(batch)
             else:
-                ids = model.generate(prompts.to(ranks.device), max_new_tokens=MAX_NEW_TOKENS, synced_gpus=synced)
+                ids = model.generate(
+                    prompts.to(ranks.device), max_new_tokens=MAX_NEW_TOKENS, synced_gpus=synced
+                )
                 hypotheses = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
             written.append(hypotheses)
             if references:
-                rates = [number for unit in RATES.values()
-                         for number in word_errors(references, hypotheses, batch.languages, unit)]
-                local = [float(output.ce_sum) if "ce" in stage.losses else 0.0, batch.ce_count,
-                         float(output.ctc_sum) if "ctc" in stage.losses else 0.0, batch.ctc_count, *rates]
+                rates = [
+                    number
+                    for unit in RATES.values()
+                    for number in word_errors(references, hypotheses, batch.languages, unit)
+                ]
+                local = [
+                    float(output.ce_sum) if "ce" in stage.losses else 0.0,
+                    batch.ce_count,
+                    float(output.ctc_sum) if "ctc" in stage.losses else 0.0,
+                    batch.ctc_count,
+                    *rates,
+                ]
                 sums = [a + b for a, b in zip(sums, local, strict=True)]
                 samples += list(zip(references, hypotheses))
         number, audio, row = fixed_clip(batches, model.audio_id)
         batch, references, _ = batches[number]
         alone = slice(audio, audio + 1)
-        audios = {name: getattr(batch, name)[alone] for name in ("waveforms", "features") if getattr(batch, name) is not None}
-        inspection = model.inspect(replace(batch, **audios, audio_lengths=batch.audio_lengths[alone]).to(ranks.device))
+        audios = {
+            name: getattr(batch, name)[alone]
+            for name in ("waveforms", "features")
+            if getattr(batch, name) is not None
+        }
+        inspection = model.inspect(
+            replace(batch, **audios, audio_lengths=batch.audio_lengths[alone]).to(ranks.device)
+        )
         clip = (inspection, references[row], written[number][row]) if row >= 0 else None
     ce_sum, ce_count, ctc_sum, ctc_count, *rates = all_reduce(sums, ranks)
     result: dict = {"words": rates[1]}

@@ -1,7 +1,8 @@
 """Readers, one small class a format, found by name: `librispeech:/data/LibriSpeech,subset=train-clean-100`.
 
-A reader takes a path and options and yields entries (metadata alone, no audio is opened), faults (lines, rows and members that
-give no sample) and what it ignored, one by one, always in the same order, in memory that does not grow with the corpus.
+A reader takes a path and options and yields entries (metadata alone, no audio is opened), faults (lines, rows
+and members that give no sample) and what it ignored, one by one, always in the same order, in memory that
+does not grow with the corpus.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ _MAX_SIZE = 1 << 53
 class Entry(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True, gc=False):
     """One sample as its corpus describes it, before any audio is opened. Seconds throughout.
 
-    `audio` is an absolute path or one of the forms of data_tools/sources.py; None for text alone. With an `offset` (0 included)
-    the stretch [offset, offset + duration) is taken; without one the whole clip is, and `duration` is only what planning goes by.
-    `group` names what is costly to open more than once: entries of one group stay together in the shuffle. `source` is the part
-    of the corpus, a tar for example, in which ids are unique; it is not written to shards.
+    `audio` is an absolute path or one of the forms of data_tools/sources.py; None for text alone. With an
+    `offset` (0 included) the stretch [offset, offset + duration) is taken; without one the whole clip is, and
+    `duration` is only what planning goes by. `group` names what is costly to open more than once: entries of
+    one group stay together in the shuffle. `source` is the part of the corpus, a tar for example, in which
+    ids are unique; it is not written to shards.
     """
 
     id: str
@@ -57,12 +59,16 @@ class Entry(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True, gc=F
     group: str | None = None
     hypothesis: str | None = None  # what a recogniser made of it
     sound_hash: str | None = None  # of the audio's samples, equal for duplicates
-    size: int | float | None = None  # bytes of the clip in the corpus, about, where asking the file system would not tell
+    size: int | float | None = (
+        None  # bytes of the clip in the corpus, about, where asking the file system would not tell
+    )
     source: str | None = msgspec.field(default=None, name="(source)")
 
     def fields(self) -> dict:
         """What is known of it, by name, without its source."""
-        return {name: value for name, value in zip(ENTRY_FIELDS, _values(self), strict=True) if value is not None}
+        return {
+            name: value for name, value in zip(ENTRY_FIELDS, _values(self), strict=True) if value is not None
+        }
 
     def to_json(self) -> str:
         return _encode(self.fields())
@@ -87,7 +93,8 @@ _KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a li
 
 @dataclass(slots=True)
 class Fault:
-    """A line, row, member or clip that gives no sample: which, why (a fixed word that counts can be kept by), and the detail."""
+    """A line, row, member or clip that gives no sample: which, why (a fixed word that counts can be kept by),
+    and the detail."""
 
     id: str
     reason: str
@@ -100,7 +107,8 @@ class Fault:
 
 @dataclass(slots=True)
 class Ignored:
-    """What a reader left aside because it is no sample and was not meant to be one: counted under a heading."""
+    """What a reader left aside because it is no sample and was not meant to be one: counted under a
+    heading."""
 
     what: str
     count: int = 1
@@ -145,7 +153,9 @@ def malformed(entry: Entry) -> Fault | None:
 
     strings = _strings(entry)
     if not _TEXT_KINDS.issuperset(map(type, strings)):
-        name, value = next((n, v) for n, v in zip(_STRINGS, strings, strict=True) if type(v) not in _TEXT_KINDS)
+        name, value = next(
+            (n, v) for n, v in zip(_STRINGS, strings, strict=True) if type(v) not in _TEXT_KINDS
+        )
         return fault(f"{name} is {kind_of_value(value)}, not text")
     if not "".join(filter(None, strings)).isascii() and (problem := _damaged(strings)):
         return fault(problem, "encoding")
@@ -153,8 +163,18 @@ def malformed(entry: Entry) -> Fault | None:
         if value is not None and not (
             type(value) in (int, float) and 0 <= value <= (_MAX_SIZE if name == "size" else MAX_SECONDS)
         ):
-            shown = f"'{value}'" if isinstance(value, str) else value if type(value) in (int, float) else kind_of_value(value)
-            return fault(f"{name} is {shown}, not a number of seconds from 0 on" if name != "size" else f"size is {shown}")
+            shown = (
+                f"'{value}'"
+                if isinstance(value, str)
+                else value
+                if type(value) in (int, float)
+                else kind_of_value(value)
+            )
+            return fault(
+                f"{name} is {shown}, not a number of seconds from 0 on"
+                if name != "size"
+                else f"size is {shown}"
+            )
     if entry.audio is not None and "\0" in entry.audio:
         return fault("audio holds a null byte")
     if entry.messages is not None:
@@ -184,14 +204,17 @@ def _damaged(strings: tuple) -> str | None:
 
 
 def _is_turn(turn: object) -> bool:
-    return isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+    return (
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+    )
 
 
 class Reader:
     """What readers share: one record costs at most itself, whatever is wrong with it.
 
-    A subclass gives `records` ((where, record) of each line, row or member; a Problem, Fault or Ignored in place of a record
-    stands for itself) and `sample`, which makes an item, or a list of items, of one record. `encoding` is that of its text files.
+    A subclass gives `records` ((where, record) of each line, row or member; a Problem, Fault or Ignored in
+    place of a record stands for itself) and `sample`, which makes an item, or a list of items, of one record.
+    `encoding` is that of its text files.
     """
 
     encoding: str | None = None
@@ -205,7 +228,8 @@ class Reader:
         raise NotImplementedError
 
     def facts(self) -> list[str]:
-        """Lines for the report of a dry run, known after the records were read: which columns there are, for example."""
+        """Lines for the report of a dry run, known after the records were read: which columns there are, for
+        example."""
         return []
 
     def __iter__(self) -> Iterator[Item]:
@@ -270,7 +294,8 @@ def _split(specification: str) -> tuple[str, str, list[str]]:
 class Corpus:
     """A reader by name, its options checked, and the values that hold for all its entries.
 
-    label: a name that tells it from the other corpora of a command; ids get it in front where `qualify` asks for it.
+    label: a name that tells it from the other corpora of a command; ids get it in front where `qualify` asks
+    for it.
     """
 
     def __init__(self, specification: str):
@@ -279,8 +304,8 @@ class Corpus:
         if not path or name not in READERS:
             near = difflib.get_close_matches(name, READERS, n=1)
             raise CorpusError(
-                f"corpus '{specification}' must be NAME:PATH[,option=value...], NAME one of {', '.join(READERS)}"
-                + (f"; did you mean {near[0]}?" if near else "")
+                f"corpus '{specification}' must be NAME:PATH[,option=value...], NAME one of "
+                f"{', '.join(READERS)}" + (f"; did you mean {near[0]}?" if near else "")
             )
         options = dict(pair.split("=", 1) for pair in pairs)
         module, class_name = READERS[name].split(":")
@@ -294,7 +319,8 @@ class Corpus:
                 everything = [*known, *_COMMON]
                 near = difflib.get_close_matches(option, everything, n=1, cutoff=0.0)[0]
                 raise CorpusError(
-                    f"corpus '{specification}': unknown option '{option}', did you mean '{near}'? ({name} takes "
+                    f"corpus '{specification}': unknown option '{option}', did you mean '{near}'? ({name} "
+                    f"takes "
                     f"{', '.join(everything)})"
                 )
         found = find_path(path)
@@ -306,13 +332,19 @@ class Corpus:
         except TypeError as error:
             raise CorpusError(f"corpus '{specification}': {str(error).partition(') ')[2] or error}") from None
         self.reader.encoding = encoding
-        # A reader may know a better name than the path's: one that tells apart corpora whose ids are the same.
-        self.name: str = given_name or getattr(self.reader, "corpus", None) or Path(path.rstrip("/")).name.partition(".")[0]
+        # A reader may know a better name than the path's: one that tells apart corpora whose ids are the
+        # same.
+        self.name: str = (
+            given_name
+            or getattr(self.reader, "corpus", None)
+            or Path(path.rstrip("/")).name.partition(".")[0]
+        )
         self.label = self.name
         self._by_corpus = self._by_source = False
 
     def qualify(self, by_corpus: bool, by_source: bool) -> bool:
-        """Put the corpus' label, its parts' names or both in front of ids from now on. Returns whether that is a change."""
+        """Put the corpus' label, its parts' names or both in front of ids from now on. Returns whether that
+        is a change."""
         before = self._by_corpus, self._by_source
         self._by_corpus, self._by_source = self._by_corpus or by_corpus, self._by_source or by_source
         return before != (self._by_corpus, self._by_source)
@@ -320,7 +352,11 @@ class Corpus:
     def qualified(self) -> list[str]:
         """A line about what is put in front of ids; none where nothing is."""
         form = "/".join([self.label] * self._by_corpus + ["PART"] * self._by_source)
-        return [f"ids of {self.name} are those of other clips too: they are written as {form}/ID"] if form else []
+        return (
+            [f"ids of {self.name} are those of other clips too: they are written as {form}/ID"]
+            if form
+            else []
+        )
 
     def __iter__(self) -> Iterator[Item]:
         for item in self.reader:
@@ -341,22 +377,28 @@ class Corpus:
 
 
 def open_corpora(specifications: Iterable[str]) -> list[Corpus]:
-    """Open corpora, with labels that tell apart those of one name: the parts of their paths that differ. Errors: CorpusError."""
+    """Open corpora, with labels that tell apart those of one name: the parts of their paths that differ.
+    Errors: CorpusError."""
     corpora = [Corpus(specification) for specification in specifications]
     for corpus in corpora:
         paths = {other.path.parts for other in corpora if other.name == corpus.name}
         if len(paths) == 1:
             continue
-        length = next(n for n in range(1, 1 + max(map(len, paths))) if len({path[-n:] for path in paths}) == len(paths))
+        length = next(
+            n for n in range(1, 1 + max(map(len, paths))) if len({path[-n:] for path in paths}) == len(paths)
+        )
         ends = [tuple(reversed(path[-length:])) for path in paths]
         mine = tuple(reversed(corpus.path.parts[-length:]))
-        kept = [part for place, part in enumerate(mine) if any(end[place : place + 1] != (part,) for end in ends)]
+        kept = [
+            part for place, part in enumerate(mine) if any(end[place : place + 1] != (part,) for end in ends)
+        ]
         corpus.label = "/".join(reversed(kept)).strip("/") or corpus.name
     return corpora
 
 
 def open_apart(specifications: Iterable[str]) -> list[Corpus]:
-    """open_corpora, and ids of corpora of one name told apart from the start: for manifests, where they end in one file."""
+    """open_corpora, and ids of corpora of one name told apart from the start: for manifests, where they end
+    in one file."""
     corpora = open_corpora(specifications)
     for corpus in corpora:
         if corpus.label != corpus.name and not corpus.reader.has_global_ids:
@@ -365,5 +407,6 @@ def open_apart(specifications: Iterable[str]) -> list[Corpus]:
 
 
 def is_held_out(name: str) -> bool:
-    """Whether a part of a corpus bears the name of one that is kept for tests: no corpus gives those unasked."""
+    """Whether a part of a corpus bears the name of one that is kept for tests: no corpus gives those
+    unasked."""
     return re.match("(dev|test|valid|validation)([^a-z]|$)", name.lower()) is not None

@@ -1,4 +1,5 @@
-"""Audio files that lie beside those that a table names: counted, so that nothing of a corpus goes without a word."""
+"""Audio files that lie beside those that a table names: counted, so that nothing of a corpus goes without a
+word."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ _ENDINGS = tuple(f".{extension}" for extension in EXTENSIONS)
 class Beside:
     """Of the folders in which named files lie, how many more audio files they hold than were named.
 
-    Rows of one file count once where they follow each other. A file named in several places hides another one.
+    Rows of one file count once where they follow each other. A file named in several places hides another
+    one.
     """
 
     def __init__(self):

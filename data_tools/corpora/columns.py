@@ -1,4 +1,5 @@
-"""What columns and keys of other people's files mean: their usual names, and the times among them that must not be left out."""
+"""What columns and keys of other people's files mean: their usual names, and the times among them that must
+not be left out."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from data_tools.text_files import CorpusError
 
 # Names under which files have a field, the usual ones first.
 USUAL = {
-    "audio": ("audio", "path", "file_name", "filename", "file", "audio_filepath", "audio_path", "audio_file", "wav", "wav_path",
+    "audio": ("audio", "path", "file_name", "filename", "file", "audio_filepath", "audio_path", "audio_file", "wav", "wav_path",  # noqa: E501
               "filepath", "file_path", "clip", "recording_path"),
-    "text": ("text", "sentence", "transcription", "transcript", "normalized_text", "raw_transcription", "raw_text", "utterance",
+    "text": ("text", "sentence", "transcription", "transcript", "normalized_text", "raw_transcription", "raw_text", "utterance",  # noqa: E501
              "transcript_text", "words", "txt"),
     "id": ("id", "utt_id", "uttid", "utterance_id", "segment_id", "sid", "key", "uid"),
     "speaker": ("speaker", "speaker_id", "spk_id", "spk", "client_id", "spkid"),
@@ -27,7 +28,7 @@ USUAL = {
 VALUES = ("target_lang", "prompt", "label", "speaker")
 
 _PART = r"(?:(?:seg(?:ment)?|audio|clip|utt(?:erance)?|time|ts|t|sample|frame)s?)?"
-_UNIT = r"(?:(?:time)?(?:stamp)?s?(?:in)?(?:s|sec|secs|seconds?|ms|msecs?|millis(?:econds)?|samples?|frames?|pos)?)"
+_UNIT = r"(?:(?:time)?(?:stamp)?s?(?:in)?(?:s|sec|secs|seconds?|ms|msecs?|millis(?:econds)?|samples?|frames?|pos)?)"  # noqa: E501
 _START = re.compile(rf"{_PART}(?:start|begin|onset|from|offset){_UNIT}|t0|xmin|tmin")
 _END = re.compile(rf"{_PART}(?:end|stop|finish|to|until){_UNIT}|t1|xmax|tmax")
 _LENGTH = re.compile(
@@ -56,11 +57,18 @@ def _meaning(name: str) -> str | None:
 
 def time_columns(columns: Iterable[str], used: Collection[str]) -> dict[str, str]:
     """Return {column: start | end | length} of those that are named like times and that nobody uses."""
-    return {name: meaning for name in columns if isinstance(name, str) and name not in used and (meaning := _meaning(name))}
+    return {
+        name: meaning
+        for name in columns
+        if isinstance(name, str) and name not in used and (meaning := _meaning(name))
+    }
 
 
-def unused_times(row: Mapping[str, Any], times: Mapping[str, str], has_offset: bool, has_length: bool) -> list[str]:
-    """Return the columns of `times` without which the row would be another stretch of its recording than it says.
+def unused_times(
+    row: Mapping[str, Any], times: Mapping[str, str], has_offset: bool, has_length: bool
+) -> list[str]:
+    """Return the columns of `times` without which the row would be another stretch of its recording than it
+    says.
 
     A start or end always; a length only where a stretch begins somewhere and has none.
     """
@@ -77,7 +85,8 @@ def _is_time(value: Any) -> bool:
 def proposal(
     columns: Collection[str], fields: Collection[str] = ("audio", "text", "id", "speaker", "duration")
 ) -> dict[str, str]:
-    """Return {field: column} as the columns' names suggest, for fields that have no column of their own name."""
+    """Return {field: column} as the columns' names suggest, for fields that have no column of their own
+    name."""
     by_lower = {str(column).lower(): column for column in columns}
     found: dict[str, str] = {}
     for field in fields:
@@ -93,7 +102,9 @@ def as_options(columns: Mapping[str, str]) -> str:
     return ",".join(f"{field}={column}" for field, column in columns.items())
 
 
-def columns_and_values(named: dict[str, str], columns: Iterable[str], where: Path) -> tuple[dict[str, str], dict[str, str]]:
+def columns_and_values(
+    named: dict[str, str], columns: Iterable[str], where: Path
+) -> tuple[dict[str, str], dict[str, str]]:
     """({field: column}, {field: value for every entry}) of a reader's options, for a file with these columns.
 
     Errors: CorpusError for what is no column and cannot be a value, or is nearly a column's name.
@@ -102,7 +113,9 @@ def columns_and_values(named: dict[str, str], columns: Iterable[str], where: Pat
     by_lower = {column.lower(): column for column in columns}
     values = {field: value for field, value in named.items() if value not in columns}
     for field, value in values.items():
-        near = difflib.get_close_matches(value.lower(), by_lower, n=1, cutoff=0.8)  # a slip of the pen would label every entry
+        near = difflib.get_close_matches(
+            value.lower(), by_lower, n=1, cutoff=0.8
+        )  # a slip of the pen would label every entry
         if near or field not in VALUES:
             hint = f", did you mean '{by_lower[near[0]]}'?" if near else ":"
             raise CorpusError(f"{where} has no column '{value}'{hint} its columns are {', '.join(columns)}")
@@ -110,6 +123,9 @@ def columns_and_values(named: dict[str, str], columns: Iterable[str], where: Pat
 
 
 def check_same_meaning(before: tuple[dict, dict], now: tuple[dict, dict], where: Path | str) -> None:
-    """Errors: CorpusError where an option names a column of one file or line, and would be a value for another."""
+    """Errors: CorpusError where an option names a column of one file or line, and would be a value for
+    another."""
     for field, value in before[1].items() ^ now[1].items():
-        raise CorpusError(f"{where}: '{value}' is a column in some places and none in others: {field}={value} is ambiguous")
+        raise CorpusError(
+            f"{where}: '{value}' is a column in some places and none in others: {field}={value} is ambiguous"
+        )

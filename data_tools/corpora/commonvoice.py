@@ -13,21 +13,28 @@ from data_tools.text_files import existing, table_rows
 
 # Common Voice's names of its languages, of which the folder of a language has one.
 _LOCALES = frozenset(
-    "ab ace ady af am an ar arn as ast az ba bas bax be bew bg bn br bxr byv ca ckb cnh co cs cv cy da dag dar de dv dyu "
-    "el en eo es esu et eu fa ff fi fo fr fur fy-NL ga-IE gl gn gom gsw guc gv ha he hi hil hr hsb ht hu hy-AM hyw ia id "
-    "ie ig is it izh ja jbo jv ka kaa kab kbd ki kk km kmr kn knn ko koi kpv kw ky lb lg lij ln lo lt ltg lus lv lzz mai "
-    "mdf mfe mg mhr mk ml mn mni mos mr mrj ms mt my myv nan-tw nb-NO nd ne-NP nhe nhi nl nn-NO nr nso nv ny nyn oc om or "
-    "os pa-IN pap-AW pl ps pt quc quy qxp rm-sursilv rm-vallader ro ru rw sah sat sc scn sco sd sdh shi si sk skr sl sn "
-    "snk snv so sq sr ss ssw st su sv-SE sw syr ta te tg th ti tig tk tl tn to tok tr trv ts tsn tt tw ty tyv tzm udm ug "
+    "ab ace ady af am an ar arn as ast az ba bas bax be bew bg bn br bxr byv ca ckb cnh co cs cv cy da dag "
+    "dar de dv dyu "
+    "el en eo es esu et eu fa ff fi fo fr fur fy-NL ga-IE gl gn gom gsw guc gv ha he hi hil hr hsb ht hu "
+    "hy-AM hyw ia id "
+    "ie ig is it izh ja jbo jv ka kaa kab kbd ki kk km kmr kn knn ko koi kpv kw ky lb lg lij ln lo lt ltg "
+    "lus lv lzz mai "
+    "mdf mfe mg mhr mk ml mn mni mos mr mrj ms mt my myv nan-tw nb-NO nd ne-NP nhe nhi nl nn-NO nr nso nv ny "
+    "nyn oc om or "
+    "os pa-IN pap-AW pl ps pt quc quy qxp rm-sursilv rm-vallader ro ru rw sah sat sc scn sco sd sdh shi si "
+    "sk skr sl sn "
+    "snk snv so sq sr ss ssw st su sv-SE sw syr ta te tg th ti tig tk tl tn to tok tr trv ts tsn tt tw ty "
+    "tyv tzm udm ug "
     "uk ur uz vec vep vi vmw vot wo xh xho yi yo yue zgh zh-CN zh-HK zh-TW zu zul zza".split()
 )
 
 
 class CommonVoice(Reader):
-    """LANG/SPLIT.tsv beside LANG/clips/*.mp3; PATH is the LANG folder of a release, split e.g. train, dev, test, validated.
+    """LANG/SPLIT.tsv beside LANG/clips/*.mp3; PATH is the LANG folder of a release, split e.g. train, dev,
+    test, validated.
 
-    The language is the table's column `locale`, else the folder's name where that is one of Common Voice's. Clips that the
-    table does not name are counted.
+    The language is the table's column `locale`, else the folder's name where that is one of Common Voice's.
+    Clips that the table does not name are counted.
     """
 
     has_global_ids = True
@@ -37,12 +44,15 @@ class CommonVoice(Reader):
         self.table = existing(path / f"{split}.tsv")
         if not self.table.exists():
             raise CorpusError(
-                f"{self.table} does not exist: give the language's folder and split=train, dev, test, validated ..."
+                f"{self.table} does not exist: give the language's folder and split=train, dev, test, "
+                f"validated ..."
             )
 
     def records(self) -> Iterator[tuple[str, Any]]:
         self.beside.clear()
-        for place, row in table_rows(self.table, quoted=False, encoding=self.encoding, required=("path", "sentence")):
+        for place, row in table_rows(
+            self.table, quoted=False, encoding=self.encoding, required=("path", "sentence")
+        ):
             yield f"{self.table.name}:{place}", row
         yield from self.beside.left(self.table.name)
 
@@ -63,18 +73,20 @@ class CommonVoice(Reader):
     def _of_folder(self) -> str:
         if self.path.name not in _LOCALES:
             raise CorpusError(
-                f"{self.path}: '{self.path.name}' is no language of Common Voice, and {self.table.name} has no column 'locale': "
+                f"{self.path}: '{self.path.name}' is no language of Common Voice, and {self.table.name} has "
+                f"no column 'locale': "
                 "give the language's folder, or its code (lang=fr)"
             )
         return self.path.name
 
 
 class CoVoST(Reader):
-    """covost_v2.SRC_TGT.SPLIT.tsv (path, sentence, translation, client_id) and the Common Voice clips that it speaks of.
+    """covost_v2.SRC_TGT.SPLIT.tsv (path, sentence, translation, client_id) and the Common Voice clips that it
+    speaks of.
 
-    PATH is the table; clips: folder of the mp3 files (default: clips beside it). The two languages are in the file's name, and
-    in the corpus' name unless another is given: a clip has one id whatever it is translated into. Clips that the table does not
-    name are counted.
+    PATH is the table; clips: folder of the mp3 files (default: clips beside it). The two languages are in the
+    file's name, and in the corpus' name unless another is given: a clip has one id whatever it is translated
+    into. Clips that the table does not name are counted.
     """
 
     has_global_ids = True
@@ -89,10 +101,13 @@ class CoVoST(Reader):
         self.corpus, self.beside = f"{parts[0]}.{parts[1]}", Beside()
 
     def records(self) -> Iterator[tuple[str, Any]]:
-        # The official script writes the splits with a backslash before every quote and backslash of a sentence.
+        # The official script writes the splits with a backslash before every quote and backslash of a
+        # sentence.
         required = ("path", "sentence", "translation")
         self.beside.clear()
-        for place, row in table_rows(self.table, "\t", False, escape="\\", encoding=self.encoding, required=required):
+        for place, row in table_rows(
+            self.table, "\t", False, escape="\\", encoding=self.encoding, required=required
+        ):
             yield f"{self.table.name}:{place}", row
         yield from self.beside.left(self.table.name)
 
@@ -117,7 +132,8 @@ class CoVoST(Reader):
 
 
 def _without_quotes(sentence: str) -> str:
-    """Without the quotes around all of it, which some sentences have, and CSV's double ones within; others stay."""
+    """Without the quotes around all of it, which some sentences have, and CSV's double ones within; others
+    stay."""
     inner = sentence[1:-1]
     whole = sentence == f'"{inner}"' and '"' not in inner.replace('""', "")
     return inner.replace('""', '"') if whole else sentence

@@ -13,10 +13,11 @@ from data_tools.text_files import existing, table_rows
 
 
 class Fleurs(Reader):
-    """LANG/SPLIT.tsv (id, file, raw transcription, transcription, characters, samples, gender; no header) beside audio/SPLIT.
+    """LANG/SPLIT.tsv (id, file, raw transcription, transcription, characters, samples, gender; no header)
+    beside audio/SPLIT.
 
-    PATH is the language's folder (en_us); split: train, dev or test; text: raw (as written) or normalised. Clips that the table
-    does not have are counted.
+    PATH is the language's folder (en_us); split: train, dev or test; text: raw (as written) or normalised.
+    Clips that the table does not have are counted.
     """
 
     HEADER = ["id", "file_name", "raw", "normalised", "characters", "num_samples", "gender"]
@@ -28,9 +29,14 @@ class Fleurs(Reader):
         if text not in ("raw", "normalised"):
             raise CorpusError(f"text={text}: raw or normalised")
         if not self.table.exists():
-            raise CorpusError(f"{self.table} does not exist: give the language's folder and split=train, dev or test")
+            raise CorpusError(
+                f"{self.table} does not exist: give the language's folder and split=train, dev or test"
+            )
         if lang is None and not re.fullmatch(r"[a-z]{2,3}(_[a-z]{4})?_([a-z]{2}|\d{3})", path.name):
-            raise CorpusError(f"{path}: '{path.name}' is no language of FLEURS (as en_us): give its code, lang=en for example")
+            raise CorpusError(
+                f"{path}: '{path.name}' is no language of FLEURS (as en_us): give its code, lang=en for "
+                f"example"
+            )
 
     def records(self) -> Iterator[tuple[str, Any]]:
         clips = set(os.listdir(self.audio)) if self.audio.is_dir() else set()

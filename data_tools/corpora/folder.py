@@ -1,4 +1,5 @@
-"""Audio files in a folder, with their transcripts beside them or in one file: the layout that needs no reader of its own."""
+"""Audio files in a folder, with their transcripts beside them or in one file: the layout that needs no reader
+of its own."""
 
 from __future__ import annotations
 
@@ -11,11 +12,29 @@ from typing import Any
 
 import msgspec
 
-from core.tar_members import MAX_TEXT_BYTES, Group, Member, family_of, group_family, ignored_as, kind_of_member, read_record
+from core.tar_members import (
+    MAX_TEXT_BYTES,
+    Group,
+    Member,
+    family_of,
+    group_family,
+    ignored_as,
+    kind_of_member,
+    read_record,
+)
 from data_tools.corpora import Entry, Fault, Ignored, Item, Reader, as_name
 from data_tools.corpora.columns import USUAL, number, proposal
 from data_tools.disk_table import DiskTable
-from data_tools.text_files import CorpusError, Problem, bare_suffixes, damage, json_items, open_text, table_rows, text_lines
+from data_tools.text_files import (
+    CorpusError,
+    Problem,
+    bare_suffixes,
+    damage,
+    json_items,
+    open_text,
+    table_rows,
+    text_lines,
+)
 
 _METADATA = ("metadata", "transcripts", "transcript", "transcriptions", "trans")  # stems of such files
 _TABLES = (".csv", ".tsv", ".jsonl", ".json", ".txt")
@@ -24,15 +43,16 @@ _FOLDER = "folder"  # a value that stands for the name of the clip's folder
 
 
 class Folder(Reader):
-    """PATH is a folder of audio files, at any depth. A clip's transcript is the text beside it (a.wav and a.txt, .lab, .trn or
-    .json), or its line in one file of the folder or of a folder above it.
+    """PATH is a folder of audio files, at any depth. A clip's transcript is the text beside it (a.wav and
+    a.txt, .lab, .trn or .json), or its line in one file of the folder or of a folder above it.
 
-    Such a file is named metadata, transcripts, transcript or trans, with .csv, .tsv, .jsonl, .json or .txt, or is
-    SOMETHING.trans.txt; metadata names another one. Its rows name the file (file_name, path, audio ..., with its folder or
-    not, with its extension or not) and hold text, and if they like speaker, label, lang, id, prompt, response; a .txt, or a
-    table without a line of names, has the file first and its text second. text: of several texts of a clip, the ending of the
-    one to take (text=normalized.txt). speaker, label: a value for all clips, or `folder`: the name of the clip's folder. Clips
-    without a text, texts without a clip and other files are counted. The id is the path from PATH on, without extension.
+    Such a file is named metadata, transcripts, transcript or trans, with .csv, .tsv, .jsonl, .json or .txt,
+    or is SOMETHING.trans.txt; metadata names another one. Its rows name the file (file_name, path, audio ...,
+    with its folder or not, with its extension or not) and hold text, and if they like speaker, label, lang,
+    id, prompt, response; a .txt, or a table without a line of names, has the file first and its text second.
+    text: of several texts of a clip, the ending of the one to take (text=normalized.txt). speaker, label: a
+    value for all clips, or `folder`: the name of the clip's folder. Clips without a text, texts without a
+    clip and other files are counted. The id is the path from PATH on, without extension.
     """
 
     def __init__(
@@ -46,9 +66,13 @@ class Folder(Reader):
         if not path.is_dir():
             raise CorpusError(f"{path} is not a folder")
         self.path, self.ending = path, f".{text}" if text else None
-        self.of_folder = [field for field, value in (("speaker", speaker), ("label", label)) if value == _FOLDER]
+        self.of_folder = [
+            field for field, value in (("speaker", speaker), ("label", label)) if value == _FOLDER
+        ]
         self.constant = {
-            field: value for field, value in (("speaker", speaker), ("label", label)) if value not in (None, _FOLDER)
+            field: value
+            for field, value in (("speaker", speaker), ("label", label))
+            if value not in (None, _FOLDER)
         }
         self.metadata = None
         if metadata:
@@ -73,7 +97,12 @@ class Folder(Reader):
             families: dict[str, list[Member[str]]] = {}
             for name in names:
                 heading = ignored_as(name)
-                if heading is None and self.ending and kind_of_member(name) == "text" and not name.endswith(self.ending):
+                if (
+                    heading is None
+                    and self.ending
+                    and kind_of_member(name) == "text"
+                    and not name.endswith(self.ending)
+                ):
                     heading = f"texts that do not end in {self.ending}"
                 if heading:
                     ignored[heading.replace("members", "files")] += 1
@@ -87,11 +116,15 @@ class Folder(Reader):
             yield from table.left_over()
         yield from (("", Ignored(heading, count)) for heading, count in ignored.items())
 
-    def _open_table(self, file: Path, folder: Path, tables: dict[str, _Metadata]) -> Iterator[tuple[str, Fault]]:
+    def _open_table(
+        self, file: Path, folder: Path, tables: dict[str, _Metadata]
+    ) -> Iterator[tuple[str, Fault]]:
         table = _Metadata(file, self.encoding)
         key = os.path.relpath(folder, self.path)
         if key in tables:
-            raise CorpusError(f"{tables[key].file} and {file} both describe {folder}: name one with metadata=")
+            raise CorpusError(
+                f"{tables[key].file} and {file} both describe {folder}: name one with metadata="
+            )
         tables[key] = table
         self.told.append(table.told)
         yield from table.faults
@@ -106,7 +139,11 @@ class Folder(Reader):
         table = _nearest(tables, sample_id)
         values = table.take(audios[0].name, sample_id) if table is not None else None
         if len(audios) > 1 and (values is not None or len(audios) < len(group.members)):
-            return Fault(sample_id, "bad_row", group.problem or f"several audio files ({', '.join(a.name for a in audios)})")
+            return Fault(
+                sample_id,
+                "bad_row",
+                group.problem or f"several audio files ({', '.join(a.name for a in audios)})",
+            )
         texts = [member for member in group.members if member.kind != "audio"]
         if values is None and texts:
             if problem := group.problem:
@@ -118,7 +155,9 @@ class Folder(Reader):
             return [*found, Fault(sample_id, values.reason, values.detail)]
         values = dict(values or {})
         parent = PurePosixPath(sample_id).parent.name or self.path.name
-        entry = Entry(id=values.pop("id", None) or sample_id, audio=audios[0].content, **self.constant | values)
+        entry = Entry(
+            id=values.pop("id", None) or sample_id, audio=audios[0].content, **self.constant | values
+        )
         for field in self.of_folder:
             setattr(entry, field, parent)
         return [*found, entry]
@@ -227,7 +266,10 @@ class _Metadata:
         else:
             delimiter, header = _form_of(self.file, encoding)
             if header is None and delimiter in ",;":
-                raise CorpusError(f"{self.file} has no line of column names: give --corpus table:FILE,columns=audio+text instead")
+                raise CorpusError(
+                    f"{self.file} has no line of column names: give --corpus table:FILE,columns=audio+text "
+                    f"instead"
+                )
             if header is None:
                 yield from self._lines(encoding)
                 return
@@ -241,13 +283,17 @@ class _Metadata:
                 yield place, "", Problem("bad_json", "not a JSON object")
                 continue
             if not columns:
-                columns = {field: field for field in ("audio", *_FIELDS) if field in row} | proposal(row, tuple(USUAL))
+                columns = {field: field for field in ("audio", *_FIELDS) if field in row} | proposal(
+                    row, tuple(USUAL)
+                )
                 if "audio" not in columns:
                     raise CorpusError(
-                        f"{self.file} has no column that names files (file_name, path, audio ...): {', '.join(row)}"
+                        f"{self.file} has no column that names files (file_name, path, audio ...): "
+                        f"{', '.join(row)}"
                     )
                 self.told = f"{self.file.name}: reads " + ", ".join(
-                    f"{column} (as {field})" if column != field else field for field, column in columns.items()
+                    f"{column} (as {field})" if column != field else field
+                    for field, column in columns.items()
                 )
             name = row.get(columns["audio"])
             if not isinstance(name, str) or not name:
@@ -256,7 +302,8 @@ class _Metadata:
             yield place, name, _chosen({field: row.get(column) for field, column in columns.items()})
 
     def take(self, name: str, sample_id: str) -> dict[str, Any] | Problem | None:
-        """The row of a clip: by its path from this file on or a shorter one, with or without its extension."""
+        """The row of a clip: by its path from this file on or a shorter one, with or without its
+        extension."""
         path = f"{os.path.dirname(sample_id)}/{name}".strip("/")
         parts = path.split("/")
         for first in range(len(parts)):
@@ -266,13 +313,18 @@ class _Metadata:
                 if row is None:
                     continue
                 if row[1] not in (None, path):
-                    raise CorpusError(f"{self.file}: '{key}' fits {row[1]} and {path}: write the folder into the names")
+                    raise CorpusError(
+                        f"{self.file}: '{key}' fits {row[1]} and {path}: write the folder into the names"
+                    )
                 return msgspec.json.decode(row[0])
         return None
 
     def left_over(self) -> Iterator[tuple[str, Fault]]:
         for key, _ in self._rows.left_over():
-            yield key, Fault(key, "missing_file", f"{self.file.name} names {key}, and there is no such audio file")
+            yield (
+                key,
+                Fault(key, "missing_file", f"{self.file.name} names {key}, and there is no such audio file"),
+            )
 
 
 def _key(name: str) -> str:
@@ -286,4 +338,6 @@ def _form_of(file: Path, encoding: str | None) -> tuple[str, list[str] | None]:
     counts = {sign: first.count(sign) for sign in ("\t", "|", ";", ",")}
     delimiter = next((sign for sign, count in counts.items() if count), ",")
     columns = [cell.strip('"').lower() for cell in first.split(delimiter)]
-    return delimiter, columns if any(column in names for column in columns for names in (USUAL["audio"], USUAL["text"])) else None
+    return delimiter, columns if any(
+        column in names for column in columns for names in (USUAL["audio"], USUAL["text"])
+    ) else None

@@ -13,11 +13,12 @@ from data_tools.text_files import existing, json_array
 
 
 class GigaSpeech(Reader):
-    """GigaSpeech.json beside audio/; PATH is the JSON, or its folder. subset: XL, L, M, S, XS, DEV or TEST; without it, all but
-    DEV and TEST. root: folder that audio paths start from (default: the JSON's).
+    """GigaSpeech.json beside audio/; PATH is the JSON, or its folder. subset: XL, L, M, S, XS, DEV or TEST;
+    without it, all but DEV and TEST. root: folder that audio paths start from (default: the JSON's).
 
-    Punctuation tags become punctuation (punctuation=no leaves them out); garbage segments (<SIL>, <MUSIC>, <NOISE>,
-    <OTHER>) are no speech and are reported as such; audio files that the JSON does not name are counted.
+    Punctuation tags become punctuation (punctuation=no leaves them out); garbage segments (<SIL>, <MUSIC>,
+    <NOISE>, <OTHER>) are no speech and are reported as such; audio files that the JSON does not name are
+    counted.
     """
 
     TAGS = {"<COMMA>": ",", "<PERIOD>": ".", "<QUESTIONMARK>": "?", "<EXCLAMATIONPOINT>": "!"}
@@ -26,7 +27,9 @@ class GigaSpeech(Reader):
     broken = "bad_json"
     has_global_ids = True
 
-    def __init__(self, path: Path, subset: str | None = None, root: str | None = None, punctuation: str = "yes"):
+    def __init__(
+        self, path: Path, subset: str | None = None, root: str | None = None, punctuation: str = "yes"
+    ):
         self.beside = Beside()
         self.path = path if path.is_file() else existing(path / f"{type(self).__name__}.json")
         self.root = Path(root).absolute() if root else self.path.parent
@@ -69,7 +72,9 @@ class GigaSpeech(Reader):
 
     def entry(self, recording: dict, segment: dict) -> Entry | Fault:
         name, words = str(segment.get(self.ids, "?")), segment.get("text_tn", segment.get("text", ""))
-        if not isinstance(segment.get(self.start), (int, float)) or not isinstance(segment.get(self.end), (int, float)):
+        if not isinstance(segment.get(self.start), (int, float)) or not isinstance(
+            segment.get(self.end), (int, float)
+        ):
             return Fault(name, "bad_json", f"segment without {self.start} and {self.end}")
         if not isinstance(words, str):
             return Fault(name, "bad_json", f"text is {kind_of_value(words)}, not text")
@@ -89,8 +94,8 @@ class GigaSpeech(Reader):
 
 
 class WenetSpeech(GigaSpeech):
-    """WenetSpeech.json: the same shape, Chinese. subset: L, M, S, W, DEV, TEST_NET, TEST_MEETING (without it, and root: as for
-    GigaSpeech); punctuation: without effect, there are no tags."""
+    """WenetSpeech.json: the same shape, Chinese. subset: L, M, S, W, DEV, TEST_NET, TEST_MEETING (without it,
+    and root: as for GigaSpeech); punctuation: without effect, there are no tags."""
 
     TAGS: dict[str, str] = {}
     default_lang = "zh"

@@ -13,7 +13,8 @@ from data_tools.text_files import CorpusError, Problem, damage, existing, lines
 
 
 def keyed_lines(path: Path, encoding: str | None = None) -> Iterator[tuple[str, str | Problem]]:
-    """(key, rest) of each line. Errors: CorpusError for a file that is not sorted by key, as Kaldi itself demands."""
+    """(key, rest) of each line. Errors: CorpusError for a file that is not sorted by key, as Kaldi itself
+    demands."""
     last = ""
     for place, line in lines(path, encoding):
         if isinstance(line, Problem):
@@ -26,13 +27,17 @@ def keyed_lines(path: Path, encoding: str | None = None) -> Iterator[tuple[str, 
         if not key:
             continue
         if key.encode() <= last.encode() and last:
-            raise CorpusError(f"{path}:{place}: '{key}' after '{last}': sort it with LC_ALL=C sort, or utils/fix_data_dir.sh")
+            raise CorpusError(
+                f"{path}:{place}: '{key}' after '{last}': sort it with LC_ALL=C sort, or "
+                f"utils/fix_data_dir.sh"
+            )
         last = key
         yield key, rest
 
 
 class _Lookup:
-    """Values of a sorted file for keys that come sorted: two files are joined line by line, neither is in memory.
+    """Values of a sorted file for keys that come sorted: two files are joined line by line, neither is in
+    memory.
 
     passed: keys of the file that nobody asked for, since the last look.
     """
@@ -71,11 +76,12 @@ class _Clip(NamedTuple):
 
 
 class Kaldi(Reader):
-    """PATH is the data folder. Commands in wav.scp (`... |`) are refused unless --allow-pipes is given; then each runs once.
+    """PATH is the data folder. Commands in wav.scp (`... |`) are refused unless --allow-pipes is given; then
+    each runs once.
 
-    Offsets into archives (`data.ark:1234`) are followed. Relative paths start from root (default: where the command runs).
-    Segments of one channel (a fifth column) are reported: whole files are read, all channels averaged. Transcripts of
-    utterances that wav.scp or segments does not have are reported.
+    Offsets into archives (`data.ark:1234`) are followed. Relative paths start from root (default: where the
+    command runs). Segments of one channel (a fifth column) are reported: whole files are read, all channels
+    averaged. Transcripts of utterances that wav.scp or segments does not have are reported.
     """
 
     def __init__(self, path: Path, lang: str | None = None, root: str | None = None):
@@ -91,7 +97,10 @@ class Kaldi(Reader):
         return str(self.root / value)
 
     def records(self) -> Iterator[tuple[str, Any]]:
-        files = {name: _Lookup(self.folder / name, self.encoding) for name in ("text", "utt2spk", "utt2lang", "utt2dur")}
+        files = {
+            name: _Lookup(self.folder / name, self.encoding)
+            for name in ("text", "utt2spk", "utt2lang", "utt2dur")
+        }
         text, others = files["text"], [file for name, file in files.items() if name != "text"]
         passed, missing = dict.fromkeys(files, 0), dict.fromkeys(files, 0)
         for clip in self._clips():
@@ -115,7 +124,12 @@ class Kaldi(Reader):
             if count := passed[name] + sum(1 for _ in files[name].rest()):
                 yield "", Ignored(f"lines of {name} without an utterance", count)
             if missing[name]:
-                yield "", Ignored(f"gaps in {name}: utterances without a line there, which are kept", missing[name])
+                yield (
+                    "",
+                    Ignored(
+                        f"gaps in {name}: utterances without a line there, which are kept", missing[name]
+                    ),
+                )
 
     def sample(self, clip: _Clip, where: str) -> Item:
         for name, value in clip.values.items():
@@ -169,14 +183,27 @@ class Kaldi(Reader):
         except ValueError:
             return Fault(key, "bad_row", f"segments: '{key} {value}' is not UTTERANCE RECORDING START END")
         if channel:  # the average of all channels would have the other speakers too
-            return Fault(key, "bad_row", f"channel {channel[0]} of recording '{recording}': extract the channels to files first")
+            return Fault(
+                key,
+                "bad_row",
+                f"channel {channel[0]} of recording '{recording}': extract the channels to files first",
+            )
         if recording not in recordings:
             return Fault(key, "bad_row", f"segments speaks of recording '{recording}', wav.scp does not")
         if not isinstance(recordings[recording], str) or not recordings[recording]:
             return Fault(key, "bad_row", f"wav.scp: the file of recording '{recording}' cannot be read")
         # An end of -1 is the recording's end.
-        return _Clip(key, self.audio(recordings[recording]), recording, offset, None if float(end) < 0 else duration, {})
+        return _Clip(
+            key,
+            self.audio(recordings[recording]),
+            recording,
+            offset,
+            None if float(end) < 0 else duration,
+            {},
+        )
 
 
 def _unmatched(key: str) -> Fault:
-    return Fault(key, "unmatched", f"text has a transcript of {key}, wav.scp and segments have no such utterance")
+    return Fault(
+        key, "unmatched", f"text has a transcript of {key}, wav.scp and segments have no such utterance"
+    )

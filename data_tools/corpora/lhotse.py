@@ -1,4 +1,5 @@
-"""lhotse cut manifests (JSON lines or lists, compressed or not) and Shar folders; lhotse itself is not needed."""
+"""lhotse cut manifests (JSON lines or lists, compressed or not) and Shar folders; lhotse itself is not
+needed."""
 
 from __future__ import annotations
 
@@ -17,13 +18,15 @@ _NO_AUDIO = ".nodata"  # a member that stands for a cut without audio
 
 
 class Lhotse(Reader):
-    """PATH is a cut manifest (cuts.jsonl, cuts.json), or a Shar folder (cuts.N.jsonl.gz beside recording.N.tar).
+    """PATH is a cut manifest (cuts.jsonl, cuts.json), or a Shar folder (cuts.N.jsonl.gz beside
+    recording.N.tar).
 
-    A cut with one supervision is one sample, and so is each supervision of a longer cut (its stretch of the recording).
-    Recordings from files, commands and Shar are followed; cuts of a Shar folder are matched with the members of the tar by
-    their ids, and members without a cut are reported. Mixed and padded cuts are no plain audio and are reported, and so
-    are cuts of recordings with several channels or with transforms, unless Shar holds them as they shall sound.
-    root: where relative paths start (default: where the command runs).
+    A cut with one supervision is one sample, and so is each supervision of a longer cut (its stretch of the
+    recording). Recordings from files, commands and Shar are followed; cuts of a Shar folder are matched with
+    the members of the tar by their ids, and members without a cut are reported. Mixed and padded cuts are no
+    plain audio and are reported, and so are cuts of recordings with several channels or with transforms,
+    unless Shar holds them as they shall sound. root: where relative paths start (default: where the command
+    runs).
     """
 
     broken = "bad_json"
@@ -37,10 +40,16 @@ class Lhotse(Reader):
     def records(self) -> Iterator[tuple[str, Any]]:
         for manifest in self.manifests:
             stem = manifest.name.split(".jsonl")[0].replace("cuts", "recording", 1)
-            tar = next((path for end in (".tar", ".tar.gz") if (path := manifest.with_name(stem + end)).exists()), None)
+            tar = next(
+                (path for end in (".tar", ".tar.gz") if (path := manifest.with_name(stem + end)).exists()),
+                None,
+            )
             members = _Members(tar) if tar else None
             for place, cut in json_items(manifest, self.encoding):
-                yield f"{manifest.name}:{place}", cut if not isinstance(cut, dict) else (cut, members, manifest)
+                yield (
+                    f"{manifest.name}:{place}",
+                    cut if not isinstance(cut, dict) else (cut, members, manifest),
+                )
             if members is not None:
                 for name in members.left_over():
                     detail = f"{tar.name} holds audio of {name}, {manifest.name} has no such cut"
@@ -55,7 +64,8 @@ class Lhotse(Reader):
         member = members.take(name) if members is not None else None
         source = manifest.name.split(".jsonl")[0]
         return [
-            item if isinstance(item, Fault) else _of_source(item, source) for item in self._samples(cut, name, member, members)
+            item if isinstance(item, Fault) else _of_source(item, source)
+            for item in self._samples(cut, name, member, members)
         ]
 
     def _audio(self, recording: dict, member: str | None) -> str | None:
@@ -68,7 +78,9 @@ class Lhotse(Reader):
             return str(self.root / source["source"])
         return f"pipe:{source['source']}" if source["type"] == "command" else None
 
-    def _samples(self, cut: dict, name: str, member: str | None, members: _Members | None) -> Iterator[Entry | Fault]:
+    def _samples(
+        self, cut: dict, name: str, member: str | None, members: _Members | None
+    ) -> Iterator[Entry | Fault]:
         kind = cut.get("type", "MonoCut")
         if kind not in ("MonoCut", "Cut") or "recording" not in cut:
             yield Fault(name, "bad_row", _no_cut(cut))
@@ -90,7 +102,11 @@ class Lhotse(Reader):
             several = len(supervisions) > 1
             offset = start + (float(supervision["start"]) if several else 0.0)
             duration = float(supervision["duration"]) if several else float(cut["duration"])
-            whole = not several and offset == 0 and abs(duration - cut["recording"].get("duration", duration)) < 1e-3
+            whole = (
+                not several
+                and offset == 0
+                and abs(duration - cut["recording"].get("duration", duration)) < 1e-3
+            )
             yield Entry(
                 id=f"{name}@{supervision['id']}" if several else name,
                 audio=audio,
@@ -115,14 +131,15 @@ def _no_cut(cut: dict) -> str:
     if "type" in cut:
         return f"a {cut['type']}: only cuts of one recording can be packed"
     if "sources" in cut:
-        return "a recording, not a cut: give the cut manifest (lhotse cut simple makes one of recordings and supervisions)"
+        return "a recording, not a cut: give the cut manifest (lhotse cut simple makes one of recordings and supervisions)"  # noqa: E501
     if "recording_id" in cut:
-        return "a supervision, not a cut: give the cut manifest (lhotse cut simple makes one of recordings and supervisions)"
+        return "a supervision, not a cut: give the cut manifest (lhotse cut simple makes one of recordings and supervisions)"  # noqa: E501
     return "no cut of a recording: it has no 'recording'"
 
 
 def _not_as_stored(recording: dict) -> str | None:
-    """Why a stretch of the stored audio, its channels averaged, would not be what lhotse plays; None where it would be."""
+    """Why a stretch of the stored audio, its channels averaged, would not be what lhotse plays; None where it
+    would be."""
     channels = sum(len(source.get("channels") or [0]) for source in recording["sources"])
     if channels > 1:  # of a telephone call, the other speaker would be heard too
         return f"a channel of a recording with {channels}: extract the channels to files first"
@@ -134,7 +151,8 @@ def _not_as_stored(recording: dict) -> str | None:
 
 @dataclass
 class _Members:
-    """Audio members of one Shar tar by the ids of their cuts. A tar that was cut short has those up to there."""
+    """Audio members of one Shar tar by the ids of their cuts. A tar that was cut short has those up to
+    there."""
 
     tar: Path
     damage: Fault | None = None
@@ -150,7 +168,9 @@ class _Members:
             name, _, extension = member.name.rpartition(".")
             if f".{extension}" == _NO_AUDIO:
                 self._placeholders.add(name)
-            elif member.is_special or extension not in ("json", "nometa") and (heading := _litter(member.name)):
+            elif (
+                member.is_special or extension not in ("json", "nometa") and (heading := _litter(member.name))
+            ):
                 heading = LINKS if member.is_special else heading
                 self.ignored[heading] = self.ignored.get(heading, 0) + 1
             elif extension not in ("json", "nometa"):
@@ -170,7 +190,9 @@ class _Members:
         if name in self._placeholders:
             return Fault(name, "no_audio", f"{self.tar.name} holds a placeholder: the cut had no audio")
         if self.damage is not None:
-            return Fault(name, "truncated", f"{self.tar} ends before the cuts beside it do: copy or export it again")
+            return Fault(
+                name, "truncated", f"{self.tar} ends before the cuts beside it do: copy or export it again"
+            )
         return Fault(name, "missing_file", f"{self.tar.name} holds no audio of this cut")
 
     def left_over(self) -> Iterator[str]:
@@ -180,4 +202,6 @@ class _Members:
 
 def _litter(name: str) -> str | None:
     heading = ignored_as(name)
-    return heading if heading and heading.startswith("files of") else None  # of audio, Shar's format may be any extension
+    return (
+        heading if heading and heading.startswith("files of") else None
+    )  # of audio, Shar's format may be any extension

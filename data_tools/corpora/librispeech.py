@@ -12,10 +12,11 @@ from data_tools.text_files import Problem, existing, text_lines
 
 
 class LibriSpeech(Reader):
-    """ROOT/SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt beside its .flac files; PATH is ROOT, or one SUBSET.
+    """ROOT/SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt beside its .flac files; PATH is ROOT, or one
+    SUBSET.
 
-    subset: only these, joined by `+` (train-clean-100+train-clean-360); without it, of ROOT, all but dev and test. Clips
-    without a line in the transcripts are reported.
+    subset: only these, joined by `+` (train-clean-100+train-clean-360); without it, of ROOT, all but dev and
+    test. Clips without a line in the transcripts are reported.
     """
 
     has_global_ids = True
@@ -29,7 +30,9 @@ class LibriSpeech(Reader):
         self.subsets = [p for p in there if (p.name in wanted if wanted else not is_held_out(p.name))]
         missing = set(wanted or ()) - {p.name for p in self.subsets}
         if there and not wanted and not self.subsets:
-            raise CorpusError(f"{path} holds test sets alone: name them, subset={'+'.join(p.name for p in there)}")
+            raise CorpusError(
+                f"{path} holds test sets alone: name them, subset={'+'.join(p.name for p in there)}"
+            )
         if missing or not self.subsets:
             raise CorpusError(f"{path} holds no LibriSpeech subset {', '.join(sorted(missing))}".rstrip())
 
@@ -44,7 +47,11 @@ class LibriSpeech(Reader):
         if not transcripts.exists():
             yield "", Fault(str(transcripts), "bad_row", "a chapter without its transcripts")
             return
-        clips = {name.removesuffix(".flac") for name in os.listdir(chapter) if name.endswith(".flac") and name[0] != "."}
+        clips = {
+            name.removesuffix(".flac")
+            for name in os.listdir(chapter)
+            if name.endswith(".flac") and name[0] != "."
+        }
         for place, line in text_lines(transcripts, self.encoding):
             if isinstance(line, Problem):
                 yield f"{transcripts.name}:{place}", line
@@ -74,7 +81,8 @@ def _has_speakers(path: Path) -> bool:
 
 
 class MLS(Reader):
-    """mls_LANGUAGE/SPLIT/transcripts.txt (`id TAB text`) beside audio/SPEAKER/BOOK/SPEAKER_BOOK_SEGMENT.flac (or .opus).
+    """mls_LANGUAGE/SPLIT/transcripts.txt (`id TAB text`) beside audio/SPEAKER/BOOK/SPEAKER_BOOK_SEGMENT.flac
+    (or .opus).
 
     PATH is mls_LANGUAGE; split: train, dev or test. Clips without a transcript are counted.
     """
@@ -98,17 +106,24 @@ class MLS(Reader):
         self.extension = ".opus" if path.name.endswith("_opus") else ".flac"
         self.transcripts = existing(self.folder / "transcripts.txt")
         if not self.transcripts.exists():
-            raise CorpusError(f"{self.folder / 'transcripts.txt'} does not exist: give mls_LANGUAGE and split=train, dev or test")
+            raise CorpusError(
+                f"{self.folder / 'transcripts.txt'} does not exist: give mls_LANGUAGE and split=train, dev "
+                f"or test"
+            )
         if self.lang is None:
             known = ", ".join(f"mls_{name}" for name in self.LANGUAGES)
-            raise CorpusError(f"{path}: the folder's name is none of {known}: give the language, lang=de for example")
+            raise CorpusError(
+                f"{path}: the folder's name is none of {known}: give the language, lang=de for example"
+            )
 
     def records(self) -> Iterator[tuple[str, Any]]:
         count = 0
         for place, line in text_lines(self.transcripts, self.encoding):
             count += 1
             yield f"transcripts.txt:{place}", line
-        clips = sum(name.endswith(self.extension) for _, _, names in os.walk(self.folder / "audio") for name in names)
+        clips = sum(
+            name.endswith(self.extension) for _, _, names in os.walk(self.folder / "audio") for name in names
+        )
         if clips > count:
             yield "", Ignored("clips that transcripts.txt has no line of", clips - count)
 

@@ -18,11 +18,12 @@ FACTS_OF = 1000  # rows whose keys a dry run names
 
 
 class Manifest(Reader):
-    """M.jsonl, or M.json that is a list, also compressed: id, audio, text, and optionally the other fields of an Entry.
+    """M.jsonl, or M.json that is a list, also compressed: id, audio, text, and optionally the other fields of
+    an Entry.
 
-    Other keys are left out; those that are named like times (start, end) are refused, unless ignore names them
-    (ignore=start+end). A relative audio path is taken from the manifest's folder. A line without id gets its line number as id.
-    Text-only samples have no audio.
+    Other keys are left out; those that are named like times (start, end) are refused, unless ignore names
+    them (ignore=start+end). A relative audio path is taken from the manifest's folder. A line without id gets
+    its line number as id. Text-only samples have no audio.
     """
 
     def __init__(self, path: Path, ignore: str | None = None):
@@ -70,11 +71,14 @@ class Manifest(Reader):
         return entry
 
     def facts(self) -> list[str]:
-        return key_facts(self.path.name, self.keys, _FIELDS, proposal(self.keys, ("audio", "text", "speaker", "label")))
+        return key_facts(
+            self.path.name, self.keys, _FIELDS, proposal(self.keys, ("audio", "text", "speaker", "label"))
+        )
 
 
 def times_problem(row: dict, known: dict, ignored: frozenset[str]) -> str | None:
-    """Why a line that has times under other keys than offset and duration cannot be read; None where it can."""
+    """Why a line that has times under other keys than offset and duration cannot be read; None where it
+    can."""
     if not (times := time_columns(row.keys() - known.keys(), ignored)):
         return None
     unused = unused_times(row, times, "offset" in known, "duration" in known)
@@ -87,11 +91,16 @@ def times_problem(row: dict, known: dict, ignored: frozenset[str]) -> str | None
     )
 
 
-def key_facts(name: str, keys: Counter[str], used: frozenset[str] | set[str], proposed: dict[str, str]) -> list[str]:
-    """Lines for a dry run: keys that are read, those that are not, and what seems to be meant by the latter."""
+def key_facts(
+    name: str, keys: Counter[str], used: frozenset[str] | set[str], proposed: dict[str, str]
+) -> list[str]:
+    """Lines for a dry run: keys that are read, those that are not, and what seems to be meant by the
+    latter."""
     found = [f"{name}: reads {', '.join(key for key in keys if key in used) or 'no key'}"]
     if unused := [key for key in keys if key not in used]:
         found[0] += f"; leaves out {', '.join(unused)}"
     if proposed:
-        found.append(f"{name}: is {', '.join(f'{field} = {column}' for field, column in proposed.items())} meant?")
+        found.append(
+            f"{name}: is {', '.join(f'{field} = {column}' for field, column in proposed.items())} meant?"
+        )
     return found

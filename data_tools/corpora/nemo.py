@@ -18,17 +18,21 @@ from data_tools.disk_table import DiskTable
 from data_tools.text_files import CorpusError, json_items
 
 _RANGE = re.compile(r"_OP_(\d+)\.\.(\d+)_CL_|\{(\d+)\.\.(\d+)\}")
-_KEYS = frozenset("audio_filepath duration text offset lang source_lang target_lang speaker pred_text shard_id".split())
+_KEYS = frozenset(
+    "audio_filepath duration text offset lang source_lang target_lang speaker pred_text shard_id".split()
+)
 
 
 class Nemo(Reader):
-    """manifest.json(l): audio_filepath, duration, text, and optionally offset, lang, speaker, pred_text (taken as hypothesis).
+    """manifest.json(l): audio_filepath, duration, text, and optionally offset, lang, speaker, pred_text
+    (taken as hypothesis).
 
-    A line whose source_lang and target_lang differ is a translation: its text is in the target language (as for Canary).
-    Relative paths start from the manifest's folder. The id is the path with the offset (and a translation's language),
-    which is what makes a line unique. Of a tarred dataset, tars is the folder of the tars, one of them, or NeMo's own pattern
-    (tars=audio__OP_0..511_CL_.tar); members are matched by name, and members without a line are reported. ignore: keys named
-    like times (start, end) to leave out, joined by +; others of that kind are refused.
+    A line whose source_lang and target_lang differ is a translation: its text is in the target language (as
+    for Canary). Relative paths start from the manifest's folder. The id is the path with the offset (and a
+    translation's language), which is what makes a line unique. Of a tarred dataset, tars is the folder of the
+    tars, one of them, or NeMo's own pattern (tars=audio__OP_0..511_CL_.tar); members are matched by name, and
+    members without a line are reported. ignore: keys named like times (start, end) to leave out, joined by +;
+    others of that kind are refused.
     """
 
     broken = "bad_json"
@@ -49,7 +53,9 @@ class Nemo(Reader):
             return tar_files(where) if where.exists() else []
         first, last = (match[1] or match[3]), (match[2] or match[4])
         names = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
-        found = [where.with_name(where.name[: match.start()] + name + where.name[match.end() :]) for name in names]
+        found = [
+            where.with_name(where.name[: match.start()] + name + where.name[match.end() :]) for name in names
+        ]
         if missing := [path for path in found if not path.exists()]:
             raise CorpusError(f"tars={self.tars}: {missing[0]} does not exist")
         return found
@@ -65,7 +71,10 @@ class Nemo(Reader):
             yield f"{self.path.name}:{place}", row
         if self.members is not None:
             for name in self.members.left_over():
-                yield name, Fault(name, "unmatched", f"the tars hold {name}, {self.path.name} has no line of it")
+                yield (
+                    name,
+                    Fault(name, "unmatched", f"the tars hold {name}, {self.path.name} has no line of it"),
+                )
 
     def sample(self, row: Any, where: str) -> Item | list[Item]:
         if not isinstance(row, dict):
@@ -77,8 +86,14 @@ class Nemo(Reader):
         if not isinstance(name, str):
             return Fault(where, "bad_json", f"{where}: no audio_filepath")
         if offset is not None and (type(offset) not in (int, float) or not offset >= 0):
-            return Fault(name, "bad_row", f"{where}: offset is {kind_of_value(offset)}, not a number of seconds from 0 on")
-        if problem := times_problem(row, {key: row[key] for key in row.keys() & _KEYS if row[key] is not None}, self.ignored):
+            return Fault(
+                name,
+                "bad_row",
+                f"{where}: offset is {kind_of_value(offset)}, not a number of seconds from 0 on",
+            )
+        if problem := times_problem(
+            row, {key: row[key] for key in row.keys() & _KEYS if row[key] is not None}, self.ignored
+        ):
             return Fault(name, "bad_row", f"{where}: {problem}")
         audio = str(self.path.parent / name)
         if self.members is not None and (audio := self.members.find(name)) is None:

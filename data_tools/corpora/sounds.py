@@ -18,16 +18,23 @@ from data_tools.text_files import Problem, existing, table_rows, text_lines
 def find_clip(folder: Path, *stems: str) -> Path | None:
     """The first of STEM.wav, STEM.flac ... that exists: downloaders name clips differently."""
     return next(
-        (clip for stem in stems for extension in EXTENSIONS if (clip := folder / f"{stem}.{extension}").exists()),
+        (
+            clip
+            for stem in stems
+            for extension in EXTENSIONS
+            if (clip := folder / f"{stem}.{extension}").exists()
+        ),
         None,
     )
 
 
 class AudioSet(Reader):
-    """SEGMENTS.csv (`# YTID, start_seconds, end_seconds, positive_labels`) and clips named YTID or YTID_START in `clips`.
+    """SEGMENTS.csv (`# YTID, start_seconds, end_seconds, positive_labels`) and clips named YTID or YTID_START
+    in `clips`.
 
-    names: class_labels_indices.csv, which turns label codes into words (default: beside PATH). Several labels of a clip
-    are joined by commas. Clips are the cut 10 s, not the whole video; those that SEGMENTS.csv does not name are counted.
+    names: class_labels_indices.csv, which turns label codes into words (default: beside PATH). Several labels
+    of a clip are joined by commas. Clips are the cut 10 s, not the whole video; those that SEGMENTS.csv does
+    not name are counted.
     """
 
     has_global_ids = True
@@ -37,11 +44,15 @@ class AudioSet(Reader):
         self.names_path = existing(Path(names) if names else path.parent / "class_labels_indices.csv")
         self.names: dict[str, str] = {}
         if not self.names_path.exists():
-            raise CorpusError(f"{self.names_path} does not exist: AudioSet's class names are needed (names=FILE)")
+            raise CorpusError(
+                f"{self.names_path} does not exist: AudioSet's class names are needed (names=FILE)"
+            )
 
     def records(self) -> Iterator[tuple[str, Any]]:
         self.beside.clear()
-        for place, row in table_rows(self.names_path, encoding=self.encoding, required=("mid", "display_name")):
+        for place, row in table_rows(
+            self.names_path, encoding=self.encoding, required=("mid", "display_name")
+        ):
             if isinstance(row, Problem):
                 raise CorpusError(f"{self.names_path}:{place}: {row.detail}")
             self.names[row["mid"]] = row["display_name"]
@@ -58,7 +69,14 @@ class AudioSet(Reader):
         if len(row) != 4 or number(row[1]) is None:
             return Fault(where, "bad_row", "not YTID, start, end, labels")
         name, start, codes = row[0], float(row[1]), row[3].split(",")
-        clip = find_clip(self.clips, f"{name}_{start:g}", f"{name}_{start:.3f}", f"{name}_{int(start * 1000)}", name, f"Y{name}")
+        clip = find_clip(
+            self.clips,
+            f"{name}_{start:g}",
+            f"{name}_{start:.3f}",
+            f"{name}_{int(start * 1000)}",
+            name,
+            f"Y{name}",
+        )
         if clip is None:
             return Fault(f"{name}_{start:g}", "missing_file", f"no clip of {name} in {self.clips}")
         self.beside.name(str(clip))
@@ -67,8 +85,8 @@ class AudioSet(Reader):
 
 
 class VGGSound(Reader):
-    """vggsound.csv (`ytid,start,label,split`, no header), clips named YTID_START (six digits) in `clips`; split: train, test.
-    Clips that the table does not name are counted."""
+    """vggsound.csv (`ytid,start,label,split`, no header), clips named YTID_START (six digits) in `clips`;
+    split: train, test. Clips that the table does not name are counted."""
 
     has_global_ids = True
     HEADER = ["ytid", "start", "label", "split"]
@@ -97,9 +115,9 @@ class VGGSound(Reader):
 
 
 class ESC50(Reader):
-    """PATH is the repository, or its esc50.csv (filename, fold, category, src_file). folds: 1+2+3+4 (default: all); clips:
-    folder of the audio (default: ../audio from the table, as the repository unpacks). Clips that the table does not have are
-    counted."""
+    """PATH is the repository, or its esc50.csv (filename, fold, category, src_file). folds: 1+2+3+4 (default:
+    all); clips: folder of the audio (default: ../audio from the table, as the repository unpacks). Clips that
+    the table does not have are counted."""
 
     has_global_ids = True
 
@@ -108,11 +126,15 @@ class ESC50(Reader):
         self.clips = Path(clips).absolute() if clips else self.path.parent.parent / "audio"
         self.folds = set(folds.split("+")) if folds else None
         if not self.path.exists():
-            raise CorpusError(f"{self.path} does not exist: give the repository's folder or its meta/esc50.csv")
+            raise CorpusError(
+                f"{self.path} does not exist: give the repository's folder or its meta/esc50.csv"
+            )
 
     def records(self) -> Iterator[tuple[str, Any]]:
         clips = {name for name in os.listdir(self.clips) if name[0] != "."} if self.clips.is_dir() else set()
-        for place, row in table_rows(self.path, ",", encoding=self.encoding, required=("filename", "category")):
+        for place, row in table_rows(
+            self.path, ",", encoding=self.encoding, required=("filename", "category")
+        ):
             if isinstance(row, dict):
                 clips.discard(row["filename"])
             yield f"{self.path.name}:{place}", row

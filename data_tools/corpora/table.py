@@ -19,25 +19,35 @@ from data_tools.corpora.columns import (
     unused_times,
 )
 from data_tools.corpora.manifest import FACTS_OF, key_facts
-from data_tools.text_files import DELIMITERS, CorpusError, Problem, bare_suffixes, json_items, table_rows, usual_delimiter
+from data_tools.text_files import (
+    DELIMITERS,
+    CorpusError,
+    Problem,
+    bare_suffixes,
+    json_items,
+    table_rows,
+    usual_delimiter,
+)
 
 _TIMES = ("offset", "end", "duration")
 _NAMES = ("id", "speaker", "recording", "sound_hash")
 
 
 class Table(Reader):
-    """FILE.csv, .tsv, .jsonl, .json (also compressed), its columns named by options: audio=path,text=sentence,label=emotion.
+    """FILE.csv, .tsv, .jsonl, .json (also compressed), its columns named by options:
+    audio=path,text=sentence,label=emotion.
 
-    Columns: id, audio, text, duration, offset, end (instead of duration, with offset), lang_column, target_lang, speaker,
-    prompt, response, label, recording, hypothesis, sound_hash. A column that is not named and exists under its own name is
-    taken. target_lang, speaker, prompt and label may also be a value, which entries without one of their own get: whatever is
-    no column's name. root: folder that relative audio paths start from (default: the table's); suffix: appended to them.
-    columns: names of the columns of a file that has no line of them, joined by + (audio+text+normalised). delimiter: between
-    cells, a sign or comma, tab, semicolon, bar (default: a comma in .csv, else a tab). quoting: whether cells may stand in
-    double quotes, yes or no (default: yes between commas and semicolons; no between tabs and bars, where a quote is a literal
-    character, as in Common Voice and LJSpeech). Columns that are named like times (start, stop_ms) and not used are refused,
-    unless ignore names them (ignore=start+stop_ms). A row with another number of cells than there are columns is refused. Audio
-    files that lie beside the named ones are counted.
+    Columns: id, audio, text, duration, offset, end (instead of duration, with offset), lang_column,
+    target_lang, speaker, prompt, response, label, recording, hypothesis, sound_hash. A column that is not
+    named and exists under its own name is taken. target_lang, speaker, prompt and label may also be a value,
+    which entries without one of their own get: whatever is no column's name. root: folder that relative audio
+    paths start from (default: the table's); suffix: appended to them. columns: names of the columns of a file
+    that has no line of them, joined by + (audio+text+normalised). delimiter: between cells, a sign or comma,
+    tab, semicolon, bar (default: a comma in .csv, else a tab). quoting: whether cells may stand in double
+    quotes, yes or no (default: yes between commas and semicolons; no between tabs and bars, where a quote is
+    a literal character, as in Common Voice and LJSpeech). Columns that are named like times (start, stop_ms)
+    and not used are refused, unless ignore names them (ignore=start+stop_ms). A row with another number of
+    cells than there are columns is refused. Audio files that lie beside the named ones are counted.
     """
 
     COLUMNS = (
@@ -104,7 +114,9 @@ class Table(Reader):
         self.jsonl = ".jsonl" in bare_suffixes(path) or ".json" in bare_suffixes(path)
         self.keys: Counter[str] = Counter()
         self.beside = Beside()
-        self._of_columns: tuple | None = None  # columns, what they mean, and which of them are times that nobody uses
+        self._of_columns: tuple | None = (
+            None  # columns, what they mean, and which of them are times that nobody uses
+        )
         self._rows = 0
 
     def records(self) -> Iterator[tuple[str, Any]]:
@@ -116,13 +128,20 @@ class Table(Reader):
         else:
             rows = table_rows(self.path, self.delimiter, self.quoted, self.header, encoding=self.encoding)
         for place, row in rows:
-            if not self.jsonl and self.delimiter == "\t" and self.quoted and isinstance(row, dict) and _has_line_break(row):
+            if (
+                not self.jsonl
+                and self.delimiter == "\t"
+                and self.quoted
+                and isinstance(row, dict)
+                and _has_line_break(row)
+            ):
                 row = Problem("bad_row", "a line break in a cell of a TSV: write the cell without")
             yield f"{self.path.name}:{place}", row
         yield from self.beside.left(self.path.name)
 
     def _meaning(self, row: dict, where: str) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
-        """(column of each field, values of all entries, times that are not used), of a row with these columns."""
+        """(column of each field, values of all entries, times that are not used), of a row with these
+        columns."""
         if self._of_columns is not None and (not self.jsonl or self._of_columns[0] == row.keys()):
             return self._of_columns[1]
         columns = row.keys()
@@ -130,7 +149,11 @@ class Table(Reader):
         if self._of_columns is not None:
             check_same_meaning(self._of_columns[1][:2], (named, values), where)
         there = columns - (self.ignored - set(named.values()))
-        fields = {field: named.get(field, field) for field in (*self.COLUMNS, "lang") if named.get(field, field) in there}
+        fields = {
+            field: named.get(field, field)
+            for field in (*self.COLUMNS, "lang")
+            if named.get(field, field) in there
+        }
         for field in _TIMES:  # a time that another option names is not also one by its own name
             if field not in named and field in named.values():
                 fields.pop(field, None)
@@ -144,7 +167,11 @@ class Table(Reader):
         if "audio" in fields or "prompt" in fields and "response" in fields:
             return
         proposed = proposal(columns, ("audio", "text", "speaker"))
-        hint = f"; perhaps {as_options(self.named | proposed)}" if "audio" in proposed else "; name it: audio=COLUMN"
+        hint = (
+            f"; perhaps {as_options(self.named | proposed)}"
+            if "audio" in proposed
+            else "; name it: audio=COLUMN"
+        )
         if not self.header and "audio" not in proposed:
             hint += ". If the first line is no line of names, give columns=audio+text and so on"
         raise CorpusError(f"{self.path} has no column 'audio': its columns are {', '.join(columns)}{hint}")
@@ -166,9 +193,13 @@ class Table(Reader):
         for field in _TIMES:
             told = cells.pop(field, None)
             seconds[field] = number(told)
-            if seconds[field] is None and str(told or "").strip():  # without it, a segment would be the whole recording
+            if (
+                seconds[field] is None and str(told or "").strip()
+            ):  # without it, a segment would be the whole recording
                 shown = f"'{told}'" if isinstance(told, str | list) else kind_of_value(told)
-                return Fault(sample_id, "bad_row", f"{where}: {self.named.get(field, field)} is {shown}, not a number")
+                return Fault(
+                    sample_id, "bad_row", f"{where}: {self.named.get(field, field)} is {shown}, not a number"
+                )
         if seconds["end"] is not None:
             seconds["duration"] = seconds["end"] - seconds["offset"]
         if self.jsonl and (strange := _strange(cells)):
@@ -188,24 +219,32 @@ class Table(Reader):
 
     def _times_problem(self, row: dict, cells: dict, times: dict[str, str]) -> str | None:
         """Why a row's times cannot be understood; None where they can."""
-        unused = unused_times(row, times, "offset" in cells, "end" in cells or "duration" in cells) if times else []
+        unused = (
+            unused_times(row, times, "offset" in cells, "end" in cells or "duration" in cells)
+            if times
+            else []
+        )
         if unused:
             proposed = {"offset": next((n for n in unused if times[n] == "start"), None)}
             proposed["end"] = next((n for n in unused if times[n] == "end"), None)
             proposed["duration"] = next((n for n in unused if times[n] == "length"), None)
-            options = as_options({field: name for field, name in proposed.items() if name and field not in cells})
+            options = as_options(
+                {field: name for field, name in proposed.items() if name and field not in cells}
+            )
             hint = f"give {options} if they are seconds, or " if options else ""
             names = " and ".join(f"'{name}'" for name in unused)
-            return f"{names} would be left out: {hint}ignore={'+'.join(unused)} if they are not times in the file"
+            return f"{names} would be left out: {hint}ignore={'+'.join(unused)} if they are not times in the file"  # noqa: E501
         if "end" in cells and "offset" not in cells:
             end = self.named.get("end", "end")
-            return f"'{end}' without a beginning: name its column with offset=COLUMN, or give ignore={end} to leave it out"
+            return f"'{end}' without a beginning: name its column with offset=COLUMN, or give ignore={end} to leave it out"  # noqa: E501
         return None
 
     def facts(self) -> list[str]:
         used = set(self._of_columns[1][0].values()) if self._of_columns else set()
         named = {column: field for field, column in self.named.items()}
-        keys = Counter({f"{key} (as {named[key]})" if key in named else key: n for key, n in self.keys.items()})
+        keys = Counter(
+            {f"{key} (as {named[key]})" if key in named else key: n for key, n in self.keys.items()}
+        )
         used = {f"{key} (as {named[key]})" if key in named else key for key in used}
         have = set(self._of_columns[1][0]) if self._of_columns else set()
         wanted = [field for field in ("audio", "text", "speaker", "label") if field not in have]

@@ -1,4 +1,5 @@
-"""WebDataset shards as a corpus: packing again in other sizes, codecs or order, and taking in what others packed."""
+"""WebDataset shards as a corpus: packing again in other sizes, codecs or order, and taking in what others
+packed."""
 
 from __future__ import annotations
 
@@ -30,15 +31,20 @@ from data_tools.corpora.columns import number
 from data_tools.text_files import CorpusError, damage
 
 _SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-_NOT_TAKEN = frozenset(("audio", "offset", "group", "size"))  # of a record: they say where its clip was before
+_NOT_TAKEN = frozenset(
+    ("audio", "offset", "group", "size")
+)  # of a record: they say where its clip was before
 LINKS = "links and devices"
 
 
 def tar_files(path: Path) -> list[Path]:
-    """Return the tars of a folder in the order of their names, or the one that is given. Errors: CorpusError where none is."""
+    """Return the tars of a folder in the order of their names, or the one that is given. Errors: CorpusError
+    where none is."""
     if path.is_file():
         return [path]
-    found = sorted(file for file in path.iterdir() if file.name.endswith(_SUFFIXES) and not file.name.startswith("."))
+    found = sorted(
+        file for file in path.iterdir() if file.name.endswith(_SUFFIXES) and not file.name.startswith(".")
+    )
     if not found:
         raise CorpusError(f"{path} holds no {', '.join(_SUFFIXES)} file")
     return found
@@ -46,7 +52,8 @@ def tar_files(path: Path) -> list[Path]:
 
 @dataclass(slots=True)
 class TarMember:
-    """A member as its header describes it. place: where its bytes are (data_tools/sources.py); text: of JSON and texts."""
+    """A member as its header describes it. place: where its bytes are (data_tools/sources.py); text: of JSON
+    and texts."""
 
     name: str
     place: str
@@ -56,7 +63,8 @@ class TarMember:
 
 
 def tar_members(tar: Path, with_texts: bool = False) -> Iterator[TarMember | Fault]:
-    """Members of one tar, by their headers; audio is not touched. A tar that ends early or is damaged ends in a Fault."""
+    """Members of one tar, by their headers; audio is not touched. A tar that ends early or is damaged ends in
+    a Fault."""
     try:
         with open(tar, "rb") as file:
             head = file.read(6)
@@ -76,27 +84,37 @@ def tar_members(tar: Path, with_texts: bool = False) -> Iterator[TarMember | Fau
                 extension = split_name(member.name)[1]
                 place = f"{form}:{tar}#{member.offset_data}+{member.size}.{extension}"
                 wanted = with_texts and not special and kind_of_member(member.name) in ("json", "text")
-                text = archive.extractfile(member).read() if wanted and member.size <= MAX_TEXT_BYTES else None
+                text = (
+                    archive.extractfile(member).read() if wanted and member.size <= MAX_TEXT_BYTES else None
+                )
                 yield TarMember(member.name, place, special, text, member.size)
             archive.fileobj.seek(archive.offset)
             if len(archive.fileobj.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
-                yield Fault(tar.name, "truncated", f"{tar} has no end mark: it may have been cut between two members")
+                yield Fault(
+                    tar.name, "truncated", f"{tar} has no end mark: it may have been cut between two members"
+                )
     except (tarfile.TarError, EOFError, zlib.error, LZMAError, OSError, ValueError) as error:
-        yield Fault(tar.name, "truncated", f"{tar} ends early or is damaged ({reason_of(error)}): copy or make it again")
+        yield Fault(
+            tar.name,
+            "truncated",
+            f"{tar} ends early or is damaged ({reason_of(error)}): copy or make it again",
+        )
 
 
 def group_of(place: str) -> str | None:
-    """What is opened once for all members of a compressed tar; None for one whose members can be read by themselves."""
+    """What is opened once for all members of a compressed tar; None for one whose members can be read by
+    themselves."""
     return place.rpartition("#")[0] if place.startswith("tarz:") else None
 
 
 class Shards(Reader):
-    """PATH is a folder of .tar files (also .tar.gz, .tgz, .tar.bz2, .tar.xz) or one of them; audio, JSON and text members of one
-    stem are a sample, in whatever order they are.
+    """PATH is a folder of .tar files (also .tar.gz, .tgz, .tar.bz2, .tar.xz) or one of them; audio, JSON and
+    text members of one stem are a sample, in whatever order they are.
 
-    KEY.json may be this project's (ids, tasks and texts are kept) or any object with a text under text, sentence or
-    transcript; KEY.txt (.text, .transcript, .trn, .lab) is a transcript. text: of several texts of a clip, the ending of the one
-    to take (text=normalized.txt). Reading is by member headers: audio is not touched. Members of other kinds are counted.
+    KEY.json may be this project's (ids, tasks and texts are kept) or any object with a text under text,
+    sentence or transcript; KEY.txt (.text, .transcript, .trn, .lab) is a transcript. text: of several texts
+    of a clip, the ending of the one to take (text=normalized.txt). Reading is by member headers: audio is not
+    touched. Members of other kinds are counted.
     """
 
     broken = "bad_json"
@@ -118,7 +136,11 @@ class Shards(Reader):
                 self.counts["members"] += 1
                 heading = LINKS if member.is_special else ignored_as(member.name)
                 if heading is None and self.ending and kind_of_member(member.name) == "text":
-                    heading = None if member.name.endswith(self.ending) else f"texts that do not end in {self.ending}"
+                    heading = (
+                        None
+                        if member.name.endswith(self.ending)
+                        else f"texts that do not end in {self.ending}"
+                    )
                 if heading:
                     ignored[heading] += 1
                 if heading is None or not heading.startswith(("files of", "texts that")):
@@ -133,7 +155,9 @@ class Shards(Reader):
     def sample(self, record: tuple[Group[TarMember], str], where: str) -> Item:
         item = self._sample(*record, where)
         self.counts["samples" if type(item) is Entry else "faults"] += 1
-        self.counts["in samples" if type(item) is Entry else "in faults"] += sum(m.kind is not None for m in record[0].members)
+        self.counts["in samples" if type(item) is Entry else "in faults"] += sum(
+            m.kind is not None for m in record[0].members
+        )
         return item
 
     def _sample(self, group: Group[TarMember], source: str, where: str) -> Item:
@@ -159,7 +183,11 @@ class Shards(Reader):
         audio = group.one("audio")
         if audio is None and not is_text_sample(found):
             return Fault(where, "bad_row", group.without_audio)
-        values = {name: found[name] for name in ENTRY_FIELDS if found.get(name) is not None and name not in _NOT_TAKEN}
+        values = {
+            name: found[name]
+            for name in ENTRY_FIELDS
+            if found.get(name) is not None and name not in _NOT_TAKEN
+        }
         for name in NAMES:
             if name in values:
                 values[name] = as_name(values[name])

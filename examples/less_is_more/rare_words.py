@@ -1,7 +1,9 @@
-"""Which words are got wrong: those that training hardly showed? `python -m examples.less_is_more.rare_words [--docs FILE]`
+"""Which words are got wrong: those that training hardly showed? `python -m examples.less_is_more.rare_words
+[--docs FILE]`
 
-Words of the study's first test set are sorted by how often their rarest token stands in the CTC targets of the quick start's
-recordings (`dialogues-train`); the table holds the share of them that each read-out deletes or replaces, insertions aside.
+Words of the study's first test set are sorted by how often their rarest token stands in the CTC targets of
+the quick start's recordings (`dialogues-train`); the table holds the share of them that each read-out deletes
+or replaces, insertions aside.
 """
 
 from __future__ import annotations
@@ -25,9 +27,20 @@ if TYPE_CHECKING:
     from examples.less_is_more.study import Study
 
 MARKS = ("<!-- rare words: written by examples/less_is_more/rare_words.py -->", "<!-- end of rare words -->")
-BINS = {"never": 0, "1 to 4 times": 1, "5 to 19 times": 5, "20 to 99 times": 20, "100 times and more": 100}  # from how many on
-READ_OUTS = {"stage I, CTC": ("full", "ctc"), "ours, LLM": ("ours", "generate"), "ours, both": ("ours", "joint"),
-             "synthetic, stage I, CTC": ("synthetic", "ctc"), "synthetic, both": ("synthetic", "joint")}
+BINS = {
+    "never": 0,
+    "1 to 4 times": 1,
+    "5 to 19 times": 5,
+    "20 to 99 times": 20,
+    "100 times and more": 100,
+}  # from how many on
+READ_OUTS = {
+    "stage I, CTC": ("full", "ctc"),
+    "ours, LLM": ("ours", "generate"),
+    "ours, both": ("ours", "joint"),
+    "synthetic, stage I, CTC": ("synthetic", "ctc"),
+    "synthetic, both": ("synthetic", "joint"),
+}
 WHISPER = "Whisper's own decoder"  # has no seed
 
 
@@ -38,13 +51,17 @@ def bin_of(count: int) -> str:
 def wrong_words(rows: list[dict]) -> list[tuple[str, bool]]:
     """Each reference word after Whisper's normaliser, and whether it was deleted or replaced."""
     output = aligned(rows)
-    return [(word, chunk.type != "equal") for words, chunks in zip(output.references, output.alignments, strict=True)
-            for chunk in chunks for word in words[chunk.ref_start_idx:chunk.ref_end_idx]]
+    return [
+        (word, chunk.type != "equal")
+        for words, chunks in zip(output.references, output.alignments, strict=True)
+        for chunk in chunks
+        for word in words[chunk.ref_start_idx : chunk.ref_end_idx]
+    ]
 
 
 def shares(rows: list[dict], count_of: Callable[[str], int | None]) -> dict[str, tuple[int, float]]:
-    """Bin -> (words, share of them that is wrong). count_of: how often training showed a word's rarest token; None for what has
-    no token, which is left out (the normaliser takes the dots of "end..." for one)."""
+    """Bin -> (words, share of them that is wrong). count_of: how often training showed a word's rarest token;
+    None for what has no token, which is left out (the normaliser takes the dots of "end..." for one)."""
     words, wrong = Counter(), Counter()
     for word, missed in wrong_words(rows):
         if (count := count_of(word)) is not None:
@@ -72,10 +89,15 @@ def build(study: Study, seed: int) -> str:
 
     predictions, cache = files(study, seed), study.data.cache
     if predictions.keys() <= {WHISPER}:
-        raise ValueError(f"{study.output} holds no predictions of seed {seed}: run python -m examples.less_is_more.study first")
+        raise ValueError(
+            f"{study.output} holds no predictions of seed {seed}: run python -m examples.less_is_more.study "
+            f"first"
+        )
     tokenizer = AutoTokenizer.from_pretrained(cache / "models" / "smollm2-135m", trust_remote_code=False)
     lines = (cache / "manifests" / "dialogues-train.jsonl").read_text(encoding="utf-8").splitlines()
-    shown = Counter(token for line in lines for token in ctc_target_ids(tokenizer, json.loads(line)["text"], CTC_TEXT))
+    shown = Counter(
+        token for line in lines for token in ctc_target_ids(tokenizer, json.loads(line)["text"], CTC_TEXT)
+    )
 
     def count_of(word: str) -> int | None:
         return min((shown[token] for token in ctc_target_ids(tokenizer, word, CTC_TEXT)), default=None)
@@ -83,13 +105,17 @@ def build(study: Study, seed: int) -> str:
     found = {title: shares(read_rows(path), count_of) for title, path in predictions.items()}
     words = next(iter(found.values()))
     table = [[name, words[name][0], *(f"{of[name][1]:.2f}" for of in found.values())] for name in words]
-    return tabulate(table, headers=["rarest token seen", "words", *found], tablefmt="github", disable_numparse=True)
+    return tabulate(
+        table, headers=["rarest token seen", "words", *found], tablefmt="github", disable_numparse=True
+    )
 
 
 def main() -> int:
     from examples.less_is_more.study import HERE, Study
 
-    parser = argparse.ArgumentParser(prog="python -m examples.less_is_more.rare_words", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.less_is_more.rare_words", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--seed", type=int, default=0, help="whose runs (default: 0)")
     parser.add_argument("--docs", type=Path, help="put the table there too, between its marks")
     options = parser.parse_args()

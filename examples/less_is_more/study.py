@@ -1,13 +1,15 @@
-"""Is less more? Ours against its own parts left out, against a projector baseline, and against less data: one command,
+"""Is less more? Ours against its own parts left out, against a projector baseline, and against less data: one
+command,
 
-    python -m examples.less_is_more.study [--seeds 0 1] [--only ours projector ...] [--dry-run]        (make less-is-more)
-    python -m examples.less_is_more.study --plan examples/less_is_more/trials.yaml
+    python -m examples.less_is_more.study [--seeds 0 1] [--only ours projector ...] [--dry-run]        (make
+    less-is-more) python -m examples.less_is_more.study --plan examples/less_is_more/trials.yaml
 
-    quick start's data -> for each seed: stage I of each kind -> for each variant: stage II, score, speed -> table, picture
+    quick start's data -> for each seed: stage I of each kind -> for each variant: stage II, score, speed ->
+    table, picture
 
-plan.yaml says what is compared, on what, with how many steps; trials.yaml what was tried on the valid split. Each step is an
-ordinary command of the project, done once (examples/steps.py): a study that was interrupted, or begun with --only, goes on with
-the same command.
+plan.yaml says what is compared, on what, with how many steps; trials.yaml what was tried on the valid split.
+Each step is an ordinary command of the project, done once (examples/steps.py): a study that was interrupted,
+or begun with --only, goes on with the same command.
 """
 
 from __future__ import annotations
@@ -21,7 +23,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from examples.less_is_more import table
 from examples.quickstart.demo import Plan as QuickStart
-from examples.steps import Step, StepError, digest, file_digest, rank_count, run, scoring, show, training, what_is_learnt
+from examples.steps import (
+    Step,
+    StepError,
+    digest,
+    file_digest,
+    rank_count,
+    run,
+    scoring,
+    show,
+    training,
+    what_is_learnt,
+)
 from model.generation.joint import JointSearch
 from recipe.config import Recipe, RecipeError, load_recipe
 
@@ -47,22 +60,38 @@ class Study:
         if unknown:
             raise StepError(f"no variant {', '.join(unknown)}: {path} has {', '.join(self.plan.variants)}")
         only = list(self.plan.only) if only is None and "only" in self.plan else only
-        self.variants = {name: variant for name, variant in self.plan.variants.items() if only is None or name in only}
-        self._keys: dict[Path, str] = {}  # stage folder -> key of its training, which what comes behind it depends on
+        self.variants = {
+            name: variant for name, variant in self.plan.variants.items() if only is None or name in only
+        }
+        self._keys: dict[
+            Path, str
+        ] = {}  # stage folder -> key of its training, which what comes behind it depends on
 
     def overrides(self, variant: str, stage: str, seed: int) -> list[str]:
         """Of the quick start's recipe: what makes this variant's stage."""
         of = self.plan.variants[variant]
         if "after" in of and stage != "sft":
             return self.overrides(of.after, stage, seed)
-        common = [*self.plan.overrides, *self.plan.get("stages", {}).get(stage, []), f"seed={seed}", f"data.seed={seed}"]
+        common = [
+            *self.plan.overrides,
+            *self.plan.get("stages", {}).get(stage, []),
+            f"seed={seed}",
+            f"data.seed={seed}",
+        ]
         like = self.plan.variants[of.like].shrinking if "like" in of else []
         if stage == "alignment":
-            return [*common, *self.plan.alignments[of.alignment], f"output={self.first(of.alignment, seed).parent}"]
+            return [
+                *common,
+                *self.plan.alignments[of.alignment],
+                f"output={self.first(of.alignment, seed).parent}",
+            ]
         if stage == "sft":
             start, own = self.folder(of.after, seed) / "model", of.sft
         else:
-            start, own = self.first(of.alignment, seed) / "model" if of.alignment else "fresh", [*like, *of.shrinking]
+            start, own = (
+                self.first(of.alignment, seed) / "model" if of.alignment else "fresh",
+                [*like, *of.shrinking],
+            )
         return [*common, *own, f"init_from={start}", f"output={self.folder(variant, seed).parent}"]
 
     def recipe(self, variant: str, stage: str, seed: int) -> Recipe:
@@ -84,76 +113,166 @@ class Study:
 
     def predictions(self, folder: Path, decode: str, data: str, whole: bool = False) -> Path:
         """Of a stage's folder on one test set, or on the whole of it; their scores lie beside them."""
-        return folder / "model" / f"evaluation-{decode}{'-whole' if whole else ''}" / f"{data}-asr-{decode}.jsonl"
+        return (
+            folder
+            / "model"
+            / f"evaluation-{decode}{'-whole' if whole else ''}"
+            / f"{data}-asr-{decode}.jsonl"
+        )
 
     def train(self, variant: str, stage: str, seed: int) -> Step:
         overrides = self.overrides(variant, stage, seed)
         recipe = load_recipe(self.plan.recipes[stage], overrides)
         folder = Path(recipe.output) / stage
-        before = Path(recipe.init_from).parent if stage != "alignment" and recipe.init_from != "fresh" else None
+        before = (
+            Path(recipe.init_from).parent if stage != "alignment" and recipe.init_from != "fresh" else None
+        )
 
         def key() -> str:
-            self._keys[folder] = digest(what_is_learnt(recipe), self.data.data_of(recipe), self._keys.get(before), self.ranks)
+            self._keys[folder] = digest(
+                what_is_learnt(recipe), self.data.data_of(recipe), self._keys.get(before), self.ranks
+            )
             return self._keys[folder]
 
         name = folder.parent.name
         usual = load_recipe(self.plan.recipes[stage])
-        minutes = self.plan.minutes[stage] * (recipe.optim.steps * recipe.data.batch_seconds
-                                              / (usual.optim.steps * usual.data.batch_seconds))
-        return Step(self.trains(folder), f"{name}: train ({stage}, {recipe.optim.steps} steps)", minutes,
-                    training(self.ranks, self.plan.recipes[stage], *overrides), key, folder / "model" / "soundwave.json",
-                    set_aside=folder, processes=self.ranks, after=self.needs(before))
+        minutes = self.plan.minutes[stage] * (
+            recipe.optim.steps * recipe.data.batch_seconds / (usual.optim.steps * usual.data.batch_seconds)
+        )
+        return Step(
+            self.trains(folder),
+            f"{name}: train ({stage}, {recipe.optim.steps} steps)",
+            minutes,
+            training(self.ranks, self.plan.recipes[stage], *overrides),
+            key,
+            folder / "model" / "soundwave.json",
+            set_aside=folder,
+            processes=self.ranks,
+            after=self.needs(before),
+        )
 
     def trains(self, folder: Path) -> str:
         """The name of the step that trains a stage's folder."""
         return f"train-{folder.parent.name}-{folder.name}"
 
     def needs(self, before: Path | None) -> tuple[str, ...]:
-        """Steps that must be done before a stage is trained: the one before it, and the synthetic speech where there is some."""
+        """Steps that must be done before a stage is trained: the one before it, and the synthetic speech
+        where there is some."""
         speech = [f"pack-{self.plan.synthetic.shards}"] if self.plan.synthetic else []
         return (*speech, *([self.trains(before)] if before else []))
 
     def score(self, folder: Path, decode: str, whole: bool = False) -> Step:
-        """On some utterances of each test set; whole: on every one of the first set, for what a few cannot tell from chance."""
+        """On some utterances of each test set; whole: on every one of the first set, for what a few cannot
+        tell from chance."""
         wanted = self.plan.score
         names, limit = (wanted.shards[:1], []) if whole else (wanted.shards, ["--limit", str(wanted.limit)])
         last = self.predictions(folder, decode, names[-1], whole)
         out, all_of_it = last.parent, " all of it" if whole else ""
         shards = [str(self.data.cache / "shards" / name) for name in names]
         batches = ["--batch-seconds", str(wanted.batch_seconds)] if "batch_seconds" in wanted else []
-        options = ["--model", str(folder / "model"), "--shards", *shards, "--task", "asr", "--decode", decode, *limit, *batches,
-                   "--max-new-tokens", str(wanted.max_new_tokens), "--out", str(out)]
-        return Step(f"score-{folder.parent.name}-{out.name.removeprefix('evaluation-')}",
-                    f"{folder.parent.name}: score{all_of_it} ({decode})", self.plan.minutes["whole" if whole else "score"],
-                    scoring(self.ranks, *options),
-                    lambda: [wanted.max_new_tokens if whole else OmegaConf.to_container(wanted),
-                             [self.data.fingerprint(name) for name in names], self._keys.get(folder),
-                             *([asdict(JointSearch())] if decode == "joint" else [])],
-                    last.with_suffix(".scores.json"), set_aside=out, processes=self.ranks, after=(self.trains(folder),))
+        options = [
+            "--model",
+            str(folder / "model"),
+            "--shards",
+            *shards,
+            "--task",
+            "asr",
+            "--decode",
+            decode,
+            *limit,
+            *batches,
+            "--max-new-tokens",
+            str(wanted.max_new_tokens),
+            "--out",
+            str(out),
+        ]
+        return Step(
+            f"score-{folder.parent.name}-{out.name.removeprefix('evaluation-')}",
+            f"{folder.parent.name}: score{all_of_it} ({decode})",
+            self.plan.minutes["whole" if whole else "score"],
+            scoring(self.ranks, *options),
+            lambda: [
+                wanted.max_new_tokens if whole else OmegaConf.to_container(wanted),
+                [self.data.fingerprint(name) for name in names],
+                self._keys.get(folder),
+                *([asdict(JointSearch())] if decode == "joint" else []),
+            ],
+            last.with_suffix(".scores.json"),
+            set_aside=out,
+            processes=self.ranks,
+            after=(self.trains(folder),),
+        )
 
     def speed(self, folder: Path) -> list[Step]:
         wanted, out = self.plan.speed, folder / "speed.json"
         if wanted is None:
             return []
-        return [Step(f"speed-{folder.parent.name}", f"{folder.parent.name}: time to first token", self.plan.minutes.speed,
-                    [sys.executable, "-m", "evaluation.speed", "--model", str(folder / "model"), "--shards",
-                     str(self.data.cache / "shards" / wanted.shards), "--clips", str(wanted.clips), "--max-new-tokens", "8",
-                     "--out", str(out)],
-                    lambda: [OmegaConf.to_container(wanted), self.data.fingerprint(wanted.shards), self._keys.get(folder)],
-                    out, set_aside=out, after=(self.trains(folder),), alone=True)]
+        return [
+            Step(
+                f"speed-{folder.parent.name}",
+                f"{folder.parent.name}: time to first token",
+                self.plan.minutes.speed,
+                [
+                    sys.executable,
+                    "-m",
+                    "evaluation.speed",
+                    "--model",
+                    str(folder / "model"),
+                    "--shards",
+                    str(self.data.cache / "shards" / wanted.shards),
+                    "--clips",
+                    str(wanted.clips),
+                    "--max-new-tokens",
+                    "8",
+                    "--out",
+                    str(out),
+                ],
+                lambda: [
+                    OmegaConf.to_container(wanted),
+                    self.data.fingerprint(wanted.shards),
+                    self._keys.get(folder),
+                ],
+                out,
+                set_aside=out,
+                after=(self.trains(folder),),
+                alone=True,
+            )
+        ]
 
     def whisper(self) -> list[Step]:
         steps = []
         for name in self.plan.score.shards if self.plan.whisper else ():
             out = self.output / "whisper" / f"{name}.jsonl"
             shards = self.data.cache / "shards" / name
-            steps.append(Step(
-                f"whisper-{name}", f"Whisper's own decoder on {name}", self.plan.minutes.score,
-                scoring(self.ranks, "--whisper", self.plan.whisper, "--shards", str(shards), "--limit",
-                        str(self.plan.score.limit), "--out", str(out), module="evaluation.whisper_baseline"),
-                lambda name=name: [self.plan.whisper, self.plan.score.limit, self.data.fingerprint(name),
-                                   file_digest(Path(self.plan.whisper) / "config.json")],
-                out.with_suffix(".scores.json"), set_aside=out, processes=self.ranks, after=()))
+            steps.append(
+                Step(
+                    f"whisper-{name}",
+                    f"Whisper's own decoder on {name}",
+                    self.plan.minutes.score,
+                    scoring(
+                        self.ranks,
+                        "--whisper",
+                        self.plan.whisper,
+                        "--shards",
+                        str(shards),
+                        "--limit",
+                        str(self.plan.score.limit),
+                        "--out",
+                        str(out),
+                        module="evaluation.whisper_baseline",
+                    ),
+                    lambda name=name: [
+                        self.plan.whisper,
+                        self.plan.score.limit,
+                        self.data.fingerprint(name),
+                        file_digest(Path(self.plan.whisper) / "config.json"),
+                    ],
+                    out.with_suffix(".scores.json"),
+                    set_aside=out,
+                    processes=self.ranks,
+                    after=(),
+                )
+            )
         return steps
 
     def synthetic(self) -> list[Step]:
@@ -166,11 +285,27 @@ class Study:
         if not any(corpus.shards == shards for recipe in recipes for corpus in recipe.data.train):
             return []
         manifest = cache / "synthetic" / "train.jsonl"
-        speak = Step("synthetic", f"make {wanted.hours:g} h of synthetic speech", wanted.minutes,
-                     [sys.executable, "-m", "examples.less_is_more.synthetic", "--cache", str(cache),
-                      "--hours", str(wanted.hours)],
-                     lambda: [wanted.hours, file_digest(HERE / "synthetic.py"),
-                              file_digest(cache / "manifests" / "dialogues-train.jsonl")], manifest, after=())
+        speak = Step(
+            "synthetic",
+            f"make {wanted.hours:g} h of synthetic speech",
+            wanted.minutes,
+            [
+                sys.executable,
+                "-m",
+                "examples.less_is_more.synthetic",
+                "--cache",
+                str(cache),
+                "--hours",
+                str(wanted.hours),
+            ],
+            lambda: [
+                wanted.hours,
+                file_digest(HERE / "synthetic.py"),
+                file_digest(cache / "manifests" / "dialogues-train.jsonl"),
+            ],
+            manifest,
+            after=(),
+        )
         return [speak, replace(self.data.pack(wanted.shards, manifest), after=(speak.name,))]
 
     def steps(self) -> list[Step]:
@@ -195,18 +330,29 @@ class Study:
                 steps.append(self.score(folder, "generate"))
                 if name in self.plan.joint:
                     steps.append(self.score(folder, "joint"))
-                steps += [self.score(folder, decode, whole=True) for decode in ("generate", "joint")
-                          if name in self.plan.whole[decode]]
+                steps += [
+                    self.score(folder, decode, whole=True)
+                    for decode in ("generate", "joint")
+                    if name in self.plan.whole[decode]
+                ]
                 steps += self.speed(folder)
         return steps
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m examples.less_is_more.study", description=__doc__.split("\n")[0])
-    parser.add_argument("--plan", type=Path, default=HERE / "plan.yaml", help="what is compared (default: plan.yaml)")
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.less_is_more.study", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--plan", type=Path, default=HERE / "plan.yaml", help="what is compared (default: plan.yaml)"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the plan's")
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants alone (default: all of the plan's)")
-    parser.add_argument("--at-once", type=int, help="steps side by side, e.g. on one large GPU (default: the plan's, or 1)")
+    parser.add_argument(
+        "--only", nargs="+", metavar="VARIANT", help="these variants alone (default: all of the plan's)"
+    )
+    parser.add_argument(
+        "--at-once", type=int, help="steps side by side, e.g. on one large GPU (default: the plan's, or 1)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only list the steps and their commands")
     options = parser.parse_args()
     try:

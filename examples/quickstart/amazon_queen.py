@@ -1,4 +1,5 @@
-"""Spoken dialogue and its text out of the adventure game "Flight of the Amazon Queen". Changes when the game's files do.
+"""Spoken dialogue and its text out of the adventure game "Flight of the Amazon Queen". Changes when the
+game's files do.
 
 The Debian package holds one resource file, `queen.1c`, in the layout that ScummVM made for it:
 
@@ -7,8 +8,9 @@ The Debian package holds one resource file, `queen.1c`, in the layout that Scumm
 
 Speech entries (`*.SB`) are MP3 at 11,025 Hz. Two kinds have a text:
 
-- dialogue: `KKLLLLWS.SB` = talk key KK, line LLLL (hex), speaker W (J: the hero Joe, P: the other one), segment S (hex, from 1).
-  The lines stand in `*.DOG` entries (20 bytes header, then a talk header and two string tables, Joe's and the other's).
+- dialogue: `KKLLLLWS.SB` = talk key KK, line LLLL (hex), speaker W (J: the hero Joe, P: the other one),
+  segment S (hex, from 1). The lines stand in `*.DOG` entries (20 bytes header, then a talk header and two
+  string tables, Joe's and the other's).
 - descriptions, spoken by Joe: `JOEnnnnS.SB` = segment S of line nnnn - 41 of the text file `QUEEN2.JAS`.
 
 A line is cut into segments by `*` followed by a stage direction (two characters, or XY and a position).
@@ -37,7 +39,9 @@ class Resources:
     def __init__(self, path: Path) -> None:
         self.data = path.read_bytes()
         if self.data[:4] != b"QTBL":
-            raise ValueError(f"{path} is not the game's resource file (it should begin with QTBL): fetch the package again")
+            raise ValueError(
+                f"{path} is not the game's resource file (it should begin with QTBL): fetch the package again"
+            )
         self.entries: dict[str, tuple[int, int]] = {}
         (count,) = struct.unpack_from(">H", self.data, 13)
         for i in range(count):
@@ -49,18 +53,21 @@ class Resources:
 
     def __getitem__(self, name: str) -> bytes:
         offset, size = self.entries[name]
-        return self.data[offset:offset + size]
+        return self.data[offset : offset + size]
 
 
 def segments(line: str) -> list[str]:
     """The spoken pieces of a line, stage directions removed."""
     first, *later = line.split("*")
-    return [first.strip()] + [STAGE_DIRECTION.sub("", piece, count=1).strip() if STAGE_DIRECTION.match(piece) else piece.strip()
-                              for piece in later]
+    return [first.strip()] + [
+        STAGE_DIRECTION.sub("", piece, count=1).strip() if STAGE_DIRECTION.match(piece) else piece.strip()
+        for piece in later
+    ]
 
 
 def _strings(talk: bytes, at: int, count: int) -> Iterator[tuple[int, str]]:
-    """(line number, text) of a string table; texts are padded to four bytes. A table that runs past the end yields nothing."""
+    """(line number, text) of a string table; texts are padded to four bytes. A table that runs past the end
+    yields nothing."""
     lines = []
     for _ in range(count):
         if at + 5 > len(talk):
@@ -68,14 +75,15 @@ def _strings(talk: bytes, at: int, count: int) -> Iterator[tuple[int, str]]:
         _, number, length = struct.unpack_from(">hhB", talk, at)
         at += 5
         if length:
-            lines.append((number, talk[at:at + length].decode("latin-1")))
+            lines.append((number, talk[at : at + length].decode("latin-1")))
             at += length
             at += -at % 4
     yield from lines
 
 
 def dialogue_lines(talk: bytes) -> Iterator[tuple[str, str]]:
-    """(name of the speech entry, text) for each segment that the `.DOG` entry (without its first 20 bytes) speaks of."""
+    """(name of the speech entry, text) for each segment that the `.DOG` entry (without its first 20 bytes)
+    speaks of."""
     levels, _, key, joe_lines, other_lines = struct.unpack_from(">5h", talk, 0)
     (others_at,) = struct.unpack_from(">H", talk, 22)
     tables = (("J", TALK_HEADER + abs(levels) * CHOICES_SIZE, joe_lines), ("P", others_at, other_lines))
@@ -100,9 +108,11 @@ def description_lines(resources: Resources) -> Iterator[tuple[str, str]]:
 
 
 def read(path: Path, out: Path) -> list[dict]:
-    """Write the clips as OUT/NAME.mp3; one manifest row each: id, audio, text, lang, duration (seconds), speaker, dialogue.
+    """Write the clips as OUT/NAME.mp3; one manifest row each: id, audio, text, lang, duration (seconds),
+    speaker, dialogue.
 
-    `dialogue` is the talk key, or "JOE" for the descriptions. Entries without text or not decodable are left out.
+    `dialogue` is the talk key, or "JOE" for the descriptions. Entries without text or not decodable are left
+    out.
     """
     resources = Resources(path)
     spoken: dict[str, str] = {}
@@ -126,6 +136,15 @@ def read(path: Path, out: Path) -> list[dict]:
             audio.write_bytes(clip)
         dialogue = "JOE" if stem.startswith("JOE") else stem[:2]
         hero = dialogue == "JOE" or stem[6] == "J"
-        rows.append({"id": stem, "audio": str(audio), "text": text, "lang": "en", "duration": round(info.duration, 3),
-                     "speaker": "joe" if hero else f"other-{dialogue}", "dialogue": dialogue})
+        rows.append(
+            {
+                "id": stem,
+                "audio": str(audio),
+                "text": text,
+                "lang": "en",
+                "duration": round(info.duration, 3),
+                "speaker": "joe" if hero else f"other-{dialogue}",
+                "dialogue": dialogue,
+            }
+        )
     return rows

@@ -4,8 +4,8 @@
 
     fetch -> pack -> for each stage: score, train, score -> picture -> table
 
-Each step is an ordinary command of the project, done once (examples/steps.py). What is trained how long stands in the recipes,
-what is scored on how much in demo.yaml: nothing of that is in here.
+Each step is an ordinary command of the project, done once (examples/steps.py). What is trained how long
+stands in the recipes, what is scored on how much in demo.yaml: nothing of that is in here.
 """
 
 from __future__ import annotations
@@ -40,8 +40,16 @@ from model.generation.joint import JointSearch
 from recipe.config import Recipe, RecipeError, load_recipe
 
 HERE = Path(__file__).resolve().parent
-WHEN = {"before": "before training", "after": "after training", "joint": "after training, LLM and CTC head together"}
-MANIFESTS = [f"{corpus}-{split}" for corpus in ("dialogues", "prompts", "instruct") for split in ("train", "valid", "test")]
+WHEN = {
+    "before": "before training",
+    "after": "after training",
+    "joint": "after training, LLM and CTC head together",
+}
+MANIFESTS = [
+    f"{corpus}-{split}"
+    for corpus in ("dialogues", "prompts", "instruct")
+    for split in ("train", "valid", "test")
+]
 
 
 class Plan:
@@ -51,10 +59,14 @@ class Plan:
         self.settings = OmegaConf.load(path)
         self.cache = Path(self.settings.cache)
         self.ranks = ranks or rank_count(self.settings.ranks)
-        self.recipes: list[tuple[object, Recipe]] = [(stage, load_recipe(stage.recipe)) for stage in self.settings.stages]
+        self.recipes: list[tuple[object, Recipe]] = [
+            (stage, load_recipe(stage.recipe)) for stage in self.settings.stages
+        ]
         self.output = Path(self.recipes[0][1].output)
         self.record = self.output / "demo.json"
-        self.trained: dict[str, str] = {}  # stage -> key of its training step, which the steps behind it depend on
+        self.trained: dict[
+            str, str
+        ] = {}  # stage -> key of its training step, which the steps behind it depend on
 
     def fingerprint(self, shards: str) -> str:
         index = self.cache / "shards" / shards / "index.json"
@@ -64,20 +76,42 @@ class Plan:
         """Models and packed corpora."""
         settings, python = self.settings, sys.executable
         scripts = sorted(HERE.glob("*.py"))
-        steps = [Step("fetch", "download and convert models and corpora", settings.fetch_minutes,
-                      [python, "-m", "examples.quickstart.fetch", "--cache", str(self.cache)],
-                      lambda: [file_digest(path) for path in scripts if path.name not in ("demo.py", "results.py")],
-                      self.cache / "manifests")]
+        steps = [
+            Step(
+                "fetch",
+                "download and convert models and corpora",
+                settings.fetch_minutes,
+                [python, "-m", "examples.quickstart.fetch", "--cache", str(self.cache)],
+                lambda: [file_digest(path) for path in scripts if path.name not in ("demo.py", "results.py")],
+                self.cache / "manifests",
+            )
+        ]
         return steps + [self.pack(name, self.cache / "manifests" / f"{name}.jsonl") for name in MANIFESTS]
 
     def pack(self, name: str, manifest: Path) -> Step:
         """A manifest to shards."""
         settings, shards = self.settings, self.cache / "shards" / name
-        return Step(f"pack-{name}", f"pack {name}", settings.pack.minutes,
-                    [sys.executable, "data_tools/pack.py", "--manifest", str(manifest), "--out", str(shards),
-                     "--workers", str(os.cpu_count() or 1), "--shard-mb", str(settings.pack.shard_mb)],
-                    lambda: [file_digest(manifest), settings.pack.shard_mb, str(SAMPLE_DTYPE)],
-                    shards / "index.json", set_aside=shards, processes=os.cpu_count() or 1)
+        return Step(
+            f"pack-{name}",
+            f"pack {name}",
+            settings.pack.minutes,
+            [
+                sys.executable,
+                "data_tools/pack.py",
+                "--manifest",
+                str(manifest),
+                "--out",
+                str(shards),
+                "--workers",
+                str(os.cpu_count() or 1),
+                "--shard-mb",
+                str(settings.pack.shard_mb),
+            ],
+            lambda: [file_digest(manifest), settings.pack.shard_mb, str(SAMPLE_DTYPE)],
+            shards / "index.json",
+            set_aside=shards,
+            processes=os.cpu_count() or 1,
+        )
 
     def steps(self) -> list[Step]:
         steps = self.data_steps()
@@ -87,7 +121,9 @@ class Plan:
         return steps
 
     def data_of(self, recipe: Recipe) -> list[str]:
-        return [self.fingerprint(Path(corpus.shards).name) for corpus in [*recipe.data.train, *recipe.data.valid]]
+        return [
+            self.fingerprint(Path(corpus.shards).name) for corpus in [*recipe.data.train, *recipe.data.valid]
+        ]
 
     def stage_steps(self, stage: object, recipe: Recipe) -> list[Step]:
         folder = Path(recipe.output) / recipe.stage
@@ -97,46 +133,100 @@ class Plan:
             self.trained[recipe.stage] = key
             return key
 
-        train = Step(f"train-{recipe.stage}", f"{stage.title}: train ({recipe.optim.steps} steps, {self.ranks} ranks)",
-                     stage.minutes, training(self.ranks, stage.recipe), train_key, folder / "model" / "soundwave.json",
-                     set_aside=folder, processes=self.ranks)
+        train = Step(
+            f"train-{recipe.stage}",
+            f"{stage.title}: train ({recipe.optim.steps} steps, {self.ranks} ranks)",
+            stage.minutes,
+            training(self.ranks, stage.recipe),
+            train_key,
+            folder / "model" / "soundwave.json",
+            set_aside=folder,
+            processes=self.ranks,
+        )
         joint = [self.score(stage, recipe, "joint")] if "joint" in stage else []
         return [self.score(stage, recipe, "before"), train, self.score(stage, recipe, "after"), *joint]
 
     def scores(self, recipe: Recipe, when: str) -> Path:
-        """Where the predictions on each folder go, the scores beside them as .scores.json: of a trained model where
-        evaluation.run puts them without being told, so that an exported model's card shows them."""
+        """Where the predictions on each folder go, the scores beside them as .scores.json: of a trained model
+        where evaluation.run puts them without being told, so that an exported model's card shows them."""
         if when != "before":
-            return Path(recipe.output) / recipe.stage / "model" / {"after": "evaluation", "joint": "evaluation-joint"}[when]
+            return (
+                Path(recipe.output)
+                / recipe.stage
+                / "model"
+                / {"after": "evaluation", "joint": "evaluation-joint"}[when]
+            )
         return self.output / "evaluation" / f"{recipe.stage}-{when}"
 
     def score(self, stage: object, recipe: Recipe, when: str) -> Step:
         wanted, out = stage[when], self.scores(recipe, when)
         shards = [str(self.cache / "shards" / name) for name in wanted.shards]
-        options = ["--shards", *shards, "--task", *wanted.tasks, "--decode", wanted.decode, "--limit", str(wanted.limit),
-                   "--out", str(out)]
+        options = [
+            "--shards",
+            *shards,
+            "--task",
+            *wanted.tasks,
+            "--decode",
+            wanted.decode,
+            "--limit",
+            str(wanted.limit),
+            "--out",
+            str(out),
+        ]
         if "max_new_tokens" in wanted:
             options += ["--max-new-tokens", str(wanted.max_new_tokens)]
-        model = ["--untrained", stage.recipe]  # as the stage begins: what earlier stages have learnt, the rest fresh
+        model = [
+            "--untrained",
+            stage.recipe,
+        ]  # as the stage begins: what earlier stages have learnt, the rest fresh
         if when != "before":
             model = ["--model", str(Path(recipe.output) / recipe.stage / "model")]
         asked = {name: value for name, value in OmegaConf.to_container(wanted).items() if name != "minutes"}
         if wanted.decode == "joint":
             asked["search"] = asdict(JointSearch())
-        title = f"{stage.title}: score {WHEN[when]} ({', '.join(wanted.shards)}; {wanted.limit} utterances each)"
-        return Step(f"score-{recipe.stage}-{when}", title, wanted.minutes, scoring(self.ranks, *options, *model),
-                    lambda: [asked, [self.fingerprint(name) for name in wanted.shards], dict(self.trained), asdict(recipe.model),
-                             recipe.seed],
-                    out, set_aside=out, processes=self.ranks)
+        title = (
+            f"{stage.title}: score {WHEN[when]} ({', '.join(wanted.shards)}; {wanted.limit} utterances each)"
+        )
+        return Step(
+            f"score-{recipe.stage}-{when}",
+            title,
+            wanted.minutes,
+            scoring(self.ranks, *options, *model),
+            lambda: [
+                asked,
+                [self.fingerprint(name) for name in wanted.shards],
+                dict(self.trained),
+                asdict(recipe.model),
+                recipe.seed,
+            ],
+            out,
+            set_aside=out,
+            processes=self.ranks,
+        )
 
     def picture(self) -> Step:
         _, recipe = self.recipes[0]
         out = self.output / "picture.png"
-        return Step("picture", "picture of one held-out clip", 0.3,
-                    [sys.executable, "-m", "evaluation.picture", "--model", str(Path(recipe.output) / recipe.stage / "model"),
-                     "--shards", str(self.cache / "shards" / self.settings.picture.shards),
-                     "--index", str(self.settings.picture.index), "--out", str(out)],
-                    lambda: [dict(self.trained), OmegaConf.to_container(self.settings.picture)], out)
+        return Step(
+            "picture",
+            "picture of one held-out clip",
+            0.3,
+            [
+                sys.executable,
+                "-m",
+                "evaluation.picture",
+                "--model",
+                str(Path(recipe.output) / recipe.stage / "model"),
+                "--shards",
+                str(self.cache / "shards" / self.settings.picture.shards),
+                "--index",
+                str(self.settings.picture.index),
+                "--out",
+                str(out),
+            ],
+            lambda: [dict(self.trained), OmegaConf.to_container(self.settings.picture)],
+            out,
+        )
 
 
 def finish(plan: Plan) -> None:
@@ -149,14 +239,24 @@ def finish(plan: Plan) -> None:
     print("\n" + results.table(summary) + "\n")
     print(f"machine      {results.machine_line(summary)}")
     print(f"results      {path}")
-    print(f"predictions  {plan.output}/*/model/evaluation*/*.jsonl; before training: {plan.output / 'evaluation'}/*/*.jsonl")
+    print(
+        f"predictions  {plan.output}/*/model/evaluation*/*.jsonl; before training: "
+        f"{plan.output / 'evaluation'}/*/*.jsonl"
+    )
     print(f"picture      {plan.output / 'picture.png'}")
     print(f"TensorBoard  {BIN / 'tensorboard'} --logdir {plan.output}")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m examples.quickstart.demo", description=__doc__.split("\n")[0])
-    parser.add_argument("--plan", type=Path, default=HERE / "demo.yaml", help="what is trained and scored (default: demo.yaml)")
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.quickstart.demo", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--plan",
+        type=Path,
+        default=HERE / "demo.yaml",
+        help="what is trained and scored (default: demo.yaml)",
+    )
     parser.add_argument("--ranks", type=int, help="processes of training and scoring (default: the plan's)")
     parser.add_argument("--dry-run", action="store_true", help="only list the steps and their commands")
     options = parser.parse_args()
@@ -166,7 +266,9 @@ def main() -> int:
             show(plan.steps())
             return 0
         if shutil.disk_usage(".").free < 8e9:
-            raise StepError(f"{shutil.disk_usage('.').free / 1e9:.1f} GB free here, about 8 GB needed: free some")
+            raise StepError(
+                f"{shutil.disk_usage('.').free / 1e9:.1f} GB free here, about 8 GB needed: free some"
+            )
         run(plan.record, plan.steps())
         finish(plan)
     except (StepError, RecipeError) as error:

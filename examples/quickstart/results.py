@@ -1,8 +1,9 @@
 """The demo's scores as one table, on the screen and in the documents:
 `python -m examples.quickstart.results --into README.md docs/results.md`.
 
-results.json holds the rows (each score with its 95 % bootstrap interval and number of utterances, before and after training), the
-recipes as they were run, the seconds of each step, the machine, the versions and the commit.
+results.json holds the rows (each score with its 95 % bootstrap interval and number of utterances, before and
+after training), the recipes as they were run, the seconds of each step, the machine, the versions and the
+commit.
 """
 
 from __future__ import annotations
@@ -28,24 +29,40 @@ if TYPE_CHECKING:
     from examples.quickstart.demo import Plan
 
 # Of each metric family of evaluation.score: what the table shows, and how it is called.
-SHOWN = {"wer": [("wer", "WER")], "bleu": [("bleu", "BLEU"), ("chrf", "chrF")], "answer": [("exact", "exact answers")],
-         "chain": [("wer", "WER of the transcription"), ("exact", "exact answers")], "accuracy": [("accuracy", "accuracy")]}
+SHOWN = {
+    "wer": [("wer", "WER")],
+    "bleu": [("bleu", "BLEU"), ("chrf", "chrF")],
+    "answer": [("exact", "exact answers")],
+    "chain": [("wer", "WER of the transcription"), ("exact", "exact answers")],
+    "accuracy": [("accuracy", "accuracy")],
+}
 DECODES = {"ctc": "CTC head, greedy", "generate": "LLM, greedy", "joint": "LLM and CTC head, beam search"}
 MARKS = ("<!-- results: written by examples/quickstart/results.py -->", "<!-- end of results -->")
 
 
 def collect(plan: Plan) -> list[dict]:
-    """A row for each stage, scored data and measure; `before` (where scored) and `after`: value, ci95, utterances."""
+    """A row for each stage, scored data and measure; `before` (where scored) and `after`: value, ci95,
+    utterances."""
     rows = []
     for stage, recipe in plan.recipes:
-        found = {when: {name: scores_of(plan.scores(recipe, when), name) for name in stage[when].shards}
-                 for when in ("before", "after", "joint") if when in stage}
+        found = {
+            when: {name: scores_of(plan.scores(recipe, when), name) for name in stage[when].shards}
+            for when in ("before", "after", "joint")
+            if when in stage
+        }
         for how in ("after", "joint"):
             for name, tasks in found.get(how, {}).items():
                 for task, scores in tasks.items():
                     for key, label in SHOWN[scores["metric"]]:
-                        row = {"stage": stage.title, "data": name, "task": task, "decode": stage[how].decode, "measure": label,
-                               "kept_share": scores["length"].get("kept_share"), "after": value_of(scores, key)}
+                        row = {
+                            "stage": stage.title,
+                            "data": name,
+                            "task": task,
+                            "decode": stage[how].decode,
+                            "measure": label,
+                            "kept_share": scores["length"].get("kept_share"),
+                            "after": value_of(scores, key),
+                        }
                         if how == "after" and task in found["before"].get(name, {}):
                             row["before"] = value_of(found["before"][name][task], key)
                         rows.append(row)
@@ -57,15 +74,22 @@ def value_of(scores: dict, key: str) -> dict:
 
 
 def scores_of(folder: Path, shards: str) -> dict[str, dict]:
-    """task -> scores that evaluation.run left in FOLDER for a packed folder of that name. Errors: ValueError."""
+    """task -> scores that evaluation.run left in FOLDER for a packed folder of that name. Errors:
+    ValueError."""
     files = list(folder.glob(f"{shards}-*.scores.json"))
     if len(files) != 1:
-        raise ValueError(f"{folder} has {len(files)} score files of {shards}, not one: remove it and run the demo again")
+        raise ValueError(
+            f"{folder} has {len(files)} score files of {shards}, not one: remove it and run the demo again"
+        )
     return json.loads(files[0].read_text())["tasks"]
 
 
 def processor() -> str:
-    names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
+    names = (
+        re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
     return names[0] if names else platform.processor() or platform.machine()
 
 
@@ -81,11 +105,19 @@ def summary(plan: Plan, rows: list[dict], seconds: dict[str, float | None]) -> d
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": git("rev-parse", "--short", "HEAD"), "changed_files": bool(git("status", "--porcelain")),
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "memory_gib": round(memory, 1), "gpu": device,
-                    "system": platform.platform(terse=True), "python": platform.python_version()},
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "changed_files": bool(git("status", "--porcelain")),
+        "machine": {
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "memory_gib": round(memory, 1),
+            "gpu": device,
+            "system": platform.platform(terse=True),
+            "python": platform.python_version(),
+        },
         "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers", "peft")},
-        "ranks": plan.ranks, "seconds": seconds,
+        "ranks": plan.ranks,
+        "seconds": seconds,
         "recipes": {recipe.stage: asdict(recipe) for _, recipe in plan.recipes},
         "rows": rows,
     }
@@ -100,36 +132,67 @@ def shown(score: dict | None) -> str:
 
 
 def table(result: dict) -> str:
-    lines = [[row["stage"], f"{row['data']}, {row['task']}", row["measure"], DECODES[row["decode"]], shown(row.get("before")),
-              shown(row["after"]), row["after"]["utterances"]] for row in result["rows"]]
-    return tabulate(lines, headers=["", "held-out data", "measure", "read from", "before", "after", "utterances"],
-                    tablefmt="github", disable_numparse=True)
+    lines = [
+        [
+            row["stage"],
+            f"{row['data']}, {row['task']}",
+            row["measure"],
+            DECODES[row["decode"]],
+            shown(row.get("before")),
+            shown(row["after"]),
+            row["after"]["utterances"],
+        ]
+        for row in result["rows"]
+    ]
+    return tabulate(
+        lines,
+        headers=["", "held-out data", "measure", "read from", "before", "after", "utterances"],
+        tablefmt="github",
+        disable_numparse=True,
+    )
 
 
 def machine_line(result: dict) -> str:
     machine, versions = result["machine"], result["versions"]
     minutes = sum(value or 0 for value in result["seconds"].values()) / 60
     where = f", {machine['gpu']}" if machine["gpu"] else ""
-    return (f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB{where}; {result['ranks']} ranks; "
-            f"{minutes:.0f} minutes in all; torch {versions['torch']}, deepspeed {versions['deepspeed']}; "
-            f"commit {result['commit']}{' with local changes' if result['changed_files'] else ''}, {result['date']}")
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB{where}; "
+        f"{result['ranks']} ranks; "
+        f"{minutes:.0f} minutes in all; torch {versions['torch']}, deepspeed {versions['deepspeed']}; "
+        f"commit {result['commit']}{' with local changes' if result['changed_files'] else ''}, "
+        f"{result['date']}"
+    )
 
 
 def write_into(path: Path, result: dict) -> None:
     """Replace what stands between the two marks. Errors: ValueError where the marks are missing."""
     steps = ", ".join(f"{name} {recipe['optim']['steps']}" for name, recipe in result["recipes"].items())
     seed = next(iter(result["recipes"].values()))["seed"]
-    put_between(path, MARKS, f"\n{table(result)}\n\nIn brackets: 95 % bootstrap intervals over utterances. One run, seed {seed}; "
-                             f"optimizer steps: {steps}. Machine: {machine_line(result)}.")
+    put_between(
+        path,
+        MARKS,
+        f"\n{table(result)}\n\nIn brackets: 95 % bootstrap intervals over utterances. One run, seed {seed}; "
+        f"optimizer steps: {steps}. Machine: {machine_line(result)}.",
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m examples.quickstart.results", description=__doc__.split("\n")[0])
-    parser.add_argument("--results", type=Path, default=Path("runs/quickstart/results.json"), help="written by the demo")
-    parser.add_argument("--into", type=Path, nargs="+", default=[], help="put the table into these files, between their marks")
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.quickstart.results", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--results", type=Path, default=Path("runs/quickstart/results.json"), help="written by the demo"
+    )
+    parser.add_argument(
+        "--into", type=Path, nargs="+", default=[], help="put the table into these files, between their marks"
+    )
     options = parser.parse_args()
     if not options.results.exists():
-        print(f"error: {options.results} does not exist: run `make demo` first, or name another with --results", file=sys.stderr)
+        print(
+            f"error: {options.results} does not exist: run `make demo` first, or name another with --results",
+            file=sys.stderr,
+        )
         return 2
     result = json.loads(options.results.read_text())
     print(table(result))

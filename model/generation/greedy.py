@@ -29,32 +29,48 @@ MAX_NEW_TOKENS = 512
 class Generation:
     """Inference of `Soundwave` (mixed into it)."""
 
-    def prompts(self, chats: list[list[dict[str, str]]], waveforms: Sequence[Waveform] = (), *, sampling_rate: int = SAMPLE_RATE
-                ) -> Batch:
+    def prompts(
+        self,
+        chats: list[list[dict[str, str]]],
+        waveforms: Sequence[Waveform] = (),
+        *,
+        sampling_rate: int = SAMPLE_RATE,
+    ) -> Batch:
         """Return chats that are to be continued, as one batch on the model's device.
 
-        chats: lists of {"role", "content"}, with the audio token wherever an audio stands; waveforms: in the order of those
-        tokens, chat by chat, each a tensor or array of `model.waveforms.mono` at `sampling_rate`. A clip that cannot be used (no
-        samples, NaN) is named in a SoundWarning and taken as silence. Errors: ValueError, also where no clip can be used;
-        PromptError.
+        chats: lists of {"role", "content"}, with the audio token wherever an audio stands; waveforms: in the
+        order of those tokens, chat by chat, each a tensor or array of `model.waveforms.mono` at
+        `sampling_rate`. A clip that cannot be used (no samples, NaN) is named in a SoundWarning and taken as
+        silence. Errors: ValueError, also where no clip can be used; PromptError.
         """
         return self._prompts(chats, waveforms, sampling_rate)[0]
 
-    def _prompts(self, chats: list[list[dict[str, str]]], waveforms: Sequence[Waveform], sampling_rate: int
-                 ) -> tuple[Batch, list[int]]:
+    def _prompts(
+        self, chats: list[list[dict[str, str]]], waveforms: Sequence[Waveform], sampling_rate: int
+    ) -> tuple[Batch, list[int]]:
         """The batch, and the chats whose audio cannot be used."""
         config = self.config
-        ids = [chat_ids(self.tokenizer, chat, config.prompt, config.audio_token, config.system_prompt)[0] for chat in chats]
-        owners = [place for place, chat in enumerate(chats) for _ in range(audio_count(chat, config.audio_token))]
+        ids = [
+            chat_ids(self.tokenizer, chat, config.prompt, config.audio_token, config.system_prompt)[0]
+            for chat in chats
+        ]
+        owners = [
+            place for place, chat in enumerate(chats) for _ in range(audio_count(chat, config.audio_token))
+        ]
         if len(owners) != len(waveforms):
-            raise ValueError(f"{len(waveforms)} waveforms for {len(owners)} {config.audio_token} in the chats: give one for each")
+            raise ValueError(
+                f"{len(waveforms)} waveforms for {len(owners)} {config.audio_token} in the chats: give one "
+                f"for each"
+            )
         clips, unusable = usable_clips(waveforms, sampling_rate)
         longest = config.encoder.max_seconds
         for number, clip in enumerate(clips):
             seconds = len(clip) / SAMPLE_RATE
             if seconds > longest:
-                raise ValueError(f"waveform {number} lasts {seconds:.1f} s, this model takes {longest:g} s at most "
-                                 "(model.encoder.max_seconds): cut it")
+                raise ValueError(
+                    f"waveform {number} lasts {seconds:.1f} s, this model takes {longest:g} s at most "
+                    "(model.encoder.max_seconds): cut it"
+                )
             if warning := self.length_warning(seconds):
                 warnings.warn(f"waveform {number} {warning}", SoundWarning, stacklevel=3)
         rows = [torch.tensor(row, dtype=torch.long) for row in ids]
@@ -62,27 +78,44 @@ class Generation:
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         clips = clips or [torch.zeros(SAMPLE_RATE // 5)]
         audios = len(clips)
-        batch = Batch(waveforms=pad_sequence(clips, batch_first=True), features=None,
-                      audio_lengths=torch.tensor([len(clip) for clip in clips]), audio_is_dummy=not len(waveforms),
-                      ctc_targets=torch.zeros(audios, 0, dtype=torch.long),
-                      ctc_target_lengths=torch.zeros(audios, dtype=torch.long),
-                      has_transcript=torch.zeros(audios, dtype=torch.bool), input_ids=input_ids, attention_mask=mask,
-                      labels=torch.full_like(input_ids, -100), ids=[f"chat {i}" for i in range(len(chats))])
+        batch = Batch(
+            waveforms=pad_sequence(clips, batch_first=True),
+            features=None,
+            audio_lengths=torch.tensor([len(clip) for clip in clips]),
+            audio_is_dummy=not len(waveforms),
+            ctc_targets=torch.zeros(audios, 0, dtype=torch.long),
+            ctc_target_lengths=torch.zeros(audios, dtype=torch.long),
+            has_transcript=torch.zeros(audios, dtype=torch.bool),
+            input_ids=input_ids,
+            attention_mask=mask,
+            labels=torch.full_like(input_ids, -100),
+            ids=[f"chat {i}" for i in range(len(chats))],
+        )
         return batch.to(next(self.parameters()).device), sorted({owners[number] for number in unusable})
 
     def length_warning(self, seconds: float) -> str | None:
-        """Return a warning for a clip longer than those that the model was trained on; None for other clips."""
+        """Return a warning for a clip longer than those that the model was trained on; None for other
+        clips."""
         if self.trained_seconds is None or seconds <= 1.01 * self.trained_seconds:
             return None
-        return (f"lasts {seconds:.1f} s, the model was trained on clips of at most {self.trained_seconds:g} s "
-                "(data.max_seconds): its answer may be wrong or stop early; cut the audio")
+        return (
+            f"lasts {seconds:.1f} s, the model was trained on clips of at most {self.trained_seconds:g} s "
+            "(data.max_seconds): its answer may be wrong or stop early; cut the audio"
+        )
 
-    def answer(self, chats: list[list[dict[str, str]]], waveforms: Sequence[Waveform] = (), *, sampling_rate: int = SAMPLE_RATE,
-               **options) -> list[str]:
+    def answer(
+        self,
+        chats: list[list[dict[str, str]]],
+        waveforms: Sequence[Waveform] = (),
+        *,
+        sampling_rate: int = SAMPLE_RATE,
+        **options,
+    ) -> list[str]:
         """Return the next turn of each chat, as text: `prompts`, then `generate` with its options.
 
-        A chat whose audio cannot be used, or that does not fit into the LLM's context, is answered by "" and named in a
-        SoundWarning; the others are answered as without it. Errors: ValueError where none can be answered.
+        A chat whose audio cannot be used, or that does not fit into the LLM's context, is answered by "" and
+        named in a SoundWarning; the others are answered as without it. Errors: ValueError where none can be
+        answered.
         """
         batch, unusable = self._prompts(chats, waveforms, sampling_rate)
         texts = self.tokenizer.batch_decode(self.generate(batch, **options), skip_special_tokens=True)
@@ -91,20 +124,31 @@ class Generation:
         return ["" if place in unusable else text for place, text in enumerate(texts)]
 
     @torch.no_grad()
-    def generate(self, batch: Batch, *, max_new_tokens: int = MAX_NEW_TOKENS, do_sample: bool = False, temperature: float = 0.2,
-                 top_p: float = 0.9, min_new_tokens: int = 0, streamer: "BaseStreamer | None" = None,
-                 synced_gpus: bool = False, joint: JointSearch | None = None) -> list[list[int]]:
+    def generate(
+        self,
+        batch: Batch,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        do_sample: bool = False,
+        temperature: float = 0.2,
+        top_p: float = 0.9,
+        min_new_tokens: int = 0,
+        streamer: "BaseStreamer | None" = None,
+        synced_gpus: bool = False,
+        joint: JointSearch | None = None,
+    ) -> list[list[int]]:
         """Return answers as token ids, one list per conversation, without the end of turn.
 
-        batch: prompts that end with the assistant's opening (`prompt.chat_ids` of a chat without its answer), padded on either
-        side, with any number of audios anywhere, or none. temperature and top_p count with do_sample (the values are the
-        release's). streamer: transformers' TextStreamer or TextIteratorStreamer, for one conversation. synced_gpus: under
-        ZeRO-3 every rank decodes until the last one has finished. joint: search the answers together with the CTC head (for
-        transcripts; model/generation/joint.py), without sampling or streamer.
+        batch: prompts that end with the assistant's opening (`prompt.chat_ids` of a chat without its answer),
+        padded on either side, with any number of audios anywhere, or none. temperature and top_p count with
+        do_sample (the values are the release's). streamer: transformers' TextStreamer or
+        TextIteratorStreamer, for one conversation. synced_gpus: under ZeRO-3 every rank decodes until the
+        last one has finished. joint: search the answers together with the CTC head (for transcripts;
+        model/generation/joint.py), without sampling or streamer.
 
-        Of the LLM's own generation settings only the ids that end a text count (language_model.end_settings); all others are
-        those given here. A conversation beyond the LLM's context is answered by nothing and named in `unanswered` and a
-        SoundWarning.
+        Of the LLM's own generation settings only the ids that end a text count (language_model.end_settings);
+        all others are those given here. A conversation beyond the LLM's context is answered by nothing and
+        named in `unanswered` and a SoundWarning.
         """
         if self.llm is None:
             raise ValueError("this model has no LLM (stage I): use ctc_greedy")
@@ -116,28 +160,43 @@ class Generation:
         embeddings, mask, _ = self.embeddings(batch, audio, left_padded=True)
         base, longest = base_of(self.llm), self._fit(mask)
         stop = end_ids(self.tokenizer, self.config.prompt, base.generation_config)
-        if longest is None and not synced_gpus:  # nothing fits; under ZeRO-3 the other ranks wait for this one's part
+        if (
+            longest is None and not synced_gpus
+        ):  # nothing fits; under ZeRO-3 the other ranks wait for this one's part
             if streamer is not None:
                 streamer.end()
             self.train(training)
             return [[] for _ in mask]
-        embeddings, mask = (part[:, -(longest or 1):] for part in (embeddings, mask))
+        embeddings, mask = (part[:, -(longest or 1) :] for part in (embeddings, mask))
         settings = GenerationConfig(
-            max_new_tokens=self._tokens_left(longest or 1, max_new_tokens), min_new_tokens=min_new_tokens or None,
-            do_sample=do_sample, eos_token_id=stop, pad_token_id=stop[0], use_cache=True)
+            max_new_tokens=self._tokens_left(longest or 1, max_new_tokens),
+            min_new_tokens=min_new_tokens or None,
+            do_sample=do_sample,
+            eos_token_id=stop,
+            pad_token_id=stop[0],
+            use_cache=True,
+        )
         processors, searched = LogitsProcessorList(), None
         if do_sample:
             settings.update(temperature=temperature, top_p=top_p, top_k=0)
         if joint is not None:
-            searched = JointScores(self.tokenizer, self.ctc_scores(batch, audio), joint, stop, settings.max_new_tokens)
+            searched = JointScores(
+                self.tokenizer, self.ctc_scores(batch, audio), joint, stop, settings.max_new_tokens
+            )
             # Sums are compared, not means: the CTC term knows when all has been said.
             if joint.beams > 1:
                 settings.update(num_beams=joint.beams, length_penalty=0.0)
             else:  # transformers' beam search hands log-probabilities over, its greedy search logits
                 processors.append(LogitNormalization())
             processors.append(searched)
-        ids = self.llm.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=settings, streamer=streamer,
-                                synced_gpus=synced_gpus, logits_processor=processors)
+        ids = self.llm.generate(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            generation_config=settings,
+            streamer=streamer,
+            synced_gpus=synced_gpus,
+            logits_processor=processors,
+        )
         self.train(training)
         answers = []
         for place, row in enumerate(ids.tolist()):
@@ -147,12 +206,16 @@ class Generation:
         return answers
 
     def _fit(self, mask: torch.Tensor) -> int | None:
-        """Return the positions that the longest conversation takes among those that fit into the LLM's context, None where none
-        does; those that do not are named in `unanswered`. mask [B, L]: of the prompts, audio included."""
+        """Return the positions that the longest conversation takes among those that fit into the LLM's
+        context, None where none does; those that do not are named in `unanswered`. mask [B, L]: of the
+        prompts, audio included."""
         context, taken = context_length(base_of(self.llm).config), mask.sum(1).tolist()
         full = [place for place, count in enumerate(taken) if context is not None and count >= context]
-        self.unanswered = {place: f"conversation {place} takes {taken[place]} positions, audio included, and the LLM's context "
-                                  f"has {context}: cut its audio or its text" for place in full}
+        self.unanswered = {
+            place: f"conversation {place} takes {taken[place]} positions, audio included, and the LLM's context "  # noqa: E501
+            f"has {context}: cut its audio or its text"
+            for place in full
+        }
         for text in self.unanswered.values():
             warnings.warn(text, SoundWarning, stacklevel=4)
         return max((count for place, count in enumerate(taken) if place not in self.unanswered), default=None)
@@ -162,18 +225,27 @@ class Generation:
         context = context_length(base_of(self.llm).config)
         if context is None or longest + max_new_tokens <= context:
             return max_new_tokens
-        warnings.warn(f"answers of this batch end after {context - longest} tokens: the LLM's context of {context} positions is "
-                      "full then", SoundWarning, stacklevel=4)
+        warnings.warn(
+            f"answers of this batch end after {context - longest} tokens: the LLM's context of {context} "
+            f"positions is "
+            "full then",
+            SoundWarning,
+            stacklevel=4,
+        )
         return context - longest
 
     def ctc_scores(self, batch: Batch, audio: Audio) -> list[CTCPrefixScores | None]:
-        """The CTC head's scores of token sequences, for each conversation of a batch with exactly one audio."""
+        """The CTC head's scores of token sequences, for each conversation of a batch with exactly one
+        audio."""
         counts = (batch.attention_mask.bool() & (batch.input_ids == self.audio_id)).sum(dim=1).tolist()
         scores, place = [], 0
         for count in counts:
-            hidden = audio.hidden[place, :audio.lengths[place]] if count == 1 else None
-            scores.append(None if hidden is None else CTCPrefixScores(self.ctc_head.log_probs(hidden).cpu().numpy(),
-                                                                      self.ctc_head.blank))
+            hidden = audio.hidden[place, : audio.lengths[place]] if count == 1 else None
+            scores.append(
+                None
+                if hidden is None
+                else CTCPrefixScores(self.ctc_head.log_probs(hidden).cpu().numpy(), self.ctc_head.blank)
+            )
             place += count
         return scores
 
@@ -195,9 +267,9 @@ class Generation:
     def inspect(self, batch: Batch) -> dict[str, list]:
         """What happens to each audio, for pictures; one entry per audio under each key:
 
-        mel [n_mels, F] (None for cached features), seconds, tokens [T] (argmax ids of the CTC head; `blank` is its blank),
-        blank_probability [T], peak [T] (log-probability of the argmax), kept [K] (frame positions); and frame_rate, the
-        adapter's frames per second, and blank, as plain numbers.
+        mel [n_mels, F] (None for cached features), seconds, tokens [T] (argmax ids of the CTC head; `blank`
+        is its blank), blank_probability [T], peak [T] (log-probability of the argmax), kept [K] (frame
+        positions); and frame_rate, the adapter's frames per second, and blank, as plain numbers.
         """
         training = self.training
         self.eval()
@@ -205,12 +277,19 @@ class Generation:
         self.train(training)
         encoder_rate = self.encoder.frame_rate if self.encoder is not None else 50.0
         rate = encoder_rate / self.config.alignment.stack_frames
-        seen: dict[str, list] = {"mel": [], "seconds": [], "tokens": [], "blank_probability": [], "peak": [], "kept": []}
+        seen: dict[str, list] = {
+            "mel": [],
+            "seconds": [],
+            "tokens": [],
+            "blank_probability": [],
+            "peak": [],
+            "kept": [],
+        }
         for i, (length, kept) in enumerate(zip(audio.lengths.tolist(), audio.kept_lengths.tolist())):
             mel = None
             if batch.waveforms is not None:
-                size = batch.audio_lengths[i:i + 1]
-                mel = log_mel(batch.waveforms[i:i + 1, :int(size)], size, 80)[0][0].cpu()
+                size = batch.audio_lengths[i : i + 1]
+                mel = log_mel(batch.waveforms[i : i + 1, : int(size)], size, 80)[0][0].cpu()
             seen["mel"].append(mel)
             seen["seconds"].append(length / rate)
             seen["tokens"].append(audio.argmax[i, :length].cpu())

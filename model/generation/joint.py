@@ -1,12 +1,14 @@
 """Joint decoding: a beam search over the LLM's answers in which the CTC head has a say.
 
-    score(y) = log p_LLM(y | audio, prompt) + weight * log p_CTC(text of y | audio) + token_bonus * tokens in the text of y
+    score(y) = log p_LLM(y | audio, prompt) + weight * log p_CTC(text of y | audio) + token_bonus * tokens in
+    the text of y
 
-The CTC head is trained over the LLM's own vocabulary, so every answer can be asked back to the frames: words that are fluent
-and were not said cost CTC probability, and so does an end of turn in front of words that were said. During the search the CTC
-term is the prefix score of hybrid CTC/attention decoding (Watanabe et al., 2017, "Hybrid CTC/Attention Architecture for
-End-to-End Speech Recognition"). One thing is new: the LLM writes "I'm, na" where CTC was taught " i'm name" (`data.ctc_text`), so
-the text, not the token, is scored, and its end stands for all tokens that begin with it (" na": " name", " nature" ...).
+The CTC head is trained over the LLM's own vocabulary, so every answer can be asked back to the frames: words
+that are fluent and were not said cost CTC probability, and so does an end of turn in front of words that were
+said. During the search the CTC term is the prefix score of hybrid CTC/attention decoding (Watanabe et al.,
+2017, "Hybrid CTC/Attention Architecture for End-to-End Speech Recognition"). One thing is new: the LLM writes
+"I'm, na" where CTC was taught " i'm name" (`data.ctc_text`), so the text, not the token, is scored, and its
+end stands for all tokens that begin with it (" na": " name", " nature" ...).
 """
 
 from __future__ import annotations
@@ -21,14 +23,17 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 from core.ctc_text import ctc_target_ids
 
 Tokens = tuple[int, ...]
-IMPOSSIBLE = -1e4  # log-probability of what no path can spell; finite, so that differences of two such are numbers
+IMPOSSIBLE = (
+    -1e4
+)  # log-probability of what no path can spell; finite, so that differences of two such are numbers
 
 
 @dataclass(frozen=True)
 class JointSearch:
-    """How to search. weight: of CTC's log-probability beside the LLM's. beams: hypotheses kept. candidates: next tokens of each
-    that CTC judges, the LLM's likeliest. token_bonus: added for each token of the text (a sum of log-probabilities likes short
-    answers). ctc_text: the normalisation of CTC's targets, as in the recipe."""
+    """How to search. weight: of CTC's log-probability beside the LLM's. beams: hypotheses kept. candidates:
+    next tokens of each that CTC judges, the LLM's likeliest. token_bonus: added for each token of the text (a
+    sum of log-probabilities likes short answers). ctc_text: the normalisation of CTC's targets, as in the
+    recipe."""
 
     weight: float = 0.7
     beams: int = 4
@@ -51,12 +56,17 @@ class CTCPrefixScores:
     def __init__(self, log_probs: np.ndarray, blank: int):
         self.log_probs, self.blank = log_probs, blank
         silent = np.cumsum(log_probs[:, blank], dtype=np.float64)
-        # prefix -> [T] log-probability of frames 0..t spelling it, ending in its last token, and ending in a blank
-        self._paths: dict[Tokens, tuple[np.ndarray, np.ndarray]] = {(): (np.full_like(silent, -np.inf), silent)}
+        # prefix -> [T] log-probability of frames 0..t spelling it, ending in its last token, and ending in a
+        # blank
+        self._paths: dict[Tokens, tuple[np.ndarray, np.ndarray]] = {
+            (): (np.full_like(silent, -np.inf), silent)
+        }
         self._begun: dict[tuple[Tokens, str], float] = {}
         self._masses: dict[tuple[str, int | None], np.ndarray] = {}
         best = log_probs.argmax(axis=1)
-        self.spoken = int(((best != blank) & (best != np.concatenate([[blank], best[:-1]]))).sum())  # tokens of the greedy text
+        self.spoken = int(
+            ((best != blank) & (best != np.concatenate([[blank], best[:-1]]))).sum()
+        )  # tokens of the greedy text
 
     def whole(self, tokens: Tokens) -> float:
         """Of exactly these tokens."""
@@ -83,8 +93,8 @@ class CTCPrefixScores:
         return self._masses[name, without]
 
     def _entries(self, prefix: Tokens, following: int | None = None) -> np.ndarray:
-        """[T] log-probability that frames 0..t-1 spell the prefix, such that a token may begin at t: after a blank alone where
-        the token repeats the prefix's last one (`following`)."""
+        """[T] log-probability that frames 0..t-1 spell the prefix, such that a token may begin at t: after a
+        blank alone where the token repeats the prefix's last one (`following`)."""
         spoken, silent = self._paths_of(prefix)
         done = silent if prefix and following == prefix[-1] else np.logaddexp(spoken, silent)
         return np.concatenate([[-np.inf if prefix else 0.0], done[:-1]])
@@ -104,20 +114,28 @@ def _accumulate(entering: np.ndarray, step: np.ndarray) -> np.ndarray:
 
 
 class JointScores(LogitsProcessor):
-    """For transformers' beam search: adds to each candidate what its text costs CTC beyond the hypothesis it continues. Over a
-    finished answer these sum up to weight * log p_CTC(its whole text), plus the bonus. The best finished answer is kept here
-    (`best`): an end of turn pays at once for all that it leaves unsaid, so it is rarely among a step's best candidates, where
-    transformers would take note of it. When no hypothesis is within reach of it any more, the search ends.
+    """For transformers' beam search: adds to each candidate what its text costs CTC beyond the hypothesis it
+    continues. Over a finished answer these sum up to weight * log p_CTC(its whole text), plus the bonus. The
+    best finished answer is kept here (`best`): an end of turn pays at once for all that it leaves unsaid, so
+    it is rarely among a step's best candidates, where transformers would take note of it. When no hypothesis
+    is within reach of it any more, the search ends.
 
-    ctc: of each conversation, None where there is not exactly one audio (the LLM searches alone there); stop: ids that end a
-    turn.
+    ctc: of each conversation, None where there is not exactly one audio (the LLM searches alone there); stop:
+    ids that end a turn.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, ctc: list[CTCPrefixScores | None], search: JointSearch,
-                 stop: list[int], max_new_tokens: int):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        ctc: list[CTCPrefixScores | None],
+        search: JointSearch,
+        stop: list[int],
+        max_new_tokens: int,
+    ):
         self.tokenizer, self.ctc, self.search = tokenizer, ctc, search
         self.stop, self.max_new_tokens = stop, max_new_tokens
-        # Of each conversation: (score, answer) of the best that has ended; the scores of those that may go on.
+        # Of each conversation: (score, answer) of the best that has ended; the scores of those that may go
+        # on.
         self.best: list[tuple[float, list[int]]] = [(-np.inf, []) for _ in ctc]
         self._totals: list[dict[Tokens, float]] = [{(): 0.0} for _ in ctc]
         added = set(tokenizer.added_tokens_decoder)  # special ones among them: never CTC targets
@@ -126,8 +144,8 @@ class JointScores(LogitsProcessor):
         self._texts: dict[Tokens, Tokens] = {}
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """input_ids [N, L]: answers so far, the beams of a conversation side by side; scores [N, V]: the LLM's log-probabilities
-        -> [N, V], -inf but for the candidates."""
+        """input_ids [N, L]: answers so far, the beams of a conversation side by side; scores [N, V]: the
+        LLM's log-probabilities -> [N, V], -inf but for the candidates."""
         judged = scores.clone()
         candidates = scores.topk(min(self.search.candidates, scores.shape[1])).indices.tolist()
         answers = [tuple(answer) for answer in input_ids.tolist()]
@@ -138,17 +156,23 @@ class JointScores(LogitsProcessor):
             if ctc is None or not rows:
                 continue
             judged[rows] = -torch.inf
-            if max(self.within_reach(conversation, answers[row]) for row in rows) <= self.best[conversation][0]:
+            if (
+                max(self.within_reach(conversation, answers[row]) for row in rows)
+                <= self.best[conversation][0]
+            ):
                 judged[rows, self.stop[0]] = 0.0
                 continue
             for row in rows:
                 tokens = sorted({*candidates[row], *self.stop})
                 values = scores[row, tokens].tolist()
-                judged[row, tokens] = torch.tensor(self.judge(conversation, answers[row], tokens, values)).to(scores)
+                judged[row, tokens] = torch.tensor(self.judge(conversation, answers[row], tokens, values)).to(
+                    scores
+                )
         return judged
 
     def within_reach(self, conversation: int, answer: Tokens) -> float:
-        """What an answer may come to: its score, and the bonus of as many tokens as CTC's greedy text is longer."""
+        """What an answer may come to: its score, and the bonus of as many tokens as CTC's greedy text is
+        longer."""
         unsaid = max(0, self.ctc[conversation].spoken - len(self.text_tokens(answer)))
         return self._totals[conversation][answer] + self.search.token_bonus * unsaid
 
@@ -157,14 +181,17 @@ class JointScores(LogitsProcessor):
         ctc, totals, judged = self.ctc[conversation], self._totals[conversation], []
         so_far, total = self.text_tokens(answer), totals[answer]
         paid = self.begun(ctc, so_far)
-        # An answer that is cut pays for what it leaves unsaid, as one does that ends: else running on is the cheaper way out.
+        # An answer that is cut pays for what it leaves unsaid, as one does that ends: else running on is the
+        # cheaper way out.
         cut = len(answer) + 1 >= self.max_new_tokens
         for token, value in zip(tokens, values, strict=True):
             longer = answer if token in self.stop else (*answer, token)
             text = so_far if token in self.stop else self.text_tokens(longer)
             ended = cut or token in self.stop
             cost = (ctc.whole(text) if ended else self.begun(ctc, text)) - paid
-            judged.append(value + self.search.weight * cost + self.search.token_bonus * (len(text) - len(so_far)))
+            judged.append(
+                value + self.search.weight * cost + self.search.token_bonus * (len(text) - len(so_far))
+            )
             if not ended:
                 totals[longer] = total + judged[-1]
             elif total + judged[-1] > self.best[conversation][0]:
@@ -174,17 +201,19 @@ class JointScores(LogitsProcessor):
     def text_tokens(self, answer: Tokens) -> Tokens:
         """An answer's text as CTC would be taught it."""
         if answer not in self._texts:
-            text = self.tokenizer.decode(answer, skip_special_tokens=True).rstrip("\ufffd")  # of a character's first bytes
+            text = self.tokenizer.decode(answer, skip_special_tokens=True).rstrip(
+                "\ufffd"
+            )  # of a character's first bytes
             self._texts[answer] = tuple(ctc_target_ids(self.tokenizer, text, self.search.ctc_text))
         return self._texts[answer]
 
     def begun(self, ctc: CTCPrefixScores, tokens: Tokens) -> float:
-        """Of a text that may go on: its last token, or its last few, may be the beginning of one that is not there yet
-        (" ", "na": " name"); the likeliest reading counts."""
+        """Of a text that may go on: its last token, or its last few, may be the beginning of one that is not
+        there yet (" ", "na": " name"); the likeliest reading counts."""
         cost, name = IMPOSSIBLE if tokens else 0.0, ""
         for place in reversed(range(len(tokens))):
             name = self.tokenizer.convert_ids_to_tokens(tokens[place]) + name
-            ids = self._ids[bisect_left(self._names, name):bisect_left(self._names, name + chr(0x10ffff))]
+            ids = self._ids[bisect_left(self._names, name) : bisect_left(self._names, name + chr(0x10FFFF))]
             if not len(ids):
                 break
             cost = max(cost, ctc.begun(tokens[:place], ids, name))

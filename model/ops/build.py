@@ -1,7 +1,8 @@
 """Compile the C++ implementation into the virtual environment, and load it.
 
-`python -m model.ops.build` does it at install time; the first use does it otherwise. The result is keyed by the sources,
-the torch version, the compiler and the CPU's features, so that nodes of different kinds may share one environment.
+`python -m model.ops.build` does it at install time; the first use does it otherwise. The result is keyed by
+the sources, the torch version, the compiler and the CPU's features, so that nodes of different kinds may
+share one environment.
 """
 
 from __future__ import annotations
@@ -24,8 +25,18 @@ from core.private_folder import private_folder, user_cache
 
 SOURCES = Path(__file__).parent / "csrc"
 MAIN = SOURCES / "linear_ctc.cpp"
-FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
-         "-DNDEBUG", "-Wno-psabi"]
+FLAGS = [
+    "-O3",
+    "-march=native",
+    "-std=c++20",
+    "-fPIC",
+    "-shared",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-DNDEBUG",
+    "-Wno-psabi",
+]
 
 
 class BuildError(RuntimeError):
@@ -77,15 +88,28 @@ def _command(compiler: str, output: Path) -> list[str]:
     package = Path(torch.__file__).parent
     include = package / "include"
     abi = int(torch.compiled_with_cxx11_abi())
-    return [compiler, *FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={abi}", f"-isystem{include}",
-            f"-isystem{include / 'torch/csrc/api/include'}", str(MAIN), "-o", str(output), f"-L{package / 'lib'}",
-            "-ltorch", "-ltorch_cpu", "-lc10"]
+    return [
+        compiler,
+        *FLAGS,
+        f"-D_GLIBCXX_USE_CXX11_ABI={abi}",
+        f"-isystem{include}",
+        f"-isystem{include / 'torch/csrc/api/include'}",
+        str(MAIN),
+        "-o",
+        str(output),
+        f"-L{package / 'lib'}",
+        "-ltorch",
+        "-ltorch_cpu",
+        "-lc10",
+    ]
 
 
 def build() -> Path:
-    """The compiled library's path, compiled now if it is not there. Without a compiler, the newest that any compiler made.
+    """The compiled library's path, compiled now if it is not there. Without a compiler, the newest that any
+    compiler made.
 
-    Processes that build at the same time wait for the first one; the file appears under its name only when complete.
+    Processes that build at the same time wait for the first one; the file appears under its name only when
+    complete.
     Errors: BuildError.
     """
     compiler = _compiler()
@@ -94,7 +118,9 @@ def build() -> Path:
     if compiler is None:
         made = sorted(folder.glob(f"linear_ctc-{key}-*.so"), key=lambda path: path.stat().st_mtime)
         if not made:
-            raise BuildError("no C++ compiler found: install g++ (or set CXX) for the fast CPU implementation")
+            raise BuildError(
+                "no C++ compiler found: install g++ (or set CXX) for the fast CPU implementation"
+            )
         return made[-1]
     library = folder / f"linear_ctc-{key}-{_compiler_key(compiler)}.so"
     if library.exists():
@@ -103,7 +129,11 @@ def build() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if library.exists():
             return library
-        print(f"compiling the fused op for this CPU (about half a minute, once) -> {library}", file=sys.stderr, flush=True)
+        print(
+            f"compiling the fused op for this CPU (about half a minute, once) -> {library}",
+            file=sys.stderr,
+            flush=True,
+        )
         handle, name = tempfile.mkstemp(dir=folder, prefix=f"{library.stem}.", suffix=".tmp")
         os.close(handle)
         unfinished = Path(name)
@@ -121,7 +151,8 @@ def build() -> Path:
 
 @functools.cache
 def load() -> bool:
-    """Whether torch.ops.soundwave_cpu is there; compiles and loads it once, and warns once where that cannot be done."""
+    """Whether torch.ops.soundwave_cpu is there; compiles and loads it once, and warns once where that cannot
+    be done."""
     try:
         torch.ops.load_library(str(build()))
     except (BuildError, OSError) as error:

@@ -19,7 +19,8 @@ def available() -> bool:
 
 @functools.cache
 def native_bf16() -> bool:
-    """Whether bfloat16 products are fast here. Elsewhere bfloat16 tiles are converted, and the product is float32's."""
+    """Whether bfloat16 products are fast here. Elsewhere bfloat16 tiles are converted, and the product is
+    float32's."""
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -27,5 +28,9 @@ def forward(problem: Problem, deterministic: bool, with_gradient: bool):
     return torch.ops.soundwave_cpu.forward(*problem, TILE, with_gradient, native_bf16())
 
 
-def backward(problem: Problem, kept: Kept, loss_gradient: Tensor, skip_below: float, deterministic: bool, wanted):
-    return torch.ops.soundwave_cpu.backward(*problem, *kept, loss_gradient, TILE, skip_below, *wanted, native_bf16())
+def backward(
+    problem: Problem, kept: Kept, loss_gradient: Tensor, skip_below: float, deterministic: bool, wanted
+):
+    return torch.ops.soundwave_cpu.backward(
+        *problem, *kept, loss_gradient, TILE, skip_below, *wanted, native_bf16()
+    )

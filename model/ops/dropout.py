@@ -1,10 +1,13 @@
-"""Dropout whose mask is a function of a key for each vector: the same on every device, in every batch, each time it is asked for.
+"""Dropout whose mask is a function of a key for each vector: the same on every device, in every batch, each
+time it is asked for.
 
-    bits(key, site, channel) = lane (channel mod 4) of SplitMix64(SplitMix64(key xor site) xor SplitMix64(channel div 4 + 1))
+    bits(key, site, channel) = lane (channel mod 4) of SplitMix64(SplitMix64(key xor site) xor
+    SplitMix64(channel div 4 + 1))
 
-One 64-bit hash gives four lanes of 16 bits, one for each of four channels. A channel is dropped where its lane, read as a signed
-number plus 2^15, is below p x 65536 (so p is rounded to a multiple of 1/65536, and the rest is scaled by that p). No generator
-has a state. Source of the hash: Steele, Lea and Flood, OOPSLA 2014, as in `stream.plan.mix64`.
+One 64-bit hash gives four lanes of 16 bits, one for each of four channels. A channel is dropped where its
+lane, read as a signed number plus 2^15, is below p x 65536 (so p is rounded to a multiple of 1/65536, and the
+rest is scaled by that p). No generator has a state. Source of the hash: Steele, Lea and Flood, OOPSLA 2014,
+as in `stream.plan.mix64`.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ GAMMA, FIRST, SECOND = (_signed(v) for v in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E
 
 
 def _finish(z: Tensor) -> Tensor:
-    """SplitMix64's finaliser in place on int64, whose product wraps and whose shift copies the sign: the mask takes it off."""
+    """SplitMix64's finaliser in place on int64, whose product wraps and whose shift copies the sign: the mask
+    takes it off."""
     for shift, factor in ((30, FIRST), (27, SECOND), (31, None)):
         z.bitwise_xor_((z >> shift).bitwise_and_((1 << (64 - shift)) - 1))
         if factor is not None:
@@ -80,14 +84,18 @@ class _OnGPU(torch.autograd.Function):
 
 
 def keyed_dropout(x: Tensor, keys: Tensor, site: int, p: float) -> Tensor:
-    """x [..., D] with channels set to zero with probability p, the others scaled by 1 / (1 - p); keys [...] int64 choose which.
+    """x [..., D] with channels set to zero with probability p, the others scaled by 1 / (1 - p); keys [...]
+    int64 choose which.
 
-    site: a hash as a signed 64-bit number, which tells places with the same keys apart. Errors: ValueError for keys of another
-    shape.
+    site: a hash as a signed 64-bit number, which tells places with the same keys apart. Errors: ValueError
+    for keys of another shape.
     """
     if keys.shape != x.shape[:-1]:
-        raise ValueError(f"keyed_dropout: keys {tuple(keys.shape)} must have the shape of x {tuple(x.shape)} without its last "
-                         "dimension")
+        raise ValueError(
+            f"keyed_dropout: keys {tuple(keys.shape)} must have the shape of x {tuple(x.shape)} without its "
+            f"last "
+            "dimension"
+        )
     threshold = round(p * STEPS)
     if threshold == 0 or not x.numel():
         return x

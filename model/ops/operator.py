@@ -1,8 +1,9 @@
 """The op as torch knows it: schema, shapes without values (fake), gradient. The work is in the backends.
 
-A backend is a module of this package with `forward` and `backward` as called below. `weight` is saved as the very tensor
-that was given: under DeepSpeed ZeRO-3 that is the Parameter, whose storage is swapped in place when its module is gathered
-and released; nothing here keeps a view, a cast or a copy of it between forward and backward.
+A backend is a module of this package with `forward` and `backward` as called below. `weight` is saved as the
+very tensor that was given: under DeepSpeed ZeRO-3 that is the Parameter, whose storage is swapped in place
+when its module is gathered and released; nothing here keeps a view, a cast or a copy of it between forward
+and backward.
 """
 
 from __future__ import annotations
@@ -38,22 +39,36 @@ class Problem(NamedTuple):
 
     def is_label(self) -> Tensor:
         """[B, U] bool: which targets are real, not padding."""
-        return torch.arange(self.targets.shape[1], device=self.targets.device)[None] < self.target_lengths[:, None]
+        return (
+            torch.arange(self.targets.shape[1], device=self.targets.device)[None]
+            < self.target_lengths[:, None]
+        )
 
     def check_values(self) -> None:
         """ValueError that names the utterance whose lengths or targets do not fit."""
-        for name, lengths, limit in (("input", self.input_lengths, self.hidden.shape[1]),
-                                     ("target", self.target_lengths, self.targets.shape[1])):
+        for name, lengths, limit in (
+            ("input", self.input_lengths, self.hidden.shape[1]),
+            ("target", self.target_lengths, self.targets.shape[1]),
+        ):
             wrong = ((lengths < 0) | (lengths > limit)).nonzero()
             if len(wrong):
                 row = int(wrong[0])
-                raise ValueError(f"linear_ctc: utterance {row}: {name} length {int(lengths[row])} is not within 0 to {limit}")
+                raise ValueError(
+                    f"linear_ctc: utterance {row}: {name} length {int(lengths[row])} is not within 0 to "
+                    f"{limit}"
+                )
         targets = self.targets
-        wrong = (self.is_label() & ((targets < 0) | (targets >= self.vocabulary) | (targets == self.blank))).nonzero()
+        wrong = (
+            self.is_label() & ((targets < 0) | (targets >= self.vocabulary) | (targets == self.blank))
+        ).nonzero()
         if len(wrong):
             row, place = wrong[0].tolist()
             target = int(targets[row, place])
-            what = "is the blank" if target == self.blank else f"lies outside the vocabulary of {self.vocabulary} tokens"
+            what = (
+                "is the blank"
+                if target == self.blank
+                else f"lies outside the vocabulary of {self.vocabulary} tokens"
+            )
             raise ValueError(f"linear_ctc: utterance {row}: target {target} at position {place} {what}")
 
 
@@ -62,9 +77,11 @@ class Kept(NamedTuple):
 
     loss: Tensor  # [B], inf where no alignment exists
     lse: Tensor  # [B, T]
-    log_mass: Tensor  # [B * T, tiles] log of the sum of exp(logit) over each tile's tokens; unset for padded frames
-    # [B, T, U + 1] gradient of each loss for the logits of its labels (one that stands several times: at its first place, the
-    # others zero) and, last, of the blank: softmax minus occupancy.
+    log_mass: (
+        Tensor  # [B * T, tiles] log of the sum of exp(logit) over each tile's tokens; unset for padded frames
+    )
+    # [B, T, U + 1] gradient of each loss for the logits of its labels (one that stands several times: at its
+    # first place, the others zero) and, last, of the blank: softmax minus occupancy.
     label_gradient: Tensor
 
 
@@ -73,18 +90,40 @@ def _backend(implementation: str):
 
 
 @torch.library.custom_op("soundwave::linear_ctc", mutates_args=())
-def forward(hidden: Tensor, weight: Tensor, extra_row: Tensor | None, input_lengths: Tensor, targets: Tensor,
-            target_lengths: Tensor, blank: int, skip_below: float, implementation: str, deterministic: bool,
-            with_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, argmax, lse, largest logit, blank's logit; then log_mass and label_gradient as in Kept (empty without gradient)."""
+def forward(
+    hidden: Tensor,
+    weight: Tensor,
+    extra_row: Tensor | None,
+    input_lengths: Tensor,
+    targets: Tensor,
+    target_lengths: Tensor,
+    blank: int,
+    skip_below: float,
+    implementation: str,
+    deterministic: bool,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, argmax, lse, largest logit, blank's logit; then log_mass and label_gradient as in Kept (empty
+    without gradient)."""
     problem = Problem(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank)
     problem.check_values()
     return _backend(implementation).forward(problem, deterministic, with_gradient)
 
 
 @forward.register_fake
-def _(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank, skip_below, implementation, deterministic,
-      with_gradient):
+def _(
+    hidden,
+    weight,
+    extra_row,
+    input_lengths,
+    targets,
+    target_lengths,
+    blank,
+    skip_below,
+    implementation,
+    deterministic,
+    with_gradient,
+):
     problem = Problem(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank)
     batch, length, _ = hidden.shape
 
@@ -93,15 +132,36 @@ def _(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank, 
 
     label_gradient = (batch, length, targets.shape[1] + 1) if with_gradient else (0, 0, 0)
     frames = [float32(batch, length) for _ in range(3)]
-    return (float32(batch), hidden.new_empty((batch, length), dtype=torch.int64), *frames,
-            float32(batch * length, problem.tiles), float32(*label_gradient))
+    return (
+        float32(batch),
+        hidden.new_empty((batch, length), dtype=torch.int64),
+        *frames,
+        float32(batch * length, problem.tiles),
+        float32(*label_gradient),
+    )
 
 
 @torch.library.custom_op("soundwave::linear_ctc_backward", mutates_args=())
-def backward(loss_gradient: Tensor, hidden: Tensor, weight: Tensor, extra_row: Tensor | None, input_lengths: Tensor,
-             targets: Tensor, target_lengths: Tensor, blank: int, loss: Tensor, lse: Tensor, log_mass: Tensor,
-             label_gradient: Tensor, skip_below: float, implementation: str, deterministic: bool,
-             want_hidden: bool, want_weight: bool, want_extra: bool) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    loss_gradient: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    extra_row: Tensor | None,
+    input_lengths: Tensor,
+    targets: Tensor,
+    target_lengths: Tensor,
+    blank: int,
+    loss: Tensor,
+    lse: Tensor,
+    log_mass: Tensor,
+    label_gradient: Tensor,
+    skip_below: float,
+    implementation: str,
+    deterministic: bool,
+    want_hidden: bool,
+    want_weight: bool,
+    want_extra: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and extra_row; an empty tensor for each that is not wanted."""
     problem = Problem(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank)
     kept = Kept(loss, lse, log_mass, label_gradient)
@@ -110,8 +170,26 @@ def backward(loss_gradient: Tensor, hidden: Tensor, weight: Tensor, extra_row: T
 
 
 @backward.register_fake
-def _(loss_gradient, hidden, weight, extra_row, input_lengths, targets, target_lengths, blank, loss, lse, log_mass,
-      label_gradient, skip_below, implementation, deterministic, want_hidden, want_weight, want_extra):
+def _(
+    loss_gradient,
+    hidden,
+    weight,
+    extra_row,
+    input_lengths,
+    targets,
+    target_lengths,
+    blank,
+    loss,
+    lse,
+    log_mass,
+    label_gradient,
+    skip_below,
+    implementation,
+    deterministic,
+    want_hidden,
+    want_weight,
+    want_extra,
+):
     def like(tensor, wanted):
         if not wanted:
             return hidden.new_empty(0, dtype=torch.float32)
@@ -136,7 +214,9 @@ def _gradient(ctx, loss_gradient, *_):
     saved = ctx.saved_tensors
     problem = Problem(*saved[:6], ctx.blank)
     wanted = ctx.needs_input_grad[:3]
-    gradients = backward(loss_gradient, *problem, *saved[6:], ctx.skip_below, ctx.implementation, ctx.deterministic, *wanted)
+    gradients = backward(
+        loss_gradient, *problem, *saved[6:], ctx.skip_below, ctx.implementation, ctx.deterministic, *wanted
+    )
     return tuple(gradient if want else None for gradient, want in zip(gradients, wanted)) + nothing[3:]
 
 

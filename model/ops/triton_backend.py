@@ -1,7 +1,8 @@
 """The Triton backend: CUDA (and, under TRITON_INTERPRET=1, any tensor, for tests).
 
-The matrix products are cuBLAS's, on tiles whose logits fit the L2 cache; a Triton kernel passes over each tile while it is
-there. Another holds CTC's recursion, one program an utterance. Every sum has one fixed order.
+The matrix products are cuBLAS's, on tiles whose logits fit the L2 cache; a Triton kernel passes over each
+tile while it is there. Another holds CTC's recursion, one program an utterance. Every sum has one fixed
+order.
 """
 
 from __future__ import annotations
@@ -20,21 +21,36 @@ from .operator import TILE, Kept, Problem
 LOGITS_AT_ONCE = 2**24
 LOG_ZERO = tl.constexpr(-1e30)
 
-# Rows of a program; each holds one tile of theirs. Nothing is tuned at run time: the width of a product follows the number of
-# frames, so it would be tuned again and again (on an H200 the first 23 steps of the quick start's stage I took 1.4 s each), and
-# what was chosen would decide the order of sums.
+# Rows of a program; each holds one tile of theirs. Nothing is tuned at run time: the width of a product
+# follows the number of frames, so it would be tuned again and again (on an H200 the first 23 steps of the
+# quick start's stage I took 1.4 s each), and what was chosen would decide the order of sums.
 ROWS = tl.constexpr(4)
 
 
-# Numbers that follow the batch are not specialised: each kind of them would be compiled anew, in the middle of training.
+# Numbers that follow the batch are not specialised: each kind of them would be compiled anew, in the middle
+# of training.
 @triton.jit(do_not_specialize=["rows", "first_row", "first_token", "tiles", "first_tile"])
-def _statistics(logits, log_mass, best_value, best_token, rows, first_row, first_token, width, tiles, first_tile,
-                TILE_: tl.constexpr):
-    """Of a tile of logits [rows, width], into its place in [frames, tiles]: log mass, largest logit, the token that has it."""
+def _statistics(
+    logits,
+    log_mass,
+    best_value,
+    best_token,
+    rows,
+    first_row,
+    first_token,
+    width,
+    tiles,
+    first_tile,
+    TILE_: tl.constexpr,
+):
+    """Of a tile of logits [rows, width], into its place in [frames, tiles]: log mass, largest logit, the
+    token that has it."""
     row, tile = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     column = tile * TILE_ + tl.arange(0, TILE_)
     here = (row < rows)[:, None] & (column < width)[None, :]
-    z = tl.load(logits + row.to(tl.int64)[:, None] * width + column[None, :], mask=here, other=-float("inf")).to(tl.float32)
+    z = tl.load(
+        logits + row.to(tl.int64)[:, None] * width + column[None, :], mask=here, other=-float("inf")
+    ).to(tl.float32)
     z = tl.where((row < rows)[:, None], z, 0.0)
     top = tl.max(z, axis=1)
     place = (first_row + row).to(tl.int64) * tiles + first_tile + tile
@@ -56,10 +72,12 @@ def _probabilities(logits, lse, scale, rows, width, TILE_: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["first_token", "length", "slots"])
-def _label_logits(logits, frame, tokens, values, first_token, width, length, slots, SLOTS: tl.constexpr, PLACE: tl.constexpr):
-    """Between logits [rows, width] of the tokens from first_token on, and values [B * T, slots] of the tokens [B, slots] of
-    each utterance (-1: none; none stands twice): values are taken from the logits, or, with PLACE, put in their stead.
-    frame [rows]: the rows' places in `values`."""
+def _label_logits(
+    logits, frame, tokens, values, first_token, width, length, slots, SLOTS: tl.constexpr, PLACE: tl.constexpr
+):
+    """Between logits [rows, width] of the tokens from first_token on, and values [B * T, slots] of the tokens
+    [B, slots] of each utterance (-1: none; none stands twice): values are taken from the logits, or, with
+    PLACE, put in their stead. frame [rows]: the rows' places in `values`."""
     row = tl.program_id(0)
     own = tl.load(frame + row)
     for start in range(0, slots, SLOTS):
@@ -68,7 +86,11 @@ def _label_logits(logits, frame, tokens, values, first_token, width, length, slo
         here = (slot < slots) & (place >= 0) & (place < width)
         at = logits + row.to(tl.int64) * width + place
         if PLACE:
-            tl.store(at, tl.load(values + own * slots + slot, mask=here, other=0.0).to(logits.dtype.element_ty), mask=here)
+            tl.store(
+                at,
+                tl.load(values + own * slots + slot, mask=here, other=0.0).to(logits.dtype.element_ty),
+                mask=here,
+            )
         else:
             tl.store(values + own * slots + slot, tl.load(at, mask=here, other=0.0).to(tl.float32), mask=here)
 
@@ -80,14 +102,28 @@ def _log_add(a, b, c):
 
 
 @triton.jit(do_not_specialize=["length", "labels", "width"])
-def _recursion(logprob, targets, input_lengths, target_lengths, loss, occupancy, alpha, beta, length, labels, width,
-               STATES: tl.constexpr, WITH_GRADIENT: tl.constexpr):
-    """CTC's forward-backward recursion, one utterance a program (Graves et al., ICML 2006, equations 6 to 14).
+def _recursion(
+    logprob,
+    targets,
+    input_lengths,
+    target_lengths,
+    loss,
+    occupancy,
+    alpha,
+    beta,
+    length,
+    labels,
+    width,
+    STATES: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr,
+):
+    """CTC's forward-backward recursion, one utterance a program (Graves et al., ICML 2006, equations 6 to
+    14).
 
-    logprob [B, T, U + 1] (labels, then blank); alpha [B, T, width] scratch (two frames are enough without gradient) and beta
-    [B, 2, width], filled with LOG_ZERO: state s lies at s + 2, so that its neighbours below and above exist. Each frame's
-    alpha is kept relative to its largest; `total` sums what was taken away. A state reads its neighbours from memory, after
-    a barrier.
+    logprob [B, T, U + 1] (labels, then blank); alpha [B, T, width] scratch (two frames are enough without
+    gradient) and beta [B, 2, width], filled with LOG_ZERO: state s lies at s + 2, so that its neighbours
+    below and above exist. Each frame's alpha is kept relative to its largest; `total` sums what was taken
+    away. A state reads its neighbours from memory, after a barrier.
     """
     b = tl.program_id(0).to(tl.int64)
     frames = tl.load(input_lengths + b)
@@ -140,7 +176,9 @@ def _recursion(logprob, targets, input_lengths, target_lengths, loss, occupancy,
                 else:
                     following = own_beta + ((step - 1) % 2) * width
                     third = tl.load(following + 2)
-                    now = _log_add(tl.load(following), tl.load(following + 1), tl.where(leave, third, LOG_ZERO))
+                    now = _log_add(
+                        tl.load(following), tl.load(following + 1), tl.where(leave, third, LOG_ZERO)
+                    )
                     now = tl.where(real, now, LOG_ZERO)
                 path = tl.load(own_alpha + t * width) + now
                 # At each frame the shares sum to one, whatever constants alpha and beta have dropped.
@@ -165,7 +203,10 @@ def _products(deterministic: bool):
 
 @contextlib.contextmanager
 def _deterministic():
-    before, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -184,8 +225,8 @@ def _grid(rows: int, width: int) -> tuple[int, int]:
 
 
 def _own_tokens(problem: Problem) -> tuple[Tensor, Tensor]:
-    """tokens [B, U + 1] of each utterance's columns, labels then blank, -1 in the padding and where a label stands again; and
-    first [B, U + 1]: the place where each stands first."""
+    """tokens [B, U + 1] of each utterance's columns, labels then blank, -1 in the padding and where a label
+    stands again; and first [B, U + 1]: the place where each stands first."""
     batch, device = problem.targets.shape[0], problem.targets.device
     blank = problem.targets.new_full((batch, 1), problem.blank)
     tokens = torch.cat([problem.targets.masked_fill(~problem.is_label(), -1), blank], dim=1)
@@ -217,15 +258,37 @@ def _forward(problem: Problem, with_gradient: bool):
     rows, columns = _pieces(n, problem.tiles)
     buffer = torch.empty(rows * columns if n else 0, device=device, dtype=dtype)
     for v0 in range(0, weight.shape[0] if n else 0, columns):
-        part = weight[v0:v0 + columns].to(dtype)
+        part = weight[v0 : v0 + columns].to(dtype)
         for f0 in range(0, n, rows):
-            chunk = frames[f0:f0 + rows]
+            chunk = frames[f0 : f0 + rows]
             count, width = chunk.shape[0], part.shape[0]
-            logits = buffer[:count * width].view(count, width)
+            logits = buffer[: count * width].view(count, width)
             torch.mm(chunk, part.t(), out=logits)
-            _statistics[_grid(count, width)](logits, log_mass, best_value, best_token, count, f0, v0, width, problem.tiles,
-                                             v0 // TILE, TILE_=TILE)
-            _label_logits[(count,)](logits, index[f0:f0 + rows], tokens, picked, v0, width, length, slots, SLOTS=128, PLACE=False)
+            _statistics[_grid(count, width)](
+                logits,
+                log_mass,
+                best_value,
+                best_token,
+                count,
+                f0,
+                v0,
+                width,
+                problem.tiles,
+                v0 // TILE,
+                TILE_=TILE,
+            )
+            _label_logits[(count,)](
+                logits,
+                index[f0 : f0 + rows],
+                tokens,
+                picked,
+                v0,
+                width,
+                length,
+                slots,
+                SLOTS=128,
+                PLACE=False,
+            )
 
     lse = log_mass.logsumexp(dim=1)
     largest, tile = best_value.max(dim=1)
@@ -243,17 +306,27 @@ def _forward(problem: Problem, with_gradient: bool):
         return out
 
     lse = spread(lse, 0.0)
-    logprob = (picked - lse[:, None]).view(batch, length, slots).gather(2, first[:, None].expand(-1, length, -1))
+    logprob = (
+        (picked - lse[:, None]).view(batch, length, slots).gather(2, first[:, None].expand(-1, length, -1))
+    )
     loss, label_gradient = _ctc(problem, logprob, with_gradient)
     if with_gradient:
         merge = torch.nn.functional.one_hot(first, slots).to(logprob)
         label_gradient = torch.where((tokens >= 0)[:, None], logprob.exp() - label_gradient @ merge, 0.0)
-    return (loss, spread(argmax, blank).view(batch, length), lse.view(batch, length), spread(largest, 0.0).view(batch, length),
-            picked[:, -1].view(batch, length).clone(), log_mass if n == batch * length else spread(log_mass, 0.0), label_gradient)
+    return (
+        loss,
+        spread(argmax, blank).view(batch, length),
+        lse.view(batch, length),
+        spread(largest, 0.0).view(batch, length),
+        picked[:, -1].view(batch, length).clone(),
+        log_mass if n == batch * length else spread(log_mass, 0.0),
+        label_gradient,
+    )
 
 
 def _ctc(problem: Problem, logprob: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
-    """loss [B]; occupancy [B, T, U + 1], each position of the target and, last, the blank (empty without gradient)."""
+    """loss [B]; occupancy [B, T, U + 1], each position of the target and, last, the blank (empty without
+    gradient)."""
     batch, length, slots = logprob.shape
     loss = logprob.new_zeros(batch)
     occupancy = logprob.new_zeros((batch, length, slots) if with_gradient else (0, 0, 0))
@@ -265,29 +338,54 @@ def _ctc(problem: Problem, logprob: Tensor, with_gradient: bool) -> tuple[Tensor
     beta = logprob.new_full((batch, 2, width), LOG_ZERO.value)
     targets = problem.targets.contiguous() if slots > 1 else problem.target_lengths
     lengths = problem.input_lengths.contiguous(), problem.target_lengths.contiguous()
-    _recursion[(batch,)](logprob.contiguous(), targets, *lengths, loss, occupancy, alpha, beta, length, slots - 1, width,
-                         STATES=states, WITH_GRADIENT=with_gradient, num_warps=min(max(states // 64, 1), 16))
+    _recursion[(batch,)](
+        logprob.contiguous(),
+        targets,
+        *lengths,
+        loss,
+        occupancy,
+        alpha,
+        beta,
+        length,
+        slots - 1,
+        width,
+        STATES=states,
+        WITH_GRADIENT=with_gradient,
+        num_warps=min(max(states // 64, 1), 16),
+    )
     return loss, occupancy
 
 
-def backward(problem: Problem, kept: Kept, loss_gradient: Tensor, skip_below: float, deterministic: bool, wanted):
+def backward(
+    problem: Problem, kept: Kept, loss_gradient: Tensor, skip_below: float, deterministic: bool, wanted
+):
     with _products(deterministic):
         return _backward(problem, kept, loss_gradient, skip_below, *wanted)
 
 
-def _backward(problem: Problem, kept: Kept, loss_gradient: Tensor, skip_below: float, want_hidden: bool, want_weight: bool,
-              want_extra: bool):
+def _backward(
+    problem: Problem,
+    kept: Kept,
+    loss_gradient: Tensor,
+    skip_below: float,
+    want_hidden: bool,
+    want_weight: bool,
+    want_extra: bool,
+):
     hidden, weight, extra_row, input_lengths, *_ = problem
     batch, length, depth = hidden.shape
     device, dtype, vocabulary = hidden.device, hidden.dtype, weight.shape[0]
     flat, lse = hidden.reshape(batch * length, depth), kept.lse.flatten()
     scale = torch.where(kept.loss.isinf(), 0.0, loss_gradient.float())
     frame_scale = scale[:, None].expand(batch, length).reshape(-1)
-    valid = (torch.arange(length, device=device)[None] < input_lengths[:, None]).flatten() & (frame_scale != 0)
+    valid = (torch.arange(length, device=device)[None] < input_lengths[:, None]).flatten() & (
+        frame_scale != 0
+    )
     tokens, _ = _own_tokens(problem)
     values = (kept.label_gradient * scale[:, None, None]).flatten(0, 1)
 
-    # A pair (frame, piece of the vocabulary) is computed where one of its tiles has mass, or a column of its own a gradient.
+    # A pair (frame, piece of the vocabulary) is computed where one of its tiles has mass, or a column of its
+    # own a gradient.
     threshold = math.log(skip_below) if skip_below > 0 else -math.inf
     rows, width = _pieces(batch * length, problem.tiles)
     pieces = (vocabulary + width - 1) // width
@@ -307,25 +405,37 @@ def _backward(problem: Problem, kept: Kept, loss_gradient: Tensor, skip_below: f
         v0, summed = piece * width, None  # summed: the weight's gradient over several chunks of frames
         if not count:
             if want_weight:
-                grad_weight[v0:v0 + width] = 0
+                grad_weight[v0 : v0 + width] = 0
             continue
-        part = weight[v0:v0 + width].to(dtype)
+        part = weight[v0 : v0 + width].to(dtype)
         frame = torch.nonzero_static(active[:, piece], size=count)[:, 0]
         for f0 in range(0, count, rows):
-            which = frame[f0:f0 + rows]
+            which = frame[f0 : f0 + rows]
             h = flat if count == len(flat) and count <= rows else flat[which]
-            gradient = buffer[:len(which) * part.shape[0]].view(len(which), part.shape[0])
+            gradient = buffer[: len(which) * part.shape[0]].view(len(which), part.shape[0])
             torch.mm(h, part.t(), out=gradient)
-            _probabilities[_grid(*gradient.shape)](gradient, lse[which], frame_scale[which], *gradient.shape, TILE_=TILE)
-            _label_logits[(len(which),)](gradient, which, tokens, values, v0, part.shape[0], length, tokens.shape[1], SLOTS=128,
-                                         PLACE=True)
+            _probabilities[_grid(*gradient.shape)](
+                gradient, lse[which], frame_scale[which], *gradient.shape, TILE_=TILE
+            )
+            _label_logits[(len(which),)](
+                gradient,
+                which,
+                tokens,
+                values,
+                v0,
+                part.shape[0],
+                length,
+                tokens.shape[1],
+                SLOTS=128,
+                PLACE=True,
+            )
             if want_hidden:
                 grad_hidden[which] += gradient @ part
             if want_weight:
                 product = gradient.t() @ h
                 summed = product if summed is None else product.float() + summed
         if want_weight:
-            grad_weight[v0:v0 + width] = summed
+            grad_weight[v0 : v0 + width] = summed
 
     grad_extra = None
     if extra_row is not None:

@@ -1,4 +1,5 @@
-"""Keyed dropout as one pass over its input: CUDA (and, under TRITON_INTERPRET=1, any tensor, for tests). See dropout.py."""
+"""Keyed dropout as one pass over its input: CUDA (and, under TRITON_INTERPRET=1, any tensor, for tests). See
+dropout.py."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ def _mix64(z):
     return z ^ (z >> 31)
 
 
-# What follows the batch is not specialised: each kind of it would be compiled anew, in the middle of training.
+# What follows the batch is not specialised: each kind of it would be compiled anew, in the middle of
+# training.
 @triton.jit(do_not_specialize=["rows", "site", "threshold"])
 def _dropout(x, keys, out, rows, width, site, threshold, scale, ROWS_: tl.constexpr, WORDS_: tl.constexpr):
     """out [rows, width] <- x with channels dropped by keys [rows]; site as it is, threshold of 2^16."""
@@ -43,5 +45,7 @@ def apply(x: Tensor, keys: Tensor, site: int, threshold: int) -> Tensor:
     out, rows = torch.empty_like(x), keys.numel()
     if rows:
         grid = (triton.cdiv(rows, ROWS), triton.cdiv(width, WORDS * LANES))
-        _dropout[grid](x, keys.contiguous(), out, rows, width, site, threshold, STEPS / (STEPS - threshold), ROWS, WORDS)
+        _dropout[grid](
+            x, keys.contiguous(), out, rows, width, site, threshold, STEPS / (STEPS - threshold), ROWS, WORDS
+        )
     return out

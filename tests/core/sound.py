@@ -17,7 +17,9 @@ def chirp(seconds: float = 1.0, rate: int = RATE, gain: float = 0.3) -> np.ndarr
     return np.round(gain * 32767 * np.sin(2 * np.pi * (200 + 150 * time) * time)).astype(np.int16)
 
 
-def encoded(samples: np.ndarray, container: str = "FLAC", subtype: str | None = None, rate: int = RATE, **options) -> bytes:
+def encoded(
+    samples: np.ndarray, container: str = "FLAC", subtype: str | None = None, rate: int = RATE, **options
+) -> bytes:
     buffer = io.BytesIO()
     soundfile.write(buffer, samples, rate, format=container, subtype=subtype, **options)
     return buffer.getvalue()
@@ -29,9 +31,18 @@ def chunk(name: bytes, body: bytes, size: int | None = None, padded: bool = True
     return name + struct.pack("<I", told & 0xFFFFFFFF) + body + bytes(len(body) % 2 if padded else 0)
 
 
-def fmt(channels: int = 1, rate: int = RATE, bits: int = 16, tag: int = 1, align: int | None = None, more: bytes = b"") -> bytes:
+def fmt(
+    channels: int = 1,
+    rate: int = RATE,
+    bits: int = 16,
+    tag: int = 1,
+    align: int | None = None,
+    more: bytes = b"",
+) -> bytes:
     step = channels * bits // 8
-    return chunk(b"fmt ", struct.pack("<HHIIHH", tag, channels, rate, rate * step, align or step, bits) + more)
+    return chunk(
+        b"fmt ", struct.pack("<HHIIHH", tag, channels, rate, rate * step, align or step, bits) + more
+    )
 
 
 def riff(*chunks: bytes, size: int | None = None, magic: bytes = b"RIFF") -> bytes:
@@ -47,7 +58,8 @@ def id3(size: int) -> bytes:
 
 
 def vbr_mp3(quiet_first: bool, seconds: float = 10.0, rate: int = RATE) -> tuple[bytes, bytes]:
-    """(an MP3 of variable bit rate, the same without its Xing header): loud and quiet halves have frames of other sizes."""
+    """(an MP3 of variable bit rate, the same without its Xing header): loud and quiet halves have frames of
+    other sizes."""
     samples = np.random.default_rng(0).standard_normal(round(seconds * rate)) * 0.1
     half = len(samples) // 2
     samples[slice(None, half) if quiet_first else slice(half, None)] *= 0.001

@@ -1,4 +1,5 @@
-"""Lengths, rates, channels and samples of generated files agree with ffmpeg's own decode, over containers, codecs and rates.
+"""Lengths, rates, channels and samples of generated files agree with ffmpeg's own decode, over containers,
+codecs and rates.
 
 One ffmpeg command writes all files, one decodes them.
 """
@@ -13,7 +14,11 @@ from core.audio import AudioError, decode, read
 imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg", reason="requirements-dev.txt has it")
 pytest.importorskip("av", reason="requirements-av.txt has it")
 
-EXACT, LOSSY, COARSE = 0.0, 1e-5, 2e-2  # COARSE: ffmpeg gives Opus at 48 kHz and resamples it, libsndfile decodes at the rate
+EXACT, LOSSY, COARSE = (
+    0.0,
+    1e-5,
+    2e-2,
+)  # COARSE: ffmpeg gives Opus at 48 kHz and resamples it, libsndfile decodes at the rate
 # (name, codec and options, rate, channels, largest difference of a sample)
 FILES = [
     ("a.wav", "pcm_s16le", 16000, 1, EXACT),
@@ -91,7 +96,17 @@ def folder(tmp_path_factory):
     ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y"]
     make = [*ffmpeg, "-f", "lavfi", "-i", f"aevalsrc=exprs='{left}|{right}':d={SECONDS}:s=48000"]
     for name, codec, rate, channels, _ in FILES:
-        make += ["-map", "0:a", "-c:a", *codec.split(), "-ar", str(rate), "-ac", str(channels), str(folder / name)]
+        make += [
+            "-map",
+            "0:a",
+            "-c:a",
+            *codec.split(),
+            "-ar",
+            str(rate),
+            "-ac",
+            str(channels),
+            str(folder / name),
+        ]
     subprocess.run(make, check=True)
     back = list(ffmpeg)
     for name, *_ in FILES:
@@ -114,7 +129,9 @@ def test_decodes_as_ffmpeg_does(folder, name, codec, rate, channels, tolerance):
     first = round(0.4 * rate)
     segment = read(folder / name, start=0.4, duration=0.5)
     part = segment.samples / 32768 if segment.samples.dtype == np.int16 else segment.samples
-    assert np.abs(part - expected[first : first + len(part)]).max() <= max(tolerance, LOSSY if tolerance else EXACT)
+    assert np.abs(part - expected[first : first + len(part)]).max() <= max(
+        tolerance, LOSSY if tolerance else EXACT
+    )
 
 
 CUTTABLE = "b.m4a c.m4a a.aac a.mp4 b.mp4 a.webm b.webm a.wma a.amr a.3gp a.avi a.flv a.wv a.mka".split()

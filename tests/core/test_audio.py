@@ -1,4 +1,5 @@
-"""One decode function: true lengths, exact values, named errors and findings. Expected: the samples that were written."""
+"""One decode function: true lengths, exact values, named errors and findings. Expected: the samples that were
+written."""
 
 import io
 import os
@@ -35,22 +36,46 @@ def kinds(result: audio.Audio) -> list[str]:
     return [finding.kind for finding in result.findings]
 
 
-# --- values ----------------------------------------------------------------------------------------------------------------
+# --- values -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("container, subtype", [("WAV", "PCM_16"), ("WAVEX", "PCM_16"), ("FLAC", "PCM_16"), ("AIFF", "PCM_16"),
-                                                ("RF64", "PCM_16"), ("CAF", "PCM_16"), ("W64", "PCM_16"), ("AU", "PCM_16")])
+@pytest.mark.parametrize(
+    "container, subtype",
+    [
+        ("WAV", "PCM_16"),
+        ("WAVEX", "PCM_16"),
+        ("FLAC", "PCM_16"),
+        ("AIFF", "PCM_16"),
+        ("RF64", "PCM_16"),
+        ("CAF", "PCM_16"),
+        ("W64", "PCM_16"),
+        ("AU", "PCM_16"),
+    ],
+)
 def test_16_bit_mono_keeps_its_values(container, subtype):
     data = encoded(SOUND, container, subtype)
     assert np.array_equal(decode(data, dtype="int16").samples, SOUND)
     as_float = decode(data)
-    assert as_float.samples.dtype == np.float32 and np.array_equal(as_float.samples, SOUND.astype(np.float32) / 32768)
+    assert as_float.samples.dtype == np.float32 and np.array_equal(
+        as_float.samples, SOUND.astype(np.float32) / 32768
+    )
     assert (as_float.rate, as_float.seconds, as_float.findings) == (RATE, 2.0, ())
 
 
 @pytest.mark.parametrize("channels", [2, 3])
-@pytest.mark.parametrize("container, subtype", [("WAV", "PCM_16"), ("WAV", "PCM_24"), ("FLAC", "PCM_16"), ("FLAC", "PCM_24"),
-                                                ("FLAC", "PCM_S8"), ("WAV", "FLOAT"), ("WAV", "ULAW"), ("OGG", "VORBIS")])
+@pytest.mark.parametrize(
+    "container, subtype",
+    [
+        ("WAV", "PCM_16"),
+        ("WAV", "PCM_24"),
+        ("FLAC", "PCM_16"),
+        ("FLAC", "PCM_24"),
+        ("FLAC", "PCM_S8"),
+        ("WAV", "FLOAT"),
+        ("WAV", "ULAW"),
+        ("OGG", "VORBIS"),
+    ],
+)
 def test_channels_are_averaged(container, subtype, channels):
     samples = np.random.default_rng(0).normal(0, 0.1, (5_000, channels))
     data = encoded(samples, container, subtype)
@@ -64,9 +89,21 @@ def test_a_big_endian_wav_is_read():
     assert data[:4] == b"RIFX" and np.array_equal(decode(data, dtype="int16").samples, SOUND)
 
 
-@pytest.mark.parametrize("container, subtype", [("WAV", "PCM_16"), ("WAV", "PCM_24"), ("WAV", "GSM610"), ("WAV", "IMA_ADPCM"),
-                                                ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None),
-                                                ("AIFF", "PCM_16"), ("CAF", "ALAC_16")])
+@pytest.mark.parametrize(
+    "container, subtype",
+    [
+        ("WAV", "PCM_16"),
+        ("WAV", "PCM_24"),
+        ("WAV", "GSM610"),
+        ("WAV", "IMA_ADPCM"),
+        ("FLAC", "PCM_16"),
+        ("OGG", "VORBIS"),
+        ("OGG", "OPUS"),
+        ("MP3", None),
+        ("AIFF", "PCM_16"),
+        ("CAF", "ALAC_16"),
+    ],
+)
 @pytest.mark.parametrize("from_path", [False, True])
 def test_segments_are_slices_of_the_whole(container, subtype, from_path, tmp_path):
     data = encoded(SOUND, container, subtype)
@@ -81,7 +118,7 @@ def test_segments_are_slices_of_the_whole(container, subtype, from_path, tmp_pat
         assert part.shape == expected.shape and np.allclose(part, expected, rtol=0, atol=1e-6)
 
 
-# --- headers that are wrong ------------------------------------------------------------------------------------------------
+# --- headers that are wrong ---------------------------------------------------------------------------------
 
 WHOLE = 36 + len(RAW)  # RIFF's size of a plain WAV
 WAVS = {
@@ -155,7 +192,9 @@ def test_a_vbr_mp3_without_a_header_is_decoded_to_its_end(quiet_first, tmp_path)
     assert len(decode(tagged).samples) == 10 * RATE
     result = decode(bare)
     assert abs(soundfile.info(io.BytesIO(bare)).frames - 10 * RATE) > RATE, "libsndfile guesses wrong"
-    assert result.findings == () and 10 * RATE <= len(result.samples) <= 10 * RATE + 4 * 576  # the encoder's delay stays
+    assert (
+        result.findings == () and 10 * RATE <= len(result.samples) <= 10 * RATE + 4 * 576
+    )  # the encoder's delay stays
     reference = np.frombuffer(miniaudio.mp3_read_f32(bare).samples, np.float32)
     assert np.array_equal(result.samples, reference)
     path = tmp_path / "bare.mp3"
@@ -163,7 +202,9 @@ def test_a_vbr_mp3_without_a_header_is_decoded_to_its_end(quiet_first, tmp_path)
     for start, duration in ((1.0, 1.0), (8.5, 1.0)):
         part = decode(path, start=start, duration=duration).samples
         first = round(start * RATE)
-        assert len(part) == RATE and np.allclose(part, reference[first : first + RATE], rtol=0, atol=1e-4)  # dr_mp3 rounds
+        assert len(part) == RATE and np.allclose(
+            part, reference[first : first + RATE], rtol=0, atol=1e-4
+        )  # dr_mp3 rounds
     assert refused(path, start=9.5, duration=2.0).reason == "truncated"
 
 
@@ -174,7 +215,9 @@ def test_a_tag_in_an_mp3_that_counts_wrong_is_not_believed():
     for wrong in (count // 3, 0):
         data = tagged[:place] + wrong.to_bytes(4, "big") + tagged[place + 4 :]
         assert abs(decode(data).seconds - 10.0) < 0.15
-    assert refused(tagged[:place] + (3 * count).to_bytes(4, "big") + tagged[place + 4 :]).reason == "truncated"
+    assert (
+        refused(tagged[:place] + (3 * count).to_bytes(4, "big") + tagged[place + 4 :]).reason == "truncated"
+    )
 
 
 def test_tags_and_junk_between_mp3_frames_are_passed_over():
@@ -188,10 +231,22 @@ def test_tags_and_junk_between_mp3_frames_are_passed_over():
     assert "damaged" in kinds(damaged) and abs(damaged.seconds - 2.0) < 0.3
 
 
-# --- joined and cut --------------------------------------------------------------------------------------------------------
+# --- joined and cut -----------------------------------------------------------------------------------------
 
-JOINABLE = [("WAV", "PCM_16"), ("WAV", "PCM_24"), ("RF64", "PCM_16"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS"),
-            ("MP3", None), ("AIFF", "PCM_16"), ("AU", "PCM_16"), ("CAF", "PCM_16"), ("W64", "PCM_16"), ("NIST", "PCM_16")]
+JOINABLE = [
+    ("WAV", "PCM_16"),
+    ("WAV", "PCM_24"),
+    ("RF64", "PCM_16"),
+    ("FLAC", "PCM_16"),
+    ("OGG", "VORBIS"),
+    ("OGG", "OPUS"),
+    ("MP3", None),
+    ("AIFF", "PCM_16"),
+    ("AU", "PCM_16"),
+    ("CAF", "PCM_16"),
+    ("W64", "PCM_16"),
+    ("NIST", "PCM_16"),
+]
 
 
 @pytest.mark.parametrize("container, subtype", JOINABLE)
@@ -230,8 +285,17 @@ def test_joined_files_of_other_rates_and_channels_are_brought_together():
             assert np.allclose(result.samples[2 * RATE + 100 : -100], expected[100:-100], rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("container, subtype", [*JOINABLE, ("WAVEX", "PCM_16"), ("WAV", "GSM610"), ("SVX", "PCM_16"),
-                                                ("AIFF", "FLOAT"), ("FLAC", "PCM_24")])
+@pytest.mark.parametrize(
+    "container, subtype",
+    [
+        *JOINABLE,
+        ("WAVEX", "PCM_16"),
+        ("WAV", "GSM610"),
+        ("SVX", "PCM_16"),
+        ("AIFF", "FLOAT"),
+        ("FLAC", "PCM_24"),
+    ],
+)
 @pytest.mark.parametrize("share", [0.4, 0.6, 0.97])
 def test_cut_files_are_named(container, subtype, share):
     data = encoded(SOUND, container, subtype)
@@ -264,19 +328,23 @@ def test_a_flac_from_a_pipe_has_no_length_and_is_decoded_to_its_end():
     data = bytearray(encoded(SOUND))
     data[21], data[22:26] = data[21] & 0xF0, bytes(4)
     assert np.array_equal(decode(bytes(data), dtype="int16").samples, SOUND)
-    assert np.array_equal(decode(bytes(data), start=0.5, duration=0.5, dtype="int16").samples, SOUND[8000:16000])
+    assert np.array_equal(
+        decode(bytes(data), start=0.5, duration=0.5, dtype="int16").samples, SOUND[8000:16000]
+    )
     data[21], data[22:26] = data[21] | 0x0F, b"\xff" * 4  # 2^36 - 1 samples
     assert refused(bytes(data)).reason == "truncated"
 
 
-# --- limits ----------------------------------------------------------------------------------------------------------------
+# --- limits -------------------------------------------------------------------------------------------------
 
 
 def test_seconds_are_limited_before_decoding(monkeypatch):
     clips = [encoded(SOUND, container) for container in ("WAV", "FLAC", "OGG", "MP3", "AIFF")]
     with monkeypatch.context() as patched:
         for name in ("read",):
-            patched.setattr(soundfile.SoundFile, name, lambda *arguments, **options: pytest.fail("was decoded"))
+            patched.setattr(
+                soundfile.SoundFile, name, lambda *arguments, **options: pytest.fail("was decoded")
+            )
         patched.setattr(decoders, "_by_miniaudio", lambda *arguments: pytest.fail("was decoded"))
         for clip in clips:
             assert refused(clip, max_seconds=1.0).reason == "too_long"
@@ -287,7 +355,12 @@ def test_seconds_are_limited_before_decoding(monkeypatch):
 
 def test_bytes_are_limited_by_frames_channels_and_width():
     stereo = np.stack([SOUND] * 8, 1)
-    for container, subtype, width in (("WAV", "PCM_16", 2), ("FLAC", "PCM_16", 2), ("FLAC", "PCM_24", 4), ("AIFF", "PCM_16", 2)):
+    for container, subtype, width in (
+        ("WAV", "PCM_16", 2),
+        ("FLAC", "PCM_16", 2),
+        ("FLAC", "PCM_24", 4),
+        ("AIFF", "PCM_16", 2),
+    ):
         clip, size = encoded(stereo, container, subtype), stereo.size * width
         assert read(clip, max_bytes=size).samples.nbytes == size
         error = refused(clip, max_bytes=size - 1, dtype="int16")
@@ -314,21 +387,34 @@ def test_special_files_are_refused_at_once(tmp_path):
         for options in ({}, {"start": 0.0, "duration": 1.0}):
             error = refused(path, **options)
             assert error.reason == "unreadable" and word in str(error)
-    assert refused(tmp_path / "none.wav").reason == refused(tmp_path / "none.wav", start=0.0).reason == "missing_file"
+    assert (
+        refused(tmp_path / "none.wav").reason
+        == refused(tmp_path / "none.wav", start=0.0).reason
+        == "missing_file"
+    )
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------------------
 
 
 class Odd(Exception):
     """No exception that anybody expects."""
 
 
-@pytest.mark.parametrize("error, reason", [
-    (MemoryError(), "too_large"), (RuntimeError("x\ny"), "undecodable"), (OverflowError("x"), "undecodable"),
-    (RecursionError("x"), "undecodable"), (EOFError(), "undecodable"), (struct.error("x"), "undecodable"),
-    (OSError(5, "Input/output error"), "unreadable"), (Odd("x"), "undecodable"), (UnicodeDecodeError("a", b"", 0, 1, "x"),
-                                                                                    "undecodable")])
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (MemoryError(), "too_large"),
+        (RuntimeError("x\ny"), "undecodable"),
+        (OverflowError("x"), "undecodable"),
+        (RecursionError("x"), "undecodable"),
+        (EOFError(), "undecodable"),
+        (struct.error("x"), "undecodable"),
+        (OSError(5, "Input/output error"), "unreadable"),
+        (Odd("x"), "undecodable"),
+        (UnicodeDecodeError("a", b"", 0, 1, "x"), "undecodable"),
+    ],
+)
 @pytest.mark.parametrize("place", ["locate", "decode_stream", "resample"])
 def test_whatever_is_raised_becomes_a_named_error(monkeypatch, place, error, reason):
     def fail(*arguments, **options):
@@ -347,9 +433,16 @@ def test_values_that_are_no_numbers_are_refused():
             assert error.reason == "not_finite" and "1.000 s" in str(error)
 
 
-@pytest.mark.parametrize("start, duration, reason", [
-    (5.0, 1.0, "zero_length"), (1e306, None, "zero_length"), (0.5, 1e306, "truncated"), (0.0, 0.0, "zero_length"),
-    (1.5, 1.0, "truncated")])
+@pytest.mark.parametrize(
+    "start, duration, reason",
+    [
+        (5.0, 1.0, "zero_length"),
+        (1e306, None, "zero_length"),
+        (0.5, 1e306, "truncated"),
+        (0.0, 0.0, "zero_length"),
+        (1.5, 1.0, "truncated"),
+    ],
+)
 def test_segments_outside_of_a_recording(start, duration, reason):
     for container in ("WAV", "FLAC", "OGG"):
         assert refused(encoded(SOUND, container), start=start, duration=duration).reason == reason
@@ -359,7 +452,9 @@ def test_segments_outside_of_a_recording(start, duration, reason):
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_files_give_audio_or_a_named_error(data):
-    container = data.draw(st.sampled_from(["WAV", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF", "W64", "RF64", "NIST"]))
+    container = data.draw(
+        st.sampled_from(["WAV", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF", "W64", "RF64", "NIST"])
+    )
     clip = bytearray(encoded(SOUND[:4000], container))
     for _ in range(data.draw(st.integers(0, 8))):
         clip[data.draw(st.integers(0, min(len(clip), 200) - 1))] = data.draw(st.integers(0, 255))
@@ -372,7 +467,7 @@ def test_damaged_files_give_audio_or_a_named_error(data):
         assert result.samples.ndim == 1 and np.isfinite(result.samples).all()
 
 
-# --- findings --------------------------------------------------------------------------------------------------------------
+# --- findings -----------------------------------------------------------------------------------------------
 
 
 def test_channels_that_cancel_out_are_not_averaged():
@@ -380,11 +475,18 @@ def test_channels_that_cancel_out_are_not_averaged():
         sound = chirp(2.0, rate)
         opposite = encoded(np.stack([sound, -sound], 1), rate=rate)
         result = decode(opposite)
-        assert kinds(result) == ["antiphase"] and np.array_equal(result.samples, decode(encoded(sound, rate=rate)).samples)
+        assert kinds(result) == ["antiphase"] and np.array_equal(
+            result.samples, decode(encoded(sound, rate=rate)).samples
+        )
     nearly = np.stack([SOUND, np.round(-0.95 * SOUND)], 1).astype(np.int16)
     assert kinds(decode(encoded(nearly))) == ["antiphase"]
     noise = np.random.default_rng(0).normal(0, 3000, (2 * RATE, 6)).astype(np.int16)
-    for fine in (np.stack([SOUND, 0 * SOUND], 1), np.stack([SOUND, SOUND], 1), noise, np.stack([SOUND, -SOUND // 2], 1)):
+    for fine in (
+        np.stack([SOUND, 0 * SOUND], 1),
+        np.stack([SOUND, SOUND], 1),
+        noise,
+        np.stack([SOUND, -SOUND // 2], 1),
+    ):
         assert kinds(decode(encoded(fine))) == []
 
 
@@ -392,10 +494,14 @@ def test_silence_and_clipping_are_found():
     assert kinds(decode(encoded(0 * SOUND))) == ["silent"]
     assert kinds(decode(encoded(SOUND // 1000))) == ["silent"]  # a peak of 9 of 32768, -71 dB
     assert kinds(decode(encoded(SOUND // 200))) == []  # 49, -57 dB
-    assert kinds(decode(encoded(np.clip(SOUND.astype(int) * 5, -32768, 32767).astype(np.int16)))) == ["clipped"]
+    assert kinds(decode(encoded(np.clip(SOUND.astype(int) * 5, -32768, 32767).astype(np.int16)))) == [
+        "clipped"
+    ]
     loudest = np.round(SOUND / np.abs(SOUND).max() * 32767).astype(np.int16)
     assert kinds(decode(encoded(loudest))) == [], "a few samples at full scale are no clipping"
-    too_loud = decode(encoded(SOUND.astype(np.float32), "WAV", "FLOAT"), dtype="int16")  # int16 values as floats
+    too_loud = decode(
+        encoded(SOUND.astype(np.float32), "WAV", "FLOAT"), dtype="int16"
+    )  # int16 values as floats
     assert kinds(too_loud) == ["clipped"] and "9830" in too_loud.findings[0].detail
     assert set(np.unique(too_loud.samples)) <= {-32768, 0, 32767}
     assert kinds(decode(encoded(0 * SOUND), levels=False)) == []
@@ -406,11 +512,34 @@ def test_silence_and_clipping_are_found():
     assert kinds(both) == ["silent"], "silence does not cancel out"
 
 
-# --- resampling ------------------------------------------------------------------------------------------------------------
+# --- resampling ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rate", [4000, 7999, 8000, 11025, 11127, 12000, 22050, 22254, 22255, 24000, 32000, 44056, 44100, 44101,
-                                  47999, 48000, 88200, 96000, 192000, 384000])
+@pytest.mark.parametrize(
+    "rate",
+    [
+        4000,
+        7999,
+        8000,
+        11025,
+        11127,
+        12000,
+        22050,
+        22254,
+        22255,
+        24000,
+        32000,
+        44056,
+        44100,
+        44101,
+        47999,
+        48000,
+        88200,
+        96000,
+        192000,
+        384000,
+    ],
+)
 def test_any_rate_is_resampled(rate):
     hertz, seconds = 1000.0, 1.0
     time = np.arange(round(seconds * rate)) / rate
@@ -435,7 +564,11 @@ def test_a_rate_that_is_no_whole_number_is_accepted():
 def test_short_clips_are_resampled():
     for frames in (1, 2, 7, 100):
         for rate in (8000, 44100, 22254):
-            length = len(decode(encoded(SOUND[:frames], "WAV", rate=rate)).samples) if frames * RATE >= rate else None
+            length = (
+                len(decode(encoded(SOUND[:frames], "WAV", rate=rate)).samples)
+                if frames * RATE >= rate
+                else None
+            )
             assert length is None or abs(length - frames * RATE / rate) < 1
 
 
@@ -446,11 +579,19 @@ def test_what_lies_above_the_new_band_is_removed():
     assert np.abs(left).max() < 1e-4
 
 
-# --- FFmpeg is optional ----------------------------------------------------------------------------------------------------
+# --- FFmpeg is optional -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("head, name", [(b"\0\0\0\x20ftypM4A ", "MP4"), (b"\x1a\x45\xdf\xa3", "WebM"), (b"#!AMR\n", "AMR"),
-                                        (b"\x30\x26\xb2\x75", "WMA"), (b"\xff\xf1\x50\x80", "AAC")])
+@pytest.mark.parametrize(
+    "head, name",
+    [
+        (b"\0\0\0\x20ftypM4A ", "MP4"),
+        (b"\x1a\x45\xdf\xa3", "WebM"),
+        (b"#!AMR\n", "AMR"),
+        (b"\x30\x26\xb2\x75", "WMA"),
+        (b"\xff\xf1\x50\x80", "AAC"),
+    ],
+)
 def test_without_pyav_the_refusal_names_the_command(monkeypatch, head, name):
     monkeypatch.setitem(sys.modules, "av", None)
     error = refused(head + bytes(100))

@@ -1,4 +1,5 @@
-"""core/code.py: the hash covers every Python file of the named packages, and a wrong package name is an error."""
+"""core/code.py: the hash covers every Python file of the named packages, and a wrong package name is an
+error."""
 
 import pytest
 

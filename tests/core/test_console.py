@@ -10,11 +10,20 @@ from hypothesis import strategies as st
 from core.console import one_line, print_error, print_text, printable
 
 
-@pytest.mark.parametrize("text, shown", [
-    ("\x1b[31mred\x1b[0m", r"\x1b[31mred\x1b[0m"), ("\x1b]0;title\x07", r"\x1b]0;title\x07"), ("a\rb", r"a\rb"),
-    ("\x9b31m", r"\x9b31m"), ("\u202egnp.exe", r"\u202egnp.exe"), ("\ud800", r"\ud800"), ("a\tb\nc", "a\tb\nc"),
-    ("日本語 é \u200c 👩\u200d👧", "日本語 é \u200c 👩\u200d👧"), (5, "5"),
-])
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("\x1b[31mred\x1b[0m", r"\x1b[31mred\x1b[0m"),
+        ("\x1b]0;title\x07", r"\x1b]0;title\x07"),
+        ("a\rb", r"a\rb"),
+        ("\x9b31m", r"\x9b31m"),
+        ("\u202egnp.exe", r"\u202egnp.exe"),
+        ("\ud800", r"\ud800"),
+        ("a\tb\nc", "a\tb\nc"),
+        ("日本語 é \u200c 👩\u200d👧", "日本語 é \u200c 👩\u200d👧"),
+        (5, "5"),
+    ],
+)
 def test_control_characters_are_written_as_escapes(text, shown):
     assert printable(text) == shown
 
@@ -38,13 +47,29 @@ def test_reasons_of_libraries_are_one_line():
     assert one_line(MemoryError()) == "MemoryError" and len(one_line(ValueError("x" * 5000))) == 300
 
 
-@pytest.mark.parametrize("name", [
-    "model.pretrained.SourceError", "model.folder.FolderError", "model.prompt.PromptError", "data_tools.packing.PackError",
-    "data_tools.corpora.CorpusError", "data_tools.shards.ShardError", "data_tools.shards.OutputError",
-    "recipe.config.RecipeError", "train.checkpoint.CheckpointError", "train.universal.ConversionError",
-    "stream.loader.StreamStalled", "stream.rejected.BrokenSample", "evaluation.predictions.PredictionError",
-    "evaluation.endpoint.EndpointError", "evaluation.run.InputError"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.pretrained.SourceError",
+        "model.folder.FolderError",
+        "model.prompt.PromptError",
+        "data_tools.packing.PackError",
+        "data_tools.corpora.CorpusError",
+        "data_tools.shards.ShardError",
+        "data_tools.shards.OutputError",
+        "recipe.config.RecipeError",
+        "train.checkpoint.CheckpointError",
+        "train.universal.ConversionError",
+        "stream.loader.StreamStalled",
+        "stream.rejected.BrokenSample",
+        "evaluation.predictions.PredictionError",
+        "evaluation.endpoint.EndpointError",
+        "evaluation.run.InputError",
+    ],
+)
 def test_errors_for_users_are_one_printable_line(name):
     module, _, kind = name.rpartition(".")
-    error = getattr(importlib.import_module(module), kind)("clip evil\x1b]0;owned\x07\nerror: forged\x1b[2J is broken")
+    error = getattr(importlib.import_module(module), kind)(
+        "clip evil\x1b]0;owned\x07\nerror: forged\x1b[2J is broken"
+    )
     assert str(error) == f"{error}" == r"clip evil\x1b]0;owned\x07 error: forged\x1b[2J is broken"

@@ -3,7 +3,14 @@
 import pytest
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
-from core.languages import UNSPACED, effective_language, is_known, language_code, language_name, writes_no_spaces
+from core.languages import (
+    UNSPACED,
+    effective_language,
+    is_known,
+    language_code,
+    language_name,
+    writes_no_spaces,
+)
 
 
 def test_whisper_s_languages_have_whisper_s_codes():
@@ -64,7 +71,17 @@ def test_a_missing_language_is_english_where_the_text_is_in_latin_letters():
 
 
 def test_languages_without_spaces_are_written_in_scripts_without_spaces():
-    samples = {"zh": "今", "yue": "佢", "ja": "はカ漢", "th": "ก", "lo": "ກ", "my": "က", "km": "ក", "shn": "ၵ", "nod": "ᨣ"}
+    samples = {
+        "zh": "今",
+        "yue": "佢",
+        "ja": "はカ漢",
+        "th": "ก",
+        "lo": "ກ",
+        "my": "က",
+        "km": "ក",
+        "shn": "ၵ",
+        "nod": "ᨣ",
+    }
     assert samples.keys() <= UNSPACED
     assert all(writes_no_spaces(character) for text in samples.values() for character in text)
     assert not any(map(writes_no_spaces, "aéжक한אع5.་"))

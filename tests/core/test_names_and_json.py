@@ -11,17 +11,35 @@ from core.json_files import JsonError, parse_object, read_object
 from tests.hostile import is_one_line
 
 
-@pytest.mark.parametrize("name", ["a", "part-000000.tar", "model-00001-of-00002.safetensors", "a b", "é.tar", "x" * 255, "a..b"])
+@pytest.mark.parametrize(
+    "name", ["a", "part-000000.tar", "model-00001-of-00002.safetensors", "a b", "é.tar", "x" * 255, "a..b"]
+)
 def test_plain_names_pass(name):
     assert plain_name(name) == name
 
 
-@pytest.mark.parametrize("name, says", [
-    ("../a", "a path"), ("a/b", "a path"), ("/a", "a path"), ("a\\b", "a path"), ("..", "dot"), (".", "dot"), (".profile", "dot"),
-    ("", "is not a file name"), (None, "is not a file name"), (b"a", "is not a file name"), (["a"], "is not a file name"),
-    ("a\0b", "control"), ("a\nb", "control"), ("a\x1b[31m", "control"), ("a\ud800", "control"), ("x" * 256, "longer than"),
-    ("é" * 128, "longer than"),
-])
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("../a", "a path"),
+        ("a/b", "a path"),
+        ("/a", "a path"),
+        ("a\\b", "a path"),
+        ("..", "dot"),
+        (".", "dot"),
+        (".profile", "dot"),
+        ("", "is not a file name"),
+        (None, "is not a file name"),
+        (b"a", "is not a file name"),
+        (["a"], "is not a file name"),
+        ("a\0b", "control"),
+        ("a\nb", "control"),
+        ("a\x1b[31m", "control"),
+        ("a\ud800", "control"),
+        ("x" * 256, "longer than"),
+        ("é" * 128, "longer than"),
+    ],
+)
 def test_other_names_are_refused(name, says):
     with pytest.raises(UnsafeName, match=says):
         plain_name(name)
@@ -45,7 +63,12 @@ def test_sizes_of_files_inside(tmp_path):
     (inside / "same").symlink_to("a")
     (inside / "away").symlink_to("../out")
     (inside / "round").symlink_to("../in/a")
-    assert file_size_inside(inside, "a") == file_size_inside(inside, "same") == file_size_inside(inside, "round") == 3
+    assert (
+        file_size_inside(inside, "a")
+        == file_size_inside(inside, "same")
+        == file_size_inside(inside, "round")
+        == 3
+    )
     with pytest.raises(UnsafeName, match="is a link to .*out, outside"):
         file_size_inside(inside, "away")
     with pytest.raises(UnsafeName, match="is not a regular file"):
@@ -54,10 +77,18 @@ def test_sizes_of_files_inside(tmp_path):
         file_size_inside(inside, "none")
 
 
-@pytest.mark.parametrize("text, says", [
-    ("", "not valid JSON"), ("{", "not valid JSON"), ("[]", "does not hold a JSON object"), ("null", "JSON object"),
-    (b"\xff\xfe{", "not"), ("[" * 100_000, "nested too deeply"), ('{"a": ' + "1" * 5000 + "}", "not valid JSON"),
-])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("", "not valid JSON"),
+        ("{", "not valid JSON"),
+        ("[]", "does not hold a JSON object"),
+        ("null", "JSON object"),
+        (b"\xff\xfe{", "not"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a": ' + "1" * 5000 + "}", "not valid JSON"),
+    ],
+)
 def test_what_is_no_object_is_one_line(text, says):
     with pytest.raises(JsonError, match=says) as error:
         parse_object(text)

@@ -49,7 +49,11 @@ def test_links_and_files_are_refused(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     (tmp_path / "file").write_text("")
     (tmp_path / "dangling").symlink_to(tmp_path / "none")
-    for name, says in (("link", "is a link"), ("dangling", "is a link"), ("file", "cannot be opened as a folder")):
+    for name, says in (
+        ("link", "is a link"),
+        ("dangling", "is a link"),
+        ("file", "cannot be opened as a folder"),
+    ):
         with pytest.raises(NotPrivate, match=f"{name} {says}"):
             private_folder(tmp_path / name)
 
@@ -64,7 +68,9 @@ def test_another_user_s_folder_is_refused(tmp_path):
 
 def test_the_program_for_shell_scripts(tmp_path):
     def run(*folders):
-        return subprocess.run([sys.executable, "-IS", module.__file__, *folders], capture_output=True, text=True, cwd=ROOT)
+        return subprocess.run(
+            [sys.executable, "-IS", module.__file__, *folders], capture_output=True, text=True, cwd=ROOT
+        )
 
     assert run(tmp_path / "one", tmp_path / "two").returncode == 0 and mode(tmp_path / "two") == 0o700
     (tmp_path / "one").chmod(0o777)
@@ -75,7 +81,10 @@ def test_the_program_for_shell_scripts(tmp_path):
 def test_the_cache_follows_the_usual_variable(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
     assert user_cache() == tmp_path / "x"
-    for unset in (lambda: monkeypatch.setenv("XDG_CACHE_HOME", ""), lambda: monkeypatch.delenv("XDG_CACHE_HOME")):
+    for unset in (
+        lambda: monkeypatch.setenv("XDG_CACHE_HOME", ""),
+        lambda: monkeypatch.delenv("XDG_CACHE_HOME"),
+    ):
         unset()
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
         assert user_cache() == tmp_path / "home" / ".cache"
@@ -92,7 +101,9 @@ def test_the_op_is_not_loaded_from_a_folder_that_others_can_write(tmp_path, monk
     with pytest.raises(NotPrivate):
         build.build()
     build.load.cache_clear()
-    with pytest.warns(UserWarning, match="slow plain PyTorch reference: .*soundwave_ops can be written by other users"):
+    with pytest.warns(
+        UserWarning, match="slow plain PyTorch reference: .*soundwave_ops can be written by other users"
+    ):
         assert build.load() is False
     build.load.cache_clear()
     cache.chmod(0o755)

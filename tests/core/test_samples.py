@@ -2,7 +2,16 @@
 
 import pytest
 
-from core.samples import INSTRUCTIONS, PromptError, answer_language, answer_of, asked, messages_of, question_of, target_language
+from core.samples import (
+    INSTRUCTIONS,
+    PromptError,
+    answer_language,
+    answer_of,
+    asked,
+    messages_of,
+    question_of,
+    target_language,
+)
 from data_tools.corpora import Entry
 from data_tools.instruct import answer_to
 from evaluation.run import prediction_row
@@ -19,7 +28,11 @@ CHAT = [
 SAMPLES = [  # sample, answer, question
     ({"task": "asr", "text": "hi", "duration": 1.0}, "hi", INSTRUCTIONS["asr"]),
     ({"text": "hi", "duration": 1.0}, "hi", INSTRUCTIONS["asr"]),
-    ({"task": "asr", "text": "HI", "response": "Hi.", "prompt": "Write it down.", "duration": 1.0}, "Hi.", "Write it down."),
+    (
+        {"task": "asr", "text": "HI", "response": "Hi.", "prompt": "Write it down.", "duration": 1.0},
+        "Hi.",
+        "Write it down.",
+    ),
     ({"task": "asr", "text": "hi", "label": "happy", "duration": 1.0}, "hi", INSTRUCTIONS["asr"]),
     (
         {"task": "translation", "text": "hi", "response": "hola", "target_lang": "Spanish", "duration": 1.0},
@@ -27,10 +40,22 @@ SAMPLES = [  # sample, answer, question
         "Please translate the following audio into Spanish.",
     ),
     ({"task": "gender", "text": "hi", "label": "female", "duration": 1.0}, "female", INSTRUCTIONS["gender"]),
-    ({"task": "sound", "text": "the sound is rain", "label": "rain", "duration": 1.0}, "rain", INSTRUCTIONS["sound"]),
-    ({"task": "sound", "text": "the sound is rain", "duration": 1.0}, "the sound is rain", INSTRUCTIONS["sound"]),
+    (
+        {"task": "sound", "text": "the sound is rain", "label": "rain", "duration": 1.0},
+        "rain",
+        INSTRUCTIONS["sound"],
+    ),
+    (
+        {"task": "sound", "text": "the sound is rain", "duration": 1.0},
+        "the sound is rain",
+        INSTRUCTIONS["sound"],
+    ),
     ({"task": "quiz", "label": 0, "duration": 1.0, "prompt": "How many?"}, "0", "How many?"),
-    ({"task": "chat", "messages": CHAT, "text": "what is it", "response": "not this", "duration": 1.0}, "A wren.", "Which one?"),
+    (
+        {"task": "chat", "messages": CHAT, "text": "what is it", "response": "not this", "duration": 1.0},
+        "A wren.",
+        "Which one?",
+    ),
     ({"task": "text", "prompt": "2 + 2?", "response": "4"}, "4", "2 + 2?"),
     ({"task": "asr", "messages": CHAT[:2], "text": "what", "duration": 1.0}, "A bird.", "What?"),
 ]
@@ -68,7 +93,13 @@ def test_a_transcript_is_no_answer_to_another_question(sample):
 
 @pytest.mark.parametrize(
     "messages",
-    [[{"role": "user"}], [{"role": "user", "content": None}], ["hello"], [{"role": "user", "content": [{}]}], [{"content": "x"}]],
+    [
+        [{"role": "user"}],
+        [{"role": "user", "content": None}],
+        ["hello"],
+        [{"role": "user", "content": [{}]}],
+        [{"content": "x"}],
+    ],
 )
 def test_turns_that_are_none_are_refused_by_number(messages):
     with pytest.raises(PromptError, match="turn 1"):
@@ -82,7 +113,11 @@ def test_a_chat_that_a_user_ends_has_no_answer():
 
 def test_a_corpus_entry_answers_by_the_same_rule():
     entry = Entry(id="1", text="good morning", response="buenos días", label="Dog_bark")
-    assert [answer_to(task, entry) for task in ("asr", "translation", "chat")] == ["good morning", "buenos días", "buenos días"]
+    assert [answer_to(task, entry) for task in ("asr", "translation", "chat")] == [
+        "good morning",
+        "buenos días",
+        "buenos días",
+    ]
     assert answer_to("sound", Entry(id="1", label="Dog_bark")) == "dog bark"
     assert answer_to("emotion", Entry(id="1", text="hi")) is None
 
@@ -113,11 +148,20 @@ def test_the_target_language_is_what_the_data_says(sample, target):
 def test_the_language_of_an_answer_is_a_translation_s_target():
     assert answer_language({"task": "asr", "lang": "de"}) == "de"
     assert answer_language({"task": "translation", "lang": "de", "target_lang": "Thai"}) == "th"
-    assert answer_language({"task": "translation", "lang": "de"}) == "en", "what its default instruction asks for"
+    assert answer_language({"task": "translation", "lang": "de"}) == "en", (
+        "what its default instruction asks for"
+    )
     assert answer_language({"task": "translation", "lang": "de", "prompt": "翻译"}) is None
 
 
 def test_a_question_is_text_behind_its_audio():
     assert asked("Why?") == {"role": "user", "content": "<audio_patch>\nWhy?"}
-    assert asked("") == {"role": "user", "content": "<audio_patch>"} and asked("Why?", audios=0)["content"] == "Why?"
-    assert asked("<audio_patch>?") == {"role": "user", "content": "<audio_patch>\n<audio_patch>?", "audios": 1}
+    assert (
+        asked("") == {"role": "user", "content": "<audio_patch>"}
+        and asked("Why?", audios=0)["content"] == "Why?"
+    )
+    assert asked("<audio_patch>?") == {
+        "role": "user",
+        "content": "<audio_patch>\n<audio_patch>?",
+        "audios": 1,
+    }

@@ -19,7 +19,15 @@ def grouped(names, most_bytes=float("inf"), size=1):
 CASES = {
     "plain": (["u1.wav", "u1.json"], {"u1": ["u1.json", "u1.wav"]}),
     "dots in ids": (
-        ["sp0.9-u1.wav", "sp0.9-u1.txt", "sp0.9-u2.wav", "sp0.9-u2.txt", "v1.txt", "v1.0_u3.wav", "v1.0_u3.txt"],
+        [
+            "sp0.9-u1.wav",
+            "sp0.9-u1.txt",
+            "sp0.9-u2.wav",
+            "sp0.9-u2.txt",
+            "v1.txt",
+            "v1.0_u3.wav",
+            "v1.0_u3.txt",
+        ],
         {
             "sp0.9-u1": ["sp0.9-u1.txt", "sp0.9-u1.wav"],
             "sp0.9-u2": ["sp0.9-u2.txt", "sp0.9-u2.wav"],
@@ -33,7 +41,10 @@ CASES = {
         ["x.b.speech.wav", "x.b.json", "x.c.speech.wav", "x.c.json"],
         {"x.b": ["x.b.json", "x.b.speech.wav"], "x.c": ["x.c.json", "x.c.speech.wav"]},
     ),
-    "words that are no roles": (["book.one.wav", "book.two.txt"], {"book.one": ["book.one.wav"], "book.two": ["book.two.txt"]}),
+    "words that are no roles": (
+        ["book.one.wav", "book.two.txt"],
+        {"book.one": ["book.one.wav"], "book.two": ["book.two.txt"]},
+    ),
     "an extension as a part of the id": (["T.WAV.wav", "T.WAV.txt"], {"T.WAV": ["T.WAV.txt", "T.WAV.wav"]}),
     "folders": (
         ["d/u1.wav", "e/u1.wav", "d/u1.txt", "e/u1.txt"],
@@ -52,14 +63,18 @@ def test_members_of_each_kind_of_name(names, wanted):
 
 def test_several_audio_members_are_a_problem_and_not_one_of_them():
     grouper = Grouper(lambda group: False)
-    groups = [g for name in ("f.wav", "f.flac", "f.json") for g in grouper.add(Member(name))] + list(grouper.end())
+    groups = [g for name in ("f.wav", "f.flac", "f.json") for g in grouper.add(Member(name))] + list(
+        grouper.end()
+    )
     (group,) = groups
     assert "f.wav, f.flac" in group.problem
 
 
 @settings(max_examples=100, deadline=None)
 @given(
-    keys=st.lists(st.sampled_from(["u1", "u2", "sp0.9-u1", "a.b", "x/u1", "1.5"]), min_size=1, max_size=5, unique=True),
+    keys=st.lists(
+        st.sampled_from(["u1", "u2", "sp0.9-u1", "a.b", "x/u1", "1.5"]), min_size=1, max_size=5, unique=True
+    ),
     data=st.data(),
 )
 def test_any_order_gives_the_same_samples_and_each_member_comes_once(keys, data):
@@ -74,8 +89,14 @@ def test_any_order_gives_the_same_samples_and_each_member_comes_once(keys, data)
 
 def test_neighbours_do_not_wait_and_what_waits_is_bounded():
     grouper = Grouper(lambda group: False, most_bytes=10)
-    assert [group.key for name in ("a.wav", "a.txt", "b.wav") for group in grouper.add(Member(name, size=4))] == ["a"]
-    came = [group.key for name in ("c.wav", "d.wav", "e.wav", "e.txt") for group in grouper.add(Member(name, size=4))]
+    assert [
+        group.key for name in ("a.wav", "a.txt", "b.wav") for group in grouper.add(Member(name, size=4))
+    ] == ["a"]
+    came = [
+        group.key
+        for name in ("c.wav", "d.wav", "e.wav", "e.txt")
+        for group in grouper.add(Member(name, size=4))
+    ]
     assert came == ["b"], "the oldest that waits is given up, as an incomplete group"
     assert [group.key for group in grouper.end()] == ["e", "c", "d"]
 
@@ -113,7 +134,10 @@ def test_the_record_of_a_sample():
 @pytest.mark.parametrize(
     "record, is_text",
     [
-        ({"id": "t", "task": "text", "prompt": "a", "response": "b", "duration": 0.0, "sample_rate": None}, True),
+        (
+            {"id": "t", "task": "text", "prompt": "a", "response": "b", "duration": 0.0, "sample_rate": None},
+            True,
+        ),
         ({"prompt": "a", "response": "b"}, True),
         ({"messages": [{"role": "user", "content": "x"}]}, True),
         ({"messages": [{"role": "user", "content": "<audio_patch>"}]}, False),

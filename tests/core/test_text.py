@@ -1,4 +1,5 @@
-"""The one normaliser and the one error rate, against jiwer on Whisper's normaliser, a plain edit distance and values by hand."""
+"""The one normaliser and the one error rate, against jiwer on Whisper's normaliser, a plain edit distance and
+values by hand."""
 
 import unicodedata
 
@@ -37,7 +38,9 @@ def test_english_scores_are_those_of_whisper_s_normaliser():
         assert counted.kinds == {kind: getattr(whole, kind) for kind in counted.kinds}
         assert counted.errors.sum() / counted.units.sum() == pytest.approx(whole.wer)
     letters = count_errors(*zip(*ENGLISH), ["en"] * len(ENGLISH), "character")
-    assert letters.errors.sum() / letters.units.sum() == pytest.approx(jiwer.cer(list(references), list(hypotheses)))
+    assert letters.errors.sum() / letters.units.sum() == pytest.approx(
+        jiwer.cer(list(references), list(hypotheses))
+    )
 
 
 @given(st.text(max_size=30), st.sampled_from(["fr", "ru", "de", "hi", "zh", "th"]))
@@ -47,7 +50,10 @@ def test_whisper_s_own_rule_is_whisper_s_own(text, lang):
     assert normalise(text, lang, "whisper") == " ".join(theirs.split())
 
 
-@given(st.text(st.characters(exclude_categories=("M", "Cs")), max_size=30), st.sampled_from(["fr", "ru", "de", "zh"]))
+@given(
+    st.text(st.characters(exclude_categories=("M", "Cs")), max_size=30),
+    st.sampled_from(["fr", "ru", "de", "zh"]),
+)
 @settings(max_examples=60, deadline=None)
 def test_text_without_marks_is_normalised_as_by_whisper(text, lang):
     plain = normalise(text, lang, "whisper")
@@ -107,8 +113,13 @@ def test_words_of_mixed_scripts():
         == ["我", "用", "python3", "写", "code"]
     )
     assert words("เก้าอี้", "th") == ["เ", "ก้", "า", "อี้"], "a grapheme with its marks is one unit"
-    assert units("héllo wörld", "fr", "character") == [*"héllo wörld"] and units("你 好", "zh", "character") == ["你", "好"]
-    assert [error_rate("iPhone手机", "iphone手表", lang) for lang in ("zh", "xx")] == [pytest.approx(1 / 8), pytest.approx(1 / 3)]
+    assert units("héllo wörld", "fr", "character") == [*"héllo wörld"] and units(
+        "你 好", "zh", "character"
+    ) == ["你", "好"]
+    assert [error_rate("iPhone手机", "iphone手表", lang) for lang in ("zh", "xx")] == [
+        pytest.approx(1 / 8),
+        pytest.approx(1 / 3),
+    ]
 
 
 @pytest.mark.parametrize("lang", ["cn", "zh", "wuu", "yue", "xx", None])
@@ -137,8 +148,13 @@ def test_validation_sees_progress_in_scripts_without_spaces(lang, reference, ear
 def test_validation_counts_as_evaluation_does():
     references, hypotheses = map(list, zip(*ENGLISH))
     counted = count_errors(references, hypotheses, ["en"] * len(references))
-    assert word_errors(references, hypotheses, ["en"] * len(references)) == (counted.errors.sum(), counted.units.sum())
-    assert word_errors(["", "[noise]", "a b"], ["words", "words", "a b"]) == (0, 2), "silence has no error rate"
+    assert word_errors(references, hypotheses, ["en"] * len(references)) == (
+        counted.errors.sum(),
+        counted.units.sum(),
+    )
+    assert word_errors(["", "[noise]", "a b"], ["words", "words", "a b"]) == (0, 2), (
+        "silence has no error rate"
+    )
     assert word_errors([""], ["words"]) == (0, 0) and word_errors([], []) == (0, 0)
 
 

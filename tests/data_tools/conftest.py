@@ -7,16 +7,20 @@ import pytest
 import soundfile
 
 
-def tone(seconds: float, rate: int = 16000, hertz: float = 440.0, noise: float = 0.01, seed: int = 0) -> np.ndarray:
+def tone(
+    seconds: float, rate: int = 16000, hertz: float = 440.0, noise: float = 0.01, seed: int = 0
+) -> np.ndarray:
     time = np.arange(round(seconds * rate)) / rate
-    return (0.3 * np.sin(2 * np.pi * hertz * time) + noise * np.random.default_rng(seed).standard_normal(len(time))).astype(
-        np.float32
-    )
+    return (
+        0.3 * np.sin(2 * np.pi * hertz * time)
+        + noise * np.random.default_rng(seed).standard_normal(len(time))
+    ).astype(np.float32)
 
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Eleven good clips in different formats and rates, one text-only sample, and one of each fault; -> manifest path."""
+    """Eleven good clips in different formats and rates, one text-only sample, and one of each fault; ->
+    manifest path."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     rows = []
@@ -30,12 +34,26 @@ def corpus(tmp_path):
     for number in range(11):
         suffix, rate, subtype = kinds[number % len(kinds)]
         path = folder / f"clip {number}.{suffix}"
-        soundfile.write(path, tone(0.4 + 0.1 * number, rate, 200 + 50 * number, seed=number), rate, subtype=subtype)
-        rows.append({"id": f"spk.{number}/é", "audio": path.name, "text": f"clip number {number}", "lang": "en"})
+        soundfile.write(
+            path, tone(0.4 + 0.1 * number, rate, 200 + 50 * number, seed=number), rate, subtype=subtype
+        )
+        rows.append(
+            {"id": f"spk.{number}/é", "audio": path.name, "text": f"clip number {number}", "lang": "en"}
+        )
     soundfile.write(folder / "stereo.wav", np.stack([tone(1.0), tone(1.0, hertz=300)], 1), 16000)
-    rows.append({"id": "stereo", "audio": str(folder / "stereo.wav"), "text": "two channels", "offset": 0.25, "duration": 0.5})
+    rows.append(
+        {
+            "id": "stereo",
+            "audio": str(folder / "stereo.wav"),
+            "text": "two channels",
+            "offset": 0.25,
+            "duration": 0.5,
+        }
+    )
     rows.append({"id": "text", "prompt": "Say hello.", "response": "Hello.", "lang": "en"})
-    soundfile.write(folder / "nan.wav", np.array([0.1, np.nan, 0.2], dtype=np.float32), 16000, subtype="FLOAT")
+    soundfile.write(
+        folder / "nan.wav", np.array([0.1, np.nan, 0.2], dtype=np.float32), 16000, subtype="FLOAT"
+    )
     soundfile.write(folder / "empty.wav", np.zeros(0, dtype=np.float32), 16000)
     (folder / "broken.flac").write_bytes(b"fLaC" + bytes(100))
     (folder / "nothing.wav").write_bytes(b"")

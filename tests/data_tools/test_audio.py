@@ -46,8 +46,19 @@ def test_ogg_serial_is_replaced_and_pages_stay_valid():
 
 
 def test_copy_keeps_every_byte_and_names_the_container(tmp_path):
-    for extension, kind in {"mp3": {}, "flac": {}, "wav": {}, "ogg": {}, "opus": {"format": "OGG", "subtype": "OPUS"}}.items():
-        path = write(tmp_path / f"misnamed.{extension}.bin", tone(0.7, 24000), 24000, **({"format": extension.upper()} | kind))
+    for extension, kind in {
+        "mp3": {},
+        "flac": {},
+        "wav": {},
+        "ogg": {},
+        "opus": {"format": "OGG", "subtype": "OPUS"},
+    }.items():
+        path = write(
+            tmp_path / f"misnamed.{extension}.bin",
+            tone(0.7, 24000),
+            24000,
+            **({"format": extension.upper()} | kind),
+        )
         clip = make_clip(path, codec="copy")
         assert clip.data == open(path, "rb").read() and clip.codec == extension and clip.sample_rate == 24000
         assert abs(clip.duration - 0.7) < 0.06  # MP3 and Opus pad
@@ -78,7 +89,9 @@ def test_segments_equal_slices_of_the_whole(tmp_path):
         for offset, duration in ((0.0, 0.5), (1.23, 0.77), (2.5, 0.6), (2.9, None)):
             part = soundfile.read(io.BytesIO(make_clip(path, offset, duration).data), dtype="int16")[0]
             start = round(offset * 16000)
-            assert np.array_equal(part, whole[start : None if duration is None else start + round(duration * 16000)])
+            assert np.array_equal(
+                part, whole[start : None if duration is None else start + round(duration * 16000)]
+            )
 
 
 def test_loud_float_audio_is_clipped_not_wrapped(tmp_path):
@@ -107,7 +120,9 @@ def test_reasons_for_refusal(tmp_path):
     raw = write(tmp_path / "x.au", tone(0.3), format="AU")
     assert reason(tmp_path / "gone.wav") == reason(tmp_path / "gone.wav", 0.0, 1.0) == "missing_file"
     assert reason(tmp_path / "cut.wav") == reason(tmp_path / "cut.wav", codec="copy") == "truncated"
-    assert reason(tmp_path / "cut.flac") in ("truncated", "undecodable") and reason(tmp_path / "header.flac") in (
+    assert reason(tmp_path / "cut.flac") in ("truncated", "undecodable") and reason(
+        tmp_path / "header.flac"
+    ) in (
         "truncated",
         "undecodable",
         "zero_length",
@@ -185,7 +200,9 @@ def test_plain_tar_takes_out_what_was_put_in(corpus, tmp_path):
     from data_tools import pack
 
     out = tmp_path / "packed"
-    pack.main(["--manifest", str(corpus), "--out", str(out), "--workers", "1", "--codec", "opus", "--measure"])
+    pack.main(
+        ["--manifest", str(corpus), "--out", str(out), "--workers", "1", "--codec", "opus", "--measure"]
+    )
     subprocess.run(["tar", "xf", next(out.glob("*.tar")), "-C", tmp_path], check=True)
     clips = list(tmp_path.glob("*.opus"))
     assert clips and all(soundfile.info(clip).subtype == "OPUS" for clip in clips)
@@ -205,8 +222,16 @@ def test_measures_of_known_signals():
     bursts = np.tile(np.repeat([1.0, 0.0], rate // 4), 4)
     for snr in (10, 20, 30):
         noise = rng.standard_normal(len(bursts)) * 300
-        signal = np.sqrt(2) * 300 * 10 ** (snr / 20) * np.sin(2 * np.pi * 300 * np.arange(len(bursts)) / rate) * bursts
-        assert quality.measure((signal + noise).astype(np.int16), rate)["snr_db"] == pytest.approx(snr, abs=1.5)
+        signal = (
+            np.sqrt(2)
+            * 300
+            * 10 ** (snr / 20)
+            * np.sin(2 * np.pi * 300 * np.arange(len(bursts)) / rate)
+            * bursts
+        )
+        assert quality.measure((signal + noise).astype(np.int16), rate)["snr_db"] == pytest.approx(
+            snr, abs=1.5
+        )
 
 
 def test_clearest_stretch_holds_the_event():
@@ -221,16 +246,24 @@ def test_clearest_stretch_holds_the_event():
     assert len(quality.clearest(bark, rate, 3.0)) == len(bark)
 
 
-@pytest.mark.parametrize("kind, subtype", [("WAV", "PCM_16"), ("WAVEX", "PCM_16"), ("WAV", "PCM_U8"), ("WAV", "PCM_24")])
+@pytest.mark.parametrize(
+    "kind, subtype", [("WAV", "PCM_16"), ("WAVEX", "PCM_16"), ("WAV", "PCM_U8"), ("WAV", "PCM_24")]
+)
 @pytest.mark.parametrize("channels", [1, 2])
 def test_wav_decodes_as_libsndfile_decodes_it(tmp_path, kind, subtype, channels):
     path = tmp_path / "a.wav"
-    soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, (1001, channels)), 22050, format=kind, subtype=subtype)
+    soundfile.write(
+        path, np.random.default_rng(0).normal(0, 0.1, (1001, channels)), 22050, format=kind, subtype=subtype
+    )
     data = path.read_bytes()
     before = data.index(b"data")
     extra = b"LIST" + (7).to_bytes(4, "little") + b"INFOabc" + b"\0"  # of odd size, so it is padded
-    path.write_bytes(b"RIFF" + (len(data) - 8 + len(extra)).to_bytes(4, "little") + data[8:before] + extra + data[before:])
+    path.write_bytes(
+        b"RIFF" + (len(data) - 8 + len(extra)).to_bytes(4, "little") + data[8:before] + extra + data[before:]
+    )
     read, _ = read_clip(str(path))
     samples, rate = read.samples, read.rate
-    assert rate == 22050 and np.array_equal(samples, soundfile.read(path, dtype=samples.dtype, always_2d=True)[0])
+    assert rate == 22050 and np.array_equal(
+        samples, soundfile.read(path, dtype=samples.dtype, always_2d=True)[0]
+    )
     assert samples.dtype == (np.float32 if subtype == "PCM_24" else np.int16)

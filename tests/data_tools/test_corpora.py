@@ -1,4 +1,5 @@
-"""Every reader on a small corpus in its format's own layout: what it yields, and that its audio can be packed."""
+"""Every reader on a small corpus in its format's own layout: what it yields, and that its audio can be
+packed."""
 
 import bz2
 import gzip
@@ -53,7 +54,9 @@ def librispeech(root):
         for name in names:
             sound(folder / f"{name}.flac")
         text(folder / f"{speaker}-{chapter}.trans.txt", "".join(f"{name} HELLO THERE\n" for name in names))
-    (root / "LibriSpeech" / "train-clean-100" / "40" / "222").mkdir(parents=True)  # a chapter without transcripts
+    (root / "LibriSpeech" / "train-clean-100" / "40" / "222").mkdir(
+        parents=True
+    )  # a chapter without transcripts
     return (
         f"librispeech:{root / 'LibriSpeech'}",
         4,
@@ -66,13 +69,21 @@ def mls(root):
     folder = root / "mls_german" / "train"
     sound(folder / "audio" / "10" / "20" / "10_20_000001.flac")
     text(folder / "transcripts.txt", "10_20_000001\tguten tag\nbroken line\n")
-    return f"mls:{root / 'mls_german'}", 1, 1, {"text": "guten tag", "lang": "de", "speaker": "10", "recording": "10_20"}
+    return (
+        f"mls:{root / 'mls_german'}",
+        1,
+        1,
+        {"text": "guten tag", "lang": "de", "speaker": "10", "recording": "10_20"},
+    )
 
 
 def commonvoice(root):
     sound(root / "cv" / "fr" / "clips" / "common_voice_fr_1.mp3")
     header = "client_id\tpath\tsentence\tup_votes\tdown_votes\n"
-    text(root / "cv" / "fr" / "train.tsv", header + 'abc\tcommon_voice_fr_1.mp3\tIl dit "bonjour.\t2\t0\nabc\t\tx\t0\t0\n')
+    text(
+        root / "cv" / "fr" / "train.tsv",
+        header + 'abc\tcommon_voice_fr_1.mp3\tIl dit "bonjour.\t2\t0\nabc\t\tx\t0\t0\n',
+    )
     return (
         f"commonvoice:{root / 'cv' / 'fr'}",
         1,
@@ -85,7 +96,8 @@ def covost(root):
     sound(root / "clips" / "common_voice_en_7.mp3")
     table = text(
         root / "covost_v2.en_de.train.tsv",
-        "path\tsentence\ttranslation\tclient_id\ncommon_voice_en_7.mp3\tGood morning\tGuten Morgen\tx\ngone.mp3\ta\t\ty\n",
+        "path\tsentence\ttranslation\tclient_id\ncommon_voice_en_7.mp3\tGood morning\tGuten "
+        "Morgen\tx\ngone.mp3\ta\t\ty\n",
     )
     told = {"text": "Good morning", "response": "Guten Morgen", "task": "translation", "lang": "en"}
     asked = {"target_lang": "German", "prompt": "Please translate the following audio into German."}
@@ -108,13 +120,24 @@ def _giga(name):
     ]
     if name == "WenetSpeech":
         segments = [{key.replace("_tn", ""): value for key, value in s.items()} for s in segments]
-    return {"dataset": name, "audios": [{"aid": "A", "path": "audio/A.wav", "language": "EN", "segments": segments}]}
+    return {
+        "dataset": name,
+        "audios": [{"aid": "A", "path": "audio/A.wav", "language": "EN", "segments": segments}],
+    }
 
 
 def gigaspeech(root):
     sound(root / "audio" / "A.wav", 1.0)
     path = text(root / "GigaSpeech.json", json.dumps(_giga("GigaSpeech"), indent=1))
-    told = {"id": "A-0", "text": "YES, I DO.", "offset": 0.1, "duration": 0.4, "recording": "A", "lang": "en", "speaker": None}
+    told = {
+        "id": "A-0",
+        "text": "YES, I DO.",
+        "offset": 0.1,
+        "duration": 0.4,
+        "recording": "A",
+        "lang": "en",
+        "speaker": None,
+    }
     return f"gigaspeech:{path},subset=S", 1, 2, told
 
 
@@ -155,22 +178,43 @@ def kaldi(root):
 
 def nemo(root):
     sound(root / "wavs" / "a.wav", 1.0)
-    lines = [{"audio_filepath": "wavs/a.wav", "duration": 0.4, "offset": 0.2, "text": "hi", "pred_text": "hey"}, {"duration": 1}]
+    lines = [
+        {"audio_filepath": "wavs/a.wav", "duration": 0.4, "offset": 0.2, "text": "hi", "pred_text": "hey"},
+        {"duration": 1},
+    ]
     path = text(root / "manifest.json", "".join(json.dumps(line) + "\n" for line in lines))
     return (
         f"nemo:{path},lang=en",
         1,
         1,
-        {"id": "wavs/a@0.200", "text": "hi", "offset": 0.2, "duration": 0.4, "hypothesis": "hey", "lang": "en"},
+        {
+            "id": "wavs/a@0.200",
+            "text": "hi",
+            "offset": 0.2,
+            "duration": 0.4,
+            "hypothesis": "hey",
+            "lang": "en",
+        },
     )
 
 
 def lhotse(root):
     wav = sound(root / "rec.wav", 1.0)
-    recording = {"id": "rec", "sources": [{"type": "file", "channels": [0], "source": str(wav)}], "duration": 1.0}
+    recording = {
+        "id": "rec",
+        "sources": [{"type": "file", "channels": [0], "source": str(wav)}],
+        "duration": 1.0,
+    }
     first = {"id": "s1", "start": 0.0, "duration": 0.4, "text": "one", "language": "English", "speaker": "x"}
     cuts = [
-        {"id": "c1", "type": "MonoCut", "start": 0.2, "duration": 0.4, "supervisions": [first], "recording": recording},
+        {
+            "id": "c1",
+            "type": "MonoCut",
+            "start": 0.2,
+            "duration": 0.4,
+            "supervisions": [first],
+            "recording": recording,
+        },
         {
             "id": "c2",
             "type": "MonoCut",
@@ -211,7 +255,9 @@ CLASSES = {"names": ["anger", "joy", "fear", "calm"], "_type": "ClassLabel"}
 
 def write_both(root, columns, metadata=None):
     """The columns as Parquet and as save_to_disk leaves them, two clips each."""
-    table = pyarrow.table({"audio": [sound_bytes(0.2), sound_bytes(0.3)], **columns}).replace_schema_metadata(metadata)
+    table = pyarrow.table({"audio": [sound_bytes(0.2), sound_bytes(0.3)], **columns}).replace_schema_metadata(
+        metadata
+    )
     pyarrow.parquet.write_table(table, root / "train-0.parquet")
     (root / "saved").mkdir()
     with pyarrow.ipc.new_stream(root / "saved" / "data-0.arrow", table.schema) as stream:
@@ -226,7 +272,11 @@ def write_both(root, columns, metadata=None):
         ([[1, 2], []], {"feature": CLASSES, "_type": "Sequence"}, ["joy, fear", None]),
         ([[1, 2], [0]], {"feature": CLASSES, "length": -1, "_type": "List"}, ["joy, fear", "anger"]),
         ([[1], [0]], [CLASSES], ["joy", "anger"]),
-        ([["Dog", "Bark"], None], {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"}, ["Dog, Bark", None]),
+        (
+            [["Dog", "Bark"], None],
+            {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"},
+            ["Dog, Bark", None],
+        ),
         (["happy", "sad"], {"dtype": "string", "_type": "Value"}, ["happy", "sad"]),
         (["happy", "sad"], None, ["happy", "sad"]),
     ],
@@ -245,7 +295,12 @@ def test_classes_of_a_hub_dataset_are_their_names(column, feature, expected, tmp
         ("label", [3, 0], {b"huggingface": b"broken"}, "no class names"),
         ("label", [3, 0], features(x={"dtype": "int64", "_type": "Value"}), "no class names"),
         ("label", [3, 0], features(x={"names": None, "_type": "ClassLabel"}), "no class names"),
-        ("label", [[3], [0]], features(x={"feature": {"dtype": "int64", "_type": "Value"}, "_type": "List"}), "no class names"),
+        (
+            "label",
+            [[3], [0]],
+            features(x={"feature": {"dtype": "int64", "_type": "Value"}, "_type": "List"}),
+            "no class names",
+        ),
         ("lang_column", [3, 0], None, "lang_column=COLUMN"),
         ("text", [{"de": "a"}, {"de": "b"}], None, "which is no text"),
         ("response", [["a"], ["b"]], None, "which is no response"),
@@ -272,7 +327,9 @@ def test_stretches_of_files_that_a_hub_dataset_names_are_not_the_whole_files(tmp
         with pytest.raises(CorpusError, match="begin_time and end_time would be left out"):
             list(Corpus(f"huggingface:{tmp_path},audio=audio"))
         assert len(list(Corpus(f"huggingface:{tmp_path},audio=audio,ignore=begin_time+end_time"))) == 2
-    pyarrow.parquet.write_table(pyarrow.table({**columns, "audio": [sound_bytes()] * 2}), tmp_path / "train.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({**columns, "audio": [sound_bytes()] * 2}), tmp_path / "train.parquet"
+    )
     assert len(list(Corpus(f"huggingface:{tmp_path}"))) == 2, "bytes are clips"
 
 
@@ -302,16 +359,30 @@ def shards(root):
         member(tar, "dir/utt1.wav", sound_bytes(0.4))
         member(tar, "dir/utt1.txt", b"hello")
         member(tar, "dir/utt2.flac", sound_bytes(0.5, "FLAC"))
-        member(tar, "dir/utt2.json", json.dumps({"id": "two", "text": "world", "lang": "en", "task": "asr"}).encode())
+        member(
+            tar,
+            "dir/utt2.json",
+            json.dumps({"id": "two", "text": "world", "lang": "en", "task": "asr"}).encode(),
+        )
         member(tar, "utt3.json", b"[]")
     return f"shards:{root}", 2, 1, {"id": "dir/utt1", "text": "hello"}
 
 
 def audioset(root):
     sound(root / "clips" / "abc_30.000.wav", 1.0)
-    text(root / "class_labels_indices.csv", 'index,mid,display_name\n0,/m/09x0r,"Speech"\n1,/m/0bt9lr,"Dog"\n')
-    path = text(root / "eval.csv", '# a comment\nabc, 30.000, 40.000, "/m/09x0r,/m/0bt9lr"\ngone, 0.000, 10.000, "/m/09x0r"\n')
-    return f"audioset:{path},clips={root / 'clips'}", 1, 1, {"label": "Speech, Dog", "task": "sound", "id": "abc_30"}
+    text(
+        root / "class_labels_indices.csv", 'index,mid,display_name\n0,/m/09x0r,"Speech"\n1,/m/0bt9lr,"Dog"\n'
+    )
+    path = text(
+        root / "eval.csv",
+        '# a comment\nabc, 30.000, 40.000, "/m/09x0r,/m/0bt9lr"\ngone, 0.000, 10.000, "/m/09x0r"\n',
+    )
+    return (
+        f"audioset:{path},clips={root / 'clips'}",
+        1,
+        1,
+        {"label": "Speech, Dog", "task": "sound", "id": "abc_30"},
+    )
 
 
 def vggsound(root):
@@ -324,7 +395,10 @@ def vggsound(root):
 def esc50(root):
     sound(root / "audio" / "1-100-A-0.wav", 1.0)
     header = "filename,fold,target,category,esc10,src_file,take\n"
-    text(root / "meta" / "esc50.csv", header + "1-100-A-0.wav,1,0,sea_waves,True,100,A\n5-9-A-1.wav,5,1,dog,True,9,A\n")
+    text(
+        root / "meta" / "esc50.csv",
+        header + "1-100-A-0.wav,1,0,sea_waves,True,100,A\n5-9-A-1.wav,5,1,dog,True,9,A\n",
+    )
     return f"esc50:{root},folds=1+2", 1, 0, {"label": "sea_waves", "task": "sound", "recording": "100"}
 
 
@@ -347,14 +421,19 @@ def test_reader_yields_what_the_corpus_holds(name, tmp_path):
     for key, value in told.items():
         assert getattr(found[0], key) == (pytest.approx(value) if isinstance(value, float) else value), key
     assert len({(entry.corpus, entry.id) for entry in found}) == entries
-    assert [item.to_json() for item in Corpus(specification)] == [item.to_json() for item in items], "the order must not change"
+    assert [item.to_json() for item in Corpus(specification)] == [item.to_json() for item in items], (
+        "the order must not change"
+    )
 
 
 def metadata_of(root):
     """The files of a corpus that hold its texts, by their bytes."""
     found = {}
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
-        if path.suffix not in (".wav", ".mp3", ".flac", ".tar", ".ark", ".parquet", ".arrow") and path.stem != "README":
+        if (
+            path.suffix not in (".wav", ".mp3", ".flac", ".tar", ".ark", ".parquet", ".arrow")
+            and path.stem != "README"
+        ):
             data = path.read_bytes()
             found[path] = gzip.decompress(data) if path.suffix == ".gz" else data
     return found
@@ -407,7 +486,9 @@ def test_letters_of_another_encoding_are_named_unless_it_is_given(name, tmp_path
         path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     try:
         entries, reasons = told_of(specification)
-        assert "encoding" in reasons and not any(word in (entry.get("text"), entry.get("label")) for entry in entries)
+        assert "encoding" in reasons and not any(
+            word in (entry.get("text"), entry.get("label")) for entry in entries
+        )
     except CorpusError as error:
         assert "encoding=" in str(error)
     entries, reasons = told_of(f"{specification},encoding=latin-1")
@@ -426,7 +507,13 @@ def test_all_formats_pack_together(tmp_path):
     assert pack.main([*specifications, "--out", str(out), "--workers", "1", "--allow-pipes"]) == 0
     index = ShardIndex.load(out)
     told = json.loads((out / "index.json").read_text())["rejected"]
-    assert len(index) == expected and set(told) == {"bad_row", "bad_json", "missing_file", "no_speech", "unmatched"}
+    assert len(index) == expected and set(told) == {
+        "bad_row",
+        "bad_json",
+        "missing_file",
+        "no_speech",
+        "unmatched",
+    }
     seconds = {}
     for row in range(len(index)):
         record = index.read(row)[1]
@@ -460,12 +547,24 @@ def test_durations_of_a_kaldi_folder_reach_the_filters(tmp_path, capsys):
     text(tmp_path / "data" / "wav.scp", "".join(f"{name} {wav}\n" for name in "abcd"))
     text(tmp_path / "data" / "text", "".join(f"{name} some words\n" for name in "abcd"))
     text(tmp_path / "data" / "utt2dur", "a 0.3\nb 0.05\nd 0\n")
-    options = ["--corpus", f"kaldi:{tmp_path / 'data'}", "--out", str(tmp_path / "out"), "--workers", "1", "--max-rate", "100"]
+    options = [
+        "--corpus",
+        f"kaldi:{tmp_path / 'data'}",
+        "--out",
+        str(tmp_path / "out"),
+        "--workers",
+        "1",
+        "--max-rate",
+        "100",
+    ]
     assert pack.main([*options, "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert "3 samples" in told and "too_fast" in told and "2 samples have no known duration" in told
     text(tmp_path / "data" / "utt2dur", "a 0.3\nb long\n")
-    assert pack.main([*options, "--dry-run"]) == 0 and "'b long' is not UTTERANCE SECONDS" in capsys.readouterr().out
+    assert (
+        pack.main([*options, "--dry-run"]) == 0
+        and "'b long' is not UTTERANCE SECONDS" in capsys.readouterr().out
+    )
     text(tmp_path / "data" / "utt2dur", "a 9\nb 9\nc 9\nd 9\n")
     text(tmp_path / "data" / "segments", "a a 0.1 0.2\nb b 0.1 -1\n")
     found = [item for item in Corpus(f"kaldi:{tmp_path / 'data'}") if isinstance(item, Entry)]
@@ -480,7 +579,10 @@ def test_a_command_that_fails_costs_its_clip(tmp_path):
         + json.dumps({"id": "b", "audio": str(sound(tmp_path / "b.wav")), "text": "y"}),
     )
     out = tmp_path / "packed"
-    assert pack.main(["--manifest", str(manifest_path), "--out", str(out), "--workers", "1", "--allow-pipes"]) == 0
+    assert (
+        pack.main(["--manifest", str(manifest_path), "--out", str(out), "--workers", "1", "--allow-pipes"])
+        == 0
+    )
     fault = json.loads((out / "rejected.jsonl").read_text())
     assert fault["reason"] == "command_failed" and "ended with 3: no" in fault["detail"]
 
@@ -489,18 +591,38 @@ def test_every_reader_takes_a_target_language_and_tables_have_a_column_of_it(tmp
     specification, *_ = commonvoice(tmp_path)
     found = [item for item in Corpus(f"{specification},target_lang=German") if isinstance(item, Entry)]
     assert [entry.target_lang for entry in found] == ["German"]
-    path = text(tmp_path / "t.csv", "audio,text,response,target_lang\na.wav,hi,hallo,German\nb.wav,hi,salut,French\n")
+    path = text(
+        tmp_path / "t.csv", "audio,text,response,target_lang\na.wav,hi,hallo,German\nb.wav,hi,salut,French\n"
+    )
     assert [entry.target_lang for entry in Corpus(f"table:{path},task=translation")] == ["German", "French"]
 
 
 def test_reading_again_what_was_packed_keeps_every_field(corpus, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     pack.main(["--manifest", str(corpus), "--out", str(first), "--workers", "1"])
-    pack.main(["--corpus", f"shards:{first}", "--out", str(second), "--workers", "1", "--codec", "copy", "--seed", "5"])
+    pack.main(
+        [
+            "--corpus",
+            f"shards:{first}",
+            "--out",
+            str(second),
+            "--workers",
+            "1",
+            "--codec",
+            "copy",
+            "--seed",
+            "5",
+        ]
+    )
     contents = []
     for folder in (first, second):
         index = ShardIndex.load(folder)
-        contents.append(sorted((record["id"], audio, json.dumps(record)) for audio, record in map(index.read, range(len(index)))))
+        contents.append(
+            sorted(
+                (record["id"], audio, json.dumps(record))
+                for audio, record in map(index.read, range(len(index)))
+            )
+        )
     assert contents[0] == contents[1]
 
 
@@ -533,7 +655,10 @@ def test_large_json_is_read_piece_by_piece(tmp_path, monkeypatch):
     from data_tools import text_files as module
 
     monkeypatch.setattr(module, "_CHUNK", 16)
-    path = text(tmp_path / "g.json", json.dumps({"x": {"audios2": []}, "audios": [{"n": i, "s": "], }" * i} for i in range(30)]}))
+    path = text(
+        tmp_path / "g.json",
+        json.dumps({"x": {"audios2": []}, "audios": [{"n": i, "s": "], }" * i} for i in range(30)]}),
+    )
     assert [element["n"] for element in module.json_array(path, "audios")] == list(range(30))
     path.write_text(path.read_text()[:-20])
     with pytest.raises(CorpusError, match="ends in the middle"):
@@ -545,11 +670,20 @@ def test_parquet_row_groups_stay_together_and_are_read_once(tmp_path, monkeypatc
     pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet", row_group_size=10)
     sources._row_group.cache_clear()
     out = tmp_path / "out"
-    pack_options = ["--corpus", f"huggingface:{tmp_path / 'a.parquet'},audio=audio", "--out", str(out), "--shard-mb", "0.08"]
+    pack_options = [
+        "--corpus",
+        f"huggingface:{tmp_path / 'a.parquet'},audio=audio",
+        "--out",
+        str(out),
+        "--shard-mb",
+        "0.08",
+    ]
 
     reads = []
     monkeypatch.setattr(
-        Packing, "run", lambda self, shards, hours, workers: [reads.append(self.write_shard(shard)) for shard in shards]
+        Packing,
+        "run",
+        lambda self, shards, hours, workers: [reads.append(self.write_shard(shard)) for shard in shards],
     )
     assert pack.main(pack_options) == 0
     index = ShardIndex.load(out)
@@ -557,24 +691,44 @@ def test_parquet_row_groups_stay_together_and_are_read_once(tmp_path, monkeypatc
         [int(index.read(row)[1]["text"]) // 10 for row in np.flatnonzero(index.samples["shard"] == shard)]
         for shard in range(len(index.shards))
     ]
-    assert len(index.shards) > 1 and sum(len(set(group)) for group in groups) == 4, "no row group is in two shards"
+    assert len(index.shards) > 1 and sum(len(set(group)) for group in groups) == 4, (
+        "no row group is in two shards"
+    )
     assert sources._row_group.cache_info().misses == 4, "each row group is read once"
 
 
 anything = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.integers(-5, 10**12) | st.text(st.characters(codec=None), max_size=8),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["role", "content", "x"]), inner, max_size=2),
+    st.none()
+    | st.booleans()
+    | st.floats()
+    | st.integers(-5, 10**12)
+    | st.text(st.characters(codec=None), max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["role", "content", "x"]), inner, max_size=2)
+    ),
     max_leaves=4,
 )
 
 
 @settings(max_examples=150, deadline=None)
-@given(rows=st.lists(st.dictionaries(st.sampled_from([*ENTRY_FIELDS, "other"]), anything, max_size=6) | anything, max_size=4))
+@given(
+    rows=st.lists(
+        st.dictionaries(st.sampled_from([*ENTRY_FIELDS, "other"]), anything, max_size=6) | anything,
+        max_size=4,
+    )
+)
 @example(rows=[{"corpus": math.inf}, {"corpus": "\ud800"}, {"id": "\ud800", "text": 7}])
 def test_whatever_stands_in_a_line_it_costs_at_most_that_line(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("fuzz")
     (folder / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plan = make_plan(folder / "plan", [Corpus(f"manifest:{folder / 'm.jsonl'}")], Sieve(Filters(0.1, 20, 1, 30)), Layout(), {})
+    plan = make_plan(
+        folder / "plan",
+        [Corpus(f"manifest:{folder / 'm.jsonl'}")],
+        Sieve(Filters(0.1, 20, 1, 30)),
+        Layout(),
+        {},
+    )
     kept = [entry for shard in range(plan["shards"]) for entry in shard_entries(folder / "plan", shard)[1]]
     is_list = len(rows) == 1 and isinstance(rows[0], list)  # a file that is one list holds its elements
     count = len(rows[0]) if is_list else len(rows)
@@ -585,11 +739,18 @@ def test_whatever_stands_in_a_line_it_costs_at_most_that_line(tmp_path_factory, 
                 make_clip(entry.audio, entry.offset, entry.duration)
 
 
-KEYS = [*ENTRY_FIELDS, *"audio_filepath start end length recording supervisions sources type source_lang".split()]
+KEYS = [
+    *ENTRY_FIELDS,
+    *"audio_filepath start end length recording supervisions sources type source_lang".split(),
+]
 
 
 @settings(max_examples=60, deadline=None)
-@given(rows=st.lists(st.dictionaries(st.sampled_from(KEYS), anything, max_size=6) | anything, min_size=1, max_size=3))
+@given(
+    rows=st.lists(
+        st.dictionaries(st.sampled_from(KEYS), anything, max_size=6) | anything, min_size=1, max_size=3
+    )
+)
 @pytest.mark.parametrize("reader", ["manifest", "table", "nemo", "lhotse"])
 def test_every_reader_of_json_gives_an_item_a_line(reader, rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
@@ -597,14 +758,20 @@ def test_every_reader_of_json_gives_an_item_a_line(reader, rows, tmp_path_factor
     items = [item for item in Corpus(f"{reader}:{folder / 'm.jsonl'}") if isinstance(item, Entry | Fault)]
     assert len(items) >= len(rows) + 1, "lhotse may give several samples of a cut"
     for item in items:
-        assert item.to_json().encode() and (isinstance(item, Entry) or item.reason and "\n" not in item.detail)
+        assert item.to_json().encode() and (
+            isinstance(item, Entry) or item.reason and "\n" not in item.detail
+        )
 
 
 @settings(max_examples=60, deadline=None)
 @given(value=anything, text=st.none() | st.binary(max_size=6), audio=st.booleans())
 def test_every_json_in_a_tar_gives_a_sample_or_a_fault(value, text, audio, tmp_path_factory):
     path = tmp_path_factory.mktemp("fuzz") / "t.tar"
-    members = [("k.json", json.dumps(value).encode())] + [("k.txt", text)] * (text is not None) + [("k.wav", b"x")] * audio
+    members = (
+        [("k.json", json.dumps(value).encode())]
+        + [("k.txt", text)] * (text is not None)
+        + [("k.wav", b"x")] * audio
+    )
     with tarfile.open(path, "w") as tar:
         for name, data in members:
             info = tarfile.TarInfo(name)

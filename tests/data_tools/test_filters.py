@@ -17,7 +17,9 @@ from tests.data_tools.conftest import tone
 
 
 def judged(filters=None, sieve=None, **fields):
-    entry = Entry(**({"id": "a", "audio": "/a.wav", "text": "hello there", "duration": 1.0, "lang": "en"} | fields))
+    entry = Entry(
+        **({"id": "a", "audio": "/a.wav", "text": "hello there", "duration": 1.0, "lang": "en"} | fields)
+    )
     fault = (sieve or Sieve(filters or Filters())).judge(entry)
     return fault.reason if fault else entry
 
@@ -27,7 +29,9 @@ def test_a_sound_is_judged_by_what_the_cut_leaves():
     long = {"task": "sound", "label": "rain", "duration": 10.0}
     assert judged(Filters(max_seconds=5), **long) == "too_long"
     assert isinstance(judged(sieve=Sieve(Filters(max_seconds=5), clearest_seconds=3.0), **long), Entry)
-    assert judged(sieve=Sieve(Filters(max_seconds=5), clearest_seconds=3.0), duration=10.0) == "too_long", "speech is not cut"
+    assert judged(sieve=Sieve(Filters(max_seconds=5), clearest_seconds=3.0), duration=10.0) == "too_long", (
+        "speech is not cut"
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,12 +64,19 @@ def test_each_reason(reason, filters, fields):
         ({"max_wer": 0.10}, {"hypothesis": "Hello, there!"}),
         ({"langs": ["sv"]}, {"lang": "sv-SE"}),
         ({"langs": ["sv-SE"]}, {"lang": "sv-SE"}),
-        ({"max_wer": 0.10}, {"lang": "cmn", "text": "今天天气很好我们去公园", "hypothesis": "今天天气很好我们去公圆"}),
+        (
+            {"max_wer": 0.10},
+            {"lang": "cmn", "text": "今天天气很好我们去公园", "hypothesis": "今天天气很好我们去公圆"},
+        ),
         ({"max_wer": 0.10}, {"task": "translation", "response": "hallo"}),
         ({}, {"task": "emotion", "label": "happy", "text": None}),
         (
             {},
-            {"audio": None, "text": None, "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            {
+                "audio": None,
+                "text": None,
+                "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            },
         ),
     ],
 )
@@ -88,16 +99,25 @@ def test_a_duration_of_zero_is_not_known_and_a_stretch_of_zero_holds_nothing(tmp
     rows = [{"id": "whole", "audio": "a.wav", "text": "x", "duration": 0}]
     rows.append({"id": "stretch", "audio": "a.wav", "text": "x", "offset": 0.1, "duration": 0})
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert pack.main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert (
+        pack.main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"])
+        == 0
+    )
     index = ShardIndex.load(tmp_path / "out")
-    assert [index.read(row)[1]["id"] for row in range(len(index))] == ["whole"] and index.samples["duration"][0] == 0.5
+    assert [index.read(row)[1]["id"] for row in range(len(index))] == ["whole"] and index.samples["duration"][
+        0
+    ] == 0.5
     (refused,) = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     assert json.loads(refused)["id"] == "stretch" and json.loads(refused)["reason"] == "zero_length"
 
 
 def test_word_error_rate_is_jiwers_after_whispers_normaliser():
     assert error_rate("Mr. Smith's colour, okay?", "mister smith's color okay", "en") == 0
-    assert error_rate("one two three four", "one too three", "de") == jiwer.wer("one two three four", "one too three") == 0.5
+    assert (
+        error_rate("one two three four", "one too three", "de")
+        == jiwer.wer("one two three four", "one too three")
+        == 0.5
+    )
     assert error_rate("你好吗", "你好", "zh") == pytest.approx(1 / 3)
     assert error_rate("(laughs)", "", "en") == 0 and error_rate("(laughs)", "words", "en") == 1
 
@@ -110,7 +130,10 @@ def tokenizer_folder(tmp_path_factory):
 
     vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     folder = tmp_path_factory.mktemp("tokenizer")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     return str(folder)
@@ -139,8 +162,19 @@ def test_filters_judge_what_the_clip_turns_out_to_be(tokenizer_folder, tmp_path)
         soundfile.write(tmp_path / f"{name}.wav", tone(seconds), 16000)
         rows.append({"id": name, "audio": f"{name}.wav", "text": words})
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    bounds = ["--min-seconds", "0.3", "--max-seconds", "2", "--tokenizer", tokenizer_folder, "--ctc-frame-rate", "25"]
-    pack.main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1", *bounds])
+    bounds = [
+        "--min-seconds",
+        "0.3",
+        "--max-seconds",
+        "2",
+        "--tokenizer",
+        tokenizer_folder,
+        "--ctc-frame-rate",
+        "25",
+    ]
+    pack.main(
+        ["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1", *bounds]
+    )
     refused = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert {line["id"]: line["reason"] for line in refused} == {
         "short": "too_short",
@@ -150,10 +184,14 @@ def test_filters_judge_what_the_clip_turns_out_to_be(tokenizer_folder, tmp_path)
     index = ShardIndex.load(tmp_path / "out")
     assert (
         len(index) == 1
-        and index.samples["tokens"][0] == len(Sieve(Filters(tokenizer=tokenizer_folder)).token_ids("fine words")) > 0
+        and index.samples["tokens"][0]
+        == len(Sieve(Filters(tokenizer=tokenizer_folder)).token_ids("fine words"))
+        > 0
     )
     hours = json.loads((tmp_path / "out" / "index.json").read_text())["rejected_hours"]
-    assert hours == pytest.approx({"ctc_infeasible": 0.5 / 3600, "too_long": 3 / 3600, "too_short": 0.2 / 3600}, abs=1e-5)
+    assert hours == pytest.approx(
+        {"ctc_infeasible": 0.5 / 3600, "too_long": 3 / 3600, "too_short": 0.2 / 3600}, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,7 +199,11 @@ def test_filters_judge_what_the_clip_turns_out_to_be(tokenizer_folder, tmp_path)
     [
         ("raw", " A\u00a0b ", " A\u00a0b "),
         ("clean", "\ufeffI\u2019m\u00a0here\u200b,\n  e\u0301t\u00e9 ", "I'm here, été"),
-        ("clean", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"),
+        (
+            "clean",
+            "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+            "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+        ),
         ("sentence", "I THINK I'M RIGHT", "I think I'm right"),
         ("sentence", "Already Written iPhone", "Already Written iPhone"),
         ("sentence", "MIDI INN", "Midi inn"),
@@ -194,7 +236,10 @@ def test_splits_keep_speakers_apart_and_shares_about(tmp_path):
     for name in splits:
         sieve = Sieve(splits=splits, split_by="speaker", take=name, seed=3)
         for speaker in range(2000):
-            verdicts = [sieve.judge(Entry(id=f"{speaker}-{i}", audio="/a", text="x", speaker=str(speaker))) for i in range(2)]
+            verdicts = [
+                sieve.judge(Entry(id=f"{speaker}-{i}", audio="/a", text="x", speaker=str(speaker)))
+                for i in range(2)
+            ]
             assert verdicts in ([None] * 2, [OTHER_SPLIT] * 2)
             if verdicts[0] is None:
                 taken[name].add(speaker)
@@ -216,7 +261,9 @@ def test_taken_splits_of_one_corpus_share_nothing(tmp_path):
         index = ShardIndex.load(tmp_path / name)
         speakers[name] = Counter(index.read(row)[1]["speaker"] for row in range(len(index)))
         assert len(index) + json.loads((tmp_path / name / "index.json").read_text())["other_splits"] == 45
-    assert not set(speakers["train"]) & set(speakers["test"]) and set((speakers["train"] + speakers["test"]).values()) == {5}
+    assert not set(speakers["train"]) & set(speakers["test"]) and set(
+        (speakers["train"] + speakers["test"]).values()
+    ) == {5}
 
 
 def test_a_packed_folder_still_knows_what_its_clips_were_cut_from(tmp_path):
@@ -224,11 +271,25 @@ def test_a_packed_folder_still_knows_what_its_clips_were_cut_from(tmp_path):
     row = {"audio": "a.wav", "duration": 0.1, "text": "x", "recording": "a"}
     rows = [{"id": f"u{i}", "offset": i / 10, **row} for i in range(20)]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert pack.main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "all"), "--workers", "1"]) == 0
+    assert (
+        pack.main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "all"), "--workers", "1"])
+        == 0
+    )
     found = []
     for name in ("train", "valid"):
-        options = ["--splits", "train=0.5,valid=0.5", "--split-by", "recording", "--take", name, "--workers", "1"]
+        options = [
+            "--splits",
+            "train=0.5,valid=0.5",
+            "--split-by",
+            "recording",
+            "--take",
+            name,
+            "--workers",
+            "1",
+        ]
         code = pack.main(["--corpus", f"shards:{tmp_path / 'all'}", "--out", str(tmp_path / name), *options])
         found.append(len(ShardIndex.load(tmp_path / name)) if code == 0 else 0)
     assert sorted(found) == [0, 20], "all on one side"
-    assert Sieve(split_by="recording").split_key(Entry(id="a", audio="tar:/x.tar#512+10.flac")) == SplitKey("id", "a")
+    assert Sieve(split_by="recording").split_key(Entry(id="a", audio="tar:/x.tar#512+10.flac")) == SplitKey(
+        "id", "a"
+    )

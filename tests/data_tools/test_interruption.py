@@ -1,4 +1,5 @@
-"""Kills, full disks, dead workers: nothing is lost, nothing is doubled, nothing unfinished has a final name."""
+"""Kills, full disks, dead workers: nothing is lost, nothing is doubled, nothing unfinished has a final
+name."""
 
 import json
 import os
@@ -41,8 +42,20 @@ def large_corpus(tmp_path_factory):
 
 
 def start(manifest, out, *more):
-    command = [sys.executable, "-m", "data_tools.pack", "--manifest", str(manifest), "--out", str(out), *OPTIONS, *more]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command = [
+        sys.executable,
+        "-m",
+        "data_tools.pack",
+        "--manifest",
+        str(manifest),
+        "--out",
+        str(out),
+        *OPTIONS,
+        *more,
+    ]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 def complete_tars(folder: Path) -> None:
@@ -53,7 +66,8 @@ def complete_tars(folder: Path) -> None:
 
 
 def kill_and_finish(manifest, out, rng, undisturbed, kills):
-    """Kill -9 the whole process group, or the parent alone, at random moments, then let it end; returns how many were hit."""
+    """Kill -9 the whole process group, or the parent alone, at random moments, then let it end; returns how
+    many were hit."""
     killed, longest = 0, 3.0
     for _ in range(kills):
         started = time.monotonic()
@@ -92,10 +106,13 @@ def test_twenty_kills_at_random_moments_leave_the_same_bytes(large_corpus, tmp_p
 
 
 def test_a_kill_between_any_two_steps_of_a_shard_leaves_the_same_bytes(corpus, tmp_path, monkeypatch):
-    """The same as the random kills, at every step on purpose: the process stops after its n-th change of the disk."""
+    """The same as the random kills, at every step on purpose: the process stops after its n-th change of the
+    disk."""
     reference, out = tmp_path / "a" / "packed", tmp_path / "b" / "packed"
     options = ["--manifest", str(corpus), "--shard-mb", "0.15", "--workers", "1"]
-    monkeypatch.setattr(Packing, "run", lambda self, shards, hours, workers: [self.write_shard(shard) for shard in shards])
+    monkeypatch.setattr(
+        Packing, "run", lambda self, shards, hours, workers: [self.write_shard(shard) for shard in shards]
+    )
     assert pack.main([*options, "--out", str(reference)]) == 0
 
     class Killed(BaseException):
@@ -138,7 +155,9 @@ def test_finished_shards_are_not_made_again(large_corpus, tmp_path):
     finished = {f"packed-{path.name}.tar" for path in (out / ".pack" / "done").glob("[0-9]*")}
     assert pack.main(["--manifest", str(large_corpus), "--out", str(out), *OPTIONS]) == 0
     for name in finished & set(done):
-        assert (out / name).stat().st_ino == done[name][0] and (out / name).stat().st_mtime_ns == done[name][1]
+        assert (out / name).stat().st_ino == done[name][0] and (out / name).stat().st_mtime_ns == done[name][
+            1
+        ]
     assert len(finished & set(done)) >= 2
 
 
@@ -147,9 +166,15 @@ def test_parts_give_the_bytes_of_one_run(corpus, tmp_path, capsys):
     options = ["--manifest", str(corpus), "--shard-mb", "0.1", "--workers", "1"]
     assert pack.main([*options, "--out", str(whole)]) == 0
     assert pack.main([*options, "--out", str(parts), "--part", "2/3"]) == 0
-    assert pack.main([*options, "--out", str(parts), "--merge"]) == 2 and "not packed yet" in capsys.readouterr().err
+    assert (
+        pack.main([*options, "--out", str(parts), "--merge"]) == 2
+        and "not packed yet" in capsys.readouterr().err
+    )
     assert pack.main([*options, "--out", str(parts), "--part", "0/3"]) == 0
-    assert pack.main([*options, "--out", str(parts), "--part", "1/3"]) == 0 and not (parts / "index.json").exists()
+    assert (
+        pack.main([*options, "--out", str(parts), "--part", "1/3"]) == 0
+        and not (parts / "index.json").exists()
+    )
     assert pack.main(["--merge", "--out", str(parts)]) == 0
     assert folder_bytes(whole) == folder_bytes(parts)
 
@@ -164,11 +189,22 @@ def test_the_same_command_on_a_finished_folder_does_nothing(corpus, tmp_path, ca
 
 
 def test_other_options_do_not_go_on_with_what_was_begun(corpus, tmp_path, capsys):
-    options = ["--manifest", str(corpus), "--out", str(tmp_path / "packed"), "--workers", "1", "--shard-mb", "0.1"]
+    options = [
+        "--manifest",
+        str(corpus),
+        "--out",
+        str(tmp_path / "packed"),
+        "--workers",
+        "1",
+        "--shard-mb",
+        "0.1",
+    ]
     assert pack.main([*options, "--part", "0/2"]) == 0
     assert pack.main([*options, "--seed", "1", "--part", "1/2"]) == 2
     assert "begun with other options (seed)" in capsys.readouterr().err
-    assert pack.main([*options, "--workers", "2", "--part", "1/2"]) == 0, "the number of workers is no such option"
+    assert pack.main([*options, "--workers", "2", "--part", "1/2"]) == 0, (
+        "the number of workers is no such option"
+    )
 
 
 def test_a_corpus_that_has_changed_is_not_packed_by_the_old_plan(corpus, tmp_path, capsys):
@@ -178,13 +214,18 @@ def test_a_corpus_that_has_changed_is_not_packed_by_the_old_plan(corpus, tmp_pat
     assert pack.main([*options, "--part", "0/2"]) == 0
     corpus.write_bytes(text + b"\n")
     for asked in (["--part", "1/2"], ["--dry-run"]):
-        assert pack.main([*options, *asked]) == 2 and f"{corpus} has changed since {out}" in capsys.readouterr().err
+        assert (
+            pack.main([*options, *asked]) == 2
+            and f"{corpus} has changed since {out}" in capsys.readouterr().err
+        )
     corpus.write_bytes(text)
     assert pack.main(options) == 0
     corpus.write_bytes(text.replace(b"e", b"i", 1))
     assert pack.main(options) == 2 and f"{corpus} has changed since {out}" in capsys.readouterr().err
     corpus.unlink()
-    assert pack.main(options) == 0 and "packed already" in capsys.readouterr().out, "a finished folder needs no corpus"
+    assert pack.main(options) == 0 and "packed already" in capsys.readouterr().out, (
+        "a finished folder needs no corpus"
+    )
 
 
 def test_both_ends_of_a_large_file_are_read(tmp_path, monkeypatch):
@@ -192,7 +233,9 @@ def test_both_ends_of_a_large_file_are_read(tmp_path, monkeypatch):
     found = set()
     for text in ("", "ab", "abcdef", "abcdeg", "bbcdef", "abcdefgh.ijkl", "abcdefgh!ijkl", "abcdefgh.ijkm"):
         (tmp_path / "m.jsonl").write_text(text)
-        found.add(*pack.corpus_files([f"manifest:{tmp_path / 'm.jsonl'},lang=en", f"kaldi:{tmp_path}"]).values())
+        found.add(
+            *pack.corpus_files([f"manifest:{tmp_path / 'm.jsonl'},lang=en", f"kaldi:{tmp_path}"]).values()
+        )
     assert len(found) == 7, "only what lies between the ends is not seen"
 
 
@@ -200,8 +243,13 @@ def test_a_dry_run_writes_no_shard_and_says_what_would_be(corpus, tmp_path, caps
     out = tmp_path / "packed"
     assert pack.main(["--manifest", str(corpus), "--out", str(out), "--dry-run"]) == 0
     told = capsys.readouterr().out
-    assert "19 samples" in told and "bad_json" in told and "duplicate_id" in told and not list(out.glob("*.tar"))
-    assert pack.main(["--manifest", str(corpus), "--out", str(out), "--workers", "1"]) == 0 and len(ShardIndex.load(out)) == 13
+    assert (
+        "19 samples" in told and "bad_json" in told and "duplicate_id" in told and not list(out.glob("*.tar"))
+    )
+    assert (
+        pack.main(["--manifest", str(corpus), "--out", str(out), "--workers", "1"]) == 0
+        and len(ShardIndex.load(out)) == 13
+    )
 
 
 def test_after_a_dry_run_any_options_may_follow(corpus, tmp_path, capsys):
@@ -209,7 +257,10 @@ def test_after_a_dry_run_any_options_may_follow(corpus, tmp_path, capsys):
     options = ["--manifest", str(corpus), "--out", str(out), "--workers", "1"]
     assert pack.main([*options, "--dry-run"]) == 0
     assert pack.main([*options, "--dry-run", "--langs", "en"]) == 0 and "language" in capsys.readouterr().out
-    assert pack.main([*options, "--dry-run", "--langs", "de"]) == 2 and "nothing to pack" in capsys.readouterr().err
+    assert (
+        pack.main([*options, "--dry-run", "--langs", "de"]) == 2
+        and "nothing to pack" in capsys.readouterr().err
+    )
     assert not [path for path in out.rglob("*") if path.is_file()], "a dry run leaves no file"
     with open(corpus, "a") as file:
         file.write(json.dumps({"id": "later", "audio": "clip 0.wav", "text": "mended since"}) + "\n")
@@ -222,7 +273,10 @@ def test_a_dry_run_leaves_what_was_begun_alone(corpus, tmp_path, capsys):
     assert pack.main([*options, "--part", "0/2"]) == 0
     before = folder_bytes(out / ".pack" / "plan") | folder_bytes(out / ".pack" / "done")
     assert pack.main([*options, "--dry-run"]) == 0
-    assert pack.main([*options, "--dry-run", "--langs", "en"]) == 2 and "begun with other options" in capsys.readouterr().err
+    assert (
+        pack.main([*options, "--dry-run", "--langs", "en"]) == 2
+        and "begun with other options" in capsys.readouterr().err
+    )
     assert folder_bytes(out / ".pack" / "plan") | folder_bytes(out / ".pack" / "done") == before
     assert pack.main([*options, "--part", "1/2"]) == 0 and pack.main(["--merge", "--out", str(out)]) == 0
 
@@ -232,27 +286,50 @@ def test_a_plan_that_another_process_of_this_machine_is_making_is_left_alone(tmp
     dead.wait()
     here = os.uname().nodename
     for process in (os.getpid(), dead.pid):
-        for name in (f"plan.{here}.{process}.140123456789", f"trial.{here}.{process}", f"p-000000.tar.{here}.{process}"):
+        for name in (
+            f"plan.{here}.{process}.140123456789",
+            f"trial.{here}.{process}",
+            f"p-000000.tar.{here}.{process}",
+        ):
             (tmp_path / ".pack" / name).mkdir(parents=True)
     Packing(tmp_path, "p").clear_unfinished()
-    assert len(left := list((tmp_path / ".pack").iterdir())) == 3 and all(f".{os.getpid()}" in path.name for path in left)
+    assert len(left := list((tmp_path / ".pack").iterdir())) == 3 and all(
+        f".{os.getpid()}" in path.name for path in left
+    )
 
 
 def limited(bytes_at_most):
-    """For a child: writing past this many bytes of a file fails, as on a full disk (EFBIG in place of ENOSPC)."""
+    """For a child: writing past this many bytes of a file fails, as on a full disk (EFBIG in place of
+    ENOSPC)."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_at_most, bytes_at_most))
 
 
 def test_a_full_disk_stops_the_run_with_one_line_and_nothing_half_done(large_corpus, tmp_path):
     out = tmp_path / "packed"
-    command = [sys.executable, "-m", "data_tools.pack", "--manifest", str(large_corpus), "--out", str(out), *OPTIONS]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=lambda: limited(100_000), check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "data_tools.pack",
+        "--manifest",
+        str(large_corpus),
+        "--out",
+        str(out),
+        *OPTIONS,
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, preexec_fn=lambda: limited(100_000), check=False
+    )
     assert (
-        done.returncode == 1 and "cannot write" in done.stderr and "free space" in done.stderr and "Traceback" not in done.stderr
+        done.returncode == 1
+        and "cannot write" in done.stderr
+        and "free space" in done.stderr
+        and "Traceback" not in done.stderr
     )
     assert not list(out.glob("*.tar")) and not (out / "index.json").exists()
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0, "with space again it goes on"
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0, (
+        "with space again it goes on"
+    )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -263,7 +340,10 @@ def test_no_space_left_is_an_output_error(tmp_path):
     writer = ShardWriter(tmp_path / "full")
     with pytest.raises(OutputError, match="No space left"):
         writer.add(
-            "a", bytes(3 << 20), "flac", {"id": "a", "corpus": "c", "task": "asr", "text": "", "lang": None, "duration": 1.0}
+            "a",
+            bytes(3 << 20),
+            "flac",
+            {"id": "a", "corpus": "c", "task": "asr", "text": "", "lang": None, "duration": 1.0},
         )
         writer.close("a.tar")
 
@@ -281,7 +361,9 @@ def test_a_worker_that_dies_is_an_error(corpus, tmp_path, monkeypatch, capsys):
 
     with monkeypatch.context() as patched:
         patched.setattr(Packing, "write_shard", die)
-        assert pack.main(["--manifest", str(corpus), "--out", str(tmp_path / "packed"), "--workers", "1"]) == 1
+        assert (
+            pack.main(["--manifest", str(corpus), "--out", str(tmp_path / "packed"), "--workers", "1"]) == 1
+        )
     assert "a worker process died" in capsys.readouterr().err
     assert pack.main(["--manifest", str(corpus), "--out", str(tmp_path / "packed"), "--workers", "1"]) == 0
 
@@ -291,9 +373,20 @@ def test_a_worker_that_dies_leaves_its_shards_name(corpus, tmp_path, monkeypatch
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(Packing, "_add", die)
-    options = ["--manifest", str(corpus), "--out", str(tmp_path / "packed"), "--workers", "1", "--shard-mb", "0.1"]
+    options = [
+        "--manifest",
+        str(corpus),
+        "--out",
+        str(tmp_path / "packed"),
+        "--workers",
+        "1",
+        "--shard-mb",
+        "0.1",
+    ]
     assert pack.main(options) == 1
-    assert "a worker process died while it wrote packed-000000.tar (out of memory?)" in capsys.readouterr().err
+    assert (
+        "a worker process died while it wrote packed-000000.tar (out of memory?)" in capsys.readouterr().err
+    )
 
 
 def test_workers_do_not_outlive_a_killed_parent(large_corpus, tmp_path):
@@ -314,29 +407,64 @@ def test_workers_do_not_outlive_a_killed_parent(large_corpus, tmp_path):
 def test_a_corpus_that_is_mostly_missing_stops_the_run(tmp_path, capsys):
     rows = [{"id": f"{i}", "audio": f"gone{i}.wav", "text": "x"} for i in range(150)]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert pack.main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 2
+    assert (
+        pack.main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"])
+        == 2
+    )
     told = capsys.readouterr().err
     assert "150 of 150 clips are missing or broken" in told and "missing_file" in told
 
 
 def test_nothing_left_to_pack_is_said(tmp_path, capsys):
     (tmp_path / "m.jsonl").write_text('{"id": "a", "audio": "gone.wav", "text": "x"}\n')
-    assert pack.main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 2
+    assert (
+        pack.main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"])
+        == 2
+    )
     assert "no sample was left to pack (missing_file 1)" in capsys.readouterr().err
     soundfile.write(tmp_path / "gone.wav", [0.0] * 8000, 16000)  # mended: the same command packs it
-    assert pack.main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert (
+        pack.main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"])
+        == 0
+    )
     capsys.readouterr()
     (tmp_path / "n.jsonl").write_text("broken\n")
-    assert pack.main(["--manifest", str(tmp_path / "n.jsonl"), "--out", str(tmp_path / "out2"), "--workers", "1"]) == 2
-    assert "every sample was refused" in capsys.readouterr().err and "bad_json" in (tmp_path / "out2/rejected.jsonl").read_text()
+    assert (
+        pack.main(
+            ["--manifest", str(tmp_path / "n.jsonl"), "--out", str(tmp_path / "out2"), "--workers", "1"]
+        )
+        == 2
+    )
+    assert (
+        "every sample was refused" in capsys.readouterr().err
+        and "bad_json" in (tmp_path / "out2/rejected.jsonl").read_text()
+    )
     (tmp_path / "n.jsonl").write_text('{"id": "a", "audio": "gone.wav", "text": "x"}\n')
-    assert pack.main(["--manifest", str(tmp_path / "n.jsonl"), "--out", str(tmp_path / "out2"), "--workers", "1"]) == 0
+    assert (
+        pack.main(
+            ["--manifest", str(tmp_path / "n.jsonl"), "--out", str(tmp_path / "out2"), "--workers", "1"]
+        )
+        == 0
+    )
 
 
 def test_reject_file_is_the_same_after_an_interruption(corpus, tmp_path):
     out = tmp_path / "packed"
     for part in ("1/2", "0/2"):
-        pack.main(["--manifest", str(corpus), "--out", str(out), "--workers", "1", "--shard-mb", "0.1", "--part", part])
+        pack.main(
+            [
+                "--manifest",
+                str(corpus),
+                "--out",
+                str(out),
+                "--workers",
+                "1",
+                "--shard-mb",
+                "0.1",
+                "--part",
+                part,
+            ]
+        )
     pack.main(["--merge", "--out", str(out)])
     lines = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
     assert {line["id"]: line["reason"] for line in lines} == REASONS and len(lines) == len(REASONS)

@@ -1,4 +1,5 @@
-"""Readers that join two files: matched by id in any order, what is left over is named or counted. Never a neighbour's text."""
+"""Readers that join two files: matched by id in any order, what is left over is named or counted. Never a
+neighbour's text."""
 
 import gzip
 import io
@@ -65,11 +66,26 @@ SAID = {name: (pitch, f"tone {pitch}") for name, pitch in PITCH.items()}
 def shar(folder, cuts, audio, extension="flac"):
     def cut(name):
         words = {"id": name, "start": 0.0, "duration": 0.3, "text": f"tone {PITCH[name]}"}
-        recording = {"id": name, "duration": 0.3, "sources": [{"type": "shar", "channels": [0], "source": ""}]}
-        return {"id": name, "type": "MonoCut", "start": 0.0, "duration": 0.3, "recording": recording, "supervisions": [words]}
+        recording = {
+            "id": name,
+            "duration": 0.3,
+            "sources": [{"type": "shar", "channels": [0], "source": ""}],
+        }
+        return {
+            "id": name,
+            "type": "MonoCut",
+            "start": 0.0,
+            "duration": 0.3,
+            "recording": recording,
+            "supervisions": [words],
+        }
 
     write(folder / "cuts.000000.jsonl.gz", "".join(json.dumps(cut(name)) + "\n" for name in cuts), gzip.open)
-    members = [m for name in audio for m in ((f"{name}.{extension}", sound(PITCH[name], "FLAC")), (f"{name}.json", b"{}"))]
+    members = [
+        m
+        for name in audio
+        for m in ((f"{name}.{extension}", sound(PITCH[name], "FLAC")), (f"{name}.json", b"{}"))
+    ]
     tar(folder / "recording.000000.tar", members)
     return f"lhotse:{folder}"
 
@@ -99,14 +115,25 @@ def test_kaldi_files_are_joined_by_utterance(tmp_path):
         (tmp_path / f"{name}.wav").write_bytes(sound(pitch))
     write(folder / "wav.scp", "".join(f"{name} {tmp_path}/{name}.wav\n" for name in PITCH if name != "c.3"))
     write(
-        folder / "text", "a.0 nobody's\n" + "".join(f"{n} tone {p}\n" for n, p in PITCH.items() if n != "c.1") + "z.9 nobody's\n"
+        folder / "text",
+        "a.0 nobody's\n"
+        + "".join(f"{n} tone {p}\n" for n, p in PITCH.items() if n != "c.1")
+        + "z.9 nobody's\n",
     )
     write(folder / "utt2spk", "c.0 s0\nc.2 s2\nd.7 s7\n")
     entries, faults, ignored = read(f"kaldi:{folder}")
-    assert pitches({n: e for n, e in entries.items() if e.text}) == {n: SAID[n] for n in ("c.0", "c.2", "c.4", "c.5")}
+    assert pitches({n: e for n, e in entries.items() if e.text}) == {
+        n: SAID[n] for n in ("c.0", "c.2", "c.4", "c.5")
+    }
     assert entries["c.1"].text is None, "refused as no_text when it is planned"
     assert faults == {"a.0": "unmatched", "c.3": "unmatched", "z.9": "unmatched"}
-    assert {n: e.speaker for n, e in entries.items()} == {"c.0": "s0", "c.1": None, "c.2": "s2", "c.4": None, "c.5": None}
+    assert {n: e.speaker for n, e in entries.items()} == {
+        "c.0": "s0",
+        "c.1": None,
+        "c.2": "s2",
+        "c.4": None,
+        "c.5": None,
+    }
     assert ignored == {
         "lines of utt2spk without an utterance": 1,
         "gaps in utt2spk: utterances without a line there, which are kept": 3,
@@ -119,7 +146,12 @@ def test_kaldi_lines_that_are_none_cost_their_utterance(tmp_path):
     write(folder / "segments", "u1 r1 0 1\nu2 r1 zero 1\nu3 r2 0 1\nu4 r1\nu5 r1 0.5 1\n")
     (folder / "text").write_bytes("u1 one\nu2 two\nu3 three\nu4 four\nu5 señor\n".encode("latin-1"))
     entries, faults, ignored = read(f"kaldi:{folder}")
-    assert list(entries) == ["u1"] and faults == {"u2": "bad_row", "u3": "bad_row", "u4": "bad_row", "u5": "encoding"}
+    assert list(entries) == ["u1"] and faults == {
+        "u2": "bad_row",
+        "u3": "bad_row",
+        "u4": "bad_row",
+        "u5": "encoding",
+    }
     assert ignored == {"recordings of wav.scp without a segment": 2}
 
 
@@ -128,13 +160,22 @@ def test_nemo_lines_are_matched_with_the_members_of_tars(tmp_path):
     for number in range(2):
         members = [(f"{name}.wav", sound(PITCH[name])) for name in names[number::2] if name != "c.4"]
         tar(tmp_path / f"audio_{number}.tar", [*members, ("._x.wav", b"")])
-    rows = [{"audio_filepath": f"{n}.wav", "duration": 0.3, "text": f"tone {PITCH[n]}", "shard_id": 0} for n in reversed(names)]
-    write(tmp_path / "m.json", "".join(json.dumps(row) + "\n" for row in rows if row["audio_filepath"] != "c.1.wav"))
+    rows = [
+        {"audio_filepath": f"{n}.wav", "duration": 0.3, "text": f"tone {PITCH[n]}", "shard_id": 0}
+        for n in reversed(names)
+    ]
+    write(
+        tmp_path / "m.json",
+        "".join(json.dumps(row) + "\n" for row in rows if row["audio_filepath"] != "c.1.wav"),
+    )
     for tars in ("audio_{0..1}.tar", "audio__OP_0..1_CL_.tar", "."):
         entries, faults, ignored = read(f"nemo:{tmp_path / 'm.json'},tars={tars}")
         assert pitches(entries) == {name: SAID[name] for name in ("c.0", "c.2", "c.3", "c.5")}
         assert faults == {"c.1": "unmatched", "c.4.wav": "missing_file"} and list(ignored.values()) == [2]
-    for tars, message in (("nothing", "there are no such tars"), ("audio_{0..2}.tar", "audio_2.tar does not exist")):
+    for tars, message in (
+        ("nothing", "there are no such tars"),
+        ("audio_{0..2}.tar", "audio_2.tar does not exist"),
+    ):
         with pytest.raises(CorpusError, match=message):
             Corpus(f"nemo:{tmp_path / 'm.json'},tars={tars}")
 
@@ -169,17 +210,22 @@ def test_clips_that_a_table_does_not_have_are_counted(kind, tmp_path):
     assert len(entries) == 1 and not faults and list(ignored.values()) == [1]
 
 
-# --- a folder --------------------------------------------------------------------------------------------------------------
+# --- a folder -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["commonvoice", "covost", "table", "gigaspeech", "wenetspeech", "audioset", "vggsound"])
+@pytest.mark.parametrize(
+    "kind", ["commonvoice", "covost", "table", "gigaspeech", "wenetspeech", "audioset", "vggsound"]
+)
 def test_audio_beside_that_of_a_table_is_counted(kind, tmp_path):
     for name in ("abc_1.wav", "abc_000001.wav", "left.mp3", "over.FLAC", "._abc_1.wav", "notes.txt"):
         write(tmp_path / "clips" / name, "")
     audios = {"audios": [{"path": "clips/abc_1.wav", "segments": []}, {"path": "clips/abc_000001.wav"}]}
     content = {
         "commonvoice": ("train.tsv", "path\tsentence\tlocale\nabc_1.wav\tx\ten\nabc_000001.wav\ty\ten\n"),
-        "covost": ("covost_v2.en_de.train.tsv", "path\tsentence\ttranslation\nabc_1.wav\tx\tx\nabc_000001.wav\ty\t\n"),
+        "covost": (
+            "covost_v2.en_de.train.tsv",
+            "path\tsentence\ttranslation\nabc_1.wav\tx\tx\nabc_000001.wav\ty\t\n",
+        ),
         "table": ("t.csv", "audio,offset,duration\nabc_1.wav,0,1\nabc_1.wav,1,1\nabc_000001.wav,0,1\n"),
         "gigaspeech": ("GigaSpeech.json", json.dumps(audios)),
         "wenetspeech": ("WenetSpeech.json", json.dumps(audios)),
@@ -219,7 +265,12 @@ def test_a_folder_of_clips_with_texts_beside_them(tmp_path):
     write(tmp_path / "notes.pdf", "")
     write(tmp_path / "a" / "._x0.txt", "")
     entries, faults, ignored = read(f"folder:{tmp_path}")
-    said = {"a/x0": (200, "tone 200"), "a/b/x1": (300, "tone 300"), "x2": (400, "tone 400"), "x3": (500, None)}
+    said = {
+        "a/x0": (200, "tone 200"),
+        "a/b/x1": (300, "tone 300"),
+        "x2": (400, "tone 400"),
+        "x3": (500, None),
+    }
     assert pitches(entries) == said and (entries["x2"].speaker, entries["x2"].lang) == ("7", "de")
     assert faults == {"x4": "encoding", "a/left": "unmatched"} and sorted(ignored.values()) == [1, 1]
 
@@ -238,7 +289,9 @@ METADATA = {
 }
 
 
-@pytest.mark.parametrize("named", [("a/x0.wav", "a/x1.wav", "a/x9.wav"), ("x0.wav", "x1.wav", "x9.wav"), ("x0", "x1", "x9")])
+@pytest.mark.parametrize(
+    "named", [("a/x0.wav", "a/x1.wav", "a/x9.wav"), ("x0.wav", "x1.wav", "x9.wav"), ("x0", "x1", "x9")]
+)
 @pytest.mark.parametrize("file", METADATA)
 def test_a_folder_of_clips_with_one_metadata_file(file, named, tmp_path):
     clips(tmp_path, "a/x0.wav", "a/x1.wav", "a/x2.wav")
@@ -277,7 +330,7 @@ def test_links_to_folders_are_followed_once(tmp_path):
     assert list(read(f"folder:{tmp_path / 'top'}")[0]) == ["a/x0"]
 
 
-# --- tars ------------------------------------------------------------------------------------------------------------------
+# --- tars ---------------------------------------------------------------------------------------------------
 
 
 def test_every_member_of_a_tar_is_in_a_sample_refused_or_counted(tmp_path):
@@ -286,9 +339,24 @@ def test_every_member_of_a_tar_is_in_a_sample_refused_or_counted(tmp_path):
     strange = b'{"task": "translation", "prompt": "p", "response": "r"}'
     odd = [
         (name, b"x")
-        for name in ("two.wav", "two.flac", "two.txt", "list.wav", "latin.wav", "q.npy", "._c.0.wav", "README", "s.xyz")
+        for name in (
+            "two.wav",
+            "two.flac",
+            "two.txt",
+            "list.wav",
+            "latin.wav",
+            "q.npy",
+            "._c.0.wav",
+            "README",
+            "s.xyz",
+        )
     ]
-    odd += [("lone.json", b'{"text": "x"}'), ("list.json", b"[1]"), ("latin.txt", "señor".encode("latin-1")), ("s.json", strange)]
+    odd += [
+        ("lone.json", b'{"text": "x"}'),
+        ("list.json", b"[1]"),
+        ("latin.txt", "señor".encode("latin-1")),
+        ("s.json", strange),
+    ]
     path = tar(tmp_path / "t-0.tar", members + odd)
     with tarfile.open(path, "a") as archive:
         link = tarfile.TarInfo("linked.wav")
@@ -301,18 +369,23 @@ def test_every_member_of_a_tar_is_in_a_sample_refused_or_counted(tmp_path):
     items = list(corpus)
     entries = {item.id: item for item in items if isinstance(item, Entry)}
     assert pitches({n: e for n, e in entries.items() if n in PITCH}) == SAID and set(entries) == set(PITCH)
-    details = {item.id.partition(":")[2]: (item.reason, item.detail) for item in items if isinstance(item, Fault)}
+    details = {
+        item.id.partition(":")[2]: (item.reason, item.detail) for item in items if isinstance(item, Fault)
+    }
     assert {name: reason for name, (reason, _) in details.items()} == {
         "two": "bad_row", "lone": "bad_row", "list": "bad_json", "latin": "encoding", "s": "bad_row", "linked": "bad_row",
     }  # fmt: skip
     assert "s.xyz" in details["s"][1] and "linked.wav is a link" in details["linked"][1]
     ignored = sum(item.count for item in items if isinstance(item, Ignored))
     (fact,) = corpus.reader.facts()
-    assert ignored == 5 and fact.endswith(f"27 members in 1 tar: 12 in 6 samples, 10 in 6 refused groups, {ignored} ignored")
+    assert ignored == 5 and fact.endswith(
+        f"27 members in 1 tar: 12 in 6 samples, 10 in 6 refused groups, {ignored} ignored"
+    )
 
 
 @pytest.mark.parametrize(
-    "mode, suffix", [("w", "tar"), ("w:gz", "tar.gz"), ("w:gz", "tgz"), ("w:bz2", "tar.bz2"), ("w:xz", "tar.xz")]
+    "mode, suffix",
+    [("w", "tar"), ("w:gz", "tar.gz"), ("w:gz", "tgz"), ("w:bz2", "tar.bz2"), ("w:xz", "tar.xz")],
 )
 def test_compressed_tars_are_read_in_any_order(mode, suffix, tmp_path):
     members = [(f"{name}.wav", sound(pitch)) for name, pitch in PITCH.items()]
@@ -323,12 +396,16 @@ def test_compressed_tars_are_read_in_any_order(mode, suffix, tmp_path):
     random.Random(3).shuffle(order)
     assert pitches({name: entries[name] for name in order}) == SAID and not faults
     groups = {entry.group for entry in entries.values()}
-    assert len(groups) == 1 and (groups == {None}) == (suffix == "tar"), "a compressed tar is opened once for all its members"
+    assert len(groups) == 1 and (groups == {None}) == (suffix == "tar"), (
+        "a compressed tar is opened once for all its members"
+    )
 
 
 @pytest.mark.parametrize("where", ["empty", "header", "inside", "boundary"])
 def test_a_tar_that_ends_early_is_named(where, tmp_path):
-    path = tar(tmp_path / "t.tar", [(f"{name}.{kind}", b"x" * 100) for name in "abc" for kind in ("wav", "txt")])
+    path = tar(
+        tmp_path / "t.tar", [(f"{name}.{kind}", b"x" * 100) for name in "abc" for kind in ("wav", "txt")]
+    )
     with tarfile.open(path) as archive:
         place = archive.getmembers()[4].offset
     with open(path, "r+b") as file:

@@ -1,4 +1,5 @@
-"""Packing odd audio: true lengths, named refusals, what was noticed about clips, and the options that refuse them."""
+"""Packing odd audio: true lengths, named refusals, what was noticed about clips, and the options that refuse
+them."""
 
 import json
 import os
@@ -25,8 +26,14 @@ def packed(folder, files: dict[str, bytes], *options: str, code: int = 0, rows: 
     lines = rows or {name: {"id": name, "audio": name, "text": "hello there"} for name in files}
     (folder / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines.values()))
     out = folder / "out"
-    assert pack.main(["--manifest", str(folder / "m.jsonl"), "--out", str(out), "--workers", "1", *options]) == code
-    refused = {line["id"]: line["reason"] for line in map(json.loads, (out / "rejected.jsonl").read_text().splitlines())}
+    assert (
+        pack.main(["--manifest", str(folder / "m.jsonl"), "--out", str(out), "--workers", "1", *options])
+        == code
+    )
+    refused = {
+        line["id"]: line["reason"]
+        for line in map(json.loads, (out / "rejected.jsonl").read_text().splitlines())
+    }
     if code:
         return {}, refused
     index = ShardIndex.load(out)
@@ -76,10 +83,17 @@ def test_a_corpus_without_findings_has_no_list_of_them(tmp_path):
     assert json.loads((tmp_path / "out" / "index.json").read_bytes())["findings"] == {}
 
 
-@pytest.mark.parametrize("options, words", [
-    (["--rate", "16"], "16 kHz is 16000"), (["--rate", "0"], "between 4,000 and 384,000"), (["--rate", "16000000"], "between"),
-    (["--codec", "opus", "--rate", "22050"], "Opus has no 22,050 Hz"), (["--refuse", "loud"], "silent, clipped can be refused"),
-    (["--refuse", "cut"], "can be refused")])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--rate", "16"], "16 kHz is 16000"),
+        (["--rate", "0"], "between 4,000 and 384,000"),
+        (["--rate", "16000000"], "between"),
+        (["--codec", "opus", "--rate", "22050"], "Opus has no 22,050 Hz"),
+        (["--refuse", "loud"], "silent, clipped can be refused"),
+        (["--refuse", "cut"], "can be refused"),
+    ],
+)
 def test_options_that_cannot_be_are_refused_in_one_line(tmp_path, capsys, options, words):
     with pytest.raises(SystemExit) as caught:
         pack.main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), *options])
@@ -93,7 +107,9 @@ def test_no_clip_ends_the_run_and_each_has_its_reason(tmp_path):
     bomb[21], bomb[22:26] = bomb[21] & 0xF0, (1 << 30).to_bytes(4, "big")  # says 93 min of 8 channels
     files = {
         "whole.wav": wav,
-        "unpadded.wav": riff(fmt(), chunk(b"LIST", b"INFOabc", padded=False), chunk(b"data", SOUND.tobytes())),
+        "unpadded.wav": riff(
+            fmt(), chunk(b"LIST", b"INFOabc", padded=False), chunk(b"data", SOUND.tobytes())
+        ),
         "size36.wav": riff(fmt(), chunk(b"data", SOUND.tobytes()), size=36),
         "list.wav": riff(fmt(), list_chunk, chunk(b"data", SOUND.tobytes())),
         "cut.wav": wav[:20_000],
@@ -104,14 +120,38 @@ def test_no_clip_ends_the_run_and_each_has_its_reason(tmp_path):
         "macintosh.wav": encoded(chirp(1.0, 22_254), "WAV", rate=22_254),
     }
     found, refused = packed(tmp_path, files, "--max-broken-share", "1")
-    assert refused == {"list.wav": "undecodable", "cut.wav": "truncated", "cut.ogg": "truncated", "bomb.flac": "truncated"}
+    assert refused == {
+        "list.wav": "undecodable",
+        "cut.wav": "truncated",
+        "cut.ogg": "truncated",
+        "bomb.flac": "truncated",
+    }
     assert {name: round(record["duration"], 1) for name, record in found.items()} == {
-        "whole.wav": 1.5, "unpadded.wav": 1.5, "size36.wav": 1.5, "vbr.mp3": 10.1, "gsm.wav": 1.0, "macintosh.wav": 1.0}
-    assert annotate.main(["--corpus", f"manifest:{tmp_path / 'm.jsonl'}", "--out", str(tmp_path / "a.jsonl"), "--hash",
-                          "--workers", "1"]) == 0
+        "whole.wav": 1.5,
+        "unpadded.wav": 1.5,
+        "size36.wav": 1.5,
+        "vbr.mp3": 10.1,
+        "gsm.wav": 1.0,
+        "macintosh.wav": 1.0,
+    }
+    assert (
+        annotate.main(
+            [
+                "--corpus",
+                f"manifest:{tmp_path / 'm.jsonl'}",
+                "--out",
+                str(tmp_path / "a.jsonl"),
+                "--hash",
+                "--workers",
+                "1",
+            ]
+        )
+        == 0
+    )
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert {line["id"]: round(line["duration"], 1) for line in lines} == {
-        name: round(record["duration"], 1) for name, record in found.items()}
+        name: round(record["duration"], 1) for name, record in found.items()
+    }
 
 
 def test_memory_that_is_not_there_costs_one_named_clip(tmp_path, monkeypatch):
@@ -127,20 +167,25 @@ def test_devices_and_fifos_are_refused(tmp_path):
     os.mkfifo(tmp_path / "fifo.wav")
     places = {"zero": "/dev/zero", "fifo": str(tmp_path / "fifo.wav"), "folder": str(tmp_path)}
     rows = {name: {"id": name, "audio": place, "text": "x"} for name, place in places.items()}
-    rows |= {f"{name} part": {"id": f"{name} part", "audio": place, "text": "x", "offset": 0.0, "duration": 1.0}
-             for name, place in places.items()}
+    rows |= {
+        f"{name} part": {"id": f"{name} part", "audio": place, "text": "x", "offset": 0.0, "duration": 1.0}
+        for name, place in places.items()
+    }
     rows["fine"] = {"id": "fine", "audio": "fine.wav", "text": "x"}
     found, refused = packed(tmp_path, {"fine.wav": KINDS["fine.wav"]}, "--max-broken-share", "1", rows=rows)
     assert set(found) == {"fine"} and set(refused.values()) == {"unreadable"} and len(refused) == 6
 
 
 def test_segments_of_an_mp3_begin_with_sound(tmp_path):
-    """libmpg123 gives wrong samples for some frames after a seek: enough must be decoded before the segment."""
+    """libmpg123 gives wrong samples for some frames after a seek: enough must be decoded before the
+    segment."""
     sound = chirp(6.0)
     data = encoded(sound, "MP3")
     whole = soundfile.read(_file(tmp_path / "a.mp3", data), dtype="float32")[0]
-    rows = {f"s{start}": {"id": f"s{start}", "audio": "a.mp3", "text": "x", "offset": start, "duration": 0.5}
-            for start in (0.25, 1.0, 3.5, 5.0)}
+    rows = {
+        f"s{start}": {"id": f"s{start}", "audio": "a.mp3", "text": "x", "offset": start, "duration": 0.5}
+        for start in (0.25, 1.0, 3.5, 5.0)
+    }
     packed(tmp_path, {}, "--shuffle", "none", rows=rows)
     index = ShardIndex.load(tmp_path / "out")
     for row in range(len(index)):
@@ -155,7 +200,7 @@ def _file(path, data: bytes):
     return path
 
 
-# --- Hugging Face's columns ------------------------------------------------------------------------------------------------
+# --- Hugging Face's columns ---------------------------------------------------------------------------------
 
 
 def table_of(folder, **columns) -> str:
@@ -176,8 +221,12 @@ def test_a_decoded_column_is_packed_and_not_the_file_that_it_names(tmp_path, kin
     soundfile.write(tmp_path / "other.wav", np.zeros(80_000), 16_000)
     sound = chirp(1.0, rate)
     values = sound if kind == pyarrow.int16() else (sound / 32768).tolist()
-    struct = pyarrow.struct({"array": pyarrow.list_(kind), "sampling_rate": pyarrow.int64(), "path": pyarrow.string()})
-    cell = pyarrow.array([{"array": values, "sampling_rate": rate, "path": str(tmp_path / "other.wav")}], struct)
+    struct = pyarrow.struct(
+        {"array": pyarrow.list_(kind), "sampling_rate": pyarrow.int64(), "path": pyarrow.string()}
+    )
+    cell = pyarrow.array(
+        [{"array": values, "sampling_rate": rate, "path": str(tmp_path / "other.wav")}], struct
+    )
     wave, record = only_clip(table_of(tmp_path / "t", speech=cell), tmp_path / "out")
     assert record["duration"] == 1.0 and record["sample_rate"] == 16_000
     if rate == 16_000:
@@ -186,7 +235,9 @@ def test_a_decoded_column_is_packed_and_not_the_file_that_it_names(tmp_path, kin
 
 def test_a_decoded_column_of_channels_is_averaged(tmp_path):
     channels = [(SOUND / 32768).tolist(), [0.0] * len(SOUND)]
-    struct = pyarrow.struct({"array": pyarrow.list_(pyarrow.list_(pyarrow.float32())), "sampling_rate": pyarrow.int64()})
+    struct = pyarrow.struct(
+        {"array": pyarrow.list_(pyarrow.list_(pyarrow.float32())), "sampling_rate": pyarrow.int64()}
+    )
     cell = pyarrow.array([{"array": channels, "sampling_rate": RATE}], struct)
     wave, _ = only_clip(table_of(tmp_path / "t", audio=cell), tmp_path / "out")
     assert np.abs(wave.astype(int) * 2 - SOUND).max() <= 1
@@ -196,7 +247,9 @@ def test_paths_in_a_table_start_at_its_folder(tmp_path):
     (tmp_path / "t").mkdir()
     soundfile.write(tmp_path / "t" / "a.wav", SOUND, RATE)
     for column in ([{"bytes": None, "path": "a.wav"}], ["a.wav"]):
-        wave, _ = only_clip(table_of(tmp_path / "t", audio=column), tmp_path / f"out-{type(column[0]).__name__}")
+        wave, _ = only_clip(
+            table_of(tmp_path / "t", audio=column), tmp_path / f"out-{type(column[0]).__name__}"
+        )
         assert np.array_equal(wave, SOUND)
 
 
@@ -213,7 +266,7 @@ def test_a_decoded_column_without_a_rate_is_refused(tmp_path):
     assert "sampling_rate" in (tmp_path / "out" / "rejected.jsonl").read_text()
 
 
-# --- commands --------------------------------------------------------------------------------------------------------------
+# --- commands -----------------------------------------------------------------------------------------------
 
 
 def test_a_command_that_never_ends_writing_is_stopped(tmp_path, monkeypatch):
@@ -229,7 +282,8 @@ def test_a_command_that_never_ends_writing_is_stopped(tmp_path, monkeypatch):
 
 
 def test_memory_is_bounded_for_a_flac_that_would_take_gigabytes(tmp_path):
-    """24 min of silence in 8 channels at 655 kHz are 15 GB: refused by its header, under an address space of 4 GB."""
+    """24 min of silence in 8 channels at 655 kHz are 15 GB: refused by its header, under an address space of
+    4 GB."""
     clip = encoded(np.zeros((65_536, 8), np.int16), rate=96_000)
     header = bytearray(clip)
     packed_bits = int.from_bytes(header[18:26], "big") & ~(((1 << 20) - 1) << 44) & ~((1 << 36) - 1)
@@ -239,8 +293,16 @@ def test_memory_is_bounded_for_a_flac_that_would_take_gigabytes(tmp_path):
     lines = [{"id": name, "audio": f"{name}.flac", "text": "x"} for name in ("bomb", "fine")]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     python = f"{os.sys.executable} data_tools/pack.py --manifest {tmp_path}/m.jsonl --out {tmp_path}/out --workers 1"
-    run = subprocess.run(["bash", "-c", f"ulimit -v 4000000; exec {python}"], capture_output=True, text=True, check=False,
-                         env=os.environ | {"OMP_NUM_THREADS": "1"})
+    run = subprocess.run(
+        ["bash", "-c", f"ulimit -v 4000000; exec {python}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert run.returncode == 0, run.stderr
     (refused,) = map(json.loads, (tmp_path / "out" / "rejected.jsonl").read_text().splitlines())
-    assert (refused["id"], refused["reason"]) == ("bomb", "too_large") and "8 channels at 655,350 Hz" in refused["detail"]
+    assert (refused["id"], refused["reason"]) == (
+        "bomb",
+        "too_large",
+    ) and "8 channels at 655,350 Hz" in refused["detail"]

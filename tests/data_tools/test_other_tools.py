@@ -1,4 +1,5 @@
-"""What others' readers make of our shards: wids, lhotse, Hugging Face datasets (webdataset and tar are in test_pack)."""
+"""What others' readers make of our shards: wids, lhotse, Hugging Face datasets (webdataset and tar are in
+test_pack)."""
 
 import io
 import json
@@ -15,7 +16,9 @@ from tests.data_tools.conftest import tone
 @pytest.fixture
 def packed(corpus, tmp_path):
     out = tmp_path / "packed"
-    assert pack.main(["--manifest", str(corpus), "--out", str(out), "--workers", "1", "--shard-mb", "0.3"]) == 0
+    assert (
+        pack.main(["--manifest", str(corpus), "--out", str(out), "--workers", "1", "--shard-mb", "0.3"]) == 0
+    )
     return out
 
 
@@ -40,7 +43,11 @@ def test_huggingface_datasets(packed):
     datasets = pytest.importorskip("datasets", reason="requirements-bench.txt has it")
     files = sorted(str(path) for path in packed.glob("*.tar"))
     loaded = datasets.load_dataset("webdataset", data_files={"train": files}, split="train", streaming=True)
-    loaded = loaded.cast_column("flac", datasets.Value("binary")) if "flac" in (loaded.features or {}) else loaded.decode(False)
+    loaded = (
+        loaded.cast_column("flac", datasets.Value("binary"))
+        if "flac" in (loaded.features or {})
+        else loaded.decode(False)
+    )
     found = {sample["json"]["id"]: sample for sample in loaded}
     for audio, record in records(packed):
         sample = found[record["id"]]
@@ -59,7 +66,9 @@ def test_lhotse_loads_audio_out_of_the_tars(packed, tmp_path):
     for audio, record in spoken:
         cut = cuts[f"{record['corpus']}/{record['id']}"]
         assert cut.supervisions[0].text == record["text"]
-        assert np.array_equal(np.rint(cut.load_audio()[0] * 32768), soundfile.read(io.BytesIO(audio), dtype="int16")[0])
+        assert np.array_equal(
+            np.rint(cut.load_audio()[0] * 32768), soundfile.read(io.BytesIO(audio), dtype="int16")[0]
+        )
 
 
 def test_lhotse_shar_can_be_packed(tmp_path):
@@ -68,15 +77,21 @@ def test_lhotse_shar_can_be_packed(tmp_path):
     for number in range(12):
         soundfile.write(tmp_path / f"{number}.wav", tone(0.5 + 0.1 * number, seed=number), 16000)
         recording = lhotse.Recording.from_file(tmp_path / f"{number}.wav")
-        supervision = lhotse.SupervisionSegment(f"s{number}", recording.id, 0.0, recording.duration, text=f"words {number}")
-        cut = lhotse.MonoCut(f"c{number}", 0.0, recording.duration, 0, recording=recording, supervisions=[supervision])
+        supervision = lhotse.SupervisionSegment(
+            f"s{number}", recording.id, 0.0, recording.duration, text=f"words {number}"
+        )
+        cut = lhotse.MonoCut(
+            f"c{number}", 0.0, recording.duration, 0, recording=recording, supervisions=[supervision]
+        )
         cuts.append(cut.truncate(offset=0.1, preserve_id=True))
     cuts = lhotse.CutSet.from_cuts(cuts)
     (tmp_path / "shar").mkdir()
     cuts.to_shar(tmp_path / "shar", fields={"recording": "flac"}, shard_size=5)
     cuts.to_file(tmp_path / "cuts.jsonl.gz")
     for name, source in (("from_shar", tmp_path / "shar"), ("from_manifest", tmp_path / "cuts.jsonl.gz")):
-        assert pack.main(["--corpus", f"lhotse:{source}", "--out", str(tmp_path / name), "--workers", "1"]) == 0
+        assert (
+            pack.main(["--corpus", f"lhotse:{source}", "--out", str(tmp_path / name), "--workers", "1"]) == 0
+        )
         packed = {record["id"]: (audio, record) for audio, record in records(tmp_path / name)}
         assert len(packed) == 12
         for cut in cuts:
@@ -95,7 +110,9 @@ def test_a_benchmark_does_not_take_the_clips_of_other_options(tmp_path):
     real = tmp_path / "m.jsonl"
     real.write_text('{"audio": "a.wav", "text": "x"}\n')
     for options in ((None, 0.002), (real, 0.001)):
-        with pytest.raises(SystemExit, match="made with another --manifest or --hours: remove it, or give another --folder"):
+        with pytest.raises(
+            SystemExit, match="made with another --manifest or --hours: remove it, or give another --folder"
+        ):
             prepare(tmp_path / "b", *options)
     (tmp_path / "b" / "source.json").unlink()
     with pytest.raises(SystemExit, match="made with another"):

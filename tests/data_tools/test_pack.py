@@ -1,4 +1,5 @@
-"""Packing: what plain tar and webdataset read, one named reject per fault, and the same bytes whatever the workers."""
+"""Packing: what plain tar and webdataset read, one named reject per fault, and the same bytes whatever the
+workers."""
 
 import io
 import json
@@ -28,12 +29,18 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
 
 def test_tar_and_webdataset_read_the_shards(corpus, tmp_path):
     out = tmp_path / "packed"
-    assert pack.main(["--manifest", str(corpus), "--out", str(out), "--workers", "1", "--shard-mb", "0.1"]) == 0
+    assert (
+        pack.main(["--manifest", str(corpus), "--out", str(out), "--workers", "1", "--shard-mb", "0.1"]) == 0
+    )
     shards = sorted(out.glob("packed-*.tar"))
     assert len(shards) > 1
-    listed = subprocess.run(["tar", "tf", shards[0]], capture_output=True, text=True, check=True).stdout.split()
+    listed = subprocess.run(
+        ["tar", "tf", shards[0]], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert listed and all(name.endswith((".flac", ".json")) for name in listed)
-    samples = list(webdataset.WebDataset([str(path) for path in shards], shardshuffle=False, empty_check=False))
+    samples = list(
+        webdataset.WebDataset([str(path) for path in shards], shardshuffle=False, empty_check=False)
+    )
     records = {json.loads(sample["json"])["id"]: (sample, json.loads(sample["json"])) for sample in samples}
     assert set(records) == {f"spk.{number}/é" for number in range(11)} | {"stereo", "text"}
     for sample, record in records.values():
@@ -41,7 +48,11 @@ def test_tar_and_webdataset_read_the_shards(corpus, tmp_path):
             assert "flac" not in sample and record["task"] == "text" and record["response"] == "Hello."
             continue
         wave, rate = soundfile.read(io.BytesIO(sample["flac"]), dtype="int16")
-        assert rate == record["sample_rate"] == 16000 and wave.ndim == 1 and abs(len(wave) / rate - record["duration"]) < 1e-6
+        assert (
+            rate == record["sample_rate"] == 16000
+            and wave.ndim == 1
+            and abs(len(wave) / rate - record["duration"]) < 1e-6
+        )
         assert record["task"] == "asr" and record["corpus"] == "manifest"
     assert records["stereo"][1]["duration"] == 0.5
     exact, _ = soundfile.read(corpus.parent / "clip 0.wav", dtype="int16")
@@ -89,10 +100,19 @@ def test_index_points_at_the_members(corpus, tmp_path):
             members.update({(number, member.offset_data): tar.extractfile(member).read() for member in tar})
     for row, sample in enumerate(index.samples):
         audio, record = index.read(row)
-        assert members[sample["shard"], sample["json_offset"]] == json.dumps(record, ensure_ascii=False).encode()
-        assert audio is None if sample["audio_size"] == 0 else members[sample["shard"], sample["audio_offset"]] == audio
+        assert (
+            members[sample["shard"], sample["json_offset"]] == json.dumps(record, ensure_ascii=False).encode()
+        )
+        assert (
+            audio is None
+            if sample["audio_size"] == 0
+            else members[sample["shard"], sample["audio_offset"]] == audio
+        )
         assert sample["id_hash"] == id_hash(record["corpus"], record["id"])
-        assert sample["characters"] == len(record["text"] or "") and abs(sample["duration"] - record["duration"]) < 1e-6
+        assert (
+            sample["characters"] == len(record["text"] or "")
+            and abs(sample["duration"] - record["duration"]) < 1e-6
+        )
     again = pickle.loads(pickle.dumps(index))
     assert again.read(3) == index.read(3)
     assert abs(index.hours - index.samples["duration"].sum() / 3600) < 1e-5
@@ -120,7 +140,10 @@ def test_seed_changes_the_order_and_none_keeps_it(corpus, tmp_path):
 
 
 def test_nan_inside_a_turn_costs_that_line(corpus, tmp_path):
-    turns = [{"role": "user", "content": "<audio_patch>"}, {"role": "assistant", "content": "A bird.", "score": float("nan")}]
+    turns = [
+        {"role": "user", "content": "<audio_patch>"},
+        {"role": "assistant", "content": "A bird.", "score": float("nan")},
+    ]
     with open(corpus, "a", encoding="utf-8") as file:
         file.write(json.dumps({"id": "turns", "audio": "clip 0.wav", "messages": turns}) + "\n")
     out = tmp_path / "packed"
@@ -131,14 +154,20 @@ def test_nan_inside_a_turn_costs_that_line(corpus, tmp_path):
 
 def test_a_row_that_a_shard_cannot_hold_does_not_end_its_worker(tmp_path, monkeypatch):
     soundfile.write(tmp_path / "a.wav", tone(0.5), 16000)
-    entries = [Entry(id=name, audio=str(tmp_path / "a.wav"), text="x", corpus="c", task="asr") for name in ("bad", "good")]
+    entries = [
+        Entry(id=name, audio=str(tmp_path / "a.wav"), text="x", corpus="c", task="asr")
+        for name in ("bad", "good")
+    ]
     entries[0].messages = [{"role": "assistant", "content": "x", "score": float("inf")}]
     monkeypatch.setattr("data_tools.packing.shard_entries", lambda folder, shard: (0, entries))
     packing = Packing(tmp_path, "p")
     packing.summary_path(0).parent.mkdir(parents=True)
     assert packing.write_shard(0) == (2, 1)
     summary, ((line, _),) = packing.load(0)
-    assert len(summary.rows) == 1 and (json.loads(line)["id"], json.loads(line)["reason"]) == ("bad", "bad_row")
+    assert len(summary.rows) == 1 and (json.loads(line)["id"], json.loads(line)["reason"]) == (
+        "bad",
+        "bad_row",
+    )
 
 
 def test_too_long_is_found_before_decoding(tmp_path, monkeypatch):
@@ -154,7 +183,9 @@ def test_too_long_is_found_before_decoding(tmp_path, monkeypatch):
         return decode(codec, source, stream, exact)
 
     monkeypatch.setattr(decoders, "_by_miniaudio", decoding)
-    monkeypatch.setattr(Packing, "run", lambda self, shards, hours, workers: [self.write_shard(shard) for shard in shards])
+    monkeypatch.setattr(
+        Packing, "run", lambda self, shards, hours, workers: [self.write_shard(shard) for shard in shards]
+    )
     options = ["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out")]
     assert pack.main([*options, "--max-seconds", "2"]) == 0
     assert decoded == [(tmp_path / "good.flac").stat().st_size], "the long one is not decoded"
@@ -166,16 +197,30 @@ def test_what_is_trained_on_without_an_instruction_is_said(tmp_path, capsys):
     soundfile.write(tmp_path / "a.wav", tone(0.5), 16000)
     turns = [{"role": "user", "content": "<audio_patch>"}, {"role": "assistant", "content": "x"}]
     rows = [{"task": task, "label": "x"} for task in ("emotion", "age", "sound", "chat", "accent")]
-    rows += [{"text": "x"}, {"task": "age", "label": "y", "prompt": "How old?"}, {"task": "topic", "messages": turns}]
-    rows += [{"task": "keyword", "id": "0", "label": "x"}, {"task": "text", "audio": None, "prompt": "a", "response": "b"}]
+    rows += [
+        {"text": "x"},
+        {"task": "age", "label": "y", "prompt": "How old?"},
+        {"task": "topic", "messages": turns},
+    ]
+    rows += [
+        {"task": "keyword", "id": "0", "label": "x"},
+        {"task": "text", "audio": None, "prompt": "a", "response": "b"},
+    ]
     rows = [{"id": str(number), "audio": "a.wav"} | row for number, row in enumerate(rows)]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"]
     for last in (["--dry-run"], []):
         assert pack.main([*options, *last]) == 0
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no instruction")]
-        assert "task accent, age have no prompt" in line and "prompt=..." in line and "data_tools.instruct" in line
-    assert pack.main(["--corpus", f"shards:{tmp_path / 'out'},prompt=What?", "--out", str(tmp_path / "asked")]) == 0
+        assert (
+            "task accent, age have no prompt" in line
+            and "prompt=..." in line
+            and "data_tools.instruct" in line
+        )
+    assert (
+        pack.main(["--corpus", f"shards:{tmp_path / 'out'},prompt=What?", "--out", str(tmp_path / "asked")])
+        == 0
+    )
     assert "no instruction" not in capsys.readouterr().out
 
 
@@ -183,7 +228,14 @@ def test_a_translation_keeps_its_language(tmp_path):
     from model.prompt import messages_of
 
     soundfile.write(tmp_path / "a.wav", tone(0.5), 16000)
-    row = {"id": "a", "audio": "a.wav", "task": "translation", "text": "hi", "response": "hallo", "target_lang": "German"}
+    row = {
+        "id": "a",
+        "audio": "a.wav",
+        "task": "translation",
+        "text": "hi",
+        "response": "hallo",
+        "target_lang": "German",
+    }
     (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
     pack.main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"])
     record = ShardIndex.load(tmp_path / "out").read(0)[1]

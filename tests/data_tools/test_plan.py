@@ -1,4 +1,5 @@
-"""The plan: equal shards, nothing lost or doubled, the same whoever makes it, and memory that does not grow."""
+"""The plan: equal shards, nothing lost or doubled, the same whoever makes it, and memory that does not
+grow."""
 
 import json
 import os
@@ -20,7 +21,8 @@ from data_tools.plan import Layout, make_plan, plan_once, shard_entries
 
 def entries(count, seconds=lambda i: 1.0 + i % 7, **more):
     return [
-        Entry(id=f"u{i}", audio=f"/a/{i}.wav", text=f"text {i}", corpus="c", duration=seconds(i), **more) for i in range(count)
+        Entry(id=f"u{i}", audio=f"/a/{i}.wav", text=f"text {i}", corpus="c", duration=seconds(i), **more)
+        for i in range(count)
     ]
 
 
@@ -38,12 +40,18 @@ def planned(folder, items, layout=None, filters=None):
 )
 def test_every_sample_is_in_one_shard_and_shards_are_equal(tmp_path_factory, count, seed, megabytes, shuffle):
     folder = tmp_path_factory.mktemp("plan")
-    plan, shards = planned(folder / "p", entries(count), Layout(seed=seed, shuffle=shuffle, shard_megabytes=megabytes))
+    plan, shards = planned(
+        folder / "p", entries(count), Layout(seed=seed, shuffle=shuffle, shard_megabytes=megabytes)
+    )
     ids = [entry.id for _, here in shards for entry in here]
     assert Counter(ids) == Counter(f"u{i}" for i in range(count)) and plan["samples"] == count
-    assert [first for first, _ in shards] == np.cumsum([0] + [len(here) for _, here in shards])[:-1].tolist(), "numbers run on"
+    assert [first for first, _ in shards] == np.cumsum([0] + [len(here) for _, here in shards])[
+        :-1
+    ].tolist(), "numbers run on"
     sizes = [sum(entry.duration for entry in here) * 18000 + len(here) * 2200 for _, here in shards]
-    assert max(sizes) - min(sizes) <= 3 * (7 * 18000 + 2200), "no small remainder: shards differ by a few samples"
+    assert max(sizes) - min(sizes) <= 3 * (7 * 18000 + 2200), (
+        "no small remainder: shards differ by a few samples"
+    )
     if shuffle == "none":
         assert ids == [f"u{i}" for i in range(count)]
 
@@ -56,7 +64,9 @@ def test_shuffle_mixes_the_whole_corpus_and_hangs_on_the_seed(tmp_path):
     assert orders[0] == orders[1] != orders[2]
     order = np.array(orders[0])
     assert abs(np.corrcoef(order, np.arange(4000))[0, 1]) < 0.06
-    assert all(abs(part.mean() - 2000) < 250 for part in np.split(order, 8)), "every stretch holds the whole corpus"
+    assert all(abs(part.mean() - 2000) < 250 for part in np.split(order, 8)), (
+        "every stretch holds the whole corpus"
+    )
 
 
 def test_order_of_a_sample_hangs_on_its_id_alone(tmp_path):
@@ -67,7 +77,15 @@ def test_order_of_a_sample_hangs_on_its_id_alone(tmp_path):
 
 def test_recordings_stay_together_in_their_order(tmp_path):
     items = [
-        Entry(id=f"r{r}-{i}", audio=f"/{r}.wav", offset=float(i), duration=1.0, text="x", corpus="c", recording=f"r{r}")
+        Entry(
+            id=f"r{r}-{i}",
+            audio=f"/{r}.wav",
+            offset=float(i),
+            duration=1.0,
+            text="x",
+            corpus="c",
+            recording=f"r{r}",
+        )
         for i in range(20)
         for r in range(30)
     ]
@@ -76,11 +94,16 @@ def test_recordings_stay_together_in_their_order(tmp_path):
     runs = [name for k, (name, _) in enumerate(places) if k == 0 or places[k - 1][0] != name]
     assert len(runs) == 30 and len(shards) > 3
     assert all([offset for name, offset in places if name == f"r{r}"] == sorted(range(20)) for r in range(30))
-    assert sum(len({entry.recording for entry in here}) for _, here in shards) == 30, "no recording is opened for two shards"
+    assert sum(len({entry.recording for entry in here}) for _, here in shards) == 30, (
+        "no recording is opened for two shards"
+    )
 
 
 def test_a_recording_larger_than_a_shard_is_cut(tmp_path):
-    items = [Entry(id=f"{i}", audio="/long.wav", offset=float(i), duration=1.0, text="x", corpus="c") for i in range(500)]
+    items = [
+        Entry(id=f"{i}", audio="/long.wav", offset=float(i), duration=1.0, text="x", corpus="c")
+        for i in range(500)
+    ]
     plan, shards = planned(tmp_path / "p", items, Layout(shuffle="recordings", shard_megabytes=1))
     assert plan["shards"] > 4 and max(len(here) for _, here in shards) < 150
 
@@ -100,16 +123,21 @@ def test_duplicates_are_named_wherever_they_stand(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module._doubles, "__defaults__", (None, 16))  # many passes over the tables of hashes
     monkeypatch.setattr(module._Repeated.__init__, "__defaults__", (16,))
-    items = entries(100) + [Entry(id=f"u{i}", audio="/b.wav", text="again", corpus="c", duration=1.0) for i in (3, 50, 3)]
+    items = entries(100) + [
+        Entry(id=f"u{i}", audio="/b.wav", text="again", corpus="c", duration=1.0) for i in (3, 50, 3)
+    ]
     items += [Entry(id="u3", audio="/b.wav", text="another corpus", corpus="d", duration=1.0)]
     plan, shards = planned(tmp_path / "p", items)
     assert plan["samples"] == 101 and plan["rejected"] == {"duplicate_id": 3}
     assert all(entry.text != "again" for _, here in shards for entry in here)
-    hashed = [Entry(id=f"{i}", audio=f"/{i}.wav", text="x", corpus="c", duration=1.0, sound_hash=f"{i % 40}") for i in range(100)]
+    hashed = [
+        Entry(id=f"{i}", audio=f"/{i}.wav", text="x", corpus="c", duration=1.0, sound_hash=f"{i % 40}")
+        for i in range(100)
+    ]
     plan, shards = planned(tmp_path / "q", hashed, filters=Filters(drop_duplicates=True))
-    assert plan["rejected"] == {"duplicate_audio": 60} and sorted(int(e.id) for _, here in shards for e in here) == list(
-        range(40)
-    )
+    assert plan["rejected"] == {"duplicate_audio": 60} and sorted(
+        int(e.id) for _, here in shards for e in here
+    ) == list(range(40))
     same_id = [
         Entry(id=name, audio=f"/{sound}.wav", text="x", corpus="c", duration=1.0, sound_hash=sound)
         for name, sound in (("a", "one"), ("a", "two"), ("b", "two"))
@@ -120,7 +148,9 @@ def test_duplicates_are_named_wherever_they_stand(tmp_path, monkeypatch):
 
 
 def test_faults_are_counted_and_written(tmp_path):
-    plan, _ = planned(tmp_path / "p", [*entries(3), Fault("x", "bad_row", "why"), Entry(id="y", audio="/y", corpus="c")])
+    plan, _ = planned(
+        tmp_path / "p", [*entries(3), Fault("x", "bad_row", "why"), Entry(id="y", audio="/y", corpus="c")]
+    )
     lines = [json.loads(line) for line in (tmp_path / "p" / "rejected.jsonl").read_text().splitlines()]
     assert [(line["id"], line["reason"]) for line in lines] == [("x", "bad_row"), ("y", "no_text")]
     assert plan["rejected"] == {"bad_row": 1, "no_text": 1} and plan["samples"] == 3
@@ -139,12 +169,16 @@ def test_only_one_of_many_planners_works_and_a_dead_one_is_replaced(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
     (tmp_path / "plan.lock").write_text(f"{os.uname().nodename} {dead.pid}")
-    threads = [threading.Thread(target=lambda: plans.append(plan_once(tmp_path / "plan", make))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: plans.append(plan_once(tmp_path / "plan", make))) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert plans == [{"samples": 1}] * 4 and len(made) == 1 and [p.name for p in tmp_path.iterdir()] == ["plan"]
+    assert (
+        plans == [{"samples": 1}] * 4 and len(made) == 1 and [p.name for p in tmp_path.iterdir()] == ["plan"]
+    )
 
 
 def test_a_silent_planner_on_another_machine_is_replaced(tmp_path):
@@ -178,7 +212,10 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     megabytes = [
         int(
             subprocess.run(
-                [sys.executable, "-c", MEMORY, str(tmp_path / str(count)), str(count)], capture_output=True, text=True, check=True
+                [sys.executable, "-c", MEMORY, str(tmp_path / str(count)), str(count)],
+                capture_output=True,
+                text=True,
+                check=True,
             ).stdout
         )
         for count in (10_000, 400_000)
@@ -187,7 +224,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
 
 
 def test_planning_a_line_costs_little_more_than_its_json(tmp_path):
-    """The mark of benchmarks/pack.py (40 microseconds, measured with 300,000 lines) as a ratio that a busy machine has too."""
+    """The mark of benchmarks/pack.py (40 microseconds, measured with 300,000 lines) as a ratio that a busy
+    machine has too."""
     from benchmarks.pack import PLANNING, lines_of, plan_once_here
 
     manifest, least = lines_of(tmp_path / "m.jsonl", 5000), dict.fromkeys(PLANNING, 1e9)

@@ -21,7 +21,9 @@ from tests.data_tools.test_corpora import sound, sound_bytes, text
 def read(specification):
     """(entries, faults)"""
     items = list(Corpus(specification))
-    return [item for item in items if isinstance(item, Entry)], [item for item in items if isinstance(item, Fault)]
+    return [item for item in items if isinstance(item, Entry)], [
+        item for item in items if isinstance(item, Fault)
+    ]
 
 
 def lines(path, rows):
@@ -30,7 +32,15 @@ def lines(path, rows):
 
 def cut(name, recording, **more):
     words = {"id": f"s-{name}", "start": 0.0, "duration": 0.4, "text": name}
-    return {"id": name, "type": "MonoCut", "start": 0.2, "duration": 0.4, "recording": recording, "supervisions": [words], **more}
+    return {
+        "id": name,
+        "type": "MonoCut",
+        "start": 0.2,
+        "duration": 0.4,
+        "recording": recording,
+        "supervisions": [words],
+        **more,
+    }
 
 
 def recording(*sources, **more):
@@ -75,7 +85,8 @@ def test_lhotse_perturbed_cuts_are_not_cut_from_the_original(tmp_path):
 
 
 def shar(folder, count):
-    """A Shar folder of perturbed cuts of one channel of a call, which Shar holds as they shall sound; -> its tar."""
+    """A Shar folder of perturbed cuts of one channel of a call, which Shar holds as they shall sound; -> its
+    tar."""
     folder.mkdir()
     audio = recording({"type": "shar", "source": "", "channels": [0, 1]}, transforms=[{"name": "Speed"}])
     with gzip.open(folder / "cuts.000000.jsonl.gz", "wt") as file:
@@ -106,7 +117,9 @@ def test_lhotse_a_shar_tar_that_was_cut_short_is_told(where, tmp_path):
         file.truncate(size)
     found, faults = read(f"lhotse:{tar.parent}")
     assert [entry.id for entry in found] == ["c0", "c1", "c2", "c3"][:kept]
-    assert [(fault.id, fault.reason) for fault in faults] == [(f"c{number}", "truncated") for number in range(kept, 4)]
+    assert [(fault.id, fault.reason) for fault in faults] == [
+        (f"c{number}", "truncated") for number in range(kept, 4)
+    ]
     assert all("recording.000000.tar ends before the cuts" in fault.detail for fault in faults)
 
 
@@ -128,12 +141,20 @@ def test_kaldi_a_channel_of_a_call_is_not_the_average_of_both(tmp_path):
 
 def test_kaldi_a_tab_in_a_transcript_does_not_move_the_key(tmp_path):
     segments = "utt1 rec1 0.1 0.4\nutt2\trec1 0.1 0.4\nutt3  \t rec1\t0.1\t0.4\n"
-    found, faults = read(kaldi(tmp_path, segments=segments, text="utt1 one\ttwo\nutt2\tthree four\nutt3 \tfive\n"))
-    assert [(entry.id, entry.text) for entry in found] == [("utt1", "one\ttwo"), ("utt2", "three four"), ("utt3", "five")]
+    found, faults = read(
+        kaldi(tmp_path, segments=segments, text="utt1 one\ttwo\nutt2\tthree four\nutt3 \tfive\n")
+    )
+    assert [(entry.id, entry.text) for entry in found] == [
+        ("utt1", "one\ttwo"),
+        ("utt2", "three four"),
+        ("utt3", "five"),
+    ]
     assert not faults
 
 
-VALIDATED = 'path\tsentence\tgender\na.mp3\t"Il dit bonjour.\tmale\nb.mp3\tOui.\tfemale\nc.mp3\tNon", dit-il.\tmale\n'
+VALIDATED = (
+    'path\tsentence\tgender\na.mp3\t"Il dit bonjour.\tmale\nb.mp3\tOui.\tfemale\nc.mp3\tNon", dit-il.\tmale\n'
+)
 
 
 def test_a_quote_in_a_tsv_swallows_no_rows(tmp_path):
@@ -146,14 +167,19 @@ def test_a_quote_in_a_tsv_swallows_no_rows(tmp_path):
     ]
     assert not faults
     found, faults = read(f"table:{path},audio=path,text=sentence,quoting=yes")
-    assert [entry.text for entry in found] == ["Oui.", 'Non", dit-il.'], "rows that a quote would swallow are read"
+    assert [entry.text for entry in found] == ["Oui.", 'Non", dit-il.'], (
+        "rows that a quote would swallow are read"
+    )
     assert [(fault.id, fault.reason) for fault in faults] == [("validated.tsv:2", "bad_row")]
     assert "a quote inside a quoted cell" in faults[0].detail
 
 
 def test_quoting_is_as_told_and_a_csv_has_it(tmp_path):
     content = 'audio{0}text\na.wav{0}"one ""two"""\n"b.wav"{0}"{0}\nx"\nc.wav{0}three\n'
-    csv_path, tsv_path = text(tmp_path / "t.csv", content.format(",")), text(tmp_path / "t.tsv", content.format("\t"))
+    csv_path, tsv_path = (
+        text(tmp_path / "t.csv", content.format(",")),
+        text(tmp_path / "t.tsv", content.format("\t")),
+    )
     assert [entry.text for entry in read(f"table:{csv_path}")[0]] == ['one "two"', ",\nx", "three"]
     found, faults = read(f"table:{tsv_path},quoting=yes")
     assert [entry.text for entry in found] == ['one "two"', "three"] and len(faults) == 1
@@ -164,7 +190,9 @@ def test_quoting_is_as_told_and_a_csv_has_it(tmp_path):
 
 
 def test_a_quoted_cell_with_a_line_break_in_a_tsv_is_no_half_transcript(tmp_path):
-    path = text(tmp_path / "t.tsv", 'audio\ttext\tspeaker\na.wav\t"one\ntwo"\tx\nb.wav\t"three"\tz\nc.wav\tfour\ty\n')
+    path = text(
+        tmp_path / "t.tsv", 'audio\ttext\tspeaker\na.wav\t"one\ntwo"\tx\nb.wav\t"three"\tz\nc.wav\tfour\ty\n'
+    )
     found, faults = read(f"table:{path}")
     assert [entry.text for entry in found if entry.audio.endswith(".wav")] == ['"three"', "four"]
     assert [(fault.id, fault.reason) for fault in faults] == [("t.tsv:2", "bad_row"), ("t.tsv:3", "bad_row")]
@@ -186,7 +214,8 @@ def test_a_time_that_is_no_number_does_not_give_the_whole_recording(column, valu
 
 def test_a_time_that_is_a_list_costs_its_line_alone(tmp_path):
     path = lines(
-        tmp_path / "t.jsonl", [{"audio": "a.wav", "text": "a", "offset": [1]}, {"audio": "a.wav", "text": "b", "offset": 1}]
+        tmp_path / "t.jsonl",
+        [{"audio": "a.wav", "text": "a", "offset": [1]}, {"audio": "a.wav", "text": "b", "offset": 1}],
     )
     found, faults = read(f"table:{path}")
     assert [entry.offset for entry in found] == [1.0] and [fault.reason for fault in faults] == ["bad_row"]
@@ -196,9 +225,13 @@ def covost(root, pair, *sentences):
     """A table as the official script writes it: pandas' to_csv with QUOTE_NONE and a backslash."""
     path = root / f"covost_v2.{pair}.train.tsv"
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_NONE, escapechar="\\", lineterminator="\n")
+        writer = csv.writer(
+            file, delimiter="\t", quoting=csv.QUOTE_NONE, escapechar="\\", lineterminator="\n"
+        )
         writer.writerow(["path", "sentence", "translation", "client_id"])
-        writer.writerows([f"clip_{n}.mp3", sentence, f'Er sagte "{n}".', "x"] for n, sentence in enumerate(sentences))
+        writer.writerows(
+            [f"clip_{n}.mp3", sentence, f'Er sagte "{n}".', "x"] for n, sentence in enumerate(sentences)
+        )
     return path
 
 
@@ -224,17 +257,34 @@ def test_covost_quotes_are_those_of_the_sentence(written, read_as, tmp_path):
 
 def test_covost_pairs_of_one_source_are_two_corpora(tmp_path):
     german, arabic = covost(tmp_path, "en_de", "one"), covost(tmp_path, "en_ar", "one")
-    assert [read(f"covost:{path}")[0][0].corpus for path in (german, arabic)] == ["covost_v2.en_de", "covost_v2.en_ar"]
+    assert [read(f"covost:{path}")[0][0].corpus for path in (german, arabic)] == [
+        "covost_v2.en_de",
+        "covost_v2.en_ar",
+    ]
     assert read(f"covost:{german},corpus=mine")[0][0].corpus == "mine"
-    options = ["--corpus", f"covost:{german}", "--corpus", f"covost:{arabic}", "--out", str(tmp_path / "out"), "--workers", "1"]
+    options = [
+        "--corpus",
+        f"covost:{german}",
+        "--corpus",
+        f"covost:{arabic}",
+        "--out",
+        str(tmp_path / "out"),
+        "--workers",
+        "1",
+    ]
     sound(tmp_path / "clips" / "clip_0.mp3")
     assert pack.main(options) == 0 and len(ShardIndex.load(tmp_path / "out")) == 2
 
 
 def test_nemo_a_line_in_another_language_is_a_translation(tmp_path):
     both = [("en", "en"), ("en", "de"), ("en", "xx"), ("en-US", "en"), ("en", None), (None, "fr")]
-    rows = [{"audio_filepath": "a.wav", "duration": 1, "offset": 0.0, "text": "t", "pred_text": "p"} for _ in both]
-    rows = [row | {"source_lang": source, "target_lang": target} for row, (source, target) in zip(rows, both, strict=True)]
+    rows = [
+        {"audio_filepath": "a.wav", "duration": 1, "offset": 0.0, "text": "t", "pred_text": "p"} for _ in both
+    ]
+    rows = [
+        row | {"source_lang": source, "target_lang": target}
+        for row, (source, target) in zip(rows, both, strict=True)
+    ]
     found, faults = read(f"nemo:{lines(tmp_path / 'm.json', rows)}")
     told = [(e.id, e.task, e.lang, e.target_lang, e.text, e.response, e.hypothesis) for e in found]
     asr = ("a@0.000", "asr", "en", None, "t", None, "p")
@@ -285,7 +335,10 @@ def test_huggingface_what_map_left_beside_a_saved_dataset_is_not_read_again(tmp_
 def columns_of(kind, root, **columns):
     if kind in ("parquet", "arrow"):
         return f"huggingface:{saved(root / f't.{kind}', **columns)}"
-    rows = [dict(zip(columns, values, strict=True)) | {"audio": "a.wav"} for values in zip(*columns.values(), strict=True)]
+    rows = [
+        dict(zip(columns, values, strict=True)) | {"audio": "a.wav"}
+        for values in zip(*columns.values(), strict=True)
+    ]
     if kind == "jsonl":
         return f"table:{lines(root / 't.jsonl', rows)}"
     content = [list(rows[0]), *(row.values() for row in rows)]
@@ -296,7 +349,9 @@ def columns_of(kind, root, **columns):
 def test_what_is_no_column_is_the_value_of_all(kind, tmp_path):
     specification = columns_of(kind, tmp_path, text=["a", "b"], mood=["joy", "fear"], who=["x", "y"])
     for _ in range(2):
-        found, _ = read(f"{specification},label=mood,prompt=How does it sound, and why?,speaker=who,target_lang=German")
+        found, _ = read(
+            f"{specification},label=mood,prompt=How does it sound, and why?,speaker=who,target_lang=German"
+        )
         assert [(e.label, e.speaker) for e in found] == [("joy", "x"), ("fear", "y")]
         assert {(e.prompt, e.target_lang) for e in found} == {("How does it sound, and why?", "German")}
     found, _ = read(f"{specification},label=calm,speaker=s1,prompt=text")
@@ -316,7 +371,9 @@ def test_a_value_of_a_table_is_for_rows_without_their_own(tmp_path):
 def test_a_column_of_some_lines_alone_is_no_value(tmp_path):
     rows = [{"audio": "a.wav", "text": "a"}, {"audio": "a.wav", "text": "b", "mood": "joy"}]
     for ordered in (rows, rows[::-1]):
-        with pytest.raises(CorpusError, match="t.jsonl:2: 'mood' is a column in some places and none in others"):
+        with pytest.raises(
+            CorpusError, match="t.jsonl:2: 'mood' is a column in some places and none in others"
+        ):
             read(f"table:{lines(tmp_path / 't.jsonl', ordered)},label=mood")
     saved(tmp_path / "a.parquet", text=["a"])
     saved(tmp_path / "b.parquet", text=["b"], mood=["joy"])
@@ -341,19 +398,26 @@ def test_test_sets_are_given_when_they_are_asked_for(tmp_path):
         {"sid": name, "begin_time": 0.0, "end_time": 1.0, "text_tn": "HI", "subsets": subsets}
         for name, subsets in (("a", ["{XL}", "{L}"]), ("b", ["{DEV}"]), ("c", ["{TEST}"]), ("d", []))
     ]
-    (tmp_path / "GigaSpeech.json").write_text(json.dumps({"audios": [{"path": "a.opus", "segments": segments}]}))
+    (tmp_path / "GigaSpeech.json").write_text(
+        json.dumps({"audios": [{"path": "a.opus", "segments": segments}]})
+    )
     assert [entry.id for entry in Corpus(f"gigaspeech:{tmp_path / 'GigaSpeech.json'}")] == ["a", "d"]
     assert [entry.id for entry in Corpus(f"gigaspeech:{tmp_path / 'GigaSpeech.json'},subset=TEST")] == ["c"]
     for name in ("train-0", "validated/0", "device/0", "test-0", "de/validation/0", "data/0"):
         name = f"hf/{name}.parquet"
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    taken = [path.relative_to(tmp_path / "hf").as_posix() for path in Corpus(f"huggingface:{tmp_path / 'hf'}").reader.files]
+    taken = [
+        path.relative_to(tmp_path / "hf").as_posix()
+        for path in Corpus(f"huggingface:{tmp_path / 'hf'}").reader.files
+    ]
     assert taken == ["data/0.parquet", "device/0.parquet", "train-0.parquet", "validated/0.parquet"]
-    assert [path.name for path in Corpus(f"huggingface:{tmp_path / 'hf'},split=test").reader.files] == ["test-0.parquet"]
+    assert [path.name for path in Corpus(f"huggingface:{tmp_path / 'hf'},split=test").reader.files] == [
+        "test-0.parquet"
+    ]
 
 
-# --- times -----------------------------------------------------------------------------------------------------------------
+# --- times --------------------------------------------------------------------------------------------------
 
 SEGMENTS = [("path", "{0}", "{1}", "sentence"), ("talk.wav", 0, 2, "one"), ("talk.wav", 2, 4, "two")]
 
@@ -388,7 +452,9 @@ def test_times_that_no_option_names_stop_a_table(begin, end, tmp_path):
 
 def test_an_end_alone_is_not_from_the_beginning(tmp_path):
     path = text(tmp_path / "t.csv", "audio,text,end\na.wav,one,2\n")
-    with pytest.raises(CorpusError, match="'end' without a beginning: name its column with offset=COLUMN, or give ignore=end"):
+    with pytest.raises(
+        CorpusError, match="'end' without a beginning: name its column with offset=COLUMN, or give ignore=end"
+    ):
         list(Corpus(f"table:{path}"))
     assert read(f"table:{path},ignore=end")[0][0].duration is None
 
@@ -417,15 +483,26 @@ def test_times_under_other_keys_cost_a_line_of_json(reader, tmp_path):
 @pytest.mark.parametrize("value", [1e9, -1, 1e306, "1.5", True, [1]])
 @pytest.mark.parametrize("field", ["offset", "duration"])
 def test_numbers_that_are_no_times_cost_a_manifests_line(field, value, tmp_path):
-    rows = [{"id": "bad", "audio": "a.wav", "text": "x", field: value}, {"id": "good", "audio": "a.wav", "text": "x"}]
+    rows = [
+        {"id": "bad", "audio": "a.wav", "text": "x", field: value},
+        {"id": "good", "audio": "a.wav", "text": "x"},
+    ]
     found, faults = read(f"manifest:{lines(tmp_path / 'm.jsonl', rows)}")
-    assert [entry.id for entry in found] == ["good"] and [(f.id, f.reason) for f in faults] == [("bad", "bad_row")]
+    assert [entry.id for entry in found] == ["good"] and [(f.id, f.reason) for f in faults] == [
+        ("bad", "bad_row")
+    ]
 
 
-# --- names, kinds of values, languages ---------------------------------------------------------------------------------------
+# --- names, kinds of values, languages ----------------------------------------------------------------------
 
 
-ODD = [(float("nan"), "NaN"), (["a"], "a list"), ({"en": "a"}, "an object"), (True, "true or false"), (7, "a number")]
+ODD = [
+    (float("nan"), "NaN"),
+    (["a"], "a list"),
+    ({"en": "a"}, "an object"),
+    (True, "true or false"),
+    (7, "a number"),
+]
 
 
 @pytest.mark.parametrize("value, said", ODD)
@@ -444,7 +521,10 @@ def test_numbers_of_ids_and_speakers_are_names(reader, tmp_path):
         {"id": 12345678901234567890123, "audio": "a.wav", "text": "x"},
     ]
     found, faults = read(f"{reader}:{lines(tmp_path / 'm.jsonl', rows)}")
-    assert [(entry.id, entry.speaker) for entry in found] == [("7", "12"), ("12345678901234567890123", None)] and not faults
+    assert [(entry.id, entry.speaker) for entry in found] == [
+        ("7", "12"),
+        ("12345678901234567890123", None),
+    ] and not faults
 
 
 def test_text_that_a_wrong_conversion_spoilt_is_refused(tmp_path):
@@ -453,7 +533,9 @@ def test_text_that_a_wrong_conversion_spoilt_is_refused(tmp_path):
         {"id": "b", "audio": "a.wav", "text": "x", "hypothesis": "\ufffd"},
     ]
     found, faults = read(f"manifest:{lines(tmp_path / 'm.jsonl', rows)}")
-    assert [entry.id for entry in found] == ["b"] and [(f.id, f.reason) for f in faults] == [("a", "encoding")]
+    assert [entry.id for entry in found] == ["b"] and [(f.id, f.reason) for f in faults] == [
+        ("a", "encoding")
+    ]
 
 
 def test_a_file_name_matches_in_either_unicode_form(tmp_path):
@@ -501,12 +583,14 @@ def test_the_language_of_fleurs_and_mls_is_not_any_folders_name(tmp_path):
         Corpus(f"{specification},lang=en")
 
 
-# --- tables and lists of other forms -----------------------------------------------------------------------------------------
+# --- tables and lists of other forms ------------------------------------------------------------------------
 
 
 def test_a_table_without_a_line_of_names(tmp_path):
     path = text(tmp_path / "metadata.csv", 'LJ1|"Hello," there|hello\nLJ2|bye|bye\nLJ3|cut\n')
-    found, faults = read(f"table:{path},delimiter=bar,columns=audio+raw+text,suffix=.wav,root={tmp_path / 'wavs'}")
+    found, faults = read(
+        f"table:{path},delimiter=bar,columns=audio+raw+text,suffix=.wav,root={tmp_path / 'wavs'}"
+    )
     assert [(entry.audio, entry.text) for entry in found] == [
         (str(tmp_path / f"wavs/LJ{n}.wav"), t) for n, t in ((1, "hello"), (2, "bye"))
     ]
@@ -523,21 +607,39 @@ def test_columns_that_are_not_named_are_proposed(tmp_path):
 
 
 @pytest.mark.parametrize("pack_it", [str.encode, lambda content: gzip.compress(content.encode())])
-@pytest.mark.parametrize("reader, key", [("manifest", "audio"), ("nemo", "audio_filepath"), ("table", "audio")])
+@pytest.mark.parametrize(
+    "reader, key", [("manifest", "audio"), ("nemo", "audio_filepath"), ("table", "audio")]
+)
 def test_json_lists_and_compressed_files_are_corpora(reader, key, pack_it, tmp_path):
     rows = [{key: f"{n}.wav", "text": f"t{n}"} for n in range(3)]
     suffix = ".gz" if pack_it is not str.encode else ""
-    for name, content in (("a.json", json.dumps(rows, indent=1)), ("b.jsonl", "".join(json.dumps(row) + "\n" for row in rows))):
+    for name, content in (
+        ("a.json", json.dumps(rows, indent=1)),
+        ("b.jsonl", "".join(json.dumps(row) + "\n" for row in rows)),
+    ):
         (tmp_path / (name + suffix)).write_bytes(pack_it(content))
-        assert [entry.text for entry in read(f"{reader}:{tmp_path / (name + suffix)}")[0]] == ["t0", "t1", "t2"]
+        assert [entry.text for entry in read(f"{reader}:{tmp_path / (name + suffix)}")[0]] == [
+            "t0",
+            "t1",
+            "t2",
+        ]
 
 
 def test_a_lhotse_list_and_other_manifests_of_lhotse(tmp_path):
     cuts = [cut("a", recording({"channels": [0]})), cut("b", recording({"channels": [0]}))]
-    assert [e.id for e in read(f"lhotse:{text(tmp_path / 'cuts.json', json.dumps(cuts, indent=2))}")[0]] == ["a", "b"]
-    others = [recording({"channels": [0]}), {"id": "s", "recording_id": "rec", "start": 0, "duration": 1, "text": "x"}]
+    assert [e.id for e in read(f"lhotse:{text(tmp_path / 'cuts.json', json.dumps(cuts, indent=2))}")[0]] == [
+        "a",
+        "b",
+    ]
+    others = [
+        recording({"channels": [0]}),
+        {"id": "s", "recording_id": "rec", "start": 0, "duration": 1, "text": "x"},
+    ]
     _, faults = read(f"lhotse:{lines(tmp_path / 'others.jsonl', others)}")
-    assert [fault.detail.split(":")[0] for fault in faults] == ["a recording, not a cut", "a supervision, not a cut"]
+    assert [fault.detail.split(":")[0] for fault in faults] == [
+        "a recording, not a cut",
+        "a supervision, not a cut",
+    ]
 
 
 def test_a_path_with_signs_of_options_is_taken_as_it_is(tmp_path):
@@ -553,8 +655,20 @@ def test_tags_of_gigaspeech_leave_no_trace(tmp_path):
         "A <NOISE> B": None,
         "<SIL>": None,
     }
-    segs = [{"sid": str(n), "begin_time": 0, "end_time": 1, "text_tn": t, "subsets": ["{S}"]} for n, t in enumerate([*said, 7])]
-    path = text(tmp_path / "GigaSpeech.json", json.dumps({"audios": [{"path": "a.opus", "segments": [*segs, 5]}, {"path": 3}]}))
+    segs = [
+        {"sid": str(n), "begin_time": 0, "end_time": 1, "text_tn": t, "subsets": ["{S}"]}
+        for n, t in enumerate([*said, 7])
+    ]
+    path = text(
+        tmp_path / "GigaSpeech.json",
+        json.dumps({"audios": [{"path": "a.opus", "segments": [*segs, 5]}, {"path": 3}]}),
+    )
     found, faults = read(f"gigaspeech:{path}")
     assert [entry.text for entry in found] == [words for words in said.values() if words]
-    assert [fault.reason for fault in faults] == ["no_speech", "no_speech", "bad_json", "bad_json", "bad_json"]
+    assert [fault.reason for fault in faults] == [
+        "no_speech",
+        "no_speech",
+        "bad_json",
+        "bad_json",
+        "bad_json",
+    ]

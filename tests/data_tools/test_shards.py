@@ -9,10 +9,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.shards import ShardError, ShardIndex, ShardWriter, audio_hash, fingerprint, id_hash, tar_header, write_index
+from data_tools.shards import (
+    ShardError,
+    ShardIndex,
+    ShardWriter,
+    audio_hash,
+    fingerprint,
+    id_hash,
+    tar_header,
+    write_index,
+)
 
 
-@given(name=st.from_regex(r"[a-zA-Z0-9_-]{1,90}\.[a-z0-9]{1,8}", fullmatch=True), size=st.integers(0, 2**32 - 1))
+@given(
+    name=st.from_regex(r"[a-zA-Z0-9_-]{1,90}\.[a-z0-9]{1,8}", fullmatch=True), size=st.integers(0, 2**32 - 1)
+)
 def test_headers_are_what_tarfile_writes(name, size):
     info = tarfile.TarInfo(name)
     info.size = size
@@ -60,10 +71,16 @@ def test_what_was_written_is_read(tmp_path_factory, shards):
     told = write_index(folder, "x", summaries)
     index = ShardIndex.load(folder)
     assert [index.read(row) for row in range(len(index))] == written
-    assert index.fingerprint == told["fingerprint"] == fingerprint(index.samples, [summary.sha256 for summary in summaries])
+    assert (
+        index.fingerprint
+        == told["fingerprint"]
+        == fingerprint(index.samples, [summary.sha256 for summary in summaries])
+    )
     for row, (audio, record) in enumerate(written):
         sample = index.samples[row]
-        assert index.tasks[sample["task"]] == record["task"] and index.langs[sample["lang"]] == (record["lang"] or "")
+        assert index.tasks[sample["task"]] == record["task"] and index.langs[sample["lang"]] == (
+            record["lang"] or ""
+        )
         assert sample["id_hash"] == id_hash("c", record["id"]) and sample["audio_hash"] == audio_hash(audio)
         assert sample["characters"] == len(record["text"]) and sample["tokens"] == row - np.searchsorted(
             index.samples["shard"], sample["shard"]
@@ -71,7 +88,9 @@ def test_what_was_written_is_read(tmp_path_factory, shards):
     index.close()
     with tarfile.open(folder / "x-0.tar") as tar:
         assert [m.name for m in tar] == [
-            f"{p:03d}.{e}" for p, (audio, *_) in enumerate(shards[0]) for e in (["flac"] if audio else []) + ["json"]
+            f"{p:03d}.{e}"
+            for p, (audio, *_) in enumerate(shards[0])
+            for e in (["flac"] if audio else []) + ["json"]
         ]
 
 
@@ -145,6 +164,10 @@ def test_json_is_kept_as_given(tmp_path):
     writer.add("a", None, "", record)
     write_index(tmp_path, "x", [writer.close("x-0.tar")])
     index = ShardIndex.load(tmp_path)
-    assert index.read(0) == (None, record) and index.samples["target_characters"][0] == 2 and index.codecs == [""]
+    assert (
+        index.read(0) == (None, record)
+        and index.samples["target_characters"][0] == 2
+        and index.codecs == [""]
+    )
     with tarfile.open(tmp_path / "x-0.tar") as tar:
         assert json.load(io.TextIOWrapper(tar.extractfile("a.json"), "utf-8")) == record

@@ -1,4 +1,5 @@
-"""Packed folders from strangers: any index, table or sample is read or is a ShardError of one line; no other file is opened."""
+"""Packed folders from strangers: any index, table or sample is read or is a ShardError of one line; no other
+file is opened."""
 
 import hashlib
 import json
@@ -14,8 +15,17 @@ from tests.hostile import damaged_bytes, is_one_line, json_documents, only_insid
 from train.preemption import DONE, WRONG_INPUT
 from train.staging import main as stage
 
-RECORD = {"id": "0", "corpus": "c", "task": "asr", "text": "words", "lang": "en", "duration": 1.0, "sample_rate": 16000,
-          "prompt": "Why?", "messages": [{"role": "user", "content": "hm"}]}
+RECORD = {
+    "id": "0",
+    "corpus": "c",
+    "task": "asr",
+    "text": "words",
+    "lang": "en",
+    "duration": 1.0,
+    "sample_rate": 16000,
+    "prompt": "Why?",
+    "messages": [{"role": "user", "content": "hm"}],
+}
 many = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -109,38 +119,52 @@ def replace_sample(folder, row, text):
     write_json(folder / "index.json", index)
 
 
-@pytest.mark.parametrize("text, says", [
-    (b"{", "is not valid JSON"), (b"[1]", "does not hold a JSON object"), (b"null", "does not hold a JSON object"),
-    (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "is not valid JSON .nested too deeply"),
-    (b'{"id": "\xff"}', "is not UTF-8"), (b"{}", "has no id"), (b'{"id": "a", "text": 5}', "has no text as text"),
-    (b'{"id": "a", "task": ["asr"]}', "has no text as task"), (b'{"id": "\\ud800"}', "has no text as id"),
-    (b'{"id": "a", "duration": NaN}', "has no number from 0 on as duration"),
-    (b'{"id": "a", "messages": [{"role": "user", "content": null}]}', "has messages that are not a list"),
-])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        (b"{", "is not valid JSON"),
+        (b"[1]", "does not hold a JSON object"),
+        (b"null", "does not hold a JSON object"),
+        (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "is not valid JSON .nested too deeply"),
+        (b'{"id": "\xff"}', "is not UTF-8"),
+        (b"{}", "has no id"),
+        (b'{"id": "a", "text": 5}', "has no text as text"),
+        (b'{"id": "a", "task": ["asr"]}', "has no text as task"),
+        (b'{"id": "\\ud800"}', "has no text as id"),
+        (b'{"id": "a", "duration": NaN}', "has no number from 0 on as duration"),
+        (b'{"id": "a", "messages": [{"role": "user", "content": null}]}', "has messages that are not a list"),
+    ],
+)
 def test_a_wrong_sample_is_named(folder, text, says):
     replace_sample(folder, 3, text)
     with pytest.raises(ShardError, match=f"x-1.tar: JSON of sample 3 {says}"):
         ShardIndex.load(folder).read(3)
 
 
-@pytest.mark.parametrize("change, says", [
-    (lambda i: i["shardlist"][1].update(url="../outside/file"), "is a path, not a plain file name"),
-    (lambda i: i["shardlist"][1].update(url="/etc/passwd"), "is a path, not a plain file name"),
-    (lambda i: i["shardlist"][1].update(url=".."), "begins with a dot"),
-    (lambda i: i["shardlist"][1].update(url="x-0.tar"), "two files are named x-0.tar"),
-    (lambda i: i["shardlist"][1].update(url="index.json"), "two files are named index.json"),
-    (lambda i: i["shardlist"][1].update(url=5), "is not a file name"),
-    (lambda i: i["shardlist"][0].update(sha256="../../x"), "'sha256' of shard x-0.tar is not 64 hexadecimal digits"),
-    (lambda i: i["shardlist"][0].update(filesize=2**63), "'filesize' of shard x-0.tar"),
-    (lambda i: i["shardlist"][0].update(nsamples=True), "'nsamples' of shard x-0.tar"),
-    (lambda i: i["shardlist"][0].pop("nsamples"), "'nsamples' of shard x-0.tar"),
-    (lambda i: i.update(fingerprint="/elsewhere"), "'fingerprint' is not a sha256"),
-    (lambda i: i.update(hours=float("nan")), "'hours' is not a number"),
-    (lambda i: i.update(tasks={"asr": 1}), "'tasks' is not a list"),
-    (lambda i: i.update(langs=[]), "names a lang that index.json does not list"),
-    (lambda i: i.pop("codecs"), "'codecs' is missing"),
-    (lambda i: i.update(rejected={"short": "many"}), "'rejected' is not an object of numbers"),
-])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda i: i["shardlist"][1].update(url="../outside/file"), "is a path, not a plain file name"),
+        (lambda i: i["shardlist"][1].update(url="/etc/passwd"), "is a path, not a plain file name"),
+        (lambda i: i["shardlist"][1].update(url=".."), "begins with a dot"),
+        (lambda i: i["shardlist"][1].update(url="x-0.tar"), "two files are named x-0.tar"),
+        (lambda i: i["shardlist"][1].update(url="index.json"), "two files are named index.json"),
+        (lambda i: i["shardlist"][1].update(url=5), "is not a file name"),
+        (
+            lambda i: i["shardlist"][0].update(sha256="../../x"),
+            "'sha256' of shard x-0.tar is not 64 hexadecimal digits",
+        ),
+        (lambda i: i["shardlist"][0].update(filesize=2**63), "'filesize' of shard x-0.tar"),
+        (lambda i: i["shardlist"][0].update(nsamples=True), "'nsamples' of shard x-0.tar"),
+        (lambda i: i["shardlist"][0].pop("nsamples"), "'nsamples' of shard x-0.tar"),
+        (lambda i: i.update(fingerprint="/elsewhere"), "'fingerprint' is not a sha256"),
+        (lambda i: i.update(hours=float("nan")), "'hours' is not a number"),
+        (lambda i: i.update(tasks={"asr": 1}), "'tasks' is not a list"),
+        (lambda i: i.update(langs=[]), "names a lang that index.json does not list"),
+        (lambda i: i.pop("codecs"), "'codecs' is missing"),
+        (lambda i: i.update(rejected={"short": "many"}), "'rejected' is not an object of numbers"),
+    ],
+)
 def test_an_index_that_pack_does_not_write_is_refused(folder, change, says):
     index = json.loads((folder / "index.json").read_text())
     change(index)
@@ -150,16 +174,19 @@ def test_an_index_that_pack_does_not_write_is_refused(folder, change, says):
     assert is_one_line(error.value)
 
 
-@pytest.mark.parametrize("column, value, says", [
-    ("shard", 7, "row 2 is not in the order of the shards"),
-    ("audio_offset", 2**63, "row 2 has audio beyond the end of its shard"),
-    ("audio_offset", 2**64 - 50, "row 2 has audio beyond the end of its shard"),
-    ("json_size", 2**32 - 1, "row 2 has json beyond the end of its shard"),
-    ("task", 9, "row 2 names a task that index.json does not list"),
-    ("codec", 9, "row 2 names a codec"),
-    ("duration", np.inf, "row 2 has a duration that is negative or not finite"),
-    ("duration", -1, "row 2 has a duration that is negative or not finite"),
-])
+@pytest.mark.parametrize(
+    "column, value, says",
+    [
+        ("shard", 7, "row 2 is not in the order of the shards"),
+        ("audio_offset", 2**63, "row 2 has audio beyond the end of its shard"),
+        ("audio_offset", 2**64 - 50, "row 2 has audio beyond the end of its shard"),
+        ("json_size", 2**32 - 1, "row 2 has json beyond the end of its shard"),
+        ("task", 9, "row 2 names a task that index.json does not list"),
+        ("codec", 9, "row 2 names a codec"),
+        ("duration", np.inf, "row 2 has a duration that is negative or not finite"),
+        ("duration", -1, "row 2 has a duration that is negative or not finite"),
+    ],
+)
 def test_the_first_wrong_row_is_named(folder, column, value, says):
     table = np.load(folder / "samples.npy")
     table[column][2:] = value
@@ -168,8 +195,15 @@ def test_the_first_wrong_row_is_named(folder, column, value, says):
         ShardIndex.load(folder)
 
 
-@pytest.mark.parametrize("table", [
-    np.zeros(4, np.float32), np.zeros((2, 2), SAMPLE_DTYPE), np.zeros((), SAMPLE_DTYPE), np.array([{}], object)])
+@pytest.mark.parametrize(
+    "table",
+    [
+        np.zeros(4, np.float32),
+        np.zeros((2, 2), SAMPLE_DTYPE),
+        np.zeros((), SAMPLE_DTYPE),
+        np.array([{}], object),
+    ],
+)
 def test_another_array_is_no_table(folder, table):
     np.save(folder / "samples.npy", table, allow_pickle=True)
     with pytest.raises(ShardError, match="samples.npy"):
@@ -202,22 +236,33 @@ def test_an_empty_folder_of_shards_loads(tmp_path):
 
 def recipe_of(tmp_path, folder):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"stage: alignment\noutput: {tmp_path / 'out'}\ndata: {{train: [{{shards: {folder}}}]}}\n")
+    recipe.write_text(
+        f"stage: alignment\noutput: {tmp_path / 'out'}\ndata: {{train: [{{shards: {folder}}}]}}\n"
+    )
     return str(recipe)
 
 
 def test_staging_writes_nowhere_but_into_its_folder(folder, tmp_path, monkeypatch, capsys):
-    recipe, local, victim = recipe_of(tmp_path, folder), tmp_path / "node" / "shards", tmp_path / "node" / "profile"
+    recipe, local, victim = (
+        recipe_of(tmp_path, folder),
+        tmp_path / "node" / "shards",
+        tmp_path / "node" / "profile",
+    )
     monkeypatch.setenv("SOUNDWAVE_LOCAL_SHARDS", str(local))
     assert stage([recipe]) == DONE
-    assert sorted(p.name for p in local.glob("*/*")) == ["x-0.tar", "x-1.tar"] and local.stat().st_mode & 0o777 == 0o700
+    assert (
+        sorted(p.name for p in local.glob("*/*")) == ["x-0.tar", "x-1.tar"]
+        and local.stat().st_mode & 0o777 == 0o700
+    )
     victim.write_text("mine")
     evil = tmp_path / "outside" / "profile"
     evil.write_text("evil")
     index = json.loads((folder / "index.json").read_text())
     digest = hashlib.sha256(b"evil").hexdigest()
     index["shardlist"].append({"url": "../outside/profile", "nsamples": 0, "filesize": 4, "sha256": digest})
-    index["fingerprint"] = fingerprint(np.load(folder / "samples.npy"), [s["sha256"] for s in index["shardlist"]])
+    index["fingerprint"] = fingerprint(
+        np.load(folder / "samples.npy"), [s["sha256"] for s in index["shardlist"]]
+    )
     write_json(folder / "index.json", index)
     assert stage([recipe]) == WRONG_INPUT
     index["shardlist"].pop()

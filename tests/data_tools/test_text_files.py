@@ -1,4 +1,5 @@
-"""Text of corpora: rows, encodings, compression and JSON as they really are; nothing is guessed, cut or lost."""
+"""Text of corpora: rows, encodings, compression and JSON as they really are; nothing is guessed, cut or
+lost."""
 
 import bz2
 import csv
@@ -44,7 +45,8 @@ def test_what_a_csv_writer_writes_is_read_back(tmp_path_factory, table, quoting)
 @settings(max_examples=100, deadline=None)
 @given(row=st.lists(st.text('ab ,"', max_size=6), min_size=1, max_size=6))
 def test_a_row_written_without_quoting_is_whole_or_refused(tmp_path_factory, row):
-    """Of a table of two columns: cells come as they were written, or the row is a problem; a cell never loses a part."""
+    """Of a table of two columns: cells come as they were written, or the row is a problem; a cell never loses
+    a part."""
     path = tmp_path_factory.mktemp("raw") / "t.csv"
     path.write_text("audio,text\n" + ",".join(row) + "\nz.wav,last\n")
     rows, problems = rows_of(path, quoted=False)
@@ -78,7 +80,9 @@ def test_rows_that_do_not_fit_the_header(body, texts, refused, tmp_path):
     (tmp_path / "t.csv").write_text("audio,text\n" + body)
     rows, problems = rows_of(tmp_path / "t.csv")
     assert [row["text"] for row in rows] == texts
-    assert problems.keys() == refused.keys() and all(words in problems[line].detail for line, words in refused.items())
+    assert problems.keys() == refused.keys() and all(
+        words in problems[line].detail for line, words in refused.items()
+    )
 
 
 def test_an_unclosed_quote_does_not_take_the_rest_of_a_large_file(tmp_path):
@@ -115,10 +119,17 @@ def test_encodings_and_compressions_are_known_by_their_first_bytes(encoding, squ
     assert [row["text"] for row in rows_of(path)[0]] == wanted
     assert [line.partition(",")[2] for _, line in text_lines(path)][1:] == wanted
     path.write_bytes(
-        squeeze(mark + "".join(json.dumps({"a": text}, ensure_ascii=False) + "\n" for text in wanted).encode(encoding))
+        squeeze(
+            mark
+            + "".join(json.dumps({"a": text}, ensure_ascii=False) + "\n" for text in wanted).encode(encoding)
+        )
     )
     assert [row for _, row in json_items(path)] == [{"a": text} for text in wanted]
-    path.write_bytes(squeeze(mark + json.dumps([{"a": text} for text in wanted], indent=1, ensure_ascii=False).encode(encoding)))
+    path.write_bytes(
+        squeeze(
+            mark + json.dumps([{"a": text} for text in wanted], indent=1, ensure_ascii=False).encode(encoding)
+        )
+    )
     assert [row for _, row in json_items(path)] == [{"a": text} for text in wanted]
 
 
@@ -139,7 +150,11 @@ def test_lines_in_another_encoding_are_refused_and_shown(tmp_path):
     rows, problems = rows_of(path)
     assert [row["text"] for row in rows] == ["hola"]
     assert {line: problem.reason for line, problem in problems.items()} == {2: "encoding", 3: "encoding"}
-    assert "byte 0xf1" in problems[2].detail and "'mañana iré'" in problems[2].detail and "encoding=cp1252" in problems[2].detail
+    assert (
+        "byte 0xf1" in problems[2].detail
+        and "'mañana iré'" in problems[2].detail
+        and "encoding=cp1252" in problems[2].detail
+    )
     found = [line for _, line in text_lines(path)]
     assert [isinstance(line, Problem) for line in found] == [False, True, True, False]
     path.write_bytes("audio,text\na.wav,x\n".encode("utf-16-le"))
@@ -185,7 +200,9 @@ def test_json_lists_and_lines_give_the_same_items(tmp_path_factory, items, inden
     folder = tmp_path_factory.mktemp("json")
     (folder / "list.json").write_text(json.dumps(items, indent=indent), encoding="utf-8")
     (folder / "object.json").write_text(json.dumps({"x": 1, "items": items}, indent=indent), encoding="utf-8")
-    (folder / "lines.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items) + "{}\n", encoding="utf-8")
+    (folder / "lines.jsonl").write_text(
+        "".join(json.dumps(item) + "\n" for item in items) + "{}\n", encoding="utf-8"
+    )
     before, text_files._CHUNK = text_files._CHUNK, chunk
     try:
         assert [item for _, item in json_items(folder / "list.json")] == items
@@ -214,8 +231,16 @@ def test_lines_of_json_that_are_none_cost_their_line(tmp_path):
     ]
     (tmp_path / "m.jsonl").write_text("\n".join(odd))
     found = dict(json_items(tmp_path / "m.jsonl"))
-    assert {place: value.reason for place, value in found.items() if isinstance(value, Problem)} == {2: "bad_json", 3: "bad_json"}
-    assert found[1] == {"a": 1} and found[7] == {"a": 2} and found[6] == {"a": "\ud800"} and found[5]["a"] != found[5]["a"]
+    assert {place: value.reason for place, value in found.items() if isinstance(value, Problem)} == {
+        2: "bad_json",
+        3: "bad_json",
+    }
+    assert (
+        found[1] == {"a": 1}
+        and found[7] == {"a": 2}
+        and found[6] == {"a": "\ud800"}
+        and found[5]["a"] != found[5]["a"]
+    )
 
 
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path):

@@ -16,7 +16,9 @@ from data_tools.shards import TABLE_NAME, ShardError, ShardIndex
 @pytest.fixture
 def packed(corpus, tmp_path):
     out = tmp_path / "packed"
-    assert pack.main(["--manifest", str(corpus), "--out", str(out), "--workers", "1", "--shard-mb", "0.3"]) == 0
+    assert (
+        pack.main(["--manifest", str(corpus), "--out", str(out), "--workers", "1", "--shard-mb", "0.3"]) == 0
+    )
     return out
 
 
@@ -27,7 +29,8 @@ def verdict(folder, capsys, *options):
 
 
 def rewrite(folder, change):
-    """Pack members anew, with `change(name, data)`, and let the index believe it (size, checksum, offsets stay as they were)."""
+    """Pack members anew, with `change(name, data)`, and let the index believe it (size, checksum, offsets
+    stay as they were)."""
     index = json.loads((folder / "index.json").read_text())
     path = folder / index["shardlist"][0]["url"]
     data = bytearray(path.read_bytes())
@@ -115,7 +118,11 @@ def test_show_counts_what_is_there(packed, tmp_path, capsys):
     rows = [line.split() for line in told.splitlines() if line.split()[:1] and line.split()[0] in index.tasks]
     assert sum(int(row[3]) for row in rows) == len(index), "samples by task, language and codec"
     seconds = index.samples["duration"][index.samples["duration"] > 0]
-    percentages = [float(line.split("%")[0].split()[-1]) for line in told.split("duration\n")[1].splitlines() if "%" in line][:12]
+    percentages = [
+        float(line.split("%")[0].split()[-1])
+        for line in told.split("duration\n")[1].splitlines()
+        if "%" in line
+    ][:12]
     assert sum(percentages) == pytest.approx(100, abs=0.6) and len(seconds) == 12
     assert "zero_length" in told, "what was refused is part of the report"
     assert (tmp_path / "h.png").read_bytes()[:4] == b"\x89PNG"

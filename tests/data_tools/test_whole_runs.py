@@ -1,4 +1,5 @@
-"""A command as its user sees it: sums that add up, faults that stop it early, splits, ids, dry runs, the folder it writes to."""
+"""A command as its user sees it: sums that add up, faults that stop it early, splits, ids, dry runs, the
+folder it writes to."""
 
 import io
 import json
@@ -57,24 +58,44 @@ def tar_of(path, members):
             archive.addfile(info, io.BytesIO(data))
 
 
-# --- sums ------------------------------------------------------------------------------------------------------------------
+# --- sums ---------------------------------------------------------------------------------------------------
 
 
 def test_the_report_adds_up(tmp_path, capsys):
     audio = wav(tmp_path / "a.wav").read_bytes()
-    members = [(f"u{n}.{kind}", data) for n in range(8) for kind, data in (("wav", audio), ("txt", b"hi there"))]
+    members = [
+        (f"u{n}.{kind}", data) for n in range(8) for kind, data in (("wav", audio), ("txt", b"hi there"))
+    ]
     tar_of(
-        tmp_path / "t.tar", [*members, ("lone.json", b"{}"), ("bad.wav", b"x"), ("bad.txt", b"hi"), ("q.npy", b""), ("._q", b"")]
+        tmp_path / "t.tar",
+        [*members, ("lone.json", b"{}"), ("bad.wav", b"x"), ("bad.txt", b"hi"), ("q.npy", b""), ("._q", b"")],
     )
     for last in (["--dry-run"], []):
         code, out, _ = run(
-            "--corpus", f"shards:{tmp_path / 't.tar'}", "--langs", "en", "--out", tmp_path / "out", *last, capsys=capsys
+            "--corpus",
+            f"shards:{tmp_path / 't.tar'}",
+            "--langs",
+            "en",
+            "--out",
+            tmp_path / "out",
+            *last,
+            capsys=capsys,
         )
         assert code == 2, "no language is known"
-        options = ["--corpus", f"shards:{tmp_path / 't.tar'},lang=en", "--out", tmp_path / "out", "--max-seconds", "5", *last]
+        options = [
+            "--corpus",
+            f"shards:{tmp_path / 't.tar'},lang=en",
+            "--out",
+            tmp_path / "out",
+            "--max-seconds",
+            "5",
+            *last,
+        ]
         code, out, _ = run(*options, capsys=capsys)
         assert code == 0
-        read, samples, refused = map(int, re.search(r"read (\d+) = (\d+) samples \+ (\d+) refused", out).groups())
+        read, samples, refused = map(
+            int, re.search(r"read (\d+) = (\d+) samples \+ (\d+) refused", out).groups()
+        )
         counted = sum(int(count) for count in re.findall(r"refused +(\d+) ", out))
         assert read == samples + refused == 10 and counted == refused == (1 if last else 2)
         assert sum(int(count) for count in re.findall(r"ignored +(\d+) ", out)) == 2
@@ -83,7 +104,7 @@ def test_the_report_adds_up(tmp_path, capsys):
     assert show.main([str(tmp_path / "out")]) == 0 and ".npy members" in capsys.readouterr().out
 
 
-# --- the share of what is broken -------------------------------------------------------------------------------------------
+# --- the share of what is broken ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -102,21 +123,37 @@ def test_faults_of_lines_and_clips_count_together_from_the_first_one(rows, code,
     """Beside five good clips; a filter's refusals are no faults."""
     wav(tmp_path / "a.wav")
     good = [{"id": f"g{n}", "audio": "a.wav", "text": "hi", "duration": 0.2} for n in range(5)]
-    rows = [row if isinstance(row, str) else {"id": f"b{n}", "duration": 0.2, **row} for n, row in enumerate(rows)]
+    rows = [
+        row if isinstance(row, str) else {"id": f"b{n}", "duration": 0.2, **row} for n, row in enumerate(rows)
+    ]
     path = manifest(tmp_path / "m.jsonl", [*good, *rows])
     for last in (["--dry-run"], []):
-        found, out, err = run("--manifest", path, "--out", tmp_path / "out", "--max-rate", "100", *last, capsys=capsys)
+        found, out, err = run(
+            "--manifest", path, "--out", tmp_path / "out", "--max-rate", "100", *last, capsys=capsys
+        )
         assert found == code and "Traceback" not in err and "{'" not in out + err, (out, err)
         if code:
-            assert "broken" in err and err.count("\n") <= 2 and ("m.jsonl:6" in err or "b0" in err or "gone.wav" in err)
+            assert (
+                "broken" in err
+                and err.count("\n") <= 2
+                and ("m.jsonl:6" in err or "b0" in err or "gone.wav" in err)
+            )
     if code:
         again, *_ = run(
-            "--manifest", path, "--out", tmp_path / "out", "--max-rate", "100", "--max-broken-share", "1", capsys=capsys
+            "--manifest",
+            path,
+            "--out",
+            tmp_path / "out",
+            "--max-rate",
+            "100",
+            "--max-broken-share",
+            "1",
+            capsys=capsys,
         )
         assert again == 0 and len(records(tmp_path / "out")) == 5
 
 
-# --- splits ----------------------------------------------------------------------------------------------------------------
+# --- splits -------------------------------------------------------------------------------------------------
 
 
 def speakers_of(folder):
@@ -134,7 +171,12 @@ def test_all_splits_in_one_pass_are_those_of_single_commands(tmp_path, capsys, m
     assert code == 0 and len(passes) == 1
     assert re.search(r"speakers by split: train \d+ \(\d+ samples\), valid \d+", out)
     for name in ("train", "valid"):
-        assert run("--manifest", path, "--out", tmp_path / "one" / name, *splits, "--take", name, capsys=capsys)[0] == 0
+        assert (
+            run("--manifest", path, "--out", tmp_path / "one" / name, *splits, "--take", name, capsys=capsys)[
+                0
+            ]
+            == 0
+        )
         ours, theirs = (
             {file.name: file.read_bytes() for file in (tmp_path / kind / name).iterdir() if file.is_file()}
             for kind in ("all", "one")
@@ -142,14 +184,28 @@ def test_all_splits_in_one_pass_are_those_of_single_commands(tmp_path, capsys, m
         assert ours == theirs
     assert not speakers_of(tmp_path / "all" / "train") & speakers_of(tmp_path / "all" / "valid")
     assert sum(len(records(tmp_path / "all" / name)) for name in ("train", "valid")) == 60
-    assert run("--manifest", path, "--out", tmp_path / "all", *splits, capsys=capsys)[1].count("is packed already") == 2
+    assert (
+        run("--manifest", path, "--out", tmp_path / "all", *splits, capsys=capsys)[1].count(
+            "is packed already"
+        )
+        == 2
+    )
 
 
 def test_all_splits_by_parts_and_merge(tmp_path, capsys):
     wav(tmp_path / "a.wav")
     rows = [{"id": f"u{n}", "audio": "a.wav", "text": "x", "speaker": f"s{n % 20}"} for n in range(60)]
     path = manifest(tmp_path / "m.jsonl", rows)
-    options = ["--manifest", path, "--out", tmp_path / "out", "--splits", "train=0.7,valid=0.3", "--shard-mb", "0.05"]
+    options = [
+        "--manifest",
+        path,
+        "--out",
+        tmp_path / "out",
+        "--splits",
+        "train=0.7,valid=0.3",
+        "--shard-mb",
+        "0.05",
+    ]
     for part in ("1/2", "0/2"):
         assert run(*options, "--part", part, capsys=capsys)[0] == 0
     assert run("--merge", "--out", tmp_path / "out", capsys=capsys)[0] == 0
@@ -165,9 +221,12 @@ def test_a_split_is_the_same_whatever_the_reader(speaker, tmp_path, capsys):
     for name in names:
         wav(tmp_path / "wavs" / f"{name}.wav", 0.1)
     more = {name: {"speaker": who[name]} if speaker else {} for name in names}
-    manifest(tmp_path / "m.jsonl", [{"id": n, "audio": f"wavs/{n}.wav", "text": "x", **more[n]} for n in names])
     manifest(
-        tmp_path / "nemo.json", [{"audio_filepath": f"wavs/{n}.wav", "duration": 0.1, "text": "x", **more[n]} for n in names]
+        tmp_path / "m.jsonl", [{"id": n, "audio": f"wavs/{n}.wav", "text": "x", **more[n]} for n in names]
+    )
+    manifest(
+        tmp_path / "nemo.json",
+        [{"audio_filepath": f"wavs/{n}.wav", "duration": 0.1, "text": "x", **more[n]} for n in names],
     )
     table = "file,words,who\n" + "".join(f"wavs/{n}.wav,x,{who[n]}\n" for n in reversed(names))
     (tmp_path / "t.csv").write_text(table)
@@ -178,13 +237,20 @@ def test_a_split_is_the_same_whatever_the_reader(speaker, tmp_path, capsys):
     if speaker:
         (kaldi / "utt2spk").write_text("".join(f"{n} {who[n]}\n" for n in names))
     (tmp_path / "wavs" / "metadata.csv").write_text(
-        "file_name,text" + ",speaker" * speaker + "\n" + "".join(f"{n}.wav,x{f',{who[n]}' * speaker}\n" for n in names)
+        "file_name,text"
+        + ",speaker" * speaker
+        + "\n"
+        + "".join(f"{n}.wav,x{f',{who[n]}' * speaker}\n" for n in names)
     )
     audio = [(tmp_path / "wavs" / f"{n}.wav").read_bytes() for n in names]
     columns = {"audio": audio, "text": ["x"] * 40, "who": [who[n] for n in names], "name": names}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "p.parquet")
     meta = [json.dumps({"text": "x", **more[n]}).encode() for n in names]
-    members = [m for n, data, told in zip(names, audio, meta, strict=True) for m in ((f"d/{n}.wav", data), (f"d/{n}.json", told))]
+    members = [
+        m
+        for n, data, told in zip(names, audio, meta, strict=True)
+        for m in ((f"d/{n}.wav", data), (f"d/{n}.json", told))
+    ]
     tar_of(tmp_path / "foreign.tar", members)
     assert run("--manifest", tmp_path / "m.jsonl", "--out", tmp_path / "packed", capsys=capsys)[0] == 0
     by_column = ",speaker=who" * speaker
@@ -205,7 +271,10 @@ def test_a_split_is_the_same_whatever_the_reader(speaker, tmp_path, capsys):
         make_plan(plan, pack.open_corpora([corpus]), sieve, Layout(), {})
         with open(plan / "entries.jsonl") as lines:
             entries = [Entry.from_json(line) for line in lines]
-        stems = {entry.id.rpartition("/")[2] if not corpus.startswith("table") else entry.audio[-7:-4] for entry in entries}
+        stems = {
+            entry.id.rpartition("/")[2] if not corpus.startswith("table") else entry.audio[-7:-4]
+            for entry in entries
+        }
         assert 5 < len(stems) < 30, corpus
         found.add(frozenset(stems))
     assert len(found) == 1, "one split"
@@ -214,8 +283,12 @@ def test_a_split_is_the_same_whatever_the_reader(speaker, tmp_path, capsys):
 def test_the_smallest_manifest_can_be_split_and_says_by_what(tmp_path, capsys):
     for n in range(30):
         wav(tmp_path / f"{n}.wav", 0.1)
-    path = manifest(tmp_path / "m.jsonl", [{"id": f"u{n}", "audio": f"{n}.wav", "text": "x"} for n in range(30)])
-    code, out, _ = run("--manifest", path, "--out", tmp_path / "out", "--splits", "train=0.7,valid=0.3", capsys=capsys)
+    path = manifest(
+        tmp_path / "m.jsonl", [{"id": f"u{n}", "audio": f"{n}.wav", "text": "x"} for n in range(30)]
+    )
+    code, out, _ = run(
+        "--manifest", path, "--out", tmp_path / "out", "--splits", "train=0.7,valid=0.3", capsys=capsys
+    )
     assert code == 0 and "no speaker is known of 30 samples: split by recording" in out
     assert sum(len(records(tmp_path / "out" / name)) for name in ("train", "valid")) == 30
 
@@ -228,26 +301,33 @@ def test_an_empty_split_is_an_error_with_advice_before_anything_is_packed(tmp_pa
     for last in (["--dry-run"], []):
         code, _, err = run(*options, *last, capsys=capsys)
         assert (
-            code == 2 and re.search(r"0 of 1 speakers fell into (train|valid)", err) and "--seed" in err and "--split-by" in err
+            code == 2
+            and re.search(r"0 of 1 speakers fell into (train|valid)", err)
+            and "--seed" in err
+            and "--split-by" in err
         )
     assert not list((tmp_path / "out").rglob("*.tar"))
     assert run(*options, "--split-by", "id", capsys=capsys)[0] == 0, "another choice needs no cleaning up"
 
 
-# --- ids -------------------------------------------------------------------------------------------------------------------
+# --- ids ----------------------------------------------------------------------------------------------------
 
 
 def test_manifests_of_one_name_keep_all_their_samples(tmp_path, capsys):
     for lang, pitch in (("de", 300), ("fr", 500)):
         for n in range(3):
             wav(tmp_path / lang / f"{n}.wav", hertz=pitch)
-        manifest(tmp_path / lang / "train.jsonl", [{"audio": f"{n}.wav", "text": f"{lang} {n}"} for n in range(3)])
+        manifest(
+            tmp_path / lang / "train.jsonl", [{"audio": f"{n}.wav", "text": f"{lang} {n}"} for n in range(3)]
+        )
     options = [part for lang in ("de", "fr") for part in ("--manifest", tmp_path / lang / "train.jsonl")]
     code, out, _ = run(*options, "--out", tmp_path / "out", capsys=capsys)
     found = {record["id"]: record["text"] for record in records(tmp_path / "out")}
     assert code == 0 and "de/ID" in out and found["fr/train-000000001"] == "fr 0" and len(found) == 6
     code, out, _ = run(*options[:2], *options[:2], "--out", tmp_path / "twice", capsys=capsys)
-    assert len(records(tmp_path / "twice")) == 3 and "duplicate_id" in out, "the same file twice is no other corpus"
+    assert len(records(tmp_path / "twice")) == 3 and "duplicate_id" in out, (
+        "the same file twice is no other corpus"
+    )
 
 
 def test_keys_that_restart_in_each_tar_are_told_apart_and_others_stay(tmp_path, capsys):
@@ -262,7 +342,12 @@ def test_keys_that_restart_in_each_tar_are_told_apart_and_others_stay(tmp_path, 
     manifest_path = tmp_path / "ann.jsonl"
     from data_tools import annotate
 
-    assert annotate.main(["--corpus", f"shards:{tmp_path / 'tars'}", "--out", str(manifest_path), "--workers", "1"]) == 0
+    assert (
+        annotate.main(
+            ["--corpus", f"shards:{tmp_path / 'tars'}", "--out", str(manifest_path), "--workers", "1"]
+        )
+        == 0
+    )
     assert run("--manifest", manifest_path, "--out", tmp_path / "annotated", capsys=capsys)[0] == 0
     assert {record["id"]: record["text"] for record in records(tmp_path / "annotated")} == found
 
@@ -270,12 +355,18 @@ def test_keys_that_restart_in_each_tar_are_told_apart_and_others_stay(tmp_path, 
 def test_one_id_twice_in_a_manifest_is_a_fault(tmp_path, capsys):
     for name in "ab":
         wav(tmp_path / f"{name}.wav")
-    path = manifest(tmp_path / "m.jsonl", [{"id": "u", "audio": f"{name}.wav", "text": name} for name in "ab"])
+    path = manifest(
+        tmp_path / "m.jsonl", [{"id": "u", "audio": f"{name}.wav", "text": name} for name in "ab"]
+    )
     code, out, _ = run("--manifest", path, "--out", tmp_path / "out", capsys=capsys)
-    assert code == 0 and "duplicate_id" in out and [record["text"] for record in records(tmp_path / "out")] == ["a"]
+    assert (
+        code == 0
+        and "duplicate_id" in out
+        and [record["text"] for record in records(tmp_path / "out")] == ["a"]
+    )
 
 
-# --- one sample ------------------------------------------------------------------------------------------------------------
+# --- one sample ---------------------------------------------------------------------------------------------
 
 ODD = [
     RuntimeError("odd chunk"),
@@ -308,9 +399,14 @@ PLACES = [
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("error", ODD, ids=lambda error: type(error).__name__)
-def test_whatever_one_sample_raises_wherever_it_is_that_samples_fault(place, error, tmp_path, capsys, monkeypatch):
+def test_whatever_one_sample_raises_wherever_it_is_that_samples_fault(
+    place, error, tmp_path, capsys, monkeypatch
+):
     wav(tmp_path / "a.wav")
-    path = manifest(tmp_path / "m.jsonl", [{"id": f"u{n}", "audio": "a.wav", "text": "x", "duration": 0.2} for n in range(4)])
+    path = manifest(
+        tmp_path / "m.jsonl",
+        [{"id": f"u{n}", "audio": "a.wav", "text": "x", "duration": 0.2} for n in range(4)],
+    )
     owner, _, name = place.rpartition(".")
     owner = re.sub(r"^data_tools\.packing\.quality", "data_tools.quality", owner)
     module, _, attribute = owner.rpartition(".") if owner.rpartition(".")[2][0].isupper() else (owner, "", "")
@@ -325,12 +421,18 @@ def test_whatever_one_sample_raises_wherever_it_is_that_samples_fault(place, err
         return real(*arguments, **options)
 
     monkeypatch.setattr(target, name, sometimes)
-    monkeypatch.setattr(Packing, "run", lambda self, shards, hours, workers: [self.write_shard(shard) for shard in shards])
+    monkeypatch.setattr(
+        Packing, "run", lambda self, shards, hours, workers: [self.write_shard(shard) for shard in shards]
+    )
     code, _, err = run("--manifest", path, "--out", tmp_path / "out", "--measure", capsys=capsys)
     assert code == 0 and len(records(tmp_path / "out")) == 3, err
     (line,) = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     fault = json.loads(line)
-    assert fault["reason"] in {"failed", "bad_row", "too_large", "encoding"} and fault["detail"] and "\n" not in fault["detail"]
+    assert (
+        fault["reason"] in {"failed", "bad_row", "too_large", "encoding"}
+        and fault["detail"]
+        and "\n" not in fault["detail"]
+    )
 
 
 def test_a_full_disk_is_no_samples_fault(tmp_path, capsys, monkeypatch):
@@ -341,19 +443,25 @@ def test_a_full_disk_is_no_samples_fault(tmp_path, capsys, monkeypatch):
         raise OutputError("cannot write x: No space left on device")
 
     monkeypatch.setattr(packing_module.ShardWriter, "add", full)
-    monkeypatch.setattr(Packing, "run", lambda self, shards, hours, workers: [self.write_shard(shard) for shard in shards])
+    monkeypatch.setattr(
+        Packing, "run", lambda self, shards, hours, workers: [self.write_shard(shard) for shard in shards]
+    )
     code, _, err = run("--manifest", path, "--out", tmp_path / "out", capsys=capsys)
     assert code == 1 and "free space there, then run the same command again" in err
 
 
-# --- dry runs --------------------------------------------------------------------------------------------------------------
+# --- dry runs -----------------------------------------------------------------------------------------------
 
 
 def test_a_dry_run_tells_the_truth(tmp_path, capsys):
     wav(tmp_path / "a.wav", 1.5)
     (tmp_path / "broken.flac").write_bytes(b"fLaC" + bytes(50))
     rows = [{"id": f"u{n}", "audio": "a.wav", "text": "x", "mos": 3, "client_id": "c"} for n in range(6)]
-    rows += [{"id": "gone", "audio": "gone.wav", "text": "x"}, {"id": "odd", "audio": "broken.flac", "text": "x"}, "{broken\n"]
+    rows += [
+        {"id": "gone", "audio": "gone.wav", "text": "x"},
+        {"id": "odd", "audio": "broken.flac", "text": "x"},
+        "{broken\n",
+    ]
     path = manifest(tmp_path / "m.jsonl", rows)
     code, out, err = run("--manifest", path, "--out", tmp_path / "out", "--dry-run", capsys=capsys)
     assert code == 0 and not err.strip() and "{'" not in out and "0.00 h" not in out
@@ -363,19 +471,25 @@ def test_a_dry_run_tells_the_truth(tmp_path, capsys):
     assert "1 missing_file (for example gone: " in out and "1 undecodable (for example odd: " in out
     assert not (tmp_path / "out").exists()
     code, out, err = run("--manifest", path, "--out", tmp_path / "a.wav" / "out", "--dry-run", capsys=capsys)
-    assert code == 0 and out.splitlines()[-1].endswith(f"out cannot be written: {tmp_path / 'a.wav'} is a file")
+    assert code == 0 and out.splitlines()[-1].endswith(
+        f"out cannot be written: {tmp_path / 'a.wav'} is a file"
+    )
 
 
 def test_a_dry_run_ends_like_packing_where_files_are_missing(tmp_path, capsys):
-    path = manifest(tmp_path / "m.jsonl", [{"id": f"u{n}", "audio": f"gone{n}.wav", "text": "x"} for n in range(300)])
+    path = manifest(
+        tmp_path / "m.jsonl", [{"id": f"u{n}", "audio": f"gone{n}.wav", "text": "x"} for n in range(300)]
+    )
     code, out, err = run("--manifest", path, "--out", tmp_path / "out", "--dry-run", capsys=capsys)
     assert code == 2 and "looked for 200 clips" in out and "200 of the 200 clips" in err
 
 
-# --- the output folder -----------------------------------------------------------------------------------------------------
+# --- the output folder --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strange", ["notes.txt", ".pack/precious/f", "samples.npy", "other-000000.tar", "rejected.jsonl"])
+@pytest.mark.parametrize(
+    "strange", ["notes.txt", ".pack/precious/f", "samples.npy", "other-000000.tar", "rejected.jsonl"]
+)
 def test_a_folder_with_other_files_is_not_packed_into(strange, tmp_path, capsys):
     wav(tmp_path / "a.wav")
     path = manifest(tmp_path / "m.jsonl", [{"id": "u", "audio": "a.wav", "text": "x"}])
@@ -435,7 +549,7 @@ def test_two_processes_on_one_output(tmp_path, capsys, monkeypatch):
     assert run("--manifest", path, "--out", out, capsys=capsys)[0] == 0
 
 
-# --- what is shown ---------------------------------------------------------------------------------------------------------
+# --- what is shown ------------------------------------------------------------------------------------------
 
 
 def test_a_log_has_a_line_a_minute(capsys, monkeypatch):
@@ -481,7 +595,9 @@ def test_a_folder_of_packed_folders_is_listed(tmp_path, capsys):
         str(tmp_path / "packed" / "one"),
         str(tmp_path / "packed" / "two" / "train"),
     ]
-    assert "1.0 s" in lines[1] and "not finished" in lines[3] and str(tmp_path / "packed" / "begun") in lines[3]
+    assert (
+        "1.0 s" in lines[1] and "not finished" in lines[3] and str(tmp_path / "packed" / "begun") in lines[3]
+    )
     assert show.main([str(tmp_path)]) == 0
     (tmp_path / "empty").mkdir()
     assert show.main([str(tmp_path / "empty")]) == 2 and "holds no index.json" in capsys.readouterr().err
@@ -492,7 +608,10 @@ def test_the_examples_of_the_documents_work(tmp_path, capsys, monkeypatch):
     from pathlib import Path
 
     text = (
-        (Path(pack.__file__).parents[1] / "docs" / "data.md").read_text().split("## Four complete examples")[1].split("\n## ")[0]
+        (Path(pack.__file__).parents[1] / "docs" / "data.md")
+        .read_text()
+        .split("## Four complete examples")[1]
+        .split("\n## ")[0]
     )
     for speaker in range(30):
         wav(tmp_path / "data" / "mine" / f"s{speaker}" / "a.wav").with_suffix(".txt").write_text("hello")
@@ -526,10 +645,14 @@ def test_the_examples_of_the_documents_work(tmp_path, capsys, monkeypatch):
                 .replace("/shards/", f"{tmp_path}/shards/")
                 .split()
             )
-            words = [word.replace(":/data", f":{tmp_path}/data") for word in words if word not in ("python", "-m")]
+            words = [
+                word.replace(":/data", f":{tmp_path}/data") for word in words if word not in ("python", "-m")
+            ]
             assert tools[words[0]].main(words[1:]) == 0, (command, capsys.readouterr())
     assert (
-        len(speakers_of(tmp_path / "shards" / "mine" / "train")) + len(speakers_of(tmp_path / "shards" / "mine" / "valid")) == 30
+        len(speakers_of(tmp_path / "shards" / "mine" / "train"))
+        + len(speakers_of(tmp_path / "shards" / "mine" / "valid"))
+        == 30
     )
     assert records(tmp_path / "shards" / "test-clean")[0]["text"] == "Hello there"
     assert records(tmp_path / "shards" / "hub" / "train")[0]["speaker"] == "c"
@@ -541,10 +664,13 @@ def test_clips_of_equal_samples_stay_where_they_were(tmp_path, capsys):
     for n in range(4):
         soundfile.write(tmp_path / f"{n}.wav", (np.arange(3200 + n) % 100 * 100).astype(np.int16), 16000)
     path = manifest(
-        tmp_path / "m.jsonl", [{"id": f"ü {n}", "audio": f"{n}.wav", "text": f"words {n}", "lang": "en"} for n in range(4)]
+        tmp_path / "m.jsonl",
+        [{"id": f"ü {n}", "audio": f"{n}.wav", "text": f"words {n}", "lang": "en"} for n in range(4)],
     )
     assert run("--manifest", path, "--out", tmp_path / "out", "--codec", "copy", capsys=capsys)[0] == 0
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     # Of the first version that wrote this format.
-    assert index["shardlist"][0]["sha256"] == "65ded78a87b5459be5879c843b24a4454695a01cab7b156f6ae0e65bdda020d5"
+    assert (
+        index["shardlist"][0]["sha256"] == "65ded78a87b5459be5879c843b24a4454695a01cab7b156f6ae0e65bdda020d5"
+    )
     assert index["fingerprint"] == "f13f490c33f2c2cc51e2a5ccf357e093bca5fc54f6a3cf3fa79cd34440f5096b"

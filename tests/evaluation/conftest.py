@@ -7,22 +7,33 @@ import pytest
 import soundfile
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, WhisperConfig, WhisperForConditionalGeneration
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 from data_tools.shards import ShardWriter, write_index
 from model import folder
 from model.config import EncoderConfig, LLMConfig, SoundwaveConfig
 from model.soundwave import Soundwave
 
-TEMPLATE = ("{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}")
+TEMPLATE = (
+    "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
 SECONDS = [0.4, 1.3, 0.7, 2.1, 0.5, 1.0, 0.9]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
     tokenizer.chat_template = TEMPLATE
@@ -34,22 +45,50 @@ def parts(tmp_path_factory):
     """Folders of a tiny Whisper and a tiny Llama with a byte tokenizer."""
     root = tmp_path_factory.mktemp("parts")
     torch.manual_seed(1)
-    WhisperForConditionalGeneration(WhisperConfig(
-        vocab_size=300, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-        encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=80, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        decoder_start_token_id=3)).save_pretrained(root / "whisper")
+    WhisperForConditionalGeneration(
+        WhisperConfig(
+            vocab_size=300,
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            num_mel_bins=80,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=3,
+        )
+    ).save_pretrained(root / "whisper")
     tokenizer = byte_tokenizer()
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=None, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, initializer_range=0.3)).save_pretrained(root / "llm")
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            pad_token_id=None,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            initializer_range=0.3,
+        )
+    ).save_pretrained(root / "llm")
     tokenizer.save_pretrained(root / "llm")
     return root
 
 
 def config_of(parts) -> SoundwaveConfig:
-    return SoundwaveConfig(encoder=EncoderConfig(name=str(parts / "whisper")),
-                           llm=LLMConfig(name=str(parts / "llm"), lora_r=4), attention_implementation="sdpa")
+    return SoundwaveConfig(
+        encoder=EncoderConfig(name=str(parts / "whisper")),
+        llm=LLMConfig(name=str(parts / "llm"), lora_r=4),
+        attention_implementation="sdpa",
+    )
 
 
 def scatter(model: Soundwave) -> None:
@@ -78,7 +117,9 @@ def sound(seconds: float, seed: int) -> bytes:
     """A chirp in noise as FLAC at 16 kHz."""
     random = np.random.default_rng(seed)
     time = np.arange(round(seconds * 16000)) / 16000
-    wave = 0.3 * np.sin(2 * np.pi * (150 + 40 * seed + 300 * time) * time) + 0.05 * random.standard_normal(len(time))
+    wave = 0.3 * np.sin(2 * np.pi * (150 + 40 * seed + 300 * time) * time) + 0.05 * random.standard_normal(
+        len(time)
+    )
     buffer = io.BytesIO()
     soundfile.write(buffer, wave.astype(np.float32), 16000, format="FLAC")
     return buffer.getvalue()
@@ -95,8 +136,15 @@ def write_folder(path, samples):
 
 
 def record(number: int, seconds: float | None, task: str = "asr", **more) -> dict:
-    return {"id": f"{task}-{number}", "corpus": "toy", "task": task, "text": f"words of clip {number}", "lang": "en",
-            "duration": seconds, "sample_rate": 16000} | more
+    return {
+        "id": f"{task}-{number}",
+        "corpus": "toy",
+        "task": task,
+        "text": f"words of clip {number}",
+        "lang": "en",
+        "duration": seconds,
+        "sample_rate": 16000,
+    } | more
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +153,15 @@ def packed(tmp_path_factory):
     samples = [(record(i, seconds), sound(seconds, i)) for i, seconds in enumerate(SECONDS)]
     samples.append((record(7, 0.8), sound(0.8, 7)[:60]))
     for i, seconds in ((8, 0.6), (9, 0.9)):
-        samples.append((record(i, seconds, "translation", prompt="Translate the speech into French.", response="les mots"),
-                        sound(seconds, i)))
-    samples.append((record(10, None, "text", text=None, prompt="Say yes or no.", response="yes", label="yes"), None))
+        samples.append(
+            (
+                record(
+                    i, seconds, "translation", prompt="Translate the speech into French.", response="les mots"
+                ),
+                sound(seconds, i),
+            )
+        )
+    samples.append(
+        (record(10, None, "text", text=None, prompt="Say yes or no.", response="yes", label="yes"), None)
+    )
     return write_folder(tmp_path_factory.mktemp("shards") / "toy", samples)

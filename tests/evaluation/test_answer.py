@@ -34,22 +34,44 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-@pytest.mark.parametrize("stage, how", [("alignment", None), ("shrinking", None), ("shrinking", "joint"), ("shrinking", "ctc")])
+@pytest.mark.parametrize(
+    "stage, how", [("alignment", None), ("shrinking", None), ("shrinking", "joint"), ("shrinking", "ctc")]
+)
 def test_files_are_answered_as_shards_are(folders, packed, files, capsys, stage, how):
     more = ["--decode", how] if how else []
-    assert answer.main([str(folders / stage), *map(str, files), "--max-new-tokens", "6", "--device", "cpu", *more]) == 0
+    assert (
+        answer.main(
+            [str(folders / stage), *map(str, files), "--max-new-tokens", "6", "--device", "cpu", *more]
+        )
+        == 0
+    )
     joint = JointSearch() if how == "joint" else None
-    wanted = expected(folders / stage, packed, "asr", generate=stage == "shrinking" and how != "ctc", joint=joint)
+    wanted = expected(
+        folders / stage, packed, "asr", generate=stage == "shrinking" and how != "ctc", joint=joint
+    )
     assert answers(capsys) == {str(file): one_line(wanted[f"asr-{i}"]) for i, file in enumerate(files)}
 
 
 def test_a_prompt_stands_behind_the_sound(folders, files, capsys):
     model = folder.load(folders / "shrinking")
     waveform = decode(files[0].read_bytes())
-    said = [model.answer([[{"role": "user", "content": f"<audio_patch>\n{prompt}"}]], [waveform], max_new_tokens=6)[0]
-            for prompt in ("How many?", INSTRUCTIONS["asr"])]
+    said = [
+        model.answer(
+            [[{"role": "user", "content": f"<audio_patch>\n{prompt}"}]], [waveform], max_new_tokens=6
+        )[0]
+        for prompt in ("How many?", INSTRUCTIONS["asr"])
+    ]
     assert said[0] != said[1]
-    command = [str(folders / "shrinking"), str(files[0]), "--max-new-tokens", "6", "--device", "cpu", "--prompt", "How many?"]
+    command = [
+        str(folders / "shrinking"),
+        str(files[0]),
+        "--max-new-tokens",
+        "6",
+        "--device",
+        "cpu",
+        "--prompt",
+        "How many?",
+    ]
     assert answer.main(command) == 0
     assert answers(capsys) == {str(files[0]): one_line(said[0])}
 
@@ -61,10 +83,18 @@ def test_a_file_that_is_no_use_costs_its_own_line(folders, files, tmp_path, caps
     soundfile.write(long, np.zeros(301 * 8000), 8000)
     soundfile.write(windows, np.zeros(31 * 16000), 16000)  # beyond Whisper's 30 s: encoded in two windows
     bad = [tmp_path / "none.wav", text, empty, long]
-    assert answer.main([str(folders / "alignment"), *map(str, [*bad, windows, files[0]]), "--device", "cpu"]) == 2
+    assert (
+        answer.main([str(folders / "alignment"), *map(str, [*bad, windows, files[0]]), "--device", "cpu"])
+        == 2
+    )
     out, err = capsys.readouterr()
     assert [line.split("\t")[0] for line in out.splitlines()] == [str(windows), str(files[0])]
-    wanted = ["does not exist", "Format not recognised", "holds no samples", "lasts 301 s, this model takes 300 s at most"]
+    wanted = [
+        "does not exist",
+        "Format not recognised",
+        "holds no samples",
+        "lasts 301 s, this model takes 300 s at most",
+    ]
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 4
     for line, file, words in zip(lines, bad, wanted, strict=True):
@@ -82,7 +112,12 @@ def test_what_is_noticed_about_a_file_is_a_warning(folders, files, tmp_path, cap
     out, err = capsys.readouterr()
     assert [line.split("\t")[0] for line in out.splitlines()] == [str(cut), str(opposite)]
     warnings = [line for line in err.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 2 and "promises" in warnings[0] and "(cut)" in warnings[0] and "(antiphase)" in warnings[1]
+    assert (
+        len(warnings) == 2
+        and "promises" in warnings[0]
+        and "(cut)" in warnings[0]
+        and "(antiphase)" in warnings[1]
+    )
 
 
 def test_a_file_longer_than_any_in_training_or_than_the_context_is_said(folders, files, tmp_path, capsys):
@@ -93,7 +128,10 @@ def test_a_file_longer_than_any_in_training_or_than_the_context_is_said(folders,
     command = [str(path), *map(str, files), "--max-new-tokens", "4", "--device", "cpu"]
     assert answer.main(command) == 0
     out, err = capsys.readouterr()
-    assert f"warning: {files[1]}: lasts 1.3 s, the model was trained on clips of at most 1 s" in err and str(files[0]) not in err
+    assert (
+        f"warning: {files[1]}: lasts 1.3 s, the model was trained on clips of at most 1 s" in err
+        and str(files[0]) not in err
+    )
     base = tmp_path / "llm"
     shutil.copytree(description["config"]["llm"]["name"], base)
     config = json.loads((base / "config.json").read_text())
@@ -105,11 +143,15 @@ def test_a_file_longer_than_any_in_training_or_than_the_context_is_said(folders,
     assert not out and f"error: {files[0]}: conversation 0 takes" in err and "the LLM's context has 40" in err
 
 
-@pytest.mark.parametrize("stage, more, words", [
-    ("alignment", ["--decode", "generate"], "of stage I, which has no LLM: use --decode ctc"),
-    ("alignment", ["--prompt", "Why?"], "which has no LLM to ask"),
-    ("shrinking", ["--prompt", "<audio_patch> twice?"], "--prompt holds <audio_patch>"),
-    ("nowhere", [], "is not a model folder")])
+@pytest.mark.parametrize(
+    "stage, more, words",
+    [
+        ("alignment", ["--decode", "generate"], "of stage I, which has no LLM: use --decode ctc"),
+        ("alignment", ["--prompt", "Why?"], "which has no LLM to ask"),
+        ("shrinking", ["--prompt", "<audio_patch> twice?"], "--prompt holds <audio_patch>"),
+        ("nowhere", [], "is not a model folder"),
+    ],
+)
 def test_what_cannot_be_asked(folders, files, capsys, stage, more, words):
     assert answer.main([str(folders / stage), str(files[0]), "--device", "cpu", *more]) == 2
     out, err = capsys.readouterr()

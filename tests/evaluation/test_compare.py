@@ -9,8 +9,12 @@ from evaluation.predictions import PredictionError
 
 
 def write(path, predictions, task="asr", reference="red green blue yellow"):
-    path.write_text("".join(json.dumps({"id": str(i), "task": task, "reference": reference, "prediction": p, "raw": p}) + "\n"
-                            for i, p in enumerate(predictions)))
+    path.write_text(
+        "".join(
+            json.dumps({"id": str(i), "task": task, "reference": reference, "prediction": p, "raw": p}) + "\n"
+            for i, p in enumerate(predictions)
+        )
+    )
     return path
 
 
@@ -42,12 +46,25 @@ def test_a_metric_without_a_paired_test_is_told(monkeypatch):
 
 def test_directions_of_several_tokenizers_are_compared_by_themselves(tmp_path):
     both = [("Chinese", "今天天气很好我们去公园"), ("French", "le petit chat est sur le tapis")]
-    rows = [{"id": f"{to}-{i}", "task": "translation", "lang": "en", "prompt": f"Translate the speech into {to}.",
-             "reference": text, "prediction": text} for i in range(3) for to, text in both]
+    rows = [
+        {
+            "id": f"{to}-{i}",
+            "task": "translation",
+            "lang": "en",
+            "prompt": f"Translate the speech into {to}.",
+            "reference": text,
+            "prediction": text,
+        }
+        for i in range(3)
+        for to, text in both
+    ]
     file = tmp_path / "p.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tasks = compare.compare(file, file)["tasks"]
-    assert {task: part["utterances"] for task, part in tasks.items()} == {"translation en-fr": 3, "translation en-zh": 3}
+    assert {task: part["utterances"] for task, part in tasks.items()} == {
+        "translation en-fr": 3,
+        "translation en-zh": 3,
+    }
     assert all(part["metrics"]["bleu"]["first"] == pytest.approx(100) for part in tasks.values())
 
 
@@ -60,8 +77,10 @@ def test_other_references_are_refused(tmp_path, capsys):
 def test_silence_is_no_part_of_the_comparison(tmp_path):
     first, second = (tmp_path / name for name in ("a.jsonl", "b.jsonl"))
     for file, words in ((first, "some words here"), (second, "")):
-        rows = [{"id": "1", "task": "asr", "reference": "", "prediction": words},
-                {"id": "2", "task": "asr", "reference": "a b", "prediction": "a b"}]
+        rows = [
+            {"id": "1", "task": "asr", "reference": "", "prediction": words},
+            {"id": "2", "task": "asr", "reference": "a b", "prediction": "a b"},
+        ]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     metrics = compare.compare(first, second)["tasks"]["asr"]["metrics"]
     assert metrics["wer"]["first"] == metrics["wer"]["second"] == 0

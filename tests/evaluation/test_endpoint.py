@@ -1,4 +1,5 @@
-"""The client of chat servers: where the key goes, where it does not, and what a bad server or address ends in. Loopback only."""
+"""The client of chat servers: where the key goes, where it does not, and what a bad server or address ends
+in. Loopback only."""
 
 import json
 import threading
@@ -24,7 +25,9 @@ class Hosts:
             def do_POST(self):
                 self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 asked = self.server is hosts.asked
-                hosts.seen.append(("asked" if asked else "other", self.command, self.headers.get("Authorization")))
+                hosts.seen.append(
+                    ("asked" if asked else "other", self.command, self.headers.get("Authorization"))
+                )
                 mode = hosts.mode if asked else 200
                 if isinstance(mode, int) and 300 <= mode < 400:
                     self.send_response(mode)
@@ -40,7 +43,9 @@ class Hosts:
                     except OSError:
                         return
                 elif mode == "echo":
-                    self.wfile.write(json.dumps({"choices": [{"message": {"content": f"7 9 {KEY} \x1b[2J"}}]}).encode())
+                    self.wfile.write(
+                        json.dumps({"choices": [{"message": {"content": f"7 9 {KEY} \x1b[2J"}}]}).encode()
+                    )
                 elif isinstance(mode, bytes):
                     self.wfile.write(mode)
                 else:
@@ -51,7 +56,9 @@ class Hosts:
             def log_message(self, *arguments):
                 pass
 
-        self.asked, self.other = (ThreadingHTTPServer((host, 0), Handler) for host in ("127.0.0.1", "127.0.0.2"))
+        self.asked, self.other = (
+            ThreadingHTTPServer((host, 0), Handler) for host in ("127.0.0.1", "127.0.0.2")
+        )
         self.url = f"http://127.0.0.1:{self.asked.server_port}/v1"
         for server in (self.asked, self.other):
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -86,17 +93,29 @@ def test_redirects_are_not_followed(hosts, status):
     hosts.mode = status
     with pytest.raises(EndpointError, match=f"answers {status}, a redirect to http://127.0.0.2") as error:
         Endpoint(hosts.url, "m", KEY)("x")
-    assert [name for name, *_ in hosts.seen] == ["asked"] and KEY not in str(error.value) and is_one_line(error.value)
+    assert (
+        [name for name, *_ in hosts.seen] == ["asked"]
+        and KEY not in str(error.value)
+        and is_one_line(error.value)
+    )
 
 
-@pytest.mark.parametrize("mode, tries, says", [
-    (401, 1, "answers 401: check the address, the model's name and the key"), (404, 1, "answers 404"),
-    (429, 4, "answers 429 after 4 tries"), (503, 4, "answers 503 after 4 tries"),
-    ("endless", 4, "gives no answer .ReadError: more than 1000000 bytes. after 4 tries"),
-    (b"<html>", 4, "answers something else than a chat completion after 4 tries"), (b"[]", 4, "something else"),
-    (b'{"choices": []}', 4, "something else"), (b'{"choices": [null]}', 4, "something else"),
-    (b"[" * 100_000, 4, "something else"), (b"\xff", 4, "something else"),
-])
+@pytest.mark.parametrize(
+    "mode, tries, says",
+    [
+        (401, 1, "answers 401: check the address, the model's name and the key"),
+        (404, 1, "answers 404"),
+        (429, 4, "answers 429 after 4 tries"),
+        (503, 4, "answers 503 after 4 tries"),
+        ("endless", 4, "gives no answer .ReadError: more than 1000000 bytes. after 4 tries"),
+        (b"<html>", 4, "answers something else than a chat completion after 4 tries"),
+        (b"[]", 4, "something else"),
+        (b'{"choices": []}', 4, "something else"),
+        (b'{"choices": [null]}', 4, "something else"),
+        (b"[" * 100_000, 4, "something else"),
+        (b"\xff", 4, "something else"),
+    ],
+)
 def test_bad_servers_are_one_line(hosts, monkeypatch, mode, tries, says):
     monkeypatch.setattr(endpoint, "LARGEST_REPLY", 1_000_000)
     hosts.mode = mode
@@ -117,24 +136,44 @@ def test_keys_that_are_none_are_refused_unshown(key):
     assert key[:5] not in str(error.value) and is_one_line(error.value)
 
 
-@pytest.mark.parametrize("url, says", [
-    ("http://user:hunter2@host/v1", "user name or password"), ("http://hunter2@host/v1", "user name or password"),
-    ("user:hunter2@host/v1", "not an http or https address"), ("http://host/v1?key=hunter2", "a query"),
-    ("http://host/v1#hunter2", "a query"), ("file:///etc/passwd", "not an http"), ("ftp://host/", "not an http"),
-    ("localhost:8000/v1", "not an http"), ("", "not an http"), ("http://", "not an http"),
-    ("http://host:port/v1", "is no address"), ("http://[::1/v1", "is no address"), ("http://host/\n", "not an http"),
-    ("http://host/\x1b]2J", "not an http"), ("http://host\x1b[2J/", "is no address"),
-])
+@pytest.mark.parametrize(
+    "url, says",
+    [
+        ("http://user:hunter2@host/v1", "user name or password"),
+        ("http://hunter2@host/v1", "user name or password"),
+        ("user:hunter2@host/v1", "not an http or https address"),
+        ("http://host/v1?key=hunter2", "a query"),
+        ("http://host/v1#hunter2", "a query"),
+        ("file:///etc/passwd", "not an http"),
+        ("ftp://host/", "not an http"),
+        ("localhost:8000/v1", "not an http"),
+        ("", "not an http"),
+        ("http://", "not an http"),
+        ("http://host:port/v1", "is no address"),
+        ("http://[::1/v1", "is no address"),
+        ("http://host/\n", "not an http"),
+        ("http://host/\x1b]2J", "not an http"),
+        ("http://host\x1b[2J/", "is no address"),
+    ],
+)
 def test_addresses_that_are_refused(url, says):
     with pytest.raises(AddressError, match=says) as error:
         checked_url(url)
     assert "hunter2" not in str(error.value) and is_one_line(error.value)
 
 
-@pytest.mark.parametrize("url, clear", [
-    ("http://localhost:8000/v1", False), ("http://127.0.0.1/v1", False), ("http://[::1]/v1", False), ("https://host/v1", False),
-    ("http://host/v1", True), ("http://10.0.0.1/v1", True), ("http://localhost.evil.org/v1", True),
-])
+@pytest.mark.parametrize(
+    "url, clear",
+    [
+        ("http://localhost:8000/v1", False),
+        ("http://127.0.0.1/v1", False),
+        ("http://[::1]/v1", False),
+        ("https://host/v1", False),
+        ("http://host/v1", True),
+        ("http://10.0.0.1/v1", True),
+        ("http://localhost.evil.org/v1", True),
+    ],
+)
 def test_what_can_be_read_on_the_way(url, clear):
     assert checked_url(url) == url and sent_in_clear(url) == clear
 

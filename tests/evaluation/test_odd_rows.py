@@ -1,4 +1,5 @@
-"""Scores of rows out of the ordinary: silence, duplicates, other systems' rows, unknown languages, answers of symbols."""
+"""Scores of rows out of the ordinary: silence, duplicates, other systems' rows, unknown languages, answers of
+symbols."""
 
 import json
 
@@ -17,7 +18,12 @@ def test_what_is_written_for_silence_is_counted_by_the_minute():
     rows = [silent("thank you for watching", duration=6.0) | {"id": i} for i in range(5)]
     scores = score.score_rows(rows)["asr"]
     assert scores["wer"] is scores["cer"] is scores["mer"] is None and "wer_ci95" not in scores
-    assert scores["silence"] == {"utterances": 5, "insertions": 20, "minutes": 0.5, "insertions_per_minute": 40.0}
+    assert scores["silence"] == {
+        "utterances": 5,
+        "insertions": 20,
+        "minutes": 0.5,
+        "insertions_per_minute": 40.0,
+    }
     assert (
         "WER none: no words" in (shown := score.table(score.score_rows(rows)))
         and "5 silent: 40.0 words inserted a minute" in shown
@@ -27,13 +33,21 @@ def test_what_is_written_for_silence_is_counted_by_the_minute():
 
 
 def test_silence_does_not_blow_up_the_rate_of_a_small_set():
-    spoken = {"id": "b", "task": "asr", "lang": "fr", "reference": "bonjour le monde", "prediction": "bonjour le monde"}
+    spoken = {
+        "id": "b",
+        "task": "asr",
+        "lang": "fr",
+        "reference": "bonjour le monde",
+        "prediction": "bonjour le monde",
+    }
     for noise in ("", "[bruit]", "..."):
-        scores = score.score_rows([silent("a b c d e f g h") | {"lang": "fr", "reference": noise}, spoken])["asr"]
+        scores = score.score_rows([silent("a b c d e f g h") | {"lang": "fr", "reference": noise}, spoken])[
+            "asr"
+        ]
         assert scores["wer"] == 0 and scores["wer_ci95"] == (0, 0) and scores["silence"]["insertions"] == 8
-    assert score.score_rows([silent("a b") | {"reference": "hmm"}, spoken])["asr"]["wer"] == pytest.approx(2 / 3), (
-        "speech, as ever"
-    )
+    assert score.score_rows([silent("a b") | {"reference": "hmm"}, spoken])["asr"]["wer"] == pytest.approx(
+        2 / 3
+    ), "speech, as ever"
 
 
 def test_scores_hold_the_mixed_error_rate():
@@ -131,16 +145,26 @@ def test_bleu_s_tokenizer_is_not_guessed_from_a_prompt_s_wording(said):
 )
 def test_the_script_of_a_reference_has_its_tokenizer(reference, tokenizer):
     assert score.bleu_tokenizer({"reference": reference}) == tokenizer
-    assert score.bleu_tokenizer({"reference": reference, "target_lang": "Thai"}) == "char", "what the data says comes first"
+    assert score.bleu_tokenizer({"reference": reference, "target_lang": "Thai"}) == "char", (
+        "what the data says comes first"
+    )
 
 
 def test_one_answer_in_latin_letters_does_not_split_a_test_set():
     rows = [
-        {"id": str(i), "task": "translation", "lang": "en", "reference": "今天很好" if i else "OK", "prediction": "今天"}
+        {
+            "id": str(i),
+            "task": "translation",
+            "lang": "en",
+            "reference": "今天很好" if i else "OK",
+            "prediction": "今天",
+        }
         for i in range(20)
     ]
     assert "tok:zh" in score.score_rows(rows)["translation"]["bleu_signature"]
-    mixed = score.score_rows([row | {"reference": "le chat"} if i % 2 else row for i, row in enumerate(rows)])["translation"]
+    mixed = score.score_rows(
+        [row | {"reference": "le chat"} if i % 2 else row for i, row in enumerate(rows)]
+    )["translation"]
     assert mixed["bleu"] is None and "target_lang" in mixed["bleu_note"]
 
 
@@ -149,7 +173,14 @@ def write(path, rows):
     return path
 
 
-GOOD = {"id": "1", "corpus": "c", "task": "asr", "lang": "en", "reference": "red green blue", "prediction": "red green blue"}
+GOOD = {
+    "id": "1",
+    "corpus": "c",
+    "task": "asr",
+    "lang": "en",
+    "reference": "red green blue",
+    "prediction": "red green blue",
+}
 
 
 def test_rows_that_are_there_twice_count_once(tmp_path, capsys):
@@ -215,7 +246,12 @@ def test_marks_are_an_option(tmp_path):
     for marks in ("script", "keep", "whisper"):
         assert score.main([str(file), "--marks", marks]) == 0
         found[marks] = json.loads((tmp_path / "p.scores.json").read_text())
-    assert {marks: result["tasks"]["asr"]["wer"] for marks, result in found.items()} == {"script": 1, "keep": 1, "whisper": 0}
+    assert {marks: result["tasks"]["asr"]["wer"] for marks, result in found.items()} == {
+        "script": 1,
+        "keep": 1,
+        "whisper": 0,
+    }
     assert (
-        found["whisper"]["marks"] == "whisper" and "combining marks kept" in found["script"]["tasks"]["asr"]["normaliser"]["hi"]
+        found["whisper"]["marks"] == "whisper"
+        and "combining marks kept" in found["script"]["tasks"]["asr"]["normaliser"]["hi"]
     )

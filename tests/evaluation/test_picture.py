@@ -16,9 +16,16 @@ def test_peaks_are_the_top_of_each_run():
 
 
 def test_panels_show_what_was_inspected():
-    inspection = {"mel": [torch.rand(80, 100)], "seconds": [1.0], "tokens": [torch.tensor([7] * 10 + [1] * 5 + [7] * 10)],
-                  "blank_probability": [torch.linspace(0, 1, 25)], "peak": [torch.full((25,), -0.1)],
-                  "kept": [torch.tensor([12])], "frame_rate": 25.0, "blank": 7}
+    inspection = {
+        "mel": [torch.rand(80, 100)],
+        "seconds": [1.0],
+        "tokens": [torch.tensor([7] * 10 + [1] * 5 + [7] * 10)],
+        "blank_probability": [torch.linspace(0, 1, 25)],
+        "peak": [torch.full((25,), -0.1)],
+        "kept": [torch.tensor([12])],
+        "frame_rate": 25.0,
+        "blank": 7,
+    }
     upper, middle, lower = figure(inspection, lambda token: f" t{token}$").axes
     assert upper.get_images()[0].get_array().shape == (80, 100)
     assert [segment[0][0] for segment in upper.collections[0].get_segments()] == [12.5 / 25]
@@ -31,7 +38,7 @@ def test_command_draws_a_packed_clip(folders, packed, tmp_path, capsys):
     command = ["--model", str(folders / "alignment"), "--shards", str(packed), "--out", str(out), "--index"]
     assert picture.main([*command, "1"]) == 0
     pixels = np.asarray(Image.open(out).convert("RGB")).reshape(-1, 3).astype(int)
-    orange = np.array([int(KEPT[i:i + 2], 16) for i in (1, 3, 5)])
+    orange = np.array([int(KEPT[i : i + 2], 16) for i in (1, 3, 5)])
     assert (np.abs(pixels - orange).sum(axis=1) < 10).sum() > 100  # lines of kept frames are really there
     for index, message in (("10", "text only"), ("11", "has samples 0 to 10"), ("7", "audio")):
         assert picture.main([*command, index]) == 2

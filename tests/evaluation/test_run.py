@@ -30,9 +30,19 @@ def alone(model, waveform, messages) -> Batch:
     ids = chat_ids(model.tokenizer, messages, "chat")[0] if messages else []
     empty = torch.zeros(1, 0, dtype=torch.long)
     ids = torch.tensor([ids], dtype=torch.long)
-    return Batch(waveforms=waveform[None], features=None, audio_lengths=torch.tensor([len(waveform)]), audio_is_dummy=False,
-                 ctc_targets=empty, ctc_target_lengths=torch.tensor([0]), has_transcript=torch.tensor([False]),
-                 input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.full_like(ids, -100), ids=["x"])
+    return Batch(
+        waveforms=waveform[None],
+        features=None,
+        audio_lengths=torch.tensor([len(waveform)]),
+        audio_is_dummy=False,
+        ctc_targets=empty,
+        ctc_target_lengths=torch.tensor([0]),
+        has_transcript=torch.tensor([False]),
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        labels=torch.full_like(ids, -100),
+        ids=["x"],
+    )
 
 
 def expected(path, shards, task, generate, joint=None) -> dict[str, str]:
@@ -52,8 +62,21 @@ def expected(path, shards, task, generate, joint=None) -> dict[str, str]:
 
 
 def command(path, shards, out, *more) -> list[str]:
-    return ["--model", str(path), "--shards", str(shards), "--out", str(out), "--workers", "0", "--max-new-tokens", "6",
-            "--device", "cpu", *more]
+    return [
+        "--model",
+        str(path),
+        "--shards",
+        str(shards),
+        "--out",
+        str(out),
+        "--workers",
+        "0",
+        "--max-new-tokens",
+        "6",
+        "--device",
+        "cpu",
+        *more,
+    ]
 
 
 def predictions(out) -> dict[str, str]:
@@ -68,7 +91,9 @@ def test_stage_one_reads_ctc(folders, packed, tmp_path, capsys):
     assert predictions(out) == wanted
     assert "WER" in capsys.readouterr().out
     row = read_rows(out)[1]
-    assert row["reference"] == "words of clip 1" and 0 < row["kept"] <= row["frames"] == 33  # 1.3 s: 65 encoder frames, by twos
+    assert (
+        row["reference"] == "words of clip 1" and 0 < row["kept"] <= row["frames"] == 33
+    )  # 1.3 s: 65 encoder frames, by twos
     scores = json.loads(out.with_suffix(".scores.json").read_text())
     assert scores["rejected"] == 1 and scores["tasks"]["asr"]["utterances"] == 7
     assert [r["id"] for r in read_rows(out.with_suffix(".rejected.jsonl"))] == ["asr-7"]
@@ -87,7 +112,12 @@ def test_several_folders_are_scored_each_by_itself(folders, packed, tmp_path, ca
     capsys.readouterr()
     assert run.main(command(folders / "shrinking", packed, one, *more)) == 2
     assert "name a folder" in capsys.readouterr().err
-    assert run.main(command(folders / "shrinking", packed, tmp_path / "out", *more[:3], "--task", "asr", "emotion")) == 2
+    assert (
+        run.main(
+            command(folders / "shrinking", packed, tmp_path / "out", *more[:3], "--task", "asr", "emotion")
+        )
+        == 2
+    )
     assert "no task 'emotion': give --task asr or text" in capsys.readouterr().err
 
 
@@ -100,7 +130,8 @@ def test_stage_two_generates(folders, packed, tmp_path):
     assert {key: got[key] for key in wanted} == wanted and len(set(wanted.values())) > 1
     scores = json.loads(out.with_suffix(".scores.json").read_text())["tasks"]
     assert {row["id"]: row.get("transcript") for row in read_rows(out) if row["task"] == "translation"} == {
-        f"translation-{i}": f"words of clip {i}" for i in (8, 9)}
+        f"translation-{i}": f"words of clip {i}" for i in (8, 9)
+    }
     assert set(scores) == {"asr", "text", "translation"} and scores["text"]["metric"] == "accuracy"
     assert all(row["tokens"] <= 6 for row in read_rows(out))
 
@@ -108,15 +139,23 @@ def test_stage_two_generates(folders, packed, tmp_path):
 def test_stage_two_writes_transcripts_together_with_ctc(folders, packed, tmp_path, capsys):
     """Each as alone; stored under what the search depends on."""
     out = tmp_path / "p.jsonl"
-    joint = command(folders / "shrinking", packed, out, "--decode", "joint", "--batch-seconds", "3", "--ctc-weight")
+    joint = command(
+        folders / "shrinking", packed, out, "--decode", "joint", "--batch-seconds", "3", "--ctc-weight"
+    )
     assert run.main([*joint, "2.0", "--beams", "2"]) == 0
     got = predictions(out)
-    assert got == expected(folders / "shrinking", packed, "asr", generate=True, joint=JointSearch(2.0, 2)) and len(got) == 7
+    assert (
+        got == expected(folders / "shrinking", packed, "asr", generate=True, joint=JointSearch(2.0, 2))
+        and len(got) == 7
+    )
     assert got != expected(folders / "shrinking", packed, "asr", generate=True)
     capsys.readouterr()
     assert run.main([*joint, "1.0", "--beams", "2"]) == 2
     assert "--restart" in capsys.readouterr().err
-    for more, message in ((["--sample"], "without --sample"), (["--task", "asr", "translation"], "with --task asr alone")):
+    for more, message in (
+        (["--sample"], "without --sample"),
+        (["--task", "asr", "translation"], "with --task asr alone"),
+    ):
         with pytest.raises(SystemExit):
             run.main([*joint, "2.0", *more])
         assert message in capsys.readouterr().err
@@ -124,9 +163,16 @@ def test_stage_two_writes_transcripts_together_with_ctc(folders, packed, tmp_pat
 
 def test_ctc_of_a_later_stage_scores_transcripts(folders, packed, tmp_path):
     out = tmp_path / "p.jsonl"
-    assert run.main(command(folders / "shrinking", packed, out, "--task", "translation", "--decode", "ctc")) == 0
-    assert {(row["task"], row["reference"]) for row in read_rows(out)} == {("asr", "words of clip 8"), ("asr", "words of clip 9")}
-    loaded, decode = run.load(argparse.Namespace(untrained=None, model=folders / "shrinking", decode="ctc"), "cpu")
+    assert (
+        run.main(command(folders / "shrinking", packed, out, "--task", "translation", "--decode", "ctc")) == 0
+    )
+    assert {(row["task"], row["reference"]) for row in read_rows(out)} == {
+        ("asr", "words of clip 8"),
+        ("asr", "words of clip 9"),
+    }
+    loaded, decode = run.load(
+        argparse.Namespace(untrained=None, model=folders / "shrinking", decode="ctc"), "cpu"
+    )
     assert loaded.llm is None and decode == "ctc", "the LLM is not read for it"
     whole = expected(folders / "shrinking", packed, "translation", generate=False)
     assert predictions(out) == whole and any(whole.values())
@@ -223,22 +269,28 @@ def test_other_settings_are_refused(folders, packed, tmp_path, capsys):
     assert len(read_rows(out)) == 4
 
 
-@pytest.mark.parametrize(("more", "message"), [
-    (("--task", "emotion"), "give --task asr or text or translation"),
-    (("--decode", "generate"), "stage I, which has no LLM"),
-    (("--decode", "joint"), "stage I, which has no LLM"),
-    (("--split", "nowhere"), "holds no index.json"),
-])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--task", "emotion"), "give --task asr or text or translation"),
+        (("--decode", "generate"), "stage I, which has no LLM"),
+        (("--decode", "joint"), "stage I, which has no LLM"),
+        (("--split", "nowhere"), "holds no index.json"),
+    ],
+)
 def test_wrong_commands_are_one_line(folders, packed, tmp_path, capsys, more, message):
     assert run.main(command(folders / "alignment", packed, tmp_path / "p.jsonl", *more)) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_untrained_is_the_score_before(parts, folders, packed, tmp_path, capsys):
-    """Stage I: fresh adapters under the seed. Stage II: what stage I has learnt, and an LLM whose LoRA does nothing yet."""
+    """Stage I: fresh adapters under the seed. Stage II: what stage I has learnt, and an LLM whose LoRA does
+    nothing yet."""
     recipe = tmp_path / "r.yaml"
-    recipe.write_text(f"stage: alignment\nseed: 2\nmodel:\n  attention_implementation: sdpa\n"
-                      f"  encoder: {{name: {parts / 'whisper'}}}\n  llm: {{name: {parts / 'llm'}, lora_r: 4}}\n")
+    recipe.write_text(
+        f"stage: alignment\nseed: 2\nmodel:\n  attention_implementation: sdpa\n"
+        f"  encoder: {{name: {parts / 'whisper'}}}\n  llm: {{name: {parts / 'llm'}, lora_r: 4}}\n"
+    )
     arguments = command("", packed, tmp_path / "1.jsonl")[2:]
     assert run.main(["--untrained", str(recipe), *arguments]) == 0
     first = expected(folders / "alignment", packed, "asr", generate=False)  # built under seed 2 as well
@@ -248,7 +300,13 @@ def test_untrained_is_the_score_before(parts, folders, packed, tmp_path, capsys)
     assert predictions(tmp_path / "2.jsonl") == first
     assert run.main([*later, *command("", packed, tmp_path / "3.jsonl")[2:]]) == 0
     assert len(read_rows(tmp_path / "3.jsonl")) == 7 and read_rows(tmp_path / "3.jsonl")[0]["tokens"] > 0
-    without = ["--untrained", str(recipe), "stage=shrinking", "init_from=fresh", "seed=2"]  # no stage I: its adapters are new
+    without = [
+        "--untrained",
+        str(recipe),
+        "stage=shrinking",
+        "init_from=fresh",
+        "seed=2",
+    ]  # no stage I: its adapters are new
     assert run.main([*without, *command("", packed, tmp_path / "4.jsonl")[2:], "--decode", "ctc"]) == 0
     assert predictions(tmp_path / "4.jsonl") == first
     assert run.main(["--untrained", str(recipe), "stage=shrinking", f"output={tmp_path}", *arguments]) == 2
@@ -258,8 +316,13 @@ def test_untrained_is_the_score_before(parts, folders, packed, tmp_path, capsys)
 def one_rank(rank: int, port: int, arguments: list[str]) -> None:
     """What torchrun gives a process, without a second import of everything."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     code = run.main(arguments)
     disconnect()
     leave(code)
@@ -272,7 +335,10 @@ def test_two_ranks_share_and_merge(folders, packed, tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = command(folders / "alignment", packed, two, "--batch-seconds", "2")
-    ranks = [multiprocessing.get_context("fork").Process(target=one_rank, args=(rank, port, arguments)) for rank in (0, 1)]
+    ranks = [
+        multiprocessing.get_context("fork").Process(target=one_rank, args=(rank, port, arguments))
+        for rank in (0, 1)
+    ]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -296,7 +362,9 @@ def test_what_is_noticed_about_packed_clips_is_reported(folders, tmp_path, capsy
     rows = {row["id"]: row.get("findings") for row in read_rows(out)}
     assert "cancel out" in rows["asr-0"][0] and "-60 dB" in rows["asr-1"][0] and rows["asr-2"] is None
     assert "note: 2 clips may not be what they should be (asr-0: " in capsys.readouterr().out
-    notes = run.clip_notes([{"id": "1", "duration": 31.0}, {"id": "2", "duration": 30.2}, {"id": "3", "duration": None}], 30.0)
+    notes = run.clip_notes(
+        [{"id": "1", "duration": 31.0}, {"id": "2", "duration": 30.2}, {"id": "3", "duration": None}], 30.0
+    )
     assert len(notes) == 1 and notes[0].startswith("1 clips are longer than 30 s")
     assert run.clip_notes([{"id": "1", "duration": 99.0}], None) == []
 
@@ -321,4 +389,8 @@ def test_a_conversation_beyond_the_context_is_rejected_by_name(folders, packed, 
     out = tmp_path / "p.jsonl"
     assert run.main(command(path, packed, out)) == 0
     rejected = {row["id"]: row["why"] for row in read_rows(out.with_suffix(".rejected.jsonl"))}
-    assert "the LLM's context has" in rejected["asr-3"] and "asr-0" in predictions(out) and "asr-3" not in predictions(out)
+    assert (
+        "the LLM's context has" in rejected["asr-3"]
+        and "asr-0" in predictions(out)
+        and "asr-3" not in predictions(out)
+    )

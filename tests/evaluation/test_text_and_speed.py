@@ -21,8 +21,20 @@ def test_retention_against_the_plain_base(parts, folders, tmp_path, capsys):
     passages.write_text("A first passage.\n\nAnd one more, a little longer.\n")
     questions.write_text(json.dumps({"question": "Say a.", "accept": ["a"]}) + "\n")
     out = tmp_path / "r.json"
-    arguments = ["--model", str(folders / "shrinking"), "--passages", str(passages), "--questions", str(questions),
-                 "--out", str(out), "--max-new-tokens", "8", "--device", "cpu"]
+    arguments = [
+        "--model",
+        str(folders / "shrinking"),
+        "--passages",
+        str(passages),
+        "--questions",
+        str(questions),
+        "--out",
+        str(out),
+        "--max-new-tokens",
+        "8",
+        "--device",
+        "cpu",
+    ]
     assert retention.main(arguments) == 0
     result = json.loads(out.read_text())
     base, tokenizer = LlamaForCausalLM.from_pretrained(parts / "llm"), byte_tokenizer()
@@ -41,27 +53,56 @@ def test_retention_against_the_plain_base(parts, folders, tmp_path, capsys):
     assert "leaves the LLM alone" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("given", "accepted", "right"), [
-    ("The capital is Paris.", ["paris"], True), ("Parisian food", ["paris"], False),
-    ("It is London. Paris is not.", ["paris"], False),
-    ("12", ["12", "twelve"], True), ("112", ["12"], False), ("H₂O is water", ["h₂o"], True), ("", ["x"], False),
-])
+@pytest.mark.parametrize(
+    ("given", "accepted", "right"),
+    [
+        ("The capital is Paris.", ["paris"], True),
+        ("Parisian food", ["paris"], False),
+        ("It is London. Paris is not.", ["paris"], False),
+        ("12", ["12", "twelve"], True),
+        ("112", ["12"], False),
+        ("H₂O is water", ["h₂o"], True),
+        ("", ["x"], False),
+    ],
+)
 def test_answers_are_read_as_whole_words(given, accepted, right):
     assert retention.is_right(given, accepted) is right
 
 
 def test_shipped_questions_are_well_formed():
     items = [json.loads(line) for line in (retention.TEXT / "questions.jsonl").read_text().splitlines()]
-    assert len(items) >= 40 and all(item["question"].endswith(("?", ".")) and item["accept"] for item in items)
-    assert not any(retention.is_right(item["question"], item["accept"]) for item in items if "Answer" not in item["question"]
-                   and "which is" not in item["question"].lower())  # no question holds its answer
+    assert len(items) >= 40 and all(
+        item["question"].endswith(("?", ".")) and item["accept"] for item in items
+    )
+    assert not any(
+        retention.is_right(item["question"], item["accept"])
+        for item in items
+        if "Answer" not in item["question"] and "which is" not in item["question"].lower()
+    )  # no question holds its answer
 
 
 def test_speed_measures_every_stage(folders, packed, tmp_path):
     out = tmp_path / "s.json"
     for stage in ("shrinking", "alignment"):
-        assert speed.main(["--model", str(folders / stage), "--shards", str(packed), "--clips", "3", "--max-new-tokens", "4",
-                           "--device", "cpu", "--out", str(out)]) == 0
+        assert (
+            speed.main(
+                [
+                    "--model",
+                    str(folders / stage),
+                    "--shards",
+                    str(packed),
+                    "--clips",
+                    "3",
+                    "--max-new-tokens",
+                    "4",
+                    "--device",
+                    "cpu",
+                    "--out",
+                    str(out),
+                ]
+            )
+            == 0
+        )
         result = json.loads(out.read_text())
         assert result["clips"] == 3 and 0 < result["kept_per_second"] <= result["frames_per_second"]
         for clip in result["per_clip"]:
@@ -72,8 +113,23 @@ def test_speed_measures_every_stage(folders, packed, tmp_path):
 
 def test_speed_skips_a_broken_clip(folders, packed, tmp_path, capsys):
     out = tmp_path / "s.json"
-    assert speed.main(["--model", str(folders / "alignment"), "--shards", str(packed), "--clips", "8", "--device", "cpu",
-                       "--out", str(out)]) == 0
+    assert (
+        speed.main(
+            [
+                "--model",
+                str(folders / "alignment"),
+                "--shards",
+                str(packed),
+                "--clips",
+                "8",
+                "--device",
+                "cpu",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     result = json.loads(out.read_text())
     assert result["clips"] == 7 and result["skipped"] == 1
     assert "skipped" in capsys.readouterr().out
@@ -95,10 +151,26 @@ def whisper(parts, tmp_path_factory):
 
 
 def test_whisper_answers_as_transformers_does(whisper, folders, packed, tmp_path):
-    """Batches of clips of any length against one clip at a time through transformers' own feature extractor."""
+    """Batches of clips of any length against one clip at a time through transformers' own feature
+    extractor."""
     out = tmp_path / "w.jsonl"
-    assert whisper_baseline.main(["--whisper", str(whisper), "--shards", str(packed), "--out", str(out), "--batch", "3",
-                                  "--device", "cpu"]) == 0
+    assert (
+        whisper_baseline.main(
+            [
+                "--whisper",
+                str(whisper),
+                "--shards",
+                str(packed),
+                "--out",
+                str(out),
+                "--batch",
+                "3",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     rows = {row["id"]: row for row in read_rows(out)}
     assert len({row["prediction"] for row in rows.values()}) > 1  # the tiny model does listen
     assert len(rows) == 7 and json.loads(out.with_suffix(".scores.json").read_text())["rejected"] == 1
@@ -117,15 +189,30 @@ def test_other_weights_in_the_same_folder_are_another_whisper(whisper, packed, t
     path = tmp_path / "whisper"
     shutil.copytree(whisper, path)
     out = tmp_path / "w.jsonl"
-    command = ["--whisper", str(path), "--shards", str(packed), "--out", str(out), "--limit", "1", "--device", "cpu"]
+    command = [
+        "--whisper",
+        str(path),
+        "--shards",
+        str(packed),
+        "--out",
+        str(out),
+        "--limit",
+        "1",
+        "--device",
+        "cpu",
+    ]
     assert whisper_baseline.main(command) == whisper_baseline.main(command) == 0
     model = WhisperForConditionalGeneration.from_pretrained(path)
     torch.nn.init.normal_(model.model.encoder.conv1.weight)
     model.save_pretrained(path)
     assert whisper_baseline.main(command) == 2
     assert "made with other settings (weights was" in capsys.readouterr().err
-    settings = out.with_suffix(".run.json")  # predictions made before the weights were noted are scored as ever
-    settings.write_text(json.dumps({k: v for k, v in json.loads(settings.read_text()).items() if k != "weights"}))
+    settings = out.with_suffix(
+        ".run.json"
+    )  # predictions made before the weights were noted are scored as ever
+    settings.write_text(
+        json.dumps({k: v for k, v in json.loads(settings.read_text()).items() if k != "weights"})
+    )
     assert score.main([str(out)]) == 0
 
 
@@ -133,8 +220,12 @@ def test_whisper_is_told_each_clip_s_own_language(whisper, packed):
     """Whatever clips stand beside it: an unknown language in a batch made Whisper guess for all of it."""
     model = whisper_baseline.Whisper(whisper, torch.device("cpu"))
     languages = {"<|en|>": 250, "<|fr|>": 251, "<|de|>": 252}
-    multilingual = {"lang_to_id": languages, "is_multilingual": True, "task_to_id": {"transcribe": 253, "translate": 254},
-                    "no_timestamps_token_id": 255}
+    multilingual = {
+        "lang_to_id": languages,
+        "is_multilingual": True,
+        "task_to_id": {"transcribe": 253, "translate": 254},
+        "no_timestamps_token_id": 255,
+    }
     for name, value in multilingual.items():
         setattr(model.model.generation_config, name, value)
     model.languages = languages

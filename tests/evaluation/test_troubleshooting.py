@@ -14,7 +14,11 @@ def messages() -> list[str]:
         for path in (ROOT / room).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.JoinedStr):
-                    found.append("".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values))
+                    found.append(
+                        "".join(
+                            part.value if isinstance(part, ast.Constant) else "..." for part in node.values
+                        )
+                    )
                 elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                     found.append(re.sub(r"%[-0-9.]*[sdfg]", "...", node.value))
     return found
@@ -29,7 +33,9 @@ def test_every_quoted_message_is_in_the_code():
             if "fetch" in quoted:
                 continue
             count += 1
-            pieces = [piece.strip().replace('\\"', '"') for piece in quoted.split("...") if len(piece.strip()) > 3]
+            pieces = [
+                piece.strip().replace('\\"', '"') for piece in quoted.split("...") if len(piece.strip()) > 3
+            ]
             if not any(all(piece in message for piece in pieces) for message in known):
                 missing.append(quoted)
     assert count > 70 and missing == []

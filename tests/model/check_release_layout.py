@@ -2,9 +2,10 @@
 
     python -m tests.model.check_release_layout DIR [--venv VENV]
 
-makes a virtual environment with transformers 4.43.1 (once; torch and safetensors are those of this one), and in it loads DIR
-strictly into a class written from docs/method.md (release.py), its tokenizer too. If DIR holds `expected.safetensors` (input_ids
-[L], mel [n_mels, 3000], logits [L', V], text_ids of a sentence), answers are compared, too. Exit code 0 when all holds.
+makes a virtual environment with transformers 4.43.1 (once; torch and safetensors are those of this one), and
+in it loads DIR strictly into a class written from docs/method.md (release.py), its tokenizer too. If DIR
+holds `expected.safetensors` (input_ids [L], mel [n_mels, 3000], logits [L', V], text_ids of a sentence),
+answers are compared, too. Exit code 0 when all holds.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def environment(folder: Path) -> Path:
         venv.create(folder, with_pip=True, clear=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", TRANSFORMERS, NUMPY], check=True)
         site = next((folder / "lib").glob("python*/site-packages"))
-        (site / "zz_borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")  # last on the path: only what is missing
+        (site / "zz_borrowed.pth").write_text(
+            sysconfig.get_path("purelib") + "\n"
+        )  # last on the path: only what is missing
         (folder / "ready").touch()
     return python
 
@@ -50,8 +53,10 @@ def inside(folder: Path) -> None:
     words = AutoTokenizer.from_pretrained(folder)
     assert words.convert_tokens_to_ids("<audio_patch>") == model.config["audio_patch_token"]
     assert words.pad_token_id == model.config["llm_pad_token_id"]
-    print(f"transformers {transformers.__version__}: {len(model.state_dict())} tensors loaded strictly, "
-          f"<audio_patch> is {model.config['audio_patch_token']} of {model.config['vocab_size']}")
+    print(
+        f"transformers {transformers.__version__}: {len(model.state_dict())} tensors loaded strictly, "
+        f"<audio_patch> is {model.config['audio_patch_token']} of {model.config['vocab_size']}"
+    )
     if (folder / "expected.safetensors").exists():
         expected = load_file(folder / "expected.safetensors")
         assert words(TEXT).input_ids == expected["text_ids"].tolist(), "the tokenizer gives other ids"
@@ -63,8 +68,11 @@ def inside(folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.model.check_release_layout", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.model.check_release_layout",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--venv", type=Path, default=ROOT / ".cache" / "transformers-4.43.1")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
@@ -73,8 +81,11 @@ def main(arguments: list[str] | None = None) -> int:
         inside(options.folder)
         return 0
     python = environment(options.venv)
-    return subprocess.run([python, "-m", "tests.model.check_release_layout", "--inside", options.folder.resolve()], cwd=ROOT,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}).returncode
+    return subprocess.run(
+        [python, "-m", "tests.model.check_release_layout", "--inside", options.folder.resolve()],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+    ).returncode
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ def folders(tmp_path_factory):
         if key not in made:
             torch.manual_seed(crc32(repr(key).encode()))  # whichever test comes first
             folder = root / f"{name}-{len(made)}"
-            made[key] = tiny.whisper(folder, **options) if name == "whisper" else tiny.llm(folder, name, **options)
+            made[key] = (
+                tiny.whisper(folder, **options) if name == "whisper" else tiny.llm(folder, name, **options)
+            )
         return made[key]
 
     return get
@@ -36,8 +38,13 @@ def model(folders) -> Soundwave:
     return build(folders)
 
 
-def build(folders, family: str = "llama_tied", parts=("encoder", "adapters", "llm"), llm_options: dict | None = None,
-          **alignment) -> Soundwave:
+def build(
+    folders,
+    family: str = "llama_tied",
+    parts=("encoder", "adapters", "llm"),
+    llm_options: dict | None = None,
+    **alignment,
+) -> Soundwave:
     """As `model`, of another family or with other settings of the alignment adapter."""
     config = tiny.config(folders("whisper"), folders(family, **(llm_options or {})), **alignment)
     torch.manual_seed(1)  # behind what may make the folders: whichever test comes first

@@ -24,11 +24,23 @@ def alignment(**options) -> AlignmentAdapter:
 
 def stock_layer(ours) -> nn.TransformerEncoderLayer:
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, 0.1, norm_first=True, batch_first=True).eval()
-    layer.load_state_dict({
-        "self_attn.in_proj_weight": ours.qkv.weight, "self_attn.in_proj_bias": ours.qkv.bias,
-        **{f"{theirs}.{kind}": getattr(getattr(ours, mine), kind) for theirs, mine in (
-            ("self_attn.out_proj", "out"), ("linear1", "up"), ("linear2", "down"), ("norm1", "norm1"), ("norm2", "norm2"))
-           for kind in ("weight", "bias")}})
+    layer.load_state_dict(
+        {
+            "self_attn.in_proj_weight": ours.qkv.weight,
+            "self_attn.in_proj_bias": ours.qkv.bias,
+            **{
+                f"{theirs}.{kind}": getattr(getattr(ours, mine), kind)
+                for theirs, mine in (
+                    ("self_attn.out_proj", "out"),
+                    ("linear1", "up"),
+                    ("linear2", "down"),
+                    ("norm1", "norm1"),
+                    ("norm2", "norm2"),
+                )
+                for kind in ("weight", "bias")
+            },
+        }
+    )
     return layer
 
 
@@ -44,9 +56,13 @@ def test_alignment_adapter_equals_stock_layers(attention, stack, layers):
         x = F.pad(features[row, :length], (0, 0, 0, -length % stack)).reshape(-1, stack * ENCODER)
         x = adapter.projection(x)[None]
         for ours in adapter.layers:
-            x = stock_layer(ours)(x) if attention == "time" else stock_layer(ours)(x.transpose(0, 1)).transpose(0, 1)
+            x = (
+                stock_layer(ours)(x)
+                if attention == "time"
+                else stock_layer(ours)(x.transpose(0, 1)).transpose(0, 1)
+            )
         torch.testing.assert_close(hidden[row, : short[row]], adapter.norm(x)[0], rtol=0, atol=1e-5)
-        assert (hidden[row, short[row]:] == 0).all()
+        assert (hidden[row, short[row] :] == 0).all()
 
 
 @settings(max_examples=15, deadline=None)
@@ -84,7 +100,11 @@ def test_tied_head_trains_the_blank_row_alone_and_equals_full_logits():
     head = CTCHead("tied", table.clone(), 0.1, 5, OpsConfig())
     assert head.blank == 9 and 0.02 < head.blank_row.std() < 0.3
     hidden = torch.randn(2, 8, WIDTH, requires_grad=True)
-    lengths, targets, target_lengths = torch.tensor([8, 5]), torch.tensor([[1, 2, 2], [3, 0, 0]]), torch.tensor([3, 1])
+    lengths, targets, target_lengths = (
+        torch.tensor([8, 5]),
+        torch.tensor([[1, 2, 2], [3, 0, 0]]),
+        torch.tensor([3, 1]),
+    )
     loss, argmax, peak, blank = head(hidden, lengths, targets, target_lengths)
     loss.sum().backward()
     ours = hidden.grad.clone(), head.blank_row.grad.clone()
@@ -92,7 +112,10 @@ def test_tied_head_trains_the_blank_row_alone_and_equals_full_logits():
     row = head.blank_row.detach().clone().requires_grad_()
     hidden.grad = None
     log = (hidden @ torch.cat([table, row[None]]).T).log_softmax(-1)
-    expected = F.ctc_loss(log.transpose(0, 1), targets, lengths, target_lengths, blank=9, reduction="none") / target_lengths
+    expected = (
+        F.ctc_loss(log.transpose(0, 1), targets, lengths, target_lengths, blank=9, reduction="none")
+        / target_lengths
+    )
     expected.sum().backward()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(ours[0], hidden.grad, rtol=1e-4, atol=1e-5)
@@ -106,7 +129,9 @@ def test_trained_heads_hold_the_blank_where_the_tokenizer_has_it():
     table = torch.randn(9, WIDTH)
     for audio_id, rows in ((9, 10), (6, 9)):  # an added token, and one inside a vocabulary that was padded
         copied = CTCHead("initialised", table, 0.1, audio_id, OpsConfig())
-        assert copied.weight.shape == (rows, WIDTH) and copied.blank == audio_id and copied.weight.requires_grad
+        assert (
+            copied.weight.shape == (rows, WIDTH) and copied.blank == audio_id and copied.weight.requires_grad
+        )
         assert 0.02 < copied.weight[audio_id].std() < 0.3 and torch.equal(copied.weight[:6], table[:6])
         assert CTCHead("free", table, 0.1, audio_id, OpsConfig()).weight.shape == (rows, WIDTH)
     with pytest.raises(ValueError, match="tied, initialised or free"):
@@ -126,14 +151,20 @@ def test_shrinking_adapter_equals_stock_attention(lookback):
     shrunk = adapter(hidden, lengths, kept, kept_lengths)
     for row in range(2):
         frames = hidden[row, kept[row, : kept_lengths[row]]]
-        start = 0.3 * F.layer_norm(frames, (WIDTH,))  # before training: the frames themselves, on the chosen scale
+        start = 0.3 * F.layer_norm(
+            frames, (WIDTH,)
+        )  # before training: the frames themselves, on the chosen scale
         torch.testing.assert_close(fresh[row, : len(frames)], start, rtol=0, atol=1e-5)
         if lookback != "none":
             stock = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True).eval()
-            stock.load_state_dict({
-                "in_proj_weight": torch.cat([adapter.query.weight, adapter.key_value.weight]),
-                "in_proj_bias": torch.cat([adapter.query.bias, adapter.key_value.bias]),
-                "out_proj.weight": adapter.out.weight, "out_proj.bias": adapter.out.bias})
+            stock.load_state_dict(
+                {
+                    "in_proj_weight": torch.cat([adapter.query.weight, adapter.key_value.weight]),
+                    "in_proj_bias": torch.cat([adapter.query.bias, adapter.key_value.bias]),
+                    "out_proj.weight": adapter.out.weight,
+                    "out_proj.bias": adapter.out.bias,
+                }
+            )
             over = hidden[row, : lengths[row]] if lookback == "all" else frames
             frames = frames + stock(frames[None], over[None], over[None])[0][0]
         torch.testing.assert_close(shrunk[row, : len(frames)], adapter.norm(frames), rtol=0, atol=1e-5)
@@ -141,25 +172,42 @@ def test_shrinking_adapter_equals_stock_attention(lookback):
 
 def test_without_shrinking_every_frame_goes_on():
     argmax, lengths = torch.zeros(2, 5, dtype=torch.long), torch.tensor([5, 3])
-    kept, kept_lengths = kept_frames(ShrinkingConfig(enabled=False), argmax, argmax.float(), argmax.float(), lengths, 0)
+    kept, kept_lengths = kept_frames(
+        ShrinkingConfig(enabled=False), argmax, argmax.float(), argmax.float(), lengths, 0
+    )
     assert kept.tolist() == [[0, 1, 2, 3, 4]] * 2 and torch.equal(kept_lengths, lengths)
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: alignment(heads=5), "model.alignment.heads = 5 does not divide the LLM's width 24"),
-    (lambda: ShrinkingAdapter(ShrinkingConfig(heads=7), WIDTH, HEADS, 1.0), "model.shrinking.heads = 7"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: alignment(heads=5), "model.alignment.heads = 5 does not divide the LLM's width 24"),
+        (lambda: ShrinkingAdapter(ShrinkingConfig(heads=7), WIDTH, HEADS, 1.0), "model.shrinking.heads = 7"),
+    ],
+)
 def test_wrong_settings_are_one_line(make, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         make()
 
 
-@pytest.mark.parametrize("config, message", [
-    (SoundwaveConfig(alignment=AlignmentConfig(attention="frames")), "model.alignment.attention is 'frames': give time or frame"),
-    (SoundwaveConfig(shrinking=ShrinkingConfig(keep="last")), "model.shrinking.keep is 'last': give peak or first"),
-    (SoundwaveConfig(shrinking=ShrinkingConfig(lookback="full")), "model.shrinking.lookback is 'full': give all, kept or none"),
-    (SoundwaveConfig(prompt="plain"), "model.prompt is 'plain': give chat or release"),
-])
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (
+            SoundwaveConfig(alignment=AlignmentConfig(attention="frames")),
+            "model.alignment.attention is 'frames': give time or frame",
+        ),
+        (
+            SoundwaveConfig(shrinking=ShrinkingConfig(keep="last")),
+            "model.shrinking.keep is 'last': give peak or first",
+        ),
+        (
+            SoundwaveConfig(shrinking=ShrinkingConfig(lookback="full")),
+            "model.shrinking.lookback is 'full': give all, kept or none",
+        ),
+        (SoundwaveConfig(prompt="plain"), "model.prompt is 'plain': give chat or release"),
+    ],
+)
 def test_wrong_options_are_refused_before_anything_is_built(config, message):
     with pytest.raises(OptionError, match=message):
         Soundwave.build(config)

@@ -32,20 +32,36 @@ def run(folders, tmp_path):
     made = build(folders, "llama")
     shards = tmp_path / "dialogues-train"
     shards.mkdir()
-    (shards / "index.json").write_text(json.dumps({"name": "dialogues", "hours": 2.345, "tasks": ["asr"], "langs": ["en"],
-                                                   "shardlist": [{"nsamples": 30}, {"nsamples": 12}]}))
-    recipe = {"stage": "shrinking", "data": {"train": [{"shards": str(shards)}], "ctc_text": "raw", "max_seconds": 12.5},
-              "optim": {"steps": 300, "lr_lora": 2e-4}}
+    (shards / "index.json").write_text(
+        json.dumps(
+            {
+                "name": "dialogues",
+                "hours": 2.345,
+                "tasks": ["asr"],
+                "langs": ["en"],
+                "shardlist": [{"nsamples": 30}, {"nsamples": 12}],
+            }
+        )
+    )
+    recipe = {
+        "stage": "shrinking",
+        "data": {"train": [{"shards": str(shards)}], "ctc_text": "raw", "max_seconds": 12.5},
+        "optim": {"steps": 300, "lr_lora": 2e-4},
+    }
     model_folder.save(made, tmp_path / "shrinking" / "model", {"step": 300, "recipe": recipe})
     (tmp_path / "shrinking" / "model" / "evaluation").mkdir()
-    (tmp_path / "shrinking" / "model" / "evaluation" / "dialogues-test-asr.scores.json").write_text(json.dumps(
-        {"tasks": {"asr": {"utterances": 99, "wer": 0.4321, "wer_ci95": [0.4, 0.5], "cer": 0.2}}}))
+    (tmp_path / "shrinking" / "model" / "evaluation" / "dialogues-test-asr.scores.json").write_text(
+        json.dumps({"tasks": {"asr": {"utterances": 99, "wer": 0.4321, "wer_ci95": [0.4, 0.5], "cer": 0.2}}})
+    )
     return made, tmp_path / "shrinking"
 
 
 def answers(speech_llm):
-    return speech_llm.answer([CHAT, CHAT], [torch.linspace(-1, 1, 9000).sin(), torch.linspace(0, 300, 4000).sin()],
-                             max_new_tokens=8)
+    return speech_llm.answer(
+        [CHAT, CHAT],
+        [torch.linspace(-1, 1, 9000).sin(), torch.linspace(0, 300, 4000).sin()],
+        max_new_tokens=8,
+    )
 
 
 @pytest.mark.parametrize("options", [[], ["--merge"], ["--merge", "--with-encoder"]])
@@ -58,12 +74,16 @@ def test_export_answers_as_the_run_does(run, folders, tmp_path, options):
     assert answers(loaded) == answers(original)
     batch = tiny.batch(original, [[*CHAT, {"role": "assistant", "content": "the wall"}]], [0.5], ["the wall"])
     for losses in (("ctc",), ("ce", "ctc")):
-        torch.testing.assert_close(loaded(batch, losses=losses)[:2], original(batch, losses=losses)[:2], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            loaded(batch, losses=losses)[:2], original(batch, losses=losses)[:2], rtol=1e-4, atol=1e-4
+        )
     ids = torch.tensor([[5, 9, 3]])
     expected = original.llm(ids).logits
     if options:  # the LLM inside is a plain one
         assert not (out / "lora").exists()
-        torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(out / "llm")(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            AutoModelForCausalLM.from_pretrained(out / "llm")(ids).logits, expected, rtol=1e-4, atol=1e-4
+        )
     else:
         base = AutoModelForCausalLM.from_pretrained(folders("llama"))
         torch.testing.assert_close(PeftModel.from_pretrained(base, out / "lora")(ids).logits, expected)
@@ -82,9 +102,17 @@ def test_model_card_is_filled_in(run, tmp_path):
     assert export([str(folder / "model"), "--out", str(tmp_path / "export")]) == 0
     card = (tmp_path / "export" / "README.md").read_text()
     header = yaml.safe_load(card.split("---")[1])
-    assert header["base_model"] == [original.config.llm.name, original.config.encoder.name] and header["language"] == ["en"]
-    for said in ("2.35 hours", "| dialogues | 42 | 2.35 | asr | en |", "300 steps", "lr_lora: 0.0002",
-                 *original.frozen_hash().values(), "| dialogues-test-asr | asr | 99 | wer 0.432 (0.400 to 0.500), cer 0.200 |"):
+    assert header["base_model"] == [original.config.llm.name, original.config.encoder.name] and header[
+        "language"
+    ] == ["en"]
+    for said in (
+        "2.35 hours",
+        "| dialogues | 42 | 2.35 | asr | en |",
+        "300 steps",
+        "lr_lora: 0.0002",
+        *original.frozen_hash().values(),
+        "| dialogues-test-asr | asr | 99 | wer 0.432 (0.400 to 0.500), cer 0.200 |",
+    ):
         assert said in card, said
 
 
@@ -93,8 +121,11 @@ def test_what_cannot_be_exported_is_one_line(run, folders, tmp_path, capsys):
     model_folder.save(build(folders, parts=("encoder", "adapters")), tmp_path / "one")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    for arguments, message in (([tmp_path / "one"], "stage I folder"), ([tmp_path / "full"], "soundwave.json is missing"),
-                               ([folder], "is not empty")):
+    for arguments, message in (
+        ([tmp_path / "one"], "stage I folder"),
+        ([tmp_path / "full"], "soundwave.json is missing"),
+        ([folder], "is not empty"),
+    ):
         assert export([str(arguments[0]), "--out", str(tmp_path / "full")]) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ") and message in error
@@ -102,17 +133,21 @@ def test_what_cannot_be_exported_is_one_line(run, folders, tmp_path, capsys):
 
 @torch.no_grad()
 def test_run_export_and_merged_export_answer_alike(folders, tmp_path):
-    """Whatever the base's generation settings hold: the second end of turn (Llama 3.1 has three, Qwen two) and all that is not
-    taken."""
+    """Whatever the base's generation settings hold: the second end of turn (Llama 3.1 has three, Qwen two)
+    and all that is not taken."""
     base = tmp_path / "llm"
     first = build(folders, "llama")
     shutil.copytree(folders("llama"), base)
     free = answer_ids(first)
     settings = json.loads((base / "generation_config.json").read_text())
-    for name, more in (("ends", {"eos_token_id": [settings["eos_token_id"], free[0][4]]}),
-                       ("others", {"no_repeat_ngram_size": 2, "top_k": 2})):
+    for name, more in (
+        ("ends", {"eos_token_id": [settings["eos_token_id"], free[0][4]]}),
+        ("others", {"no_repeat_ngram_size": 2, "top_k": 2}),
+    ):
         (base / "generation_config.json").write_text(json.dumps(settings | more))
-        run = build(lambda part, **options: folders(part, **options) if part == "whisper" else str(base), "llama")
+        run = build(
+            lambda part, **options: folders(part, **options) if part == "whisper" else str(base), "llama"
+        )
         model_folder.save(run, tmp_path / name / "model", {"step": 1})
         found = {"run": answer_ids(run)}
         for kind, options in (("folder", None), ("export", []), ("merged", ["--merge"])):
@@ -145,30 +180,47 @@ def test_automodel_follows_or_refuses_every_option(run, tmp_path):
     def loaded(**options):
         found = AutoModel.from_pretrained(out, **options)
         weight = next(found.llm.parameters())
-        return str(weight.dtype).removeprefix("torch."), str(weight.device), found.llm.config._attn_implementation
+        return (
+            str(weight.dtype).removeprefix("torch."),
+            str(weight.device),
+            found.llm.config._attn_implementation,
+        )
 
     plain = loaded()
     assert plain == ("float32", "cpu", "sdpa")
     for options in ({"dtype": torch.bfloat16}, {"torch_dtype": "bfloat16"}):
         assert loaded(**options)[0] == "bfloat16"
-    for options in ({"device_map": "cpu"}, {"device_map": {"": torch.device("cpu")}}, {"device": "cpu", "dtype": "auto"}):
+    for options in (
+        {"device_map": "cpu"},
+        {"device_map": {"": torch.device("cpu")}},
+        {"device": "cpu", "dtype": "auto"},
+    ):
         assert loaded(**options) == plain
     assert loaded(attn_implementation="eager")[2] == "eager"
-    harmless = {"trust_remote_code": True, "low_cpu_mem_usage": True, "local_files_only": True, "load_in_8bit": False,
-                "quantization_config": None, "revision": "main", "cache_dir": str(tmp_path), "use_safetensors": True}
+    harmless = {
+        "trust_remote_code": True,
+        "low_cpu_mem_usage": True,
+        "local_files_only": True,
+        "load_in_8bit": False,
+        "quantization_config": None,
+        "revision": "main",
+        "cache_dir": str(tmp_path),
+        "use_safetensors": True,
+    }
     assert loaded(**harmless) == plain
     for options, error, message in (
-            ({"load_in_8bit": True}, ValueError, "load_in_8bit=True"),
-            ({"quantization_config": {"load_in_4bit": True}}, ValueError, "quantization_config"),
-            ({"revision": "v2"}, ValueError, "revision='v2'"),
-            ({"dtpye": "bfloat16"}, TypeError, "'dtpye'; did you mean 'dtype'"),
-            ({"verfy": False}, TypeError, "did you mean 'verify'"),
-            ({"max_memory": {0: "1GB"}}, TypeError, "unknown option 'max_memory'"),
-            ({"device_map": {"a": 0, "b": 1}}, ValueError, "on one device"),
-            ({"device_map": "balanced"}, ValueError, "on one device"),
-            ({"dtype": "float16", "torch_dtype": "bfloat16"}, ValueError, "dtype and torch_dtype"),
-            ({"dtype": "int8"}, ValueError, "model.dtype is 'int8'"),
-            ({"device": "cpu", "device_map": "cpu"}, ValueError, "two names")):
+        ({"load_in_8bit": True}, ValueError, "load_in_8bit=True"),
+        ({"quantization_config": {"load_in_4bit": True}}, ValueError, "quantization_config"),
+        ({"revision": "v2"}, ValueError, "revision='v2'"),
+        ({"dtpye": "bfloat16"}, TypeError, "'dtpye'; did you mean 'dtype'"),
+        ({"verfy": False}, TypeError, "did you mean 'verify'"),
+        ({"max_memory": {0: "1GB"}}, TypeError, "unknown option 'max_memory'"),
+        ({"device_map": {"a": 0, "b": 1}}, ValueError, "on one device"),
+        ({"device_map": "balanced"}, ValueError, "on one device"),
+        ({"dtype": "float16", "torch_dtype": "bfloat16"}, ValueError, "dtype and torch_dtype"),
+        ({"dtype": "int8"}, ValueError, "model.dtype is 'int8'"),
+        ({"device": "cpu", "device_map": "cpu"}, ValueError, "two names"),
+    ):
         with pytest.raises(error, match=message):
             loaded(**options)
 
@@ -184,7 +236,9 @@ def test_what_is_written_is_as_readable_as_the_umask_says(run, tmp_path, umask):
         assert export([str(folder), "--out", str(tmp_path / "full"), "--merge", "--with-encoder"]) == 0
     finally:
         os.umask(before)
-    files = [path for name in ("saved", "plain", "full") for path in (tmp_path / name).rglob("*") if path.is_file()]
+    files = [
+        path for name in ("saved", "plain", "full") for path in (tmp_path / name).rglob("*") if path.is_file()
+    ]
     modes = {str(path.relative_to(tmp_path)): oct(stat.S_IMODE(path.stat().st_mode)) for path in files}
     assert len(modes) > 10 and set(modes.values()) == {oct(0o666 & ~umask)}, modes
 

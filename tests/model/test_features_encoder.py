@@ -40,13 +40,15 @@ def sound(samples: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("samples", [1, 159, 160, 161, 400, 16000, 31999, 479_601, 479_800, 479_999, 480_000])
 def test_first_frames_are_whispers(samples, n_mels):
     wave = sound(samples)
-    expected = WhisperFeatureExtractor(n_mels)(wave.numpy(), sampling_rate=16000, return_tensors="pt").input_features[0]
+    expected = WhisperFeatureExtractor(n_mels)(
+        wave.numpy(), sampling_rate=16000, return_tensors="pt"
+    ).input_features[0]
     garbage = torch.full((1, min(480_000, samples + 777)), 9.0)
     garbage[0, :samples] = wave
     mel, frames = log_mel(garbage, torch.tensor([samples]), n_mels)
     assert int(frames) == -(-samples // 160)
     assert (mel[0, :, : int(frames)] - expected[:, : int(frames)]).abs().max() < 2e-4
-    assert (mel[0, :, int(frames):] == 0).all()
+    assert (mel[0, :, int(frames) :] == 0).all()
     full, frames = log_mel(wave[None], torch.tensor([samples]), n_mels, 480_000)
     assert full.shape[-1] == 3000 and (full[0] - expected).abs().max() < 2e-4
 
@@ -119,7 +121,7 @@ def test_encoder_knows_neither_companions_nor_padding(folders, lengths, extra, g
         alone, count = encoder(wave[None], torch.tensor([len(wave)]))
         assert int(count) == int(frames[row])
         torch.testing.assert_close(features[row, : int(count)], alone[0], rtol=0, atol=2e-5)
-        assert (features[row, int(count):] == 0).all()
+        assert (features[row, int(count) :] == 0).all()
 
 
 @torch.no_grad()
@@ -158,7 +160,7 @@ def test_padded_lengths_know_no_companions_either(folders):
     features, frames = encoder(waves, lengths, padded=True)
     assert frames.tolist() == [200, 50, 100, 50]
     for row, length in enumerate(lengths.tolist()):
-        alone, count = encoder(waves[row: row + 1, : max(1, length)], lengths[row: row + 1], padded=True)
+        alone, count = encoder(waves[row : row + 1, : max(1, length)], lengths[row : row + 1], padded=True)
         assert int(count) == int(frames[row])
         torch.testing.assert_close(features[row, : int(count)], alone[0], rtol=0, atol=2e-5)
 
@@ -183,7 +185,12 @@ def test_mel_mask_hides_content(folders):
 
 WAVEFORM_FAMILIES = {
     "wav2vec2": (Wav2Vec2Config, Wav2Vec2Model, Wav2Vec2ForCTC, dict(feat_extract_norm="group")),
-    "hubert": (HubertConfig, HubertModel, HubertForCTC, dict(feat_extract_norm="layer", do_stable_layer_norm=True)),
+    "hubert": (
+        HubertConfig,
+        HubertModel,
+        HubertForCTC,
+        dict(feat_extract_norm="layer", do_stable_layer_norm=True),
+    ),
     "wavlm": (WavLMConfig, WavLMModel, WavLMForCTC, dict(feat_extract_norm="group")),
 }
 
@@ -192,9 +199,21 @@ WAVEFORM_FAMILIES = {
 def waveform_encoder(request, tmp_path):
     """(our encoder, transformers' model) of a family, with and without a head around it in its folder."""
     config_class, plain, with_head, options = WAVEFORM_FAMILIES[request.param]
-    config = config_class(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, conv_dim=(8, 8, 8),
-                          conv_kernel=(10, 3, 2), conv_stride=(5, 8, 8), num_feat_extract_layers=3, vocab_size=9,
-                          num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, num_codevectors_per_group=4, **options)
+    config = config_class(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        conv_dim=(8, 8, 8),
+        conv_kernel=(10, 3, 2),
+        conv_stride=(5, 8, 8),
+        num_feat_extract_layers=3,
+        vocab_size=9,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+        num_codevectors_per_group=4,
+        **options,
+    )
     model = with_head(config).eval()
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.3)
@@ -214,12 +233,12 @@ def test_waveform_encoders_equal_transformers_clip_by_clip(waveform_encoder):
         waves[row, :length] = torch.randn(length)
     features, frames = ours(waves, lengths)
     for row, length in enumerate(lengths.tolist()):
-        clip = waves[row:row + 1, :length]
+        clip = waves[row : row + 1, :length]
         clip = (clip - clip.mean()) / (clip.var(unbiased=False) + 1e-7).sqrt()
         expected = theirs(F.pad(clip, (0, max(0, ours.shortest - length)))).last_hidden_state[0]
         assert int(frames[row]) == len(expected)
         torch.testing.assert_close(features[row, : len(expected)], expected, rtol=0, atol=3e-5)
-        assert (features[row, len(expected):] == 0).all()
+        assert (features[row, len(expected) :] == 0).all()
 
 
 def test_another_encoder_changes_nothing_elsewhere(waveform_encoder, folders, tmp_path):
@@ -232,5 +251,7 @@ def test_another_encoder_changes_nothing_elsewhere(waveform_encoder, folders, tm
     assert all(p.grad is not None for group in model.parameter_groups().values() for _, p in group)
     model_folder.save(model, tmp_path / "saved")
     again = model_folder.load(tmp_path / "saved")
-    torch.testing.assert_close(model.eval()(batch, losses=("ce",)).ce_sum, again(batch, losses=("ce",)).ce_sum)
+    torch.testing.assert_close(
+        model.eval()(batch, losses=("ce",)).ce_sum, again(batch, losses=("ce",)).ce_sum
+    )
     assert Soundwave.build(config, meta=True).encoder.width == 16

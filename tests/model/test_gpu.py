@@ -25,14 +25,23 @@ def both(model, monkeypatch):
 def test_losses_and_gradients(both):
     found = []
     for model in both:
-        batch = tiny.batch(model, [chat("What?", "the wall"), chat("Say it.", "a"), chat("2 + 2?", "four", audio=False)],
-                           [0.9, 0.4], ["the wall", "a"]).to(next(model.parameters()).device)
+        batch = tiny.batch(
+            model,
+            [chat("What?", "the wall"), chat("Say it.", "a"), chat("2 + 2?", "four", audio=False)],
+            [0.9, 0.4],
+            ["the wall", "a"],
+        ).to(next(model.parameters()).device)
         output = model(batch, losses=("ce", "ctc"))
         (output.ce_sum + 0.3 * output.ctc_sum).backward()
-        found.append((output, {name: p.grad.cpu() for name, p in model.named_parameters() if p.requires_grad}))
+        found.append(
+            (output, {name: p.grad.cpu() for name, p in model.named_parameters() if p.requires_grad})
+        )
     (wanted, gradients), (output, on_gpu) = found
     assert (int(output.frames), int(output.kept), int(output.llm_tokens)) == (
-        int(wanted.frames), int(wanted.kept), int(wanted.llm_tokens))
+        int(wanted.frames),
+        int(wanted.kept),
+        int(wanted.llm_tokens),
+    )
     torch.testing.assert_close(output.ce_sum.cpu(), wanted.ce_sum, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(output.ctc_sum.cpu(), wanted.ctc_sum, rtol=1e-4, atol=1e-4)
     for name, gradient in gradients.items():
@@ -41,7 +50,10 @@ def test_losses_and_gradients(both):
 
 @pytest.mark.parametrize("joint", [None, JointSearch()])
 def test_answers(both, joint):
-    chats, sounds = [chat("What?"), chat("Say it again, all of it.")], [0.1 * torch.randn(14_400), 0.1 * torch.randn(6_400)]
+    chats, sounds = (
+        [chat("What?"), chat("Say it again, all of it.")],
+        [0.1 * torch.randn(14_400), 0.1 * torch.randn(6_400)],
+    )
     wanted, found = (m.generate(m.prompts(chats, sounds), max_new_tokens=12, joint=joint) for m in both)
     assert found == wanted and any(wanted)
 

@@ -1,4 +1,5 @@
-"""LoRA's targets: the default by the LLM's structure, names that must match, peft's other ways to say it, the merge."""
+"""LoRA's targets: the default by the LLM's structure, names that must match, peft's other ways to say it, the
+merge."""
 
 from __future__ import annotations
 
@@ -12,22 +13,51 @@ from model.language_model import described_targets, lora_targets, resolved_targe
 from model.official import LoRAMerge
 from model.pretrained import Source, SourceError
 
-SMALL = {**dict.fromkeys(("hidden_size", "n_embd", "d_model"), 32), **dict.fromkeys(("ffn_dim", "intermediate_size"), 64),
-         **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2),
-         **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "attention_heads"), 4),
-         "vocab_size": 64, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": None}
+SMALL = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model"), 32),
+    **dict.fromkeys(("ffn_dim", "intermediate_size"), 64),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "attention_heads"), 4),
+    "vocab_size": 64,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+}
 
 # By each family's modelling code: what projects into and out of its attention.
 ATTENTION = {
-    "llama": "q_proj k_proj v_proj o_proj", "qwen3": "q_proj k_proj v_proj o_proj", "gemma2": "q_proj k_proj v_proj o_proj",
-    "phi3": "qkv_proj o_proj", "gpt_oss": "q_proj k_proj v_proj o_proj", "phi": "q_proj k_proj v_proj dense",
-    "gpt_neox": "query_key_value dense", "falcon": "query_key_value dense", "bloom": "query_key_value dense",
+    "llama": "q_proj k_proj v_proj o_proj",
+    "qwen3": "q_proj k_proj v_proj o_proj",
+    "gemma2": "q_proj k_proj v_proj o_proj",
+    "phi3": "qkv_proj o_proj",
+    "gpt_oss": "q_proj k_proj v_proj o_proj",
+    "phi": "q_proj k_proj v_proj dense",
+    "gpt_neox": "query_key_value dense",
+    "falcon": "query_key_value dense",
+    "bloom": "query_key_value dense",
     "mpt": "Wqkv out_proj",
-    "opt": "q_proj k_proj v_proj out_proj", "gptj": "q_proj k_proj v_proj out_proj", "gpt2": "c_attn c_proj",
-    "gpt_bigcode": "c_attn c_proj", "lfm2": "q_proj k_proj v_proj out_proj", "codegen": "qkv_proj out_proj",
+    "opt": "q_proj k_proj v_proj out_proj",
+    "gptj": "q_proj k_proj v_proj out_proj",
+    "gpt2": "c_attn c_proj",
+    "gpt_bigcode": "c_attn c_proj",
+    "lfm2": "q_proj k_proj v_proj out_proj",
+    "codegen": "qkv_proj out_proj",
 }
-NOT_ATTENTION = ("mlp", "feed_forward", "ffn", "fc1", "fc2", "c_fc", "conv", "router", "experts", "dense_h_to_4h",
-                 "dense_4h_to_h", "lm_head")
+NOT_ATTENTION = (
+    "mlp",
+    "feed_forward",
+    "ffn",
+    "fc1",
+    "fc2",
+    "c_fc",
+    "conv",
+    "router",
+    "experts",
+    "dense_h_to_4h",
+    "dense_4h_to_h",
+    "lm_head",
+)
 
 
 def meta(family: str) -> torch.nn.Module:
@@ -49,8 +79,11 @@ def meta(family: str) -> torch.nn.Module:
 def adapted(llm: torch.nn.Module, targets, name: str = "the LLM") -> list[str]:
     """Whole names of the modules that get LoRA."""
     model = with_lora(llm, LLMConfig(lora_r=2, lora_targets=targets), name)
-    return [key.removeprefix("base_model.model.").removesuffix(".lora_A.default") for key, _ in model.named_modules()
-            if key.endswith(".lora_A.default")]
+    return [
+        key.removeprefix("base_model.model.").removesuffix(".lora_A.default")
+        for key, _ in model.named_modules()
+        if key.endswith(".lora_A.default")
+    ]
 
 
 @pytest.mark.parametrize("family", ATTENTION)
@@ -63,13 +96,21 @@ def test_the_default_is_the_attention_of_every_layer(family):
 
 
 def test_of_a_multimodal_llm_the_text_layers_alone():
-    config = AutoConfig.for_model("gemma3", text_config={"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32},
-                                  vision_config={"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32,
-                                                 "num_attention_heads": 2})
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config={"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32},
+        vision_config={
+            "num_hidden_layers": 2,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_attention_heads": 2,
+        },
+    )
     with torch.device("meta"):
         llm = AutoModelForCausalLM._model_mapping[type(config)](config)
-    assert sorted(adapted(llm, None)) == sorted(f"model.language_model.layers.{layer}.self_attn.{part}_proj"
-                                                for layer in (0, 1) for part in "qkvo")
+    assert sorted(adapted(llm, None)) == sorted(
+        f"model.language_model.layers.{layer}.self_attn.{part}_proj" for layer in (0, 1) for part in "qkvo"
+    )
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
@@ -77,54 +118,85 @@ def test_without_attention_the_default_refuses_and_lists_the_layers(family):
     config = AutoConfig.for_model(family)
     with torch.device("meta"):
         llm = AutoModelForCausalLM._model_mapping[type(config)](config)
-    with pytest.raises(SourceError, match="has no attention layers .* its linear layers: in_proj, .*out_proj") as raised:
+    with pytest.raises(
+        SourceError, match="has no attention layers .* its linear layers: in_proj, .*out_proj"
+    ) as raised:
         adapted(llm, None, "the/name")
     assert "the/name" in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_the_default_is_resolved_from_the_configuration_alone():
     """As resume, dry run and finished stages compare it."""
-    for family, expected in (("llama", ["q_proj", "k_proj", "v_proj", "o_proj"]), ("gpt2", ["c_attn", "attn.c_proj"])):
+    for family, expected in (
+        ("llama", ["q_proj", "k_proj", "v_proj", "o_proj"]),
+        ("gpt2", ["c_attn", "attn.c_proj"]),
+    ):
         source = Source(family, meta(family).config, None)
         assert resolved_targets(LLMConfig(), source) == expected
         assert resolved_targets(LLMConfig(lora_targets=["v_proj"]), source) == ["v_proj"]
     assert resolved_targets(LLMConfig(lora_r=0), Source("mamba", None, None)) is None
 
 
-@pytest.mark.parametrize("targets, words", [
-    (["q_proj", "kproj"], "has no linear layer 'kproj'; did you mean 'k_proj'? Its linear layers: q_proj, k_proj, v_proj, "
-                          "o_proj, gate_proj, up_proj, down_proj"),
-    (["query_key_value"], "has no linear layer 'query_key_value'"),
-    (["Q_PROJ"], "has no linear layer 'Q_PROJ'; did you mean"),
-    (["proj"], "has no linear layer 'proj'"),
-    (["mlp"], "has no linear layer 'mlp'"),  # a block is none
-    (["q_proj", "embed_tokens"], "has no linear layer 'embed_tokens'"),
-    (["lm_head"], "has no linear layer 'lm_head'"),
-    ("q_proj", "no linear layer of the LLM has a whole name that the regular expression 'q_proj' matches, such as "
-               "'model.layers.0.self_attn.q_proj'; a list of names is written [q_proj]"),
-    (r".*\.mlp", "no linear layer of the LLM has a whole name"),
-    (r".*\.(q_proj|mlp)", "'model.layers.0.mlp' of the LLM is no linear layer"),
-])
+@pytest.mark.parametrize(
+    "targets, words",
+    [
+        (
+            ["q_proj", "kproj"],
+            "has no linear layer 'kproj'; did you mean 'k_proj'? Its linear layers: q_proj, k_proj, v_proj, "
+            "o_proj, gate_proj, up_proj, down_proj",
+        ),
+        (["query_key_value"], "has no linear layer 'query_key_value'"),
+        (["Q_PROJ"], "has no linear layer 'Q_PROJ'; did you mean"),
+        (["proj"], "has no linear layer 'proj'"),
+        (["mlp"], "has no linear layer 'mlp'"),  # a block is none
+        (["q_proj", "embed_tokens"], "has no linear layer 'embed_tokens'"),
+        (["lm_head"], "has no linear layer 'lm_head'"),
+        (
+            "q_proj",
+            "no linear layer of the LLM has a whole name that the regular expression 'q_proj' matches, such "
+            "as "
+            "'model.layers.0.self_attn.q_proj'; a list of names is written [q_proj]",
+        ),
+        (r".*\.mlp", "no linear layer of the LLM has a whole name"),
+        (r".*\.(q_proj|mlp)", "'model.layers.0.mlp' of the LLM is no linear layer"),
+    ],
+)
 def test_a_target_that_matches_nothing_is_named(targets, words):
     with pytest.raises(SourceError) as raised:
         adapted(meta("llama"), targets)
     assert words in str(raised.value) and "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("targets", ["all-linear", "ALL-LINEAR", ["all-linear"], r".*\.(q|v)_proj", r"model\.layers\.1\..*_proj",
-                                     ["q_proj", "down_proj"], ["self_attn.o_proj"], ["model.layers.0.mlp.up_proj"]])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        "all-linear",
+        "ALL-LINEAR",
+        ["all-linear"],
+        r".*\.(q|v)_proj",
+        r"model\.layers\.1\..*_proj",
+        ["q_proj", "down_proj"],
+        ["self_attn.o_proj"],
+        ["model.layers.0.mlp.up_proj"],
+    ],
+)
 def test_keywords_expressions_and_names_mean_what_they_mean_to_peft(targets):
     for family in ("llama", "gpt_oss", "lfm2") if "all-linear" in str(targets).lower() else ("llama",):
         asked = "all-linear" if targets == ["all-linear"] else targets  # in a list only ours knows it
         theirs = get_peft_model(meta(family), LoraConfig(r=2, target_modules=asked))
-        expected = {key.removeprefix("base_model.model.").removesuffix(".lora_A.default") for key, _ in theirs.named_modules()
-                    if key.endswith(".lora_A.default")}
+        expected = {
+            key.removeprefix("base_model.model.").removesuffix(".lora_A.default")
+            for key, _ in theirs.named_modules()
+            if key.endswith(".lora_A.default")
+        }
         assert set(adapted(meta(family), targets)) == expected and expected
 
 
 def test_what_has_lora_is_described():
-    assert described_targets(with_lora(meta("phi3"), LLMConfig(lora_r=2), "p")) in ("o_proj x 2, qkv_proj x 2",
-                                                                                   "qkv_proj x 2, o_proj x 2")
+    assert described_targets(with_lora(meta("phi3"), LLMConfig(lora_r=2), "p")) in (
+        "o_proj x 2, qkv_proj x 2",
+        "qkv_proj x 2, o_proj x 2",
+    )
 
 
 def test_merged_weights_compute_what_lora_does_in_gpt2_too(tmp_path):

@@ -1,4 +1,5 @@
-"""Released weights in and out, against a plain implementation of the release (release.py) on configurations made on the spot."""
+"""Released weights in and out, against a plain implementation of the release (release.py) on configurations
+made on the spot."""
 
 from __future__ import annotations
 
@@ -29,16 +30,44 @@ def release_tokenizer(extra: tuple[str, ...] = ("<audio_patch>",), pad: str = "<
     return words
 
 
-def released_configs(words, *, width=32, layers=2, heads=4, kv=2, mels=16, encoder_width=24, encoder_layers=2, spare=0, ffn=48):
-    config = dict(vocab_size=len(words) + spare, hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers,
-                  num_attention_heads=heads, num_key_value_heads=kv, rms_norm_eps=1e-6, rope_theta=500000.0,
-                  tie_word_embeddings=False, bos_token_id=1, eos_token_id=words.eos_token_id, max_position_embeddings=4096,
-                  model_type="Soundwave", transformers_version="4.43.1", adapter_size=encoder_width,
-                  audio_tower="encoder", audio_patch_size=1,
-                  audio_patch_token=words.convert_tokens_to_ids("<audio_patch>"), llm_pad_token_id=words.pad_token_id)
-    encoder = dict(d_model=encoder_width, encoder_layers=encoder_layers, decoder_layers=1, encoder_attention_heads=2,
-                   decoder_attention_heads=2, encoder_ffn_dim=2 * encoder_width, decoder_ffn_dim=2 * encoder_width,
-                   num_mel_bins=mels, vocab_size=40, max_source_positions=1500, pad_token_id=0, model_type="whisper")
+def released_configs(
+    words, *, width=32, layers=2, heads=4, kv=2, mels=16, encoder_width=24, encoder_layers=2, spare=0, ffn=48
+):
+    config = dict(
+        vocab_size=len(words) + spare,
+        hidden_size=width,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        rms_norm_eps=1e-6,
+        rope_theta=500000.0,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=words.eos_token_id,
+        max_position_embeddings=4096,
+        model_type="Soundwave",
+        transformers_version="4.43.1",
+        adapter_size=encoder_width,
+        audio_tower="encoder",
+        audio_patch_size=1,
+        audio_patch_token=words.convert_tokens_to_ids("<audio_patch>"),
+        llm_pad_token_id=words.pad_token_id,
+    )
+    encoder = dict(
+        d_model=encoder_width,
+        encoder_layers=encoder_layers,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=2 * encoder_width,
+        decoder_ffn_dim=2 * encoder_width,
+        num_mel_bins=mels,
+        vocab_size=40,
+        max_source_positions=1500,
+        pad_token_id=0,
+        model_type="whisper",
+    )
     return config, encoder
 
 
@@ -58,14 +87,24 @@ def release_batch(model, mel, input_ids, labels=None, targets=None, pad=None) ->
     features = model.encoder.encode_mel(mel, torch.full((audios,), mel.shape[-1]))
     targets = torch.full((audios, 1), -100) if targets is None else targets
     mask = torch.ones_like(input_ids) if pad is None else (input_ids != pad).long()
-    return Batch(None, features, torch.full((audios,), features.shape[1]), False, targets.clamp(min=0), (targets != -100).sum(1),
-                 (targets != -100).any(1), input_ids, mask, torch.full_like(input_ids, -100) if labels is None else labels)
+    return Batch(
+        None,
+        features,
+        torch.full((audios,), features.shape[1]),
+        False,
+        targets.clamp(min=0),
+        (targets != -100).sum(1),
+        (targets != -100).any(1),
+        input_ids,
+        mask,
+        torch.full_like(input_ids, -100) if labels is None else labels,
+    )
 
 
 def compare(model, mel, prompts, expected_tokens, expected_logits, training, pad):
     """Tokens equal, logits within 1e-4, losses within 1e-4 relative, singly and all prompts in one batch."""
     for i, ids in enumerate(prompts):
-        batch = release_batch(model, mel[i:i + 1], ids[None])
+        batch = release_batch(model, mel[i : i + 1], ids[None])
         audio = model.listen(batch)
         assert torch.equal(audio.argmax[0], expected_tokens[i])
         embeddings, mask, _ = model.embeddings(batch, audio)
@@ -74,10 +113,11 @@ def compare(model, mel, prompts, expected_tokens, expected_logits, training, pad
         assert (logits - expected_logits[i]).abs().max() < 1e-4
     together = release_batch(model, mel, torch.stack(prompts))
     embeddings, mask, _ = model.embeddings(together, model.listen(together), left_padded=True)
-    logits = model.llm(inputs_embeds=embeddings, attention_mask=mask,
-                       position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    logits = model.llm(
+        inputs_embeds=embeddings, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
+    ).logits
     for i, expected in enumerate(expected_logits):
-        assert (logits[i, -len(expected):] - expected).abs().max() < 1e-4
+        assert (logits[i, -len(expected) :] - expected).abs().max() < 1e-4
 
     ids, labels, targets, expected_ce, expected_loss = training
     batch = release_batch(model, mel, ids, labels, targets, pad)
@@ -88,7 +128,10 @@ def compare(model, mel, prompts, expected_tokens, expected_logits, training, pad
     torch.testing.assert_close(loss, expected_loss, rtol=1e-4, atol=0)
 
 
-SHAPES = [dict(), dict(width=48, layers=3, heads=6, kv=3, mels=20, encoder_width=16, encoder_layers=1, spare=7, ffn=40)]
+SHAPES = [
+    dict(),
+    dict(width=48, layers=3, heads=6, kv=3, mels=20, encoder_width=16, encoder_layers=1, spare=7, ffn=40),
+]
 
 
 def spoken(mels: int, generator: torch.Generator) -> torch.Tensor:
@@ -131,16 +174,20 @@ def test_release_in_and_out(tmp_path, shape):
     first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("released", "again"))
     assert first.keys() == again.keys() and all(torch.equal(first[n], again[n]) for n in first)
     written = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert all(written.get(key) == value for key, value in config.items() if key not in ("transformers_version",))
+    assert all(
+        written.get(key) == value for key, value in config.items() if key not in ("transformers_version",)
+    )
 
 
 PROMPT_LENGTHS, TRAINED = (12, 12, 12), (20, 17, 14)  # of the oracle's prompts and training rows
 
 
 def write_oracle(folder: Path) -> None:
-    """A checkpoint and expected.safetensors in the layout of the authors' answers, by the plain implementation of the release.
+    """A checkpoint and expected.safetensors in the layout of the authors' answers, by the plain
+    implementation of the release.
 
-    test_authors_own_answers holds that implementation against the authors' code where SOUNDWAVE_ORACLE names its answers.
+    test_authors_own_answers holds that implementation against the authors' code where SOUNDWAVE_ORACLE names
+    its answers.
     """
     words = release_tokenizer(("<padding>", "<audio_patch>"), pad="<padding>")
     config, encoder = released_configs(words, width=48, encoder_width=32, mels=128)
@@ -151,22 +198,35 @@ def write_oracle(folder: Path) -> None:
     for i, length in enumerate(PROMPT_LENGTHS):
         ids = torch.randint(0, 250, (length,), generator=generator)
         ids[3 + i] = audio
-        answers |= {f"eval{i}_input_ids": ids[None], f"eval{i}_ctc_tokens": released.hear(mel[i])[1].argmax(-1),
-                    f"eval{i}_logits": released.logits(ids, mel[i])[None]}
+        answers |= {
+            f"eval{i}_input_ids": ids[None],
+            f"eval{i}_ctc_tokens": released.hear(mel[i])[1].argmax(-1),
+            f"eval{i}_logits": released.logits(ids, mel[i])[None],
+        }
     ids = torch.randint(0, 250, (3, max(TRAINED)), generator=generator)
     ids[:, 4] = audio
     labels = ids.clone()
     labels[:, :9] = -100
     targets = torch.randint(0, 250, (3, 12), generator=generator)
     for row, length in enumerate(TRAINED):
-        ids[row, length:], labels[row, length:], targets[row, 12 - 2 * row:] = pad, -100, -100
+        ids[row, length:], labels[row, length:], targets[row, 12 - 2 * row :] = pad, -100, -100
     ce, ctc = released.losses(ids, labels, mel, targets)
-    save_file({**answers, "train_input_ids": ids, "train_labels": labels, "train_asr_targets": targets, "train_ce": ce[None],
-               "train_loss": (ce + 0.3 * ctc)[None]}, folder / "expected.safetensors")
+    save_file(
+        {
+            **answers,
+            "train_input_ids": ids,
+            "train_labels": labels,
+            "train_asr_targets": targets,
+            "train_ce": ce[None],
+            "train_loss": (ce + 0.3 * ctc)[None],
+        },
+        folder / "expected.safetensors",
+    )
 
 
 def check_answers(oracle: Path, folder: Path) -> None:
-    """Our model gives the answers of expected.safetensors, and what it exports again is model.safetensors to the last bit."""
+    """Our model gives the answers of expected.safetensors, and what it exports again is model.safetensors to
+    the last bit."""
     expected = load_file(oracle / "expected.safetensors")
     theirs = json.loads((oracle / "config.json").read_text())
     words = tiny.tokenizer("llama3")
@@ -179,11 +239,22 @@ def check_answers(oracle: Path, folder: Path) -> None:
     words.save_pretrained(folder / "released")
     assert convert(["--from-official", str(folder / "released"), "--out", str(folder / "ours")]) == 0
     model = model_folder.load(folder / "ours")
-    training = (expected["train_input_ids"], expected["train_labels"], expected["train_asr_targets"],
-                expected["train_ce"][0], expected["train_loss"][0])
-    compare(model, expected["mel"], [expected[f"eval{i}_input_ids"][0] for i in range(3)],
-            [expected[f"eval{i}_ctc_tokens"] for i in range(3)], [expected[f"eval{i}_logits"][0] for i in range(3)],
-            training, theirs["llm_pad_token_id"])
+    training = (
+        expected["train_input_ids"],
+        expected["train_labels"],
+        expected["train_asr_targets"],
+        expected["train_ce"][0],
+        expected["train_loss"][0],
+    )
+    compare(
+        model,
+        expected["mel"],
+        [expected[f"eval{i}_input_ids"][0] for i in range(3)],
+        [expected[f"eval{i}_ctc_tokens"] for i in range(3)],
+        [expected[f"eval{i}_logits"][0] for i in range(3)],
+        training,
+        theirs["llm_pad_token_id"],
+    )
     assert convert(["--to-official", str(folder / "ours"), "--out", str(folder / "again")]) == 0
     first, again = load_file(oracle / "model.safetensors"), load_file(folder / "again" / "model.safetensors")
     assert first.keys() == again.keys() and all(torch.equal(first[n], again[n]) for n in first)
@@ -199,8 +270,8 @@ if "SOUNDWAVE_ORACLE" in os.environ:
 
     @torch.no_grad()
     def test_authors_own_answers(tmp_path):
-        """expected.safetensors and its checkpoint, as the authors' code wrote them: our model gives their answers, and so does
-        the plain implementation that the other tests take for the release."""
+        """expected.safetensors and its checkpoint, as the authors' code wrote them: our model gives their
+        answers, and so does the plain implementation that the other tests take for the release."""
         oracle = Path(os.environ["SOUNDWAVE_ORACLE"])
         check_answers(oracle, tmp_path)
         expected, released = load_file(oracle / "expected.safetensors"), ReleasedSoundwave.load(oracle)
@@ -208,14 +279,19 @@ if "SOUNDWAVE_ORACLE" in os.environ:
             assert torch.equal(released.hear(mel)[1].argmax(-1), expected[f"eval{i}_ctc_tokens"])
             logits = released.logits(expected[f"eval{i}_input_ids"][0], mel)
             assert (logits - expected[f"eval{i}_logits"][0]).abs().max() < 1e-4
-        ce, ctc = released.losses(expected["train_input_ids"], expected["train_labels"], expected["mel"],
-                                  expected["train_asr_targets"])
+        ce, ctc = released.losses(
+            expected["train_input_ids"],
+            expected["train_labels"],
+            expected["mel"],
+            expected["train_asr_targets"],
+        )
         torch.testing.assert_close(ce, expected["train_ce"][0], rtol=1e-4, atol=0)
         torch.testing.assert_close(ce + 0.3 * ctc, expected["train_loss"][0], rtol=1e-4, atol=0)
 
 
 def release_like(folders, **llm_options):
-    """A model of our own, with LoRA and a tied head, in the switches that the release's layout can express."""
+    """A model of our own, with LoRA and a tied head, in the switches that the release's layout can
+    express."""
     config = official_switches(tiny.config(folders("whisper"), folders("llama", **llm_options)))
     config.alignment.ctc_head = "tied"
     torch.manual_seed(2)
@@ -236,8 +312,15 @@ def expected_answers(model, folder: Path) -> None:
     audio = model.listen(batch)
     assert int(audio.kept_lengths) > 3
     embeddings, mask, _ = model.embeddings(batch, audio)
-    save_file({"input_ids": torch.tensor(ids), "mel": mel, "text_ids": torch.tensor(model.tokenizer(TEXT).input_ids),
-               "logits": model.llm(inputs_embeds=embeddings, attention_mask=mask).logits[0]}, folder / "expected.safetensors")
+    save_file(
+        {
+            "input_ids": torch.tensor(ids),
+            "mel": mel,
+            "text_ids": torch.tensor(model.tokenizer(TEXT).input_ids),
+            "logits": model.llm(inputs_embeds=embeddings, attention_mask=mask).logits[0],
+        },
+        folder / "expected.safetensors",
+    )
 
 
 @torch.no_grad()
@@ -258,7 +341,9 @@ def test_our_own_training_in_the_releases_layout(folders, tmp_path):
     back = model_folder.load(tmp_path / "back")
     batch = release_batch(back, expected["mel"][None], expected["input_ids"][None])
     embeddings, mask, _ = back.embeddings(batch, back.listen(batch))
-    again = back.llm(inputs_embeds=embeddings, attention_mask=mask).logits[0][:, : expected["logits"].shape[1]]
+    again = back.llm(inputs_embeds=embeddings, attention_mask=mask).logits[0][
+        :, : expected["logits"].shape[1]
+    ]
     assert (again - expected["logits"]).abs().max() < 1e-4
 
 
@@ -267,22 +352,38 @@ def test_what_the_layout_cannot_express_is_one_line(folders, tmp_path, capsys):
     model_folder.save(Soundwave.build(build), tmp_path / "ours")
     stage_one = Soundwave.build(build, parts=("encoder", "adapters"))
     model_folder.save(stage_one, tmp_path / "one")
-    model_folder.save(Soundwave.build(official_switches(tiny.config(folders("whisper"), folders("qwen2")))), tmp_path / "qwen")
-    for name, part, key, value in (("short", "alignment", "ctc_length", "true"), ("chat", None, "prompt", "chat"),
-                                   ("system", None, "system_prompt", "Listen.")):
+    model_folder.save(
+        Soundwave.build(official_switches(tiny.config(folders("whisper"), folders("qwen2")))),
+        tmp_path / "qwen",
+    )
+    for name, part, key, value in (
+        ("short", "alignment", "ctc_length", "true"),
+        ("chat", None, "prompt", "chat"),
+        ("system", None, "system_prompt", "Listen."),
+    ):
         theirs = official_switches(tiny.config(folders("whisper"), folders("llama")))
         setattr(getattr(theirs, part) if part else theirs, key, value)
         model_folder.save(Soundwave.build(theirs), tmp_path / name)
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "config.json").write_text("{}")
     for arguments, message in (
-            (["--to-official", tmp_path / "ours"], "model.alignment.attention = time, the release's code knows frame only"),
-            (["--to-official", tmp_path / "short"], "model.alignment.ctc_length = true, the release's code knows full only"),
-            (["--to-official", tmp_path / "chat"], "model.prompt = chat, the release's code knows release only"),
-            (["--to-official", tmp_path / "system"], "model.system_prompt = Listen., the release's code knows None only"),
-            (["--to-official", tmp_path / "one"], "stage I folder"),
-            (["--to-official", tmp_path / "qwen"], "takes Llama only"),
-            (["--from-official", tmp_path / "strange"], "has no tokenizer that loads")):
+        (
+            ["--to-official", tmp_path / "ours"],
+            "model.alignment.attention = time, the release's code knows frame only",
+        ),
+        (
+            ["--to-official", tmp_path / "short"],
+            "model.alignment.ctc_length = true, the release's code knows full only",
+        ),
+        (["--to-official", tmp_path / "chat"], "model.prompt = chat, the release's code knows release only"),
+        (
+            ["--to-official", tmp_path / "system"],
+            "model.system_prompt = Listen., the release's code knows None only",
+        ),
+        (["--to-official", tmp_path / "one"], "stage I folder"),
+        (["--to-official", tmp_path / "qwen"], "takes Llama only"),
+        (["--from-official", tmp_path / "strange"], "has no tokenizer that loads"),
+    ):
         assert convert([*map(str, arguments), "--out", str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ") and message in error
@@ -304,7 +405,9 @@ def test_shards_of_any_size(folders, tmp_path, monkeypatch):
     assert convert(["--to-official", str(tmp_path / "ours"), "--out", str(tmp_path / "again")]) == 0
     for folder in (tmp_path / "ours" / "llm", tmp_path / "again"):
         shards = [load_file(f) for f in folder.glob("model-*.safetensors")]
-        assert len(shards) > 2 and all(len(s) == 1 or sum(t.nbytes for t in s.values()) <= 40_000 for s in shards)
+        assert len(shards) > 2 and all(
+            len(s) == 1 or sum(t.nbytes for t in s.values()) <= 40_000 for s in shards
+        )
     again = ReleasedSoundwave.load(tmp_path / "again").state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in released.state_dict().items())
 

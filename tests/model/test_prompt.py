@@ -21,8 +21,10 @@ from tests.model import tiny
 
 MULTI = [
     {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "<audio_patch>\nWhat is said?"}, {"role": "assistant", "content": "the wall"},
-    {"role": "user", "content": "And here <audio_patch> or <audio_patch>?"}, {"role": "assistant", "content": "Nothing."},
+    {"role": "user", "content": "<audio_patch>\nWhat is said?"},
+    {"role": "assistant", "content": "the wall"},
+    {"role": "user", "content": "And here <audio_patch> or <audio_patch>?"},
+    {"role": "assistant", "content": "Nothing."},
 ]
 END = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>", "gemma": "<end_of_turn>"}
 
@@ -45,7 +47,11 @@ def test_labels_are_the_assistants_words_and_their_end(style):
 @pytest.mark.parametrize("style", list(END))
 def test_what_is_generated_from_is_what_was_learnt(style):
     words = words_of(style)
-    for chat in (MULTI, MULTI[:3], messages_of({"task": "asr", "text": " spaced, and\n broken ", "duration": 1.0})):
+    for chat in (
+        MULTI,
+        MULTI[:3],
+        messages_of({"task": "asr", "text": " spaced, and\n broken ", "duration": 1.0}),
+    ):
         prompt, none = chat_ids(words, prompt_of(chat))
         assert prompt == chat_ids(words, chat)[0][: len(prompt)]
         asked = words.apply_chat_template(prompt_of(chat), tokenize=False, add_generation_prompt=True)
@@ -54,13 +60,16 @@ def test_what_is_generated_from_is_what_was_learnt(style):
 
 
 def test_thoughts_that_a_template_adds_are_no_part_of_the_answer():
-    """As Qwen 3's does: an empty block in the last answer, and in its opening where thinking is switched off."""
+    """As Qwen 3's does: an empty block in the last answer, and in its opening where thinking is switched
+    off."""
     words = words_of("chatml")
     block = "<think>\n\n</think>\n\n"
     words.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}" + block
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}"
+        + block
         + "{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-        "{% if enable_thinking is defined and enable_thinking is false %}" + block + "{% endif %}{% endif %}")
+        "{% if enable_thinking is defined and enable_thinking is false %}" + block + "{% endif %}{% endif %}"
+    )
     ids, labels = chat_ids(words, MULTI[1:3])
     assert words.decode([i for i in labels if i != IGNORED]) == "the wall<|im_end|>"
     prompt, _ = chat_ids(words, MULTI[1:2])
@@ -69,28 +78,48 @@ def test_thoughts_that_a_template_adds_are_no_part_of_the_answer():
 
 def test_a_system_prompt_is_said_where_the_chat_has_none():
     words, chat = words_of("chatml"), MULTI[1:3]
-    assert chat_ids(words, chat, system="Listen.") == chat_ids(words, [{"role": "system", "content": "Listen."}, *chat])
+    assert chat_ids(words, chat, system="Listen.") == chat_ids(
+        words, [{"role": "system", "content": "Listen."}, *chat]
+    )
     assert chat_ids(words, MULTI, system="Listen.") == chat_ids(words, MULTI)
     assert len(chat_ids(words, chat, system="")[0]) < len(chat_ids(words, chat, system="Listen.")[0])
     refusing = words_of("chatml")
-    refusing.chat_template = "{{ raise_exception('System role not supported') }}"  # as Gemma's does for a system turn
+    refusing.chat_template = (
+        "{{ raise_exception('System role not supported') }}"  # as Gemma's does for a system turn
+    )
     with pytest.raises(PromptError, match="refuses this conversation: System role"):
         chat_ids(refusing, chat, system="Listen.")
 
 
 def test_samples_become_chats():
     asr = messages_of({"task": "asr", "text": "hi", "duration": 2.0})
-    assert asr == [{"role": "user", "content": "<audio_patch>\nPlease transcribe the following audio."},
-                   {"role": "assistant", "content": "hi"}]
-    translation = messages_of({"task": "translation", "text": "hi", "response": "hola", "target_lang": "Spanish", "duration": 1})
+    assert asr == [
+        {"role": "user", "content": "<audio_patch>\nPlease transcribe the following audio."},
+        {"role": "assistant", "content": "hi"},
+    ]
+    translation = messages_of(
+        {"task": "translation", "text": "hi", "response": "hola", "target_lang": "Spanish", "duration": 1}
+    )
     assert "Spanish" in translation[0]["content"] and translation[1]["content"] == "hola"
     assert messages_of({"prompt": "2 + 2?", "response": "4"})[0]["content"] == "2 + 2?"
-    assert messages_of({"task": "gender", "label": "female", "text": "x", "duration": 1})[1]["content"] == "female"
+    assert (
+        messages_of({"task": "gender", "label": "female", "text": "x", "duration": 1})[1]["content"]
+        == "female"
+    )
     assert messages_of({"messages": MULTI}) == MULTI
     assert messages_of({"task": "asr", "label": "angry", "text": "x", "duration": 1})[1]["content"] == "x"
-    assert messages_of({"task": "sound", "label": "rain", "text": "the sound is rain", "duration": 1})[1]["content"] == "rain"
-    for nothing in ({"task": "asr", "duration": 1.0, "text": ""}, {"response": "4"}, {"task": "asr", "label": "a", "duration": 1},
-                    {"task": "gender", "text": "good morning", "duration": 1}):
+    assert (
+        messages_of({"task": "sound", "label": "rain", "text": "the sound is rain", "duration": 1})[1][
+            "content"
+        ]
+        == "rain"
+    )
+    for nothing in (
+        {"task": "asr", "duration": 1.0, "text": ""},
+        {"response": "4"},
+        {"task": "asr", "label": "a", "duration": 1},
+        {"task": "gender", "text": "good morning", "duration": 1},
+    ):
         with pytest.raises(PromptError):
             messages_of(nothing)
 
@@ -98,21 +127,52 @@ def test_samples_become_chats():
 def test_release_prompt_ids_piece_by_piece():
     """Each call of a Llama 3 tokenizer begins with BOS; the release keeps them all."""
     words = words_of("llama3")
-    begin, start, end, stop = (words.convert_tokens_to_ids(t) for t in
-                               ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
+    begin, start, end, stop = (
+        words.convert_tokens_to_ids(t)
+        for t in ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    )
 
     def plain(text):
         return words.encode(text, add_special_tokens=False)
 
     question = "What is the wall?"
-    expected = [begin, start, begin, *plain("system"), end, begin, *plain("\n"), begin, *plain(RELEASE_SYSTEM), stop,
-                start, begin, *plain("user"), end, begin, *plain("\n"), words.convert_tokens_to_ids("<audio_patch>"),
-                begin, *plain(question), stop, start, begin, *plain("assistant"), end, begin, *plain("\n")]
+    expected = [
+        begin,
+        start,
+        begin,
+        *plain("system"),
+        end,
+        begin,
+        *plain("\n"),
+        begin,
+        *plain(RELEASE_SYSTEM),
+        stop,
+        start,
+        begin,
+        *plain("user"),
+        end,
+        begin,
+        *plain("\n"),
+        words.convert_tokens_to_ids("<audio_patch>"),
+        begin,
+        *plain(question),
+        stop,
+        start,
+        begin,
+        *plain("assistant"),
+        end,
+        begin,
+        *plain("\n"),
+    ]
     chat = [{"role": "user", "content": f"<audio_patch>\n{question}"}]
     ids, labels = chat_ids(words, chat, "release")
     assert ids == expected and set(labels) == {IGNORED}
     learnt, labels = chat_ids(words, [*chat, {"role": "assistant", "content": "a wall"}], "release")
-    assert learnt[: len(ids)] == ids and [i for i in labels if i != IGNORED] == [begin, *plain("a wall"), stop]
+    assert learnt[: len(ids)] == ids and [i for i in labels if i != IGNORED] == [
+        begin,
+        *plain("a wall"),
+        stop,
+    ]
     assert stop_ids(words, "release") == [stop]
     with pytest.raises(PromptError, match="needs Llama 3's tokenizer"):
         chat_ids(words_of("chatml"), chat, "release")
@@ -134,11 +194,19 @@ def test_what_cannot_be_expressed_is_refused():
         chat_ids(words, MULTI)
 
 
-@pytest.mark.parametrize("text, lower, bare", [
-    ("Don\u2019t STOP, 'quoted' \u2014 ok?", "don\u2019t stop, 'quoted' \u2014 ok?", "don't stop quoted ok"),
-    ("  two   spaces ", "two spaces", "two spaces"),
-    ("\u00c9t\u00e9 $5", "\u00e9t\u00e9 $5", "\u00e9t\u00e9 5"), ("...", "...", ""),
-])
+@pytest.mark.parametrize(
+    "text, lower, bare",
+    [
+        (
+            "Don\u2019t STOP, 'quoted' \u2014 ok?",
+            "don\u2019t stop, 'quoted' \u2014 ok?",
+            "don't stop quoted ok",
+        ),
+        ("  two   spaces ", "two spaces", "two spaces"),
+        ("\u00c9t\u00e9 $5", "\u00e9t\u00e9 $5", "\u00e9t\u00e9 5"),
+        ("...", "...", ""),
+    ],
+)
 def test_normalisations(text, lower, bare):
     assert [normalise(text, how) for how in ("raw", "lower", "lower_no_punctuation")] == [text, lower, bare]
     with pytest.raises(PromptError, match="data.ctc_text is 'upper'"):
@@ -156,7 +224,9 @@ def test_ctc_targets_decode_to_the_text(text):
 def test_ctc_targets_hold_no_special_token_and_one_form_a_word():
     words = words_of("chatml")
     ids = ctc_target_ids(words, "the <audio_patch> the<|im_end|>", "lower")
-    assert not set(ids) & set(words.all_special_ids) and words.convert_tokens_to_ids("<audio_patch>") not in ids
+    assert (
+        not set(ids) & set(words.all_special_ids) and words.convert_tokens_to_ids("<audio_patch>") not in ids
+    )
     the = words.convert_tokens_to_ids("\u0120the")
     assert ids[0] == the and ids.count(the) == 2
     assert ctc_target_ids(words, "  ", "lower") == []

@@ -1,4 +1,5 @@
-"""Rows of a batch in the LLM: what is joined, and that the loss is that of each row alone, joined or padded."""
+"""Rows of a batch in the LLM: what is joined, and that the loss is that of each row alone, joined or
+padded."""
 
 from __future__ import annotations
 
@@ -27,8 +28,10 @@ glm4_moe gpt2 gpt_bigcode gpt_neo gpt_neox gptj granite granitemoe hunyuan_v1_de
 nemotron olmo2 olmo3 olmoe phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2""".split()
 PADDED = """afmoe bamba biogpt bloom falcon falcon_h1 gpt_oss granitemoehybrid jamba lfm2 lfm2_moe mamba mamba2 minimax mpt
 nemotron_h olmo_hybrid opt qwen3_next recurrent_gemma rwkv xglm zamba2""".split()
-REFUSED = {"ctrl": "computes a row otherwise where other rows are beside it in a batch",
-           "gemma4_text": "does not run as the LLM, which is given embeddings"}
+REFUSED = {
+    "ctrl": "computes a row otherwise where other rows are beside it in a batch",
+    "gemma4_text": "does not run as the LLM, which is given embeddings",
+}
 FEW = ["llama", "gemma3_text", "mixtral", "gpt_oss", "lfm2", "opt", "falcon"]
 ID = families.VOCABULARY - 1  # of the audio token
 
@@ -46,7 +49,7 @@ def alone(llm: nn.Module, embeddings: torch.Tensor, mask: torch.Tensor, labels: 
     """Each row by itself through the LLM's own logits."""
     total = 0.0
     for row, length in enumerate(mask.sum(1).tolist()):
-        logits = llm(inputs_embeds=embeddings[row:row + 1, :length], use_cache=False).logits[0].float()
+        logits = llm(inputs_embeds=embeddings[row : row + 1, :length], use_cache=False).logits[0].float()
         total = total + F.cross_entropy(logits[:-1], labels[row, 1:length], reduction="sum")
     return total
 
@@ -55,8 +58,10 @@ def width_of(llm: nn.Module) -> int:
     return llm.get_input_embeddings().weight.shape[1]
 
 
-@pytest.mark.parametrize("family", [family if family in FEW else pytest.param(family, marks=pytest.mark.slow)
-                                    for family in JOINED + PADDED])
+@pytest.mark.parametrize(
+    "family",
+    [family if family in FEW else pytest.param(family, marks=pytest.mark.slow) for family in JOINED + PADDED],
+)
 def test_loss_is_that_of_each_row_alone(family):
     """Loss and gradient, at a width where joining is chosen once it is allowed."""
     llm = families.llm(family)
@@ -64,15 +69,17 @@ def test_loss_is_that_of_each_row_alone(family):
     assert rows.kept_apart == (family in JOINED), str(rows)
     llm.joins_rows = rows.kept_apart
     embeddings, mask, labels = batch_of(width_of(llm))
-    assert one_row_is_cheaper(llm, mask, embeddings.shape[-1]) or family == "llama4_text", "attention in chunks of 16"
+    assert one_row_is_cheaper(llm, mask, embeddings.shape[-1]) or family == "llama4_text", (
+        "attention in chunks of 16"
+    )
     if family == "llama4_text":
         embeddings, mask, labels = batch_of(width_of(llm), (6, 2, 5, 1))
         assert one_row_is_cheaper(llm, mask, embeddings.shape[-1])
     expected = alone(llm, embeddings, mask, labels)
-    wanted, = torch.autograd.grad(expected, embeddings)
+    (wanted,) = torch.autograd.grad(expected, embeddings)
     loss = target_loss(llm, embeddings, mask, labels)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
-    gradient, = torch.autograd.grad(loss, embeddings)
+    (gradient,) = torch.autograd.grad(loss, embeddings)
     torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
 
 
@@ -88,13 +95,17 @@ def test_joining_by_force_is_wrong_exactly_where_it_is_refused(family):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3_moe", "lfm2", "opt", "falcon", "recurrent_gemma"])
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "qwen3_moe", "lfm2", "opt", "falcon", "recurrent_gemma"]
+)
 def test_type_and_attention_do_not_change_the_decision(family, dtype, attention):
     assert probe(families.llm(family, attention).to(dtype), ID).kept_apart == (family in JOINED)
 
 
-@pytest.mark.parametrize(("family", "window"), [("mistral", 4), ("mistral", 100), ("mistral", None), ("gemma3_text", 4),
-                                                ("gemma3_text", 100)])
+@pytest.mark.parametrize(
+    ("family", "window"),
+    [("mistral", 4), ("mistral", 100), ("mistral", None), ("gemma3_text", 4), ("gemma3_text", 100)],
+)
 def test_windows_shorter_and_longer_than_the_rows(family, window):
     llm = families.llm(family, sliding_window=window)
     llm.joins_rows = probe(llm, ID).kept_apart
@@ -137,7 +148,7 @@ class CountedPositions(nn.Module):
         self.norm, self.table = norm, nn.Parameter(torch.randn(600, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(x) + self.table[:x.shape[1]]
+        return self.norm(x) + self.table[: x.shape[1]]
 
 
 def test_positions_that_do_not_begin_again_are_found():
@@ -157,7 +168,9 @@ def test_a_row_is_joined_no_longer_than_the_llm_allows():
 
 def test_long_rows_joined_beyond_the_positions_would_not_be_the_same():
     """Why the limit above: Llama 4 scales its queries by the place in the row that it is given."""
-    llm = families.llm("llama4_text", attention_chunk_size=4096, floor_scale=16, attn_scale=5.0, no_rope_layers=[1, 0])
+    llm = families.llm(
+        "llama4_text", attention_chunk_size=4096, floor_scale=16, attn_scale=5.0, no_rope_layers=[1, 0]
+    )
     llm.joins_rows = True
     embeddings, mask, labels = batch_of(32, (12, 9, 2, 14, 1))
     loss, expected = target_loss(llm, embeddings, mask, labels), alone(llm, embeddings, mask, labels)
@@ -166,11 +179,18 @@ def test_long_rows_joined_beyond_the_positions_would_not_be_the_same():
     assert abs(target_loss(llm, embeddings, mask, labels) - expected) > 1e-3 * expected
 
 
-@pytest.mark.parametrize(("own", "elsewhere", "joined", "told"), [
-    (True, True, True, "joined without padding where cheaper"), (False, False, False, "each depends on the others"),
-    (True, False, False, "padded: on another rank")])
+@pytest.mark.parametrize(
+    ("own", "elsewhere", "joined", "told"),
+    [
+        (True, True, True, "joined without padding where cheaper"),
+        (False, False, False, "each depends on the others"),
+        (True, False, False, "padded: on another rank"),
+    ],
+)
 def test_all_ranks_decide_alike(monkeypatch, caplog, own, elsewhere, joined, told):
-    monkeypatch.setattr(engines, "probe", lambda llm, audio_id: Rows(0.0, 0.0 if own else 1.0, 0.0 if own else 1.0, own))
+    monkeypatch.setattr(
+        engines, "probe", lambda llm, audio_id: Rows(0.0, 0.0 if own else 1.0, 0.0 if own else 1.0, own)
+    )
     monkeypatch.setattr(engines, "all_reduce", lambda values, ranks: [values[0] + elsewhere])
     monkeypatch.setattr(engines.logger, "propagate", True)
     llm = nn.Linear(1, 1)
@@ -184,11 +204,22 @@ def test_all_ranks_decide_alike(monkeypatch, caplog, own, elsewhere, joined, tol
 # ---- positions that follow the longest row of a batch
 
 
-LONGROPE = dict(family="phi3", original_max_position_embeddings=16, rope_parameters={
-    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4,
-    "original_max_position_embeddings": 16})
-DYNAMIC = dict(family="llama", max_position_embeddings=16,
-               rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0})
+LONGROPE = dict(
+    family="phi3",
+    original_max_position_embeddings=16,
+    rope_parameters={
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [3.0] * 4,
+        "original_max_position_embeddings": 16,
+    },
+)
+DYNAMIC = dict(
+    family="llama",
+    max_position_embeddings=16,
+    rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+)
 
 
 @pytest.mark.parametrize("sizes", [LONGROPE, DYNAMIC], ids=lambda sizes: sizes["family"])
@@ -207,18 +238,28 @@ def test_a_conversation_that_may_pass_the_limit_is_left_out(prompt, fits):
     """20 frames of the adapter may all be kept."""
     words = tiny.tokenizer("chatml", ("<audio_patch>",))
     meta = {"id": "a", "task": "asr", "text": "the wall", "prompt": prompt, "duration": 0.8}
-    taken = len(Collator(words, SoundwaveConfig(), "shrinking", "lower").prepare(Sample(meta, torch.zeros(800 * 16))).input_ids)
+    taken = len(
+        Collator(words, SoundwaveConfig(), "shrinking", "lower")
+        .prepare(Sample(meta, torch.zeros(800 * 16)))
+        .input_ids
+    )
     collator = Collator(words, SoundwaveConfig(), "shrinking", "lower", row_limit=100)
     assert (taken + 20 <= 100) == fits
     if fits:
         assert collator.prepare(Sample(meta, torch.zeros(800 * 16)))
         return
-    with pytest.raises(BrokenSample, match=f"its conversation may take {taken + 20} LLM positions, above 100, beyond which"):
+    with pytest.raises(
+        BrokenSample, match=f"its conversation may take {taken + 20} LLM positions, above 100, beyond which"
+    ):
         collator.prepare(Sample(meta, torch.zeros(800 * 16)))
 
 
 def test_the_documents_name_the_families_that_are_tested():
     lines = (Path(__file__).resolve().parents[2] / "docs" / "method.md").read_text().splitlines()
-    cells = [[cell.strip() for cell in line.split("|")] for line in lines if line.startswith(("| joined", "| padded"))]
+    cells = [
+        [cell.strip() for cell in line.split("|")]
+        for line in lines
+        if line.startswith(("| joined", "| padded"))
+    ]
     found = {kind: families for _, kind, families, *_ in cells}
     assert found == {"joined": ", ".join(sorted(JOINED)), "padded": ", ".join(sorted(PADDED))}

@@ -35,19 +35,31 @@ def mixed(model, **options):
 
 
 def by_hand(model, batch, row: int, audio: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One conversation: (cross-entropy sum, CTC / target length, logits), nothing batched, every logit there."""
-    ids, labels = batch.input_ids[row][batch.attention_mask[row].bool()], batch.labels[row][batch.attention_mask[row].bool()]
+    """One conversation: (cross-entropy sum, CTC / target length, logits), nothing batched, every logit
+    there."""
+    ids, labels = (
+        batch.input_ids[row][batch.attention_mask[row].bool()],
+        batch.labels[row][batch.attention_mask[row].bool()],
+    )
     text = base_of(model.llm).get_input_embeddings()(ids.masked_fill(ids == model.audio_id, 0))
     ctc = torch.zeros(())
     if audio is not None:
         size = int(batch.audio_lengths[audio])
-        features, frames = model.encoder(batch.waveforms[audio:audio + 1, :size], torch.tensor([size]))
+        features, frames = model.encoder(batch.waveforms[audio : audio + 1, :size], torch.tensor([size]))
         hidden, length = model.alignment(features, frames)
         head = model.ctc_head
         table = head.weight if head.blank_row is None else torch.cat([head.weight, head.blank_row[None]])
         log = (hidden[0] @ table.T).log_softmax(-1)
         target = batch.ctc_targets[audio, : batch.ctc_target_lengths[audio]]
-        ctc = F.ctc_loss(log, target, length[0], torch.tensor(len(target)), blank=head.blank, reduction="sum", zero_infinity=True)
+        ctc = F.ctc_loss(
+            log,
+            target,
+            length[0],
+            torch.tensor(len(target)),
+            blank=head.blank,
+            reduction="sum",
+            zero_infinity=True,
+        )
         ctc = ctc / len(target)
         best, runs = log.argmax(-1).tolist(), []
         for t, token in enumerate(best):
@@ -55,12 +67,16 @@ def by_hand(model, batch, row: int, audio: int | None) -> tuple[torch.Tensor, to
                 runs[-1].append(t)
             else:
                 runs.append([t])
-        kept = [max(run, key=lambda t: float(log[t].detach().amax())) for run in runs if best[run[0]] != head.blank]
+        kept = [
+            max(run, key=lambda t: float(log[t].detach().amax()))
+            for run in runs
+            if best[run[0]] != head.blank
+        ]
         kept = kept or [int(log[:, head.blank].argmin())]
         shrunk = model.shrinking(hidden, length, torch.tensor([kept]), torch.tensor([len(kept)]))[0]
         at = int((ids == model.audio_id).nonzero())
-        text = torch.cat([text[:at], shrunk, text[at + 1:]])
-        labels = torch.cat([labels[:at], labels.new_full((len(kept),), -100), labels[at + 1:]])
+        text = torch.cat([text[:at], shrunk, text[at + 1 :]])
+        labels = torch.cat([labels[:at], labels.new_full((len(kept),), -100), labels[at + 1 :]])
     logits = model.llm(inputs_embeds=text[None]).logits[0]
     return F.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum"), ctc, logits
 
@@ -82,7 +98,9 @@ def test_losses_and_gradients_equal_one_conversation_at_a_time(folders, family):
     torch.testing.assert_close(output.ce_sum, ce, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(output.ctc_sum, ctc, rtol=1e-5, atol=1e-4)
     for name, parameter in trained.items():
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=2e-3, atol=2e-4, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            gradients[name], parameter.grad, rtol=2e-3, atol=2e-4, msg=lambda m: f"{name}: {m}"
+        )
     assert int(output.frames) == 23 + 10 and 2 <= int(output.kept) <= 33
 
 
@@ -93,7 +111,9 @@ def test_trained_heads(folders, head):
     output = model(batch, losses=("ctc",))
     expected = by_hand(model, batch, 0, 0)[1] + by_hand(model, batch, 1, 1)[1]
     torch.testing.assert_close(output.ctc_sum, expected, rtol=1e-4, atol=1e-4)
-    assert [n for n, _ in model.parameter_groups()["ctc_head"]] == ["ctc_head.weight"] and model.shared_parameters() == []
+    assert [n for n, _ in model.parameter_groups()["ctc_head"]] == [
+        "ctc_head.weight"
+    ] and model.shared_parameters() == []
 
 
 def test_blank_inside_a_vocabulary_that_was_resized(folders):
@@ -101,7 +121,9 @@ def test_blank_inside_a_vocabulary_that_was_resized(folders):
     model = build(folders, "llama", llm_options={"extra_tokens": ("<audio_patch>",)})
     assert model.audio_id == model.ctc_head.weight.shape[0] - 1 and model.ctc_head.blank == model.audio_id + 1
     model(mixed(model), losses=("ce", "ctc")).ce_sum.backward()
-    trained = build(folders, "llama", llm_options={"extra_tokens": ("<audio_patch>",)}, ctc_head="initialised").ctc_head
+    trained = build(
+        folders, "llama", llm_options={"extra_tokens": ("<audio_patch>",)}, ctc_head="initialised"
+    ).ctc_head
     assert trained.blank == model.audio_id and trained.weight.shape == model.ctc_head.weight.shape
 
 
@@ -113,7 +135,11 @@ def test_stages_train_what_the_method_says(folders):
         return {g: {n.split(".")[0] for n, _ in ps} for g, ps in model.parameter_groups().items()}
 
     assert learns("alignment") == {"adapters": {"alignment"}, "ctc_head": {"ctc_head"}, "lora": set()}
-    assert learns("shrinking") == {"adapters": {"alignment", "shrinking"}, "ctc_head": {"ctc_head"}, "lora": {"llm"}}
+    assert learns("shrinking") == {
+        "adapters": {"alignment", "shrinking"},
+        "ctc_head": {"ctc_head"},
+        "lora": {"llm"},
+    }
     assert [n for n, _ in model.parameter_groups()["ctc_head"]] == ["ctc_head.blank_row"]
     assert learns("sft") == {"adapters": set(), "ctc_head": set(), "lora": {"llm"}}
     assert all("lora_" in n for n, _ in model.parameter_groups()["lora"])
@@ -130,10 +156,14 @@ def test_frozen_parts_do_not_drop_out(folders):
     model.set_stage("sft")
     assert not model.alignment.training and not model.encoder.training and not model.shrinking.training
     batch = mixed(model)
-    assert torch.equal(model(batch.at_step(1), losses=("ce",)).ce_sum, model(batch.at_step(2), losses=("ce",)).ce_sum)
+    assert torch.equal(
+        model(batch.at_step(1), losses=("ce",)).ce_sum, model(batch.at_step(2), losses=("ce",)).ce_sum
+    )
     model.set_stage("shrinking")
     assert model.alignment.training and model.shrinking.training and not model.encoder.training
-    assert not torch.equal(model(batch.at_step(1), losses=("ce",)).ce_sum, model(batch.at_step(2), losses=("ce",)).ce_sum)
+    assert not torch.equal(
+        model(batch.at_step(1), losses=("ce",)).ce_sum, model(batch.at_step(2), losses=("ce",)).ce_sum
+    )
 
 
 def test_stage_one_reads_only_the_embeddings_and_agrees(folders):
@@ -172,7 +202,9 @@ def test_token_embeddings_are_added_to_what_is_not_blank(folders):
         for k in range(int(audio.kept_lengths[row])):
             token = int(audio.argmax[row, audio.kept[row, k]])
             seen.add(token == blank)
-            torch.testing.assert_close(added[row, at + k], table[token] if token != blank else torch.zeros_like(added[row, 0]))
+            torch.testing.assert_close(
+                added[row, at + k], table[token] if token != blank else torch.zeros_like(added[row, 0])
+            )
             added[row, at + k] = 0
     assert not added.any() and seen == {True, False}
 
@@ -184,7 +216,9 @@ def test_batch_without_audio_runs_the_audio_path_and_adds_zero(folders):
     output = model(batch, losses=("ce", "ctc"))
     (output.ce_sum + output.ctc_sum).backward()
     assert int(output.frames) == int(output.kept) == 0 and output.ctc_sum.item() == 0
-    torch.testing.assert_close(output.ce_sum, sum(by_hand(model, batch, row, None)[0] for row in (0, 1)), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        output.ce_sum, sum(by_hand(model, batch, row, None)[0] for row in (0, 1)), rtol=1e-5, atol=1e-4
+    )
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, f"{name} took no part"
@@ -207,8 +241,14 @@ def test_every_batch_calls_the_same_modules_in_the_same_order(folders):
     called: list[str] = []
     for name, module in model.named_modules():
         module.register_forward_hook(lambda m, i, o, name=name: called.append(name))
-    batches = [mixed(model), tiny.batch(model, CHATS[2:], [], []), tiny.batch(model, CHATS[:1], [0.2], [None]),
-               tiny.batch(model, [chat("x <audio_patch> y <audio_patch>", "a")], [0.2, 0.3, 0.4], ["a", None, "the"])]
+    batches = [
+        mixed(model),
+        tiny.batch(model, CHATS[2:], [], []),
+        tiny.batch(model, CHATS[:1], [0.2], [None]),
+        tiny.batch(
+            model, [chat("x <audio_patch> y <audio_patch>", "a")], [0.2, 0.3, 0.4], ["a", None, "the"]
+        ),
+    ]
     orders = []
     for batch in batches:
         called.clear()
@@ -220,12 +260,19 @@ def test_every_batch_calls_the_same_modules_in_the_same_order(folders):
 def test_utterance_without_transcript_takes_no_part_in_ctc(folders):
     model = build(folders)
     both = tiny.batch(model, CHATS[:2], [0.9, 0.4], ["the wall", None])
-    torch.testing.assert_close(model(both).ctc_sum, by_hand(model, mixed(model), 0, 0)[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        model(both).ctc_sum, by_hand(model, mixed(model), 0, 0)[1], rtol=1e-5, atol=1e-5
+    )
 
 
 @settings(max_examples=10, deadline=None)
-@given(seconds=st.lists(st.floats(0.02, 1.2), min_size=1, max_size=3), extra=st.integers(0, 4000), fill=st.floats(-3, 3),
-       left=st.booleans(), text_padding=st.integers(0, 5))
+@given(
+    seconds=st.lists(st.floats(0.02, 1.2), min_size=1, max_size=3),
+    extra=st.integers(0, 4000),
+    fill=st.floats(-3, 3),
+    left=st.booleans(),
+    text_padding=st.integers(0, 5),
+)
 def test_no_output_knows_companions_or_padding(folders, seconds, extra, fill, left, text_padding):
     """The whole network: each conversation's losses and logits are those it has alone."""
     model = build(folders)
@@ -236,15 +283,22 @@ def test_no_output_knows_companions_or_padding(folders, seconds, extra, fill, le
     waveforms = F.pad(batch.waveforms, (0, extra))
     behind = torch.arange(waveforms.shape[1]) >= batch.audio_lengths[:, None]
     side = (text_padding, 0) if left else (0, text_padding)
-    padded = replace(batch, waveforms=waveforms.masked_fill(behind, fill), input_ids=F.pad(batch.input_ids, side, value=7),
-                     attention_mask=F.pad(batch.attention_mask, side), labels=F.pad(batch.labels, side, value=-100))
+    padded = replace(
+        batch,
+        waveforms=waveforms.masked_fill(behind, fill),
+        input_ids=F.pad(batch.input_ids, side, value=7),
+        attention_mask=F.pad(batch.attention_mask, side),
+        labels=F.pad(batch.labels, side, value=-100),
+    )
     with torch.no_grad():
         output = model(padded, losses=("ce", "ctc"))
         alone = [by_hand(model, batch, row, row) for row in range(len(seconds))]
         torch.testing.assert_close(output.ce_sum, sum(a[0] for a in alone), rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(output.ctc_sum, sum(a[1] for a in alone), rtol=1e-4, atol=1e-3)
         embeddings, mask, _ = model.embeddings(padded, model.listen(padded), left_padded=left)
-        logits = model.llm(inputs_embeds=embeddings, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+        logits = model.llm(
+            inputs_embeds=embeddings, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
+        ).logits
         for row, (_, _, expected) in enumerate(alone):
             torch.testing.assert_close(logits[row][mask[row].bool()], expected, rtol=0, atol=2e-4)
 
@@ -253,11 +307,15 @@ def test_cached_features_are_the_encoders(folders):
     model = build(folders)
     batch = mixed(model)
     features, frames = model.encode(batch)
-    cached = replace(batch, waveforms=None, features=F.pad(features, (0, 0, 0, 3), value=5.0), audio_lengths=frames)
+    cached = replace(
+        batch, waveforms=None, features=F.pad(features, (0, 0, 0, 3), value=5.0), audio_lengths=frames
+    )
     headless = build(folders, parts=("adapters", "llm"))
     assert headless.encoder is None
     for losses in (("ctc",), ("ce", "ctc")):
-        torch.testing.assert_close(model(batch, losses=losses)[:2], headless(cached, losses=losses)[:2], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            model(batch, losses=losses)[:2], headless(cached, losses=losses)[:2], rtol=1e-5, atol=1e-5
+        )
     with pytest.raises(ValueError, match="cached features"):
         headless(batch)
 
@@ -289,7 +347,11 @@ def test_attention_implementations_agree(folders):
         config.attention_implementation = name
         torch.manual_seed(5)
         model = Soundwave.build(config).eval()
-        assert base_of(model.llm).config._attn_implementation == model.encoder.layers.config._attn_implementation == name
+        assert (
+            base_of(model.llm).config._attn_implementation
+            == model.encoder.layers.config._attn_implementation
+            == name
+        )
         outputs.append(model(mixed(model), losses=("ce", "ctc"))[:2])
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-4)
 
@@ -300,7 +362,10 @@ def test_attention_implementations_agree(folders):
 def test_sizes_of_the_published_system_without_weights():
     model = Soundwave.build(SoundwaveConfig(), meta=True)
     model.set_stage("shrinking")
-    counts = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in ("encoder", "alignment", "shrinking")}
+    counts = {
+        part: sum(p.numel() for p in getattr(model, part).parameters())
+        for part in ("encoder", "alignment", "shrinking")
+    }
     assert round(counts["encoder"] / 1e6) in (635, 637) and round(counts["alignment"] / 1e6) == 145
     assert round(counts["shrinking"] / 1e6) == 67
     assert round(sum(p.numel() for _, p in model.parameter_groups()["lora"]) / 1e6, 1) == 54.5
@@ -310,8 +375,11 @@ def test_sizes_of_the_published_system_without_weights():
 @pytest.mark.parametrize("name", [n for n in presets() if not n.startswith("whisper")])
 def test_every_preset_builds(name):
     encoder = "openai/whisper-tiny"
-    model = Soundwave.build(SoundwaveConfig(encoder=EncoderConfig(encoder), llm=LLMConfig(name)), meta=True,
-                            parts=("encoder", "adapters"))
+    model = Soundwave.build(
+        SoundwaveConfig(encoder=EncoderConfig(encoder), llm=LLMConfig(name)),
+        meta=True,
+        parts=("encoder", "adapters"),
+    )
     assert model.ctc_head.weight.shape == (model.ctc_head.blank, model.alignment.norm.weight.shape[0])
 
 
@@ -334,11 +402,17 @@ def test_folder_gives_the_model_back(folders, tmp_path):
     torch.testing.assert_close(peft(ids).logits, again.llm(ids).logits)
     # what was trained and nothing else is stored; saving again replaces it
     stored = model_folder.load_file(tmp_path / "model" / "adapters.safetensors")
-    assert "ctc_head.blank_row" in stored and "ctc_head.weight" not in stored and not any("llm" in n for n in stored)
+    assert (
+        "ctc_head.blank_row" in stored
+        and "ctc_head.weight" not in stored
+        and not any("llm" in n for n in stored)
+    )
     for leftover in ("model.previous", "model.partial"):  # of a replacement that was interrupted
         (tmp_path / leftover / "old").mkdir(parents=True)
     model_folder.save(model, tmp_path / "model")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"] and not (tmp_path / "model" / "old").exists()
+    assert (
+        sorted(p.name for p in tmp_path.iterdir()) == ["model"] and not (tmp_path / "model" / "old").exists()
+    )
 
 
 def test_stage_one_folder_starts_stage_two(folders, tmp_path):
@@ -362,7 +436,9 @@ def test_wrong_base_and_wrong_settings_are_one_line(folders, tmp_path):
     llm = AutoModelForCausalLM.from_pretrained(other)
     llm.model.norm.weight.data[3] += 1e-3
     llm.save_pretrained(other)
-    with pytest.raises(FolderError, match=r"trained with another llm: its sha256 .* set model.llm.name") as error:
+    with pytest.raises(
+        FolderError, match=r"trained with another llm: its sha256 .* set model.llm.name"
+    ) as error:
         model_folder.load(tmp_path / "model", llm=str(other))
     assert "\n" not in str(error.value)
     assert model_folder.load(tmp_path / "model", llm=str(other), verify=False).llm is not None
@@ -386,7 +462,9 @@ def test_fingerprint_ignores_how_tensors_are_spread_over_files(folders, tmp_path
 def test_attention_that_a_model_lacks_is_one_line(folders):
     config = tiny.config(folders("whisper"), folders("gemma2"))
     config.attention_implementation = "sdpa"
-    with pytest.raises(SourceError, match="does not run with model.attention_implementation=sdpa .* set it to eager or auto"):
+    with pytest.raises(
+        SourceError, match="does not run with model.attention_implementation=sdpa .* set it to eager or auto"
+    ):
         Soundwave.build(config)
     config.attention_implementation = "fast"
     with pytest.raises(ValueError, match="model.attention_implementation is 'fast'"):
@@ -394,7 +472,8 @@ def test_attention_that_a_model_lacks_is_one_line(folders):
 
 
 def test_frozen_parts_in_bfloat16_with_adapters_in_float32(folders):
-    """Types differ between the parts; gradients reach what is trained, in its own type, and the losses stay near."""
+    """Types differ between the parts; gradients reach what is trained, in its own type, and the losses stay
+    near."""
     losses = []
     for dtype in ("float32", "bfloat16"):
         config = tiny.config(folders("whisper"), folders("llama_tied"))
@@ -403,6 +482,10 @@ def test_frozen_parts_in_bfloat16_with_adapters_in_float32(folders):
         model = Soundwave.build(config).eval()
         output = model(mixed(model), losses=("ce", "ctc"))
         (output.ce_sum + output.ctc_sum).backward()
-        assert all(p.dtype == p.grad.dtype == torch.float32 for group in model.parameter_groups().values() for _, p in group)
+        assert all(
+            p.dtype == p.grad.dtype == torch.float32
+            for group in model.parameter_groups().values()
+            for _, p in group
+        )
         losses.append(output.ctc_sum.float().detach())
     torch.testing.assert_close(*losses, rtol=0.03, atol=0)

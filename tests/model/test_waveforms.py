@@ -42,18 +42,27 @@ def test_floats_of_every_shape_are_the_same_clip(kind):
 
 @pytest.mark.parametrize(
     ("dtype", "full", "offset", "error"),
-    [(np.int16, 32768, 0, 1e-4), (np.int32, 2**31, 0, 1e-6), (np.int8, 128, 0, 1e-2), (np.uint8, 128, 128, 1e-2)],
+    [
+        (np.int16, 32768, 0, 1e-4),
+        (np.int32, 2**31, 0, 1e-6),
+        (np.int8, 128, 0, 1e-2),
+        (np.uint8, 128, 128, 1e-2),
+    ],
 )
 def test_integers_are_scaled_by_their_full_scale(dtype, full, offset, error):
     """Taken as they are they were 32,768 times too loud."""
-    whole = np.clip(np.rint(tone(16000) * full) + offset, np.iinfo(dtype).min, np.iinfo(dtype).max).astype(dtype)
+    whole = np.clip(np.rint(tone(16000) * full) + offset, np.iinfo(dtype).min, np.iinfo(dtype).max).astype(
+        dtype
+    )
     for samples in (whole, torch.from_numpy(whole)):
         np.testing.assert_allclose(mono(samples)[0].numpy(), tone(16000), atol=error)
 
 
 def test_half_precision_is_read():
     for dtype in (torch.float16, torch.bfloat16):
-        np.testing.assert_allclose(mono(torch.from_numpy(tone(16000)).to(dtype))[0].numpy(), tone(16000), atol=4e-3)
+        np.testing.assert_allclose(
+            mono(torch.from_numpy(tone(16000)).to(dtype))[0].numpy(), tone(16000), atol=4e-3
+        )
 
 
 @pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000])
@@ -145,7 +154,9 @@ def test_a_sum_that_overflows_in_half_precision_reaches_no_answer(folders):
     batch = model.prompts([CHAT] * 4, clips)
     audio = model.listen(batch)
     shrunk = model.shrinking(audio.hidden, audio.lengths, audio.kept, audio.kept_lengths)
-    assert torch.isfinite(shrunk).all() and not torch.isfinite(shrunk.half().sum()), "the case is what it says"
+    assert torch.isfinite(shrunk).all() and not torch.isfinite(shrunk.half().sum()), (
+        "the case is what it says"
+    )
     embeddings, _, _ = model.embeddings(batch, audio)
     assert torch.isfinite(embeddings).all()
 
@@ -168,7 +179,9 @@ def test_a_clip_longer_than_any_in_training_is_said(folders):
         model.trained_seconds = 1.0
         model.prompts([CHAT], [tone(16000)])
     model.trained_seconds = 0.5
-    with pytest.warns(SoundWarning, match="waveform 0 lasts 1.0 s, the model was trained on clips of at most 0.5 s"):
+    with pytest.warns(
+        SoundWarning, match="waveform 0 lasts 1.0 s, the model was trained on clips of at most 0.5 s"
+    ):
         model.prompts([CHAT], [tone(16000)])
 
 
@@ -176,5 +189,8 @@ def test_a_clip_longer_than_any_in_training_is_said(folders):
 def test_sampling_rate_reaches_the_answer(folders):
     model = build(folders)
     wanted = model.ctc_greedy(model.prompts([CHAT], [tone(16000)]))
-    assert model.ctc_greedy(model.prompts([CHAT], [(tone(48000) * 32767).astype(np.int16)], sampling_rate=48000)) == wanted
+    assert (
+        model.ctc_greedy(model.prompts([CHAT], [(tone(48000) * 32767).astype(np.int16)], sampling_rate=48000))
+        == wanted
+    )
     assert model.answer([CHAT], [tone(48000)], sampling_rate=48000, max_new_tokens=4)

@@ -1,5 +1,5 @@
-"""Tokenizers and chat templates in the style of known families, made on the spot: control tokens of several kinds, models of
-several kinds (byte-level BPE, BPE with byte fallback, Unigram, SentencePiece itself)."""
+"""Tokenizers and chat templates in the style of known families, made on the spot: control tokens of several
+kinds, models of several kinds (byte-level BPE, BPE with byte fallback, Unigram, SentencePiece itself)."""
 
 from __future__ import annotations
 
@@ -37,12 +37,15 @@ class Family:
 
 
 LLAMA3 = Family(
-    "{{- bos_token }}{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content'] | trim %}"
+    "{{- bos_token }}{%- if messages[0]['role'] == 'system' %}{%- set system_message = "
+    "messages[0]['content'] | trim %}"
     "{%- set messages = messages[1:] %}{%- else %}{%- set system_message = '' %}{%- endif %}"
     "{{- '<|start_header_id|>system<|end_header_id|>\\n\\n' }}{{- 'Today Date: ' + date_string + '\\n\\n' }}"
     "{{- system_message + '<|eot_id|>' }}{%- for message in messages %}"
-    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}"
-    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}",
+    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + "
+    "'<|eot_id|>' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' "
+    "}}{%- endif %}",
     (
         "<|begin_of_text|>",
         "<|end_of_text|>",
@@ -57,26 +60,35 @@ LLAMA3 = Family(
     eos="<|eot_id|>",
 )
 QWEN2 = Family(
-    "{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}"
+    "{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\\n' + messages[0]['content'] + "
+    "'<|im_end|>\\n' }}"
     "{%- else %}"
-    "{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{%- endif %}{%- for message in messages %}"
-    "{%- if message.role == 'user' or (message.role == 'system' and not loop.first) or message.role == 'assistant' %}"
-    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}{%- endif %}{%- endfor %}"
+    "{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{%- endif %}{%- for message in "
+    "messages %}"
+    "{%- if message.role == 'user' or (message.role == 'system' and not loop.first) or message.role == "
+    "'assistant' %}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}{%- endif %}{%- "
+    "endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}",
     ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>"),
     ("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|file_sep|>"),
     eos="<|im_end|>",
 )
 QWEN3 = Family(
-    "{%- set ns = namespace(last_query_index=messages|length - 1, searching=true) %}{%- for message in messages[::-1] %}"
-    "{%- set index = (messages|length - 1) - loop.index0 %}{%- if ns.searching and message.role == 'user' and not "
+    "{%- set ns = namespace(last_query_index=messages|length - 1, searching=true) %}{%- for message in "
+    "messages[::-1] %}"
+    "{%- set index = (messages|length - 1) - loop.index0 %}{%- if ns.searching and message.role == 'user' "
+    "and not "
     "(message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>')) %}"
-    "{%- set ns.searching = false %}{%- set ns.last_query_index = index %}{%- endif %}{%- endfor %}{%- for message in messages %}"
+    "{%- set ns.searching = false %}{%- set ns.last_query_index = index %}{%- endif %}{%- endfor %}{%- for "
+    "message in messages %}"
     "{%- set content = message.content %}{%- if message.role == 'assistant' %}{%- set reasoning = '' %}"
-    "{%- if '</think>' in content %}{%- set reasoning = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1]"
+    "{%- if '</think>' in content %}{%- set reasoning = "
+    "content.split('</think>')[0].rstrip('\\n').split('<think>')[-1]"
     ".lstrip('\\n') %}{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{%- endif %}"
     "{%- if loop.index0 > ns.last_query_index and (loop.last or reasoning) %}"
-    "{{- '<|im_start|>assistant\\n<think>\\n' + reasoning.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}"
+    "{{- '<|im_start|>assistant\\n<think>\\n' + reasoning.strip('\\n') + '\\n</think>\\n\\n' + "
+    "content.lstrip('\\n') }}"
     "{%- else %}"
     "{{- '<|im_start|>assistant\\n' + content }}{%- endif %}{{- '<|im_end|>\\n' }}{%- else %}"
     "{{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}{%- endif %}{%- endfor %}"
@@ -88,10 +100,12 @@ QWEN3 = Family(
     eos="<|im_end|>",
 )
 GEMMA = Family(
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') "
+    "}}{% endif %}"
     "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}"
+    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = "
+    "message['role'] %}{% endif %}"
     "{{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{'<start_of_turn>model\\n'}}{% endif %}",
     ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"),
@@ -102,11 +116,23 @@ GEMMA = Family(
     system=False,
 )
 PHI3 = Family(
-    "{% for message in messages %}{% if message['role'] == 'system' %}{{'<|system|>\\n' + message['content'] + '<|end|>\\n'}}"
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{'<|system|>\\n' + message['content'] "
+    "+ '<|end|>\\n'}}"
     "{% elif message['role'] == 'user' %}{{'<|user|>\\n' + message['content'] + '<|end|>\\n'}}"
-    "{% elif message['role'] == 'assistant' %}{{'<|assistant|>\\n' + message['content'] + '<|end|>\\n'}}{% endif %}{% endfor %}"
+    "{% elif message['role'] == 'assistant' %}{{'<|assistant|>\\n' + message['content'] + '<|end|>\\n'}}{% "
+    "endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}",
-    ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>", "<|placeholder1|>"),
+    (
+        "<unk>",
+        "<s>",
+        "</s>",
+        "<|endoftext|>",
+        "<|assistant|>",
+        "<|system|>",
+        "<|end|>",
+        "<|user|>",
+        "<|placeholder1|>",
+    ),
     bos="<s>",
     eos="<|endoftext|>",
     model="fallback",
@@ -115,9 +141,20 @@ PHI3 = Family(
 MISTRAL = Family(
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
     "{{ '[INST] ' + message['content'] + '[/INST]' }}{% elif message['role'] == 'system' %}"
-    "{{ '[SYSTEM_PROMPT] ' + message['content'] + '[/SYSTEM_PROMPT]' }}{% else %}{{ ' ' + message['content'] + eos_token }}"
+    "{{ '[SYSTEM_PROMPT] ' + message['content'] + '[/SYSTEM_PROMPT]' }}{% else %}{{ ' ' + message['content'] "
+    "+ eos_token }}"
     "{% endif %}{% endfor %}",
-    ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[control_8]"),
+    (
+        "<unk>",
+        "<s>",
+        "</s>",
+        "[INST]",
+        "[/INST]",
+        "[TOOL_CALLS]",
+        "[SYSTEM_PROMPT]",
+        "[/SYSTEM_PROMPT]",
+        "[control_8]",
+    ),
     bos="<s>",
     eos="</s>",
     model="fallback",
@@ -165,18 +202,28 @@ def _bytes(family: Family) -> Tokenizer:
     """GPT-2's kind, as Llama 3 and Qwen have it."""
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=340, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     backend.train_from_iterator(CORPUS, trainer)
     return backend
 
 
 def _fallback(family: Family) -> Tokenizer:
-    """SentencePiece's BPE as converted: blanks become ▁, unknown characters their bytes; Gemma puts no ▁ in front, Llama 2 does.
-    The control tokens are entries of the vocabulary, too."""
+    """SentencePiece's BPE as converted: blanks become ▁, unknown characters their bytes; Gemma puts no ▁ in
+    front, Llama 2 does. The control tokens are entries of the vocabulary, too."""
     names = [*family.special, *(f"<0x{value:02X}>" for value in range(256))]
     letters = sorted(
-        {character for line in CORPUS for character in line.replace(" ", "▁") if character.isascii() or character == "▁"}
+        {
+            character
+            for line in CORPUS
+            for character in line.replace(" ", "▁")
+            if character.isascii() or character == "▁"
+        }
     )
     words = ["th", "the", "▁the", "he", "▁▁", "▁a", "wa", "\n\n", "▁<", "|>"]
     merges = [
@@ -193,29 +240,45 @@ def _fallback(family: Family) -> Tokenizer:
     ]
     letters = sorted({*letters, *"<>|\n"})
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys([*names, *letters, *words]))}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     steps = [normalizers.Replace(" ", "▁")]
-    backend.normalizer = normalizers.Sequence([*([] if family is GEMMA else [normalizers.Prepend("▁")]), *steps])
+    backend.normalizer = normalizers.Sequence(
+        [*([] if family is GEMMA else [normalizers.Prepend("▁")]), *steps]
+    )
     strip = [] if family is GEMMA else [decoders.Strip(" ", 1, 0)]
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
     return backend
 
 
 def _unigram(family: Family) -> Tokenizer:
     """The model spells control tokens and byte tokens from text by itself: they are pieces like any other."""
-    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((f"<0x{value:02X}>", -9.0) for value in range(256))]
+    pieces = [
+        ("<unk>", 0.0),
+        ("<s>", 0.0),
+        ("</s>", 0.0),
+        *((f"<0x{value:02X}>", -9.0) for value in range(256)),
+    ]
     known = {piece for piece, _ in pieces}
-    letters = sorted({character for line in CORPUS for character in line.replace(" ", "▁")} | set("<>/|0123456789xABCDEF_"))
+    letters = sorted(
+        {character for line in CORPUS for character in line.replace(" ", "▁")} | set("<>/|0123456789xABCDEF_")
+    )
     pieces += [(letter, -6.0) for letter in letters if letter not in known] + [("▁the", -4.0), ("he", -5.0)]
     backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first"), decoders.Fuse()])
+    backend.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first"), decoders.Fuse()]
+    )
     return backend
 
 
 @cache
 def slow(folder: str) -> PreTrainedTokenizerBase:
-    """SentencePiece's own library, with a turn's markers as its user-defined symbols, which it keeps whole whatever is asked."""
+    """SentencePiece's own library, with a turn's markers as its user-defined symbols, which it keeps whole
+    whatever is asked."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS * 3),
@@ -231,7 +294,9 @@ def slow(folder: str) -> PreTrainedTokenizerBase:
     path = f"{folder}/tokenizer.model"
     with open(path, "wb") as file:
         file.write(model.getvalue())
-    tokenizer = SentencePieceBackend(vocab_file=path, bos_token="<s>", eos_token="</s>", unk_token="<unk>", legacy=False)
+    tokenizer = SentencePieceBackend(
+        vocab_file=path, bos_token="<s>", eos_token="</s>", unk_token="<unk>", legacy=False
+    )
     tokenizer.add_tokens([AddedToken(AUDIO, special=True, normalized=False)], special_tokens=True)
     tokenizer.chat_template = (
         "{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n{% endfor %}"

@@ -30,12 +30,12 @@ def dropped_by_hand(key: int, site: int, width: int, p: float) -> list[bool]:
 
 
 def keys_of(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).integers(-2**63, 2**63, shape))
+    return torch.from_numpy(np.random.default_rng(seed).integers(-(2**63), 2**63, shape))
 
 
 def test_mix_is_splitmix64():
     assert splitmix64(0) == 0xE220A8397B1DCDAF, "the first output of the published generator from seed 0"
-    values = [0, 1, -1, 2**63 - 1, -2**63, 12345]
+    values = [0, 1, -1, 2**63 - 1, -(2**63), 12345]
     assert [int(v) & ALL for v in mix64(torch.tensor(values))] == [splitmix64(v & ALL) for v in values]
 
 
@@ -44,17 +44,19 @@ def test_mix_is_splitmix64():
 def test_mask_is_that_of_the_definition(width, p):
     x = 1 + torch.rand(3, 5, width)
     keys = keys_of(3, 5)
-    for site in (0, -7, 2**63 - 1, -2**63):
+    for site in (0, -7, 2**63 - 1, -(2**63)):
         out = keyed_dropout(x, keys, site, p)
         expected = torch.tensor([[dropped_by_hand(int(k), site, width, p) for k in row] for row in keys])
         assert torch.equal(out == 0, expected)
-        torch.testing.assert_close(out[~expected], x[~expected] / (1 - round(p * STEPS) / STEPS), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            out[~expected], x[~expected] / (1 - round(p * STEPS) / STEPS), rtol=1e-6, atol=0
+        )
 
 
 def test_gradient_is_the_mask():
     x, keys = torch.randn(4, 33, dtype=torch.float64, requires_grad=True), keys_of(4)
     out = keyed_dropout(x, keys, 5, 0.3)
-    gradient, = torch.autograd.grad(out.sum(), x)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
     torch.testing.assert_close(gradient, (out / x).detach())
     assert torch.autograd.gradcheck(lambda x: keyed_dropout(x, keys, 5, 0.3), x)
 
@@ -74,18 +76,23 @@ def test_strides_do_not_matter():
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5])
 def test_masks_are_independent_over_channels_keys_and_sites(p):
-    """Means, and all pairwise correlations by their mean square, as of independent draws; keys differ by one, or anyhow."""
+    """Means, and all pairwise correlations by their mean square, as of independent draws; keys differ by one,
+    or anyhow."""
     rows, width, sites = 2000, 64, keys_of(2, seed=1).tolist()
     for keys in (torch.arange(rows), keys_of(rows)):
-        masks = torch.stack([keyed_dropout(torch.ones(rows, width), keys, site, p) == 0 for site in sites]).double()
+        masks = torch.stack(
+            [keyed_dropout(torch.ones(rows, width), keys, site, p) == 0 for site in sites]
+        ).double()
         deviation = (p * (1 - p)) ** 0.5
         assert abs(masks.mean() - p) < 5 * deviation / masks.numel() ** 0.5
         centred = masks - p
-        for pairs, number in ((torch.einsum("src,srd->cd", centred, centred), 2 * rows),  # channels
-                              (torch.einsum("src,stc->rt", centred, centred), 2 * width)):  # keys
-            correlations = (pairs - torch.diag(torch.diag(pairs))) / (number ** 0.5 * deviation ** 2)
+        for pairs, number in (
+            (torch.einsum("src,srd->cd", centred, centred), 2 * rows),  # channels
+            (torch.einsum("src,stc->rt", centred, centred), 2 * width),
+        ):  # keys
+            correlations = (pairs - torch.diag(torch.diag(pairs))) / (number**0.5 * deviation**2)
             assert correlations.square().mean() * len(pairs) / (len(pairs) - 1) == pytest.approx(1, abs=0.15)
-        assert abs((centred[0] * centred[1]).mean()) < 5 * deviation ** 2 / (rows * width) ** 0.5
+        assert abs((centred[0] * centred[1]).mean()) < 5 * deviation**2 / (rows * width) ** 0.5
 
 
 def test_rates_at_the_ends_and_nothing():

@@ -1,4 +1,5 @@
-"""The op on a CUDA GPU: Triton against float64 on the CPU, and look-back through FlashAttention against PyTorch's."""
+"""The op on a CUDA GPU: Triton against float64 on the CPU, and look-back through FlashAttention against
+PyTorch's."""
 
 import pytest
 import torch
@@ -22,8 +23,17 @@ def agree(case: Case, dtype: torch.dtype, relative: float, **options) -> None:
     kept = case.inputs(dtype)
     leaves = [None if leaf is None else leaf.detach().cuda().requires_grad_() for leaf in kept]
     hidden, weight, row = leaves
-    loss, argmax, lse, *_ = linear_ctc(hidden, weight, case.input_lengths.cuda(), case.targets.cuda(), case.target_lengths.cuda(),
-                                       case.blank, extra_row=row, reduction="none", **options)
+    loss, argmax, lse, *_ = linear_ctc(
+        hidden,
+        weight,
+        case.input_lengths.cuda(),
+        case.targets.cuda(),
+        case.target_lengths.cuda(),
+        case.blank,
+        extra_row=row,
+        reduction="none",
+        **options,
+    )
     found = torch.autograd.grad(loss.sum(), [leaf for leaf in leaves if leaf is not None])
     expected, gradients, logits = ordinary(case, *kept)
     real = torch.arange(logits.shape[1])[None] < case.input_lengths[:, None]
@@ -65,20 +75,22 @@ def test_runs_stay_on_the_gpu():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_has_the_masks_of_the_cpu(dtype):
-    x, keys = 1 + torch.rand(37, 1030).to(dtype), torch.randint(-2**63, 2**63 - 1, (37,))
+    x, keys = 1 + torch.rand(37, 1030).to(dtype), torch.randint(-(2**63), 2**63 - 1, (37,))
     leaf = x.cuda().requires_grad_()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         out = keyed_dropout(leaf, keys.cuda(), -5, 0.1)
     assert not dropout._has_triton() or [t.numel() for t in saved] == [37], "no mask is kept"
     torch.testing.assert_close(out.cpu(), keyed_dropout(x, keys, -5, 0.1), rtol=1e-2, atol=0)
-    gradient, = torch.autograd.grad(out.sum(), leaf)
+    (gradient,) = torch.autograd.grad(out.sum(), leaf)
     assert torch.equal(gradient == 0, out == 0)
 
 
 @pytest.mark.skipif(lookback.flash_attn_varlen_func is None, reason="flash-attn is not installed")
 def test_lookback_through_flash_attention(monkeypatch):
-    query, key, value = (torch.randn(3, length, 4, 64, device="cuda", dtype=torch.bfloat16) for length in (9, 40, 40))
+    query, key, value = (
+        torch.randn(3, length, 4, 64, device="cuda", dtype=torch.bfloat16) for length in (9, 40, 40)
+    )
     lengths = torch.tensor([9, 4, 1], device="cuda"), torch.tensor([40, 21, 0], device="cuda")
     mask = torch.rand(3, 40, device="cuda") < 0.7
     through_flash = lookback_attention(query, key, value, *lengths, key_mask=mask)

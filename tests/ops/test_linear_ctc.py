@@ -1,4 +1,5 @@
-"""The C++ implementation and the reference against F.log_softmax + F.ctc_loss in float64, and what torch asks of an op."""
+"""The C++ implementation and the reference against F.log_softmax + F.ctc_loss in float64, and what torch asks
+of an op."""
 
 import re
 from pathlib import Path
@@ -13,14 +14,25 @@ from tests.ops.truth import Case, cases, check, ordinary, peaked
 
 needs_cpp = pytest.mark.skipif(not cpp_backend.available(), reason="no C++ compiler")
 IMPLEMENTATIONS = ["reference", pytest.param("cpp", marks=needs_cpp)]
-some = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+some = settings(
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
 def run(case: Case, leaves, implementation: str, **options):
     hidden, weight, extra_row = leaves
     options.setdefault("reduction", "none")
-    return linear_ctc(hidden, weight, case.input_lengths, case.targets, case.target_lengths, case.blank, extra_row=extra_row,
-                      implementation=implementation, **options)
+    return linear_ctc(
+        hidden,
+        weight,
+        case.input_lengths,
+        case.targets,
+        case.target_lengths,
+        case.blank,
+        extra_row=extra_row,
+        implementation=implementation,
+        **options,
+    )
 
 
 @needs_cpp
@@ -57,7 +69,8 @@ def test_as_ctc_loss_in_float32(implementation, strided):
 @needs_cpp
 @pytest.mark.parametrize("native", [False, True])
 def test_as_ctc_loss_in_bfloat16(native, monkeypatch):
-    """Converted tiles: only the results are rounded. Native products round the logits too (the ordinary path does so)."""
+    """Converted tiles: only the results are rounded. Native products round the logits too (the ordinary path
+    does so)."""
     monkeypatch.setattr(cpp_backend, "native_bf16", lambda: native)
 
     @some
@@ -70,19 +83,28 @@ def test_as_ctc_loss_in_bfloat16(native, monkeypatch):
 
 
 @needs_cpp
-@pytest.mark.parametrize("hidden_dtype, weight_dtype, relative", [(torch.float32, torch.bfloat16, 2**-8),
-                                                                  (torch.bfloat16, torch.float32, 2**-8),
-                                                                  (torch.float16, torch.float32, 2**-9)])
+@pytest.mark.parametrize(
+    "hidden_dtype, weight_dtype, relative",
+    [
+        (torch.float32, torch.bfloat16, 2**-8),
+        (torch.bfloat16, torch.float32, 2**-8),
+        (torch.float16, torch.float32, 2**-9),
+    ],
+)
 def test_weight_of_another_dtype(hidden_dtype, weight_dtype, relative):
     case = peaked(2, 30, 8, 700, 4, sharpness=2.0, extra_row=True)
-    leaves = [case.hidden.to(hidden_dtype).requires_grad_(), case.weight.to(weight_dtype).requires_grad_(),
-              case.extra_row.to(weight_dtype).requires_grad_()]
+    leaves = [
+        case.hidden.to(hidden_dtype).requires_grad_(),
+        case.weight.to(weight_dtype).requires_grad_(),
+        case.extra_row.to(weight_dtype).requires_grad_(),
+    ]
     check(case, run(case, leaves, "cpp", skip_below=0.0), leaves, relative)
 
 
 @needs_cpp
 def test_many_blocks_and_threads(two_threads):
-    """More frames than one product takes, padded frames between, two threads: right, and the same bits every time."""
+    """More frames than one product takes, padded frames between, two threads: right, and the same bits every
+    time."""
     case = peaked(3, 300, 16, 1500, 20, sharpness=3.0)
     case.input_lengths = torch.tensor([300, 211, 257])
     leaves = case.inputs(torch.float32)
@@ -99,8 +121,8 @@ def test_many_blocks_and_threads(two_threads):
 @pytest.mark.parametrize("skip_below", [1e-3, 1e-2])
 @pytest.mark.parametrize("extra_row", [False, True])
 def test_skipping_stays_within_its_bound(skip_below, extra_row):
-    """docs/fused_op.md: a frame's gradient is off by at most skip_below (tiles + labels + 1) times the largest row of the
-    weight; a token's, by skip_below times the sum of the frames' norms."""
+    """docs/fused_op.md: a frame's gradient is off by at most skip_below (tiles + labels + 1) times the
+    largest row of the weight; a token's, by skip_below times the sum of the frames' norms."""
     case = peaked(2, 60, 256, 2100, 5, sharpness=16.0, extra_row=extra_row, label_pool=1000)
     leaves = case.inputs(torch.float32)[: 3 if extra_row else 2]
     padded = leaves if extra_row else [*leaves, None]
@@ -116,8 +138,9 @@ def test_skipping_stays_within_its_bound(skip_below, extra_row):
 
 @needs_cpp
 def test_frames_that_are_nearly_certain():
-    """Where nearly all mass lies on one token, softmax minus occupancy is a small difference of large numbers. It is right to
-    1e-5 of the gradient (as in the ordinary path; autograd through the reference gives 5e-4), with default skipping too."""
+    """Where nearly all mass lies on one token, softmax minus occupancy is a small difference of large
+    numbers. It is right to 1e-5 of the gradient (as in the ordinary path; autograd through the reference
+    gives 5e-4), with default skipping too."""
     case = peaked(2, 60, 64, 2100, 5, sharpness=20.0)
     leaves = case.inputs(torch.float32)[:2]
     true_loss, truth, _ = ordinary(case, *leaves, None)
@@ -132,15 +155,26 @@ def test_frames_that_are_nearly_certain():
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("zero_infinity", [True, False])
 def test_reductions_and_impossible_alignments(implementation, reduction, zero_infinity):
-    """Rows: fits; fits exactly; a repeat too many (inf); empty target; no frames (inf); neither frames nor target."""
+    """Rows: fits; fits exactly; a repeat too many (inf); empty target; no frames (inf); neither frames nor
+    target."""
     hidden, weight = torch.randn(6, 9, 6), torch.randn(23, 6)
-    targets = torch.tensor([[1, 1, 2, 0], [3, 4, 5, 3], [4, 4, 4, 4], [0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
+    targets = torch.tensor(
+        [[1, 1, 2, 0], [3, 4, 5, 3], [4, 4, 4, 4], [0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    )
     input_lengths, target_lengths = torch.tensor([9, 4, 6, 4, 0, 0]), torch.tensor([4, 4, 4, 0, 1, 0])
     options = {"reduction": reduction, "zero_infinity": zero_infinity}
-    expected = torch.nn.functional.ctc_loss((hidden @ weight.T).log_softmax(-1).transpose(0, 1), targets, input_lengths,
-                                            target_lengths, blank=22, **options)
+    expected = torch.nn.functional.ctc_loss(
+        (hidden @ weight.T).log_softmax(-1).transpose(0, 1),
+        targets,
+        input_lengths,
+        target_lengths,
+        blank=22,
+        **options,
+    )
     hidden.requires_grad_()
-    loss, *_ = linear_ctc(hidden, weight, input_lengths, targets, target_lengths, 22, implementation=implementation, **options)
+    loss, *_ = linear_ctc(
+        hidden, weight, input_lengths, targets, target_lengths, 22, implementation=implementation, **options
+    )
     torch.testing.assert_close(loss, expected)
     loss.sum().backward()
     assert hidden.grad.isfinite().all() and (hidden.grad[2] == 0).all() and hidden.grad[1, :4].any()
@@ -153,14 +187,18 @@ def test_empty_batch(implementation):
     targets = torch.zeros(0, 2, dtype=torch.int64)
     loss, argmax, *_ = linear_ctc(hidden, weight, none, targets, none, 0, implementation=implementation)
     loss.backward()
-    assert loss == 0 and argmax.shape == (0, 5) and (weight.grad == 0).all() and hidden.grad.shape == (0, 5, 3)
+    assert (
+        loss == 0 and argmax.shape == (0, 5) and (weight.grad == 0).all() and hidden.grad.shape == (0, 5, 3)
+    )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_frozen_parts_get_no_gradient(implementation):
     case = peaked(2, 20, 8, 600, 3, sharpness=3.0, extra_row=True)
     hidden, weight, extra_row = case.inputs(torch.float32)
-    full = torch.autograd.grad(run(case, (hidden, weight, extra_row), implementation)[0].sum(), (hidden, extra_row))
+    full = torch.autograd.grad(
+        run(case, (hidden, weight, extra_row), implementation)[0].sum(), (hidden, extra_row)
+    )
     weight.requires_grad_(False)
     run(case, (hidden, weight, extra_row), implementation)[0].sum().backward()
     assert weight.grad is None
@@ -185,28 +223,46 @@ def test_broken_numbers(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("change, words", [
-    ({"targets": [[1], [22]]}, "utterance 1: target 22 at position 0 is the blank"),
-    ({"targets": [[1], [23]]}, "utterance 1: target 23 at position 0 lies outside the vocabulary of 23"),
-    ({"targets": [[-1], [3]]}, "utterance 0: target -1 at position 0 lies outside"),
-    ({"input_lengths": [5, 4]}, "utterance 0: input length 5"),
-    ({"target_lengths": [1, 2]}, "utterance 1: target length 2"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"targets": [[1], [22]]}, "utterance 1: target 22 at position 0 is the blank"),
+        ({"targets": [[1], [23]]}, "utterance 1: target 23 at position 0 lies outside the vocabulary of 23"),
+        ({"targets": [[-1], [3]]}, "utterance 0: target -1 at position 0 lies outside"),
+        ({"input_lengths": [5, 4]}, "utterance 0: input length 5"),
+        ({"target_lengths": [1, 2]}, "utterance 1: target length 2"),
+    ],
+)
 def test_errors_name_the_utterance(implementation, change, words):
     given_values = {"input_lengths": [4, 4], "targets": [[1], [2]], "target_lengths": [1, 1]} | change
     tensors = {name: torch.tensor(value) for name, value in given_values.items()}
     with pytest.raises(ValueError, match=re.escape(words)):
-        linear_ctc(torch.randn(2, 4, 3), torch.randn(23, 3), blank=22, implementation=implementation, **tensors)
+        linear_ctc(
+            torch.randn(2, 4, 3), torch.randn(23, 3), blank=22, implementation=implementation, **tensors
+        )
 
 
-@pytest.mark.parametrize("arguments, words", [
-    ({"reduction": "avg"}, "reduction='avg'"), ({"implementation": "cuda"}, "implementation='cuda'"), ({"blank": 23}, "blank 23"),
-    ({"extra_row": torch.zeros(3)}, "its index V = 23"), ({"weight": torch.zeros(23, 4)}, "do not fit"),
-    ({"input_lengths": torch.tensor([4])}, "input_lengths (1,)"), ({"target_lengths": torch.tensor([4])}, "target_lengths (1,)"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"reduction": "avg"}, "reduction='avg'"),
+        ({"implementation": "cuda"}, "implementation='cuda'"),
+        ({"blank": 23}, "blank 23"),
+        ({"extra_row": torch.zeros(3)}, "its index V = 23"),
+        ({"weight": torch.zeros(23, 4)}, "do not fit"),
+        ({"input_lengths": torch.tensor([4])}, "input_lengths (1,)"),
+        ({"target_lengths": torch.tensor([4])}, "target_lengths (1,)"),
+    ],
+)
 def test_errors_name_the_argument(arguments, words):
-    defaults = {"hidden": torch.randn(2, 4, 3), "weight": torch.randn(23, 3), "input_lengths": torch.tensor([4, 4]),
-                "targets": torch.tensor([[1], [2]]), "target_lengths": torch.tensor([1, 1]), "blank": 22}
+    defaults = {
+        "hidden": torch.randn(2, 4, 3),
+        "weight": torch.randn(23, 3),
+        "input_lengths": torch.tensor([4, 4]),
+        "targets": torch.tensor([[1], [2]]),
+        "target_lengths": torch.tensor([1, 1]),
+        "blank": 22,
+    }
     with pytest.raises(ValueError, match=re.escape(words)):
         linear_ctc(**(defaults | arguments))
 
@@ -217,23 +273,38 @@ def test_argmax_alone_is_the_same_sweep():
     case.input_lengths = torch.tensor([40, 17])
     hidden, weight, extra_row = case.inputs(torch.float32)
     whole = run(case, (hidden, weight, extra_row), "cpp")[1:]
-    alone = linear_argmax(hidden, weight, case.input_lengths, blank=case.blank, extra_row=extra_row, implementation="cpp")
+    alone = linear_argmax(
+        hidden, weight, case.input_lengths, blank=case.blank, extra_row=extra_row, implementation="cpp"
+    )
     assert all(torch.equal(a, b) for a, b in zip(whole, alone)) and not any(t.requires_grad for t in alone)
 
 
 @needs_cpp
 def test_opcheck():
     case = peaked(2, 6, 4, 515, 2, sharpness=2.0, extra_row=True)
-    arguments = (*case.inputs(torch.float32), case.input_lengths, case.targets, case.target_lengths, case.blank, 0.0, "cpp",
-                 False)
+    arguments = (
+        *case.inputs(torch.float32),
+        case.input_lengths,
+        case.targets,
+        case.target_lengths,
+        case.blank,
+        0.0,
+        "cpp",
+        False,
+    )
     torch.library.opcheck(operator.forward, (*arguments, True))
-    torch.library.opcheck(operator.forward, (*(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments), False))
+    torch.library.opcheck(
+        operator.forward, (*(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments), False)
+    )
     with torch.no_grad():
         loss, _, lse, _, _, log_mass, label_gradient = operator.forward(*arguments, True)
         kept = operator.Kept(loss, lse, log_mass, label_gradient)
         for wanted in ((True, True, True), (True, False, False)):
-            torch.library.opcheck(operator.backward, (torch.ones(2), *arguments[:7], *kept, *arguments[7:], *wanted),
-                                  test_utils=("test_schema", "test_faketensor"))
+            torch.library.opcheck(
+                operator.backward,
+                (torch.ones(2), *arguments[:7], *kept, *arguments[7:], *wanted),
+                test_utils=("test_schema", "test_faketensor"),
+            )
 
 
 @needs_cpp
@@ -287,16 +358,23 @@ def test_under_activation_checkpointing(implementation, reentrant):
 @needs_cpp
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak memory counter")
 def test_holds_no_logits():
-    """4,000 frames x 30,000 tokens are 480 MB of logits; forward and backward grow the process by less than a tenth of that."""
+    """4,000 frames x 30,000 tokens are 480 MB of logits; forward and backward grow the process by less than a
+    tenth of that."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(4, 1000, 8, requires_grad=True), torch.randn(30_000, 8, requires_grad=True)
     lengths, targets = torch.full((4,), 1000), torch.randint(29_999, (4, 20))
 
     def memory(name: str) -> int:
-        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+        return next(
+            int(line.split()[1])
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith(name)
+        )
 
     def step():
-        linear_ctc(hidden, weight, lengths, targets, torch.full((4,), 20), 29_999, implementation="cpp")[0].backward()
+        linear_ctc(hidden, weight, lengths, targets, torch.full((4,), 20), 29_999, implementation="cpp")[
+            0
+        ].backward()
 
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")

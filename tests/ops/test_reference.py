@@ -13,7 +13,9 @@ def test_gradient_in_float64():
     targets, lengths = torch.tensor([[1, 1], [4, 0]]), torch.tensor([2, 1])
 
     def loss(h, w, row):
-        return linear_ctc(h, w, torch.tensor([5, 3]), targets, lengths, 6, extra_row=row, implementation="reference")[0]
+        return linear_ctc(
+            h, w, torch.tensor([5, 3]), targets, lengths, 6, extra_row=row, implementation="reference"
+        )[0]
 
     assert torch.autograd.gradcheck(loss, (hidden, weight, blank_row))
 

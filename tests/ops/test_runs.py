@@ -27,12 +27,19 @@ def test_runs(keep, keep_blank_runs):
         argmax = torch.randint(0, 3, (batch, length))
         peak, blank_logprob = torch.rand(batch, length), torch.rand(batch, length)
         lengths = torch.randint(0, length + 1, (batch,))
-        kept, kept_lengths = ctc_runs(argmax, peak, lengths, 0, keep=keep, keep_blank_runs=keep_blank_runs,
-                                      blank_logprob=blank_logprob)
+        kept, kept_lengths = ctc_runs(
+            argmax, peak, lengths, 0, keep=keep, keep_blank_runs=keep_blank_runs, blank_logprob=blank_logprob
+        )
         assert kept.shape[1] == kept_lengths.max()
         for row in range(batch):
             n = int(lengths[row])
-            expected = by_hand(argmax[row, :n].tolist(), peak[row].tolist(), 0, keep, keep_blank_runs,
-                               blank_logprob[row].tolist())
-            assert kept[row, :kept_lengths[row]].tolist() == expected
-            assert (kept[row, kept_lengths[row]:] == 0).all()
+            expected = by_hand(
+                argmax[row, :n].tolist(),
+                peak[row].tolist(),
+                0,
+                keep,
+                keep_blank_runs,
+                blank_logprob[row].tolist(),
+            )
+            assert kept[row, : kept_lengths[row]].tolist() == expected
+            assert (kept[row, kept_lengths[row] :] == 0).all()

@@ -1,4 +1,5 @@
-"""The Triton backend: on a GPU where there is one, else by Triton's interpreter, which needs a process of its own.
+"""The Triton backend: on a GPU where there is one, else by Triton's interpreter, which needs a process of its
+own.
 
 (TRITON_INTERPRET must be set before triton is first imported, and anything may have imported it here.)
 """
@@ -30,13 +31,37 @@ def test_interpreter():
     assert "6 passed" in done.stdout
 
 
-BATCH = {"rows", "first_row", "first_token", "tiles", "first_tile", "length", "slots", "labels"}  # what follows the batch
+BATCH = {
+    "rows",
+    "first_row",
+    "first_token",
+    "tiles",
+    "first_tile",
+    "length",
+    "slots",
+    "labels",
+}  # what follows the batch
 KERNELS = {
-    "_statistics": {"logits": None, "log_mass": "*fp32", "best_value": "*fp32", "best_token": "*i32", "width": "i32"},
+    "_statistics": {
+        "logits": None,
+        "log_mass": "*fp32",
+        "best_value": "*fp32",
+        "best_token": "*i32",
+        "width": "i32",
+    },
     "_probabilities": {"logits": None, "lse": "*fp32", "scale": "*fp32", "width": "i32"},
     "_label_logits": {"logits": None, "frame": "*i64", "tokens": "*i64", "values": "*fp32", "width": "i32"},
-    "_recursion": {"logprob": "*fp32", "targets": "*i64", "input_lengths": "*i64", "target_lengths": "*i64", "loss": "*fp32",
-                   "occupancy": "*fp32", "alpha": "*fp32", "beta": "*fp32", "width": "i32"},
+    "_recursion": {
+        "logprob": "*fp32",
+        "targets": "*i64",
+        "input_lengths": "*i64",
+        "target_lengths": "*i64",
+        "loss": "*fp32",
+        "occupancy": "*fp32",
+        "alpha": "*fp32",
+        "beta": "*fp32",
+        "width": "i32",
+    },
 }
 CONSTANTS = {"TILE_": 512, "SLOTS": 128, "PLACE": True, "STATES": 256, "WITH_GRADIENT": True}
 
@@ -45,8 +70,8 @@ CONSTANTS = {"TILE_": 512, "SLOTS": 128, "PLACE": True, "STATES": 256, "WITH_GRA
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("logits", ["*bf16", "*fp32"])
 def test_kernels_compile_for_a_gpu_and_once_for_all_batches(kernel, logits):
-    """For an H100, whatever this machine has. A number that follows the batch must not be specialised (each kind of it would be
-    compiled anew within training), nor anything tuned by it."""
+    """For an H100, whatever this machine has. A number that follows the batch must not be specialised (each
+    kind of it would be compiled anew within training), nor anything tuned by it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -57,11 +82,15 @@ def test_kernels_compile_for_a_gpu_and_once_for_all_batches(kernel, logits):
     assert type(function) is triton.JITFunction
     names = {p.name for p in function.params}
     constants = {(place,): CONSTANTS[p.name] for place, p in enumerate(function.params) if p.is_constexpr}
-    types = {name: kind or logits for name, kind in KERNELS[kernel].items()} | dict.fromkeys(names & BATCH, "i32")
+    types = {name: kind or logits for name, kind in KERNELS[kernel].items()} | dict.fromkeys(
+        names & BATCH, "i32"
+    )
     signature = {p.name: "constexpr" if p.is_constexpr else types[p.name] for p in function.params}
     made = triton.compile(ASTSource(function, signature, constants), target=GPUTarget("cuda", 90, 32))
     assert made.asm["cubin"]
-    assert {p.name for p in function.params if not p.is_constexpr and not p.do_not_specialize} <= set(KERNELS[kernel])
+    assert {p.name for p in function.params if not p.is_constexpr and not p.do_not_specialize} <= set(
+        KERNELS[kernel]
+    )
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -74,11 +103,25 @@ def test_dropout_compiles_for_a_gpu_once_for_all_batches_and_places(x):
     from model.ops import triton_dropout
 
     function = triton_dropout._dropout
-    types = {"x": x, "out": x, "keys": "*i64", "rows": "i32", "width": "i32", "site": "i64", "threshold": "i32", "scale": "fp32"}
+    types = {
+        "x": x,
+        "out": x,
+        "keys": "*i64",
+        "rows": "i32",
+        "width": "i32",
+        "site": "i64",
+        "threshold": "i32",
+        "scale": "fp32",
+    }
     signature = {p.name: "constexpr" if p.is_constexpr else types[p.name] for p in function.params}
-    constants = {(place,): {"ROWS_": triton_dropout.ROWS, "WORDS_": triton_dropout.WORDS}[p.name]
-                 for place, p in enumerate(function.params) if p.is_constexpr}
-    assert triton.compile(ASTSource(function, signature, constants), target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+    constants = {
+        (place,): {"ROWS_": triton_dropout.ROWS, "WORDS_": triton_dropout.WORDS}[p.name]
+        for place, p in enumerate(function.params)
+        if p.is_constexpr
+    }
+    assert triton.compile(ASTSource(function, signature, constants), target=GPUTarget("cuda", 90, 32)).asm[
+        "cubin"
+    ]
     assert {p.name for p in function.params if p.do_not_specialize} == {"rows", "site", "threshold"}
 
 
@@ -86,18 +129,35 @@ def test_dropout_compiles_for_a_gpu_once_for_all_batches_and_places(x):
 def test_dropout_has_the_masks_of_plain_pytorch():
     from model.ops import triton_dropout
 
-    shapes = {(3, 7, 50): torch.float32, (5, 1030): torch.bfloat16, (1, 4): torch.float32, (9, 1): torch.float32}
+    shapes = {
+        (3, 7, 50): torch.float32,
+        (5, 1030): torch.bfloat16,
+        (1, 4): torch.float32,
+        (9, 1): torch.float32,
+    }
     for shape, dtype in shapes.items():
-        x, keys = 1 + torch.rand(shape).to(dtype), torch.randint(-2**63, 2**63 - 1, shape[:-1])
-        for site in (5, -2**63, 2**63 - 1, 0):
+        x, keys = 1 + torch.rand(shape).to(dtype), torch.randint(-(2**63), 2**63 - 1, shape[:-1])
+        for site in (5, -(2**63), 2**63 - 1, 0):
             plain = keyed_dropout(x, keys, site, 0.1)
-            torch.testing.assert_close(triton_dropout.apply(x, keys, site, round(0.1 * 2**16)), plain, rtol=1e-2, atol=0)
+            torch.testing.assert_close(
+                triton_dropout.apply(x, keys, site, round(0.1 * 2**16)), plain, rtol=1e-2, atol=0
+            )
 
 
 def run(case, leaves, **options):
     hidden, weight, extra_row = leaves
-    return linear_ctc(hidden, weight, case.input_lengths, case.targets, case.target_lengths, case.blank, extra_row=extra_row,
-                      implementation="triton", reduction="none", **options)
+    return linear_ctc(
+        hidden,
+        weight,
+        case.input_lengths,
+        case.targets,
+        case.target_lengths,
+        case.blank,
+        extra_row=extra_row,
+        implementation="triton",
+        reduction="none",
+        **options,
+    )
 
 
 @interpreted
@@ -136,7 +196,8 @@ def test_several_pieces_of_frames_and_vocabulary(monkeypatch):
 
 @interpreted
 def test_frames_that_are_nearly_certain():
-    """Softmax minus occupancy is subtracted in float32 here: right to a hundredth of that small gradient (C++: to 1e-5)."""
+    """Softmax minus occupancy is subtracted in float32 here: right to a hundredth of that small gradient
+    (C++: to 1e-5)."""
     case = peaked(1, 24, 64, 600, 4, sharpness=20.0)
     leaves = case.inputs(torch.float32)[:2]
     true_loss, truth, _ = ordinary(case, *leaves, None)
@@ -152,8 +213,15 @@ def test_frames_that_are_nearly_certain():
 def test_frozen_weight_skipped_tiles_and_infinite_loss():
     case = peaked(2, 12, 64, 1600, 3, sharpness=20.0, extra_row=True, label_pool=400)
     hidden, weight, extra_row = case.inputs(torch.float32)
-    check(case, run(case, (hidden, weight, extra_row), deterministic=True), (hidden, weight, extra_row), relative=3e-5)
+    check(
+        case,
+        run(case, (hidden, weight, extra_row), deterministic=True),
+        (hidden, weight, extra_row),
+        relative=3e-5,
+    )
     case.input_lengths = torch.tensor([12, 2])
     loss, *_ = run(case, (hidden, weight.detach(), extra_row), zero_infinity=False)
     loss.sum().backward()
-    assert loss[1] == torch.inf and (hidden.grad[1] == 0).all() and hidden.grad[0].any() and weight.grad is None
+    assert (
+        loss[1] == torch.inf and (hidden.grad[1] == 0).all() and hidden.grad[0].any() and weight.grad is None
+    )

@@ -1,4 +1,5 @@
-"""What every implementation must agree with: torch's log_softmax and ctc_loss in float64, and random cases for them."""
+"""What every implementation must agree with: torch's log_softmax and ctc_loss in float64, and random cases
+for them."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class Case:
     loss_weight: Tensor  # [B]: the gradient that comes from above
 
     def inputs(self, dtype: torch.dtype, strided: bool = False) -> list[Tensor | None]:
-        """hidden, weight and extra_row as leaves of a dtype; `strided`: as views with other strides than a fresh tensor's."""
+        """hidden, weight and extra_row as leaves of a dtype; `strided`: as views with other strides than a
+        fresh tensor's."""
         leaves = []
         for tensor in (self.hidden, self.weight, self.extra_row):
             if tensor is None:
@@ -30,7 +32,11 @@ class Case:
                 continue
             leaf = tensor.to(dtype)
             if strided:
-                leaf = leaf.mT.contiguous().mT if leaf.dim() == 2 else leaf.repeat_interleave(2, dim=-1)[..., ::2]
+                leaf = (
+                    leaf.mT.contiguous().mT
+                    if leaf.dim() == 2
+                    else leaf.repeat_interleave(2, dim=-1)[..., ::2]
+                )
             leaves.append(leaf.detach().requires_grad_())
         return leaves
 
@@ -53,17 +59,31 @@ def cases(draw, most_frames: int = 12, vocabularies=(3, 7, 511, 512, 513, 1100),
     targets = pool[torch.randint(len(pool), (batch, labels), generator=generator)]
     target_lengths = torch.randint(0, labels + 1, (batch,), generator=generator)
     padding = torch.arange(labels)[None] >= target_lengths[:, None]
-    return Case(hidden=scale * normal(batch, frames, depth), weight=normal(size, depth),
-                extra_row=normal(depth) if with_extra_row else None,
-                input_lengths=torch.randint(0, frames + 1, (batch,), generator=generator),
-                targets=targets.masked_fill(padding, draw(st.sampled_from([-1, blank, 10**6]))),
-                target_lengths=target_lengths, blank=blank, loss_weight=0.5 + torch.rand(batch, generator=generator))
+    return Case(
+        hidden=scale * normal(batch, frames, depth),
+        weight=normal(size, depth),
+        extra_row=normal(depth) if with_extra_row else None,
+        input_lengths=torch.randint(0, frames + 1, (batch,), generator=generator),
+        targets=targets.masked_fill(padding, draw(st.sampled_from([-1, blank, 10**6]))),
+        target_lengths=target_lengths,
+        blank=blank,
+        loss_weight=0.5 + torch.rand(batch, generator=generator),
+    )
 
 
-def peaked(batch: int, frames: int, depth: int, vocabulary: int, labels: int, sharpness: float, extra_row: bool = False,
-           label_pool: int | None = None, seed: int = 0) -> Case:
-    """A trained model's posteriors: each frame points at the blank, or at a label (one of the first `label_pool` tokens)
-    where its turn has come."""
+def peaked(
+    batch: int,
+    frames: int,
+    depth: int,
+    vocabulary: int,
+    labels: int,
+    sharpness: float,
+    extra_row: bool = False,
+    label_pool: int | None = None,
+    seed: int = 0,
+) -> Case:
+    """A trained model's posteriors: each frame points at the blank, or at a label (one of the first
+    `label_pool` tokens) where its turn has come."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(vocabulary, depth, generator=generator, dtype=torch.float64) / depth**0.5
     row = torch.randn(depth, generator=generator, dtype=torch.float64) / depth**0.5 if extra_row else None
@@ -73,31 +93,56 @@ def peaked(batch: int, frames: int, depth: int, vocabulary: int, labels: int, sh
     turns = torch.arange(labels) * frames // labels
     said[:, turns] = weight[targets]
     noise = torch.randn(batch, frames, depth, generator=generator, dtype=torch.float64)
-    return Case(sharpness * said + 0.3 * noise, weight, row, torch.full((batch,), frames), targets,
-                torch.full((batch,), labels), blank, torch.ones(batch, dtype=torch.float64))
+    return Case(
+        sharpness * said + 0.3 * noise,
+        weight,
+        row,
+        torch.full((batch,), frames),
+        targets,
+        torch.full((batch,), labels),
+        blank,
+        torch.ones(batch, dtype=torch.float64),
+    )
 
 
-def ordinary(case: Case, hidden: Tensor, weight: Tensor, extra_row: Tensor | None,
-             dtype: torch.dtype = torch.float64) -> tuple[Tensor, list[Tensor], Tensor]:
-    """loss [B] with zero_infinity, gradients of the given tensors' values, and the logits [B, T, V], computed in `dtype`."""
-    leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in (hidden, weight, extra_row)]
+def ordinary(
+    case: Case, hidden: Tensor, weight: Tensor, extra_row: Tensor | None, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """loss [B] with zero_infinity, gradients of the given tensors' values, and the logits [B, T, V], computed
+    in `dtype`."""
+    leaves = [
+        None if t is None else t.detach().to(dtype).requires_grad_() for t in (hidden, weight, extra_row)
+    ]
     whole = leaves[1] if leaves[2] is None else torch.cat([leaves[1], leaves[2][None]])
     logits = functional.linear(leaves[0], whole)
     valid = torch.arange(case.targets.shape[1])[None] < case.target_lengths[:, None]
-    loss = functional.ctc_loss(logits.log_softmax(-1).transpose(0, 1), case.targets.masked_fill(~valid, 0 if case.blank else 1),
-                               case.input_lengths, case.target_lengths, blank=case.blank, reduction="none", zero_infinity=True)
-    gradients = torch.autograd.grad((loss * case.loss_weight).sum(), [leaf for leaf in leaves if leaf is not None])
+    loss = functional.ctc_loss(
+        logits.log_softmax(-1).transpose(0, 1),
+        case.targets.masked_fill(~valid, 0 if case.blank else 1),
+        case.input_lengths,
+        case.target_lengths,
+        blank=case.blank,
+        reduction="none",
+        zero_infinity=True,
+    )
+    gradients = torch.autograd.grad(
+        (loss * case.loss_weight).sum(), [leaf for leaf in leaves if leaf is not None]
+    )
     return loss.detach(), list(gradients), logits.detach()
 
 
 def check(case: Case, results: tuple, leaves: list[Tensor | None], relative: float) -> None:
-    """`results` of linear_ctc(reduction="none") on `leaves`, and its gradients, against the ordinary path in float64.
+    """`results` of linear_ctc(reduction="none") on `leaves`, and its gradients, against the ordinary path in
+    float64.
 
-    `relative`: the error allowed, as a share of the largest absolute value of each tensor (of each logit for the choices).
+    `relative`: the error allowed, as a share of the largest absolute value of each tensor (of each logit for
+    the choices).
     """
     loss, argmax, lse, largest, blank_logit = results
     expected, gradients, logits = ordinary(case, *leaves)
-    found = torch.autograd.grad((loss * case.loss_weight.to(loss)).sum(), [leaf for leaf in leaves if leaf is not None])
+    found = torch.autograd.grad(
+        (loss * case.loss_weight.to(loss)).sum(), [leaf for leaf in leaves if leaf is not None]
+    )
 
     def close(actual: Tensor, wanted: Tensor, what: str) -> None:
         assert actual.shape == wanted.shape, what

@@ -29,10 +29,22 @@ class FewSteps:
         planned = []
         for name in ("a", "b"):
             made = self.output / name / "made"
-            code = (f"import pathlib, sys; made = pathlib.Path({str(made)!r}); made.parent.mkdir(exist_ok=True); "
-                    f"made.write_text((made.read_text() if made.exists() else '') + 'x'); sys.exit({int(name in self.fail)})")
-            planned.append(steps.Step(name, f"step {name}", 0.01, [sys.executable, "-c", code],
-                                      lambda name=name: self.keys[name], made, set_aside=made.parent))
+            code = (
+                f"import pathlib, sys; made = pathlib.Path({str(made)!r}); made.parent.mkdir(exist_ok=True); "
+                f"made.write_text((made.read_text() if made.exists() else '') + 'x'); "
+                f"sys.exit({int(name in self.fail)})"
+            )
+            planned.append(
+                steps.Step(
+                    name,
+                    f"step {name}",
+                    0.01,
+                    [sys.executable, "-c", code],
+                    lambda name=name: self.keys[name],
+                    made,
+                    set_aside=made.parent,
+                )
+            )
         return planned
 
     def runs(self, name: str) -> int:
@@ -76,12 +88,19 @@ def test_the_recipes_and_the_plan_fit_together():
     packed = {name for name in demo.MANIFESTS}
     for stage, recipe in plan.recipes:
         corpora = [*recipe.data.train, *recipe.data.valid]
-        assert {Path(corpus.shards).name for corpus in corpora} | {*stage.before.shards, *stage.after.shards} <= packed
-        assert not any("test" in corpus.shards for corpus in corpora), "tuning and training never see a test split"
+        assert {Path(corpus.shards).name for corpus in corpora} | {
+            *stage.before.shards,
+            *stage.after.shards,
+        } <= packed
+        assert not any("test" in corpus.shards for corpus in corpora), (
+            "tuning and training never see a test split"
+        )
         assert not any("valid" in corpus.shards for corpus in recipe.data.train)
         assert recipe.deepspeed == "ds_configs/zero3.json"
     trained = [step for step in planned if step.name.startswith("train-")]
-    assert all("--num_gpus 2" in " ".join(step.command) and "deepspeed" in step.command[0] for step in trained)
+    assert all(
+        "--num_gpus 2" in " ".join(step.command) and "deepspeed" in step.command[0] for step in trained
+    )
 
 
 def test_a_recipe_that_changes_what_is_learnt_changes_what_follows(monkeypatch):
@@ -106,14 +125,35 @@ def example_result() -> dict:
         return {"value": value, "ci95": [low, high], "utterances": 200}
 
     recipes = {stage: {"seed": 0, "optim": {"steps": 7}} for stage in ("alignment", "sft")}
-    return {"rows": [
-        {"stage": "stage I", "data": "dialogues-test", "task": "asr", "decode": "ctc", "measure": "WER",
-         "before": score(1.0, 1.0, 1.0), "after": score(0.25, 0.22, 0.28)},
-        {"stage": "stage III", "data": "dialogues-test", "task": "asr", "decode": "generate", "measure": "WER",
-         "after": score(0.5, 0.4, 0.6)}],
+    return {
+        "rows": [
+            {
+                "stage": "stage I",
+                "data": "dialogues-test",
+                "task": "asr",
+                "decode": "ctc",
+                "measure": "WER",
+                "before": score(1.0, 1.0, 1.0),
+                "after": score(0.25, 0.22, 0.28),
+            },
+            {
+                "stage": "stage III",
+                "data": "dialogues-test",
+                "task": "asr",
+                "decode": "generate",
+                "measure": "WER",
+                "after": score(0.5, 0.4, 0.6),
+            },
+        ],
         "machine": {"processor": "a CPU", "cores": 2, "memory_gib": 8.0, "gpu": None},
-        "versions": {"torch": "2", "deepspeed": "0"}, "ranks": 2, "seconds": {"a": 60.0, "b": None}, "commit": "abc",
-        "changed_files": False, "date": "2026-01-01", "recipes": recipes}
+        "versions": {"torch": "2", "deepspeed": "0"},
+        "ranks": 2,
+        "seconds": {"a": 60.0, "b": None},
+        "commit": "abc",
+        "changed_files": False,
+        "date": "2026-01-01",
+        "recipes": recipes,
+    }
 
 
 def test_the_table_goes_between_the_readme_s_marks(tmp_path):
@@ -145,20 +185,34 @@ def test_small_recipes_load():
 
 def waiting_for(folder: Path, name: str, code: str, **options) -> steps.Step:
     """A step whose command runs `code` in `folder` and then leaves a file of its own name."""
-    code = f"import pathlib, sys, time; here = pathlib.Path({str(folder)!r}); {code}; (here / {name!r}).touch()"
-    return steps.Step(name, f"step {name}", 0.01, [sys.executable, "-c", code], lambda: name, folder / name, **options)
+    code = (
+        f"import pathlib, sys, time; here = pathlib.Path({str(folder)!r}); {code}; (here / {name!r}).touch()"
+    )
+    return steps.Step(
+        name, f"step {name}", 0.01, [sys.executable, "-c", code], lambda: name, folder / name, **options
+    )
 
 
-MEET = ("(here / '{own}-begun').touch(); end = time.monotonic() + 30\n"
-        "while not (here / '{other}-begun').exists():\n    assert time.monotonic() < end; time.sleep(0.01)\n1")
+MEET = (
+    "(here / '{own}-begun').touch(); end = time.monotonic() + 30\n"
+    "while not (here / '{other}-begun').exists():\n    assert time.monotonic() < end; time.sleep(0.01)\n1"
+)
 
 
 def test_steps_run_side_by_side_where_they_do_not_need_each_other(tmp_path, capsys):
     """a and b wait for each other, so neither would end alone; c needs both, d none."""
-    meet = {own: "exec(" + repr(MEET.format(own=own, other=other)) + ")" for own, other in (("a", "b"), ("b", "a"))}
-    planned = [waiting_for(tmp_path, "a", meet["a"], after=()), waiting_for(tmp_path, "b", meet["b"], after=()),
-               waiting_for(tmp_path, "c", "assert (here / 'a').exists() and (here / 'b').exists(); print('he' + 'ard')"),
-               waiting_for(tmp_path, "d", "1", after=("not in this list",))]
+    meet = {
+        own: "exec(" + repr(MEET.format(own=own, other=other)) + ")"
+        for own, other in (("a", "b"), ("b", "a"))
+    }
+    planned = [
+        waiting_for(tmp_path, "a", meet["a"], after=()),
+        waiting_for(tmp_path, "b", meet["b"], after=()),
+        waiting_for(
+            tmp_path, "c", "assert (here / 'a').exists() and (here / 'b').exists(); print('he' + 'ard')"
+        ),
+        waiting_for(tmp_path, "d", "1", after=("not in this list",)),
+    ]
     steps.run(tmp_path / "record.json", planned, at_once=2)
     assert {step["status"] for step in steps.State(tmp_path / "record.json").steps.values()} == {"done"}
     assert (tmp_path / "logs/c.log").read_text() == "heard\n" and "heard" not in capsys.readouterr().out
@@ -168,8 +222,12 @@ def test_steps_run_side_by_side_where_they_do_not_need_each_other(tmp_path, caps
 
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_a_failed_step_stops_only_what_needs_it(tmp_path, at_once):
-    planned = [waiting_for(tmp_path, "a", "sys.exit(3)", after=()), waiting_for(tmp_path, "b", "1", after=()),
-               waiting_for(tmp_path, "c", "1", after=("a",)), waiting_for(tmp_path, "d", "1", after=("b",))]
+    planned = [
+        waiting_for(tmp_path, "a", "sys.exit(3)", after=()),
+        waiting_for(tmp_path, "b", "1", after=()),
+        waiting_for(tmp_path, "c", "1", after=("a",)),
+        waiting_for(tmp_path, "d", "1", after=("b",)),
+    ]
     with pytest.raises(steps.StepError, match="step 1, step a, failed .exit 3."):
         steps.run(tmp_path / "record.json", planned, at_once=at_once)
     assert [name for name in "abcd" if (tmp_path / name).exists()] == ["b", "d"]
@@ -196,7 +254,8 @@ steps.run(here / "record.json", [steps.Step("a", "step a", 0.01, command, lambda
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_what_is_ended_goes_on_where_it_was(tmp_path, number):
-    """Whatever ends it, what its step left is not taken for another run's; on SIGTERM the step gets the time to save."""
+    """Whatever ends it, what its step left is not taken for another run's; on SIGTERM the step gets the time
+    to save."""
     (tmp_path / "saves_on_term.py").write_text(SAVES_ON_TERM)
     command = [sys.executable, "-c", RUNS_IT, str(tmp_path)]
     first, end = subprocess.Popen(command, cwd=ROOT), time.monotonic() + 60
@@ -212,10 +271,20 @@ def test_what_is_ended_goes_on_where_it_was(tmp_path, number):
 
 
 def test_what_measures_time_runs_alone(tmp_path):
-    planned = [waiting_for(tmp_path, name, "assert not list(here.glob('busy-*')); (here / 'busy-m').touch(); time.sleep(0.3); "
-                           "(here / 'busy-m').unlink()" if name == "m" else
-                           f"assert not (here / 'busy-m').exists(); (here / 'busy-{name}').touch(); time.sleep(0.3); "
-                           f"(here / 'busy-{name}').unlink()", after=(), alone=name == "m") for name in "ambc"]
+    planned = [
+        waiting_for(
+            tmp_path,
+            name,
+            "assert not list(here.glob('busy-*')); (here / 'busy-m').touch(); time.sleep(0.3); "
+            "(here / 'busy-m').unlink()"
+            if name == "m"
+            else f"assert not (here / 'busy-m').exists(); (here / 'busy-{name}').touch(); time.sleep(0.3); "
+            f"(here / 'busy-{name}').unlink()",
+            after=(),
+            alone=name == "m",
+        )
+        for name in "ambc"
+    ]
     steps.run(tmp_path / "record.json", planned, at_once=3)
     assert all((tmp_path / name).exists() for name in "abcm")
 
@@ -223,5 +292,7 @@ def test_what_measures_time_runs_alone(tmp_path):
 def test_a_port_is_chosen_when_a_step_begins():
     command = steps.training(2, "recipe.yaml", "seed=1")
     again = steps.with_free_port(command)
-    assert [a for a, b in zip(command, again, strict=True) if a == b] == [a for a in command if not a.isdigit() or a == "2"]
+    assert [a for a, b in zip(command, again, strict=True) if a == b] == [
+        a for a in command if not a.isdigit() or a == "2"
+    ]
     assert steps.with_free_port(["python", "x"]) == ["python", "x"]

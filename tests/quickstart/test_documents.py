@@ -12,8 +12,14 @@ def test_only_what_is_between_the_marks_is_replaced(tmp_path):
     assert path.read_text() == "above\n<begin>\nnew\n<end>\nbelow\n"
 
 
-@pytest.mark.parametrize(("text", "message"), [("<begin>\n", "needs the line <begin>"), ("<begin><end><end>", "once each"),
-                                               ("<end>\n<begin>\n", "has the line <end> above <begin>")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<begin>\n", "needs the line <begin>"),
+        ("<begin><end><end>", "once each"),
+        ("<end>\n<begin>\n", "has the line <end> above <begin>"),
+    ],
+)
 def test_marks_that_do_not_fit_are_named_and_nothing_is_written(tmp_path, text, message):
     path = tmp_path / "a.md"
     path.write_text(text)

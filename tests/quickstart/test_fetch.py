@@ -16,8 +16,17 @@ from examples.quickstart import amazon_queen, asterisk, fetch, whisper_ct2
 
 
 def source(data: bytes = b"", **changes) -> fetch.Source:
-    values = dict(client="apt", name="a-package", version="1", file="a-package_1_all.deb", size=len(data),
-                  sha256=hashlib.sha256(data).hexdigest(), what="", licence="", origin="")
+    values = dict(
+        client="apt",
+        name="a-package",
+        version="1",
+        file="a-package_1_all.deb",
+        size=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        what="",
+        licence="",
+        origin="",
+    )
     return fetch.Source(**{**values, **changes})
 
 
@@ -59,7 +68,11 @@ def test_debian_packages_are_unpacked(tmp_path):
     members = [("debian-binary", b"2.0\n"), ("control.tar.xz", b"odd"), ("data.tar.xz", inner.getvalue())]
     package = b"!<arch>\n"
     for name, data in members:
-        package += f"{name:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(data):<10}`\n".encode() + data + b"\n" * (len(data) % 2)
+        package += (
+            f"{name:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(data):<10}`\n".encode()
+            + data
+            + b"\n" * (len(data) % 2)
+        )
     path = tmp_path / "p.deb"
     path.write_bytes(package)
     fetch.unpack_deb(path, tmp_path / "out")
@@ -94,11 +107,17 @@ def test_every_source_is_pinned():
 
 def write_ct2(variables: dict[str, np.ndarray], aliases: dict[str, str]) -> bytes:
     """CTranslate2's file, version 6, as its C++ writer lays it out."""
+
     def string(text):
         return struct.pack("<H", len(text) + 1) + text.encode() + b"\0"
 
     codes = {np.dtype("float32"): 0, np.dtype("float16"): 4}
-    out = struct.pack("<I", 6) + string("WhisperSpec") + struct.pack("<I", 3) + struct.pack("<I", len(variables))
+    out = (
+        struct.pack("<I", 6)
+        + string("WhisperSpec")
+        + struct.pack("<I", 3)
+        + struct.pack("<I", len(variables))
+    )
     for name, value in variables.items():
         out += string(name) + struct.pack("<B", value.ndim) + struct.pack(f"<{value.ndim}I", *value.shape)
         out += struct.pack("<BI", codes[value.dtype], value.nbytes) + value.tobytes()
@@ -108,8 +127,17 @@ def write_ct2(variables: dict[str, np.ndarray], aliases: dict[str, str]) -> byte
 def test_whisper_comes_back_from_ctranslate2():
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-    config = WhisperConfig(d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=1, decoder_attention_heads=1,
-                           encoder_ffn_dim=256, decoder_ffn_dim=256, vocab_size=51865, num_mel_bins=80)
+    config = WhisperConfig(
+        d_model=64,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=1,
+        decoder_attention_heads=1,
+        encoder_ffn_dim=256,
+        decoder_ffn_dim=256,
+        vocab_size=51865,
+        num_mel_bins=80,
+    )
     torch.manual_seed(0)
     model = WhisperForConditionalGeneration(config)
     state = {name: value.numpy() for name, value in model.state_dict().items()}
@@ -120,7 +148,9 @@ def test_whisper_comes_back_from_ctranslate2():
 
     def stack(target, source, names):
         v[f"{target}/weight"] = np.concatenate([state[f"{source}.{n}_proj.weight"] for n in names])
-        v[f"{target}/bias"] = np.concatenate([state.get(f"{source}.{n}_proj.bias", np.zeros(64, np.float32)) for n in names])
+        v[f"{target}/bias"] = np.concatenate(
+            [state.get(f"{source}.{n}_proj.bias", np.zeros(64, np.float32)) for n in names]
+        )
 
     copy("encoder/conv1", "model.encoder.conv1"), copy("encoder/conv2", "model.encoder.conv2")
     for side in ("encoder", "decoder"):
@@ -136,7 +166,12 @@ def test_whisper_comes_back_from_ctranslate2():
     copy("decoder/layer_0/attention/linear_0", f"{cross}.q_proj")
     stack("decoder/layer_0/attention/linear_1", cross, "kv")
     copy("decoder/layer_0/attention/linear_2", f"{cross}.out_proj")
-    copy("decoder/layer_0/attention/layer_norm", "model.decoder.layers.0.encoder_attn_layer_norm", "gamma", "beta")
+    copy(
+        "decoder/layer_0/attention/layer_norm",
+        "model.decoder.layers.0.encoder_attn_layer_norm",
+        "gamma",
+        "beta",
+    )
 
     data = write_ct2(v, {"decoder/projection/weight": "decoder/embeddings/weight"})
     variables = whisper_ct2.read_variables(data)
@@ -146,12 +181,14 @@ def test_whisper_comes_back_from_ctranslate2():
     for name, value in state.items():
         assert np.array_equal(converted[name].numpy(), value), name
     with pytest.raises(ValueError, match="is a part missing"):
-        whisper_ct2.read_variables(data[:len(data) // 2])
+        whisper_ct2.read_variables(data[: len(data) // 2])
 
 
 def test_prompts_leave_out_sounds(tmp_path):
-    lines = ("; comment\nbeep: [a beep]\nhello: Hello there.\nlast: and so on...\nsilence/1: nothing\n"
-             "intro: use your touch tone keypad\n")
+    lines = (
+        "; comment\nbeep: [a beep]\nhello: Hello there.\nlast: and so on...\nsilence/1: nothing\n"
+        "intro: use your touch tone keypad\n"
+    )
     path = tmp_path / "core-sounds-en.txt.gz"
     path.write_bytes(gzip.compress(lines.encode()))
     assert asterisk.words_of(path) == {"hello": "Hello there.", "last": "and so on"}
@@ -175,12 +212,17 @@ def test_dialogue_tables_name_their_clips():
     talk_header = b"\0" * 32
     first = table(joe)
     others_at = 32 + 96 + len(first)
-    talk_header = struct.pack(">5h", -1, 0, 7, len(joe), len(other)).ljust(22, b"\0") + struct.pack(">H", others_at)
+    talk_header = struct.pack(">5h", -1, 0, 7, len(joe), len(other)).ljust(22, b"\0") + struct.pack(
+        ">H", others_at
+    )
     talk_header = talk_header.ljust(32, b"\0")
     talk = talk_header + b"\0" * 96 + first
     talk += table(other)
     assert list(amazon_queen.dialogue_lines(talk)) == [
-        ("07000AJ1.SB", "Hi there."), ("07000AJ2.SB", "Bye."), ("0700FFP1.SB", "Who?")]
+        ("07000AJ1.SB", "Hi there."),
+        ("07000AJ2.SB", "Bye."),
+        ("0700FFP1.SB", "Who?"),
+    ]
 
 
 def test_another_file_is_refused(tmp_path):

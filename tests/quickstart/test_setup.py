@@ -33,7 +33,11 @@ def normal(name: str) -> str:
 
 
 def pins(path: Path) -> dict[str, str]:
-    lines = [line.split("#")[0].strip(" \\\\") for line in path.read_text().splitlines() if not line.startswith(" ")]
+    lines = [
+        line.split("#")[0].strip(" \\\\")
+        for line in path.read_text().splitlines()
+        if not line.startswith(" ")
+    ]
     return {normal(line.split("==")[0]): line for line in lines if line and not line.startswith("-")}
 
 
@@ -45,8 +49,18 @@ def test_every_requirement_is_pinned_once():
             other, same = seen.get(name, ("", line))
             assert same.split("+")[0] == line.split("+")[0], f"{path.name} and {other} differ on {name}"
             seen[name] = (path.name, line)
-    assert {"torch", "deepspeed", "transformers", "peft", "webdataset", "torchaudio", "tensorboard"} <= seen.keys()
-    assert "flash-attn" in pins(ROOT / "requirements-gpu.txt") and "flash-attn" not in pins(ROOT / "requirements.txt")
+    assert {
+        "torch",
+        "deepspeed",
+        "transformers",
+        "peft",
+        "webdataset",
+        "torchaudio",
+        "tensorboard",
+    } <= seen.keys()
+    assert "flash-attn" in pins(ROOT / "requirements-gpu.txt") and "flash-attn" not in pins(
+        ROOT / "requirements.txt"
+    )
 
 
 LOCKED = {name: locks.read(name) for name in ("cpu", "cuda", "deepspeed", *locks.EXTRAS)}
@@ -55,8 +69,11 @@ LOCKED = {name: locks.read(name) for name in ("cpu", "cuda", "deepspeed", *locks
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_lock_files_hold_what_the_requirements_ask_for(kind):
     """`make lock` mends this test."""
-    files = [path.name for path in ROOT.glob("requirements*.txt") if path.name not in ("requirements-torch-cpu.txt",
-                                                                                      "requirements-tools.txt")]
+    files = [
+        path.name
+        for path in ROOT.glob("requirements*.txt")
+        if path.name not in ("requirements-torch-cpu.txt", "requirements-tools.txt")
+    ]
     setup_env.check_locks(files, kind)
     assert pins(ROOT / "requirements-tools.txt").keys() <= LOCKED["tools"].keys()
 
@@ -77,7 +94,9 @@ def test_lock_files_agree_and_name_no_registry():
             assert versions.setdefault(package, found) == found, f"{name}: {package}"
     only_cuda = LOCKED["cuda"].keys() - LOCKED["cpu"].keys()
     assert only_cuda and all(locks.CUDA_ONLY.match(name) for name in only_cuda)
-    assert LOCKED["cpu"].keys() <= LOCKED["cuda"].keys() and locks.version(LOCKED["cpu"]["torch"]).endswith("+cpu")
+    assert LOCKED["cpu"].keys() <= LOCKED["cuda"].keys() and locks.version(LOCKED["cpu"]["torch"]).endswith(
+        "+cpu"
+    )
     for path in (ROOT / "install" / "locks").glob("*.txt"):
         assert not re.search(r"https?:|file:|--(index|extra-index|find-links)", path.read_text()), path.name
 
@@ -94,8 +113,13 @@ def wheel(folder: Path) -> str:
     path = folder / "tiny_of_ours-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("tiny_of_ours.py", "")
-        file.writestr("tiny_of_ours-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-of-ours\nVersion: 1.0\n")
-        file.writestr("tiny_of_ours-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(
+            "tiny_of_ours-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-of-ours\nVersion: 1.0\n"
+        )
+        file.writestr(
+            "tiny_of_ours-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         file.writestr("tiny_of_ours-1.0.dist-info/RECORD", "")
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -109,7 +133,10 @@ def test_a_package_with_another_hash_is_not_installed(tmp_path, monkeypatch):
     lock.write_text(f"tiny-of-ours==1.0 \\\n    --hash=sha256:{'0' * 64}\n    # via us\n")
     with pytest.raises(setup_env.SetupError, match="pip failed"):
         setup_env.Installer(env, hashes=True).run("pip", [lock], where)
-    assert "DO NOT MATCH THE HASHES" in (env.state / "pip.log").read_text() and not (tmp_path / "to" / "tiny_of_ours.py").exists()
+    assert (
+        "DO NOT MATCH THE HASHES" in (env.state / "pip.log").read_text()
+        and not (tmp_path / "to" / "tiny_of_ours.py").exists()
+    )
     setup_env.Installer(env, hashes=False).run("pip", [lock], where)
     assert (tmp_path / "to" / "tiny_of_ours.py").exists()
     shutil.rmtree(tmp_path / "to")
@@ -118,19 +145,51 @@ def test_a_package_with_another_hash_is_not_installed(tmp_path, monkeypatch):
     assert (tmp_path / "to" / "tiny_of_ours.py").exists()
 
 
-ADVISORY = {"id": "PYSEC-0", "affected": [{"package": {"ecosystem": "PyPI", "name": "Some_Package"}, "versions": ["9.9"],
-            "ranges": [{"type": "ECOSYSTEM", "events": [{"introduced": "1.2"}, {"fixed": "1.10"}, {"introduced": "2"},
-                                                        {"last_affected": "2.1"}]}]}]}
+ADVISORY = {
+    "id": "PYSEC-0",
+    "affected": [
+        {
+            "package": {"ecosystem": "PyPI", "name": "Some_Package"},
+            "versions": ["9.9"],
+            "ranges": [
+                {
+                    "type": "ECOSYSTEM",
+                    "events": [
+                        {"introduced": "1.2"},
+                        {"fixed": "1.10"},
+                        {"introduced": "2"},
+                        {"last_affected": "2.1"},
+                    ],
+                }
+            ],
+        }
+    ],
+}
 
 
-@pytest.mark.parametrize("version, hit", [("1.1", False), ("1.2", True), ("1.9.9", True), ("1.10", False), ("2.0", True),
-                                          ("2.1", True), ("2.2", False), ("9.9", True)])
+@pytest.mark.parametrize(
+    "version, hit",
+    [
+        ("1.1", False),
+        ("1.2", True),
+        ("1.9.9", True),
+        ("1.10", False),
+        ("2.0", True),
+        ("2.1", True),
+        ("2.2", False),
+        ("9.9", True),
+    ],
+)
 def test_advisories_of_a_folder_are_asked_by_osv_s_protocol(tmp_path, version, hit):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "PYSEC-0.json").write_text(json.dumps(ADVISORY))
     server = locks.Advisories(tmp_path).serve()
-    question = json.dumps({"package": {"name": "some-package", "ecosystem": "PyPI"}, "version": version}).encode()
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/v1/query", question, timeout=10) as response:
+    question = json.dumps(
+        {"package": {"name": "some-package", "ecosystem": "PyPI"}, "version": version}
+    ).encode()
+    with urllib.request.urlopen(
+        f"http://127.0.0.1:{server.server_port}/v1/query", question, timeout=10
+    ) as response:
         answer = json.load(response)
     server.shutdown()
     server.server_close()
@@ -144,19 +203,28 @@ def test_a_folder_without_advisories_is_an_error(tmp_path):
 
 def test_an_audit_without_network_is_skipped_by_name(tmp_path, monkeypatch, capsys):
     program = tmp_path / "pip-audit"
-    program.write_text("#!/bin/sh\necho 'requests.exceptions.ConnectionError: Max retries exceeded' >&2; exit 1\n")
+    program.write_text(
+        "#!/bin/sh\necho 'requests.exceptions.ConnectionError: Max retries exceeded' >&2; exit 1\n"
+    )
     program.chmod(0o755)
     monkeypatch.setattr(locks, "TOOLS", Path(sys.prefix))
     monkeypatch.setattr(locks, "tool", lambda name: program)
     monkeypatch.delenv("AUDIT_DB", raising=False)
-    assert locks.audit() == 0 and "audit: skipped: the advisory service cannot be reached" in capsys.readouterr().out
+    assert (
+        locks.audit() == 0
+        and "audit: skipped: the advisory service cannot be reached" in capsys.readouterr().out
+    )
     answers = {"dependencies": [{"name": "a", "skip_reason": "unknown"}]}
     program.write_text(f"#!/bin/sh\ngrep -q torch== \"$2\" && echo '{json.dumps(answers)}'\n")
     assert locks.audit() == 0 and "audit: skipped: " in capsys.readouterr().out, "nothing was compared"
-    answers["dependencies"] += [{"name": "b", "version": "1", "vulns": [{"id": "PYSEC-0", "fix_versions": ["2"]}]}]
+    answers["dependencies"] += [
+        {"name": "b", "version": "1", "vulns": [{"id": "PYSEC-0", "fix_versions": ["2"]}]}
+    ]
     program.write_text(f"#!/bin/sh\necho '{json.dumps(answers)}'; exit 1\n")
     assert locks.audit() == 1
-    assert capsys.readouterr().out.startswith("b 1: PYSEC-0, fixed in 2\naudit: 1 known vulnerabilities in 1 of 2 locked")
+    assert capsys.readouterr().out.startswith(
+        "b 1: PYSEC-0, fixed in 2\naudit: 1 known vulnerabilities in 1 of 2 locked"
+    )
     program.write_text("#!/bin/sh\necho what >&2; exit 1\n")
     with pytest.raises(locks.LockError, match="pip-audit failed: what"):
         locks.audit()
@@ -164,13 +232,23 @@ def test_an_audit_without_network_is_skipped_by_name(tmp_path, monkeypatch, caps
 
 def test_every_locked_package_is_in_the_table_of_licences():
     """`make licences` mends this test."""
-    rows = re.findall(r"^\| ([\w-]+) \| (\S+) \| (.+) \|$", (ROOT / "docs" / "licences.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| ([\w-]+) \| (\S+) \| (.+) \|$", (ROOT / "docs" / "licences.md").read_text(), re.MULTILINE
+    )
     told = {name: version for name, version, _ in rows}
     # A requirement with a marker (" ; ") may be for another Python or system than the table's.
-    missing = {package: locks.version(entry) for name in ("cpu", "deepspeed", "dev", "demo", "bench", "tools")
-               for package, entry in LOCKED[name].items() if package not in told and " ; " not in entry.splitlines()[0]}
+    missing = {
+        package: locks.version(entry)
+        for name in ("cpu", "deepspeed", "dev", "demo", "bench", "tools")
+        for package, entry in LOCKED[name].items()
+        if package not in told and " ; " not in entry.splitlines()[0]
+    }
     assert not missing
-    versions = {package: locks.version(entry).split("+")[0] for package, entry in LOCKED["cpu"].items() if package in told}
+    versions = {
+        package: locks.version(entry).split("+")[0]
+        for package, entry in LOCKED["cpu"].items()
+        if package in told
+    }
     assert versions == {package: told[package] for package in versions}
     assert all(licence.strip() not in ("", "UNKNOWN") for _, _, licence in rows)
 
@@ -191,8 +269,18 @@ def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
 def test_what_pip_refuses_is_quoted(tmp_path):
     env = setup_env.Environment(tmp_path / ".venv")
     # Not torch itself: a machine's own pip constraints may name it, and pip then refuses in other words.
-    command = [sys.executable, "-m", "pip", "install", "--no-index", "--disable-pip-version-check", "no-such-package-of-ours==0"]
-    with pytest.raises(setup_env.SetupError, match="pip-torch failed .exit 1.: .*No matching distribution found for no-such"):
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-index",
+        "--disable-pip-version-check",
+        "no-such-package-of-ours==0",
+    ]
+    with pytest.raises(
+        setup_env.SetupError, match="pip-torch failed .exit 1.: .*No matching distribution found for no-such"
+    ):
         env.run("pip-torch", command)
     assert "No matching distribution" in (tmp_path / ".venv/.setup/pip-torch.log").read_text()
 
@@ -215,12 +303,20 @@ def test_the_stamp_knows_what_the_set_up_depends_on(monkeypatch, tmp_path):
 
 def test_nothing_is_compiled_into_a_folder_with_a_name_that_others_know(tmp_path, monkeypatch):
     line = setup_env.ENVIRONMENT_PTH.format(accelerator="None")
-    homes = (({"XDG_CACHE_HOME": str(tmp_path / "x")}, tmp_path / "x"), ({"HOME": str(tmp_path)}, tmp_path / ".cache"))
+    homes = (
+        ({"XDG_CACHE_HOME": str(tmp_path / "x")}, tmp_path / "x"),
+        ({"HOME": str(tmp_path)}, tmp_path / ".cache"),
+    )
     for home, cache in homes:
-        environment = {key: value for key, value in os.environ.items() if key not in (
-            "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR")} | home
+        environment = {
+            key: value
+            for key, value in os.environ.items()
+            if key not in ("XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR")
+        } | home
         asked = line + "print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
-        done = subprocess.run([sys.executable, "-IS", "-c", asked], env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-IS", "-c", asked], env=environment, capture_output=True, text=True, timeout=60
+        )
         assert done.stdout == f"{cache / 'torchinductor'}\n", done.stderr
 
 
@@ -237,8 +333,12 @@ def test_an_environment_for_gpus_stays_one_on_a_login_node(monkeypatch, tmp_path
 
 
 def test_check_says_that_a_set_up_is_missing(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "install/setup_env.py", "--venv", tmp_path / "none", "--check"],
-                          capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, ROOT / "install/setup_env.py", "--venv", tmp_path / "none", "--check"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 1 and "not complete" in done.stdout
     assert not (tmp_path / "none").exists()
 
@@ -260,12 +360,20 @@ def test_the_environment_is_made_under_a_lock_that_stands_beside_it(monkeypatch,
 
     codes = []
     second = threading.Thread(target=lambda: codes.append(setup_env.set_up(options)))
-    for step in ("check_machine", "write_environment", "install_packages", "mend_torchaudio", "build_deepspeed",
-                 "build_fused_op"):
+    for step in (
+        "check_machine",
+        "write_environment",
+        "install_packages",
+        "mend_torchaudio",
+        "build_deepspeed",
+        "build_fused_op",
+    ):
         monkeypatch.setattr(setup_env, step, lambda *arguments: None)
     monkeypatch.setattr(setup_env, "make_venv", make_venv)
     monkeypatch.setattr(setup_env.Environment, "ask", lambda self, code: "Python")
-    options = argparse.Namespace(venv=str(folder), gpu="no", dev=False, flash_attn=False, check=False, extras=[], hashes=True)
+    options = argparse.Namespace(
+        venv=str(folder), gpu="no", dev=False, flash_attn=False, check=False, extras=[], hashes=True
+    )
     assert setup_env.set_up(options) == 0
     second.join()
     assert (folder / ".setup/kind").read_text() == "cpu"
@@ -282,7 +390,11 @@ def fenced(text: str) -> list[str]:
 @pytest.mark.parametrize("readme", ["README.md", "examples/quickstart/README.md"])
 def test_make_targets_of_the_readme_exist(readme):
     text = (ROOT / readme).read_text()
-    targets = set(re.findall(r"\bmake ([a-z-]+)", "\n".join(fenced(text)) + " ".join(re.findall(r"`(make [^`]+)`", text))))
+    targets = set(
+        re.findall(
+            r"\bmake ([a-z-]+)", "\n".join(fenced(text)) + " ".join(re.findall(r"`(make [^`]+)`", text))
+        )
+    )
     assert targets or readme != "README.md"
     for target in sorted(targets):
         done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -294,7 +406,9 @@ def test_files_and_commands_of_the_readme_exist():
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (ROOT / link).exists(), link
     for command in fenced(text):
-        for path in re.findall(r"(?<![\w/.])(?:train|data_tools|slurm|examples)/[\w./-]+\.(?:py|sh|yaml)", command):
+        for path in re.findall(
+            r"(?<![\w/.])(?:train|data_tools|slurm|examples)/[\w./-]+\.(?:py|sh|yaml)", command
+        ):
             assert (ROOT / path).exists(), f"{path}, in: {command}"
         module = re.search(r"-m ([\w.]+)", command)
         if module:
@@ -302,16 +416,19 @@ def test_files_and_commands_of_the_readme_exist():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [
-    ["data_tools/pack.py", "--help"],
-    ["-m", "evaluation.run", "--help"],
-    ["-m", "evaluation.answer", "--help"],
-    ["-m", "examples.quickstart.demo", "--dry-run"],
-    ["-m", "train.run", "examples/quickstart/stage1.yaml", "--print-config"],
-    ["-m", "train.run", "train/recipes/stage1.yaml", "--dry-run"],
-    ["-m", "train.run", "train/recipes/stage2.yaml", "--dry-run"],
-    ["-m", "train.run", "train/recipes/stage3.yaml", "--dry-run"],
-])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["data_tools/pack.py", "--help"],
+        ["-m", "evaluation.run", "--help"],
+        ["-m", "evaluation.answer", "--help"],
+        ["-m", "examples.quickstart.demo", "--dry-run"],
+        ["-m", "train.run", "examples/quickstart/stage1.yaml", "--print-config"],
+        ["-m", "train.run", "train/recipes/stage1.yaml", "--dry-run"],
+        ["-m", "train.run", "train/recipes/stage2.yaml", "--dry-run"],
+        ["-m", "train.run", "train/recipes/stage3.yaml", "--dry-run"],
+    ],
+)
 def test_the_readme_s_programs_answer(command):
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

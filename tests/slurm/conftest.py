@@ -24,7 +24,9 @@ TOP_LINES = {"gpus-per-node": 2, "ntasks-per-node": 2, "cpus-per-task": 2}
 
 @pytest.fixture(scope="session")
 def slurm_installed() -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends the tests ends their daemons, too
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # whoever ends the tests ends their daemons, too
     reason = slurm.install()
     if reason is not None:
         if os.environ.get("CI") == "true":
@@ -52,7 +54,9 @@ class Project:
         self.folder, self.cluster = folder, cluster
         self.output = folder / "runs" / "test"
         leftovers = re.compile(r"\d+|(chain|pack)-.*|.*\.log")
-        shutil.copytree(ROOT / "slurm", folder / "slurm", ignore=lambda _, names: filter(leftovers.fullmatch, names))
+        shutil.copytree(
+            ROOT / "slurm", folder / "slurm", ignore=lambda _, names: filter(leftovers.fullmatch, names)
+        )
         for room in ("core", "train", "model", "data_tools", "evaluation", "ds_configs"):
             shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
         self.edit_top_lines(TOP_LINES)
@@ -76,7 +80,9 @@ class Project:
 
     def run(self, *command: str, timeout: float = 300, env: dict | None = None) -> str:
         """A command of the user's, in the project's folder."""
-        return self.cluster.client(*command, timeout=timeout, env={"DS_ACCELERATOR": "cpu", **(env or {})}, cwd=self.folder)
+        return self.cluster.client(
+            *command, timeout=timeout, env={"DS_ACCELERATOR": "cpu", **(env or {})}, cwd=self.folder
+        )
 
     def chain(self, *arguments: str, **options) -> list[str]:
         """Submit with slurm/chain.sh; the job ids."""
@@ -88,7 +94,9 @@ class Project:
 
     def log(self) -> str:
         """What all jobs of this project have printed, in the order of their ids."""
-        paths = sorted(self.folder.glob("slurm/logs/*.log"), key=lambda p: int(p.stem.rsplit("-", 1)[1].split("_")[0]))
+        paths = sorted(
+            self.folder.glob("slurm/logs/*.log"), key=lambda p: int(p.stem.rsplit("-", 1)[1].split("_")[0])
+        )
         return "\n".join(f"--- {path.name}\n{path.read_text()}" for path in paths)
 
     def events(self) -> list[tuple[str, str]]:
@@ -100,11 +108,13 @@ class Project:
         """What `python -m train.status` prints: stage -> its row, by column."""
         lines = self.run(sys.executable, "-m", "train.status", "runs/test").splitlines()
         edges = [(match.start(), match.end()) for match in re.finditer("-+", lines[1])]
-        head, _, *rows = [[line[start:end + 1].strip() for start, end in edges] for line in lines]
+        head, _, *rows = [[line[start : end + 1].strip() for start, end in edges] for line in lines]
         return {row[0].split()[1]: dict(zip(head, row, strict=True)) for row in rows}
 
     def wait_for_log(self, words: str, timeout: float = 600, count: int = 1) -> None:
-        wait_for(lambda: self.log().count(words) >= count, timeout, lambda: f"{words!r} in the logs:\n{self.log()}")
+        wait_for(
+            lambda: self.log().count(words) >= count, timeout, lambda: f"{words!r} in the logs:\n{self.log()}"
+        )
 
     def expect(self, job: str, state: str, timeout: float = 900) -> dict[str, str]:
         """Wait until the job has ended, and in this state; on another one the logs are the message."""
@@ -144,24 +154,46 @@ class Assets:
             writer = ShardWriter(self.shards / name)
             for clip in range(12):
                 text = "".join(random.choice(list("abcd"), 4))
-                tones = [numpy.sin(2 * numpy.pi * (300 + 200 * "abcd".index(c)) * numpy.arange(4000) / 16000) for c in text]
+                tones = [
+                    numpy.sin(2 * numpy.pi * (300 + 200 * "abcd".index(c)) * numpy.arange(4000) / 16000)
+                    for c in text
+                ]
                 sound = io.BytesIO()
                 soundfile.write(sound, 0.3 * numpy.concatenate(tones).astype("float32"), 16000, format="FLAC")
-                writer.add(f"{shard}-{clip}", sound.getvalue(), "flac", {
-                    "id": f"{shard}-{clip}", "corpus": "chirps", "task": "asr", "text": text, "lang": "en", "duration": 1.0,
-                    "sample_rate": 16000})
+                writer.add(
+                    f"{shard}-{clip}",
+                    sound.getvalue(),
+                    "flac",
+                    {
+                        "id": f"{shard}-{clip}",
+                        "corpus": "chirps",
+                        "task": "asr",
+                        "text": text,
+                        "lang": "en",
+                        "duration": 1.0,
+                        "sample_rate": 16000,
+                    },
+                )
             summaries.append(writer.close(name))
         write_index(self.shards, "chirps", summaries)
 
     def recipes(self, folder: Path) -> list[Path]:
         """The three stages' recipes, in FOLDER/recipes."""
-        return [write_recipe(folder, stage, number, f"""
+        return [
+            write_recipe(
+                folder,
+                stage,
+                number,
+                f"""
 model: {{encoder: {{name: {self.encoder}}}, llm: {{name: {self.llm}, lora_r: 4}}}}
 data: {{train: [{{shards: {self.shards}}}], batch_seconds: 8.0, micro_batch_seconds: 4.0, workers: 1, prefetch: 2}}
 optim: {{steps: {self.STEPS[stage]}, warmup_steps: 2}}
 checkpoint: {{every_steps: 5}}
 log: {{every_steps: 1, tensorboard: false}}
-""") for number, stage in enumerate(self.STAGES, start=1)]
+""",
+            )
+            for number, stage in enumerate(self.STAGES, start=1)
+        ]
 
 
 @pytest.fixture(scope="session")
@@ -174,11 +206,23 @@ def undisturbed(assets, tmp_path_factory) -> Path:
     """The output folder of the three stages, trained by two ranks that nothing disturbed (undisturbed.py)."""
     folder = tmp_path_factory.mktemp("undisturbed")
     command = [sys.executable, "-m", "tests.slurm.undisturbed", *map(str, assets.recipes(folder))]
-    ranks = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(slurm.free_ports(1)[0]), "PYTHONPATH": str(ROOT)}
+    ranks = {
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(slurm.free_ports(1)[0]),
+        "PYTHONPATH": str(ROOT),
+    }
     with open(folder / "log", "w") as log:
-        running = [subprocess.Popen(command, cwd=folder, env={**os.environ, **ranks, "RANK": str(rank)}, stdout=log, stderr=log)
-                   for rank in range(2)]
+        running = [
+            subprocess.Popen(
+                command, cwd=folder, env={**os.environ, **ranks, "RANK": str(rank)}, stdout=log, stderr=log
+            )
+            for rank in range(2)
+        ]
         try:
             codes = [process.wait(timeout=1200) for process in running]
         finally:

@@ -1,4 +1,5 @@
-"""Preflight: what is wrong, on which node, in one line; first its judgement alone, then in jobs of a real Slurm."""
+"""Preflight: what is wrong, on which node, in one line; first its judgement alone, then in jobs of a real
+Slurm."""
 
 from __future__ import annotations
 
@@ -22,7 +23,17 @@ from model.pretrained import fingerprint, locate
 from recipe.config import Recipe
 from train import files
 from train.preemption import PORT_TAKEN
-from train.preflight import Report, compare, first_of_node, gather, look_at_base, look_at_cpu, main, run, write_faults
+from train.preflight import (
+    Report,
+    compare,
+    first_of_node,
+    gather,
+    look_at_base,
+    look_at_cpu,
+    main,
+    run,
+    write_faults,
+)
 from train.staging import stage_corpus
 
 
@@ -31,17 +42,25 @@ def report(node: str, rank: int = 0, **facts: str) -> Report:
 
 
 def test_the_minority_is_at_fault():
-    reports = [report("a", torch="2.1"), report("b", 1, torch="2.0"), report("c", 2, torch="2.1"), Report("c", 3)]
+    reports = [
+        report("a", torch="2.1"),
+        report("b", 1, torch="2.0"),
+        report("c", 2, torch="2.1"),
+        Report("c", 3),
+    ]
     faults = compare(reports)
     assert [(fault.node, fault.text, fault.from_input) for fault in faults] == [
-        ("b", "torch is 2.0, but 2.1 on a and 1 more: give all nodes the same", False)]
+        ("b", "torch is 2.0, but 2.1 on a and 1 more: give all nodes the same", False)
+    ]
     assert compare([report("a", torch="2.1"), report("b", torch="2.1")]) == []
 
 
 def test_a_fault_of_the_input_is_told_from_one_of_a_node():
     first, second = Report("a", 0, input_faults=["no shard"]), Report("b", 1, node_faults=["no GPU"])
     assert [(fault.node, fault.text, fault.from_input) for fault in compare([first, second])] == [
-        ("a", "no shard", True), ("b", "no GPU", False)]
+        ("a", "no shard", True),
+        ("b", "no GPU", False),
+    ]
 
 
 def test_ops_that_another_cpu_would_not_understand_are_told(monkeypatch, tmp_path):
@@ -56,7 +75,9 @@ def test_ops_that_another_cpu_would_not_understand_are_told(monkeypatch, tmp_pat
         return found.node_faults
 
     assert faults() == [], "nothing is known of the machine that it was built on"
-    (tmp_path / ".setup" / "cpu").write_text(" ".join(flag for flag in flags if flag.startswith("avx")) + " sse9")
+    (tmp_path / ".setup" / "cpu").write_text(
+        " ".join(flag for flag in flags if flag.startswith("avx")) + " sse9"
+    )
     assert faults() == []
     (tmp_path / ".setup" / "cpu").write_text("fpu avx1024 avx2048")
     assert len(faults()) == 1 and "built for a CPU with avx1024 avx2048" in faults()[0]
@@ -71,24 +92,44 @@ def test_ranks_that_never_report_are_named_with_their_node(monkeypatch):
 
     import torch.distributed as dist
 
-    for name, value in (("SOUNDWAVE_NODES", "a b"), ("LOCAL_WORLD_SIZE", "2"), ("MASTER_ADDR", "a"), ("MASTER_PORT", "1")):
+    for name, value in (
+        ("SOUNDWAVE_NODES", "a b"),
+        ("LOCAL_WORLD_SIZE", "2"),
+        ("MASTER_ADDR", "a"),
+        ("MASTER_PORT", "1"),
+    ):
         monkeypatch.setenv(name, value)
-    store = dist.TCPStore("127.0.0.1", 0, 4, is_master=True, timeout=timedelta(seconds=5), wait_for_workers=False)
+    store = dist.TCPStore(
+        "127.0.0.1", 0, 4, is_master=True, timeout=timedelta(seconds=5), wait_for_workers=False
+    )
     for rank in (0, 1):
         store.set(f"report-{rank}", json.dumps(asdict(report("a", rank, torch="2.1"))))
     reports, faults = gather(store, 4, seconds=1.0)
     assert [r.rank for r in reports] == [0, 1]
-    assert len(faults) == 1 and faults[0].node == "b" and "no word from rank 2, 3 within 1 s" in faults[0].text
+    assert (
+        len(faults) == 1 and faults[0].node == "b" and "no word from rank 2, 3 within 1 s" in faults[0].text
+    )
 
 
-@pytest.mark.parametrize("local_id, by_torchrun, rank, first", [
-    ("0", False, 8, True), ("1", False, 9, False),  # each sees its own GPU alone
-    ("0", False, 1, True), ("1", False, 8, False),  # ranks dealt out to two nodes in turn
-    ("0", True, 9, False), (None, False, 8, True), (None, False, 9, False),
-])
+@pytest.mark.parametrize(
+    "local_id, by_torchrun, rank, first",
+    [
+        ("0", False, 8, True),
+        ("1", False, 9, False),  # each sees its own GPU alone
+        ("0", False, 1, True),
+        ("1", False, 8, False),  # ranks dealt out to two nodes in turn
+        ("0", True, 9, False),
+        (None, False, 8, True),
+        (None, False, 9, False),
+    ],
+)
 def test_one_rank_a_node_looks_at_the_node(monkeypatch, local_id, by_torchrun, rank, first):
-    for name, value in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "8"), ("SLURM_LOCALID", local_id),
-                        ("TORCHELASTIC_RUN_ID", "none" if by_torchrun else None)):
+    for name, value in (
+        ("LOCAL_RANK", "0"),
+        ("LOCAL_WORLD_SIZE", "8"),
+        ("SLURM_LOCALID", local_id),
+        ("TORCHELASTIC_RUN_ID", "none" if by_torchrun else None),
+    ):
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     assert first_of_node(rank) == first
 
@@ -98,7 +139,12 @@ def test_a_port_that_is_taken_is_no_firewall(monkeypatch, capsys):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        for name, value in (("RANK", 0), ("WORLD_SIZE", 2), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+        for name, value in (
+            ("RANK", 0),
+            ("WORLD_SIZE", 2),
+            ("MASTER_ADDR", "127.0.0.1"),
+            ("MASTER_PORT", port),
+        ):
             monkeypatch.setenv(name, str(value))
         assert run(Recipe(), seconds=5.0) == PORT_TAKEN
     assert f"port {port} is taken by another program" in capsys.readouterr().err
@@ -109,8 +155,11 @@ def test_what_the_job_scripts_ask_for_is_marked(tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text("stage: shrinking\noutput: runs/with blanks\n")
     assert main([str(tmp_path / "recipe.yaml"), "--where"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "soundwave-where stage shrinking", "soundwave-where output runs/with blanks", "soundwave-where state unfinished",
-        "soundwave-where start runs/with blanks/alignment/model"]
+        "soundwave-where stage shrinking",
+        "soundwave-where output runs/with blanks",
+        "soundwave-where state unfinished",
+        "soundwave-where start runs/with blanks/alignment/model",
+    ]
 
 
 def test_faults_that_cannot_be_kept_change_nothing(tmp_path, capsys):
@@ -125,8 +174,11 @@ def test_a_preemption_meanwhile_is_told(tmp_path, assets):
     pipe = tmp_path / "recipe.yaml"
     os.mkfifo(pipe)
     preflight = Path(__file__).resolve().parents[2] / "train" / "preflight.py"
-    process = subprocess.Popen([sys.executable, str(preflight), str(pipe)], cwd=tmp_path,
-                               env={**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0", "DS_ACCELERATOR": "cpu"})
+    process = subprocess.Popen(
+        [sys.executable, str(preflight), str(pipe)],
+        cwd=tmp_path,
+        env={**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0", "DS_ACCELERATOR": "cpu"},
+    )
     try:
         with open(pipe, "w") as recipe:
             process.send_signal(signal.SIGTERM)
@@ -138,16 +190,29 @@ def test_a_preemption_meanwhile_is_told(tmp_path, assets):
 
 def test_an_encoder_of_another_family_is_hashed_as_training_does(tmp_path):
     encoder = tmp_path / "wav2vec2"
-    Wav2Vec2Model(Wav2Vec2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=(8,),
-                                 conv_stride=(4,), conv_kernel=(8,), num_feat_extract_layers=1, num_conv_pos_embeddings=4,
-                                 num_conv_pos_embedding_groups=2)).save_pretrained(encoder)
+    Wav2Vec2Model(
+        Wav2Vec2Config(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            conv_dim=(8,),
+            conv_stride=(4,),
+            conv_kernel=(8,),
+            num_feat_extract_layers=1,
+            num_conv_pos_embeddings=4,
+            num_conv_pos_embedding_groups=2,
+        )
+    ).save_pretrained(encoder)
     recipe = Recipe(stage="alignment", output=str(tmp_path / "run"))
     recipe.model.encoder.name, recipe.model.llm.name = str(encoder), str(tmp_path / "nowhere")
     source = locate(str(encoder))
     layers = build_encoder(recipe.model.encoder, source, torch.float32, None).layers
     checkpoint = tmp_path / "run" / "alignment" / "checkpoints" / "step-000001"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text(json.dumps({"facts": {"base": {"encoder": fingerprint(encoder, "wav2vec2.")}}}))
+    (checkpoint / "state.json").write_text(
+        json.dumps({"facts": {"base": {"encoder": fingerprint(encoder, "wav2vec2.")}}})
+    )
     found = Report("a", 0)
     look_at_base(recipe, found)
     assert [fault for fault in found.input_faults if "model.encoder" in fault] == []
@@ -157,7 +222,9 @@ def test_an_encoder_of_another_family_is_hashed_as_training_does(tmp_path):
         (checkpoint.parent / name).mkdir()
         (checkpoint.parent / name / "state.json").touch()
     look_at_base(recipe, found := Report("a", 0))
-    assert ["was made with another one" in fault for fault in found.input_faults if "model.encoder" in fault] == [True]
+    assert [
+        "was made with another one" in fault for fault in found.input_faults if "model.encoder" in fault
+    ] == [True]
 
 
 def test_a_shard_that_is_cut_is_not_staged(assets, tmp_path):
@@ -166,7 +233,10 @@ def test_a_shard_that_is_cut_is_not_staged(assets, tmp_path):
     assert "1 of 2 shards copied" in stage_corpus(str(tmp_path / "shards"), tmp_path / "disk")
     assert [path.name for path in (tmp_path / "disk").rglob("*.tar")] == ["chirps-000000.tar"]
     folder, own = next((tmp_path / "disk").iterdir()), f".at-work.tar.{os.getpid()}"
-    for name in (own, f".left.tar.{2**22 + 1}"):  # the second beyond the largest process number: its job was ended
+    for name in (
+        own,
+        f".left.tar.{2**22 + 1}",
+    ):  # the second beyond the largest process number: its job was ended
         (folder / name).touch()
     stage_corpus(str(tmp_path / "shards"), tmp_path / "disk")
     assert [path.name for path in folder.glob(".*")] == [own]
@@ -180,14 +250,18 @@ def test_a_frozen_copy_names_the_commit_that_it_is_a_copy_of(monkeypatch, tmp_pa
     assert files.code_version() is None
 
 
-# --- in jobs ---------------------------------------------------------------------------------------------------------------
+# --- in jobs ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def job(project_with_preflight):
     def submit(state: str, **environment: str) -> str:
-        identity = project_with_preflight.sbatch("--ntasks-per-node=1", "--gpus-per-node=1", "slurm/stage1.sh",
-                                                 env={"RECIPE": "recipes/stage1.yaml", **environment})
+        identity = project_with_preflight.sbatch(
+            "--ntasks-per-node=1",
+            "--gpus-per-node=1",
+            "slurm/stage1.sh",
+            env={"RECIPE": "recipes/stage1.yaml", **environment},
+        )
         project_with_preflight.expect(identity, state)
         return project_with_preflight.log()
 
@@ -209,17 +283,24 @@ def project_with_preflight(cluster, tmp_path, assets):
 def test_all_is_well_and_said_so(job, assets):
     log = job("COMPLETED")
     fingerprint = json.loads((assets.shards / "index.json").read_text())["fingerprint"]
-    assert "preflight: 2 nodes, 2 ranks agree: python" in log and f"data {assets.shards} {fingerprint[:12]}" in log
+    assert (
+        "preflight: 2 nodes, 2 ranks agree: python" in log
+        and f"data {assets.shards} {fingerprint[:12]}" in log
+    )
     assert "all_reduce of 8 MiB over 2 ranks" in log and "bus bandwidth" in log
     assert "GB free, 4 more checkpoints of 0.00" in log  # two kept, the best, and the one being written
 
 
 @pytest.mark.slurm
-def test_nodes_that_differ_are_named_before_any_training(job, project_with_preflight, cluster, assets, tmp_path):
+def test_nodes_that_differ_are_named_before_any_training(
+    job, project_with_preflight, cluster, assets, tmp_path
+):
     """Another version of peft, and other weights of the same size, on one node alone."""
     installed = Path(str(metadata.distribution("peft")._path)) / "METADATA"
     other_version = tmp_path / "METADATA"
-    other_version.write_text(installed.read_text().replace(f"Version: {metadata.version('peft')}", "Version: 0.1.0", 1))
+    other_version.write_text(
+        installed.read_text().replace(f"Version: {metadata.version('peft')}", "Version: 0.1.0", 1)
+    )
     weights = Path(assets.llm) / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -233,7 +314,10 @@ def test_nodes_that_differ_are_named_before_any_training(job, project_with_prefl
         cluster.remove_overlay("n1", installed)
         cluster.remove_overlay("n1", weights)
     # Of two nodes neither is the minority: the one behind is named, with both values.
-    assert f"preflight: node n1: peft is 0.1.0, but {metadata.version('peft')} on gpu-b7: give all nodes the same" in log
+    assert (
+        f"preflight: node n1: peft is 0.1.0, but {metadata.version('peft')} on gpu-b7: give all nodes the "
+        f"same" in log
+    )
     assert f"preflight: node n1: model.llm {assets.llm} is " in log
     assert "requeue, restart" not in log and "alignment from step" not in log
     row = project_with_preflight.status()["alignment"]

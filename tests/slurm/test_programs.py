@@ -40,7 +40,9 @@ def manifest(tmp_path):
 
 
 def pack(project, *options: str, sbatch: tuple[str, ...] = ()) -> str:
-    return project.run("bash", "slurm/pack.sh", "--mem-per-cpu=100M", "--cpus-per-task=1", *sbatch, "--", *options)
+    return project.run(
+        "bash", "slurm/pack.sh", "--mem-per-cpu=100M", "--cpus-per-task=1", *sbatch, "--", *options
+    )
 
 
 def names_in(folder) -> list[str]:
@@ -52,18 +54,25 @@ def test_packed_by_an_array_is_packed_as_by_one_process(project, manifest, tmp_p
     script = project.folder / "slurm" / "pack.sh"
     script.write_text(script.read_text().replace("PARTS=16", "PARTS=3"))
     text = pack(project, *options, "--out", str(tmp_path / "array"))
-    array, merge = re.search(r"pack: job (\d+), 3 parts", text).group(1), re.search(r"merge: job (\d+)", text).group(1)
+    array, merge = (
+        re.search(r"pack: job (\d+), 3 parts", text).group(1),
+        re.search(r"merge: job (\d+)", text).group(1),
+    )
     assert f"afterok:{array}" in project.cluster.job(merge)["Dependency"]
     project.expect(merge, "COMPLETED")
     alone = [sys.executable, ROOT / "data_tools" / "pack.py", *options, "--out", tmp_path / "alone"]
     subprocess.run(alone, check=True, timeout=120, capture_output=True)
     names = names_in(tmp_path / "alone")
     assert len(names) > 4 and names == names_in(tmp_path / "array")
-    assert filecmp.cmpfiles(tmp_path / "alone", tmp_path / "array", [*names, "index.json"], shallow=False)[1:] == ([], [])
+    assert filecmp.cmpfiles(tmp_path / "alone", tmp_path / "array", [*names, "index.json"], shallow=False)[
+        1:
+    ] == ([], [])
 
 
 def test_a_part_that_fails_keeps_the_index_from_being_written(project, tmp_path):
-    text = pack(project, "--manifest", "nowhere.jsonl", "--out", str(tmp_path / "out"), sbatch=("--export=NONE",))
+    text = pack(
+        project, "--manifest", "nowhere.jsonl", "--out", str(tmp_path / "out"), sbatch=("--export=NONE",)
+    )
     merge = re.search(r"merge: job (\d+)", text).group(1)
     project.expect(merge, "CANCELLED")
     assert "nowhere.jsonl" in project.log() and not (tmp_path / "out" / "index.json").exists()
@@ -77,12 +86,24 @@ def test_evaluation_with_all_tasks_of_the_job(project, assets, tmp_path):
     from model.soundwave import Soundwave
 
     torch.manual_seed(0)
-    config = SoundwaveConfig(encoder=EncoderConfig(name=assets.encoder), llm=LLMConfig(name=assets.llm, lora_r=4))
+    config = SoundwaveConfig(
+        encoder=EncoderConfig(name=assets.encoder), llm=LLMConfig(name=assets.llm, lora_r=4)
+    )
     model = Soundwave.build(config, parts=("encoder", "adapters"))
     model.set_stage("alignment")
     folder.save(model, tmp_path / "model")
-    job = project.sbatch("--nodes=2", "slurm/evaluate.sh", "--model", str(tmp_path / "model"), "--shards", str(assets.shards),
-                         "--task", "asr", "--out", str(tmp_path / "predictions.jsonl"))
+    job = project.sbatch(
+        "--nodes=2",
+        "slurm/evaluate.sh",
+        "--model",
+        str(tmp_path / "model"),
+        "--shards",
+        str(assets.shards),
+        "--task",
+        "asr",
+        "--out",
+        str(tmp_path / "predictions.jsonl"),
+    )
     project.expect(job, "COMPLETED")
     predictions = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     ids = sorted(line["id"] for line in predictions if "id" in line)
@@ -90,7 +111,8 @@ def test_evaluation_with_all_tasks_of_the_job(project, assets, tmp_path):
 
 
 def test_a_container_is_entered_with_the_project_and_its_disks(cluster, tmp_path):
-    """A stand-in for the `apptainer` command, which Debian does not package: it says its words and runs the rest."""
+    """A stand-in for the `apptainer` command, which Debian does not package: it says its words and runs the
+    rest."""
     project = Project(tmp_path / "project", cluster)
     project.use_stand_in()
     project.recipe("alignment", 1, "optim: {steps: 3}\ndata: {train: [{shards: none}]}\n")
@@ -99,10 +121,19 @@ def test_a_container_is_entered_with_the_project_and_its_disks(cluster, tmp_path
     (project.folder / "image.sif").touch()
     programs = tmp_path / "programs"
     programs.mkdir()
-    (programs / "apptainer").write_text(f"#!/bin/bash\necho \"apptainer $*\"\nshift 7\nPATH={sys.prefix}/bin:$PATH exec \"$@\"\n")
+    (programs / "apptainer").write_text(
+        f'#!/bin/bash\necho "apptainer $*"\nshift 7\nPATH={sys.prefix}/bin:$PATH exec "$@"\n'
+    )
     (programs / "apptainer").chmod(0o755)
-    job = project.sbatch("slurm/stage1.sh", env={"RECIPE": "recipes/stage1.yaml", "PATH": f"{programs}:{os.environ['PATH']}",
-                                                 "MOUNTS": "/shards", "LOCAL_DISK": str(tmp_path)})
+    job = project.sbatch(
+        "slurm/stage1.sh",
+        env={
+            "RECIPE": "recipes/stage1.yaml",
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "MOUNTS": "/shards",
+            "LOCAL_DISK": str(tmp_path),
+        },
+    )
     project.expect(job, "COMPLETED")
     folder = project.folder
     command = f"apptainer exec --nv --bind {folder},{tmp_path},/shards --pwd {folder} {folder}/image.sif bash"

@@ -1,4 +1,5 @@
-"""The job scripts in the queue of a real Slurm: chains, warnings, requeues, failures. The trainer is stand_in/run.py."""
+"""The job scripts in the queue of a real Slurm: chains, warnings, requeues, failures. The trainer is
+stand_in/run.py."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ def warn(project, job: str) -> None:
 
 
 def preempt(project, job: str) -> None:
-    """What preemption sends at the start of its GraceTime: TERM to every process of the steps, nothing to the batch shell."""
+    """What preemption sends at the start of its GraceTime: TERM to every process of the steps, nothing to the
+    batch shell."""
     project.cluster.client("scancel", "--signal=TERM", job)
 
 
@@ -35,7 +37,9 @@ def test_chain_runs_to_its_end_with_the_code_it_was_submitted_with(project):
     jobs = project.chain()
     assert len(jobs) == 3
     run = project.folder / "train" / "run.py"
-    run.write_text(run.read_text().replace('GENERATION = "first"', 'GENERATION = "edited"'))  # while stages II and III wait
+    run.write_text(
+        run.read_text().replace('GENERATION = "first"', 'GENERATION = "edited"')
+    )  # while stages II and III wait
     recipe = project.folder / "recipes" / "stage3.yaml"
     recipe.write_text(recipe.read_text().replace("steps: 5", "steps: 7"))
     for job in jobs:
@@ -46,20 +50,28 @@ def test_chain_runs_to_its_end_with_the_code_it_was_submitted_with(project):
         assert f"rank {rank} of 4 local {local} on {node}: sft from step 0" in log
     assert value(project, "sft") == after(5)
     for stage in ("alignment", "shrinking", "sft"):
-        assert [event for name, event in project.events() if name == stage] == ["submitted", "started", "done"]
+        assert [event for name, event in project.events() if name == stage] == [
+            "submitted",
+            "started",
+            "done",
+        ]
     assert project.chain("optim.steps=5") == []  # all done: nothing to submit
 
 
 @pytest.mark.parametrize("signal, launcher", [(warn, "srun"), (preempt, "srun"), (preempt, "torchrun")])
 def test_warning_saves_requeues_and_goes_on(project, signal, launcher):
-    job = project.sbatch("slurm/stage1.sh", "optim.steps=40", env={"RECIPE": "recipes/stage1.yaml", "LAUNCHER": launcher})
+    job = project.sbatch(
+        "slurm/stage1.sh", "optim.steps=40", env={"RECIPE": "recipes/stage1.yaml", "LAUNCHER": launcher}
+    )
     project.wait_for_log("alignment from step 0", count=4)
     signal(project, job)
     project.wait_for_log("stopped in time: requeue, stop 1 of at most 200")
     facts = project.expect(job, "COMPLETED")
     assert facts["Restarts"] == "1"
     assert value(project, "alignment") == after(40)
-    states = [json.loads((project.output / "alignment" / f"state-{rank}.json").read_text()) for rank in range(4)]
+    states = [
+        json.loads((project.output / "alignment" / f"state-{rank}.json").read_text()) for rank in range(4)
+    ]
     assert {state["starts"] for state in states} == {2} and {state["step"] for state in states} == {40}
     assert [event for _, event in project.events()] == ["started", "requeued", "started", "done"]
 
@@ -70,11 +82,16 @@ def test_a_stop_file_stops_for_good(project):
     (project.output / "alignment" / "STOP").touch()
     project.expect(job, "FAILED")
     assert "as its STOP file asked; not requeued" in project.log()
-    assert project.events()[-1] == ("alignment", "stopped") and not (project.output / "alignment" / "STOP").exists()
+    assert (
+        project.events()[-1] == ("alignment", "stopped")
+        and not (project.output / "alignment" / "STOP").exists()
+    )
 
 
 def test_too_many_restarts_end_the_job(project):
-    job = project.sbatch("slurm/stage1.sh", "optim.steps=10000", env={"RECIPE": "recipes/stage1.yaml", "MAX_PREEMPTIONS": "1"})
+    job = project.sbatch(
+        "slurm/stage1.sh", "optim.steps=10000", env={"RECIPE": "recipes/stage1.yaml", "MAX_PREEMPTIONS": "1"}
+    )
     project.wait_for_log("alignment from step", count=4)
     warn(project, job)
     project.wait_for_log("alignment from step", count=8)
@@ -110,7 +127,11 @@ def test_failure_ends_the_chain_and_the_same_command_goes_on(project, launcher):
     assert "node n1, rank 3: run.py ended with exit code 1" in log
     assert "shrinking failed, exit code 1 of rank 3 on n1" in log and "requeue, " not in log
     rows = project.status()
-    assert [rows[stage]["state"] for stage in ("alignment", "shrinking", "sft")] == ["done", "failed", "cancelled"]
+    assert [rows[stage]["state"] for stage in ("alignment", "shrinking", "sft")] == [
+        "done",
+        "failed",
+        "cancelled",
+    ]
     assert "of rank 3" in rows["shrinking"]["last error"]
     (project.output / "FAIL-shrinking").unlink()
     again = project.chain(steps, env={"LAUNCHER": launcher})
@@ -159,15 +180,22 @@ def test_where_requeueing_is_forbidden_a_new_job_takes_the_place_and_the_chain_f
     for job in (new, *jobs[1:]):
         project.expect(job, "COMPLETED")
     assert value(project, "alignment") == value(project, "sft") == after(30)
-    states = [json.loads((project.output / "alignment" / f"state-{rank}.json").read_text()) for rank in range(4)]
+    states = [
+        json.loads((project.output / "alignment" / f"state-{rank}.json").read_text()) for rank in range(4)
+    ]
     assert {state["starts"] for state in states} == {2}
     assert ("alignment", "resubmitted") in project.events()
 
 
 def test_time_limit_is_a_chain_of_jobs(project):
     # Slurm counts in minutes and may warn up to a minute early: 4,000 steps of 0.2 s would take 13 minutes.
-    job = project.sbatch("--time=2", "--signal=B:USR1@60", "slurm/stage1.sh", "optim.steps=4000",
-                         env={"RECIPE": "recipes/stage1.yaml"})
+    job = project.sbatch(
+        "--time=2",
+        "--signal=B:USR1@60",
+        "slurm/stage1.sh",
+        "optim.steps=4000",
+        env={"RECIPE": "recipes/stage1.yaml"},
+    )
     project.wait_for_log("stopped in time: requeue, stop 1 of at most 200")
     project.wait_for_log("alignment from step", count=8)
     second = re.findall(r"alignment from step (\d+)", project.log())[4:]
@@ -181,10 +209,16 @@ def test_time_limit_is_a_chain_of_jobs(project):
 def test_a_program_that_may_be_killed_at_any_time_is_stopped_and_requeued(project, launcher, signal):
     """What pack.sh and evaluate.sh do, with a program that ends only when started for the second time."""
     (project.folder / "train" / "twice.py").write_text(
-        "import os, pathlib, time\nmark = pathlib.Path(f'mark-{os.environ[\"RANK\"]}')\nagain = mark.exists()\nmark.touch()\n"
-        "print('again' if again else 'first', flush=True)\nagain or time.sleep(600)\n")
-    script = (project.folder / "slurm" / "evaluate.sh").read_text().replace("--nodes=1", "--nodes=2").replace(
-        'run_resumable -m evaluation.run "$@"', 'run_resumable "$CODE/train/twice.py"')
+        "import os, pathlib, time\nmark = pathlib.Path(f'mark-{os.environ[\"RANK\"]}')\nagain = "
+        "mark.exists()\nmark.touch()\n"
+        "print('again' if again else 'first', flush=True)\nagain or time.sleep(600)\n"
+    )
+    script = (
+        (project.folder / "slurm" / "evaluate.sh")
+        .read_text()
+        .replace("--nodes=1", "--nodes=2")
+        .replace('run_resumable -m evaluation.run "$@"', 'run_resumable "$CODE/train/twice.py"')
+    )
     (project.folder / "slurm" / "twice.sh").write_text(script)
     job = project.sbatch("slurm/twice.sh", env={"LAUNCHER": launcher})
     project.wait_for_log("first", count=4)
@@ -201,7 +235,9 @@ def test_a_chain_for_the_same_output_is_refused_while_one_is_queued(project):
 
 
 def test_dry_run_prints_the_scripts_and_submits_nothing(project):
-    text = project.run("bash", "slurm/chain.sh", "--recipes", "recipes", "--dry-run", "--time=3:00:00", "optim.steps=9")
+    text = project.run(
+        "bash", "slurm/chain.sh", "--recipes", "recipes", "--dry-run", "--time=3:00:00", "optim.steps=9"
+    )
     for number in (1, 2, 3):
         script = (project.folder / "slurm" / f"stage{number}.sh").read_text()
         assert script in text
@@ -209,7 +245,8 @@ def test_dry_run_prints_the_scripts_and_submits_nothing(project):
     assert text.count("to start at") == 3  # sbatch --test-only
     assert project.cluster.client("squeue", "-h") == ""
     assert not list((project.folder / "slurm" / "jobs").iterdir()) or [
-        p.name for p in (project.folder / "slurm" / "jobs").iterdir()] == [".gitignore"]
+        p.name for p in (project.folder / "slurm" / "jobs").iterdir()
+    ] == [".gitignore"]
     with pytest.raises(RuntimeError, match="invalid partition"):
         project.run("bash", "slurm/chain.sh", "--recipes", "recipes", "--dry-run", "--partition=nowhere")
 
@@ -221,7 +258,9 @@ def test_without_recipes_each_script_s_own_line_counts(project):
     text = project.run("bash", "slurm/chain.sh", "--dry-run", env={"RECIPE": "another.yaml"})
     assert [f"recipes/stage{number}.yaml -- " in text for number in (1, 2, 3)] == [True] * 3
     script.write_text(script.read_text().replace("recipes/stage3.yaml", "recipes/mine.yaml"))
-    with pytest.raises(RuntimeError, match="recipes/mine.yaml does not exist: .* the right RECIPE in slurm/stage3.sh"):
+    with pytest.raises(
+        RuntimeError, match="recipes/mine.yaml does not exist: .* the right RECIPE in slurm/stage3.sh"
+    ):
         project.run("bash", "slurm/chain.sh", "--dry-run")
 
 
@@ -232,7 +271,12 @@ def test_tasks_that_do_not_match_the_gpus_stop_at_once(project):
 
 
 def test_submitted_from_another_folder_it_says_where_to_go(project, tmp_path):
-    job = project.cluster.client("sbatch", "--parsable", f"--output={tmp_path}/elsewhere.log",
-                                 str(project.folder / "slurm" / "stage1.sh"), cwd=tmp_path).strip()
+    job = project.cluster.client(
+        "sbatch",
+        "--parsable",
+        f"--output={tmp_path}/elsewhere.log",
+        str(project.folder / "slurm" / "stage1.sh"),
+        cwd=tmp_path,
+    ).strip()
     project.expect(job, "FAILED")
     assert "call sbatch from the project's root" in (tmp_path / "elsewhere.log").read_text()

@@ -23,7 +23,9 @@ def test_bash_and_shellcheck_find_nothing():
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("script", [path for path in SCRIPTS if "\n#SBATCH" in path.read_text()], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "script", [path for path in SCRIPTS if "\n#SBATCH" in path.read_text()], ids=lambda path: path.name
+)
 def test_every_option_stands_before_the_first_command(script):
     """sbatch stops reading #SBATCH lines at the first line that is neither a comment nor empty."""
     lines = script.read_text().splitlines()
@@ -34,8 +36,12 @@ def test_every_option_stands_before_the_first_command(script):
 
 
 def test_stages_differ_only_where_they_should():
-    texts = [re.sub(r"Stage I+,.*", "", (ROOT / "slurm" / f"stage{n}.sh").read_text()).replace(f"stage{n}", "stageN")
-             .replace(f"soundwave-{n}", "soundwave-N") for n in (1, 2, 3)]
+    texts = [
+        re.sub(r"Stage I+,.*", "", (ROOT / "slurm" / f"stage{n}.sh").read_text())
+        .replace(f"stage{n}", "stageN")
+        .replace(f"soundwave-{n}", "soundwave-N")
+        for n in (1, 2, 3)
+    ]
     assert texts[0] == texts[1] == texts[2]
 
 
@@ -43,7 +49,8 @@ def test_a_busy_controller_is_asked_again_and_a_refusal_is_not(tmp_path):
     """A stand-in for `scontrol`: what it says comes from a file, a line a call."""
     (tmp_path / "scontrol").write_text(
         "#!/bin/bash\nread -r line <" + str(tmp_path / "answers") + f"; sed -i 1d {tmp_path / 'answers'}\n"
-        'echo "asked" >>' + str(tmp_path / "calls") + '\necho -e "${line#* }"; exit "${line%% *}"\n')
+        'echo "asked" >>' + str(tmp_path / "calls") + '\necho -e "${line#* }"; exit "${line%% *}"\n'
+    )
     (tmp_path / "scontrol").chmod(0o755)
     busy = "1 slurm_load_jobs error: Socket timed out on send/recv operation\n"
 
@@ -52,7 +59,9 @@ def test_a_busy_controller_is_asked_again_and_a_refusal_is_not(tmp_path):
         (tmp_path / "calls").unlink(missing_ok=True)
         environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "BUSY_SECONDS": "0.01", "SLURM_JOB_ID": "7"}
         ask = 'set -euo pipefail; source slurm/common.sh; said=$(job_field JobState); echo "=$said"'
-        done = subprocess.run(["bash", "-c", ask], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            ["bash", "-c", ask], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+        )
         return done.stdout.strip(), len((tmp_path / "calls").read_text().splitlines())
 
     assert answer(busy, busy, "0 JobId=7 JobName=a\\n   JobState=RUNNING Reason=None\n") == ("=RUNNING", 3)
@@ -65,16 +74,25 @@ def test_conda_from_a_module_is_opened_from_a_shell_that_knows_neither(tmp_path)
     for folder in ("init", "bin", "etc/profile.d", "env"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "init" / "bash").write_text(
-        f'module() {{ : $UNSET_BY_SITE; [ "$*" = "load forge/1" ] && PATH={tmp_path}/bin:$PATH; }}\n')
+        f'module() {{ : $UNSET_BY_SITE; [ "$*" = "load forge/1" ] && PATH={tmp_path}/bin:$PATH; }}\n'
+    )
     (tmp_path / "bin" / "conda").write_text(f'#!/bin/bash\n[ "$*" = "info --base" ] && echo {tmp_path}\n')
     (tmp_path / "bin" / "conda").chmod(0o755)
     (tmp_path / "etc/profile.d/conda.sh").write_text(
-        f': $CONDA_UNSET\nconda() {{ [ "$*" = "activate speech" ] && PATH={tmp_path}/env:$PATH; }}\n')
+        f': $CONDA_UNSET\nconda() {{ [ "$*" = "activate speech" ] && PATH={tmp_path}/env:$PATH; }}\n'
+    )
 
     def path(**settings: str) -> subprocess.CompletedProcess:
-        environment = {"PATH": "/usr/bin:/bin", "MODULESHOME": str(tmp_path), "ENVIRONMENT": "conda:speech", **settings}
+        environment = {
+            "PATH": "/usr/bin:/bin",
+            "MODULESHOME": str(tmp_path),
+            "ENVIRONMENT": "conda:speech",
+            **settings,
+        }
         ask = 'set -euo pipefail; source slurm/common.sh; open_environment; echo "$PATH"; echo "$UNSET"'
-        return subprocess.run(["bash", "-c", ask], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            ["bash", "-c", ask], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+        )
 
     done = path(MODULES="forge/1")
     assert done.stdout.startswith(f"{tmp_path}/env:{tmp_path}/bin:"), done.stderr

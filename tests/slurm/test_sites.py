@@ -1,6 +1,8 @@
-"""What real sites and their users do to the job scripts, on a real Slurm: options, leftovers, full disks, preemption, limits.
+"""What real sites and their users do to the job scripts, on a real Slurm: options, leftovers, full disks,
+preemption, limits.
 
-The trainer is stand_in/run.py. Every test here stands for a kind of site; test_submitting.py holds the variants, with stand-ins.
+The trainer is stand_in/run.py. Every test here stands for a kind of site; test_submitting.py holds the
+variants, with stand-ins.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ def small_disk(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cluster(slurm_installed, small_disk):
-    """Memory is allocated, GPUs have a type, and jobs of `high` preempt those of the other partitions at once."""
+    """Memory is allocated, GPUs have a type, and jobs of `high` preempt those of the other partitions at
+    once."""
     partitions = {
         "debug": "PriorityTier=1 PreemptMode=CANCEL GraceTime=0",
         "again": "PriorityTier=1 PreemptMode=REQUEUE GraceTime=0",
@@ -64,11 +67,20 @@ def processes(cluster: Cluster, job: str, rank: int) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                variables, words = (entry / "environ").read_bytes().split(b"\0"), (entry / "cmdline").read_bytes()
+                variables, words = (
+                    (entry / "environ").read_bytes().split(b"\0"),
+                    (entry / "cmdline").read_bytes(),
+                )
             except OSError:
                 continue
-            wanted = (f"SLURM_JOB_ID={job}", f"SLURM_CONF={cluster.folder}/slurm.conf", f"SLURM_PROCID={rank}")
-            if all(word.encode() in variables for word in wanted) and (b"common.sh" in words or b".py" in words):
+            wanted = (
+                f"SLURM_JOB_ID={job}",
+                f"SLURM_CONF={cluster.folder}/slurm.conf",
+                f"SLURM_PROCID={rank}",
+            )
+            if all(word.encode() in variables for word in wanted) and (
+                b"common.sh" in words or b".py" in words
+            ):
                 found.append(int(entry.name))
     return found
 
@@ -103,13 +115,16 @@ def test_the_environment_of_a_job_does_not_change_what_it_runs(project):
     for job in jobs:
         project.expect(job, "COMPLETED")
     for name in ("none", "one", "site"):
-        assert json.loads((project.folder / f"runs/{name}/alignment/model/soundwave.json").read_text())["value"] == after(5)
+        assert json.loads((project.folder / f"runs/{name}/alignment/model/soundwave.json").read_text())[
+            "value"
+        ] == after(5)
     assert sorted(path.name for path in (project.folder / "runs").iterdir()) == ["none", "one", "site"]
 
 
 @pytest.mark.slurm_ci
 def test_leftovers_of_other_jobs_and_launchers_count_for_nothing(project):
-    """sbatch called from an salloc shell, a task of an array, a job that was requeued, or a script that torchrun runs."""
+    """sbatch called from an salloc shell, a task of an array, a job that was requeued, or a script that
+    torchrun runs."""
     leftovers = {
         "SLURM_MEM_PER_CPU": "100",
         "SLURM_DISTRIBUTION": "cyclic",
@@ -128,7 +143,9 @@ def test_leftovers_of_other_jobs_and_launchers_count_for_nothing(project):
         "SOUNDWAVE_CODE": "/nowhere",
         "SOUNDWAVE_RESTARTS": "20",
     }
-    job = project.sbatch("--time=9-00:00:00", "slurm/stage1.sh", "optim.steps=15", env={**RECIPE, **leftovers})
+    job = project.sbatch(
+        "--time=9-00:00:00", "slurm/stage1.sh", "optim.steps=15", env={**RECIPE, **leftovers}
+    )
     project.wait_for_log("alignment from step 0", count=4)
     step = project.cluster.client("scontrol", "show", "step", job)
     assert "TRES=cpu=8,mem=2000000M,node=2" in step, "all of the job's memory"
@@ -159,7 +176,9 @@ def test_a_rank_that_is_killed_is_named_and_not_taken_for_a_preemption(project, 
         job = project.sbatch("slurm/stage1.sh", "optim.steps=4000", env=RECIPE)
         project.wait_for_log("alignment from step 0", count=4)
     else:
-        (project.folder / "train/sleep.py").write_text("import time\nprint('sleeps', flush=True)\ntime.sleep(600)\n")
+        (project.folder / "train/sleep.py").write_text(
+            "import time\nprint('sleeps', flush=True)\ntime.sleep(600)\n"
+        )
         script = (project.folder / "slurm/evaluate.sh").read_text().replace("--nodes=1", "--nodes=2")
         (project.folder / "slurm/sleep.sh").write_text(
             script.replace('run_resumable -m evaluation.run "$@"', 'run_resumable "$CODE/train/sleep.py"')
@@ -169,13 +188,18 @@ def test_a_rank_that_is_killed_is_named_and_not_taken_for_a_preemption(project, 
     for process in processes(project.cluster, job, 2):
         os.kill(process, signal.SIGKILL)
     assert project.expect(job, "FAILED")["Restarts"] == "0"
-    assert "exit code 137 of rank 2 on n1 (killed: out of memory?)" in project.log() and "requeue, " not in project.log()
+    assert (
+        "exit code 137 of rank 2 on n1 (killed: out of memory?)" in project.log()
+        and "requeue, " not in project.log()
+    )
     if program == "training":
         assert project.status()["alignment"]["last error"].startswith("exit code 137 of rank 2 on n1")
 
 
 def test_a_port_that_is_taken_is_named_and_the_next_one_used(project):
-    probe = project.cluster.client("sbatch", "--parsable", "--nodes=1", "--mem=1", "--output=/dev/null", "--wrap=true").strip()
+    probe = project.cluster.client(
+        "sbatch", "--parsable", "--nodes=1", "--mem=1", "--output=/dev/null", "--wrap=true"
+    ).strip()
     port = 20000 + int(probe) + 1
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -219,8 +243,10 @@ def test_a_job_that_sbatch_accepts_without_an_answer_belongs_to_the_chain(projec
     programs = project.folder / "programs"
     programs.mkdir()
     (programs / "sbatch").write_text(
-        "#!/bin/bash\necho '--> Verifying valid submit host 3 (login3)...OK'\n/usr/bin/sbatch \"$@\" >/dev/null\n"
-        'echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2\nexit 1\n'
+        "#!/bin/bash\necho '--> Verifying valid submit host 3 (login3)...OK'\n/usr/bin/sbatch \"$@\" "
+        ">/dev/null\n"
+        'echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" '
+        ">&2\nexit 1\n"
     )
     (programs / "sbatch").chmod(0o755)
     env = {"PATH": f"{programs}:{os.environ['PATH']}"}
@@ -233,7 +259,13 @@ def test_a_job_that_sbatch_accepts_without_an_answer_belongs_to_the_chain(projec
     ]
     with pytest.raises(RuntimeError, match=f"job {jobs[0]} of runs/test is still in the queue"):
         project.chain(env={"SQUEUE_STATES": "RUNNING", "SQUEUE_PARTITION": "other"})
-    rows = project.run(sys.executable, "-m", "train.status", "runs/test", env={"SQUEUE_FORMAT": "%j", "SQUEUE_STATES": "RUNNING"})
+    rows = project.run(
+        sys.executable,
+        "-m",
+        "train.status",
+        "runs/test",
+        env={"SQUEUE_FORMAT": "%j", "SQUEUE_STATES": "RUNNING"},
+    )
     assert "pending (BeginTime)" in rows and rows.count("pending (Dependency)") == 2
     project.cluster.client("scontrol", "hold", jobs[0])
     assert project.status()["alignment"]["state"].startswith("held (JobHeld")  # by root: JobHeldAdmin
@@ -257,7 +289,11 @@ def test_a_new_job_in_a_job_s_place_asks_for_the_same_and_only_its_own_dependent
     )
     other = project.sbatch("--nodes=1", "--mem=10", "--output=/dev/null", "--wrap=sleep 20")
     both = project.sbatch(
-        "--nodes=1", "--mem=10", "--output=/dev/null", f"--dependency=afterok:{other},afterok:{job}", "--wrap=true"
+        "--nodes=1",
+        "--mem=10",
+        "--output=/dev/null",
+        f"--dependency=afterok:{other},afterok:{job}",
+        "--wrap=true",
     )
     log = project.folder / f"mine-{job}.log"
     wait_for(lambda: log.exists() and log.read_text().count("alignment from step 0") == 4, 120, "the start")
@@ -265,18 +301,33 @@ def test_a_new_job_in_a_job_s_place_asks_for_the_same_and_only_its_own_dependent
     warn(project, job)
     wait_for(lambda: "submitted as job" in log.read_text(), 60, lambda: log.read_text())
     new = re.search(r"submitted as job (\d+)", log.read_text()).group(1)
-    assert project.cluster.job(both)["Dependency"] == f"afterok:{other}(unfulfilled),afterok:{new}(unfulfilled)"
+    assert (
+        project.cluster.job(both)["Dependency"] == f"afterok:{other}(unfulfilled),afterok:{new}(unfulfilled)"
+    )
     again = project.cluster.job(new)
-    for name in ("MinMemoryNode", "TresPerTask", "Partition", "TimeLimit", "NumTasks", "CPUs/Task", "Requeue"):
+    for name in (
+        "MinMemoryNode",
+        "TresPerTask",
+        "Partition",
+        "TimeLimit",
+        "NumTasks",
+        "CPUs/Task",
+        "Requeue",
+    ):
         assert again[name] == facts[name], name
-    assert again["StdOut"] == str(project.folder / f"mine-{new}.log") and again["TresPerTask"] == "gres:gpu:a100:1"
+    assert (
+        again["StdOut"] == str(project.folder / f"mine-{new}.log")
+        and again["TresPerTask"] == "gres:gpu:a100:1"
+    )
     project.expect(new, "COMPLETED")
     assert value(project, "alignment") == after(30)
     project.expect(both, "COMPLETED")
 
 
 def preempt_for_real(project) -> None:
-    high = project.sbatch("--partition=high", "--nodes=2", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=sleep 2")
+    high = project.sbatch(
+        "--partition=high", "--nodes=2", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=sleep 2"
+    )
     project.expect(high, "COMPLETED")
 
 
@@ -296,7 +347,9 @@ def test_a_preemption_that_cancels_submits_the_job_anew(project):
 
 def test_slurm_s_own_requeues_are_counted_and_preemptions_apart(project):
     """PreemptMode=REQUEUE is a saved stop; scontrol requeue, as an administrator types it, is a fault."""
-    job = project.sbatch("--partition=again", "slurm/stage1.sh", "optim.steps=4000", env={**RECIPE, "MAX_RESTARTS": "0"})
+    job = project.sbatch(
+        "--partition=again", "slurm/stage1.sh", "optim.steps=4000", env={**RECIPE, "MAX_RESTARTS": "0"}
+    )
     project.wait_for_log("alignment from step 0", count=4)
     preempt_for_real(project)
     project.wait_for_log("alignment from step", count=8)
@@ -319,7 +372,10 @@ def test_a_stage_tried_by_hand_takes_the_code_and_recipe_of_its_moment(project):
     )
     options = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=2")
     log = project.run("timeout", "110", "salloc", *options, "bash", "inner.sh")
-    assert log.count("alignment from step 0, generation first") == 4 and log.count("from step 2, generation edited") == 4
+    assert (
+        log.count("alignment from step 0, generation first") == 4
+        and log.count("from step 2, generation edited") == 4
+    )
     assert value(project, "alignment") == after(3)
 
 
@@ -330,7 +386,13 @@ def test_a_chain_from_another_folder_without_a_folder_for_logs(project, tmp_path
     shutil.rmtree(project.folder / "slurm/logs")
     (tmp_path / "chain").symlink_to(project.folder / "slurm/chain.sh")
     text = project.cluster.client(
-        "../chain", "--recipes", "recipes", "--stages=1", "output=run 1", cwd=elsewhere, env={"DS_ACCELERATOR": "cpu"}
+        "../chain",
+        "--recipes",
+        "recipes",
+        "--stages=1",
+        "output=run 1",
+        cwd=elsewhere,
+        env={"DS_ACCELERATOR": "cpu"},
     )
     project.expect(re.search(r"job (\d+), log", text).group(1), "COMPLETED")
     assert (elsewhere / "run 1/alignment/model").is_dir() and not (project.folder / "run 1").exists()

@@ -94,14 +94,21 @@ class Site(Project):
         (self.programs / name).write_text(f"#!/bin/bash\n{body}\n")
         (self.programs / name).chmod(0o755)
 
-    def shell(self, *command: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+    def shell(
+        self, *command: str, cwd: Path | None = None, **environment: str
+    ) -> subprocess.CompletedProcess:
         return subprocess.run(
             command,
             cwd=cwd or self.folder,
             capture_output=True,
             text=True,
             timeout=120,
-            env={"PATH": f"{self.programs}:/usr/bin:/bin", "DS_ACCELERATOR": "cpu", "BUSY_SECONDS": "0.01", **environment},
+            env={
+                "PATH": f"{self.programs}:/usr/bin:/bin",
+                "DS_ACCELERATOR": "cpu",
+                "BUSY_SECONDS": "0.01",
+                **environment,
+            },
         )
 
     def chain(self, *arguments: str, **options) -> subprocess.CompletedProcess:
@@ -157,10 +164,18 @@ def site(tmp_path) -> Site:
 
 def test_a_chain_from_inside_an_allocation_knows_its_own_jobs(site):
     """The shells of salloc and Jupyter have a job of their own."""
-    done = site.chain(SLURM_JOB_ID="999", SLURM_NTASKS="4", SBATCH_ARRAY_INX="0-3", SBATCH_EXPORT="NONE", SRUN_CPUS_PER_TASK="1")
+    done = site.chain(
+        SLURM_JOB_ID="999",
+        SLURM_NTASKS="4",
+        SBATCH_ARRAY_INX="0-3",
+        SBATCH_EXPORT="NONE",
+        SRUN_CPUS_PER_TASK="1",
+    )
     assert done.returncode == 0, done.stderr
     assert [arguments[0] for arguments in site.submitted] == ["--parsable"] * 3
-    left = [line for line in site.environment(101).splitlines() if line.startswith(("SLURM_", "SBATCH_", "SRUN_"))]
+    left = [
+        line for line in site.environment(101).splitlines() if line.startswith(("SLURM_", "SBATCH_", "SRUN_"))
+    ]
     assert left == [], "nothing of the interactive job goes along"
     events = [json.loads(line) for line in (site.output / "slurm.jsonl").read_text().splitlines()]
     assert [event["job"] for event in events] == ["101", "102", "103"]
@@ -168,7 +183,9 @@ def test_a_chain_from_inside_an_allocation_knows_its_own_jobs(site):
 
 def test_a_jobs_contract_is_in_its_arguments_and_settings_of_the_command_in_its_folder(site):
     """Where no --export of a user or a site can undo it."""
-    done = site.chain("--stages=2", "--export=NONE", "--mem=200G", "optim.steps=3", LAUNCHER="torchrun", MAX_RESTARTS="3")
+    done = site.chain(
+        "--stages=2", "--export=NONE", "--mem=200G", "optim.steps=3", LAUNCHER="torchrun", MAX_RESTARTS="3"
+    )
     assert done.returncode == 0, done.stderr
     (arguments,) = site.submitted
     frozen = Path(arguments[arguments.index("--frozen") + 1])
@@ -185,13 +202,24 @@ def test_a_jobs_contract_is_in_its_arguments_and_settings_of_the_command_in_its_
     ]
     assert not any(line.startswith(("SOUNDWAVE_", "RECIPE=")) for line in site.environment(101).splitlines())
     asked = site.shell(
-        "bash", "-c", f'source {frozen}/code/slurm/common.sh; echo $LAUNCHER $MAX_RESTARTS "${{OPTIONS[@]}}"', "bash", *contract
+        "bash",
+        "-c",
+        f'source {frozen}/code/slurm/common.sh; echo $LAUNCHER $MAX_RESTARTS "${{OPTIONS[@]}}"',
+        "bash",
+        *contract,
     )
     assert asked.stdout.split() == ["torchrun", "3", "--export=NONE", "--mem=200G"], asked.stderr
 
 
 def test_options_that_the_scripts_need_too_are_completed(site):
-    given = ["--export=NCCL_DEBUG=INFO", "--export=ALL,A=1", "--export=NONE", "--job-name=exp7", "-Jexp7", "--time=5"]
+    given = [
+        "--export=NCCL_DEBUG=INFO",
+        "--export=ALL,A=1",
+        "--export=NONE",
+        "--job-name=exp7",
+        "-Jexp7",
+        "--time=5",
+    ]
     done = site.call(
         f"for option in {shlex.join(given)}; do OPTIONS=() JOB_NAME=-\n"
         'take_option "$option"; echo "${OPTIONS[*]} $JOB_NAME"; done'
@@ -205,7 +233,10 @@ def test_options_that_the_scripts_need_too_are_completed(site):
         "--time=5 -",
     ], done.stderr
     done = site.chain("--stages=1", "--job-name=exp7")
-    assert "--job-name=exp7-1" in site.submitted[0] and f"log {site.folder}/slurm/logs/exp7-1-101.log" in done.stdout
+    assert (
+        "--job-name=exp7-1" in site.submitted[0]
+        and f"log {site.folder}/slurm/logs/exp7-1-101.log" in done.stdout
+    )
 
 
 REFUSED = {
@@ -233,7 +264,9 @@ def test_options_that_would_undo_what_the_jobs_need_are_refused(site):
     for script in (["chain.sh", "--output=runs/a"], ["pack.sh", "--output=runs/a", "--", "--out", "x"]):
         done = site.shell("bash", f"slurm/{script[0]}", *script[1:])
         assert done.returncode == 2 and REFUSED["--output=runs/a"] in done.stderr and site.submitted == []
-    done = site.call(f'for option in {shlex.join(REFUSED)}; do (take_option "$option") && echo "$option is accepted"; done; true')
+    done = site.call(
+        f'for option in {shlex.join(REFUSED)}; do (take_option "$option") && echo "$option is accepted"; done; true'
+    )
     assert done.stdout == "" and len(done.stderr.splitlines()) == len(REFUSED)
     for (option, words), line in zip(REFUSED.items(), done.stderr.splitlines(), strict=True):
         assert words in line and option.split("=")[0][:2] in line
@@ -257,7 +290,9 @@ def test_logs_are_named_as_the_script_says_and_their_folder_is_made(site):
     shutil.rmtree(site.folder / "slurm/logs")
     script = site.folder / "slurm/stage1.sh"
     script.write_text(
-        script.read_text().replace("#SBATCH --output=slurm/logs/%x-%j.log", f"#SBATCH --output={site.folder.parent}/l/%j.out")
+        script.read_text().replace(
+            "#SBATCH --output=slurm/logs/%x-%j.log", f"#SBATCH --output={site.folder.parent}/l/%j.out"
+        )
     )
     done = site.chain("--stages", "1,2")
     assert f"job 101, log {site.folder.parent}/l/101.out" in done.stdout, done.stderr
@@ -292,7 +327,11 @@ def test_a_script_that_submits_is_not_for_sbatch(site, tmp_path, script):
     copy = tmp_path / "spool" / "slurm_script"
     copy.write_text((site.folder / "slurm" / script).read_text())
     done = site.shell("bash", str(copy), "--out", "out", SLURM_JOB_ID="999")
-    assert done.returncode == 2 and f"run slurm/{script} itself, on a login node" in done.stderr and site.submitted == []
+    assert (
+        done.returncode == 2
+        and f"run slurm/{script} itself, on a login node" in done.stderr
+        and site.submitted == []
+    )
 
 
 def test_a_mistake_in_the_last_recipe_is_told_before_the_first_stage_waits(site):
@@ -306,8 +345,13 @@ def finish(site: Site, number: int) -> Path:
     recipe = load_recipe(site.folder / "recipes" / f"stage{number}.yaml")
     folder = site.output / recipe.stage
     (folder / "model").mkdir(parents=True)
-    described = {"config": asdict(recipe.model), "stage": recipe.stage, "frozen": {}, "step": recipe.optim.steps,
-                 "recipe": asdict(recipe)}
+    described = {
+        "config": asdict(recipe.model),
+        "stage": recipe.stage,
+        "frozen": {},
+        "step": recipe.optim.steps,
+        "recipe": asdict(recipe),
+    }
     (folder / "model" / "soundwave.json").write_text(json.dumps(described))
     (folder / "run.json").write_text(json.dumps({"status": "done", "steps": recipe.optim.steps}))
     return folder
@@ -315,23 +359,35 @@ def finish(site: Site, number: int) -> Path:
 
 def test_a_finished_stage_that_another_recipe_made_stops_the_chain(site):
     finish(site, 1)
-    done = site.shell("bash", "slurm/chain.sh", "--recipes", "recipes", "--stages", "1,2", "optim.lr_adapters=0.5")
+    done = site.shell(
+        "bash", "slurm/chain.sh", "--recipes", "recipes", "--stages", "1,2", "optim.lr_adapters=0.5"
+    )
     assert done.returncode == 2 and site.submitted == []
-    assert "alignment/model was made with another recipe (optim.lr_adapters: 0.001 -> 0.5)" in done.stderr, done.stderr
+    assert "alignment/model was made with another recipe (optim.lr_adapters: 0.001 -> 0.5)" in done.stderr, (
+        done.stderr
+    )
 
 
 def test_a_finished_stage_whose_start_is_to_be_trained_stops_the_chain(site):
     folder = finish(site, 2)
     done = site.shell("bash", "slurm/chain.sh", "--recipes", "recipes", "--stages", "1,2")
     assert done.returncode == 2 and site.submitted == []
-    assert f"stage 2 is done, but stage 1, its start, is not: remove {folder.relative_to(site.folder)}" in done.stderr
+    assert (
+        f"stage 2 is done, but stage 1, its start, is not: remove {folder.relative_to(site.folder)}"
+        in done.stderr
+    )
 
 
 def test_recipes_are_read_inside_a_container_that_the_login_node_has(site):
-    site.program("apptainer", f'while [ "$1" != "$PWD/image.sif" ]; do shift; done; shift\nPATH={sys.prefix}/bin:$PATH exec "$@"')
+    site.program(
+        "apptainer",
+        f'while [ "$1" != "$PWD/image.sif" ]; do shift; done; shift\nPATH={sys.prefix}/bin:$PATH exec "$@"',
+    )
     (site.folder / "image.sif").touch()
     script = site.folder / "slurm" / "stage1.sh"
-    script.write_text(script.read_text().replace(f"ENVIRONMENT=venv:{sys.prefix}", "ENVIRONMENT=apptainer:image.sif"))
+    script.write_text(
+        script.read_text().replace(f"ENVIRONMENT=venv:{sys.prefix}", "ENVIRONMENT=apptainer:image.sif")
+    )
     done = site.chain("optim.stepz=3")
     assert done.returncode == 2 and "did you mean 'optim.steps'" in done.stderr and site.submitted == []
 
@@ -341,10 +397,15 @@ def test_recipes_are_read_inside_a_container_that_the_login_node_has(site):
 
 def test_what_modules_and_profiles_print_is_no_stage(site):
     (site.folder / "mod/init").mkdir(parents=True)
-    (site.folder / "mod/init/bash").write_text('module() { echo "Loading $2 (remember to cite the centre)"; }\n')
+    (site.folder / "mod/init/bash").write_text(
+        'module() { echo "Loading $2 (remember to cite the centre)"; }\n'
+    )
     (site.folder / "noise.sh").write_text("echo Welcome to the cluster\n")
     done = site.chain(
-        "--stages=1", MODULES="cuda/12.4", MODULESHOME=str(site.folder / "mod"), BASH_ENV=str(site.folder / "noise.sh")
+        "--stages=1",
+        MODULES="cuda/12.4",
+        MODULESHOME=str(site.folder / "mod"),
+        BASH_ENV=str(site.folder / "noise.sh"),
     )
     assert [line for line in done.stdout.splitlines() if line.startswith("stage")] == [
         f"stage 1 (alignment): job 101, log {site.folder}/slurm/logs/soundwave-1-101.log"
@@ -362,7 +423,9 @@ def test_a_banner_before_the_job_s_number_is_no_number(site):
     assert "cancel: scancel 101 102\n" in done.stdout and "--> Verifying" in done.stderr
 
 
-LATE = 'echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2; exit 1'
+LATE = (
+    'echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2; exit 1'
+)
 
 
 def test_a_job_that_was_accepted_without_an_answer_is_found_in_the_queue(site):
@@ -379,12 +442,23 @@ def test_a_job_that_was_accepted_without_an_answer_is_found_in_the_queue(site):
 
 def test_a_chain_that_sbatch_refuses_is_given_up(site):
     """The jobs before it are cancelled; one that sbatch accepts later ends by itself."""
-    site.program("sbatch", 'case "$*" in *stage2.sh*) echo "sbatch: error: invalid partition" >&2; exit 1 ;; esac; echo 101')
+    site.program(
+        "sbatch",
+        'case "$*" in *stage2.sh*) echo "sbatch: error: invalid partition" >&2; exit 1 ;; esac; echo 101',
+    )
     done = site.chain()
-    assert done.returncode == 1 and "sbatch refused stage 2" in done.stderr and site.noted("cancelled") == "101\n"
+    assert (
+        done.returncode == 1
+        and "sbatch refused stage 2" in done.stderr
+        and site.noted("cancelled") == "101\n"
+    )
     (frozen,) = (site.folder / "slurm/jobs").glob("chain-*")
     late = site.job("echo went on", "--frozen", str(frozen), "--place", "stage2", "--recipe", "x", "--")
-    assert late.returncode == 1 and "gave up the chain of this job" in late.stderr and "went on" not in late.stdout
+    assert (
+        late.returncode == 1
+        and "gave up the chain of this job" in late.stderr
+        and "went on" not in late.stdout
+    )
     (frozen / "given-up").unlink()
     (frozen / "stage2.job").write_text("8\n")
     twice = site.job("echo went on", "--frozen", str(frozen), "--place", "stage2", "--recipe", "x", "--")
@@ -392,13 +466,25 @@ def test_a_chain_that_sbatch_refuses_is_given_up(site):
     assert (
         "went on"
         in site.job(
-            "echo went on", "--frozen", str(frozen), "--place", "stage2", "--recipe", "x", "--instead-of", "8", "--"
+            "echo went on",
+            "--frozen",
+            str(frozen),
+            "--place",
+            "stage2",
+            "--recipe",
+            "x",
+            "--instead-of",
+            "8",
+            "--",
         ).stdout
     )
 
 
 def test_display_settings_of_the_user_do_not_reach_slurm(site):
-    site.program("squeue", f'env | grep -E "^(SQUEUE|SCANCEL|SINFO|SACCT|SLURM_TIME)" >>{site.folder.parent}/seen; true')
+    site.program(
+        "squeue",
+        f'env | grep -E "^(SQUEUE|SCANCEL|SINFO|SACCT|SLURM_TIME)" >>{site.folder.parent}/seen; true',
+    )
     done = site.chain(
         "--stages=1",
         SQUEUE_STATES="RUNNING",
@@ -416,9 +502,11 @@ def test_lines_of_a_chain_hold_no_terminal_escapes_and_can_be_pasted(site):
     recipe = site.folder / "recipes/stage1.yaml"
     recipe.write_text(recipe.read_text().replace("output: runs/test", 'output: "runs/a \\e[31mb"'))
     done = site.chain("--stages", "1")
-    assert done.returncode == 0 and "\x1b" not in done.stdout and (site.folder / "runs/a \x1b[31mb/slurm.jsonl").exists(), (
-        done.stderr
-    )
+    assert (
+        done.returncode == 0
+        and "\x1b" not in done.stdout
+        and (site.folder / "runs/a \x1b[31mb/slurm.jsonl").exists()
+    ), done.stderr
     done = site.chain("--stages", "1", "output=runs/with 'quotes' $(id)")
     command = next(line for line in done.stdout.splitlines() if "train.status" in line)
     assert shlex.split(command)[-1] == "runs/with 'quotes' $(id)"
@@ -462,14 +550,20 @@ def test_the_recipes_that_a_recipe_is_based_on_are_frozen_with_it(site):
         assert (done.returncode == 0) == (words is None) and (words or "") in done.stderr, (base, done.stderr)
         if words is None:
             assert done.stdout.strip() == str(site.folder / "frozen/recipes/stage2.yaml")
-            frozen = [name for name in ["stage1.yaml", *names] if (site.folder / "frozen/recipes" / name).exists()]
+            frozen = [
+                name for name in ["stage1.yaml", *names] if (site.folder / "frozen/recipes" / name).exists()
+            ]
             assert len(frozen) == (base != "null")
             if frozen:
-                assert load_recipe(site.folder / "frozen/recipes/stage2.yaml").stage == "shrinking"  # reads the same base
+                assert (
+                    load_recipe(site.folder / "frozen/recipes/stage2.yaml").stage == "shrinking"
+                )  # reads the same base
 
 
 def test_half_a_copy_of_the_code_is_no_copy(site):
-    site.program("tar", '[ "$1" != -xf ] || [ -e extracted ] || { touch extracted; exit 1; }\nexec /usr/bin/tar "$@"')
+    site.program(
+        "tar", '[ "$1" != -xf ] || [ -e extracted ] || { touch extracted; exit 1; }\nexec /usr/bin/tar "$@"'
+    )
     done = site.call('RECIPE=$(freeze "$PWD/frozen" recipes/stage1.yaml)\necho on')
     assert done.returncode == 1 and "no frozen copy" in done.stderr and not (site.folder / "frozen").exists()
 
@@ -477,17 +571,25 @@ def test_half_a_copy_of_the_code_is_no_copy(site):
 def test_a_plain_job_keeps_to_its_copy_over_restarts_and_a_new_job_of_the_same_number_does_not(site):
     common = site.folder / "slurm/common.sh"
     assert site.job("echo first").stdout.endswith("first\n")
-    common.write_text(common.read_text().replace("# read_contract ARGUMENTS:", "edited() { :; }\n# read_contract ARGUMENTS:"))
+    common.write_text(
+        common.read_text().replace(
+            "# read_contract ARGUMENTS:", "edited() { :; }\n# read_contract ARGUMENTS:"
+        )
+    )
     asked = "type edited >/dev/null 2>&1 && echo edited || echo frozen"
     site.facts(restarts=1)
     assert site.job(asked).stdout.endswith("frozen\n")
     site.facts(restarts=0)  # Slurm's database was made anew
     done = site.job(asked)
-    assert done.stdout.endswith("edited\n") and list((site.folder / "slurm/jobs").glob("7-until-*")), done.stderr
+    assert done.stdout.endswith("edited\n") and list((site.folder / "slurm/jobs").glob("7-until-*")), (
+        done.stderr
+    )
 
 
 def test_a_copy_that_was_deleted_stops_the_job(site):
-    assert "needs a new submission" in site.shell("bash", "slurm/stage1.sh", "--frozen", "/nowhere", "--").stderr
+    assert (
+        "needs a new submission" in site.shell("bash", "slurm/stage1.sh", "--frozen", "/nowhere", "--").stderr
+    )
     script = 'run=$(declare -f run_stage); OUTPUT=$PWD/runs/test STAGE=alignment; mkdir -p "$OUTPUT"; event started ""'
     assert site.job(script).returncode == 0
     shutil.rmtree(site.folder / "slurm/jobs/7")
@@ -505,9 +607,9 @@ def test_a_copy_that_was_deleted_stops_the_job(site):
         SLURM_TASKS_PER_NODE="2(x2)",
         RECIPE="recipes/stage1.yaml",
     )
-    assert done.returncode == 2 and "the frozen copy of this job" in done.stderr and "was deleted" in done.stderr, (
-        done.stdout + done.stderr
-    )
+    assert (
+        done.returncode == 2 and "the frozen copy of this job" in done.stderr and "was deleted" in done.stderr
+    ), done.stdout + done.stderr
 
 
 # --- in a job: whose variables count -----------------------------------------------------------------------------------------
@@ -538,21 +640,33 @@ def test_variables_of_other_jobs_and_launchers_count_for_nothing(site):
         "SOUNDWAVE_CODE": "/nowhere",
         "OPTIONS": "--x",
     }
-    done = site.job("env; echo FACTS $RESTARTS $TASKS $CPUS $GPUS =$ARRAY_TASK= ${#OPTIONS[@]} $SOUNDWAVE_RANKS", **leaked)
+    done = site.job(
+        "env; echo FACTS $RESTARTS $TASKS $CPUS $GPUS =$ARRAY_TASK= ${#OPTIONS[@]} $SOUNDWAVE_RANKS", **leaked
+    )
     assert "FACTS 0 2 2 2 == 0 4\n" in done.stdout, done.stdout + done.stderr
     environment = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
-    assert not {name: environment[name] for name in leaked if environment.get(name) == leaked[name] and name != "OPTIONS"}
-    assert 23 * 3600 < int(environment["SLURM_JOB_END_TIME"]) - os.stat(site.folder / "slurm/jobs/7").st_mtime <= 24 * 3600
+    assert not {
+        name: environment[name]
+        for name in leaked
+        if environment.get(name) == leaked[name] and name != "OPTIONS"
+    }
+    assert (
+        23 * 3600
+        < int(environment["SLURM_JOB_END_TIME"]) - os.stat(site.folder / "slurm/jobs/7").st_mtime
+        <= 24 * 3600
+    )
 
 
 def test_an_option_that_the_script_asks_for_keeps_its_variable(site, tmp_path):
     script = site.folder / "slurm/common.sh"
     done = site.job("env", SLURM_HINT="nomultithread", SLURM_GPU_BIND="none")
     assert "SLURM_HINT" not in done.stdout
-    keep = (
-        "OPTIONS=(--hint=nomultithread); export SLURM_HINT=nomultithread SLURM_CPU_BIND=x; keep_own_variables; env | grep ^SLURM_"
+    keep = "OPTIONS=(--hint=nomultithread); export SLURM_HINT=nomultithread SLURM_CPU_BIND=x; keep_own_variables; env | grep ^SLURM_"
+    assert (
+        "SLURM_HINT=nomultithread" in site.call(keep).stdout
+        and "CPU_BIND" not in site.call(keep).stdout
+        and script.exists()
     )
-    assert "SLURM_HINT=nomultithread" in site.call(keep).stdout and "CPU_BIND" not in site.call(keep).stdout and script.exists()
 
 
 @pytest.mark.parametrize("limit", ["UNLIMITED", "Partition_Limit", "2026-01-01T00:00:00"])
@@ -561,10 +675,13 @@ def test_an_end_of_the_job_that_nobody_tells_is_none(site, limit):
     done = site.job('echo "=${SLURM_JOB_END_TIME:-}="', SLURM_JOB_END_TIME="17")
     assert done.stdout.strip().endswith("=="), done.stdout + done.stderr
     site.program(
-        "scontrol", '[ "$2" != hostnames ] || { echo n1; exit; }; echo slurm_load_jobs error: Unexpected message; exit 1'
+        "scontrol",
+        '[ "$2" != hostnames ] || { echo n1; exit; }; echo slurm_load_jobs error: Unexpected message; exit 1',
     )
     done = site.job('echo "=${SLURM_JOB_END_TIME:-}="')
-    assert done.stdout.strip().endswith("==") and "its time limit is not known" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.strip().endswith("==") and "its time limit is not known" in done.stdout, (
+        done.stdout + done.stderr
+    )
 
 
 def test_tasks_that_are_not_spread_evenly_are_refused(site):
@@ -574,12 +691,20 @@ def test_tasks_that_are_not_spread_evenly_are_refused(site):
 
 @pytest.mark.parametrize(
     "gres, visible, refused",
-    [("(null)", "0", True), ("(null)", "0,1", False), ("(null)", "", False), ("gpu:4", "0", False), ("gpu:a100:4", "0,1", False)],
+    [
+        ("(null)", "0", True),
+        ("(null)", "0,1", False),
+        ("(null)", "", False),
+        ("gpu:4", "0", False),
+        ("gpu:a100:4", "0,1", False),
+    ],
 )
 def test_a_gpu_list_of_another_job_is_refused(site, gres, visible, refused):
     site.facts(gres=gres)
     done = site.job("check_visible_gpus; echo on", CUDA_VISIBLE_DEVICES=visible)
-    assert ("on\n" in done.stdout) != refused and ("names 1 GPUs for 2 tasks" in done.stderr) == refused, done.stderr
+    assert ("on\n" in done.stdout) != refused and ("names 1 GPUs for 2 tasks" in done.stderr) == refused, (
+        done.stderr
+    )
 
 
 def test_a_wrapper_s_banner_is_no_node(site):
@@ -594,11 +719,16 @@ def test_a_wrapper_s_banner_is_no_node(site):
 
 
 def test_settings_that_sbatch_kept_back_are_said(site):
-    assert "RECIPE and other settings of the environment have not come here" in site.job("true", SLURM_EXPORT_ENV="NONE").stdout
+    assert (
+        "RECIPE and other settings of the environment have not come here"
+        in site.job("true", SLURM_EXPORT_ENV="NONE").stdout
+    )
     assert "have not come here" not in site.job("true", SLURM_EXPORT_ENV="ALL,A=1").stdout
 
 
-@pytest.mark.parametrize("tasks, words", [("3", "srun started 3 tasks, but this job has 4"), ("4", "rank 1 of 4 local 1 of 2")])
+@pytest.mark.parametrize(
+    "tasks, words", [("3", "srun started 3 tasks, but this job has 4"), ("4", "rank 1 of 4 local 1 of 2")]
+)
 def test_a_rank_takes_its_number_from_its_step_and_the_count_must_be_the_job_s(site, tasks, words):
     (site.folder / "rank.py").write_text(
         "import os\nprint('rank {RANK} of {WORLD_SIZE} local {LOCAL_RANK} of {LOCAL_WORLD_SIZE}'.format(**os.environ))\n"
@@ -636,10 +766,13 @@ def test_signals_while_a_rank_s_end_is_noted_do_not_change_its_code(site):
 
 def test_a_warning_between_two_steps_reaches_the_second_one(site):
     site.program(
-        "srun", "trap 'echo heard it; exit 0' USR1\nfor _ in 1 2 3 4 5 6 7 8 9; do /bin/sleep 0.3; done; echo did not hear it"
+        "srun",
+        "trap 'echo heard it; exit 0' USR1\nfor _ in 1 2 3 4 5 6 7 8 9; do /bin/sleep 0.3; done; echo did not hear it",
     )
     done = site.job("STOP_FILE=$PWD/out/STOP WARNED=1; command -p sleep 0.1; step --ntasks=1; ls out")
-    assert "STOP" in done.stdout.splitlines() and "did not hear it" not in done.stdout, done.stdout + done.stderr
+    assert "STOP" in done.stdout.splitlines() and "did not hear it" not in done.stdout, (
+        done.stdout + done.stderr
+    )
 
 
 # --- after a step ------------------------------------------------------------------------------------------------------------
@@ -647,7 +780,12 @@ def test_a_warning_between_two_steps_reaches_the_second_one(site):
 
 def test_a_new_job_in_this_one_s_place_is_of_the_same_kind(site):
     """Where a site does not requeue: options go along, folders of the dead job's own disk and what was waited for do not."""
-    site.facts(memory="MinMemoryNode=2000M", tres="TresPerTask=gres:gpu:a100:1", requeue=0, log=site.folder / "mine 7-7.log")
+    site.facts(
+        memory="MinMemoryNode=2000M",
+        tres="TresPerTask=gres:gpu:a100:1",
+        requeue=0,
+        log=site.folder / "mine 7-7.log",
+    )
     site.program("sacct", 'echo "sbatch --signal=B:USR1@120 slurm/stage1.sh"')
     done = site.job(
         'export LOCAL_DISK; OPTIONS=(--qos=low --begin=now+1hour --dependency=afterok:3 "--comment=x y"); RESTARTS=4 STOPS=3\n'
@@ -675,9 +813,16 @@ def test_a_new_job_in_this_one_s_place_is_of_the_same_kind(site):
         f"--chdir={site.folder}",
     } <= set(options), options
     assert options[-1] == "--comment=x y" and "--comment=a b=c Restarts=9" in options
-    assert not [o for o in options if o.startswith(("--begin", "--dependency", "--error", "--nodelist", "--exclusive"))]
+    assert not [
+        o
+        for o in options
+        if o.startswith(("--begin", "--dependency", "--error", "--nodelist", "--exclusive"))
+    ]
     contract = arguments[len(options) + 1 :]
-    assert contract[:2] == ["--frozen", str(site.folder / "slurm/jobs/7")] and contract[contract.index("--stops") + 1] == "4"
+    assert (
+        contract[:2] == ["--frozen", str(site.folder / "slurm/jobs/7")]
+        and contract[contract.index("--stops") + 1] == "4"
+    )
     assert contract[contract.index("--instead-of") + 1] == "7"
     environment = site.environment(101)
     assert "A=1 2\n" in environment and "LOCAL_DISK" not in environment and "SLURM_" not in environment
@@ -700,7 +845,9 @@ def test_a_new_job_in_this_one_s_place_is_of_the_same_kind(site):
 )
 def test_gpus_are_asked_for_as_before(site, tres, script, option):
     site.facts(tres=tres)
-    done = site.job(f'printf "{script.strip()}\\n" >>"$0"\nsame_options; printf "%s\\n" "${{SAME_OPTIONS[@]}}"')
+    done = site.job(
+        f'printf "{script.strip()}\\n" >>"$0"\nsame_options; printf "%s\\n" "${{SAME_OPTIONS[@]}}"'
+    )
     assert option in done.stdout.splitlines(), done.stdout + done.stderr
     assert ("--mem=0" in done.stdout.splitlines()) == ("MemPerTres" not in tres)
 
@@ -744,7 +891,8 @@ def test_a_busy_controller_and_a_limit_on_jobs_are_waited_for_but_not_twice_subm
     took.unlink()
     spool = site.folder.parent / "spool/slurm_script"
     site.program(
-        "squeue", f'case "$*" in *%o*) echo "7|{spool} --frozen"; echo "101|{spool} --frozen"; echo "102|{spool}x" ;; esac'
+        "squeue",
+        f'case "$*" in *%o*) echo "7|{spool} --frozen"; echo "101|{spool} --frozen"; echo "102|{spool}x" ;; esac',
     )
     done = site.job('start_again stop "stopped in time"')
     assert done.returncode == 85 and "submitted as job 101" in done.stdout and took.read_text() == "x\n", (
@@ -756,7 +904,11 @@ def test_a_refusal_is_not_repeated(site):
     took = site.programs.parent / "took"
     site.program("sbatch", f'echo x >>{took}; echo "sbatch: error: invalid partition" >&2; exit 1')
     done = site.job('start_again stop "stopped in time"')
-    assert done.returncode == 1 and "sbatch does not accept a new job" in done.stderr and took.read_text() == "x\n"
+    assert (
+        done.returncode == 1
+        and "sbatch does not accept a new job" in done.stderr
+        and took.read_text() == "x\n"
+    )
 
 
 def test_a_disk_that_takes_no_line_costs_neither_a_requeue_nor_a_finished_stage(site):
@@ -793,7 +945,9 @@ def test_a_stop_file_of_an_earlier_run_does_not_keep_a_preempted_job_from_its_re
         'mkdir -p out/alignment; echo \'"reason": "STOP file on rank 0"\' >out/alignment/run.json\n'
         "start_again() { echo again; exit 0; }\n"
     )
-    assert site.job(script + "finish 85").stdout.strip().endswith("again"), "in the preflight, or while shards are copied"
+    assert site.job(script + "finish 85").stdout.strip().endswith("again"), (
+        "in the preflight, or while shards are copied"
+    )
     assert "as its STOP file asked" in site.job(script + "STOP_FILE=out/alignment/STOP; finish 85").stdout
 
 
@@ -803,11 +957,21 @@ def test_a_stop_file_of_an_earlier_run_does_not_keep_a_preempted_job_from_its_re
         ("2026-01-01T00:00:00", 0, "PREEMPTED", 85, "submitted as job 101"),  # PreemptMode=CANCEL
         ("2026-01-01T00:00:00", 0, "COMPLETING", 137, "submitted as job 101"),  # without grace
         ("None", 0, "COMPLETING", 85, "Slurm ends this job (COMPLETING)"),  # scancel
-        ("None", 1, "COMPLETING", 85, "put this job back into the queue"),  # PreemptMode=REQUEUE, scontrol requeue
+        (
+            "None",
+            1,
+            "COMPLETING",
+            85,
+            "put this job back into the queue",
+        ),  # PreemptMode=REQUEUE, scontrol requeue
     ],
 )
-def test_a_job_that_slurm_ends_is_submitted_again_only_after_a_preemption(site, preempted, restarts, state, code, words):
-    script = f'sed -i "s/PreemptTime=.*/PreemptTime={preempted}/; s/JobState=RUNNING/JobState={state}/" ../facts\n'
+def test_a_job_that_slurm_ends_is_submitted_again_only_after_a_preemption(
+    site, preempted, restarts, state, code, words
+):
+    script = (
+        f'sed -i "s/PreemptTime=.*/PreemptTime={preempted}/; s/JobState=RUNNING/JobState={state}/" ../facts\n'
+    )
     script += f'sed -i "s/Restarts=0/Restarts={restarts}/" ../facts\n'
     done = site.job(script + f"finish {code}")
     assert done.returncode == 85 and words in done.stdout and len(site.submitted) == ("submitted" in words), (
@@ -817,7 +981,9 @@ def test_a_job_that_slurm_ends_is_submitted_again_only_after_a_preemption(site, 
         stop = site.folder / "slurm/jobs/7/stop.1"
         assert not stop.exists(), "an administrator's requeue counts as a fault"
         site.facts()
-        site.job(script + f'SRUN_WORDS="*** STEP 7.0 ON n1 CANCELLED AT 2026 DUE TO PREEMPTION ***"\nfinish {code}')
+        site.job(
+            script + f'SRUN_WORDS="*** STEP 7.0 ON n1 CANCELLED AT 2026 DUE TO PREEMPTION ***"\nfinish {code}'
+        )
         assert stop.exists(), "a preemption that saved does not"
 
 
@@ -825,9 +991,13 @@ def test_a_job_that_is_cancelled_while_it_asks_for_its_requeue_stays_cancelled(s
     facts = site.folder.parent / "facts"
     site.program("requeue", f"sed -i s/JobState=RUNNING/JobState=COMPLETING/ {facts}; exit 1")
     scontrol = (site.programs / "scontrol").read_text()
-    (site.programs / "scontrol").write_text(scontrol.replace("requeue*)", f"requeue*) {site.programs}/requeue; exit 1 ;; no)"))
+    (site.programs / "scontrol").write_text(
+        scontrol.replace("requeue*)", f"requeue*) {site.programs}/requeue; exit 1 ;; no)")
+    )
     done = site.job('start_again stop "stopped in time"')
-    assert done.returncode == 85 and "Slurm ends this job (COMPLETING)" in done.stdout and site.submitted == [], done.stderr
+    assert (
+        done.returncode == 85 and "Slurm ends this job (COMPLETING)" in done.stdout and site.submitted == []
+    ), done.stderr
 
 
 def test_restarts_that_saved_are_counted_apart_from_faults(site):
@@ -835,12 +1005,22 @@ def test_restarts_that_saved_are_counted_apart_from_faults(site):
     site.facts(restarts=5)
     job = site.folder / "slurm/jobs/7"
     (job / "code/slurm").mkdir(parents=True)
-    shutil.copytree(site.folder / "slurm", job / "code/slurm", dirs_exist_ok=True, ignore=shutil.ignore_patterns("jobs", "logs"))
+    shutil.copytree(
+        site.folder / "slurm",
+        job / "code/slurm",
+        dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns("jobs", "logs"),
+    )
     for number in (1, 2, 4):
         (job / f"stop.{number}").touch()
-    counted = site.job('echo "$RESTARTS $STOPS $FAULTS"; limit_restarts "$STOPS" "$FAULTS" x; echo on', MAX_RESTARTS="2")
+    counted = site.job(
+        'echo "$RESTARTS $STOPS $FAULTS"; limit_restarts "$STOPS" "$FAULTS" x; echo on', MAX_RESTARTS="2"
+    )
     assert counted.stdout.endswith("5 3 2\non\n"), counted.stdout + counted.stderr
-    for limits, words in (({"MAX_RESTARTS": "1"}, "(MAX_RESTARTS)"), ({"MAX_PREEMPTIONS": "2"}, "(MAX_PREEMPTIONS)")):
+    for limits, words in (
+        ({"MAX_RESTARTS": "1"}, "(MAX_RESTARTS)"),
+        ({"MAX_PREEMPTIONS": "2"}, "(MAX_PREEMPTIONS)"),
+    ):
         done = site.job('limit_restarts "$STOPS" "$FAULTS" "Slurm has started this job again"', **limits)
         assert done.returncode == 1 and words in done.stderr and site.lines()[-1]["event"] == "failed"
 
@@ -861,7 +1041,8 @@ NODES = 'case "$*" in *"%T"*) echo "n1|mixed|none"; echo "n2|{state}|{reason}" ;
 def test_a_dead_node_is_told_from_an_srun_that_refuses(site, state, full, one, dead):
     site.program("sinfo", NODES.format(state=state, reason="Not responding"))
     site.program(
-        "srun", f'case "$*" in *nodelist*) exit {one} ;; esac; echo "srun: error: Unable to create step" >&2; exit {full}'
+        "srun",
+        f'case "$*" in *nodelist*) exit {one} ;; esac; echo "srun: error: Unable to create step" >&2; exit {full}',
     )
     done = site.job('if nodes_fail; then echo "dead: $FAULT_OF_NODE"; else echo alive; fi')
     assert (f"dead: {dead}" if dead else "alive\n") in done.stdout, done.stdout + done.stderr
@@ -884,7 +1065,9 @@ WORDS = {
         "srun: error: n2: tasks 2-3: Terminated",
         "srun: error: n1: tasks 0-1: Exited with exit code 143",
     ],
-    "refused": ["srun: fatal: SLURM_MEM_PER_CPU, SLURM_MEM_PER_GPU, and SLURM_MEM_PER_NODE are mutually exclusive."],
+    "refused": [
+        "srun: fatal: SLURM_MEM_PER_CPU, SLURM_MEM_PER_GPU, and SLURM_MEM_PER_NODE are mutually exclusive."
+    ],
     "none": [],
 }
 
@@ -892,7 +1075,13 @@ WORDS = {
 @pytest.mark.parametrize(
     "words, noted, launcher, status, culprit",
     [
-        ("killed", {0: 143, 1: 143, 2: 143}, "srun", 137, "exit code 137 of rank 3 on n2 (killed: out of memory?)"),
+        (
+            "killed",
+            {0: 143, 1: 143, 2: 143},
+            "srun",
+            137,
+            "exit code 137 of rank 3 on n2 (killed: out of memory?)",
+        ),
         (
             "killed",
             {0: 137, 1: 137},
@@ -910,12 +1099,17 @@ WORDS = {
 )
 def test_the_rank_that_failed_first_is_named(site, words, noted, launcher, status, culprit):
     order = {0: 9, 1: 5, 2: 8, 3: 4}
-    notes = "".join(f'echo "{code} {order[rank]}.0 n{1 + rank // 2}" >"$JOB/exit.{rank}"\n' for rank, code in noted.items())
+    notes = "".join(
+        f'echo "{code} {order[rank]}.0 n{1 + rank // 2}" >"$JOB/exit.{rank}"\n'
+        for rank, code in noted.items()
+    )
     lines = shlex.quote("\n".join(WORDS[words]))
     done = site.job(
         f'{notes}SRUN_WORDS={lines} LAUNCHER={launcher}\njudge {status}; echo "culprit: $CULPRIT"; echo "code: $CODE_OF_STEP"'
     )
-    assert f"culprit: {culprit}" in done.stdout and f"code: {status}\n" in done.stdout, done.stdout + done.stderr
+    assert f"culprit: {culprit}" in done.stdout and f"code: {status}\n" in done.stdout, (
+        done.stdout + done.stderr
+    )
     if not culprit:
         assert "culprit: \n" in done.stdout
     if words == "refused":
@@ -936,16 +1130,24 @@ def test_the_rank_that_failed_first_is_named(site, words, noted, launcher, statu
 @pytest.mark.parametrize(
     "words, calls, code",
     [
-        ("srun: error: Unable to create step for job 7: Unable to contact slurm controller (connect failure)", 3, 0),
+        (
+            "srun: error: Unable to create step for job 7: Unable to contact slurm controller (connect failure)",
+            3,
+            0,
+        ),
         ("srun: error: Unable to create step for job 7: Memory required by task is not available", 1, 1),
         ("srun: error: Task launch for StepId=7.0 failed on node n2: Communication connection failure", 1, 1),
     ],
 )
 def test_a_step_waits_for_a_controller_that_does_not_answer(site, words, calls, code):
     called = site.folder.parent / "called"
-    site.program("srun", f'echo x >>{called}; [ $(wc -l <{called}) -lt 3 ] || exit 0; echo "{words}" >&2; exit 1')
+    site.program(
+        "srun", f'echo x >>{called}; [ $(wc -l <{called}) -lt 3 ] || exit 0; echo "{words}" >&2; exit 1'
+    )
     done = site.job('launch "" program.py; echo "code $CODE_OF_STEP"')
-    assert f"code {code}\n" in done.stdout and len(called.read_text().splitlines()) == calls, done.stdout + done.stderr
+    assert f"code {code}\n" in done.stdout and len(called.read_text().splitlines()) == calls, (
+        done.stdout + done.stderr
+    )
 
 
 def test_a_port_that_is_taken_is_named_and_the_next_one_used(site):
@@ -956,9 +1158,10 @@ def test_a_port_that_is_taken_is_named_and_the_next_one_used(site):
         taken.listen()
         port = taken.getsockname()[1]
         done = site.job(f'MASTER_PORT={port}; choose_port; echo "port $MASTER_PORT"')
-    assert f"port {port} of n1 is taken by another program: using" in done.stdout and f"port {port}\n" not in done.stdout, (
-        done.stderr
-    )
+    assert (
+        f"port {port} of n1 is taken by another program: using" in done.stdout
+        and f"port {port}\n" not in done.stdout
+    ), done.stderr
     free = site.job(f'MASTER_PORT={port}; choose_port; echo "port $MASTER_PORT"')
     assert f"port {port}\n" in free.stdout
 
@@ -969,7 +1172,9 @@ def test_a_stage_that_another_job_trains_is_left_to_it(site):
     site.program("squeue", 'case "$*" in *"-j 6 -t RUNNING"*) echo 6 ;; *"-j 5"*) echo 5 ;; esac')
     done = site.job(script)
     assert done.returncode == 2 and "job 6 is training alignment in" in done.stderr
-    assert site.job(script.replace("alone;", "SLURM_JOB_ID=6; alone;")).returncode == 0, "itself, started again"
+    assert site.job(script.replace("alone;", "SLURM_JOB_ID=6; alone;")).returncode == 0, (
+        "itself, started again"
+    )
     assert site.job(script.replace("alone;", "STAGE=shrinking; alone;")).returncode == 0
 
 
@@ -1006,7 +1211,11 @@ def test_an_interactive_run_is_not_requeued_and_takes_the_code_and_recipe_of_its
     site.recipe("alignment", 1, "data: {train: [{shards: edited}]}\n")
     second = site.shell("bash", "-c", run.format('start_again stop "stopped in time"'), **job)
     assert "shards: none" in first.stdout and "shards: edited" in second.stdout, first.stderr + second.stderr
-    assert second.returncode == 1 and "the same command again continues" in second.stderr and site.noted("asked") == ""
+    assert (
+        second.returncode == 1
+        and "the same command again continues" in second.stderr
+        and site.noted("asked") == ""
+    )
 
 
 # --- packing and evaluation --------------------------------------------------------------------------------------------------
@@ -1017,7 +1226,9 @@ def test_evaluation_is_told_which_job_it_is_over_restarts(site):
     script = site.folder.parent / "spool/slurm_script"
     script.parent.mkdir()
     script.write_text(
-        (site.folder / "slurm/evaluate.sh").read_text().replace("run_resumable -m", "echo $SOUNDWAVE_JOB; : run_resumable -m")
+        (site.folder / "slurm/evaluate.sh")
+        .read_text()
+        .replace("run_resumable -m", "echo $SOUNDWAVE_JOB; : run_resumable -m")
     )
     job = {
         "SLURM_JOB_ID": "7",
@@ -1033,7 +1244,11 @@ def test_evaluation_is_told_which_job_it_is_over_restarts(site):
 
 def test_a_part_of_an_array_is_not_submitted_alone(site):
     done = site.job('PLACE=part ARRAY_TASK=3; start_again stop "stopped in time"')
-    assert done.returncode == 1 and "run the same slurm/pack.sh command again" in done.stderr and site.submitted == []
+    assert (
+        done.returncode == 1
+        and "run the same slurm/pack.sh command again" in done.stderr
+        and site.submitted == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -1056,7 +1271,9 @@ def test_arguments_of_packing_go_through_as_they_are(site, arguments, options, p
     done = site.shell("bash", "slurm/pack.sh", *arguments, SLURM_JOB_ID="999")
     assert done.returncode == 0 and len(site.submitted) == 2, done.stderr
     for given, place in zip(site.submitted, ("part", "merge"), strict=True):
-        assert given[given.index("--place") :] == ["--place", place, "--", *program] and set(options) <= set(given)
+        assert given[given.index("--place") :] == ["--place", place, "--", *program] and set(options) <= set(
+            given
+        )
 
 
 def test_packing_without_a_folder_is_refused(site):
@@ -1068,7 +1285,13 @@ def test_faults_of_many_ranks_are_lines_without_a_traceback(site, assets):
     """Rank 0 holds the store: it must not leave before the others have heard."""
     assets.recipes(site.folder)
     port = str(20000 + os.getpid() % 10000)
-    command = [sys.executable, "train/preflight.py", "recipes/stage2.yaml", "init_from=fresh", "model.llm.name=./nowhere"]
+    command = [
+        sys.executable,
+        "train/preflight.py",
+        "recipes/stage2.yaml",
+        "init_from=fresh",
+        "model.llm.name=./nowhere",
+    ]
     environment = {
         **os.environ,
         "WORLD_SIZE": "3",

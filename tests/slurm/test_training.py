@@ -1,4 +1,5 @@
-"""Real training (tiny random models, ZeRO-3, two nodes) through the real scripts: what an interruption leaves must not show."""
+"""Real training (tiny random models, ZeRO-3, two nodes) through the real scripts: what an interruption leaves
+must not show."""
 
 from __future__ import annotations
 
@@ -25,7 +26,10 @@ def real_project(folder: Path, cluster: Cluster, assets: Assets) -> Project:
 def assert_no_trace(output: Path, undisturbed: Path, *stages: str) -> None:
     """Bit for bit the losses and weights of a run that nothing disturbed."""
     for stage in stages:
-        assert losses(output / stage) == losses(undisturbed / stage) and len(losses(output / stage)) == Assets.STEPS[stage]
+        assert (
+            losses(output / stage) == losses(undisturbed / stage)
+            and len(losses(output / stage)) == Assets.STEPS[stage]
+        )
         ours, theirs = weights(output / stage), weights(undisturbed / stage)
         assert ours.keys() == theirs.keys() and len(ours) > 4
         different = [name for name in ours if not ours[name].equal(theirs[name])]
@@ -33,7 +37,9 @@ def assert_no_trace(output: Path, undisturbed: Path, *stages: str) -> None:
 
 
 def wait_for_steps(project: Project, stage: str, steps: int) -> None:
-    wait_for(lambda: len(losses(project.output / stage)) >= steps, 1800, lambda: f"{steps} steps:\n{project.log()}")
+    wait_for(
+        lambda: len(losses(project.output / stage)) >= steps, 1800, lambda: f"{steps} steps:\n{project.log()}"
+    )
 
 
 def preempt(project: Project, stage: str, job: str) -> None:
@@ -43,7 +49,8 @@ def preempt(project: Project, stage: str, job: str) -> None:
 
 
 def kill(project: Project, stage: str, job: str, *, first: bool) -> None:
-    """Take a node's power, the first one's or another's, some steps past a checkpoint; give it back when Slurm has noticed."""
+    """Take a node's power, the first one's or another's, some steps past a checkpoint; give it back when
+    Slurm has noticed."""
     wait_for_steps(project, stage, 8)
     batch_host = project.cluster.job(job)["BatchHost"]
     node = next(node for node in project.cluster.nodes if (node == batch_host) == first)
@@ -55,19 +62,32 @@ def kill(project: Project, stage: str, job: str, *, first: bool) -> None:
 
 @pytest.mark.slurm
 @pytest.mark.slurm_ci
-def test_a_chain_preempted_in_stage_ii_ends_with_the_weights_of_one_that_was_not(cluster, assets, undisturbed, tmp_path):
+def test_a_chain_preempted_in_stage_ii_ends_with_the_weights_of_one_that_was_not(
+    cluster, assets, undisturbed, tmp_path
+):
     project = real_project(tmp_path / "project", cluster, assets)
     jobs = project.chain()
     assert [(stage, row["state"]) for stage, row in project.status().items()][1:] == [
-        ("shrinking", "pending (Dependency)"), ("sft", "pending (Dependency)")]
+        ("shrinking", "pending (Dependency)"),
+        ("sft", "pending (Dependency)"),
+    ]
     preempt(project, "shrinking", jobs[1])
     row = project.status()["shrinking"]
     assert row["job"] == jobs[1] and row["step"].endswith("/24") and float(row["s/step"]) > 0
     for job in jobs:
         project.expect(job, "COMPLETED", timeout=1800)
     assert [event for stage, event in project.events() if stage == "shrinking"] == [
-        "submitted", "started", "requeued", "started", "done"]
-    assert [(row["state"], row["restarts"]) for row in project.status().values()] == [("done", "0"), ("done", "1"), ("done", "0")]
+        "submitted",
+        "started",
+        "requeued",
+        "started",
+        "done",
+    ]
+    assert [(row["state"], row["restarts"]) for row in project.status().values()] == [
+        ("done", "0"),
+        ("done", "1"),
+        ("done", "0"),
+    ]
     assert_no_trace(project.output, undisturbed, *Assets.STAGES)
 
 
@@ -79,15 +99,23 @@ def mortal_cluster(slurm_installed):
 
 
 @pytest.mark.slurm
-def test_a_preemption_in_stage_ii_and_a_dead_first_node_in_iii_leave_no_trace(mortal_cluster, assets, undisturbed, tmp_path):
-    """The first node runs the job's batch shell, which dies with it: only Slurm itself is left to requeue the job."""
+def test_a_preemption_in_stage_ii_and_a_dead_first_node_in_iii_leave_no_trace(
+    mortal_cluster, assets, undisturbed, tmp_path
+):
+    """The first node runs the job's batch shell, which dies with it: only Slurm itself is left to requeue the
+    job."""
     project = real_project(tmp_path / "project", mortal_cluster, assets)
     jobs = project.chain()
     preempt(project, "shrinking", jobs[1])
     project.expect(jobs[1], "COMPLETED", timeout=1800)
     kill(project, "sft", jobs[2], first=True)
     assert project.expect(jobs[2], "COMPLETED", timeout=1800)["Restarts"] == "1"
-    assert [event for stage, event in project.events() if stage == "sft"] == ["submitted", "started", "started", "done"]
+    assert [event for stage, event in project.events() if stage == "sft"] == [
+        "submitted",
+        "started",
+        "started",
+        "done",
+    ]
     assert project.status()["sft"]["restarts"] == "1"
     assert_no_trace(project.output, undisturbed, *Assets.STAGES)
 

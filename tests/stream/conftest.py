@@ -16,8 +16,10 @@ from model.config import SoundwaveConfig
 from recipe.config import Corpus, DataConfig
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
-TEMPLATE = ("{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")
+TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +44,9 @@ def sound(seconds: float, seed: int = 0, rate: int = 16000, container: str = "fl
     """A tone in noise as file bytes."""
     random = np.random.default_rng(seed)
     time = np.arange(int(round(seconds * rate))) / rate
-    wave = 0.3 * np.sin(2 * np.pi * (150 + 30 * (seed % 20)) * time) + 0.02 * random.standard_normal(len(time))
+    wave = 0.3 * np.sin(2 * np.pi * (150 + 30 * (seed % 20)) * time) + 0.02 * random.standard_normal(
+        len(time)
+    )
     buffer = io.BytesIO()
     subtype = "FLOAT" if container == "wav" else None
     soundfile.write(buffer, wave.astype(np.float32), rate, format=container.upper(), subtype=subtype)
@@ -50,8 +54,16 @@ def sound(seconds: float, seed: int = 0, rate: int = 16000, container: str = "fl
 
 
 def record(number: int, seconds: float | None, task: str = "asr", corpus: str = "toy", **more) -> dict:
-    return {"id": f"{task}-{number}", "corpus": corpus, "task": task, "text": f"the words of clip {number}", "lang": "en",
-            "duration": seconds, "sample_rate": 16000, **more}
+    return {
+        "id": f"{task}-{number}",
+        "corpus": corpus,
+        "task": task,
+        "text": f"the words of clip {number}",
+        "lang": "en",
+        "duration": seconds,
+        "sample_rate": 16000,
+        **more,
+    }
 
 
 def write_folder(folder, samples, per_shard: int = 5, name: str = "toy"):
@@ -61,7 +73,7 @@ def write_folder(folder, samples, per_shard: int = 5, name: str = "toy"):
     for first in range(0, len(samples), per_shard):
         file = f"{name}-{first // per_shard:06d}.tar"
         writer = ShardWriter(folder / file)
-        for number, (entry, audio, codec) in enumerate(samples[first:first + per_shard]):
+        for number, (entry, audio, codec) in enumerate(samples[first : first + per_shard]):
             writer.add(f"{first + number:09d}", audio, codec, entry)
         summaries.append(writer.close(file))
     write_index(folder, name, summaries)
@@ -86,10 +98,21 @@ def mixed(tmp_path):
         seconds = 0.3 + 0.05 * number
         kind = number % 5
         if kind == 4:
-            samples.append((record(number, None, "text", text=None, prompt="What is two and two?", response="Four."), None, ""))
+            samples.append(
+                (
+                    record(number, None, "text", text=None, prompt="What is two and two?", response="Four."),
+                    None,
+                    "",
+                )
+            )
         elif kind == 3:
-            samples.append((record(number, seconds, "translation", prompt="To French.", response="les mots"),
-                            sound(seconds, number), "flac"))
+            samples.append(
+                (
+                    record(number, seconds, "translation", prompt="To French.", response="les mots"),
+                    sound(seconds, number),
+                    "flac",
+                )
+            )
         else:
             samples.append((record(number, seconds), sound(seconds, number), "flac"))
     return write_folder(tmp_path / "mixed", samples)
@@ -100,7 +123,9 @@ def data_config(*folders, **settings) -> DataConfig:
     return DataConfig(train=[Corpus(shards=str(folder)) for folder in folders], **settings)
 
 
-def table_index(durations, shard_sizes, folder="nowhere", tasks=("asr",), task_of=None, characters=20) -> ShardIndex:
+def table_index(
+    durations, shard_sizes, folder="nowhere", tasks=("asr",), task_of=None, characters=20
+) -> ShardIndex:
     """A ShardIndex without shards: what the plan reads of 10,000 utterances, and no audio."""
     from pathlib import Path
 
@@ -109,8 +134,17 @@ def table_index(durations, shard_sizes, folder="nowhere", tasks=("asr",), task_o
     samples["duration"], samples["audio_size"], samples["characters"] = durations, 1000, characters
     samples["task"] = 0 if task_of is None else task_of
     samples["id_hash"] = np.random.default_rng(7).integers(0, 2**63, len(durations), dtype=np.uint64)
-    shards = [{"url": f"toy-{i:06d}.tar", "nsamples": int(size), "filesize": 0, "sha256": ""}
-              for i, size in enumerate(shard_sizes)]
-    index = {"name": "toy", "shardlist": shards, "tasks": list(tasks), "langs": ["en"], "codecs": ["flac"], "hours": 0.0,
-             "fingerprint": f"{folder}-{len(durations)}"}
+    shards = [
+        {"url": f"toy-{i:06d}.tar", "nsamples": int(size), "filesize": 0, "sha256": ""}
+        for i, size in enumerate(shard_sizes)
+    ]
+    index = {
+        "name": "toy",
+        "shardlist": shards,
+        "tasks": list(tasks),
+        "langs": ["en"],
+        "codecs": ["flac"],
+        "hours": 0.0,
+        "fingerprint": f"{folder}-{len(durations)}",
+    }
     return ShardIndex(Path(folder), index, samples)

@@ -1,4 +1,5 @@
-"""Cached encoder features: the same numbers as the encoder gives, written once, found again after packing anew."""
+"""Cached encoder features: the same numbers as the encoder gives, written once, found again after packing
+anew."""
 
 import json
 import os
@@ -21,9 +22,21 @@ from tests.stream.conftest import data_config, record, sound, write_folder
 def recipe(packed, tmp_path):
     """A recipe whose encoder is a tiny random Whisper."""
     torch.manual_seed(0)
-    sizes = WhisperConfig(d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=32, decoder_layers=1,
-                          decoder_attention_heads=2, decoder_ffn_dim=32, num_mel_bins=8, vocab_size=50, pad_token_id=0,
-                          bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+    sizes = WhisperConfig(
+        d_model=16,
+        encoder_layers=1,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=32,
+        num_mel_bins=8,
+        vocab_size=50,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
     WhisperModel(sizes).save_pretrained(tmp_path / "whisper")
     recipe = Recipe(data=data_config(packed, cache_features=str(tmp_path / "cache"), micro_batch_seconds=6.0))
     recipe.data.valid = [Corpus(shards=str(packed))]
@@ -58,13 +71,30 @@ def test_batches_hold_what_the_encoder_gives(recipe, tokenizer):
 
 def test_validation_of_several_folders_finds_all_its_features(recipe, tokenizer, packed, tmp_path, caplog):
     """Cache and validation take the same utterances, and leave out what the encoder does not take."""
-    recipe.data.valid = [Corpus(shards=str(packed)), *(Corpus(shards=str(write_folder(tmp_path / name, [
-        (record(number, 0.5), sound(0.5, 100 * place + number), "flac") for number in range(11)], name=name)))
-        for place, name in enumerate(("one", "two")))]
+    recipe.data.valid = [
+        Corpus(shards=str(packed)),
+        *(
+            Corpus(
+                shards=str(
+                    write_folder(
+                        tmp_path / name,
+                        [
+                            (record(number, 0.5), sound(0.5, 100 * place + number), "flac")
+                            for number in range(11)
+                        ],
+                        name=name,
+                    )
+                )
+            )
+            for place, name in enumerate(("one", "two"))
+        ),
+    ]
     recipe.model.encoder.max_seconds, recipe.log.validate_utterances = 2.0, 19
     recipe.data.max_seconds = 1.0
     ensure_features(recipe)
-    batches = validation_batches(recipe.data, "alignment", tokenizer, recipe.model, 0, 1, recipe.log.validate_utterances)
+    batches = validation_batches(
+        recipe.data, "alignment", tokenizer, recipe.model, 0, 1, recipe.log.validate_utterances
+    )
     longer = sum(0.3 + 0.1 * (number * 23 // 7) > 2.0 for number in range(7))
     assert longer and sum(len(references) for _, references in batches) == 21 - longer
     assert f"{longer} utterances of data.valid are left out" in caplog.text
@@ -93,12 +123,16 @@ def test_written_once_resumed_and_found_after_packing_anew(recipe, tokenizer, tm
     store = FeatureStore.open(recipe.data.cache_features, recipe.model)
     assert len(store) == 23 and len(np.unique(store._entries["key"])) == 23
     samples = [(record(n, 0.3 + 0.1 * n), sound(0.3 + 0.1 * n, n), "flac") for n in reversed(range(23))]
-    recipe.data.train = recipe.data.valid = [Corpus(shards=str(write_folder(tmp_path / "again", samples, per_shard=4)))]
+    recipe.data.train = recipe.data.valid = [
+        Corpus(shards=str(write_folder(tmp_path / "again", samples, per_shard=4)))
+    ]
     monkeypatch.setattr(cache_module, "_encode", lambda *a: pytest.fail("encoded again"))
     assert len(ensure_features(recipe)) == 23
 
 
-def test_a_pack_that_has_gone_or_was_cut_is_made_again_and_costs_samples_not_the_run(recipe, tokenizer, monkeypatch, caplog):
+def test_a_pack_that_has_gone_or_was_cut_is_made_again_and_costs_samples_not_the_run(
+    recipe, tokenizer, monkeypatch, caplog
+):
     monkeypatch.setattr(cache_module, "PACK_SECONDS", 8.0)
     store = ensure_features(recipe)
     packs = sorted(path for path in store.folder.glob("*.npy") if ".index" not in path.name)
@@ -119,7 +153,11 @@ def test_a_pack_that_has_gone_or_was_cut_is_made_again_and_costs_samples_not_the
 
     assert problems(store) > 1, "in the middle of a run"
     left = FeatureStore.open(recipe.data.cache_features, recipe.model)
-    assert "3 packs of features are missing or cut short" in caplog.text and len(left) < 23 and problems(left) == 0
+    assert (
+        "3 packs of features are missing or cut short" in caplog.text
+        and len(left) < 23
+        and problems(left) == 0
+    )
     assert len(ensure_features(recipe)) == 23
 
 
@@ -154,8 +192,14 @@ def test_augmentation_and_cache_exclude_each_other(recipe, tokenizer):
 
 def test_the_command(recipe, tmp_path, packed, capsys):
     path = tmp_path / "recipe.yaml"
-    path.write_text(json.dumps({"model": {"encoder": {"name": recipe.model.encoder.name}},
-                                "data": {"train": [{"shards": str(packed)}], "cache_features": str(tmp_path / "c2")}}))
+    path.write_text(
+        json.dumps(
+            {
+                "model": {"encoder": {"name": recipe.model.encoder.name}},
+                "data": {"train": [{"shards": str(packed)}], "cache_features": str(tmp_path / "c2")},
+            }
+        )
+    )
     assert cache_module.main([str(path)]) == 0
     assert "23 utterances" in capsys.readouterr().out
     shutil.rmtree(packed)

@@ -1,4 +1,5 @@
-"""Storage that stalls or loses files, workers that hang or die: retried, named, replaced, and never waited for without a word."""
+"""Storage that stalls or loses files, workers that hang or die: retried, named, replaced, and never waited
+for without a word."""
 
 import logging
 import multiprocessing
@@ -40,7 +41,9 @@ def test_wrong_content_is_not_read_again(packed):
 def test_a_vanished_shard_is_named_and_replaced(packed, tokenizer, model_config, tmp_path, monkeypatch):
     monkeypatch.setattr(reader_module, "RETRY_PAUSES", (0.01, 0.01))
     data = data_config(packed)
-    stream = Stream(data, "alignment", tokenizer, model_config, 0, 1, 0, 4, rejected_path=tmp_path / "rejected.jsonl")
+    stream = Stream(
+        data, "alignment", tokenizer, model_config, 0, 1, 0, 4, rejected_path=tmp_path / "rejected.jsonl"
+    )
     lost = set(range(10, 15))
     (packed / "toy-000002.tar").unlink()
     steps = list(stream)
@@ -48,15 +51,21 @@ def test_a_vanished_shard_is_named_and_replaced(packed, tokenizer, model_config,
     hit = [int(row) for batch in planned for row in batch["row"] if row in lost]
     rejected = [record for step in steps for record in step.rejected]
     assert hit and {record["row"] for record in rejected} >= set(hit)
-    assert all("cannot be read" in record["reason"] and record["shard"] == "toy-000002.tar" for record in rejected)
-    assert sum("after 3 attempt(s)" in record["reason"] for record in rejected) == 1  # the others did not wait again
+    assert all(
+        "cannot be read" in record["reason"] and record["shard"] == "toy-000002.tar" for record in rejected
+    )
+    assert (
+        sum("after 3 attempt(s)" in record["reason"] for record in rejected) == 1
+    )  # the others did not wait again
     assert [step.samples for step in steps] == [len(batch) for batch in planned]
 
 
 @pytest.fixture
 def stuck(packed, tokenizer, model_config):
     """A stream whose second shard blocks whoever opens it, as a dead mount does."""
-    stream = Stream(data_config(packed, shuffle_window_shards=1), "alignment", tokenizer, model_config, 0, 1, 0, 9)
+    stream = Stream(
+        data_config(packed, shuffle_window_shards=1), "alignment", tokenizer, model_config, 0, 1, 0, 9
+    )
     (packed / "toy-000001.tar").unlink()
     os.mkfifo(packed / "toy-000001.tar")
     return stream
@@ -67,7 +76,9 @@ def test_the_watchdog_names_a_stuck_worker(stuck, caplog):
         for _ in Loader(stuck.reader, stuck._jobs(), 1, 2, slow_after=0.2, stuck_after=1.0):
             pass
     assert "data worker 0 has been at sample" in caplog.text and "toy-000001.tar" in caplog.text
-    assert "was stuck for 1 s and was ended, at sample" in str(error.value) and "toy-000001.tar" in str(error.value)
+    assert "was stuck for 1 s and was ended, at sample" in str(error.value) and "toy-000001.tar" in str(
+        error.value
+    )
     assert not multiprocessing.active_children()
 
 
@@ -79,8 +90,15 @@ def test_a_dead_worker_is_named(stuck):
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
     threading.Thread(target=end_it, daemon=True).start()
-    with pytest.raises(StreamStalled, match=r"worker 0 \(pid \d+\) is dead, exit code -9, at sample \d+ of .*toy-000001.tar"):
-        for _ in Loader(stuck.reader, stuck._jobs(), 1, 2, ):
+    with pytest.raises(
+        StreamStalled, match=r"worker 0 \(pid \d+\) is dead, exit code -9, at sample \d+ of .*toy-000001.tar"
+    ):
+        for _ in Loader(
+            stuck.reader,
+            stuck._jobs(),
+            1,
+            2,
+        ):
             pass
 
 

@@ -1,4 +1,5 @@
-"""Promises of the plan, whatever the shards, ranks, budgets and mixtures. Indexes without audio: the plan reads none."""
+"""Promises of the plan, whatever the shards, ranks, budgets and mixtures. Indexes without audio: the plan
+reads none."""
 
 import time
 from collections import Counter
@@ -26,8 +27,16 @@ def corpora(draw):
     durations = np.random.default_rng(seed).uniform(0.2, longest, sum(sizes)).astype(np.float32)
     batch = draw(st.floats(longest, 4 * longest))
     micro = draw(st.floats(longest / 2, 2 * longest))
-    return sizes, durations, {"batch_seconds": batch, "micro_batch_seconds": micro, "seed": seed % 5,
-                              "shuffle_window_shards": draw(st.integers(1, 13))}
+    return (
+        sizes,
+        durations,
+        {
+            "batch_seconds": batch,
+            "micro_batch_seconds": micro,
+            "seed": seed % 5,
+            "shuffle_window_shards": draw(st.integers(1, 13)),
+        },
+    )
 
 
 def make(case, steps=1000):
@@ -71,7 +80,9 @@ def test_equal_micro_batches_and_identical_ids_on_any_number_of_ranks(case, worl
         for world in worlds:
             dealt = assign(batch["seconds"], batch["positions"], world, Budgets.of(plan.data))
             assert len(dealt) == world and len({len(rank) for rank in dealt}) == 1
-            assert sorted(np.concatenate([group for rank in dealt for group in rank]).tolist()) == list(range(len(batch)))
+            assert sorted(np.concatenate([group for rank in dealt for group in rank]).tolist()) == list(
+                range(len(batch))
+            )
 
 
 @FAST
@@ -94,14 +105,21 @@ def test_text_only_turns_are_planned_by_what_it_takes_to_say_them():
     index.samples["audio_size"], index.samples["characters"], index.samples["target_characters"] = 0, 0, 150
     plan = Plan([index], data_config("x", batch_seconds=100.0), "sft", 10)
     assert [len(plan.global_batch(step)) for step in range(4)] == [10, 10, 10, 10]  # 150 characters: 10 s
-    assert (plan.global_batch(0)["seconds"] == 0).all() and (plan.global_batch(0)["positions"] == 48 + 50).all()
+    assert (plan.global_batch(0)["seconds"] == 0).all() and (
+        plan.global_batch(0)["positions"] == 48 + 50
+    ).all()
 
 
 def lengths(kind: str, count: int) -> np.ndarray:
     """Like read speech (most clips near 14 s), like spontaneous speech (many short clips), evenly spread."""
     random = np.random.default_rng(1)
-    made = {"read": np.where(random.random(count) < 0.65, random.normal(14.2, 1.2, count), random.uniform(1.5, 14, count)),
-            "spontaneous": random.lognormal(1.0, 0.7, count), "even": random.uniform(0.5, 30, count)}[kind]
+    made = {
+        "read": np.where(
+            random.random(count) < 0.65, random.normal(14.2, 1.2, count), random.uniform(1.5, 14, count)
+        ),
+        "spontaneous": random.lognormal(1.0, 0.7, count),
+        "even": random.uniform(0.5, 30, count),
+    }[kind]
     return np.clip(made, 0.3, 30).astype(np.float32)
 
 
@@ -119,10 +137,16 @@ def test_imbalance_between_ranks(kind, ranks):
 
 
 @pytest.mark.parametrize("kind", ["read", "spontaneous", "even"])
-@pytest.mark.parametrize(("batch", "micro", "ranks"), [(3600.0, 120.0, 8), (240.0, 120.0, 2), (60.0, 30.0, 2)])
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks"), [(3600.0, 120.0, 8), (240.0, 120.0, 2), (60.0, 30.0, 2)]
+)
 def test_padding(kind, batch, micro, ranks):
-    plan = Plan([table_index(lengths(kind, 4000), [400] * 10)],
-                data_config("x", batch_seconds=batch, micro_batch_seconds=micro), "alignment", 100)
+    plan = Plan(
+        [table_index(lengths(kind, 4000), [400] * 10)],
+        data_config("x", batch_seconds=batch, micro_batch_seconds=micro),
+        "alignment",
+        100,
+    )
     shares = []
     for step in range(20):
         seconds = plan.global_batch(step)["seconds"]
@@ -132,9 +156,14 @@ def test_padding(kind, batch, micro, ranks):
 
 
 def test_batches_are_mixed():
-    """Utterances of a step come from its whole window, neighbours differ from pass to pass, and lengths do not rise or fall."""
-    plan = Plan([table_index(lengths("read", 4000), [400] * 10)], data_config("x", batch_seconds=600.0, micro_batch_seconds=60.0,
-                shuffle_window_shards=10), "alignment", 1000)
+    """Utterances of a step come from its whole window, neighbours differ from pass to pass, and lengths do
+    not rise or fall."""
+    plan = Plan(
+        [table_index(lengths("read", 4000), [400] * 10)],
+        data_config("x", batch_seconds=600.0, micro_batch_seconds=60.0, shuffle_window_shards=10),
+        "alignment",
+        1000,
+    )
     steps = int(plan.orders[0].total / 600_000)
     batches = [plan.global_batch(step) for step in range(1, 2 * steps)]
     shards = [len(set((batch["row"] // 400).tolist())) for batch in batches]
@@ -142,11 +171,12 @@ def test_batches_are_mixed():
     means = np.array([batch["seconds"].mean() for batch in batches])
     assert abs(np.corrcoef(np.arange(len(means)), means)[0, 1]) < 0.3
 
-
     def neighbours(part):
-        return {frozenset(batch["row"][at:at + 2].tolist()) for batch in part for at in range(len(batch) - 1)}
+        return {
+            frozenset(batch["row"][at : at + 2].tolist()) for batch in part for at in range(len(batch) - 1)
+        }
 
-    first, second = neighbours(batches[:steps - 1]), neighbours(batches[steps:])
+    first, second = neighbours(batches[: steps - 1]), neighbours(batches[steps:])
     assert len(first & second) < 0.02 * len(first)
 
 
@@ -165,6 +195,7 @@ def test_plan_of_a_large_index_answers_at_any_step_alike():
 
 # ---- the mixture ----
 
+
 def test_tau_moves_from_proportional_to_balanced():
     shares = task_probabilities(np.array([900.0, 100.0]), np.array([1.0, 2.0, 1e9]))
     np.testing.assert_allclose(shares, [[0.9, 0.1], [0.75, 0.25], [0.5, 0.5]], atol=1e-6)
@@ -172,8 +203,15 @@ def test_tau_moves_from_proportional_to_balanced():
 
 @pytest.mark.parametrize(("tau_start", "tau_end"), [(1.0, 1.0), (1.0, 5.0), (3.0, 1.0)])
 def test_units_before_a_step_are_the_sum_of_the_steps(tau_start, tau_end):
-    mixture = Mixture(MixtureConfig(tau_start, tau_end), ["asr", "sound", "asr"], [900, 50, 100], [5000, 3000, 9000],
-                      [None] * 3, 60_000, 40)
+    mixture = Mixture(
+        MixtureConfig(tau_start, tau_end),
+        ["asr", "sound", "asr"],
+        [900, 50, 100],
+        [5000, 3000, 9000],
+        [None] * 3,
+        60_000,
+        40,
+    )
     before = np.array([mixture.before(step) for step in range(101)])
     rates = np.diff(before, axis=0)
     assert (rates > 0).all() and (abs(rates.sum(axis=1) - 60_000) <= 3).all()
@@ -185,7 +223,9 @@ def test_units_before_a_step_are_the_sum_of_the_steps(tau_start, tau_end):
 
 def two_tasks(**mixture):
     random = np.random.default_rng(0)
-    index = table_index(random.uniform(1, 8, 1000), [100] * 10, tasks=("asr", "sound"), task_of=np.arange(1000) % 10 == 0)
+    index = table_index(
+        random.uniform(1, 8, 1000), [100] * 10, tasks=("asr", "sound"), task_of=np.arange(1000) % 10 == 0
+    )
     data = data_config("x", batch_seconds=60.0, mixture=MixtureConfig(**mixture))
     return Plan([index], data, "shrinking", 200)
 
@@ -193,7 +233,7 @@ def two_tasks(**mixture):
 def test_batches_follow_the_mixture():
     plan = two_tasks(tau_start=1.0, tau_end=4.0)
     assert plan.shares(0)["x/sound"] == pytest.approx(0.1)
-    assert plan.shares(200)["x/sound"] == pytest.approx(1 / (1 + 9 ** 0.25))
+    assert plan.shares(200)["x/sound"] == pytest.approx(1 / (1 + 9**0.25))
     for first in (0, 100, 170):
         steps = range(first, first + 30)
         batches = np.concatenate([plan.global_batch(step) for step in steps])
@@ -244,7 +284,10 @@ def test_the_rest_of_a_corpus_is_what_its_share_leaves_out():
         data.train[0].share, data.train[0].share_from = share, start
         return Plan([index], data, "alignment", 10)
 
-    parts = [set(plan(share, start).orders[0].rows.tolist()) for share, start in ((0.5, 0.0), (0.25, 0.5), (0.25, 0.75))]
+    parts = [
+        set(plan(share, start).orders[0].rows.tolist())
+        for share, start in ((0.5, 0.0), (0.25, 0.5), (0.25, 0.75))
+    ]
     assert sum(map(len, parts)) == 2000 and set.union(*parts) == set(range(2000))
     assert [len(part) for part in parts] == pytest.approx([1000, 500, 500], abs=70)
     assert plan(0.5, 0.0).fingerprint != plan(0.5, 0.5).fingerprint
@@ -253,14 +296,23 @@ def test_the_rest_of_a_corpus_is_what_its_share_leaves_out():
             plan(share, start)
 
 
-@pytest.mark.parametrize("folders, names", [
-    (["/data/a", "/data/b"], ["a", "b"]),
-    (["/a/train", "/b/train", "/c/x/train"], ["a/train", "b/train", "x/train"]),
-    (["/1/x/train", "/2/x/train"], ["1/x/train", "2/x/train"]),
-    (["/x/train", "/y/train", "/x/train"], ["x/train#1", "y/train", "x/train#2"])])
+@pytest.mark.parametrize(
+    "folders, names",
+    [
+        (["/data/a", "/data/b"], ["a", "b"]),
+        (["/a/train", "/b/train", "/c/x/train"], ["a/train", "b/train", "x/train"]),
+        (["/1/x/train", "/2/x/train"], ["1/x/train", "2/x/train"]),
+        (["/x/train", "/y/train", "/x/train"], ["x/train#1", "y/train", "x/train#2"]),
+    ],
+)
 def test_corpora_of_one_name_are_told_apart(folders, names):
     index = table_index(np.full(40, 2.0), [20, 20])
-    plan = Plan([index] * len(folders), data_config(*folders, batch_seconds=20.0, micro_batch_seconds=10.0), "alignment", 10)
+    plan = Plan(
+        [index] * len(folders),
+        data_config(*folders, batch_seconds=20.0, micro_batch_seconds=10.0),
+        "alignment",
+        10,
+    )
     assert list(plan.passes(5)) == [f"{name}/asr" for name in names]
     assert sum(plan.shares(5).values()) == pytest.approx(1)
 
@@ -274,15 +326,32 @@ def test_wrong_mixtures_are_named():
 
 def test_fingerprint_names_what_the_plan_depends_on():
     def fingerprint(**changes):
-        return make(([20, 20], np.full(40, 2.0), {"batch_seconds": 20.0, "micro_batch_seconds": 10.0, **changes})).fingerprint
+        return make(
+            ([20, 20], np.full(40, 2.0), {"batch_seconds": 20.0, "micro_batch_seconds": 10.0, **changes})
+        ).fingerprint
 
     assert fingerprint() == fingerprint(workers=7, micro_batch_tokens=99, micro_batch_seconds=7.0)
-    assert len({fingerprint(), fingerprint(seed=1), fingerprint(batch_seconds=21.0), fingerprint(shuffle_window_shards=1),
-                fingerprint(max_seconds=9.0), fingerprint(bucket_seconds=9.0)}) == 6
+    assert (
+        len(
+            {
+                fingerprint(),
+                fingerprint(seed=1),
+                fingerprint(batch_seconds=21.0),
+                fingerprint(shuffle_window_shards=1),
+                fingerprint(max_seconds=9.0),
+                fingerprint(bucket_seconds=9.0),
+            }
+        )
+        == 6
+    )
 
 
 def test_the_same_batches_on_every_machine():
     """The order is made of fixed hashes: these numbers must never change."""
-    plan = Plan([table_index(np.linspace(1, 9, 60).astype(np.float32), [12] * 5)],
-                data_config("x", batch_seconds=30.0, micro_batch_seconds=15.0, seed=3, shuffle_window_shards=2), "alignment", 10)
+    plan = Plan(
+        [table_index(np.linspace(1, 9, 60).astype(np.float32), [12] * 5)],
+        data_config("x", batch_seconds=30.0, micro_batch_seconds=15.0, seed=3, shuffle_window_shards=2),
+        "alignment",
+        10,
+    )
     assert plan.global_batch(2)["row"].tolist() == [23, 22, 21, 20, 29, 28, 27]

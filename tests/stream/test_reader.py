@@ -21,8 +21,10 @@ def noise():
     return np.random.default_rng(0).normal(0, 0.1, (9_000, 2)).astype(np.float32)
 
 
-@pytest.mark.parametrize("kind, subtype", [
-    ("FLAC", "PCM_16"), ("FLAC", "PCM_24"), ("FLAC", "PCM_S8"), ("WAV", "PCM_16"), ("OGG", "VORBIS")])
+@pytest.mark.parametrize(
+    "kind, subtype",
+    [("FLAC", "PCM_16"), ("FLAC", "PCM_24"), ("FLAC", "PCM_S8"), ("WAV", "PCM_16"), ("OGG", "VORBIS")],
+)
 @pytest.mark.parametrize("channels", [1, 2])
 def test_samples_are_those_of_libsndfile(noise, kind, subtype, channels):
     audio = encoded(noise[:, :channels], subtype, kind)

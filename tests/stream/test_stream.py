@@ -36,7 +36,9 @@ def consumed(data, stage, tokenizer, model_config, world_size, start, steps):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ranks_and_workers_do_not_change_the_batches(packed, tokenizer, model_config, workers):
     alone = consumed(data_config(packed), "alignment", tokenizer, model_config, 1, 0, 9)
-    assert consumed(data_config(packed, workers=workers), "alignment", tokenizer, model_config, 3, 0, 9) == alone
+    assert (
+        consumed(data_config(packed, workers=workers), "alignment", tokenizer, model_config, 3, 0, 9) == alone
+    )
     later = consumed(data_config(packed, workers=workers), "alignment", tokenizer, model_config, 2, 5, 9)
     assert later == {step: alone[step] for step in range(5, 9)}
 
@@ -51,18 +53,28 @@ def dropout_keys(data, tokenizer, model_config, world_size, steps):
                     assert batch.row_keys.tolist() == batch.audio_keys.tolist() == [0]
                     continue
                 audios = iter(batch.audio_keys.tolist() if not batch.audio_is_dummy else [])
-                found.update((step.step, name, key, None if task == "text" else next(audios)) for name, key, task in
-                             zip(batch.ids, batch.row_keys.tolist(), batch.tasks, strict=True))
+                found.update(
+                    (step.step, name, key, None if task == "text" else next(audios))
+                    for name, key, task in zip(batch.ids, batch.row_keys.tolist(), batch.tasks, strict=True)
+                )
                 assert next(audios, None) is None
     return found
 
 
 def test_dropout_keys_belong_to_utterance_and_pass_alone(mixed, packed, tokenizer, model_config):
-    """Not to the rank, the micro-batch or the worker; a clip's audio has its conversation's. Two corpora have the same ids."""
+    """Not to the rank, the micro-batch or the worker; a clip's audio has its conversation's. Two corpora have
+    the same ids."""
     data = data_config(mixed, packed)
     alone = dropout_keys(data, tokenizer, model_config, 1, 14)
-    assert dropout_keys(data_config(mixed, packed, micro_batch_seconds=2.5, workers=1), tokenizer, model_config, 3, 14) == alone
-    assert all(audio in (None, row) for _, _, row, audio in alone) and any(audio is None for *_, audio in alone)
+    assert (
+        dropout_keys(
+            data_config(mixed, packed, micro_batch_seconds=2.5, workers=1), tokenizer, model_config, 3, 14
+        )
+        == alone
+    )
+    assert all(audio in (None, row) for _, _, row, audio in alone) and any(
+        audio is None for *_, audio in alone
+    )
     plan, expected, places = Plan.open(data, "shrinking", 14), Counter(), set()
     for step in range(14):
         for entry in plan.global_batch(step):
@@ -96,15 +108,19 @@ def test_waveforms_and_targets_are_those_of_the_files(packed, tokenizer, model_c
             length = int(batch.audio_lengths[row])
             assert torch.equal(batch.waveforms[row, :length], torch.from_numpy(audio))
             assert not batch.waveforms[row, length:].any()
-            target = batch.ctc_targets[row, :batch.ctc_target_lengths[row]]
+            target = batch.ctc_targets[row, : batch.ctc_target_lengths[row]]
             assert tokenizer.decode(target).strip() == f"the words of clip {number}"
-    assert step.seconds == pytest.approx(sum(float(b.audio_lengths.sum()) / 16000 for b in step.micro_batches))
+    assert step.seconds == pytest.approx(
+        sum(float(b.audio_lengths.sum()) / 16000 for b in step.micro_batches)
+    )
 
 
 def test_mixed_batches_of_stage_two(mixed, tokenizer, model_config):
     audio = tokenizer.convert_tokens_to_ids("<audio_patch>")
     kinds = set()
-    for step in Stream(data_config(mixed, micro_batch_seconds=2.0), "shrinking", tokenizer, model_config, 0, 2, 0, 6):
+    for step in Stream(
+        data_config(mixed, micro_batch_seconds=2.0), "shrinking", tokenizer, model_config, 0, 2, 0, 6
+    ):
         for batch in step.micro_batches:
             heard = (batch.input_ids == audio).sum()
             assert batch.audio_is_dummy == (heard == 0)
@@ -112,7 +128,9 @@ def test_mixed_batches_of_stage_two(mixed, tokenizer, model_config):
             answers = [tokenizer.decode(row[row != -100]) for row in batch.labels]
             for task, answer, name in zip(batch.tasks, answers, batch.ids, strict=True):
                 number = name.split("-")[1]
-                expected = {"text": "Four.", "translation": "les mots", "asr": f"the words of clip {number}"}[task]
+                expected = {"text": "Four.", "translation": "les mots", "asr": f"the words of clip {number}"}[
+                    task
+                ]
                 assert answer.strip() == expected + "<|end|>"
                 kinds.add(task)
     assert kinds == {"asr", "translation", "text"}
@@ -121,16 +139,22 @@ def test_mixed_batches_of_stage_two(mixed, tokenizer, model_config):
 def test_more_ranks_than_utterances_get_dummies(packed, tokenizer, model_config):
     data = data_config(packed, batch_seconds=3.0)
     for stage in ("alignment", "shrinking"):
-        batches = [next(iter(Stream(data, stage, tokenizer, model_config, rank, 16, 0, 1))).micro_batches for rank in range(16)]
+        batches = [
+            next(iter(Stream(data, stage, tokenizer, model_config, rank, 16, 0, 1))).micro_batches
+            for rank in range(16)
+        ]
         assert {len(b) for b in batches} == {1}
         dummies = [b[0] for b in batches if b[0].audio_is_dummy]
         assert dummies
         for dummy in dummies:
-            assert dummy.ids == [] and dummy.ctc_count == 0 and dummy.ce_count == 0 and len(dummy.waveforms) == 1
+            assert (
+                dummy.ids == [] and dummy.ctc_count == 0 and dummy.ce_count == 0 and len(dummy.waveforms) == 1
+            )
 
 
 def faulty(tmp_path):
-    """40 clips: one of no samples, one with NaN, one without text, one that is no audio, and the last shard cut short."""
+    """40 clips: one of no samples, one with NaN, one without text, one that is no audio, and the last shard
+    cut short."""
     samples = []
     for number in range(40):
         seconds = 1.0 + 0.02 * number
@@ -153,15 +177,31 @@ def faulty(tmp_path):
 def test_faults_cost_one_named_sample_each(tmp_path, tokenizer, model_config):
     folder = faulty(tmp_path)
     data = data_config(folder, batch_seconds=16.0, ctc_text="lower_no_punctuation")
-    streams = [Stream(data, "alignment", tokenizer, model_config, rank, 2, 0, 4, rejected_path=tmp_path / "rejected.jsonl")
-               for rank in range(2)]
+    streams = [
+        Stream(
+            data,
+            "alignment",
+            tokenizer,
+            model_config,
+            rank,
+            2,
+            0,
+            4,
+            rejected_path=tmp_path / "rejected.jsonl",
+        )
+        for rank in range(2)
+    ]
     shard = folder / "toy-000003.tar"
     shard.write_bytes(shard.read_bytes()[:-40000])  # cut while the run is under way: its last sample is lost
     runs = [list(stream) for stream in streams]
     lines = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
     reasons = {line["id"]: line["reason"] for line in lines}
     assert set(reasons) == {"asr-3", "asr-7", "asr-11", "asr-15", "row 39 of toy-000003.tar"}
-    assert "no samples" in reasons["asr-3"] and "NaN" in reasons["asr-7"] and "no transcript" in reasons["asr-11"]
+    assert (
+        "no samples" in reasons["asr-3"]
+        and "NaN" in reasons["asr-7"]
+        and "no transcript" in reasons["asr-11"]
+    )
     assert "undecodable" in reasons["asr-15"] and "ends inside" in reasons["row 39 of toy-000003.tar"]
     names = [name for run in runs for step in run for batch in step.micro_batches for name in batch.ids]
     planned = sum(len(streams[0].plan.global_batch(step)) for step in range(4))
@@ -169,7 +209,9 @@ def test_faults_cost_one_named_sample_each(tmp_path, tokenizer, model_config):
     for line in lines:
         assert line["replaced_by"] in names
     again = list(Stream(data, "alignment", tokenizer, model_config, 0, 1, 0, 4, plan=streams[0].plan))
-    assert Counter(name for step in again for batch in step.micro_batches for name in batch.ids) == Counter(names)
+    assert Counter(name for step in again for batch in step.micro_batches for name in batch.ids) == Counter(
+        names
+    )
 
 
 def test_past_the_share_the_run_stops_with_the_list(tmp_path, tokenizer, model_config):
@@ -177,10 +219,16 @@ def test_past_the_share_the_run_stops_with_the_list(tmp_path, tokenizer, model_c
     data = data_config(faulty(tmp_path), batch_seconds=16.0, max_rejected_share=0.002)
     rejected = samples = 0
     for rank in range(2):
-        stream = Stream(data, "alignment", tokenizer, model_config, rank, 2, 0, 4, rejected_path=tmp_path / "r.jsonl")
+        stream = Stream(
+            data, "alignment", tokenizer, model_config, rank, 2, 0, 4, rejected_path=tmp_path / "r.jsonl"
+        )
         for step in stream:
             rejected, samples = rejected + len(step.rejected), samples + step.samples
-    assert rejected >= 3 and stream.rejected.too_many(2, samples) is None and stream.rejected.too_many(19, 9_981) is None
+    assert (
+        rejected >= 3
+        and stream.rejected.too_many(2, samples) is None
+        and stream.rejected.too_many(19, 9_981) is None
+    )
     told = stream.rejected.too_many(rejected, samples)
     assert isinstance(told, TooManyRejected)
     assert f"{rejected} of {rejected + samples} utterances" in str(told)
@@ -199,10 +247,16 @@ def test_a_broken_utterance_is_named_once_by_all_ranks_and_restarts(tmp_path):
 
 def test_what_the_index_rules_out_is_named(packed, tokenizer, model_config, tmp_path):
     data = data_config(packed, min_seconds=0.45, max_seconds=2.35)
-    stream = Stream(data, "alignment", tokenizer, model_config, 0, 1, 0, 1, rejected_path=tmp_path / "r.jsonl")
+    stream = Stream(
+        data, "alignment", tokenizer, model_config, 0, 1, 0, 1, rejected_path=tmp_path / "r.jsonl"
+    )
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert {line["id"]: line["reason"].split()[0] for line in lines} == {
-        "asr-0": "shorter", "asr-1": "shorter", "asr-21": "longer", "asr-22": "longer"}
+        "asr-0": "shorter",
+        "asr-1": "shorter",
+        "asr-21": "longer",
+        "asr-22": "longer",
+    }
     assert stream.plan.utterances.tolist() == [19]
     with pytest.raises(RecipeError, match="nothing that stage 'alignment' can train on: 23 x longer"):
         Plan.open(data_config(packed, max_seconds=0.2), "alignment", 1)
@@ -210,8 +264,18 @@ def test_what_the_index_rules_out_is_named(packed, tokenizer, model_config, tmp_
 
 def test_a_split_is_evaluated_once_with_equal_batches(packed, tokenizer, model_config):
     for world_size in (1, 3, 7):
-        streams = [EvalStream(str(packed), tokenizer, model_config, "shrinking", batch_seconds=5.0, rank=rank,
-                              world_size=world_size) for rank in range(world_size)]
+        streams = [
+            EvalStream(
+                str(packed),
+                tokenizer,
+                model_config,
+                "shrinking",
+                batch_seconds=5.0,
+                rank=rank,
+                world_size=world_size,
+            )
+            for rank in range(world_size)
+        ]
         assert len({len(stream) for stream in streams}) == 1
         names = []
         for stream in streams:
@@ -226,8 +290,14 @@ def test_a_split_is_evaluated_once_with_equal_batches(packed, tokenizer, model_c
 
 
 def test_eval_limit_and_done(packed, tokenizer, model_config):
-    stream = EvalStream(str(packed), tokenizer, model_config, "alignment", limit=6,
-                        done=lambda sample: sample["id"] == "asr-0")
+    stream = EvalStream(
+        str(packed),
+        tokenizer,
+        model_config,
+        "alignment",
+        limit=6,
+        done=lambda sample: sample["id"] == "asr-0",
+    )
     names = sorted(name for batch, _ in stream for name in batch.ids)
     assert stream.total == 5 and names == sorted(f"asr-{n}" for n in (3, 7, 11, 15, 19))
 
@@ -249,7 +319,11 @@ def test_validation_references(mixed, tokenizer, model_config):
     data.valid = data.train
     pairs = validation_batches(data, "shrinking", tokenizer, model_config, 0, 1, 30)
     found = {name: text for batch, texts in pairs for name, text in zip(batch.ids, texts, strict=True)}
-    assert found["text-4"] == "Four." and found["translation-3"] == "les mots" and found["asr-0"] == "the words of clip 0"
+    assert (
+        found["text-4"] == "Four."
+        and found["translation-3"] == "les mots"
+        and found["asr-0"] == "the words of clip 0"
+    )
     assert len(found) == 30
 
 
@@ -262,7 +336,8 @@ def test_worst_case_batch_fills_the_budgets(packed, tokenizer, model_config):
 
 @pytest.mark.parametrize("micro, shape", [(9.0, (4, 40000)), (10.0, (5, 35555)), (2.0, (1, 40000))])
 def test_worst_case_batch_knows_that_clips_are_slowed(packed, tokenizer, model_config, micro, shape):
-    """At 0.9, 9 s last 10 s: four clips of 2.5 s, not three. A clip that would last longer than max_seconds keeps its speed."""
+    """At 0.9, 9 s last 10 s: four clips of 2.5 s, not three. A clip that would last longer than max_seconds
+    keeps its speed."""
     data = data_config(packed, micro_batch_seconds=micro, max_seconds=2.5, speed_perturb=[0.9, 1.0, 1.1])
     assert worst_case_batch(data, "alignment", tokenizer, model_config).waveforms.shape == shape
 
@@ -290,12 +365,18 @@ def test_replacement_is_a_function_of_the_plan(packed):
 
 def test_what_replaces_a_text_only_turn_is_not_longer():
     index = table_index(np.zeros(40), [10] * 4, tasks=("text",))
-    index.samples["audio_size"], index.samples["characters"], index.samples["target_characters"] = 0, 0, np.arange(15, 615, 15)
+    index.samples["audio_size"], index.samples["characters"], index.samples["target_characters"] = (
+        0,
+        0,
+        np.arange(15, 615, 15),
+    )
     plan = Plan([index], data_config("x", batch_seconds=1000.0), "sft", 1)
     said = index.samples["target_characters"]
     for entry in plan.global_batch(0):
         chosen = [plan.replacement(entry, attempt)["row"] for attempt in (1, 2, 3)]
-        assert (said[chosen] <= max(said[entry["row"]], 60)).all()  # of the shortest, what is shortest of what was drawn
+        assert (
+            said[chosen] <= max(said[entry["row"]], 60)
+        ).all()  # of the shortest, what is shortest of what was drawn
 
 
 def test_open_files_are_dealt_out_among_corpora(monkeypatch):

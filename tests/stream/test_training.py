@@ -1,4 +1,5 @@
-"""The stream under real training: faults, ranks without audio, kills. What was consumed is what was planned."""
+"""The stream under real training: faults, ranks without audio, kills. What was consumed is what was
+planned."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ def tiny(tmp_path_factory) -> Path:
 
 
 def start(server: Server, recipe: Path, *overrides: str, ranks: int = 2) -> Running:
-    return server.start([recipe, "data.valid=[]", "log.sample_ids=true", "log.tensorboard=false", *overrides], ranks=ranks)
+    return server.start(
+        [recipe, "data.valid=[]", "log.sample_ids=true", "log.tensorboard=false", *overrides], ranks=ranks
+    )
 
 
 def run(server: Server, recipe: Path, *overrides: str, ranks: int = 2) -> tuple[list[int], str]:
@@ -44,8 +47,10 @@ def metrics(stage: Path) -> list[dict]:
 def planned(recipe: Path, steps: int, *overrides: str) -> list[list[str]]:
     """The ids of each step's global batch, from the index and the JSON in the shards."""
     plan = Plan.open((told := load_recipe(recipe, list(overrides))).data, told.stage, steps)
-    return [sorted(plan.indexes[e["corpus"]].read(int(e["row"]))[1]["id"] for e in plan.global_batch(step))
-            for step in range(steps)]
+    return [
+        sorted(plan.indexes[e["corpus"]].read(int(e["row"]))[1]["id"] for e in plan.global_batch(step))
+        for step in range(steps)
+    ]
 
 
 def of_step(ranks: dict[int, list[list[str]]]) -> list[str]:
@@ -59,11 +64,15 @@ def float_wav(wave: np.ndarray) -> bytes:
 
 
 def faulty(folder: Path) -> Path:
-    """30 clips in three shards: one without samples, one with NaN in it, one without text, and a tar whose end is cut off."""
+    """30 clips in three shards: one without samples, one with NaN in it, one without text, and a tar whose
+    end is cut off."""
     samples = []
     for number in range(30):
         seconds = 0.5 + 0.02 * number
-        entry, audio = record(number, seconds, text=f"clip {number % 7}"), sound(seconds, number, container="wav")
+        entry, audio = (
+            record(number, seconds, text=f"clip {number % 7}"),
+            sound(seconds, number, container="wav"),
+        )
         if number == 3:
             audio = float_wav(np.zeros(0))
         if number == 12:
@@ -77,7 +86,7 @@ def faulty(folder: Path) -> Path:
     table["characters"][17] = 6
     np.save(folder / "samples.npy", table)
     shard = folder / "toy-000002.tar"
-    shard.write_bytes(shard.read_bytes()[:int(table["audio_offset"][29]) + 1000])
+    shard.write_bytes(shard.read_bytes()[: int(table["audio_offset"][29]) + 1000])
     return folder
 
 
@@ -90,7 +99,9 @@ def faults(tiny, server) -> Path:
     folder, output = faulty(tiny / "faulty"), tiny / "faults"
     options = [f"output={output}", f"data.train=[{{shards: {folder}}}]", "optim.steps=6"]
     codes, told = run(server, tiny / "stage1.yaml", *options, "data.max_rejected_share=0.002")
-    assert codes == [2, 2] and re.search(r"\d of \d+ utterances .* data.max_rejected_share=0.002", told), told[-3000:]
+    assert codes == [2, 2] and re.search(r"\d of \d+ utterances .* data.max_rejected_share=0.002", told), (
+        told[-3000:]
+    )
     assert sum(f"asr-{number} (" in told or f"row {number} of" in told for number in BROKEN) >= 2
     codes, told = run(server, tiny / "stage1.yaml", *options, "data.max_rejected_share=1")
     assert codes == [0, 0] and "resuming at step" in told, told[-3000:]
@@ -101,52 +112,89 @@ def test_faults_cost_one_counted_named_sample_each(tiny, faults):
     told = [json.loads(line) for line in (faults / "rejected.jsonl").read_text().splitlines()]
     assert len(told) == len(BROKEN) and {line["row"] for line in told} == set(BROKEN)
     assert all(BROKEN[line["row"]] in line["reason"] for line in told)
-    plan = Plan.open(load_recipe(tiny / "stage1.yaml", [f"data.train=[{{shards: {tiny / 'faulty'}}}]"]).data, "alignment", 6)
+    plan = Plan.open(
+        load_recipe(tiny / "stage1.yaml", [f"data.train=[{{shards: {tiny / 'faulty'}}}]"]).data,
+        "alignment",
+        6,
+    )
     lines, steps = metrics(faults), consumed.read(faults)
     assert len(lines) == len(steps) == 6 and all(np.isfinite(line["loss"]) for line in lines)
     for step, line in enumerate(lines):  # met again in the second pass, they count again and are named once
         meant = plan.global_batch(step)["row"].tolist()
-        assert len(of_step(steps[step])) == len(meant) and bool(line["rejected"]) == bool(set(meant) & set(BROKEN))
+        assert len(of_step(steps[step])) == len(meant) and bool(line["rejected"]) == bool(
+            set(meant) & set(BROKEN)
+        )
     seen = {name for ranks in steps.values() for name in of_step(ranks)}
-    assert not {f"asr-{number}" for number in BROKEN} & seen and all(line["replaced_by"] in seen for line in told)
+    assert not {f"asr-{number}" for number in BROKEN} & seen and all(
+        line["replaced_by"] in seen for line in told
+    )
 
 
 def test_a_rank_that_has_only_text(tiny, server, faults):
-    """Under ZeRO-3, beside a rank with audio, in more than one step; the largest micro-batch is tried before."""
-    samples = [(record(i, None, "text", text=None, prompt="Two and two?", response="Four, of course. " * 4), None, "")
-               for i in range(24)]
+    """Under ZeRO-3, beside a rank with audio, in more than one step; the largest micro-batch is tried
+    before."""
+    samples = [
+        (
+            record(i, None, "text", text=None, prompt="Two and two?", response="Four, of course. " * 4),
+            None,
+            "",
+        )
+        for i in range(24)
+    ]
     samples += [(record(30 + i, 1.0, text=f"clip {i}"), sound(1.0, i), "flac") for i in range(12)]
     folder = write_folder(tiny / "mostly-text", samples, per_shard=12)
     output = tiny / "text"
-    codes, told = run(server, tiny / "stage2.yaml", f"output={output}", f"init_from={faults / 'model'}", "optim.steps=6",
-               f"data.train=[{{shards: {folder}}}]", "data.batch_seconds=12", "data.mixture.task_weights={asr: 1, text: 2}",
-               "data.try_largest=true", "data.max_seconds=2", "data.micro_batch_tokens=2000")
+    codes, told = run(
+        server,
+        tiny / "stage2.yaml",
+        f"output={output}",
+        f"init_from={faults / 'model'}",
+        "optim.steps=6",
+        f"data.train=[{{shards: {folder}}}]",
+        "data.batch_seconds=12",
+        "data.mixture.task_weights={asr: 1, text: 2}",
+        "data.try_largest=true",
+        "data.max_seconds=2",
+        "data.micro_batch_tokens=2000",
+    )
     assert codes == [0, 0] and "the largest micro-batch of the recipe fits" in told, told[-3000:]
     steps = consumed.read(output / "shrinking")
-    kinds = [{rank: {name.split("-")[0] for part in parts for name in part} for rank, parts in ranks.items()}
-             for ranks in steps.values()]
+    kinds = [
+        {rank: {name.split("-")[0] for part in parts for name in part} for rank, parts in ranks.items()}
+        for ranks in steps.values()
+    ]
     assert len(kinds) == 6
-    assert sum(any(k == {"text"} for k in step.values()) and any("asr" in k for k in step.values()) for step in kinds) > 1
+    assert (
+        sum(
+            any(k == {"text"} for k in step.values()) and any("asr" in k for k in step.values())
+            for step in kinds
+        )
+        > 1
+    )
     assert all(np.isfinite(line["loss"]) for line in metrics(output / "shrinking"))
 
 
 @pytest.mark.slow  # four starts, two of them killed
 @pytest.mark.parametrize("worlds", [(2, 2, 2), (2, 1, 2)])
 def test_killed_at_random_steps_consumes_what_was_planned(tiny, server, worlds):
-    """kill -9 wherever it stands, twice, and on with another number of ranks: every step's ids are the plan's. On the same
-    number all is as if nothing had happened, the rehearsal before each start included."""
+    """kill -9 wherever it stands, twice, and on with another number of ranks: every step's ids are the
+    plan's. On the same number all is as if nothing had happened, the rehearsal before each start included."""
     options, steps = ["optim.steps=30", "checkpoint.every_steps=4"], 30
     killed = tiny / f"killed-{worlds[1]}"
     chance = random.Random(repr(worlds))
     for number, ranks in enumerate(worlds[:-1]):
-        running = start(server, tiny / "stage1.yaml", f"output={killed}", *options, "data.try_largest=true", ranks=ranks)
+        running = start(
+            server, tiny / "stage1.yaml", f"output={killed}", *options, "data.try_largest=true", ranks=ranks
+        )
         target, deadline = chance.randint(5 + 9 * number, 12 + 9 * number), time.monotonic() + LIMIT
         while len(consumed.read(killed / "alignment")) <= target:
             assert time.monotonic() < deadline and None in running.codes(), running.text()[-3000:]
             time.sleep(0.01)
         running.kill()
         running.wait()
-    codes, told = run(server, tiny / "stage1.yaml", f"output={killed}", *options, "data.try_largest=true", ranks=worlds[-1])
+    codes, told = run(
+        server, tiny / "stage1.yaml", f"output={killed}", *options, "data.try_largest=true", ranks=worlds[-1]
+    )
     assert codes == [0] * worlds[-1] and "resuming at step" in told, told[-3000:]
     found = consumed.read(killed / "alignment")
     assert [of_step(found[step]) for step in range(steps)] == planned(tiny / "stage1.yaml", steps)
@@ -156,11 +204,21 @@ def test_killed_at_random_steps_consumes_what_was_planned(tiny, server, worlds):
     assert run(server, tiny / "stage1.yaml", f"output={whole}", *options)[0] == [0, 0]
     ours, theirs = metrics(killed / "alignment"), metrics(whole / "alignment")
     assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
-    ours, theirs = (load_file(folder / "alignment" / "model" / "adapters.safetensors") for folder in (killed, whole))
+    ours, theirs = (
+        load_file(folder / "alignment" / "model" / "adapters.safetensors") for folder in (killed, whole)
+    )
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_too_large_a_micro_batch_says_which_key_to_lower(tiny, server):
-    codes, told = run(server, tiny / "stage1.yaml", f"output={tiny / 'large'}", "data.try_largest=true",
-                      "data.max_seconds=6000000", "data.micro_batch_seconds=6000000", "data.batch_seconds=6000000", ranks=1)
+    codes, told = run(
+        server,
+        tiny / "stage1.yaml",
+        f"output={tiny / 'large'}",
+        "data.try_largest=true",
+        "data.max_seconds=6000000",
+        "data.micro_batch_seconds=6000000",
+        "data.batch_seconds=6000000",
+        ranks=1,
+    )
     assert codes == [2] and "does not fit into memory: lower data.max_seconds=6e+06 (" in told

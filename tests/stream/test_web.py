@@ -1,4 +1,5 @@
-"""Shards without an index, through pipes and HTTP: equal steps, each utterance once per pass and slot, faults named."""
+"""Shards without an index, through pipes and HTTP: equal steps, each utterance once per pass and slot, faults
+named."""
 
 import functools
 import http.server
@@ -31,7 +32,9 @@ def pipe(folder):
 
 
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 1), (4, 2)])
-def test_equal_steps_and_micro_batches_whatever_the_slots(packed, tokenizer, model_config, world_size, workers, monkeypatch):
+def test_equal_steps_and_micro_batches_whatever_the_slots(
+    packed, tokenizer, model_config, world_size, workers, monkeypatch
+):
     monkeypatch.setattr(web_module, "SHUFFLE_BUFFER", 10)
     data = streamed(pipe(packed), workers=workers)
     counts, names = [], Counter()
@@ -47,7 +50,9 @@ def test_equal_steps_and_micro_batches_whatever_the_slots(packed, tokenizer, mod
     assert len(names) > 10
 
 
-@pytest.mark.parametrize("slots", [1, 3, 5, 8])  # 8: more slots than shards, each takes its share of the samples
+@pytest.mark.parametrize(
+    "slots", [1, 3, 5, 8]
+)  # 8: more slots than shards, each takes its share of the samples
 def test_slots_share_the_samples_without_overlap(packed, tokenizer, model_config, slots):
     data = streamed(pipe(packed))
     seen = Counter()
@@ -79,7 +84,9 @@ def test_over_http(packed, tokenizer, model_config):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        data = streamed(f"pipe:curl -s -f http://127.0.0.1:{server.server_port}/toy-{{000000..000004}}.tar", workers=1)
+        data = streamed(
+            f"pipe:curl -s -f http://127.0.0.1:{server.server_port}/toy-{{000000..000004}}.tar", workers=1
+        )
         steps = list(Stream(data, "shrinking", tokenizer, model_config, 0, 1, 0, 3))
     finally:
         server.shutdown()
@@ -93,7 +100,17 @@ def test_what_cannot_be_read_is_named(packed, tokenizer, model_config, tmp_path,
     (packed / "toy-000002.tar").unlink()
     shard = packed / "toy-000003.tar"
     shard.write_bytes(shard.read_bytes()[:-60_000])
-    stream = Stream(streamed(pipe(packed)), "alignment", tokenizer, model_config, 0, 1, 0, 3, rejected_path=tmp_path / "r.jsonl")
+    stream = Stream(
+        streamed(pipe(packed)),
+        "alignment",
+        tokenizer,
+        model_config,
+        0,
+        1,
+        0,
+        3,
+        rejected_path=tmp_path / "r.jsonl",
+    )
     steps = list(stream)
     reasons = {record["id"]: record["reason"] for step in steps for record in step.rejected}
     assert any("toy-000002.tar after 0 samples" in name for name in reasons)
@@ -106,14 +123,18 @@ def test_what_cannot_be_read_is_named(packed, tokenizer, model_config, tmp_path,
 
 
 @pytest.mark.parametrize("stage", ["alignment", "shrinking"])
-def test_a_clip_s_own_length_counts_where_its_json_tells_none(packed, tokenizer, model_config, tmp_path, stage):
+def test_a_clip_s_own_length_counts_where_its_json_tells_none(
+    packed, tokenizer, model_config, tmp_path, stage
+):
     """Tars of others: no `duration`, which tells a conversation that there is audio."""
     for path in packed.glob("*.tar"):
         with tarfile.open(path) as old, tarfile.open(tmp_path / path.name, "w") as new:
             for member in old:
                 content = old.extractfile(member).read()
                 if member.name.endswith(".json"):
-                    content = json.dumps({key: v for key, v in json.loads(content).items() if key != "duration"}).encode()
+                    content = json.dumps(
+                        {key: v for key, v in json.loads(content).items() if key != "duration"}
+                    ).encode()
                     member.size = len(content)
                 new.addfile(member, io.BytesIO(content))
     data = streamed(pipe(tmp_path), max_seconds=1.05)
@@ -122,11 +143,18 @@ def test_a_clip_s_own_length_counts_where_its_json_tells_none(packed, tokenizer,
     assert max(int(batch.audio_lengths.max()) for step in steps for batch in step.micro_batches) <= 16800
 
 
-@pytest.mark.parametrize("strange, said", [
-    ({"duration": "1.5"}, "seconds as `duration`"), ([1, 2], "an object"), ({"text": 7}, "text is no text"),
-    ({"task": ["asr"]}, "task is no text"),
-])
-def test_json_of_others_costs_its_sample_not_the_run(packed, tokenizer, model_config, tmp_path, strange, said):
+@pytest.mark.parametrize(
+    "strange, said",
+    [
+        ({"duration": "1.5"}, "seconds as `duration`"),
+        ([1, 2], "an object"),
+        ({"text": 7}, "text is no text"),
+        ({"task": ["asr"]}, "task is no text"),
+    ],
+)
+def test_json_of_others_costs_its_sample_not_the_run(
+    packed, tokenizer, model_config, tmp_path, strange, said
+):
     place = 0
     for path in sorted(packed.glob("*.tar")):
         with tarfile.open(path) as old, tarfile.open(tmp_path / path.name, "w") as new:
@@ -135,7 +163,9 @@ def test_json_of_others_costs_its_sample_not_the_run(packed, tokenizer, model_co
                 if member.name.endswith(".json"):
                     place += 1
                     if place % 5 == 0:
-                        content = json.dumps(json.loads(content) | strange if isinstance(strange, dict) else strange).encode()
+                        content = json.dumps(
+                            json.loads(content) | strange if isinstance(strange, dict) else strange
+                        ).encode()
                         member.size = len(content)
                 new.addfile(member, io.BytesIO(content))
     steps = list(Stream(streamed(pipe(tmp_path)), "shrinking", tokenizer, model_config, 0, 1, 0, 3))
@@ -144,15 +174,19 @@ def test_json_of_others_costs_its_sample_not_the_run(packed, tokenizer, model_co
 
 
 def test_settings_that_need_an_index_are_named(packed):
-    for change, words in (({"mixture": MixtureConfig(tau_end=2.0)}, "data.mixture needs an index"),
-                          ({"cache_features": "x"}, "data.cache_features needs an index")):
+    for change, words in (
+        ({"mixture": MixtureConfig(tau_end=2.0)}, "data.mixture needs an index"),
+        ({"cache_features": "x"}, "data.cache_features needs an index"),
+    ):
         with pytest.raises(RecipeError, match=words):
             Plan.open(streamed(pipe(packed), **change), "alignment", 5)
     data = streamed(pipe(packed))
     data.train.append(Corpus(shards=str(packed)))
     with pytest.raises(RecipeError, match="mixes packed folders and streamed shards"):
         Plan.open(data, "alignment", 5)
-    ours, other = (Plan.open(streamed(pattern), "alignment", 5).fingerprint for pattern in (pipe(packed), "pipe:x"))
+    ours, other = (
+        Plan.open(streamed(pattern), "alignment", 5).fingerprint for pattern in (pipe(packed), "pipe:x")
+    )
     assert ours != other
 
 
@@ -160,7 +194,9 @@ CLIPS = 12
 
 
 def foreign(kind):
-    """Members of a shard that others made: [(name, bytes)] of CLIPS clips, and how many of them can be used."""
+    """Members of a shard that others made: [(name, bytes)] of CLIPS clips, and how many of them can be
+    used."""
+
     def members(audio, meta, count=CLIPS):
         return [member for number in range(count) for member in (audio(number), meta(number))]
 
@@ -169,27 +205,68 @@ def foreign(kind):
     wav, meta = (lambda n: (f"u{n}.wav", clip)), (lambda n: (f"u{n}.json", told[n]))
     return {
         "role": (members(lambda n: (f"u{n}.audio.wav", clip), meta), CLIPS),
-        "dotted": (members(lambda n: (f"sp0.9-u{n}.wav", clip), lambda n: (f"sp0.9-u{n}.json", told[n])), CLIPS),
+        "dotted": (
+            members(lambda n: (f"sp0.9-u{n}.wav", clip), lambda n: (f"sp0.9-u{n}.json", told[n])),
+            CLIPS,
+        ),
         "texts": (members(wav, lambda n: (f"u{n}.txt", b"hello")), CLIPS),
-        "no ids": (members(wav, lambda n: (f"u{n}.json", json.dumps({"sentence": "hello", "speaker": 7}).encode())), CLIPS),
+        "no ids": (
+            members(wav, lambda n: (f"u{n}.json", json.dumps({"sentence": "hello", "speaker": 7}).encode())),
+            CLIPS,
+        ),
         "unsorted": ([meta(n) for n in range(CLIPS)] + [wav(n) for n in range(CLIPS)], CLIPS),
-        "of a mac": ([(f"{folder}{name}", data if not folder else b"") for name, data in members(wav, meta)
-                      for folder in ("._", "")], CLIPS),
-        "half of it unknown": (members(lambda n: (f"u{n}.wav" if n % 2 else f"u{n}.xyz", clip), meta), CLIPS // 2),
-        "two files": ([(f"u{n}.{suffix}", clip) for n in range(CLIPS) for suffix in ("wav", "flac")]
-                      + [meta(n) for n in range(CLIPS)], 0),
-        "an answer without its audio": (members(lambda n: (f"u{n}.xyz", clip), lambda n: (f"u{n}.json", json.dumps(
-            {"task": "translation", "prompt": "Translate.", "response": "hallo"}).encode())), 0),
-        "texts of another encoding": (members(wav, lambda n: (f"u{n}.txt", b"se\xf1or" if n % 2 else b"hello")), CLIPS // 2),
+        "of a mac": (
+            [
+                (f"{folder}{name}", data if not folder else b"")
+                for name, data in members(wav, meta)
+                for folder in ("._", "")
+            ],
+            CLIPS,
+        ),
+        "half of it unknown": (
+            members(lambda n: (f"u{n}.wav" if n % 2 else f"u{n}.xyz", clip), meta),
+            CLIPS // 2,
+        ),
+        "two files": (
+            [(f"u{n}.{suffix}", clip) for n in range(CLIPS) for suffix in ("wav", "flac")]
+            + [meta(n) for n in range(CLIPS)],
+            0,
+        ),
+        "an answer without its audio": (
+            members(
+                lambda n: (f"u{n}.xyz", clip),
+                lambda n: (
+                    f"u{n}.json",
+                    json.dumps({"task": "translation", "prompt": "Translate.", "response": "hallo"}).encode(),
+                ),
+            ),
+            0,
+        ),
+        "texts of another encoding": (
+            members(wav, lambda n: (f"u{n}.txt", b"se\xf1or" if n % 2 else b"hello")),
+            CLIPS // 2,
+        ),
     }[kind]
 
 
-KINDS = ["role", "dotted", "texts", "no ids", "unsorted", "of a mac", "half of it unknown", "two files",
-         "an answer without its audio", "texts of another encoding"]
+KINDS = [
+    "role",
+    "dotted",
+    "texts",
+    "no ids",
+    "unsorted",
+    "of a mac",
+    "half of it unknown",
+    "two files",
+    "an answer without its audio",
+    "texts of another encoding",
+]
 
 
 @pytest.mark.parametrize(("kind", "stage"), zip(KINDS, ["alignment", "shrinking"] * 5, strict=True))
-def test_shards_of_others_are_read_or_named(kind, stage, tokenizer, model_config, tmp_path, monkeypatch, caplog):
+def test_shards_of_others_are_read_or_named(
+    kind, stage, tokenizer, model_config, tmp_path, monkeypatch, caplog
+):
     monkeypatch.setattr(web_module, "SHUFFLE_BUFFER", 10)
     content, usable = foreign(kind)
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
@@ -200,7 +277,9 @@ def test_shards_of_others_are_read_or_named(kind, stage, tokenizer, model_config
     data = streamed(f"pipe:cat {tmp_path}/s.tar", batch_seconds=2.0, micro_batch_seconds=2.0)
     stream = Stream(data, stage, tokenizer, model_config, 0, 1, 0, 24)
     if not usable:
-        with pytest.raises(RecipeError, match="none can be used; the last: (several audio members|no audio member)"):
+        with pytest.raises(
+            RecipeError, match="none can be used; the last: (several audio members|no audio member)"
+        ):
             list(stream)
         return
     steps = list(stream)
@@ -227,13 +306,26 @@ def test_what_waits_for_its_partner_is_bounded(tmp_path, monkeypatch):
     assert sum(len(group.members) for group in groups) == counts["grouped"] == counts["members"] == 20
 
 
-ODD = [RuntimeError("x"), OverflowError("x"), RecursionError(), MemoryError(), KeyError("x"), TypeError("x"), AttributeError("x"),
-       EOFError(), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x"), ZeroDivisionError(), OSError(5, "Input/output error")]
+ODD = [
+    RuntimeError("x"),
+    OverflowError("x"),
+    RecursionError(),
+    MemoryError(),
+    KeyError("x"),
+    TypeError("x"),
+    AttributeError("x"),
+    EOFError(),
+    UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x"),
+    ZeroDivisionError(),
+    OSError(5, "Input/output error"),
+]
 
 
 @pytest.mark.parametrize("place", ["decode", "augment.augmented", "check_length", "Collator.prepare"])
 @pytest.mark.parametrize("indexed", [True, False])
-def test_whatever_an_utterance_raises_is_its_reject(indexed, place, packed, tokenizer, model_config, monkeypatch):
+def test_whatever_an_utterance_raises_is_its_reject(
+    indexed, place, packed, tokenizer, model_config, monkeypatch
+):
     """Packed folder and plain stream alike: a named line each, and the step goes on with other utterances."""
     monkeypatch.setattr(web_module, "SHUFFLE_BUFFER", 10)
     module = stream_module if indexed else web_module

@@ -1,4 +1,5 @@
-"""What goes wrong, on purpose, inside a rank that a test has started (tests/train/ranks.py). Each is given its rank first."""
+"""What goes wrong, on purpose, inside a rank that a test has started (tests/train/ranks.py). Each is given
+its rank first."""
 
 from __future__ import annotations
 
@@ -34,8 +35,12 @@ def tell_types(rank: int) -> None:
     """Prints what numbers the trained parameters are of, as they compute and as DeepSpeed shards them."""
 
     def tell(engine) -> None:
-        types = {f"{name.split('.')[0]} {parameter.dtype} {parameter.ds_tensor.dtype if hasattr(parameter, 'ds_tensor') else ''}"
-                 for name, parameter in engine.model.named_parameters() if parameter.requires_grad}
+        types = {
+            f"{name.split('.')[0]} {parameter.dtype} "
+            f"{parameter.ds_tensor.dtype if hasattr(parameter, 'ds_tensor') else ''}"
+            for name, parameter in engine.model.named_parameters()
+            if parameter.requires_grad
+        }
         print(f"trained: {sorted(types)}", flush=True)
 
     _after_step(0, tell)
@@ -44,15 +49,27 @@ def tell_types(rank: int) -> None:
 def _optimizer_states(engine) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """This rank's fp32 masters and moments."""
     outer = engine.optimizer
-    masters = next(getattr(outer, name) for name in ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition",
-                                                     "single_partition_of_fp32_groups") if hasattr(outer, name))
-    moments = [value for state in outer.optimizer.state.values() for value in state.values()
-               if isinstance(value, torch.Tensor) and value.numel() > 1]
+    masters = next(
+        getattr(outer, name)
+        for name in (
+            "fp32_partitioned_groups_flat",
+            "fp32_groups_flat_partition",
+            "single_partition_of_fp32_groups",
+        )
+        if hasattr(outer, name)
+    )
+    moments = [
+        value
+        for state in outer.optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.numel() > 1
+    ]
     return list(masters), moments
 
 
 def steep_step(rank: int, step: int, factor: float) -> None:
-    """In `step` gradients are `factor` times as large. Prints what the optimizer holds before it, after it and after the next."""
+    """In `step` gradients are `factor` times as large. Prints what the optimizer holds before it, after it
+    and after the next."""
     from train.engine import Engine
 
     step_of, loss_of = Engine.step, Engine._micro_loss
@@ -77,24 +94,40 @@ def steep_step(rank: int, step: int, factor: float) -> None:
 
 
 def tell_states(rank: int) -> None:
-    """Prints the bytes that this rank holds of weights, and of fp32 masters and moments, after the first step."""
+    """Prints the bytes that this rank holds of weights, and of fp32 masters and moments, after the first
+    step."""
 
     def tell(engine) -> None:
         parameters = list(engine.model.parameters())
         masters, moments = _optimizer_states(engine)
         whole = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad)
-        print("states " + json.dumps({
-            "rank": rank, "trained": trained, "frozen": whole - trained,
-            **{name: sum(t.numel() * t.element_size() for t in held) for name, held in (
-                ("weights", [getattr(p, "ds_tensor", p) for p in parameters]), ("masters", masters), ("moments", moments))}}),
-            flush=True)
+        print(
+            "states "
+            + json.dumps(
+                {
+                    "rank": rank,
+                    "trained": trained,
+                    "frozen": whole - trained,
+                    **{
+                        name: sum(t.numel() * t.element_size() for t in held)
+                        for name, held in (
+                            ("weights", [getattr(p, "ds_tensor", p) for p in parameters]),
+                            ("masters", masters),
+                            ("moments", moments),
+                        )
+                    },
+                }
+            ),
+            flush=True,
+        )
 
     _after_step(0, tell)
 
 
 def other_weights(rank: int, step: int, which: int, parameter: str) -> None:
-    """After `step`, rank `which` holds another value in a parameter, in its whole copy or its shard: a silent hardware fault."""
+    """After `step`, rank `which` holds another value in a parameter, in its whole copy or its shard: a silent
+    hardware fault."""
 
     def change(engine) -> None:
         found = dict(engine.model.named_parameters())[parameter]

@@ -1,8 +1,9 @@
-"""Stages II and III once more as a plain PyTorch loop: one utterance at a time, every logit there, one process.
+"""Stages II and III once more as a plain PyTorch loop: one utterance at a time, every logit there, one
+process.
 
-Nothing of the project is imported. Files are read as any user could read them (tar, JSON, FLAC, safetensors). The maths is that
-of docs/method.md: transformers' own Whisper and LLM, F.ctc_loss, F.cross_entropy, and the adapters, AdamW, its schedule and the
-clipping written out.
+Nothing of the project is imported. Files are read as any user could read them (tar, JSON, FLAC, safetensors).
+The maths is that of docs/method.md: transformers' own Whisper and LLM, F.ctc_loss, F.cross_entropy, and the
+adapters, AdamW, its schedule and the clipping written out.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ def read_corpus(folder: Path) -> dict[str, tuple[dict, torch.Tensor | None]]:
                 parts.setdefault(key, {})[kind] = tar.extractfile(member).read()
         for files in parts.values():
             meta = json.loads(files["json"])
-            wave = torch.from_numpy(soundfile.read(io.BytesIO(files["flac"]), dtype="float32")[0]) if "flac" in files else None
+            wave = (
+                torch.from_numpy(soundfile.read(io.BytesIO(files["flac"]), dtype="float32")[0])
+                if "flac" in files
+                else None
+            )
             found[meta["id"]] = meta, wave
     return found
 
@@ -49,7 +54,8 @@ class LoraLinear(nn.Module):
 
 
 class Network(nn.Module):
-    """The network of a model folder of stage II or III: tied CTC head, look-back over all frames, peaks kept."""
+    """The network of a model folder of stage II or III: tied CTC head, look-back over all frames, peaks
+    kept."""
 
     def __init__(self, folder: Path, whisper: str, llm: str):
         super().__init__()
@@ -71,8 +77,16 @@ class Network(nn.Module):
             place = name.removeprefix("base_model.model.")
             parent, _, last = place.rpartition(".")
             owner = self.llm.get_submodule(parent)
-            setattr(owner, last, LoraLinear(getattr(owner, last), lora[f"{name}.lora_A.weight"], lora[f"{name}.lora_B.weight"],
-                                            peft["lora_alpha"] / peft["r"]))
+            setattr(
+                owner,
+                last,
+                LoraLinear(
+                    getattr(owner, last),
+                    lora[f"{name}.lora_A.weight"],
+                    lora[f"{name}.lora_B.weight"],
+                    peft["lora_alpha"] / peft["r"],
+                ),
+            )
 
     def own(self, name: str) -> nn.Parameter:
         return getattr(self, name.replace(".", "__"))
@@ -86,15 +100,22 @@ class Network(nn.Module):
     def attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """[K, D], [T, D], [T, D] -> [K, D], the softmax written out."""
         query, key, value = (x.view(len(x), self.heads, -1).transpose(0, 1) for x in (query, key, value))
-        return ((query @ key.transpose(1, 2)) / query.shape[-1] ** 0.5).softmax(-1).matmul(value).transpose(0, 1).flatten(1)
+        return (
+            ((query @ key.transpose(1, 2)) / query.shape[-1] ** 0.5)
+            .softmax(-1)
+            .matmul(value)
+            .transpose(0, 1)
+            .flatten(1)
+        )
 
     @torch.no_grad()
     def encode(self, wave: torch.Tensor) -> torch.Tensor:
-        """Whisper at the clip's true length: its first frames of the mel of 30 s; zeros stand beyond the clip."""
+        """Whisper at the clip's true length: its first frames of the mel of 30 s; zeros stand beyond the
+        clip."""
         frames = math.ceil(len(wave) / 160)
         x = self.mel(wave.numpy(), sampling_rate=16000, return_tensors="pt").input_features[:, :, :frames]
         x = F.gelu(self.whisper.conv2(F.gelu(self.whisper.conv1(x)))).transpose(1, 2)
-        x = x + self.whisper.embed_positions.weight[:x.shape[1]]
+        x = x + self.whisper.embed_positions.weight[: x.shape[1]]
         for layer in self.whisper.layers:
             x = layer(x, None)
         return self.whisper.layer_norm(x)[0]
@@ -103,7 +124,9 @@ class Network(nn.Module):
         """[T, E] -> [ceil(T / stack), D]: nn.TransformerEncoderLayer(norm_first=True) without dropout."""
         features = F.pad(features, (0, 0, 0, -len(features) % self.stack))
         x = self.linear(features.view(len(features) // self.stack, -1), "alignment.projection")
-        query, key, value = self.linear(self.norm(x, "alignment.layers.0.norm1"), "alignment.layers.0.qkv").chunk(3, dim=-1)
+        query, key, value = self.linear(
+            self.norm(x, "alignment.layers.0.norm1"), "alignment.layers.0.qkv"
+        ).chunk(3, dim=-1)
         x = x + self.linear(self.attention(query, key, value), "alignment.layers.0.out")
         inner = F.relu(self.linear(self.norm(x, "alignment.layers.0.norm2"), "alignment.layers.0.up"))
         return self.norm(x + self.linear(inner, "alignment.layers.0.down"), "alignment.norm")
@@ -119,7 +142,9 @@ class Network(nn.Module):
         peaks = [max(run, key=lambda t: float(log[t].max())) for run in runs if best[run[0]] != blank]
         kept = hidden[peaks or [int(log[:, blank].argmin())]]
         key, value = self.linear(hidden, "shrinking.key_value").chunk(2, dim=-1)
-        looked = self.linear(self.attention(self.linear(kept, "shrinking.query"), key, value), "shrinking.out")
+        looked = self.linear(
+            self.attention(self.linear(kept, "shrinking.query"), key, value), "shrinking.out"
+        )
         return self.norm(kept + looked, "shrinking.norm")
 
     def losses(self, meta: dict, wave: torch.Tensor | None) -> tuple[torch.Tensor, int, torch.Tensor, int]:
@@ -131,23 +156,38 @@ class Network(nn.Module):
             log = (hidden @ torch.cat([table, self.own("ctc_head.blank_row")[None]]).T).log_softmax(-1)
             if meta["text"]:
                 target = torch.tensor(self.words.encode(" " + meta["text"].lower(), add_special_tokens=False))
-                ctc = F.ctc_loss(log, target, torch.tensor(len(log)), torch.tensor(len(target)), blank=blank, reduction="sum",
-                                 zero_infinity=True) / len(target)
+                ctc = F.ctc_loss(
+                    log,
+                    target,
+                    torch.tensor(len(log)),
+                    torch.tensor(len(target)),
+                    blank=blank,
+                    reduction="sum",
+                    zero_infinity=True,
+                ) / len(target)
                 transcripts = 1
         asked = (f"{AUDIO}\n" if wave is not None else "") + meta["prompt"]
-        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": meta.get("response") or meta["text"]}]
+        messages = [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": meta.get("response") or meta["text"]},
+        ]
         before = self.words.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
-        after = self.words.apply_chat_template(messages, tokenize=False)[len(before):]
+        after = self.words.apply_chat_template(messages, tokenize=False)[len(before) :]
         answer = after.rstrip("\n")  # the line break is the template's
-        before, answer, after = (self.words.encode(text, add_special_tokens=False) for text in (before, answer,
-                                                                                                after[len(answer):]))
-        ids, labels = torch.tensor(before + answer + after), torch.tensor([-100] * len(before) + answer + [-100] * len(after))
+        before, answer, after = (
+            self.words.encode(text, add_special_tokens=False)
+            for text in (before, answer, after[len(answer) :])
+        )
+        ids, labels = (
+            torch.tensor(before + answer + after),
+            torch.tensor([-100] * len(before) + answer + [-100] * len(after)),
+        )
         table = self.llm.get_input_embeddings()
         if wave is not None:
-            at, = (ids == self.audio_id).nonzero()[:, 0].tolist()
+            (at,) = (ids == self.audio_id).nonzero()[:, 0].tolist()
             shrunk = self.shrink(hidden, log.detach(), blank)
-            row = torch.cat([table(ids[:at]), shrunk, table(ids[at + 1:])])
-            labels = torch.cat([labels[:at], torch.full((len(shrunk),), -100), labels[at + 1:]])
+            row = torch.cat([table(ids[:at]), shrunk, table(ids[at + 1 :])])
+            labels = torch.cat([labels[:at], torch.full((len(shrunk),), -100), labels[at + 1 :]])
         else:
             row = table(ids)
         logits = self.llm(inputs_embeds=row[None], use_cache=False).logits[0]
@@ -161,13 +201,34 @@ def learning_rate(peak: float, step: int, *, steps: int, warmup: int, least: flo
     return peak * (least + (1 - least) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2)
 
 
-def train(network: Network, corpus: dict, batches: list[list[str]], *, stage: int, ctc_weight: float, rates: dict[str, float],
-          betas: tuple[float, float], eps: float, decay: float, warmup: int, least: float, clip: float) -> list[float]:
-    """Train in place on batches of ids; returns each step's loss. rates: peaks of "adapters", "ctc_head" and "lora"."""
+def train(
+    network: Network,
+    corpus: dict,
+    batches: list[list[str]],
+    *,
+    stage: int,
+    ctc_weight: float,
+    rates: dict[str, float],
+    betas: tuple[float, float],
+    eps: float,
+    decay: float,
+    warmup: int,
+    least: float,
+    clip: float,
+) -> list[float]:
+    """Train in place on batches of ids; returns each step's loss. rates: peaks of "adapters", "ctc_head" and
+    "lora"."""
     trained = {}
     for name, parameter in network.named_parameters():
-        part = ("lora" if name.endswith((".a", ".b")) else None if name.startswith(("llm.", "whisper.")) else
-                "ctc_head" if name.startswith("ctc_head") else "adapters")
+        part = (
+            "lora"
+            if name.endswith((".a", ".b"))
+            else None
+            if name.startswith(("llm.", "whisper."))
+            else "ctc_head"
+            if name.startswith("ctc_head")
+            else "adapters"
+        )
         parameter.requires_grad_(part == "lora" or (part is not None and stage == 2))
         if parameter.requires_grad:
             trained[name] = parameter, rates[part]

@@ -1,10 +1,13 @@
-"""Real ranks without the wait: a server process imports everything once and forks each run's ranks from itself.
+"""Real ranks without the wait: a server process imports everything once and forks each run's ranks from
+itself.
 
-Importing takes longer than a tiny training run. What a rank then does is what `python train/run.py` does: its own process, the
-environment that a launcher gives (one task per rank, as srun does), real DeepSpeed over gloo, real signals.
+Importing takes longer than a tiny training run. What a rank then does is what `python train/run.py` does: its
+own process, the environment that a launcher gives (one task per rank, as srun does), real DeepSpeed over
+gloo, real signals.
 
     with Server() as server:
-        run = server.start(["recipe.yaml", "optim.steps=4"], ranks=2)      .pids, .wait() -> exit codes, .text(): output of all
+        run = server.start(["recipe.yaml", "optim.steps=4"], ranks=2)      .pids, .wait() -> exit codes,
+        .text(): output of all
 
 `python -m tests.train.ranks` is the server; it reads one JSON request a line.
 """
@@ -46,8 +49,14 @@ def _import_everything() -> None:
 def _be_a_rank(request: dict, rank: int, port: int) -> None:
     code = 1
     try:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(request["ranks"]),
-                          LOCAL_WORLD_SIZE=str(request["ranks"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(request["ranks"]),
+            LOCAL_WORLD_SIZE=str(request["ranks"]),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
         os.environ.update(request["environment"])
         log = os.open(request["logs"][rank], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for number in (1, 2):
@@ -108,7 +117,8 @@ class Running:
         return self.server.ask({"wait": self.pids, "block": False})
 
     def wait(self, limit: float = LIMIT, *, patience: float | None = None) -> list[int]:
-        """Exit codes of all ranks. patience: when one has failed, kill the others after so many seconds, as launchers do."""
+        """Exit codes of all ranks. patience: when one has failed, kill the others after so many seconds, as
+        launchers do."""
         deadline = time.monotonic() + limit
         while None in (codes := self.codes()):
             if patience is not None and any(code not in (None, 0, 85) for code in codes):
@@ -136,8 +146,14 @@ class Server:
         self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self.number = 0
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
-        self.process = subprocess.Popen([sys.executable, "-m", "tests.train.ranks"], cwd=ROOT, env=environment, text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.train.ranks"],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         assert json.loads(self.process.stdout.readline()) == "ready"
         return self
 
@@ -151,13 +167,27 @@ class Server:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, arguments: list, *, ranks: int = 2, environment: dict[str, str] | None = None,
-              fault: list | None = None) -> Running:
-        """Start `train/run.py` with `arguments` on so many ranks. fault: a function of tests/train/faults.py, its arguments."""
+    def start(
+        self,
+        arguments: list,
+        *,
+        ranks: int = 2,
+        environment: dict[str, str] | None = None,
+        fault: list | None = None,
+    ) -> Running:
+        """Start `train/run.py` with `arguments` on so many ranks. fault: a function of tests/train/faults.py,
+        its arguments."""
         self.number += 1
         logs = [Path(self.folder.name) / f"{self.number}-{rank}.log" for rank in range(ranks)]
-        pids = self.ask({"arguments": [str(a) for a in arguments], "ranks": ranks, "environment": environment or {},
-                         "fault": fault, "logs": [str(log) for log in logs]})
+        pids = self.ask(
+            {
+                "arguments": [str(a) for a in arguments],
+                "ranks": ranks,
+                "environment": environment or {},
+                "fault": fault,
+                "logs": [str(log) for log in logs],
+            }
+        )
         return Running(self, pids, logs)
 
 

@@ -1,15 +1,18 @@
-"""Kill real two-rank ZeRO-3 training again and again, over the three stages; the final weights must equal the undisturbed run's.
+"""Kill real two-rank ZeRO-3 training again and again, over the three stages; the final weights must equal the
+undisturbed run's.
 
     python -m tests.train.soak --kills 30 --minutes 20 --json result.json          or: make soak
 
-Each kill comes at a random moment: after a random number of steps since the start, or as soon as a checkpoint is being written.
+Each kill comes at a random moment: after a random number of steps since the start, or as soon as a checkpoint
+is being written.
     kill_one     SIGKILL to one rank; the other one, as under a launcher, a moment later
     kill_all     SIGKILL to both
     in_save      SIGKILL to both while a checkpoint is being written
     term, usr1   to one rank: both save and exit with 85
-    disk_full    the file system of the checkpoints (a small tmpfs, where mounting is allowed) fills up, then SIGKILL to both
-After each, the same command starts again. A kill counts when it met a running stage; ranks are forked from one process that has
-imported everything (tests/train/ranks.py).
+    disk_full    the file system of the checkpoints (a small tmpfs, where mounting is allowed) fills up, then
+                 SIGKILL to both
+After each, the same command starts again. A kill counts when it met a running stage; ranks are forked from
+one process that has imported everything (tests/train/ranks.py).
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ class SoakError(AssertionError):
 
 
 class SmallDisk:
-    """A tmpfs for checkpoints; without the right to mount, `mounted` is False and the disk cannot be filled."""
+    """A tmpfs for checkpoints; without the right to mount, `mounted` is False and the disk cannot be
+    filled."""
 
     def __init__(self, folder: Path, megabytes: int = 16):
         self.folder, self.size = folder, megabytes << 20
@@ -83,7 +87,8 @@ def wait_until(met, run: Running, limit: float = 300.0, every: float = 0.01) -> 
 def disturb(way: str, run: Running, folder: Path, disk: SmallDisk, dice: random.Random, steps: int) -> bool:
     """One kill; returns whether it met a running stage."""
     checkpoints = folder / "checkpoints"
-    # A resumed run first cuts the lines behind its checkpoint off, so a smaller number than now is reached soon.
+    # A resumed run first cuts the lines behind its checkpoint off, so a smaller number than now is reached
+    # soon.
     wanted = dice.randint(1, steps // 8)
     lines, new = steps_written(folder), 0
 
@@ -134,8 +139,11 @@ def soak(kills: int, minutes: float, seed: int, folder: Path, steps: int = 60) -
     ways = [way for way in WAYS if disk.mounted or way != "disk_full"]
     try:
         with Server() as server:
+
             def start(stage: int, output: Path) -> Running:
-                return server.start([folder / f"stage{stage}.yaml", f"output={output}", f"optim.steps={steps}", *OPTIONS])
+                return server.start(
+                    [folder / f"stage{stage}.yaml", f"output={output}", f"optim.steps={steps}", *OPTIONS]
+                )
 
             for number in STAGES:
                 run = start(number, folder / "still")
@@ -158,7 +166,10 @@ def soak(kills: int, minutes: float, seed: int, folder: Path, steps: int = 60) -
                             continue
                     codes = run.wait(patience=20)
                     if codes != [0, 0]:
-                        raise SoakError(f"stage {stage} ended with {codes} though nothing was done to it:\n{run.text()[-4000:]}")
+                        raise SoakError(
+                            f"stage {stage} ended with {codes} though nothing was done to "
+                            f"it:\n{run.text()[-4000:]}"
+                        )
                     break
     finally:
         disk.close()
@@ -167,19 +178,30 @@ def soak(kills: int, minutes: float, seed: int, folder: Path, steps: int = 60) -
         ours, theirs = weights(folder / "killed" / stage), weights(folder / "still" / stage)
         different = [name for name in theirs if name not in ours or not torch.equal(ours[name], theirs[name])]
         if different or ours.keys() != theirs.keys():
-            raise SoakError(f"{stage}: {len(different)} of {len(theirs)} tensors differ from the still run's: {different[:3]}")
+            raise SoakError(
+                f"{stage}: {len(different)} of {len(theirs)} tensors differ from the still run's: "
+                f"{different[:3]}"
+            )
         if losses(folder / "killed" / stage) != losses(folder / "still" / stage):
             raise SoakError(f"{stage}: the losses differ from the undisturbed run's")
         equal += len(theirs)
-    return {"kills": len(done), "ways": dict(Counter(kill["way"] for kill in done)),
-            "stages": dict(Counter(kill["stage"] for kill in done)), "starts": launches, "tensors_equal": equal,
-            "seed": seed, "seconds": round(time.monotonic() - begun, 1)}
+    return {
+        "kills": len(done),
+        "ways": dict(Counter(kill["way"] for kill in done)),
+        "stages": dict(Counter(kill["stage"] for kill in done)),
+        "starts": launches,
+        "tensors_equal": equal,
+        "seed": seed,
+        "seconds": round(time.monotonic() - begun, 1),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.train.soak", description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--minutes", type=float, default=60.0, help="no more kills after so long (default: 60)")
+    parser.add_argument(
+        "--minutes", type=float, default=60.0, help="no more kills after so long (default: 60)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the result there too")
     options = parser.parse_args(argv)

@@ -48,17 +48,33 @@ def batch_of(rows: int, transcribed: int) -> Batch:
     """Of no rows: the dummy that fills up a rank."""
     dummy, rows = rows == 0, max(rows, 1)
     empty = torch.zeros(rows, 0, dtype=torch.long)
-    return Batch(torch.zeros(rows, 1600), None, torch.full((rows,), 1600), dummy, torch.ones(rows, 1, dtype=torch.long),
-                 torch.ones(rows, dtype=torch.long), torch.arange(rows) < transcribed, empty, empty, empty,
-                 ids=[str(i) for i in range(rows)], tasks=["asr"] * rows)
+    return Batch(
+        torch.zeros(rows, 1600),
+        None,
+        torch.full((rows,), 1600),
+        dummy,
+        torch.ones(rows, 1, dtype=torch.long),
+        torch.ones(rows, dtype=torch.long),
+        torch.arange(rows) < transcribed,
+        empty,
+        empty,
+        empty,
+        ids=[str(i) for i in range(rows)],
+        tasks=["asr"] * rows,
+    )
 
 
 def test_errors_and_words_are_summed_over_utterances_and_batches():
-    """4 of 10 words: 1 substitution, 1 deletion, 1 insertion and 1 word of a one-word clip; not the mean of rates (0.52)."""
+    """4 of 10 words: 1 substitution, 1 deletion, 1 insertion and 1 word of a one-word clip; not the mean of
+    rates (0.52)."""
     references = [["the wall stood tall", "a bird"], ["moon", "green old trees"]]
     written = [["the ball tall", "a bird"], ["noon", "green old trees too"]]
-    engine = SimpleNamespace(stage=STAGES["alignment"], recipe=Recipe(), model=Spoken(written, [3.0, 5.0]),
-                             whole_model=lambda: nullcontext(False))
+    engine = SimpleNamespace(
+        stage=STAGES["alignment"],
+        recipe=Recipe(),
+        model=Spoken(written, [3.0, 5.0]),
+        whole_model=lambda: nullcontext(False),
+    )
     batches = [(batch_of(2, 2), references[0], None), (batch_of(2, 1), references[1], None)]
     result = validate(engine, batches, None, Ranks(0, 1, 0, 1, "cpu"))
     assert result["wer"] == pytest.approx(4 / 10) and result["words"] == 10
@@ -67,16 +83,26 @@ def test_errors_and_words_are_summed_over_utterances_and_batches():
 
 
 def test_a_batch_that_fills_up_a_rank_counts_nothing():
-    engine = SimpleNamespace(stage=STAGES["alignment"], recipe=Recipe(), model=Spoken([["moon"], ["noise"]], [2.0, 100.0]),
-                             whole_model=lambda: nullcontext(False))
-    result = validate(engine, [(batch_of(1, 1), ["moon"], None), (batch_of(0, 0), [], None)], None, Ranks(0, 1, 0, 1, "cpu"))
+    engine = SimpleNamespace(
+        stage=STAGES["alignment"],
+        recipe=Recipe(),
+        model=Spoken([["moon"], ["noise"]], [2.0, 100.0]),
+        whole_model=lambda: nullcontext(False),
+    )
+    result = validate(
+        engine, [(batch_of(1, 1), ["moon"], None), (batch_of(0, 0), [], None)], None, Ranks(0, 1, 0, 1, "cpu")
+    )
     assert result["wer"] == 0 and result["words"] == 1 and result["loss"] == pytest.approx(2.0)
 
 
 def test_the_weight_of_ctc_is_in_the_validation_loss():
     stage = SimpleNamespace(losses=("ce", "ctc"), score="ctc")
-    engine = SimpleNamespace(stage=stage, recipe=Recipe(loss=LossConfig(ctc_weight=0.7)), model=Spoken([["moon"]], [3.0]),
-                             whole_model=lambda: nullcontext(False))
+    engine = SimpleNamespace(
+        stage=stage,
+        recipe=Recipe(loss=LossConfig(ctc_weight=0.7)),
+        model=Spoken([["moon"]], [3.0]),
+        whole_model=lambda: nullcontext(False),
+    )
     result = validate(engine, [(batch_of(1, 1), ["moon"], None)], None, Ranks(0, 1, 0, 1, "cpu"))
     assert (result["ce"], result["ctc"]) == (0.0, 3.0) and result["loss"] == pytest.approx(0.7 * 3)
 
@@ -93,15 +119,33 @@ def server():
 @pytest.mark.slow  # starts of real ranks
 @pytest.mark.parametrize(("by", "step", "score"), [("wer", 4, 0.3), ("loss", 8, 1.5)])
 def test_the_lowest_score_of_a_trained_step_chooses_the_best_model(server, tmp_path, by, step, score):
-    """The untrained model's is lower (validation at the start), a NaN is none, and the other score has its best elsewhere."""
+    """The untrained model's is lower (validation at the start), a NaN is none, and the other score has its
+    best elsewhere."""
     folder = workspace(tmp_path / "tiny")
-    rates, losses = [0.1, 0.5, 0.3, float("nan"), 0.4, 0.35], [1.0, 4.0, 3.0, float("nan"), 1.5, 2.0]  # after steps 0, 2 ... 10
-    run = server.start([folder / "stage1.yaml", f"output={tmp_path}", "optim.steps=10", "log.validate_every_steps=2",
-                        "checkpoint.every_steps=100", "log.tensorboard=false", f"checkpoint.best_by={by}"], ranks=1,
-                       fault=["scores", rates, losses])
+    rates, losses = (
+        [0.1, 0.5, 0.3, float("nan"), 0.4, 0.35],
+        [1.0, 4.0, 3.0, float("nan"), 1.5, 2.0],
+    )  # after steps 0, 2 ... 10
+    run = server.start(
+        [
+            folder / "stage1.yaml",
+            f"output={tmp_path}",
+            "optim.steps=10",
+            "log.validate_every_steps=2",
+            "checkpoint.every_steps=100",
+            "log.tensorboard=false",
+            f"checkpoint.best_by={by}",
+        ],
+        ranks=1,
+        fault=["scores", rates, losses],
+    )
     assert run.wait() == [0], run.text()
     best = json.loads((tmp_path / "alignment/model-best/soundwave.json").read_text())
-    assert best["step"] == best["best"]["step"] == step and best["best"]["score"] == score and best["best"]["by"] == by
+    assert (
+        best["step"] == best["best"]["step"] == step
+        and best["best"]["score"] == score
+        and best["best"]["by"] == by
+    )
     noted = json.loads((tmp_path / "alignment/checkpoints/best.json").read_text())
     assert (noted["step"], noted["score"]) == (step, score)
     assert (tmp_path / f"alignment/checkpoints/step-{step:06d}").is_dir(), "kept beside the last ones"

@@ -1,4 +1,5 @@
-"""Checkpoints by themselves, one rank: what the writer's thread may not hide, what a roll-back leaves, whose counter is whose."""
+"""Checkpoints by themselves, one rank: what the writer's thread may not hide, what a roll-back leaves, whose
+counter is whose."""
 
 from __future__ import annotations
 
@@ -39,8 +40,15 @@ def write(to: Checkpoints, step: int, best: dict | None = None, **more) -> bool:
     to.target = to.folder / f"step-{step:06d}.partial"
     to.target.mkdir()
     health = {"norms": [], "consecutive": 0, "skipped": 0, "rollbacks": 0, **more.pop("health", {})}
-    state = {"step": step, "data_offset": 0, "best": best, "health": health, "facts": {},
-             "topology": {"world_size": 1, "zero_stage": 3}, **more}
+    state = {
+        "step": step,
+        "data_offset": 0,
+        "best": best,
+        "health": health,
+        "facts": {},
+        "topology": {"world_size": 1, "zero_stage": 3},
+        **more,
+    }
     (to.target / "state.json").write_text(json.dumps(state))
     for name in ("one.pt", "two.pt"):
         to.writer.save({"step": torch.tensor(step)}, str(to.target / name))
@@ -55,8 +63,10 @@ def names(folder: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------ writing
 
 
-@pytest.mark.parametrize("error, told", [(MemoryError(), "MemoryError()"), (OSError("disk full"), "disk full"),
-                                         (SystemExit(1), "1")])
+@pytest.mark.parametrize(
+    "error, told",
+    [(MemoryError(), "MemoryError()"), (OSError("disk full"), "disk full"), (SystemExit(1), "1")],
+)
 def test_whatever_ends_the_writer_the_checkpoint_does_not_count(tmp_path, monkeypatch, caplog, error, told):
     to, save = checkpoints(tmp_path, keep_last=1), torch.save
     assert write(to, 1)
@@ -129,7 +139,10 @@ def test_a_disk_that_takes_nothing_more_leaves_training_alone(tmp_path, monkeypa
         raise OSError(122, "Disk quota exceeded")
 
     monkeypatch.setattr(checkpoint, "write_atomically", full)
-    assert not to.save(SimpleNamespace(module=torch.nn.Linear(1, 1)), {"step": 1}) and "Disk quota exceeded" in caplog.text
+    assert (
+        not to.save(SimpleNamespace(module=torch.nn.Linear(1, 1)), {"step": 1})
+        and "Disk quota exceeded" in caplog.text
+    )
     assert not list(to.folder.iterdir())
 
 
@@ -143,10 +156,16 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_spoil_the_new_one(tmp
         remove(path, **options)
 
     monkeypatch.setattr(checkpoint.shutil, "rmtree", held)
-    assert write(to, 2) and names(to.folder) == ["step-000002"] and "step-000001 could not be removed" in caplog.text
+    assert (
+        write(to, 2)
+        and names(to.folder) == ["step-000002"]
+        and "step-000001 could not be removed" in caplog.text
+    )
     monkeypatch.undo()
     checkpoints(tmp_path)
-    assert [path.name for path in to.folder.iterdir() if path.is_dir()] == ["step-000002"], "gone at the next start"
+    assert [path.name for path in to.folder.iterdir() if path.is_dir()] == ["step-000002"], (
+        "gone at the next start"
+    )
 
 
 def test_the_last_checkpoint_from_before_a_bad_stretch_is_kept(tmp_path):
@@ -174,7 +193,9 @@ def test_a_second_file_system_that_hangs_holds_nothing_up(tmp_path, monkeypatch,
     threading.Timer(0.5, go_on.set).start()
     assert to.close() and names(tmp_path / "copies") == ["step-000003"], "the last one has time"
     go_on.clear()
-    assert write(to, 4) and to.close(hurry=True) and names(tmp_path / "copies") == ["step-000003"], "unless there is none"
+    assert write(to, 4) and to.close(hurry=True) and names(tmp_path / "copies") == ["step-000003"], (
+        "unless there is none"
+    )
     go_on.set()
 
 
@@ -197,7 +218,11 @@ def test_a_roll_back_reaches_the_copies_too(tmp_path, monkeypatch):
     assert names(copies) == ["step-000600"] and (copies / "latest").read_text() == "step-000600"
     for step in (610, 620):
         assert write(to, step)
-    assert to.close() and names(copies) == ["step-000610", "step-000620"] and (copies / "latest").read_text() == "step-000620"
+    assert (
+        to.close()
+        and names(copies) == ["step-000610", "step-000620"]
+        and (copies / "latest").read_text() == "step-000620"
+    )
 
 
 def test_latest_of_copies_that_lack_the_step_names_what_is_there(tmp_path):
@@ -222,7 +247,9 @@ def test_the_best_goes_back_with_the_weights(tmp_path):
     assert all(json.loads((folder / "best.json").read_text()) == old for folder in (to.folder, copies))
     to.config.keep_last = 2
     assert write(to, 5, {"step": 5, "score": 0.1}) and names(to.folder) == ["step-000003", "step-000005"]
-    assert to.forget_after(3, old) is None, "its checkpoint went for step 5's: the next score is the best of those that are kept"
+    assert to.forget_after(3, old) is None, (
+        "its checkpoint went for step 5's: the next score is the best of those that are kept"
+    )
     assert not any((folder / "best.json").exists() for folder in (to.folder, copies))
     assert write(to, 6, {"step": 6, "score": 0.4}) and write(to, 7) and write(to, 8) and to.close()
     assert names(to.folder) == names(copies) == ["step-000006", "step-000007", "step-000008"]
@@ -237,8 +264,16 @@ def test_a_stage_that_another_process_trains_is_left_to_it(tmp_path, caplog):
     try:
         run = loop.Run(recipe, Ranks(0, 1, 0, 1, "cpu"))
         noted = tmp_path / "alignment" / "run.json"
-        noted.write_text(text := json.dumps(
-            {"status": "running", "pid": other.pid, "host": os.uname().nodename, "updated": time.time() + 1}))
+        noted.write_text(
+            text := json.dumps(
+                {
+                    "status": "running",
+                    "pid": other.pid,
+                    "host": os.uname().nodename,
+                    "updated": time.time() + 1,
+                }
+            )
+        )
         assert abs(stages.began(other.pid) - time.time()) < 5
         loop.logger.propagate = True
         assert run.execute() == 2 and noted.read_text() == text
@@ -247,7 +282,9 @@ def test_a_stage_that_another_process_trains_is_left_to_it(tmp_path, caplog):
             noted.write_text(json.dumps(json.loads(text) | change))
             assert stages.trained_by(recipe) is None, change
         noted.write_text(json.dumps({"status": "running", "pid": os.getpid(), "host": os.uname().nodename}))
-        assert stages.trained_by(recipe) is None, "this one, and whatever else has the number of one that died"
+        assert stages.trained_by(recipe) is None, (
+            "this one, and whatever else has the number of one that died"
+        )
     finally:
         other.kill()
         other.wait()
@@ -256,24 +293,34 @@ def test_a_stage_that_another_process_trains_is_left_to_it(tmp_path, caplog):
 def test_the_loop_takes_the_best_back(tmp_path, monkeypatch):
     run = loop.Run.__new__(loop.Run)
     source, old = tmp_path / "step-000002", {"step": 2, "score": 0.3}
-    run.recipe, run.ranks, run.data_offset, run.best = Recipe(), Ranks(0, 1, 0, 1, "cpu"), 0, {"step": 3, "score": 0.2}
+    run.recipe, run.ranks, run.data_offset, run.best = (
+        Recipe(),
+        Ranks(0, 1, 0, 1, "cpu"),
+        0,
+        {"step": 3, "score": 0.2},
+    )
     health = SimpleNamespace(rollbacks=0, skipped=1, load=lambda state: None)
     run.engine = SimpleNamespace(health=health, deepspeed=None)
     run.log = SimpleNamespace(line=lambda *a: None, go_back=lambda step: None)
     run.bad_stretch = SimpleNamespace(steps=[])
-    run.checkpoints = SimpleNamespace(folder=tmp_path, finish=lambda: True, load=lambda *a: None,
-                                      forget_after=lambda step, best: best)
+    run.checkpoints = SimpleNamespace(
+        folder=tmp_path, finish=lambda: True, load=lambda *a: None, forget_after=lambda step, best: best
+    )
     run._topology = dict
     run.folder = tmp_path / "stage"
     (run.folder / "model-best").mkdir(parents=True)
     described = run.folder / "model-best" / "soundwave.json"
     described.write_text('{"step": 2}')
     monkeypatch.setattr(loop, "find_good", lambda *a, **k: source)
-    monkeypatch.setattr(loop, "read_state", lambda folder: {"step": 2, "best": old, "topology": {}, "health": {}})
+    monkeypatch.setattr(
+        loop, "read_state", lambda folder: {"step": 2, "best": old, "topology": {}, "health": {}}
+    )
     assert run._roll_back(5) == 2 and run.best == old and run.data_offset == 3 and described.exists()
     described.write_text('{"step": 3}')
     health.rollbacks = 0
-    assert run._roll_back(5) == 2 and not described.parent.exists(), "the best model of steps that are forgotten"
+    assert run._roll_back(5) == 2 and not described.parent.exists(), (
+        "the best model of steps that are forgotten"
+    )
     run.recipe.checkpoint.best_by, health.rollbacks = "loss", 0
     assert run._roll_back(5) == 2 and run.best is None, "chosen by another score"
 
@@ -296,13 +343,17 @@ def test_the_best_is_chosen_by_the_recipes_score(by, bests, monkeypatch):
         if step:
             wer, loss = scores[bests[step - 1]]
             score = loss if by == "loss" else wer
-            assert run.best == pytest.approx({"step": bests[step - 1], "by": by, "score": score, "loss": loss}, nan_ok=True)
+            assert run.best == pytest.approx(
+                {"step": bests[step - 1], "by": by, "score": score, "loss": loss}, nan_ok=True
+            )
 
 
 # ------------------------------------------------------------------------------------------------ reading
 
 
-@pytest.mark.parametrize("group, place", [({"fused": True}, "meta"), ({"capturable": True}, "meta"), ({"fused": None}, "cpu")])
+@pytest.mark.parametrize(
+    "group, place", [({"fused": True}, "meta"), ({"capturable": True}, "meta"), ({"fused": None}, "cpu")]
+)
 def test_counters_lie_where_the_optimizer_wants_them_one_each(group, place):
     shared = torch.tensor(7.0)
     parameters = [torch.nn.Parameter(torch.zeros(2, device="meta")) for _ in range(2)]
@@ -319,8 +370,17 @@ def test_activation_checkpointing_may_change_behind_a_checkpoint():
     """Also behind one that was made when it might not: such a checkpoint has noted it."""
     plain, saving = Recipe(), Recipe()
     saving.optim.activation_checkpointing = True
-    facts = [{"base": {}, "settings": {}, "tokenizer": "", "recipe": resume.recipe_facts(recipe), "index": "", "code": ""}
-             for recipe in (plain, saving)]
+    facts = [
+        {
+            "base": {},
+            "settings": {},
+            "tokenizer": "",
+            "recipe": resume.recipe_facts(recipe),
+            "index": "",
+            "code": "",
+        }
+        for recipe in (plain, saving)
+    ]
     assert resume.check(*facts, [], Path("step-000001")) == []
     facts[0]["recipe"]["optim.activation_checkpointing"] = False
     assert resume.check(*facts, [], Path("step-000001")) == []
@@ -329,7 +389,7 @@ def test_activation_checkpointing_may_change_behind_a_checkpoint():
         resume.check(*facts, [], Path("step-000001"))
 
 
-# ------------------------------------------------------------------------------------------------ start and end
+# ------------------------------------------------------------------------------------------------ start and e
 
 
 def test_models_that_hold_a_language_model_tell_its_width(tmp_path, monkeypatch):
@@ -346,8 +406,12 @@ def test_models_that_hold_a_language_model_tell_its_width(tmp_path, monkeypatch)
     run = loop.Run.__new__(loop.Run)
     run.recipe, run.ranks, run.stage = Recipe(), Ranks(0, 1, 0, 1, "cpu"), SimpleNamespace(name="alignment")
     run.checkpoints = SimpleNamespace(folder=tmp_path)
-    for name, value in (("find_good", None), ("initial_folder", None), ("ensure_features", None),
-                        ("locate", SimpleNamespace(config=config))):
+    for name, value in (
+        ("find_good", None),
+        ("initial_folder", None),
+        ("ensure_features", None),
+        ("locate", SimpleNamespace(config=config)),
+    ):
         monkeypatch.setattr(loop, name, lambda *a, value=value, **k: value)
     monkeypatch.setattr(loop.Plan, "open", lambda *a: None)
     monkeypatch.setattr(loop.zero, "resolve", resolve)
@@ -357,8 +421,17 @@ def test_models_that_hold_a_language_model_tell_its_width(tmp_path, monkeypatch)
 
 def test_a_last_checkpoint_that_fails_is_told_and_the_model_is_there(server, tmp_path):
     tiny = workspace(tmp_path)
-    run = server.start([tiny / "stage1.yaml", "optim.steps=2", "checkpoint.every_steps=1", "data.valid=[]",
-                        "log.tensorboard=false"], ranks=1, fault=["no_memory_to_save", 2])
+    run = server.start(
+        [
+            tiny / "stage1.yaml",
+            "optim.steps=2",
+            "checkpoint.every_steps=1",
+            "data.valid=[]",
+            "log.tensorboard=false",
+        ],
+        ranks=1,
+        fault=["no_memory_to_save", 2],
+    )
     codes, text = run.wait(), run.text()
     folder = tiny / "run" / "alignment"
     assert codes == [1] and "checkpoint step-000002 could not be written (rank 0: no memory)" in text, text
@@ -366,8 +439,16 @@ def test_a_last_checkpoint_that_fails_is_told_and_the_model_is_there(server, tmp
     assert (noted["status"], noted["step"], noted["exit_code"]) == ("failed", 2, 1)
     assert noted["reason"].startswith("the checkpoint of the last step, 2, could not be written")
     assert (folder / "model" / "soundwave.json").exists() and names(folder / "checkpoints") == ["step-000001"]
-    run = server.start([tiny / "stage1.yaml", "optim.steps=2", "checkpoint.every_steps=1", "data.valid=[]",
-                        "log.tensorboard=false"], ranks=1)
+    run = server.start(
+        [
+            tiny / "stage1.yaml",
+            "optim.steps=2",
+            "checkpoint.every_steps=1",
+            "data.valid=[]",
+            "log.tensorboard=false",
+        ],
+        ranks=1,
+    )
     codes, text = run.wait(), run.text()
     assert codes == [0] and "resuming at step 1" in text, text
 
@@ -375,11 +456,19 @@ def test_a_last_checkpoint_that_fails_is_told_and_the_model_is_there(server, tmp
 def test_a_stop_while_features_are_computed(server, tmp_path):
     """All ranks leave together with exit code 85, and the next start computes only what is missing."""
     tiny = workspace(tmp_path)
-    arguments = [tiny / "stage1.yaml", "optim.steps=1", "data.valid=[]", "log.tensorboard=false",
-                 f"data.cache_features={tmp_path / 'features'}"]
+    arguments = [
+        tiny / "stage1.yaml",
+        "optim.steps=1",
+        "data.valid=[]",
+        "log.tensorboard=false",
+        f"data.cache_features={tmp_path / 'features'}",
+    ]
     run = server.start(arguments, ranks=2, fault=["stop_after_pack", "SIGTERM", 1])
     codes, text = run.wait(), run.text()
-    assert codes == [85, 85] and "stopped while encoder features were computed (SIGTERM on rank 1), exit code 85" in text, text
+    assert (
+        codes == [85, 85]
+        and "stopped while encoder features were computed (SIGTERM on rank 1), exit code 85" in text
+    ), text
     noted = json.loads((tiny / "run" / "alignment" / "run.json").read_text())
     assert (noted["status"], noted["exit_code"]) == ("preempted", 85)
     packs = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.index.npy")}

@@ -20,9 +20,15 @@ from tests.hostile import damaged_bytes, is_one_line, json_documents, only_insid
 from train import safe_load
 from train.checkpoint import BackgroundWriter, Checkpoints, saved_in_health, verify
 
-STATE = {"step": 5, "data_offset": 0, "best": {"step": 4, "by": "wer", "score": 0.5}, "seed": 1, "facts": {"recipe": {"a": 1}},
-         "health": {"norms": [1.0, 2.0], "consecutive": 0, "skipped": 0, "rollbacks": 0},
-         "topology": {"world_size": 2, "zero_stage": 3}}
+STATE = {
+    "step": 5,
+    "data_offset": 0,
+    "best": {"step": 4, "by": "wer", "score": 0.5},
+    "seed": 1,
+    "facts": {"recipe": {"a": 1}},
+    "health": {"norms": [1.0, 2.0], "consecutive": 0, "skipped": 0, "rollbacks": 0},
+    "topology": {"world_size": 2, "zero_stage": 3},
+}
 many = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -83,15 +89,30 @@ def test_any_state_is_sound_or_named(checkpoint, data):
         assert state["best"] is None or state["best"]["step"] + state["best"]["score"] is not None
 
 
-@pytest.mark.parametrize("change, says", [
-    (lambda m: m["files"].update({"../../outside": {"size": 1, "sha256": "0" * 64}}), "manifest.json is a path, not a plain"),
-    (lambda m: m["files"].update({"/etc/passwd": {"size": 1, "sha256": "0" * 64}}), "manifest.json is a path, not a plain"),
-    (lambda m: m["files"].pop("state.json"), "manifest.json does not list state.json"),
-    (lambda m: m.pop("files"), "manifest.json does not list state.json"),
-    (lambda m: m["files"]["state.json"].update(size=-1), "manifest.json has an entry without size and sha256"),
-    (lambda m: m["files"]["state.json"].update(sha256=5), "manifest.json has an entry without size and sha256"),
-    (lambda m: m["files"]["state.json"].update(sha256="0" * 64), "state.json does not have its sha256"),
-])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (
+            lambda m: m["files"].update({"../../outside": {"size": 1, "sha256": "0" * 64}}),
+            "manifest.json is a path, not a plain",
+        ),
+        (
+            lambda m: m["files"].update({"/etc/passwd": {"size": 1, "sha256": "0" * 64}}),
+            "manifest.json is a path, not a plain",
+        ),
+        (lambda m: m["files"].pop("state.json"), "manifest.json does not list state.json"),
+        (lambda m: m.pop("files"), "manifest.json does not list state.json"),
+        (
+            lambda m: m["files"]["state.json"].update(size=-1),
+            "manifest.json has an entry without size and sha256",
+        ),
+        (
+            lambda m: m["files"]["state.json"].update(sha256=5),
+            "manifest.json has an entry without size and sha256",
+        ),
+        (lambda m: m["files"]["state.json"].update(sha256="0" * 64), "state.json does not have its sha256"),
+    ],
+)
 def test_manifests_that_are_refused(checkpoint, change, says):
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     change(manifest)
@@ -99,11 +120,18 @@ def test_manifests_that_are_refused(checkpoint, change, says):
     assert judged(checkpoint).startswith(says)
 
 
-@pytest.mark.parametrize("change, key", [
-    (lambda s: s.update(step=6), "step"), (lambda s: s.update(step="5"), "step"), (lambda s: s.pop("data_offset"), "data_offset"),
-    (lambda s: s["topology"].update(zero_stage=4), "topology"), (lambda s: s["health"].update(norms=[float("nan")]), "health"),
-    (lambda s: s.update(best={"step": 1}), "best"), (lambda s: s.update(facts=[]), "facts"),
-])
+@pytest.mark.parametrize(
+    "change, key",
+    [
+        (lambda s: s.update(step=6), "step"),
+        (lambda s: s.update(step="5"), "step"),
+        (lambda s: s.pop("data_offset"), "data_offset"),
+        (lambda s: s["topology"].update(zero_stage=4), "topology"),
+        (lambda s: s["health"].update(norms=[float("nan")]), "health"),
+        (lambda s: s.update(best={"step": 1}), "best"),
+        (lambda s: s.update(facts=[]), "facts"),
+    ],
+)
 def test_states_that_are_refused(checkpoint, change, key):
     state = json.loads(json.dumps(STATE))
     change(state)
@@ -119,7 +147,9 @@ def test_links_out_of_a_checkpoint_are_refused(checkpoint):
     assert "mp_rank_00_model_states.pt is a link to" in judged(checkpoint)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"step": "x"}', '{"step": 1}', '{"step": -1, "score": 0.1}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"step": "x"}', '{"step": 1}', '{"step": -1, "score": 0.1}']
+)
 def test_a_broken_best_is_no_best(checkpoint, content):
     (checkpoint.parent / "best.json").write_text(content)
     assert Checkpoints._best(checkpoint.parent) is None
@@ -140,10 +170,16 @@ class Evil:
 def test_what_deepspeed_loads_is_data(tmp_path):
     mark, path = tmp_path / "ran", tmp_path / "x.pt"
     torch.save({"state": Evil(mark)}, path)
-    for load in (TorchCheckpointEngine().load, BackgroundWriter().load, lambda p: torch.load(p, weights_only=False)):
+    for load in (
+        TorchCheckpointEngine().load,
+        BackgroundWriter().load,
+        lambda p: torch.load(p, weights_only=False),
+    ):
         with safe_load.data_only(), pytest.raises(pickle.UnpicklingError) as error:
             load(str(path))
-        assert safe_load.reason(error.value) == "it names posix.system, and so would run code when it is loaded"
+        assert (
+            safe_load.reason(error.value) == "it names posix.system, and so would run code when it is loaded"
+        )
     assert not mark.exists() and safe_load.SWITCH not in os.environ
     path.write_bytes(pickle.dumps(Evil(mark)))  # another protocol, no archive
     with safe_load.data_only(), pytest.warns(UserWarning, match="pickle protocol"):
@@ -156,8 +192,13 @@ def test_what_deepspeed_loads_is_data(tmp_path):
 
 
 def test_what_deepspeed_stores_is_allowed(tmp_path):
-    state = {"scaler": LossScaler(2.0), "stage": ZeroStageEnum(3), "at": fragment_address(numel=4, start=8),
-             "step": torch.ones(1), "shapes": [torch.Size([2, 3])]}
+    state = {
+        "scaler": LossScaler(2.0),
+        "stage": ZeroStageEnum(3),
+        "at": fragment_address(numel=4, start=8),
+        "step": torch.ones(1),
+        "shapes": [torch.Size([2, 3])],
+    }
     torch.save(state, tmp_path / "x.pt")
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "x.pt", weights_only=True)
@@ -168,10 +209,15 @@ def test_what_deepspeed_stores_is_allowed(tmp_path):
         torch.load(tmp_path / "x.pt", weights_only=True)  # and not allowed for ever
 
 
-@pytest.mark.parametrize("content, says", [
-    ({"optimizer_state_dict": {"param_slice_mappings": [{"../../outside": torch.ones(1)}]}}, "is a path"),
-    ({"module": {"/etc/x": 1}}, "is a path"), ({"a": ({"..": 1},)}, "is a path"), ({"a": Evil("/nowhere")}, "posix.system"),
-])
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ({"optimizer_state_dict": {"param_slice_mappings": [{"../../outside": torch.ones(1)}]}}, "is a path"),
+        ({"module": {"/etc/x": 1}}, "is a path"),
+        ({"a": ({"..": 1},)}, "is a path"),
+        ({"a": Evil("/nowhere")}, "posix.system"),
+    ],
+)
 def test_names_that_would_become_paths_are_not_converted(tmp_path, capsys, content, says):
     source, target = tmp_path / "step-000001", tmp_path / "step-000001" / "universal.partial"
     source.mkdir()

@@ -1,4 +1,5 @@
-"""docs/recipes.md names every key of a recipe, with the default that the code has; docs/architecture.md every module."""
+"""docs/recipes.md names every key of a recipe, with the default that the code has; docs/architecture.md every
+module."""
 
 from __future__ import annotations
 
@@ -22,7 +23,11 @@ def test_defaults_are_those_of_the_code():
     recipe = OmegaConf.structured(Recipe)
     rows = re.findall(r"^\| `([a-z_.]+)` \| `(.*?)` \| \S", TEXT, re.MULTILINE)
     told = dict(rows)
-    leaves = [key for key in known_keys() if not OmegaConf.is_dict(OmegaConf.select(recipe, key)) or key.endswith("task_weights")]
+    leaves = [
+        key
+        for key in known_keys()
+        if not OmegaConf.is_dict(OmegaConf.select(recipe, key)) or key.endswith("task_weights")
+    ]
     assert len(told) == len(rows) and set(told) == set(leaves)
 
     def text(key: str) -> str:
@@ -36,8 +41,17 @@ def test_defaults_are_those_of_the_code():
 
 
 def test_every_module_has_its_place_in_the_architecture():
-    rows = dict(re.findall(r"^\| `([a-z_/]+/)` \| (.*?) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE))
+    rows = dict(
+        re.findall(
+            r"^\| `([a-z_/]+/)` \| (.*?) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE
+        )
+    )
     rooms = ("core/", "model/", "model/ops/", "data_tools/", "train/", "stream/", "evaluation/")
-    names = {room: {path.stem for path in (ROOT / room).glob("*.py") if not path.stem.startswith("__")} for room in rooms}
-    told = {room: {name.removesuffix(".py") for name in re.findall(r"`([a-z_.]+)`", rows[room])} for room in rooms}
+    names = {
+        room: {path.stem for path in (ROOT / room).glob("*.py") if not path.stem.startswith("__")}
+        for room in rooms
+    }
+    told = {
+        room: {name.removesuffix(".py") for name in re.findall(r"`([a-z_.]+)`", rows[room])} for room in rooms
+    }
     assert told == names

@@ -30,9 +30,22 @@ KINDS = {
 
 def train(folder: Path, number: int, kind: str, output: str | None = None) -> str:
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if kind == "cpu" else {"NVIDIA_TF32_OVERRIDE": "0"}
-    done = subprocess.run([sys.executable, "-m", "train.run", str(folder / f"stage{number}.yaml"), *SAME, *KINDS[kind],
-                           f"output={folder / (output or kind)}"], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT,
-                          env={**os.environ, **hidden, "OMP_NUM_THREADS": "2"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "train.run",
+            str(folder / f"stage{number}.yaml"),
+            *SAME,
+            *KINDS[kind],
+            f"output={folder / (output or kind)}",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        env={**os.environ, **hidden, "OMP_NUM_THREADS": "2"},
+    )
     assert done.returncode == 0, f"{kind}, stage {number}: {done.stdout[-1500:]}\n{done.stderr[-3000:]}"
     return done.stdout + done.stderr
 
@@ -52,7 +65,9 @@ def runs(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("number, stage", STAGES.items())
-@pytest.mark.parametrize("kind, relative", [("zero1", 2e-3), ("zero3", 2e-3), ("bf16", 0.05), ("bf16-zero3", 0.05)])
+@pytest.mark.parametrize(
+    "kind, relative", [("zero1", 2e-3), ("zero3", 2e-3), ("bf16", 0.05), ("bf16-zero3", 0.05)]
+)
 def test_losses_are_those_of_the_cpu(runs, kind, relative, number, stage):
     wanted, found = (losses(runs / name / stage) for name in ("cpu", kind))
     assert list(found) == list(wanted) and len(wanted) == 8
@@ -60,7 +75,8 @@ def test_losses_are_those_of_the_cpu(runs, kind, relative, number, stage):
 
 
 def test_a_run_that_was_killed_goes_on(runs):
-    """Its last checkpoint and its end are gone, as if it had been killed before: the same command does the rest again."""
+    """Its last checkpoint and its end are gone, as if it had been killed before: the same command does the
+    rest again."""
     shutil.copytree(runs / "zero3", runs / "again")
     folder = runs / "again" / "shrinking"
     shutil.rmtree(folder / "model")

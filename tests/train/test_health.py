@@ -67,12 +67,19 @@ def test_31_accepted_steps_are_too_few_to_call_anything_a_spike():
 
 
 def test_only_the_last_window_of_norms_counts():
-    health = accepted([1000.0] * 40 + [1000.0 * 0.97 ** i for i in range(200)], window=32)
+    health = accepted([1000.0] * 40 + [1000.0 * 0.97**i for i in range(200)], window=32)
     assert limit_of(list(health.norms), 8.0) < 50 and "is a spike" in health.reason_to_skip(1.0, 50.0)
 
 
-@pytest.mark.parametrize("loss, norm, told", [(math.nan, 1.0, "loss is nan"), (math.inf, 1.0, "loss is inf"),
-                                              (1.0, math.nan, "gradient is not finite"), (1.0, -1.0, "gradient is not finite")])
+@pytest.mark.parametrize(
+    "loss, norm, told",
+    [
+        (math.nan, 1.0, "loss is nan"),
+        (math.inf, 1.0, "loss is inf"),
+        (1.0, math.nan, "gradient is not finite"),
+        (1.0, -1.0, "gradient is not finite"),
+    ],
+)
 def test_what_is_not_finite_is_refused_from_the_first_step(loss, norm, told):
     assert Health(HealthConfig()).reason_to_skip(loss, norm) == told
 
@@ -82,31 +89,53 @@ def test_statistics_survive_a_restart():
     health.reason_to_skip(1.0, 1e6)
     again = Health(HealthConfig())
     again.load(json.loads(json.dumps(health.state())))
-    assert again.state() == health.state() and "is a spike" in again.reason_to_skip(1.0, 1e6) and again.consecutive == 2
+    assert (
+        again.state() == health.state()
+        and "is a spike" in again.reason_to_skip(1.0, 1e6)
+        and again.consecutive == 2
+    )
 
 
 @pytest.mark.slow  # real ranks, 38 steps each
-@pytest.mark.parametrize("options", [["deepspeed=ds_configs/zero1.json", "model.dtype=bfloat16"],
-                                     ["deepspeed=ds_configs/zero2.json"], []], ids=["zero1-bf16", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "options",
+    [["deepspeed=ds_configs/zero1.json", "model.dtype=bfloat16"], ["deepspeed=ds_configs/zero2.json"], []],
+    ids=["zero1-bf16", "zero2", "zero3"],
+)
 def test_a_spike_after_34_steps_changes_nothing_and_training_continues(server, tiny, tmp_path, options):
-    """On both ranks of every ZeRO stage: weights and moments stay, utterances are named, the next step is applied."""
-    options = ["optim.steps=37", "optim.warmup_steps=0", "optim.schedule=constant", "data.valid=[]", "log.tensorboard=false",
-               "checkpoint.every_steps=100", *options]
+    """On both ranks of every ZeRO stage: weights and moments stay, utterances are named, the next step is
+    applied."""
+    options = [
+        "optim.steps=37",
+        "optim.warmup_steps=0",
+        "optim.schedule=constant",
+        "data.valid=[]",
+        "log.tensorboard=false",
+        "checkpoint.every_steps=100",
+        *options,
+    ]
     run = server.start([tiny / "stage1.yaml", f"output={tmp_path}", *options], fault=["steep_step", 34, 1e4])
     assert run.wait() == [0, 0], run.text()
-    held = {(int(rank), when): digest for rank, when, digest in
-            re.findall(r"held on rank (\d) (before|after|later) ([0-9a-f]{64})", run.text())}
+    held = {
+        (int(rank), when): digest
+        for rank, when, digest in re.findall(
+            r"held on rank (\d) (before|after|later) ([0-9a-f]{64})", run.text()
+        )
+    }
     for rank in (0, 1):
         assert held[rank, "before"] == held[rank, "after"] != held[rank, "later"]
-    lines = {line["step"]: line for line in map(json.loads, (tmp_path / "alignment/metrics.jsonl").read_text().splitlines())
-             if line["kind"] == "train"}
+    lines = {
+        line["step"]: line
+        for line in map(json.loads, (tmp_path / "alignment/metrics.jsonl").read_text().splitlines())
+        if line["kind"] == "train"
+    }
     assert sorted(lines) == list(range(37)) and [step for step in lines if "skipped" in lines[step]] == [34]
     norms = [lines[step]["grad_norm"] for step in range(34)]
     centre = np.median(norms)
     deviation = max(1.4826 * np.median(np.abs(np.array(norms) - centre)), 0.05 * centre)
     assert f"is a spike (median {centre:.3g}, robust deviation {deviation:.3g})" in lines[34]["skipped"]
     assert "grad_norm" not in lines[34] and lines[36]["skipped_steps"] == 1
-    told, = map(json.loads, (tmp_path / "alignment/skipped.jsonl").read_text().splitlines())
+    (told,) = map(json.loads, (tmp_path / "alignment/skipped.jsonl").read_text().splitlines())
     plan = Plan.open(load_recipe(tiny / "stage1.yaml", options).data, "alignment", 37)
     meant = [plan.indexes[e["corpus"]].read(int(e["row"]))[1]["id"] for e in plan.global_batch(34)]
     assert told["step"] == 34 and sorted(told["ids"]) == sorted(meant)
@@ -115,14 +144,21 @@ def test_a_spike_after_34_steps_changes_nothing_and_training_continues(server, t
 # ---- the loss that is minimised
 
 
-@pytest.mark.parametrize("stage, expected", [("alignment", 5 / 2), ("shrinking", 12 / 8 + 0.7 * 5 / 2), ("sft", 12 / 8)])
+@pytest.mark.parametrize(
+    "stage, expected", [("alignment", 5 / 2), ("shrinking", 12 / 8 + 0.7 * 5 / 2), ("sft", 12 / 8)]
+)
 def test_ctc_weight_counts_where_there_are_two_losses(stage, expected):
-    """12 nats over 8 target tokens, 5 over 2 transcribed utterances, of the global batch. (In training: test_independent.py.)"""
+    """12 nats over 8 target tokens, 5 over 2 transcribed utterances, of the global batch. (In training:
+    test_independent.py.)"""
     engine = SimpleNamespace(stage=STAGES[stage], recipe=Recipe(loss=LossConfig(ctc_weight=0.7)))
-    sums = SimpleNamespace(ce_sum=torch.tensor(12.0, requires_grad=True), ctc_sum=torch.tensor(5.0, requires_grad=True))
+    sums = SimpleNamespace(
+        ce_sum=torch.tensor(12.0, requires_grad=True), ctc_sum=torch.tensor(5.0, requires_grad=True)
+    )
     loss = Engine._micro_loss(engine, sums, 8.0, 2.0)
     torch.testing.assert_close(loss, torch.tensor(expected))
     loss.backward()
     assert sums.ce_sum.grad == (None if stage == "alignment" else torch.tensor(1 / 8))
     if stage != "sft":
-        torch.testing.assert_close(sums.ctc_sum.grad, torch.tensor((1.0 if stage == "alignment" else 0.7) / 2))
+        torch.testing.assert_close(
+            sums.ctc_sum.grad, torch.tensor((1.0 if stage == "alignment" else 0.7) / 2)
+        )

@@ -1,4 +1,5 @@
-"""Training on two ranks under ZeRO-3 against a plain PyTorch loop that shares no code with it (independent.py)."""
+"""Training on two ranks under ZeRO-3 against a plain PyTorch loop that shares no code with it
+(independent.py)."""
 
 from __future__ import annotations
 
@@ -20,8 +21,11 @@ from tests.train.ranks import Server
 from tests.train.tiny import losses, weights
 
 pytestmark = pytest.mark.slow  # each a start of real ranks, and the same steps by the plain loop
-TARGETS = {"llama": ["q_proj", "k_proj", "v_proj", "o_proj"], "gpt_oss": ["q_proj", "k_proj", "v_proj", "o_proj"],
-           "lfm2": ["q_proj", "k_proj", "v_proj", "out_proj"]}
+TARGETS = {
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "gpt_oss": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "lfm2": ["q_proj", "k_proj", "v_proj", "out_proj"],
+}
 STEPS, CTC_WEIGHT = 6, 0.7
 
 
@@ -32,7 +36,8 @@ def server():
 
 
 def corpus(folder: Path) -> Path:
-    """Transcripts, translations (with transcript), clips with an answer alone, and text; answers of very unequal length."""
+    """Transcripts, translations (with transcript), clips with an answer alone, and text; answers of very
+    unequal length."""
     samples = []
     for i in range(40):
         seconds, kind = 0.3 + 0.1 * (i % 10), i % 5
@@ -76,13 +81,26 @@ def family(request, root) -> str:
     model_folder.save(model, root / name / "start")
     for stage in ("shrinking", "sft"):
         recipe = {
-            "stage": stage, "output": str(root / name / "run"), "init_from": str(root / name / "start"), "seed": 5,
+            "stage": stage,
+            "output": str(root / name / "run"),
+            "init_from": str(root / name / "start"),
+            "seed": 5,
             "deepspeed": "ds_configs/zero3.json",
-            "model": {"encoder": {"name": config.encoder.name}, "alignment": {"dropout": 0.0}, "shrinking": {"dropout": 0.0},
-                      "llm": {"name": config.llm.name, "lora_r": 4, "lora_targets": TARGETS[name]}},
-            "data": {"train": [{"shards": str(root / "train")}], "batch_seconds": 9.0, "micro_batch_seconds": 3.0, "workers": 0},
+            "model": {
+                "encoder": {"name": config.encoder.name},
+                "alignment": {"dropout": 0.0},
+                "shrinking": {"dropout": 0.0},
+                "llm": {"name": config.llm.name, "lora_r": 4, "lora_targets": TARGETS[name]},
+            },
+            "data": {
+                "train": [{"shards": str(root / "train")}],
+                "batch_seconds": 9.0,
+                "micro_batch_seconds": 3.0,
+                "workers": 0,
+            },
             "optim": {"steps": STEPS, "warmup_steps": 2, "weight_decay": 0.05, "grad_clip": 0.5},
-            "loss": {"ctc_weight": CTC_WEIGHT}, "log": {"sample_ids": True, "tensorboard": False},
+            "loss": {"ctc_weight": CTC_WEIGHT},
+            "log": {"sample_ids": True, "tensorboard": False},
             "checkpoint": {"every_steps": 1000},
         }
         (root / name / f"{stage}.yaml").write_text(yaml.safe_dump(recipe))
@@ -98,32 +116,60 @@ def cheaper_joined(lengths: list[int], width: int = 32) -> bool:
 def test_losses_and_weights_are_those_of_a_plain_loop(server, root, family, stage, number):
     run = server.start([root / family / f"{stage}.yaml"], ranks=2)
     assert run.wait() == [0, 0], run.text()
-    assert ("rows of a micro-batch are joined" if family == "llama" else "rows of a micro-batch are padded") in run.text()
+    assert (
+        "rows of a micro-batch are joined" if family == "llama" else "rows of a micro-batch are padded"
+    ) in run.text()
     folder = root / family / "run" / stage
     steps = consumed.read(folder)
     clips, start = independent.read_corpus(root / "train"), root / family / "start"
     network = independent.Network(start, str(root / "whisper"), str(root / family / "llm"))
-    texts = {name: len(network.words.encode(meta["prompt"] + (meta.get("response") or meta["text"]))) for name, (meta, _) in
-             clips.items()}
+    texts = {
+        name: len(network.words.encode(meta["prompt"] + (meta.get("response") or meta["text"])))
+        for name, (meta, _) in clips.items()
+    }
     parts = [part for ranks in steps.values() for micro_batches in ranks.values() for part in micro_batches]
-    assert any(len(part) > 1 and cheaper_joined([texts[name] for name in part]) for part in parts), "no row would be joined"
-    batches = [[name for rank in sorted(steps[step]) for part in steps[step][rank] for name in part] for step in range(STEPS)]
+    assert any(len(part) > 1 and cheaper_joined([texts[name] for name in part]) for part in parts), (
+        "no row would be joined"
+    )
+    batches = [
+        [name for rank in sorted(steps[step]) for part in steps[step][rank] for name in part]
+        for step in range(STEPS)
+    ]
     expected = independent.train(
-        network, clips, batches, stage=number, ctc_weight=CTC_WEIGHT,
-        rates={"adapters": 1e-3, "ctc_head": 1e-3, "lora": 2e-4}, betas=(0.9, 0.98), eps=1e-8, decay=0.05, warmup=2, least=0.05,
-        clip=0.5)
+        network,
+        clips,
+        batches,
+        stage=number,
+        ctc_weight=CTC_WEIGHT,
+        rates={"adapters": 1e-3, "ctc_head": 1e-3, "lora": 2e-4},
+        betas=(0.9, 0.98),
+        eps=1e-8,
+        decay=0.05,
+        warmup=2,
+        least=0.05,
+        clip=0.5,
+    )
     found = losses(folder)
-    torch.testing.assert_close(torch.tensor([found[step] for step in range(STEPS)]), torch.tensor(expected), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        torch.tensor([found[step] for step in range(STEPS)]), torch.tensor(expected), rtol=1e-5, atol=0
+    )
     before = {f"adapters.safetensors:{n}": t for n, t in load_file(start / "adapters.safetensors").items()}
-    before |= {f"lora/adapter_model.safetensors:{n}": t for n, t in load_file(start / "lora/adapter_model.safetensors").items()}
+    before |= {
+        f"lora/adapter_model.safetensors:{n}": t
+        for n, t in load_file(start / "lora/adapter_model.safetensors").items()
+    }
     ours, theirs = weights(folder), plain_weights(network)
     assert ours.keys() == theirs.keys() == before.keys()
     moved = {name: float((theirs[name] - before[name]).norm()) for name in before}
     apart = {name: float((theirs[name] - ours[name]).norm()) for name in before}
-    assert {name for name in before if moved[name]} == {name for name in before if stage == "shrinking" or "lora" in name}
+    assert {name for name in before if moved[name]} == {
+        name for name in before if stage == "shrinking" or "lora" in name
+    }
     for name in before:  # seen: 1e-5 of the way at most
         # Part of this bias, the keys', has no gradient but rounding, which Adam blows up.
-        assert apart[name] <= (0.1 if name.endswith(("qkv.bias", "key_value.bias")) else 1e-3) * moved[name], name
+        assert (
+            apart[name] <= (0.1 if name.endswith(("qkv.bias", "key_value.bias")) else 1e-3) * moved[name]
+        ), name
 
 
 def plain_weights(network: independent.Network) -> dict[str, torch.Tensor]:
@@ -132,7 +178,9 @@ def plain_weights(network: independent.Network) -> dict[str, torch.Tensor]:
         value = value.detach()
         if name.startswith("llm.") and name.endswith((".a", ".b")):
             place = name.removeprefix("llm.")
-            found[f"lora/adapter_model.safetensors:base_model.model.{place[:-2]}.lora_{place[-1].upper()}.weight"] = value
+            found[
+                f"lora/adapter_model.safetensors:base_model.model.{place[:-2]}.lora_{place[-1].upper()}.weight"
+            ] = value
         elif not name.startswith(("llm.", "whisper.")):
             found[f"adapters.safetensors:{name.replace('__', '.')}"] = value
     return found

@@ -30,26 +30,59 @@ def metrics(folder, steps: int, **more) -> list[dict]:
     folder.mkdir(parents=True)
     lines = []
     for step in range(steps):
-        lines.append({"kind": "train", "step": step, "time": 0.0, "loss": 9.0 / (step + 1), "ctc": 9.0 / (step + 1),
-                      "grad_norm": 1.0, "lr_adapters": 1e-3, "step_seconds": 2.0, "data_wait_seconds": 0.5,
-                      "audio_seconds": 90.0, "padding_share": 0.1, "audio_seconds_per_second": 45.0, "shrink_ratio": 0.2,
-                      "flops_per_second": 1e12, "peak_memory_gib": 3.0, "rejected": 1.0, "retries": 0.0, **more})
+        lines.append(
+            {
+                "kind": "train",
+                "step": step,
+                "time": 0.0,
+                "loss": 9.0 / (step + 1),
+                "ctc": 9.0 / (step + 1),
+                "grad_norm": 1.0,
+                "lr_adapters": 1e-3,
+                "step_seconds": 2.0,
+                "data_wait_seconds": 0.5,
+                "audio_seconds": 90.0,
+                "padding_share": 0.1,
+                "audio_seconds_per_second": 45.0,
+                "shrink_ratio": 0.2,
+                "flops_per_second": 1e12,
+                "peak_memory_gib": 3.0,
+                "rejected": 1.0,
+                "retries": 0.0,
+                **more,
+            }
+        )
     lines[3]["loss"], lines[3]["skipped"] = float("nan"), "loss is nan"
     lines[-1]["passes"] = {"corpus/asr": 1.25}
-    lines.append({"kind": "valid", "step": steps, "time": 0.0, "loss": 2.0, "wer": 0.25, "words": 8.0,
-                  "samples": [["a <b> & c", "a & c"]]})
+    lines.append(
+        {
+            "kind": "valid",
+            "step": steps,
+            "time": 0.0,
+            "loss": 2.0,
+            "wer": 0.25,
+            "words": 8.0,
+            "samples": [["a <b> & c", "a & c"]],
+        }
+    )
     lines.append({"kind": "event", "step": 5, "time": 0.0, "event": "roll_back"})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "train", "st')
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "train", "st'
+    )
     return lines
 
 
 def test_report_from_metrics_alone(tmp_path, capsys):
     folder = tmp_path / "run" / "alignment"
     metrics(folder, steps=1200)  # beyond what a curve shows
-    assert report.main([str(tmp_path / "run")]) == 0 and str(folder / "report.html") in capsys.readouterr().out
+    assert (
+        report.main([str(tmp_path / "run")]) == 0 and str(folder / "report.html") in capsys.readouterr().out
+    )
     text = (folder / "report.html").read_text()
     pictures = re.findall(r'alt="([^"]+)" src="data:image/png;base64,([^"]+)"', text)
-    assert {"loss", "throughput", "step time", "padding", "shrink ratio", "rejected data", "memory"} <= {n for n, _ in pictures}
+    assert {"loss", "throughput", "step time", "padding", "shrink ratio", "rejected data", "memory"} <= {
+        n for n, _ in pictures
+    }
     for _, png in pictures:
         assert image.imread(io.BytesIO(base64.b64decode(png))).ndim == 3
     assert "://" not in text and "<script" not in text, "one file, for an air-gapped reader"
@@ -89,37 +122,55 @@ def test_totals_and_lines_survive_a_kill(tmp_path):
     log.go_back(2)
     log.line("event", 2, {"event": "roll_back"})
     log.line("train", 2, {"loss": 1.0, "rejected": 1.0})
-    assert log.totals == {"rejected": 12.0, "retries": 3.0}, "what the forgotten steps rejected has been rejected"
+    assert log.totals == {"rejected": 12.0, "retries": 3.0}, (
+        "what the forgotten steps rejected has been rejected"
+    )
     log.close()
     start(1).close()  # killed, and resumed from before the roll-back
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["kind"], line["step"]) for line in lines] == [("train", 0), ("event", 2)], "each step once; events stay"
+    assert [(line["kind"], line["step"]) for line in lines] == [("train", 0), ("event", 2)], (
+        "each step once; events stay"
+    )
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Soundwave:
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    config = tiny.config(tiny.whisper(folder / "whisper", width=48, heads=4),
-                         tiny.llm(folder / "llm", "llama", width=64), ctc_head="free")
+    config = tiny.config(
+        tiny.whisper(folder / "whisper", width=48, heads=4),
+        tiny.llm(folder / "llm", "llama", width=64),
+        ctc_head="free",
+    )
     config.attention_implementation, config.ops.implementation = "eager", "reference"
     return Soundwave.build(config)
 
 
 def test_the_fixed_clip_has_its_row_and_median_length(model):
-    chats = [tiny.chat("2 + 2?", "four", audio=False), tiny.chat("What?", "the wall"), tiny.chat("Say it.", "a")]
+    chats = [
+        tiny.chat("2 + 2?", "four", audio=False),
+        tiny.chat("What?", "the wall"),
+        tiny.chat("Say it.", "a"),
+    ]
     spoken = tiny.batch(model, chats, [0.9, 0.4], ["the wall", "a"])
     silent = tiny.batch(model, chats[:1], [], [])
     refs = (["four", "the wall", "a"], None)
-    assert fixed_clip([(silent, ["four"], None), (spoken, *refs)], model.audio_id) == (1, 0, 1)  # 0.4 and 0.9: the upper median
+    assert fixed_clip([(silent, ["four"], None), (spoken, *refs)], model.audio_id) == (
+        1,
+        0,
+        1,
+    )  # 0.4 and 0.9: the upper median
     assert fixed_clip([(silent, ["four"], None)], model.audio_id) == (0, 0, -1)
 
 
-@pytest.mark.parametrize("stage, losses", [("alignment", ("ctc",)), ("shrinking", ("ce", "ctc")), ("sft", ("ce",))])
+@pytest.mark.parametrize(
+    "stage, losses", [("alignment", ("ctc",)), ("shrinking", ("ce", "ctc")), ("sft", ("ce",))]
+)
 def test_model_flops_are_those_of_the_operations(model, stage, losses):
-    """torch counts every matrix product of a forward and backward pass; conversations are of one length, so nothing is padded.
-    The tolerance is for what is left out (the look-back's scores), and for the gradient of the first LLM layer's input, which
-    stage III does not need: of two layers that is something, of thirty nothing."""
+    """torch counts every matrix product of a forward and backward pass; conversations are of one length, so
+    nothing is padded. The tolerance is for what is left out (the look-back's scores), and for the gradient of
+    the first LLM layer's input, which stage III does not need: of two layers that is something, of thirty
+    nothing."""
     model.set_stage(stage)
     model.train()
     chats = [tiny.chat("What is said here, please?", "the wall and the hall")] * 3
@@ -133,12 +184,16 @@ def test_model_flops_are_those_of_the_operations(model, stage, losses):
     def counted(part: str) -> int:
         return sum(counts[f"Soundwave.{part}"].values())
 
-    flops = Flops.of(model).step(int(output.frames), 3, int(output.llm_tokens), 3, batch.ce_count, int(output.kept))
-    left_out = 3 * (200 * 2 * 16 * 201 + 100 * 2 * 16 * 3 * 48)  # mel filters; the first convolution's second frame in two
+    flops = Flops.of(model).step(
+        int(output.frames), 3, int(output.llm_tokens), 3, batch.ce_count, int(output.kept)
+    )
+    left_out = 3 * (
+        200 * 2 * 16 * 201 + 100 * 2 * 16 * 3 * 48
+    )  # mel filters; the first convolution's second frame in two
     assert flops["encoder"] == pytest.approx(counted("encoder") - left_out, rel=0.01), "forward alone"
     assert flops["alignment"] == pytest.approx(counted("alignment"), rel=0.02)
-    # The counter gives some of the LLM's backward pass to other parts, so it is held to the whole. The CTC reference counts
-    # as what it does: it computes its logits again in backward.
+    # The counter gives some of the LLM's backward pass to other parts, so it is held to the whole. The CTC
+    # reference counts as what it does: it computes its logits again in backward.
     total = sum(flops.values()) + left_out + counted("ctc_head") - flops["ctc_head"]
     assert total == pytest.approx(sum(counts["Global"].values()), rel=0.04)
 
@@ -149,5 +204,10 @@ def test_peaks_by_device_name():
 
 
 def test_logs_carry_no_control_sequences_of_data():
-    record = logging.LogRecord("soundwave", logging.WARNING, "", 0, "%s was rejected", ("evil\x1b]0;owned\x07\x1b[2J",), None)
-    assert telemetry.PrintableFormatter("%(message)s").format(record) == r"evil\x1b]0;owned\x07\x1b[2J was rejected"
+    record = logging.LogRecord(
+        "soundwave", logging.WARNING, "", 0, "%s was rejected", ("evil\x1b]0;owned\x07\x1b[2J",), None
+    )
+    assert (
+        telemetry.PrintableFormatter("%(message)s").format(record)
+        == r"evil\x1b]0;owned\x07\x1b[2J was rejected"
+    )

@@ -6,7 +6,11 @@ import math
 
 import pytest
 import torch
-from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+from transformers import (
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
 
 from recipe.config import OptimConfig
 from tests.model.conftest import build, folders  # noqa: F401  the fixture
@@ -31,18 +35,24 @@ def rates(**settings) -> list[float]:
 @pytest.mark.parametrize("least", [0.0, 0.05])
 def test_cosine_is_the_closed_formula(least):
     expected = [PEAK * (s + 1) / WARMUP for s in range(WARMUP)]
-    expected += [PEAK * (least + (1 - least) * (1 + math.cos(math.pi * (s - WARMUP) / (STEPS - WARMUP))) / 2)
-                 for s in range(WARMUP, STEPS)]
+    expected += [
+        PEAK * (least + (1 - least) * (1 + math.cos(math.pi * (s - WARMUP) / (STEPS - WARMUP))) / 2)
+        for s in range(WARMUP, STEPS)
+    ]
     assert rates(schedule="cosine", min_lr_share=least) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("schedule, theirs", [
-    ("cosine", lambda o: get_cosine_schedule_with_warmup(o, WARMUP, STEPS)),
-    ("linear", lambda o: get_linear_schedule_with_warmup(o, WARMUP, STEPS)),
-    ("constant", lambda o: get_constant_schedule_with_warmup(o, WARMUP)),
-])
+@pytest.mark.parametrize(
+    "schedule, theirs",
+    [
+        ("cosine", lambda o: get_cosine_schedule_with_warmup(o, WARMUP, STEPS)),
+        ("linear", lambda o: get_linear_schedule_with_warmup(o, WARMUP, STEPS)),
+        ("constant", lambda o: get_constant_schedule_with_warmup(o, WARMUP)),
+    ],
+)
 def test_schedules_agree_with_those_of_transformers(schedule, theirs):
-    """From the end of the warm-up. (In it, ours is one step ahead: theirs gives the first step a rate of 0.)"""
+    """From the end of the warm-up. (In it, ours is one step ahead: theirs gives the first step a rate of
+    0.)"""
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
     scheduler, expected = theirs(optimizer), []
     for _ in range(STEPS):
@@ -51,11 +61,17 @@ def test_schedules_agree_with_those_of_transformers(schedule, theirs):
         scheduler.step()
     ours = rates(schedule=schedule, min_lr_share=0.0)
     assert ours[WARMUP:] == pytest.approx(expected[WARMUP:], rel=1e-9, abs=1e-18)
-    assert ours[:WARMUP] == pytest.approx(expected[1:WARMUP + 1], rel=1e-9)
+    assert ours[:WARMUP] == pytest.approx(expected[1 : WARMUP + 1], rel=1e-9)
 
 
-@pytest.mark.parametrize("stage, trains", [
-    ("alignment", ("adapters", "ctc_head")), ("shrinking", ("adapters", "ctc_head", "lora")), ("sft", ("lora",))])
+@pytest.mark.parametrize(
+    "stage, trains",
+    [
+        ("alignment", ("adapters", "ctc_head")),
+        ("shrinking", ("adapters", "ctc_head", "lora")),
+        ("sft", ("lora",)),
+    ],
+)
 def test_weights_decay_and_norms_and_biases_do_not(folders, stage, trains):  # noqa: F811
     model = build(folders)
     model.set_stage(stage)
@@ -70,7 +86,9 @@ def test_weights_decay_and_norms_and_biases_do_not(folders, stage, trains):  # n
         assert group["weight_decay"] == (0.0 if still else 0.125), name
         rate = 3.0 if "lora_" in name else 2.0 if name.startswith("ctc_head.") else 1.0
         assert (group["lr"], group["peak_lr"]) == (rate, rate), name
-    assert [group["name"] for group in groups if group["weight_decay"]] == [name for name in trains if name != "ctc_head"]
+    assert [group["name"] for group in groups if group["weight_decay"]] == [
+        name for name in trains if name != "ctc_head"
+    ]
 
 
 def test_the_shape_that_counts_is_the_whole_ones():
@@ -79,16 +97,24 @@ def test_the_shape_that_counts_is_the_whole_ones():
     weight.ds_shape, bias.ds_shape = torch.Size([2, 3]), torch.Size([3])
     groups = optim.parameter_groups({"lora": [("w", weight), ("b", bias)]}, ("lora",), OptimConfig())
     assert [(group["name"], group["weight_decay"], len(group["params"])) for group in groups] == [
-        ("lora", 0.01, 1), ("lora_no_decay", 0.0, 1)]
+        ("lora", 0.01, 1),
+        ("lora_no_decay", 0.0, 1),
+    ]
 
 
 def test_the_update_is_adamws_with_the_recipes_numbers():
     """Two steps against the formula of Loshchilov and Hutter (2019), algorithm 2."""
-    config = OptimConfig(betas=[0.8, 0.95], eps=1e-6, weight_decay=0.1, lr_lora=0.01, warmup_steps=0, schedule="constant")
+    config = OptimConfig(
+        betas=[0.8, 0.95], eps=1e-6, weight_decay=0.1, lr_lora=0.01, warmup_steps=0, schedule="constant"
+    )
     parameter = torch.nn.Parameter(torch.tensor([[1.0, -2.0]], dtype=torch.float64))
-    optimizer = optim.build(optim.parameter_groups({"lora": [("w", parameter)]}, ("lora",), config), config, offload=False)
+    optimizer = optim.build(
+        optim.parameter_groups({"lora": [("w", parameter)]}, ("lora",), config), config, offload=False
+    )
     w, m, v = parameter.detach().clone(), 0.0, 0.0
-    for step, gradient in enumerate((torch.tensor([[0.5, 1.0]]).double(), torch.tensor([[-1.0, 0.25]]).double())):
+    for step, gradient in enumerate(
+        (torch.tensor([[0.5, 1.0]]).double(), torch.tensor([[-1.0, 0.25]]).double())
+    ):
         optim.set_lr(optimizer, config, step)
         parameter.grad = gradient.clone()
         optimizer.step()

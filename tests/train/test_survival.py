@@ -1,4 +1,5 @@
-"""Training that is interrupted, moved, damaged or fed rubbish: what it says, and that it ends where the undisturbed run ends."""
+"""Training that is interrupted, moved, damaged or fed rubbish: what it says, and that it ends where the
+undisturbed run ends."""
 
 from __future__ import annotations
 
@@ -24,7 +25,10 @@ from train.checkpoint import sha256_of
 from train.preemption import Preemption
 
 OPTIONS = ["optim.steps=8", "checkpoint.every_steps=2", "data.valid=[]", "log.tensorboard=false"]
-COMPARABLE = ["model.llm.lora_dropout=0.1", "checkpoint.keep_last=9"]  # all dropout on (the adapters' is by default)
+COMPARABLE = [
+    "model.llm.lora_dropout=0.1",
+    "checkpoint.keep_last=9",
+]  # all dropout on (the adapters' is by default)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +42,13 @@ def train(server, tiny, output, *options, stage: int = 1, **how) -> tuple[list[i
 
 
 def stop_after(server, tiny, output, step, *options, ranks: int = 2, **how) -> None:
-    codes, text = train(server, tiny, output, *options, ranks=ranks, fault=["signal_after", step, "SIGTERM", ranks - 1], **how)
-    assert codes == [85] * ranks and f"stopped before step {step + 1} (SIGTERM on rank {ranks - 1}), saved" in text, text
+    codes, text = train(
+        server, tiny, output, *options, ranks=ranks, fault=["signal_after", step, "SIGTERM", ranks - 1], **how
+    )
+    assert (
+        codes == [85] * ranks
+        and f"stopped before step {step + 1} (SIGTERM on rank {ranks - 1}), saved" in text
+    ), text
     assert "</html>" in (output / STAGES[how.get("stage", 1)] / "report.html").read_text()
 
 
@@ -52,7 +61,11 @@ def whole(server, tiny) -> Path:
 
 
 def metrics(output: Path, kind: str = "train", stage: str = "alignment") -> list[dict]:
-    return [line for line in map(json.loads, (output / stage / "metrics.jsonl").read_text().splitlines()) if line["kind"] == kind]
+    return [
+        line
+        for line in map(json.loads, (output / stage / "metrics.jsonl").read_text().splitlines())
+        if line["kind"] == kind
+    ]
 
 
 def loss_curve(output: Path, stage: str = "alignment") -> torch.Tensor:
@@ -71,7 +84,9 @@ def assert_close_end(one: Path, two: Path, stage: str = "alignment") -> None:
     torch.testing.assert_close(loss_curve(one, stage), loss_curve(two, stage), rtol=1e-6, atol=0)
     ours, theirs = weights(one / stage), weights(two / stage)
     assert ours.keys() == theirs.keys()
-    for key in ours:  # a bias of attention keys has no gradient but rounding, which Adam blows up to some 1e-5
+    for (
+        key
+    ) in ours:  # a bias of attention keys has no gradient but rounding, which Adam blows up to some 1e-5
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=5e-5)
 
 
@@ -88,8 +103,10 @@ def test_damaged_checkpoint_is_passed_over_with_a_line(server, tiny, whole, tmp_
     largest.write_bytes(content)
     codes, text = train(server, tiny, tmp_path)
     assert codes == [0, 0]
-    assert (f"checkpoint {newest} is damaged ({largest.name} does not have its sha256): it is set aside as "
-            f"{newest.name}.damaged, and the one before it is taken") in text
+    assert (
+        f"checkpoint {newest} is damaged ({largest.name} does not have its sha256): it is set aside as "
+        f"{newest.name}.damaged, and the one before it is taken"
+    ) in text
     assert f"resuming at step 4 from {newest.with_name('step-000004')}" in text
     assert_same_end(tmp_path, whole)
 
@@ -101,8 +118,11 @@ def test_code_in_a_checkpoint_is_not_run(server, tiny, tmp_path):
     folder = tmp_path / "alignment" / "checkpoints" / "step-000003"
     for path in folder.glob("*.pt"):
         torch.save({"module": MarkFile(tmp_path / "ran")}, path)
-    manifest = {path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in folder.iterdir()
-                if path.name != "manifest.json"}
+    manifest = {
+        path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in folder.iterdir()
+        if path.name != "manifest.json"
+    }
     (folder / "manifest.json").write_text(json.dumps({"files": manifest}))
     codes, text = train(server, tiny, tmp_path, ranks=1)
     assert codes == [1] and "it names posix.system, and so would run code when it is loaded" in text
@@ -141,8 +161,15 @@ def test_complete_checkpoint_that_only_lacks_its_name_counts(server, tiny, tmp_p
 
 
 def test_best_and_last_are_kept(server, tiny, tmp_path):
-    codes, text = train(server, tiny, tmp_path, f"data.valid=[{{shards: {tiny / 'valid'}}}]", "log.validate_every_steps=2",
-                        "checkpoint.keep_last=1", ranks=1)
+    codes, text = train(
+        server,
+        tiny,
+        tmp_path,
+        f"data.valid=[{{shards: {tiny / 'valid'}}}]",
+        "log.validate_every_steps=2",
+        "checkpoint.keep_last=1",
+        ranks=1,
+    )
     assert codes == [0], text
     lines = [line for line in metrics(tmp_path, "valid") if line["step"] > 0]
     scores = {line["step"]: line["wer"] for line in lines}
@@ -158,14 +185,19 @@ def test_best_and_last_are_kept(server, tiny, tmp_path):
 def test_full_disk_is_found_before_writing(server, tiny, whole, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(small)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(small)], capture_output=True
+    ).returncode:
         pytest.skip("mounting a small file system is not allowed here")
     try:
         (small / "ballast").write_bytes(bytes(250 * 1024))
         (tmp_path / "alignment").mkdir()
         (tmp_path / "alignment" / "checkpoints").symlink_to(small)
         codes, text = train(server, tiny, tmp_path, fault=["signal_after", 5, "SIGTERM", 0])
-        assert codes == [1, 1] and f"no room for a checkpoint in {tmp_path / 'alignment' / 'checkpoints'}: it needs" in text
+        assert (
+            codes == [1, 1]
+            and f"no room for a checkpoint in {tmp_path / 'alignment' / 'checkpoints'}: it needs" in text
+        )
         assert "stopped before step 6 (SIGTERM on rank 0), NOT saved" in text
         assert not list(small.glob("step-*"))
         codes, text = train(server, tiny, tmp_path)
@@ -201,19 +233,26 @@ def test_another_recipe_base_or_tokenizer_is_named_with_its_switch(server, tiny,
         assert f"accept it with checkpoint.accept_changes=[{kind}]" in text
         noted = (tmp_path / "alignment" / "recipe.yaml").read_text()
         assert "lr_adapters: 0.001\n" in noted, "a recipe that was refused is not noted"
-    codes, text = train(server, tiny, tmp_path, changes["recipe"][0], "checkpoint.accept_changes=[recipe]", ranks=1)
+    codes, text = train(
+        server, tiny, tmp_path, changes["recipe"][0], "checkpoint.accept_changes=[recipe]", ranks=1
+    )
     assert codes == [0] and "recipe has changed and is accepted: optim.lr_adapters: 0.001 -> 0.01" in text
     rates = {line["step"]: line["lr_adapters"] for line in metrics(tmp_path)}
     assert rates[4] > 5 * rates[3], "an accepted rate is the one that is used"
 
 
 @pytest.mark.slow  # several starts of real ranks
-@pytest.mark.parametrize(("options", "alike"), [
-    (["deepspeed=ds_configs/zero1.json", "model.dtype=bfloat16"], assert_same_end),
-    # DeepSpeed's CPU Adam keeps the powers of its betas as running products; behind a resume it begins with the power itself.
-    (["deepspeed=ds_configs/zero3_offload.json"], assert_close_end),
-    (["model.dtype=bfloat16"], assert_same_end),
-], ids=["bf16-zero1", "offload", "bf16-zero3"])
+@pytest.mark.parametrize(
+    ("options", "alike"),
+    [
+        (["deepspeed=ds_configs/zero1.json", "model.dtype=bfloat16"], assert_same_end),
+        # DeepSpeed's CPU Adam keeps the powers of its betas as running products; behind a resume it begins
+        # with the power itself.
+        (["deepspeed=ds_configs/zero3_offload.json"], assert_close_end),
+        (["model.dtype=bfloat16"], assert_same_end),
+    ],
+    ids=["bf16-zero1", "offload", "bf16-zero3"],
+)
 def test_a_stopped_run_ends_as_an_undisturbed_one_under(server, tiny, whole, tmp_path, options, alike):
     options = [*options, f"init_from={whole / 'alignment' / 'model'}"]
     codes, text = train(server, tiny, tmp_path / "still", *options, stage=2)
@@ -229,8 +268,15 @@ def test_bf16_is_bf16_under_each_zero_stage(server, tiny, whole, tmp_path):
     """DeepSpeed leaves what it has not built itself in fp32 under ZeRO-3."""
     for number in (2, 3):
         options = [f"deepspeed=ds_configs/zero{number}.json", "model.dtype=bfloat16", "optim.steps=1"]
-        codes, text = train(server, tiny, tmp_path / str(number), *options, f"init_from={whole / 'alignment' / 'model'}", stage=2,
-                            fault=["tell_types"])
+        codes, text = train(
+            server,
+            tiny,
+            tmp_path / str(number),
+            *options,
+            f"init_from={whole / 'alignment' / 'model'}",
+            stage=2,
+            fault=["tell_types"],
+        )
         assert codes == [0, 0], text
         told = re.findall(r"trained: .*", text)  # of one rank or both
         assert told and "float32" not in "".join(told), told
@@ -279,17 +325,23 @@ def test_two_ranks_one_rank_two_ranks(server, tiny, whole, tmp_path, stage, zero
 
 @pytest.mark.slow  # seven starts of real ranks
 def test_killed_and_moved_from_one_to_two_ranks_and_back(server, tiny, whole, tmp_path):
-    """Stage II on 2-1-2-1-2-2 ranks under ZeRO-3, three of them killed, with other micro-batches on the way and dropout of 0.1 in
-    adapters and LoRA: the losses and weights of a run that was left alone."""
+    """Stage II on 2-1-2-1-2-2 ranks under ZeRO-3, three of them killed, with other micro-batches on the way
+    and dropout of 0.1 in adapters and LoRA: the losses and weights of a run that was left alone."""
     moved = tmp_path / "moved"
     options = [*COMPARABLE, f"init_from={whole / 'alignment' / 'model'}", "optim.steps=14", "data.workers=0"]
     codes, text = train(server, tiny, tmp_path / "still", *options, stage=2)
     assert codes == [0, 0] and "rows of a micro-batch are joined" in text, text
-    for ranks, kind, step, more in ((2, "SIGKILL", 3, []), (1, "SIGTERM", 4, ["data.micro_batch_seconds=9"]),
-                                    (2, "SIGKILL", 8, []), (1, "SIGTERM", 9, []),
-                                    (2, "SIGKILL", 12, ["optim.activation_checkpointing=true"])):
+    for ranks, kind, step, more in (
+        (2, "SIGKILL", 3, []),
+        (1, "SIGTERM", 4, ["data.micro_batch_seconds=9"]),
+        (2, "SIGKILL", 8, []),
+        (1, "SIGTERM", 9, []),
+        (2, "SIGKILL", 12, ["optim.activation_checkpointing=true"]),
+    ):
         fault = ["signal_after", step, kind, ranks - 1]
-        run = server.start([tiny / "stage2.yaml", f"output={moved}", *OPTIONS, *options, *more], ranks=ranks, fault=fault)
+        run = server.start(
+            [tiny / "stage2.yaml", f"output={moved}", *OPTIONS, *options, *more], ranks=ranks, fault=fault
+        )
         codes = run.wait(patience=0.5)
         assert codes == [85] * ranks if kind == "SIGTERM" else -signal.SIGKILL in codes, run.text()
         assert step == 3 or "resuming at step" in run.text()
@@ -302,8 +354,16 @@ def test_killed_and_moved_from_one_to_two_ranks_and_back(server, tiny, whole, tm
 def test_activation_checkpointing_gives_the_same_losses(server, tiny, whole, tmp_path):
     start = f"init_from={whole / 'alignment' / 'model'}"
     for name in ("false", "true"):
-        codes, text = train(server, tiny, tmp_path / name, start, f"optim.activation_checkpointing={name}",
-                            "model.llm.lora_dropout=0.1", stage=2, ranks=1)
+        codes, text = train(
+            server,
+            tiny,
+            tmp_path / name,
+            start,
+            f"optim.activation_checkpointing={name}",
+            "model.llm.lora_dropout=0.1",
+            stage=2,
+            ranks=1,
+        )
         assert codes == [0], text
     with_it, without = (loss_curve(tmp_path / name, "shrinking") for name in ("true", "false"))
     torch.testing.assert_close(with_it, without, rtol=1e-6, atol=0)
@@ -311,15 +371,27 @@ def test_activation_checkpointing_gives_the_same_losses(server, tiny, whole, tmp
 
 @pytest.mark.slow  # several starts of real ranks
 def test_validation_layer_by_layer_writes_what_whole_models_write(server, tiny, whole, tmp_path):
-    """ZeRO-3 ranks with unequal answers to write keep in step without holding the model, and write the same."""
+    """ZeRO-3 ranks with unequal answers to write keep in step without holding the model, and write the
+    same."""
     start, found = f"init_from={whole / 'alignment' / 'model'}", []
     for name in ("true", "false"):
-        codes, text = train(server, tiny, tmp_path / name, start, f"log.gather_to_validate={name}", "optim.steps=2",
-                            "log.validate_every_steps=2", "log.validate_utterances=3",
-                            f"data.valid=[{{shards: {tiny / 'valid'}}}]", stage=2)
+        codes, text = train(
+            server,
+            tiny,
+            tmp_path / name,
+            start,
+            f"log.gather_to_validate={name}",
+            "optim.steps=2",
+            "log.validate_every_steps=2",
+            "log.validate_utterances=3",
+            f"data.valid=[{{shards: {tiny / 'valid'}}}]",
+            stage=2,
+        )
         assert codes == [0, 0], text
         keys = ("step", "ce", "ctc", "wer", "words")
-        found.append([{key: line[key] for key in keys} for line in metrics(tmp_path / name, "valid", "shrinking")])
+        found.append(
+            [{key: line[key] for key in keys} for line in metrics(tmp_path / name, "valid", "shrinking")]
+        )
     assert found[0] and found[0] == found[1]
 
 
@@ -338,7 +410,9 @@ def test_margin_before_a_time_limit_follows_the_longest_save(tmp_path):
     try:
         preemption = Preemption(tmp_path, end_time=now + 4000)
         assert preemption.margin(save_seconds=10) == 120 and preemption.margin(save_seconds=100) == 300
-        assert preemption.margin(save_seconds=1000) == pytest.approx(2000, abs=5), "never more than half of what is left"
+        assert preemption.margin(save_seconds=1000) == pytest.approx(2000, abs=5), (
+            "never more than half of what is left"
+        )
         assert preemption.wish(save_seconds=100, step_seconds=10) is None
         assert preemption.wish(save_seconds=100, step_seconds=3701) == "time limit"
     finally:
@@ -351,21 +425,36 @@ def test_margin_before_a_time_limit_follows_the_longest_save(tmp_path):
 
 @pytest.mark.slow  # several starts of real ranks
 def test_roll_back_goes_on_behind_the_bad_stretch(server, tiny, tmp_path):
-    """Against a second opinion: the checkpoint it went back to, resumed by a new process at the data behind the stretch."""
+    """Against a second opinion: the checkpoint it went back to, resumed by a new process at the data behind
+    the stretch."""
     options = ["health.max_consecutive_skips=2", "checkpoint.keep_last=9"]
     codes, text = train(server, tiny, tmp_path / "back", *options, fault=["loud_clips", 5, 6])
     assert codes == [0, 0], text
     assert "roll-back 1 of 2: steps 5, 6 were not fit to be applied (" in text
     recipe = load_recipe(tiny / "stage1.yaml", OPTIONS)
     plan = Plan.open(recipe.data, "alignment", 16)
-    planned = [{json.loads(json.dumps(plan.indexes[e["corpus"]].read(int(e["row"]))[1]))["id"] for e in plan.global_batch(step)}
-               for step in (5, 6)]
-    skipped = list(map(json.loads, (tmp_path / "back" / "alignment" / "skipped.jsonl").read_text().splitlines()))
-    assert [set(line["ids"]) for line in skipped] == planned and [line["data_step"] for line in skipped] == [5, 6]
-    event, = metrics(tmp_path / "back", "event")
+    planned = [
+        {
+            json.loads(json.dumps(plan.indexes[e["corpus"]].read(int(e["row"]))[1]))["id"]
+            for e in plan.global_batch(step)
+        }
+        for step in (5, 6)
+    ]
+    skipped = list(
+        map(json.loads, (tmp_path / "back" / "alignment" / "skipped.jsonl").read_text().splitlines())
+    )
+    assert [set(line["ids"]) for line in skipped] == planned and [line["data_step"] for line in skipped] == [
+        5,
+        6,
+    ]
+    (event,) = metrics(tmp_path / "back", "event")
     assert (event["event"], event["step"], event["from_step"], event["data_offset"]) == ("roll_back", 4, 7, 3)
-    assert [line["step"] for line in metrics(tmp_path / "back", "train")] == list(range(8)), "each step stands once"
-    source, target = (tmp_path / name / "alignment" / "checkpoints" / "step-000004" for name in ("back", "resumed"))
+    assert [line["step"] for line in metrics(tmp_path / "back", "train")] == list(range(8)), (
+        "each step stands once"
+    )
+    source, target = (
+        tmp_path / name / "alignment" / "checkpoints" / "step-000004" for name in ("back", "resumed")
+    )
     shutil.copytree(source, target)
     state = json.loads((target / "state.json").read_text())
     (target / "state.json").write_text(json.dumps(state | {"data_offset": 3}))
@@ -385,10 +474,16 @@ def test_a_stretch_that_does_not_end_stops_with_a_report(server, tiny, tmp_path)
     codes, text = train(server, tiny, tmp_path, *options, fault=["loud_clips", 4, 1000], ranks=1)
     assert codes == [1]
     line = next(line for line in text.splitlines() if "stopped before step 6: " in line)
-    assert "steps 4, 5 were not fit to be applied (" in line and "; their utterances: " in line and " asr-" in line
+    assert (
+        "steps 4, 5 were not fit to be applied (" in line
+        and "; their utterances: " in line
+        and " asr-" in line
+    )
     assert "1 roll-back(s) did not help" in line
     noted = json.loads((tmp_path / "alignment" / "run.json").read_text())
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()  # "": none
+    head = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()  # "": none
     assert noted["status"] == "failed" and (noted["commit"] or "").removesuffix("-dirty") == head
 
 

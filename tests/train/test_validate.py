@@ -29,12 +29,16 @@ def found(score: float, loss: float = 1.0, by: str = "wer") -> dict:
     ],
 )
 def test_the_lower_score_wins_and_of_equal_ones_the_lower_loss(new, best, better):
-    """By WER alone the first of many equal scores stayed the best: the step before the model could write anything."""
+    """By WER alone the first of many equal scores stayed the best: the step before the model could write
+    anything."""
     assert is_better(new, best) is better
 
 
 def test_without_words_the_loss_decides():
-    assert chosen_by({"loss": 1.0, "words": 0.0}, "wer") == "loss" and chosen_by({"loss": 1.0, "cer": 0.5}, "cer") == "cer"
+    assert (
+        chosen_by({"loss": 1.0, "words": 0.0}, "wer") == "loss"
+        and chosen_by({"loss": 1.0, "cer": 0.5}, "cer") == "cer"
+    )
 
 
 @pytest.mark.parametrize("score", [*SCORES, "bleu"])

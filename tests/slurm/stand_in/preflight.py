@@ -1,4 +1,5 @@
-"""train/preflight.py without its look at weights, shards and network: the stand-in has none. The command line is real."""
+"""train/preflight.py without its look at weights, shards and network: the stand-in has none. The command line
+is real."""
 
 import signal
 import sys

@@ -1,8 +1,10 @@
-"""Stands in for train/run.py where a test is about the scripts and the queue: the real one needs 20 s to start on two cores.
+"""Stands in for train/run.py where a test is about the scripts and the queue: the real one needs 20 s to
+start on two cores.
 
-The same command line, recipe, ranks, exit codes and signals, and the same files as far as the scripts and `preflight --where`
-read them; what it trains is a number. It counts steps of 0.2 s; at USR1, TERM or a STOP file it saves and ends with 85; started
-again it goes on. A file OUTPUT/FAIL-<stage> makes it fail with the exit code in it, at step 3, on the last rank.
+The same command line, recipe, ranks, exit codes and signals, and the same files as far as the scripts and
+`preflight --where` read them; what it trains is a number. It counts steps of 0.2 s; at USR1, TERM or a STOP
+file it saves and ends with 85; started again it goes on. A file OUTPUT/FAIL-<stage> makes it fail with the
+exit code in it, at step 3, on the last rank.
 """
 
 import json
@@ -40,8 +42,12 @@ def main() -> int:
     wishes = []
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda number, frame: wishes.append(number))
-    print(f"rank {rank} of {world_size} local {os.environ['LOCAL_RANK']} on {os.environ['SLURMD_NODENAME']}: {recipe.stage} from "
-          f"step {saved['step']}, generation {GENERATION}, end {os.environ['SLURM_JOB_END_TIME']}", flush=True)
+    print(
+        f"rank {rank} of {world_size} local {os.environ['LOCAL_RANK']} on {os.environ['SLURMD_NODENAME']}: "
+        f"{recipe.stage} from "
+        f"step {saved['step']}, generation {GENERATION}, end {os.environ['SLURM_JOB_END_TIME']}",
+        flush=True,
+    )
     fail = Path(recipe.output) / f"FAIL-{recipe.stage}"
     stop = folder / "STOP"
     while saved["step"] < recipe.optim.steps and not wishes and not stop.exists():
@@ -52,7 +58,10 @@ def main() -> int:
         if fail.exists() and saved["step"] == 3 and rank == world_size - 1:
             print(f"rank {rank} fails, as told", flush=True)
             return int(fail.read_text())
-    for number in (signal.SIGUSR1, signal.SIGTERM):  # as train/run.py: a signal that comes late must not spoil the end
+    for number in (
+        signal.SIGUSR1,
+        signal.SIGTERM,
+    ):  # as train/run.py: a signal that comes late must not spoil the end
         signal.signal(number, signal.SIG_IGN)
     state.write_text(json.dumps(saved))
     note = {"step": saved["step"], "steps": recipe.optim.steps, "updated": time.time()}
@@ -62,11 +71,22 @@ def main() -> int:
         return 85
     if rank == 0:
         (folder / "model").mkdir(exist_ok=True)
-        save_file({f"{part}.weight": numpy.zeros(1) for part in ("alignment", "ctc_head", "shrinking")},
-                  folder / "model" / "adapters.safetensors")
-        (folder / "model" / "soundwave.json").write_text(json.dumps({
-            "value": saved["value"], "config": asdict(recipe.model), "stage": recipe.stage, "frozen": {}, "step": saved["step"],
-            "recipe": asdict(recipe)}))
+        save_file(
+            {f"{part}.weight": numpy.zeros(1) for part in ("alignment", "ctc_head", "shrinking")},
+            folder / "model" / "adapters.safetensors",
+        )
+        (folder / "model" / "soundwave.json").write_text(
+            json.dumps(
+                {
+                    "value": saved["value"],
+                    "config": asdict(recipe.model),
+                    "stage": recipe.stage,
+                    "frozen": {},
+                    "step": saved["step"],
+                    "recipe": asdict(recipe),
+                }
+            )
+        )
         (folder / "run.json").write_text(json.dumps({"status": "done", **note}))
     return 0
 
