@@ -37,11 +37,10 @@ from model.batch import Batch
 from model.generation.joint import JointSearch
 from model.pretrained import SourceError
 from model.soundwave import Soundwave
+from model.stages import ALIGNMENT, STAGES
 from recipe.config import DataConfig, Recipe, RecipeError, load_recipe
 from recipe.stages import initial_folder, stage_of
 from stream import EvalStream
-
-STAGE_I = "alignment"
 
 
 class InputError(OneLine, ValueError):
@@ -95,7 +94,7 @@ def begin(recipe: Recipe, decode: str | None) -> tuple[Soundwave, str]:
     model = Soundwave.build(recipe.model, parts=parts)
     if previous:
         folder.load_trained(model, previous)
-    return model, STAGE_I if decode == "ctc" else recipe.stage
+    return model, ALIGNMENT.name if decode == "ctc" else recipe.stage
 
 
 def prediction_row(sample: dict, prediction: str, raw: str, decode: str) -> dict:
@@ -276,13 +275,14 @@ def load(options: argparse.Namespace, device: torch.device) -> tuple[Soundwave, 
     else:
         model = folder.load(options.model, with_llm=options.decode != "ctc")
         stage = model.stage
-    if options.decode in ("generate", "joint") and stage == STAGE_I:
+    has_llm = STAGES[stage].needs_llm
+    if options.decode in ("generate", "joint") and not has_llm:
         raise InputError(
             f"{options.model or options.untrained} is of stage I, which has no LLM: use --decode ctc, or the "
             f"folder "
             "of a later stage"
         )
-    return model.to(device).eval(), options.decode or ("ctc" if stage == STAGE_I else "generate")
+    return model.to(device).eval(), options.decode or ("generate" if has_llm else "ctc")
 
 
 def output_file(options: argparse.Namespace, test: TestSet) -> Path:
@@ -475,7 +475,7 @@ def main(arguments: list[str] | None = None) -> int:
         error = str(problem)
     if place.stop(error):
         return 2
-    stage = STAGE_I if decode == "ctc" else model.stage  # what a batch needs to hold
+    stage = ALIGNMENT.name if decode == "ctc" else model.stage  # what a batch needs to hold
     for test, file in zip(tests, files, strict=True):
         torch.manual_seed(options.seed + place.rank)
         # One list for all: a slower rank would find the faster one's first rows in it.

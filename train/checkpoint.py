@@ -46,7 +46,9 @@ from core.file_names import UnsafeName, file_size_inside, plain_name
 from core.files import PARTIAL, STEP, step_folders, sync_folder, write_atomically
 from core.json_files import JsonError, read_object
 from recipe.config import CheckpointConfig
-from train import safe_load, universal
+from train import universal
+from train.deepspeed_fixes import safe_load
+from train.deepspeed_fixes.optimizer import untie_step_counters
 
 logger = logging.getLogger("soundwave")
 REPLACED, DAMAGED = ".replaced", ".damaged"
@@ -333,20 +335,6 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(gone)
     except OSError as error:
         logger.warning("checkpoint %s could not be removed: %s", folder, error)
-
-
-def own_steps(optimizer) -> None:
-    """Give every parameter its own step counter: one tensor for all would count once for each of them in
-    every step.
-
-    AdamW's fused kernel wants the counter where the parameter lies; DeepSpeed's universal loader leaves it
-    where it was saved.
-    """
-    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-    for parameter, state in optimizer.state.items():
-        if torch.is_tensor(state.get("step")):
-            step = state["step"]
-            state["step"] = step.to(parameter.device if on_device else step.device, copy=True)
 
 
 class Checkpoints:
@@ -648,4 +636,4 @@ class Checkpoints:
             )
         for group, own in zip(engine.optimizer.param_groups, groups, strict=True):
             group.update(own)
-        own_steps(engine.optimizer)
+        untie_step_counters(engine.optimizer)

@@ -19,7 +19,7 @@ from model.language_model import described_targets, load_tokenizer
 from model.pretrained import SourceError, locate, presets, tensor_files
 from model.soundwave import Soundwave
 from recipe.config import Recipe, RecipeError
-from recipe.stages import NotThereYet, initial_folder, stage_folder, stage_of
+from recipe.stages import NotThereYet, initial_folder, losses_of, stage_folder, stage_of
 from stream.plan import Plan, is_plain_stream, load_index
 from train import resume, zero
 from train.flops import PEAKS, Flops, numel
@@ -190,7 +190,7 @@ def dry_run(recipe: Recipe) -> int:
     weight_bytes = 2 if recipe.model.dtype == "bfloat16" else 4
     config = zero.resolve(recipe, model.ctc_head.weight.shape[1])
     print(
-        f"stage {stage.number} ({stage.name}): losses {' + '.join(stage.losses)}, weights in "
+        f"stage {stage.number} ({stage.name}): losses {' + '.join(losses_of(recipe))}, weights in "
         f"{recipe.model.dtype}, "
         f"{recipe.deepspeed} (ZeRO-{zero.stage_number(config)}) -> {stage_folder(recipe)}\n"
     )

@@ -30,7 +30,15 @@ from model.pretrained import locate, text_config
 from model.rows import longest_row
 from model.soundwave import Soundwave
 from recipe.config import Recipe, RecipeError
-from recipe.stages import Stage, check_trains_something, initial_folder, stage_folder, stage_of, trained_by
+from recipe.stages import (
+    Stage,
+    check_trains_something,
+    initial_folder,
+    losses_of,
+    stage_folder,
+    stage_of,
+    trained_by,
+)
 from stream import Plan, Stream, StreamStalled, augment, consumed, worst_case_batch
 from stream.cache import Interrupted, ensure_features
 from stream.plan import load_index
@@ -41,7 +49,8 @@ from train.engine import Engine, StepResult
 from train.health import BadStretch
 from train.preemption import DONE, FAILED, PREEMPTED, WRONG_INPUT, Preemption
 from train.profiling import Profiler
-from train.telemetry import Meter, StreamSums, Telemetry
+from train.step_counts import StepFlags, StreamSums
+from train.telemetry import Meter, Telemetry
 from train.validate import RATES, SCORES, chosen_by, is_better, validate, validation_set
 
 logger = logging.getLogger("soundwave")
@@ -51,7 +60,7 @@ BEST = "model-best"  # the folder of the best model on the way
 
 def check(recipe: Recipe) -> None:
     """What can be known without weights or data. Errors: RecipeError."""
-    stage_of(recipe)
+    losses_of(recipe)
     check_trains_something(recipe)
     if recipe.checkpoint.best_by not in SCORES:
         raise RecipeError(
@@ -351,9 +360,9 @@ class Run:
         audio = (
             "data.micro_batch_seconds" if data.micro_batch_seconds > data.max_seconds else "data.max_seconds"
         )
-        keys = [audio] if self.stage.name == "alignment" else ["data.micro_batch_tokens", audio]
+        keys = ["data.micro_batch_tokens", audio] if self.stage.needs_llm else [audio]
         try:
-            self.engine.rehearse(
+            self.engine.probe_memory(
                 worst_case_batch(data, self.stage.name, self.model.tokenizer, self.recipe.model)
             )
         except RuntimeError as error:  # of CPU memory, PyTorch has no type of its own
@@ -425,17 +434,18 @@ class Run:
             waited = time.perf_counter() - begun
             wish = self.preemption.wish(self.checkpoints.save_seconds, step_seconds)
             overdue = ranks.is_main and time.monotonic() - saved_at > 60 * recipe.checkpoint.every_minutes
-            ce_count, ctc_count, (stop, written, save_now, broken, *streamed) = self.engine.agree(
+            counts = self.engine.reduce_step_counts(
                 micro_batches,
-                [
+                StepFlags(
                     float(wish is not None),
                     float(self.checkpoints.written),
                     float(overdue),
                     float(problem is not None),
-                    *StreamSums.of(batch),
-                ],
+                ),
+                StreamSums.of(batch),
             )
-            streamed = StreamSums(*streamed)
+            stop, written, save_now, broken = counts.flags
+            streamed = counts.streamed
             rejected, samples = rejected + int(streamed.rejected), samples + int(streamed.samples)
             if not broken and (problem := stream.rejected.too_many(rejected, samples)):
                 broken = 1.0
@@ -450,7 +460,7 @@ class Run:
                 if broken:
                     return self._data_failed(step, problem, saved)
                 return self._preempted(step, wish, saved)
-            result = self.engine.step(step, micro_batches, ce_count, ctc_count)
+            result = self.engine.step(step, micro_batches, counts)
             if recipe.log.sample_ids:
                 consumed.note(self.folder, step, batch.step, ranks.rank, micro_batches)
             step += 1

@@ -88,7 +88,7 @@ def _make(source: Path) -> None:
         [
             sys.executable,
             "-m",
-            "train.safe_load",
+            "train.deepspeed_fixes.safe_load",
             "--input_folder",
             str(source),
             "--output_folder",

@@ -72,7 +72,7 @@ def steep_step(rank: int, step: int, factor: float) -> None:
     and after the next."""
     from train.engine import Engine
 
-    step_of, loss_of = Engine.step, Engine._micro_loss
+    step_of, loss_of = Engine.step, Engine.weighted_loss
 
     def tell(engine, when: str) -> None:
         digest = hashlib.sha256()
@@ -83,9 +83,9 @@ def steep_step(rank: int, step: int, factor: float) -> None:
     def steep(self, number: int, *args):
         if number == step:
             tell(self, "before")
-            Engine._micro_loss = lambda engine, *of: factor * loss_of(engine, *of)
+            Engine.weighted_loss = lambda engine, *of: factor * loss_of(engine, *of)
         result = step_of(self, number, *args)
-        Engine._micro_loss = loss_of
+        Engine.weighted_loss = loss_of
         if number in (step, step + 1):
             tell(self, "after" if number == step else "later")
         return result

@@ -58,6 +58,7 @@ def _be_a_rank(request: dict, rank: int, port: int) -> None:
             MASTER_PORT=str(port),
         )
         os.environ.update(request["environment"])
+        os.chdir(request["folder"])
         log = os.open(request["logs"][rank], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for number in (1, 2):
             os.dup2(log, number)
@@ -174,9 +175,10 @@ class Server:
         ranks: int = 2,
         environment: dict[str, str] | None = None,
         fault: list | None = None,
+        folder: Path = ROOT,
     ) -> Running:
-        """Start `train/run.py` with `arguments` on so many ranks. fault: a function of tests/train/faults.py,
-        its arguments."""
+        """Start `train/run.py` with `arguments` on so many ranks in `folder`. fault: a function of
+        tests/train/faults.py, its arguments."""
         self.number += 1
         logs = [Path(self.folder.name) / f"{self.number}-{rank}.log" for rank in range(ranks)]
         pids = self.ask(
@@ -185,6 +187,7 @@ class Server:
                 "ranks": ranks,
                 "environment": environment or {},
                 "fault": fault,
+                "folder": str(folder),
                 "logs": [str(log) for log in logs],
             }
         )

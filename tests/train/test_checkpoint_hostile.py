@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from core.files import step_folders
 from tests.hostile import damaged_bytes, is_one_line, json_documents, only_inside, write_json
-from train import safe_load
 from train.checkpoint import BackgroundWriter, Checkpoints, saved_in_health, verify
+from train.deepspeed_fixes import safe_load
 
 STATE = {
     "step": 5,
