@@ -26,7 +26,8 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from core.console import OneLine
-from core.distributed import disconnect, leave
+from core.distributed import disconnect, hard_exit
+from core.plugins import PluginError, add_plugins_option, load_plugins
 from core.samples import question_of, transcript_of
 from data_tools.shards import ShardError, ShardIndex
 from evaluation.predictions import PredictionError, PredictionFile, read_rows, row_key
@@ -445,6 +446,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "folder (default: <model>/evaluation)",
     )
     parser.add_argument("--restart", action="store_true", help="throw away what --out already holds")
+    add_plugins_option(parser)
     parser.add_argument("overrides", nargs="*", help="key=value for the recipe of --untrained")
     options = parser.parse_args(arguments)
     if options.overrides and not options.untrained:
@@ -464,6 +466,7 @@ def main(arguments: list[str] | None = None) -> int:
     place = start(options.device)
     error, files = None, []
     try:
+        load_plugins(options.plugins)
         tests = check_inputs(options)
         model, decode = load(options, place.device)
         for test in tests:
@@ -471,7 +474,15 @@ def main(arguments: list[str] | None = None) -> int:
             files.append(PredictionFile(path, settings, place.rank, options.restart))
             if place.rank == 0:
                 files[-1].prepare()
-    except (InputError, PredictionError, RecipeError, ShardError, folder.FolderError, SourceError) as problem:
+    except (
+        InputError,
+        PluginError,
+        PredictionError,
+        RecipeError,
+        ShardError,
+        folder.FolderError,
+        SourceError,
+    ) as problem:
         error = str(problem)
     if place.stop(error):
         return 2
@@ -502,4 +513,4 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     code = main()
     disconnect()
-    leave(code)
+    hard_exit(code)

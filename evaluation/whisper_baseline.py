@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
 
-from core.distributed import disconnect, leave
+from core.distributed import disconnect, hard_exit
 from core.languages import language_code
 from data_tools.shards import ShardError, ShardIndex
 from evaluation.predictions import PredictionError, PredictionFile, row_key
@@ -180,4 +180,4 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     code = main()
     disconnect()
-    leave(code)
+    hard_exit(code)

@@ -27,7 +27,8 @@ def stage_folder(recipe: Recipe) -> Path:
 
 
 def has_model(recipe: Recipe) -> bool:
-    """Whether the stage has ended before, whatever the recipe was (train/resume.py compares)."""
+    """Whether the stage has ended before, whatever the recipe was (train/checkpoint/compatibility.py
+    compares)."""
     return (stage_folder(recipe) / "model" / "soundwave.json").exists()
 
 
@@ -78,7 +79,7 @@ def initial_folder(recipe: Recipe) -> Path | None:
     stage = stage_of(recipe)
     folder = start_folder(recipe)
     if folder is None:
-        if stage.frozen:
+        if stage.frozen and stage.previous:
             raise RecipeError(
                 f"init_from: stage {stage.number} ({stage.name}) does not train the {_names(stage.frozen)}: "
                 f"give the model folder of {_previous(stage)}, not `fresh`"
@@ -89,7 +90,7 @@ def initial_folder(recipe: Recipe) -> Path | None:
         raise NotThereYet(
             f"stage {stage.number} ({stage.name}) starts from {folder}, which holds no finished model: {hint}"
         )
-    if stage.frozen:
+    if stage.frozen and stage.previous:
         try:
             untrained = [module for module in stage.frozen if module not in held_parts(folder)]
         except StartError as error:

@@ -20,7 +20,7 @@ from tqdm.contrib.logging import _TqdmLoggingHandler
 
 from core.console import printable
 from core.distributed import Ranks
-from core.files import keep_before
+from core.files import truncate_log
 from recipe.config import RecipeError
 from train.engine import StepResult
 from train.flops import Flops, peak_of
@@ -165,7 +165,7 @@ class Telemetry:
 
     def _open(self, first_step: int) -> list[dict]:
         """metrics.jsonl, ready for lines of `first_step`; returns those that stand before it."""
-        kept = keep_before(self.path, first_step)
+        kept = truncate_log(self.path, first_step)
         self.file = open(self.path, "a")
         return kept
 

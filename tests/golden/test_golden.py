@@ -14,7 +14,7 @@ from core.audio import decode
 from data_tools.shards import ShardIndex
 from recipe.config import load_recipe
 from tests.golden.make import STAGES, curves, instruction_set, outputs, tone
-from train import resume
+from train.checkpoint import compatibility
 
 GOLDEN = Path(__file__).parent
 LOSSES, OUTPUTS = (json.loads((GOLDEN / name).read_text()) for name in ("losses.json", "outputs.json"))
@@ -70,7 +70,7 @@ def test_a_recipe_is_accepted_and_its_stage_is_known_as_finished(made, monkeypat
     monkeypatch.chdir(made)
     recipe = load_recipe(f"stage{number}.yaml")
     (made / "run" / recipe.stage / "run.json").write_text(json.dumps({"status": "done"}))
-    assert recipe.model.llm.lora_r == 2 and resume.finished(recipe)
+    assert recipe.model.llm.lora_r == 2 and compatibility.finished(recipe)
 
 
 def test_a_checkpoint_is_resumed_with_the_same_losses(made, server, tmp_path):

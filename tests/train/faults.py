@@ -155,16 +155,16 @@ def loud_clips(rank: int, first: int, last: int) -> None:
 
 def no_memory_to_save(rank: int, step: int) -> None:
     """The thread that writes the checkpoint of `step` gets no memory."""
-    from train import checkpoint
+    from train.checkpoint import writer
 
-    save_of = checkpoint.torch.save
+    save_of = writer.torch.save
 
     def save(state, file, *args, **kwargs):
         if f"step-{step:06d}" in str(getattr(getattr(file, "file", None), "name", "")):
             raise MemoryError("no memory")
         return save_of(state, file, *args, **kwargs)
 
-    checkpoint.torch.save = save
+    writer.torch.save = save
 
 
 def stop_after_pack(rank: int, name: str, which: int) -> None:
@@ -185,7 +185,7 @@ def stop_after_pack(rank: int, name: str, which: int) -> None:
 
 def scores(rank: int, error_rates: list[float], losses: list[float]) -> None:
     """Validations give these numbers, one after the other."""
-    from train import loop
+    from train import trainer
 
     found = iter(zip(error_rates, losses, strict=True))
 
@@ -193,4 +193,4 @@ def scores(rank: int, error_rates: list[float], losses: list[float]) -> None:
         wer, loss = next(found)
         return {"wer": wer, "loss": loss, "words": 10.0, "samples": [], "clip": None}
 
-    loop.validate = validate
+    trainer.validate = validate

@@ -43,7 +43,7 @@ def _import_everything() -> None:
     import transformers.models.llama.modeling_llama
     import transformers.models.whisper.modeling_whisper  # noqa: F401
 
-    import train.loop  # noqa: F401
+    import train.stage_run  # noqa: F401
 
 
 def _be_a_rank(request: dict, rank: int, port: int) -> None:
@@ -64,13 +64,13 @@ def _be_a_rank(request: dict, rank: int, port: int) -> None:
             os.dup2(log, number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         import tests.train.faults
-        from core.distributed import leave
+        from core.distributed import hard_exit
         from train import run
 
         if request["fault"]:
             name, *arguments = request["fault"]
             getattr(tests.train.faults, name)(rank, *arguments)
-        leave(run.main(request["arguments"]))
+        hard_exit(run.main(request["arguments"]))
     except SystemExit as end:
         code = end.code
     except BaseException:
