@@ -26,6 +26,20 @@ def stage_folder(recipe: Recipe) -> Path:
     return Path(recipe.output) / recipe.stage
 
 
+def stages_in(run: Path) -> list[str]:
+    """Return the names of the stages that a run's folder may hold: the known ones, then others by their
+    files."""
+    found = sorted(
+        {path.parent.name for name in ("run.json", "metrics.jsonl") for path in run.glob(f"*/{name}")}
+    )
+    return [*STAGES, *(name for name in found if name not in STAGES)]
+
+
+def title_of(name: str) -> str:
+    """Return how lists call a stage: "II shrinking", or its name where its plugin is not loaded."""
+    return f"{STAGES[name].number} {name}" if name in STAGES else name
+
+
 def has_model(recipe: Recipe) -> bool:
     """Whether the stage has ended before, whatever the recipe was (train/checkpoint/compatibility.py
     compares)."""
