@@ -18,7 +18,7 @@ __all__ = ["STAGES", "Stage"]
 def stage_of(recipe: Recipe) -> Stage:
     """Errors: RecipeError."""
     if recipe.stage not in STAGES:
-        raise RecipeError(f"stage: {STAGES.describe_unknown(recipe.stage)}")
+        raise RecipeError(STAGES.describe_unknown(recipe.stage))
     return STAGES[recipe.stage]
 
 
@@ -95,8 +95,8 @@ def initial_folder(recipe: Recipe) -> Path | None:
     if folder is None:
         if stage.frozen and stage.previous:
             raise RecipeError(
-                f"init_from: stage {stage.number} ({stage.name}) does not train the {_names(stage.frozen)}: "
-                f"give the model folder of {_previous(stage)}, not `fresh`"
+                f"init_from: stage {stage.number} ({stage.name}) trains {_trained(stage)}: give the model "
+                f"folder of {_previous(stage)}, not `fresh`"
             )
         return None
     if not (folder / "soundwave.json").exists():
@@ -111,20 +111,25 @@ def initial_folder(recipe: Recipe) -> Path | None:
             raise RecipeError(str(error)) from None
         if untrained:
             raise RecipeError(
-                f"stage {stage.number} ({stage.name}) does not train the {_names(stage.frozen)}, and "
-                f"{folder}, which it starts from, holds no trained "
-                f"{' and no '.join(map(_MODULE_NAMES.get, untrained))}: "
+                f"stage {stage.number} ({stage.name}) trains {_trained(stage)}, and {folder}, which it "
+                f"starts from, holds no trained {' and no '.join(map(_MODULE_NAMES.get, untrained))}: "
                 f"give the model folder of {_previous(stage)}"
             )
     return folder
 
 
-_MODULE_NAMES = {"alignment": "alignment adapter", "ctc_head": "CTC head", "shrinking": "shrinking adapter"}
+_MODULE_NAMES = {
+    "alignment": "alignment adapter",
+    "ctc_head": "CTC head",
+    "shrinking": "shrinking adapter",
+    "lora": "LoRA",
+}
 
 
-def _names(modules: tuple[str, ...]) -> str:
-    *others, last = map(_MODULE_NAMES.get, modules)
-    return f"{', '.join(others)} and {last}" if others else last
+def _trained(stage: Stage) -> str:
+    """Return what a stage trains, in words: "LoRA alone"."""
+    *others, last = map(_MODULE_NAMES.get, stage.trains)
+    return f"{', '.join(others)} and {last} alone" if others else f"{last} alone"
 
 
 def _previous(stage: Stage) -> str:

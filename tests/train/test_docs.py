@@ -56,7 +56,7 @@ def test_every_module_has_its_place_in_the_architecture():
         for package in packages
     }
     listed = {
-        package: {name.removesuffix(".py") for name in re.findall(r"`([a-z_.]+)`", rows.get(package, ""))}
+        package: {name.removesuffix(".py") for name in re.findall(r"`([a-z0-9_.]+)`", rows.get(package, ""))}
         for package in packages
     }
     assert listed == names
