@@ -39,6 +39,7 @@ Source: TypeAlias = "str | os.PathLike | bytes | np.ndarray | torch.Tensor | Seq
 #: Chosen on the quick start's validation dialogues (docs/transcribe.md).
 GATE = 0.25
 WINDOW_SECONDS = 10.0
+PAUSE_SECONDS = 0.6
 BLOCK_SECONDS = 30.0  # of audio that is read at a time
 POOL_BATCHES = 4  # batches of windows that are sorted by length together
 SPEAKERS = "channel {}"
@@ -52,10 +53,10 @@ class Options:
     times of words. hotwords: words or phrases that joint search favours, each token of them by
     hotword_bonus; hotwords_in_prompt: name them in the prompt, too. language: of the speech, decides what
     a word is. channels: mix them, or "split": transcribe each by itself, as a speaker. window_seconds:
-    the longest stretch that is transcribed at once; None: 10 s, or what the model takes. overlap_seconds:
-    that neighbours see of each other. batch_seconds: padded audio in a batch. gate: probability of a
-    token below which a window without tokens is silence; 0 lets all through. beams, ctc_weight,
-    token_bonus: of joint search.
+    the longest stretch that is transcribed at once; None: 10 s, or what the model takes. pause_seconds:
+    without a token that end a window; 0: only its length does. overlap_seconds: that neighbours see of
+    each other. batch_seconds: padded audio in a batch. gate: probability of a token below which a window
+    without tokens is silence; 0 lets all through. beams, ctc_weight, token_bonus: of joint search.
     """
 
     decode: Decode | None = None
@@ -67,6 +68,7 @@ class Options:
     channels: Literal["mix", "split"] = "mix"
     batch_seconds: float = 120.0
     window_seconds: float | None = None
+    pause_seconds: float = PAUSE_SECONDS
     overlap_seconds: float = 0.0
     gate: float = GATE
     max_new_tokens: int = 200
@@ -84,7 +86,13 @@ class Options:
             if getattr(self, name) not in allowed:
                 names = ", ".join(str(value) for value in allowed)
                 raise ValueError(f"{name} is {getattr(self, name)!r}: give one of {names}")
-        least = {"batch_seconds": 1.0, "overlap_seconds": 0.0, "gate": 0.0, "hotword_bonus": 0.0}
+        least = {
+            "batch_seconds": 1.0,
+            "pause_seconds": 0.0,
+            "overlap_seconds": 0.0,
+            "gate": 0.0,
+            "hotword_bonus": 0.0,
+        }
         if self.window_seconds is not None:
             least["window_seconds"] = 1.0
         for name, value in least.items():
@@ -139,6 +147,7 @@ class _Setup:
     instruction: str
     longest: int  # samples of a window's body
     overlap: int
+    pause: int
 
 
 def load(
@@ -208,6 +217,16 @@ class SpeechModel:
         setup = self._setup(options or Options())
         return self._transcribe_all(sources, sampling_rate, progress, setup)
 
+    def transcribe_clip(
+        self, source: Source, *, sampling_rate: int = SAMPLE_RATE, **options
+    ) -> Transcription:
+        """Return what is said in a clip, transcribed at once: `transcribe` without windows, for clips
+        that the model takes whole. Errors: as of `transcribe`, AudioError for a longer one."""
+        waveform, findings = self._clip(source, sampling_rate)
+        longest = self.network.config.encoder.max_seconds
+        found = self.transcribe(waveform, **{"window_seconds": longest} | options)
+        return replace(found, notes=(*map(_note, findings), *found.notes))
+
     def answer(
         self, source: Source, question: str, *, sampling_rate: int = SAMPLE_RATE, max_new_tokens: int = 200
     ) -> Answer:
@@ -269,6 +288,7 @@ class SpeechModel:
             instruction,
             round(seconds * SAMPLE_RATE),
             round(options.overlap_seconds * SAMPLE_RATE),
+            round(options.pause_seconds * SAMPLE_RATE),
         )
 
     # ---- reading ----
@@ -370,7 +390,8 @@ class SpeechModel:
                 job.channels = block.shape[1]
                 room = round(setup.options.batch_seconds * SAMPLE_RATE)
                 cutters = [
-                    Cutter(self._scan, frame, setup.longest, setup.overlap, room) for _ in range(job.channels)
+                    Cutter(self._scan, frame, setup.longest, setup.overlap, setup.pause, room)
+                    for _ in range(job.channels)
                 ]
             job.samples += len(block)
             for channel, cutter in enumerate(cutters):
