@@ -17,17 +17,17 @@ noise of 1 to 12 s.
 from __future__ import annotations
 
 import argparse
-import io
 import statistics
 import time
 from pathlib import Path
+from typing import NamedTuple
 
-import soundfile
 import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
 from benchmarks.machine import keep, machine
+from core.audio import decode
 from data_tools.shards import ShardIndex
 from model import folder as model_folder
 from model.config import EncoderConfig, LLMConfig, SoundwaveConfig
@@ -36,21 +36,25 @@ from model.soundwave import Soundwave
 CHAT = [{"role": "user", "content": "<audio_patch>\nPlease transcribe the following audio."}]
 
 
-def clips(shards: str | None, count: int) -> list[torch.Tensor]:
-    """[samples] at 16 kHz each, of at most 30 s, spread evenly over the corpus."""
+class Clip(NamedTuple):
+    samples: torch.Tensor  # [S] at 16 kHz
+    text: str | None
+
+
+def clips(shards: str | None, count: int) -> list[Clip]:
+    """Clips of at most 30 s, spread evenly over the corpus; noise of 1 to 12 s without a corpus."""
     if shards is None:
         generator = torch.Generator().manual_seed(0)
-        return [
-            0.1 * torch.randn(int(16000 * (1 + 11 * i / max(1, count - 1))), generator=generator)
-            for i in range(count)
-        ]
+        lengths = [int(16000 * (1 + 11 * i / max(1, count - 1))) for i in range(count)]
+        return [Clip(0.1 * torch.randn(length, generator=generator), None) for length in lengths]
     index = ShardIndex.load(shards)
     rows = [i for i, row in enumerate(index.samples) if row["audio_size"] and 0.5 <= row["duration"] <= 30]
-    chosen = [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
-    sounds = [
-        torch.from_numpy(soundfile.read(io.BytesIO(index.read(row)[0]), dtype="float32")[0]) for row in chosen
-    ]
-    return [sound.mean(1) if sound.dim() == 2 else sound for sound in sounds]
+    count = min(count, len(rows))
+    found = []
+    for row in (rows[i * len(rows) // count] for i in range(count)):
+        audio, sample = index.read(row)
+        found.append(Clip(torch.from_numpy(decode(audio).samples), sample.get("text")))
+    return found
 
 
 def as_the_release_does(model: Soundwave) -> None:
