@@ -28,10 +28,15 @@ from model.soundwave import Soundwave
 def samples(model: Soundwave, shards: str, count: int, ctc_text: str) -> list[dict[str, torch.Tensor]]:
     """Encoder features [T, E], CTC targets [U], input ids [L] and labels [L] of each clip."""
     found = []
-    for clip in tqdm(clips(shards, count), desc="encode"):
+    for clip in tqdm(clips(shards, count, 0.0), desc="encode"):
         with torch.no_grad():
-            features, frames = model.encoder(clip.samples[None], torch.tensor([len(clip.samples)]), False, None)
-        chat = [asked(INSTRUCTIONS["asr"], model.config.audio_token), {"role": "assistant", "content": clip.text}]
+            features, frames = model.encoder(
+                clip.samples[None], torch.tensor([len(clip.samples)]), False, None
+            )
+        chat = [
+            asked(INSTRUCTIONS["asr"], model.config.audio_token),
+            {"role": "assistant", "content": clip.text},
+        ]
         ids, labels = chat_ids(
             model.tokenizer, chat, model.config.prompt, model.config.audio_token, model.config.system_prompt
         )
@@ -68,8 +73,10 @@ def batch_of(chosen: list[dict[str, torch.Tensor]]) -> Batch:
     )
 
 
-def fit(model: Soundwave, data: list[dict], steps: int, size: int, losses: tuple[str, ...], rate: float) -> None:
-    """Run `steps` steps of AdamW with a rate that falls to 0; batches of `size` clips, reshuffled each epoch."""
+def fit(
+    model: Soundwave, data: list[dict], steps: int, size: int, losses: tuple[str, ...], rate: float
+) -> None:
+    """Run `steps` steps of AdamW with a rate that falls to 0; batches of `size` clips."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)

@@ -14,8 +14,8 @@ What makes the draft good (`Draft`):
   lower-case CTC targets lack, for the whole draft at once.
 - Spellings that the LLM preferred in earlier answers are used for later drafts (`Spelling`).
 
-Speculative decoding: Leviathan et al., 2023. CTC drafts for speech LLMs: Saon et al., 2026 (arXiv 2603.11243),
-who accept only a prefix of the draft.
+Speculative decoding: Leviathan et al., 2023. CTC drafts for speech LLMs: Saon et al., 2026 (arXiv
+2603.11243), who accept a prefix of the draft.
 """
 
 from __future__ import annotations
@@ -47,9 +47,12 @@ SENTENCE_ENDS = frozenset(".!?…。！？")
 
 @dataclass(frozen=True)
 class Drafting:
-    """How to draft. longest: draft tokens in one pass at most. minimum_ratio: of the draft token's probability
-    to that of the LLM's own choice, from which on it is accepted; 1 accepts equal tokens only, so that the
-    answer is greedy decoding's (less is faster and changes answers)."""
+    """How to draft.
+
+    longest: draft tokens in one pass at most. minimum_ratio: a draft token is accepted if its probability is
+    at least this share of the likeliest token's. At 1 it has to be the likeliest token, and answers are those
+    of greedy decoding.
+    """
 
     longest: int = 16
     minimum_ratio: float = 1.0
@@ -90,7 +93,7 @@ class Spelling:
         self.capital = lru_cache(maxsize=None)(self._capital)
 
     def _letters(self, token: int) -> str:
-        """A token's text without case, spaces and punctuation. A part of a character is named by its bytes."""
+        """A token's text without case, spaces and punctuation; of a part of a character, its name."""
         if token in self.special or token >= len(self.tokenizer):
             return ""
         text = self.tokenizer.decode([token])
@@ -161,13 +164,14 @@ class Draft:
         self.tokens, self.place = list(tokens), 0
         self.length = longest  # of the next proposal
         self.misses = 0  # proposals in a row of which nothing was accepted
+        self.hits = 0  # tokens in a row that the LLM wrote by itself and that the draft has
 
     def proposal(self, room: int) -> list[int]:
         """The next draft tokens, `room` at most."""
         return self.tokens[self.place : self.place + max(0, min(self.length, room))]
 
     def advance(self, proposed: list[int], accepted: int, choices: list[int]) -> None:
-        """Take note of a pass. choices: the LLM's token in front of each proposed token and after the last."""
+        """Follow a pass. choices: the LLM's token in place of each proposed one, and after the last."""
         start = self.place
         for token in proposed[:accepted]:
             if self.spelling.letters(token):
@@ -182,14 +186,14 @@ class Draft:
         self._adapt(proposed, accepted)
 
     def _adapt(self, proposed: list[int], accepted: int) -> None:
+        """Double the length after a draft that was right, halve it after two of which nothing was."""
         if not proposed:
             return
-        if accepted == 0:
-            self.misses += 1
-        else:
-            self.misses = 0
+        self.misses = 0 if accepted else self.misses + 1
         if accepted == len(proposed):
-            self.length = min(self.longest, 2 * self.length + 1)
+            self.length = min(self.longest, 2 * self.length)
+        elif self.misses >= 2:
+            self.length //= 2
 
     def _edit(self, place: int, choice: int) -> None:
         """Correct the draft at a place by what the LLM writes after the tokens in front of it."""
@@ -206,7 +210,13 @@ class Draft:
                 self.tokens.insert(place, choice)
             else:
                 self.tokens[place] = choice
-        elif EDIT_SUB and letters(choice) and letters(token) and self.spelling.begins_word(choice) and self.spelling.begins_word(token):
+        elif (
+            EDIT_SUB
+            and letters(choice)
+            and letters(token)
+            and self.spelling.begins_word(choice)
+            and self.spelling.begins_word(token)
+        ):
             self.tokens[place] = choice
 
     def _follow(self, own: int) -> None:
@@ -214,14 +224,21 @@ class Draft:
         spelling, tokens = self.spelling, self.tokens
         letters = spelling.letters(own)
         if not letters:
-            if self.place < len(tokens) and not spelling.letters(tokens[self.place]) and tokens[self.place] not in spelling.special:
+            if (
+                self.place < len(tokens)
+                and not spelling.letters(tokens[self.place])
+                and tokens[self.place] not in spelling.special
+            ):
                 self.place += 1
             if spelling.ends_sentence(own) and self.place < len(tokens):
                 self.tokens[self.place] = spelling.capital(tokens[self.place])
             return
         found = self._find(letters, own)
+        self.hits = 0 if found is None else self.hits + 1
         if found is not None:
             self.place = found
+            if self.hits >= 2:  # the answer is in the draft, again or at last
+                self.length = max(2, self.length)
             return
         # Another word: it replaces the draft's word, or what is left of it.
         if self.place < len(tokens) and spelling.letters(tokens[self.place]):
