@@ -124,7 +124,8 @@ def drafted_decoding(model: Soundwave, found: list[Clip], sizes: list[int], toke
         groups = [ordered[i : i + size] for i in range(0, len(ordered), size)]
         sums: Counter[str] = Counter()
         ratios, gaps, model._spelling = [], [], None
-        for number, group in enumerate(tqdm(groups, desc=f"batches of {size}", leave=False)):
+        progress = tqdm(groups, desc=f"batches of {size}")
+        for number, group in enumerate(progress):
             prompts = model.prompts([CHAT] * len(group), [clip.samples for clip in group])
             start = time.perf_counter()
             audio = encode(prompts)
@@ -153,6 +154,13 @@ def drafted_decoding(model: Soundwave, found: list[Clip], sizes: list[int], toke
             for row, (one, other) in enumerate(zip(answers["greedy"], answers["drafted"], strict=True)):
                 if one != other:
                     gaps.append(logit_gap(model, prompts, audio, row, one, other))
+            progress.set_postfix(
+                passes_per_token=f"{sums['row_passes'] / sums['tokens']:.3f}",
+                speedup=f"{sums['greedy'] / sums['drafted']:.2f}",
+                answers=f"{min(len(found), size * (number + 1))}",
+                different=len(gaps),
+                rounding=sum(gap <= 1e-4 for gap in gaps),
+            )
             model_texts = [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers["greedy"]]
             ctc_texts = [
                 model.tokenizer.decode(ids, skip_special_tokens=True) for ids in model._ctc_tokens(audio)

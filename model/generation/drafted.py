@@ -39,8 +39,8 @@ from model.rows import longest_row
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
-EDIT_SUB = True
 SEARCH_BACK, SEARCH_AHEAD = 4, 10  # draft tokens around the expected place in which the answer is looked for
+REPEATED = 3  # tokens by which a repetition in the answer is known
 SHORT = 2  # letters of a text that is found by chance, farther away than SHORT tokens
 SENTENCE_ENDS = frozenset(".!?…。！？")
 
@@ -90,13 +90,14 @@ class Spelling:
         self._endings: Counter[tuple[int, ...]] = Counter()
         self.letters = lru_cache(maxsize=None)(self._letters)
         self.begins_word = lru_cache(maxsize=None)(self._begins_word)
+        self.is_mark = lru_cache(maxsize=None)(self._is_mark)
         self.capital = lru_cache(maxsize=None)(self._capital)
 
     def _letters(self, token: int) -> str:
         """A token's text without case, spaces and punctuation; of a part of a character, its name."""
-        if token in self.special or token >= len(self.tokenizer):
+        if token in self.special:
             return ""
-        text = self.tokenizer.decode([token])
+        text = self.text(token)
         if "\ufffd" in text:
             return f"<{self.tokenizer.convert_ids_to_tokens(token)}>"
         return "".join(c for c in text.casefold() if c.isalnum())
@@ -105,10 +106,15 @@ class Spelling:
         name = "" if token >= len(self.tokenizer) else self.tokenizer.convert_ids_to_tokens(token) or ""
         return name[:1] in ("Ġ", "▁", " ", "\n")
 
+    def _is_mark(self, token: int) -> bool:
+        """Whether a token is punctuation."""
+        return not self.letters(token) and token not in self.special and bool(self.text(token).strip())
+
+    def text(self, token: int) -> str:
+        return self.tokenizer.decode([token]) if token < len(self.tokenizer) else ""
+
     def ends_sentence(self, token: int) -> bool:
-        if token in self.special or token >= len(self.tokenizer):
-            return False
-        return self.tokenizer.decode([token]).strip()[-1:] in SENTENCE_ENDS
+        return token not in self.special and self.text(token).strip()[-1:] in SENTENCE_ENDS
 
     def _capital(self, token: int) -> int:
         """The same token with a capital, where the vocabulary has one."""
@@ -126,11 +132,9 @@ class Spelling:
         self._preferred[drafted][written] += 1
 
     def learn_end(self, answer: list[int]) -> None:
-        """Remember with which punctuation answers end."""
-        if answer and not self.letters(answer[-1]) and answer[-1] not in self.special:
-            self._endings[answer[-1:][0],] += 1
-        elif answer:
-            self._endings[()] += 1
+        """Remember with which punctuation an answer ended."""
+        if len(answer) > 1 and answer[-1] in self.stop:
+            self._endings[(answer[-2],) if self.is_mark(answer[-2]) else ()] += 1
 
     def ending(self) -> list[int]:
         return list(self._endings.most_common(1)[0][0]) if self._endings else text_ids(self.tokenizer, ".")
@@ -163,26 +167,32 @@ class Draft:
         self.spelling, self.longest = spelling, longest
         self.tokens, self.place = list(tokens), 0
         self.length = longest  # of the next proposal
+        self.repeats = False  # the last proposal was a repetition
         self.misses = 0  # proposals in a row of which nothing was accepted
         self.hits = 0  # tokens in a row that the LLM wrote by itself and that the draft has
 
-    def proposal(self, room: int) -> list[int]:
-        """The next draft tokens, `room` at most."""
-        return self.tokens[self.place : self.place + max(0, min(self.length, room))]
+    def proposal(self, answer: list[int], room: int) -> list[int]:
+        """The next tokens of the draft, or of a repetition in the answer itself; `room` at most."""
+        self.repeats = self.misses > 0 or self.place >= len(self.tokens) - 1
+        repeated = _repetition(answer, max(0, min(self.longest, room))) if self.repeats else []
+        self.repeats = bool(repeated)
+        return repeated or self.tokens[self.place : self.place + max(0, min(self.length, room))]
 
     def advance(self, proposed: list[int], accepted: int, choices: list[int]) -> None:
         """Follow a pass. choices: the LLM's token in place of each proposed one, and after the last."""
-        start = self.place
+        if self.repeats:
+            for token in choices[: accepted + 1]:
+                self._follow(token)
+            self.misses = 1 if accepted else 0  # a repetition that ends is no reason to look for the next one
+            return
         for token in proposed[:accepted]:
             if self.spelling.letters(token):
                 self.spelling.learn(token, token)
+        # From the end on: what is inserted does not move the places before it.
+        for ahead in range(len(proposed), accepted, -1):
+            self._edit(self.place + ahead, choices[ahead])
         self.place += accepted
-        own = choices[accepted]
-        # First the choices further on, while their places in the draft are known; then the token written.
-        edits = range(len(proposed), accepted, -1)
-        for ahead in edits:
-            self._edit(start + ahead, choices[ahead])
-        self._follow(own)
+        self._follow(choices[accepted])
         self._adapt(proposed, accepted)
 
     def _adapt(self, proposed: list[int], accepted: int) -> None:
@@ -210,25 +220,13 @@ class Draft:
                 self.tokens.insert(place, choice)
             else:
                 self.tokens[place] = choice
-        elif (
-            EDIT_SUB
-            and letters(choice)
-            and letters(token)
-            and self.spelling.begins_word(choice)
-            and self.spelling.begins_word(token)
-        ):
-            self.tokens[place] = choice
 
     def _follow(self, own: int) -> None:
         """Move to where the draft continues after the token that the LLM wrote by itself."""
         spelling, tokens = self.spelling, self.tokens
         letters = spelling.letters(own)
         if not letters:
-            if (
-                self.place < len(tokens)
-                and not spelling.letters(tokens[self.place])
-                and tokens[self.place] not in spelling.special
-            ):
+            if spelling.is_mark(own) and self.place < len(tokens) and spelling.is_mark(tokens[self.place]):
                 self.place += 1
             if spelling.ends_sentence(own) and self.place < len(tokens):
                 self.tokens[self.place] = spelling.capital(tokens[self.place])
@@ -255,9 +253,8 @@ class Draft:
         """The place after these letters in the draft, nearest to where the draft stands; the token in which
         they end is cut."""
         spelling = self.spelling
-        ahead = range(self.place, min(len(self.tokens), self.place + SEARCH_AHEAD))
-        behind = range(self.place - 1, max(-1, self.place - 1 - SEARCH_BACK), -1)
-        for start in [*ahead, *behind]:
+        around = range(max(0, self.place - SEARCH_BACK), min(len(self.tokens), self.place + SEARCH_AHEAD))
+        for start in sorted(around, key=lambda start: (abs(start - self.place), start < self.place)):
             distance = abs(start - self.place)
             if len(letters) <= SHORT and distance > SHORT:
                 continue
@@ -289,6 +286,17 @@ class Draft:
             else:
                 return None
         return place if not left else None
+
+
+def _repetition(answer: list[int], room: int) -> list[int]:
+    """What followed when the answer's last REPEATED tokens were written before, `room` tokens at most."""
+    last, size = answer[-REPEATED:], len(answer)
+    for start in range(size - REPEATED - 1, -1, -1):
+        if answer[start : start + REPEATED] == last:
+            period = size - REPEATED - start
+            follows = answer[start + REPEATED :]
+            return (follows * (room // period + 1))[:room]
+    return []
 
 
 def refusal(llm: nn.Module, positions: int, longest: int) -> str | None:
@@ -387,7 +395,11 @@ class Row:
     ended: bool = False
 
     def propose(self, limits: Limits) -> None:
-        self.proposed = self.draft.proposal(limits.most - len(self.answer) - 1)
+        self.proposed = self.draft.proposal(self.answer, limits.most - len(self.answer) - 1)
+
+    def end(self) -> None:
+        self.ended = True
+        self.draft.spelling.learn_end(self.answer)
 
     def take(self, choices: list[int], agreed: list[bool], limits: Limits) -> int:
         """Append the draft tokens that are accepted and the LLM's own token after them; return how many were
@@ -399,11 +411,12 @@ class Row:
             self.answer.append(token)
             accepted += 1
             if token in limits.stop:
-                self.ended = True
+                self.end()
                 return accepted
         self.answer.append(choices[accepted])
-        self.ended = self.answer[-1] in limits.stop or len(self.answer) >= limits.most
-        if not self.ended:
+        if self.answer[-1] in limits.stop or len(self.answer) >= limits.most:
+            self.end()
+        else:
             self.draft.advance(self.proposed, accepted, choices)
         return accepted
 
