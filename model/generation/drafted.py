@@ -125,8 +125,9 @@ class Spelling:
         return token if found is None or found == self.tokenizer.unk_token_id else found
 
     def spell(self, text: str) -> list[int]:
-        """The tokens of a word's rest."""
-        return [token for token in text_ids(self.tokenizer, text) if self.letters(token)]
+        """The tokens of a word's rest, or of a mark, without a space in front."""
+        token = self.tokenizer.convert_tokens_to_ids(text)
+        return text_ids(self.tokenizer, text) if token in (None, self.tokenizer.unk_token_id) else [token]
 
     def learn(self, drafted: int, written: int) -> None:
         self._preferred[drafted][written] += 1
@@ -137,7 +138,7 @@ class Spelling:
             self._endings[(answer[-2],) if self.is_mark(answer[-2]) else ()] += 1
 
     def ending(self) -> list[int]:
-        return list(self._endings.most_common(1)[0][0]) if self._endings else text_ids(self.tokenizer, ".")
+        return list(self._endings.most_common(1)[0][0]) if self._endings else self.spell(".")
 
     def preferred(self, token: int) -> int:
         known = self._preferred.get(token)
@@ -320,8 +321,8 @@ def refusal(llm: nn.Module, positions: int, longest: int) -> str | None:
         if type(layer) is DynamicSlidingWindowLayer:
             if positions + longest + 2 > layer.sliding_window:
                 return (
-                    f"{name} attends to {layer.sliding_window} positions, and prompt, answer and draft may "
-                    f"have {positions + longest}"
+                    f"{name} attends to {layer.sliding_window} positions at a time, and prompt, answer and "
+                    "draft may have more"
                 )
         elif type(layer) not in (DynamicLayer, DummyLayer):
             return f"{name} keeps a state that cannot be cut ({type(layer).__name__})"
