@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 import soundwave
 from core.console import print_error, print_text
 from core.samples import INSTRUCTIONS, PromptError
-from evaluation.run import InputError
+from evaluation.run import DECODE_HELP, DECODES, InputError
 from model.folder import FolderError, describe
 from model.pretrained import SourceError
 
@@ -34,8 +34,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--decode",
-        choices=["ctc", "generate", "joint"],
-        help="default: ctc for stage I, generate for II and III; joint: transcripts by LLM and CTC together",
+        choices=DECODES,
+        help=DECODE_HELP,
     )
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
@@ -49,14 +49,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def check(options: argparse.Namespace, has_llm: bool) -> None:
     """Errors: InputError for what the model cannot be asked."""
-    if not has_llm and options.decode in ("generate", "joint"):
+    if not has_llm and options.decode not in (None, "ctc"):
         raise InputError(
-            f"{options.model} is of stage I, which has no LLM: use --decode ctc, or the folder of a later stage"
+            f"{options.model} is of stage I, which has no LLM: use --decode ctc, or the folder of a later "
+            f"stage"
         )
     if not has_llm and options.prompt:
         raise InputError(
-            f"{options.model} is of stage I, which has no LLM to ask: leave --prompt out for a transcript, or "
-            "give the folder of a later stage"
+            f"{options.model} is of stage I, which has no LLM to ask: leave --prompt out for a transcript, "
+            f"or give the folder of a later stage"
         )
 
 
@@ -75,7 +76,12 @@ def main(arguments: list[str] | None = None) -> int:
         for file in options.files:
             try:
                 if options.prompt:
-                    found = model.answer(file, options.prompt, max_new_tokens=options.max_new_tokens)
+                    found = model.answer(
+                        file,
+                        options.prompt,
+                        max_new_tokens=options.max_new_tokens,
+                        decode=decode or "greedy",
+                    )
                 else:
                     found = model.transcribe_clip(file, decode=decode, max_new_tokens=options.max_new_tokens)
             except PromptError:

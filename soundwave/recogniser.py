@@ -25,6 +25,7 @@ from core.samples import INSTRUCTIONS, asked
 from core.spelling import join_words, spell
 from model import folder as model_folder
 from model.batch import Batch
+from model.generation.drafted import Drafting
 from model.generation.hotwords import BONUS, Hotwords
 from model.generation.joint import JointSearch
 from model.generation.timestamps import Word, align_frames, frame_seconds
@@ -228,20 +229,31 @@ class SpeechModel:
         return replace(found, notes=(*map(_note, findings), *found.notes))
 
     def answer(
-        self, source: Source, question: str, *, sampling_rate: int = SAMPLE_RATE, max_new_tokens: int = 200
+        self,
+        source: Source,
+        question: str,
+        *,
+        sampling_rate: int = SAMPLE_RATE,
+        max_new_tokens: int = 200,
+        decode: Literal["greedy", "drafted"] = "greedy",
     ) -> Answer:
         """Return the LLM's answer to a question about a clip. source: as of `transcribe`, of at most
         `model.encoder.max_seconds`. Errors: AudioError, ValueError, PromptError."""
         if not self.has_llm:
             raise ValueError("this model has no LLM to ask: load the folder of a later stage, with its LLM")
+        if decode not in ("greedy", "drafted"):
+            raise ValueError(f"decode is {decode!r}: an answer to a question is greedy or drafted")
         token = self.network.config.audio_token
         if token in question:
             raise ValueError(f"the question holds {token}: leave it out, the audio stands before it")
         waveform, findings = self._clip(source, sampling_rate)
         with _collected() as messages:
-            text = self.network.answer([[asked(question, token)]], [waveform], max_new_tokens=max_new_tokens)[
-                0
-            ]
+            text = self.network.answer(
+                [[asked(question, token)]],
+                [waveform],
+                max_new_tokens=max_new_tokens,
+                drafted=Drafting() if decode == "drafted" else None,
+            )[0]
         notes = [_note(finding) for finding in findings]
         notes += [message.removeprefix("waveform 0 ") for message in messages]
         return Answer(" ".join(text.split()), len(waveform) / SAMPLE_RATE, tuple(notes))

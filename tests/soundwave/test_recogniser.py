@@ -30,7 +30,7 @@ def long() -> np.ndarray:
     return np.concatenate([wave(1.7, 1), np.zeros(4000, np.float32), wave(2.9, 2), wave(0.3, 3)])
 
 
-@pytest.mark.parametrize("decode", ["ctc", "greedy", "joint"])
+@pytest.mark.parametrize("decode", ["ctc", "greedy", "drafted", "joint"])
 def test_a_batch_gives_what_single_clips_give(speaker, decode):
     clips = [wave(seconds, seed) for seed, seconds in enumerate((0.4, 1.3, 0.7, 2.1))]
     options = Options(decode=decode, timestamps="word", **SHORT)
@@ -50,7 +50,11 @@ def test_a_clip_is_transcribed_as_the_network_answers_it(speaker):
     """The features of the gate's pass are used again: the text is that of a whole pass."""
     clip = wave(1.3, 1)
     chat = [{"role": "user", "content": "<audio_patch>\nPlease transcribe the following audio."}]
-    for decode, options in (("greedy", {}), ("joint", {"joint": JointSearch(ctc_text="lower")})):
+    for decode, options in (
+        ("greedy", {}),
+        ("drafted", {}),
+        ("joint", {"joint": JointSearch(ctc_text="lower")}),
+    ):
         wanted = speaker.network.answer([chat], [clip], max_new_tokens=6, **options)[0]
         assert speaker.transcribe(clip, decode=decode, **SHORT).text == " ".join(wanted.split())
 
@@ -169,6 +173,7 @@ def test_answers(speaker):
     )[0]
     found = speaker.answer(as_file(clip), "Who?", max_new_tokens=6)
     assert str(found) == " ".join(wanted.split()) and found.duration == 1.1
+    assert speaker.answer(clip, "Who?", max_new_tokens=6, decode="drafted").text == str(found)
     with pytest.raises(ValueError, match="holds <audio_patch>"):
         speaker.answer(clip, "<audio_patch>?")
     with pytest.raises(soundwave.AudioError, match="takes 300 s at most"):
