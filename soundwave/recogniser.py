@@ -19,7 +19,16 @@ from typing import Literal, TypeAlias
 import numpy as np
 import torch
 
-from core.audio import SAMPLE_RATE, AudioError, Finding, Recording, Resampler, largest_decoded, mixed_block
+from core.audio import (
+    SAMPLE_RATE,
+    AudioError,
+    Finding,
+    Recording,
+    Resampler,
+    is_silent,
+    largest_decoded,
+    mixed_block,
+)
 from core.audio import decode as decode_audio
 from core.samples import INSTRUCTIONS, asked
 from core.spelling import join_words, spell
@@ -36,9 +45,11 @@ from soundwave.results import Answer, Segment, Transcription
 from soundwave.windows import Cutter, Frames, Window
 
 Source: TypeAlias = "str | os.PathLike | bytes | np.ndarray | torch.Tensor | Sequence[float]"
-#: A window has speech if the CTC head finds a token in it, or in any frame at least this probability of one.
-#: Chosen on the quick start's validation dialogues (docs/transcribe.md).
+#: A window has speech if the CTC head finds a token in it, or in any frame at least this probability of one;
+#: twice as much beyond GATE_SECONDS, since the largest of many frames is large by chance. Chosen on the quick
+#: start's validation dialogues (docs/transcribe.md).
 GATE = 0.25
+GATE_SECONDS = 3.0
 WINDOW_SECONDS = 10.0
 PAUSE_SECONDS = 0.6
 BLOCK_SECONDS = 30.0  # of audio that is read at a time
@@ -453,7 +464,12 @@ class SpeechModel:
         with _collected() as messages:
             batch, audio = self._encoded([piece.window.samples for piece in pieces], setup.instruction)
         _keep_notes(messages, pieces)
-        spoken = [row for row in range(len(pieces)) if self._has_speech(audio, row, setup.options.gate)]
+        gate = setup.options.gate
+        spoken = [
+            row
+            for row, piece in enumerate(pieces)
+            if not gate or not is_silent(piece.window.samples) and self._has_speech(audio, row, gate)
+        ]
         for row, piece in enumerate(pieces):
             piece.job.waiting -= 1
             if row not in spoken:
@@ -481,6 +497,8 @@ class SpeechModel:
         length = int(audio.lengths[row])
         if bool((audio.argmax[row, :length] != self.network.ctc_head.blank).any()):
             return True
+        if length * frame_seconds(self.network) > GATE_SECONDS:
+            gate = min(2 * gate, 1.0)
         return bool(1 - audio.blank_logprob[row, :length].min().exp() >= gate)
 
     def _words(self, audio: Audio, pieces: list[_Piece], texts: list[str], setup: _Setup) -> list[list[Word]]:

@@ -9,6 +9,7 @@ import pytest
 import soundfile
 
 from core.audio import AudioError, Recording, Resampler, mixed_block, read, resample
+from core.decoders import to_float
 
 RATE = 16_000
 SAMPLES = np.random.default_rng(0).uniform(-0.5, 0.5, (70_001, 2)).astype(np.float32)
@@ -46,6 +47,28 @@ def test_blocks_are_the_recording(tmp_path, format, subtype, error, of_path):
         found = joined(source, seconds)
         assert found.shape == whole.shape and found.dtype == np.float32
         assert np.abs(found - whole).max() <= error
+
+
+@pytest.mark.parametrize("form, codec", [("mp4", "aac"), ("matroska", "libopus"), ("matroska", "pcm_s16le")])
+def test_blocks_of_ffmpegs_formats_are_the_recording(form, codec):
+    av = pytest.importorskip("av")
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=form) as container:
+        stream = container.add_stream(codec, rate=48_000, layout="stereo")
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(SAMPLES.T), format="fltp", layout="stereo")
+        frame.sample_rate = 48_000
+        resampler = av.AudioResampler(stream.codec_context.format.name, "stereo", 48_000)
+        fifo = av.AudioFifo()
+        for converted in resampler.resample(frame):
+            fifo.write(converted)
+        while (part := fifo.read(1024, partial=True)) is not None:
+            container.mux(stream.encode(part))
+        container.mux(stream.encode(None))
+    data = buffer.getvalue()
+    whole = to_float(read(data, whole=False).samples)
+    assert len(whole) > 69_000
+    for seconds in (0.2, 0.5, 100.0):
+        assert np.array_equal(joined(data, seconds), whole)
 
 
 def test_joined_files_are_read_to_their_end(tmp_path):

@@ -117,11 +117,20 @@ def test_silence_has_no_text_and_is_counted(deaf, long):
     assert deaf.transcribe(long, gate=0.0, **SHORT).text
 
 
+def test_what_is_below_60_db_is_silence_for_any_model(speaker):
+    noise = 0.0009 * np.sin(np.arange(16000, dtype=np.float32))
+    assert speaker.transcribe(noise, **SHORT).text == "" and speaker.transcribe(noise, gate=0, **SHORT).text
+    assert speaker.transcribe(2 * noise, **SHORT).text
+
+
 def test_the_gate_is_the_highest_probability_of_a_token(deaf):
     """Between all blank and a token in every frame: the probability that the gate compares with."""
     batch, audio = deaf._encoded([wave(0.5)], "x")
     highest = float(1 - audio.blank_logprob[0, : int(audio.lengths[0])].min().exp())
     assert deaf._has_speech(audio, 0, highest * 0.99) and not deaf._has_speech(audio, 0, highest + 1e-3)
+    batch, audio = deaf._encoded([wave(3.5)], "x")
+    highest = float(1 - audio.blank_logprob[0, : int(audio.lengths[0])].min().exp())
+    assert deaf._has_speech(audio, 0, highest / 2.1) and not deaf._has_speech(audio, 0, highest / 1.9)
     said = audio._replace(argmax=audio.argmax.clone())
     said.argmax[0, 2] = 7
     assert deaf._has_speech(said, 0, 1.0)
