@@ -230,6 +230,17 @@ def test_a_model_of_stage_one_has_its_ctc_head_alone(folders):
         model.answer(wave(1.0), "Who?")
 
 
+def test_a_transcript_that_does_not_end_is_cut_by_what_the_ctc_head_found(deaf):
+    """A random LLM never ends; the CTC head of this model finds nothing, so one frame is kept."""
+    clips = [wave(0.5), wave(1.5, 2)]
+    found = deaf.transcribe_all(clips, options=Options(gate=0.0, max_new_tokens=200))
+    for clip, one in zip(clips, found, strict=True):
+        batch, audio = deaf._encoded([clip], "Please transcribe the following audio.")
+        ids = deaf.network.generate(batch, max_new_tokens=19)[0]
+        wanted = deaf.network.tokenizer.decode(ids, skip_special_tokens=True)
+        assert one.text == " ".join(wanted.split()) and len(ids) == 19
+
+
 def test_batches_hold_as_many_padded_seconds_as_they_may():
     class Piece:
         def __init__(self, seconds: float):
