@@ -124,13 +124,13 @@ def test_what_is_below_60_db_is_silence_for_any_model(speaker):
 
 
 def test_the_gate_is_the_highest_probability_of_a_token(deaf):
-    """Between all blank and a token in every frame: the probability that the gate compares with."""
-    batch, audio = deaf._encoded([wave(0.5)], "x")
-    highest = float(1 - audio.blank_logprob[0, : int(audio.lengths[0])].min().exp())
-    assert deaf._has_speech(audio, 0, highest * 0.99) and not deaf._has_speech(audio, 0, highest + 1e-3)
-    batch, audio = deaf._encoded([wave(3.5)], "x")
-    highest = float(1 - audio.blank_logprob[0, : int(audio.lengths[0])].min().exp())
-    assert deaf._has_speech(audio, 0, highest / 2.1) and not deaf._has_speech(audio, 0, highest / 1.9)
+    """One frame has a token with 0.4; twice the gate beyond 3 s."""
+    for seconds, gate in ((0.5, 0.4), (3.5, 0.2)):
+        _, audio = deaf._encoded([wave(seconds)], "x")
+        blank = torch.zeros_like(audio.blank_logprob)
+        blank[0, 3] = np.log(0.6)
+        audio = audio._replace(blank_logprob=blank)
+        assert deaf._has_speech(audio, 0, gate - 0.01) and not deaf._has_speech(audio, 0, gate + 0.01)
     said = audio._replace(argmax=audio.argmax.clone())
     said.argmax[0, 2] = 7
     assert deaf._has_speech(said, 0, 1.0)
