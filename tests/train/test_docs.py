@@ -53,6 +53,7 @@ def test_every_module_has_its_place_in_the_architecture():
         "model/generation/",
         "data_tools/",
         "recipe/",
+        "soundwave/",
         "stream/",
         "train/",
         "evaluation/",
