@@ -1,4 +1,4 @@
-"""Errors of word times: `python -m benchmarks.timestamps --model DIR --whisper DIR --shards DIR [--tts DIR]`
+"""Errors of word times: `python -m benchmarks.timestamps --model DIR --whisper DIR [--shards DIR] [--tts DIR]`
 
 Two materials with known times:
 
@@ -234,8 +234,8 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--whisper", type=Path)
-    parser.add_argument("--shards", required=True)
-    parser.add_argument("--tts", type=Path)
+    parser.add_argument("--shards", help="packed clips for joined recordings")
+    parser.add_argument("--tts", type=Path, help="folder written by benchmarks/tts_words.py")
     parser.add_argument("--clips", type=int, default=100)
     parser.add_argument("--tts-clips", type=int, default=40)
     parser.add_argument("--calibrate", action="store_true")
@@ -245,17 +245,22 @@ def main() -> None:
     options = parser.parse_args()
     if not options.calibrate and not options.whisper:
         parser.error("--whisper is needed to compare with")
+    if not options.shards and (options.calibrate or not options.tts):
+        parser.error("--shards or --tts is needed (--calibrate: --shards)")
     facts = machine(options.device)
     model = folder.load(options.model, device=options.device, with_llm=False)
-    items = joined(options.shards, options.clips)
     if options.calibrate:
-        calibrate(model, items)
+        calibrate(model, joined(options.shards, options.clips))
         return
-    rows = compare(model, items, options.whisper, options.device, "joined")
-    if options.tts:
-        rows += compare(
-            model, spoken(options.tts)[: options.tts_clips], options.whisper, options.device, "tts"
-        )
+    rows, lines = [], []
+    for material, items in (
+        ("joined", joined(options.shards, options.clips) if options.shards else []),
+        ("tts", spoken(options.tts)[: options.tts_clips] if options.tts else []),
+    ):
+        if items:
+            seconds = sum(len(item.samples) for item in items) / SAMPLE_RATE
+            lines.append(f"{material}: {len(items)} recordings, {seconds:.0f} s")
+            rows += compare(model, items, options.whisper, options.device, material)
     table = tabulate(
         [
             [
@@ -280,8 +285,7 @@ def main() -> None:
             "median error",
         ],
     )
-    seconds = sum(len(item.samples) for item in items) / SAMPLE_RATE
-    text = f"{len(items)} joined recordings, {seconds:.0f} s\n{table}"
+    text = "\n".join([*lines, table])
     print(text)
     if options.json:
         settings = {name: str(value) for name, value in vars(options).items()}
