@@ -59,9 +59,7 @@ def clips(shards: str | None, count: int) -> list[Clip]:
         lengths = [int(16000 * (1 + 11 * i / max(1, count - 1))) for i in range(count)]
         return [Clip(0.1 * torch.randn(length, generator=generator), None) for length in lengths]
     index = ShardIndex.load(shards)
-    rows = [
-        i for i, row in enumerate(index.samples) if row["audio_size"] and shortest <= row["duration"] <= 30
-    ]
+    rows = [i for i, row in enumerate(index.samples) if row["audio_size"] and 0.5 <= row["duration"] <= 30]
     count = min(count, len(rows))
     found = []
     for row in (rows[i * len(rows) // count] for i in range(count)):
@@ -132,7 +130,7 @@ def drafted_decoding(model: Soundwave, found: list[Clip], sizes: list[int], toke
             wait(model)
             sums["audio"] += time.perf_counter() - start
             model.listen = lambda batch, with_ctc=False, audio=audio: audio
-            spent, answers = {}, {}
+            spent, answers, passes = {}, {}, None
             for way in ("greedy", "drafted") if number % 2 else ("drafted", "greedy"):
                 options = {"drafted": Drafting()} if way == "drafted" else {}
                 start, worked = time.perf_counter(), time.process_time()
@@ -140,9 +138,9 @@ def drafted_decoding(model: Soundwave, found: list[Clip], sizes: list[int], toke
                 wait(model)
                 sums[f"{way}_cpu"] += time.process_time() - worked
                 spent[way] = time.perf_counter() - start
+                passes = model.drafted_passes if way == "drafted" else passes
                 sums[way] += spent[way]
             del model.listen
-            passes = model.drafted_passes
             if passes is None:
                 raise SystemExit("error: this LLM's answers cannot be drafted")
             ratios.append(spent["greedy"] / spent["drafted"])
@@ -258,7 +256,7 @@ def main() -> None:
     else:
         config = SoundwaveConfig(encoder=EncoderConfig(options.encoder), llm=LLMConfig(options.llm))
         model = Soundwave.build(config, device=options.device).eval()
-    found = clips(options.shards, options.utterances, 0.0 if options.drafted else 0.5)
+    found = clips(options.shards, options.utterances)
     sounds = [clip.samples for clip in found]
     seconds = sum(map(len, sounds)) / 16000
     if options.drafted:
