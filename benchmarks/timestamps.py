@@ -1,4 +1,4 @@
-"""Errors of word times: `python -m benchmarks.timestamps --model DIR --whisper DIR [--shards DIR] [--tts DIR]`
+"""Errors of word times: `python -m benchmarks.timestamps --model DIR --whisper DIR [--shards DIR]`
 
 Two materials with known times:
 
