@@ -52,7 +52,7 @@ GATE = 0.25
 GATE_SECONDS = 3.0
 WINDOW_SECONDS = 10.0
 # Shorter pauses are inside sentences too, where the CTC head misses words: from 0.6 s, 46 clips became 91
-# windows, and the WER rose from 58 % to 91 % (benchmarks/long_audio.py, 2.5 min of the quick start's test set).
+# windows, and the WER rose from 58 % to 91 % (benchmarks/long_audio.py, 2.5 min of the quick start's tests).
 PAUSE_SECONDS = 2.0
 BLOCK_SECONDS = 30.0  # of audio that is read at a time
 POOL_BATCHES = 4  # batches of windows that are sorted by length together
