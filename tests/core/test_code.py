@@ -1,6 +1,8 @@
 """core/code.py: the hash covers every Python file of the named packages, and a wrong package name is an
 error."""
 
+import re
+
 import pytest
 
 from core import code
@@ -24,3 +26,10 @@ def test_package_without_files_is_an_error():
 
 def test_all_packages_have_files():
     assert len(code.code_hash(code.PACKAGES)) == 64
+
+
+def test_jobs_run_a_copy_of_every_package():
+    """A package that freeze leaves out would be imported from the checkout, which goes on changing."""
+    script = (code.ROOT / "slurm" / "lib" / "freeze.sh").read_text()
+    (listed,) = re.findall(r"for part in ([\w ]+); do", script)
+    assert set(listed.split()) == {*code.PACKAGES, "ds_configs", "slurm"}
