@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from core.console import OneLine, one_line
 from core.file_names import UnsafeName, plain_name
 from core.json_files import JsonError, read_object
+from core.memory import is_out_of_memory
 from model.config import OptionError
 
 PRESETS = Path(__file__).parent / "presets"
@@ -46,7 +47,7 @@ def reading(folder: str | Path, what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+        if is_out_of_memory(error):
             raise SourceError(f"there is no memory to load {folder} ({one_line(error)})") from error
         raise SourceError(
             f"{folder} has no {what} that can be loaded ({one_line(error)}): copy the model again, or save "

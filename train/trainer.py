@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from core.console import one_line
 from core.distributed import Ranks
+from core.memory import is_out_of_memory
 from model import folder as model_folder
 from model.batch import Batch
 from model.language_model import lora_parameters
@@ -275,16 +277,16 @@ class Trainer:
             "data.micro_batch_seconds" if data.micro_batch_seconds > data.max_seconds else "data.max_seconds"
         )
         keys = ["data.micro_batch_tokens", audio] if self.stage.needs_llm else [audio]
-        batch = worst_case_batch(data, self.stage.name, self.model.tokenizer, self.recipe.model)
         try:
+            batch = worst_case_batch(data, self.stage.name, self.model.tokenizer, self.recipe.model)
             self.engine.probe_memory(batch)
-        except RuntimeError as error:  # of CPU memory, PyTorch has no type of its own
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
             settings = " or ".join(f"{key}={getattr(data, key.removeprefix('data.')):g}" for key in keys)
             raise RecipeError(
                 "the largest micro-batch that the recipe allows does not fit into memory: lower "
-                f"{settings} ({str(error).splitlines()[0]})"
+                f"{settings} ({one_line(error)})"
             ) from None
         if self.ranks.is_main:
             peak = ""

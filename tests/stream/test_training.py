@@ -221,4 +221,4 @@ def test_too_large_a_micro_batch_says_which_key_to_lower(tiny, server):
         "data.batch_seconds=6000000",
         ranks=1,
     )
-    assert codes == [2] and "does not fit into memory: lower data.max_seconds=6e+06 (" in told
+    assert codes == [2] and "does not fit into memory: lower data.max_seconds=6e+06 (" in told, told

@@ -10,11 +10,11 @@ import shutil
 import time
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from core.distributed import Ranks
 from core.files import PARTIAL, step_folders, sync_folder, write_atomically
+from core.memory import is_out_of_memory
 from recipe.config import CheckpointConfig
 from train.checkpoint import universal
 from train.checkpoint.errors import CheckpointError
@@ -234,7 +234,7 @@ class Checkpoints:
         except (
             _WRONG_CONTENT
         ) as error:  # its files have their hashes, so somebody else has written them like that
-            if isinstance(error, torch.OutOfMemoryError):
+            if is_out_of_memory(error):
                 raise
             raise CheckpointError(
                 f"checkpoint {folder} cannot be loaded ({safe_load.reason(error)}): remove it to resume from "
