@@ -29,6 +29,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from core.command_line import program_name
 from core.console import printable_line
 from core.samples import answer_of
 from data_tools.corpora import (
@@ -380,7 +381,9 @@ def run(options: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="data_tools.instruct", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program_name("python -m data_tools.instruct"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     add = (

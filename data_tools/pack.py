@@ -35,6 +35,7 @@ if __package__ in (None, ""):  # run as a script: the repository, not data_tools
 import numpy as np
 
 from core.audio import REFUSABLE, SAMPLE_RATE
+from core.command_line import program_name
 from core.console import one_line, printable_line
 from data_tools.audio import CODECS
 from data_tools.audio import check_output as check_codec
@@ -58,7 +59,9 @@ _ADDED = {"refuse"}
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="pack.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program_name("pack.py"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument_group("corpora").add_argument
     add(

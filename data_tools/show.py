@@ -23,6 +23,7 @@ import numpy as np
 import soundfile
 
 from core.audio import AudioError, read
+from core.command_line import program_name
 from core.console import duration, plural, print_text, printable, printable_line
 from data_tools.output import WORK
 from data_tools.progress import watched
@@ -242,7 +243,9 @@ def folders_in(parent: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="data_tools.show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program_name("python -m data_tools.show"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--png", type=Path)

@@ -21,6 +21,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from core.audio import AudioError, decode, largest_decoded
+from core.command_line import program_name
 from core.console import print_error, print_text
 from core.samples import INSTRUCTIONS, PromptError, asked
 from evaluation.run import InputError, joint_search, load
@@ -59,7 +60,9 @@ def printed_warnings(file: Path) -> Iterator[None]:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m evaluation.answer", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog=program_name("python -m evaluation.answer"), description=__doc__.splitlines()[0]
+    )
     parser.add_argument("model", type=Path, help="model folder: <output>/<stage>/model")
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="sound: WAV, FLAC, MP3, Ogg ...")
     parser.add_argument(

@@ -14,6 +14,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 from tabulate import tabulate
 
+from core.command_line import program_name
 from evaluation.predictions import PredictionError, prediction_key, read_predictions
 from evaluation.resampling import paired_test
 from evaluation.score import (
@@ -129,7 +130,9 @@ def compare(first: Path, second: Path) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m evaluation.compare", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog=program_name("python -m evaluation.compare"), description=__doc__.splitlines()[0]
+    )
     parser.add_argument("first", type=Path)
     parser.add_argument("second", type=Path)
     parser.add_argument("--json", type=Path, help="write the result here as well")

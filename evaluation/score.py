@@ -22,6 +22,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.metrics.base import Score
 from tabulate import tabulate
 
+from core.command_line import program_name
 from core.languages import (
     CHINESE,
     UNDETERMINED,
@@ -482,7 +483,9 @@ def print_notes(result: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m evaluation.score", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog=program_name("python -m evaluation.score"), description=__doc__.splitlines()[0]
+    )
     parser.add_argument("files", nargs="+", type=Path, help="predictions written by evaluation.run")
     parser.add_argument(
         "--marks",

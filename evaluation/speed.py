@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 
+from core.command_line import program_name
 from data_tools.shards import ShardError
 from evaluation.run import InputError, shard_folder
 from model import folder
@@ -91,7 +92,9 @@ def summarise(clips: list[dict]) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m evaluation.speed", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog=program_name("python -m evaluation.speed"), description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--model", type=Path, required=True, help="model folder")
     parser.add_argument("--shards", required=True, help="folder written by data_tools/pack.py")
     parser.add_argument("--split", help="sub-folder of --shards")

@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 
+from core.command_line import program_name
 from recipe.config import Recipe, RecipeError, load_recipe
 from stream.assign import Budgets, assign, padded_cost
 from stream.plan import UNITS_PER_SECOND, PlainPlan, Plan, mix64
@@ -140,7 +141,7 @@ def profile(recipe: Recipe, plan: Plan, steps: int, ranks: int) -> dict:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m stream", description="What a recipe's steps hold, before training."
+        prog=program_name("python -m stream"), description="What a recipe's steps hold, before training."
     )
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
