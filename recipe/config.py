@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core.options import RecipeError, choice, expand_paths, is_name, location, number, numbers, problems
+from core.plugins import PluginError, load_plugins
 from model.config import SoundwaveConfig
 from model.inheritance import StartError, differing_options, inherited_options
 
@@ -155,6 +156,8 @@ class HealthConfig:
 
 @dataclass
 class Recipe:
+    # Modules that are imported before the recipe is checked: your own losses, stages, compressors, metrics.
+    plugins: list[str] = field(default_factory=list)
     stage: str = "alignment"  # alignment (I) | shrinking (II) | sft (III)
     output: str = location(
         "runs/soundwave"
@@ -196,7 +199,7 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     Paths are expanded (~, $VARIABLE).
     Errors: RecipeError with one line for a file that is missing or no recipe, an unknown key (the nearest
     right key is suggested), a value of the wrong type or out of bounds, an override that is not `key=value`,
-    and a model key that contradicts the start folder.
+    a plugin that cannot be imported, and a model key that contradicts the start folder.
     """
     layers = [*_read_files(Path(path)), *map(_read_override, overrides)]
     recipe = _merge(OmegaConf.structured(Recipe), layers)
@@ -301,6 +304,10 @@ def _merge(merged: DictConfig, layers: list[tuple[str, DictConfig]]) -> Recipe:
     ) as error:  # an interpolation that leads nowhere; OmegaConf reports some with built-in types
         key = getattr(error, "full_key", None) or ""
         raise RecipeError(f"{_origin(layers, key)}{key + ': ' if key else ''}{_unresolved(error)}") from None
+    try:
+        load_plugins(recipe.plugins)
+    except PluginError as error:
+        raise RecipeError(f"{_origin(layers, 'plugins')}{error}") from None
     try:
         expand_paths(recipe)
     except ValueError as error:

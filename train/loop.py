@@ -236,7 +236,7 @@ class Run:
             "tokenizer": identity.vocabulary_hash(model.tokenizer),
             "recipe": resume.recipe_facts(recipe),
             "index": self.plan.fingerprint,
-            "code": resume.code_fingerprint(),
+            "code": resume.code_fingerprint(recipe.plugins),
         }
         self._same_on_all_ranks()
         self.first_step, self.data_offset, self.best = 0, 0, None

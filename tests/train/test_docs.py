@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 from omegaconf import OmegaConf
 
+from core.code import PACKAGES
 from recipe.config import Recipe, known_keys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,12 +47,18 @@ def test_every_module_has_its_place_in_the_architecture():
             r"^\| `([a-z_/]+/)` \| (.*?) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE
         )
     )
-    rooms = ("core/", "model/", "model/ops/", "data_tools/", "train/", "stream/", "evaluation/")
+    packages = {
+        f"{path.parent.relative_to(ROOT)}/"
+        for name in PACKAGES
+        for path in (ROOT / name).rglob("*.py")
+        if not path.stem.startswith("__") and path.parent.name != "corpora"
+    }
     names = {
-        room: {path.stem for path in (ROOT / room).glob("*.py") if not path.stem.startswith("__")}
-        for room in rooms
+        package: {path.stem for path in (ROOT / package).glob("*.py") if not path.stem.startswith("__")}
+        for package in packages
     }
-    told = {
-        room: {name.removesuffix(".py") for name in re.findall(r"`([a-z_.]+)`", rows[room])} for room in rooms
+    listed = {
+        package: {name.removesuffix(".py") for name in re.findall(r"`([a-z_.]+)`", rows.get(package, ""))}
+        for package in packages
     }
-    assert told == names
+    assert listed == names
