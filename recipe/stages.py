@@ -115,7 +115,16 @@ def trained_by(recipe: Recipe) -> int | None:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return None
-    return pid if any(word.endswith(b"train/run.py") or word == b"train.run" for word in words) else None
+    return pid if is_trainer(words) else None
+
+
+def is_trainer(words: list[bytes]) -> bool:
+    """Return whether a process's command line started training: a script, a module or `soundwave train`."""
+    console = any(
+        word.rpartition(b"/")[2] == b"soundwave" and following == b"train"
+        for word, following in zip(words, words[1:], strict=False)
+    )
+    return console or any(word.endswith(b"train/run.py") or word == b"train.run" for word in words)
 
 
 def began(pid: int) -> float:

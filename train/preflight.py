@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "train")]
 
 from core.code import code_hash  # noqa: E402
+from core.command_line import program_name  # noqa: E402
 from core.files import step_folders  # noqa: E402
 from recipe.config import Corpus, Recipe, RecipeError, load_recipe, start_folder  # noqa: E402
 from recipe.stages import has_model, initial_folder, stage_folder, stage_of  # noqa: E402
@@ -590,7 +591,7 @@ def write_faults(path: Path, faults: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="train/preflight.py", description="Check the nodes of a job before training."
+        prog=program_name("train/preflight.py"), description="Check the nodes of a job before training."
     )
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")

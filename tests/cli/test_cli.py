@@ -13,6 +13,7 @@ import pytest
 import cli
 import core
 from core import command_line
+from recipe.stages import is_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -93,3 +94,17 @@ def test_extras_read_files_of_plain_pins():
         for name in entry["file"]:
             lines = (ROOT / name).read_text().splitlines()
             assert not [line for line in lines if line.startswith("-")], name
+
+
+@pytest.mark.parametrize(
+    "command, expected",
+    [
+        ("python train/run.py recipe.yaml", True),
+        ("python -m train.run recipe.yaml", True),
+        ("/env/bin/python /env/bin/soundwave train recipe.yaml", True),
+        ("/env/bin/python /env/bin/soundwave status train", False),
+        ("vim train.py", False),
+    ],
+)
+def test_a_running_trainer_is_recognised_by_its_command_line(command, expected):
+    assert is_trainer(command.encode().split()) is expected
