@@ -380,7 +380,7 @@ def products(model: Soundwave, shape: dict) -> list[tuple[str, int, tuple[int, .
     rows, width = head.weight.shape
     network = model.encoder.layers
     for encoder, adapter, kept, llm_rows, targets in zip(
-        *(shape[k] for k in ("encoder", "adapter", "kept", "rows", "targets"))
+        *(shape[k] for k in ("encoder", "adapter", "kept", "rows", "targets")), strict=True
     ):
         linears("encoder", model.encoder, sum(encoder), 1, False)
         attention(

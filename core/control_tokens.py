@@ -10,6 +10,7 @@ symbols).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -125,7 +126,7 @@ def unused_mark(texts: Iterable[str]) -> str:
 def marked(text: str, cuts: set[int], mark: str) -> str:
     """Return the text with a mark at each cut."""
     places = [0, *sorted(cuts), len(text)]
-    return mark.join(text[begin:end] for begin, end in zip(places, places[1:]))
+    return mark.join(text[begin:end] for begin, end in itertools.pairwise(places))
 
 
 def encode_pieces(

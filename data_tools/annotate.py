@@ -112,7 +112,7 @@ class Transcriber:
             for start in range(0, len(group), self.batch_clips):
                 batch = group[start : start + self.batch_clips]
                 for (number, place, _, _), text in zip(
-                    batch, self._texts([piece[3] for piece in batch], lang)
+                    batch, self._texts([piece[3] for piece in batch], lang), strict=True
                 ):
                     texts[number, place] = text
         joined = [[] for _ in clips]
@@ -156,7 +156,7 @@ def annotated(
         if transcriber is not None:
             heard = [(entry, samples) for entry, samples in looked if samples is not None]
             for (entry, _), text in zip(
-                heard, transcriber([(samples, entry.lang) for entry, samples in heard])
+                heard, transcriber([(samples, entry.lang) for entry, samples in heard]), strict=True
             ):
                 entry.hypothesis = text
         results = iter(looked)
@@ -183,13 +183,13 @@ def run(options: argparse.Namespace) -> str:
         with (
             ProcessPoolExecutor(options.workers, context, start_worker, (os.getpid(),)) as pool,
             open(unfinished, "a", encoding="utf-8") as out,
+            Progress("annotating", done=done) as progress,
         ):
-            with Progress("annotating", done=done) as progress:
-                for lines in annotated(items, pool, options.hash, transcriber):
-                    out.write("".join(line + "\n" for line in lines))
-                    out.flush()
-                    os.fsync(out.fileno())
-                    progress.to(progress.done + len(lines))
+            for lines in annotated(items, pool, options.hash, transcriber):
+                out.write("".join(line + "\n" for line in lines))
+                out.flush()
+                os.fsync(out.fileno())
+                progress.to(progress.done + len(lines))
         return _finish(unfinished, options.out)
     except OSError as error:
         raise OutputError(f"cannot write {options.out}: {error.strerror or error}") from error

@@ -8,6 +8,7 @@ to be, since corpora err about durations and many tell none.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 from dataclasses import dataclass, field
@@ -259,7 +260,7 @@ def complete(entry: Entry, normalise: str = "raw") -> Fault | None:
 
 def ctc_frames_needed(ids: list[int]) -> int:
     """U + repeats: CTC must put a blank between two equal neighbours (Graves et al. 2006, section 3)."""
-    return len(ids) + sum(a == b for a, b in zip(ids, ids[1:]))
+    return len(ids) + sum(a == b for a, b in itertools.pairwise(ids))
 
 
 @lru_cache(maxsize=4)

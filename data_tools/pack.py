@@ -210,15 +210,28 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error("--shard-mb or --shard-hours, not both")
     if options.workers < 1:
         parser.error("--workers must be 1 or more")
-    if options.take and not options.splits:
-        parser.error("--take needs --splits")
     if not 0 <= options.max_broken_share <= 1:
         parser.error(f"--max-broken-share {options.max_broken_share}: a share from 0 to 1")
+    _check_names(parser, options)
+    _check_splits(parser, options)
+    if options.part:
+        part, _, parts = options.part.partition("/")
+        if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
+            parser.error(f"--part {options.part}: i/N with i from 0 to N-1")
+        options.part = (int(part), int(parts))
+
+
+def _check_names(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     for option, name in (("--name", options.name), ("--out", options.out.absolute().name)):
         if name is not None and (not name.isprintable() or "/" in name or name.startswith(".") or not name):
             parser.error(
                 f"{option} {printable_line(name)}: shards are named after it, so it must be a plain file name"
             )
+
+
+def _check_splits(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.take and not options.splits:
+        parser.error("--take needs --splits")
     try:
         options.splits = {
             name: float(share)
@@ -231,11 +244,6 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
             parser.error(f"--splits {name}={share:g}: a name, and a share above 0")
     if options.take and options.take not in options.splits:
         parser.error(f"--take {options.take}: --splits knows {', '.join(options.splits)}")
-    if options.part:
-        part, _, parts = options.part.partition("/")
-        if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
-            parser.error(f"--part {options.part}: i/N with i from 0 to N-1")
-        options.part = (int(part), int(parts))
 
 
 def packing_of(options: argparse.Namespace) -> tuple[Packing, Layout]:

@@ -268,13 +268,13 @@ class Packing:
     def missing(self, shards: int) -> list[int]:
         return [shard for shard in range(shards) if not self.summary_path(shard).exists()]
 
-    def merge(self, plan: dict, lock: AbstractContextManager = nullcontext()) -> dict:
+    def merge(self, plan: dict, lock: AbstractContextManager | None = None) -> dict:
         """Join all finished shards into index and rejected.jsonl; then the working folder goes. Returns the
         index.
 
         lock: held while this works; let go before the folder that it is in is removed.
         """
-        with lock:
+        with lock or nullcontext():
             index = self._merge(plan)
         shutil.rmtree(self.folder / WORK, ignore_errors=True)
         return index

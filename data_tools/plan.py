@@ -514,10 +514,10 @@ def _sort(
                     continue
                 # A unit (one recording, one row group) is not torn apart, unless it alone is larger than a
                 # shard.
-                if count and filled >= per_shard * (len(rows) + 1) and len(rows) + 1 < shards:
-                    if unit != last_unit or filled >= per_shard * (len(rows) + 2):
-                        rows.append((start, offset - start, first, count, seconds_here))
-                        start, first, count, seconds_here = offset, first + count, 0, 0.0
+                full = count and filled >= per_shard * (len(rows) + 1) and len(rows) + 1 < shards
+                if full and (unit != last_unit or filled >= per_shard * (len(rows) + 2)):
+                    rows.append((start, offset - start, first, count, seconds_here))
+                    start, first, count, seconds_here = offset, first + count, 0, 0.0
                 entries.write(line)
                 offset, count, last_unit = offset + len(line), count + 1, unit
                 filled += seconds if by_hours else float(size)

@@ -111,7 +111,7 @@ def draw(index: ShardIndex, path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for axis, values, label in zip(
-        axes, durations_and_rates(index), ("seconds a clip", "characters a second")
+        axes, durations_and_rates(index), ("seconds a clip", "characters a second"), strict=True
     ):
         if len(values):
             axis.hist(np.minimum(values, np.percentile(values, 99.5)), bins=60)

@@ -500,7 +500,7 @@ class lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(str(self.path), "w")
         except OSError as error:
-            raise SetupError("cannot write %s: %s" % (self.path, error.strerror))
+            raise SetupError("cannot write %s: %s" % (self.path, error.strerror)) from None
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -87,7 +87,7 @@ def held_parts(folder: str | Path) -> set[str]:
     file = Path(folder) / "adapters.safetensors"
     try:
         with safe_open(file, "np") as opened:
-            return {name.split(".")[0] for name in opened.keys()}
+            return {name.split(".")[0] for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise StartError(
             f"{file} cannot be read ({str(error).splitlines()[0]}): copy the folder again"

@@ -100,7 +100,7 @@ class Soundwave(Generation, nn.Module):
         parts: tuple[str, ...] = PARTS,
         device: torch.device | str | None = None,
         meta: bool = False,
-    ) -> "Soundwave":
+    ) -> Soundwave:
         """Frozen parts from their folders, fresh adapters and LoRA.
 
         parts without "llm": stage I; of the LLM only its embeddings are read, from its safetensors, and there
@@ -178,7 +178,7 @@ class Soundwave(Generation, nn.Module):
                 parameter.requires_grad_(True)
         self.train(self.training)
 
-    def train(self, mode: bool = True) -> "Soundwave":
+    def train(self, mode: bool = True) -> Soundwave:
         super().train(mode)
         adapters = self.stage != "sft"
         for part, learns in (

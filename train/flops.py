@@ -81,7 +81,7 @@ class Flops:
     head_is_trained: bool
 
     @classmethod
-    def of(cls, model) -> "Flops":
+    def of(cls, model) -> Flops:
         encoder = getattr(model.encoder, "layers", None)
         llm = None if model.llm is None else base_of(model.llm).config.get_text_config()
         rows, width = getattr(model.ctc_head.weight, "ds_shape", model.ctc_head.weight.shape)

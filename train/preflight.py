@@ -444,7 +444,7 @@ def all_reduce_line(store, rank: int, world_size: int, seconds: float) -> tuple[
     )
     size = GPU_REDUCE_BYTES if on_gpu else CPU_REDUCE_BYTES
     times = []
-    for repeat in range(REPEATS + 1):  # the first one opens the connections
+    for _ in range(REPEATS + 1):  # the first one opens the connections
         tensor = torch.full((size // 4,), float(rank + 1), device=device)
         begun = time.perf_counter()
         work = dist.all_reduce(tensor, async_op=True)

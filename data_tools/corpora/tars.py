@@ -183,18 +183,7 @@ class Shards(Reader):
         audio = group.one("audio")
         if audio is None and not is_text_sample(found):
             return Fault(where, "bad_row", group.without_audio)
-        values = {
-            name: found[name]
-            for name in ENTRY_FIELDS
-            if found.get(name) is not None and name not in _NOT_TAKEN
-        }
-        for name in NAMES:
-            if name in values:
-                values[name] = as_name(values[name])
-        if isinstance(values.get("duration"), str) and (seconds := number(values["duration"])) is not None:
-            values["duration"] = seconds
-        if values.get("id") in (None, ""):
-            values["id"] = group.key
+        values = _values(found, group.key)
         if audio is None:
             return Entry(source=source, **values)
         return Entry(audio=audio.content.place, group=group_of(audio.content.place), source=source, **values)
@@ -206,6 +195,21 @@ class Shards(Reader):
             f"{n['in samples']:,} in {plural(n['samples'], 'sample')}, {n['in faults']:,} in "
             f"{plural(n['faults'], 'refused group')}, {n['ignored']:,} ignored"
         ]
+
+
+def _values(record: dict, key: str) -> dict:
+    """Return an Entry's fields of a sample's JSON; a sample without an id gets the group's key."""
+    values = {
+        name: record[name] for name in ENTRY_FIELDS if record.get(name) is not None and name not in _NOT_TAKEN
+    }
+    for name in NAMES:
+        if name in values:
+            values[name] = as_name(values[name])
+    if isinstance(values.get("duration"), str) and (seconds := number(values["duration"])) is not None:
+        values["duration"] = seconds
+    if values.get("id") in (None, ""):
+        values["id"] = key
+    return values
 
 
 def _stands_alone(group: Group[TarMember]) -> bool:

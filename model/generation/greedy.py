@@ -133,7 +133,7 @@ class Generation:
         temperature: float = 0.2,
         top_p: float = 0.9,
         min_new_tokens: int = 0,
-        streamer: "BaseStreamer | None" = None,
+        streamer: BaseStreamer | None = None,
         synced_gpus: bool = False,
         joint: JointSearch | None = None,
     ) -> list[list[int]]:
@@ -257,7 +257,7 @@ class Generation:
         audio = self.listen(batch)
         self.train(training)
         texts = []
-        for argmax, length in zip(audio.argmax.cpu(), audio.lengths.tolist()):
+        for argmax, length in zip(audio.argmax.cpu(), audio.lengths.tolist(), strict=True):
             tokens = torch.unique_consecutive(argmax[:length])
             tokens = tokens[(tokens != self.ctc_head.blank) & (tokens < len(self.tokenizer))]
             texts.append(self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True).strip())
@@ -285,7 +285,9 @@ class Generation:
             "peak": [],
             "kept": [],
         }
-        for i, (length, kept) in enumerate(zip(audio.lengths.tolist(), audio.kept_lengths.tolist())):
+        for i, (length, kept) in enumerate(
+            zip(audio.lengths.tolist(), audio.kept_lengths.tolist(), strict=True)
+        ):
             mel = None
             if batch.waveforms is not None:
                 size = batch.audio_lengths[i : i + 1]

@@ -217,7 +217,10 @@ def _gradient(ctx, loss_gradient, *_):
     gradients = backward(
         loss_gradient, *problem, *saved[6:], ctx.skip_below, ctx.implementation, ctx.deterministic, *wanted
     )
-    return tuple(gradient if want else None for gradient, want in zip(gradients, wanted)) + nothing[3:]
+    return (
+        tuple(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
+        + nothing[3:]
+    )
 
 
 forward.register_autograd(_gradient, setup_context=_save)

@@ -167,7 +167,7 @@ def _recursion(
         total += end + tl.log(tl.sum(tl.exp(final - end), axis=0))
     tl.store(loss + b, tl.where(impossible, float("inf"), -total))
 
-    if WITH_GRADIENT:
+    if WITH_GRADIENT:  # noqa: SIM102 (known when the kernel is compiled; the next one is not)
         if (frames > 0) & (impossible == 0):
             for step in range(0, frames):
                 t = frames - 1 - step

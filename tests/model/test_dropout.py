@@ -363,7 +363,7 @@ def test_a_frozen_llm_draws_nothing_and_changes_nothing_in_training(
     for _ in range(2):
         loss = language_model.target_loss(llm, embeddings, mask, labels)
         results.append((loss.detach(), *torch.autograd.grad(loss, embeddings)))
-    assert all(torch.equal(one, two) for one, two in zip(*results))
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in llm.state_dict().items())
 

@@ -154,11 +154,11 @@ def test_release_in_and_out(tmp_path, shape):
     mel = spoken(encoder["num_mel_bins"], generator)
     audio_id, pad = config["audio_patch_token"], config["llm_pad_token_id"]
     prompts = [torch.randint(0, 250, (11,), generator=generator) for _ in range(3)]
-    for place, ids in zip((0, 4, 10), prompts):
+    for place, ids in zip((0, 4, 10), prompts, strict=True):
         ids[place] = audio_id
     heard = [released.hear(m)[1].argmax(-1) for m in mel]
     assert all(len(tokens.unique()) > 3 for tokens in heard)
-    expected = [released.logits(ids, m) for ids, m in zip(prompts, mel)]
+    expected = [released.logits(ids, m) for ids, m in zip(prompts, mel, strict=True)]
     ids = torch.randint(0, 250, (3, 14), generator=generator)
     ids[:, 2] = audio_id
     labels = ids.clone()

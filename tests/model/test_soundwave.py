@@ -99,7 +99,7 @@ def test_losses_and_gradients_equal_one_conversation_at_a_time(folders, family):
     torch.testing.assert_close(output.ctc_sum, ctc, rtol=1e-5, atol=1e-4)
     for name, parameter in trained.items():
         torch.testing.assert_close(
-            gradients[name], parameter.grad, rtol=2e-3, atol=2e-4, msg=lambda m: f"{name}: {m}"
+            gradients[name], parameter.grad, rtol=2e-3, atol=2e-4, msg=lambda m, name=name: f"{name}: {m}"
         )
     assert int(output.frames) == 23 + 10 and 2 <= int(output.kept) <= 33
 
@@ -277,7 +277,7 @@ def test_no_output_knows_companions_or_padding(folders, seconds, extra, fill, le
     """The whole network: each conversation's losses and logits are those it has alone."""
     model = build(folders)
     prompts = ["What?", "Say it, please.", "Hm"]
-    chats = [chat(p, a) for p, a in zip(prompts, ["the wall", "a", "all the"])][: len(seconds)]
+    chats = [chat(p, a) for p, a in zip(prompts, ["the wall", "a", "all the"], strict=True)][: len(seconds)]
     texts = ["the wall", "a", "all"][: len(seconds)]
     batch = tiny.batch(model, chats, seconds, texts, left=left)
     waveforms = F.pad(batch.waveforms, (0, extra))
@@ -336,7 +336,7 @@ def test_checkpointing_activations_changes_no_gradient(folders):
         model(batch, losses=("ce",)).ce_sum.backward()
         gradients.append([p.grad.clone() for _, p in model.parameter_groups()["lora"]])
         model.enable_activation_checkpointing()
-    for one, two in zip(*gradients):
+    for one, two in zip(*gradients, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
 
 

@@ -34,9 +34,7 @@ def normal(name: str) -> str:
 
 def pins(path: Path) -> dict[str, str]:
     lines = [
-        line.split("#")[0].strip(" \\\\")
-        for line in path.read_text().splitlines()
-        if not line.startswith(" ")
+        line.split("#")[0].rstrip("\\ ") for line in path.read_text().splitlines() if not line.startswith(" ")
     ]
     return {normal(line.split("==")[0]): line for line in lines if line and not line.startswith("-")}
 
