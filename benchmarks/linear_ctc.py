@@ -439,7 +439,7 @@ def main() -> int:
     parser.add_argument(
         "--json",
         type=Path,
-        default=Path("benchmarks/linear_ctc.json"),
+        default=Path("benchmarks/results/linear_ctc.json"),
         help="where the report goes, its table beside it (.txt)",
     )
     options = parser.parse_args()

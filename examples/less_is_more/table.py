@@ -5,8 +5,8 @@ results.json holds each variant and seed: WER with its 95 % bootstrap interval, 
 on the same utterances, hours of data, kept frames, seconds; the machine, versions and commit. What has not
 been run yet is not in the table.
 
-The whole study takes longer than many a machine is at hand. So with --docs the rows are kept beside the
-document, by the plan's name (docs/less_is_more.json), and those of former runs stay in the table until the
+The whole study takes longer than many a machine is at hand. So with --docs the rows are kept by the
+plan's name (benchmarks/results/less_is_more.json), and those of former runs stay in the table until the
 same variant and seed is run again.
 """
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from recipe.config import Recipe
 
 OURS, BASELINE = "ours", "projector"
+NUMBERS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 STAGES = ("stage_1", "stage_2", "stage_3")
 ERRORS = ("substitutions", "deletions", "insertions")
 # How a variant is read out: what that adds to its name and title.
@@ -440,12 +441,12 @@ def picture(result: dict) -> Figure:
     return figure
 
 
-def finish(study: Study, docs: Path | None = None) -> str:
-    """Collects, writes results.json, its table (.txt) and picture.png into the study's folder, and into
-    `docs` between its marks, there with the rows of former runs. Errors: ValueError where nothing has been
-    scored yet, or the marks are missing."""
+def finish(study: Study, docs: Path | None = None, numbers: Path = NUMBERS) -> str:
+    """Write results.json, its table (.txt) and picture.png into the study's folder, and the table into `docs`
+    between its marks, there with the rows of former runs (in the folder `numbers`). Errors: ValueError where
+    nothing has been scored yet, or the marks are missing."""
     result = collect(study)
-    kept = docs.with_name(f"{study.plan.name}.json") if docs else None
+    kept = numbers / f"{study.plan.name}.json" if docs else None
     if kept and kept.exists():
         result = with_former(result, json.loads(kept.read_text()), study)
     if not result["rows"]:

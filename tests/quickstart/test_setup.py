@@ -365,6 +365,7 @@ def test_the_environment_is_made_under_a_lock_that_stands_beside_it(monkeypatch,
         "mend_torchaudio",
         "build_deepspeed",
         "build_fused_op",
+        "install_project",
     ):
         monkeypatch.setattr(setup_env, step, lambda *arguments: None)
     monkeypatch.setattr(setup_env, "make_venv", make_venv)
