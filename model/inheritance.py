@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from model.config import SoundwaveConfig
+from model.stages import STAGES
 
 #: Options that say how a model is computed here, not what it is; they are never inherited.
 _OF_THE_MACHINE = ("dtype", "attention_implementation", "encoder.max_seconds")
@@ -43,7 +44,7 @@ def inherited_options(folder: str | Path) -> dict[str, object]:
             f"{folder / 'soundwave.json'} is not as training writes it ({reason}): copy the folder again"
         ) from None
     kept = ["encoder", "alignment", "audio_token", "llm.name"]
-    if stage != "alignment":
+    if stage not in STAGES or STAGES[stage].needs_llm:
         kept += ["shrinking", "prompt", "system_prompt"]
     if (folder / "lora").is_dir():
         kept.append("llm")

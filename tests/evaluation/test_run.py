@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import torch
 
-from core.distributed import disconnect, leave
+from core.distributed import disconnect, hard_exit
 from data_tools.shards import ShardIndex
 from evaluation import run
 from evaluation.predictions import PredictionError, PredictionFile, read_rows
@@ -325,7 +325,7 @@ def one_rank(rank: int, port: int, arguments: list[str]) -> None:
     }
     code = run.main(arguments)
     disconnect()
-    leave(code)
+    hard_exit(code)
 
 
 def test_two_ranks_share_and_merge(folders, packed, tmp_path):

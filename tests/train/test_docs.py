@@ -10,7 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from core.code import PACKAGES
-from recipe.config import Recipe, known_keys
+from recipe.config import BY_NAME, Recipe, known_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "recipes.md").read_text()
@@ -22,12 +22,10 @@ def test_every_key_is_explained():
 
 def test_defaults_are_those_of_the_code():
     recipe = OmegaConf.structured(Recipe)
-    rows = re.findall(r"^\| `([a-z_.]+)` \| `(.*?)` \| \S", TEXT, re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z0-9_.]+)` \| `(.*?)` \| \S", TEXT, re.MULTILINE)
     told = dict(rows)
     leaves = [
-        key
-        for key in known_keys()
-        if not OmegaConf.is_dict(OmegaConf.select(recipe, key)) or key.endswith("task_weights")
+        key for key in known_keys() if not OmegaConf.is_dict(OmegaConf.select(recipe, key)) or key in BY_NAME
     ]
     assert len(told) == len(rows) and set(told) == set(leaves)
 
@@ -58,7 +56,7 @@ def test_every_module_has_its_place_in_the_architecture():
         for package in packages
     }
     listed = {
-        package: {name.removesuffix(".py") for name in re.findall(r"`([a-z_.]+)`", rows.get(package, ""))}
+        package: {name.removesuffix(".py") for name in re.findall(r"`([a-z0-9_.]+)`", rows.get(package, ""))}
         for package in packages
     }
     assert listed == names
