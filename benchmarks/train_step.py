@@ -291,7 +291,7 @@ def plain_loss(model: Soundwave, batch: Batch, table: torch.Tensor, ctc_weight: 
         for t, token in enumerate(best)
         if token != model.ctc_head.blank and (t == 0 or token != best[t - 1])
     ] or [0]
-    shrunk = model.shrinking(
+    shrunk = model.shrinking.compress(
         hidden,
         length,
         torch.tensor([kept], device=hidden.device),

@@ -40,6 +40,7 @@ class Batch:
     # not trained on.
     audio_keys: torch.Tensor | None = None  # [A] int64
     row_keys: torch.Tensor | None = None  # [B] int64
+    audio_rows: torch.Tensor | None = None  # [A] int64: the row of each audio
 
     def to(self, device: torch.device | str) -> Batch:
         moved = {

@@ -45,12 +45,12 @@ def inherited_options(folder: str | Path) -> dict[str, object]:
         ) from None
     kept = ["encoder", "alignment", "audio_token", "llm.name"]
     if stage not in STAGES or STAGES[stage].needs_llm:
-        kept += ["shrinking", "prompt", "system_prompt"]
+        kept += ["compressor", "compressor_options", "shrinking", "prompt", "system_prompt"]
     if (folder / "lora").is_dir():
         kept.append("llm")
     options = {}
     for name, default in asdict(SoundwaveConfig()).items():
-        if isinstance(default, dict):
+        if isinstance(default, dict) and default:  # a section; a table of numbers is one option
             options |= {
                 f"{name}.{key}": sections.get(name, {}).get(key, value) for key, value in default.items()
             }

@@ -261,6 +261,7 @@ _FIXED = (
     ("alignment.layers", 1),
     ("alignment.ffn_multiple", 2.0),
     ("alignment.heads", None),
+    ("compressor", "ctc_peaks"),
     ("shrinking.heads", None),
     ("shrinking.enabled", True),
     ("shrinking.keep", "first"),

@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         began = time.perf_counter()
-        plan = Plan.open(recipe.data, recipe.stage, recipe.optim.steps)
+        plan = Plan.open(recipe.data, recipe.stage, recipe.optim.steps, recipe.model)
         took = time.perf_counter() - began
         if isinstance(plan, PlainPlan):
             raise RecipeError(

@@ -240,7 +240,7 @@ class Stream:
         augment.check(data)
         self.data, self.rank, self.world_size = data, rank, world_size
         self.start_step, self.steps = start_step, steps
-        self.plan = plan or Plan.open(data, stage, steps)
+        self.plan = plan or Plan.open(data, stage, steps, model_config)
         features = None
         if data.cache_features:
             features = FeatureStore.open(data.cache_features, model_config)

@@ -73,7 +73,7 @@ def by_hand(model, batch, row: int, audio: int | None) -> tuple[torch.Tensor, to
             if best[run[0]] != head.blank
         ]
         kept = kept or [int(log[:, head.blank].argmin())]
-        shrunk = model.shrinking(hidden, length, torch.tensor([kept]), torch.tensor([len(kept)]))[0]
+        shrunk = model.shrinking.compress(hidden, length, torch.tensor([kept]), torch.tensor([len(kept)]))[0]
         at = int((ids == model.audio_id).nonzero())
         text = torch.cat([text[:at], shrunk, text[at + 1 :]])
         labels = torch.cat([labels[:at], labels.new_full((len(kept),), -100), labels[at + 1 :]])
@@ -181,7 +181,9 @@ def test_audio_reaches_the_llm_on_its_embeddings_scale(folders):
     config = tiny.config(folders("whisper"), folders("llama_tied"))
     model = Soundwave.build(config).eval()
     batch = mixed(model)
-    shrunk = model.shrinking(*(a := model.listen(batch))[:2], a.kept, a.kept_lengths)[0, : a.kept_lengths[0]]
+    shrunk = model.shrinking.compress(*(a := model.listen(batch))[:2], a.kept, a.kept_lengths)[
+        0, : a.kept_lengths[0]
+    ]
     table = base_of(model.llm).get_input_embeddings().weight
     torch.testing.assert_close(shrunk.square().mean().sqrt(), table.square().mean().sqrt(), rtol=1e-2, atol=0)
 

@@ -152,7 +152,7 @@ def test_a_sum_that_overflows_in_half_precision_reaches_no_answer(folders):
     clips = [torch.from_numpy(tone(16000, 2.0, pitch)).float() for pitch in (200, 300, 400, 500)]
     batch = model.prompts([CHAT] * 4, clips)
     audio = model.listen(batch)
-    shrunk = model.shrinking(audio.hidden, audio.lengths, audio.kept, audio.kept_lengths)
+    shrunk = model.shrinking.compress(audio.hidden, audio.lengths, audio.kept, audio.kept_lengths)
     assert torch.isfinite(shrunk).all() and not torch.isfinite(shrunk.half().sum()), (
         "the case is what it says"
     )
