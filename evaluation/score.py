@@ -85,6 +85,7 @@ def score_rows(rows: list[dict], marks: Marks = "script") -> dict:
 
         result[task] = {
             "metric": metric,
+            "columns": list(METRICS[metric].columns),
             **one(members),
             "groups": {name: one(part) for name, part in groups(members).items()},
         }

@@ -167,7 +167,8 @@ def _rows(path: Path) -> list[str]:
     rows = []
     for task, result in read_object(path)["tasks"].items():
         shown = []
-        for name in _MAIN_SCORES:
+        own = [name for name in result.get("columns", ()) if name not in _MAIN_SCORES]
+        for name in (*_MAIN_SCORES, *own):
             if isinstance(result.get(name), (int, float)):
                 bounds = result.get(f"{name}_ci95")
                 shown.append(

@@ -18,12 +18,26 @@ __all__ = ["STAGES", "Stage"]
 def stage_of(recipe: Recipe) -> Stage:
     """Errors: RecipeError."""
     if recipe.stage not in STAGES:
-        raise RecipeError(f"stage: {STAGES.describe_unknown(recipe.stage)}")
+        raise RecipeError(STAGES.describe_unknown(recipe.stage))
     return STAGES[recipe.stage]
 
 
 def stage_folder(recipe: Recipe) -> Path:
     return Path(recipe.output) / recipe.stage
+
+
+def stages_in(run: Path) -> list[str]:
+    """Return the names of the stages that a run's folder may hold: the known ones, then others by their
+    files."""
+    found = sorted(
+        {path.parent.name for name in ("run.json", "metrics.jsonl") for path in run.glob(f"*/{name}")}
+    )
+    return [*STAGES, *(name for name in found if name not in STAGES)]
+
+
+def title_of(name: str) -> str:
+    """Return how lists call a stage: "II shrinking", or its name where its plugin is not loaded."""
+    return f"{STAGES[name].number} {name}" if name in STAGES else name
 
 
 def has_model(recipe: Recipe) -> bool:
@@ -90,8 +104,8 @@ def initial_folder(recipe: Recipe) -> Path | None:
     if folder is None:
         if stage.frozen and stage.previous:
             raise RecipeError(
-                f"init_from: stage {stage.number} ({stage.name}) does not train the {_names(stage.frozen)}: "
-                f"give the model folder of {_previous(stage)}, not `fresh`"
+                f"init_from: stage {stage.number} ({stage.name}) trains {_trained(stage)}: give the model "
+                f"folder of {_previous(stage)}, not `fresh`"
             )
         return None
     if not (folder / "soundwave.json").exists():
@@ -106,20 +120,25 @@ def initial_folder(recipe: Recipe) -> Path | None:
             raise RecipeError(str(error)) from None
         if untrained:
             raise RecipeError(
-                f"stage {stage.number} ({stage.name}) does not train the {_names(stage.frozen)}, and "
-                f"{folder}, which it starts from, holds no trained "
-                f"{' and no '.join(map(_MODULE_NAMES.get, untrained))}: "
+                f"stage {stage.number} ({stage.name}) trains {_trained(stage)}, and {folder}, which it "
+                f"starts from, holds no trained {' and no '.join(map(_MODULE_NAMES.get, untrained))}: "
                 f"give the model folder of {_previous(stage)}"
             )
     return folder
 
 
-_MODULE_NAMES = {"alignment": "alignment adapter", "ctc_head": "CTC head", "shrinking": "shrinking adapter"}
+_MODULE_NAMES = {
+    "alignment": "alignment adapter",
+    "ctc_head": "CTC head",
+    "shrinking": "shrinking adapter",
+    "lora": "LoRA",
+}
 
 
-def _names(modules: tuple[str, ...]) -> str:
-    *others, last = map(_MODULE_NAMES.get, modules)
-    return f"{', '.join(others)} and {last}" if others else last
+def _trained(stage: Stage) -> str:
+    """Return what a stage trains, in words: "LoRA alone"."""
+    *others, last = map(_MODULE_NAMES.get, stage.trains)
+    return f"{', '.join(others)} and {last} alone" if others else f"{last} alone"
 
 
 def _previous(stage: Stage) -> str:

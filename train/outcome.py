@@ -12,7 +12,7 @@ from pathlib import Path
 from core.distributed import Ranks
 from core.files import code_version, write_atomically
 from recipe.config import Recipe
-from recipe.stages import stage_folder
+from recipe.stages import losses_of, stage_folder
 from train.preemption import DONE, FAILED, PREEMPTED
 
 logger = logging.getLogger("soundwave")
@@ -52,6 +52,7 @@ class RunStatus:
         self.ranks = ranks
         self.values: dict = {
             "stage": recipe.stage,
+            "losses": list(losses_of(recipe)),
             "steps": recipe.optim.steps,
             "world_size": ranks.world_size,
             "started": time.time(),

@@ -170,7 +170,7 @@ def test_no_two_metrics_share_a_task():
         ("alignment", {"ce": 1.0}, "the loss 'ce' needs the LLM, which stage I (alignment) does not load"),
         ("shrinking", {"ctc": 1.0}, "loss.weights.ctc: its weight is loss.ctc_weight"),
         ("shrinking", {"toy_energy": -1.0}, "loss.weights.toy_energy is -1: must be at least 0"),
-        ("shrinkng", {}, "stage: stage 'shrinkng' is not known; did you mean 'shrinking'"),
+        ("shrinkng", {}, "stage 'shrinkng' is not known; did you mean 'shrinking'"),
     ],
 )
 def test_losses_that_cannot_be_are_refused(stage, weights, words):
