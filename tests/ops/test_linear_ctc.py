@@ -300,7 +300,7 @@ def test_opcheck():
     )
     with torch.no_grad():
         loss, _, lse, _, _, log_mass, label_gradient = operator.forward(*arguments, True)
-        kept = operator.Kept(loss, lse, log_mass, label_gradient)
+        kept = operator.SavedForBackward(loss, lse, log_mass, label_gradient)
         for wanted in ((True, True, True), (True, False, False)):
             torch.library.opcheck(
                 operator.backward,
