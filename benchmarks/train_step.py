@@ -196,7 +196,7 @@ def shape_of(recipe: Recipe, model: Soundwave, step: int, device: str) -> dict:
     with torch.no_grad():
         for batch in next(iter(stream)).micro_batches:
             batch = batch.to(device)
-            audio = model.listen(batch)
+            audio = model.encode_audio(batch)
             _, mask, labels = model.embeddings(batch, audio)
             found["encoder"].append(model.encoder.frames(batch.audio_lengths).tolist())
             found["adapter"].append(audio.lengths.tolist())

@@ -35,7 +35,7 @@ from core.command_line import program_name
 from core.console import one_line, printable_line
 from core.languages import language_code
 from data_tools.audio import read_clip
-from data_tools.corpora import CorpusError, Entry, Fault, Ignored, fault_of, open_apart
+from data_tools.corpora import CorpusError, Entry, Ignored, Rejection, fault_of, open_apart
 from data_tools.filters import piped
 from data_tools.progress import Progress
 from data_tools.shards import OutputError
@@ -56,7 +56,7 @@ def hash_of(samples: np.ndarray, rate: int) -> str:
     return digest.hexdigest()
 
 
-def look(entry: Entry, want_hash: bool, want_samples: bool) -> tuple[Entry | Fault, np.ndarray | None]:
+def look(entry: Entry, want_hash: bool, want_samples: bool) -> tuple[Entry | Rejection, np.ndarray | None]:
     """One entry with its duration (and hash), and its samples [n] int16 at 16 kHz if wanted."""
     if entry.audio is None:
         return entry, None
@@ -145,7 +145,7 @@ class Transcriber:
 
 
 def annotated(
-    items: Iterable[Entry | Fault], pool: ProcessPoolExecutor, want_hash: bool, transcriber
+    items: Iterable[Entry | Rejection], pool: ProcessPoolExecutor, want_hash: bool, transcriber
 ) -> Iterator[list[str]]:
     """Windows of manifest lines, one line for each item."""
     items = iter(items)

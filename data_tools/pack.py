@@ -40,7 +40,7 @@ from core.console import one_line, printable_line
 from data_tools.audio import CODECS
 from data_tools.audio import check_output as check_codec
 from data_tools.corpora import Corpus, CorpusError, open_corpora, path_of
-from data_tools.filters import Filters, Sieve, load_tokenizer
+from data_tools.filters import Filters, SampleFilter, load_tokenizer
 from data_tools.normalise import NORMALISERS
 from data_tools.output import InUse, check_output, locked
 from data_tools.packing import WORK, PackError, Packing, Planned, counted
@@ -259,7 +259,7 @@ def packing_of(options: argparse.Namespace) -> tuple[Packing, Layout]:
         options.tokenizer,
         options.drop_duplicates,
     )
-    sieve = Sieve(
+    sieve = SampleFilter(
         filters,
         options.normalise,
         options.splits,

@@ -59,7 +59,7 @@ def measure(model: Soundwave, batch: Batch, max_new_tokens: int) -> dict[str, fl
     answer)."""
     device = next(model.parameters()).device
     began = wait(device)
-    model.listen(batch)
+    model.encode_audio(batch)
     listened = wait(device)
     frames, kept = (int(lengths.sum()) for lengths in model.lengths_of_last_batch)
     result = {"audio_path": listened - began, "frames": frames, "kept": kept}

@@ -270,7 +270,7 @@ class Soundwave(Generation, nn.Module):
             batch.waveforms, batch.audio_lengths, self.config.alignment.ctc_length == "full", batch.mel_mask
         )
 
-    def listen(self, batch: Batch, with_ctc: bool = False) -> Audio:
+    def encode_audio(self, batch: Batch, with_ctc: bool = False) -> Audio:
         """Everything up to the compressed frames; with_ctc: the CTC loss, too."""
         hidden, lengths = self.alignment(*self.encode(batch), batch.audio_keys)
         targets = (batch.ctc_targets, batch.ctc_target_lengths) if with_ctc else ()
@@ -333,7 +333,7 @@ class Soundwave(Generation, nn.Module):
     def forward(self, batch: Batch, *, losses: tuple[str, ...] = ("ctc",)) -> Output:
         """losses: names of LOSSES; ("ctc",) in stage I, ("ce", "ctc") in II, ("ce",) in III."""
         terms = {name: LOSSES[name] for name in losses}
-        audio = self.listen(batch, with_ctc=any(term.uses_ctc for term in terms.values()))
+        audio = self.encode_audio(batch, with_ctc=any(term.uses_ctc for term in terms.values()))
         state = ForwardState(self, batch, audio)
         sums = {name: term.numerator(state) for name, term in terms.items()}
         real = 0 if batch.audio_is_dummy else 1

@@ -17,7 +17,7 @@ import numpy as np
 from core.command_line import program_name
 from recipe.config import Recipe, RecipeError, load_recipe
 from stream.assign import Budgets, assign, padded_cost
-from stream.plan import UNITS_PER_SECOND, PlainPlan, Plan, mix64
+from stream.plan import UNITS_PER_SECOND, Plan, UnindexedPlan, mix64
 
 
 def effective_number(labels: np.ndarray) -> float:
@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
         began = time.perf_counter()
         plan = Plan.open(recipe.data, recipe.stage, recipe.optim.steps, recipe.model)
         took = time.perf_counter() - began
-        if isinstance(plan, PlainPlan):
+        if isinstance(plan, UnindexedPlan):
             raise RecipeError(
                 "data.train is streamed without an index, so nothing is known of its steps beforehand: pack "
                 "it "

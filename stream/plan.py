@@ -185,7 +185,7 @@ def corpus_names(corpora: list[Corpus]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class PlainPlan:
+class UnindexedPlan:
     """Stands for a plan where shards are streamed without an index (stream/unindexed.py): nothing is known
     beforehand."""
 
@@ -194,7 +194,7 @@ class PlainPlan:
     weights: list[float]  # share of each corpus among the utterances
 
     @classmethod
-    def open(cls, data: DataConfig, stage: str) -> PlainPlan:
+    def open(cls, data: DataConfig, stage: str) -> UnindexedPlan:
         """Errors: RecipeError for settings that need an index."""
         if not all(is_plain_stream(corpus.shards) for corpus in data.train):
             raise RecipeError(
@@ -457,14 +457,14 @@ class Plan:
     @classmethod
     def open(
         cls, data: DataConfig, stage: str, steps: int, model: SoundwaveConfig | None = None
-    ) -> Plan | PlainPlan:
+    ) -> Plan | UnindexedPlan:
         """model: whose compressor the estimated lengths are of. Errors: RecipeError."""
         if not data.train:
             raise RecipeError(
                 "data.train is empty: name at least one packed folder, e.g. data.train=[{shards: DIR}]"
             )
         if any(is_plain_stream(corpus.shards) for corpus in data.train):
-            return PlainPlan.open(data, stage)
+            return UnindexedPlan.open(data, stage)
         return cls([load_index(corpus.shards) for corpus in data.train], data, stage, steps, model)
 
     def _sources(self, number: int, corpus: Corpus, index: ShardIndex):

@@ -48,7 +48,7 @@ from stream import augment
 from stream.assign import Budgets
 from stream.collate import Collator, Prepared
 from stream.loader import PHASES, Job, Loaded
-from stream.plan import PLANNED, SPOKEN_CHARACTERS_PER_SECOND, PlainPlan, key64
+from stream.plan import PLANNED, SPOKEN_CHARACTERS_PER_SECOND, UnindexedPlan, key64
 from stream.reader import RETRY_PAUSES, SAMPLE_RATE, Sample, check_length, decode
 from stream.rejected import BrokenSample, broken_by
 
@@ -159,7 +159,7 @@ class PlainReader(IterableDataset):
 
     def __init__(
         self,
-        plan: PlainPlan,
+        plan: UnindexedPlan,
         collator: Collator,
         data: DataConfig,
         rank: int,

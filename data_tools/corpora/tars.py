@@ -26,7 +26,7 @@ from core.tar_members import (
     split_name,
     stands_alone,
 )
-from data_tools.corpora import ENTRY_FIELDS, NAMES, Entry, Fault, Ignored, Item, Reader, as_name
+from data_tools.corpora import ENTRY_FIELDS, NAMES, Entry, Ignored, Item, Reader, Rejection, as_name
 from data_tools.corpora.columns import number
 from data_tools.text_files import CorpusError, damage
 
@@ -62,14 +62,14 @@ class TarMember:
     size: int = 0
 
 
-def tar_members(tar: Path, with_texts: bool = False) -> Iterator[TarMember | Fault]:
+def tar_members(tar: Path, with_texts: bool = False) -> Iterator[TarMember | Rejection]:
     """Members of one tar, by their headers; audio is not touched. A tar that ends early or is damaged ends in
-    a Fault."""
+    a Rejection."""
     try:
         with open(tar, "rb") as file:
             head = file.read(6)
         if not head:
-            yield Fault(tar.name, "truncated", f"{tar} is empty")
+            yield Rejection(tar.name, "truncated", f"{tar} is empty")
             return
         form = "tarz" if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")) else "tar"
         with tarfile.open(tar) as archive:
@@ -79,7 +79,7 @@ def tar_members(tar: Path, with_texts: bool = False) -> Iterator[TarMember | Fau
                     continue
                 special = not member.isreg() or member.issparse()
                 if member.size < 0:
-                    yield Fault(tar.name, "truncated", f"{tar}: member {member.name} has a negative size")
+                    yield Rejection(tar.name, "truncated", f"{tar}: member {member.name} has a negative size")
                     return
                 extension = split_name(member.name)[1]
                 place = f"{form}:{tar}#{member.offset_data}+{member.size}.{extension}"
@@ -90,11 +90,11 @@ def tar_members(tar: Path, with_texts: bool = False) -> Iterator[TarMember | Fau
                 yield TarMember(member.name, place, special, text, member.size)
             archive.fileobj.seek(archive.offset)
             if len(archive.fileobj.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
-                yield Fault(
+                yield Rejection(
                     tar.name, "truncated", f"{tar} has no end mark: it may have been cut between two members"
                 )
     except (tarfile.TarError, EOFError, zlib.error, LZMAError, OSError, ValueError) as error:
-        yield Fault(
+        yield Rejection(
             tar.name,
             "truncated",
             f"{tar} ends early or is damaged ({reason_of(error)}): copy or make it again",
@@ -130,7 +130,7 @@ class Shards(Reader):
             grouper = Grouper(_stands_alone)
             source = tar.name.partition(".tar")[0].removesuffix(".tgz")
             for member in tar_members(tar, with_texts=True):
-                if isinstance(member, Fault):
+                if isinstance(member, Rejection):
                     yield tar.name, member
                     continue
                 self.counts["members"] += 1
@@ -162,27 +162,27 @@ class Shards(Reader):
 
     def _sample(self, group: Group[TarMember], source: str, where: str) -> Item:
         if problem := group.problem:
-            return Fault(where, "bad_row", problem)
+            return Rejection(where, "bad_row", problem)
         parts = {}
         for kind in ("json", "text"):
             if member := group.one(kind):
                 if member.content.text is None:
-                    return Fault(where, "too_large", f"{member.name} has {member.content.size:,} bytes")
+                    return Rejection(where, "too_large", f"{member.name} has {member.content.size:,} bytes")
                 parts[kind] = member.content.text
         if "text" in parts and self.encoding:
             if problem := damage(parts["text"], self.encoding):
-                return Fault(where, problem.reason, f"{group.one('text').name}: {problem.detail}")
+                return Rejection(where, problem.reason, f"{group.one('text').name}: {problem.detail}")
             parts["text"] = parts["text"].decode(self.encoding).encode()
         try:
             found = read_record(parts.get("json"), parts.get("text"))
         except UnicodeDecodeError:
             problem = damage(parts.get("json", b"")) or damage(parts.get("text", b""))
-            return Fault(where, "encoding", f"{group.key}: {problem.detail if problem else 'not UTF-8'}")
+            return Rejection(where, "encoding", f"{group.key}: {problem.detail if problem else 'not UTF-8'}")
         except (ValueError, RecursionError) as error:
-            return Fault(where, "bad_json", reason_of(error))
+            return Rejection(where, "bad_json", reason_of(error))
         audio = group.one("audio")
         if audio is None and not is_text_sample(found):
-            return Fault(where, "bad_row", group.without_audio)
+            return Rejection(where, "bad_row", group.without_audio)
         values = _values(found, group.key)
         if audio is None:
             return Entry(source=source, **values)

@@ -156,7 +156,7 @@ class Generation:
             raise ValueError("joint decoding is a beam search: no do_sample, no streamer")
         training = self.training
         self.eval()
-        audio = self.listen(batch)
+        audio = self.encode_audio(batch)
         embeddings, mask, _ = self.embeddings(batch, audio, left_padded=True)
         base, longest = base_of(self.llm), self._fit(mask)
         stop = end_ids(self.tokenizer, self.config.prompt, base.generation_config)
@@ -254,7 +254,7 @@ class Generation:
         """The CTC head's own transcript of each audio: the argmax tokens, runs collapsed, blanks dropped."""
         training = self.training
         self.eval()
-        audio = self.listen(batch)
+        audio = self.encode_audio(batch)
         self.train(training)
         texts = []
         for argmax, length in zip(audio.argmax.cpu(), audio.lengths.tolist(), strict=True):
@@ -273,7 +273,7 @@ class Generation:
         """
         training = self.training
         self.eval()
-        audio = self.listen(batch)
+        audio = self.encode_audio(batch)
         self.train(training)
         encoder_rate = self.encoder.frame_rate if self.encoder is not None else 50.0
         rate = encoder_rate / self.config.alignment.stack_frames

@@ -103,8 +103,8 @@ def forward(
     deterministic: bool,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, argmax, lse, largest logit, blank's logit; then log_mass and label_gradient as in SavedForBackward (empty
-    without gradient)."""
+    """loss, argmax, lse, largest logit, blank's logit; then log_mass and label_gradient as in
+    SavedForBackward (empty without gradient)."""
     problem = CTCInputs(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank)
     problem.check_values()
     return _backend(implementation).forward(problem, deterministic, with_gradient)

@@ -38,7 +38,7 @@ def test_teacher_reads_the_transcript_without_lora(model, after_cross_entropy):
     batch = tiny.batch(model, chats, [0.5, 0.4], ["the wall", None])
     batch = replace(batch, audio_rows=torch.tensor([0, 2]))
     model.set_stage("sft")
-    audio = model.listen(batch)
+    audio = model.encode_audio(batch)
     state = ForwardState(model, batch, audio)
     if after_cross_entropy:
         distillation.target_loss(model.llm, *state.llm_input, batch.row_keys, state.shared)
@@ -74,5 +74,5 @@ def test_teacher_reads_the_transcript_without_lora(model, after_cross_entropy):
 
 def test_a_dummy_batch_adds_zero(model):
     batch = tiny.batch(model, [tiny.chat("say", None, audio=False)], [], [])
-    state = ForwardState(model, batch, model.listen(batch))
+    state = ForwardState(model, batch, model.encode_audio(batch))
     assert Distillation().numerator(state) == 0 and Distillation().count(batch) == 0

@@ -181,7 +181,7 @@ def test_audio_reaches_the_llm_on_its_embeddings_scale(folders):
     config = tiny.config(folders("whisper"), folders("llama_tied"))
     model = Soundwave.build(config).eval()
     batch = mixed(model)
-    shrunk = model.shrinking.compress(*(a := model.listen(batch))[:2], a.kept, a.kept_lengths)[
+    shrunk = model.shrinking.compress(*(a := model.encode_audio(batch))[:2], a.kept, a.kept_lengths)[
         0, : a.kept_lengths[0]
     ]
     table = base_of(model.llm).get_input_embeddings().weight
@@ -192,7 +192,7 @@ def test_token_embeddings_are_added_to_what_is_not_blank(folders):
     config = tiny.config(folders("whisper"), folders("llama_tied"))
     model = Soundwave.build(config).eval()
     batch = mixed(model)
-    audio = model.listen(batch)
+    audio = model.encode_audio(batch)
     audio.argmax[0, audio.kept[0, 0]] = model.ctc_head.blank
     plain = model.embeddings(batch, audio)[0]
     config.shrinking.token_embeddings = True
@@ -297,7 +297,7 @@ def test_no_output_knows_companions_or_padding(folders, seconds, extra, fill, le
         alone = [by_hand(model, batch, row, row) for row in range(len(seconds))]
         torch.testing.assert_close(output.ce_sum, sum(a[0] for a in alone), rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(output.ctc_sum, sum(a[1] for a in alone), rtol=1e-4, atol=1e-3)
-        embeddings, mask, _ = model.embeddings(padded, model.listen(padded), left_padded=left)
+        embeddings, mask, _ = model.embeddings(padded, model.encode_audio(padded), left_padded=left)
         logits = model.llm(
             inputs_embeds=embeddings, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
         ).logits

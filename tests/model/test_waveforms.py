@@ -151,7 +151,7 @@ def test_a_sum_that_overflows_in_half_precision_reaches_no_answer(folders):
     model = model.half()
     clips = [torch.from_numpy(tone(16000, 2.0, pitch)).float() for pitch in (200, 300, 400, 500)]
     batch = model.prompts([CHAT] * 4, clips)
-    audio = model.listen(batch)
+    audio = model.encode_audio(batch)
     shrunk = model.shrinking.compress(audio.hidden, audio.lengths, audio.kept, audio.kept_lengths)
     assert torch.isfinite(shrunk).all() and not torch.isfinite(shrunk.half().sum()), (
         "the case is what it says"
