@@ -240,11 +240,12 @@ class Halves(Compressor):
     "options, ranks",
     [
         (["model.compressor=toy_halves", "model.compressor_options={start: 0.5}"], 1),
-        (["model.compressor=cif"], 2),
+        (["model.compressor=cif", "loss.weights={kl: 0.5}"], 2),
     ],
-    ids=["toy", "cif"],
+    ids=["toy", "cif-kl"],
 )
-def test_a_compressor_trains_and_its_auxiliary_loss_is_added(tiny, server, tmp_path, options, ranks):
+def test_a_compressor_trains_and_further_losses_are_added(tiny, server, tmp_path, options, ranks):
+    """CIF brings its quantity loss; the KL loss runs the LLM twice in a step, under ZeRO-3."""
     output = tmp_path / "run"
     run = server.start(
         [tiny / "stage1.yaml", *COMMON, *options, "stage=shrinking", "init_from=fresh", f"output={output}"],
@@ -254,8 +255,8 @@ def test_a_compressor_trains_and_its_auxiliary_loss_is_added(tiny, server, tmp_p
     lines = [line for line in read_lines(output / "shrinking" / "metrics.jsonl") if line["kind"] == "train"]
     assert [line["step"] for line in lines] == [0, 1]
     for line in lines:
-        added = line.get("quantity", 0.0)
-        assert ("quantity" in line) == ("model.compressor=cif" in options)
+        added = line.get("quantity", 0.0) + 0.5 * line.get("kl", 0.0)
+        assert ("quantity" in line) == ("kl" in line) == ("model.compressor=cif" in options)
         assert line["loss"] == pytest.approx(line["ce"] + 0.3 * line["ctc"] + added, rel=1e-9)
         assert line["shrink_ratio"] == pytest.approx(0.5, abs=0.05) or ranks == 2
     stored = json.loads((output / "shrinking" / "model" / "soundwave.json").read_text())["config"]
