@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from core.failures import reason_of
+from core.console import one_line
 from core.unicode_paths import find_path
 from data_tools.text_files import CorpusError, Problem, check_encoding
 
@@ -126,7 +126,7 @@ def fault_of(error: Exception, sample_id: str, corpus: str = "", reason: str = "
         reason = "too_large"
     if hasattr(error, "seconds"):
         reason = error.reason
-    return Rejection(_valid(sample_id), reason, _valid(reason_of(error)), corpus)
+    return Rejection(_valid(sample_id), reason, _valid(one_line(error)), corpus)
 
 
 def _valid(text: Any) -> str:

@@ -12,8 +12,7 @@ from lzma import LZMAError
 from pathlib import Path
 from typing import Any
 
-from core.console import plural
-from core.failures import reason_of
+from core.console import one_line, plural
 from core.tar_members import (
     MAX_TEXT_BYTES,
     Group,
@@ -97,7 +96,7 @@ def tar_members(tar: Path, with_texts: bool = False) -> Iterator[TarMember | Rej
         yield Rejection(
             tar.name,
             "truncated",
-            f"{tar} ends early or is damaged ({reason_of(error)}): copy or make it again",
+            f"{tar} ends early or is damaged ({one_line(error)}): copy or make it again",
         )
 
 
@@ -179,7 +178,7 @@ class Shards(Reader):
             problem = damage(parts.get("json", b"")) or damage(parts.get("text", b""))
             return Rejection(where, "encoding", f"{group.key}: {problem.detail if problem else 'not UTF-8'}")
         except (ValueError, RecursionError) as error:
-            return Rejection(where, "bad_json", reason_of(error))
+            return Rejection(where, "bad_json", one_line(error))
         audio = group.one("audio")
         if audio is None and not is_text_sample(found):
             return Rejection(where, "bad_row", group.without_audio)

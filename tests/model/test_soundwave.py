@@ -143,7 +143,7 @@ def test_stages_train_what_the_method_says(folders):
     assert [n for n, _ in model.parameter_groups()["ctc_head"]] == ["ctc_head.blank_row"]
     assert learns("sft") == {"adapters": set(), "ctc_head": set(), "lora": {"llm"}}
     assert all("lora_" in n for n, _ in model.parameter_groups()["lora"])
-    with pytest.raises(ValueError, match="stage is 'three'"):
+    with pytest.raises(ValueError, match="stage 'three' is not known"):
         model.set_stage("three")
     first = build(folders, parts=("encoder", "adapters"))
     assert first.llm is None and first.shrinking is None and first.stage == "alignment"
