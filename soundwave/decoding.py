@@ -54,9 +54,11 @@ def decode_batch(
     audio: Audio | None = None,
     limits: list[int] | None = None,
 ) -> list[Decoded]:
-    """Return what a model writes for each conversation of a batch of prompts. audio: what `model.encode_audio`
-    gives for the batch, where the caller has it. limits: of each answer's tokens, beside max_new_tokens.
-    Errors: ValueError where the model cannot decode so."""
+    """Return what a model writes for each conversation of a batch of prompts.
+
+    audio: what `model.encode_audio` gives for the batch, where the caller has it. limits: of each answer's
+    tokens, beside max_new_tokens. Errors: ValueError where the model cannot decode so.
+    """
     if decoding.decode == "ctc":
         return [Decoded(text, text, None) for text in model.ctc_greedy(batch, audio=audio)]
     answers = model.generate(

@@ -457,7 +457,7 @@ class SpeechModel:
         return self._begins_word
 
     def _encoded(self, waveforms: Sequence[np.ndarray], instruction: str) -> tuple[Batch, Audio]:
-        """Waveforms as a batch of prompts with the encoder's features, and what `encode_audio` gives for it."""
+        """Waveforms as a batch of prompts with the encoder's features, and its `encode_audio`."""
         network = self.network
         chat = [asked(instruction, network.config.audio_token)]
         batch = network.prompts([chat] * len(waveforms), [torch.from_numpy(one) for one in waveforms])

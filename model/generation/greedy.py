@@ -155,8 +155,8 @@ class Generation:
         last one has finished. joint: search the answers together with the CTC head (for transcripts;
         model/generation/joint.py), without sampling or streamer. drafted: let the LLM check the CTC head's
         transcript, several tokens in one pass (model/generation/drafted.py): the tokens of greedy decoding,
-        in fewer passes, which `drafted_passes` counts. audio: what `encode_audio` gives for this batch, where the
-        caller has it.
+        in fewer passes, which `drafted_passes` counts. audio: what `encode_audio` gives for this batch, where
+        the caller has it.
 
         Of the LLM's own generation settings only the ids that end a text count (language_model.end_settings);
         all others are those given here. A conversation beyond the LLM's context is answered by nothing and
