@@ -70,6 +70,11 @@ class Audio(NamedTuple):
     compressed: torch.Tensor | None  # [A, K, D], what the LLM reads; None without the LLM
     losses: dict[str, torch.Tensor]  # [A] each: auxiliary losses of the compressor
 
+    def rows(self, rows: torch.Tensor | list[int]) -> Audio:
+        """Return some of the audios."""
+        tensors = {name: value[rows] for name, value in self._asdict().items() if torch.is_tensor(value)}
+        return self._replace(**tensors, losses={name: value[rows] for name, value in self.losses.items()})
+
 
 class Soundwave(Generation, nn.Module):
     def __init__(

@@ -98,7 +98,7 @@ def _search(decoding: Decoding) -> dict:
 def rows_of(part: Batch | Audio, rows: list[int]):
     """Return some rows of a batch whose conversations have one audio each, or of its `Audio`."""
     if isinstance(part, Audio):
-        return Audio(*(value[rows] for value in part))
+        return part.rows(rows)
     chosen = {}
     for name in (one.name for one in fields(part)):
         value = getattr(part, name)
