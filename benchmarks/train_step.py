@@ -58,7 +58,7 @@ from stream import Plan, Stream
 from stream.collate import Collator
 from stream.plan import load_index
 from stream.reader import SAMPLE_RATE, Sample, decode
-from train import optim, zero
+from train import zero
 
 PADDED_SECONDS = 30
 PARTS = (
@@ -519,7 +519,6 @@ def main(argv: list[str] | None = None) -> int:
             "data.noise_snr_db=[]",
         ]
         recipe = load_recipe(options.recipe, [*options.overrides, "stage=shrinking", *still, *plain_data])
-        optim.check(recipe.optim)
         folders = [c.shards for c in recipe.data.train if "asr" in load_index(c.shards).tasks]
         if not folders:
             raise RecipeError(

@@ -410,7 +410,8 @@ def test_folder_gives_the_model_back(folders, tmp_path):
         and not any("llm" in n for n in stored)
     )
     for leftover in ("model.previous", "model.partial"):  # of a replacement that was interrupted
-        (tmp_path / leftover / "old").mkdir(parents=True)
+        shutil.copytree(tmp_path / "model", tmp_path / leftover)
+    (tmp_path / "model" / "old").mkdir()
     model_folder.save(model, tmp_path / "model")
     assert (
         sorted(p.name for p in tmp_path.iterdir()) == ["model"] and not (tmp_path / "model" / "old").exists()

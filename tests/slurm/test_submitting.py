@@ -502,11 +502,9 @@ def test_lines_of_a_chain_hold_no_terminal_escapes_and_can_be_pasted(site):
     recipe = site.folder / "recipes/stage1.yaml"
     recipe.write_text(recipe.read_text().replace("output: runs/test", 'output: "runs/a \\e[31mb"'))
     done = site.chain("--stages", "1")
-    assert (
-        done.returncode == 0
-        and "\x1b" not in done.stdout
-        and (site.folder / "runs/a \x1b[31mb/slurm.jsonl").exists()
-    ), done.stderr
+    assert done.returncode == 2 and "\x1b" not in done.stdout + done.stderr  # such a name is refused
+    assert "output is 'runs/a \\x1b[31mb': give a name" in done.stderr and site.submitted == []
+    recipe.write_text(recipe.read_text().replace('output: "runs/a \\e[31mb"', "output: runs/test"))
     done = site.chain("--stages", "1", "output=runs/with 'quotes' $(id)")
     command = next(line for line in done.stdout.splitlines() if "train.status" in line)
     assert shlex.split(command)[-1] == "runs/with 'quotes' $(id)"
@@ -676,7 +674,7 @@ def test_an_end_of_the_job_that_nobody_tells_is_none(site, limit):
     assert done.stdout.strip().endswith("=="), done.stdout + done.stderr
     site.program(
         "scontrol",
-        '[ "$2" != hostnames ] || { echo n1; exit; }; echo slurm_load_jobs error: Unexpected message; exit 1',
+        '[ "$2" != hostnames ] || { echo n1; echo n2; exit; }; echo slurm_load_jobs error: Unexpected message; exit 1',
     )
     done = site.job('echo "=${SLURM_JOB_END_TIME:-}="')
     assert done.stdout.strip().endswith("==") and "its time limit is not known" in done.stdout, (
