@@ -385,7 +385,8 @@ def test_runs_of_several_seeds_are_compared_as_the_same_utterances(tmp_path):
     assert opposite["difference"] == 0 and opposite["p_value"] == 1, "what one run gains another loses"
 
 
-@pytest.mark.slow  # twelve starts of real ranks and scorers, of some 12 s each
+@pytest.mark.long  # twelve starts of real ranks and scorers, of some 12 s each
+@pytest.mark.slow
 def test_a_study_in_miniature_from_its_first_step_to_the_table(tmp_path):
     """The commands themselves, two at a time, with random models of width 32 and a few steps; then nothing is
     left to do, and a changed variant's steps alone would be done again."""
