@@ -275,8 +275,8 @@ class Trainer:
             "data.micro_batch_seconds" if data.micro_batch_seconds > data.max_seconds else "data.max_seconds"
         )
         keys = ["data.micro_batch_tokens", audio] if self.stage.needs_llm else [audio]
-        batch = worst_case_batch(data, self.stage.name, self.model.tokenizer, self.recipe.model)
         try:
+            batch = worst_case_batch(data, self.stage.name, self.model.tokenizer, self.recipe.model)
             self.engine.probe_memory(batch)
         except RuntimeError as error:  # of CPU memory, PyTorch has no type of its own
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
