@@ -368,7 +368,7 @@ def test_a_stage_tried_by_hand_takes_the_code_and_recipe_of_its_moment(project):
         "export RECIPE=recipes/stage1.yaml\nbash slurm/stage1.sh optim.steps=2 || exit\n"
         'sed -i \'s/GENERATION = "first"/GENERATION = "edited"/\' train/run.py\n'
         "sed -i 's/steps: 5/steps: 3/' recipes/stage1.yaml\n"
-        "bash slurm/stage1.sh\n"
+        "rm -r runs/test/alignment/model\nbash slurm/stage1.sh\n"  # a finished stage of another recipe is refused
     )
     options = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=2")
     log = project.run("timeout", "110", "salloc", *options, "bash", "inner.sh")
