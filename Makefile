@@ -52,8 +52,8 @@ test: setup-dev ## the fast tests, two-rank ZeRO-3 included (MARKERS='not gpu' f
 soak: setup-dev ## kill two-rank ZeRO-3 training 30 times over the three stages; the end must equal the undisturbed run's
 	@OMP_NUM_THREADS=1 $(PY) -m tests.train.soak $(ARGS)
 
-lint: setup-dev ## format and lint of Python, shellcheck
-	@$(PY) -m ruff format --check . && $(PY) -m ruff check .
+lint: setup-dev ## format, lint and types of Python, shellcheck
+	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy
 	@$(VENV)/bin/shellcheck -x $$(git ls-files '*.sh') .ci/run
 
 bench-ctc: setup ## the fused op against the ordinary path, one run

@@ -37,8 +37,9 @@ from benchmarks.machine import keep, machine
 from benchmarks.train_step import wait
 from core.distributed import fill_environment
 from core.keys import signed_key64
-from model import alignment, ops, shrinking
+from model import alignment, ops
 from model import folder as model_folder
+from model.compressors import ctc_peaks
 from model.dropout import KeyedDropout, LoraDropout
 from model.rows import probe
 from model.soundwave import Soundwave
@@ -72,7 +73,7 @@ def masks_of_torch(model: Soundwave) -> Iterator[None]:
         mock.patch.object(KeyedDropout, "forward", drop),
         mock.patch.object(LoraDropout, "forward", drop),
         mock.patch.object(alignment, "dropped_frames", lambda dropout, value, keys: value),
-        mock.patch.object(shrinking, "dropped_frames", lambda dropout, value, keys: value),
+        mock.patch.object(ctc_peaks, "dropped_frames", lambda dropout, value, keys: value),
         mock.patch.object(
             alignment,
             "F",

@@ -116,7 +116,7 @@ def measure(model: Soundwave, sounds: list[torch.Tensor], batch: int, tokens: in
 def drafted_decoding(model: Soundwave, found: list[Clip], sizes: list[int], tokens: int) -> list[dict]:
     """Greedy and drafted decoding of the same batches, in turns; the audio is encoded once for both."""
     results = []
-    encode = model.listen
+    encode = model.encode_audio
     for size in sizes:
         ordered = sorted(found, key=lambda clip: len(clip.samples))
         groups = [ordered[i : i + size] for i in range(0, len(ordered), size)]
@@ -129,7 +129,7 @@ def drafted_decoding(model: Soundwave, found: list[Clip], sizes: list[int], toke
             audio = encode(prompts)
             wait(model)
             sums["audio"] += time.perf_counter() - start
-            model.listen = lambda batch, with_ctc=False, audio=audio: audio
+            model.encode_audio = lambda batch, with_ctc=False, audio=audio: audio
             spent, answers, passes = {}, {}, None
             for way in ("greedy", "drafted") if number % 2 else ("drafted", "greedy"):
                 options = {"drafted": Drafting()} if way == "drafted" else {}
@@ -140,7 +140,7 @@ def drafted_decoding(model: Soundwave, found: list[Clip], sizes: list[int], toke
                 spent[way] = time.perf_counter() - start
                 passes = model.drafted_passes if way == "drafted" else passes
                 sums[way] += spent[way]
-            del model.listen
+            del model.encode_audio
             if passes is None:
                 raise SystemExit("error: this LLM's answers cannot be drafted")
             ratios.append(spent["greedy"] / spent["drafted"])
@@ -196,7 +196,9 @@ def logit_gap(
     model: Soundwave, prompts: Batch, audio: Audio, row: int, one: list[int], other: list[int]
 ) -> float:
     """The difference of the two best logits where two answers of a row begin to differ."""
-    same = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    same = next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
     embeddings, mask, _ = model.embeddings(prompts, audio, left_padded=True)
     prompt = embeddings[row : row + 1, -int(mask[row].sum()) :]
     written = embed(

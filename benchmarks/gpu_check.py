@@ -136,7 +136,7 @@ def main() -> int:
     parser.add_argument(
         "--json",
         type=Path,
-        default=Path("benchmarks/gpu_check.json"),
+        default=Path("benchmarks/results/gpu_check.json"),
         help="where the report goes, its table beside it (.txt)",
     )
     parser.add_argument("--tests-only", action="store_true")

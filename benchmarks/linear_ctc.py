@@ -109,7 +109,7 @@ def from_checkpoint(folder: str, shards: str, seconds: float, dtype: torch.dtype
     )
     batch = next(batch for batch, samples in stream if samples).to(device)
     with torch.no_grad():
-        audio = model.listen(batch)
+        audio = model.encode_audio(batch)
     head = model.ctc_head
     row = None if head.blank_row is None else head.blank_row.detach().to(dtype)
     return Work(
@@ -439,7 +439,7 @@ def main() -> int:
     parser.add_argument(
         "--json",
         type=Path,
-        default=Path("benchmarks/linear_ctc.json"),
+        default=Path("benchmarks/results/linear_ctc.json"),
         help="where the report goes, its table beside it (.txt)",
     )
     options = parser.parse_args()

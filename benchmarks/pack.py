@@ -289,7 +289,7 @@ def lines_of(path: Path, count: int) -> Path:
 def plan_once_here(way: str, manifest: Path, out: Path) -> dict:
     """Processor seconds and peak memory in MB of one way to go through a manifest, in this process."""
     from data_tools.corpora import Corpus
-    from data_tools.filters import Filters, Sieve
+    from data_tools.filters import Filters, SampleFilter
     from data_tools.plan import Layout, make_plan
 
     asked = {"min_seconds": 0.5, "max_seconds": 30, "min_rate": 1, "max_rate": 60, "langs": ["en", "de"]}
@@ -300,7 +300,7 @@ def plan_once_here(way: str, manifest: Path, out: Path) -> dict:
             for line in lines:
                 copy.write(json.dumps(json.loads(line), ensure_ascii=False) + "\n")
     else:
-        make_plan(out, [Corpus(f"manifest:{manifest}")], Sieve(filters), Layout(), {})
+        make_plan(out, [Corpus(f"manifest:{manifest}")], SampleFilter(filters), Layout(), {})
     return {
         "seconds": time.process_time() - started,
         "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,

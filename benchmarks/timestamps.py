@@ -203,9 +203,9 @@ def compare(model, items: list[Item], path: Path, device: str, material: str) ->
     }
     common = [
         set(matches(item.text, own)) & set(matches(item.text, other))
-        for item, own, other in zip(items, systems["CTC, own transcript"], systems["Whisper"])
+        for item, own, other in zip(items, systems["CTC, own transcript"], systems["Whisper"], strict=False)
     ]
-    theirs = [set(matches(item.text, other)) for item, other in zip(items, systems["Whisper"])]
+    theirs = [set(matches(item.text, other)) for item, other in zip(items, systems["Whisper"], strict=False)]
     rows = []
     for end in (False, True) if any(item.ends for item in items) else (False,):
         known = sum(len(item.ends if end else item.starts) for item in items)

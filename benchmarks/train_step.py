@@ -196,7 +196,7 @@ def shape_of(recipe: Recipe, model: Soundwave, step: int, device: str) -> dict:
     with torch.no_grad():
         for batch in next(iter(stream)).micro_batches:
             batch = batch.to(device)
-            audio = model.listen(batch)
+            audio = model.encode_audio(batch)
             _, mask, labels = model.embeddings(batch, audio)
             found["encoder"].append(model.encoder.frames(batch.audio_lengths).tolist())
             found["adapter"].append(audio.lengths.tolist())
@@ -291,7 +291,7 @@ def plain_loss(model: Soundwave, batch: Batch, table: torch.Tensor, ctc_weight: 
         for t, token in enumerate(best)
         if token != model.ctc_head.blank and (t == 0 or token != best[t - 1])
     ] or [0]
-    shrunk = model.shrinking(
+    shrunk = model.shrinking.compress(
         hidden,
         length,
         torch.tensor([kept], device=hidden.device),
@@ -380,7 +380,7 @@ def products(model: Soundwave, shape: dict) -> list[tuple[str, int, tuple[int, .
     rows, width = head.weight.shape
     network = model.encoder.layers
     for encoder, adapter, kept, llm_rows, targets in zip(
-        *(shape[k] for k in ("encoder", "adapter", "kept", "rows", "targets"))
+        *(shape[k] for k in ("encoder", "adapter", "kept", "rows", "targets")), strict=True
     ):
         linears("encoder", model.encoder, sum(encoder), 1, False)
         attention(

@@ -28,9 +28,34 @@ def printable_line(text: object) -> str:
 
 
 def one_line(error: object) -> str:
-    """Return the first line with content of an exception's message, its type where there is none."""
+    """Return why something failed, in one printable line: the first line of an exception's message, or a
+    sentence for exceptions whose message needs one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return printable(lines[0])[:_LONGEST_REASON] if lines else type(error).__name__
+    return printable(_sentence(error, lines[0] if lines else ""))[:_LONGEST_REASON]
+
+
+def _sentence(error: object, text: str) -> str:
+    match error:
+        case UnicodeDecodeError():
+            return f"not {error.encoding} (byte 0x{error.object[error.start]:02x} at position {error.start})"
+        case UnicodeEncodeError():
+            return f"not valid Unicode ({error.reason})"
+        case RecursionError():
+            return "nested too deeply"
+        case MemoryError():
+            return "needs more memory than there is"
+        case OverflowError():
+            return f"a number out of range ({text or 'too large'})"
+        case EOFError():
+            return "ends early"
+        case KeyError():
+            return f"no {error.args[0]!r}" if error.args else "a key is missing"
+        case OSError():
+            reason = error.strerror or text
+            return f"{error.filename}: {reason}" if error.filename and error.strerror else reason
+        case TypeError() | AttributeError() | IndexError():
+            return f"a value of another kind than expected ({text})"
+    return text or f"an unknown error ({type(error).__name__})"
 
 
 class OneLine:

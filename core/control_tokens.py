@@ -10,6 +10,7 @@ symbols).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -78,16 +79,16 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase, size: int, template: str
             if _MARKUP.fullmatch(name) and pieces.encode(name, out_type=str)[-1:] == [name]
         }
     spelled = regex.compile(_BYTE) if "<0x0A>" in tokenizer.get_vocab() else None
-    names = [*found, *(["<0x0A>"] if spelled else [])]
+    marks = [*found, *(["<0x0A>"] if spelled else [])]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return ControlTokens(
         begins=_beginning_of(found, spelled),
         special=_beginning_of(special, None),
         spelled=spelled,
         ids=frozenset(found.values()) - {tokenizer.unk_token_id},
-        beginnings=frozenset(name[:size] for name in names for size in range(1, len(name))),
-        ends=frozenset(name[size:] for name in names for size in range(1, len(name))),
-        longest=max(map(len, names), default=0),
+        beginnings=frozenset(name[:size] for name in marks for size in range(1, len(name))),
+        ends=frozenset(name[size:] for name in marks for size in range(1, len(name))),
+        longest=max(map(len, marks), default=0),
         rewrites=backend is None or backend.normalizer is not None,
     )
 
@@ -125,7 +126,7 @@ def unused_mark(texts: Iterable[str]) -> str:
 def marked(text: str, cuts: set[int], mark: str) -> str:
     """Return the text with a mark at each cut."""
     places = [0, *sorted(cuts), len(text)]
-    return mark.join(text[begin:end] for begin, end in zip(places, places[1:]))
+    return mark.join(text[begin:end] for begin, end in itertools.pairwise(places))
 
 
 def encode_pieces(

@@ -15,10 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def step_folders(checkpoints: Path) -> list[Path]:
     """Checkpoint folders, newest first, complete by name only: a save that died has left another name."""
-    found = (
-        [path for path in checkpoints.glob("step-*") if STEP.match(path.name)] if checkpoints.exists() else []
-    )
-    return sorted(found, key=lambda path: int(STEP.match(path.name)[1]), reverse=True)
+    numbered = [(STEP.match(path.name), path) for path in checkpoints.glob("step-*")]
+    found = [(int(match[1]), path) for match, path in numbered if match]
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def code_version() -> str | None:

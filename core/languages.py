@@ -280,7 +280,9 @@ _UNSPACED_SCRIPTS = regex.compile(
 
 def _read() -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
     """Any code -> the code; any name in lower case -> the code; the code -> its usual name."""
-    codes, names, usual = {}, {}, {}
+    codes: dict[str, str] = {}
+    names: dict[str, str] = {}
+    usual: dict[str, str] = {}
     for line in _TABLE.strip().splitlines():
         left, _, right = line.partition("=")
         code = left.split()[0]

@@ -81,7 +81,7 @@ class Run:
 
     @property
     def is_promise_right(self) -> bool:
-        return bool(self.promised) and abs(self.promised - self.frames) <= COUNT_SLACK
+        return bool(self.promised) and abs((self.promised or 0) - self.frames) <= COUNT_SLACK
 
     @property
     def samples(self) -> int:

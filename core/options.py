@@ -15,7 +15,8 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 from core.console import OneLine
 
@@ -96,7 +97,7 @@ def problems(config: object, prefix: str = "") -> Iterator[tuple[str, str]]:
                 else ""
             )
             yield key, f"is {_shown(value)}: give {_alternatives(rules['choices'])}{quoted}"
-        elif rules.get("counts") and len(value) not in rules["counts"]:
+        elif rules.get("counts") and len(cast(list, value)) not in rules["counts"]:
             yield (
                 key,
                 f"is {_shown(value)}: give {_alternatives([str(count) for count in rules['counts']])} "
@@ -139,14 +140,14 @@ def expand_paths(config: object) -> None:
         if expanded.startswith("~"):
             raise ValueError(f"{key} is '{value}': there is no such user's home folder")
         *sections, name = re.findall(r"\w+", key)
-        owner = config
+        owner: Any = config
         for section in sections:
             owner = owner[int(section)] if section.isdigit() else getattr(owner, section)
         setattr(owner, name, expanded)
 
 
 def _fields(config: object, prefix: str) -> Iterator[tuple[dataclasses.Field, str, object]]:
-    for field in dataclasses.fields(config):
+    for field in dataclasses.fields(cast(Any, config)):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             yield from _fields(value, f"{prefix}{field.name}.")
@@ -192,7 +193,7 @@ def _finite(value: object) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _exceeded(value: object, rules: dict) -> str | None:
+def _exceeded(value: object, rules: Mapping[str, Any]) -> str | None:
     """Return the bounds in words where `value` is outside of them."""
     bounds = (
         ("least", "at least", lambda x, y: x >= y),

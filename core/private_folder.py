@@ -9,6 +9,7 @@ hashed again. In /tmp another user could have made it first, under a name that i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import sys
@@ -28,10 +29,8 @@ def private_folder(path: str | Path) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
-    except FileExistsError:
-        pass
     check_private(path, set_mode=True)
     return path
 

@@ -129,7 +129,7 @@ def _plain(text: str, spans: list[tuple[int, int]], normalisation: str) -> tuple
     numbers = [-1] * len(text)
     for number, (begin, end) in enumerate(spans):
         numbers[begin:end] = [number] * (end - begin)
-    origin = [number for number, size in zip(numbers, sizes) for _ in range(size)]
+    origin = [number for number, size in zip(numbers, sizes, strict=False) for _ in range(size)]
     plain: list[str] = []
     owners: list[int] = []
     gap = False

@@ -79,7 +79,7 @@ def family_of(name: str) -> str:
 def _parents(stem: str) -> list[str]:
     """Return the stem without its last role, without its last two, and so on."""
     folder, slash, base = stem.rpartition("/")
-    found = []
+    found: list[str] = []
     while True:
         base, dot, last = base.rpartition(".")
         if not dot or not base or not _ROLE.fullmatch(last):

@@ -31,10 +31,11 @@ from pathlib import Path
 import numpy as np
 
 from core.audio import SAMPLE_RATE, to_mono
+from core.command_line import program_name
 from core.console import one_line, printable_line
 from core.languages import language_code
 from data_tools.audio import read_clip
-from data_tools.corpora import CorpusError, Entry, Fault, Ignored, fault_of, open_apart
+from data_tools.corpora import CorpusError, Entry, Ignored, Rejection, fault_of, open_apart
 from data_tools.filters import piped
 from data_tools.progress import Progress
 from data_tools.shards import OutputError
@@ -55,7 +56,7 @@ def hash_of(samples: np.ndarray, rate: int) -> str:
     return digest.hexdigest()
 
 
-def look(entry: Entry, want_hash: bool, want_samples: bool) -> tuple[Entry | Fault, np.ndarray | None]:
+def look(entry: Entry, want_hash: bool, want_samples: bool) -> tuple[Entry | Rejection, np.ndarray | None]:
     """One entry with its duration (and hash), and its samples [n] int16 at 16 kHz if wanted."""
     if entry.audio is None:
         return entry, None
@@ -111,7 +112,7 @@ class Transcriber:
             for start in range(0, len(group), self.batch_clips):
                 batch = group[start : start + self.batch_clips]
                 for (number, place, _, _), text in zip(
-                    batch, self._texts([piece[3] for piece in batch], lang)
+                    batch, self._texts([piece[3] for piece in batch], lang), strict=True
                 ):
                     texts[number, place] = text
         joined = [[] for _ in clips]
@@ -144,7 +145,7 @@ class Transcriber:
 
 
 def annotated(
-    items: Iterable[Entry | Fault], pool: ProcessPoolExecutor, want_hash: bool, transcriber
+    items: Iterable[Entry | Rejection], pool: ProcessPoolExecutor, want_hash: bool, transcriber
 ) -> Iterator[list[str]]:
     """Windows of manifest lines, one line for each item."""
     items = iter(items)
@@ -155,7 +156,7 @@ def annotated(
         if transcriber is not None:
             heard = [(entry, samples) for entry, samples in looked if samples is not None]
             for (entry, _), text in zip(
-                heard, transcriber([(samples, entry.lang) for entry, samples in heard])
+                heard, transcriber([(samples, entry.lang) for entry, samples in heard]), strict=True
             ):
                 entry.hypothesis = text
         results = iter(looked)
@@ -182,13 +183,13 @@ def run(options: argparse.Namespace) -> str:
         with (
             ProcessPoolExecutor(options.workers, context, start_worker, (os.getpid(),)) as pool,
             open(unfinished, "a", encoding="utf-8") as out,
+            Progress("annotating", done=done) as progress,
         ):
-            with Progress("annotating", done=done) as progress:
-                for lines in annotated(items, pool, options.hash, transcriber):
-                    out.write("".join(line + "\n" for line in lines))
-                    out.flush()
-                    os.fsync(out.fileno())
-                    progress.to(progress.done + len(lines))
+            for lines in annotated(items, pool, options.hash, transcriber):
+                out.write("".join(line + "\n" for line in lines))
+                out.flush()
+                os.fsync(out.fileno())
+                progress.to(progress.done + len(lines))
         return _finish(unfinished, options.out)
     except OSError as error:
         raise OutputError(f"cannot write {options.out}: {error.strerror or error}") from error
@@ -247,7 +248,9 @@ def _part(text: str) -> tuple[int, int]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="data_tools.annotate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program_name("python -m data_tools.annotate"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--corpus", action="append", required=True, metavar="NAME:PATH[,option=value]")
     parser.add_argument("--out", type=Path, required=True, metavar="M.jsonl")

@@ -1,13 +1,14 @@
 """Quality before quantity: what is packed and what is refused, each refusal under a fixed word that is
 counted.
 
-`Sieve.judge` works on metadata, while planning; `Sieve.judge_clip` again on what the decoded clip turned out
-to be, since corpora err about durations and many tell none.
+`SampleFilter.judge` works on metadata, while planning; `SampleFilter.judge_clip` again on the decoded
+clip, since corpora err about durations and many have none.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from core.ctc_text import ctc_target_ids
 from core.languages import language_code
 from core.samples import ANSWERED_BY_TEXT
 from core.text import error_rate
-from data_tools.corpora import Entry, Fault
+from data_tools.corpora import Entry, Rejection
 from data_tools.normalise import NORMALISERS, label_sentence
 from data_tools.sources import kind_of
 
@@ -71,7 +72,7 @@ class Filters:
 
 
 @dataclass
-class Sieve:
+class SampleFilter:
     """Default task, normalised text, split, filters: what every entry passes through before it is planned."""
 
     filters: Filters = field(default_factory=Filters)
@@ -88,7 +89,7 @@ class Sieve:
         default_factory=dict, repr=False
     )  # language -> whether filters.langs has it
 
-    def judge(self, entry: Entry) -> Fault | None:
+    def judge(self, entry: Entry) -> Rejection | None:
         """None for an entry to pack (brought into order in place), else why not. OTHER_SPLIT is no fault,
         only not this one."""
         if fault := self.prepare(entry):
@@ -97,7 +98,7 @@ class Sieve:
             return OTHER_SPLIT
         return self.judge_metadata(entry)
 
-    def prepare(self, entry: Entry) -> Fault | None:
+    def prepare(self, entry: Entry) -> Rejection | None:
         """Bring an entry into order; refuse what is incomplete, whatever split it falls into."""
         if fault := complete(entry, self.normalise):
             return fault
@@ -129,15 +130,15 @@ class Sieve:
                 return name, place
         return next(reversed(self.splits)), place
 
-    def judge_metadata(self, entry: Entry) -> Fault | None:
+    def judge_metadata(self, entry: Entry) -> Rejection | None:
         """Filters that need no audio."""
         f = self.filters
         if f.langs and not self._is_wanted(entry.lang):
-            return Fault(
+            return Rejection(
                 entry.id, "language", f"{entry.lang} is not one of {', '.join(f.langs)}", entry.corpus
             )
         if f.drop_duplicates and entry.audio and entry.sound_hash is None:
-            return Fault(
+            return Rejection(
                 entry.id,
                 "no_sound_hash",
                 "duplicates are found by sound_hash: run data_tools.annotate --hash first",
@@ -145,7 +146,7 @@ class Sieve:
             )
         if f.max_wer is not None and entry.task == "asr":
             if entry.hypothesis is None:
-                return Fault(
+                return Rejection(
                     entry.id,
                     "no_hypothesis",
                     "no hypothesis to compare with: run data_tools.annotate --whisper first",
@@ -153,7 +154,7 @@ class Sieve:
                 )
             rate = error_rate(entry.text, entry.hypothesis, entry.lang)
             if rate > f.max_wer:
-                return Fault(
+                return Rejection(
                     entry.id, "wer", f"{rate:.3f} of words differ from: {entry.hypothesis}", entry.corpus
                 )
         if entry.audio is None or entry.duration is None:
@@ -166,11 +167,11 @@ class Sieve:
             self._wanted[lang] = bool({lang, language_code(lang)} & set(self.filters.langs))
         return self._wanted[lang]
 
-    def judge_clip(self, entry: Entry, seconds: float) -> Fault | None:
+    def judge_clip(self, entry: Entry, seconds: float) -> Rejection | None:
         f = self.filters
 
-        def refuse(reason: str, detail: str) -> Fault:
-            return Fault(entry.id, reason, detail, entry.corpus)
+        def refuse(reason: str, detail: str) -> Rejection:
+            return Rejection(entry.id, reason, detail, entry.corpus)
 
         if seconds <= 0:
             return refuse("zero_length", f"a stretch of {seconds} s")
@@ -205,15 +206,15 @@ class Sieve:
         return ctc_target_ids(load_tokenizer(self.filters.tokenizer), text, self.filters.ctc_text)
 
 
-OTHER_SPLIT = Fault("", "other_split")
+OTHER_SPLIT = Rejection("", "other_split")
 
 
-def piped(entry: Entry) -> Fault | None:
+def piped(entry: Entry) -> Rejection | None:
     """Why an entry whose audio is a shell command is not read unasked: it would run with the caller's
     rights."""
     if entry.audio is None or not entry.audio.startswith("pipe:"):
         return None
-    return Fault(
+    return Rejection(
         entry.id,
         "pipe",
         f"a command in place of a file: --allow-pipes runs it ({entry.audio[5:]})",
@@ -221,7 +222,7 @@ def piped(entry: Entry) -> Fault | None:
     )
 
 
-def complete(entry: Entry, normalise: str = "raw") -> Fault | None:
+def complete(entry: Entry, normalise: str = "raw") -> Rejection | None:
     """Give an entry its task, its text in the named form and a sound its sentence; refuse what has nothing to
     be learnt."""
     if entry.task is None:
@@ -230,7 +231,7 @@ def complete(entry: Entry, normalise: str = "raw") -> Fault | None:
     if entry.offset is None and not entry.duration:
         entry.duration = None  # a 0 there is a corpus that does not know; the decoded clip tells
     if entry.audio is None and not entry.messages and not (entry.prompt and entry.response):
-        return Fault(
+        return Rejection(
             entry.id,
             "no_audio",
             "neither audio nor a text-only sample (prompt and response, or messages)",
@@ -241,14 +242,14 @@ def complete(entry: Entry, normalise: str = "raw") -> Fault | None:
     if entry.text is not None:
         entry.text = NORMALISERS[normalise](entry.text).strip() or None
     if entry.task == "asr" and entry.text is None:
-        return Fault(entry.id, "no_text", "task asr needs a transcript in text", entry.corpus)
+        return Rejection(entry.id, "no_text", "task asr needs a transcript in text", entry.corpus)
     # A transcript is the answer to "transcribe"; given to another question it would be learnt as one, too.
     if not (
         entry.response or entry.messages or entry.label or (entry.text and entry.task in ANSWERED_BY_TEXT)
     ):
         known = entry.task.lower() in ANSWERED_BY_TEXT and entry.task != entry.task.lower()
         hint = f"; is {entry.task.lower()} meant?" if known else ""
-        return Fault(
+        return Rejection(
             entry.id,
             "no_target",
             f"task {entry.task} needs a response, label or messages{hint}",
@@ -259,7 +260,7 @@ def complete(entry: Entry, normalise: str = "raw") -> Fault | None:
 
 def ctc_frames_needed(ids: list[int]) -> int:
     """U + repeats: CTC must put a blank between two equal neighbours (Graves et al. 2006, section 3)."""
-    return len(ids) + sum(a == b for a, b in zip(ids, ids[1:]))
+    return len(ids) + sum(a == b for a, b in itertools.pairwise(ids))
 
 
 @lru_cache(maxsize=4)

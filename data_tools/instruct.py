@@ -29,14 +29,15 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from core.command_line import program_name
 from core.console import printable_line
 from core.samples import answer_of
 from data_tools.corpora import (
     CorpusError,
     Entry,
-    Fault,
     Ignored,
     Item,
+    Rejection,
     fault_of,
     kind_of_value,
     malformed,
@@ -110,7 +111,7 @@ def wrap(
     target: str | None,
     seed: int,
     normalise: str = "raw",
-) -> Entry | Fault:
+) -> Entry | Rejection:
     """One corpus entry as a chat sample of `task`. target: language to translate into; None: the entry's,
     else English. normalise: of its transcript, before an answer is made of it."""
     if entry.text:
@@ -118,7 +119,7 @@ def wrap(
     key = f"{entry.corpus}/{entry.id}"
     answer = answer_to(task, entry)
     if not answer:
-        return Fault(
+        return Rejection(
             entry.id,
             "no_target",
             f"task {task} needs " + ("text" if task == "asr" else "a response or a label"),
@@ -170,7 +171,7 @@ _ROLES = {
 }
 
 
-def text_sample(row: dict, name: str) -> Entry | Fault:
+def text_sample(row: dict, name: str) -> Entry | Rejection:
     """One row of a text-only instruction set, by the names of its fields; chats of one exchange become prompt
     and response."""
     sample_id = str(row.get("id", name))
@@ -187,18 +188,18 @@ def text_sample(row: dict, name: str) -> Entry | Fault:
             if not all(
                 isinstance(turn["content"], str) for turn in said
             ):  # null: a call of a tool; a list: of parts
-                return Fault(sample_id, "bad_row", f"{name}: a turn whose content is no text")
+                return Rejection(sample_id, "bad_row", f"{name}: a turn whose content is no text")
         except (KeyError, TypeError, AttributeError) as error:
-            return Fault(sample_id, "bad_row", f"{name}: a turn without a known role: {error}")
+            return Rejection(sample_id, "bad_row", f"{name}: a turn without a known role: {error}")
         if [turn["role"] for turn in said] == ["user", "assistant"]:
             return Entry(id=sample_id, task="text", prompt=said[0]["content"], response=said[1]["content"])
         if said[-1]["role"] != "assistant":
-            return Fault(sample_id, "no_target", f"{name}: the last turn is not the assistant's")
+            return Rejection(sample_id, "no_target", f"{name}: the last turn is not the assistant's")
         return Entry(id=sample_id, task="text", messages=said)
     prompt = row.get("instruction") or row.get("prompt") or row.get("question")
     response = row.get("output") or row.get("response") or row.get("answer")
     if not isinstance(prompt, str) or not isinstance(response, str):
-        return Fault(
+        return Rejection(
             sample_id,
             "no_target",
             f"{name}: neither messages nor instruction/prompt/question with output/response/answer",
@@ -207,16 +208,16 @@ def text_sample(row: dict, name: str) -> Entry | Fault:
     return Entry(id=sample_id, task="text", prompt=f"{prompt}\n{more}" if more else prompt, response=response)
 
 
-def read_text_set(path: Path, lang: str | None) -> Iterator[Entry | Fault]:
+def read_text_set(path: Path, lang: str | None) -> Iterator[Entry | Rejection]:
     """JSONL, or one JSON list, also compressed. Errors: CorpusError."""
     if not path.exists():
         raise CorpusError(f"{path} does not exist")
     for number, row in json_items(path):
         name = f"{path.stem}-{number:09d}"
         if isinstance(row, Problem):
-            yield Fault(name, row.reason, row.detail, path.stem)
+            yield Rejection(name, row.reason, row.detail, path.stem)
         elif not isinstance(row, dict):
-            yield Fault(name, "bad_json", f"{kind_of_value(row)}, not an object", path.stem)
+            yield Rejection(name, "bad_json", f"{kind_of_value(row)}, not an object", path.stem)
         else:
             try:
                 sample = text_sample(row, name)
@@ -265,21 +266,21 @@ class Voice:
         return path
 
 
-def speak(entry: Entry | Fault, voice: Voice) -> Entry | Fault:
+def speak(entry: Entry | Rejection, voice: Voice) -> Entry | Rejection:
     """A text-only sample of one question with the question spoken: the audio is what the user says."""
-    if isinstance(entry, Fault):
+    if isinstance(entry, Rejection):
         return entry
     if entry.messages or not entry.prompt:
-        return Fault(
+        return Rejection(
             entry.id, "bad_row", "only samples of one question and one answer are spoken", entry.corpus
         )
     try:
         audio = voice(entry.prompt)
     except FileNotFoundError:
-        return Fault(entry.id, "command_failed", "text to speech wrote no file", entry.corpus)
+        return Rejection(entry.id, "command_failed", "text to speech wrote no file", entry.corpus)
     except subprocess.CalledProcessError as error:
         last = (error.stderr or "").strip().splitlines()
-        return Fault(
+        return Rejection(
             entry.id,
             "command_failed",
             f"text to speech ended with {error.returncode}: {last[-1] if last else 'no message'}",
@@ -302,7 +303,7 @@ def speak(entry: Entry | Fault, voice: Voice) -> Entry | Fault:
 
 
 def spoken(
-    items: Iterator[Entry | Fault],
+    items: Iterator[Entry | Rejection],
     voice: Voice,
     pool: ThreadPoolExecutor,
     chains: list[Template],
@@ -313,10 +314,10 @@ def spoken(
     answer"."""
     while window := list(itertools.islice(items, 256)):
         for item in pool.map(lambda item: speak(item, voice), window):
-            yield item if isinstance(item, Fault) else chained(item, chains, share, seed)
+            yield item if isinstance(item, Rejection) else chained(item, chains, share, seed)
 
 
-def write(items: Iterator[Entry | Fault], out: Path) -> str:
+def write(items: Iterator[Entry | Rejection], out: Path) -> str:
     """The manifest, complete or not there, and beside it what was refused."""
     counts, ignored, unfinished, rejected = (
         Counter(),
@@ -331,8 +332,8 @@ def write(items: Iterator[Entry | Fault], out: Path) -> str:
                 if isinstance(item, Ignored):
                     ignored[item.what] += item.count
                     continue
-                counts[item.reason if isinstance(item, Fault) else item.task] += 1
-                (bad if isinstance(item, Fault) else good).write(item.to_json() + "\n")
+                counts[item.reason if isinstance(item, Rejection) else item.task] += 1
+                (bad if isinstance(item, Rejection) else good).write(item.to_json() + "\n")
         os.replace(unfinished, out)
         if not rejected.stat().st_size:
             rejected.unlink()
@@ -380,7 +381,9 @@ def run(options: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="data_tools.instruct", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program_name("python -m data_tools.instruct"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     add = (

@@ -35,11 +35,12 @@ if __package__ in (None, ""):  # run as a script: the repository, not data_tools
 import numpy as np
 
 from core.audio import REFUSABLE, SAMPLE_RATE
+from core.command_line import program_name
 from core.console import one_line, printable_line
 from data_tools.audio import CODECS
 from data_tools.audio import check_output as check_codec
 from data_tools.corpora import Corpus, CorpusError, open_corpora, path_of
-from data_tools.filters import Filters, Sieve, load_tokenizer
+from data_tools.filters import Filters, SampleFilter, load_tokenizer
 from data_tools.normalise import NORMALISERS
 from data_tools.output import InUse, check_output, locked
 from data_tools.packing import WORK, PackError, Packing, Planned, counted
@@ -58,7 +59,9 @@ _ADDED = {"refuse"}
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="pack.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program_name("pack.py"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument_group("corpora").add_argument
     add(
@@ -207,15 +210,28 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error("--shard-mb or --shard-hours, not both")
     if options.workers < 1:
         parser.error("--workers must be 1 or more")
-    if options.take and not options.splits:
-        parser.error("--take needs --splits")
     if not 0 <= options.max_broken_share <= 1:
         parser.error(f"--max-broken-share {options.max_broken_share}: a share from 0 to 1")
+    _check_names(parser, options)
+    _check_splits(parser, options)
+    if options.part:
+        part, _, parts = options.part.partition("/")
+        if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
+            parser.error(f"--part {options.part}: i/N with i from 0 to N-1")
+        options.part = (int(part), int(parts))
+
+
+def _check_names(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     for option, name in (("--name", options.name), ("--out", options.out.absolute().name)):
         if name is not None and (not name.isprintable() or "/" in name or name.startswith(".") or not name):
             parser.error(
                 f"{option} {printable_line(name)}: shards are named after it, so it must be a plain file name"
             )
+
+
+def _check_splits(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.take and not options.splits:
+        parser.error("--take needs --splits")
     try:
         options.splits = {
             name: float(share)
@@ -228,11 +244,6 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
             parser.error(f"--splits {name}={share:g}: a name, and a share above 0")
     if options.take and options.take not in options.splits:
         parser.error(f"--take {options.take}: --splits knows {', '.join(options.splits)}")
-    if options.part:
-        part, _, parts = options.part.partition("/")
-        if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
-            parser.error(f"--part {options.part}: i/N with i from 0 to N-1")
-        options.part = (int(part), int(parts))
 
 
 def packing_of(options: argparse.Namespace) -> tuple[Packing, Layout]:
@@ -248,7 +259,7 @@ def packing_of(options: argparse.Namespace) -> tuple[Packing, Layout]:
         options.tokenizer,
         options.drop_duplicates,
     )
-    sieve = Sieve(
+    sieve = SampleFilter(
         filters,
         options.normalise,
         options.splits,

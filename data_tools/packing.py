@@ -26,8 +26,8 @@ from core.audio import MAX_SECONDS, SAMPLE_RATE, Finding
 from core.console import OneLine, duration, plural, printable_line
 from data_tools import quality
 from data_tools.audio import Clip, make_clip
-from data_tools.corpora import Entry, Fault, fault_of
-from data_tools.filters import FILTERS, Sieve, load_tokenizer
+from data_tools.corpora import Entry, Rejection, fault_of
+from data_tools.filters import FILTERS, SampleFilter, load_tokenizer
 from data_tools.output import WORK
 from data_tools.plan import shard_entries
 from data_tools.progress import Progress
@@ -70,7 +70,7 @@ class Packing:
 
     folder: Path
     name: str
-    sieve: Sieve = field(default_factory=Sieve)
+    sieve: SampleFilter = field(default_factory=SampleFilter)
     codec: str = "flac"
     rate: int | None = SAMPLE_RATE
     measure: bool = False
@@ -95,7 +95,7 @@ class Packing:
                 fault, seconds, findings = self._add(writer, number, entry)
                 noted += [] if fault else [finding_line(entry, finding) for finding in findings]
             except ClipError as error:
-                fault = Fault(entry.id, error.reason, str(error), entry.corpus)
+                fault = Rejection(entry.id, error.reason, str(error), entry.corpus)
                 seconds = error.seconds or entry.duration or 0.0
             except OutputError:
                 raise
@@ -130,7 +130,7 @@ class Packing:
 
     def _add(
         self, writer: ShardWriter, number: int, entry: Entry
-    ) -> tuple[Fault | None, float, Sequence[Finding]]:
+    ) -> tuple[Rejection | None, float, Sequence[Finding]]:
         """Decode, judge and append one sample; (why not, seconds, findings). Errors: ClipError, ValueError
         (no JSON)."""
         key = f"{number:09d}-{re.sub(r'[^A-Za-z0-9_-]', '_', entry.id)[:60]}"
@@ -146,7 +146,7 @@ class Packing:
         writer.add(key, clip.data, clip.codec, record, tokens=len(self.sieve.token_ids(entry.text)))
         return None, clip.duration, clip.findings
 
-    def clip_of(self, entry: Entry) -> tuple[Clip, Fault | None]:
+    def clip_of(self, entry: Entry) -> tuple[Clip, Rejection | None]:
         """An entry's audio as it would be packed, and why it is not. Errors: ClipError."""
         cut, seconds = None, self.sieve.clearest_seconds
         if seconds and entry.task == "sound":
@@ -163,7 +163,7 @@ class Packing:
         if fault := self.sieve.judge_clip(entry, clip.duration):
             return clip, fault
         if refused := next((finding for finding in clip.findings if finding.kind in self.refuse), None):
-            return clip, Fault(entry.id, refused.kind, refused.detail, entry.corpus)
+            return clip, Rejection(entry.id, refused.kind, refused.detail, entry.corpus)
         if len(clip.data) >= 2**32:
             raise ClipError(
                 "too_large", f"{entry.audio}: {len(clip.data)} bytes, a shard's member holds less than 4 GiB"
@@ -268,13 +268,13 @@ class Packing:
     def missing(self, shards: int) -> list[int]:
         return [shard for shard in range(shards) if not self.summary_path(shard).exists()]
 
-    def merge(self, plan: dict, lock: AbstractContextManager = nullcontext()) -> dict:
+    def merge(self, plan: dict, lock: AbstractContextManager | None = None) -> dict:
         """Join all finished shards into index and rejected.jsonl; then the working folder goes. Returns the
         index.
 
         lock: held while this works; let go before the folder that it is in is removed.
         """
-        with lock:
+        with lock or nullcontext():
             index = self._merge(plan)
         shutil.rmtree(self.folder / WORK, ignore_errors=True)
         return index

@@ -1,7 +1,7 @@
 """Which sample goes into which shard, settled from metadata before any audio is decoded, in bounded memory.
 
-    1 scan    corpora -> Sieve -> 256 bucket files by the high bits of a shuffle hash; 20 bytes a sample to
-              find equal ids
+    1 scan    corpora -> SampleFilter -> 256 bucket files by the high bits of a shuffle hash; 20 bytes a
+              sample to find equal ids
     2 count   totals -> number of shards, all about the same size (no small remainder)
     3 sort    bucket after bucket -> entries.jsonl, the samples in their final order; cut into shards
               (shards.npy)
@@ -36,8 +36,8 @@ import numpy as np
 from core.console import plural
 from core.tar_members import MAX_TEXT_BYTES
 from data_tools.audio import estimate_bytes, estimate_seconds
-from data_tools.corpora import ENTRY_FIELDS, Corpus, CorpusError, Entry, Fault, Ignored, Item, fault_of
-from data_tools.filters import FILTERS, Sieve, SplitKey
+from data_tools.corpora import ENTRY_FIELDS, Corpus, CorpusError, Entry, Ignored, Item, Rejection, fault_of
+from data_tools.filters import FILTERS, SampleFilter, SplitKey
 from data_tools.shards import OutputError, id_hash, replace_file
 
 SHARD_DTYPE = np.dtype(
@@ -114,7 +114,7 @@ class _Scan:
             self.unknown_durations += by * (entry.duration is None)
             self.unprompted[entry.task] += by * (not entry.prompt and not entry.messages)
 
-    def reject(self, fault: Fault, seconds: float) -> None:
+    def reject(self, fault: Rejection, seconds: float) -> None:
         self.rejected[fault.reason] += 1
         self.rejected_seconds[fault.reason] += seconds
         if fault.reason not in self.examples:
@@ -139,7 +139,12 @@ class _Whole:
 
 
 def make_plan(
-    folder: Path, corpora: Sequence[Iterable[Item]], sieve: Sieve, layout: Layout, head: dict, watch=iter
+    folder: Path,
+    corpora: Sequence[Iterable[Item]],
+    sieve: SampleFilter,
+    layout: Layout,
+    head: dict,
+    watch=iter,
 ) -> dict:
     """Write entries.jsonl, shards.npy, rejected.jsonl and, last, plan.json (`head` and counts) into `folder`.
 
@@ -152,7 +157,7 @@ def make_plan(
 def make_plans(
     wanted: dict[str | None, tuple[Path, dict]],
     corpora: Sequence[Iterable[Item]],
-    sieve: Sieve,
+    sieve: SampleFilter,
     layout: Layout,
     watch=iter,
 ) -> dict[str | None, dict]:
@@ -194,7 +199,7 @@ def _finish(
     scan: _Scan,
     whole: _Whole,
     corpora: list,
-    sieve: Sieve,
+    sieve: SampleFilter,
     layout: Layout,
     head: dict,
     same_id: Callable[[int], bool] | None,
@@ -233,7 +238,7 @@ def _finish(
 def _scan(
     scans: dict[str | None, _Scan],
     corpora: list,
-    sieve: Sieve,
+    sieve: SampleFilter,
     layout: Layout,
     watch: Callable,
     sources: dict[tuple, int],
@@ -251,7 +256,7 @@ def _scan(
             whole.items += 1
             scan = single
             try:
-                fault = item if type(item) is Fault else sieve.prepare(item)
+                fault = item if type(item) is Rejection else sieve.prepare(item)
                 if fault is None:
                     scan = scan or _of_split(item, sieve, scans, whole)
                     if scan is None:
@@ -272,7 +277,9 @@ def _scan(
     return whole
 
 
-def _of_split(entry: Entry, sieve: Sieve, scans: dict[str | None, _Scan], whole: _Whole) -> _Scan | None:
+def _of_split(
+    entry: Entry, sieve: SampleFilter, scans: dict[str | None, _Scan], whole: _Whole
+) -> _Scan | None:
     """The scan of the split that an entry falls into; None where that split is not wanted."""
     key = sieve.split_key(entry)
     if key.by != sieve.split_by:
@@ -288,7 +295,7 @@ def _of_split(entry: Entry, sieve: Sieve, scans: dict[str | None, _Scan], whole:
     return scans.get(name)
 
 
-def _keep(scan: _Scan, entry: Entry, source: int, layout: Layout, by_sound: bool) -> Fault | None:
+def _keep(scan: _Scan, entry: Entry, source: int, layout: Layout, by_sound: bool) -> Rejection | None:
     """Write an entry into its bucket."""
     entry.source = None  # known to the caller
     try:
@@ -296,7 +303,7 @@ def _keep(scan: _Scan, entry: Entry, source: int, layout: Layout, by_sound: bool
     except (TypeError, ValueError, OverflowError) as error:  # nothing that `malformed` lets through
         return fault_of(error, entry.id, entry.corpus)
     if len(line) > MAX_TEXT_BYTES:
-        return Fault(
+        return Rejection(
             entry.id,
             "too_large",
             f"its line has {len(line):,} bytes: more than any sample's text",
@@ -370,7 +377,7 @@ def _qualified_notes(corpora: list) -> list[str]:
     return [note for corpus in corpora if isinstance(corpus, Corpus) for note in corpus.qualified()]
 
 
-def _split_notes(whole: _Whole, sieve: Sieve) -> list[str]:
+def _split_notes(whole: _Whole, sieve: SampleFilter) -> list[str]:
     """How many keys and samples each split has, what they were split by, and what to do about an empty
     one."""
     if not sieve.splits:
@@ -509,15 +516,15 @@ def _sort(
                     reason = ""
                 if reason:
                     entry = Entry.from_json(line)
-                    scan.reject(Fault(entry.id, reason, detail, entry.corpus), seconds)
+                    scan.reject(Rejection(entry.id, reason, detail, entry.corpus), seconds)
                     scan.note(entry, -1)
                     continue
                 # A unit (one recording, one row group) is not torn apart, unless it alone is larger than a
                 # shard.
-                if count and filled >= per_shard * (len(rows) + 1) and len(rows) + 1 < shards:
-                    if unit != last_unit or filled >= per_shard * (len(rows) + 2):
-                        rows.append((start, offset - start, first, count, seconds_here))
-                        start, first, count, seconds_here = offset, first + count, 0, 0.0
+                full = count and filled >= per_shard * (len(rows) + 1) and len(rows) + 1 < shards
+                if full and (unit != last_unit or filled >= per_shard * (len(rows) + 2)):
+                    rows.append((start, offset - start, first, count, seconds_here))
+                    start, first, count, seconds_here = offset, first + count, 0, 0.0
                 entries.write(line)
                 offset, count, last_unit = offset + len(line), count + 1, unit
                 filled += seconds if by_hours else float(size)

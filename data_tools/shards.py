@@ -375,9 +375,16 @@ def _read_index(folder: Path) -> dict:
     except (UnsafeName, JsonError, OSError) as error:
         raise ShardError(f"{path} {_reason(error)}: pack the corpus again") from None
 
-    def wrong(what: str) -> ShardError:
-        return ShardError(f"{path}: {what}: copy it again, or pack the corpus again")
+    _check_fields(index, path)
+    _check_shard_list(index, path)
+    return index
 
+
+def _wrong(path: Path, what: str) -> ShardError:
+    return ShardError(f"{path}: {what}: copy it again, or pack the corpus again")
+
+
+def _check_fields(index: dict, path: Path) -> None:
     for key, kind, name in (
         ("name", str, "text"),
         ("shardlist", list, "a list"),
@@ -387,39 +394,43 @@ def _read_index(folder: Path) -> dict:
         ("fingerprint", str, "text"),
     ):
         if not isinstance(index.get(key), kind):
-            raise wrong(f"'{key}' is {'missing' if key not in index else f'not {name}'}")
+            raise _wrong(path, f"'{key}' is {'missing' if key not in index else f'not {name}'}")
     for key in ("tasks", "langs", "codecs"):
         if not all(isinstance(value, str) for value in index[key]):
-            raise wrong(f"'{key}' holds something else than text")
+            raise _wrong(path, f"'{key}' holds something else than text")
     for key in ("rejected", "rejected_hours"):  # reason -> how many, how long; for people
         counts = index.get(key, {})
         if not isinstance(counts, dict) or not all(
             _is_number(count) and math.isfinite(count) for count in counts.values()
         ):
-            raise wrong(f"'{key}' is not an object of numbers")
+            raise _wrong(path, f"'{key}' is not an object of numbers")
     hours = index.get("hours")
     if not _is_number(hours) or not 0 <= hours < math.inf:
-        raise wrong("'hours' is not a number of hours")
+        raise _wrong(path, "'hours' is not a number of hours")
     if not _SHA256.fullmatch(index["fingerprint"]):
-        raise wrong("'fingerprint' is not a sha256 of 64 hexadecimal digits")
+        raise _wrong(path, "'fingerprint' is not a sha256 of 64 hexadecimal digits")
+
+
+def _check_shard_list(index: dict, path: Path) -> None:
     names = set()
     for number, shard in enumerate(index["shardlist"]):
         if not isinstance(shard, dict):
-            raise wrong(f"entry {number} of 'shardlist' is not an object")
+            raise _wrong(path, f"entry {number} of 'shardlist' is not an object")
         try:
             name = plain_name(shard.get("url"))
         except UnsafeName as error:
-            raise wrong(f"the url of shard {number} {error} ({ascii(shard.get('url'))[:100]})") from None
+            raise _wrong(
+                path, f"the url of shard {number} {error} ({ascii(shard.get('url'))[:100]})"
+            ) from None
         if name in names or name in (INDEX_NAME, TABLE_NAME):
-            raise wrong(f"two files are named {name}")
+            raise _wrong(path, f"two files are named {name}")
         names.add(name)
         for key, most in (("nsamples", 2**32), ("filesize", _MAX_SHARD_BYTES)):
             value = shard.get(key)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < most:
-                raise wrong(f"'{key}' of shard {name} is not a number from 0 to {most - 1}")
+                raise _wrong(path, f"'{key}' of shard {name} is not a number from 0 to {most - 1}")
         if not isinstance(shard.get("sha256"), str) or not _SHA256.fullmatch(shard["sha256"]):
-            raise wrong(f"'sha256' of shard {name} is not 64 hexadecimal digits")
-    return index
+            raise _wrong(path, f"'sha256' of shard {name} is not 64 hexadecimal digits")
 
 
 def _read_table(folder: Path, index: dict) -> np.ndarray:

@@ -23,6 +23,7 @@ import numpy as np
 import soundfile
 
 from core.audio import AudioError, read
+from core.command_line import program_name
 from core.console import duration, plural, print_text, printable, printable_line
 from data_tools.output import WORK
 from data_tools.progress import watched
@@ -110,7 +111,7 @@ def draw(index: ShardIndex, path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for axis, values, label in zip(
-        axes, durations_and_rates(index), ("seconds a clip", "characters a second")
+        axes, durations_and_rates(index), ("seconds a clip", "characters a second"), strict=True
     ):
         if len(values):
             axis.hist(np.minimum(values, np.percentile(values, 99.5)), bins=60)
@@ -242,7 +243,9 @@ def folders_in(parent: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="data_tools.show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program_name("python -m data_tools.show"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--png", type=Path)

@@ -31,8 +31,7 @@ from typing import IO, Any
 
 import msgspec
 
-from core.console import OneLine
-from core.failures import reason_of
+from core.console import OneLine, one_line
 
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
 _CHUNK = 1 << 20
@@ -85,10 +84,10 @@ def reading(path: Path) -> Iterator[None]:
     except EOFError:
         raise CorpusError(f"{path} ends in the middle of its compressed data: copy it again") from None
     except (zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
-        raise CorpusError(f"{path} is damaged ({reason_of(error)}): copy it again") from None
+        raise CorpusError(f"{path} is damaged ({one_line(error)}): copy it again") from None
     except UnicodeError as error:
         raise CorpusError(
-            f"{path} is {reason_of(error)}: give its encoding (encoding=NAME), or convert it to UTF-8"
+            f"{path} is {one_line(error)}: give its encoding (encoding=NAME), or convert it to UTF-8"
         ) from None
     except OSError as error:
         damaged = error.errno is None  # bz2 has no type of its own for damage
@@ -238,7 +237,7 @@ def _slowly(line: bytes) -> Any | Problem:
     except UnicodeDecodeError:
         return damage(line) or Problem("bad_json", "not valid Unicode")
     except (ValueError, RecursionError, MemoryError) as error:
-        return Problem("bad_json", f"not valid JSON ({reason_of(error)})")
+        return Problem("bad_json", f"not valid JSON ({one_line(error)})")
 
 
 def json_array(path: Path, key: str, encoding: str | None = None) -> Iterator[Any]:

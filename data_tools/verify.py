@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from core.audio import AudioError, read
+from core.command_line import program_name
 from core.console import print_text
 from core.json_files import read_object
 from data_tools.progress import watched
@@ -169,7 +170,9 @@ def check(folder: Path, decode: int | None, workers: int) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="data_tools.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program_name("python -m data_tools.verify"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument(

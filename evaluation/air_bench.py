@@ -19,6 +19,7 @@ import json
 import sys
 from pathlib import Path
 
+from core.command_line import program_name
 from evaluation.predictions import PredictionError, read_predictions
 
 LETTERS = "ABCD"
@@ -113,7 +114,7 @@ def _one_line(text: object) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m evaluation.air_bench", description=__doc__.splitlines()[0]
+        prog=program_name("python -m evaluation.air_bench"), description=__doc__.splitlines()[0]
     )
     commands = parser.add_subparsers(dest="command", required=True)
     first = commands.add_parser("manifest", help="published JSON -> manifest for data_tools/pack.py")

@@ -25,12 +25,13 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from core.audio import SAMPLE_RATE, AudioError, to_mono
+from core.command_line import program_name
 from core.console import one_line, plural, print_error
 from core.samples import PromptError
 from core.spelling import word_spans
 from core.subtitles import FORMATS, cues, write
 from data_tools.audio import read_clip
-from data_tools.corpora import Corpus, CorpusError, Entry, Fault, Ignored, fault_of, malformed, open_apart
+from data_tools.corpora import Corpus, CorpusError, Entry, Ignored, Rejection, fault_of, malformed, open_apart
 from data_tools.filters import piped
 from data_tools.segments import Cutting, cut
 from model import folder
@@ -53,7 +54,7 @@ class Rejected(ValueError):
         self.reason = reason
 
 
-def entries(corpora: list[Corpus], allow_pipes: bool) -> Iterator[Entry | Fault]:
+def entries(corpora: list[Corpus], allow_pipes: bool) -> Iterator[Entry | Rejection]:
     for corpus in corpora:
         for item in corpus:
             if isinstance(item, Ignored):
@@ -73,12 +74,14 @@ def read(entry: Entry) -> torch.Tensor:
     return torch.from_numpy(to_mono(audio, SAMPLE_RATE, levels=False).samples)
 
 
-def batches(items: Iterator[Entry | Fault]) -> Iterator[tuple[list[tuple[Entry, torch.Tensor]], list[Fault]]]:
+def batches(
+    items: Iterator[Entry | Rejection],
+) -> Iterator[tuple[list[tuple[Entry, torch.Tensor]], list[Rejection]]]:
     """Clips with their waveforms, and what could not be read, in the corpus' order."""
     clips: list[tuple[Entry, torch.Tensor]] = []
-    faults: list[Fault] = []
+    faults: list[Rejection] = []
     for item in items:
-        if isinstance(item, Fault):
+        if isinstance(item, Rejection):
             faults.append(item)
         else:
             try:
@@ -129,7 +132,7 @@ def rounded(word: Word, offset: float = 0.0) -> dict:
 
 def segments(
     entry: Entry, found: Aligned, seconds: float, cutting: Cutting, least_confidence: float
-) -> tuple[list[dict], list[Fault]]:
+) -> tuple[list[dict], list[Rejection]]:
     """Lines of the clips that a recording is cut into, and clips that are of no use."""
     spans = word_spans(entry.text, entry.lang)
     words = found.words
@@ -137,7 +140,7 @@ def segments(
         words = words[:-1]  # after the audio's end, or signs that take no time
     rows, faults = [], []
     if found.problem:
-        faults.append(Fault(entry.id, "not_aligned", found.problem, entry.corpus))
+        faults.append(Rejection(entry.id, "not_aligned", found.problem, entry.corpus))
         if len(words) == 0 or words[-1].confidence == 0:
             return [], faults
     for number, clip in enumerate(cut(words, seconds, cutting)):
@@ -150,7 +153,7 @@ def segments(
                 f"({clip.start:.1f} to {clip.end:.1f} s)",
             )
         if problem:
-            faults.append(Fault(name, *problem, entry.corpus))
+            faults.append(Rejection(name, *problem, entry.corpus))
             continue
         last = len(spans) if clip.last == len(words) and not found.problem else clip.last
         text = " ".join(entry.text[spans[clip.first][0] : spans[last - 1][1]].split())
@@ -172,7 +175,7 @@ def segments(
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m evaluation.align",
+        prog=program_name("python -m evaluation.align"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -235,7 +238,7 @@ def run(options: argparse.Namespace) -> str:
                     else:
                         rows.append(timed(entry, found))
                 except Rejected as problem:
-                    faults.append(Fault(entry.id, problem.reason, str(problem), entry.corpus))
+                    faults.append(Rejection(entry.id, problem.reason, str(problem), entry.corpus))
                     continue
                 if options.subtitles and found.words:
                     titles.mkdir(exist_ok=True)

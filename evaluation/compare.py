@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from core.command_line import program_name
 from core.plugins import PluginError, add_plugins_option, load_plugins
 from evaluation.metrics import METRICS, metric_of
 from evaluation.metrics.accuracy import with_labels
@@ -80,7 +81,9 @@ def compare(first: Path, second: Path) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m evaluation.compare", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog=program_name("python -m evaluation.compare"), description=__doc__.splitlines()[0]
+    )
     parser.add_argument("first", type=Path)
     parser.add_argument("second", type=Path)
     parser.add_argument("--json", type=Path, help="write the result here as well")

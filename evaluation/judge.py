@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from core.command_line import program_name
 from core.console import one_line, print_error, print_text
 from core.samples import PromptError
 from evaluation.air_bench import read_meta, sample_id
@@ -168,7 +169,9 @@ def summarise(judgements: list[dict]) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m evaluation.judge", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog=program_name("python -m evaluation.judge"), description=__doc__.splitlines()[0]
+    )
     parser.add_argument("predictions", type=Path)
     judge = parser.add_mutually_exclusive_group(required=True)
     judge.add_argument(

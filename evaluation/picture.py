@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from core.command_line import program_name
 from data_tools.shards import ShardError, ShardIndex
 from model import folder
 from model.picture import draw
@@ -18,7 +19,9 @@ from stream.rejected import BrokenSample
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m evaluation.picture", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog=program_name("python -m evaluation.picture"), description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--model", type=Path, required=True, help="model folder")
     parser.add_argument("--shards", required=True, help="folder written by data_tools/pack.py")
     parser.add_argument("--index", type=int, default=0, help="which sample of the folder (default: 0)")

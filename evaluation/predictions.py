@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from core.console import OneLine
@@ -155,7 +155,7 @@ class PredictionFile:
         files = [*self.parts(), *([self.path] if self.path.exists() else [])]
         return {row_key(row) for file in files for row in read_rows(file)}
 
-    def append(self, rows: list[dict], rejected: list[dict] = ()) -> None:
+    def append(self, rows: list[dict], rejected: Sequence[dict] = ()) -> None:
         """Add rows; they are on disk when this returns."""
         for file, new in ((self.part, rows), (self.rejected_part, rejected)):
             if not new:

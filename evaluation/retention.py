@@ -23,6 +23,7 @@ from peft import PeftModel
 from sacrebleu.metrics import CHRF
 from tqdm import tqdm
 
+from core.command_line import program_name
 from core.control_tokens import text_ids
 from core.samples import asked
 from evaluation.resampling import interval, paired_test
@@ -112,7 +113,7 @@ def retention(model: Soundwave, passages: list[str], questions: list[dict], max_
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m evaluation.retention", description=__doc__.splitlines()[0]
+        prog=program_name("python -m evaluation.retention"), description=__doc__.splitlines()[0]
     )
     parser.add_argument("--model", type=Path, required=True, help="model folder of stage II or III")
     parser.add_argument(

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from core.command_line import program_name
 from core.console import OneLine
 from core.distributed import disconnect, hard_exit
 from core.plugins import PluginError, add_plugins_option, load_plugins
@@ -403,7 +404,9 @@ def finish(
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m evaluation.run", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog=program_name("python -m evaluation.run"), description=__doc__.splitlines()[0]
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", type=Path, help="model folder written by a stage: <output>/<stage>/model")
     source.add_argument(

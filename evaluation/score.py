@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from core.command_line import program_name
 from core.languages import is_known
 from core.plugins import PluginError, add_plugins_option, load_plugins
 from core.samples import target_language
@@ -153,7 +154,9 @@ def print_notes(result: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m evaluation.score", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog=program_name("python -m evaluation.score"), description=__doc__.splitlines()[0]
+    )
     parser.add_argument("files", nargs="+", type=Path, help="predictions written by evaluation.run")
     parser.add_argument(
         "--marks",

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 
+from core.command_line import program_name
 from data_tools.shards import ShardError
 from evaluation.run import InputError, shard_folder
 from model import folder
@@ -58,7 +59,7 @@ def measure(model: Soundwave, batch: Batch, max_new_tokens: int) -> dict[str, fl
     answer)."""
     device = next(model.parameters()).device
     began = wait(device)
-    model.listen(batch)
+    model.encode_audio(batch)
     listened = wait(device)
     frames, kept = (int(lengths.sum()) for lengths in model.lengths_of_last_batch)
     result = {"audio_path": listened - began, "frames": frames, "kept": kept}
@@ -91,7 +92,9 @@ def summarise(clips: list[dict]) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m evaluation.speed", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog=program_name("python -m evaluation.speed"), description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--model", type=Path, required=True, help="model folder")
     parser.add_argument("--shards", required=True, help="folder written by data_tools/pack.py")
     parser.add_argument("--split", help="sub-folder of --shards")

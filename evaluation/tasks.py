@@ -177,7 +177,9 @@ def _without_listing(answer: str, choices: list[str]) -> str:
         return rf"(?<![\w'])[(\[\"'*]*{letter}[.):\]\"'*]+\s*(?i:{spelled})(?!\w)[.,;]?"
 
     options = [
-        option(letter, choice) for letter, choice in zip(_LETTERS, choices) if re.search(r"[^\W_]", choice)
+        option(letter, choice)
+        for letter, choice in zip(_LETTERS, choices, strict=False)
+        if re.search(r"[^\W_]", choice)
     ]
     if sum(re.search(pattern, answer) is not None for pattern in options) < 2:
         return answer

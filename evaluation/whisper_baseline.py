@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
 
+from core.command_line import program_name
 from core.distributed import disconnect, hard_exit
 from core.languages import language_code
 from data_tools.shards import ShardError, ShardIndex
@@ -108,7 +109,7 @@ def read_batch(index: ShardIndex, rows: list[int]) -> tuple[list[dict], list[tor
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m evaluation.whisper_baseline", description=__doc__.splitlines()[0]
+        prog=program_name("python -m evaluation.whisper_baseline"), description=__doc__.splitlines()[0]
     )
     parser.add_argument("--whisper", type=Path, required=True, help="folder of a whole transformers Whisper")
     parser.add_argument("--shards", required=True, help="folder written by data_tools/pack.py")

@@ -178,123 +178,138 @@ class Running:
 
 
 def run(record: Path, steps: list[Step], at_once: int = 1) -> None:
-    """All steps; `record`: the file that says what is done. at_once: steps that may run side by side where
-    `after` allows it; with more than one, each one's output goes to logs/NAME.log beside the record. A failed
-    step stops those that need it, not the others. Errors: StepError, of the first that failed, when no other
-    can be done.
+    """Run all steps; `record`: the file that holds what is done. at_once: steps that may run side by side
+    where `after` allows it; with more than one, each one's output goes to logs/NAME.log beside the record. A
+    failed step stops those that need it, not the others. Errors: StepError, of the first that failed, when no
+    other can be done.
     """
-    state, running, finished = State(record), [], set()
-    waiting, failed = list(enumerate(steps, 1)), []
-    spent = expected = (
-        0.0  # of the steps that ran now: how this machine compares with the one that `minutes` were taken on
-    )
+    schedule = Schedule(record, steps, at_once)
 
-    def label(number: int, step: Step) -> str:
-        return f"[{number:2d}/{len(steps)}] {step.title}"
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt  # as Ctrl-C: commands get the time to save
 
-    def ready(number: int, step: Step) -> bool:
-        before = {earlier.name for earlier in steps[: number - 1]}
-        return (before if step.after is None else before & set(step.after)) <= finished
+    on_term = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        while schedule.start_ready():
+            schedule.wait_for_one()
+    finally:
+        schedule.stop()
+        signal.signal(signal.SIGTERM, on_term)
+    if schedule.failed:
+        raise StepError(schedule.failed[0])
 
-    def start(number: int, step: Step) -> Running | None:
-        """None where the step is done already."""
-        key, known = digest(step.key()), state.steps.get(step.name, {})
+
+class Schedule:
+    """Which steps are done, run and wait."""
+
+    def __init__(self, record: Path, steps: list[Step], at_once: int):
+        self.record, self.steps, self.at_once = record, steps, at_once
+        self.state = State(record)
+        self.waiting = list(enumerate(steps, 1))
+        self.running: list[Running] = []
+        self.finished: set[str] = set()
+        self.failed: list[str] = []
+        # Minutes of the steps that ran now: this machine compared with the one that `minutes` were taken on.
+        self.spent = self.expected = 0.0
+
+    def label(self, number: int, step: Step) -> str:
+        return f"[{number:2d}/{len(self.steps)}] {step.title}"
+
+    def ready(self, number: int, step: Step) -> bool:
+        before = {earlier.name for earlier in self.steps[: number - 1]}
+        return (before if step.after is None else before & set(step.after)) <= self.finished
+
+    def start_ready(self) -> bool:
+        """Start what may run now. Return whether anything runs."""
+        while True:
+            for number, step in list(self.waiting):
+                if self.running and (step.alone or self.running[0].step.alone):
+                    continue
+                if len(self.running) < self.at_once and self.ready(number, step):
+                    self.waiting.remove((number, step))
+                    if one := self.start(number, step):
+                        self.running.append(one)
+                    else:
+                        self.finished.add(step.name)
+            if self.running or not any(self.ready(*one) for one in self.waiting):
+                return bool(self.running)
+
+    def start(self, number: int, step: Step) -> Running | None:
+        """Return None where the step is done already."""
+        key, known = digest(step.key()), self.state.steps.get(step.name, {})
         if known.get("status") == "done" and known.get("key") == key and step.output.exists():
-            print(f"{label(number, step)}: done")
+            print(f"{self.label(number, step)}: done")
             return None
-        pace = max(0.2, spent / expected) if expected > 1 else 1.0
-        left = (
-            sum(
-                later.minutes
-                for _, later in waiting
-                if state.steps.get(later.name, {}).get("status") != "done"
-            )
-            / at_once
-        )
+        pace = max(0.2, self.spent / self.expected) if self.expected > 1 else 1.0
+        after = [
+            later.minutes
+            for _, later in self.waiting
+            if self.state.steps.get(later.name, {}).get("status") != "done"
+        ]
+        left = sum(after) / self.at_once
         print(
-            f"\n{label(number, step)} ({clock(step.minutes * pace)}; after it {clock(left * pace)} to go)",
+            f"\n{self.label(number, step)} "
+            f"({clock(step.minutes * pace)}; after it {clock(left * pace)} to go)",
             flush=True,
         )
         command = with_free_port(step.command)
         print(f"      {shlex.join(command)}", flush=True)
         if step.set_aside and known.get("key") not in (None, key):
             set_aside(step.set_aside)
-        log = record.parent / "logs" / f"{step.name}.log" if at_once > 1 else None
+        log = self.record.parent / "logs" / f"{step.name}.log" if self.at_once > 1 else None
         with contextlib.ExitStack() as opened:
             output = None
             if log:
                 log.parent.mkdir(parents=True, exist_ok=True)
                 output = opened.enter_context(open(log, "a"))
-            # Noted before it begins: whatever ends this process, what the step leaves is known as that of
-            # this key.
+            # Recorded before it begins: whatever ends this process, what the step leaves belongs to this key.
             before = known.get("seconds", 0.0) if known.get("key") == key else 0.0
-            state.note(step.name, key=key, status="begun", seconds=before)
+            self.state.note(step.name, key=key, status="begun", seconds=before)
             process = subprocess.Popen(
                 command,
-                env=child_environment(step.processes * at_once),
+                env=child_environment(step.processes * self.at_once),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
             )
         return Running(number, step, key, before, process, log, time.monotonic())
 
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt  # as Ctrl-C: commands get the time to save, and none goes on without us
+    def note(self, one: Running, status: str = "begun") -> None:
+        seconds = round(one.before + one.seconds, 1)
+        self.state.note(one.step.name, key=one.key, status=status, seconds=seconds)
 
-    def note(one: Running, status: str = "begun") -> None:
-        state.note(one.step.name, key=one.key, status=status, seconds=round(one.before + one.seconds, 1))
+    def wait_for_one(self) -> None:
+        """Wait until a step ends, and record how."""
+        while not (ended := [one for one in self.running if one.process.poll() is not None]):
+            time.sleep(0.05)
+        for one in ended:
+            self.running.remove(one)
+            if one.process.returncode or not one.step.output.exists():
+                self.fail(one)
+                continue
+            self.note(one, "done")
+            self.finished.add(one.step.name)
+            self.spent, self.expected = self.spent + one.seconds / 60, self.expected + one.step.minutes
+            if self.at_once > 1:
+                print(f"{self.label(one.number, one.step)}: done in {clock(one.seconds / 60)}", flush=True)
 
-    on_term = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        while True:
-            for number, step in list(waiting):
-                if running and (step.alone or running[0].step.alone):
-                    continue
-                if len(running) < at_once and ready(number, step):
-                    waiting.remove((number, step))
-                    if one := start(number, step):
-                        running.append(one)
-                    else:
-                        finished.add(step.name)
-            if not running:
-                if any(ready(*one) for one in waiting):
-                    continue
-                break
-            while not (ended := [one for one in running if one.process.poll() is not None]):
-                time.sleep(0.05)
-            for one in ended:
-                running.remove(one)
-                code = one.process.returncode
-                if code or not one.step.output.exists():
-                    note(one)
-                    messages = f"in {one.log}" if one.log else "above"
-                    why = (
-                        "was preempted and has saved"
-                        if code == 85
-                        else f"failed (exit {code}); its messages are {messages}"
-                    )
-                    failed.append(
-                        f"step {one.number}, {one.step.title}, {why}. The same command goes on from there"
-                    )
-                    if at_once > 1:
-                        print(f"{label(one.number, one.step)}: failed (exit {code}), {one.log}", flush=True)
-                    continue
-                note(one, "done")
-                finished.add(one.step.name)
-                spent, expected = spent + one.seconds / 60, expected + one.step.minutes
-                if at_once > 1:
-                    print(f"{label(one.number, one.step)}: done in {clock(one.seconds / 60)}", flush=True)
-    # only an interruption finds something still running: it gets the time to save that a launcher gives its
-    # ranks
-    finally:
-        for one in running:
+    def fail(self, one: Running) -> None:
+        self.note(one)
+        code = one.process.returncode
+        messages = f"in {one.log}" if one.log else "above"
+        failure = f"failed (exit {code}); its messages are {messages}"
+        why = "was preempted and has saved" if code == 85 else failure
+        self.failed.append(f"step {one.number}, {one.step.title}, {why}. The same command goes on from there")
+        if self.at_once > 1:
+            print(f"{self.label(one.number, one.step)}: failed (exit {code}), {one.log}", flush=True)
+
+    def stop(self) -> None:
+        """After an interruption: give running steps the time to save that a launcher gives its ranks."""
+        for one in self.running:
             one.process.terminate()
-        for one in running:
+        for one in self.running:
             try:
                 one.process.wait(60)
             except subprocess.TimeoutExpired:
                 one.process.kill()
-            note(one)
-        signal.signal(signal.SIGTERM, on_term)
-    if failed:
-        raise StepError(failed[0])
+            self.note(one)

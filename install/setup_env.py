@@ -14,6 +14,8 @@ it stopped:
                    torchaudio` fails, and transformers with it. On CUDA torch it stays (and comes back)
 4. deepspeed ops   built into the installed package instead of just in time inside the first run
 5. fused op        python -m model.ops.build
+6. this project    pip install -e . without its dependencies: packages that import from any folder, the
+                   command `soundwave`
 
 The stamp .venv/.setup/done holds the hash of everything that these steps depend on. Only the standard library
 is used here, and syntax that an old Python can read, so that it can say that it is too old. One set-up works
@@ -155,7 +157,7 @@ def fingerprint(kind):
     digest = hashlib.sha256(repr((kind, sys.version_info[:3])).encode())
     sources = (
         [ROOT / name for name in REQUIREMENTS]
-        + [ROOT / "install" / "setup_env.py"]
+        + [ROOT / "install" / "setup_env.py", ROOT / "pyproject.toml"]
         + sorted(LOCKS.glob("*.txt"))
     )
     sources += [
@@ -211,7 +213,7 @@ def last_set_up(env):
 def make_venv(env):
     if env.python.exists() and env.ask("import pip; print(pip.__version__)") is not None:
         return
-    say("[1/5] virtual environment %s" % env.folder)
+    say("[1/6] virtual environment %s" % env.folder)
     command = [sys.executable, "-m", "venv", "--clear", str(env.folder)]
     made = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL
@@ -287,7 +289,7 @@ def install_packages(env, kind, files, installer):
     )  # a source distribution would run code, and fetch what it is built with unchecked
     lock = kind
     if kind == "cpu" and have != wanted + "+cpu":
-        say("[2/5] packages: torch %s first" % wanted)
+        say("[2/6] packages: torch %s first" % wanted)
         torch = env.state / "torch-cpu.txt"
         torch.write_text((ROOT / "requirements-torch-cpu.txt").read_text())
         try:
@@ -302,7 +304,7 @@ def install_packages(env, kind, files, installer):
             lock = "cuda"
     elif kind == "cuda" and have == wanted + "+cpu":  # pip would leave it: +cpu is the same version to it
         env.run("pip-torch", [str(env.python), "-m", "pip", "uninstall", "--yes", "torch"])
-    say("[2/5] packages: %s" % " ".join(files))
+    say("[2/6] packages: %s" % " ".join(files))
     plain = [lock_of(name, lock) for name in files if name != "requirements-gpu.txt"]
     took = installer.run("pip", plain, wheels)
     if "requirements-gpu.txt" in files:  # flash-attn's build reads the installed torch
@@ -319,7 +321,7 @@ def mend_torchaudio(env):
     package = env.site_packages / "torchaudio"
     library, aside = package / "lib", package / "lib.cuda"
     if cuda == "None" and library.exists():
-        say("[3/5] torchaudio: its compiled part needs CUDA, torch here has none: moved to %s" % aside.name)
+        say("[3/6] torchaudio: its compiled part needs CUDA, torch here has none: moved to %s" % aside.name)
         shutil.rmtree(str(aside), ignore_errors=True)
         library.rename(aside)
     elif cuda != "None" and aside.exists() and not library.exists():
@@ -360,7 +362,7 @@ def build_deepspeed(env, kind, installer):
     have = env.ask("import importlib.metadata as m; print(m.version('deepspeed'))")
     if have == pins(LOCKS / "deepspeed.txt")["deepspeed"] and env.ask(check) == "ok":
         return
-    say("[4/5] DeepSpeed's ops (%s), about 2 minutes" % ", ".join(wanted))
+    say("[4/6] DeepSpeed's ops (%s), about 2 minutes" % ", ".join(wanted))
     # DeepSpeed uses a prebuilt op only where the accelerator is the one that it was built under; a login node
     # shows none.
     flags = {"DS_ACCELERATOR": kind, **{BUILD_FLAGS[name]: "1" for name in wanted}}
@@ -399,8 +401,15 @@ def build_deepspeed(env, kind, installer):
 
 
 def build_fused_op(env):
-    say("[5/5] the fused op")
+    say("[5/6] the fused op")
     took = env.run("fused-op", [str(env.python), "-m", "model.ops.build"])
+    say("      done in %s" % took)
+
+
+def install_project(env):
+    say("[6/6] this project: the command soundwave")
+    command = [env.python, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps"]
+    took = env.run("project", command + ["--no-build-isolation", "--no-index", "--editable", str(ROOT)])
     say("      done in %s" % took)
 
 
@@ -462,6 +471,7 @@ def set_up(options):
         mend_torchaudio(env)
         build_deepspeed(env, kind, installer)
         build_fused_op(env)
+        install_project(env)
         summary = env.ask(SUMMARY)
         if summary is None:
             raise SetupError(
@@ -490,7 +500,7 @@ class lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(str(self.path), "w")
         except OSError as error:
-            raise SetupError("cannot write %s: %s" % (self.path, error.strerror))
+            raise SetupError("cannot write %s: %s" % (self.path, error.strerror)) from None
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

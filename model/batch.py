@@ -40,8 +40,9 @@ class Batch:
     # not trained on.
     audio_keys: torch.Tensor | None = None  # [A] int64
     row_keys: torch.Tensor | None = None  # [B] int64
+    audio_rows: torch.Tensor | None = None  # [A] int64: the row of each audio
 
-    def to(self, device: torch.device | str) -> "Batch":
+    def to(self, device: torch.device | str) -> Batch:
         moved = {
             f.name: getattr(self, f.name).to(device, non_blocking=True)
             for f in fields(self)
@@ -49,7 +50,7 @@ class Batch:
         }
         return replace(self, **moved)
 
-    def at_step(self, key: int) -> "Batch":
+    def at_step(self, key: int) -> Batch:
         """The batch with the dropout of one step: its utterances' keys mixed with the step's (a signed 64-bit
         number)."""
         from model.ops import mix64  # not above: readers of data make batches, and need no ops

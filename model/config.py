@@ -108,7 +108,10 @@ class SoundwaveConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     llm: LLMConfig = field(default_factory=LLMConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
-    shrinking: ShrinkingConfig = field(default_factory=ShrinkingConfig)
+    # ctc_peaks (the method) | all_frames | stacked | cif | one of a plugin's (docs/extending.md)
+    compressor: str = text("ctc_peaks")
+    compressor_options: dict[str, float] = field(default_factory=dict)  # e.g. {stack: 5}, by the compressor
+    shrinking: ShrinkingConfig = field(default_factory=ShrinkingConfig)  # of ctc_peaks
     ops: OpsConfig = field(default_factory=OpsConfig)
     prompt: str = choice(
         "chat", "chat", "release"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from core.command_line import program_name
 from model.folder import FolderError
 from model.official import from_official, to_official
 from model.pretrained import SourceError
@@ -17,7 +18,9 @@ from model.pretrained import SourceError
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program_name("python -m model.convert"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument(

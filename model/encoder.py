@@ -190,7 +190,7 @@ class WaveformEncoder(Encoder):
         self.layers = layers
         sizes = layers.config
         self.width = sizes.hidden_size
-        self.convolutions = list(zip(sizes.conv_kernel, sizes.conv_stride))
+        self.convolutions = list(zip(sizes.conv_kernel, sizes.conv_stride, strict=True))
         self.frame_rate = SAMPLE_RATE / math.prod(sizes.conv_stride)
         self.shortest = 1  # samples of the first frame
         for kernel, stride in reversed(self.convolutions):

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
+from core.command_line import program_name
 from model import identity
 from model.auto import SoundwaveHubConfig
 from model.encoder import tensor_prefix
@@ -140,7 +141,7 @@ def _copy_encoder(encoder: Source, out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m model.export",
+        prog=program_name("python -m model.export"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -98,7 +98,7 @@ def _each(
     framed, power, logs = (waveforms.new_empty(most + 2, width) for width in (WINDOW, bins, n_mels))
     spectra = waveforms.new_empty(most + 2, bins, dtype=torch.complex64)
     one = torch.ones(())
-    for clip, length, out in zip(waveforms, lengths.tolist(), mel):
+    for clip, length, out in zip(waveforms, lengths.tolist(), mel, strict=True):
         size = pad_to_samples or (_FULL if _FULL - WINDOW < length <= _FULL else length + WINDOW)
         padded = samples[: size + WINDOW]
         padded[half : half + length] = clip[:length]

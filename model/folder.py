@@ -312,7 +312,7 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the tensors of a safetensors file, from its header. Errors: FolderError."""
     try:
         with safe_open(file, "pt") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise FolderError(f"{file} cannot be read ({one_line(error)}): copy the folder again") from None
 

@@ -46,12 +46,12 @@ def inherited_options(folder: str | Path) -> dict[str, object]:
         ) from None
     kept = ["encoder", "alignment", "audio_token", "llm.name"]
     if stage not in STAGES or STAGES[stage].needs_llm:
-        kept += ["shrinking", "prompt", "system_prompt"]
+        kept += ["compressor", "compressor_options", "shrinking", "prompt", "system_prompt"]
     if (folder / "lora").is_dir():
         kept.append("llm")
     options = {}
     for name, default in asdict(SoundwaveConfig()).items():
-        if isinstance(default, dict):
+        if isinstance(default, dict) and default:  # a section; a table of numbers is one option
             options |= {
                 f"{name}.{key}": sections.get(name, {}).get(key, value) for key, value in default.items()
             }
@@ -89,7 +89,7 @@ def held_parts(folder: str | Path) -> set[str]:
     file = Path(folder) / "adapters.safetensors"
     try:
         with safe_open(file, "np") as opened:
-            return {name.split(".")[0] for name in opened.keys()}
+            return {name.split(".")[0] for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise StartError(
             f"{file} cannot be read ({str(error).splitlines()[0]}): copy the folder again"

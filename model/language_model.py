@@ -431,9 +431,11 @@ def target_loss(
     mask: torch.Tensor,
     labels: torch.Tensor,
     row_keys: torch.Tensor | None = None,
+    shared: dict | None = None,
 ) -> torch.Tensor:
     """embeddings [B, L, D], mask [B, L], labels [B, L] (-100: none) -> cross-entropy summed over the target
-    tokens.
+    tokens. shared: gets `target_hidden`, the hidden states [N, D] in front of the output embeddings at the
+    target positions (at least one), for other losses; None where the head does more than multiply.
 
     row_keys [B]: the rows' keys of dropout, needed where LoRA's is on. Rows are joined to one without padding
     where that is cheaper and `llm.joins_rows` (model/rows.py) allows it; their positions start at 0 again, by
@@ -457,6 +459,8 @@ def target_loss(
 
     def select(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden = inputs[0][rows, columns]
+        if shared is not None:
+            shared["target_hidden"] = None if product is False else hidden
         if product is False:
             return (hidden.unsqueeze(0),)
         seen["loss"] = HeadCrossEntropy.apply(hidden, module.weight, targets)
@@ -478,7 +482,7 @@ def target_loss(
             seen["product"], logits.float(), rtol=0.0, atol=0.0, equal_nan=True
         )
         if not product:
-            return target_loss(llm, embeddings, mask, labels, row_keys)
+            return target_loss(llm, embeddings, mask, labels, row_keys, shared)
     if product:
         return counts * seen["loss"]
     return counts * F.cross_entropy(logits[0].float(), targets, reduction="sum")

@@ -261,6 +261,7 @@ _FIXED = (
     ("alignment.layers", 1),
     ("alignment.ffn_multiple", 2.0),
     ("alignment.heads", None),
+    ("compressor", "ctc_peaks"),
     ("shrinking.heads", None),
     ("shrinking.enabled", True),
     ("shrinking.keep", "first"),
@@ -274,17 +275,8 @@ _FIXED = (
 )
 
 
-def to_official(run: str | Path, out: str | Path) -> Path:
-    """A model folder of ours in the release's layout: names, config, tokenizer with `<audio_patch>`; LoRA
-    merged.
-
-    Tables grow to hold `<audio_patch>`; a tied CTC head is written out with its blank row; tied embeddings
-    are written twice. The encoder's tensors stand under `model.audio_tower`, its configuration in encoder/.
-    Errors: FolderError for a stage I folder, an LLM that is no Llama, and for switches that the release's
-    code does not have.
-    """
-    run, out = Path(run), Path(out)
-    config = read_config(run)
+def _check_convertible(run: Path, config: SoundwaveConfig) -> None:
+    """Errors: FolderError for a folder that the release's layout cannot hold."""
     if not STAGES[describe(run)["stage"]].needs_llm:
         raise FolderError(
             f"{run} is a stage I folder: the release's layout holds all parts, give one of stage II or III"
@@ -296,18 +288,11 @@ def to_official(run: str | Path, out: str | Path) -> Path:
                 f"{run} has model.{key} = {have}, the release's code knows {value} only: "
                 "its answers would not be this model's"
             )
-    llm, encoder = locate(config.llm.name), locate(config.encoder.name)
-    if llm.config.model_type != "llama":
-        raise FolderError(
-            f"{llm.name} is a '{llm.config.model_type}' model; the release's layout takes Llama only"
-        )
-    tokenizer = load_tokenizer(llm, config.audio_token)
-    audio_id = tokenizer.convert_tokens_to_ids(config.audio_token)
-    if tokenizer.pad_token_id is None:  # the release's code tells padding by a token of its own
-        tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    rows = max(llm.config.vocab_size, len(tokenizer))
 
-    writer = ShardWriter(out)
+
+def _add_llm(writer: ShardWriter, run: Path, llm: Source, rows: int) -> torch.Tensor | None:
+    """Write the LLM's tensors, LoRA merged, tables of `rows` rows. Return the output embeddings as they were;
+    None where the LLM has none."""
     merge = LoRAMerge(run / LORA) if (run / LORA).is_dir() else None
     output_table = None
     for name, tensor in stream_tensors(llm.folder, "merging the LLM"):
@@ -322,7 +307,13 @@ def to_official(run: str | Path, out: str | Path) -> Path:
             writer.add(name, tensor)
     if merge:
         merge.check_all_used()
+    return output_table
 
+
+def _add_adapters(
+    writer: ShardWriter, run: Path, output_table: torch.Tensor | None, rows: int, audio_id: int
+) -> None:
+    """Write the adapters and the CTC head under the release's names."""
     adapters = load_file(run / ADAPTERS)
     blank_row = adapters.pop("ctc_head.blank_row", None)
     if blank_row is not None:
@@ -337,6 +328,34 @@ def to_official(run: str | Path, out: str | Path) -> Path:
         writer.add(_JOINT + kind, joint)
     for name, tensor in adapters.items():
         writer.add(their_name(name), tensor)
+
+
+def to_official(run: str | Path, out: str | Path) -> Path:
+    """A model folder of ours in the release's layout: names, config, tokenizer with `<audio_patch>`; LoRA
+    merged.
+
+    Tables grow to hold `<audio_patch>`; a tied CTC head is written out with its blank row; tied embeddings
+    are written twice. The encoder's tensors stand under `model.audio_tower`, its configuration in encoder/.
+    Errors: FolderError for a stage I folder, an LLM that is no Llama, and for switches that the release's
+    code does not have.
+    """
+    run, out = Path(run), Path(out)
+    config = read_config(run)
+    _check_convertible(run, config)
+    llm, encoder = locate(config.llm.name), locate(config.encoder.name)
+    if llm.config.model_type != "llama":
+        raise FolderError(
+            f"{llm.name} is a '{llm.config.model_type}' model; the release's layout takes Llama only"
+        )
+    tokenizer = load_tokenizer(llm, config.audio_token)
+    audio_id = tokenizer.convert_tokens_to_ids(config.audio_token)
+    if tokenizer.pad_token_id is None:  # the release's code tells padding by a token of its own
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    rows = max(llm.config.vocab_size, len(tokenizer))
+
+    writer = ShardWriter(out)
+    output_table = _add_llm(writer, run, llm, rows)
+    _add_adapters(writer, run, output_table, rows, audio_id)
     for name, tensor in stream_tensors(encoder.folder, "copying the encoder"):
         if "encoder." in name and "decoder." not in name:
             writer.add(_ENCODER + name.split("encoder.", 1)[1], tensor)

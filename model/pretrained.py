@@ -64,7 +64,7 @@ class Source:
     config: PretrainedConfig
     folder: Path | None
 
-    def without_weights(self) -> "Source":
+    def without_weights(self) -> Source:
         return replace(self, folder=None)
 
 

@@ -118,7 +118,7 @@ def probe(llm: nn.Module, audio_id: int) -> Rows:
             f"{name} does not run as the LLM, which is given embeddings in place of token ids "
             f"({(str(error).splitlines() or [type(error).__name__])[0]}): choose another model.llm.name"
         ) from error
-    if any(not torch.equal(one, two) for one, two in zip(before, _random_states(device))):
+    if any(not torch.equal(one, two) for one, two in zip(before, _random_states(device), strict=True)):
         raise SourceError(
             f"{name} draws random numbers while it is trained: losses would depend on how a step is cut into "
             "micro-batches and ranks; choose another model.llm.name"

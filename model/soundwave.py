@@ -17,6 +17,7 @@ from core.options import problems
 from model import identity
 from model.alignment import AlignmentAdapter, CTCHead
 from model.batch import Batch
+from model.compressors import Compressor, CTCView, compressor_of
 from model.config import OptionError, SoundwaveConfig
 from model.dropout import LoraDropout
 from model.encoder import build_encoder, tensor_prefix
@@ -33,7 +34,6 @@ from model.pretrained import (
     output_embeddings,
     text_config,
 )
-from model.shrinking import ShrinkingAdapter, kept_frames
 from model.stages import ALIGNMENT, PARTS, SHRINKING, STAGES
 
 
@@ -67,6 +67,13 @@ class Audio(NamedTuple):
     blank_logprob: torch.Tensor  # [A, T]
     kept: torch.Tensor  # [A, K] frame positions
     kept_lengths: torch.Tensor  # [A]
+    compressed: torch.Tensor | None  # [A, K, D], what the LLM reads; None without the LLM
+    losses: dict[str, torch.Tensor]  # [A] each: auxiliary losses of the compressor
+
+    def rows(self, rows: torch.Tensor | list[int]) -> Audio:
+        """Return some of the audios."""
+        tensors = {name: value[rows] for name, value in self._asdict().items() if torch.is_tensor(value)}
+        return self._replace(**tensors, losses={name: value[rows] for name, value in self.losses.items()})
 
 
 class Soundwave(Generation, nn.Module):
@@ -78,7 +85,7 @@ class Soundwave(Generation, nn.Module):
         encoder: nn.Module | None,
         alignment: AlignmentAdapter,
         ctc_head: CTCHead,
-        shrinking: ShrinkingAdapter | None,
+        shrinking: Compressor | None,
         llm: nn.Module | None,
         sources: dict,
     ):
@@ -109,7 +116,7 @@ class Soundwave(Generation, nn.Module):
         parts: tuple[str, ...] = PARTS,
         device: torch.device | str | None = None,
         meta: bool = False,
-    ) -> "Soundwave":
+    ) -> Soundwave:
         """Frozen parts from their folders, fresh adapters and LoRA.
 
         parts without "llm": stage I; of the LLM only its embeddings are read, from its safetensors, and there
@@ -151,7 +158,7 @@ class Soundwave(Generation, nn.Module):
                 )
             ctc_head = CTCHead(config.alignment.ctc_head, embeddings, output_rms, audio_id, config.ops)
             gain = input_rms if config.shrinking.init_gain_to_embeddings else 1.0
-            shrinking = ShrinkingAdapter(config.shrinking, width, heads, gain) if llm is not None else None
+            shrinking = compressor_of(config)(config, width, heads, gain) if llm is not None else None
         model = cls(
             config,
             tokenizer=tokenizer,
@@ -185,7 +192,7 @@ class Soundwave(Generation, nn.Module):
             self.ctc_head.weight.requires_grad_(False)
         self.train(self.training)
 
-    def train(self, mode: bool = True) -> "Soundwave":
+    def train(self, mode: bool = True) -> Soundwave:
         super().train(mode)
         stage = STAGES[self.stage]
         for name in ("encoder", "alignment", "ctc_head", "shrinking"):
@@ -269,22 +276,34 @@ class Soundwave(Generation, nn.Module):
             batch.waveforms, batch.audio_lengths, self.config.alignment.ctc_length == "full", batch.mel_mask
         )
 
-    def listen(self, batch: Batch, with_ctc: bool = False) -> Audio:
-        """Everything up to the kept frames; with_ctc: the CTC loss, too."""
+    def encode_audio(self, batch: Batch, with_ctc: bool = False) -> Audio:
+        """Everything up to the compressed frames; with_ctc: the CTC loss, too."""
         hidden, lengths = self.alignment(*self.encode(batch), batch.audio_keys)
         targets = (batch.ctc_targets, batch.ctc_target_lengths) if with_ctc else ()
         loss, argmax, peak, blank_logprob = self.ctc_head(hidden, lengths, *targets)
-        kept, kept_lengths = kept_frames(
-            self.config.shrinking, argmax, peak.detach(), blank_logprob.detach(), lengths, self.ctc_head.blank
+        view = CTCView(
+            argmax,
+            peak.detach(),
+            blank_logprob.detach(),
+            self.ctc_head.blank,
+            torch.where(batch.has_transcript, batch.ctc_target_lengths, 0),
+            batch.audio_keys,
         )
+        compressed, auxiliary = None, {}
+        if self.shrinking is None:
+            kept, kept_lengths = compressor_of(self.config).select(self.config, lengths, view)
+        else:  # the view by keyword: ZeRO-3's hooks look for tensors with gradients in what is given by place
+            compressed, kept_lengths, auxiliary, kept = self.shrinking(hidden, lengths, ctc=view)
         self.lengths_of_last_batch = (lengths, kept_lengths)
-        return Audio(hidden, lengths, loss, argmax, peak, blank_logprob, kept, kept_lengths)
+        return Audio(
+            hidden, lengths, loss, argmax, peak, blank_logprob, kept, kept_lengths, compressed, auxiliary
+        )
 
     def embeddings(
         self, batch: Batch, audio: Audio, left_padded: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The LLM's input: embeddings [B, L, D], mask [B, L], labels [B, L]."""
-        shrunk = self.shrinking(audio.hidden, audio.lengths, audio.kept, audio.kept_lengths, batch.audio_keys)
+        shrunk = audio.compressed
         if self.config.shrinking.token_embeddings:
             tokens = audio.argmax.gather(1, audio.kept)
             said = (tokens != self.ctc_head.blank) & (
@@ -320,7 +339,7 @@ class Soundwave(Generation, nn.Module):
     def forward(self, batch: Batch, *, losses: tuple[str, ...] = ("ctc",)) -> Output:
         """losses: names of LOSSES; ("ctc",) in stage I, ("ce", "ctc") in II, ("ce",) in III."""
         terms = {name: LOSSES[name] for name in losses}
-        audio = self.listen(batch, with_ctc=any(term.uses_ctc for term in terms.values()))
+        audio = self.encode_audio(batch, with_ctc=any(term.uses_ctc for term in terms.values()))
         state = ForwardState(self, batch, audio)
         sums = {name: term.numerator(state) for name, term in terms.items()}
         real = 0 if batch.audio_is_dummy else 1

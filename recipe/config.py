@@ -180,7 +180,11 @@ class Recipe:
 
 CORPORA = ("data.train", "data.valid")
 #: Keys that hold numbers by name, and an example of each.
-BY_NAME = {"data.mixture.task_weights": "{asr: 0.8}", "loss.weights": "{my_loss: 0.5}"}
+BY_NAME = {
+    "data.mixture.task_weights": "{asr: 0.8}",
+    "loss.weights": "{my_loss: 0.5}",
+    "model.compressor_options": "{stack: 5}",
+}
 
 
 def start_folder(recipe: Recipe) -> Path | None:

@@ -64,7 +64,16 @@ def trained_by(recipe: Recipe) -> int | None:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return None
-    return pid if any(word.endswith(b"train/run.py") or word == b"train.run" for word in words) else None
+    return pid if is_trainer(words) else None
+
+
+def is_trainer(words: list[bytes]) -> bool:
+    """Return whether a process's command line started training: a script, a module or `soundwave train`."""
+    console = any(
+        word.rpartition(b"/")[2] == b"soundwave" and following == b"train"
+        for word, following in zip(words, words[1:], strict=False)
+    )
+    return console or any(word.endswith(b"train/run.py") or word == b"train.run" for word in words)
 
 
 def began(pid: int) -> float:
@@ -147,20 +156,39 @@ def check_trains_something(recipe: Recipe) -> None:
         )
 
 
+def _auxiliary_of(recipe: Recipe) -> dict[str, float]:
+    """Return the losses of the compressor with their default weights; {} where it is not trained. Errors:
+    RecipeError."""
+    from model.compressors import compressor_of
+    from model.config import OptionError
+
+    try:
+        kind = compressor_of(recipe.model)
+    except OptionError as error:
+        raise RecipeError(str(error)) from None
+    return dict(kind.auxiliary) if "shrinking" in stage_of(recipe).trains else {}
+
+
 def losses_of(recipe: Recipe) -> dict[str, float]:
     """Return the stage's losses and those of `loss.weights`, with their weights, in the order they are added.
 
     The stage's first loss has weight 1, unless `loss.weights` names it. Errors: RecipeError.
     """
-    from model.losses import LOSSES  # PyTorch, for those who ask
+    from model.losses import LOSSES, CompressorLoss  # PyTorch, for those who ask
 
-    stage, given = stage_of(recipe), recipe.loss.weights
+    stage, auxiliary = stage_of(recipe), _auxiliary_of(recipe)
+    given = {**auxiliary, **recipe.loss.weights}
     weights: dict[str, float] = {}
     for name in (*stage.losses, *(name for name in given if name not in stage.losses)):
         if name not in LOSSES:
             where = f"stage {stage.name}" if name in stage.losses else "loss.weights"
             raise RecipeError(f"{where}: {LOSSES.describe_unknown(name)}")
         loss = LOSSES[name]
+        if isinstance(loss, CompressorLoss) and name not in auxiliary:
+            raise RecipeError(
+                f"loss.weights: the compressor '{recipe.model.compressor}' computes no loss '{name}' in "
+                f"stage {stage.number} ({stage.name}): remove it, or set model.compressor"
+            )
         if loss.needs_llm and not stage.needs_llm:
             raise RecipeError(
                 f"loss.weights: the loss '{name}' needs the LLM, which stage {stage.number} ({stage.name}) "

@@ -54,9 +54,11 @@ def decode_batch(
     audio: Audio | None = None,
     limits: list[int] | None = None,
 ) -> list[Decoded]:
-    """Return what a model writes for each conversation of a batch of prompts. audio: what `model.listen`
-    gives for the batch, where the caller has it. limits: of each answer's tokens, beside max_new_tokens.
-    Errors: ValueError where the model cannot decode so."""
+    """Return what a model writes for each conversation of a batch of prompts.
+
+    audio: what `model.encode_audio` gives for the batch, where the caller has it. limits: of each answer's
+    tokens, beside max_new_tokens. Errors: ValueError where the model cannot decode so.
+    """
     if decoding.decode == "ctc":
         return [Decoded(text, text, None) for text in model.ctc_greedy(batch, audio=audio)]
     answers = model.generate(
@@ -96,7 +98,7 @@ def _search(decoding: Decoding) -> dict:
 def rows_of(part: Batch | Audio, rows: list[int]):
     """Return some rows of a batch whose conversations have one audio each, or of its `Audio`."""
     if isinstance(part, Audio):
-        return Audio(*(value[rows] for value in part))
+        return part.rows(rows)
     chosen = {}
     for name in (one.name for one in fields(part)):
         value = getattr(part, name)

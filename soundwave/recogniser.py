@@ -438,7 +438,7 @@ class SpeechModel:
         blank = self.network.ctc_head.blank
         begins = self._word_beginnings()
         found = []
-        for argmax, length in zip(audio.argmax.cpu(), audio.lengths.tolist()):
+        for argmax, length in zip(audio.argmax.cpu(), audio.lengths.tolist(), strict=False):
             tokens = argmax[:length]
             is_blank = tokens == blank
             starts = begins[tokens.clamp(max=len(begins) - 1)] | is_blank
@@ -457,13 +457,13 @@ class SpeechModel:
         return self._begins_word
 
     def _encoded(self, waveforms: Sequence[np.ndarray], instruction: str) -> tuple[Batch, Audio]:
-        """Waveforms as a batch of prompts with the encoder's features, and what `listen` gives for it."""
+        """Waveforms as a batch of prompts with the encoder's features, and its `encode_audio`."""
         network = self.network
         chat = [asked(instruction, network.config.audio_token)]
         batch = network.prompts([chat] * len(waveforms), [torch.from_numpy(one) for one in waveforms])
         features, lengths = network.encode(batch)
         batch = replace(batch, waveforms=None, features=features, audio_lengths=lengths)
-        return batch, network.listen(batch)
+        return batch, network.encode_audio(batch)
 
     @torch.inference_mode()
     def _decode(self, pieces: list[_Piece], setup: _Setup) -> None:

@@ -193,7 +193,9 @@ class Cutter:
             chunks.append(self._slice(seen, min(self._end, end + self._context)))
             sizes.append(((begin - seen) // self._frame, -(-(end - begin) // self._frame)))
             begin = end
-        for chunk, (skip, count), frames in zip(chunks, sizes, self._scan(chunks) if chunks else []):
+        for chunk, (skip, count), frames in zip(
+            chunks, sizes, self._scan(chunks) if chunks else [], strict=False
+        ):
             blank, begins = np.ones(count, bool), np.ones(count, bool)  # frames that an encoder leaves out
             found = frames.blank[skip : skip + count]
             blank[: len(found)] = found

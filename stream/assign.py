@@ -30,7 +30,7 @@ class Budgets:
     tokens: float  # LLM positions: rows x the longest
 
     @classmethod
-    def of(cls, data: DataConfig) -> "Budgets":
+    def of(cls, data: DataConfig) -> Budgets:
         return cls(data.micro_batch_seconds, data.micro_batch_tokens)
 
 

@@ -36,6 +36,7 @@ from torch import distributed
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from core.command_line import program_name
 from data_tools.shards import ShardIndex, replace_file
 from model import identity
 from model.config import SoundwaveConfig
@@ -380,7 +381,7 @@ def ensure_features(
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m stream.cache",
+        prog=program_name("python -m stream.cache"),
         description="Fill data.cache_features of a recipe. With "
         "RANK and WORLD_SIZE set, several processes share the work.",
     )

@@ -178,6 +178,9 @@ class Collator:
             mel_mask=self._pad_masks([p.sample.mel_mask for p in heard]),
             audio_keys=torch.tensor([p.sample.dropout_key for p in heard] or [0]),
             row_keys=torch.tensor([p.sample.dropout_key for p in prepared] or [0]),
+            audio_rows=torch.tensor(
+                [i for i, p in enumerate(prepared) if p.sample.has_audio], dtype=torch.long
+            ),
         )
 
     def _language_of(self, sample: dict) -> str | None:

@@ -55,18 +55,18 @@ class Loaded:
     retries: int
     timings: dict[str, float]  # seconds of a worker, by PHASES
 
-    def pin_memory(self) -> "Loaded":
+    def pin_memory(self) -> Loaded:
         return self.unpacked()._each(torch.Tensor, torch.Tensor.pin_memory)
 
-    def packed(self) -> "Loaded":
+    def packed(self) -> Loaded:
         """Small tensors as arrays: a tensor leaves a worker as a file of shared memory, which costs more than
         they do."""
         return self._each(torch.Tensor, lambda value: value.numpy() if value.nbytes <= SMALL else value)
 
-    def unpacked(self) -> "Loaded":
+    def unpacked(self) -> Loaded:
         return self._each(np.ndarray, torch.from_numpy)
 
-    def _each(self, kind: type, change: Callable) -> "Loaded":
+    def _each(self, kind: type, change: Callable) -> Loaded:
         for name, value in vars(self.batch).items():
             if isinstance(value, kind):
                 setattr(self.batch, name, change(value))
@@ -84,7 +84,7 @@ class Reader(Protocol):
         """(seconds, what) of the utterance that a worker is at."""
 
 
-def _packed(loaded: "Loaded") -> "Loaded":
+def _packed(loaded: Loaded) -> Loaded:
     return loaded.packed() if torch.utils.data.get_worker_info() else loaded
 
 

@@ -14,9 +14,10 @@ import time
 
 import numpy as np
 
+from core.command_line import program_name
 from recipe.config import Recipe, RecipeError, load_recipe
 from stream.assign import Budgets, assign, padded_cost
-from stream.plan import UNITS_PER_SECOND, PlainPlan, Plan, mix64
+from stream.plan import UNITS_PER_SECOND, Plan, UnindexedPlan, mix64
 
 
 def effective_number(labels: np.ndarray) -> float:
@@ -140,7 +141,7 @@ def profile(recipe: Recipe, plan: Plan, steps: int, ranks: int) -> dict:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m stream", description="What a recipe's steps hold, before training."
+        prog=program_name("python -m stream"), description="What a recipe's steps hold, before training."
     )
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
@@ -158,9 +159,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         began = time.perf_counter()
-        plan = Plan.open(recipe.data, recipe.stage, recipe.optim.steps)
+        plan = Plan.open(recipe.data, recipe.stage, recipe.optim.steps, recipe.model)
         took = time.perf_counter() - began
-        if isinstance(plan, PlainPlan):
+        if isinstance(plan, UnindexedPlan):
             raise RecipeError(
                 "data.train is streamed without an index, so nothing is known of its steps beforehand: pack "
                 "it "

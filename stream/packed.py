@@ -31,7 +31,7 @@ from stream.assign import Budgets, assign
 from stream.cache import FeatureStore
 from stream.collate import Collator, Prepared
 from stream.loader import PHASES, Job, Loaded, Loader
-from stream.plan import PlainPlan, Plan
+from stream.plan import Plan, UnindexedPlan
 from stream.reader import SAMPLE_RATE, Sample, check_length, decode, read_with_retry
 from stream.rejected import RejectedLog, UnreadableSample, broken_by
 from stream.unindexed import PlainReader
@@ -234,13 +234,13 @@ class Stream:
         steps: int,
         *,
         rejected_path: str | Path | None = None,
-        plan: Plan | PlainPlan | None = None,
+        plan: Plan | UnindexedPlan | None = None,
         row_limit: int | None = None,
     ):
         augment.check(data)
         self.data, self.rank, self.world_size = data, rank, world_size
         self.start_step, self.steps = start_step, steps
-        self.plan = plan or Plan.open(data, stage, steps)
+        self.plan = plan or Plan.open(data, stage, steps, model_config)
         features = None
         if data.cache_features:
             features = FeatureStore.open(data.cache_features, model_config)
@@ -256,7 +256,7 @@ class Stream:
         channels = augment.mel_channels(data, model_config)
         self.rejected = RejectedLog(rejected_path, data.max_rejected_share)
         self._iterator: Iterator[StepBatches] | None = None
-        if isinstance(self.plan, PlainPlan):
+        if isinstance(self.plan, UnindexedPlan):
             self.reader = PlainReader(self.plan, collator, data, rank, world_size, start_step, channels)
             return
         self.reader = MicroBatchReader(
@@ -311,7 +311,7 @@ class Stream:
         return self._iterator
 
     def _steps(self) -> Iterator[StepBatches]:
-        jobs = None if isinstance(self.plan, PlainPlan) else self._jobs()
+        jobs = None if isinstance(self.plan, UnindexedPlan) else self._jobs()
         loader = Loader(self.reader, jobs, self.data.workers, self.data.prefetch)
         parts: list[Loaded] = []
         step = self.start_step

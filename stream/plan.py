@@ -34,6 +34,8 @@ import numpy as np
 
 import core.keys
 from data_tools.shards import ShardError, ShardIndex
+from model.compressors import compressor_of
+from model.config import SoundwaveConfig
 from model.stages import STAGES
 from recipe.config import Corpus, DataConfig, RecipeError
 from stream.mixture import Mixture
@@ -58,7 +60,6 @@ SPOKEN_CHARACTERS_PER_SECOND = (
 )
 TEMPLATE_POSITIONS = 48  # chat template and default instruction
 CHARACTERS_PER_TOKEN = 3.0  # where pack counted no tokens; on the safe side for English (about 4)
-POSITIONS_PER_SECOND = 3.0  # kept frames of audio without a transcript
 _PLAN_COLUMNS = ("shard", "audio_size", "duration", "characters", "target_characters", "task")
 _INDEX_CHUNK = 1 << 15  # rows (2 MB): a chunk stays in the processor's cache while its columns are taken out
 _RELEASE_CHUNKS = 32
@@ -103,19 +104,18 @@ def load_index(folder: str) -> ShardIndex:
         raise RecipeError(f"data: {error}") from None
 
 
-def llm_positions(samples: np.ndarray) -> np.ndarray:
-    """Estimated LLM positions of index rows: template, kept audio frames (about one a transcript token),
-    prompt and answer."""
+def llm_positions(samples: np.ndarray, model: SoundwaveConfig | None = None) -> np.ndarray:
+    """Return the estimated LLM positions of index rows: template, compressed frames, prompt and answer.
+    model: whose compressor shortens the audio (default: CTC peaks, about a frame a transcript token)."""
+    config = model or SoundwaveConfig()
     characters, tokens = samples["characters"].astype(np.float64), samples["tokens"].astype(np.float64)
     transcript = np.where(tokens > 0, tokens, characters / CHARACTERS_PER_TOKEN)
     per_character = np.where(
         (tokens > 0) & (characters > 0), tokens / np.maximum(characters, 1), 1 / CHARACTERS_PER_TOKEN
     )
-    audio = np.where(
-        samples["audio_size"] == 0,
-        0,
-        np.where(characters > 0, transcript, samples["duration"] * POSITIONS_PER_SECOND),
-    )
+    seconds = samples["duration"].astype(np.float64)
+    frames = compressor_of(config).expected_length(config, transcript, seconds, characters > 0)
+    audio = np.where(samples["audio_size"] == 0, 0, frames)
     answer = np.where(
         samples["target_characters"] > 0, samples["target_characters"] * per_character, transcript
     )
@@ -185,7 +185,7 @@ def corpus_names(corpora: list[Corpus]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class PlainPlan:
+class UnindexedPlan:
     """Stands for a plan where shards are streamed without an index (stream/unindexed.py): nothing is known
     beforehand."""
 
@@ -194,7 +194,7 @@ class PlainPlan:
     weights: list[float]  # share of each corpus among the utterances
 
     @classmethod
-    def open(cls, data: DataConfig, stage: str) -> PlainPlan:
+    def open(cls, data: DataConfig, stage: str) -> UnindexedPlan:
         """Errors: RecipeError for settings that need an index."""
         if not all(is_plain_stream(corpus.shards) for corpus in data.train):
             raise RecipeError(
@@ -385,8 +385,15 @@ class Plan:
     Errors: RecipeError where nothing is left to train on or a task is unknown.
     """
 
-    def __init__(self, indexes: list[ShardIndex], data: DataConfig, stage: str, steps: int):
-        self.indexes, self.data, self.stage = indexes, data, stage
+    def __init__(
+        self,
+        indexes: list[ShardIndex],
+        data: DataConfig,
+        stage: str,
+        steps: int,
+        model: SoundwaveConfig | None = None,
+    ):
+        self.indexes, self.data, self.stage, self.model = indexes, data, stage, model
         self.excluded: list[Excluded] = []
         self.names: list[str] = []  # of the sources: "folder/task"
         self.orders: list[SourceOrder] = []
@@ -448,14 +455,17 @@ class Plan:
         self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     @classmethod
-    def open(cls, data: DataConfig, stage: str, steps: int) -> Plan | PlainPlan:
+    def open(
+        cls, data: DataConfig, stage: str, steps: int, model: SoundwaveConfig | None = None
+    ) -> Plan | UnindexedPlan:
+        """model: whose compressor the estimated lengths are of. Errors: RecipeError."""
         if not data.train:
             raise RecipeError(
                 "data.train is empty: name at least one packed folder, e.g. data.train=[{shards: DIR}]"
             )
         if any(is_plain_stream(corpus.shards) for corpus in data.train):
-            return PlainPlan.open(data, stage)
-        return cls([load_index(corpus.shards) for corpus in data.train], data, stage, steps)
+            return UnindexedPlan.open(data, stage)
+        return cls([load_index(corpus.shards) for corpus in data.train], data, stage, steps, model)
 
     def _sources(self, number: int, corpus: Corpus, index: ShardIndex):
         """(task, usable rows, their units, their shards) of one corpus; what is left out is recorded in
@@ -524,7 +534,7 @@ class Plan:
         )
         planned["seconds"] = np.where(samples["audio_size"] > 0, samples["duration"], 0)
         if STAGES[self.stage].needs_llm:
-            planned["positions"] = llm_positions(samples)
+            planned["positions"] = llm_positions(samples, self.model)
         return planned
 
     def replacement(self, entry: np.void, attempt: int) -> np.void:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from core.console import OneLine
-from core.failures import reason_of
+from core.console import OneLine, one_line
 from core.files import append_lines, read_lines
 from core.options import RecipeError
 
@@ -25,9 +24,7 @@ class UnreadableSample(BrokenSample):
 def broken_by(error: Exception) -> BrokenSample:
     """Turn whatever one utterance raised, on its way from the shard to its tokens, into the reject that names
     it."""
-    return (
-        error if isinstance(error, BrokenSample) else BrokenSample(f"it cannot be used: {reason_of(error)}")
-    )
+    return error if isinstance(error, BrokenSample) else BrokenSample(f"it cannot be used: {one_line(error)}")
 
 
 class TooManyRejected(RecipeError):

@@ -30,7 +30,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 
-from core.failures import reason_of
+from core.console import one_line
 from core.keys import signed_key64
 from core.tar_members import (
     MAX_TEXT_BYTES,
@@ -48,7 +48,7 @@ from stream import augment
 from stream.assign import Budgets
 from stream.collate import Collator, Prepared
 from stream.loader import PHASES, Job, Loaded
-from stream.plan import PLANNED, SPOKEN_CHARACTERS_PER_SECOND, PlainPlan, key64
+from stream.plan import PLANNED, SPOKEN_CHARACTERS_PER_SECOND, UnindexedPlan, key64
 from stream.reader import RETRY_PAUSES, SAMPLE_RATE, Sample, check_length, decode
 from stream.rejected import BrokenSample, broken_by
 
@@ -131,7 +131,7 @@ def sample_of(group: Group[bytes]) -> tuple[dict, bytes | None]:
     try:
         meta = read_record(json_text, text)
     except Exception as error:
-        raise BrokenSample(f"its JSON or text cannot be read: {reason_of(error)}") from None
+        raise BrokenSample(f"its JSON or text cannot be read: {one_line(error)}") from None
     if audio is None and not is_text_sample(meta):
         raise BrokenSample(group.without_audio)
     for name in _NAMES:
@@ -159,7 +159,7 @@ class PlainReader(IterableDataset):
 
     def __init__(
         self,
-        plan: PlainPlan,
+        plan: UnindexedPlan,
         collator: Collator,
         data: DataConfig,
         rank: int,

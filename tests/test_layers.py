@@ -21,7 +21,7 @@ LAYERS = (
     ("train",),
 )
 #: Rows that may use everything, and that nothing above may import.
-OUTSIDE = ("examples", "benchmarks", "tests", "install")
+OUTSIDE = ("cli", "examples", "benchmarks", "tests", "install")
 
 
 def graph_of(root: Path, packages: tuple[str, ...], monkeypatch) -> grimp.ImportGraph:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from model.compressors import Compressor, compressor_of
 from model.language_model import base_of
 from model.stages import STAGES, Stage
 
@@ -80,9 +81,10 @@ class Flops:
     projection: int
     stage: Stage
     head_is_trained: bool
+    compressor: type[Compressor]
 
     @classmethod
-    def of(cls, model) -> "Flops":
+    def of(cls, model) -> Flops:
         encoder = getattr(model.encoder, "layers", None)
         llm = None if model.llm is None else base_of(model.llm).config.get_text_config()
         rows, width = getattr(model.ctc_head.weight, "ds_shape", model.ctc_head.weight.shape)
@@ -98,6 +100,7 @@ class Flops:
             numel(model.alignment.projection.weight),
             STAGES[model.stage],
             "ctc_head" in STAGES[model.stage].trains and model.ctc_head.kind != "tied",
+            compressor_of(model.config),
         )
 
     def step(
@@ -128,13 +131,8 @@ class Flops:
             * ((2 if learns else 1) + self.head_is_trained),
         }
         if self.stage.needs_llm:
-            # Key and value for every frame, query and output for the kept ones.
-            out["shrinking"] = (
-                (frames + kept)
-                / 2
-                * (6 if "shrinking" in self.stage.trains else 2)
-                * self.counts["shrinking"]
-            )
+            passes = 3 if "shrinking" in self.stage.trains else 1
+            out["shrinking"] = passes * self.compressor.flops(frames, kept, self.counts["shrinking"])
             mean = llm_tokens / max(rows, 1.0)
             out["llm"] = llm_tokens * (4 * self.counts["llm"] + 12 * self.llm_layers * mean * self.width)
             out["lora"] = llm_tokens * 6 * self.counts["lora"]

@@ -48,6 +48,7 @@ class Preemption:
         if self.reason is None and self.stop_file.exists():
             self.reason = "STOP file"
         if self.reason is None and self.end_time is not None:
-            if time.time() + step_seconds + self.margin(save_seconds) >= self.end_time:
+            needed = step_seconds + self.margin(save_seconds)
+            if time.time() + needed >= self.end_time:
                 self.reason = "time limit"
         return self.reason

@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "train")]
 
 from core.code import code_hash  # noqa: E402
+from core.command_line import program_name  # noqa: E402
 from core.files import step_folders  # noqa: E402
 from recipe.config import Corpus, Recipe, RecipeError, load_recipe, start_folder  # noqa: E402
 from recipe.stages import has_model, initial_folder, stage_folder, stage_of  # noqa: E402
@@ -443,7 +444,7 @@ def all_reduce_line(store, rank: int, world_size: int, seconds: float) -> tuple[
     )
     size = GPU_REDUCE_BYTES if on_gpu else CPU_REDUCE_BYTES
     times = []
-    for repeat in range(REPEATS + 1):  # the first one opens the connections
+    for _ in range(REPEATS + 1):  # the first one opens the connections
         tensor = torch.full((size // 4,), float(rank + 1), device=device)
         begun = time.perf_counter()
         work = dist.all_reduce(tensor, async_op=True)
@@ -590,7 +591,7 @@ def write_faults(path: Path, faults: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="train/preflight.py", description="Check the nodes of a job before training."
+        prog=program_name("train/preflight.py"), description="Check the nodes of a job before training."
     )
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")

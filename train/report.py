@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from core.command_line import program_name
 from core.files import read_lines, write_atomically
 from recipe.stages import STAGES, stages_in
 
@@ -243,7 +244,7 @@ def write(folder: Path) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m train.report", description="A run on one page, from its files alone."
+        prog=program_name("python -m train.report"), description="A run on one page, from its files alone."
     )
     parser.add_argument("run", type=Path, help="the recipes' `output` folder, or a stage's folder in it")
     run = parser.parse_args(argv).run

@@ -23,13 +23,16 @@ ROOT = Path(__file__).resolve().parent.parent
 # modules.
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "train")]
 
+from core.command_line import program_name  # noqa: E402
 from core.distributed import PortTaken, check_master_port, connect, disconnect, fill_environment, hard_exit  # noqa: E402
 from recipe.config import RecipeError, load_recipe  # noqa: E402
 from train.preemption import FAILED, PORT_TAKEN, WRONG_INPUT  # noqa: E402
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="train/run.py", description="Train one stage of Soundwave.")
+    parser = argparse.ArgumentParser(
+        prog=program_name("train/run.py"), description="Train one stage of Soundwave."
+    )
     parser.add_argument("recipe", help="YAML file, e.g. train/recipes/stage1.yaml")
     # With a default it is not listed as required.
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. optim.steps=100")

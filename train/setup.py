@@ -131,7 +131,7 @@ def find_checkpoint(recipe: Recipe, folder: Path, ranks: Ranks) -> Saved | None:
 
 def open_data(recipe: Recipe, stage: Stage) -> Plan:
     """Open the plan of data.train, and look into data.valid. Errors: RecipeError."""
-    plan = Plan.open(recipe.data, stage.name, recipe.optim.steps)
+    plan = Plan.open(recipe.data, stage.name, recipe.optim.steps, recipe.model)
     for corpus in recipe.data.valid:
         select(load_index(corpus.shards), 0, stage.name, corpus, recipe.log.validate_utterances)
     return plan

@@ -70,16 +70,18 @@ def stage_corpus(shards: str, local: Path) -> str:
     needed, disk = sum(s["filesize"] for s in todo), shutil.disk_usage(folder)
     if needed > disk.free - RESERVE * disk.total:
         return f"{shards}: {needed / 1e9:.2f} GB do not fit into {disk.free / 1e9:.2f} GB free in {local}; read from where it is"  # noqa: E501
-    with tqdm(
-        total=needed, unit="B", unit_scale=True, desc=f"{node_name()} {shards}", mininterval=10
-    ) as progress:
-        with ThreadPoolExecutor(COPIES_AT_A_TIME) as pool:
-            copies = [
-                pool.submit(copy_shard, Path(shards) / s["url"], folder / s["url"], s["sha256"], progress)
-                for s in todo
-            ]
-            for copy in copies:
-                copy.result()
+    with (
+        tqdm(
+            total=needed, unit="B", unit_scale=True, desc=f"{node_name()} {shards}", mininterval=10
+        ) as progress,
+        ThreadPoolExecutor(COPIES_AT_A_TIME) as pool,
+    ):
+        copies = [
+            pool.submit(copy_shard, Path(shards) / s["url"], folder / s["url"], s["sha256"], progress)
+            for s in todo
+        ]
+        for copy in copies:
+            copy.result()
     return f"{shards}: {len(todo)} of {len(index.shards)} shards copied to {folder}, {needed / 1e9:.2f} GB"
 
 

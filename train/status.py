@@ -23,6 +23,7 @@ from statistics import median
 
 from tabulate import tabulate
 
+from core.command_line import program_name
 from core.files import read_lines
 from recipe.stages import STAGES, stages_in, title_of
 
@@ -162,7 +163,7 @@ def _plain(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m train.status", description="Print the state of a run's stages and jobs."
+        prog=program_name("python -m train.status"), description="Print the state of a run's stages and jobs."
     )
     parser.add_argument("run", type=Path, help="the recipes' `output` folder")
     run = parser.parse_args(argv).run

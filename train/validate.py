@@ -146,7 +146,7 @@ def validate(engine: Engine, batches: ValidationSet, tokenizer, ranks: Ranks) ->
                     for number in word_errors(references, hypotheses, batch.languages, unit)
                 ]
                 sums = [a + b for a, b in zip(sums, local, strict=True)]
-                samples += list(zip(references, hypotheses))
+                samples += list(zip(references, hypotheses, strict=False))
         number, audio, row = fixed_clip(batches, model.audio_id)
         batch, references, _ = batches[number]
         alone = slice(audio, audio + 1)

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from core.failures import reason_of
+from core.console import one_line
 from core.unicode_paths import find_path
 from data_tools.text_files import CorpusError, Problem, check_encoding
 
@@ -92,7 +92,7 @@ _KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a li
 
 
 @dataclass(slots=True)
-class Fault:
+class Rejection:
     """A line, row, member or clip that gives no sample: which, why (a fixed word that counts can be kept by),
     and the detail."""
 
@@ -115,10 +115,10 @@ class Ignored:
     corpus: str = ""
 
 
-Item = Entry | Fault | Ignored
+Item = Entry | Rejection | Ignored
 
 
-def fault_of(error: Exception, sample_id: str, corpus: str = "", reason: str = "bad_row") -> Fault:
+def fault_of(error: Exception, sample_id: str, corpus: str = "", reason: str = "bad_row") -> Rejection:
     """Turn whatever one sample raised into its fault. An error may bring its own reason (ClipError)."""
     if isinstance(error, UnicodeError):
         reason = "encoding"
@@ -126,7 +126,7 @@ def fault_of(error: Exception, sample_id: str, corpus: str = "", reason: str = "
         reason = "too_large"
     if hasattr(error, "seconds"):
         reason = error.reason
-    return Fault(_valid(sample_id), reason, _valid(reason_of(error)), corpus)
+    return Rejection(_valid(sample_id), reason, _valid(one_line(error)), corpus)
 
 
 def _valid(text: Any) -> str:
@@ -145,11 +145,11 @@ def as_name(value: Any) -> Any:
     return value
 
 
-def malformed(entry: Entry) -> Fault | None:
+def malformed(entry: Entry) -> Rejection | None:
     """What is wrong with an entry's types, whatever a reader took them from; None for a sound one."""
 
-    def fault(what: str, reason: str = "bad_row") -> Fault:
-        return Fault(_valid(entry.id), reason, what, _valid(entry.corpus))
+    def fault(what: str, reason: str = "bad_row") -> Rejection:
+        return Rejection(_valid(entry.id), reason, what, _valid(entry.corpus))
 
     strings = _strings(entry)
     if not _TEXT_KINDS.issuperset(map(type, strings)):
@@ -212,9 +212,9 @@ def _is_turn(turn: object) -> bool:
 class Reader:
     """What readers share: one record costs at most itself, whatever is wrong with it.
 
-    A subclass gives `records` ((where, record) of each line, row or member; a Problem, Fault or Ignored in
-    place of a record stands for itself) and `sample`, which makes an item, or a list of items, of one record.
-    `encoding` is that of its text files.
+    A subclass gives `records` ((where, record) of each line, row or member; a Problem, Rejection or Ignored
+    in place of a record stands for itself) and `sample`, which makes an item, or a list of items, of one
+    record. `encoding` is that of its text files.
     """
 
     encoding: str | None = None
@@ -235,9 +235,9 @@ class Reader:
     def __iter__(self) -> Iterator[Item]:
         for where, record in self.records():
             if isinstance(record, Problem):
-                yield Fault(where, record.reason, record.detail)
+                yield Rejection(where, record.reason, record.detail)
                 continue
-            if isinstance(record, Fault | Ignored):
+            if isinstance(record, Rejection | Ignored):
                 yield record
                 continue
             try:
@@ -361,7 +361,7 @@ class Corpus:
     def __iter__(self) -> Iterator[Item]:
         for item in self.reader:
             item.corpus = item.corpus or self.name
-            if type(item) is Fault:
+            if type(item) is Rejection:
                 item.id, item.detail, item.corpus = _valid(item.id), _valid(item.detail), _valid(item.corpus)
             elif type(item) is Entry:
                 for key, value in self.defaults.items():

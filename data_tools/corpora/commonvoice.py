@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from core.languages import language_name
-from data_tools.corpora import CorpusError, Entry, Fault, Reader
+from data_tools.corpora import CorpusError, Entry, Reader, Rejection
 from data_tools.corpora.beside import Beside
 from data_tools.text_files import existing, table_rows
 
@@ -56,9 +56,9 @@ class CommonVoice(Reader):
             yield f"{self.table.name}:{place}", row
         yield from self.beside.left(self.table.name)
 
-    def sample(self, row: dict[str, str], where: str) -> Entry | Fault:
+    def sample(self, row: dict[str, str], where: str) -> Entry | Rejection:
         if not row["path"]:
-            return Fault(where, "bad_row", "no path")
+            return Rejection(where, "bad_row", "no path")
         audio = str(self.clips / row["path"])
         self.beside.name(audio)
         return Entry(
@@ -111,13 +111,13 @@ class CoVoST(Reader):
             yield f"{self.table.name}:{place}", row
         yield from self.beside.left(self.table.name)
 
-    def sample(self, row: dict[str, str], where: str) -> Entry | Fault:
+    def sample(self, row: dict[str, str], where: str) -> Entry | Rejection:
         path = row["path"]
         audio = str(self.clips / path)
         if path:
             self.beside.name(audio)
         if not path or not row["translation"]:
-            return Fault(path or where, "bad_row", "no path or no translation")
+            return Rejection(path or where, "bad_row", "no path or no translation")
         return Entry(
             id=Path(path).stem,
             audio=audio,

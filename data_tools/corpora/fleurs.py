@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_tools.corpora import CorpusError, Entry, Fault, Ignored, Reader
+from data_tools.corpora import CorpusError, Entry, Ignored, Reader, Rejection
 from data_tools.text_files import existing, table_rows
 
 
@@ -47,9 +47,9 @@ class Fleurs(Reader):
         if left := sum(not name.startswith(".") for name in clips):
             yield "", Ignored(f"clips that {self.table.name} has no line of", left)
 
-    def sample(self, row: dict[str, str], where: str) -> Entry | Fault:
+    def sample(self, row: dict[str, str], where: str) -> Entry | Rejection:
         if not row["file_name"] or not row["num_samples"].isdigit():
-            return Fault(where, "bad_row", "not FLEURS' seven columns")
+            return Rejection(where, "bad_row", "not FLEURS' seven columns")
         # One sentence is read by several people: the sentence's id is not the clip's, and the file's name is.
         return Entry(
             id=Path(row["file_name"]).stem,

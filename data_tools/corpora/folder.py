@@ -22,7 +22,7 @@ from core.tar_members import (
     kind_of_member,
     read_record,
 )
-from data_tools.corpora import Entry, Fault, Ignored, Item, Reader, as_name
+from data_tools.corpora import Entry, Ignored, Item, Reader, Rejection, as_name
 from data_tools.corpora.columns import USUAL, number, proposal
 from data_tools.disk_table import DiskTable
 from data_tools.text_files import (
@@ -118,7 +118,7 @@ class Folder(Reader):
 
     def _open_table(
         self, file: Path, folder: Path, tables: dict[str, _Metadata]
-    ) -> Iterator[tuple[str, Fault]]:
+    ) -> Iterator[tuple[str, Rejection]]:
         table = _Metadata(file, self.encoding)
         key = os.path.relpath(folder, self.path)
         if key in tables:
@@ -134,12 +134,12 @@ class Folder(Reader):
         audios = group.of("audio")
         if not audios:
             names = ", ".join(member.name for member in group.members)
-            return Fault(sample_id, "unmatched", f"{names}: no audio file of that name beside it")
+            return Rejection(sample_id, "unmatched", f"{names}: no audio file of that name beside it")
         found: list[Item] = []
         table = _nearest(tables, sample_id)
         values = table.take(audios[0].name, sample_id) if table is not None else None
         if len(audios) > 1 and (values is not None or len(audios) < len(group.members)):
-            return Fault(
+            return Rejection(
                 sample_id,
                 "bad_row",
                 group.problem or f"several audio files ({', '.join(a.name for a in audios)})",
@@ -147,12 +147,12 @@ class Folder(Reader):
         texts = [member for member in group.members if member.kind != "audio"]
         if values is None and texts:
             if problem := group.problem:
-                return Fault(sample_id, "bad_row", problem)
+                return Rejection(sample_id, "bad_row", problem)
             values = _beside(group, self.encoding)
         elif values is not None and texts:
             found.append(Ignored("texts beside clips that have a line in a metadata file", len(texts)))
         if isinstance(values, Problem):
-            return [*found, Fault(sample_id, values.reason, values.detail)]
+            return [*found, Rejection(sample_id, values.reason, values.detail)]
         values = dict(values or {})
         parent = PurePosixPath(sample_id).parent.name or self.path.name
         entry = Entry(
@@ -246,9 +246,11 @@ class _Metadata:
         for place, name, values in rows:
             where = f"{file.name}:{place}"
             if isinstance(values, Problem):
-                self.faults.append((where, Fault(where, values.reason, values.detail)))
+                self.faults.append((where, Rejection(where, values.reason, values.detail)))
             elif not self._rows.add(_key(name), msgspec.json.encode(values).decode()):
-                self.faults.append((where, Fault(where, "duplicate_id", f"an earlier line names {name} too")))
+                self.faults.append(
+                    (where, Rejection(where, "duplicate_id", f"an earlier line names {name} too"))
+                )
 
     def _lines(self, encoding: str | None) -> Iterator[tuple[int, str, dict | Problem]]:
         """NAME TEXT, divided by a tab, a bar or a blank."""
@@ -319,11 +321,13 @@ class _Metadata:
                 return msgspec.json.decode(row[0])
         return None
 
-    def left_over(self) -> Iterator[tuple[str, Fault]]:
+    def left_over(self) -> Iterator[tuple[str, Rejection]]:
         for key, _ in self._rows.left_over():
             yield (
                 key,
-                Fault(key, "missing_file", f"{self.file.name} names {key}, and there is no such audio file"),
+                Rejection(
+                    key, "missing_file", f"{self.file.name} names {key}, and there is no such audio file"
+                ),
             )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_tools.corpora import CorpusError, Entry, Fault, Item, Reader, is_held_out, kind_of_value
+from data_tools.corpora import CorpusError, Entry, Item, Reader, Rejection, is_held_out, kind_of_value
 from data_tools.corpora.beside import Beside
 from data_tools.text_files import existing, json_array
 
@@ -50,12 +50,12 @@ class GigaSpeech(Reader):
         for number, recording in enumerate(json_array(self.path, "audios", self.encoding), 1):
             where = f"{self.path.name}:audios {number}"
             if not isinstance(recording, dict) or not isinstance(recording.get("path"), str):
-                yield where, Fault(str(recording)[:80], "bad_json", "a recording without a path")
+                yield where, Rejection(str(recording)[:80], "bad_json", "a recording without a path")
                 continue
             self.beside.name(str(self.root / recording["path"]))
             name, segments = recording["path"], recording.get("segments") or ()
             if not isinstance(segments, list | tuple):
-                yield where, Fault(name, "bad_json", f"segments is {kind_of_value(segments)}, not a list")
+                yield where, Rejection(name, "bad_json", f"segments is {kind_of_value(segments)}, not a list")
                 continue
             for place, segment in enumerate(segments):
                 yield f"{where}, segment {place}", (recording, segment)
@@ -64,22 +64,22 @@ class GigaSpeech(Reader):
     def sample(self, record: tuple[dict, Any], where: str) -> Item | list[Item]:
         recording, segment = record
         if not isinstance(segment, dict):
-            return Fault(where, "bad_json", f"{kind_of_value(segment)}, not a segment")
+            return Rejection(where, "bad_json", f"{kind_of_value(segment)}, not a segment")
         subsets = {name.strip("{}").upper() for name in segment.get("subsets", ())}
         if self.subset not in subsets if self.subset else subsets and all(map(is_held_out, subsets)):
             return []
         return self.entry(recording, segment)
 
-    def entry(self, recording: dict, segment: dict) -> Entry | Fault:
+    def entry(self, recording: dict, segment: dict) -> Entry | Rejection:
         name, words = str(segment.get(self.ids, "?")), segment.get("text_tn", segment.get("text", ""))
         if not isinstance(segment.get(self.start), (int, float)) or not isinstance(
             segment.get(self.end), (int, float)
         ):
-            return Fault(name, "bad_json", f"segment without {self.start} and {self.end}")
+            return Rejection(name, "bad_json", f"segment without {self.start} and {self.end}")
         if not isinstance(words, str):
-            return Fault(name, "bad_json", f"text is {kind_of_value(words)}, not text")
+            return Rejection(name, "bad_json", f"text is {kind_of_value(words)}, not text")
         if self.TAGS and any(tag in words for tag in self.GARBAGE) or words.strip() in self.GARBAGE:
-            return Fault(name, "no_speech", words.strip())
+            return Rejection(name, "no_speech", words.strip())
         return Entry(
             id=name,
             audio=str(self.root / recording["path"]),
@@ -100,5 +100,5 @@ class WenetSpeech(GigaSpeech):
     TAGS: dict[str, str] = {}
     default_lang = "zh"
 
-    def entry(self, recording: dict, segment: dict) -> Entry | Fault:
+    def entry(self, recording: dict, segment: dict) -> Entry | Rejection:
         return super().entry({**recording, "language": None}, segment)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from core.failures import reason_of
+from core.console import one_line
 from data_tools.corpora import CorpusError, Entry, Reader, is_held_out
 from data_tools.corpora.columns import check_same_meaning, columns_and_values, number, time_columns
 from data_tools.sources import may_hold_audio, record_batches
@@ -286,7 +286,7 @@ def _readable(file: Path) -> Iterator[None]:
     except CorpusError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        detail = reason_of(error)[:200]
+        detail = one_line(error)[:200]
         raise CorpusError(
             f"{file} cannot be read, it may be damaged or no Parquet or Arrow file: {detail}"
         ) from None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.corpora import Entry, Fault, Ignored, Item, Reader
+from data_tools.corpora import Entry, Ignored, Item, Reader, Rejection
 from data_tools.corpora.columns import number
 from data_tools.text_files import CorpusError, Problem, damage, existing, lines
 
@@ -104,18 +104,18 @@ class Kaldi(Reader):
         text, others = files["text"], [file for name, file in files.items() if name != "text"]
         passed, missing = dict.fromkeys(files, 0), dict.fromkeys(files, 0)
         for clip in self._clips():
-            if isinstance(clip, Fault | Ignored):
+            if isinstance(clip, Rejection | Ignored):
                 yield "", clip
                 if isinstance(clip, Ignored):
                     continue
-            key = clip.id if isinstance(clip, Fault) else clip.key
+            key = clip.id if isinstance(clip, Rejection) else clip.key
             values = {name: file.get(key) for name, file in files.items()}
             yield from ((name, _unmatched(name)) for name in text.passed)
             text.passed.clear()
             for file in others:
                 passed[file.name.partition(".")[0]] += len(file.passed)
                 file.passed.clear()
-            if not isinstance(clip, Fault):
+            if not isinstance(clip, Rejection):
                 for name, file in files.items():
                     missing[name] += file.exists and values[name] is None
                 yield key, clip._replace(values=values)
@@ -134,13 +134,15 @@ class Kaldi(Reader):
     def sample(self, clip: _Clip, where: str) -> Item:
         for name, value in clip.values.items():
             if isinstance(value, Problem):
-                return Fault(clip.key, value.reason, f"{name}: {value.detail}")
+                return Rejection(clip.key, value.reason, f"{name}: {value.detail}")
         duration = clip.duration
         # Of a stretch, segments says more exactly what is meant.
         if clip.offset is None and (told := clip.values["utt2dur"]) is not None:
             duration = number(told)
             if duration is None:
-                return Fault(clip.key, "bad_row", f"utt2dur: '{clip.key} {told}' is not UTTERANCE SECONDS")
+                return Rejection(
+                    clip.key, "bad_row", f"utt2dur: '{clip.key} {told}' is not UTTERANCE SECONDS"
+                )
         return Entry(
             id=clip.key,
             audio=clip.audio,
@@ -154,13 +156,13 @@ class Kaldi(Reader):
             group=clip.recording if clip.audio.startswith("pipe:") else None,
         )
 
-    def _clips(self) -> Iterator[_Clip | Fault | Ignored]:
+    def _clips(self) -> Iterator[_Clip | Rejection | Ignored]:
         scp, segments = existing(self.folder / "wav.scp"), existing(self.folder / "segments")
         if not segments.exists():
             for key, value in keyed_lines(scp, self.encoding):
                 if isinstance(value, Problem) or not value:
                     detail = value.detail if isinstance(value, Problem) else "no file behind the key"
-                    yield Fault(key, "bad_row", f"{scp.name}: {detail}")
+                    yield Rejection(key, "bad_row", f"{scp.name}: {detail}")
                 else:
                     yield _Clip(key, self.audio(value), key, None, None, {})
             return
@@ -174,24 +176,28 @@ class Kaldi(Reader):
         if unused := len(recordings.keys() - used):
             yield Ignored("recordings of wav.scp without a segment", unused)
 
-    def _segment(self, key: str, value: str | Problem, recordings: dict[str, str | Problem]) -> _Clip | Fault:
+    def _segment(
+        self, key: str, value: str | Problem, recordings: dict[str, str | Problem]
+    ) -> _Clip | Rejection:
         if isinstance(value, Problem):
-            return Fault(key, value.reason, f"segments: {value.detail}")
+            return Rejection(key, value.reason, f"segments: {value.detail}")
         try:
             recording, start, end, *channel = value.split()
             offset, duration = float(start), float(end) - float(start)
         except ValueError:
-            return Fault(key, "bad_row", f"segments: '{key} {value}' is not UTTERANCE RECORDING START END")
+            return Rejection(
+                key, "bad_row", f"segments: '{key} {value}' is not UTTERANCE RECORDING START END"
+            )
         if channel:  # the average of all channels would have the other speakers too
-            return Fault(
+            return Rejection(
                 key,
                 "bad_row",
                 f"channel {channel[0]} of recording '{recording}': extract the channels to files first",
             )
         if recording not in recordings:
-            return Fault(key, "bad_row", f"segments speaks of recording '{recording}', wav.scp does not")
+            return Rejection(key, "bad_row", f"segments speaks of recording '{recording}', wav.scp does not")
         if not isinstance(recordings[recording], str) or not recordings[recording]:
-            return Fault(key, "bad_row", f"wav.scp: the file of recording '{recording}' cannot be read")
+            return Rejection(key, "bad_row", f"wav.scp: the file of recording '{recording}' cannot be read")
         # An end of -1 is the recording's end.
         return _Clip(
             key,
@@ -203,7 +209,7 @@ class Kaldi(Reader):
         )
 
 
-def _unmatched(key: str) -> Fault:
-    return Fault(
+def _unmatched(key: str) -> Rejection:
+    return Rejection(
         key, "unmatched", f"text has a transcript of {key}, wav.scp and segments have no such utterance"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from core.tar_members import ignored_as
-from data_tools.corpora import Entry, Fault, Ignored, Item, Reader, as_name, kind_of_value
+from data_tools.corpora import Entry, Ignored, Item, Reader, Rejection, as_name, kind_of_value
 from data_tools.corpora.tars import LINKS, group_of, tar_members
 from data_tools.text_files import CorpusError, json_items
 
@@ -53,18 +53,18 @@ class Lhotse(Reader):
             if members is not None:
                 for name in members.left_over():
                     detail = f"{tar.name} holds audio of {name}, {manifest.name} has no such cut"
-                    yield name, Fault(name, "unmatched", detail)
+                    yield name, Rejection(name, "unmatched", detail)
                 yield from (("", Ignored(heading, count)) for heading, count in members.ignored.items())
 
     def sample(self, record: Any, where: str) -> Item | list[Item]:
         if not isinstance(record, tuple):
-            return Fault(where, "bad_json", f"{kind_of_value(record)}, not an object")
+            return Rejection(where, "bad_json", f"{kind_of_value(record)}, not an object")
         cut, members, manifest = record
         name = as_name(cut.get("id", where))
         member = members.take(name) if members is not None else None
         source = manifest.name.split(".jsonl")[0]
         return [
-            item if isinstance(item, Fault) else _of_source(item, source)
+            item if isinstance(item, Rejection) else _of_source(item, source)
             for item in self._samples(cut, name, member, members)
         ]
 
@@ -80,20 +80,20 @@ class Lhotse(Reader):
 
     def _samples(
         self, cut: dict, name: str, member: str | None, members: _Members | None
-    ) -> Iterator[Entry | Fault]:
+    ) -> Iterator[Entry | Rejection]:
         kind = cut.get("type", "MonoCut")
         if kind not in ("MonoCut", "Cut") or "recording" not in cut:
-            yield Fault(name, "bad_row", _no_cut(cut))
+            yield Rejection(name, "bad_row", _no_cut(cut))
             return
         audio, kind = self._audio(cut["recording"], member), cut["recording"]["sources"][0]["type"]
         if audio is None and members is not None and kind in _SHAR:
             yield members.missing(name)
             return
         if kind not in _SHAR and (why := _not_as_stored(cut["recording"])):
-            yield Fault(name, "bad_row", why)
+            yield Rejection(name, "bad_row", why)
             return
         if audio is None:
-            yield Fault(name, "bad_row", f"audio of type {kind} cannot be read here")
+            yield Rejection(name, "bad_row", f"audio of type {kind} cannot be read here")
             return
         # A Shar member holds the cut alone: its time starts at 0.
         start = 0.0 if audio == member else float(cut["start"])
@@ -155,14 +155,14 @@ class _Members:
     there."""
 
     tar: Path
-    damage: Fault | None = None
+    damage: Rejection | None = None
     ignored: dict[str, int] = field(default_factory=dict)
     _places: dict[str, list[str | None]] = field(default_factory=dict)
     _placeholders: set[str] = field(default_factory=set)
 
     def __post_init__(self):
         for member in tar_members(self.tar):
-            if isinstance(member, Fault):
+            if isinstance(member, Rejection):
                 self.damage = member
                 continue
             name, _, extension = member.name.rpartition(".")
@@ -186,14 +186,14 @@ class _Members:
             del self._places[name]
         return place
 
-    def missing(self, name: str) -> Fault:
+    def missing(self, name: str) -> Rejection:
         if name in self._placeholders:
-            return Fault(name, "no_audio", f"{self.tar.name} holds a placeholder: the cut had no audio")
+            return Rejection(name, "no_audio", f"{self.tar.name} holds a placeholder: the cut had no audio")
         if self.damage is not None:
-            return Fault(
+            return Rejection(
                 name, "truncated", f"{self.tar} ends before the cuts beside it do: copy or export it again"
             )
-        return Fault(name, "missing_file", f"{self.tar.name} holds no audio of this cut")
+        return Rejection(name, "missing_file", f"{self.tar.name} holds no audio of this cut")
 
     def left_over(self) -> Iterator[str]:
         for name, places in self._places.items():

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_tools.corpora import CorpusError, Entry, Fault, Ignored, Reader, is_held_out
+from data_tools.corpora import CorpusError, Entry, Ignored, Reader, Rejection, is_held_out
 from data_tools.text_files import Problem, existing, text_lines
 
 
@@ -45,7 +45,7 @@ class LibriSpeech(Reader):
     def _chapter(self, speaker: str, chapter: Path) -> Iterator[tuple[str, Any]]:
         transcripts = existing(chapter / f"{speaker}-{chapter.name}.trans.txt")
         if not transcripts.exists():
-            yield "", Fault(str(transcripts), "bad_row", "a chapter without its transcripts")
+            yield "", Rejection(str(transcripts), "bad_row", "a chapter without its transcripts")
             return
         clips = {
             name.removesuffix(".flac")
@@ -61,7 +61,7 @@ class LibriSpeech(Reader):
                 clips.discard(name)
                 yield name, (name, text, speaker, chapter)
         for name in sorted(clips):
-            yield name, Fault(name, "unmatched", f"{transcripts.name} has no line of {name}.flac")
+            yield name, Rejection(name, "unmatched", f"{transcripts.name} has no line of {name}.flac")
 
     def sample(self, record: tuple[str, str, str, Path], where: str) -> Entry:
         name, text, speaker, chapter = record
@@ -127,11 +127,11 @@ class MLS(Reader):
         if clips > count:
             yield "", Ignored("clips that transcripts.txt has no line of", clips - count)
 
-    def sample(self, line: str, where: str) -> Entry | Fault:
+    def sample(self, line: str, where: str) -> Entry | Rejection:
         name, tab, text = line.partition("\t")
         parts = name.split("_")
         if not tab or len(parts) != 3:
-            return Fault(where, "bad_row", "not SPEAKER_BOOK_SEGMENT TAB text")
+            return Rejection(where, "bad_row", "not SPEAKER_BOOK_SEGMENT TAB text")
         speaker, book, _ = parts
         return Entry(
             id=name,

@@ -8,7 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_tools.corpora import ENTRY_FIELDS, NAMES, Entry, Fault, Reader, as_name, decode_entry, kind_of_value
+from data_tools.corpora import (
+    ENTRY_FIELDS,
+    NAMES,
+    Entry,
+    Reader,
+    Rejection,
+    as_name,
+    decode_entry,
+    kind_of_value,
+)
 from data_tools.corpora.columns import proposal, time_columns, unused_times
 from data_tools.sources import kind_of
 from data_tools.text_files import json_items
@@ -38,20 +47,20 @@ class Manifest(Reader):
         for place, row in json_items(self.path, self.encoding, decode_entry):
             yield f"{self.name}:{place}", row
 
-    def sample(self, row: Any, where: str) -> Entry | Fault:
+    def sample(self, row: Any, where: str) -> Entry | Rejection:
         if type(row) is Entry:  # a line that has an entry's keys alone, with their types
             self.rows += 1
             if self.rows <= FACTS_OF:
                 self.keys.update(row.fields().keys() - {"corpus"})
             return self._placed(row)
         if not isinstance(row, dict):
-            return Fault(where, "bad_json", f"{kind_of_value(row)}, not an object")
+            return Rejection(where, "bad_json", f"{kind_of_value(row)}, not an object")
         self.rows += 1
         if self.rows <= FACTS_OF:
             self.keys.update(row.keys())
         known = {key: value for key, value in row.items() if value is not None and key in _FIELDS}
         if len(known) < len(row) and (problem := times_problem(row, known, self.ignored)):
-            return Fault(str(row.get("id", where)), "bad_row", f"{where}: {problem}")
+            return Rejection(str(row.get("id", where)), "bad_row", f"{where}: {problem}")
         for key in NAMES:
             if key in known:
                 known[key] = as_name(known[key])

@@ -10,7 +10,7 @@ from typing import Any
 
 from core.languages import language_code, language_name
 from core.tar_members import ignored_as
-from data_tools.corpora import Entry, Fault, Ignored, Item, Reader, as_name, kind_of_value
+from data_tools.corpora import Entry, Ignored, Item, Reader, Rejection, as_name, kind_of_value
 from data_tools.corpora.columns import proposal
 from data_tools.corpora.manifest import FACTS_OF, key_facts, times_problem
 from data_tools.corpora.tars import LINKS, group_of, tar_files, tar_members
@@ -73,20 +73,20 @@ class Nemo(Reader):
             for name in self.members.left_over():
                 yield (
                     name,
-                    Fault(name, "unmatched", f"the tars hold {name}, {self.path.name} has no line of it"),
+                    Rejection(name, "unmatched", f"the tars hold {name}, {self.path.name} has no line of it"),
                 )
 
     def sample(self, row: Any, where: str) -> Item | list[Item]:
         if not isinstance(row, dict):
-            return Fault(where, "bad_json", f"{kind_of_value(row)}, not an object")
+            return Rejection(where, "bad_json", f"{kind_of_value(row)}, not an object")
         self.rows += 1
         if self.rows <= FACTS_OF:
             self.keys.update(row.keys())
         name, offset, duration = row.get("audio_filepath"), row.get("offset"), row.get("duration")
         if not isinstance(name, str):
-            return Fault(where, "bad_json", f"{where}: no audio_filepath")
+            return Rejection(where, "bad_json", f"{where}: no audio_filepath")
         if offset is not None and (type(offset) not in (int, float) or not offset >= 0):
-            return Fault(
+            return Rejection(
                 name,
                 "bad_row",
                 f"{where}: offset is {kind_of_value(offset)}, not a number of seconds from 0 on",
@@ -94,10 +94,10 @@ class Nemo(Reader):
         if problem := times_problem(
             row, {key: row[key] for key in row.keys() & _KEYS if row[key] is not None}, self.ignored
         ):
-            return Fault(name, "bad_row", f"{where}: {problem}")
+            return Rejection(name, "bad_row", f"{where}: {problem}")
         audio = str(self.path.parent / name)
         if self.members is not None and (audio := self.members.find(name)) is None:
-            return Fault(name, "missing_file", f"{where}: no member {Path(name).name} in {self.tars}")
+            return Rejection(name, "missing_file", f"{where}: no member {Path(name).name} in {self.tars}")
         entry_id = Path(name).with_suffix("").as_posix() + (f"@{offset:.3f}" if offset is not None else "")
         entry = Entry(
             id=entry_id,
@@ -126,18 +126,18 @@ class _Members:
     """Audio members of a tarred dataset by name: they may be millions, and lines come in any order."""
 
     def __init__(self, tars: list[Path]):
-        self.faults: list[Fault] = []
+        self.faults: list[Rejection] = []
         self.ignored: Counter[str] = Counter()
         self._table = DiskTable()
         for tar in tars:
             for member in tar_members(tar):
-                if isinstance(member, Fault):
+                if isinstance(member, Rejection):
                     self.faults.append(member)
                 elif heading := LINKS if member.is_special else ignored_as(member.name):
                     self.ignored[heading] += 1
                 elif not self._table.add(_key(member.name), member.place):
                     detail = "another member of the tars has the same name"
-                    self.faults.append(Fault(f"{tar.name}:{member.name}", "duplicate_id", detail))
+                    self.faults.append(Rejection(f"{tar.name}:{member.name}", "duplicate_id", detail))
 
     def find(self, name: str) -> str | None:
         found = self._table.take(_key(name))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from core.audio import EXTENSIONS
-from data_tools.corpora import CorpusError, Entry, Fault, Ignored, Reader
+from data_tools.corpora import CorpusError, Entry, Ignored, Reader, Rejection
 from data_tools.corpora.beside import Beside
 from data_tools.corpora.columns import number
 from data_tools.text_files import Problem, existing, table_rows, text_lines
@@ -61,13 +61,13 @@ class AudioSet(Reader):
                 yield f"{self.path.name}:{place}", line
         yield from self.beside.left(self.path.name)
 
-    def sample(self, line: str, where: str) -> Entry | Fault:
+    def sample(self, line: str, where: str) -> Entry | Rejection:
         try:
             row = next(csv.reader([line], skipinitialspace=True, strict=True))
         except csv.Error:
             row = []
         if len(row) != 4 or number(row[1]) is None:
-            return Fault(where, "bad_row", "not YTID, start, end, labels")
+            return Rejection(where, "bad_row", "not YTID, start, end, labels")
         name, start, codes = row[0], float(row[1]), row[3].split(",")
         clip = find_clip(
             self.clips,
@@ -78,7 +78,7 @@ class AudioSet(Reader):
             f"Y{name}",
         )
         if clip is None:
-            return Fault(f"{name}_{start:g}", "missing_file", f"no clip of {name} in {self.clips}")
+            return Rejection(f"{name}_{start:g}", "missing_file", f"no clip of {name} in {self.clips}")
         self.beside.name(str(clip))
         label = ", ".join(self.names.get(code, code) for code in codes)
         return Entry(id=f"{name}_{start:g}", audio=str(clip), task="sound", recording=name, label=label)
@@ -100,16 +100,16 @@ class VGGSound(Reader):
             yield f"{self.path.name}:{place}", row
         yield from self.beside.left(self.path.name + (f", split {self.split}" if self.split else ""))
 
-    def sample(self, row: dict[str, str], where: str) -> Entry | Fault | list:
+    def sample(self, row: dict[str, str], where: str) -> Entry | Rejection | list:
         start = number(row["start"])
         if start is None or not row["label"]:
-            return Fault(where, "bad_row", "not ytid,start,label,split")
+            return Rejection(where, "bad_row", "not ytid,start,label,split")
         if self.split and row["split"] != self.split:
             return []
         name = f"{row['ytid']}_{int(start):06d}"
         clip = find_clip(self.clips, name, f"{row['ytid']}_{int(start)}")
         if clip is None:
-            return Fault(name, "missing_file", f"no clip of {name} in {self.clips}")
+            return Rejection(name, "missing_file", f"no clip of {name} in {self.clips}")
         self.beside.name(str(clip))
         return Entry(id=name, audio=str(clip), task="sound", label=row["label"], recording=row["ytid"])
 
@@ -141,9 +141,9 @@ class ESC50(Reader):
         if clips:
             yield "", Ignored(f"clips that {self.path.name} has no line of", len(clips))
 
-    def sample(self, row: dict[str, str], where: str) -> Entry | Fault | list:
+    def sample(self, row: dict[str, str], where: str) -> Entry | Rejection | list:
         if not row["filename"] or not row["category"]:
-            return Fault(where, "bad_row", "no filename or no category")
+            return Rejection(where, "bad_row", "no filename or no category")
         if self.folds and row.get("fold") not in self.folds:
             return []
         return Entry(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_tools.corpora import Entry, Fault, Reader, as_name, kind_of_value
+from data_tools.corpora import Entry, Reader, Rejection, as_name, kind_of_value
 from data_tools.corpora.beside import Beside
 from data_tools.corpora.columns import (
     as_options,
@@ -176,9 +176,9 @@ class Table(Reader):
             hint += ". If the first line is no line of names, give columns=audio+text and so on"
         raise CorpusError(f"{self.path} has no column 'audio': its columns are {', '.join(columns)}{hint}")
 
-    def sample(self, row: Any, where: str) -> Entry | Fault:
+    def sample(self, row: Any, where: str) -> Entry | Rejection:
         if not isinstance(row, dict):
-            return Fault(where, "bad_json", f"{kind_of_value(row)}, not a JSON object")
+            return Rejection(where, "bad_json", f"{kind_of_value(row)}, not a JSON object")
         self._rows += 1
         if self._rows <= FACTS_OF:
             self.keys.update(row.keys())
@@ -188,7 +188,7 @@ class Table(Reader):
         if problem := self._times_problem(row, cells, times):
             if not self.jsonl:
                 raise CorpusError(f"{self.path}: {problem}")
-            return Fault(sample_id, "bad_row", f"{where}: {problem}")
+            return Rejection(sample_id, "bad_row", f"{where}: {problem}")
         seconds: dict[str, float | None] = {}
         for field in _TIMES:
             told = cells.pop(field, None)
@@ -197,13 +197,13 @@ class Table(Reader):
                 seconds[field] is None and str(told or "").strip()
             ):  # without it, a segment would be the whole recording
                 shown = f"'{told}'" if isinstance(told, str | list) else kind_of_value(told)
-                return Fault(
+                return Rejection(
                     sample_id, "bad_row", f"{where}: {self.named.get(field, field)} is {shown}, not a number"
                 )
         if seconds["end"] is not None:
             seconds["duration"] = seconds["end"] - seconds["offset"]
         if self.jsonl and (strange := _strange(cells)):
-            return Fault(sample_id, "bad_row", f"{where}: {strange}")
+            return Rejection(sample_id, "bad_row", f"{where}: {strange}")
         cells = {**values, **cells}
         if "audio" in cells:
             cells["audio"] = str(self.root / (cells["audio"] + self.suffix))
@@ -211,7 +211,7 @@ class Table(Reader):
         elif not (cells.get("prompt") and cells.get("response")):
             proposed = proposal(row, ("audio", "text"))
             hint = f"; perhaps {as_options(proposed)}" if self.jsonl and "audio" in proposed else ""
-            return Fault(sample_id, "bad_row", f"{where}: no audio path{hint}")
+            return Rejection(sample_id, "bad_row", f"{where}: no audio path{hint}")
         cells.setdefault("id", f"{self.path.stem}-{int(where.rpartition(':')[2]):09d}")
         if self.lang:
             cells.setdefault("lang", self.lang)

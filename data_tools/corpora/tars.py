@@ -12,8 +12,7 @@ from lzma import LZMAError
 from pathlib import Path
 from typing import Any
 
-from core.console import plural
-from core.failures import reason_of
+from core.console import one_line, plural
 from core.tar_members import (
     MAX_TEXT_BYTES,
     Group,
@@ -26,7 +25,7 @@ from core.tar_members import (
     split_name,
     stands_alone,
 )
-from data_tools.corpora import ENTRY_FIELDS, NAMES, Entry, Fault, Ignored, Item, Reader, as_name
+from data_tools.corpora import ENTRY_FIELDS, NAMES, Entry, Ignored, Item, Reader, Rejection, as_name
 from data_tools.corpora.columns import number
 from data_tools.text_files import CorpusError, damage
 
@@ -62,14 +61,14 @@ class TarMember:
     size: int = 0
 
 
-def tar_members(tar: Path, with_texts: bool = False) -> Iterator[TarMember | Fault]:
+def tar_members(tar: Path, with_texts: bool = False) -> Iterator[TarMember | Rejection]:
     """Members of one tar, by their headers; audio is not touched. A tar that ends early or is damaged ends in
-    a Fault."""
+    a Rejection."""
     try:
         with open(tar, "rb") as file:
             head = file.read(6)
         if not head:
-            yield Fault(tar.name, "truncated", f"{tar} is empty")
+            yield Rejection(tar.name, "truncated", f"{tar} is empty")
             return
         form = "tarz" if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")) else "tar"
         with tarfile.open(tar) as archive:
@@ -79,7 +78,7 @@ def tar_members(tar: Path, with_texts: bool = False) -> Iterator[TarMember | Fau
                     continue
                 special = not member.isreg() or member.issparse()
                 if member.size < 0:
-                    yield Fault(tar.name, "truncated", f"{tar}: member {member.name} has a negative size")
+                    yield Rejection(tar.name, "truncated", f"{tar}: member {member.name} has a negative size")
                     return
                 extension = split_name(member.name)[1]
                 place = f"{form}:{tar}#{member.offset_data}+{member.size}.{extension}"
@@ -90,14 +89,14 @@ def tar_members(tar: Path, with_texts: bool = False) -> Iterator[TarMember | Fau
                 yield TarMember(member.name, place, special, text, member.size)
             archive.fileobj.seek(archive.offset)
             if len(archive.fileobj.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
-                yield Fault(
+                yield Rejection(
                     tar.name, "truncated", f"{tar} has no end mark: it may have been cut between two members"
                 )
     except (tarfile.TarError, EOFError, zlib.error, LZMAError, OSError, ValueError) as error:
-        yield Fault(
+        yield Rejection(
             tar.name,
             "truncated",
-            f"{tar} ends early or is damaged ({reason_of(error)}): copy or make it again",
+            f"{tar} ends early or is damaged ({one_line(error)}): copy or make it again",
         )
 
 
@@ -130,7 +129,7 @@ class Shards(Reader):
             grouper = Grouper(_stands_alone)
             source = tar.name.partition(".tar")[0].removesuffix(".tgz")
             for member in tar_members(tar, with_texts=True):
-                if isinstance(member, Fault):
+                if isinstance(member, Rejection):
                     yield tar.name, member
                     continue
                 self.counts["members"] += 1
@@ -162,39 +161,28 @@ class Shards(Reader):
 
     def _sample(self, group: Group[TarMember], source: str, where: str) -> Item:
         if problem := group.problem:
-            return Fault(where, "bad_row", problem)
+            return Rejection(where, "bad_row", problem)
         parts = {}
         for kind in ("json", "text"):
             if member := group.one(kind):
                 if member.content.text is None:
-                    return Fault(where, "too_large", f"{member.name} has {member.content.size:,} bytes")
+                    return Rejection(where, "too_large", f"{member.name} has {member.content.size:,} bytes")
                 parts[kind] = member.content.text
         if "text" in parts and self.encoding:
             if problem := damage(parts["text"], self.encoding):
-                return Fault(where, problem.reason, f"{group.one('text').name}: {problem.detail}")
+                return Rejection(where, problem.reason, f"{group.one('text').name}: {problem.detail}")
             parts["text"] = parts["text"].decode(self.encoding).encode()
         try:
             found = read_record(parts.get("json"), parts.get("text"))
         except UnicodeDecodeError:
             problem = damage(parts.get("json", b"")) or damage(parts.get("text", b""))
-            return Fault(where, "encoding", f"{group.key}: {problem.detail if problem else 'not UTF-8'}")
+            return Rejection(where, "encoding", f"{group.key}: {problem.detail if problem else 'not UTF-8'}")
         except (ValueError, RecursionError) as error:
-            return Fault(where, "bad_json", reason_of(error))
+            return Rejection(where, "bad_json", one_line(error))
         audio = group.one("audio")
         if audio is None and not is_text_sample(found):
-            return Fault(where, "bad_row", group.without_audio)
-        values = {
-            name: found[name]
-            for name in ENTRY_FIELDS
-            if found.get(name) is not None and name not in _NOT_TAKEN
-        }
-        for name in NAMES:
-            if name in values:
-                values[name] = as_name(values[name])
-        if isinstance(values.get("duration"), str) and (seconds := number(values["duration"])) is not None:
-            values["duration"] = seconds
-        if values.get("id") in (None, ""):
-            values["id"] = group.key
+            return Rejection(where, "bad_row", group.without_audio)
+        values = _values(found, group.key)
         if audio is None:
             return Entry(source=source, **values)
         return Entry(audio=audio.content.place, group=group_of(audio.content.place), source=source, **values)
@@ -206,6 +194,21 @@ class Shards(Reader):
             f"{n['in samples']:,} in {plural(n['samples'], 'sample')}, {n['in faults']:,} in "
             f"{plural(n['faults'], 'refused group')}, {n['ignored']:,} ignored"
         ]
+
+
+def _values(record: dict, key: str) -> dict:
+    """Return an Entry's fields of a sample's JSON; a sample without an id gets the group's key."""
+    values = {
+        name: record[name] for name in ENTRY_FIELDS if record.get(name) is not None and name not in _NOT_TAKEN
+    }
+    for name in NAMES:
+        if name in values:
+            values[name] = as_name(values[name])
+    if isinstance(values.get("duration"), str) and (seconds := number(values["duration"])) is not None:
+        values["duration"] = seconds
+    if values.get("id") in (None, ""):
+        values["id"] = key
+    return values
 
 
 def _stands_alone(group: Group[TarMember]) -> bool:

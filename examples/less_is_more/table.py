@@ -5,8 +5,8 @@ results.json holds each variant and seed: WER with its 95 % bootstrap interval, 
 on the same utterances, hours of data, kept frames, seconds; the machine, versions and commit. What has not
 been run yet is not in the table.
 
-The whole study takes longer than many a machine is at hand. So with --docs the rows are kept beside the
-document, by the plan's name (docs/less_is_more.json), and those of former runs stay in the table until the
+The whole study takes longer than many a machine is at hand. So with --docs the rows are kept by the
+plan's name (benchmarks/results/less_is_more.json), and those of former runs stay in the table until the
 same variant and seed is run again.
 """
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from recipe.config import Recipe
 
 OURS, BASELINE = "ours", "projector"
+NUMBERS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 STAGES = ("stage_1", "stage_2", "stage_3")
 ERRORS = ("substitutions", "deletions", "insertions")
 # How a variant is read out: what that adds to its name and title.
@@ -107,98 +108,120 @@ def over_seeds(pairs: list[tuple[Path, Path]]) -> dict:
     }
 
 
-def collect(study: Study) -> dict:
-    """What has been run so far, of any seed and variant of the plan."""
-    shards = list(study.plan.score.shards)
-    rows, first_stages = [], []
+class Results:
+    """The prediction files of a study that have been scored."""
 
-    def files(folder: Path, decode: str) -> dict[str, Path]:
-        """Predictions on each test set; {} where one has not been scored."""
-        found = {data: study.predictions(folder, decode, data) for data in shards}
+    def __init__(self, study: Study):
+        self.study = study
+        self.shards = list(study.plan.score.shards)
+        # The plan's seeds, and those that --seeds has added.
+        run = {int(path.name.rpartition("-seed-")[2]) for path in study.output.glob("*-seed-*")}
+        self.seeds = sorted({*study.plan.seeds, *run})
+
+    def files(self, folder: Path, decode: str) -> dict[str, Path]:
+        """Return the predictions on each test set; {} where one has not been scored."""
+        found = {data: self.study.predictions(folder, decode, data) for data in self.shards}
         return found if all(path.with_suffix(".scores.json").exists() for path in found.values()) else {}
 
-    def whole(folder: Path, decode: str) -> Path | None:
-        """Predictions on every utterance of the first test set; None where it has not been scored so."""
-        path = study.predictions(folder, decode, shards[0], whole=True)
+    def whole(self, folder: Path, decode: str) -> Path | None:
+        """Return the predictions on every utterance of the first test set; None where it has not been scored
+        so."""
+        path = self.study.predictions(folder, decode, self.shards[0], whole=True)
         return path if path.with_suffix(".scores.json").exists() else None
 
-    # The plan's seeds, and those that --seeds has added.
-    run = {int(path.name.rpartition("-seed-")[2]) for path in study.output.glob("*-seed-*")}
-    for seed in sorted({*study.plan.seeds, *run}):
-        ours = {decode: files(study.folder(OURS, seed), decode) for decode in DECODES}
-        for name, variant in study.plan.variants.items():
-            folder = study.folder(name, seed)
-            if not files(folder, "generate"):
+    def variant_rows(self, name: str, seed: int) -> list[dict]:
+        """Return one row for each way of decoding a variant."""
+        study, variant = self.study, self.study.plan.variants[name]
+        folder, first = study.folder(name, seed), study.first(variant.alignment, seed)
+        if not self.files(folder, "generate"):
+            return []
+        stages = [stage for stage in study.stages(name) if stage != "sft"]  # the same clips
+        held = [hours(study.recipe(name, stage, seed)) for stage in stages]
+        second = study.folder(variant.get("after", name), seed)
+        common = {"seed": seed, "stage_2": trained(second), "hours": max(held)}
+        if variant.alignment:
+            common["stage_1"] = trained(first)
+        if folder != second:
+            common["stage_3"] = trained(folder)
+        common["minutes"] = sum(common[stage]["minutes"] for stage in STAGES if stage in common)
+        rows = []
+        for decode, (suffix, addition) in DECODES.items():
+            if not self.files(folder, decode):
                 continue
-            first = study.first(variant.alignment, seed)
-            held = [
-                hours(study.recipe(name, stage, seed)) for stage in study.stages(name) if stage != "sft"
-            ]  # the same clips
-            second = study.folder(variant.get("after", name), seed)
-            common = {"seed": seed, "stage_2": trained(second), "hours": max(held)}
-            if variant.alignment:
-                common["stage_1"] = trained(first)
-            if folder != second:
-                common["stage_3"] = trained(folder)
-            common["minutes"] = sum(common[stage]["minutes"] for stage in STAGES if stage in common)
-            for decode in DECODES:
-                if not (found := files(folder, decode)):
-                    continue
-                row = {
-                    "variant": name + DECODES[decode][0],
-                    "title": variant.title + DECODES[decode][1],
-                    **common,
-                    "scores": {data: wer_of(path) for data, path in found.items()},
-                }
-                # Against ours read out the same way; ours together with CTC against ours alone.
-                same = decode if name != OURS else "generate" if decode != "generate" else None
-                for key, others in (
-                    ("against_ours", same and ours[same]),
-                    ("against_ctc", files(first, "ctc")),
-                ):
-                    if others:
-                        row[key] = {data: against(others[data], path) for data, path in found.items()}
-                if of := whole(folder, decode):
-                    row["whole"] = wer_of(of)
-                    for key, other in (
-                        ("whole_against_ours", same and whole(study.folder(OURS, seed), same)),
-                        ("whole_against_ctc", whole(first, "ctc")),
-                    ):
-                        if other:
-                            row[key] = against(other, of)
-                if decode == "generate" and (folder / "speed.json").exists():
-                    row["first_token_ms"] = json.loads((folder / "speed.json").read_text())[
-                        "first_token_ms_median"
-                    ]
-                rows.append(row)
-        for kind in study.plan.alignments:
-            if found := files(study.first(kind, seed), "ctc"):
+            row = {"variant": name + suffix, "title": variant.title + addition, **common}
+            row |= self.scores(name, decode, folder, first, seed)
+            if decode == "generate" and (folder / "speed.json").exists():
+                speed = json.loads((folder / "speed.json").read_text())
+                row["first_token_ms"] = speed["first_token_ms_median"]
+            rows.append(row)
+        return rows
+
+    def scores(self, name: str, decode: str, folder: Path, first: Path, seed: int) -> dict:
+        """Return a row's scores, and its comparisons with ours and with stage I's CTC."""
+        found = self.files(folder, decode)
+        row: dict = {"scores": {data: wer_of(path) for data, path in found.items()}}
+        # Against ours decoded in the same way; ours together with CTC against ours without it.
+        same = decode if name != OURS else "generate" if decode != "generate" else None
+        ours = self.study.folder(OURS, seed)
+        for key, others in (
+            ("against_ours", same and self.files(ours, same)),
+            ("against_ctc", self.files(first, "ctc")),
+        ):
+            if others:
+                row[key] = {data: against(others[data], path) for data, path in found.items()}
+        if of := self.whole(folder, decode):
+            row["whole"] = wer_of(of)
+            for key, other in (
+                ("whole_against_ours", same and self.whole(ours, same)),
+                ("whole_against_ctc", self.whole(first, "ctc")),
+            ):
+                if other:
+                    row[key] = against(other, of)
+        return row
+
+    def first_stage_rows(self, seed: int) -> list[dict]:
+        rows = []
+        for kind in self.study.plan.alignments:
+            if found := self.files(self.study.first(kind, seed), "ctc"):
                 scores = {data: wer_of(path) for data, path in found.items()}
                 row = {"alignment": kind, "seed": seed, "scores": scores}
-                if of := whole(study.first(kind, seed), "ctc"):
+                if of := self.whole(self.study.first(kind, seed), "ctc"):
                     row["whole"] = wer_of(of)
-                first_stages.append(row)
-    pooled = []
-    for name, variant in study.plan.variants.items():
-        for decode, (suffix, addition) in DECODES.items():
-            pairs: dict[str, dict[int, tuple[Path, Path]]] = {"its stage I's CTC": {}, "ours": {}}
-            for seed in sorted({*study.plan.seeds, *run}):
-                of = whole(study.folder(name, seed), decode)
-                if of and variant.alignment and (ctc := whole(study.first(variant.alignment, seed), "ctc")):
-                    pairs["its stage I's CTC"][seed] = ctc, of
-                if of and name != OURS and (ours_whole := whole(study.folder(OURS, seed), decode)):
-                    pairs["ours"][seed] = ours_whole, of
-            pooled += [
-                {
-                    "variant": name + suffix,
-                    "title": variant.title + addition,
-                    "against": title,
-                    "seeds": list(found),
-                    **over_seeds(list(found.values())),
-                }
-                for title, found in pairs.items()
-                if len(found) > 1
-            ]
+                rows.append(row)
+        return rows
+
+    def pairs(self, name: str, decode: str) -> dict[str, dict[int, tuple[Path, Path]]]:
+        """Return what a variant is compared with, by seed."""
+        study, variant = self.study, self.study.plan.variants[name]
+        pairs: dict[str, dict[int, tuple[Path, Path]]] = {"its stage I's CTC": {}, "ours": {}}
+        for seed in self.seeds:
+            of = self.whole(study.folder(name, seed), decode)
+            if of and variant.alignment and (ctc := self.whole(study.first(variant.alignment, seed), "ctc")):
+                pairs["its stage I's CTC"][seed] = ctc, of
+            if of and name != OURS and (ours := self.whole(study.folder(OURS, seed), decode)):
+                pairs["ours"][seed] = ours, of
+        return pairs
+
+
+def collect(study: Study) -> dict:
+    """Return what has been run so far, of any seed and variant of the plan."""
+    results = Results(study)
+    shards, variants = results.shards, study.plan.variants
+    rows = [row for seed in results.seeds for name in variants for row in results.variant_rows(name, seed)]
+    first_stages = [row for seed in results.seeds for row in results.first_stage_rows(seed)]
+    pooled = [
+        {
+            "variant": name + suffix,
+            "title": variant.title + addition,
+            "against": title,
+            "seeds": list(found),
+            **over_seeds(list(found.values())),
+        }
+        for name, variant in variants.items()
+        for decode, (suffix, addition) in DECODES.items()
+        for title, found in results.pairs(name, decode).items()
+        if len(found) > 1
+    ]
     whisper = {data: study.output / "whisper" / f"{data}.jsonl" for data in shards}
     return {
         "machine": machine(),
@@ -418,12 +441,12 @@ def picture(result: dict) -> Figure:
     return figure
 
 
-def finish(study: Study, docs: Path | None = None) -> str:
-    """Collects, writes results.json, its table (.txt) and picture.png into the study's folder, and into
-    `docs` between its marks, there with the rows of former runs. Errors: ValueError where nothing has been
-    scored yet, or the marks are missing."""
+def finish(study: Study, docs: Path | None = None, numbers: Path = NUMBERS) -> str:
+    """Write results.json, its table (.txt) and picture.png into the study's folder, and the table into `docs`
+    between its marks, there with the rows of former runs (in the folder `numbers`). Errors: ValueError where
+    nothing has been scored yet, or the marks are missing."""
     result = collect(study)
-    kept = docs.with_name(f"{study.plan.name}.json") if docs else None
+    kept = numbers / f"{study.plan.name}.json" if docs else None
     if kept and kept.exists():
         result = with_former(result, json.loads(kept.read_text()), study)
     if not result["rows"]:

@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,7 +104,7 @@ def summary(plan: Plan, rows: list[dict], seconds: dict[str, float | None]) -> d
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": git("rev-parse", "--short", "HEAD"),
         "changed_files": bool(git("status", "--porcelain")),
         "machine": {

@@ -78,7 +78,7 @@ def _linear(state: dict, target: str, weight: np.ndarray, bias: np.ndarray | Non
 
 def _stacked(state: dict, target: str, names: str, weight: np.ndarray, bias: np.ndarray) -> None:
     """Split rows into the projections `names` (letters of qkv); k has no bias in Whisper."""
-    for name, w, b in zip(names, np.split(weight, len(names)), np.split(bias, len(names))):
+    for name, w, b in zip(names, np.split(weight, len(names)), np.split(bias, len(names)), strict=True):
         _linear(state, f"{target}.{name}_proj", w, None if name == "k" else b)
 
 

@@ -240,15 +240,16 @@ class Draft:
                 self.length = max(2, self.length)
             return
         # Another word: it replaces the draft's word, or what is left of it.
-        if self.place < len(tokens) and spelling.letters(tokens[self.place]):
-            if spelling.begins_word(own) or not spelling.begins_word(tokens[self.place]):
+        if not (self.place < len(tokens) and spelling.letters(tokens[self.place])):
+            return
+        if spelling.begins_word(own) or not spelling.begins_word(tokens[self.place]):
+            self.place += 1
+            while (
+                self.place < len(tokens)
+                and spelling.letters(tokens[self.place])
+                and not spelling.begins_word(tokens[self.place])
+            ):
                 self.place += 1
-                while (
-                    self.place < len(tokens)
-                    and spelling.letters(tokens[self.place])
-                    and not spelling.begins_word(tokens[self.place])
-                ):
-                    self.place += 1
 
     def _find(self, letters: str, own: int) -> int | None:
         """The place after these letters in the draft, nearest to where the draft stands; the token in which
@@ -406,7 +407,7 @@ class Row:
         """Append the draft tokens that are accepted and the LLM's own token after them; return how many were
         accepted. choices: the LLM's token in place of each proposed one, and after the last."""
         accepted = 0
-        for token, right in zip(self.proposed, agreed):
+        for token, right in zip(self.proposed, agreed, strict=False):
             if not right:
                 break
             self.answer.append(token)
@@ -515,7 +516,7 @@ def _choose(
         logits = logits.masked_fill(early[..., None] & stop, -torch.inf)
     choices = logits.argmax(dim=-1).tolist()
     agreed = [
-        [token == choice for token, choice in zip(row.proposed, chosen)]
+        [token == choice for token, choice in zip(row.proposed, chosen, strict=False)]
         for row, chosen in zip(rows, choices, strict=True)
     ]
     if minimum_ratio < 1:

@@ -140,7 +140,7 @@ class Generation:
         temperature: float = 0.2,
         top_p: float = 0.9,
         min_new_tokens: int = 0,
-        streamer: "BaseStreamer | None" = None,
+        streamer: BaseStreamer | None = None,
         synced_gpus: bool = False,
         joint: JointSearch | None = None,
         drafted: drafting.Drafting | None = None,
@@ -155,8 +155,8 @@ class Generation:
         last one has finished. joint: search the answers together with the CTC head (for transcripts;
         model/generation/joint.py), without sampling or streamer. drafted: let the LLM check the CTC head's
         transcript, several tokens in one pass (model/generation/drafted.py): the tokens of greedy decoding,
-        in fewer passes, which `drafted_passes` counts. audio: what `listen` gives for this batch, where the
-        caller has it.
+        in fewer passes, which `drafted_passes` counts. audio: what `encode_audio` gives for this batch, where
+        the caller has it.
 
         Of the LLM's own generation settings only the ids that end a text count (language_model.end_settings);
         all others are those given here. A conversation beyond the LLM's context is answered by nothing and
@@ -170,7 +170,7 @@ class Generation:
             raise ValueError("drafted decoding is greedy: no do_sample, no joint")
         training = self.training
         self.eval()
-        audio = self.listen(batch) if audio is None else audio
+        audio = self.encode_audio(batch) if audio is None else audio
         embeddings, mask, _ = self.embeddings(batch, audio, left_padded=True)
         base, longest = base_of(self.llm), self._fit(mask)
         stop = end_ids(self.tokenizer, self.config.prompt, base.generation_config)
@@ -276,7 +276,7 @@ class Generation:
     def _ctc_tokens(self, audio: Audio) -> list[list[int]]:
         """The CTC head's greedy transcript of each audio: argmax tokens, runs collapsed, blanks dropped."""
         found = []
-        for argmax, length in zip(audio.argmax.cpu(), audio.lengths.tolist()):
+        for argmax, length in zip(audio.argmax.cpu(), audio.lengths.tolist(), strict=False):
             tokens = torch.unique_consecutive(argmax[:length])
             kept = tokens[(tokens != self.ctc_head.blank) & (tokens < len(self.tokenizer))]
             found.append(kept.tolist())
@@ -329,10 +329,10 @@ class Generation:
     @torch.no_grad()
     def ctc_greedy(self, batch: Batch, audio: Audio | None = None) -> list[str]:
         """The CTC head's own transcript of each audio: the argmax tokens, runs collapsed, blanks dropped.
-        audio: what `listen` gives for this batch, where the caller has it."""
+        audio: what `encode_audio` gives for this batch, where the caller has it."""
         training = self.training
         self.eval()
-        audio = self.listen(batch) if audio is None else audio
+        audio = self.encode_audio(batch) if audio is None else audio
         self.train(training)
         return [
             self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
@@ -349,7 +349,7 @@ class Generation:
         """
         training = self.training
         self.eval()
-        audio = self.listen(batch)
+        audio = self.encode_audio(batch)
         self.train(training)
         encoder_rate = self.encoder.frame_rate if self.encoder is not None else 50.0
         rate = encoder_rate / self.config.alignment.stack_frames
@@ -361,7 +361,9 @@ class Generation:
             "peak": [],
             "kept": [],
         }
-        for i, (length, kept) in enumerate(zip(audio.lengths.tolist(), audio.kept_lengths.tolist())):
+        for i, (length, kept) in enumerate(
+            zip(audio.lengths.tolist(), audio.kept_lengths.tolist(), strict=True)
+        ):
             mel = None
             if batch.waveforms is not None:
                 size = batch.audio_lengths[i : i + 1]

@@ -37,7 +37,7 @@ class Node:
 
     share: float = 0.0
     value: float | None = None
-    children: dict[int, "Node"] = field(default_factory=dict)
+    children: dict[int, Node] = field(default_factory=dict)
 
 
 class Progress(NamedTuple):

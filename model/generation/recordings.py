@@ -64,7 +64,9 @@ def align_recording(
         rest = spelling.ids[len(runs) :]
         limit = len(part) if last else min(len(part), round(TARGETS_PER_SECOND * section))
         # at the recording's end the text ends, too, unless it cannot be spelled in what is left
-        open_end = not last or len(rest) + sum(a == b for a, b in zip(rest, rest[1:])) > len(part)
+        open_end = not last or len(rest) + sum(a == b for a, b in zip(rest, rest[1:], strict=False)) > len(
+            part
+        )
         found, scores = _path(model, part, rest[:limit], open_end)
         if not found:
             break
@@ -95,7 +97,7 @@ def recording_frames(model: Soundwave, waveform: Tensor) -> Tensor:
 
     def encode() -> None:
         hidden, _ = frames(model, [window for window, _, _ in group])
-        kept.extend(row[first : first + count] for row, (_, first, count) in zip(hidden, group))
+        kept.extend(row[first : first + count] for row, (_, first, count) in zip(hidden, group, strict=False))
         group.clear()
 
     for begin in range(0, len(waveform), middle):

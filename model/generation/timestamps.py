@@ -84,7 +84,10 @@ def align(
 ) -> list[Aligned]:
     """`word_times`, with each path's score and the reason where there is none."""
     if isinstance(waveforms, Batch):
-        waveforms = [row[:size] for row, size in zip(waveforms.waveforms, waveforms.audio_lengths.tolist())]
+        waveforms = [
+            row[:size]
+            for row, size in zip(waveforms.waveforms, waveforms.audio_lengths.tolist(), strict=False)
+        ]
     langs = [None] * len(texts) if langs is None else langs
     if not len(waveforms) == len(texts) == len(langs):
         raise ValueError(
@@ -109,7 +112,9 @@ def align(
             spell(model.tokenizer, texts[number], model.ctc_text, langs[number]) for number in numbers
         ]
         seconds = [len(waveforms[number]) / SAMPLE_RATE for number in numbers]
-        for number, aligned in zip(numbers, align_frames(model, hidden, lengths, spellings, seconds)):
+        for number, aligned in zip(
+            numbers, align_frames(model, hidden, lengths, spellings, seconds), strict=False
+        ):
             found[number] = aligned
     return found
 
@@ -179,7 +184,7 @@ def unalignable(ids: list[int], length: int) -> str | None:
     """Return why CTC cannot spell these targets in so many frames; None where it can."""
     if not ids:
         return "nothing of its text is a CTC target (data.ctc_text drops it)"
-    needed = len(ids) + sum(a == b for a, b in zip(ids, ids[1:]))
+    needed = len(ids) + sum(a == b for a, b in zip(ids, ids[1:], strict=False))
     if needed > length:
         return f"its text needs {needed} frames, the audio has {length}: it is too long for this audio"
     return None
@@ -212,7 +217,7 @@ def emissions(place: Tensor, labels: Tensor, count: int) -> list[Run]:
     first = torch.full((count,), len(place)).scatter_reduce(0, its_place, emitting, "amin")
     last = torch.full((count,), -1).scatter_reduce(0, its_place, emitting, "amax")
     best = torch.full((count,), -torch.inf).scatter_reduce(0, its_place, logprob, "amax")
-    return [Run(*run) for run in zip(first.tolist(), last.tolist(), best.tolist())]
+    return [Run(*run) for run in zip(first.tolist(), last.tolist(), best.tolist(), strict=False)]
 
 
 def timed(spelling: Spelling, runs: Sequence[Run], step: float, seconds: float) -> list[Word]:
@@ -232,7 +237,7 @@ def timed(spelling: Spelling, runs: Sequence[Run], step: float, seconds: float) 
     nexts = [time[0] for time in times if time][1:] + [seconds]
     words, now = [], 0.0
     following = iter(nexts)
-    for text, time in zip(spelling.words, times):
+    for text, time in zip(spelling.words, times, strict=False):
         if time is None:
             words.append(Word(text, now, now, 0.0))
             continue

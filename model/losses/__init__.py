@@ -6,10 +6,24 @@ is a class in a file of its own and a recipe line, `loss.weights: {name: 0.5}` (
 
     ce    cross-entropy over target tokens
     ctc   CTC loss / target length over transcribed utterances
+    quantity   |sum of CIF's weights - target tokens| over transcribed utterances
+    kl         KL divergence from the LLM without LoRA that reads the transcript, over target tokens
 """
 
+from model.losses.auxiliary import CompressorLoss, Quantity
 from model.losses.base import LOSSES, ForwardState, Loss, register_loss
 from model.losses.cross_entropy import CrossEntropy
 from model.losses.ctc import CTC
+from model.losses.distillation import Distillation
 
-__all__ = ["CTC", "LOSSES", "CrossEntropy", "ForwardState", "Loss", "register_loss"]
+__all__ = [
+    "CTC",
+    "CompressorLoss",
+    "LOSSES",
+    "CrossEntropy",
+    "Distillation",
+    "ForwardState",
+    "Loss",
+    "Quantity",
+    "register_loss",
+]

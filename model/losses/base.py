@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ class ForwardState:
     model: Soundwave
     batch: Batch
     audio: Audio
+    shared: dict = field(default_factory=dict)  # what one loss has computed for others
 
     @cached_property
     def llm_input(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

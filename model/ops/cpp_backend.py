@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .operator import TILE, Kept, Problem
+from .operator import TILE, CTCInputs, SavedForBackward
 
 
 def available() -> bool:
@@ -24,12 +24,17 @@ def native_bf16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def forward(problem: Problem, deterministic: bool, with_gradient: bool):
+def forward(problem: CTCInputs, deterministic: bool, with_gradient: bool):
     return torch.ops.soundwave_cpu.forward(*problem, TILE, with_gradient, native_bf16())
 
 
 def backward(
-    problem: Problem, kept: Kept, loss_gradient: Tensor, skip_below: float, deterministic: bool, wanted
+    problem: CTCInputs,
+    kept: SavedForBackward,
+    loss_gradient: Tensor,
+    skip_below: float,
+    deterministic: bool,
+    wanted,
 ):
     return torch.ops.soundwave_cpu.backward(
         *problem, *kept, loss_gradient, TILE, skip_below, *wanted, native_bf16()

@@ -73,7 +73,7 @@ def linear_ctc(
     targets, target_lengths = targets.to(hidden.device), target_lengths.to(hidden.device)
     if skip_below is None:
         skip_below = default_skip_below(hidden.dtype)
-    problem = operator.Problem(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank)
+    problem = operator.CTCInputs(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank)
     loss, *frames = _run(problem, float(skip_below), implementation, deterministic)
     if zero_infinity:
         loss = torch.where(loss == torch.inf, 0.0, loss)
@@ -98,7 +98,7 @@ def linear_argmax(
     as linear_ctc."""
     hidden, input_lengths = _checked(hidden, weight, input_lengths, blank, extra_row)
     none = input_lengths.new_zeros((hidden.shape[0], 0))
-    problem = operator.Problem(
+    problem = operator.CTCInputs(
         hidden, weight, extra_row, input_lengths, none, torch.zeros_like(input_lengths), blank
     )
     _, *frames = _run(problem, 0.0, implementation, False)
@@ -177,7 +177,7 @@ def _has_triton() -> bool:
 
 
 def _run(
-    problem: operator.Problem, skip_below: float, implementation: str, deterministic: bool
+    problem: operator.CTCInputs, skip_below: float, implementation: str, deterministic: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss [B] (inf where impossible), and the four [B, T] results."""
     hidden, weight, extra_row, *_ = problem

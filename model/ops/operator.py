@@ -18,7 +18,7 @@ from torch import Tensor
 TILE = 512
 
 
-class Problem(NamedTuple):
+class CTCInputs(NamedTuple):
     """The op's inputs, as linear_ctc describes them."""
 
     hidden: Tensor
@@ -72,7 +72,7 @@ class Problem(NamedTuple):
             raise ValueError(f"linear_ctc: utterance {row}: target {target} at position {place} {what}")
 
 
-class Kept(NamedTuple):
+class SavedForBackward(NamedTuple):
     """What forward leaves for backward. None of it is as long as frames x vocabulary."""
 
     loss: Tensor  # [B], inf where no alignment exists
@@ -103,9 +103,9 @@ def forward(
     deterministic: bool,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, argmax, lse, largest logit, blank's logit; then log_mass and label_gradient as in Kept (empty
-    without gradient)."""
-    problem = Problem(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank)
+    """loss, argmax, lse, largest logit, blank's logit; then log_mass and label_gradient as in
+    SavedForBackward (empty without gradient)."""
+    problem = CTCInputs(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank)
     problem.check_values()
     return _backend(implementation).forward(problem, deterministic, with_gradient)
 
@@ -124,7 +124,7 @@ def _(
     deterministic,
     with_gradient,
 ):
-    problem = Problem(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank)
+    problem = CTCInputs(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank)
     batch, length, _ = hidden.shape
 
     def float32(*shape):
@@ -163,8 +163,8 @@ def backward(
     want_extra: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and extra_row; an empty tensor for each that is not wanted."""
-    problem = Problem(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank)
-    kept = Kept(loss, lse, log_mass, label_gradient)
+    problem = CTCInputs(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank)
+    kept = SavedForBackward(loss, lse, log_mass, label_gradient)
     wanted = (want_hidden, want_weight, want_extra)
     return _backend(implementation).backward(problem, kept, loss_gradient, skip_below, deterministic, wanted)
 
@@ -204,7 +204,7 @@ def _save(ctx, inputs, output):
     ctx.mark_non_differentiable(argmax, lse, largest, blank_logit, log_mass, label_gradient)
     ctx.set_materialize_grads(False)
     *tensors, ctx.blank = problem
-    ctx.save_for_backward(*tensors, *Kept(loss, lse, log_mass, label_gradient))
+    ctx.save_for_backward(*tensors, *SavedForBackward(loss, lse, log_mass, label_gradient))
 
 
 def _gradient(ctx, loss_gradient, *_):
@@ -212,12 +212,15 @@ def _gradient(ctx, loss_gradient, *_):
     if loss_gradient is None:
         return nothing
     saved = ctx.saved_tensors
-    problem = Problem(*saved[:6], ctx.blank)
+    problem = CTCInputs(*saved[:6], ctx.blank)
     wanted = ctx.needs_input_grad[:3]
     gradients = backward(
         loss_gradient, *problem, *saved[6:], ctx.skip_below, ctx.implementation, ctx.deterministic, *wanted
     )
-    return tuple(gradient if want else None for gradient, want in zip(gradients, wanted)) + nothing[3:]
+    return (
+        tuple(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
+        + nothing[3:]
+    )
 
 
 forward.register_autograd(_gradient, setup_context=_save)

@@ -38,7 +38,7 @@ def sweep(frames: Tensor, weight: Tensor, extra_row: Tensor | None, tokens: Tens
     Chunks of frames one after the other, each computed again in backward, so that N x V logits are never
     held.
     """
-    chunks = list(zip(frames.split(FRAMES_AT_ONCE), tokens.split(FRAMES_AT_ONCE)))
+    chunks = list(zip(frames.split(FRAMES_AT_ONCE), tokens.split(FRAMES_AT_ONCE), strict=True))
     if torch.is_grad_enabled():
         pieces = [
             checkpoint(
@@ -48,7 +48,7 @@ def sweep(frames: Tensor, weight: Tensor, extra_row: Tensor | None, tokens: Tens
         ]
     else:
         pieces = [_piece(chunk, weight, extra_row, its_tokens) for chunk, its_tokens in chunks]
-    return [torch.cat(column) for column in zip(*pieces)]
+    return [torch.cat(column) for column in zip(*pieces, strict=True)]
 
 
 def ctc_negative_log_likelihood(

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .operator import TILE, Kept, Problem
+from .operator import TILE, CTCInputs, SavedForBackward
 
 # Logits that exist at one time: 2^24 are 32 MB in bfloat16; an H100's L2 cache holds 50 MB.
 LOGITS_AT_ONCE = 2**24
@@ -167,7 +167,7 @@ def _recursion(
         total += end + tl.log(tl.sum(tl.exp(final - end), axis=0))
     tl.store(loss + b, tl.where(impossible, float("inf"), -total))
 
-    if WITH_GRADIENT:
+    if WITH_GRADIENT:  # noqa: SIM102 (known when the kernel is compiled; the next one is not)
         if (frames > 0) & (impossible == 0):
             for step in range(0, frames):
                 t = frames - 1 - step
@@ -224,7 +224,7 @@ def _grid(rows: int, width: int) -> tuple[int, int]:
     return triton.cdiv(rows, ROWS.value), triton.cdiv(width, TILE)
 
 
-def _own_tokens(problem: Problem) -> tuple[Tensor, Tensor]:
+def _own_tokens(problem: CTCInputs) -> tuple[Tensor, Tensor]:
     """tokens [B, U + 1] of each utterance's columns, labels then blank, -1 in the padding and where a label
     stands again; and first [B, U + 1]: the place where each stands first."""
     batch, device = problem.targets.shape[0], problem.targets.device
@@ -235,12 +235,12 @@ def _own_tokens(problem: Problem) -> tuple[Tensor, Tensor]:
     return tokens.masked_fill(first != place, -1), first
 
 
-def forward(problem: Problem, deterministic: bool, with_gradient: bool):
+def forward(problem: CTCInputs, deterministic: bool, with_gradient: bool):
     with _products(deterministic):
         return _forward(problem, with_gradient)
 
 
-def _forward(problem: Problem, with_gradient: bool):
+def _forward(problem: CTCInputs, with_gradient: bool):
     hidden, weight, extra_row, input_lengths, targets, target_lengths, blank = problem
     batch, length, depth = hidden.shape
     device, dtype = hidden.device, hidden.dtype
@@ -324,7 +324,7 @@ def _forward(problem: Problem, with_gradient: bool):
     )
 
 
-def _ctc(problem: Problem, logprob: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+def _ctc(problem: CTCInputs, logprob: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
     """loss [B]; occupancy [B, T, U + 1], each position of the target and, last, the blank (empty without
     gradient)."""
     batch, length, slots = logprob.shape
@@ -357,15 +357,20 @@ def _ctc(problem: Problem, logprob: Tensor, with_gradient: bool) -> tuple[Tensor
 
 
 def backward(
-    problem: Problem, kept: Kept, loss_gradient: Tensor, skip_below: float, deterministic: bool, wanted
+    problem: CTCInputs,
+    kept: SavedForBackward,
+    loss_gradient: Tensor,
+    skip_below: float,
+    deterministic: bool,
+    wanted,
 ):
     with _products(deterministic):
         return _backward(problem, kept, loss_gradient, skip_below, *wanted)
 
 
 def _backward(
-    problem: Problem,
-    kept: Kept,
+    problem: CTCInputs,
+    kept: SavedForBackward,
     loss_gradient: Tensor,
     skip_below: float,
     want_hidden: bool,

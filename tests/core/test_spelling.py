@@ -106,7 +106,7 @@ def test_targets_are_the_texts_own_and_each_belongs_to_a_word(
         assert 0 <= part.begin < part.end <= 1
         covered[part.place] += part.end - part.begin
     assert all(share == pytest.approx(1) for share in covered.values())
-    for word, parts in zip(spelling.words, spelling.parts):
+    for word, parts in zip(spelling.words, spelling.parts, strict=False):
         assert bool(parts) or not normalise(word, normalisation).strip()
 
 

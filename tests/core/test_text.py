@@ -31,13 +31,13 @@ def test_english_scores_are_those_of_whisper_s_normaliser():
     """Published numbers: they must not move."""
     english = EnglishTextNormalizer()
     pairs = [tuple(" ".join(english(text).split()) for text in pair) for pair in ENGLISH]
-    references, hypotheses = zip(*pairs)
+    references, hypotheses = zip(*pairs, strict=True)
     whole = jiwer.process_words(list(references), list(hypotheses))
     for lang in ("en", "en-US", "eng", "English", None):
-        counted = count_errors(*zip(*ENGLISH), [lang] * len(ENGLISH))
+        counted = count_errors(*zip(*ENGLISH, strict=True), [lang] * len(ENGLISH))
         assert counted.kinds == {kind: getattr(whole, kind) for kind in counted.kinds}
         assert counted.errors.sum() / counted.units.sum() == pytest.approx(whole.wer)
-    letters = count_errors(*zip(*ENGLISH), ["en"] * len(ENGLISH), "character")
+    letters = count_errors(*zip(*ENGLISH, strict=True), ["en"] * len(ENGLISH), "character")
     assert letters.errors.sum() / letters.units.sum() == pytest.approx(
         jiwer.cer(list(references), list(hypotheses))
     )
@@ -146,7 +146,7 @@ def test_validation_sees_progress_in_scripts_without_spaces(lang, reference, ear
 
 
 def test_validation_counts_as_evaluation_does():
-    references, hypotheses = map(list, zip(*ENGLISH))
+    references, hypotheses = map(list, zip(*ENGLISH, strict=True))
     counted = count_errors(references, hypotheses, ["en"] * len(references))
     assert word_errors(references, hypotheses, ["en"] * len(references)) == (
         counted.errors.sum(),

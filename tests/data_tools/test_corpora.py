@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from data_tools import pack, sources
 from data_tools.audio import make_clip
-from data_tools.corpora import ENTRY_FIELDS, READERS, Corpus, CorpusError, Entry, Fault
-from data_tools.filters import Filters, Sieve
+from data_tools.corpora import ENTRY_FIELDS, READERS, Corpus, CorpusError, Entry, Rejection
+from data_tools.filters import Filters, SampleFilter
 from data_tools.packing import Packing
 from data_tools.plan import Layout, make_plan, shard_entries
 from data_tools.shards import ShardIndex
@@ -417,7 +417,7 @@ def test_reader_yields_what_the_corpus_holds(name, tmp_path):
     specification, entries, faults, told = MAKERS[name](tmp_path)
     items = list(Corpus(specification))
     found = [item for item in items if isinstance(item, Entry)]
-    assert (len(found), sum(isinstance(item, Fault) for item in items)) == (entries, faults), items
+    assert (len(found), sum(isinstance(item, Rejection) for item in items)) == (entries, faults), items
     for key, value in told.items():
         assert getattr(found[0], key) == (pytest.approx(value) if isinstance(value, float) else value), key
     assert len({(entry.corpus, entry.id) for entry in found}) == entries
@@ -443,7 +443,7 @@ def told_of(specification):
     """What entries hold but for ids of line numbers, and why others do not."""
     items = list(Corpus(specification))
     entries = [{**item.fields(), "id": None, "corpus": None} for item in items if isinstance(item, Entry)]
-    return entries, [item.reason for item in items if isinstance(item, Fault)]
+    return entries, [item.reason for item in items if isinstance(item, Rejection)]
 
 
 SPELLINGS = {
@@ -725,7 +725,7 @@ def test_whatever_stands_in_a_line_it_costs_at_most_that_line(tmp_path_factory, 
     plan = make_plan(
         folder / "plan",
         [Corpus(f"manifest:{folder / 'm.jsonl'}")],
-        Sieve(Filters(0.1, 20, 1, 30)),
+        SampleFilter(Filters(0.1, 20, 1, 30)),
         Layout(),
         {},
     )
@@ -755,7 +755,7 @@ KEYS = [
 def test_every_reader_of_json_gives_an_item_a_line(reader, rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
     (folder / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {}]))
-    items = [item for item in Corpus(f"{reader}:{folder / 'm.jsonl'}") if isinstance(item, Entry | Fault)]
+    items = [item for item in Corpus(f"{reader}:{folder / 'm.jsonl'}") if isinstance(item, Entry | Rejection)]
     assert len(items) >= len(rows) + 1, "lhotse may give several samples of a cut"
     for item in items:
         assert item.to_json().encode() and (
@@ -778,4 +778,4 @@ def test_every_json_in_a_tar_gives_a_sample_or_a_fault(value, text, audio, tmp_p
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     (item,) = Corpus(f"shards:{path}")
-    assert isinstance(item, Entry | Fault) and item.to_json().encode()
+    assert isinstance(item, Entry | Rejection) and item.to_json().encode()

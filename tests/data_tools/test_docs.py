@@ -95,7 +95,7 @@ def test_every_reason_is_documented():
     sources = [path.read_text() for path in Path(pack.__file__).parent.rglob("*.py")]
     used = set(
         re.findall(
-            r'(?:Fault|ClipError|refuse)\(\s*(?:[^"()]|\([^()]*\)|f?"[^"]*"(?=,\s*"))*?"([a-z_]+)"',
+            r'(?:Rejection|ClipError|refuse)\(\s*(?:[^"()]|\([^()]*\)|f?"[^"]*"(?=,\s*"))*?"([a-z_]+)"',
             "\n".join(sources),
         )
     )

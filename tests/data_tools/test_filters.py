@@ -10,7 +10,7 @@ import soundfile
 from core.text import error_rate
 from data_tools import pack
 from data_tools.corpora import Entry
-from data_tools.filters import OTHER_SPLIT, Filters, Sieve, SplitKey, ctc_frames_needed
+from data_tools.filters import OTHER_SPLIT, Filters, SampleFilter, SplitKey, ctc_frames_needed
 from data_tools.normalise import NORMALISERS, label_sentence
 from data_tools.shards import ShardIndex
 from tests.data_tools.conftest import tone
@@ -20,7 +20,7 @@ def judged(filters=None, sieve=None, **fields):
     entry = Entry(
         **({"id": "a", "audio": "/a.wav", "text": "hello there", "duration": 1.0, "lang": "en"} | fields)
     )
-    fault = (sieve or Sieve(filters or Filters())).judge(entry)
+    fault = (sieve or SampleFilter(filters or Filters())).judge(entry)
     return fault.reason if fault else entry
 
 
@@ -28,10 +28,10 @@ def test_a_sound_is_judged_by_what_the_cut_leaves():
     """Told by the corpus or found when decoded: the same."""
     long = {"task": "sound", "label": "rain", "duration": 10.0}
     assert judged(Filters(max_seconds=5), **long) == "too_long"
-    assert isinstance(judged(sieve=Sieve(Filters(max_seconds=5), clearest_seconds=3.0), **long), Entry)
-    assert judged(sieve=Sieve(Filters(max_seconds=5), clearest_seconds=3.0), duration=10.0) == "too_long", (
-        "speech is not cut"
-    )
+    assert isinstance(judged(sieve=SampleFilter(Filters(max_seconds=5), clearest_seconds=3.0), **long), Entry)
+    assert (
+        judged(sieve=SampleFilter(Filters(max_seconds=5), clearest_seconds=3.0), duration=10.0) == "too_long"
+    ), "speech is not cut"
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def tokenizer_folder(tmp_path_factory):
 def test_ctc_feasibility_counts_repeats(tokenizer_folder):
     assert [ctc_frames_needed(ids) for ids in ([], [1], [1, 1], [1, 2, 1], [3, 3, 3, 4])] == [0, 1, 3, 3, 6]
     filters = Filters(ctc_frame_rate=25, tokenizer=tokenizer_folder)
-    sieve = Sieve(filters)
+    sieve = SampleFilter(filters)
     needed = ctc_frames_needed(sieve.token_ids("hello there"))
     assert needed == len("hello there") + 1 + (len(sieve.token_ids("hello there")) - len("hello there"))
     assert (
@@ -185,7 +185,7 @@ def test_filters_judge_what_the_clip_turns_out_to_be(tokenizer_folder, tmp_path)
     assert (
         len(index) == 1
         and index.samples["tokens"][0]
-        == len(Sieve(Filters(tokenizer=tokenizer_folder)).token_ids("fine words"))
+        == len(SampleFilter(Filters(tokenizer=tokenizer_folder)).token_ids("fine words"))
         > 0
     )
     hours = json.loads((tmp_path / "out" / "index.json").read_text())["rejected_hours"]
@@ -234,7 +234,7 @@ def test_splits_keep_speakers_apart_and_shares_about(tmp_path):
     splits = {"train": 0.8, "valid": 0.1, "test": 0.1}
     taken = {name: set() for name in splits}
     for name in splits:
-        sieve = Sieve(splits=splits, split_by="speaker", take=name, seed=3)
+        sieve = SampleFilter(splits=splits, split_by="speaker", take=name, seed=3)
         for speaker in range(2000):
             verdicts = [
                 sieve.judge(Entry(id=f"{speaker}-{i}", audio="/a", text="x", speaker=str(speaker)))
@@ -245,7 +245,7 @@ def test_splits_keep_speakers_apart_and_shares_about(tmp_path):
                 taken[name].add(speaker)
     assert sum(map(len, taken.values())) == 2000 and len(set.union(*taken.values())) == 2000
     assert {name: len(speakers) / 2000 for name, speakers in taken.items()} == pytest.approx(splits, abs=0.03)
-    sieve = Sieve(splits={"a": 1, "b": 3})
+    sieve = SampleFilter(splits={"a": 1, "b": 3})
     found = Counter(sieve.split_of(SplitKey("id", f"k{i}"))[0] for i in range(1000))
     assert found["b"] == pytest.approx(750, abs=50)
 
@@ -290,6 +290,6 @@ def test_a_packed_folder_still_knows_what_its_clips_were_cut_from(tmp_path):
         code = pack.main(["--corpus", f"shards:{tmp_path / 'all'}", "--out", str(tmp_path / name), *options])
         found.append(len(ShardIndex.load(tmp_path / name)) if code == 0 else 0)
     assert sorted(found) == [0, 20], "all on one side"
-    assert Sieve(split_by="recording").split_key(Entry(id="a", audio="tar:/x.tar#512+10.flac")) == SplitKey(
-        "id", "a"
-    )
+    assert SampleFilter(split_by="recording").split_key(
+        Entry(id="a", audio="tar:/x.tar#512+10.flac")
+    ) == SplitKey("id", "a")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from data_tools.corpora import Corpus, CorpusError, Entry, Fault, Ignored
+from data_tools.corpora import Corpus, CorpusError, Entry, Ignored, Rejection
 from data_tools.sources import read_bytes
 from tests.data_tools.conftest import tone
 
@@ -51,7 +51,7 @@ def read(specification):
     items = list(Corpus(specification))
     entries = {item.id: item for item in items if isinstance(item, Entry)}
     assert len(entries) == sum(isinstance(item, Entry) for item in items)
-    faults = {item.id: item.reason for item in items if isinstance(item, Fault)}
+    faults = {item.id: item.reason for item in items if isinstance(item, Rejection)}
     return entries, faults, {item.what: item.count for item in items if isinstance(item, Ignored)}
 
 
@@ -370,7 +370,7 @@ def test_every_member_of_a_tar_is_in_a_sample_refused_or_counted(tmp_path):
     entries = {item.id: item for item in items if isinstance(item, Entry)}
     assert pitches({n: e for n, e in entries.items() if n in PITCH}) == SAID and set(entries) == set(PITCH)
     details = {
-        item.id.partition(":")[2]: (item.reason, item.detail) for item in items if isinstance(item, Fault)
+        item.id.partition(":")[2]: (item.reason, item.detail) for item in items if isinstance(item, Rejection)
     }
     assert {name: reason for name, (reason, _) in details.items()} == {
         "two": "bad_row", "lone": "bad_row", "list": "bad_json", "latin": "encoding", "s": "bad_row", "linked": "bad_row",

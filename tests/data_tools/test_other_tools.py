@@ -33,7 +33,7 @@ def test_wids(packed, tmp_path):
         str(packed / "index.json"), base=str(packed), cache_dir=str(tmp_path / "cache"), transformations=[]
     )
     found = [dataset[row] for row in range(len(dataset))]
-    for sample, (audio, record) in zip(found, records(packed)):
+    for sample, (audio, record) in zip(found, records(packed), strict=True):
         assert json.loads(sample[".json"].read()) == record
         assert audio is None or sample[".flac"].read() == audio
     assert len(found) == len(records(packed)) == 13

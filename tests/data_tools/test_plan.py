@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.corpora import Entry, Fault
-from data_tools.filters import Filters, Sieve
+from data_tools.corpora import Entry, Rejection
+from data_tools.filters import Filters, SampleFilter
 from data_tools.plan import Layout, make_plan, plan_once, shard_entries
 
 
@@ -27,7 +27,7 @@ def entries(count, seconds=lambda i: 1.0 + i % 7, **more):
 
 
 def planned(folder, items, layout=None, filters=None):
-    plan = make_plan(folder, [items], Sieve(filters or Filters()), layout or Layout(), {})
+    plan = make_plan(folder, [items], SampleFilter(filters or Filters()), layout or Layout(), {})
     return plan, [shard_entries(folder, shard) for shard in range(plan["shards"])]
 
 
@@ -149,7 +149,7 @@ def test_duplicates_are_named_wherever_they_stand(tmp_path, monkeypatch):
 
 def test_faults_are_counted_and_written(tmp_path):
     plan, _ = planned(
-        tmp_path / "p", [*entries(3), Fault("x", "bad_row", "why"), Entry(id="y", audio="/y", corpus="c")]
+        tmp_path / "p", [*entries(3), Rejection("x", "bad_row", "why"), Entry(id="y", audio="/y", corpus="c")]
     )
     lines = [json.loads(line) for line in (tmp_path / "p" / "rejected.jsonl").read_text().splitlines()]
     assert [(line["id"], line["reason"]) for line in lines] == [("x", "bad_row"), ("y", "no_text")]
@@ -195,13 +195,13 @@ MEMORY = """
 import resource, sys
 from pathlib import Path
 from data_tools.corpora import Entry
-from data_tools.filters import Sieve
+from data_tools.filters import SampleFilter
 from data_tools.plan import Layout, make_plan
 count = int(sys.argv[2])
 def items():
     for i in range(count):
         yield Entry(id=f"utterance-{i}", audio=f"/data/{i}.flac", text="words " * 20, corpus="c", duration=5.0)
-plan = make_plan(Path(sys.argv[1]), [items()], Sieve(), Layout(), {})
+plan = make_plan(Path(sys.argv[1]), [items()], SampleFilter(), Layout(), {})
 assert plan["samples"] == count
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from data_tools import pack
-from data_tools.corpora import Corpus, CorpusError, Entry, Fault
+from data_tools.corpora import Corpus, CorpusError, Entry, Rejection
 from data_tools.shards import ShardIndex
 from tests.data_tools.test_corpora import sound, sound_bytes, text
 
@@ -22,7 +22,7 @@ def read(specification):
     """(entries, faults)"""
     items = list(Corpus(specification))
     return [item for item in items if isinstance(item, Entry)], [
-        item for item in items if isinstance(item, Fault)
+        item for item in items if isinstance(item, Rejection)
     ]
 
 

@@ -63,7 +63,7 @@ def test_clips_hold_every_word_and_fit(times, most):
     seconds = now + 1.0
     clips = cut(words, seconds, cutting)
     assert [n for clip in clips for n in range(clip.first, clip.last)] == list(range(len(words)))
-    for before, after in zip(clips, clips[1:]):
+    for before, after in zip(clips, clips[1:], strict=False):
         assert before.end <= after.start + 1e-9
     for clip in clips:
         assert 0 <= clip.start <= words[clip.first].start
@@ -72,4 +72,4 @@ def test_clips_hold_every_word_and_fit(times, most):
             assert clip.end - clip.start <= most + 1e-9
         else:  # nothing could be cut
             inside = words[clip.first : clip.last]
-            assert all(b.start - a.end < cutting.pause for a, b in zip(inside, inside[1:]))
+            assert all(b.start - a.end < cutting.pause for a, b in zip(inside, inside[1:], strict=False))

@@ -18,7 +18,7 @@ import soundfile
 from data_tools import pack, progress, show
 from data_tools import packing as packing_module
 from data_tools.corpora import Entry
-from data_tools.filters import Sieve
+from data_tools.filters import SampleFilter
 from data_tools.packing import Packing
 from data_tools.plan import Layout, make_plan
 from data_tools.shards import OutputError, ShardIndex
@@ -266,7 +266,7 @@ def test_a_split_is_the_same_whatever_the_reader(speaker, tmp_path, capsys):
     ]
     found = set()
     for corpus in corpora:
-        sieve = Sieve(splits={"train": 0.6, "valid": 0.4}, take="valid")
+        sieve = SampleFilter(splits={"train": 0.6, "valid": 0.4}, take="valid")
         plan = tmp_path / "plan"
         make_plan(plan, pack.open_corpora([corpus]), sieve, Layout(), {})
         with open(plan / "entries.jsonl") as lines:
@@ -389,9 +389,9 @@ ODD = [
 PLACES = [
     "data_tools.packing.make_clip",
     "data_tools.packing.record_of",
-    "data_tools.filters.Sieve.judge_clip",
-    "data_tools.filters.Sieve.judge_metadata",
-    "data_tools.filters.Sieve.prepare",
+    "data_tools.filters.SampleFilter.judge_clip",
+    "data_tools.filters.SampleFilter.judge_metadata",
+    "data_tools.filters.SampleFilter.prepare",
     "data_tools.corpora.manifest.Manifest.sample",
     "data_tools.packing.quality.measure",
 ]

@@ -57,7 +57,7 @@ def test_words_are_added_and_what_fails_is_named(folders, corpus, tmp_path, caps
     assert [word["text"] for word in rows["two"]["words"]] == ["你", "好，", "世", "界"]
     for row, seconds in (("one", 3.0), ("two", 4.0), ("part", 1.0)):
         times = [time for word in rows[row]["words"] for time in (word["start"], word["end"])]
-        assert times == sorted(times) and 0 <= times[0] and times[-1] <= seconds
+        assert times == sorted(times) and times[0] >= 0 and times[-1] <= seconds
         assert all(0 <= word["confidence"] <= 1 for word in rows[row]["words"])
     rejected = {row["id"]: row["reason"] for row in lines(tmp_path / "new" / "timed.jsonl.rejected.jsonl")}
     assert rejected == {
@@ -77,7 +77,7 @@ def test_recordings_become_clips_that_pack_takes(folders, tmp_path, monkeypatch)
     times = [(1.0, 1.5), (1.6, 2.4), (5.0, 6.0), (6.1, 7.0), (10.0, 11.0)]
     words = [
         align.Word(word, start, end, 0.5)
-        for word, (start, end) in zip(["One,", "two!", "(three)", "“four” -", "five —"], times)
+        for word, (start, end) in zip(["One,", "two!", "(three)", "“four” -", "five —"], times, strict=False)
     ]
     row = {"id": "rec", "audio": "rec.wav", "text": text, "lang": "en"}
     (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")

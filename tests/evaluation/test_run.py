@@ -398,7 +398,7 @@ def test_a_conversation_beyond_the_context_is_rejected_by_name(folders, packed, 
     for row in (0, 3):
         audio, sample = index.read(row)
         batch = alone(model, decode(audio), prompt_of(messages_of(sample)))
-        lengths[sample["id"]] = int(model.embeddings(batch, model.listen(batch))[1].sum())
+        lengths[sample["id"]] = int(model.embeddings(batch, model.encode_audio(batch))[1].sum())
     assert lengths["asr-3"] > lengths["asr-0"]
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": lengths["asr-3"]}))

@@ -235,7 +235,7 @@ def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
     docs = tmp_path / "results.md"
     marks = table.marks(study)
     docs.write_text(f"above\n{marks[0]}\nold\n{marks[1]}\nbelow\n")
-    told = table.finish(study, docs)
+    told = table.finish(study, docs, tmp_path)
     result = json.loads((study.output / "results.json").read_text())
     ours, joint, other, less = result["rows"]
     assert [row["variant"] for row in result["rows"]] == ["ours", "ours, joint", "projector", "data-10"]
@@ -327,7 +327,7 @@ def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
             }
         )
     )
-    table.finish(study, docs)
+    table.finish(study, docs, tmp_path)
     assert "| 3, 4 " in docs.read_text() and "given-up" not in docs.read_text()
     merged = json.loads((tmp_path / "less_is_more.json").read_text())
     assert [(row["variant"], row["seed"]) for row in merged["rows"]] == [
@@ -346,7 +346,7 @@ def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
     assert merged["rows"][0] == ours and merged["whisper"] == kept["whisper"]
     docs.write_text("no marks")
     with pytest.raises(ValueError, match="needs the line"):
-        table.finish(study, docs)
+        table.finish(study, docs, tmp_path)
 
 
 def test_runs_of_several_seeds_are_compared_as_the_same_utterances(tmp_path):

@@ -49,7 +49,7 @@ class ReleasedSoundwave(nn.Module):
         self.model.lbm = LookBack(width, heads)
 
     @classmethod
-    def random(cls, config: dict, encoder_config: dict, seed: int = 0) -> "ReleasedSoundwave":
+    def random(cls, config: dict, encoder_config: dict, seed: int = 0) -> ReleasedSoundwave:
         torch.manual_seed(seed)
         model = cls(config, encoder_config).eval()
         for name, parameter in model.named_parameters():
@@ -57,7 +57,7 @@ class ReleasedSoundwave(nn.Module):
         return model
 
     @classmethod
-    def load(cls, folder: Path) -> "ReleasedSoundwave":
+    def load(cls, folder: Path) -> ReleasedSoundwave:
         """Strictly: every tensor of the folder has its place, every parameter its tensor."""
         from safetensors.torch import load_file
 
@@ -111,7 +111,7 @@ class ReleasedSoundwave(nn.Module):
         """A padded batch (labels and targets -100 where none) -> cross-entropy, CTC, both means as the
         release takes them."""
         predicted, wanted, ctc = [], [], []
-        for ids, label, sound, target in zip(input_ids, labels, mel, targets):
+        for ids, label, sound, target in zip(input_ids, labels, mel, targets, strict=True):
             real = ids != self.config["llm_pad_token_id"]
             ids, label = ids[real], label[real]
             embeddings, ctc_logits, at, audio = self.spliced(ids, sound)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from model.alignment import AlignmentAdapter, CTCHead
+from model.compressors.ctc_peaks import CTCPeaks, kept_frames
 from model.config import AlignmentConfig, OpsConfig, OptionError, ShrinkingConfig, SoundwaveConfig
-from model.shrinking import ShrinkingAdapter, kept_frames
 from model.soundwave import Soundwave
 
 WIDTH, HEADS, ENCODER = 24, 4, 10
@@ -69,7 +69,10 @@ def test_alignment_adapter_equals_stock_layers(attention, stack, layers):
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(0, 5), st.floats(-9, 9))
 @torch.no_grad()
 def test_adapters_know_neither_companions_nor_padding(lengths, extra, garbage):
-    adapter, shrinking = alignment(), ShrinkingAdapter(ShrinkingConfig(), WIDTH, HEADS, 0.1).eval()
+    adapter, shrinking = (
+        alignment(),
+        CTCPeaks(SoundwaveConfig(shrinking=ShrinkingConfig()), WIDTH, HEADS, 0.1).eval(),
+    )
     nn.init.normal_(shrinking.out.weight)
     head = CTCHead("tied", torch.randn(7, WIDTH), torch.randn(WIDTH), 7, OpsConfig())
     clips = [torch.randn(n, ENCODER) for n in lengths]
@@ -82,7 +85,7 @@ def test_adapters_know_neither_companions_nor_padding(lengths, extra, garbage):
         targets = torch.ones(len(lengths), 1, dtype=torch.long)
         loss, argmax, peak, blank = head(hidden, short, targets, torch.ones(len(lengths), dtype=torch.long))
         kept, kept_lengths = kept_frames(ShrinkingConfig(), argmax, peak, blank, short, 7)
-        return loss, short, kept_lengths, kept, shrinking(hidden, short, kept, kept_lengths)
+        return loss, short, kept_lengths, kept, shrinking.compress(hidden, short, kept, kept_lengths)
 
     loss, short, kept_lengths, kept, shrunk = run(features, torch.tensor(lengths))
     for row, clip in enumerate(clips):
@@ -141,14 +144,16 @@ def test_trained_heads_hold_the_blank_where_the_tokenizer_has_it():
 @pytest.mark.parametrize("lookback", ["all", "kept", "none"])
 @torch.no_grad()
 def test_shrinking_adapter_equals_stock_attention(lookback):
-    adapter = ShrinkingAdapter(ShrinkingConfig(lookback=lookback), WIDTH, HEADS, 0.3).eval()
+    adapter = CTCPeaks(
+        SoundwaveConfig(shrinking=ShrinkingConfig(lookback=lookback)), WIDTH, HEADS, 0.3
+    ).eval()
     hidden, lengths = torch.randn(2, 9, WIDTH), torch.tensor([9, 6])
     kept, kept_lengths = torch.tensor([[0, 3, 4, 8], [2, 5, 0, 0]]), torch.tensor([4, 2])
-    fresh = adapter(hidden, lengths, kept, kept_lengths)
+    fresh = adapter.compress(hidden, lengths, kept, kept_lengths)
     if lookback != "none":
         nn.init.normal_(adapter.out.weight)
         nn.init.normal_(adapter.out.bias)
-    shrunk = adapter(hidden, lengths, kept, kept_lengths)
+    shrunk = adapter.compress(hidden, lengths, kept, kept_lengths)
     for row in range(2):
         frames = hidden[row, kept[row, : kept_lengths[row]]]
         start = 0.3 * F.layer_norm(
@@ -182,7 +187,10 @@ def test_without_shrinking_every_frame_goes_on():
     "make, message",
     [
         (lambda: alignment(heads=5), "model.alignment.heads = 5 does not divide the LLM's width 24"),
-        (lambda: ShrinkingAdapter(ShrinkingConfig(heads=7), WIDTH, HEADS, 1.0), "model.shrinking.heads = 7"),
+        (
+            lambda: CTCPeaks(SoundwaveConfig(shrinking=ShrinkingConfig(heads=7)), WIDTH, HEADS, 1.0),
+            "model.shrinking.heads = 7",
+        ),
     ],
 )
 def test_wrong_settings_are_one_line(make, message):

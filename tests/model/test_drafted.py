@@ -221,7 +221,8 @@ def follow(spelling: Spelling, draft: str, answer: str) -> list[int]:
         proposed = aligned.proposal(wanted[:place], 64)
         left = wanted[place:]
         accepted = next(
-            (i for i, (a, b) in enumerate(zip(proposed, left)) if a != b), min(len(proposed), len(left))
+            (i for i, (a, b) in enumerate(zip(proposed, left, strict=False)) if a != b),
+            min(len(proposed), len(left)),
         )
         runs.append(accepted)
         place += accepted + 1

@@ -14,7 +14,8 @@ from torch import nn
 from core.keys import signed_key64
 from model import language_model
 from model.alignment import TransformerLayer
-from model.config import ShrinkingConfig
+from model.compressors.ctc_peaks import CTCPeaks
+from model.config import ShrinkingConfig, SoundwaveConfig
 from model.dropout import (
     KeyedDropout,
     LoraDropout,
@@ -25,7 +26,6 @@ from model.dropout import (
 )
 from model.pretrained import SourceError
 from model.rows import probe
-from model.shrinking import ShrinkingAdapter
 from model.soundwave import Soundwave
 from tests.model import families, tiny
 from tests.model.tiny import chat
@@ -255,13 +255,15 @@ def test_a_query_sees_what_dropped_attention_weights_give():
 def test_lookback_drops_frames_by_their_place_in_the_utterance(lookback):
     """Not by their place among the kept: another number of kept frames changes no other frame's mask."""
     torch.manual_seed(0)
-    adapter = ShrinkingAdapter(ShrinkingConfig(lookback=lookback, dropout=0.4), 8, 2, 1.0).train()
+    adapter = CTCPeaks(
+        SoundwaveConfig(shrinking=ShrinkingConfig(lookback=lookback, dropout=0.4)), 8, 2, 1.0
+    ).train()
     nn.init.normal_(adapter.out.weight)
     hidden, kept = torch.randn(1, 9, 8), torch.tensor([[1, 4, 8]])
     seen = []
     adapter.drop_frames.register_forward_hook(lambda module, inputs, output: seen.append(output))
     for frames in (kept, torch.tensor([[4, 8, 0]])):
-        adapter(hidden, torch.tensor([9]), frames, torch.tensor([3]), torch.tensor([77]))
+        adapter.compress(hidden, torch.tensor([9]), frames, torch.tensor([3]), torch.tensor([77]))
     if lookback == "kept":
         assert torch.equal(seen[0][0, 1:], seen[1][0, :2])
     else:
@@ -363,7 +365,7 @@ def test_a_frozen_llm_draws_nothing_and_changes_nothing_in_training(
     for _ in range(2):
         loss = language_model.target_loss(llm, embeddings, mask, labels)
         results.append((loss.detach(), *torch.autograd.grad(loss, embeddings)))
-    assert all(torch.equal(one, two) for one, two in zip(*results))
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in llm.state_dict().items())
 

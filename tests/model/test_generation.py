@@ -50,7 +50,7 @@ def conversations(model, chosen, **options):
 
 def plain_loop(model, batch, count: int) -> list[int]:
     """Greedy decoding of one conversation without cache, padding or transformers' generate."""
-    audio = model.listen(batch)
+    audio = model.encode_audio(batch)
     embeddings, _, _ = model.embeddings(batch, audio)
     stop, answer = stop_ids(model.tokenizer, model.config.prompt), []
     for _ in range(count):
@@ -130,7 +130,7 @@ def test_sampling_keeps_to_the_likeliest_tokens(folders):
     batch = conversations(model, [0] * 16)
     torch.manual_seed(3)
     drawn = model.generate(batch, max_new_tokens=1, do_sample=True, temperature=3.0, top_p=0.9)
-    embeddings, _, _ = model.embeddings(one := conversations(model, [0]), model.listen(one))
+    embeddings, _, _ = model.embeddings(one := conversations(model, [0]), model.encode_audio(one))
     probabilities = (
         (model.llm(inputs_embeds=embeddings).logits[0, -1] / 3.0).softmax(-1).sort(descending=True)
     )
@@ -161,7 +161,7 @@ def test_transcript_of_the_ctc_head(folders):
 def test_inspection_says_what_happened(folders):
     model = build(folders)
     batch = conversations(model, [0, 2])
-    seen, audio = model.inspect(batch), model.listen(batch)
+    seen, audio = model.inspect(batch), model.encode_audio(batch)
     assert seen["frame_rate"] == 25.0 and seen["blank"] == model.ctc_head.blank
     for row, length in enumerate(audio.lengths.tolist()):
         assert abs(seen["seconds"][row] - batch.audio_lengths[row].item() / 16000) < 0.06
@@ -242,7 +242,8 @@ def test_a_conversation_beyond_the_llm_s_context_is_named(folders):
     model = build(folders)
     whole = model.generate(conversations(model, [0, 4]), max_new_tokens=6)
     longest = max(
-        model.embeddings(one := conversations(model, [c]), model.listen(one))[1].sum().item() for c in (0, 4)
+        model.embeddings(one := conversations(model, [c]), model.encode_audio(one))[1].sum().item()
+        for c in (0, 4)
     )
     base_of(model.llm).config.max_position_embeddings = longest + 3
     with pytest.warns(

@@ -45,7 +45,9 @@ def test_losses_and_gradients(both):
     torch.testing.assert_close(output.ce_sum.cpu(), wanted.ce_sum, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(output.ctc_sum.cpu(), wanted.ctc_sum, rtol=1e-4, atol=1e-4)
     for name, gradient in gradients.items():
-        torch.testing.assert_close(on_gpu[name], gradient, rtol=5e-3, atol=5e-4, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            on_gpu[name], gradient, rtol=5e-3, atol=5e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("joint", [None, JointSearch()])

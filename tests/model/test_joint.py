@@ -151,7 +151,7 @@ def test_search_follows_ctc_where_it_is_sure_and_the_llm_where_nothing_is_asked(
 
 def beam_search(model, batch, count: int) -> list[int]:
     """transformers' own, of three beams, for one conversation."""
-    embeddings, mask, _ = model.embeddings(batch, model.listen(batch), left_padded=True)
+    embeddings, mask, _ = model.embeddings(batch, model.encode_audio(batch), left_padded=True)
     stop = model.tokenizer.eos_token_id
     ids = model.llm.generate(
         inputs_embeds=embeddings,
@@ -169,7 +169,7 @@ def beam_search(model, batch, count: int) -> list[int]:
 
 def likelihood(model, batch, answer: list[int], count: int) -> float:
     """log p of an answer and its end of turn (unless cut), by one forward."""
-    embeddings, _, _ = model.embeddings(batch, model.listen(batch), left_padded=True)
+    embeddings, _, _ = model.embeddings(batch, model.encode_audio(batch), left_padded=True)
     answer = [*answer, model.tokenizer.eos_token_id][:count]
     words = model.llm.get_input_embeddings()(torch.tensor([answer]))
     logits = (
@@ -234,7 +234,7 @@ def test_one_beam_is_scored_by_probabilities_too(folders):
 def one_beam(model, batch, joint: JointSearch, count: int) -> list[int]:
     """The search with one beam by hand: the likeliest token of each step, without cache or transformers'
     generate."""
-    audio = model.listen(batch)
+    audio = model.encode_audio(batch)
     embeddings, _, _ = model.embeddings(batch, audio)
     stop, answer = stop_ids(model.tokenizer), []
     scores = JointScores(model.tokenizer, model.ctc_scores(batch, audio), joint, stop, count)

@@ -3,6 +3,8 @@ merge."""
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -64,10 +66,8 @@ def meta(family: str) -> torch.nn.Module:
     config = AutoConfig.for_model(family)
     for key, value in SMALL.items():
         if hasattr(config, key) and key not in getattr(config, "attribute_map", {}):
-            try:
+            with contextlib.suppress(AttributeError, NotImplementedError):
                 setattr(config, key, value)
-            except (AttributeError, NotImplementedError):
-                pass
     if family == "lfm2":
         config.layer_types = ["conv", "full_attention"]
     elif getattr(config, "layer_types", None):

@@ -105,14 +105,14 @@ def compare(model, mel, prompts, expected_tokens, expected_logits, training, pad
     """Tokens equal, logits within 1e-4, losses within 1e-4 relative, singly and all prompts in one batch."""
     for i, ids in enumerate(prompts):
         batch = release_batch(model, mel[i : i + 1], ids[None])
-        audio = model.listen(batch)
+        audio = model.encode_audio(batch)
         assert torch.equal(audio.argmax[0], expected_tokens[i])
         embeddings, mask, _ = model.embeddings(batch, audio)
         logits = model.llm(inputs_embeds=embeddings, attention_mask=mask).logits[0]
         assert logits.shape == expected_logits[i].shape
         assert (logits - expected_logits[i]).abs().max() < 1e-4
     together = release_batch(model, mel, torch.stack(prompts))
-    embeddings, mask, _ = model.embeddings(together, model.listen(together), left_padded=True)
+    embeddings, mask, _ = model.embeddings(together, model.encode_audio(together), left_padded=True)
     logits = model.llm(
         inputs_embeds=embeddings, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
     ).logits
@@ -154,11 +154,11 @@ def test_release_in_and_out(tmp_path, shape):
     mel = spoken(encoder["num_mel_bins"], generator)
     audio_id, pad = config["audio_patch_token"], config["llm_pad_token_id"]
     prompts = [torch.randint(0, 250, (11,), generator=generator) for _ in range(3)]
-    for place, ids in zip((0, 4, 10), prompts):
+    for place, ids in zip((0, 4, 10), prompts, strict=True):
         ids[place] = audio_id
     heard = [released.hear(m)[1].argmax(-1) for m in mel]
     assert all(len(tokens.unique()) > 3 for tokens in heard)
-    expected = [released.logits(ids, m) for ids, m in zip(prompts, mel)]
+    expected = [released.logits(ids, m) for ids, m in zip(prompts, mel, strict=True)]
     ids = torch.randint(0, 250, (3, 14), generator=generator)
     ids[:, 2] = audio_id
     labels = ids.clone()
@@ -309,7 +309,7 @@ def expected_answers(model, folder: Path) -> None:
     mel = spoken(16, torch.Generator().manual_seed(4))[1]
     ids, _ = chat_ids(model.tokenizer, [{"role": "user", "content": "<audio_patch>\nWhat?"}], "release")
     batch = release_batch(model, mel[None], torch.tensor([ids]))
-    audio = model.listen(batch)
+    audio = model.encode_audio(batch)
     assert int(audio.kept_lengths) > 3
     embeddings, mask, _ = model.embeddings(batch, audio)
     save_file(
@@ -340,7 +340,7 @@ def test_our_own_training_in_the_releases_layout(folders, tmp_path):
     assert convert(["--from-official", str(tmp_path / "out"), "--out", str(tmp_path / "back")]) == 0
     back = model_folder.load(tmp_path / "back")
     batch = release_batch(back, expected["mel"][None], expected["input_ids"][None])
-    embeddings, mask, _ = back.embeddings(batch, back.listen(batch))
+    embeddings, mask, _ = back.embeddings(batch, back.encode_audio(batch))
     again = back.llm(inputs_embeds=embeddings, attention_mask=mask).logits[0][
         :, : expected["logits"].shape[1]
     ]

@@ -30,7 +30,7 @@ def test_labels_are_the_assistants_words_and_their_end(style):
     ids, labels = chat_ids(words, MULTI)
     assert words.decode(ids) == words.apply_chat_template(MULTI, tokenize=False)
     assert words.decode([i for i in labels if i != IGNORED]) == f"the wall{END[style]}Nothing.{END[style]}"
-    assert all(label in (IGNORED, i) for i, label in zip(ids, labels))
+    assert all(label in (IGNORED, i) for i, label in zip(ids, labels, strict=True))
     assert ids.count(words.convert_tokens_to_ids("<audio_patch>")) == 3
     assert words.convert_tokens_to_ids(END[style]) in stop_ids(words) and len(stop_ids(words)) <= 2
 

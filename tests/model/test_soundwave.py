@@ -73,7 +73,7 @@ def by_hand(model, batch, row: int, audio: int | None) -> tuple[torch.Tensor, to
             if best[run[0]] != head.blank
         ]
         kept = kept or [int(log[:, head.blank].argmin())]
-        shrunk = model.shrinking(hidden, length, torch.tensor([kept]), torch.tensor([len(kept)]))[0]
+        shrunk = model.shrinking.compress(hidden, length, torch.tensor([kept]), torch.tensor([len(kept)]))[0]
         at = int((ids == model.audio_id).nonzero())
         text = torch.cat([text[:at], shrunk, text[at + 1 :]])
         labels = torch.cat([labels[:at], labels.new_full((len(kept),), -100), labels[at + 1 :]])
@@ -99,7 +99,7 @@ def test_losses_and_gradients_equal_one_conversation_at_a_time(folders, family):
     torch.testing.assert_close(output.ctc_sum, ctc, rtol=1e-5, atol=1e-4)
     for name, parameter in trained.items():
         torch.testing.assert_close(
-            gradients[name], parameter.grad, rtol=2e-3, atol=2e-4, msg=lambda m: f"{name}: {m}"
+            gradients[name], parameter.grad, rtol=2e-3, atol=2e-4, msg=lambda m, name=name: f"{name}: {m}"
         )
     assert int(output.frames) == 23 + 10 and 2 <= int(output.kept) <= 33
 
@@ -181,7 +181,9 @@ def test_audio_reaches_the_llm_on_its_embeddings_scale(folders):
     config = tiny.config(folders("whisper"), folders("llama_tied"))
     model = Soundwave.build(config).eval()
     batch = mixed(model)
-    shrunk = model.shrinking(*(a := model.listen(batch))[:2], a.kept, a.kept_lengths)[0, : a.kept_lengths[0]]
+    shrunk = model.shrinking.compress(*(a := model.encode_audio(batch))[:2], a.kept, a.kept_lengths)[
+        0, : a.kept_lengths[0]
+    ]
     table = base_of(model.llm).get_input_embeddings().weight
     torch.testing.assert_close(shrunk.square().mean().sqrt(), table.square().mean().sqrt(), rtol=1e-2, atol=0)
 
@@ -190,7 +192,7 @@ def test_token_embeddings_are_added_to_what_is_not_blank(folders):
     config = tiny.config(folders("whisper"), folders("llama_tied"))
     model = Soundwave.build(config).eval()
     batch = mixed(model)
-    audio = model.listen(batch)
+    audio = model.encode_audio(batch)
     audio.argmax[0, audio.kept[0, 0]] = model.ctc_head.blank
     plain = model.embeddings(batch, audio)[0]
     config.shrinking.token_embeddings = True
@@ -277,7 +279,7 @@ def test_no_output_knows_companions_or_padding(folders, seconds, extra, fill, le
     """The whole network: each conversation's losses and logits are those it has alone."""
     model = build(folders)
     prompts = ["What?", "Say it, please.", "Hm"]
-    chats = [chat(p, a) for p, a in zip(prompts, ["the wall", "a", "all the"])][: len(seconds)]
+    chats = [chat(p, a) for p, a in zip(prompts, ["the wall", "a", "all the"], strict=True)][: len(seconds)]
     texts = ["the wall", "a", "all"][: len(seconds)]
     batch = tiny.batch(model, chats, seconds, texts, left=left)
     waveforms = F.pad(batch.waveforms, (0, extra))
@@ -295,7 +297,7 @@ def test_no_output_knows_companions_or_padding(folders, seconds, extra, fill, le
         alone = [by_hand(model, batch, row, row) for row in range(len(seconds))]
         torch.testing.assert_close(output.ce_sum, sum(a[0] for a in alone), rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(output.ctc_sum, sum(a[1] for a in alone), rtol=1e-4, atol=1e-3)
-        embeddings, mask, _ = model.embeddings(padded, model.listen(padded), left_padded=left)
+        embeddings, mask, _ = model.embeddings(padded, model.encode_audio(padded), left_padded=left)
         logits = model.llm(
             inputs_embeds=embeddings, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
         ).logits
@@ -336,7 +338,7 @@ def test_checkpointing_activations_changes_no_gradient(folders):
         model(batch, losses=("ce",)).ce_sum.backward()
         gradients.append([p.grad.clone() for _, p in model.parameter_groups()["lora"]])
         model.enable_activation_checkpointing()
-    for one, two in zip(*gradients):
+    for one, two in zip(*gradients, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
 
 

@@ -58,7 +58,7 @@ def test_words_are_where_full_log_probabilities_put_them(folders, head):
     waveforms = sounds()
     found = word_times(model, waveforms, TEXTS, ["en"] * 3)
     step = model.config.alignment.stack_frames / 50
-    for waveform, text, words in zip(waveforms, TEXTS, found):
+    for waveform, text, words in zip(waveforms, TEXTS, found, strict=False):
         hidden, lengths = frames(model, [waveform])
         log_probs = model.ctc_head.log_probs(hidden[0, : lengths[0]]).detach()
         spelling = spell(model.tokenizer, text, model.ctc_text, "en")
@@ -78,7 +78,7 @@ def test_words_are_where_full_log_probabilities_put_them(folders, head):
                 for p in parts
             ]
             starts.append((first * step, (last + 1) * step, sum(peaks) / len(peaks)))
-        for number, (word, (start, end, logprob)) in enumerate(zip(words, starts)):
+        for number, (word, (start, end, logprob)) in enumerate(zip(words, starts, strict=False)):
             limit = max(0.0, starts[number + 1][0] - START_DELAY) if number + 1 < len(starts) else duration
             assert word.start == pytest.approx(max(0.0, start - START_DELAY), abs=1e-6)
             assert word.end == pytest.approx(
@@ -90,10 +90,10 @@ def test_words_are_where_full_log_probabilities_put_them(folders, head):
 def test_a_batch_changes_nothing(model):
     waveforms = sounds()
     together = word_times(model, waveforms, TEXTS)
-    for waveform, text, words in zip(waveforms, TEXTS, together):
+    for waveform, text, words in zip(waveforms, TEXTS, together, strict=False):
         alone = word_times(model, [waveform], [text])[0]
         assert [word.text for word in alone] == [word.text for word in words]
-        for one, other in zip(alone, words):
+        for one, other in zip(alone, words, strict=False):
             assert (one.start, one.end) == pytest.approx((other.start, other.end), abs=1e-6)
     batch = tiny.batch_of(model, [], waveforms, [None] * 3)
     assert [[w.text for w in words] for words in word_times(model, batch, TEXTS)] == [
@@ -142,14 +142,14 @@ def test_words_without_targets_take_no_time(model):
     model.ctc_text = "lower_no_punctuation"
     words = word_times(model, sounds([2.0]), ["the ( wall ) all"], ["en"])[0]
     assert [word.text for word in words] == ["the", "( wall )", "all"]
-    assert all(b.start >= a.end for a, b in zip(words, words[1:]))
+    assert all(b.start >= a.end for a, b in zip(words, words[1:], strict=False))
 
 
 def test_characters_are_words_in_scripts_without_spaces(model):
     model.ctc_text = "lower"
     words = word_times(model, sounds([4.0]), ["你好，世界"], ["zh"])[0]
     assert [word.text for word in words] == ["你", "好，", "世", "界"]
-    assert all(a.start < b.start and a.end <= b.start + 1e-9 for a, b in zip(words, words[1:]))
+    assert all(a.start < b.start and a.end <= b.start + 1e-9 for a, b in zip(words, words[1:], strict=False))
 
 
 def test_a_model_folder_brings_its_ctc_text(folders, tmp_path):

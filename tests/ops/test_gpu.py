@@ -37,7 +37,11 @@ def agree(case: Case, dtype: torch.dtype, relative: float, **options) -> None:
     found = torch.autograd.grad(loss.sum(), [leaf for leaf in leaves if leaf is not None])
     expected, gradients, logits = ordinary(case, *kept)
     real = torch.arange(logits.shape[1])[None] < case.input_lengths[:, None]
-    pairs = [(loss, expected), (lse.cpu()[real], logits.logsumexp(-1)[real]), *zip(found, gradients)]
+    pairs = [
+        (loss, expected),
+        (lse.cpu()[real], logits.logsumexp(-1)[real]),
+        *zip(found, gradients, strict=True),
+    ]
     pairs.append((logits.gather(-1, argmax.cpu()[..., None])[..., 0][real], logits.amax(-1)[real]))
     for actual, wanted in pairs:
         assert (actual.detach().cpu().double() - wanted).abs().max() <= relative * (wanted.abs().max() + 1)
@@ -70,7 +74,7 @@ def test_runs_stay_on_the_gpu():
     lengths = torch.tensor([50, 1, 0, 33])
     on_cpu = ctc_runs(argmax, peak, lengths, 0)
     on_gpu = ctc_runs(argmax.cuda(), peak.cuda(), lengths.cuda(), 0)
-    assert all(torch.equal(a, b.cpu()) for a, b in zip(on_cpu, on_gpu))
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(on_cpu, on_gpu, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -114,7 +114,7 @@ def test_many_blocks_and_threads(two_threads):
         results = run(case, leaves, "cpp", deterministic=True)
         runs.append([*results, *torch.autograd.grad(results[0].sum(), leaves[:2])])
     for again in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], again))
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
 
 
 @needs_cpp
@@ -147,7 +147,7 @@ def test_frames_that_are_nearly_certain():
     for options in ({"skip_below": 0.0}, {}):
         loss, *_ = run(case, (*leaves, None), "cpp", **options)
         assert (loss - true_loss).norm() <= 1e-5 * true_loss.norm()  # float32 log_softmax + ctc_loss: 1e-4
-        for ours, wanted in zip(torch.autograd.grad(loss.sum(), leaves), truth):
+        for ours, wanted in zip(torch.autograd.grad(loss.sum(), leaves), truth, strict=True):
             assert (ours - wanted).norm() <= 1e-5 * wanted.norm()
 
 
@@ -276,7 +276,9 @@ def test_argmax_alone_is_the_same_sweep():
     alone = linear_argmax(
         hidden, weight, case.input_lengths, blank=case.blank, extra_row=extra_row, implementation="cpp"
     )
-    assert all(torch.equal(a, b) for a, b in zip(whole, alone)) and not any(t.requires_grad for t in alone)
+    assert all(torch.equal(a, b) for a, b in zip(whole, alone, strict=True)) and not any(
+        t.requires_grad for t in alone
+    )
 
 
 @needs_cpp
@@ -298,7 +300,7 @@ def test_opcheck():
     )
     with torch.no_grad():
         loss, _, lse, _, _, log_mass, label_gradient = operator.forward(*arguments, True)
-        kept = operator.Kept(loss, lse, log_mass, label_gradient)
+        kept = operator.SavedForBackward(loss, lse, log_mass, label_gradient)
         for wanted in ((True, True, True), (True, False, False)):
             torch.library.opcheck(
                 operator.backward,
@@ -322,7 +324,7 @@ def test_compiles_whole(compiler):
     loss, compiled_argmax = torch.compile(step, fullgraph=True, backend=compiler)(*leaves)
     torch.testing.assert_close(loss, eager)
     assert torch.equal(argmax, compiled_argmax)
-    for found, wanted in zip(torch.autograd.grad(loss, leaves), expected):
+    for found, wanted in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
         torch.testing.assert_close(found, wanted)
 
 
@@ -336,7 +338,7 @@ def test_under_autocast(implementation):
     assert results[0].dtype == torch.float32
     found = torch.autograd.grad(results[0].sum(), leaves)
     assert all(gradient.dtype == torch.float32 for gradient in found)
-    for actual, wanted in zip(found, ordinary(case, *leaves)[1]):
+    for actual, wanted in zip(found, ordinary(case, *leaves)[1], strict=True):
         assert (actual - wanted).abs().max() <= 0.05 * wanted.abs().max()
 
 
@@ -351,7 +353,7 @@ def test_under_activation_checkpointing(implementation, reentrant):
 
     expected = torch.autograd.grad(loss(*leaves), leaves)
     checkpoint(loss, *leaves, use_reentrant=reentrant).backward()
-    for leaf, wanted in zip(leaves, expected):
+    for leaf, wanted in zip(leaves, expected, strict=True):
         torch.testing.assert_close(leaf.grad, wanted)
 
 

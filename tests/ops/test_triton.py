@@ -203,7 +203,7 @@ def test_frames_that_are_nearly_certain():
     true_loss, truth, _ = ordinary(case, *leaves, None)
     loss, *_ = run(case, (*leaves, None), skip_below=0.0)
     assert (loss - true_loss).norm() <= 1e-2 * true_loss.norm()
-    for ours, wanted in zip(torch.autograd.grad(loss.sum(), leaves), truth):
+    for ours, wanted in zip(torch.autograd.grad(loss.sum(), leaves), truth, strict=True):
         error = float((ours - wanted).norm() / wanted.norm())
         print(f"gradient's error {error:.1e}")
         assert error <= 1e-2

@@ -34,9 +34,7 @@ def normal(name: str) -> str:
 
 def pins(path: Path) -> dict[str, str]:
     lines = [
-        line.split("#")[0].strip(" \\\\")
-        for line in path.read_text().splitlines()
-        if not line.startswith(" ")
+        line.split("#")[0].rstrip("\\ ") for line in path.read_text().splitlines() if not line.startswith(" ")
     ]
     return {normal(line.split("==")[0]): line for line in lines if line and not line.startswith("-")}
 
@@ -367,6 +365,7 @@ def test_the_environment_is_made_under_a_lock_that_stands_beside_it(monkeypatch,
         "mend_torchaudio",
         "build_deepspeed",
         "build_fused_op",
+        "install_project",
     ):
         monkeypatch.setattr(setup_env, step, lambda *arguments: None)
     monkeypatch.setattr(setup_env, "make_venv", make_venv)

@@ -101,7 +101,7 @@ class Cluster:
 
     # --- up and down ----------------------------------------------------------------------------------------
 
-    def __enter__(self) -> "Cluster":
+    def __enter__(self) -> Cluster:
         try:
             self._configure()
             self._start()
@@ -256,10 +256,8 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         if "slurmctld" in self.daemons:
             self.client("scancel", "--user", "root", check=False)
-            try:
+            with contextlib.suppress(TimeoutError):  # the daemons are stopped below in any case
                 wait_for(lambda: not self.client("squeue", "-h", check=False).strip(), 20, "an empty queue")
-            except TimeoutError:
-                pass  # the daemons are stopped all the same, and what they leave behind below
         for signal_number in (signal.SIGTERM, signal.SIGKILL):
             for process in self.daemons.values():
                 if process.poll() is None:

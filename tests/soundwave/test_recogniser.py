@@ -69,7 +69,7 @@ def test_windows_of_a_long_recording_are_its_transcript(speaker, long, decode):
     assert whole.duration == len(long) / 16000
     starts = [segment.start for segment in whole.segments]
     assert starts == sorted(starts)
-    for before, after in zip(whole.segments, whole.segments[1:]):
+    for before, after in zip(whole.segments, whole.segments[1:], strict=False):
         assert before.end <= after.start + 1e-6
 
 

@@ -71,7 +71,7 @@ def test_windows_hold_each_sample_once_and_end_in_pauses(drawn):
         again = cut(Head(blank, begins), samples, [], **options | {"scan_samples": 0})
 
     assert windows[0].body_start == 0 and windows[-1].body_end == size
-    for before, after in zip(windows, windows[1:]):
+    for before, after in zip(windows, windows[1:], strict=False):
         assert before.body_end == after.body_start
     for window in windows:
         assert 0 < window.body_end - window.body_start <= longest * FRAME

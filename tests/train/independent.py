@@ -239,7 +239,9 @@ def train(
         loss = sum(r[0] for r in results) / sum(r[1] for r in results)
         if stage == 2:
             loss = loss + ctc_weight * sum(r[2] for r in results) / sum(r[3] for r in results)
-        gradients = dict(zip(trained, torch.autograd.grad(loss, [p for p, _ in trained.values()])))
+        gradients = dict(
+            zip(trained, torch.autograd.grad(loss, [p for p, _ in trained.values()]), strict=True)
+        )
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
         with torch.no_grad():
             for name, (parameter, peak) in trained.items():

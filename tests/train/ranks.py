@@ -131,7 +131,7 @@ class Running:
         return codes
 
     def signal(self, number: int, ranks: list[int]) -> None:
-        for pid, code in zip(self.pids, self.codes()):
+        for pid, code in zip(self.pids, self.codes(), strict=True):
             if code is None and self.pids.index(pid) in ranks:
                 os.kill(pid, number)
 

@@ -26,7 +26,7 @@ def test_lengths_are_like_librispeech():
     assert (
         11.5 < seconds.mean() < 12.5
         and seconds.max() <= 35
-        and 30 < seconds.max()
+        and seconds.max() > 30
         and 1.5 <= seconds.min() < 3
     )
     assert np.array_equal(librispeech_lengths(5000), seconds)
@@ -68,7 +68,7 @@ def test_a_step_is_accounted_for(tmp_path):
             share >= 0 for share in mine["parts"].values()
         )
         assert {"encoder", "alignment", "ctc", "llm", "cross-entropy"} <= set(result["bare"]["parts_seconds"])
-        assert 0 < result["bare"]["share_of_ours"] and mine["loss"] > 0 and 0 < mine["shrink_ratio"] <= 1
+        assert result["bare"]["share_of_ours"] > 0 and mine["loss"] > 0 and 0 < mine["shrink_ratio"] <= 1
         assert mine["audio_seconds_per_second"] == pytest.approx(
             result["times_plain"] * result["plain"]["audio_seconds_per_second"]
         )

@@ -78,7 +78,9 @@ def test_errors_and_words_are_summed_over_utterances_and_batches():
     result = validate(engine, batches, None, Ranks(0, 1, 0, 1, "cpu"))
     assert result["wer"] == pytest.approx(4 / 10) and result["words"] == 10
     assert result["loss"] == result["ctc"] == pytest.approx(8 / 3), "of three transcribed utterances"
-    assert result["samples"] == [pair for r, h in zip(references, written) for pair in zip(r, h)]
+    assert result["samples"] == [
+        pair for r, h in zip(references, written, strict=True) for pair in zip(r, h, strict=True)
+    ]
 
 
 def test_a_batch_that_fills_up_a_rank_counts_nothing():

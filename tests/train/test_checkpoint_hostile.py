@@ -184,9 +184,12 @@ def test_what_deepspeed_loads_is_data(tmp_path):
         )
     assert not mark.exists() and safe_load.SWITCH not in os.environ
     path.write_bytes(pickle.dumps(Evil(mark)))  # another protocol, no archive
-    with safe_load.data_only(), pytest.warns(UserWarning, match="pickle protocol"):
-        with pytest.raises(pickle.UnpicklingError) as error:
-            torch.load(path, weights_only=False)
+    with (
+        safe_load.data_only(),
+        pytest.warns(UserWarning, match="pickle protocol"),
+        pytest.raises(pickle.UnpicklingError) as error,
+    ):
+        torch.load(path, weights_only=False)
     assert is_one_line(ValueError(safe_load.reason(error.value))) and not mark.exists()
     with pytest.raises(RuntimeError, match="Invalid magic number"):
         torch.load(path, weights_only=False)

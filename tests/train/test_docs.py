@@ -22,7 +22,7 @@ def test_every_key_is_explained():
 
 def test_defaults_are_those_of_the_code():
     recipe = OmegaConf.structured(Recipe)
-    rows = re.findall(r"^\| `([a-z_.]+)` \| `(.*?)` \| \S", TEXT, re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z0-9_.]+)` \| `(.*?)` \| \S", TEXT, re.MULTILINE)
     told = dict(rows)
     leaves = [
         key for key in known_keys() if not OmegaConf.is_dict(OmegaConf.select(recipe, key)) or key in BY_NAME

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from core.files import read_lines
 from evaluation import compare, score
 from evaluation.metrics import METRICS, Metric, register_metric
 from evaluation.resampling import interval, paired_test
+from model.compressors import Compressor, options_of, register_compressor
 from model.losses import Loss, register_loss
 from model.stages import Stage, register_stage
 from recipe.config import LossConfig, Recipe, RecipeError
@@ -206,7 +209,7 @@ def test_the_page_s_sections_are_short_and_their_examples_run(tmp_path, monkeypa
     from core.plugins import load_plugins
 
     sections = (ROOT / "docs" / "extending.md").read_text().split("\n## ")[1:]
-    assert [s.splitlines()[0] for s in sections][:3] == ["A loss", "A stage", "A metric"]
+    assert [s.splitlines()[0] for s in sections][:4] == ["A loss", "A stage", "A compressor", "A metric"]
     monkeypatch.chdir(tmp_path)
     for section in sections:
         assert len(section.strip().splitlines()) <= 30, section.splitlines()[0]
@@ -215,3 +218,52 @@ def test_the_page_s_sections_are_short_and_their_examples_run(tmp_path, monkeypa
         lines = [line[4:] for line in code.splitlines() if line.startswith("    ") or not line.strip()]
         (tmp_path / f"{name[1]}.py").write_text("\n".join(lines))
         load_plugins([name[1]])
+
+
+@register_compressor("toy_halves")
+class Halves(Compressor):
+    """The mean of two neighbouring frames, times a trained gain."""
+
+    options = {"start": 1.0}
+
+    def __init__(self, config, width, llm_heads, gain):
+        super().__init__(config, width, llm_heads, gain)
+        self.gain = nn.Parameter(gain * options_of(Halves, config)["start"] * torch.ones(width))
+
+    def forward(self, hidden, lengths, ctc):
+        pairs = nn.functional.pad(hidden, (0, 0, 0, hidden.shape[1] % 2)).unflatten(1, (-1, 2))
+        frames, lengths = pairs.mean(2) * self.gain, (lengths + 1) // 2
+        return frames, lengths, {}, torch.arange(0, hidden.shape[1], 2).expand(len(lengths), -1)
+
+
+@pytest.mark.parametrize(
+    "options, ranks",
+    [
+        (["model.compressor=toy_halves", "model.compressor_options={start: 0.5}"], 1),
+        (["model.compressor=cif", "loss.weights={kl: 0.5}"], 2),
+    ],
+    ids=["toy", "cif-kl"],
+)
+def test_a_compressor_trains_and_further_losses_are_added(tiny, server, tmp_path, options, ranks):
+    """CIF brings its quantity loss; the KL loss runs the LLM twice in a step, under ZeRO-3."""
+    output = tmp_path / "run"
+    run = server.start(
+        [tiny / "stage1.yaml", *COMMON, *options, "stage=shrinking", "init_from=fresh", f"output={output}"],
+        ranks=ranks,
+    )
+    assert run.wait() == [0] * ranks, run.text()
+    lines = [line for line in read_lines(output / "shrinking" / "metrics.jsonl") if line["kind"] == "train"]
+    assert [line["step"] for line in lines] == [0, 1]
+    for line in lines:
+        added = line.get("quantity", 0.0) + 0.5 * line.get("kl", 0.0)
+        assert ("quantity" in line) == ("kl" in line) == ("model.compressor=cif" in options)
+        assert line["loss"] == pytest.approx(line["ce"] + 0.3 * line["ctc"] + added, rel=1e-9)
+        assert line["shrink_ratio"] == pytest.approx(0.5, abs=0.05) or ranks == 2
+    stored = json.loads((output / "shrinking" / "model" / "soundwave.json").read_text())["config"]
+    assert f"model.compressor={stored['compressor']}" in options
+
+
+def test_a_loss_of_another_compressor_is_refused():
+    recipe = Recipe(stage="shrinking", loss=LossConfig(weights={"quantity": 1.0}))
+    with pytest.raises(RecipeError, match="the compressor 'ctc_peaks' computes no loss 'quantity'"):
+        losses_of(recipe)

@@ -1,4 +1,4 @@
-"""The shrinking adapter: runs of equal CTC tokens to one frame each, which then looks back at the utterance.
+"""CTC peaks, the method's shrinking adapter: one frame for each run of equal CTC tokens, with look-back.
 
     argmax [A, T] -> runs -> kept frames [A, K] -> x = hidden[kept] -> LayerNorm(x + look-back attention of x
     over the frames)
@@ -11,12 +11,16 @@ it knows.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 from torch import nn
 
 from model import ops
 from model.alignment import ScaledLayerNorm
-from model.config import OptionError, ShrinkingConfig
+from model.compressors.base import Compressed, Compressor, CTCView, frame_rate, register_compressor
+from model.config import OptionError, ShrinkingConfig, SoundwaveConfig
 from model.dropout import KeyedDropout, dropped_frames, position_keys
 
 
@@ -51,10 +55,11 @@ def kept_frames(
     )
 
 
-class ShrinkingAdapter(nn.Module):
-    def __init__(self, config: ShrinkingConfig, width: int, llm_heads: int, gain: float):
-        super().__init__()
-        self.config = config
+@register_compressor("ctc_peaks")
+class CTCPeaks(Compressor):
+    def __init__(self, whole: SoundwaveConfig, width: int, llm_heads: int, gain: float):
+        super().__init__(whole, width, llm_heads, gain)
+        self.config = config = whole.shrinking
         self.heads = config.heads or llm_heads
         if width % self.heads:
             raise OptionError(
@@ -68,7 +73,24 @@ class ShrinkingAdapter(nn.Module):
             self.out = ZeroLinear(width, width)
         self.norm = ScaledLayerNorm(width, gain)
 
-    def forward(
+    def forward(self, hidden: torch.Tensor, lengths: torch.Tensor, ctc: CTCView) -> Compressed:
+        kept, kept_lengths = kept_frames(
+            self.config, ctc.argmax, ctc.peak, ctc.blank_logprob, lengths, ctc.blank
+        )
+        return self.compress(hidden, lengths, kept, kept_lengths, ctc.keys), kept_lengths, {}, kept
+
+    @classmethod
+    def select(
+        cls, config: SoundwaveConfig, lengths: torch.Tensor, ctc: CTCView
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return kept_frames(config.shrinking, ctc.argmax, ctc.peak, ctc.blank_logprob, lengths, ctc.blank)
+
+    @staticmethod
+    def flops(frames: float, kept: float, parameters: int) -> float:
+        """Key and value for every frame, query and output for the kept ones: half of the matrices each."""
+        return (frames + kept) * parameters
+
+    def compress(
         self,
         hidden: torch.Tensor,
         lengths: torch.Tensor,
@@ -93,3 +115,27 @@ class ShrinkingAdapter(nn.Module):
             frames = frames + self.out(mixed.flatten(2))
         valid = torch.arange(kept.shape[1], device=kept.device) < kept_lengths[:, None]
         return self.norm(frames).masked_fill(~valid[..., None], 0.0)
+
+
+@register_compressor("all_frames")
+class AllFrames(CTCPeaks):
+    """Every frame goes to the LLM, after a LayerNorm (a baseline)."""
+
+    def __init__(self, whole: SoundwaveConfig, width: int, llm_heads: int, gain: float):
+        super().__init__(_without_peaks(whole), width, llm_heads, gain)
+
+    @classmethod
+    def select(
+        cls, config: SoundwaveConfig, lengths: torch.Tensor, ctc: CTCView
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().select(_without_peaks(config), lengths, ctc)
+
+    @classmethod
+    def expected_length(
+        cls, config: SoundwaveConfig, tokens: np.ndarray, seconds: np.ndarray, has_text: np.ndarray
+    ) -> np.ndarray:
+        return np.ceil(seconds * frame_rate(config))
+
+
+def _without_peaks(config: SoundwaveConfig) -> SoundwaveConfig:
+    return replace(config, shrinking=replace(config.shrinking, enabled=False))
