@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo less-is-more results fetch test lint soak bench-ctc gpu-check test-slurm lock audit licences clean
+.PHONY: help setup setup-dev demo less-is-more results fetch test lint docs soak bench-ctc gpu-check test-slurm lock audit licences clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -55,6 +55,10 @@ soak: setup-dev ## kill two-rank ZeRO-3 training 30 times over the three stages;
 lint: setup-dev ## format and lint of Python, shellcheck
 	@$(PY) -m ruff format --check . && $(PY) -m ruff check .
 	@$(VENV)/bin/shellcheck -x $$(git ls-files '*.sh') .ci/run
+
+docs: setup-dev ## check the documentation, and build the site into .cache/site (no network)
+	@$(PY) -m docs.check
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet $(ARGS)
 
 bench-ctc: setup ## the fused op against the ordinary path, one run
 	@$(PY) -m benchmarks.linear_ctc $(ARGS)
