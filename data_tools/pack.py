@@ -7,7 +7,7 @@ Samples are planned before audio is touched, each worker writes whole shards, an
 it is complete: the same command again after any interruption continues and ends in the same bytes, whatever
 --workers. On a cluster every task of an array runs `--part i/N`; when all have ended, `--merge --out DIR`
 writes the index. `--splits` without `--take` packs every split into a folder of its own, in one pass.
-docs/data.md has an example for each kind of corpus.
+docs/corpora.md has an example for each kind of corpus.
 """
 
 from __future__ import annotations

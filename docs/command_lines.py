@@ -1,4 +1,4 @@
-"""The command lines of the project: find every argparse parser, and check a shell command against the real one."""
+"""Find every argparse parser of the project, and check shell commands against the real command lines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHELL = {"do", "done", "for", "break"}
 
 
 class WrongCommand(ValueError):
-    """A command that the real command line refuses; the message says why."""
+    """A command that the real command line refuses; the message is the reason."""
 
 
 class _Found(BaseException):  # not an Exception: a command's own `except Exception` must not catch it
@@ -87,6 +87,7 @@ def statements(block: str) -> list[list[str]]:
     """Return the commands of a shell block as words: continued lines joined, comments and loops removed."""
     found = []
     for line in re.sub(r"\\\n\s*", "", block).splitlines():
+        line = re.sub(r"(^|\s\s)#\s.*", "", line)
         line = re.sub(r"\$\((\w[^)]*)\)", "VALUE", re.sub(r"\$\{?(\w+)\}?", r"1", line))
         lexer = shlex.shlex(line, posix=True, punctuation_chars=";|&")
         lexer.whitespace_split, lexer.commenters = True, ""
@@ -98,15 +99,9 @@ def statements(block: str) -> list[list[str]]:
                 if words and words[0] not in ("for", "done", "break"):
                     found.append(words)
                 words = []
-            elif word.startswith("#") and not words:
-                break
             else:
                 words.append(word)
-    return [_without_comment(words) for words in found]
-
-
-def _without_comment(words: list[str]) -> list[str]:
-    return words[: words.index("#")] if "#" in words else words
+    return found
 
 
 def check(words: list[str]) -> None:
@@ -129,7 +124,9 @@ def check(words: list[str]) -> None:
     elif program == "soundwave" and "soundwave.__main__" in commands():
         _check_arguments("soundwave.__main__", rest)
     else:
-        raise WrongCommand(f"{program} is no command of this project, and docs/command_lines.py does not list it")
+        raise WrongCommand(
+            f"{program} is no command of this project, and docs/command_lines.py does not list it"
+        )
 
 
 def _check_python(program: str, words: list[str]) -> None:
@@ -169,7 +166,11 @@ def _check_arguments(module: str, words: list[str]) -> None:
     overrides = getattr(options, "overrides", None)
     _check_overrides(overrides if isinstance(overrides, list) else [])
     recipe = getattr(options, "recipe", None)
-    if isinstance(recipe, str) and recipe.startswith(("train/", "examples/")) and not (ROOT / recipe).exists():
+    if (
+        isinstance(recipe, str)
+        and recipe.startswith(("train/", "examples/"))
+        and not (ROOT / recipe).exists()
+    ):
         raise WrongCommand(f"recipe {recipe} does not exist")
 
 

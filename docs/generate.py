@@ -4,6 +4,8 @@
     cli.md             every command: argparse
     modules.md         every module: first paragraph of its docstring
     messages-AREA.md   messages and what to do: docs/messages.yaml
+
+README.md and docs/results.md get their tables and figures from benchmarks/results/ (docs/results_page.py).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from omegaconf import OmegaConf
 
 from core.code import ROOT
 from core.files import write_atomically
-from docs import command_lines
+from docs import command_lines, results_page
 
 REFERENCE = ROOT / "docs" / "reference"
 HEAD = "<!-- Written by `python -m docs.generate`; do not edit. -->\n\n"
@@ -54,9 +56,11 @@ def recipe_page() -> str:
         decides = any(name == key or name.startswith(f"{key}.") for name in fixed)
         row = [f"`{key}`", f"`{shown(value)}`", "no" if decides else "yes", meanings.get(key, "")]
         sections.setdefault(section, []).append(row)
-    text = f"{HEAD}# Recipe reference\n\nDefaults are in YAML's notation. *May change*: whether the key may change "
-    text += "between a run and its continuation; other changes need `checkpoint.accept_changes=[recipe]`. Keys without "
-    text += "effect on a stage may always change. How recipes work: [recipes](../recipes.md).\n"
+    text = (
+        f"{HEAD}# Recipe reference\n\nDefaults are in YAML's notation. *May change*: whether the key may "
+        "change between a run and its continuation; other changes need `checkpoint.accept_changes=[recipe]`. Keys "
+        "without effect on a stage may always change. How recipes work: [recipes](../recipes.md).\n"
+    )
     for section, rows in sections.items():
         title = f"`{section}`" if section != "the stage" else "The stage"
         text += f"\n## {title}\n\n{table(['key', 'default', 'may change', 'meaning'], rows)}"
@@ -75,8 +79,11 @@ def shown(value: object) -> str:
 
 
 def cli_page() -> str:
-    text = f"{HEAD}# CLI reference\n\nEvery command and its options, from the parsers themselves. Job scripts print their "
-    text += "help with `--help`: `slurm/chain.sh`, `slurm/pack.sh`, `slurm/stage1.sh`, `slurm/evaluate.sh`.\n"
+    text = (
+        f"{HEAD}# CLI reference\n\nEvery command and its options, from the parsers themselves. Job scripts "
+        "print their help with `--help`: `slurm/chain.sh`, `slurm/pack.sh`, `slurm/stage1.sh`, "
+        "`slurm/evaluate.sh`.\n"
+    )
     package = ""
     for module, command in command_lines.commands().items():
         if module.partition(".")[0] != package:
@@ -105,9 +112,13 @@ def described(parser: argparse.ArgumentParser) -> str:
             )
             value = value if isinstance(value, str) else " ".join(value)
         default = str(action.default).removeprefix(f"{ROOT}/")
-        plain = action.default is None or isinstance(action.default, bool) or default in ("[]", argparse.SUPPRESS)
+        plain = (
+            action.default is None or isinstance(action.default, bool) or default in ("[]", argparse.SUPPRESS)
+        )
         meaning = parser._get_formatter()._expand_help(action) if action.help else ""
-        rows.append([f"`{' '.join(filter(None, (names, value)))}`", "" if plain else f"`{default}`", cell(meaning)])
+        rows.append(
+            [f"`{' '.join(filter(None, (names, value)))}`", "" if plain else f"`{default}`", cell(meaning)]
+        )
     about = cell(first_paragraph(parser.description))
     return (f"{about}\n\n" if about else "") + (table(["option", "default", "meaning"], rows) if rows else "")
 
@@ -120,7 +131,7 @@ def first_paragraph(text: str | None) -> str:
 
 
 def modules_page() -> str:
-    text = f"{HEAD}# Modules\n\nWhat each module is for. How the packages fit together: [architecture](../architecture.md).\n"
+    text = f"{HEAD}# Modules\n\nWhat each module is for. The packages: [architecture](../architecture.md).\n"
     for package in PACKAGES:
         paths = sorted((ROOT / package).rglob("*.py"))
         rows = []
@@ -138,15 +149,21 @@ def message_pages() -> dict[str, str]:
     pages = {}
     for area, content in yaml.safe_load((ROOT / "docs" / "messages.yaml").read_text()).items():
         rows = [[row["see"], linked(row["cause"]), linked(row["fix"])] for row in content["rows"]]
-        text = f"{HEAD}# Messages: {content['title']}\n\n`...` stands for names and numbers. Other areas and exit codes: "
-        text += f"[troubleshooting](../troubleshooting.md).\n\n{table(['message', 'cause', 'fix'], rows)}"
+        text = (
+            f"{HEAD}# Messages: {content['title']}\n\n`...` replaces names and numbers. Other areas and exit "
+        )
+        text += (
+            f"codes: [troubleshooting](../troubleshooting.md).\n\n{table(['message', 'cause', 'fix'], rows)}"
+        )
         pages[f"messages-{area}.md"] = text
     return pages
 
 
 def linked(text: str) -> str:
     """Return text whose links, relative to docs/, are relative to docs/reference/."""
-    return re.sub(r"\]\((?!http)(?:reference/)?", lambda found: "](" + ("" if "reference/" in found[0] else "../"), text)
+    return re.sub(
+        r"\]\((?!http)(?:reference/)?", lambda found: "](" + ("" if "reference/" in found[0] else "../"), text
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -155,7 +172,8 @@ def linked(text: str) -> str:
 def pages() -> dict[Path, str]:
     """Return path -> content of every generated page."""
     made = {"recipe.md": recipe_page(), "cli.md": cli_page(), "modules.md": modules_page(), **message_pages()}
-    return {REFERENCE / name: text for name, text in made.items()}
+    filled = {path: results_page.filled(path) for path in results_page.PARTS}
+    return {**{REFERENCE / name: text for name, text in made.items()}, **filled}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -167,6 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not path.exists() or path.read_text() != text:
             write_atomically(path, text)
             print(path.relative_to(ROOT))
+    results_page.write_figures()
     return 0
 
 

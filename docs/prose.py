@@ -39,7 +39,9 @@ def hits(path: Path, rules: list[tuple[re.Pattern, str]]) -> Iterator[Hit]:
     for line, text in passages(path):
         for pattern, instead in rules:
             for match in pattern.finditer(text):
-                yield Hit(path, line + text.count("\n", 0, match.start()), " ".join(match[0].split()), instead)
+                yield Hit(
+                    path, line + text.count("\n", 0, match.start()), " ".join(match[0].split()), instead
+                )
 
 
 def passages(path: Path) -> Iterator[tuple[int, str]]:

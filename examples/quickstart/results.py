@@ -1,5 +1,5 @@
-"""The demo's scores as one table, on the screen and in the documents:
-`python -m examples.quickstart.results --into README.md docs/results.md`.
+"""The demo's scores as one table: `python -m examples.quickstart.results [--csv
+benchmarks/results/quickstart.csv]`. README.md's rows are generated from that file.
 
 results.json holds the rows (each score with its 95 % bootstrap interval and number of utterances, before and
 after training), the recipes as they were run, the seconds of each step, the machine, the versions and the
@@ -9,6 +9,8 @@ commit.
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import os
 import platform
@@ -23,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from examples.documents import put_between
+from core.files import write_atomically
 
 if TYPE_CHECKING:
     from examples.quickstart.demo import Plan
@@ -37,7 +39,6 @@ SHOWN = {
     "accuracy": [("accuracy", "accuracy")],
 }
 DECODES = {"ctc": "CTC head, greedy", "generate": "LLM, greedy", "joint": "LLM and CTC head, beam search"}
-MARKS = ("<!-- results: written by examples/quickstart/results.py -->", "<!-- end of results -->")
 
 
 def collect(plan: Plan) -> list[dict]:
@@ -165,16 +166,25 @@ def machine_line(result: dict) -> str:
     )
 
 
-def write_into(path: Path, result: dict) -> None:
-    """Replace what stands between the two marks. Errors: ValueError where the marks are missing."""
+def write_csv(path: Path, result: dict) -> None:
+    """Write one row for each score; the first line is a comment with seed, steps and machine."""
     steps = ", ".join(f"{name} {recipe['optim']['steps']}" for name, recipe in result["recipes"].items())
     seed = next(iter(result["recipes"].values()))["seed"]
-    put_between(
-        path,
-        MARKS,
-        f"\n{table(result)}\n\nIn brackets: 95 % bootstrap intervals over utterances. One run, seed {seed}; "
-        f"optimizer steps: {steps}. Machine: {machine_line(result)}.",
-    )
+    text = io.StringIO()
+    text.write(f"# One run, seed {seed}; optimizer steps: {steps}. Machine: {machine_line(result)}.\n")
+    names = ("stage", "data", "task", "decode", "measure")
+    columns = [f"{when}{end}" for when in ("before", "after") for end in ("", "_low", "_high")]
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*names, *columns, "utterances"])
+    for row in result["rows"]:
+        numbers = []
+        for score in (row.get("before"), row["after"]):
+            low, high = (score or {}).get("ci95") or (None, None)
+            numbers += [
+                "" if value is None else f"{value:.4f}" for value in ((score or {}).get("value"), low, high)
+            ]
+        writer.writerow([*(row[name] for name in names), *numbers, row["after"]["utterances"]])
+    write_atomically(path, text.getvalue())
 
 
 def main() -> int:
@@ -184,9 +194,7 @@ def main() -> int:
     parser.add_argument(
         "--results", type=Path, default=Path("runs/quickstart/results.json"), help="written by the demo"
     )
-    parser.add_argument(
-        "--into", type=Path, nargs="+", default=[], help="put the table into these files, between their marks"
-    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the scores there too")
     options = parser.parse_args()
     if not options.results.exists():
         print(
@@ -196,10 +204,10 @@ def main() -> int:
         return 2
     result = json.loads(options.results.read_text())
     print(table(result))
-    for path in options.into:
+    if options.csv:
         try:
-            write_into(path, result)
-        except (OSError, ValueError) as error:
+            write_csv(options.csv, result)
+        except OSError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
     return 0

@@ -1,4 +1,4 @@
-"""The fused op: CTC and run detection over an LLM's whole vocabulary without logits (docs/fused_op.md)."""
+"""The fused op: CTC and runs over an LLM's vocabulary without logits (docs/internals/fused-op.md)."""
 
 from .dropout import keyed_dropout, mix64
 from .linear_ctc import linear_argmax, linear_ctc

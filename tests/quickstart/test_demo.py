@@ -1,6 +1,6 @@
 """The demo does each step once, goes on where it stopped, and ends with a table of what was scored."""
 
-import json
+import csv
 import signal
 import subprocess
 import sys
@@ -156,25 +156,13 @@ def example_result() -> dict:
     }
 
 
-def test_the_table_goes_between_the_readme_s_marks(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"above\n\n{results.MARKS[0]}\nold\n{results.MARKS[1]}\n\nbelow\n")
-    results.write_into(readme, example_result())
-    once = readme.read_text()
-    assert "old" not in once and once.startswith("above\n") and once.endswith("below\n")
-    assert "0.250 [0.220, 0.280]" in once and "1 minutes in all" in once and "alignment 7, sft 7" in once
-    results.write_into(readme, example_result())
-    assert readme.read_text() == once
-    readme.write_text("no marks")
-    with pytest.raises(ValueError, match="needs the line"):
-        results.write_into(readme, example_result())
-    assert json.loads(json.dumps(example_result()))["rows"][1].get("before") is None
-
-
-@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
-def test_the_documents_have_the_marks(name):
-    text = (ROOT / name).read_text()
-    assert [text.count(mark) for mark in results.MARKS] == [1, 1]
+def test_scores_are_written_as_csv(tmp_path):
+    results.write_csv(tmp_path / "quickstart.csv", example_result())
+    comment, *lines = (tmp_path / "quickstart.csv").read_text().splitlines()
+    assert "1 minutes in all" in comment and "alignment 7, sft 7" in comment
+    first, last = csv.DictReader(lines)
+    assert (first["before"], first["after"], first["after_low"]) == ("1.0000", "0.2500", "0.2200")
+    assert (last["before"], last["after"], last["utterances"]) == ("", "0.5000", "200")
 
 
 def test_small_recipes_load():
