@@ -1,4 +1,6 @@
-"""Corpora to shards: `python data_tools/pack.py --corpus librispeech:/data/LibriSpeech --out DIR`.
+"""Pack corpora into WebDataset shards with an index.
+
+    python data_tools/pack.py --corpus librispeech:/data/LibriSpeech --out DIR
 
     corpora --plan--> which sample in which shard --worker processes, a shard each--> NAME-000000.tar ...
     --merge--> index

@@ -158,6 +158,22 @@ def keys() -> Iterator[str]:
         yield f"docs/recipe_keys.yaml: {row} is not described"
 
 
+def paths() -> Iterator[str]:
+    """Files of the repository that a page names."""
+    folders = "|".join(
+        path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
+    pattern = re.compile(rf"(?:{folders})/[\w./-]+\.(?:py|sh|yaml|json|txt|md|csv|c|cpp|h)")
+    for path in documents():
+        for code in re.findall(r"`([^`\n]+)`", path.read_text()):
+            if (
+                pattern.fullmatch(code)
+                and not code.startswith(("runs/", "data/"))
+                and not (ROOT / code).exists()
+            ):
+                yield f"{path.relative_to(ROOT)}: there is no file {code}"
+
+
 def _attribute(name: str) -> bool:
     """Whether a name such as model.generate is one of the model's methods."""
     first, _, rest = name.partition(".")
@@ -243,7 +259,7 @@ def findable() -> Iterator[str]:
             yield f"docs/: {word!r} is not there: name it on the page that answers it"
 
 
-CHECKS = (lengths, links, navigation, commands, keys, messages, generated, phrases, findable)
+CHECKS = (lengths, links, navigation, commands, keys, paths, messages, generated, phrases, findable)
 
 
 def problems() -> Iterator[str]:

@@ -14,7 +14,17 @@ from unittest import mock
 from core.code import ROOT
 
 #: Packages with commands, in the order of the reference.
-PACKAGES = ("data_tools", "train", "stream", "evaluation", "model", "examples", "benchmarks")
+PACKAGES = (
+    "data_tools",
+    "train",
+    "stream",
+    "evaluation",
+    "soundwave",
+    "serving",
+    "model",
+    "examples",
+    "benchmarks",
+)
 #: Modules that are run as a script or under another name.
 SPOKEN = {
     "data_tools.pack": "python data_tools/pack.py",
@@ -45,10 +55,15 @@ def commands() -> dict[str, str]:
             if "ArgumentParser(" not in text or "def main(" not in text:
                 continue
             module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-            found[module] = SPOKEN.get(module, f"python -m {module}")
-    if (ROOT / "soundwave" / "__main__.py").exists():
-        found["soundwave.__main__"] = "soundwave"
+            found[module] = SPOKEN.get(module, f"python -m {module.removesuffix('.__main__')}")
     return found
+
+
+def names() -> dict[str, str]:
+    """Return NAME -> module of the commands `soundwave NAME` (cli/__init__.py)."""
+    if not (ROOT / "cli" / "__init__.py").exists():
+        return {}
+    return {name: command.module for name, command in importlib.import_module("cli").COMMANDS.items()}
 
 
 def parser_of(module: str) -> argparse.ArgumentParser:
@@ -121,8 +136,8 @@ def check(words: list[str]) -> None:
         _check_overrides([word for word in rest if re.match(r"[\w.]+=", word)])
     elif program == "slurm/pack.sh":
         _check_arguments("data_tools.pack", rest[rest.index("--") + 1 :] if "--" in rest else rest)
-    elif program == "soundwave" and "soundwave.__main__" in commands():
-        _check_arguments("soundwave.__main__", rest)
+    elif program == "soundwave" and rest and rest[0] in names():
+        _check_python("python", ["-m", names()[rest[0]], *rest[1:]])
     else:
         raise WrongCommand(
             f"{program} is no command of this project, and docs/command_lines.py does not list it"
@@ -143,6 +158,8 @@ def _check_python(program: str, words: list[str]) -> None:
             raise WrongCommand(f"{words[0]} does not exist")
         module, rest = words[0].removesuffix(".py").replace("/", "."), words[1:]
     module = {"stream": "stream.look"}.get(module, module)
+    if f"{module}.__main__" in commands():
+        module = f"{module}.__main__"
     if module not in commands():
         path = ROOT / (module.replace(".", "/") + ".py")
         if not path.exists():

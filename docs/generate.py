@@ -58,8 +58,9 @@ def recipe_page() -> str:
         sections.setdefault(section, []).append(row)
     text = (
         f"{HEAD}# Recipe reference\n\nDefaults are in YAML's notation. *May change*: whether the key may "
-        "change between a run and its continuation; other changes need `checkpoint.accept_changes=[recipe]`. Keys "
-        "without effect on a stage may always change. How recipes work: [recipes](../recipes.md).\n"
+        "change between a run and its continuation; other changes need "
+        "`checkpoint.accept_changes=[recipe]`. Keys without effect on a stage may always change. How recipes "
+        "work: [recipes](../recipes.md).\n"
     )
     for section, rows in sections.items():
         title = f"`{section}`" if section != "the stage" else "The stage"

@@ -1,4 +1,6 @@
-"""A run on one page: `python -m train.report RUN` writes RUN/<stage>/report.html, pictures embedded.
+"""Write a run's report.html for each stage, pictures embedded.
+
+    python -m train.report RUN
 
 RUN is the recipes' `output`, or one stage's folder. Everything comes from metrics.jsonl; run.json and
 pictures/ add the state and the validation clip where they are there. The trainer writes the same page when a

@@ -1,4 +1,6 @@
-"""State of a run: `python -m train.status RUN`, RUN being the recipes' `output`.
+"""Print the state of a run's stages and jobs.
+
+    python -m train.status RUN
 
 RUN/<stage>/run.json         state, steps, last error (the trainer writes it)
 RUN/<stage>/metrics.jsonl    seconds of the last steps: speed and time left

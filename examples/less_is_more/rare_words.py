@@ -1,5 +1,6 @@
-"""Which words are got wrong: those that training hardly showed? `python -m examples.less_is_more.rare_words
-[--docs FILE]`
+"""Print which words are wrong, by how often the training transcripts hold their tokens.
+
+    python -m examples.less_is_more.rare_words [--csv FILE]
 
 Words of the study's first test set are sorted by how often their rarest token stands in the CTC targets of
 the quick start's recordings (`dialogues-train`); the table holds the share of them that each read-out deletes

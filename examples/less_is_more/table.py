@@ -1,5 +1,6 @@
-"""A study's scores as tables and one picture: `python -m examples.less_is_more.table [--plan PLAN] [--csv
-benchmarks/results]`.
+"""Print a study's scores as tables, draw them, and write them as CSV.
+
+    python -m examples.less_is_more.table [--plan PLAN] [--csv benchmarks/results]
 
 results.json holds each variant and seed: WER with its 95 % bootstrap interval, the paired test against ours
 on the same utterances, hours of data, kept frames, seconds; the machine, versions and commit. What has not

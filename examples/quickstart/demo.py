@@ -1,4 +1,4 @@
-"""The whole road on real speech, in one command: `make demo`, or
+"""Run the quick start: fetch, pack, train three stages on real speech, score.
 
     python -m examples.quickstart.demo [--dry-run] [--ranks N] [--plan examples/quickstart/demo.yaml]
 

@@ -1,5 +1,6 @@
-"""The demo's scores as one table: `python -m examples.quickstart.results [--csv
-benchmarks/results/quickstart.csv]`. README.md's rows are generated from that file.
+"""Print the quick start's scores as a table, and write them as CSV.
+
+    python -m examples.quickstart.results [--csv benchmarks/results/quickstart.csv]
 
 results.json holds the rows (each score with its 95 % bootstrap interval and number of utterances, before and
 after training), the recipes as they were run, the seconds of each step, the machine, the versions and the

@@ -146,7 +146,9 @@ def test_every_command_has_a_description():
     for module, command in command_lines.commands().items():
         parser = command_lines.parser_of(module)
         about = generate.first_paragraph(parser.description)
-        assert len(about) > 15, f"{command} --help describes nothing"
+        assert len(about) > 15 and about[-1] in ".)", (
+            f"{command} --help has a description that is cut: {about!r}"
+        )
         for part in (parser, *command_lines.subparsers(parser).values()):
             part.format_help()
 
