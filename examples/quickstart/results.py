@@ -26,7 +26,9 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
+from core.console import printable_line
 from core.files import write_atomically
+from evaluation.predictions import read_rows, row_key
 
 if TYPE_CHECKING:
     from examples.quickstart.demo import Plan
@@ -152,6 +154,24 @@ def table(result: dict) -> str:
         tablefmt="github",
         disable_numparse=True,
     )
+
+
+def transcripts(files: dict[str, Path], count: int = 5) -> str:
+    """Return `count` utterances that all prediction files hold, evenly spaced: the reference, and a line for
+    each file by its name; "" if one is missing."""
+    if not files or not all(path.exists() for path in files.values()):
+        return ""
+    found = {name: {row_key(row): row for row in read_rows(path)} for name, path in files.items()}
+    first = next(iter(found.values()))
+    common = [key for key in first if all(key in rows for rows in found.values())]
+    width = max(len("reference"), *map(len, files))
+    blocks = []
+    for place in range(min(count, len(common))):
+        key = common[place * len(common) // min(count, len(common))]
+        lines = [("reference", first[key]["reference"])]
+        lines += [(name, rows[key]["prediction"]) for name, rows in found.items()]
+        blocks.append("\n".join(f"{name:<{width}}  {printable_line(text)}" for name, text in lines))
+    return "\n\n".join(blocks)
 
 
 def machine_line(result: dict) -> str:

@@ -1,6 +1,7 @@
 """The demo does each step once, goes on where it stopped, and ends with a table of what was scored."""
 
 import csv
+import json
 import signal
 import subprocess
 import sys
@@ -128,7 +129,7 @@ def example_result() -> dict:
     return {
         "rows": [
             {
-                "stage": "stage I",
+                "stage": "stage 1",
                 "data": "dialogues-test",
                 "task": "asr",
                 "decode": "ctc",
@@ -137,7 +138,7 @@ def example_result() -> dict:
                 "after": score(0.25, 0.22, 0.28),
             },
             {
-                "stage": "stage III",
+                "stage": "stage 3",
                 "data": "dialogues-test",
                 "task": "asr",
                 "decode": "generate",
@@ -163,6 +164,24 @@ def test_scores_are_written_as_csv(tmp_path):
     first, last = csv.DictReader(lines)
     assert (first["before"], first["after"], first["after_low"]) == ("1.0000", "0.2500", "0.2200")
     assert (last["before"], last["after"], last["utterances"]) == ("", "0.5000", "200")
+
+
+def test_example_transcripts_are_utterances_that_all_systems_answered(tmp_path):
+    def rows(name: str, ids: str, text: str) -> Path:
+        path = tmp_path / f"{name}.jsonl"
+        kept = [
+            {"id": i, "corpus": "c", "task": "asr", "reference": f"said {i}", "prediction": text + i}
+            for i in ids
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        return path
+
+    files = {"CTC": rows("a", "abcdefgh", "one\n"), "joint": rows("b", "hgfdb", "two ")}
+    blocks = results.transcripts(files, count=2).split("\n\n")
+    assert blocks[0].splitlines() == ["reference  said b", "CTC        one\\nb", "joint      two b"]
+    assert len(blocks) == 2 and "said f" in blocks[1]
+    assert results.transcripts(files, count=9).count("reference") == 5
+    assert results.transcripts({**files, "LLM": tmp_path / "none.jsonl"}) == "" == results.transcripts({})
 
 
 def test_small_recipes_load():
