@@ -201,9 +201,11 @@ def recipe_keys() -> set[str]:
 
 
 def _check_overrides(words: list[str]) -> None:
+    from recipe.config import BY_NAME
+
     for word in words:
         key = word.partition("=")[0]
-        if key not in recipe_keys() and not key.startswith("data.mixture.task_weights."):
+        if key not in recipe_keys() and key.rpartition(".")[0] not in BY_NAME:
             raise WrongCommand(f"a recipe has no key {key}")
 
 

@@ -41,8 +41,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def recipe_page() -> str:
-    from recipe.config import Recipe, known_keys
-    from train.resume import recipe_facts
+    from recipe.config import BY_NAME, Recipe, known_keys
+    from train.checkpoint.compatibility import recipe_facts
 
     meanings = yaml.safe_load((ROOT / "docs" / "recipe_keys.yaml").read_text())
     defaults = OmegaConf.structured(Recipe)
@@ -50,7 +50,7 @@ def recipe_page() -> str:
     sections: dict[str, list[list[str]]] = {}
     for key in known_keys():
         value = OmegaConf.select(defaults, key)
-        if OmegaConf.is_dict(value) and key != "data.mixture.task_weights":
+        if OmegaConf.is_dict(value) and key not in BY_NAME:
             continue
         section = key.rpartition(".")[0] or "the stage"
         decides = any(name == key or name.startswith(f"{key}.") for name in fixed)
