@@ -159,7 +159,7 @@ def keys() -> Iterator[str]:
 
 
 def paths() -> Iterator[str]:
-    """Files of the repository that a page names."""
+    """Files of the repository that a page names, and pages that the code names."""
     folders = "|".join(
         path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")
     )
@@ -172,6 +172,10 @@ def paths() -> Iterator[str]:
                 and not (ROOT / code).exists()
             ):
                 yield f"{path.relative_to(ROOT)}: there is no file {code}"
+    for _, path in prose.code_files():
+        for page in re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text()):
+            if not (ROOT / page).exists():
+                yield f"{path.relative_to(ROOT)}: there is no page {page}"
 
 
 def _attribute(name: str) -> bool:

@@ -57,7 +57,7 @@ def recipe_page() -> str:
         row = [f"`{key}`", f"`{shown(value)}`", "no" if decides else "yes", meanings.get(key, "")]
         sections.setdefault(section, []).append(row)
     text = (
-        f"{HEAD}# Recipe reference\n\nDefaults are in YAML's notation. *May change*: whether the key may "
+        f"# Recipe reference\n\n{HEAD}Defaults are in YAML's notation. *May change*: whether the key may "
         "change between a run and its continuation; other changes need "
         "`checkpoint.accept_changes=[recipe]`. Keys without effect on a stage may always change. How recipes "
         "work: [recipes](../recipes.md).\n"
@@ -81,7 +81,7 @@ def shown(value: object) -> str:
 
 def cli_page() -> str:
     text = (
-        f"{HEAD}# CLI reference\n\nEvery command and its options, from the parsers themselves. Job scripts "
+        f"# CLI reference\n\n{HEAD}Every command and its options, from the parsers themselves. Job scripts "
         "print their help with `--help`: `slurm/chain.sh`, `slurm/pack.sh`, `slurm/stage1.sh`, "
         "`slurm/evaluate.sh`.\n"
     )
@@ -132,7 +132,7 @@ def first_paragraph(text: str | None) -> str:
 
 
 def modules_page() -> str:
-    text = f"{HEAD}# Modules\n\nWhat each module is for. The packages: [architecture](../architecture.md).\n"
+    text = f"# Modules\n\n{HEAD}What each module is for. The packages: [architecture](../architecture.md).\n"
     for package in PACKAGES:
         paths = sorted((ROOT / package).rglob("*.py"))
         rows = []
@@ -151,7 +151,7 @@ def message_pages() -> dict[str, str]:
     for area, content in yaml.safe_load((ROOT / "docs" / "messages.yaml").read_text()).items():
         rows = [[row["see"], linked(row["cause"]), linked(row["fix"])] for row in content["rows"]]
         text = (
-            f"{HEAD}# Messages: {content['title']}\n\n`...` replaces names and numbers. Other areas and exit "
+            f"# Messages: {content['title']}\n\n{HEAD}`...` replaces names and numbers. Other areas and exit "
         )
         text += (
             f"codes: [troubleshooting](../troubleshooting.md).\n\n{table(['message', 'cause', 'fix'], rows)}"
