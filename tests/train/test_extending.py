@@ -212,7 +212,7 @@ def test_the_page_s_sections_are_short_and_their_examples_run(tmp_path, monkeypa
         example = re.search(r"^```python\n# (\w+)\.py\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
         if not example:
             continue
-        lines = [line for line in section.strip().splitlines() if not line.startswith("```")]
+        lines = [line for line in section.splitlines() if line.strip() and not line.startswith("```")]
         assert len(lines) <= 30, section.splitlines()[0]
         (tmp_path / f"{example[1]}.py").write_text(example[2])
         load_plugins([example[1]])
