@@ -23,8 +23,9 @@ from transformers.utils.logging import disable_progress_bar
 from core.audio import AudioError, decode, largest_decoded
 from core.console import print_error, print_text
 from core.samples import INSTRUCTIONS, PromptError, asked
-from evaluation.run import InputError, joint_search, load
+from evaluation.run import DECODE_HELP, DECODES, InputError, drafting, joint_search, load
 from model.folder import FolderError
+from model.generation.drafted import Drafting
 from model.generation.joint import JointSearch
 from model.pretrained import SourceError
 from model.waveforms import SoundWarning
@@ -67,14 +68,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--decode",
-        choices=["ctc", "generate", "joint"],
-        help="default: ctc for stage I, generate for II and III; joint: transcripts by LLM and CTC together",
+        choices=DECODES,
+        help=DECODE_HELP,
     )
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     search = JointSearch()  # evaluation.run's options, at their defaults
     parser.set_defaults(
-        untrained=None, ctc_weight=search.weight, beams=search.beams, token_bonus=search.token_bonus
+        untrained=None,
+        ctc_weight=search.weight,
+        beams=search.beams,
+        token_bonus=search.token_bonus,
+        draft_tokens=Drafting.longest,
+        draft_ratio=Drafting.minimum_ratio,
     )
     options = parser.parse_args(arguments)
     if options.max_new_tokens < 1:
@@ -101,7 +107,10 @@ def main(arguments: list[str] | None = None) -> int:
         token = model.config.audio_token
         if token in (options.prompt or ""):
             raise InputError(f"--prompt holds {token}: leave it out, the sound stands before the prompt")
-        joint = joint_search(options) if how == "joint" else None
+        search = {
+            "joint": joint_search(options) if how == "joint" else None,
+            "drafted": drafting(options) if how == "drafted" else None,
+        }
         chat = [asked(options.prompt or INSTRUCTIONS["asr"], token)]
         for file in options.files:
             try:
@@ -111,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
                         text = model.ctc_greedy(model.prompts([chat], [waveform]))[0]
                     else:
                         text = model.answer(
-                            [chat], [waveform], max_new_tokens=options.max_new_tokens, joint=joint
+                            [chat], [waveform], max_new_tokens=options.max_new_tokens, **search
                         )[0]
             except PromptError:
                 raise

@@ -35,6 +35,7 @@ from evaluation.score import print_notes, score_file, table
 from evaluation.tasks import lettered_choices, reference_of
 from model import folder
 from model.batch import Batch
+from model.generation.drafted import Drafting
 from model.generation.joint import JointSearch
 from model.pretrained import SourceError
 from model.soundwave import Soundwave
@@ -42,6 +43,12 @@ from model.stages import ALIGNMENT, STAGES
 from recipe.config import DataConfig, Recipe, RecipeError, load_recipe
 from recipe.stages import initial_folder, stage_of
 from stream import EvalStream
+
+DECODES = ("ctc", "generate", "joint", "drafted")
+DECODE_HELP = (
+    "default: ctc for stage I, generate for II and III; joint: transcripts by LLM and CTC together; "
+    "drafted: as generate, faster: the LLM checks the CTC head's transcript"
+)
 
 
 class InputError(OneLine, ValueError):
@@ -83,6 +90,11 @@ def joint_search(options: argparse.Namespace) -> JointSearch:
     else:
         ctc_text = load_recipe(options.untrained, options.overrides).data.ctc_text
     return JointSearch(options.ctc_weight, options.beams, token_bonus=options.token_bonus, ctc_text=ctc_text)
+
+
+def drafting(options: argparse.Namespace) -> Drafting:
+    """The options of `--decode drafted`."""
+    return Drafting(options.draft_tokens, options.draft_ratio)
 
 
 def begin(recipe: Recipe, decode: str | None) -> tuple[Soundwave, str]:
@@ -149,6 +161,7 @@ def predict(
     """Answer every batch of the stream and append it to the file. A batch without samples fills up a shorter
     rank: no answer."""
     joint = joint_search(options) if decode == "joint" else None
+    drafted = drafting(options) if decode == "drafted" else None
     device = next(model.parameters()).device
     reported = 0
     with tqdm(
@@ -172,7 +185,9 @@ def predict(
                     temperature=options.temperature,
                     top_p=options.top_p,
                     joint=joint,
+                    drafted=drafted,
                 )
+                passes = model.drafted_passes
                 raws = [model.tokenizer.decode(ids, skip_special_tokens=False) for ids in tokens]
                 texts = [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
                 counts = [len(ids) for ids in tokens]
@@ -189,6 +204,8 @@ def predict(
                 row = prediction_row(sample, texts[i], raws[i], decode) | {"wall": round(wall, 4)}
                 if counts[i] is not None:
                     row["tokens"] = counts[i]
+                if drafted is not None and passes is not None:
+                    row["passes"] = passes.row_passes[i]
                 rows.append(row | lengths[i])
             file.append(rows, rejected)
             progress.update(len(samples))
@@ -263,6 +280,11 @@ def check_inputs(options: argparse.Namespace) -> list[TestSet]:
                         if options.decode == "joint"
                         else {}
                     ),
+                    **(
+                        {"drafted": options.draft_ratio}
+                        if options.decode == "drafted" and options.draft_ratio < 1
+                        else {}
+                    ),
                 },
             )
         )
@@ -270,14 +292,14 @@ def check_inputs(options: argparse.Namespace) -> list[TestSet]:
 
 
 def load(options: argparse.Namespace, device: torch.device) -> tuple[Soundwave, str]:
-    """The model on its device, and its decode (ctc | generate | joint)."""
+    """The model on its device, and its decode (ctc | generate | joint | drafted)."""
     if options.untrained:
         model, stage = begin(load_recipe(options.untrained, options.overrides), options.decode)
     else:
         model = folder.load(options.model, with_llm=options.decode != "ctc")
         stage = model.stage
     has_llm = STAGES[stage].needs_llm
-    if options.decode in ("generate", "joint") and not has_llm:
+    if options.decode in ("generate", "joint", "drafted") and not has_llm:
         raise InputError(
             f"{options.model or options.untrained} is of stage I, which has no LLM: use --decode ctc, or the "
             f"folder "
@@ -406,8 +428,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--decode",
-        choices=["ctc", "generate", "joint"],
-        help="default: ctc for stage I, generate for II and III; joint: transcripts by LLM and CTC together",
+        choices=DECODES,
+        help=DECODE_HELP,
+    )
+    parser.add_argument(
+        "--draft-tokens",
+        type=int,
+        default=Drafting.longest,
+        help="draft tokens that drafted checks in one pass at most (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--draft-ratio",
+        type=float,
+        default=Drafting.minimum_ratio,
+        help="drafted accepts a token of at least this share of the best one's probability; below 1, answers "
+        "differ from greedy ones (default: %(default)s)",
     )
     parser.add_argument(
         "--beams", type=int, default=JointSearch.beams, help="hypotheses of joint (default: %(default)s)"
@@ -451,7 +486,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.overrides and not options.untrained:
         parser.error(f"'{options.overrides[0]}': key=value goes with --untrained RECIPE only")
-    for name in ("beams", "max_new_tokens"):
+    if not 0 < options.draft_ratio <= 1:
+        parser.error("--draft-ratio must be in (0, 1]")
+    if options.decode == "drafted" and options.sample:
+        parser.error("--decode drafted is greedy: without --sample")
+    for name in ("beams", "draft_tokens", "max_new_tokens"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if options.decode == "joint" and options.sample:

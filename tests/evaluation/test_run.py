@@ -161,6 +161,24 @@ def test_stage_two_writes_transcripts_together_with_ctc(folders, packed, tmp_pat
         assert message in capsys.readouterr().err
 
 
+def test_drafted_answers_are_those_of_greedy_decoding(folders, packed, tmp_path, capsys):
+    out = tmp_path / "p.jsonl"
+    drafted = command(folders / "shrinking", packed, out, "--decode", "drafted", "--batch-seconds", "3")
+    assert run.main(drafted) == 0
+    assert predictions(out) == expected(folders / "shrinking", packed, "asr", generate=True)
+    assert all(1 <= row["passes"] <= row["tokens"] + 1 for row in read_rows(out))
+    assert run.main([*drafted, "--draft-ratio", "0.5"]) == 2, "answers of another ratio are others"
+    capsys.readouterr()
+    for more, message in (
+        (["--sample"], "without --sample"),
+        (["--draft-ratio", "0"], "must be in (0, 1]"),
+        (["--draft-tokens", "0"], "at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            run.main([*drafted, *more])
+        assert message in capsys.readouterr().err
+
+
 def test_ctc_of_a_later_stage_scores_transcripts(folders, packed, tmp_path):
     out = tmp_path / "p.jsonl"
     assert (
