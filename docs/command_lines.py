@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import os
 import re
 import shlex
 import sys
@@ -75,6 +76,7 @@ def parser_of(module: str) -> argparse.ArgumentParser:
     main = importlib.import_module(module).main
     names = ("parse_args", "parse_known_args", "parse_intermixed_args", "parse_known_intermixed_args")
     patches = [mock.patch.object(argparse.ArgumentParser, name, found) for name in names]
+    patches.append(mock.patch.dict(os.environ))  # some commands fill the environment first
     with mock.patch.object(sys, "argv", [module.replace(".", "/") + ".py"]):
         for patch in patches:
             patch.start()

@@ -14,6 +14,7 @@ import argparse
 import ast
 import re
 from pathlib import Path
+from unittest import mock
 
 import yaml
 from omegaconf import OmegaConf
@@ -25,6 +26,9 @@ from docs import command_lines, results_page
 REFERENCE = ROOT / "docs" / "reference"
 HEAD = "<!-- Written by `python -m docs.generate`; do not edit. -->\n\n"
 PACKAGES = ("core", "model", "data_tools", "recipe", "stream", "evaluation", "serving", "soundwave", "train")
+
+
+_CORES = 987_654_321  # replaces this machine's cores, so that the page is the same on every machine
 
 
 def cell(text: object) -> str:
@@ -90,7 +94,8 @@ def cli_page() -> str:
         if module.partition(".")[0] != package:
             package = module.partition(".")[0]
             text += f"\n## {package}\n"
-        parser = command_lines.parser_of(module)
+        with mock.patch("os.cpu_count", lambda: _CORES), mock.patch("torch.cuda.is_available", lambda: False):
+            parser = command_lines.parser_of(module)
         text += f"\n### {command}\n\n{described(parser)}"
         for name, sub in command_lines.subparsers(parser).items():
             text += f"\n#### {command} {name}\n\n{described(sub)}"
@@ -112,7 +117,7 @@ def described(parser: argparse.ArgumentParser) -> str:
                 "\\|".join(map(str, action.choices)) if action.choices else action.dest.upper()
             )
             value = value if isinstance(value, str) else " ".join(value)
-        default = str(action.default).removeprefix(f"{ROOT}/")
+        default = str(action.default).removeprefix(f"{ROOT}/").replace(str(_CORES), "number of cores")
         plain = (
             action.default is None or isinstance(action.default, bool) or default in ("[]", argparse.SUPPRESS)
         )

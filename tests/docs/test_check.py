@@ -158,6 +158,22 @@ def test_a_parser_is_found_without_running_the_command(tmp_path, monkeypatch):
     assert isinstance(parser, argparse.ArgumentParser) and "--decode" in parser._option_string_actions
 
 
+def test_the_cli_reference_does_not_depend_on_the_machine(monkeypatch):
+    page = generate.cli_page()
+    monkeypatch.setattr(os, "cpu_count", lambda: 77)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert generate.cli_page() == page and "`number of cores`" in page
+
+
+def test_finding_parsers_changes_nothing_in_this_process():
+    import torch
+
+    before = dict(os.environ), torch.is_grad_enabled(), torch.get_num_threads()
+    for module in command_lines.commands():
+        command_lines.parser_of(module)
+    assert (dict(os.environ), torch.is_grad_enabled(), torch.get_num_threads()) == before
+
+
 def test_percentages_come_from_the_recorded_scores():
     row = {"wer": "0.4013"}
     assert results_page.mean_and_range([row, {"wer": "0.4113"}]) == "40.6 (40.1 to 41.1)"
