@@ -42,6 +42,7 @@ from model.soundwave import Soundwave
 from model.stages import ALIGNMENT, STAGES
 from recipe.config import DataConfig, Recipe, RecipeError, load_recipe
 from recipe.stages import initial_folder, stage_of
+from soundwave.decoding import Decoding, decode_batch
 from stream import EvalStream
 
 DECODES = ("ctc", "generate", "joint", "drafted")
@@ -160,8 +161,15 @@ def predict(
 ) -> None:
     """Answer every batch of the stream and append it to the file. A batch without samples fills up a shorter
     rank: no answer."""
-    joint = joint_search(options) if decode == "joint" else None
-    drafted = drafting(options) if decode == "drafted" else None
+    decoding = Decoding(
+        "greedy" if decode == "generate" else decode,
+        options.max_new_tokens,
+        joint_search(options) if decode == "joint" else None,
+        options.sample,
+        options.temperature,
+        options.top_p,
+        drafting(options) if decode == "drafted" else None,
+    )
     device = next(model.parameters()).device
     reported = 0
     with tqdm(
@@ -174,38 +182,23 @@ def predict(
                 continue
             began = time.perf_counter()
             batch = batch.to(device)
-            if decode == "ctc":
-                raws = model.ctc_greedy(batch)
-                texts, counts = raws, [None] * len(raws)
-            else:
-                tokens = model.generate(
-                    batch,
-                    max_new_tokens=options.max_new_tokens,
-                    do_sample=options.sample,
-                    temperature=options.temperature,
-                    top_p=options.top_p,
-                    joint=joint,
-                    drafted=drafted,
-                )
-                passes = model.drafted_passes
-                raws = [model.tokenizer.decode(ids, skip_special_tokens=False) for ids in tokens]
-                texts = [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
-                counts = [len(ids) for ids in tokens]
+            decoded = decode_batch(model, batch, decoding)
             wall = (time.perf_counter() - began) / len(samples)
             lengths = audio_lengths(model, batch)
             rows = []
             for i, sample in enumerate(samples):
-                if decode != "ctc" and i in model.unanswered:
+                if decoded[i].unanswered is not None:
                     rejected = [
                         *rejected,
-                        {"id": sample["id"], "corpus": sample.get("corpus"), "why": model.unanswered[i]},
+                        {"id": sample["id"], "corpus": sample.get("corpus"), "why": decoded[i].unanswered},
                     ]
                     continue
-                row = prediction_row(sample, texts[i], raws[i], decode) | {"wall": round(wall, 4)}
-                if counts[i] is not None:
-                    row["tokens"] = counts[i]
-                if drafted is not None and passes is not None:
-                    row["passes"] = passes.row_passes[i]
+                row = prediction_row(sample, decoded[i].text, decoded[i].raw, decode)
+                row["wall"] = round(wall, 4)
+                if decoded[i].tokens is not None:
+                    row["tokens"] = decoded[i].tokens
+                if decoded[i].passes is not None:
+                    row["passes"] = decoded[i].passes
                 rows.append(row | lengths[i])
             file.append(rows, rejected)
             progress.update(len(samples))

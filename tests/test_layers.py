@@ -16,6 +16,7 @@ LAYERS = (
     ("model", "data_tools"),
     ("recipe",),
     ("stream",),
+    ("soundwave",),
     ("evaluation", "serving"),
     ("train",),
 )
