@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo less-is-more results fetch test lint soak bench-ctc gpu-check test-slurm lock audit licences clean
+.PHONY: help setup setup-dev demo less-is-more results fetch test lint docs soak bench-ctc gpu-check test-slurm lock audit licences clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -34,14 +34,15 @@ demo: setup ## the whole road on real speech: fetch, pack, stages I to III, scor
 less-is-more: setup ## the comparisons on the demo's data (ARGS="--seeds 0 --only ours projector" for some of them; hours on 2 cores)
 	@$(PY) -m examples.less_is_more.study $(ARGS)
 
-results: setup ## demo, comparisons and trials, their tables put into README.md and docs/results.md (hours; goes on where it stopped)
+results: setup ## demo, comparisons and trials, their tables put into benchmarks/results, README.md and docs (hours; resumes)
 	@$(PY) -m examples.quickstart.demo
 	@$(PY) -m examples.less_is_more.study
 	@$(PY) -m examples.less_is_more.study --plan examples/less_is_more/trials.yaml
-	@$(PY) -m examples.quickstart.results --into README.md docs/results.md
-	@$(PY) -m examples.less_is_more.table --docs docs/results.md
-	@$(PY) -m examples.less_is_more.table --plan examples/less_is_more/trials.yaml --docs docs/results.md
-	@$(PY) -m examples.less_is_more.rare_words --docs docs/results.md
+	@$(PY) -m examples.quickstart.results --csv benchmarks/results/quickstart.csv
+	@$(PY) -m examples.less_is_more.table --csv benchmarks/results
+	@$(PY) -m examples.less_is_more.table --plan examples/less_is_more/trials.yaml --csv benchmarks/results
+	@$(PY) -m examples.less_is_more.rare_words --csv benchmarks/results/rare_words.csv
+	@$(PY) -m docs.generate
 
 fetch: setup ## only download and convert what the demo needs; names the commands for full-scale models
 	@$(PY) -m examples.quickstart.fetch $(ARGS)
@@ -55,6 +56,10 @@ soak: setup-dev ## kill two-rank ZeRO-3 training 30 times over the three stages;
 lint: setup-dev ## format, lint and types of Python, shellcheck
 	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy
 	@$(VENV)/bin/shellcheck -x $$(git ls-files '*.sh') .ci/run
+
+docs: setup-dev ## check the documentation, and build the site into .cache/site (no network)
+	@$(PY) -m docs.check
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet $(ARGS)
 
 bench-ctc: setup ## the fused op against the ordinary path, one run
 	@$(PY) -m benchmarks.linear_ctc $(ARGS)

@@ -1,5 +1,4 @@
-"""What keyed dropout costs: the same stage II step with its masks, with torch's own, and with none, in one
-run:
+"""Measure what keyed dropout costs in a step of stage 2, against torch's masks and none.
 
     python -m benchmarks.dropout RECIPE [key=value ...] [--clips 12] [--steps 5] [--rounds 3] [--json FILE]
 

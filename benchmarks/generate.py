@@ -1,5 +1,6 @@
-"""Answers per second: `python -m benchmarks.generate --model RUN [--shards DIR] [--utterances 32] [--batch 8]
-[--tokens 24]`
+"""Measure answers per second: batches, single clips, and padding to 30 s.
+
+    python -m benchmarks.generate --model RUN [--shards DIR] [--utterances 32] [--batch 8] [--tokens 24]
 
 The same weights, clips, prompt and number of new tokens (greedy), each way measured in the same process:
 

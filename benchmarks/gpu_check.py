@@ -1,5 +1,6 @@
-"""Everything that needs a CUDA GPU, in one run of a few minutes: `python -m benchmarks.gpu_check [--json
-FILE]`
+"""Run every test and benchmark that needs a CUDA GPU, in a few minutes.
+
+    python -m benchmarks.gpu_check [--json FILE]
 
 First the tests on the GPU (tests/*/test_gpu.py), by pytest; then the fused op's benchmark in bfloat16 and
 look-back attention through FlashAttention and through PyTorch. What is not installed is skipped by name. One

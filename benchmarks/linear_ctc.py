@@ -1,5 +1,6 @@
-"""The fused op against the ordinary path, both sides in one run: `python -m benchmarks.linear_ctc [--full]
-[--json FILE]`
+"""Measure the fused CTC op against a baseline, both sides in one run.
+
+    python -m benchmarks.linear_ctc [--full] [--json FILE]
 
     ordinary   F.linear in the given dtype, .float(), log_softmax, F.ctc_loss, backward
     chunked    what one could put together from PyTorch today: the same in chunks of 64 frames, computed again

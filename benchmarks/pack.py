@@ -1,5 +1,6 @@
-"""Packing, side by side: `python -m benchmarks.pack [--manifest M.jsonl] [--hours 8] [--workers 2] [--json
-FILE]`
+"""Measure packing against other tools in one run.
+
+    python -m benchmarks.pack [--manifest M.jsonl] [--hours 8] [--workers 2] [--json FILE]
 
 The same clips (16 kHz mono WAV), the same codec (FLAC, libsndfile's default level) and worker count, one run,
 each way in a process of its own, start-up included, files in the page cache:

@@ -1,4 +1,6 @@
-"""Resampling, side by side: `python -m benchmarks.resample [--json FILE]`
+"""Measure the quality and speed of resamplers in one run.
+
+    python -m benchmarks.resample [--json FILE]
 
 soxr (HQ, what core/audio.py uses) against torchaudio's Resample at its defaults, from several rates to 16
 kHz, in one run:

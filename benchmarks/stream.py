@@ -1,5 +1,6 @@
-"""Shards to ready tensors, side by side: `python -m benchmarks.stream [--manifest M.jsonl] [--hours 1]
-[--json FILE]`
+"""Measure the data stream against other loaders in one run.
+
+    python -m benchmarks.stream [--manifest M.jsonl] [--hours 1] [--json FILE]
 
 The same FLAC clips at 16 kHz, the same number of worker processes, one pass over everything, each way in a
 process of its own, files in the page cache, torch on one thread. "Ready" is a padded batch of 80-bin log-mel

@@ -1,4 +1,4 @@
-"""A stage II step, ours and the plain way, on the same data in one run:
+"""Measure a step of stage 2 against a naive implementation on the same data, in one run.
 
     python -m benchmarks.train_step RECIPE [key=value ...] [--clips 12] [--steps 5] [--json FILE]
 

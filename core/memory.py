@@ -1,4 +1,4 @@
-"""Whether an exception says that memory ran out, on the GPU or the CPU."""
+"""Whether an exception is a lack of memory, on the GPU or the CPU."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""What metadata does not tell: `python -m data_tools.annotate --corpus NAME:PATH --out M.jsonl --hash
---whisper DIR`.
+"""Write a manifest with hypotheses by Whisper, durations and hashes, for filters.
+
+    python -m data_tools.annotate --corpus NAME:PATH --out M.jsonl --hash --whisper DIR
 
 Reads the audio of a corpus once and writes a manifest of it with what was found: duration, and on request
 sound_hash (for pack's --drop-duplicates) and hypothesis, what a Whisper model hears (for pack's --max-wer).

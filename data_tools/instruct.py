@@ -1,5 +1,4 @@
-"""Instruction data for stages II and III: corpora to chat samples, as a manifest that pack takes. `python -m
-data_tools.instruct`
+"""Write instruction samples for stages 2 and 3 as a manifest.
 
     wrap   transcripts, translations and labels under many wordings of their task's instruction, the same
            wording for the same sample and seed; --chain makes a share of them "transcribe, then answer"

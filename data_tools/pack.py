@@ -1,4 +1,6 @@
-"""Corpora to shards: `python data_tools/pack.py --corpus librispeech:/data/LibriSpeech --out DIR`.
+"""Pack corpora into WebDataset shards with an index.
+
+    python data_tools/pack.py --corpus librispeech:/data/LibriSpeech --out DIR
 
     corpora --plan--> which sample in which shard --worker processes, a shard each--> NAME-000000.tar ...
     --merge--> index
@@ -7,7 +9,7 @@ Samples are planned before audio is touched, each worker writes whole shards, an
 it is complete: the same command again after any interruption continues and ends in the same bytes, whatever
 --workers. On a cluster every task of an array runs `--part i/N`; when all have ended, `--merge --out DIR`
 writes the index. `--splits` without `--take` packs every split into a folder of its own, in one pass.
-docs/data.md has an example for each kind of corpus.
+docs/corpora.md has an example for each kind of corpus.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""What is in a packed folder: `python -m data_tools.show DIR`, as text, as a picture, or one clip to listen
-to. Of a folder of packed folders, a line for each of them.
+"""Print what a packed folder holds, draw its histograms, or write one of its clips.
+
+    python -m data_tools.show DIR
 
     --png FILE              histograms of duration and of speaking rate
     --listen ROW --to FILE  one clip (and its JSON, printed); ROW is a number, or CORPUS/ID

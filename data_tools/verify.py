@@ -1,5 +1,6 @@
-"""Is a packed folder what its index says? `python -m data_tools.verify DIR [--decode all]`; exit code 0 if
-so, 1 if not.
+"""Compare a packed folder with its index; exit code 0 if they agree, 1 if not.
+
+    python -m data_tools.verify DIR [--decode all]
 
 every shard:  size, sha256; tar members against the sample table (names, offsets, sizes); JSON against the
               table

@@ -1,5 +1,4 @@
-"""AIR-Bench from a local copy: its published JSON to a manifest, and predictions back to its published result
-files.
+"""Convert AIR-Bench to a manifest, and predictions to its result files.
 
     python -m evaluation.air_bench manifest --meta AIR-Bench/Foundation/Foundation_meta.json --out
     foundation.jsonl python data_tools/pack.py --manifest foundation.jsonl --out shards/air-bench-foundation

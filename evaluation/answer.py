@@ -1,4 +1,4 @@
-"""What does a model folder say to sound files? `python -m evaluation.answer MODEL FILE ...` needs no shards.
+"""Transcribe audio files, or answer questions about them.
 
     python -m evaluation.answer runs/mine/sft/model clip.wav other.flac                    # transcribes
     python -m evaluation.answer runs/mine/sft/model clip.wav --prompt "What is asked here?"

@@ -1,5 +1,7 @@
-"""Do two runs differ? `python -m evaluation.compare A.jsonl B.jsonl`: paired tests on the utterances that
-both answered."""
+"""Compare two prediction files with paired tests on their common utterances.
+
+python -m evaluation.compare A.jsonl B.jsonl
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A page to talk to a model: `python -m evaluation.demo MODEL` (needs Gradio: make setup EXTRAS=demo).
+"""Serve a web page to talk to a model (needs Gradio: make setup EXTRAS=demo).
+
+    python -m evaluation.demo MODEL
 
 Record or upload speech, ask about it, and see the answer as it is written, what the CTC head heard, which
 frames the LLM was given, and how long each part took. It listens on this machine alone unless --host says

@@ -1,4 +1,4 @@
-"""A language model as judge of free answers: off unless this command is run, and it never hears the audio.
+"""Rate free answers with a language model as judge; it gets text only.
 
     python -m evaluation.judge P.jsonl --endpoint http://localhost:8000/v1 --judge-model NAME
     python -m evaluation.judge P.jsonl --local FOLDER

@@ -1,4 +1,4 @@
-"""Draw what the two adapters make of one packed utterance (model/picture.py).
+"""Draw one packed clip: spectrogram, blank probability, CTC peaks, compressed frames.
 
 python -m evaluation.picture --model DIR --shards DIR --index 3 --out picture.png
 """

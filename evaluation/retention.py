@@ -1,4 +1,4 @@
-"""Does the LLM keep what it knew? The LLM with its LoRA against the same LLM without, on text alone.
+"""Measure what the LLM with LoRA keeps of its text ability: perplexity and answers.
 
     python -m evaluation.retention --model DIR [--passages FILE] [--questions FILE] [--out FILE]
 

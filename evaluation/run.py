@@ -1,4 +1,4 @@
-"""Predictions of a model folder on packed shards, and their scores.
+"""Write a model's predictions for packed folders, and score them.
 
     python -m evaluation.run --model runs/demo/alignment/model --shards shards/dialogues-test --task asr
     torchrun --nproc_per_node 8 -m evaluation.run --model ... --shards shards/test-a shards/test-b --task asr

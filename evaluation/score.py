@@ -1,5 +1,6 @@
-"""Scores from predictions alone: `python -m evaluation.score FILE.jsonl` needs no model, no audio and no
-network.
+"""Score prediction files; needs no model, audio or network.
+
+    python -m evaluation.score FILE.jsonl
 
 A prediction row holds `id`, `reference`, `prediction`, `raw`, and `corpus`, `task`, `lang`, `duration`
 (seconds), and where known `label`, `choices`, `frames` (adapter frames of the audio), `kept` (frames the LLM

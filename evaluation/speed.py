@@ -1,5 +1,6 @@
-"""How fast an answer comes: `python -m evaluation.speed --model DIR --shards DIR`, one clip at a time, as a
-user waits for it.
+"""Measure the latency of single clips: compressed frames, first token, end of the answer.
+
+    python -m evaluation.speed --model DIR --shards DIR
 
 Per clip, in seconds: from the waveform to the kept frames (encoder, adapter, CTC), from the waveform to the
 first token, and to the end of the answer; then medians, and the real-time factor (seconds of work per second

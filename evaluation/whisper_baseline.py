@@ -1,4 +1,4 @@
-"""The upper anchor: Whisper's own decoder, greedy, on the same clips, scored by the same scorer.
+"""Transcribe packed clips with Whisper's own decoder, as the upper baseline.
 
     python -m evaluation.whisper_baseline --whisper DIR --shards DIR --task asr
 

@@ -1,7 +1,7 @@
 """What the network is: every switch of the method, typed, with the paper's meaning as default.
 
-`official_switches()` gives the set that the authors' released weights need; docs/method.md explains each
-departure.
+`official_switches()` gives the set that the official checkpoint needs; docs/official-checkpoint.md explains
+each difference.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class SoundwaveConfig:
 
 
 def official_switches(config: SoundwaveConfig) -> SoundwaveConfig:
-    """Set the switches that the authors' released weights were made with (docs/method.md, Departures), in
+    """Set the switches that the authors' released weights were made with (docs/official-checkpoint.md), in
     place."""
     config.encoder.pad_to_seconds = 30.0
     config.alignment.attention = "frame"

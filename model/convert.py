@@ -1,4 +1,4 @@
-"""Released weights in and out.
+"""Convert the official checkpoint to a model folder, or a model folder back.
 
 python -m model.convert --from-official DIR --out DIR [--encoder WHISPER]   the release's folder -> a model
 folder of ours

@@ -1,5 +1,5 @@
 """Dropout of what is trained, keyed by (seed, step, utterance, place in the network, position): see
-docs/method.md.
+docs/internals/dropout.md.
 
     utterance's key, step's key -> Batch.at_step -> row keys [B] -> position_keys [B, T] -> KeyedDropout at
     each place

@@ -1,4 +1,6 @@
-"""A finished run as a folder for others: `python -m model.export RUN --out DIR [--merge] [--with-encoder]`.
+"""Export a stage's model for transformers, peft and vLLM.
+
+    python -m model.export RUN --out DIR [--merge] [--with-encoder]
 
     README.md                model card: method, recipe, data and hours, hashes of the frozen parts, scores
     config.json              for AutoModel (`import model.auto` registers it)

@@ -1,4 +1,6 @@
-"""The frozen encoder's output, computed once per utterance and kept on disk: `python -m stream.cache RECIPE`.
+"""Compute the frozen encoder's output once per utterance and keep it on disk.
+
+    python -m stream.cache RECIPE
 
     FOLDER/<key>/settings.json            encoder, its fingerprint and settings: what the key stands for
     FOLDER/<key>/<name>.npy               [frames of all utterances of the pack, width] float16

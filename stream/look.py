@@ -1,5 +1,4 @@
-"""Look before training: what the plan holds and how well it is mixed, from the index alone; with --profile,
-how fast it is read.
+"""Print what a recipe's steps hold, from the index alone; --profile measures reading.
 
 `python -m stream RECIPE --steps 5 [--ranks 8] [--profile] [--ids] [key=value ...]`
 """

@@ -162,13 +162,13 @@ def missing(recipe: Recipe) -> list[str]:
 
 
 def _plan(recipe: Recipe, ready: bool) -> list[str]:
-    """Hours of audio, and passes over the data where its indexes are there."""
+    """Hours of audio, and epochs of each source if the data is packed."""
     steps, seconds = recipe.optim.steps, recipe.data.batch_seconds
     lines = [f"{steps} steps x {seconds:g} s of audio = {steps * seconds / 3600:,.1f} hours"]
     if ready:
         plan = Plan.open(recipe.data, recipe.stage, steps)
         passes = ", ".join(f"{name} {number:.2f}" for name, number in plan.passes(steps).items())
-        lines.append(f"passes over each source: {passes}")
+        lines.append(f"epochs of each source: {passes}")
     return lines
 
 

@@ -1,4 +1,6 @@
-"""A run on one page: `python -m train.report RUN` writes RUN/<stage>/report.html, pictures embedded.
+"""Write a run's report.html for each stage, pictures embedded.
+
+    python -m train.report RUN         also writes RUN/report.html with all stages
 
 RUN is the recipes' `output`, or one stage's folder. Everything comes from metrics.jsonl; run.json and
 pictures/ add the state and the validation clip where they are there. The trainer writes the same page when a
@@ -13,13 +15,18 @@ import html
 import io
 import json
 import sys
+from dataclasses import asdict
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import numpy as np
+import yaml
 from matplotlib.figure import Figure
 
 from core.command_line import program_name
+from core.console import duration
 from core.files import read_lines, write_atomically
+from recipe.config import Recipe
 from recipe.stages import STAGES, stages_in
 
 POINTS = 500  # of a curve: longer runs are averaged in bins
@@ -48,7 +55,7 @@ PANELS = (
         1,
     ),
     ("padding", "% of computed audio", {"": ("train", "padding_share")}, 100),
-    ("shrink ratio", "% of frames kept", {"": ("train", "shrink_ratio")}, 100),
+    ("shrink ratio", "% of the frames", {"": ("train", "shrink_ratio")}, 100),
     (
         "rejected data",
         "in all",
@@ -58,11 +65,14 @@ PANELS = (
     ("memory", "GiB, peak of rank 0", {"": ("train", "peak_memory_gib")}, 1),
 )
 SUMMED = ("rejected", "retries")
+LOGARITHMIC = ("loss", "parts of the loss", "gradient norm")
+SMOOTHED = 50  # a moving average covers this part of a curve: a fiftieth
 STYLE = (
     "body{font:15px/1.45 sans-serif;max-width:1180px;margin:2em auto;padding:0 "
     "1em}table{border-collapse:collapse}"
     "td,th{border:1px solid #ccc;padding:.25em .6em;text-align:left;vertical-align:top}img{max-width:100%}"
     ".panels img{width:32%;min-width:300px}"
+    "del{background:#ffd7d5}ins{background:#ccffd8;text-decoration:none}h1{margin-top:2em}"
 )
 
 
@@ -90,6 +100,23 @@ def series(lines: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
     return steps, values
 
 
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Return the centred moving average over a fiftieth of the points; gaps stay gaps."""
+    width = len(values) // SMOOTHED
+    if width < 2:
+        return values
+    known = np.isfinite(values)
+    window = np.ones(width)
+    total = np.convolve(np.where(known, values, 0.0), window, mode="same")
+    count = np.convolve(known.astype(float), window, mode="same")
+    return np.where(known, total / np.maximum(count, 1), np.nan)
+
+
+def single_loss(lines: dict[str, list[dict]]) -> bool:
+    """Whether only one term of the loss was logged, so that its curve is the loss itself."""
+    return not all(any(key in line for line in lines["train"]) for key in ("ce", "ctc"))
+
+
 def embedded(png: bytes, alt: str) -> str:
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
@@ -98,21 +125,27 @@ def panel(lines: dict[str, list[dict]], title: str, unit: str, curves: dict, fac
     """One diagram as an <img>; nothing where none of its keys was logged."""
     picture = Figure(figsize=(4.6, 3.0), layout="constrained")
     axes = picture.subplots()
-    drawn = 0
+    drawn, positive = 0, True
     for label, (kind, key) in curves.items():
         steps, values = series(lines[kind], key)
         if np.isfinite(values).any():
-            axes.plot(
+            smooth = smoothed(values) if kind == "train" and key not in SUMMED else values
+            (line,) = axes.plot(
                 steps,
-                factor * values,
+                factor * smooth,
                 "o-" if kind == "valid" else "-",
                 markersize=3,
-                linewidth=1.1,
+                linewidth=1.3,
                 label=label,
             )
+            if smooth is not values:
+                axes.plot(steps, factor * values, color=line.get_color(), linewidth=0.8, alpha=0.3, zorder=1)
             drawn += 1
-    if not drawn:
+            positive = positive and bool((values[np.isfinite(values)] > 0).all())
+    if not drawn or (title == "parts of the loss" and drawn <= 2 and single_loss(lines)):
         return ""
+    if title in LOGARITHMIC and positive:
+        axes.set_yscale("log")
     if drawn > 1 or next(iter(curves)):
         axes.legend(fontsize=8)
     axes.set(title=title, xlabel="step", ylabel=unit)
@@ -177,27 +210,79 @@ def summary(lines: dict[str, list[dict]], noted: dict) -> list[tuple[str, str]]:
         rows.append(("steps not applied", str(sum("skipped" in line for line in train))))
         rows.append(("rejected samples, read retries", f"{total('rejected'):.0f}, {total('retries'):.0f}"))
         passes = next((line["passes"] for line in reversed(train) if "passes" in line), {})
-        rows += [(f"passes over {name}", f"{number:.2f}") for name, number in passes.items()]
+        rows += [(f"epochs of {name}", f"{number:.2f}") for name, number in passes.items()]
     scored = [line for line in lines["valid"] if line.get("words") and "wer" in line]
     if scored:
         best = min(scored, key=lambda line: line["wer"])
-        rows.append(
-            (
-                "validation WER",
-                f"last {scored[-1]['wer']:.3f} (step {scored[-1]['step']}), "
-                f"best {best['wer']:.3f} (step {best['step']})",
-            )
+        shown = [("first", scored[0]), ("best", best), ("last", scored[-1])]
+        text = ", ".join(f"{name} {100 * line['wer']:.1f} % (step {line['step']})" for name, line in shown)
+        rows.insert(1 if noted else 0, ("validation WER", text))
+    steps = noted.get("steps")
+    if noted.get("status") == "running" and steps and train:
+        left = (steps - noted.get("step", 0)) * float(
+            np.median([line["step_seconds"] for line in train[-50:]])
         )
+        rows.insert(1, ("time left", duration(left)))
     return rows
 
 
-def page(folder: Path) -> str:
+def changed_keys(path: Path) -> list[tuple[str, str, str]]:
+    """Return (key, value, default) of a resolved recipe for the keys that differ from the defaults."""
+    if not path.exists():
+        return []
+    defaults, values = flat(asdict(Recipe())), flat(yaml.safe_load(path.read_text()) or {})
+    return [
+        (key, str(value), str(defaults.get(key)))
+        for key, value in values.items()
+        if value != defaults.get(key)
+    ]
+
+
+def flat(node: dict, prefix: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in node.items():
+        found |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        )
+    return found
+
+
+def compared(reference: str, hypothesis: str) -> tuple[str, str]:
+    """Return both texts as HTML with the words marked that differ."""
+    left, right = reference.split(), hypothesis.split()
+    marked: tuple[list[str], list[str]] = ([], [])
+    for kind, a, b, c, d in SequenceMatcher(None, left, right, autojunk=False).get_opcodes():
+        for words, out, tag in ((left[a:b], marked[0], "del"), (right[c:d], marked[1], "ins")):
+            text = html.escape(" ".join(words))
+            if text:
+                out.append(text if kind == "equal" else f"<{tag}>{text}</{tag}>")
+    return " ".join(marked[0]), " ".join(marked[1])
+
+
+def sample_table(samples: list) -> str:
+    rows = (compared(str(reference), str(hypothesis)) for reference, hypothesis in samples)
+    body = "".join(f"<tr><td>{reference}</td><td>{hypothesis}</td></tr>" for reference, hypothesis in rows)
+    return f"<table><tr><th>reference</th><th>hypothesis</th></tr>{body}</table>"
+
+
+def page(sections: dict[Path, str]) -> str:
+    """Return one HTML page of the sections of one or several stages."""
+    title = " and ".join(map(heading, sections))
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}</style></head><body>{''.join(sections.values())}</body></html>\n"
+    )
+
+
+def heading(folder: Path) -> str:
+    return f"Stage {STAGES[folder.name].number}: {folder.name}" if folder.name in STAGES else folder.name
+
+
+def section(folder: Path) -> str:
     lines = read(folder / "metrics.jsonl")
     noted = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
-    name = folder.name
-    title = f"Stage {STAGES[name].number}: {name}" if name in STAGES else name
     parts = [
-        f"<h1>{html.escape(title)}</h1>",
+        f"<h1>{html.escape(heading(folder))}</h1>",
         table(summary(lines, noted)),
         '<div class="panels">',
         *(panel(lines, *definition) for definition in panels(noted)),
@@ -218,7 +303,7 @@ def page(folder: Path) -> str:
         ]
     pictures = sorted((folder / "pictures").glob("step-*.png"))
     if pictures:
-        parts.append("<h2>One validation clip: kept frames, P(blank), CTC peaks</h2>")
+        parts.append("<h2>One validation clip: compressed frames, P(blank), CTC peaks</h2>")
         parts += [
             f"<p>{embedded(path.read_bytes(), path.stem)}</p>"
             for path in dict.fromkeys((pictures[0], pictures[-1]))
@@ -227,18 +312,20 @@ def page(folder: Path) -> str:
     if samples:
         parts += [
             f"<h2>Validation samples at step {samples['step']}</h2>",
-            table(samples["samples"], ("reference", "written")),
+            sample_table(samples["samples"]),
         ]
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
+    if changed := changed_keys(folder / "recipe.yaml"):
+        parts += [
+            "<h2>Recipe: keys that differ from the defaults</h2>",
+            table(changed, ("key", "value", "default")),
+        ]
+    return "".join(parts)
 
 
 def write(folder: Path) -> Path:
     """Write <folder>/report.html of one stage; returns its path. Needs metrics.jsonl there."""
     path = folder / "report.html"
-    write_atomically(path, page(folder))
+    write_atomically(path, page({folder: section(folder)}))
     return path
 
 
@@ -255,8 +342,13 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    for folder in folders:
-        print(write(folder))
+    sections = {folder: section(folder) for folder in folders}
+    for folder, text in sections.items():
+        write_atomically(folder / "report.html", page({folder: text}))
+        print(folder / "report.html")
+    if len(sections) > 1:
+        write_atomically(run / "report.html", page(sections))
+        print(run / "report.html")
     return 0
 
 

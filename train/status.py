@@ -1,7 +1,9 @@
-"""State of a run: `python -m train.status RUN`, RUN being the recipes' `output`.
+"""Print the state of a run's stages and jobs.
+
+    python -m train.status RUN
 
 RUN/<stage>/run.json         state, steps, last error (the trainer writes it)
-RUN/<stage>/metrics.jsonl    seconds of the last steps: speed and time left
+RUN/<stage>/metrics.jsonl    speed, loss and time left from the last steps; WER of the validations
 RUN/<stage>/checkpoints/     the last good checkpoint
 RUN/slurm.jsonl              jobs and restarts (slurm/ writes it), also of stages that only wait in the queue
 squeue, sacct                the jobs of stages that are not done, asked once, where the machine has Slurm and
@@ -105,6 +107,23 @@ def slurm_word(state: str, reason: str) -> str | None:
     return state.lower() + shown
 
 
+def validation_wer(path: Path) -> tuple[str, str]:
+    """Return the last and the best WER of metrics.jsonl in percent; "-" if no validation had words."""
+    rates = []
+    if path.exists():
+        with open(path, errors="replace") as file:
+            for line in file:
+                if '"valid"' not in line:  # most lines are steps: they are not parsed
+                    continue
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue  # cut by a kill
+                if record.get("kind") == "valid" and record.get("words"):
+                    rates.append(100 * record["wer"])
+    return (f"{rates[-1]:.1f} %", f"{min(rates):.1f} %") if rates else ("-", "-")
+
+
 def jobs_of(run: Path, name: str) -> list[dict]:
     return [line for line in read_lines(run / "slurm.jsonl", _TAIL_BYTES) if line.get("stage") == name]
 
@@ -142,12 +161,19 @@ def stage_status(run: Path, name: str, now: float, slurm: dict[str, tuple[str, s
     seconds = median(line["step_seconds"] for line in train) if train else None
     step, steps = noted.get("step", 0), noted.get("steps")
     latest = folder / "checkpoints" / "latest"
+    losses = [line["loss"] for line in train if isinstance(line.get("loss"), int | float)]
+    last_wer, best_wer = validation_wer(folder / "metrics.jsonl")
+    left = (steps - step) * seconds if seconds and steps and state == "running" else None
     row = {
         "stage": title_of(name),
         "state": state,
         "step": f"{step}/{steps}" if steps else "-",
         "s/step": f"{seconds:.2f}" if seconds else "-",
-        "left": _clock((steps - step) * seconds) if seconds and steps and state == "running" else "-",
+        "left": "-" if left is None else _clock(left),
+        "done at": "-" if left is None else time.strftime("%a %H:%M", time.localtime(now + left)),
+        "loss": f"{median(losses):.3g}" if losses else "-",
+        "WER": last_wer,
+        "best WER": best_wer,
         "restarts": max((line.get("restarts", 0) for line in jobs), default=0),
         "checkpoint": latest.read_text().strip() if latest.exists() else "-",
         "job": job,

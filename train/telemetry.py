@@ -73,7 +73,7 @@ def peak_memory() -> float:
 
 
 class Meter:
-    """A step's numbers as they are logged; docs/training.md explains each."""
+    """A step's numbers as they are logged; docs/monitor.md explains each."""
 
     def __init__(self, model, ranks: Ranks):
         self.flops, self.world_size = Flops.of(model), ranks.world_size

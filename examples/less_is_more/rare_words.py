@@ -1,5 +1,6 @@
-"""Which words are got wrong: those that training hardly showed? `python -m examples.less_is_more.rare_words
-[--docs FILE]`
+"""Print which words are wrong, by how often the training transcripts hold their tokens.
+
+    python -m examples.less_is_more.rare_words [--csv FILE]
 
 Words of the study's first test set are sorted by how often their rarest token stands in the CTC targets of
 the quick start's recordings (`dialogues-train`); the table holds the share of them that each read-out deletes
@@ -9,6 +10,8 @@ or replaces, insertions aside.
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import sys
 from collections import Counter
@@ -18,15 +21,14 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
+from core.files import write_atomically
 from evaluation.metrics.error_rates import aligned
 from evaluation.predictions import read_rows
-from examples.documents import put_between
 from examples.less_is_more.synthetic import CTC_TEXT
 
 if TYPE_CHECKING:
     from examples.less_is_more.study import Study
 
-MARKS = ("<!-- rare words: written by examples/less_is_more/rare_words.py -->", "<!-- end of rare words -->")
 BINS = {
     "never": 0,
     "1 to 4 times": 1,
@@ -81,8 +83,8 @@ def files(study: Study, seed: int) -> dict[str, Path]:
     return {title: path for title, path in found.items() if path.exists()}
 
 
-def build(study: Study, seed: int) -> str:
-    """The table. Errors: ValueError where nothing of that seed was scored."""
+def build(study: Study, seed: int) -> list[list[str]]:
+    """Return the table, its header first. Errors: ValueError where nothing of that seed was scored."""
     from transformers import AutoTokenizer
 
     from core.ctc_text import ctc_target_ids
@@ -104,10 +106,11 @@ def build(study: Study, seed: int) -> str:
 
     found = {title: shares(read_rows(path), count_of) for title, path in predictions.items()}
     words = next(iter(found.values()))
-    table = [[name, words[name][0], *(f"{of[name][1]:.2f}" for of in found.values())] for name in words]
-    return tabulate(
-        table, headers=["rarest token seen", "words", *found], tablefmt="github", disable_numparse=True
-    )
+    header = ["rarest token seen", "words", *found]
+    return [
+        header,
+        *([name, words[name][0], *(f"{of[name][1]:.2f}" for of in found.values())] for name in words),
+    ]
 
 
 def main() -> int:
@@ -117,13 +120,15 @@ def main() -> int:
         prog="python -m examples.less_is_more.rare_words", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--seed", type=int, default=0, help="whose runs (default: 0)")
-    parser.add_argument("--docs", type=Path, help="put the table there too, between its marks")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there too")
     options = parser.parse_args()
     try:
-        text = build(Study(HERE / "plan.yaml"), options.seed)
-        print(text)
-        if options.docs:
-            put_between(options.docs, MARKS, f"Seed {options.seed}:\n\n{text}")
+        rows = build(Study(HERE / "plan.yaml"), options.seed)
+        print(tabulate(rows, headers="firstrow", tablefmt="github", disable_numparse=True))
+        if options.csv:
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows(rows)
+            write_atomically(options.csv, text.getvalue())
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

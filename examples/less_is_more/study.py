@@ -1,5 +1,4 @@
-"""Is less more? Ours against its own parts left out, against a projector baseline, and against less data: one
-command,
+"""Train and score the variants of a plan: ablations, a projector baseline, less data.
 
     python -m examples.less_is_more.study [--seeds 0 1] [--only ours projector ...] [--dry-run]        (make
     less-is-more) python -m examples.less_is_more.study --plan examples/less_is_more/trials.yaml

@@ -1,5 +1,4 @@
-"""Synthetic speech for the words that the recordings lack: WordNet's example sentences, spoken by flite.
-Changes when they do.
+"""Synthesise sentences with words that the recordings lack: WordNet's examples, spoken by flite.
 
     python -m examples.less_is_more.synthetic [--cache .cache/quickstart] [--hours 6]    (the study does it
     where a variant asks)

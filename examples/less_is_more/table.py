@@ -1,18 +1,21 @@
-"""A study's scores as one table and one picture: `python -m examples.less_is_more.table [--plan PLAN] [--docs
-docs/results.md]`.
+"""Print a study's scores as tables, draw them, and write them as CSV.
+
+    python -m examples.less_is_more.table [--plan PLAN] [--csv benchmarks/results]
 
 results.json holds each variant and seed: WER with its 95 % bootstrap interval, the paired test against ours
 on the same utterances, hours of data, kept frames, seconds; the machine, versions and commit. What has not
 been run yet is not in the table.
 
-The whole study takes longer than many a machine is at hand. So with --docs the rows are kept by the
-plan's name (benchmarks/results/less_is_more.json), and those of former runs stay in the table until the
-same variant and seed is run again.
+With --csv the rows are written as CSV and kept as JSON, by the plan's name
+(benchmarks/results/less_is_more.json). Rows of former runs stay there until the same variant and seed is run
+again, so the study can be run in parts. docs/results.md is generated from them.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import sys
 from collections import defaultdict
@@ -29,7 +32,6 @@ from evaluation.compare import compare
 from evaluation.metrics.error_rates import word_counts
 from evaluation.predictions import read_rows, row_key
 from evaluation.resampling import paired_test
-from examples.documents import put_between
 from stream import Plan
 
 if TYPE_CHECKING:
@@ -37,19 +39,10 @@ if TYPE_CHECKING:
     from recipe.config import Recipe
 
 OURS, BASELINE = "ours", "projector"
-NUMBERS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 STAGES = ("stage_1", "stage_2", "stage_3")
 ERRORS = ("substitutions", "deletions", "insertions")
 # How a variant is read out: what that adds to its name and title.
 DECODES = {"generate": ("", ""), "joint": (", joint", ": LLM and CTC head together, beam search")}
-
-
-def marks(study: Study) -> tuple[str, str]:
-    """Between which lines of a document the table stands."""
-    return (
-        f"<!-- {study.plan.name}: written by examples/less_is_more/table.py -->",
-        f"<!-- end of {study.plan.name} -->",
-    )
 
 
 def trained(folder: Path) -> dict:
@@ -193,11 +186,11 @@ class Results:
     def pairs(self, name: str, decode: str) -> dict[str, dict[int, tuple[Path, Path]]]:
         """Return what a variant is compared with, by seed."""
         study, variant = self.study, self.study.plan.variants[name]
-        pairs: dict[str, dict[int, tuple[Path, Path]]] = {"its stage I's CTC": {}, "ours": {}}
+        pairs: dict[str, dict[int, tuple[Path, Path]]] = {"its stage 1's CTC": {}, "ours": {}}
         for seed in self.seeds:
             of = self.whole(study.folder(name, seed), decode)
             if of and variant.alignment and (ctc := self.whole(study.first(variant.alignment, seed), "ctc")):
-                pairs["its stage I's CTC"][seed] = ctc, of
+                pairs["its stage 1's CTC"][seed] = ctc, of
             if of and name != OURS and (ours := self.whole(study.folder(OURS, seed), decode)):
                 pairs["ours"][seed] = ours, of
         return pairs
@@ -269,8 +262,8 @@ def score(found: dict) -> str:
 
 
 def errors(found: dict) -> str:
-    """Of words; "" in rows of runs that did not keep them apart."""
-    return " + ".join(str(found["errors"][kind]) for kind in ERRORS) if "errors" in found else ""
+    """Return the counts S/D/I; "" in rows of runs that did not record them."""
+    return "/".join(str(found["errors"][kind]) for kind in ERRORS) if "errors" in found else ""
 
 
 def p_of(row: dict, compared: dict | None) -> str:
@@ -281,7 +274,7 @@ def whole_table(result: dict) -> str:
     """What was scored on every utterance of the first test set; "" where nothing was."""
     lines = [
         [
-            f"stage I alone, CTC read-out ({row['alignment']})",
+            f"stage 1, CTC decoding ({row['alignment']})",
             row["seed"],
             score(row["whole"]),
             errors(row["whole"]),
@@ -315,10 +308,10 @@ def whole_table(result: dict) -> str:
             "",
             "seed",
             f"WER, all of {result['shards'][0]} ({count})",
-            "replaced + left out + added",
+            "S/D/I",
             "against ours",
             "p",
-            "p, against its stage I",
+            "p, against its stage 1",
         ],
         tablefmt="github",
         disable_numparse=True,
@@ -353,12 +346,12 @@ def table(result: dict) -> str:
             "": title,
             "seed": seed,
             **{f"WER {data} ({counts[data]})": score(scores[data]) for data in result["shards"]},
-            f"replaced + left out + added, {first}": errors(scores[first]),
+            f"S/D/I, {first}": errors(scores[first]),
         }
 
     lines = [line("Whisper's own decoder, greedy", "", result["whisper"])] if result["whisper"] else []
     lines += [
-        line(f"stage I alone, CTC read-out ({row['alignment']})", row["seed"], row["scores"])
+        line(f"stage 1, CTC decoding ({row['alignment']})", row["seed"], row["scores"])
         for row in result["stage_1_ctc"]
     ]
     for row in result["rows"]:
@@ -367,11 +360,11 @@ def table(result: dict) -> str:
             {
                 **line(row["title"], row["seed"], row["scores"]),
                 "p, against ours": p_of(row, row.get("against_ours", {}).get(first)),
-                "p, against its stage I": p_of(row, row.get("against_ctc", {}).get(first)),
+                "p, against its stage 1": p_of(row, row.get("against_ctc", {}).get(first)),
                 "hours": f"{row['hours']:.2f}",
                 "frames / s to the LLM": f"{row['scores'][first]['kept_per_second']:.1f}",
                 "first token, ms": "" if speed is None else f"{speed:.0f}",
-                "s / step, II": f"{row['stage_2']['step_seconds']:.1f}",
+                "s / step, stage 2": f"{row['stage_2']['step_seconds']:.1f}",
                 "training, min": f"{row['minutes']:.1f}",
             }
         )
@@ -441,12 +434,83 @@ def picture(result: dict) -> Figure:
     return figure
 
 
-def finish(study: Study, docs: Path | None = None, numbers: Path = NUMBERS) -> str:
-    """Write results.json, its table (.txt) and picture.png into the study's folder, and the table into `docs`
-    between its marks, there with the rows of former runs (in the folder `numbers`). Errors: ValueError where
-    nothing has been scored yet, or the marks are missing."""
+def csv_rows(result: dict) -> list[dict]:
+    """Return one flat row for each system, seed and test set."""
+
+    def rows(system: str, title: str, row: dict) -> list[dict]:
+        found = []
+        scores = {
+            **row["scores"],
+            **({f"{result['shards'][0]} (all)": row["whole"]} if "whole" in row else {}),
+        }
+        for data, score in scores.items():
+            line = {"system": system, "title": title, "seed": row.get("seed", ""), "test_set": data}
+            line |= {"utterances": score["utterances"], "wer": f"{score['wer']:.4f}"}
+            line |= {"low": f"{score['ci95'][0]:.4f}", "high": f"{score['ci95'][1]:.4f}"}
+            line |= {kind: score.get("errors", {}).get(kind, "") for kind in ERRORS}
+            line["frames_per_second"] = shown(score.get("kept_per_second"), 2)
+            line |= {"hours": shown(row.get("hours"), 2), "minutes": shown(row.get("minutes"), 1)}
+            line["first_token_ms"] = shown(row.get("first_token_ms"), 0)
+            line["commits"] = " ".join(
+                sorted({row[stage]["commit"] or "unknown" for stage in STAGES if stage in row})
+            )
+            line["former_run"] = "yes" if row.get("former") else ""
+            found.append(line)
+        return found
+
+    lines = (
+        rows("whisper", "Whisper's own decoder", {"scores": result["whisper"]}) if result["whisper"] else []
+    )
+    for row in result["stage_1_ctc"]:
+        lines += rows(f"stage 1 ({row['alignment']})", f"stage 1, CTC decoding ({row['alignment']})", row)
+    for row in result["rows"]:
+        lines += rows(row["variant"], row["title"], row)
+    return lines
+
+
+def shown(value: float | None, digits: int, sign: str = "-") -> str:
+    return "" if value is None else f"{value:{sign}.{digits}f}"
+
+
+def comparisons(result: dict) -> list[dict]:
+    """Return one flat row for each paired test."""
+
+    def line(system: str, seed: object, data: str, against: str, found: dict) -> dict:
+        row = {"system": system, "seeds": seed, "test_set": data, "against": against}
+        # Rows of the first versions hold the p-value alone.
+        numbers = [found["difference"], *found["ci95"]] if "difference" in found else [None] * 3
+        row |= zip(("difference", "low", "high"), (shown(number, 4, "+") for number in numbers), strict=True)
+        return row | {"p_value": f"{found['p_value']:.4g}"}
+
+    lines = []
+    for row in result["rows"]:
+        for key, against in (("against_ours", "ours"), ("against_ctc", "its stage 1's CTC")):
+            for data, found in row.get(key, {}).items():
+                lines.append(line(row["variant"], row["seed"], data, against, found))
+            if found := row.get(f"whole_{key}"):
+                lines.append(
+                    line(row["variant"], row["seed"], f"{result['shards'][0]} (all)", against, found)
+                )
+    for row in result["over_seeds"]:
+        seeds = " ".join(map(str, row["seeds"]))
+        lines.append(line(row["variant"], seeds, f"{result['shards'][0]} (all)", row["against"], row))
+    return lines
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
+
+
+def finish(study: Study, folder: Path | None = None) -> str:
+    """Collect the scores; write results.json, a table and picture.png into the study's folder, and NAME.json,
+    NAME.csv and NAME-comparisons.csv into `folder`, with the rows of former runs. Errors: ValueError where
+    nothing has been scored yet."""
     result = collect(study)
-    kept = numbers / f"{study.plan.name}.json" if docs else None
+    kept = folder / f"{study.plan.name}.json" if folder else None
     if kept and kept.exists():
         result = with_former(result, json.loads(kept.read_text()), study)
     if not result["rows"]:
@@ -459,13 +523,15 @@ def finish(study: Study, docs: Path | None = None, numbers: Path = NUMBERS) -> s
     runs = [row[stage] for row in result["rows"] for stage in STAGES if stage in row]
     commits = sorted({run["commit"] or "unknown" for run in runs})
     if any(row.get("former") for row in result["rows"]):
-        text += "\n\n† of a former run, against ours and stage I of that run, which are not in the table any more."  # noqa: E501
-    told = f"{text}\n\nTrained at commit {', '.join(commits)}; table by: {line(result['machine'])}; {result['ranks']} ranks."  # noqa: E501
-    if docs:
-        put_between(docs, marks(study), told)
+        text += "\n\n† from a former run, compared with ours and stage 1 of that run"
+    text += f"\n\nTrained at commit {', '.join(commits)}; table by: {line(result['machine'])}; "
+    text += f"{result['ranks']} ranks."
+    if kept:
+        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(kept, json.dumps(result, indent=1) + "\n")
-        picture(result).savefig(docs.with_name(f"{study.plan.name}.png"), dpi=80)
-    return told
+        write_csv(kept.with_suffix(".csv"), csv_rows(result))
+        write_csv(folder / f"{study.plan.name}-comparisons.csv", comparisons(result))
+    return text
 
 
 def main() -> int:
@@ -478,11 +544,14 @@ def main() -> int:
         "--plan", type=Path, default=HERE / "plan.yaml", help="whose table (default: plan.yaml)"
     )
     parser.add_argument(
-        "--docs", type=Path, help="put the table there too, between its marks, and a picture beside it"
+        "--csv",
+        type=Path,
+        metavar="DIR",
+        help="write the rows there too, as CSV and JSON (benchmarks/results)",
     )
     options = parser.parse_args()
     try:
-        print(finish(Study(options.plan), options.docs))
+        print(finish(Study(options.plan), options.csv))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

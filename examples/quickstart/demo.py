@@ -1,4 +1,4 @@
-"""The whole road on real speech, in one command: `make demo`, or
+"""Run the quick start: fetch, pack, train three stages on real speech, score.
 
     python -m examples.quickstart.demo [--dry-run] [--ranks N] [--plan examples/quickstart/demo.yaml]
 
@@ -158,6 +158,21 @@ class Plan:
             )
         return self.output / "evaluation" / f"{recipe.stage}-{when}"
 
+    def transcribed(self) -> dict[str, Path]:
+        """Return name -> predictions of the picture's test set: by the CTC head, the LLM and both."""
+        (first, _), *_, (last, _) = self.recipes
+        data, found = self.settings.picture.shards, {}
+        for name, stage, recipe, when in (
+            ("CTC", first, self.recipes[0][1], "after"),
+            ("LLM", last, self.recipes[-1][1], "after"),
+            ("joint", last, self.recipes[-1][1], "joint"),
+        ):
+            if when in stage and data in stage[when].shards:
+                scores = sorted(self.scores(recipe, when).glob(f"{data}-*.scores.json"))
+                if scores:
+                    found[name] = scores[0].with_name(scores[0].name.replace(".scores.json", ".jsonl"))
+        return found
+
     def score(self, stage: object, recipe: Recipe, when: str) -> Step:
         wanted, out = stage[when], self.scores(recipe, when)
         shards = [str(self.cache / "shards" / name) for name in wanted.shards]
@@ -237,6 +252,8 @@ def finish(plan: Plan) -> None:
     path = plan.output / "results.json"
     path.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     print("\n" + results.table(summary) + "\n")
+    if said := results.transcripts(plan.transcribed()):
+        print(f"{said}\n")
     print(f"machine      {results.machine_line(summary)}")
     print(f"results      {path}")
     print(

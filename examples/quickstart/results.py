@@ -1,5 +1,6 @@
-"""The demo's scores as one table, on the screen and in the documents:
-`python -m examples.quickstart.results --into README.md docs/results.md`.
+"""Print the quick start's scores as a table, and write them as CSV.
+
+    python -m examples.quickstart.results [--csv benchmarks/results/quickstart.csv]
 
 results.json holds the rows (each score with its 95 % bootstrap interval and number of utterances, before and
 after training), the recipes as they were run, the seconds of each step, the machine, the versions and the
@@ -9,6 +10,8 @@ commit.
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import os
 import platform
@@ -23,7 +26,9 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from examples.documents import put_between
+from core.console import printable_line
+from core.files import write_atomically
+from evaluation.predictions import read_rows, row_key
 
 if TYPE_CHECKING:
     from examples.quickstart.demo import Plan
@@ -37,7 +42,6 @@ SHOWN = {
     "accuracy": [("accuracy", "accuracy")],
 }
 DECODES = {"ctc": "CTC head, greedy", "generate": "LLM, greedy", "joint": "LLM and CTC head, beam search"}
-MARKS = ("<!-- results: written by examples/quickstart/results.py -->", "<!-- end of results -->")
 
 
 def collect(plan: Plan) -> list[dict]:
@@ -152,6 +156,24 @@ def table(result: dict) -> str:
     )
 
 
+def transcripts(files: dict[str, Path], count: int = 5) -> str:
+    """Return `count` utterances that all prediction files hold, evenly spaced: the reference, and a line for
+    each file by its name; "" if one is missing."""
+    if not files or not all(path.exists() for path in files.values()):
+        return ""
+    found = {name: {row_key(row): row for row in read_rows(path)} for name, path in files.items()}
+    first = next(iter(found.values()))
+    common = [key for key in first if all(key in rows for rows in found.values())]
+    width = max(len("reference"), *map(len, files))
+    blocks = []
+    for place in range(min(count, len(common))):
+        key = common[place * len(common) // min(count, len(common))]
+        lines = [("reference", first[key]["reference"])]
+        lines += [(name, rows[key]["prediction"]) for name, rows in found.items()]
+        blocks.append("\n".join(f"{name:<{width}}  {printable_line(text)}" for name, text in lines))
+    return "\n\n".join(blocks)
+
+
 def machine_line(result: dict) -> str:
     machine, versions = result["machine"], result["versions"]
     minutes = sum(value or 0 for value in result["seconds"].values()) / 60
@@ -165,16 +187,25 @@ def machine_line(result: dict) -> str:
     )
 
 
-def write_into(path: Path, result: dict) -> None:
-    """Replace what stands between the two marks. Errors: ValueError where the marks are missing."""
+def write_csv(path: Path, result: dict) -> None:
+    """Write one row for each score; the first line is a comment with seed, steps and machine."""
     steps = ", ".join(f"{name} {recipe['optim']['steps']}" for name, recipe in result["recipes"].items())
     seed = next(iter(result["recipes"].values()))["seed"]
-    put_between(
-        path,
-        MARKS,
-        f"\n{table(result)}\n\nIn brackets: 95 % bootstrap intervals over utterances. One run, seed {seed}; "
-        f"optimizer steps: {steps}. Machine: {machine_line(result)}.",
-    )
+    text = io.StringIO()
+    text.write(f"# One run, seed {seed}; optimizer steps: {steps}. Machine: {machine_line(result)}.\n")
+    names = ("stage", "data", "task", "decode", "measure")
+    columns = [f"{when}{end}" for when in ("before", "after") for end in ("", "_low", "_high")]
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*names, *columns, "utterances"])
+    for row in result["rows"]:
+        numbers = []
+        for score in (row.get("before"), row["after"]):
+            low, high = (score or {}).get("ci95") or (None, None)
+            numbers += [
+                "" if value is None else f"{value:.4f}" for value in ((score or {}).get("value"), low, high)
+            ]
+        writer.writerow([*(row[name] for name in names), *numbers, row["after"]["utterances"]])
+    write_atomically(path, text.getvalue())
 
 
 def main() -> int:
@@ -184,9 +215,7 @@ def main() -> int:
     parser.add_argument(
         "--results", type=Path, default=Path("runs/quickstart/results.json"), help="written by the demo"
     )
-    parser.add_argument(
-        "--into", type=Path, nargs="+", default=[], help="put the table into these files, between their marks"
-    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the scores there too")
     options = parser.parse_args()
     if not options.results.exists():
         print(
@@ -196,10 +225,10 @@ def main() -> int:
         return 2
     result = json.loads(options.results.read_text())
     print(table(result))
-    for path in options.into:
+    if options.csv:
         try:
-            write_into(path, result)
-        except (OSError, ValueError) as error:
+            write_csv(options.csv, result)
+        except OSError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
     return 0

@@ -1,4 +1,4 @@
-"""The fused op: CTC and run detection over an LLM's whole vocabulary without logits (docs/fused_op.md)."""
+"""The fused op: CTC and runs over an LLM's vocabulary without logits (docs/internals/fused-op.md)."""
 
 from .align import ctc_align, label_scores
 from .dropout import keyed_dropout, mix64

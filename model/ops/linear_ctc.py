@@ -14,8 +14,8 @@ IMPLEMENTATIONS = ("auto", "cpp", "triton", "reference")
 
 
 def default_skip_below(dtype: torch.dtype) -> float:
-    """Softmax mass below which backward leaves a (frame, tile) pair out; docs/fused_op.md bounds what that
-    costs."""
+    """Softmax mass below which backward skips a (frame, tile) pair; docs/internals/fused-op.md bounds the
+    error."""
     return {torch.float64: 0.0, torch.float32: 2.0**-24}.get(dtype, 2.0**-12)
 
 
@@ -44,9 +44,9 @@ def linear_ctc(
 
     extra_row [D] is one more row of the vocabulary, with index V, which must then be the blank: the trained
     blank beside a frozen embedding. skip_below: backward leaves out (frame, vocabulary tile) pairs whose
-    softmax mass is below it (default 2^-24 in float32, 2^-12 in bfloat16; 0: exact; docs/fused_op.md has the
-    bound). Products run in hidden's dtype, or autocast's; a weight of another dtype is converted tile by
-    tile. Sums and the recursion are float32 or better.
+    softmax mass is below it (default 2^-24 in float32, 2^-12 in bfloat16; 0: exact; bound:
+    docs/internals/fused-op.md). Products run in hidden's dtype, or autocast's; a weight of another dtype is
+    converted tile by tile. Sums and the recursion are float32 or better.
 
     implementation: "cpp" (CPU), "triton" (CUDA), "reference" (plain PyTorch, anywhere, any floating dtype),
     or "auto": the fastest that is there. Each gives the same result run after run on the CPU; `deterministic`
@@ -59,7 +59,7 @@ def linear_ctc(
 
     Errors: ValueError naming the argument, or the utterance (row of the batch) whose target equals the blank
     or lies outside the vocabulary, or whose lengths do not fit. Source: Graves et al., ICML 2006; equations
-    in docs/fused_op.md.
+    in docs/internals/fused-op.md.
     """
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"linear_ctc: reduction='{reduction}' is unknown: give 'none', 'mean' or 'sum'")

@@ -1,25 +1,24 @@
-"""Every command line of docs/data.md is one that the tools take, and every format is in it."""
+"""The pages about data name every format, option, reason and folder (docs/check.py holds their commands)."""
 
 import inspect
 import re
-import shlex
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from data_tools import annotate, instruct, pack, show, verify
+from data_tools import pack
 from data_tools.corpora import _DEFAULTS, READERS, Corpus
 from data_tools.filters import FILTERS
+from docs.check import shell
+from docs.command_lines import statements
 from model.prompt import INSTRUCTIONS
 
-TEXT = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text()
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGES = ("prepare-data", "corpora", "audio-formats", "filters", "instruction-data")
+TEXT = "\n".join((DOCS / f"{page}.md").read_text() for page in PAGES)
 SPECIFICATIONS = re.findall(r"--corpus ([a-z0-9]+:\S+?)(?=[ `\n])", TEXT)
-LINES = re.findall(r"python (?:-m )?data_tools[./][^`';\n]*", re.sub(r"\\\n\s*", "", TEXT))
-VARIABLES = {"$split": "train", "$SLURM_CPUS_PER_TASK": "8", "$SLURM_ARRAY_TASK_ID": "3"}
-COMMANDS = [
-    re.sub(r"\$\w+", lambda name: VARIABLES[name[0]], re.sub(r"\s+#.*|   .*", "", line)) for line in LINES
-]
+COMMANDS = [words for block, _ in shell(TEXT) for words in statements(block)]
 
 
 def test_every_format_has_an_example():
@@ -40,29 +39,6 @@ def test_options_of_the_examples_exist(specification):
     )
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "..." not in c and len(c.split()) > 3])
-def test_commands_parse(command, monkeypatch, capsys):
-    words = shlex.split(command)
-    tool = words[1] if words[1] != "-m" else words[2]
-    arguments = words[2:] if words[1] != "-m" else words[3:]
-    module = {
-        "data_tools/pack.py": pack,
-        "data_tools.annotate": annotate,
-        "data_tools.instruct": instruct,
-    }.get(tool)
-    if module is pack:
-        pack.parse_arguments(arguments)
-        return
-    if module is None:
-        module = {"data_tools.show": show, "data_tools.verify": verify}[tool]
-        assert module.main(arguments) == 2 and "does not exist" in capsys.readouterr().err, (
-            "the paths are made up"
-        )
-        return
-    monkeypatch.setattr(module, "run", lambda options: "")
-    assert module.main(arguments) == 0
-
-
 @pytest.mark.parametrize("name", READERS)
 def test_a_readers_options_stand_in_its_docstring(name):
     module, class_name = READERS[name].split(":")
@@ -76,13 +52,11 @@ def test_every_folder_of_the_recipes_has_its_commands():
         path.read_text() for path in Path(pack.__file__).parents[1].glob("train/recipes/*.yaml")
     )
     made = set()
-    for words in (command.split() for command in COMMANDS if " --out " in command):
+    for words in (words for words in COMMANDS if "--out" in words):
         out = words[words.index("--out") + 1]
         splits = words[words.index("--splits") + 1] if "--splits" in words and "--take" not in words else ""
         made |= {f"{out}/{split.split('=')[0]}" for split in splits.split(",")} if splits else {out}
-    wanted = {
-        folder.replace("/valid", "/train") for folder in re.findall(r"- shards: (\S+)", recipes)
-    }  # $split is train here
+    wanted = {folder.replace("/valid", "/train") for folder in re.findall(r"- shards: (\S+)", recipes)}
     assert len(wanted) == 8 and wanted <= made
 
 

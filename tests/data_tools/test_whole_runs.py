@@ -604,11 +604,11 @@ def test_a_folder_of_packed_folders_is_listed(tmp_path, capsys):
 
 
 def test_the_examples_of_the_documents_work(tmp_path, capsys, monkeypatch):
-    """The four complete examples of docs/data.md, on small corpora of these layouts."""
+    """The four complete examples of docs/prepare-data.md, on small corpora of these layouts."""
     from pathlib import Path
 
     text = (
-        (Path(pack.__file__).parents[1] / "docs" / "data.md")
+        (Path(pack.__file__).parents[1] / "docs" / "prepare-data.md")
         .read_text()
         .split("## Four complete examples")[1]
         .split("\n## ")[0]
@@ -635,7 +635,7 @@ def test_the_examples_of_the_documents_work(tmp_path, capsys, monkeypatch):
 
     tools = {"data_tools/pack.py": pack, "data_tools.show": show, "data_tools.verify": verify}
     monkeypatch.chdir(tmp_path)
-    commands = [line.strip() for line in text.splitlines() if re.match(r" +python (-m )?data_tools", line)]
+    commands = [line.strip() for line in text.splitlines() if re.match(r" *python (-m )?data_tools", line)]
     assert len(commands) == 10
     for command in commands:
         for split in ("train", "dev", "test") if "$split" in command else ("",):

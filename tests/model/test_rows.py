@@ -22,7 +22,7 @@ from stream.rejected import BrokenSample
 from tests.model import families, tiny
 from train import engine as engines
 
-# As measured with transformers 5.23; docs/method.md has the same lists.
+# As measured with transformers 5.23; docs/models.md has the same lists.
 JOINED = """apertus arcee codegen cohere2 deepseek_v2 deepseek_v3 ernie4_5 exaone4 gemma gemma2 gemma3_text gemma3n_text glm4
 glm4_moe gpt2 gpt_bigcode gpt_neo gpt_neox gptj granite granitemoe hunyuan_v1_dense llama llama4_text minimax_m2 mistral mixtral
 nemotron olmo2 olmo3 olmoe phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2""".split()
@@ -255,7 +255,7 @@ def test_a_conversation_that_may_pass_the_limit_is_left_out(prompt, fits):
 
 
 def test_the_documents_name_the_families_that_are_tested():
-    lines = (Path(__file__).resolve().parents[2] / "docs" / "method.md").read_text().splitlines()
+    lines = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text().splitlines()
     cells = [
         [cell.strip() for cell in line.split("|")]
         for line in lines

@@ -121,7 +121,7 @@ def test_many_blocks_and_threads(two_threads):
 @pytest.mark.parametrize("skip_below", [1e-3, 1e-2])
 @pytest.mark.parametrize("extra_row", [False, True])
 def test_skipping_stays_within_its_bound(skip_below, extra_row):
-    """docs/fused_op.md: a frame's gradient is off by at most skip_below (tiles + labels + 1) times the
+    """docs/internals/fused-op.md: a frame's gradient is off by at most skip_below (tiles + labels + 1) times the
     largest row of the weight; a token's, by skip_below times the sum of the frames' norms."""
     case = peaked(2, 60, 256, 2100, 5, sharpness=16.0, extra_row=extra_row, label_pool=1000)
     leaves = case.inputs(torch.float32)[: 3 if extra_row else 2]

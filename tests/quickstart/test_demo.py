@@ -1,5 +1,6 @@
 """The demo does each step once, goes on where it stopped, and ends with a table of what was scored."""
 
+import csv
 import json
 import signal
 import subprocess
@@ -128,7 +129,7 @@ def example_result() -> dict:
     return {
         "rows": [
             {
-                "stage": "stage I",
+                "stage": "stage 1",
                 "data": "dialogues-test",
                 "task": "asr",
                 "decode": "ctc",
@@ -137,7 +138,7 @@ def example_result() -> dict:
                 "after": score(0.25, 0.22, 0.28),
             },
             {
-                "stage": "stage III",
+                "stage": "stage 3",
                 "data": "dialogues-test",
                 "task": "asr",
                 "decode": "generate",
@@ -156,25 +157,31 @@ def example_result() -> dict:
     }
 
 
-def test_the_table_goes_between_the_readme_s_marks(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"above\n\n{results.MARKS[0]}\nold\n{results.MARKS[1]}\n\nbelow\n")
-    results.write_into(readme, example_result())
-    once = readme.read_text()
-    assert "old" not in once and once.startswith("above\n") and once.endswith("below\n")
-    assert "0.250 [0.220, 0.280]" in once and "1 minutes in all" in once and "alignment 7, sft 7" in once
-    results.write_into(readme, example_result())
-    assert readme.read_text() == once
-    readme.write_text("no marks")
-    with pytest.raises(ValueError, match="needs the line"):
-        results.write_into(readme, example_result())
-    assert json.loads(json.dumps(example_result()))["rows"][1].get("before") is None
+def test_scores_are_written_as_csv(tmp_path):
+    results.write_csv(tmp_path / "quickstart.csv", example_result())
+    comment, *lines = (tmp_path / "quickstart.csv").read_text().splitlines()
+    assert "1 minutes in all" in comment and "alignment 7, sft 7" in comment
+    first, last = csv.DictReader(lines)
+    assert (first["before"], first["after"], first["after_low"]) == ("1.0000", "0.2500", "0.2200")
+    assert (last["before"], last["after"], last["utterances"]) == ("", "0.5000", "200")
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
-def test_the_documents_have_the_marks(name):
-    text = (ROOT / name).read_text()
-    assert [text.count(mark) for mark in results.MARKS] == [1, 1]
+def test_example_transcripts_are_utterances_that_all_systems_answered(tmp_path):
+    def rows(name: str, ids: str, text: str) -> Path:
+        path = tmp_path / f"{name}.jsonl"
+        kept = [
+            {"id": i, "corpus": "c", "task": "asr", "reference": f"said {i}", "prediction": text + i}
+            for i in ids
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        return path
+
+    files = {"CTC": rows("a", "abcdefgh", "one\n"), "joint": rows("b", "hgfdb", "two ")}
+    blocks = results.transcripts(files, count=2).split("\n\n")
+    assert blocks[0].splitlines() == ["reference  said b", "CTC        one\\nb", "joint      two b"]
+    assert len(blocks) == 2 and "said f" in blocks[1]
+    assert results.transcripts(files, count=9).count("reference") == 5
+    assert results.transcripts({**files, "LLM": tmp_path / "none.jsonl"}) == "" == results.transcripts({})
 
 
 def test_small_recipes_load():

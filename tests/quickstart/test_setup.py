@@ -380,40 +380,6 @@ def test_the_environment_is_made_under_a_lock_that_stands_beside_it(monkeypatch,
     assert ".venv.lock" in (ROOT / ".gitignore").read_text().splitlines()
 
 
-def fenced(text: str) -> list[str]:
-    """The commands of a Markdown text: lines of indented blocks, comments cut off."""
-    found = [line[4:].split("  #")[0].strip() for line in text.splitlines() if re.match(r"    \S", line)]
-    return [line for line in found if re.match(r"(make|sbatch|python|deepspeed|for|slurm/)\b", line)]
-
-
-@pytest.mark.parametrize("readme", ["README.md", "examples/quickstart/README.md"])
-def test_make_targets_of_the_readme_exist(readme):
-    text = (ROOT / readme).read_text()
-    targets = set(
-        re.findall(
-            r"\bmake ([a-z-]+)", "\n".join(fenced(text)) + " ".join(re.findall(r"`(make [^`]+)`", text))
-        )
-    )
-    assert targets or readme != "README.md"
-    for target in sorted(targets):
-        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, f"make {target}: {done.stderr}"
-
-
-def test_files_and_commands_of_the_readme_exist():
-    text = (ROOT / "README.md").read_text()
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (ROOT / link).exists(), link
-    for command in fenced(text):
-        for path in re.findall(
-            r"(?<![\w/.])(?:train|data_tools|slurm|examples)/[\w./-]+\.(?:py|sh|yaml)", command
-        ):
-            assert (ROOT / path).exists(), f"{path}, in: {command}"
-        module = re.search(r"-m ([\w.]+)", command)
-        if module:
-            assert importlib.util.find_spec(module.group(1)), command
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command",

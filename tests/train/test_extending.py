@@ -212,12 +212,13 @@ def test_the_page_s_sections_are_short_and_their_examples_run(tmp_path, monkeypa
     assert [s.splitlines()[0] for s in sections][:4] == ["A loss", "A stage", "A compressor", "A metric"]
     monkeypatch.chdir(tmp_path)
     for section in sections:
-        assert len(section.strip().splitlines()) <= 30, section.splitlines()[0]
-        name = re.search(r"^    # (\w+)\.py$", section, re.MULTILINE)
-        code = section[name.end() :].split("\n    # the recipe")[0].split("\n    python -m")[0]
-        lines = [line[4:] for line in code.splitlines() if line.startswith("    ") or not line.strip()]
-        (tmp_path / f"{name[1]}.py").write_text("\n".join(lines))
-        load_plugins([name[1]])
+        example = re.search(r"^```python\n# (\w+)\.py\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+        if not example:
+            continue
+        lines = [line for line in section.splitlines() if line.strip() and not line.startswith("```")]
+        assert len(lines) <= 30, section.splitlines()[0]
+        (tmp_path / f"{example[1]}.py").write_text(example[2])
+        load_plugins([example[1]])
 
 
 @register_compressor("toy_halves")

@@ -11,6 +11,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import yaml
 from matplotlib import image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -89,10 +90,44 @@ def test_report_from_metrics_alone(tmp_path, capsys):
     cells = dict(re.findall(r"<td>([^<]+)</td><td>([^<]+)</td>", text))
     assert cells["waiting for data"] == "25.00% of the time" and cells["audio"] == "30.00 hours seen"
     assert cells["padding"].startswith("10.0%") and cells["rejected samples, read retries"] == "1200, 0"
-    assert cells["steps not applied"] == "1" and cells["passes over corpus/asr"] == "1.25"
-    assert cells["validation WER"] == "last 0.250 (step 1200), best 0.250 (step 1200)"
-    assert "a &lt;b&gt; &amp; c" in text and "roll_back" in text
+    assert cells["steps not applied"] == "1" and cells["epochs of corpus/asr"] == "1.25"
+    shown = "first 25.0 % (step 1200), best 25.0 % (step 1200), last 25.0 % (step 1200)"
+    assert cells["validation WER"] == shown
+    assert "<td>a <del>&lt;b&gt;</del> &amp; c</td><td>a &amp; c</td>" in text and "roll_back" in text
+    assert "parts of the loss" not in text, "stage 1 has one loss"
     assert report.main([str(tmp_path / "nothing")]) == 2 and "metrics.jsonl" in capsys.readouterr().err
+
+
+def test_report_of_all_stages_is_one_page_with_what_the_recipes_change(tmp_path, capsys):
+    run = tmp_path / "run"
+    for name, more in (("alignment", {}), ("shrinking", {"ce": 2.0})):
+        metrics(run / name, steps=20, **more)
+        recipe = {"stage": name, "optim": {"steps": 20, "lr_lora": 2e-4}, "data": {"train": []}}
+        (run / name / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        state = {"status": "running", "step": 10, "steps": 20}
+        (run / name / "run.json").write_text(json.dumps(state))
+    assert report.main([str(run)]) == 0 and str(run / "report.html") in capsys.readouterr().out
+    text = (run / "report.html").read_text()
+    assert text.count("<h1>") == 2 and text.count('alt="parts of the loss"') == 1
+    changed = re.findall(r"<tr><td>([\w.]+)</td><td>([^<]*)</td><td>([^<]*)</td></tr>", text)
+    steps = ("optim.steps", "20", "4000")
+    assert changed == [steps, steps, ("stage", "shrinking", "alignment")]
+    assert "<td>time left</td><td>20.0 s</td>" in text  # ten steps of two seconds
+
+
+def test_words_that_differ_are_marked():
+    assert report.compared("the cat sat", "the dog sat down") == (
+        "the <del>cat</del> sat",
+        "the <ins>dog</ins> sat <ins>down</ins>",
+    )
+
+
+def test_a_smoothed_curve_is_a_centred_mean_and_keeps_its_gaps():
+    values = np.arange(150.0)
+    values[70] = np.nan
+    smooth = report.smoothed(values)
+    assert np.isnan(smooth[70]) and smooth[10] == pytest.approx(10) and smooth[71] == pytest.approx(71.5)
+    assert report.smoothed(values[:60]) is not None and len(report.smoothed(values[:60])) == 60
 
 
 def test_curves_sum_what_is_counted_and_take_the_last_of_repeated_steps():

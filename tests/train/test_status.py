@@ -50,6 +50,7 @@ def test_running_stage_with_its_speed_restarts_and_one_in_the_queue(tmp_path, ca
     )
     row = stage_status(tmp_path, "alignment", now, {})
     assert (row["state"], row["step"], row["s/step"], row["left"]) == ("running", "40/100", "2.00", "0:02:00")
+    assert row["done at"] == time.strftime("%a %H:%M", time.localtime(now + 120))
     assert (row["restarts"], row["checkpoint"], row["job"]) == (1, "step-000030", "7")
     assert row["last error"] == "node failure"  # that the trainer which runs now has never known
     assert (
@@ -65,6 +66,26 @@ def test_running_stage_with_its_speed_restarts_and_one_in_the_queue(tmp_path, ca
         "it writes that file in every step"
     )
     assert main([str(tmp_path)]) == 0 and "II shrinking" in capsys.readouterr().out
+
+
+def test_loss_of_the_last_steps_and_word_error_rates(tmp_path):
+    note(tmp_path, "alignment", status="done", step=4, steps=4, updated=time.time())
+    lines = [
+        {"kind": "valid", "step": step, "wer": wer, "words": 9}
+        for step, wer in ((0, 1.8), (2, 0.401), (4, 0.5))
+    ]
+    lines += [
+        {"kind": "train", "step": step, "step_seconds": 1.0, "loss": loss}
+        for step, loss in enumerate((9, 2, 1))
+    ]
+    lines.append({"kind": "valid", "step": 4, "wer": 0.0, "words": 0})  # no words: no rate
+    path = tmp_path / "alignment" / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "valid", "wer"')
+    row = stage_status(tmp_path, "alignment", time.time(), {})
+    assert (row["loss"], row["WER"], row["best WER"], row["done at"]) == ("2", "50.0 %", "40.1 %", "-")
+    path.unlink()
+    row = stage_status(tmp_path, "alignment", time.time(), {})
+    assert (row["loss"], row["WER"], row["best WER"]) == ("-", "-", "-")
 
 
 def test_failed_stage_tells_why_and_a_wrong_folder_is_said(tmp_path, capsys):
