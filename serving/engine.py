@@ -1,0 +1,205 @@
+"""The queue in front of the model: jobs are grouped into batches, which one thread answers.
+
+A batch starts with the job that has waited longest. Others join it in the order of their arrival while the
+padded audio, the padded tokens and the rows stay within the limits. Each job is answered as soon as its own
+row ends. A batch that fails is repeated job by job, so that one job cannot fail the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import warnings
+from collections import deque
+
+import torch
+
+from model.generation.greedy import end_ids
+from model.language_model import base_of, context_length
+from model.soundwave import Soundwave
+from model.waveforms import SoundWarning
+from serving.jobs import Answer, Job
+from serving.limits import Limits
+from serving.metrics import Metrics
+from serving.problems import Problem
+from serving.streaming import AllAnswered, RowStreamer, late
+
+logger = logging.getLogger("soundwave.serving")
+
+
+class Engine:
+    """One model, one worker thread."""
+
+    def __init__(self, model: Soundwave, limits: Limits, metrics: Metrics, batching: bool = True):
+        self.model, self.limits, self.metrics, self.batching = model, limits, metrics, batching
+        self.context = None if model.llm is None else context_length(base_of(model.llm).config)
+        self.waiting: deque[Job] = deque()
+        self.changed = threading.Condition()
+        self.closed = False
+        self.running = 0
+        self.seconds_per_job = 1.0  # moving average, for Retry-After
+        self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        warnings.simplefilter("ignore", SoundWarning)  # inputs.py reports what they would
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def submit(self, jobs: list[Job]) -> None:
+        """Queue the jobs of one request, all or none. Errors: Problem (429, 503)."""
+        with self.changed:
+            if self.closed:
+                raise Problem(503, "the server is shutting down", code="draining", retry_after=5)
+            if self.waiting and len(self.waiting) + len(jobs) > self.limits.waiting_jobs:
+                raise self.full()
+            now = time.monotonic()
+            for job in jobs:
+                job.queued = now
+            self.waiting.extend(jobs)
+            self.metrics.waiting.set(len(self.waiting))
+            self.changed.notify()
+
+    def full(self) -> Problem:
+        wait = min(60.0, self.seconds_per_job * (len(self.waiting) + 1))
+        return Problem(
+            429, "the server is busy: try again later", code="queue_full", retry_after=max(1.0, wait)
+        )
+
+    def close(self, timeout: float | None = None) -> None:
+        """Answer what is queued, then end the thread."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify()
+        if self.thread.is_alive():
+            self.thread.join(timeout)
+
+    # ---- the worker thread ----
+
+    def _work(self) -> None:
+        while True:
+            batch = self._next()
+            if batch is None:
+                return
+            began = time.monotonic()
+            self._answer(batch)
+            took = (time.monotonic() - began) / len(batch)
+            self.seconds_per_job = 0.8 * self.seconds_per_job + 0.2 * took
+
+    def _next(self) -> list[Job] | None:
+        """Return the next batch; None at the end."""
+        with self.changed:
+            self.running = 0
+            self.metrics.running.set(0)
+            while not self.waiting:
+                if self.closed:
+                    return None
+                self.changed.wait()
+            until = time.monotonic() + self.limits.batch_wait
+            while self.batching and (left := until - time.monotonic()) > 0 and not self.closed:
+                self.changed.wait(left)
+            batch = self._take()
+            self.running = len(batch)
+            self.metrics.waiting.set(len(self.waiting))
+            self.metrics.running.set(len(batch))
+        now = time.monotonic()
+        for job in batch:
+            job.started = now
+            self.metrics.queue_seconds.observe(now - job.queued)
+        return batch
+
+    def _take(self) -> list[Job]:
+        batch = [self.waiting.popleft()]
+        if self.batching:
+            left: deque[Job] = deque()
+            for job in self.waiting:
+                if job.sampling == batch[0].sampling and self.fits([*batch, job]):
+                    batch.append(job)
+                else:
+                    left.append(job)
+            self.waiting = left
+        return batch
+
+    def fits(self, jobs: list[Job]) -> bool:
+        """Return whether jobs may be one batch: within the limits, and each with all the room in the LLM's
+        context that it has alone."""
+        rows = len(jobs)
+        audios = sum(max(1, len(job.waveforms)) for job in jobs)
+        longest = max(job.longest_seconds for job in jobs)
+        positions = max(job.positions for job in jobs) + max(job.max_new_tokens for job in jobs)
+        return (
+            rows <= self.limits.batch_rows
+            and audios * longest <= self.limits.batch_seconds
+            and rows * positions <= self.limits.batch_tokens
+            and (self.context is None or positions <= self.context)
+        )
+
+    def _answer(self, batch: list[Job]) -> None:
+        now = time.monotonic()
+        for job in batch:
+            if job.cancelled or now > job.deadline:
+                job.fail(late())
+        batch = [job for job in batch if not job.finished]
+        if not batch:
+            return
+        try:
+            self._run(batch)
+        except Exception as error:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            left = [job for job in batch if not job.finished]
+            if len(batch) == 1:
+                logger.error(
+                    "a job failed: %s: %s",
+                    type(error).__name__,
+                    error,
+                    extra={"request_id": batch[0].request_id},
+                    exc_info=True,
+                )
+                batch[0].fail(Problem(500, "the request could not be answered", code="internal_error"))
+                return
+            logger.warning("a batch of %d failed (%s): repeated one by one", len(batch), type(error).__name__)
+            for job in left:
+                if job.said and job.sampling.temperature:
+                    job.fail(Problem(500, "the answer was interrupted", code="internal_error"))
+                else:
+                    self._answer([job])
+
+    def _run(self, batch: list[Job]) -> None:
+        model = self.model
+        prompts = model.prompts(
+            [job.chat for job in batch], [clip for job in batch for clip in job.waveforms]
+        )
+        audios = max(1, sum(len(job.waveforms) for job in batch))
+        self.metrics.batch_rows.observe(len(batch))
+        self.metrics.padded_seconds.inc(audios * max(job.longest_seconds for job in batch))
+        if model.llm is None:
+            for job, text in zip(batch, model.ctc_greedy(prompts), strict=True):
+                job.finish(Answer(text))
+            return
+
+        text_tokens = (prompts.attention_mask.sum(1)).tolist()
+
+        def finish(row: int, tokens: list[int], reason: str) -> None:
+            before = sum(len(job.waveforms) for job in batch[:row])
+            audios = len(batch[row].waveforms)
+            kept = model.lengths_of_last_batch[1][before : before + audios].sum()
+            self._finish(batch[row], text_tokens[row] - audios + int(kept), tokens, reason)
+
+        stop = end_ids(model.tokenizer, model.config.prompt, base_of(model.llm).generation_config)
+        streamer = RowStreamer(batch, model.tokenizer, stop, finish, lambda: model.unanswered)
+        try:
+            model.generate(
+                prompts,
+                max_new_tokens=max(job.max_new_tokens for job in batch),
+                streamer=streamer,
+                **batch[0].sampling.options,
+            )
+        except AllAnswered:
+            pass
+
+    def _finish(self, job: Job, prompt_tokens: int, tokens: list[int], reason: str) -> None:
+        text = self.model.tokenizer.decode(tokens, skip_special_tokens=True)
+        if job.streams and text.startswith(job.said):
+            job.say(text[len(job.said) :])
+        self.metrics.tokens.inc(len(tokens))
+        job.finish(Answer(text, tokens, reason, prompt_tokens))
