@@ -18,27 +18,31 @@ NORMALISATIONS = ("raw", "lower", "lower_no_punctuation")
 def normalise(text: str, normalisation: str) -> str:
     """raw: as it is | lower | lower_no_punctuation: lower case, Unicode punctuation and symbols dropped but
     for apostrophes inside words; in both, white space runs become one space."""
+    kept = keep_characters(text if normalisation == "raw" else text.lower(), normalisation)
+    return kept if normalisation == "raw" else " ".join(kept.split())
+
+
+def keep_characters(text: str, normalisation: str) -> str:
+    """Return a text (in lower case unless raw) with a space for each character that the normalisation drops:
+    as many characters as before."""
     if normalisation not in NORMALISATIONS:
         raise PromptError(f"data.ctc_text is '{normalisation}': {' or '.join(NORMALISATIONS)}")
-    if normalisation == "raw":
+    if normalisation != "lower_no_punctuation":
         return text
-    text = text.lower()
-    if normalisation == "lower_no_punctuation":
-        text = text.replace("\u2019", "'")
-        text = "".join(
-            c
-            if unicodedata.category(c)[0] not in "PS"
-            or c == "'"
-            and text[i - 1 : i].isalnum()
-            and text[i + 1 : i + 2].isalnum()
-            else " "
-            for i, c in enumerate(text)
-        )
-    return " ".join(text.split())
+    text = text.replace("\u2019", "'")
+    return "".join(
+        c
+        if unicodedata.category(c)[0] not in "PS"
+        or c == "'"
+        and text[i - 1 : i].isalnum()
+        and text[i + 1 : i + 2].isalnum()
+        else " "
+        for i, c in enumerate(text)
+    )
 
 
 @lru_cache(maxsize=16)
-def _spaced(tokenizer: PreTrainedTokenizerBase) -> bool:
+def spaced(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a word has a form of its own behind a space, of one token, as in byte-level BPE."""
     bare, spaced = (tokenizer.encode(text, add_special_tokens=False) for text in ("a", " a"))
     return len(bare) == len(spaced) and bare != spaced
@@ -55,4 +59,4 @@ def ctc_target_ids(tokenizer: PreTrainedTokenizerBase, text: str, normalisation:
         text_ids,
     )  # not at the top: it loads transformers, for which filters need not wait
 
-    return text_ids(tokenizer, " " + text if _spaced(tokenizer) else text)
+    return text_ids(tokenizer, " " + text if spaced(tokenizer) else text)

@@ -200,6 +200,21 @@ class CTCHead(nn.Module):
             loss = loss / target_lengths.clamp(min=1)
         return loss, argmax, top - lse, blank - lse
 
+    def label_scores(
+        self, hidden: torch.Tensor, lengths: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden [A, T, D], lengths [A], targets [A, U] -> log-probabilities of the targets [A, T, U] and of
+        the blank [A, T], in fp32; nothing of the vocabulary's size is stored."""
+        return ops.label_scores(
+            hidden,
+            self.weight,
+            lengths,
+            targets,
+            self.blank,
+            extra_row=self.blank_row,
+            implementation=self.ops_config.implementation,
+        )
+
     def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [T, D] of one utterance -> [T, V'] log-probabilities, the blank's in column `blank`, in
         fp32. All at once: 4 bytes x T x V' (0.2 GB for 30 s over Llama's vocabulary)."""

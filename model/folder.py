@@ -347,5 +347,7 @@ def load(
             f"copy the "
             "folder and its frozen parts again"
         ) from error
-    model.trained_seconds = trained_with(description).get("max_seconds")
+    data = trained_with(description)
+    model.trained_seconds = data.get("max_seconds")
+    model.ctc_text = data.get("ctc_text", model.ctc_text)
     return (model if device is None else model.to(device)).eval()

@@ -85,6 +85,7 @@ class Soundwave(Generation, nn.Module):
             int, str
         ] = {}  # of the last batch that was generated: rows beyond the LLM's context, and why
         self.trained_seconds: float | None = None  # longest clip of training, where a model folder records it
+        self.ctc_text = "lower"  # how the CTC targets are normalised: data.ctc_text of the recipe
         self.set_stage(self.stage)
 
     @property

@@ -13,6 +13,7 @@
 #include <numeric>
 #include <thread>
 
+#include "align.h"
 #include "recursion.h"
 #include "rows.h"
 
@@ -427,6 +428,26 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   return {none(grad_hidden), none(grad_weight), none(grad_extra)};
 }
 
+// The most probable paths of targets, as in align.h: place [B, T] int64 (-1: blank, or past the utterance) and score [B].
+std::tuple<Tensor, Tensor> ctc_align(const Tensor& label_logprob, const Tensor& blank_logprob, const Tensor& targets,
+                                     const Tensor& input_lengths, const Tensor& target_lengths, bool open) {
+  at::AutoDispatchBelowAutograd guard;
+  const int64_t batch = blank_logprob.size(0), length = blank_logprob.size(1), slots = targets.size(1);
+  const Tensor label_tensor = label_logprob.to(at::kFloat).contiguous(), blank_tensor = blank_logprob.to(at::kFloat).contiguous();
+  const std::vector<int64_t> lengths = to_vector(input_lengths), counts = to_vector(target_lengths), target = to_vector(targets);
+  Tensor place = at::full({batch, length}, -1, at::kLong), score = at::empty({batch}, at::kDouble);
+  int64_t* places = place.mutable_data_ptr<int64_t>();
+  double* scores = score.mutable_data_ptr<double>();
+  const float* labels = label_tensor.const_data_ptr<float>();
+  const float* blanks = blank_tensor.const_data_ptr<float>();
+  at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b)
+      scores[b] = align(labels + b * length * slots, blanks + b * length, target.data() + b * slots, lengths[b], counts[b],
+                        slots, open, places + b * length);
+  });
+  return {place, score};
+}
+
 }  // namespace
 }  // namespace soundwave
 
@@ -441,4 +462,8 @@ TORCH_LIBRARY(soundwave_cpu, library) {
       "int tile, float skip_below, bool want_hidden, bool want_weight, bool want_extra, bool native_bf16) "
       "-> (Tensor, Tensor, Tensor)",
       &soundwave::backward);
+  library.def(
+      "ctc_align(Tensor label_logprob, Tensor blank_logprob, Tensor targets, Tensor input_lengths, Tensor target_lengths, "
+      "bool open) -> (Tensor, Tensor)",
+      &soundwave::ctc_align);
 }
