@@ -19,7 +19,7 @@ from model.soundwave import Soundwave
 from serving import formats, inputs
 from serving.engine import Engine
 from serving.guard import Guard
-from serving.jobs import Answer, Inbox, Job, Sampling
+from serving.jobs import Answer, Inbox, Job
 from serving.limits import Limits
 from serving.metrics import Metrics
 from serving.problems import Problem, invalid
@@ -118,7 +118,7 @@ class Server:
         if form.stream:
             return self._stream(request, inbox, [job], _transcript_events)
         answer = await self._answer(request, inbox, job)
-        answer.warnings = self._warnings([clip])
+        answer.warnings = self._warnings([clip]) + answer.warnings
         return formats.transcript(form, clip.seconds, answer)
 
     async def chat(self, request: Request) -> Response:
@@ -173,8 +173,10 @@ class Server:
             most,
             deadline,
             inbox,
-            sampling=wanted.sampling if isinstance(wanted.sampling, Sampling) else Sampling(),
+            sampling=wanted.sampling,
             streams=wanted.stream,
+            word_times=getattr(wanted, "times", False),
+            language=getattr(wanted, "language", None),
             request_id=request.state.request_id,
         )
         self.engine.submit([job])

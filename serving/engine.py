@@ -15,8 +15,9 @@ from collections import deque
 
 import torch
 
-from model.generation.greedy import end_ids
-from model.language_model import base_of, context_length
+from core.spelling import spell
+from model.generation.timestamps import align_frames
+from model.language_model import base_of, context_length, end_ids
 from model.soundwave import Soundwave
 from model.waveforms import SoundWarning
 from serving.jobs import Answer, Job
@@ -172,22 +173,25 @@ class Engine:
         audios = max(1, sum(len(job.waveforms) for job in batch))
         self.metrics.batch_rows.observe(len(batch))
         self.metrics.padded_seconds.inc(audios * max(job.longest_seconds for job in batch))
-        if model.llm is None:
-            for job, text in zip(batch, model.ctc_greedy(prompts), strict=True):
-                job.finish(Answer(text))
-            return
-
-        text_tokens = (prompts.attention_mask.sum(1)).tolist()
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        hook = model.alignment.register_forward_hook(lambda module, given, made: seen.append(made))
+        text_tokens = prompts.attention_mask.sum(1).tolist()
 
         def finish(row: int, tokens: list[int], reason: str) -> None:
-            before = sum(len(job.waveforms) for job in batch[:row])
-            audios = len(batch[row].waveforms)
-            kept = model.lengths_of_last_batch[1][before : before + audios].sum()
-            self._finish(batch[row], text_tokens[row] - audios + int(kept), tokens, reason)
+            first = sum(len(job.waveforms) for job in batch[:row])
+            audios = slice(first, first + len(batch[row].waveforms))
+            hidden, lengths = (made[audios] for made in seen[0])
+            kept = int(model.lengths_of_last_batch[1][audios].sum())
+            positions = text_tokens[row] - len(hidden) + kept
+            self._finish(batch[row], tokens, reason, positions, hidden, lengths)
 
-        stop = end_ids(model.tokenizer, model.config.prompt, base_of(model.llm).generation_config)
-        streamer = RowStreamer(batch, model.tokenizer, stop, finish, lambda: model.unanswered)
         try:
+            if model.llm is None:
+                for row, text in enumerate(model.ctc_greedy(prompts)):
+                    finish(row, model.tokenizer.encode(text, add_special_tokens=False), "stop")
+                return
+            stop = end_ids(model.tokenizer, model.config.prompt, base_of(model.llm).generation_config)
+            streamer = RowStreamer(batch, model.tokenizer, stop, finish, lambda: model.unanswered)
             model.generate(
                 prompts,
                 max_new_tokens=max(job.max_new_tokens for job in batch),
@@ -196,10 +200,28 @@ class Engine:
             )
         except AllAnswered:
             pass
+        finally:
+            hook.remove()
 
-    def _finish(self, job: Job, prompt_tokens: int, tokens: list[int], reason: str) -> None:
+    def _finish(
+        self,
+        job: Job,
+        tokens: list[int],
+        reason: str,
+        positions: int,
+        hidden: torch.Tensor,
+        lengths: torch.Tensor,
+    ) -> None:
+        """hidden [A, T, D], lengths [A]: the alignment adapter's frames of the job's audio."""
         text = self.model.tokenizer.decode(tokens, skip_special_tokens=True)
+        answer = Answer(text, tokens, reason, positions)
         if job.streams and text.startswith(job.said):
             job.say(text[len(job.said) :])
+        if job.word_times:
+            spelling = spell(self.model.tokenizer, text.strip(), self.model.ctc_text, job.language)
+            aligned = align_frames(self.model, hidden, lengths, [spelling], [job.longest_seconds])[0]
+            answer.words = aligned.words
+            if aligned.problem and aligned.words:
+                answer.warnings.append(f"words have no times: {aligned.problem}")
         self.metrics.tokens.inc(len(tokens))
-        job.finish(Answer(text, tokens, reason, prompt_tokens))
+        job.finish(answer)

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field
 
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
+from core.languages import UNDETERMINED
+from core.subtitles import cues, write
+from serving.inputs import AudioForm
 from serving.jobs import Answer
-
-
-@dataclass
-class Segment:
-    start: float
-    end: float
-    text: str
-    tokens: list[int] = field(default_factory=list)
-    words: list = field(default_factory=list)
 
 
 def event(data: dict | str) -> str:
@@ -62,12 +55,46 @@ def usage(answer: Answer) -> dict[str, int]:
     return counts | {"total_tokens": sum(counts.values())}
 
 
-def transcript(form, seconds: float, answer: Answer):
-    """The response of a transcription or translation; segments: those of the whole clip."""
+def transcript(form: AudioForm, seconds: float, answer: Answer) -> Response:
+    """The response of a transcription or translation of a clip."""
     text = answer.text.strip()
     if form.format == "text":
         return PlainTextResponse(text + "\n")
+    length = {"type": "duration", "seconds": round(seconds, 3)}
     if form.format == "json":
-        usage_ = {"type": "duration", "seconds": round(seconds, 3)}
-        return JSONResponse(with_warnings({"text": text, "usage": usage_}, answer.warnings))
-    raise NotImplementedError
+        return JSONResponse(with_warnings({"text": text, "usage": length}, answer.warnings))
+    segments = cues(answer.words)
+    if form.format in ("srt", "vtt"):
+        media = "text/vtt" if form.format == "vtt" else "application/x-subrip"
+        return PlainTextResponse(write(segments, form.format), media_type=media)
+    body = {
+        "task": form.task,
+        "language": "en" if form.task == "translate" else form.language or UNDETERMINED,
+        "duration": round(seconds, 3),
+        "text": text,
+        "usage": length,
+    }
+    if "segment" in form.granularities:
+        body["segments"] = [
+            {
+                "id": number,
+                "seek": 0,
+                "start": round(segment.begins, 3),
+                "end": round(segment.ends, 3),
+                "text": segment.line,
+                "temperature": form.sampling.temperature,
+                "confidence": round(sum(w.confidence for w in segment.words) / len(segment.words), 4),
+            }
+            for number, segment in enumerate(segments)
+        ]
+    if "word" in form.granularities:
+        body["words"] = [
+            {
+                "word": word.text,
+                "start": round(word.start, 3),
+                "end": round(word.end, 3),
+                "confidence": round(word.confidence, 4),
+            }
+            for word in answer.words
+        ]
+    return JSONResponse(with_warnings(body, answer.warnings))

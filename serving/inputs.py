@@ -63,6 +63,10 @@ class AudioForm(NamedTuple):
     sampling: Sampling
     stream: bool
 
+    @property
+    def times(self) -> bool:
+        return self.format in ("srt", "vtt", "verbose_json")
+
 
 def audio_form(fields: Mapping[str, list[str]], task: str, model_name: str) -> AudioForm:
     """fields: name -> values. Errors: Problem for a field that is unknown or has a value that is not."""

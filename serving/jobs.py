@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from model.generation.timestamps import Word
 from serving.problems import Problem
 
 
@@ -31,6 +32,7 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     finish: str = "stop"  # or "length"
     prompt_tokens: int = 0  # text and compressed audio frames
+    words: list[Word] = field(default_factory=list)  # with their times, where the job asked for them
     warnings: list[str] = field(default_factory=list)
 
 
@@ -54,6 +56,8 @@ class Job:
     listener: Listener
     sampling: Sampling = Sampling()
     streams: bool = False  # whether pieces of text are wanted before the whole
+    word_times: bool = False
+    language: str | None = None  # of the answer, for its words
     request_id: str = ""
     queued: float = field(default_factory=time.monotonic)
     started: float = 0.0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import threading
+from dataclasses import replace
 
 import httpx2
 import pytest
@@ -295,7 +297,7 @@ def test_slow_requests_end_with_504_and_a_client_that_leaves_frees_the_model(mod
         body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello."}]}
         late = httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=30)
         assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
-        server.engine._answer = answer
+        server.engine._answer, server.limits = answer, replace(server.limits, request_seconds=60)
         assert httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=30).status_code == 200
 
 
@@ -338,3 +340,32 @@ def test_metrics_are_prometheus_text(client, server):
     }
     assert counts["/v1/chat/completions", "200"] >= 1
     assert families["soundwave_waiting_jobs"].samples[0].value == 0
+
+
+def test_word_times_equal_those_of_the_offline_alignment(client, model):
+    from model.generation.timestamps import word_times
+
+    clip = wav(1.4, 9)
+    found = client.audio.transcriptions.create(
+        model="tiny",
+        file=("c.wav", clip),
+        response_format="verbose_json",
+        timestamp_granularities=["word", "segment"],
+        language="en",
+    )
+    right = word_times(model, [samples_of(clip)], [found.text], ["en"])[0]
+    assert [(w.word, w.start, w.end) for w in found.words] == [
+        (w.text, pytest.approx(w.start, abs=2e-3), pytest.approx(w.end, abs=2e-3)) for w in right
+    ]
+    assert (found.task, found.language, found.duration) == ("transcribe", "en", pytest.approx(1.4))
+    assert " ".join(one.text for one in found.segments).split() == found.text.split()
+    assert found.segments[0].start == found.words[0].start
+
+
+def test_subtitles_are_read_by_other_parsers(client):
+    clip = wav(1.4, 9)
+    srt = client.audio.transcriptions.create(model="tiny", file=("c.wav", clip), response_format="srt")
+    vtt = client.audio.translations.create(model="tiny", file=("c.wav", clip), response_format="vtt")
+    assert vtt.startswith("WEBVTT\n\n")
+    times = r"\d\d:\d\d:\d\d[,.]\d{3} --> \d\d:\d\d:\d\d[,.]\d{3}"
+    assert re.fullmatch(rf"(\d+\n{times}\n.+\n\n)+", srt) and re.search(rf"\n{times}\n.+\n", vtt)
