@@ -15,6 +15,7 @@ Errors are `AudioError` with a fixed `reason`. What else was noticed is a list o
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -188,6 +189,43 @@ class Recording:
             if not piece.subtype.startswith("PCM_"):
                 _check_finite(piece.samples, piece.rate, start or 0.0)
         return Audio(piece.samples, piece.rate, piece.container, piece.subtype, tuple(findings))
+
+    def seconds(self) -> float | None:
+        """Return the length that its header promises, None where only decoding tells. Errors: AudioError."""
+        with typed_errors():
+            part = self._direct()
+        return None if part is None else part.frames / part.rate
+
+    def blocks(self, seconds: float) -> Iterator[Audio]:
+        """Decode all of it in blocks [frames, channels] float32 of `seconds`, one after another.
+
+        Memory holds one block, whatever the length, where the format allows that (of MP3 and Ogg, at the end,
+        the file's own bytes too). The first block has the findings about the whole, the last one a `cut`.
+        What has to be decoded from its beginning (joined files, formats of FFmpeg) is decoded whole. Errors:
+        AudioError, for a block that holds NaN or infinity too.
+        """
+        first, findings = 0, [Finding(kind, detail) for kind, detail in self._layout.noticed]
+        while True:
+            with typed_errors():
+                part = self._direct() or self._whole_recording()
+                if first >= part.frames:
+                    known = self._layout.streams[0].kind == "flac" and self._layout.streams[0].frames
+                    if known or not self._look_deeper():
+                        break
+                    continue
+                count = min(max(1, round(seconds * part.rate)), part.frames - first)
+                samples = part.read(first, count, "float32")
+                _check_finite(samples, part.rate, first / part.rate)
+            first += len(samples)
+            if len(samples) < count:
+                ends, asked = first / part.rate, part.frames / part.rate
+                findings.append(Finding("cut", f"its header promises {asked:.3f} s, it ends at {ends:.3f} s"))
+            yield Audio(samples, part.rate, part.container, part.subtype, tuple(findings))
+            findings = []
+            if len(samples) < count:
+                break
+        if first == 0:
+            raise AudioError("zero_length", "holds no samples")
 
     def _whole(self, dtype: DType, limits: Limits, refuse_cut: bool) -> tuple[Piece, list[Finding]]:
         findings = [Finding(kind, detail) for kind, detail in self._layout.noticed]
@@ -419,6 +457,35 @@ def _levels(samples: np.ndarray, wave: np.ndarray) -> list[Finding]:
 
 def _peak(samples: np.ndarray) -> float:
     return max(float(samples.max()), -float(samples.min()))
+
+
+class Resampler:
+    """Band-limited resampling of blocks [frames, channels] float32 that follow one another. Errors:
+    AudioError odd_rate."""
+
+    def __init__(self, rate: int, target: int, channels: int):
+        import soxr
+
+        self._stream, self._channels = None, channels
+        if rate != target:
+            try:
+                self._stream = soxr.ResampleStream(rate, target, channels, dtype="float32", quality="HQ")
+            except (ValueError, RuntimeError) as error:
+                raise AudioError(
+                    "odd_rate", f"{rate:,} Hz cannot be resampled to {target:,} Hz: {error}"
+                ) from None
+
+    def push(self, samples: np.ndarray, last: bool = False) -> np.ndarray:
+        """Return what follows of the result. last: no more block follows; an empty one may be the last."""
+        if self._stream is None:
+            return samples
+        return self._stream.resample_chunk(samples, last=last).reshape(-1, self._channels)
+
+
+def mixed_block(samples: np.ndarray) -> tuple[np.ndarray, list[Finding]]:
+    """Mix a block [frames, channels] to one channel [frames, 1], as `to_mono` does."""
+    wave, antiphase = _mixed(samples)
+    return wave[:, None], [antiphase] if antiphase else []
 
 
 def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:

@@ -136,15 +136,17 @@ class Generation:
         streamer: "BaseStreamer | None" = None,
         synced_gpus: bool = False,
         joint: JointSearch | None = None,
+        audio: Audio | None = None,
     ) -> list[list[int]]:
         """Return answers as token ids, one list per conversation, without the end of turn.
 
-        batch: prompts that end with the assistant's opening (`prompt.chat_ids` of a chat without its answer),
-        padded on either side, with any number of audios anywhere, or none. temperature and top_p count with
-        do_sample (the values are the release's). streamer: transformers' TextStreamer or
+        batch: prompts that end with the assistant's opening (`prompt.chat_ids` of a chat without its
+        answer), padded on either side, with any number of audios anywhere, or none. temperature and top_p
+        count with do_sample (the values are the release's). streamer: transformers' TextStreamer or
         TextIteratorStreamer, for one conversation. synced_gpus: under ZeRO-3 every rank decodes until the
         last one has finished. joint: search the answers together with the CTC head (for transcripts;
-        model/generation/joint.py), without sampling or streamer.
+        model/generation/joint.py), without sampling or streamer. audio: what `listen` gives for this
+        batch, where the caller has it.
 
         Of the LLM's own generation settings only the ids that end a text count (language_model.end_settings);
         all others are those given here. A conversation beyond the LLM's context is answered by nothing and
@@ -156,7 +158,7 @@ class Generation:
             raise ValueError("joint decoding is a beam search: no do_sample, no streamer")
         training = self.training
         self.eval()
-        audio = self.listen(batch)
+        audio = self.listen(batch) if audio is None else audio
         embeddings, mask, _ = self.embeddings(batch, audio, left_padded=True)
         base, longest = base_of(self.llm), self._fit(mask)
         stop = end_ids(self.tokenizer, self.config.prompt, base.generation_config)
@@ -250,11 +252,12 @@ class Generation:
         return scores
 
     @torch.no_grad()
-    def ctc_greedy(self, batch: Batch) -> list[str]:
-        """The CTC head's own transcript of each audio: the argmax tokens, runs collapsed, blanks dropped."""
+    def ctc_greedy(self, batch: Batch, audio: Audio | None = None) -> list[str]:
+        """The CTC head's own transcript of each audio: the argmax tokens, runs collapsed, blanks dropped.
+        audio: what `listen` gives for this batch, where the caller has it."""
         training = self.training
         self.eval()
-        audio = self.listen(batch)
+        audio = self.listen(batch) if audio is None else audio
         self.train(training)
         texts = []
         for argmax, length in zip(audio.argmax.cpu(), audio.lengths.tolist()):

@@ -21,6 +21,7 @@ import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from core.ctc_text import ctc_target_ids
+from model.generation.hotwords import Hotwords, HotwordTree, Progress
 
 Tokens = tuple[int, ...]
 IMPOSSIBLE = (
@@ -33,13 +34,14 @@ class JointSearch:
     """How to search. weight: of CTC's log-probability beside the LLM's. beams: hypotheses kept. candidates:
     next tokens of each that CTC judges, the LLM's likeliest. token_bonus: added for each token of the text (a
     sum of log-probabilities likes short answers). ctc_text: the normalisation of CTC's targets, as in the
-    recipe."""
+    recipe. hotwords: phrases to favour (model/generation/hotwords.py)."""
 
     weight: float = 0.7
     beams: int = 4
     candidates: int = 8
     token_bonus: float = 2.0
     ctc_text: str = "lower"
+    hotwords: Hotwords | None = None
 
     def __post_init__(self) -> None:
         for name in ("beams", "candidates"):
@@ -114,11 +116,12 @@ def _accumulate(entering: np.ndarray, step: np.ndarray) -> np.ndarray:
 
 
 class JointScores(LogitsProcessor):
-    """For transformers' beam search: adds to each candidate what its text costs CTC beyond the hypothesis it
-    continues. Over a finished answer these sum up to weight * log p_CTC(its whole text), plus the bonus. The
-    best finished answer is kept here (`best`): an end of turn pays at once for all that it leaves unsaid, so
-    it is rarely among a step's best candidates, where transformers would take note of it. When no hypothesis
-    is within reach of it any more, the search ends.
+    """For transformers' beam search: adds to each candidate what its text costs CTC beyond the hypothesis
+    it continues. Over a finished answer these sum up to weight * log p_CTC(its whole text), plus the
+    bonus, and the bonus of its hotwords. The best finished answer is kept here (`best`): an end of turn
+    pays at once for all that it leaves unsaid, so it is rarely among a step's best candidates, where
+    transformers would take note of it. When no hypothesis is within reach of it any more, the search
+    ends.
 
     ctc: of each conversation, None where there is not exactly one audio (the LLM searches alone there); stop:
     ids that end a turn.
@@ -142,6 +145,13 @@ class JointScores(LogitsProcessor):
         vocabulary = sorted((name, i) for name, i in tokenizer.get_vocab().items() if i not in added)
         self._names, self._ids = [name for name, _ in vocabulary], np.array([i for _, i in vocabulary])
         self._texts: dict[Tokens, Tokens] = {}
+        self.trees: list[HotwordTree | None] = [
+            None
+            if one is None or search.hotwords is None
+            else search.hotwords.tree_for(one.log_probs, one.blank)
+            for one in ctc
+        ]
+        self._progress: list[dict[Tokens, Progress]] = [{(): Progress()} for _ in ctc]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """input_ids [N, L]: answers so far, the beams of a conversation side by side; scores [N, V]: the
@@ -163,7 +173,13 @@ class JointScores(LogitsProcessor):
                 judged[rows, self.stop[0]] = 0.0
                 continue
             for row in rows:
-                tokens = sorted({*candidates[row], *self.stop})
+                tokens = sorted(
+                    {
+                        *candidates[row],
+                        *self.stop,
+                        *self.hotword_tokens(conversation, answers[row], scores[row]),
+                    }
+                )
                 values = scores[row, tokens].tolist()
                 judged[row, tokens] = torch.tensor(self.judge(conversation, answers[row], tokens, values)).to(
                     scores
@@ -174,13 +190,36 @@ class JointScores(LogitsProcessor):
         """What an answer may come to: its score, and the bonus of as many tokens as CTC's greedy text is
         longer."""
         unsaid = max(0, self.ctc[conversation].spoken - len(self.text_tokens(answer)))
-        return self._totals[conversation][answer] + self.search.token_bonus * unsaid
+        bonus = self.search.token_bonus
+        if self.trees[conversation] is not None:
+            bonus += self.search.hotwords.bonus
+        return self._totals[conversation][answer] + bonus * unsaid
+
+    def hotword_tokens(self, conversation: int, answer: Tokens, values: torch.Tensor) -> list[int]:
+        """Return the tokens that continue a hotword of an answer, and the likeliest that begin one.
+        values [V]: the LLM's log-probabilities."""
+        if (tree := self.trees[conversation]) is None:
+            return []
+        going, first = tree.followers(self.progress(conversation, answer))
+        begin = sorted(first, key=lambda token: -values[token].item())[: self.search.candidates]
+        return [*going, *begin]
+
+    def progress(self, conversation: int, answer: Tokens) -> Progress:
+        """Return what an answer has earned by hotwords; only for conversations with a tree."""
+        known = self._progress[conversation]
+        if answer not in known:
+            known[answer] = self.trees[conversation].advance(
+                self.progress(conversation, answer[:-1]), answer[-1]
+            )
+        return known[answer]
 
     def judge(self, conversation: int, answer: Tokens, tokens: list[int], values: list[float]) -> list[float]:
         """The LLM's log-probabilities of an answer's next tokens -> those of the search."""
         ctc, totals, judged = self.ctc[conversation], self._totals[conversation], []
         so_far, total = self.text_tokens(answer), totals[answer]
         paid = self.begun(ctc, so_far)
+        tree = self.trees[conversation]
+        earned = 0.0 if tree is None else self.progress(conversation, answer).begun
         # An answer that is cut pays for what it leaves unsaid, as one does that ends: else running on is the
         # cheaper way out.
         cut = len(answer) + 1 >= self.max_new_tokens
@@ -189,9 +228,11 @@ class JointScores(LogitsProcessor):
             text = so_far if token in self.stop else self.text_tokens(longer)
             ended = cut or token in self.stop
             cost = (ctc.whole(text) if ended else self.begun(ctc, text)) - paid
-            judged.append(
-                value + self.search.weight * cost + self.search.token_bonus * (len(text) - len(so_far))
-            )
+            bonus = self.search.token_bonus * (len(text) - len(so_far))
+            if tree is not None:
+                progress = self.progress(conversation, longer)
+                bonus += (progress.whole if ended else progress.begun) - earned
+            judged.append(value + self.search.weight * cost + bonus)
             if not ended:
                 totals[longer] = total + judged[-1]
             elif total + judged[-1] > self.best[conversation][0]:

@@ -1,0 +1,102 @@
+"""Decode a batch: one way for the Python API, the command line and evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal, NamedTuple, get_args
+
+import torch
+
+from model.batch import Batch
+from model.generation.joint import JointSearch
+from model.soundwave import Audio, Soundwave
+
+try:
+    from model.generation import drafted
+except ImportError:  # a version without it
+    drafted = None
+
+Decode = Literal["ctc", "greedy", "drafted", "joint"]
+DECODES: tuple[str, ...] = get_args(Decode)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a batch is decoded. ctc: the CTC head's argmax, without the LLM | greedy: the LLM's answer |
+    drafted: greedy's tokens, drafted by the CTC head | joint: beam search by both. do_sample, temperature
+    and top_p count for greedy alone."""
+
+    decode: Decode = "greedy"
+    max_new_tokens: int = 200
+    joint: JointSearch | None = None
+    do_sample: bool = False
+    temperature: float = 0.2
+    top_p: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.decode not in DECODES:
+            raise ValueError(f"decode is '{self.decode}': give {', '.join(DECODES)}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}: give at least 1")
+
+
+class Decoded(NamedTuple):
+    """What is written for one conversation."""
+
+    text: str
+    raw: str  # with special tokens
+    tokens: int | None  # that were generated; None where the LLM took no part
+    unanswered: str | None = None  # why there is no answer
+
+
+def decode_batch(
+    model: Soundwave, batch: Batch, decoding: Decoding, audio: Audio | None = None
+) -> list[Decoded]:
+    """Return what a model writes for each conversation of a batch of prompts. audio: what `model.listen`
+    gives for the batch, where the caller has it. Errors: ValueError where the model cannot decode so."""
+    if decoding.decode == "ctc":
+        return [Decoded(text, text, None) for text in model.ctc_greedy(batch, audio=audio)]
+    answers = model.generate(
+        batch,
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=decoding.do_sample,
+        temperature=decoding.temperature,
+        top_p=decoding.top_p,
+        audio=audio,
+        **_search(decoding),
+    )
+    tokenizer = model.tokenizer
+    return [
+        Decoded(
+            tokenizer.decode(ids, skip_special_tokens=True),
+            tokenizer.decode(ids, skip_special_tokens=False),
+            len(ids),
+            model.unanswered.get(place),
+        )
+        for place, ids in enumerate(answers)
+    ]
+
+
+def _search(decoding: Decoding) -> dict:
+    """The options of `generate` that choose the search."""
+    if decoding.decode == "joint":
+        return {"joint": decoding.joint or JointSearch()}
+    if decoding.decode == "drafted":
+        if drafted is None:
+            raise ValueError("decode is 'drafted', which this version does not have: give greedy")
+        return {"drafted": drafted.Drafting()}
+    return {}
+
+
+def rows_of(part: Batch | Audio, rows: list[int]):
+    """Return some rows of a batch whose conversations have one audio each, or of its `Audio`."""
+    if isinstance(part, Audio):
+        return Audio(*(value[rows] for value in part))
+    chosen = {}
+    for name in (one.name for one in fields(part)):
+        value = getattr(part, name)
+        if isinstance(value, torch.Tensor):
+            chosen[name] = value[rows]
+        elif isinstance(value, list) and value:
+            chosen[name] = [value[row] for row in rows]
+    return replace(part, **chosen)

@@ -1,0 +1,174 @@
+"""Cut recordings of any length into windows that a model takes at once, in constant memory.
+
+    samples -> scan by the CTC head, chunk after chunk -> the longest pause of each window's reach -> windows
+
+A window ends in the middle of a blank frame: of the longest run of blanks before its last allowed frame
+that no word continues after, at the run's quietest frame. Every sample is in the body of exactly one
+window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from core.audio import SAMPLE_RATE
+
+CONTEXT_SECONDS = 1.0  # of audio on both sides that a scanned chunk sees and whose frames are not used
+SHORTEST_SHARE = 0.4  # of a window's longest length: no cut is looked for before it
+
+
+@dataclass(frozen=True)
+class Frames:
+    """What the CTC head says about the frames of a chunk: is each blank, and does its token begin a word."""
+
+    blank: np.ndarray  # [T] bool
+    begins_word: np.ndarray  # [T] bool
+
+
+#: Chunks [S] of equal or lower lengths -> their frames, one for each started `frame` samples.
+Scan = Callable[[list[np.ndarray]], list[Frames]]
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a recording. samples [S] begin at `start` and hold the body [body_start, body_end),
+    with an overlap on both sides; all in samples of the recording at 16 kHz."""
+
+    start: int
+    samples: np.ndarray
+    body_start: int
+    body_end: int
+
+    @property
+    def seconds(self) -> float:
+        return len(self.samples) / SAMPLE_RATE
+
+
+def best_cut(blank: np.ndarray, begins_word: np.ndarray, energy: np.ndarray, first: int, last: int) -> int:
+    """Return the frame in [first, last] in whose middle to cut.
+
+    blank, begins_word [T]: of the window's frames and as many behind `last` as are known; energy [T]. Of
+    the runs of blanks that reach into the range the longest one is taken, of equal ones the last; runs
+    inside a word only where there are no others. Where nothing is blank: the quietest frame.
+    """
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], blank, [False]]).astype(np.int8)))
+    best, place = (), None
+    for begin, end in edges.reshape(-1, 2).tolist():  # [begin, end)
+        if end <= first or begin > last:
+            continue
+        between_words = end >= len(blank) or bool(begins_word[end])
+        if (rank := (between_words, end - begin, begin)) > best:
+            best, place = rank, (max(begin, first), min(end - 1, last))
+    begin, end = (first, last) if place is None else place
+    if place is not None and end - begin >= 2:
+        begin, end = begin + 1, end - 1  # away from the words at its ends
+    quiet = energy[begin : end + 1]
+    lowest = np.flatnonzero(quiet <= quiet.min() * (1 + 1e-6))
+    return begin + int(lowest[len(lowest) // 2])
+
+
+class Cutter:
+    """Cuts one channel. `push` its samples, then `finish`; each returns the windows that are complete.
+
+    frame: samples of one frame of `scan`. longest: of a window's body. overlap: on both sides of it. All in
+    samples. scan_samples: how many a call of `scan` may take together.
+    """
+
+    def __init__(self, scan: Scan, frame: int, longest: int, overlap: int = 0, scan_samples: int = 0):
+        self._scan, self._frame, self._overlap = scan, frame, overlap
+        self._longest = max(longest, 4 * frame)
+        self._chunk = -(-self._longest // frame) * frame
+        self._context = -(-round(CONTEXT_SECONDS * SAMPLE_RATE) // frame) * frame
+        self._most = max(1, scan_samples // (self._chunk + 2 * self._context))  # chunks of one call
+        self._samples = np.zeros(0, np.float32)  # of the recording, from `_base` on
+        self._base = 0
+        self._start = 0  # of the window that comes next
+        self._first = 0  # frame of the recording that the arrays below begin with
+        self._blank = self._begins = np.zeros(0, bool)
+        self._energy = np.zeros(0)
+
+    def push(self, samples: np.ndarray) -> list[Window]:
+        """Take samples [S] float32 that follow those before."""
+        self._samples = np.concatenate([self._samples, samples])
+        return self._cut(final=False)
+
+    def finish(self) -> list[Window]:
+        """Cut what is left; no samples follow."""
+        windows = self._cut(final=True)
+        if (end := self._end) > self._start:
+            windows.append(self._window(end))
+        return windows
+
+    @property
+    def _end(self) -> int:
+        return self._base + len(self._samples)
+
+    @property
+    def _scanned(self) -> int:
+        """Samples that were scanned."""
+        return (self._first + len(self._blank)) * self._frame
+
+    def _cut(self, final: bool) -> list[Window]:
+        windows: list[Window] = []
+        while self._end - self._start > self._longest:
+            reach = self._start + self._longest + self._overlap
+            if self._scanned < min(reach, self._end) and not self._scan_more(final):
+                break
+            if self._scanned < reach and self._scanned < self._end:
+                continue
+            if not final and self._end < reach:
+                break
+            windows.append(self._window(self._next_cut()))
+        return windows
+
+    def _scan_more(self, final: bool) -> bool:
+        """Scan the chunks that are there; whether there were any."""
+        chunks, sizes, begin = [], [], self._scanned
+        while len(chunks) < self._most and begin < self._end:
+            end = begin + self._chunk
+            if not final and self._end < end + self._context:
+                break
+            end = min(end, self._end)
+            seen = max(0, begin - self._context)
+            chunks.append(self._slice(seen, min(self._end, end + self._context)))
+            sizes.append(((begin - seen) // self._frame, -(-(end - begin) // self._frame)))
+            begin = end
+        for chunk, (skip, count), frames in zip(chunks, sizes, self._scan(chunks) if chunks else []):
+            blank, begins = np.ones(count, bool), np.ones(count, bool)  # frames that an encoder leaves out
+            found = frames.blank[skip : skip + count]
+            blank[: len(found)] = found
+            begins[: len(found)] = frames.begins_word[skip : skip + count]
+            body = chunk[skip * self._frame : (skip + count) * self._frame]
+            padded = np.pad(body, (0, count * self._frame - len(body)))
+            self._blank = np.concatenate([self._blank, blank])
+            self._begins = np.concatenate([self._begins, begins])
+            self._energy = np.concatenate([self._energy, np.square(padded).reshape(count, -1).mean(1)])
+        return bool(chunks)
+
+    def _next_cut(self) -> int:
+        """The sample where the next window's body ends."""
+        half = self._frame // 2
+        last = (self._start + self._longest - half) // self._frame - self._first
+        first = -(-(self._start + round(SHORTEST_SHARE * self._longest)) // self._frame) - self._first
+        last = min(last, len(self._blank) - 1)
+        frame = best_cut(self._blank, self._begins, self._energy, min(first, last), last)
+        return (self._first + frame) * self._frame + half
+
+    def _window(self, end: int) -> Window:
+        """The window from the last one's end to `end`; what no later one needs is dropped."""
+        begin = max(0, self._start - self._overlap)
+        window = Window(begin, self._slice(begin, min(self._end, end + self._overlap)), self._start, end)
+        self._start = end
+        drop = max(0, end // self._frame - self._first)
+        self._first += drop
+        self._blank, self._begins = self._blank[drop:], self._begins[drop:]
+        self._energy = self._energy[drop:]
+        keep = max(self._base, min(end - self._overlap, self._scanned - self._context))
+        self._samples, self._base = self._samples[keep - self._base :].copy(), keep
+        return window
+
+    def _slice(self, begin: int, end: int) -> np.ndarray:
+        return self._samples[begin - self._base : end - self._base].copy()
