@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from fastapi import FastAPI, Request
@@ -15,6 +18,8 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 
+from core.audio import SAMPLE_RATE
+from core.spelling import join_words
 from model.soundwave import Soundwave
 from serving import formats, inputs
 from serving.engine import Engine
@@ -23,10 +28,15 @@ from serving.jobs import Answer, Inbox, Job
 from serving.limits import Limits
 from serving.metrics import Metrics
 from serving.problems import Problem, invalid
+from serving.recordings import Recording
 from serving.streaming import late
+from soundwave.windows import Window
 
-DECODING_THREADS = 2
+DECODING_THREADS = 8  # a recording that is being cut keeps one until its next pauses are found
 FIELD_BYTES = 1 << 16  # of a form's field
+WINDOWS_AHEAD = 8  # of one recording in the queue: others' requests are answered between them
+LATE_SECONDS = 5.0  # after its deadline a request ends, whatever its job does
+Events: TypeAlias = AsyncIterator[tuple[str, object]]
 
 
 class Server:
@@ -110,16 +120,14 @@ class Server:
             self._need_llm("translations")
         if file is None:
             raise invalid("file is missing", "file")
-        clip = await self._in_thread(inputs.clip_of, file, self.limits, self.longest, "file")
-        request.state.log["audio_seconds"] = round(clip.seconds, 3)
-        inbox, job = self._job(
-            request, inputs.audio_chat(task, self.model.config.audio_token), [clip], form, deadline
-        )
+        recording = Recording(self.engine.recogniser, file, self.limits.audio_seconds)
+        # The first window is cut and queued before the status is sent: most refusals happen by then.
+        transcript = Transcript(self, request, recording, form, deadline)
+        await transcript.begin()
         if form.stream:
-            return self._stream(request, inbox, [job], _transcript_events)
-        answer = await self._answer(request, inbox, job)
-        answer.warnings = self._warnings([clip]) + answer.warnings
-        return formats.transcript(form, clip.seconds, answer)
+            return _stream(transcript.events(), _transcript_events)
+        answer = await _whole(request, transcript.events())
+        return formats.transcript(form, recording.seconds, answer)
 
     async def chat(self, request: Request) -> Response:
         deadline = time.monotonic() + self.limits.request_seconds
@@ -133,15 +141,24 @@ class Server:
         most = wanted.max_completion_tokens or wanted.max_tokens or self.limits.new_tokens
         if most > self.limits.new_tokens:
             raise invalid(f"an answer has {self.limits.new_tokens} tokens at most here", "max_tokens")
-        inbox, job = self._job(request, turns, clips, wanted, deadline, most)
+        job, inbox = self.job(
+            request,
+            turns,
+            [clip.waveform for clip in clips],
+            deadline,
+            max_new_tokens=most,
+            sampling=wanted.sampling,
+            streams=wanted.stream,
+        )
+        self.engine.submit(job)
+        self.metrics.audio_seconds.inc(sum(clip.seconds for clip in clips))
         completion = formats.Completion(request.state.request_id, self.name)
+        events = self.events(request, job, inbox)
         if wanted.stream:
             with_usage = wanted.stream_options is not None and wanted.stream_options.include_usage
-            return self._stream(
-                request, inbox, [job], lambda events: _chat_events(events, completion, with_usage)
-            )
-        answer = await self._answer(request, inbox, job)
-        answer.warnings = self._warnings(clips)
+            return _stream(events, lambda events: _chat_events(events, completion, with_usage))
+        answer = await _whole(request, events)
+        answer.warnings = self._warnings(clips) + answer.warnings
         return JSONResponse(completion.whole(answer))
 
     # ---- jobs ----
@@ -161,85 +178,169 @@ class Server:
             f"the audio {text}" for clip in clips if (text := self.model.length_warning(clip.seconds))
         ]
 
-    def _job(self, request, turns, clips, wanted, deadline: float, most: int | None = None):
-        waveforms = [clip.waveform for clip in clips]
-        most = most or self.limits.new_tokens
+    def job(
+        self, request: Request, turns: list[dict], waveforms: list[torch.Tensor], deadline: float, **more
+    ) -> tuple[Job, Inbox]:
+        """A job of a request, and where its events arrive. more: fields of Job."""
+        more.setdefault("max_new_tokens", self.limits.new_tokens)
         positions = inputs.prompt_positions(self.model, turns, waveforms)
         inbox = Inbox()
         job = Job(
             turns,
             waveforms,
             positions,
-            most,
-            deadline,
-            inbox,
-            sampling=wanted.sampling,
-            streams=wanted.stream,
-            word_times=getattr(wanted, "times", False),
-            language=getattr(wanted, "language", None),
+            deadline=deadline,
+            listener=inbox,
             request_id=request.state.request_id,
+            **more,
         )
-        self.engine.submit([job])
-        self.metrics.audio_seconds.inc(sum(clip.seconds for clip in clips))
-        return inbox, job
+        return job, inbox
 
-    async def _answer(self, request: Request, inbox: Inbox, job: Job) -> Answer:
-        """Wait for a job's whole answer; cancel it where the client leaves. Errors: Problem."""
-        leaving = asyncio.create_task(_left(request))
+    async def events(self, request: Request, job: Job, inbox: Inbox) -> Events:
+        """A job's events: ("text", piece) ..., ("done", Answer). Errors: Problem."""
         try:
             while True:
-                event = asyncio.create_task(inbox.events.get())
-                left = job.deadline + 5.0 - time.monotonic()
-                await asyncio.wait({event, leaving}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-                if not event.done():
-                    event.cancel()
-                    raise late()
-                kind, value = event.result()
+                left = job.deadline + LATE_SECONDS - time.monotonic()
+                try:
+                    kind, value = await asyncio.wait_for(inbox.events.get(), max(0.0, left))
+                except TimeoutError:
+                    raise late() from None
                 if kind == "failed":
                     raise value
                 if kind == "done":
-                    _log(request, job, value)
-                    return value
+                    log = request.state.log
+                    log["tokens"] = log.get("tokens", 0) + len(value.tokens)
+                    log.setdefault("queue_seconds", round(job.started - job.queued, 4))
+                yield kind, value
+                if kind == "done":
+                    return
         finally:
             job.cancelled = True
-            leaving.cancel()
 
-    def _stream(self, request: Request, inbox: Inbox, jobs: list[Job], shown) -> Response:
-        async def events() -> AsyncIterator[tuple[str, object]]:
-            try:
-                while True:
-                    left = jobs[0].deadline + 5.0 - time.monotonic()
-                    try:
-                        kind, value = await asyncio.wait_for(inbox.events.get(), max(0.0, left))
-                    except TimeoutError:
-                        kind, value = "failed", late()
-                    if kind == "done":
-                        _log(request, jobs[0], value)
-                    yield kind, value
-                    if kind in ("done", "failed"):
-                        return
-            finally:
-                for job in jobs:
-                    job.cancelled = True
 
-        return StreamingResponse(
-            shown(events()), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+class Transcript:
+    """The windows of a recording as jobs, a few at a time, and their answers as one, in order."""
+
+    def __init__(
+        self, server: Server, request: Request, recording: Recording, form: inputs.AudioForm, deadline: float
+    ):
+        self.server, self.request, self.recording = server, request, recording
+        self.form, self.deadline = form, deadline
+        self.windows = recording.windows()
+        self.pending: deque[tuple[Window, Job, Inbox]] = deque()
+        self.is_cut = False
+
+    async def begin(self) -> None:
+        """Errors: Problem for a recording that cannot be read, and where the queue is full."""
+        await self._add(admitted=False)
+
+    async def _add(self, admitted: bool = True) -> None:
+        """Queue the next window."""
+        window = await self.server._in_thread(next, self.windows, None)
+        if window is None:
+            self.is_cut = True
+            return
+        server, form = self.server, self.form
+        job, inbox = server.job(
+            self.request,
+            inputs.audio_chat(form.task, server.model.config.audio_token),
+            [torch.from_numpy(window.samples)],
+            self.deadline,
+            sampling=form.sampling,
+            streams=form.stream,
+            is_transcript=True,
+            gated=True,
+            word_times=form.times,
+            language="en" if form.task == "translate" else form.language,
         )
+        server.engine.submit(job, admitted)
+        server.metrics.audio_seconds.inc(window.seconds)
+        self.pending.append((window, job, inbox))
+
+    async def events(self) -> Events:
+        whole, texts = Answer(""), []
+        try:
+            while True:
+                while not self.is_cut and len(self.pending) < WINDOWS_AHEAD:
+                    await self._add()
+                if not self.pending:
+                    break
+                window, job, inbox = self.pending[0]
+                said = ""
+                async for kind, value in self.server.events(self.request, job, inbox):
+                    if kind == "text":
+                        joined = join_words([whole.text, value]) if whole.text and not said else value
+                        yield "text", joined.removeprefix(whole.text) if not said else value
+                        said += value
+                        continue
+                    shift = window.start / SAMPLE_RATE
+                    whole.words += [
+                        replace(word, start=word.start + shift, end=word.end + shift) for word in value.words
+                    ]
+                    texts += [value.text] if value.text else []
+                    whole.text = join_words(texts)
+                    whole.tokens += value.tokens
+                    whole.warnings += [one for one in value.warnings if one not in whole.warnings]
+                    whole.finish = "length" if "length" in (whole.finish, value.finish) else "stop"
+                self.pending.popleft()
+            self.request.state.log["audio_seconds"] = round(self.recording.seconds, 3)
+            whole.warnings = self.recording.notes + whole.warnings
+            yield "done", whole
+        finally:
+            for _, job, _ in self.pending:
+                job.cancelled = True
 
 
-async def _transcript_events(events: AsyncIterator[tuple[str, object]]) -> AsyncIterator[str]:
+async def _whole(request: Request, events: Events) -> Answer:
+    """Return the last event's answer; end the events where the client leaves. Errors: Problem."""
+
+    async def last() -> Answer:
+        async for kind, value in events:
+            if kind == "done":
+                return value
+        raise late()
+
+    answering, leaving = asyncio.create_task(last()), asyncio.create_task(_left(request))
+    try:
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            raise Problem(499, "the client has left")
+        return answering.result()
+    finally:
+        leaving.cancel()
+        if not answering.done():
+            answering.cancel()
+            await asyncio.wait({answering})
+
+
+def _stream(events: Events, shown: Callable[[Events], AsyncIterator[str]]) -> Response:
+    return StreamingResponse(
+        _with_problems(shown(events)),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-cache"},
+    )
+
+
+async def _with_problems(events: AsyncIterator[str]) -> AsyncIterator[str]:
+    """A problem after the first byte is an event of its own, and the last."""
+    try:
+        async for event in events:
+            yield event
+    except Problem as problem:
+        yield formats.event(problem.body())
+
+
+async def _transcript_events(events: Events) -> AsyncIterator[str]:
     async for kind, value in events:
         if kind == "text":
             yield formats.event({"type": "transcript.text.delta", "delta": value})
         elif kind == "done":
             yield formats.event({"type": "transcript.text.done", "text": value.text})
             yield formats.event("[DONE]")
-        else:
-            yield formats.event(value.body())
 
 
 async def _chat_events(
-    events: AsyncIterator[tuple[str, object]], completion: formats.Completion, with_usage: bool
+    events: Events, completion: formats.Completion, with_usage: bool
 ) -> AsyncIterator[str]:
     yield formats.event(completion.chunk({"role": "assistant", "content": ""}))
     async for kind, value in events:
@@ -250,8 +351,6 @@ async def _chat_events(
             if with_usage:
                 yield formats.event(completion.usage_chunk(value))
             yield formats.event("[DONE]")
-        else:
-            yield formats.event(value.body())
 
 
 async def read_form(request: Request) -> tuple[dict[str, list[str]], bytes | None]:
@@ -281,11 +380,6 @@ async def _left(request: Request) -> None:
     """Return when the client has closed the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _log(request: Request, job: Job, answer: Answer) -> None:
-    request.state.log["tokens"] = len(answer.tokens)
-    request.state.log["queue_seconds"] = round(job.started - job.queued, 4)
 
 
 async def _problem(request: Request, problem: Problem) -> Response:

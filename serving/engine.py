@@ -12,6 +12,10 @@ import threading
 import time
 import warnings
 from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
@@ -24,9 +28,11 @@ from serving.jobs import Answer, Job
 from serving.limits import Limits
 from serving.metrics import Metrics
 from serving.problems import Problem
+from serving.recordings import Recogniser
 from serving.streaming import AllAnswered, RowStreamer, late
 
 logger = logging.getLogger("soundwave.serving")
+Result = TypeVar("Result")
 
 
 class Engine:
@@ -36,6 +42,8 @@ class Engine:
         self.model, self.limits, self.metrics, self.batching = model, limits, metrics, batching
         self.context = None if model.llm is None else context_length(base_of(model.llm).config)
         self.waiting: deque[Job] = deque()
+        self.calls: deque[tuple[Callable[[], object], Future]] = deque()
+        self.recogniser = Recogniser(model, self.call)
         self.changed = threading.Condition()
         self.closed = False
         self.running = 0
@@ -46,19 +54,28 @@ class Engine:
     def start(self) -> None:
         self.thread.start()
 
-    def submit(self, jobs: list[Job]) -> None:
-        """Queue the jobs of one request, all or none. Errors: Problem (429, 503)."""
+    def submit(self, job: Job, admitted: bool = False) -> None:
+        """Queue a job. admitted: it belongs to a request that is being answered already. Errors: Problem
+        (429, 503)."""
         with self.changed:
             if self.closed:
                 raise Problem(503, "the server is shutting down", code="draining", retry_after=5)
-            if self.waiting and len(self.waiting) + len(jobs) > self.limits.waiting_jobs:
+            if not admitted and len(self.waiting) >= self.limits.waiting_jobs:
                 raise self.full()
-            now = time.monotonic()
-            for job in jobs:
-                job.queued = now
-            self.waiting.extend(jobs)
+            job.queued = time.monotonic()
+            self.waiting.append(job)
             self.metrics.waiting.set(len(self.waiting))
             self.changed.notify()
+
+    def call(self, function: Callable[[], Result]) -> Result:
+        """Run a function in the engine's thread, before the next batch; return what it returns."""
+        future: Future = Future()
+        with self.changed:
+            if self.closed:
+                raise Problem(503, "the server is shutting down", code="draining", retry_after=5)
+            self.calls.append((function, future))
+            self.changed.notify()
+        return future.result()
 
     def full(self) -> Problem:
         wait = min(60.0, self.seconds_per_job * (len(self.waiting) + 1))
@@ -88,20 +105,31 @@ class Engine:
 
     def _next(self) -> list[Job] | None:
         """Return the next batch; None at the end."""
-        with self.changed:
-            self.running = 0
-            self.metrics.running.set(0)
-            while not self.waiting:
-                if self.closed:
-                    return None
-                self.changed.wait()
-            until = time.monotonic() + self.limits.batch_wait
-            while self.batching and (left := until - time.monotonic()) > 0 and not self.closed:
-                self.changed.wait(left)
-            batch = self._take()
-            self.running = len(batch)
-            self.metrics.waiting.set(len(self.waiting))
-            self.metrics.running.set(len(batch))
+        while True:
+            with self.changed:
+                self.running = 0
+                self.metrics.running.set(0)
+                while not self.waiting and not self.calls:
+                    if self.closed:
+                        return None
+                    self.changed.wait()
+                call = self.calls.popleft() if self.calls else None
+                if call is None:
+                    return self._next_batch()
+            function, future = call
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+    def _next_batch(self) -> list[Job]:
+        until = time.monotonic() + self.limits.batch_wait
+        while self.batching and (left := until - time.monotonic()) > 0 and not self.closed:
+            self.changed.wait(left)
+        batch = self._take()
+        self.running = len(batch)
+        self.metrics.waiting.set(len(self.waiting))
+        self.metrics.running.set(len(batch))
         now = time.monotonic()
         for job in batch:
             job.started = now
@@ -165,6 +193,7 @@ class Engine:
                 else:
                     self._answer([job])
 
+    @torch.inference_mode()
     def _run(self, batch: list[Job]) -> None:
         model = self.model
         prompts = model.prompts(
@@ -173,35 +202,38 @@ class Engine:
         audios = max(1, sum(len(job.waveforms) for job in batch))
         self.metrics.batch_rows.observe(len(batch))
         self.metrics.padded_seconds.inc(audios * max(job.longest_seconds for job in batch))
-        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-        hook = model.alignment.register_forward_hook(lambda module, given, made: seen.append(made))
         text_tokens = prompts.attention_mask.sum(1).tolist()
+        features, lengths = model.encode(prompts)
+        prompts = replace(prompts, waveforms=None, features=features, audio_lengths=lengths)
+        audio = model.listen(prompts)
+        first = [sum(len(job.waveforms) for job in batch[:row]) for row in range(len(batch))]
 
         def finish(row: int, tokens: list[int], reason: str) -> None:
-            first = sum(len(job.waveforms) for job in batch[:row])
-            audios = slice(first, first + len(batch[row].waveforms))
-            hidden, lengths = (made[audios] for made in seen[0])
-            kept = int(model.lengths_of_last_batch[1][audios].sum())
-            positions = text_tokens[row] - len(hidden) + kept
-            self._finish(batch[row], tokens, reason, positions, hidden, lengths)
+            own = slice(first[row], first[row] + len(batch[row].waveforms))
+            positions = text_tokens[row] - len(batch[row].waveforms) + int(audio.kept_lengths[own].sum())
+            self._finish(batch[row], tokens, reason, positions, audio.hidden[own], audio.lengths[own])
 
+        for row, job in enumerate(batch):
+            if job.gated and self.recogniser.is_silent(audio, first[row]):
+                finish(row, [], "stop")
+        if all(job.finished for job in batch):
+            return
+        if model.llm is None:
+            for row, text in enumerate(model.ctc_greedy(prompts, audio=audio)):
+                finish(row, model.tokenizer.encode(text, add_special_tokens=False), "stop")
+            return
+        stop = end_ids(model.tokenizer, model.config.prompt, base_of(model.llm).generation_config)
+        streamer = RowStreamer(batch, model.tokenizer, stop, finish, lambda: model.unanswered)
         try:
-            if model.llm is None:
-                for row, text in enumerate(model.ctc_greedy(prompts)):
-                    finish(row, model.tokenizer.encode(text, add_special_tokens=False), "stop")
-                return
-            stop = end_ids(model.tokenizer, model.config.prompt, base_of(model.llm).generation_config)
-            streamer = RowStreamer(batch, model.tokenizer, stop, finish, lambda: model.unanswered)
             model.generate(
                 prompts,
                 max_new_tokens=max(job.max_new_tokens for job in batch),
                 streamer=streamer,
+                audio=audio,
                 **batch[0].sampling.options,
             )
         except AllAnswered:
             pass
-        finally:
-            hook.remove()
 
     def _finish(
         self,
@@ -213,12 +245,12 @@ class Engine:
         lengths: torch.Tensor,
     ) -> None:
         """hidden [A, T, D], lengths [A]: the alignment adapter's frames of the job's audio."""
-        text = self.model.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = job.shown(self.model.tokenizer.decode(tokens, skip_special_tokens=True))
         answer = Answer(text, tokens, reason, positions)
         if job.streams and text.startswith(job.said):
             job.say(text[len(job.said) :])
         if job.word_times:
-            spelling = spell(self.model.tokenizer, text.strip(), self.model.ctc_text, job.language)
+            spelling = spell(self.model.tokenizer, text, self.model.ctc_text, job.language)
             aligned = align_frames(self.model, hidden, lengths, [spelling], [job.longest_seconds])[0]
             answer.words = aligned.words
             if aligned.problem and aligned.words:

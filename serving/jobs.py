@@ -56,6 +56,8 @@ class Job:
     listener: Listener
     sampling: Sampling = Sampling()
     streams: bool = False  # whether pieces of text are wanted before the whole
+    is_transcript: bool = False  # its white space is single spaces
+    gated: bool = False  # whether silence is answered by nothing
     word_times: bool = False
     language: str | None = None  # of the answer, for its words
     request_id: str = ""
@@ -68,6 +70,9 @@ class Job:
     @property
     def longest_seconds(self) -> float:
         return max((len(one) for one in self.waveforms), default=0) / 16_000
+
+    def shown(self, text: str) -> str:
+        return " ".join(text.split()) if self.is_transcript else text
 
     def say(self, piece: str) -> None:
         if piece and not self.finished:

@@ -48,7 +48,7 @@ class RowStreamer(BaseStreamer):
         self.jobs, self.tokenizer, self.stop, self.finish = jobs, tokenizer, set(stop), finish
         self.refused = refused
         self.tokens: list[list[int]] = [[] for _ in jobs]
-        self.open = set(range(len(jobs)))
+        self.open = {row for row, job in enumerate(jobs) if not job.finished}
         self.prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
@@ -97,7 +97,7 @@ class RowStreamer(BaseStreamer):
 
     def _say(self, row: int) -> None:
         job = self.jobs[row]
-        text = settled(self.tokenizer.decode(self.tokens[row], skip_special_tokens=True))
+        text = settled(job.shown(self.tokenizer.decode(self.tokens[row], skip_special_tokens=True)))
         if text.startswith(job.said):
             job.say(text[len(job.said) :])
 
