@@ -91,6 +91,7 @@ def export(
     has_lora = (run / LORA).is_dir()
     if hub_layout:
         write_layout(run, out, config, encoder, llm, tokenizer)
+        names = {part: Path(name).name if Path(name).exists() else name for part, name in names.items()}
         card = model_card(run, description, names, frozen, merged=True, has_lora=has_lora, hub_layout=True)
         (out / "README.md").write_text(card)
         return out

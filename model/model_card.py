@@ -225,6 +225,7 @@ def _read_scores(path: Path) -> list[_Score]:
                     task_name=task,
                     dataset_type=data,
                     dataset_name=data,
+                    dataset_config=task,  # tasks of one set are results of their own
                     metric_type=_HUB_METRICS.get(name, name),
                     metric_name=name + (f" (95% {_interval(name, bounds)})" if bounds else ""),
                     metric_value=round(percent, 2),

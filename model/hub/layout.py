@@ -56,6 +56,11 @@ def source_files() -> dict[str, str]:
     }
 
 
+def _sizes(source: Source) -> dict:
+    """A network's configuration without its folder's name."""
+    return {key: value for key, value in source.config.to_dict().items() if key != "_name_or_path"}
+
+
 def write_layout(
     run: Path,
     out: Path,
@@ -68,10 +73,14 @@ def write_layout(
     III. Errors: FolderError for an LLM whose stored tensors have other names than its network."""
     adapters = load_file(run / ADAPTERS)
     rows = adapters["ctc_head.weight"].shape[0] if "ctc_head.weight" in adapters else 0
+    switches = asdict(config)
+    for part in ("encoder", "llm"):  # a folder of this machine is nobody else's business
+        if Path(switches[part]["name"]).exists():
+            switches[part]["name"] = Path(switches[part]["name"]).name
     hub = SoundwaveHubConfig(
-        soundwave=asdict(config),
-        encoder_config=encoder.config.to_dict(),
-        llm_config=llm.config.to_dict(),
+        soundwave=switches,
+        encoder_config=_sizes(encoder),
+        llm_config=_sizes(llm),
         ctc_rows=rows,
         audio_token_id=tokenizer.convert_tokens_to_ids(config.audio_token),
         normalise_waveforms=bool(preprocessor_settings(encoder.folder).get("do_normalize", True)),

@@ -241,13 +241,15 @@ def test_a_bundle_takes_what_is_needed_and_nothing_else(package):
 
 
 def test_the_card_has_the_hubs_metadata(folders, tmp_path):
-    scores = {"tasks": {"asr": {"utterances": 99, "wer": 0.4321, "wer_ci95": [0.4, 0.5], "exact": 0.125}}}
+    asr = {"utterances": 99, "wer": 0.4321, "wer_ci95": [0.4, 0.5], "exact": 0.125}
+    scores = {"tasks": {"asr": asr, "chain": {"utterances": 3, "exact": 0.5}}}
     made = build(folders)
     made.config.llm.name = folders("llama_tied")
     hub = exported(made, tmp_path, scores=scores)
     data = ModelCard((hub / "README.md").read_text()).data
     assert data.library_name == "transformers" and data.base_model is None  # folders are no ids of the hub
-    wer, exact = data.eval_results
+    wer, exact, chain = data.eval_results
+    assert (chain.task_name, chain.metric_value) == ("chain", 50.0)
     assert (wer.task_type, wer.metric_type, wer.metric_value) == (
         "automatic-speech-recognition",
         "wer",
@@ -259,6 +261,8 @@ def test_the_card_has_the_hubs_metadata(folders, tmp_path):
         12.5,
     )
     assert "trust_remote_code=True" in (hub / "README.md").read_text()
+    for path in hub.glob("*.json"):
+        assert str(tmp_path.parent) not in path.read_text(), path  # no folder of this machine
 
 
 # ---- the Hub ----
