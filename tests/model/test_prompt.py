@@ -6,17 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.prompt import (
-    IGNORED,
-    RELEASE_SYSTEM,
-    PromptError,
-    chat_ids,
-    ctc_target_ids,
-    messages_of,
-    normalise,
-    prompt_of,
-    stop_ids,
-)
+from core.ctc_text import ctc_target_ids, normalise
+from model.prompt import IGNORED, RELEASE_SYSTEM, PromptError, chat_ids, messages_of, prompt_of, stop_ids
 from tests.model import tiny
 
 MULTI = [

@@ -18,10 +18,10 @@ import pytest
 import torch
 from transformers import Wav2Vec2Config, Wav2Vec2Model
 
+from core import files
 from model.encoder import build_encoder
 from model.pretrained import fingerprint, locate
 from recipe.config import Recipe
-from train import files
 from train.preemption import PORT_TAKEN
 from train.preflight import (
     Report,

@@ -13,7 +13,7 @@ import torch
 from core.keys import signed_key64
 from recipe.config import Corpus, RecipeError
 from stream import EvalStream, Plan, Stream, TooManyRejected, validation_batches, worst_case_batch
-from stream import stream as stream_module
+from stream import packed as stream_module
 from stream.plan import PLANNED, load_index
 from stream.rejected import RejectedLog
 from tests.stream.conftest import data_config, record, sound, table_index, write_folder

@@ -14,8 +14,8 @@ import torch
 
 from recipe.config import Corpus, MixtureConfig, RecipeError
 from stream import Plan, Stream
-from stream import stream as stream_module
-from stream import web as web_module
+from stream import packed as stream_module
+from stream import unindexed as web_module
 from stream.collate import Collator
 from stream.unindexed import PlainReader, micro_batches_per_step
 from tests.stream.conftest import data_config, sound

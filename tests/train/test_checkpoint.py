@@ -18,9 +18,10 @@ import torch.distributed as dist
 
 from core.distributed import Ranks, remove_shared_memory
 from core.files import step_folders
+from recipe import stages
 from recipe.config import CheckpointConfig, Recipe, RecipeError
 from tests.train.tiny import workspace
-from train import checkpoint, loop, resume, stages
+from train import checkpoint, loop, resume
 from train.checkpoint import Checkpoints, own_steps
 
 

@@ -46,7 +46,17 @@ def test_every_module_has_its_place_in_the_architecture():
             r"^\| `([a-z_/]+/)` \| (.*?) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE
         )
     )
-    rooms = ("core/", "model/", "model/ops/", "data_tools/", "train/", "stream/", "evaluation/")
+    rooms = (
+        "core/",
+        "model/",
+        "model/ops/",
+        "model/generation/",
+        "data_tools/",
+        "recipe/",
+        "stream/",
+        "train/",
+        "evaluation/",
+    )
     names = {
         room: {path.stem for path in (ROOT / room).glob("*.py") if not path.stem.startswith("__")}
         for room in rooms

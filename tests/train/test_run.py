@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from core import distributed
 from recipe.config import Corpus, DataConfig, Recipe, RecipeError, load_recipe
 from tests.train.tiny import STAGES, losses, workspace
-from train import distributed
 from train.dry_run import missing
 from train.loop import check
 from train.preemption import PORT_TAKEN
