@@ -12,45 +12,62 @@ Per way: audio seconds per second and new tokens per second over all clips; time
 over clips or batches: everything up to the first token); LLM positions that an audio takes. Without --model:
 a fresh network of --encoder and --llm (its frames kept are those of an untrained CTC head). Without --shards:
 noise of 1 to 12 s.
+
+--drafted 1 8 compares drafted decoding (model/generation/drafted.py) with greedy decoding instead, in batches
+of 1 and of 8: forward passes of the LLM per token (of each answer, its end of turn included: 1 for greedy
+decoding), time, and answers that differ (by rounding where the two best logits lie within 1e-4).
 """
 
 from __future__ import annotations
 
 import argparse
-import io
+import os
 import statistics
 import time
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
-import soundfile
 import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
 from benchmarks.machine import keep, machine
+from core.audio import decode
+from core.samples import INSTRUCTIONS, asked
+from core.text import count_errors
 from data_tools.shards import ShardIndex
 from model import folder as model_folder
+from model.batch import Batch
 from model.config import EncoderConfig, LLMConfig, SoundwaveConfig
-from model.soundwave import Soundwave
+from model.generation.drafted import Drafting
+from model.language_model import embed
+from model.soundwave import Audio, Soundwave
 
-CHAT = [{"role": "user", "content": "<audio_patch>\nPlease transcribe the following audio."}]
+CHAT = [asked(INSTRUCTIONS["asr"], SoundwaveConfig.audio_token)]
 
 
-def clips(shards: str | None, count: int) -> list[torch.Tensor]:
-    """[samples] at 16 kHz each, of at most 30 s, spread evenly over the corpus."""
+class Clip(NamedTuple):
+    samples: torch.Tensor  # [S] at 16 kHz
+    text: str | None
+
+
+def clips(shards: str | None, count: int, shortest: float = 0.5) -> list[Clip]:
+    """Clips of `shortest` to 30 s, spread evenly over the corpus; noise of 1 to 12 s without a corpus."""
     if shards is None:
         generator = torch.Generator().manual_seed(0)
-        return [
-            0.1 * torch.randn(int(16000 * (1 + 11 * i / max(1, count - 1))), generator=generator)
-            for i in range(count)
-        ]
+        lengths = [int(16000 * (1 + 11 * i / max(1, count - 1))) for i in range(count)]
+        return [Clip(0.1 * torch.randn(length, generator=generator), None) for length in lengths]
     index = ShardIndex.load(shards)
-    rows = [i for i, row in enumerate(index.samples) if row["audio_size"] and 0.5 <= row["duration"] <= 30]
-    chosen = [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
-    sounds = [
-        torch.from_numpy(soundfile.read(io.BytesIO(index.read(row)[0]), dtype="float32")[0]) for row in chosen
+    rows = [
+        i for i, row in enumerate(index.samples) if row["audio_size"] and shortest <= row["duration"] <= 30
     ]
-    return [sound.mean(1) if sound.dim() == 2 else sound for sound in sounds]
+    count = min(count, len(rows))
+    found = []
+    for row in (rows[i * len(rows) // count] for i in range(count)):
+        audio, sample = index.read(row)
+        found.append(Clip(torch.from_numpy(decode(audio).samples), sample.get("text")))
+    return found
 
 
 def as_the_release_does(model: Soundwave) -> None:
@@ -98,6 +115,118 @@ def measure(model: Soundwave, sounds: list[torch.Tensor], batch: int, tokens: in
     }
 
 
+def drafted_decoding(model: Soundwave, found: list[Clip], sizes: list[int], tokens: int) -> list[dict]:
+    """Greedy and drafted decoding of the same batches, in turns; the audio is encoded once for both."""
+    results = []
+    encode = model.listen
+    for size in sizes:
+        ordered = sorted(found, key=lambda clip: len(clip.samples))
+        groups = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+        sums: Counter[str] = Counter()
+        ratios, gaps, model._spelling = [], [], None
+        progress = tqdm(groups, desc=f"batches of {size}")
+        for number, group in enumerate(progress):
+            prompts = model.prompts([CHAT] * len(group), [clip.samples for clip in group])
+            start = time.perf_counter()
+            audio = encode(prompts)
+            wait(model)
+            sums["audio"] += time.perf_counter() - start
+            model.listen = lambda batch, with_ctc=False, audio=audio: audio
+            spent, answers = {}, {}
+            for way in ("greedy", "drafted") if number % 2 else ("drafted", "greedy"):
+                options = {"drafted": Drafting()} if way == "drafted" else {}
+                start = time.perf_counter()
+                answers[way] = model.generate(prompts, max_new_tokens=tokens, **options)
+                wait(model)
+                spent[way] = time.perf_counter() - start
+                sums[way] += spent[way]
+            del model.listen
+            passes = model.drafted_passes
+            if passes is None:
+                raise SystemExit("error: this LLM's answers cannot be drafted")
+            ratios.append(spent["greedy"] / spent["drafted"])
+            sums["row_passes"] += sum(passes.row_passes)
+            sums["tokens"] += sum(passes.tokens)
+            sums["passes"] += passes.passes
+            sums["greedy_passes"] += max(passes.tokens)
+            sums["drafted_tokens"] += passes.drafted
+            sums["accepted"] += passes.accepted
+            for row, (one, other) in enumerate(zip(answers["greedy"], answers["drafted"], strict=True)):
+                if one != other:
+                    gaps.append(logit_gap(model, prompts, audio, row, one, other))
+            progress.set_postfix(
+                passes_per_token=f"{sums['row_passes'] / sums['tokens']:.3f}",
+                speedup=f"{sums['greedy'] / sums['drafted']:.2f}",
+                answers=f"{min(len(found), size * (number + 1))}",
+                different=len(gaps),
+                rounding=sum(gap <= 1e-4 for gap in gaps),
+            )
+            model_texts = [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers["greedy"]]
+            ctc_texts = [
+                model.tokenizer.decode(ids, skip_special_tokens=True) for ids in model._ctc_tokens(audio)
+            ]
+            for clip, text, ctc in zip(group, model_texts, ctc_texts, strict=True):
+                if clip.text:
+                    counts = count_errors([clip.text] * 2, [text, ctc], ["en"] * 2)
+                    sums["words"] += int(counts.units[0])
+                    sums["errors"] += int(counts.errors[0])
+                    sums["ctc_errors"] += int(counts.errors[1])
+        results.append(
+            {
+                "batch": size,
+                "answers": len(found),
+                "tokens": sums["tokens"],
+                "passes_per_token": sums["row_passes"] / sums["tokens"],
+                "batch_passes": sums["passes"] / sums["greedy_passes"],
+                "accepted_share": sums["accepted"] / max(1, sums["drafted_tokens"]),
+                "speedup": sums["greedy"] / sums["drafted"],
+                "speedup_median": statistics.median(ratios),
+                "speedup_with_audio": (sums["greedy"] + sums["audio"]) / (sums["drafted"] + sums["audio"]),
+                "different": len(gaps),
+                "different_by_rounding": sum(gap <= 1e-4 for gap in gaps),
+                "wer": sums["errors"] / max(1, sums["words"]),
+                "ctc_wer": sums["ctc_errors"] / max(1, sums["words"]),
+                "load": os.getloadavg()[0],
+            }
+        )
+    return results
+
+
+def logit_gap(
+    model: Soundwave, prompts: Batch, audio: Audio, row: int, one: list[int], other: list[int]
+) -> float:
+    """The difference of the two best logits where two answers of a row begin to differ."""
+    same = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    embeddings, mask, _ = model.embeddings(prompts, audio, left_padded=True)
+    prompt = embeddings[row : row + 1, -int(mask[row].sum()) :]
+    written = embed(
+        model.llm, torch.tensor([one[:same]], dtype=torch.long, device=prompt.device), model.audio_id
+    )
+    logits = model.llm(inputs_embeds=torch.cat([prompt, written], dim=1)).logits[0, -1].float()
+    best = logits.topk(2).values
+    return float(best[0] - best[1])
+
+
+def drafted_table(results: list[dict]) -> str:
+    columns = {
+        "batch": lambda r: r["batch"],
+        "answers": lambda r: r["answers"],
+        "tokens": lambda r: r["tokens"],
+        "CTC WER, %": lambda r: f"{100 * r['ctc_wer']:.1f}",
+        "LLM WER, %": lambda r: f"{100 * r['wer']:.1f}",
+        "passes / token": lambda r: f"{r['passes_per_token']:.2f}",
+        "batch passes / greedy": lambda r: f"{r['batch_passes']:.2f}",
+        "draft accepted, %": lambda r: f"{100 * r['accepted_share']:.0f}",
+        "greedy / drafted, LLM time": lambda r: f"{r['speedup']:.2f}",
+        "median": lambda r: f"{r['speedup_median']:.2f}",
+        "with audio": lambda r: f"{r['speedup_with_audio']:.2f}",
+        "different (rounding)": lambda r: f"{r['different']} ({r['different_by_rounding']})",
+        "load": lambda r: f"{r['load']:.1f}",
+    }
+    rows = [[value(result) for value in columns.values()] for result in results]
+    return tabulate(rows, tablefmt="github", headers=list(columns), disable_numparse=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -109,6 +238,13 @@ def main() -> None:
     parser.add_argument("--utterances", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument(
+        "--drafted",
+        type=int,
+        nargs="+",
+        metavar="BATCH",
+        help="compare drafted and greedy decoding instead, in batches of these sizes",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="where to write the numbers, the table beside them (.txt)")
     options = parser.parse_args()
@@ -119,14 +255,22 @@ def main() -> None:
     else:
         config = SoundwaveConfig(encoder=EncoderConfig(options.encoder), llm=LLMConfig(options.llm))
         model = Soundwave.build(config, device=options.device).eval()
-    sounds = clips(options.shards, options.utterances)
+    found = clips(options.shards, options.utterances, 0.0 if options.drafted else 0.5)
+    sounds = [clip.samples for clip in found]
+    seconds = sum(map(len, sounds)) / 16000
+    if options.drafted:
+        with torch.inference_mode():
+            results = drafted_decoding(model, found, options.drafted, options.tokens)
+        sizes = f"{len(sounds)} clips, {seconds:.0f} s of audio, at most {options.tokens} new tokens"
+        title = f"{sizes}, {options.device}"
+        report(options, facts, seconds, results, f"{title}\n{drafted_table(results)}")
+        return
     results = [
         measure(model, sounds, options.batch, options.tokens, f"batch of {options.batch}"),
         measure(model, sounds, 1, options.tokens, "one"),
     ]
     as_the_release_does(model)
     results.append(measure(model, sounds, 1, options.tokens, "release"))
-    seconds = sum(map(len, sounds)) / 16000
     told = (
         f"{len(sounds)} clips, {seconds:.0f} s of audio, {options.tokens} new tokens each, {options.device}\n"
         + tabulate(
@@ -135,17 +279,17 @@ def main() -> None:
             headers=["way", "audio s / s", "tokens / s", "first token, ms", "LLM positions / audio"],
         )
     )
-    print(told)
+    report(options, facts, seconds, results, told)
+
+
+def report(options: argparse.Namespace, facts: dict, seconds: float, results: list[dict], table: str) -> None:
+    print(table)
     if options.json:
+        settings = {name: str(value) for name, value in vars(options).items()}
         keep(
             options.json,
-            {
-                "machine": facts,
-                "options": {name: str(value) for name, value in vars(options).items()},
-                "audio_seconds": seconds,
-                "results": results,
-            },
-            told,
+            {"machine": facts, "options": settings, "audio_seconds": seconds, "results": results},
+            table,
         )
 
 

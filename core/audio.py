@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import soundfile
 
+from core import ffmpeg
 from core.audio_limits import MAX_DECODED_BYTES, MAX_SECONDS, AudioError, Limits, Piece, typed_errors
 from core.containers import BytesSource, FileSource, Source, locate, open_regular
 from core.decoders import DType, Pcm16, Sound, Whole, decode_stream, to_float
@@ -201,10 +202,12 @@ class Recording:
 
         Memory holds one block, whatever the length, where the format allows that (of MP3 and Ogg, at the end,
         the file's own bytes too). The first block has the findings about the whole, the last one a `cut`.
-        What has to be decoded from its beginning (joined files, formats of FFmpeg) is decoded whole. Errors:
-        AudioError, for a block that holds NaN or infinity too.
+        Joined files are decoded whole. Errors: AudioError, for a block that holds NaN or infinity too.
         """
         first, findings = 0, [Finding(kind, detail) for kind, detail in self._layout.noticed]
+        if self._needs_ffmpeg():
+            yield from self._ffmpeg_blocks(seconds, findings)
+            return
         while True:
             with typed_errors():
                 part = self._direct() or self._whole_recording()
@@ -226,6 +229,28 @@ class Recording:
                 break
         if first == 0:
             raise AudioError("zero_length", "holds no samples")
+
+    def _needs_ffmpeg(self) -> bool:
+        with typed_errors():
+            streams = self._layout.streams
+            head = self._source.read(streams[0].begin, 16) if len(streams) == 1 else b""
+        return ffmpeg.name_of(head) is not None
+
+    def _ffmpeg_blocks(self, seconds: float, findings: list[Finding]) -> Iterator[Audio]:
+        with typed_errors():
+            opened = self._layout.streams[0].open(self._source)
+            pieces = ffmpeg.decode_blocks(opened, seconds, "")
+        first = 0
+        while True:
+            with typed_errors():
+                if (piece := next(pieces, None)) is None:
+                    return
+                samples = to_float(piece.samples)
+                _check_finite(samples, piece.rate, first / piece.rate)
+            first += len(samples)
+            findings += [Finding("cut", piece.is_cut)] if piece.is_cut else []
+            yield Audio(samples, piece.rate, piece.container, piece.subtype, tuple(findings))
+            findings = []
 
     def _whole(self, dtype: DType, limits: Limits, refuse_cut: bool) -> tuple[Piece, list[Finding]]:
         findings = [Finding(kind, detail) for kind, detail in self._layout.noticed]
@@ -453,6 +478,11 @@ def _levels(samples: np.ndarray, wave: np.ndarray) -> list[Finding]:
     if peak < _SILENT * (32768 if wave.dtype == np.int16 else 1):
         found.append(Finding("silent", "no sample is above -60 dB"))
     return found
+
+
+def is_silent(samples: np.ndarray) -> bool:
+    """Whether no sample of float32 audio is above -60 dB."""
+    return len(samples) == 0 or _peak(samples) < _SILENT
 
 
 def _peak(samples: np.ndarray) -> float:

@@ -3,6 +3,8 @@ more."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO
 
 import numpy as np
@@ -44,6 +46,31 @@ def decode_file(file: IO[bytes] | str, limits: Limits, refusal: str) -> Piece:
 
     Errors: AudioError no_decoder where PyAV is missing, undecodable, those of `limits`.
     """
+    with _opened(file, refusal) as container:
+        return _decode(container, limits)
+
+
+def decode_blocks(file: IO[bytes] | str, seconds: float, refusal: str) -> Iterator[Piece]:
+    """Decode the best audio stream of a file in pieces of about `seconds`, in order; the last one may be cut
+    (`is_cut`). Errors: as of `decode_file`."""
+    with _opened(file, refusal) as container:
+        reading = _Reading(container)
+        waiting: list[np.ndarray] = []
+        size = 0
+        for block in reading.blocks():
+            waiting.append(block)
+            size += len(block)
+            # The last block may have to be shortened: it waits for the next one.
+            if size - len(block) >= seconds * reading.rate:
+                yield reading.piece(waiting[:-1])
+                waiting, size = [block], len(block)
+        waiting[-1] = reading.without_padding(waiting[-1])
+        yield reading.piece(waiting)._replace(is_cut=reading.cut())
+
+
+@contextmanager
+def _opened(file: IO[bytes] | str, refusal: str) -> Iterator:
+    """FFmpeg's container of a file. Errors: AudioError."""
     # A path is opened here: FFmpeg takes some names for addresses.
     with open(file, "rb") if isinstance(file, str) else file as opened:
         opened.seek(0)
@@ -63,58 +90,84 @@ def decode_file(file: IO[bytes] | str, limits: Limits, refusal: str) -> Piece:
             words = refusal if name is None else f"{name}, but FFmpeg says: {error.strerror}"
             raise AudioError("undecodable", words) from None
         with container:
-            return _decode(container, limits)
+            yield container
+
+
+class _Reading:
+    """The best audio stream of a container, decoded once from its beginning."""
+
+    def __init__(self, container):
+        self._container, self.stream = container, container.streams.best("audio")
+        self.name = container.format.name.partition(",")[0]
+        if self.stream is None:
+            raise AudioError("undecodable", f"a file of format {self.name} without audio")
+        self.codec = self.stream.codec_context.name
+        self.rate = self.frames = 0
+        self._frame, self._channels = None, 0
+        self._errors: list[int] = []  # frames that were decoded before each
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Blocks of samples [frames, channels], to the stream's end. Errors: AudioError, at the end for
+        damage in the middle."""
+        import av
+
+        packets = self._container.demux(self.stream)
+        while True:
+            try:
+                decoded = next(packets).decode()
+            except StopIteration:
+                break
+            except av.error.FFmpegError:
+                self._errors.append(self.frames)
+                continue
+            for frame in decoded:
+                block = _samples(frame)
+                if self.frames and (frame.sample_rate, block.shape[1]) != (self.rate, self._channels):
+                    raise AudioError(
+                        "undecodable",
+                        f"its rate or its channels change at {self.frames / self.rate:.3f} s: split it there",
+                    )
+                self.rate, self._channels, self._frame = frame.sample_rate, block.shape[1], frame
+                self.frames += len(block)
+                yield block
+        if self._frame is None:
+            raise AudioError(
+                "undecodable" if self._errors else "zero_length",
+                f"{self.codec} in {self.name}: no samples can be decoded",
+            )
+        if self._errors and self._errors[0] < self.frames - _SLACK_SECONDS * self.rate:
+            raise AudioError(
+                "undecodable",
+                f"{self.codec} in {self.name} is damaged at {self._errors[0] / self.rate:.3f} s",
+            )
+
+    def without_padding(self, block: np.ndarray) -> np.ndarray:
+        """The last block of all without the encoder's padding (ffmpeg 9 leaves it out too, but in fragmented
+        files)."""
+        frame = self._frame
+        if self.name == "mov" and self.codec == "aac" and frame.duration and self.stream.frames:
+            return block[: round(frame.duration * frame.time_base * self.rate)]
+        return block
+
+    def cut(self) -> str:
+        return "its last packet is incomplete" if self._errors else ""
+
+    def piece(self, blocks: list[np.ndarray]) -> Piece:
+        return Piece(np.concatenate(blocks), self.rate, self.name, self.codec)
 
 
 def _decode(container, limits: Limits) -> Piece:
-    import av
-
-    stream = container.streams.best("audio")
-    name = container.format.name.partition(",")[0]
-    if stream is None:
-        raise AudioError("undecodable", f"a file of format {name} without audio")
+    reading = _Reading(container)
     blocks: list[np.ndarray] = []
-    rate = frames = 0
-    frame, errors = None, []  # errors: frames that were decoded before each
-    packets = container.demux(stream)
-    while True:
-        try:
-            decoded = next(packets).decode()
-        except StopIteration:
-            break
-        except av.error.FFmpegError:
-            errors.append(frames)
-            continue
-        for frame in decoded:
-            block = _samples(frame)
-            if blocks and (frame.sample_rate, block.shape[1]) != (rate, blocks[0].shape[1]):
-                raise AudioError(
-                    "undecodable", f"its rate or its channels change at {frames / rate:.3f} s: split it there"
-                )
-            rate = frame.sample_rate
-            limits.add(len(block), rate, block.shape[1], block.itemsize)
-            blocks.append(block)
-            frames += len(block)
-    codec = stream.codec_context.name
-    if frame is None:
-        raise AudioError(
-            "undecodable" if errors else "zero_length", f"{codec} in {name}: no samples can be decoded"
-        )
-    if name == "mov" and codec == "aac" and frame.duration and stream.frames:
-        # The rest of the last frame is the encoder's padding (ffmpeg 9 leaves it out too, but in fragmented
-        # files).
-        blocks[-1] = blocks[-1][: round(frame.duration * frame.time_base * rate)]
-    if errors and errors[0] < frames - _SLACK_SECONDS * rate:
-        raise AudioError("undecodable", f"{codec} in {name} is damaged at {errors[0] / rate:.3f} s")
-    promised = _promised_seconds(container, stream) if name in _TELL_DURATION else None
-    return Piece(
-        np.concatenate(blocks),
-        rate,
-        name,
-        codec,
-        None if promised is None else round(promised * rate),
-        _SLACK_SECONDS,
-        "its last packet is incomplete" if errors else "",
+    for block in reading.blocks():
+        limits.add(len(block), reading.rate, block.shape[1], block.itemsize)
+        blocks.append(block)
+    blocks[-1] = reading.without_padding(blocks[-1])
+    promised = _promised_seconds(container, reading.stream) if reading.name in _TELL_DURATION else None
+    return reading.piece(blocks)._replace(
+        promised=None if promised is None else round(promised * reading.rate),
+        slack=_SLACK_SECONDS,
+        is_cut=reading.cut(),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import regex
@@ -68,14 +69,16 @@ def _runs(text: str, cut: bool) -> Iterator[tuple[int, int]]:
             yield run.span()
             continue
         begin = place = run.start()
-        before = signs = False  # whether the last character, and the stretch so far, are such
+        before = opened = False  # whether the last character stands alone, or opens something
+        signs = False  # whether the stretch so far is nothing but signs
         for grapheme in regex.findall(r"\X", run.group()):
             alone, said = writes_no_spaces(grapheme[0]), bool(_SAID.search(grapheme))
-            if place > begin and (alone or before or (signs and said)):
+            opens = not grapheme.isascii() and _OPENING.fullmatch(grapheme) and not opened
+            if place > begin and (alone or before or opens or (signs and said)):
                 yield begin, place
                 begin = place
-            signs = not said and (before or signs)
-            before = alone
+            signs = not said and (place == begin or signs)
+            before, opened = alone, bool(_OPENING.fullmatch(grapheme))
             place += len(grapheme)
         yield begin, place
 
@@ -162,8 +165,10 @@ def _token_spans(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) 
         found = tokenizer(
             text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
         )
-        if found["input_ids"] == ids:
-            spans = found["offset_mapping"]
+        spans = found["offset_mapping"] if found["input_ids"] == ids else None
+        # bytes of several unknown characters come with the span of all of them
+        if spans and any(a == b and a[1] - a[0] > 1 for a, b in pairwise(spans)):
+            spans = None
     if spans is None:
         spans, before = [], 0
         for count in range(1, len(ids) + 1):

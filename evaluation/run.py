@@ -34,14 +34,21 @@ from evaluation.score import print_notes, score_file, table
 from evaluation.tasks import lettered_choices, reference_of
 from model import folder
 from model.batch import Batch
+from model.generation.drafted import Drafting
 from model.generation.joint import JointSearch
 from model.pretrained import SourceError
 from model.soundwave import Soundwave
 from recipe.config import DataConfig, Recipe, RecipeError, load_recipe
 from recipe.stages import initial_folder, stage_of
+from soundwave.decoding import Decoding, decode_batch
 from stream import EvalStream
 
 STAGE_I = "alignment"
+DECODES = ("ctc", "generate", "joint", "drafted")
+DECODE_HELP = (
+    "default: ctc for stage I, generate for II and III; joint: transcripts by LLM and CTC together; "
+    "drafted: as generate, faster: the LLM checks the CTC head's transcript"
+)
 
 
 class InputError(OneLine, ValueError):
@@ -83,6 +90,11 @@ def joint_search(options: argparse.Namespace) -> JointSearch:
     else:
         ctc_text = load_recipe(options.untrained, options.overrides).data.ctc_text
     return JointSearch(options.ctc_weight, options.beams, token_bonus=options.token_bonus, ctc_text=ctc_text)
+
+
+def drafting(options: argparse.Namespace) -> Drafting:
+    """The options of `--decode drafted`."""
+    return Drafting(options.draft_tokens, options.draft_ratio)
 
 
 def begin(recipe: Recipe, decode: str | None) -> tuple[Soundwave, str]:
@@ -148,7 +160,15 @@ def predict(
 ) -> None:
     """Answer every batch of the stream and append it to the file. A batch without samples fills up a shorter
     rank: no answer."""
-    joint = joint_search(options) if decode == "joint" else None
+    decoding = Decoding(
+        "greedy" if decode == "generate" else decode,
+        options.max_new_tokens,
+        joint_search(options) if decode == "joint" else None,
+        options.sample,
+        options.temperature,
+        options.top_p,
+        drafting(options) if decode == "drafted" else None,
+    )
     device = next(model.parameters()).device
     reported = 0
     with tqdm(
@@ -161,34 +181,23 @@ def predict(
                 continue
             began = time.perf_counter()
             batch = batch.to(device)
-            if decode == "ctc":
-                raws = model.ctc_greedy(batch)
-                texts, counts = raws, [None] * len(raws)
-            else:
-                tokens = model.generate(
-                    batch,
-                    max_new_tokens=options.max_new_tokens,
-                    do_sample=options.sample,
-                    temperature=options.temperature,
-                    top_p=options.top_p,
-                    joint=joint,
-                )
-                raws = [model.tokenizer.decode(ids, skip_special_tokens=False) for ids in tokens]
-                texts = [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
-                counts = [len(ids) for ids in tokens]
+            decoded = decode_batch(model, batch, decoding)
             wall = (time.perf_counter() - began) / len(samples)
             lengths = audio_lengths(model, batch)
             rows = []
             for i, sample in enumerate(samples):
-                if decode != "ctc" and i in model.unanswered:
+                if decoded[i].unanswered is not None:
                     rejected = [
                         *rejected,
-                        {"id": sample["id"], "corpus": sample.get("corpus"), "why": model.unanswered[i]},
+                        {"id": sample["id"], "corpus": sample.get("corpus"), "why": decoded[i].unanswered},
                     ]
                     continue
-                row = prediction_row(sample, texts[i], raws[i], decode) | {"wall": round(wall, 4)}
-                if counts[i] is not None:
-                    row["tokens"] = counts[i]
+                row = prediction_row(sample, decoded[i].text, decoded[i].raw, decode)
+                row["wall"] = round(wall, 4)
+                if decoded[i].tokens is not None:
+                    row["tokens"] = decoded[i].tokens
+                if decoded[i].passes is not None:
+                    row["passes"] = decoded[i].passes
                 rows.append(row | lengths[i])
             file.append(rows, rejected)
             progress.update(len(samples))
@@ -263,6 +272,11 @@ def check_inputs(options: argparse.Namespace) -> list[TestSet]:
                         if options.decode == "joint"
                         else {}
                     ),
+                    **(
+                        {"drafted": options.draft_ratio}
+                        if options.decode == "drafted" and options.draft_ratio < 1
+                        else {}
+                    ),
                 },
             )
         )
@@ -270,13 +284,13 @@ def check_inputs(options: argparse.Namespace) -> list[TestSet]:
 
 
 def load(options: argparse.Namespace, device: torch.device) -> tuple[Soundwave, str]:
-    """The model on its device, and its decode (ctc | generate | joint)."""
+    """The model on its device, and its decode (ctc | generate | joint | drafted)."""
     if options.untrained:
         model, stage = begin(load_recipe(options.untrained, options.overrides), options.decode)
     else:
         model = folder.load(options.model, with_llm=options.decode != "ctc")
         stage = model.stage
-    if options.decode in ("generate", "joint") and stage == STAGE_I:
+    if options.decode in ("generate", "joint", "drafted") and stage == STAGE_I:
         raise InputError(
             f"{options.model or options.untrained} is of stage I, which has no LLM: use --decode ctc, or the "
             f"folder "
@@ -405,8 +419,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--decode",
-        choices=["ctc", "generate", "joint"],
-        help="default: ctc for stage I, generate for II and III; joint: transcripts by LLM and CTC together",
+        choices=DECODES,
+        help=DECODE_HELP,
+    )
+    parser.add_argument(
+        "--draft-tokens",
+        type=int,
+        default=Drafting.longest,
+        help="draft tokens that drafted checks in one pass at most (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--draft-ratio",
+        type=float,
+        default=Drafting.minimum_ratio,
+        help="drafted accepts a token of at least this share of the best one's probability; below 1, answers "
+        "differ from greedy ones (default: %(default)s)",
     )
     parser.add_argument(
         "--beams", type=int, default=JointSearch.beams, help="hypotheses of joint (default: %(default)s)"
@@ -449,7 +476,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.overrides and not options.untrained:
         parser.error(f"'{options.overrides[0]}': key=value goes with --untrained RECIPE only")
-    for name in ("beams", "max_new_tokens"):
+    if not 0 < options.draft_ratio <= 1:
+        parser.error("--draft-ratio must be in (0, 1]")
+    if options.decode == "drafted" and options.sample:
+        parser.error("--decode drafted is greedy: without --sample")
+    for name in ("beams", "draft_tokens", "max_new_tokens"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if options.decode == "joint" and options.sample:

@@ -8,13 +8,9 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from model.batch import Batch
+from model.generation.drafted import Drafting
 from model.generation.joint import JointSearch
 from model.soundwave import Audio, Soundwave
-
-try:
-    from model.generation import drafted
-except ImportError:  # a version without it
-    drafted = None
 
 Decode = Literal["ctc", "greedy", "drafted", "joint"]
 DECODES: tuple[str, ...] = get_args(Decode)
@@ -32,6 +28,7 @@ class Decoding:
     do_sample: bool = False
     temperature: float = 0.2
     top_p: float = 0.9
+    drafted: Drafting | None = None
 
     def __post_init__(self) -> None:
         if self.decode not in DECODES:
@@ -47,6 +44,7 @@ class Decoded(NamedTuple):
     raw: str  # with special tokens
     tokens: int | None  # that were generated; None where the LLM took no part
     unanswered: str | None = None  # why there is no answer
+    passes: int | None = None  # of the LLM, where the answer was drafted
 
 
 def decode_batch(
@@ -66,12 +64,14 @@ def decode_batch(
         **_search(decoding),
     )
     tokenizer = model.tokenizer
+    passes = model.drafted_passes.row_passes if model.drafted_passes is not None else None
     return [
         Decoded(
             tokenizer.decode(ids, skip_special_tokens=True),
             tokenizer.decode(ids, skip_special_tokens=False),
             len(ids),
             model.unanswered.get(place),
+            None if passes is None else passes[place],
         )
         for place, ids in enumerate(answers)
     ]
@@ -82,9 +82,7 @@ def _search(decoding: Decoding) -> dict:
     if decoding.decode == "joint":
         return {"joint": decoding.joint or JointSearch()}
     if decoding.decode == "drafted":
-        if drafted is None:
-            raise ValueError("decode is 'drafted', which this version does not have: give greedy")
-        return {"drafted": drafted.Drafting()}
+        return {"drafted": decoding.drafted or Drafting()}
     return {}
 
 

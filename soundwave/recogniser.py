@@ -19,12 +19,22 @@ from typing import Literal, TypeAlias
 import numpy as np
 import torch
 
-from core.audio import SAMPLE_RATE, AudioError, Finding, Recording, Resampler, largest_decoded, mixed_block
+from core.audio import (
+    SAMPLE_RATE,
+    AudioError,
+    Finding,
+    Recording,
+    Resampler,
+    is_silent,
+    largest_decoded,
+    mixed_block,
+)
 from core.audio import decode as decode_audio
 from core.samples import INSTRUCTIONS, asked
 from core.spelling import join_words, spell
 from model import folder as model_folder
 from model.batch import Batch
+from model.generation.drafted import Drafting
 from model.generation.hotwords import BONUS, Hotwords
 from model.generation.joint import JointSearch
 from model.generation.timestamps import Word, align_frames, frame_seconds
@@ -35,10 +45,13 @@ from soundwave.results import Answer, Segment, Transcription
 from soundwave.windows import Cutter, Frames, Window
 
 Source: TypeAlias = "str | os.PathLike | bytes | np.ndarray | torch.Tensor | Sequence[float]"
-#: A window has speech if the CTC head finds a token in it, or in any frame at least this probability of one.
-#: Chosen on the quick start's validation dialogues (docs/transcribe.md).
+#: A window has speech if the CTC head finds a token in it, or in any frame at least this probability of one;
+#: twice as much beyond GATE_SECONDS, since the largest of many frames is large by chance. Chosen on the quick
+#: start's validation dialogues (docs/transcribe.md).
 GATE = 0.25
+GATE_SECONDS = 3.0
 WINDOW_SECONDS = 10.0
+PAUSE_SECONDS = 0.6
 BLOCK_SECONDS = 30.0  # of audio that is read at a time
 POOL_BATCHES = 4  # batches of windows that are sorted by length together
 SPEAKERS = "channel {}"
@@ -52,10 +65,10 @@ class Options:
     times of words. hotwords: words or phrases that joint search favours, each token of them by
     hotword_bonus; hotwords_in_prompt: name them in the prompt, too. language: of the speech, decides what
     a word is. channels: mix them, or "split": transcribe each by itself, as a speaker. window_seconds:
-    the longest stretch that is transcribed at once; None: 10 s, or what the model takes. overlap_seconds:
-    that neighbours see of each other. batch_seconds: padded audio in a batch. gate: probability of a
-    token below which a window without tokens is silence; 0 lets all through. beams, ctc_weight,
-    token_bonus: of joint search.
+    the longest stretch that is transcribed at once; None: 10 s, or what the model takes. pause_seconds:
+    without a token that end a window; 0: only its length does. overlap_seconds: that neighbours see of
+    each other. batch_seconds: padded audio in a batch. gate: probability of a token below which a window
+    without tokens is silence; 0 lets all through. beams, ctc_weight, token_bonus: of joint search.
     """
 
     decode: Decode | None = None
@@ -67,6 +80,7 @@ class Options:
     channels: Literal["mix", "split"] = "mix"
     batch_seconds: float = 120.0
     window_seconds: float | None = None
+    pause_seconds: float = PAUSE_SECONDS
     overlap_seconds: float = 0.0
     gate: float = GATE
     max_new_tokens: int = 200
@@ -84,7 +98,13 @@ class Options:
             if getattr(self, name) not in allowed:
                 names = ", ".join(str(value) for value in allowed)
                 raise ValueError(f"{name} is {getattr(self, name)!r}: give one of {names}")
-        least = {"batch_seconds": 1.0, "overlap_seconds": 0.0, "gate": 0.0, "hotword_bonus": 0.0}
+        least = {
+            "batch_seconds": 1.0,
+            "pause_seconds": 0.0,
+            "overlap_seconds": 0.0,
+            "gate": 0.0,
+            "hotword_bonus": 0.0,
+        }
         if self.window_seconds is not None:
             least["window_seconds"] = 1.0
         for name, value in least.items():
@@ -139,6 +159,7 @@ class _Setup:
     instruction: str
     longest: int  # samples of a window's body
     overlap: int
+    pause: int
 
 
 def load(
@@ -208,21 +229,42 @@ class SpeechModel:
         setup = self._setup(options or Options())
         return self._transcribe_all(sources, sampling_rate, progress, setup)
 
+    def transcribe_clip(
+        self, source: Source, *, sampling_rate: int = SAMPLE_RATE, **options
+    ) -> Transcription:
+        """Return what is said in a clip, transcribed at once: `transcribe` without windows, for clips
+        that the model takes whole. Errors: as of `transcribe`, AudioError for a longer one."""
+        waveform, findings = self._clip(source, sampling_rate)
+        longest = self.network.config.encoder.max_seconds
+        found = self.transcribe(waveform, **{"window_seconds": longest} | options)
+        return replace(found, notes=(*map(_note, findings), *found.notes))
+
     def answer(
-        self, source: Source, question: str, *, sampling_rate: int = SAMPLE_RATE, max_new_tokens: int = 200
+        self,
+        source: Source,
+        question: str,
+        *,
+        sampling_rate: int = SAMPLE_RATE,
+        max_new_tokens: int = 200,
+        decode: Literal["greedy", "drafted"] = "greedy",
     ) -> Answer:
         """Return the LLM's answer to a question about a clip. source: as of `transcribe`, of at most
         `model.encoder.max_seconds`. Errors: AudioError, ValueError, PromptError."""
         if not self.has_llm:
             raise ValueError("this model has no LLM to ask: load the folder of a later stage, with its LLM")
+        if decode not in ("greedy", "drafted"):
+            raise ValueError(f"decode is {decode!r}: an answer to a question is greedy or drafted")
         token = self.network.config.audio_token
         if token in question:
             raise ValueError(f"the question holds {token}: leave it out, the audio stands before it")
         waveform, findings = self._clip(source, sampling_rate)
         with _collected() as messages:
-            text = self.network.answer([[asked(question, token)]], [waveform], max_new_tokens=max_new_tokens)[
-                0
-            ]
+            text = self.network.answer(
+                [[asked(question, token)]],
+                [waveform],
+                max_new_tokens=max_new_tokens,
+                drafted=Drafting() if decode == "drafted" else None,
+            )[0]
         notes = [_note(finding) for finding in findings]
         notes += [message.removeprefix("waveform 0 ") for message in messages]
         return Answer(" ".join(text.split()), len(waveform) / SAMPLE_RATE, tuple(notes))
@@ -269,6 +311,7 @@ class SpeechModel:
             instruction,
             round(seconds * SAMPLE_RATE),
             round(options.overlap_seconds * SAMPLE_RATE),
+            round(options.pause_seconds * SAMPLE_RATE),
         )
 
     # ---- reading ----
@@ -370,7 +413,8 @@ class SpeechModel:
                 job.channels = block.shape[1]
                 room = round(setup.options.batch_seconds * SAMPLE_RATE)
                 cutters = [
-                    Cutter(self._scan, frame, setup.longest, setup.overlap, room) for _ in range(job.channels)
+                    Cutter(self._scan, frame, setup.longest, setup.overlap, setup.pause, room)
+                    for _ in range(job.channels)
                 ]
             job.samples += len(block)
             for channel, cutter in enumerate(cutters):
@@ -420,7 +464,12 @@ class SpeechModel:
         with _collected() as messages:
             batch, audio = self._encoded([piece.window.samples for piece in pieces], setup.instruction)
         _keep_notes(messages, pieces)
-        spoken = [row for row in range(len(pieces)) if self._has_speech(audio, row, setup.options.gate)]
+        gate = setup.options.gate
+        spoken = [
+            row
+            for row, piece in enumerate(pieces)
+            if not gate or not is_silent(piece.window.samples) and self._has_speech(audio, row, gate)
+        ]
         for row, piece in enumerate(pieces):
             piece.job.waiting -= 1
             if row not in spoken:
@@ -448,6 +497,8 @@ class SpeechModel:
         length = int(audio.lengths[row])
         if bool((audio.argmax[row, :length] != self.network.ctc_head.blank).any()):
             return True
+        if length * frame_seconds(self.network) > GATE_SECONDS:
+            gate = min(2 * gate, 1.0)
         return bool(1 - audio.blank_logprob[row, :length].min().exp() >= gate)
 
     def _words(self, audio: Audio, pieces: list[_Piece], texts: list[str], setup: _Setup) -> list[list[Word]]:

@@ -80,6 +80,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             float,
             "longest stretch transcribed at once (default: 10, or what the model takes)",
         ),
+        ("pause_seconds", float, "without a token that end a stretch; 0: only its length does"),
         ("overlap_seconds", float, "of neighbouring stretches"),
         ("gate", float, "probability of a token below which a stretch is silence; 0: no gate"),
         ("max_new_tokens", int, "of one stretch"),

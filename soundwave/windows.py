@@ -17,7 +17,10 @@ import numpy as np
 from core.audio import SAMPLE_RATE
 
 CONTEXT_SECONDS = 1.0  # of audio on both sides that a scanned chunk sees and whose frames are not used
-SHORTEST_SHARE = 0.4  # of a window's longest length: no cut is looked for before it
+LOOKAHEAD_SECONDS = 1.0  # behind a window's longest length that is looked at: what follows its last pause
+SHORTEST_SHARE = 0.4  # of a window's longest length: no cut is looked for before it, but at a long pause
+SHORTEST_SECONDS = 0.5  # of a window that ends in a long pause
+MARGIN_SECONDS = 0.5  # of a long pause that stay with the words at its ends
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,47 @@ class Window:
         return len(self.samples) / SAMPLE_RATE
 
 
+def blank_runs(blank: np.ndarray) -> list[tuple[int, int]]:
+    """Return (begin, end) of each run of blanks [T]."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], blank, [False]]).astype(np.int8)))
+    return [(begin, end) for begin, end in edges.reshape(-1, 2).tolist()]
+
+
+def quietest(energy: np.ndarray, begin: int, last: int) -> int:
+    """Return the quietest of the frames [begin, last], of equal ones the middle one."""
+    quiet = energy[begin : last + 1]
+    lowest = np.flatnonzero(quiet <= quiet.min() * (1 + 1e-6))
+    return begin + int(lowest[len(lowest) // 2])
+
+
+def pause_cut(
+    blank: np.ndarray,
+    begins_word: np.ndarray,
+    energy: np.ndarray,
+    start: int,
+    first: int,
+    last: int,
+    pause: int,
+    margin: int,
+) -> int | None:
+    """Return the frame in [first, last] in whose middle to cut the first pause of at least `pause`
+    frames; None where there is none.
+
+    The cut is near the words before the pause, at most `margin` frames behind them. A window that has no
+    words yet, from frame `start` on, ends near those after the pause.
+    """
+    for begin, end in blank_runs(blank):
+        if end - begin < pause or (end < len(blank) and not begins_word[end]):
+            continue
+        if begin <= start:
+            low = high = min(end - 1 - min(margin, (end - begin) // 2), last)
+        else:
+            low, high = max(begin + 1, first), min(end - 2, begin + margin, last)
+        if first <= low <= high:
+            return quietest(energy, low, high)
+    return None
+
+
 def best_cut(blank: np.ndarray, begins_word: np.ndarray, energy: np.ndarray, first: int, last: int) -> int:
     """Return the frame in [first, last] in whose middle to cut.
 
@@ -54,9 +98,8 @@ def best_cut(blank: np.ndarray, begins_word: np.ndarray, energy: np.ndarray, fir
     the runs of blanks that reach into the range the longest one is taken, of equal ones the last; runs
     inside a word only where there are no others. Where nothing is blank: the quietest frame.
     """
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], blank, [False]]).astype(np.int8)))
     best, place = (), None
-    for begin, end in edges.reshape(-1, 2).tolist():  # [begin, end)
+    for begin, end in blank_runs(blank):
         if end <= first or begin > last:
             continue
         between_words = end >= len(blank) or bool(begins_word[end])
@@ -65,23 +108,32 @@ def best_cut(blank: np.ndarray, begins_word: np.ndarray, energy: np.ndarray, fir
     begin, end = (first, last) if place is None else place
     if place is not None and end - begin >= 2:
         begin, end = begin + 1, end - 1  # away from the words at its ends
-    quiet = energy[begin : end + 1]
-    lowest = np.flatnonzero(quiet <= quiet.min() * (1 + 1e-6))
-    return begin + int(lowest[len(lowest) // 2])
+    return quietest(energy, begin, end)
 
 
 class Cutter:
     """Cuts one channel. `push` its samples, then `finish`; each returns the windows that are complete.
 
-    frame: samples of one frame of `scan`. longest: of a window's body. overlap: on both sides of it. All in
-    samples. scan_samples: how many a call of `scan` may take together.
+    frame: samples of one frame of `scan`. longest: of a window's body. overlap: on both sides of it.
+    pause: that ends a window; 0: none does. All in samples. scan_samples: how many a call of `scan` may
+    take together.
     """
 
-    def __init__(self, scan: Scan, frame: int, longest: int, overlap: int = 0, scan_samples: int = 0):
+    def __init__(
+        self,
+        scan: Scan,
+        frame: int,
+        longest: int,
+        overlap: int = 0,
+        pause: int = 0,
+        scan_samples: int = 0,
+    ):
         self._scan, self._frame, self._overlap = scan, frame, overlap
         self._longest = max(longest, 4 * frame)
+        self._pause = max(3, round(pause / frame)) if pause else None  # frames
         self._chunk = -(-self._longest // frame) * frame
         self._context = -(-round(CONTEXT_SECONDS * SAMPLE_RATE) // frame) * frame
+        self._lookahead = round(LOOKAHEAD_SECONDS * SAMPLE_RATE)
         self._most = max(1, scan_samples // (self._chunk + 2 * self._context))  # chunks of one call
         self._samples = np.zeros(0, np.float32)  # of the recording, from `_base` on
         self._base = 0
@@ -114,7 +166,7 @@ class Cutter:
     def _cut(self, final: bool) -> list[Window]:
         windows: list[Window] = []
         while self._end - self._start > self._longest:
-            reach = self._start + self._longest + self._overlap
+            reach = self._start + self._longest + max(self._overlap, self._lookahead)
             if self._scanned < min(reach, self._end) and not self._scan_more(final):
                 break
             if self._scanned < reach and self._scanned < self._end:
@@ -122,6 +174,11 @@ class Cutter:
             if not final and self._end < reach:
                 break
             windows.append(self._window(self._next_cut()))
+        if final and len(self._blank) and self._pause:  # of a recording that was scanned: what is left
+            while self._scanned < self._end:
+                self._scan_more(final)
+            while (cut := self._pause_cut(len(self._blank) - 1, *self._all())) is not None:
+                windows.append(self._window(cut))
         return windows
 
     def _scan_more(self, final: bool) -> bool:
@@ -152,10 +209,31 @@ class Cutter:
         """The sample where the next window's body ends."""
         half = self._frame // 2
         last = (self._start + self._longest - half) // self._frame - self._first
+        if self._pause and (cut := self._pause_cut(last, *self._known())) is not None:
+            return cut
         first = -(-(self._start + round(SHORTEST_SHARE * self._longest)) // self._frame) - self._first
         last = min(last, len(self._blank) - 1)
-        frame = best_cut(self._blank, self._begins, self._energy, min(first, last), last)
+        frame = best_cut(*self._known(), min(first, last), last)
         return (self._first + frame) * self._frame + half
+
+    def _all(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What is known about frames."""
+        return self._blank, self._begins, self._energy
+
+    def _known(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What is known about the frames that a cut depends on, however many were scanned."""
+        end = -(-(self._start + self._longest + self._lookahead) // self._frame) - self._first
+        return self._blank[:end], self._begins[:end], self._energy[:end]
+
+    def _pause_cut(self, last: int, blank: np.ndarray, begins: np.ndarray, energy: np.ndarray) -> int | None:
+        """The sample in the first long pause, not behind frame `last`."""
+        half, seconds = self._frame // 2, SAMPLE_RATE / self._frame
+        start = -(-self._start // self._frame) - self._first
+        first = start + max(1, round(SHORTEST_SECONDS * seconds))
+        margin = max(1, round(MARGIN_SECONDS * seconds))
+        last = min(last, len(blank) - 1, (self._end - 1 - half) // self._frame - self._first)
+        frame = pause_cut(blank, begins, energy, start, first, last, self._pause, margin)
+        return None if frame is None else (self._first + frame) * self._frame + half
 
     def _window(self, end: int) -> Window:
         """The window from the last one's end to `end`; what no later one needs is dropped."""

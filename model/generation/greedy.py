@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from transformers import GenerationConfig, LogitNormalization, LogitsProcessorLi
 
 from model.batch import Batch
 from model.features import SAMPLE_RATE, log_mel
+from model.generation import drafted as drafting
 from model.generation.joint import CTCPrefixScores, JointScores, JointSearch
 from model.language_model import base_of, context_length, end_ids
 from model.prompt import audio_count, chat_ids
@@ -24,10 +26,15 @@ if TYPE_CHECKING:
 
 
 MAX_NEW_TOKENS = 512
+logger = logging.getLogger("soundwave")
 
 
 class Generation:
     """Inference of `Soundwave` (mixed into it)."""
+
+    drafted_passes: drafting.Passes | None = None  # of the last batch, where its answers were drafted
+    _spelling: drafting.Spelling | None = None
+    _draft_refusals: set[str] = set()
 
     def prompts(
         self,
@@ -136,6 +143,7 @@ class Generation:
         streamer: "BaseStreamer | None" = None,
         synced_gpus: bool = False,
         joint: JointSearch | None = None,
+        drafted: drafting.Drafting | None = None,
         audio: Audio | None = None,
     ) -> list[list[int]]:
         """Return answers as token ids, one list per conversation, without the end of turn.
@@ -145,8 +153,10 @@ class Generation:
         count with do_sample (the values are the release's). streamer: transformers' TextStreamer or
         TextIteratorStreamer, for one conversation. synced_gpus: under ZeRO-3 every rank decodes until the
         last one has finished. joint: search the answers together with the CTC head (for transcripts;
-        model/generation/joint.py), without sampling or streamer. audio: what `listen` gives for this
-        batch, where the caller has it.
+        model/generation/joint.py), without sampling or streamer. drafted: let the LLM check the CTC head's
+        transcript, several tokens in one pass (model/generation/drafted.py): the tokens of greedy decoding,
+        in fewer passes, which `drafted_passes` counts. audio: what `listen` gives for this batch, where the
+        caller has it.
 
         Of the LLM's own generation settings only the ids that end a text count (language_model.end_settings);
         all others are those given here. A conversation beyond the LLM's context is answered by nothing and
@@ -156,6 +166,8 @@ class Generation:
             raise ValueError("this model has no LLM (stage I): use ctc_greedy")
         if joint is not None and (do_sample or streamer is not None):
             raise ValueError("joint decoding is a beam search: no do_sample, no streamer")
+        if drafted is not None and (do_sample or joint is not None):
+            raise ValueError("drafted decoding is greedy: no do_sample, no joint")
         training = self.training
         self.eval()
         audio = self.listen(batch) if audio is None else audio
@@ -178,6 +190,21 @@ class Generation:
             pad_token_id=stop[0],
             use_cache=True,
         )
+        self.drafted_passes = None
+        if drafted is not None and self._can_draft(drafted, longest, settings, synced_gpus):
+            limits = drafting.Limits(stop, min_new_tokens, settings.max_new_tokens)
+            answers, self.drafted_passes = drafting.decode(
+                self.llm,
+                self.audio_id,
+                embeddings,
+                mask,
+                self._drafts(batch, audio, drafted, stop),
+                limits,
+                drafted.minimum_ratio,
+                streamer,
+            )
+            self.train(training)
+            return self._answers(answers, stop)
         processors, searched = LogitsProcessorList(), None
         if do_sample:
             settings.update(temperature=temperature, top_p=top_p, top_k=0)
@@ -200,12 +227,60 @@ class Generation:
             logits_processor=processors,
         )
         self.train(training)
+        answers = ids.tolist()
+        if searched is not None:
+            for place, (ctc, best) in enumerate(zip(searched.ctc, searched.best, strict=True)):
+                answers[place] = answers[place] if ctc is None else best[1]
+        return self._answers(answers, stop)
+
+    def _answers(self, rows: list[list[int]], stop: list[int]) -> list[list[int]]:
+        """Cut each answer at its end of turn; conversations beyond the LLM's context have none."""
         answers = []
-        for place, row in enumerate(ids.tolist()):
+        for place, row in enumerate(rows):
             end = next((i for i, token in enumerate(row) if token in stop), len(row))
-            answer = row[:end] if searched is None or searched.ctc[place] is None else searched.best[place][1]
-            answers.append([] if place in self.unanswered else answer)
+            answers.append([] if place in self.unanswered else row[:end])
         return answers
+
+    def _can_draft(
+        self,
+        drafted: drafting.Drafting,
+        longest: int | None,
+        settings: GenerationConfig,
+        synced_gpus: bool,
+    ) -> bool:
+        """Whether answers can be drafted; why not is logged once."""
+        positions = (longest or 1) + settings.max_new_tokens
+        why = drafting.refusal(self.llm, positions, drafted.longest)
+        if synced_gpus:
+            why = "under ZeRO-3 every rank has to run as many passes"
+        if why is not None and why not in self._draft_refusals:
+            self._draft_refusals.add(why)
+            logger.warning("drafted decoding falls back to greedy: %s", why)
+        return why is None
+
+    def _drafts(
+        self, batch: Batch, audio: Audio, drafted: drafting.Drafting, stop: list[int]
+    ) -> list[drafting.Draft]:
+        """The CTC transcripts of each conversation's audios, as drafts of its answer."""
+        if self._spelling is None or self._spelling.stop != stop:
+            rows = base_of(self.llm).get_input_embeddings().weight.shape[0]
+            self._spelling = drafting.Spelling(self.tokenizer, stop, rows)
+        counts = (batch.attention_mask.bool() & (batch.input_ids == self.audio_id)).sum(dim=1).tolist()
+        transcripts = iter(self._ctc_tokens(audio))
+        drafts = []
+        for count in counts:
+            tokens = [token for _ in range(count) for token in next(transcripts)]
+            drafts.append(drafting.Draft(self._spelling, self._spelling.draft(tokens), drafted.longest))
+        return drafts
+
+    def _ctc_tokens(self, audio: Audio) -> list[list[int]]:
+        """The CTC head's greedy transcript of each audio: argmax tokens, runs collapsed, blanks dropped."""
+        found = []
+        for argmax, length in zip(audio.argmax.cpu(), audio.lengths.tolist()):
+            tokens = torch.unique_consecutive(argmax[:length])
+            kept = tokens[(tokens != self.ctc_head.blank) & (tokens < len(self.tokenizer))]
+            found.append(kept.tolist())
+        return found
 
     def _fit(self, mask: torch.Tensor) -> int | None:
         """Return the positions that the longest conversation takes among those that fit into the LLM's
@@ -259,12 +334,10 @@ class Generation:
         self.eval()
         audio = self.listen(batch) if audio is None else audio
         self.train(training)
-        texts = []
-        for argmax, length in zip(audio.argmax.cpu(), audio.lengths.tolist()):
-            tokens = torch.unique_consecutive(argmax[:length])
-            tokens = tokens[(tokens != self.ctc_head.blank) & (tokens < len(self.tokenizer))]
-            texts.append(self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True).strip())
-        return texts
+        return [
+            self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            for tokens in self._ctc_tokens(audio)
+        ]
 
     @torch.no_grad()
     def inspect(self, batch: Batch) -> dict[str, list]:

@@ -7,6 +7,7 @@ the spelling that they have in the text.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,10 +26,11 @@ from model.waveforms import SoundWarning
 if TYPE_CHECKING:
     from model.soundwave import Soundwave
 
-#: Seconds by which the first frame that emits a word comes after the word's start, and the last one before
-#: its end. Medians on the quick start's validation dialogues (benchmarks/timestamps.py --calibrate).
-START_DELAY = 0.0
-END_ADVANCE = 0.0
+#: The calibrated offset for CTC's peaks, in seconds: a word starts this much before the first frame that
+#: emits it, and ends this much after the last one (at the latest where the next word starts). Medians over
+#: the quick start's validation dialogues, frames of 80 ms (benchmarks/timestamps.py --calibrate).
+START_DELAY = 0.02
+END_ADVANCE = 0.30
 #: Seconds of audio, padding included, that are encoded at a time.
 BATCH_SECONDS = 120.0
 
@@ -192,6 +194,10 @@ class Run:
     last: int
     logprob: float
 
+    def at(self, share: float) -> float:
+        """Return the place, in frames, where this share of the run has passed."""
+        return self.first + share * (self.last + 1 - self.first)
+
 
 def emissions(place: Tensor, labels: Tensor, count: int) -> list[Run]:
     """place [T] of `ops.ctc_align`, labels [T, U] -> the run of each of `count` targets."""
@@ -204,35 +210,28 @@ def emissions(place: Tensor, labels: Tensor, count: int) -> list[Run]:
     return [Run(*run) for run in zip(first.tolist(), last.tolist(), best.tolist())]
 
 
-def timed(spelling: Spelling, runs: list[Run], step: float, seconds: float, offset: int = 0) -> list[Word]:
-    """Return the words with times from their targets' frames of `step` seconds. A word without targets takes
-    no time, at the end of the word before it."""
-    words: list[Word] = []
-    raw = []
+def timed(spelling: Spelling, runs: Sequence[Run], step: float, seconds: float) -> list[Word]:
+    """Return the words with times from the runs of their targets, of frames of `step` seconds. runs: of the
+    first targets, where the audio ends before the text. A word without a run has no length and no confidence:
+    it is at the end of the word before it."""
+    times: list[tuple[float, float, float] | None] = []
     for parts in spelling.parts:
-        if not parts:
-            raw.append(None)
+        if not parts or parts[-1].place >= len(runs):
+            times.append(None)
             continue
-        begin, end = parts[0], parts[-1]
-        start = _within_run(runs[begin.place], begin.begin) * step - (START_DELAY if begin.begin == 0 else 0)
-        stop = _within_run(runs[end.place], end.end) * step + (END_ADVANCE if end.end == 1 else 0)
-        confidence = sum(runs[part.place].logprob for part in parts) / len(parts)
-        raw.append([start, stop, confidence])
-    times = [time for time in raw if time]
-    for time in times:
-        time[0] = min(max(time[0], 0.0), seconds)
-        time[1] = min(max(time[1], time[0]), seconds)
-    for before, after in zip(times, times[1:]):
-        before[1] = min(before[1], max(after[0], before[0]))
-    now = 0.0
-    for text, time in zip(spelling.words, raw):
+        first, last = parts[0], parts[-1]
+        start = runs[first.place].at(first.begin) * step - (START_DELAY if first.begin == 0 else 0.0)
+        end = runs[last.place].at(last.end) * step + (END_ADVANCE if last.end == 1 else 0.0)
+        logprob = sum(runs[part.place].logprob for part in parts) / len(parts)
+        times.append((min(max(start, 0.0), seconds), min(end, seconds), min(1.0, math.exp(logprob))))
+    nexts = [time[0] for time in times if time][1:] + [seconds]
+    words, now = [], 0.0
+    following = iter(nexts)
+    for text, time in zip(spelling.words, times):
         if time is None:
             words.append(Word(text, now, now, 0.0))
             continue
-        now = time[1]
-        words.append(Word(text, time[0], time[1], min(1.0, float(torch.tensor(time[2]).exp()))))
+        start, end, confidence = time
+        now = max(start, min(end, next(following)))
+        words.append(Word(text, start, now, confidence))
     return words
-
-
-def _within_run(run: Run, share: float) -> float:
-    return run.first + share * (run.last + 1 - run.first)

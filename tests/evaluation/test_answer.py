@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from core.console import printable
 from data_tools.shards import ShardIndex
 from evaluation import answer
 from model import folder
@@ -49,7 +50,9 @@ def test_files_are_answered_as_shards_are(folders, packed, files, capsys, stage,
     wanted = expected(
         folders / stage, packed, "asr", generate=stage == "shrinking" and how != "ctc", joint=joint
     )
-    assert answers(capsys) == {str(file): one_line(wanted[f"asr-{i}"]) for i, file in enumerate(files)}
+    assert answers(capsys) == {
+        str(file): printable(one_line(wanted[f"asr-{i}"])) for i, file in enumerate(files)
+    }
 
 
 def test_a_prompt_stands_behind_the_sound(folders, files, capsys):
@@ -73,7 +76,7 @@ def test_a_prompt_stands_behind_the_sound(folders, files, capsys):
         "How many?",
     ]
     assert answer.main(command) == 0
-    assert answers(capsys) == {str(files[0]): one_line(said[0])}
+    assert answers(capsys) == {str(files[0]): printable(one_line(said[0]))}
 
 
 def test_a_file_that_is_no_use_costs_its_own_line(folders, files, tmp_path, capsys):
@@ -137,6 +140,7 @@ def test_a_file_longer_than_any_in_training_or_than_the_context_is_said(folders,
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40}))
     description["config"]["llm"]["name"] = str(base)
+    del description["settings"]  # which name the LLM's context
     (path / "soundwave.json").write_text(json.dumps(description))
     assert answer.main(command) == 2
     out, err = capsys.readouterr()

@@ -385,6 +385,7 @@ def test_a_conversation_beyond_the_context_is_rejected_by_name(folders, packed, 
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": lengths["asr-3"]}))
     description["config"]["llm"]["name"] = str(base)
+    del description["settings"]  # which name the LLM's context
     (path / "soundwave.json").write_text(json.dumps(description))
     out = tmp_path / "p.jsonl"
     assert run.main(command(path, packed, out)) == 0

@@ -1,0 +1,179 @@
+"""Long recordings: windows against clip by clip, and memory: `python -m benchmarks.long_audio --model RUN
+--test FILE`
+
+FILE: a manifest with `audio` and `text` (the quick start's
+.cache/quickstart/manifests/dialogues-test.jsonl). Its clips, in order, are joined into one recording with
+silences of 0.3 to 1.0 s between them.
+
+    clips       each clip alone, one after another, at its known borders
+    windows     the recording as one file: scanned, cut at pauses, batched (borders unknown)
+
+Both decode alike, in one process; the WER is that of the whole text in both. Then, in processes of their
+own, the peak of resident memory while recordings of --memory-minutes are transcribed by the CTC head (the
+clips repeated). Also: windows that the gate skipped, and whether it passes each clip by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from tabulate import tabulate
+from tqdm import tqdm
+
+import soundwave
+from benchmarks.machine import keep, machine
+from core.audio import decode
+from core.text import count_errors
+from soundwave.recogniser import GATE
+
+RATE = 16_000
+
+
+def clips_of(manifest: Path, minutes: float) -> tuple[list[np.ndarray], list[str]]:
+    """Clips in their order, of about so many minutes with the silences, and their texts."""
+    clips, texts, seconds = [], [], 0.0
+    for line in manifest.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        clips.append(decode(row["audio"]).samples)
+        texts.append(row["text"])
+        seconds += len(clips[-1]) / RATE + 0.65
+        if seconds >= 60 * minutes:
+            break
+    return clips, texts
+
+
+def write_joined(path: Path, clips: list[np.ndarray], minutes: float | None = None) -> float:
+    """Write clips with silences between them as one file; repeated until it has so many minutes. Returns its
+    seconds."""
+    random, frames = np.random.default_rng(0), 0
+    with soundfile.SoundFile(path, "w", RATE, 1, "PCM_16") as file:
+        while True:
+            for clip in clips:
+                silence = np.zeros(round(RATE * random.uniform(0.3, 1.0)), np.float32)
+                file.write(np.concatenate([clip, silence]))
+                frames += len(clip) + len(silence)
+                if minutes is not None and frames >= 60 * minutes * RATE:
+                    return frames / RATE
+            if minutes is None:
+                return frames / RATE
+
+
+def wer(references: list[str], texts: list[str]) -> float:
+    counted = count_errors([" ".join(references)], [" ".join(texts)], ["en"])
+    return float(100 * counted.errors.sum() / counted.units.sum())
+
+
+def peak_mib(model: str, file: Path, device: str) -> tuple[float, float]:
+    """Resident memory after loading the model, and at its peak while a file is transcribed, in a process
+    of its own."""
+    command = [sys.executable, "-m", "benchmarks.long_audio", "--model", model, "--peak", str(file)]
+    out = subprocess.run([*command, "--device", device], check=True, capture_output=True, text=True).stdout
+    before, after = out.split()[-2:]
+    return float(before), float(after)
+
+
+def print_peak(model: str, file: str, device: str) -> None:
+    speech = soundwave.load(model, device=device, with_llm=False)
+    speech.transcribe(np.random.default_rng(0).normal(0, 0.1, 60 * RATE).astype(np.float32), decode="ctc")
+    peaks = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]
+    speech.transcribe(file, decode="ctc")
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(*peaks)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="model folder")
+    parser.add_argument("--test", type=Path, help="manifest")
+    parser.add_argument("--minutes", type=float, default=30.0, help="of the joined recording")
+    parser.add_argument("--decode", default=None, help="of both sides (default: the model's)")
+    parser.add_argument("--batch-seconds", type=float, default=120.0)
+    parser.add_argument("--memory-minutes", type=float, nargs="*", default=[10.0, 60.0])
+    parser.add_argument("--memory-model", help="another model folder for the memory (default: --model)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, help="where to write the numbers, the table beside them (.txt)")
+    options = parser.parse_args()
+    if options.peak:
+        print_peak(options.model, options.peak, options.device)
+        return
+    facts = machine(options.device)
+    clips, texts = clips_of(options.test, options.minutes)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "joined.wav"
+        seconds = write_joined(file, clips)
+        model = soundwave.load(options.model, device=options.device)
+        how = {"decode": options.decode, "batch_seconds": options.batch_seconds}
+        model.transcribe(clips[0], **how)  # warm
+        began, cpu = time.perf_counter(), time.process_time()
+        whole = model.transcribe(file, **how)
+        windows = [time.perf_counter() - began, time.process_time() - cpu]
+        began, cpu = time.perf_counter(), time.process_time()
+        alone = [model.transcribe(clip, **how) for clip in tqdm(clips, desc="clips")]
+        single = [time.perf_counter() - began, time.process_time() - cpu]
+        gated = sum(one.skipped_seconds > 0 for one in alone)
+        results = {
+            "seconds": seconds,
+            "clips": len(clips),
+            "gate": GATE,
+            "clips_gated": gated,
+            "windows": len(whole.segments),
+            "skipped_seconds": whole.skipped_seconds,
+            "wer": {"clips": wer(texts, [one.text for one in alone]), "windows": wer(texts, [whole.text])},
+            "wall_seconds": {"clips": single[0], "windows": windows[0]},
+            "cpu_seconds": {"clips": single[1], "windows": windows[1]},
+        }
+        rows = [
+            [
+                name,
+                f"{results['wer'][key]:.1f}",
+                f"{results['wall_seconds'][key]:.1f}",
+                f"{results['cpu_seconds'][key]:.1f}",
+                f"{seconds / results['wall_seconds'][key]:.2f}",
+                f"{results['cpu_seconds']['clips'] / results['cpu_seconds'][key]:.2f}",
+            ]
+            for name, key in (("clips, one at a time", "clips"), ("windows, batched", "windows"))
+        ]
+        table = (
+            f"{len(clips)} clips joined into {seconds / 60:.1f} min, {len(whole.segments)} windows with "
+            f"text, {gated} clips gated as silence, {options.device}\n\n"
+            + tabulate(
+                rows,
+                tablefmt="github",
+                headers=["way", "WER, %", "wall, s", "CPU, s", "audio s / s", "speed by CPU time"],
+                disable_numparse=True,
+            )
+        )
+        memory = []
+        for minutes in options.memory_minutes:
+            write_joined(file, clips, minutes)
+            loaded, peak = peak_mib(options.memory_model or options.model, file, options.device)
+            memory.append([minutes, loaded, peak])
+        if memory:
+            table += "\n\n" + tabulate(
+                [[f"{m:g}", f"{before:.0f}", f"{after:.0f}"] for m, before, after in memory],
+                tablefmt="github",
+                headers=["minutes", "peak RSS after a minute of noise, MiB", "peak RSS at the end, MiB"],
+                disable_numparse=True,
+            )
+            results["memory"] = memory
+    print(table)
+    if options.json:
+        named = {name: str(value) for name, value in vars(options).items()}
+        keep(options.json, {"machine": facts, "options": named, "results": results}, table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,527 @@
+"""Drafted decoding: greedy decoding in which the LLM checks a draft, several tokens in one forward pass.
+
+The draft is the CTC head's greedy transcript, which is spelled in the LLM's own vocabulary. One pass over k
+draft tokens gives the LLM's own choice after each of them. The draft tokens that equal these choices are
+accepted, and the first choice that differs is written in place of the draft's token. The answer is that of
+greedy decoding, token by token; only the number of passes differs. (Rounding can decide between two tokens of
+equal logits: matrix products of other shapes round otherwise.)
+
+What makes the draft good (`Draft`):
+- The prompt and the first draft are one pass.
+- After a mismatch the draft continues at the place where its text, without case, spaces and punctuation,
+  continues the answer. Punctuation, insertions, deletions, substitutions and other tokenisations are aligned.
+- The LLM's choices after the mismatch edit the rest of the draft: they bring case and punctuation, which
+  lower-case CTC targets lack, for the whole draft at once.
+- Spellings that the LLM preferred in earlier answers are used for later drafts (`Spelling`).
+
+Speculative decoding: Leviathan et al., 2023. CTC drafts for speech LLMs: Saon et al., 2026 (arXiv
+2603.11243), who accept a prefix of the draft.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+from core.control_tokens import control_tokens, text_ids
+from model.language_model import base_of, embed
+from model.rows import longest_row
+
+if TYPE_CHECKING:
+    from transformers.generation.streamers import BaseStreamer
+
+SEARCH_BACK, SEARCH_AHEAD = 4, 10  # draft tokens around the expected place in which the answer is looked for
+REPEATED = 3  # tokens by which a repetition in the answer is known
+SHORT = 2  # letters of a text that is found by chance, farther away than SHORT tokens
+SENTENCE_ENDS = frozenset(".!?…。！？")
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """How to draft.
+
+    longest: draft tokens in one pass at most. minimum_ratio: a draft token is accepted if its probability is
+    at least this share of the likeliest token's. At 1 it has to be the likeliest token, and answers are those
+    of greedy decoding.
+    """
+
+    longest: int = 16
+    minimum_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.longest < 1:
+            raise ValueError(f"the longest draft is {self.longest} tokens: give at least 1")
+        if not 0 < self.minimum_ratio <= 1:
+            raise ValueError(f"minimum_ratio of the draft is {self.minimum_ratio}: give a number in (0, 1]")
+
+
+@dataclass
+class Passes:
+    """What a batch took. passes: forward passes of the LLM. row_passes: of each answer, those in which it
+    took part. tokens: of each answer, the end of turn included. drafted, accepted: draft tokens."""
+
+    passes: int = 0
+    row_passes: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    drafted: int = 0
+    accepted: int = 0
+
+
+class Spelling:
+    """Texts of the tokens of one tokenizer, and how the LLM spells the draft's tokens.
+
+    What it has learnt changes drafts, never answers.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: list[int], rows: int):
+        """stop: ids that end an answer; rows: of the LLM's embedding table."""
+        self.tokenizer, self.stop, self.rows = tokenizer, stop, rows
+        self.special = set(control_tokens(tokenizer).ids) | set(tokenizer.all_special_ids) | set(stop)
+        self._preferred: dict[int, Counter[int]] = defaultdict(Counter)
+        self._endings: Counter[tuple[int, ...]] = Counter()
+        self.letters = lru_cache(maxsize=None)(self._letters)
+        self.begins_word = lru_cache(maxsize=None)(self._begins_word)
+        self.is_mark = lru_cache(maxsize=None)(self._is_mark)
+        self.capital = lru_cache(maxsize=None)(self._capital)
+
+    def _letters(self, token: int) -> str:
+        """A token's text without case, spaces and punctuation; of a part of a character, its name."""
+        if token in self.special:
+            return ""
+        text = self.text(token)
+        if "\ufffd" in text:
+            return f"<{self.tokenizer.convert_ids_to_tokens(token)}>"
+        return "".join(c for c in text.casefold() if c.isalnum())
+
+    def _begins_word(self, token: int) -> bool:
+        name = "" if token >= len(self.tokenizer) else self.tokenizer.convert_ids_to_tokens(token) or ""
+        return name[:1] in ("Ġ", "▁", " ", "\n")
+
+    def _is_mark(self, token: int) -> bool:
+        """Whether a token is punctuation."""
+        return not self.letters(token) and token not in self.special and bool(self.text(token).strip())
+
+    def text(self, token: int) -> str:
+        return self.tokenizer.decode([token]) if token < len(self.tokenizer) else ""
+
+    def ends_sentence(self, token: int) -> bool:
+        return token not in self.special and self.text(token).strip()[-1:] in SENTENCE_ENDS
+
+    def _capital(self, token: int) -> int:
+        """The same token with a capital, where the vocabulary has one."""
+        name = self.tokenizer.convert_ids_to_tokens(token)
+        mark = name[:1] if self.begins_word(token) else ""
+        word = name[len(mark) :]
+        found = self.tokenizer.convert_tokens_to_ids(mark + word[:1].upper() + word[1:])
+        return token if found is None or found == self.tokenizer.unk_token_id else found
+
+    def spell(self, text: str) -> list[int]:
+        """The tokens of a word's rest, or of a mark, without a space in front."""
+        token = self.tokenizer.convert_tokens_to_ids(text)
+        return text_ids(self.tokenizer, text) if token in (None, self.tokenizer.unk_token_id) else [token]
+
+    def learn(self, drafted: int, written: int) -> None:
+        self._preferred[drafted][written] += 1
+
+    def learn_end(self, answer: list[int]) -> None:
+        """Remember with which punctuation an answer ended."""
+        if len(answer) > 1 and answer[-1] in self.stop:
+            self._endings[(answer[-2],) if self.is_mark(answer[-2]) else ()] += 1
+
+    def ending(self) -> list[int]:
+        return list(self._endings.most_common(1)[0][0]) if self._endings else self.spell(".")
+
+    def preferred(self, token: int) -> int:
+        known = self._preferred.get(token)
+        return known.most_common(1)[0][0] if known else token
+
+    def draft(self, ctc: list[int]) -> list[int]:
+        """A CTC transcript as an answer would spell it: learnt spellings, a capital at the beginning, a full
+        stop and the end of turn at the end."""
+        tokens = [i for i in ctc if 0 <= i < min(self.rows, len(self.tokenizer)) and i not in self.special]
+        if not tokens:
+            return []
+        first, rest = tokens[0], tokens[1:]
+        begun = [first]
+        if self.begins_word(first) and self.letters(first):  # an answer begins without the space
+            word = self.tokenizer.decode([self.capital(first)]).strip()
+            begun = text_ids(self.tokenizer, word)
+        tokens = [*begun, *(self.preferred(i) for i in rest)]
+        if self.letters(tokens[-1]):
+            tokens += self.ending()
+        return [*tokens, self.stop[0]]
+
+
+class Draft:
+    """What is left of a draft, aligned to the answer so far."""
+
+    def __init__(self, spelling: Spelling, tokens: list[int], longest: int):
+        self.spelling, self.longest = spelling, longest
+        self.tokens, self.place = list(tokens), 0
+        self.length = longest  # of the next proposal
+        self.repeats = False  # the last proposal was a repetition
+        self.misses = 0  # proposals in a row of which nothing was accepted
+        self.hits = 0  # tokens in a row that the LLM wrote by itself and that the draft has
+
+    def proposal(self, answer: list[int], room: int) -> list[int]:
+        """The next tokens of the draft, or of a repetition in the answer itself; `room` at most."""
+        self.repeats = self.misses > 0 or self.place >= len(self.tokens) - 1
+        repeated = _repetition(answer, max(0, min(self.longest, room))) if self.repeats else []
+        self.repeats = bool(repeated)
+        return repeated or self.tokens[self.place : self.place + max(0, min(self.length, room))]
+
+    def advance(self, proposed: list[int], accepted: int, choices: list[int]) -> None:
+        """Follow a pass. choices: the LLM's token in place of each proposed one, and after the last."""
+        if self.repeats:
+            for token in choices[: accepted + 1]:
+                self._follow(token)
+            self.misses = 1 if accepted else 0  # a repetition that ends is no reason to look for the next one
+            return
+        for token in proposed[:accepted]:
+            if self.spelling.letters(token):
+                self.spelling.learn(token, token)
+        # From the end on: what is inserted does not move the places before it.
+        for ahead in range(len(proposed), accepted, -1):
+            self._edit(self.place + ahead, choices[ahead])
+        self.place += accepted
+        self._follow(choices[accepted])
+        self._adapt(proposed, accepted)
+
+    def _adapt(self, proposed: list[int], accepted: int) -> None:
+        """Double the length after a draft that was right, halve it after two of which nothing was."""
+        if not proposed:
+            return
+        self.misses = 0 if accepted else self.misses + 1
+        if accepted == len(proposed):
+            self.length = min(self.longest, 2 * self.length)
+        elif self.misses >= 2:
+            self.length //= 2
+
+    def _edit(self, place: int, choice: int) -> None:
+        """Correct the draft at a place by what the LLM writes after the tokens in front of it."""
+        letters = self.spelling.letters
+        if place >= len(self.tokens):
+            return
+        token = self.tokens[place]
+        if choice == token:
+            return
+        if letters(choice) and letters(choice) == letters(token):
+            self.tokens[place] = choice
+        elif not letters(choice) and choice not in self.spelling.special:
+            if letters(token) or token in self.spelling.special:
+                self.tokens.insert(place, choice)
+            else:
+                self.tokens[place] = choice
+
+    def _follow(self, own: int) -> None:
+        """Move to where the draft continues after the token that the LLM wrote by itself."""
+        spelling, tokens = self.spelling, self.tokens
+        letters = spelling.letters(own)
+        if not letters:
+            if spelling.is_mark(own) and self.place < len(tokens) and spelling.is_mark(tokens[self.place]):
+                self.place += 1
+            if spelling.ends_sentence(own) and self.place < len(tokens):
+                self.tokens[self.place] = spelling.capital(tokens[self.place])
+            return
+        found = self._find(letters, own)
+        self.hits = 0 if found is None else self.hits + 1
+        if found is not None:
+            self.place = found
+            if self.hits >= 2:  # the answer is in the draft, again or at last
+                self.length = max(2, self.length)
+            return
+        # Another word: it replaces the draft's word, or what is left of it.
+        if self.place < len(tokens) and spelling.letters(tokens[self.place]):
+            if spelling.begins_word(own) or not spelling.begins_word(tokens[self.place]):
+                self.place += 1
+                while (
+                    self.place < len(tokens)
+                    and spelling.letters(tokens[self.place])
+                    and not spelling.begins_word(tokens[self.place])
+                ):
+                    self.place += 1
+
+    def _find(self, letters: str, own: int) -> int | None:
+        """The place after these letters in the draft, nearest to where the draft stands; the token in which
+        they end is cut."""
+        spelling = self.spelling
+        around = range(max(0, self.place - SEARCH_BACK), min(len(self.tokens), self.place + SEARCH_AHEAD))
+        for start in sorted(around, key=lambda start: (abs(start - self.place), start < self.place)):
+            distance = abs(start - self.place)
+            if len(letters) <= SHORT and distance > SHORT:
+                continue
+            if distance and spelling.begins_word(own) != spelling.begins_word(self.tokens[start]):
+                continue
+            end = self._match(start, letters, own)
+            if end is not None:
+                return end
+        return None
+
+    def _match(self, start: int, letters: str, own: int) -> int | None:
+        """The place after `letters`, if the draft's text from `start` on begins with them."""
+        spelling, tokens = self.spelling, self.tokens
+        left, place = letters, start
+        while left and place < len(tokens):
+            here = spelling.letters(tokens[place])
+            if not here:
+                if place == start or tokens[place] in spelling.special:
+                    return None
+                place += 1
+            elif left.startswith(here):
+                if here == letters:
+                    spelling.learn(tokens[place], own)
+                left, place = left[len(here) :], place + 1
+            elif here.startswith(left):
+                rest = here[len(left) :]
+                tokens[place : place + 1] = spelling.spell(rest)
+                return place
+            else:
+                return None
+        return place if not left else None
+
+
+def _repetition(answer: list[int], room: int) -> list[int]:
+    """What followed when the answer's last REPEATED tokens were written before, `room` tokens at most."""
+    last, size = answer[-REPEATED:], len(answer)
+    for start in range(size - REPEATED - 1, -1, -1):
+        if answer[start : start + REPEATED] == last:
+            period = size - REPEATED - start
+            follows = answer[start + REPEATED :]
+            return (follows * (room // period + 1))[:room]
+    return []
+
+
+def refusal(llm: nn.Module, positions: int, longest: int) -> str | None:
+    """Why this LLM's answers cannot be drafted: its cache cannot be cut and keep gaps; None where they can.
+
+    positions: of the longest prompt and its answer; longest: draft tokens in one pass.
+    """
+    base = base_of(llm)
+    config, name = base.config.get_text_config(decoder=True), type(base).__name__
+    arguments = inspect.signature(base.forward).parameters
+    if "position_ids" not in arguments or "past_key_values" not in arguments:
+        return f"{name} takes no positions"
+    if base._is_stateful or not base._supports_default_dynamic_cache():
+        return f"{name} keeps a state that cannot be cut"
+    if getattr(config, "hidden_size_per_layer_input", None):
+        return f"{name} needs token ids beside their embeddings"
+    limit = longest_row(config)
+    if limit is not None and positions + longest >= limit:
+        return f"{name} changes its rotary frequencies at {limit} positions"
+    for layer in DynamicCache(config=config).layers:
+        if type(layer) is DynamicSlidingWindowLayer:
+            if positions + longest + 2 > layer.sliding_window:
+                return (
+                    f"{name} attends to {layer.sliding_window} positions at a time, and prompt, answer and "
+                    "draft may have more"
+                )
+        elif type(layer) not in (DynamicLayer, DummyLayer):
+            return f"{name} keeps a state that cannot be cut ({type(layer).__name__})"
+    return None
+
+
+class Kept:
+    """The LLM's cache and which of its positions count, row by row: mask [R, C]."""
+
+    def __init__(self, llm: nn.Module, mask: torch.Tensor):
+        config = base_of(llm).config.get_text_config(decoder=True)
+        self.cache, self.mask = DynamicCache(config=config), mask[:, :0]
+        windows = [layer.sliding_window for layer in self.cache.layers if layer.is_sliding]
+        self.limit = min(windows, default=None)
+
+    def keep(self, valid: torch.Tensor) -> None:
+        """valid [R, N]: of the positions that the last pass added, those that count. Trailing positions that
+        count in no row are cut off."""
+        self.mask = torch.cat([self.mask, valid], dim=1)
+        counted = self.mask.any(dim=0).nonzero()
+        width = int(counted[-1]) + 1 if len(counted) else 0
+        self.cache.crop(width - self.mask.shape[1])
+        self.mask = self.mask[:, :width]
+
+    def select(self, rows: list[int]) -> None:
+        """Drop the other rows."""
+        if len(rows) < len(self.mask):
+            chosen = torch.tensor(rows, device=self.mask.device)
+            self.cache.batch_select_indices(chosen)
+            self.mask = self.mask[chosen]
+            self.keep(self.mask[:, :0])
+
+    def make_room(self, added: int) -> None:
+        """Close the gaps between positions that count, where they are many or a window has no room for
+        `added` more."""
+        width, needed = self.mask.shape[1], int(self.mask.sum(1).max())
+        full = self.limit is not None and width + added >= self.limit
+        if width == needed or not (full or width > 1.5 * needed + 32):
+            return
+        # Stable: the positions that count move to the end, in their order.
+        order = self.mask.to(torch.int8).argsort(dim=1, stable=True)[:, width - needed :]
+        for layer in self.cache.layers:
+            if not getattr(layer, "is_initialized", False):
+                continue
+            for name in ("keys", "values"):
+                states = getattr(layer, name)
+                index = order[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+                setattr(layer, name, states.gather(2, index))
+            if layer.is_sliding:
+                layer.cumulative_length = needed
+        self.mask = self.mask.gather(1, order)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """stop: ids that end an answer; least, most: tokens of an answer."""
+
+    stop: list[int]
+    least: int
+    most: int
+
+
+@dataclass
+class Row:
+    """One answer in the making."""
+
+    place: int
+    draft: Draft
+    answer: list[int] = field(default_factory=list)
+    proposed: list[int] = field(default_factory=list)
+    ended: bool = False
+
+    def propose(self, limits: Limits) -> None:
+        self.proposed = self.draft.proposal(self.answer, limits.most - len(self.answer) - 1)
+
+    def end(self) -> None:
+        self.ended = True
+        self.draft.spelling.learn_end(self.answer)
+
+    def take(self, choices: list[int], agreed: list[bool], limits: Limits) -> int:
+        """Append the draft tokens that are accepted and the LLM's own token after them; return how many were
+        accepted. choices: the LLM's token in place of each proposed one, and after the last."""
+        accepted = 0
+        for token, right in zip(self.proposed, agreed):
+            if not right:
+                break
+            self.answer.append(token)
+            accepted += 1
+            if token in limits.stop:
+                self.end()
+                return accepted
+        self.answer.append(choices[accepted])
+        if self.answer[-1] in limits.stop or len(self.answer) >= limits.most:
+            self.end()
+        else:
+            self.draft.advance(self.proposed, accepted, choices)
+        return accepted
+
+
+@torch.no_grad()
+def decode(
+    llm: nn.Module,
+    audio_id: int,
+    embeddings: torch.Tensor,
+    mask: torch.Tensor,
+    drafts: list[Draft],
+    limits: Limits,
+    minimum_ratio: float = 1.0,
+    streamer: BaseStreamer | None = None,
+) -> tuple[list[list[int]], Passes]:
+    """embeddings [B, L, D] of prompts, left-padded, mask [B, L], one draft for each -> answers, the end of
+    turn included where there is one, and what they took. streamer: for one row."""
+    rows = [Row(place, draft) for place, draft in enumerate(drafts)]
+    answers, passes = [row.answer for row in rows], Passes(row_passes=[0] * len(rows))
+    kept = Kept(llm, mask.bool())
+    if streamer is not None:
+        streamer.put(torch.zeros(1, 0, dtype=torch.long))  # the prompt, which has no ids
+    while rows:
+        for row in rows:
+            row.propose(limits)
+        logits, first = _pass(llm, audio_id, kept, rows, embeddings, mask)
+        choices, agreed = _choose(logits, rows, limits, minimum_ratio)
+        accepted = []
+        for row, chosen, right in zip(rows, choices, agreed, strict=True):
+            written = len(row.answer)
+            accepted.append(row.take(chosen, right, limits))
+            passes.row_passes[row.place] += 1
+            passes.drafted += len(row.proposed)
+            if streamer is not None:
+                streamer.put(torch.tensor(row.answer[written:]))
+        passes.passes += 1
+        passes.accepted += sum(accepted)
+        count = torch.tensor(accepted, device=mask.device)[:, None]
+        added = torch.arange(logits.shape[1] - 1, device=mask.device) < count
+        kept.keep(torch.cat([first, added], dim=1))
+        going = [place for place, row in enumerate(rows) if not row.ended]
+        rows = [rows[place] for place in going]
+        if rows:
+            kept.select(going)
+    passes.tokens = [len(answer) for answer in answers]
+    if streamer is not None:
+        streamer.end()
+    return answers, passes
+
+
+def _pass(
+    llm: nn.Module,
+    audio_id: int,
+    kept: Kept,
+    rows: list[Row],
+    embeddings: torch.Tensor,
+    mask: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the LLM over the proposed tokens, after the prompts or each row's last token -> logits
+    [R, 1 + longest proposal, V], and which of the positions in front of the proposed tokens count [R, N]."""
+    device, longest = mask.device, max(len(row.proposed) for row in rows)
+    drafted = torch.tensor(
+        [row.proposed + [0] * (longest - len(row.proposed)) for row in rows], dtype=torch.long, device=device
+    ).reshape(len(rows), longest)
+    lengths = torch.tensor([len(row.proposed) for row in rows], device=device)
+    there = torch.arange(longest, device=device) < lengths[:, None]
+    if kept.mask.shape[1] == 0:
+        first = mask.bool()
+        drafted_embeddings = embed(llm, drafted, audio_id).to(embeddings.dtype)
+        inputs = {"inputs_embeds": torch.cat([embeddings, drafted_embeddings], dim=1)}
+    else:
+        last = torch.tensor([row.answer[-1:] for row in rows], device=device)
+        first = torch.ones_like(last, dtype=torch.bool)
+        inputs = {"input_ids": torch.cat([last, drafted], dim=1)}
+        kept.make_room(1 + longest)
+    seen = torch.cat([kept.mask, first, there], dim=1).long()
+    positions = (seen.cumsum(1) - 1).clamp(min=0)[:, kept.mask.shape[1] :]
+    if "logits_to_keep" in inspect.signature(base_of(llm).forward).parameters:
+        inputs["logits_to_keep"] = 1 + longest
+    output = llm(
+        **inputs, attention_mask=seen, position_ids=positions, past_key_values=kept.cache, use_cache=True
+    )
+    return output.logits[:, -(1 + longest) :].float(), first
+
+
+def _choose(
+    logits: torch.Tensor, rows: list[Row], limits: Limits, minimum_ratio: float
+) -> tuple[list[list[int]], list[list[bool]]]:
+    """The LLM's token at each position [R, 1 + K], and whether each proposed token is accepted [R, K]."""
+    if limits.least:
+        written = torch.tensor([len(row.answer) for row in rows], device=logits.device)
+        early = written[:, None] + torch.arange(logits.shape[1], device=logits.device) < limits.least
+        stop = torch.zeros(logits.shape[2], dtype=torch.bool, device=logits.device)
+        stop[limits.stop] = True
+        logits = logits.masked_fill(early[..., None] & stop, -torch.inf)
+    choices = logits.argmax(dim=-1).tolist()
+    agreed = [
+        [token == choice for token, choice in zip(row.proposed, chosen)]
+        for row, chosen in zip(rows, choices, strict=True)
+    ]
+    if minimum_ratio < 1:
+        best, limit = logits.max(dim=-1).values, math.log(minimum_ratio)
+        for place, row in enumerate(rows):
+            for step, token in enumerate(row.proposed):
+                near = logits[place, step, token] - best[place, step] >= limit
+                agreed[place][step] |= token not in limits.stop and bool(near)
+    return choices, agreed
