@@ -69,16 +69,17 @@ def load(url: str, name: str, clips: list[tuple[bytes, float]], clients: int) ->
                 if number is None:
                     return
                 began = time.perf_counter()
-                answer = client.post(
-                    f"{url}/audio/transcriptions",
-                    data={"model": name},
-                    files={"file": ("clip", clips[number][0])},
-                )
-                latencies[number] = time.perf_counter() - began
-                if answer.status_code == 200:
+                try:
+                    answer = client.post(
+                        f"{url}/audio/transcriptions",
+                        data={"model": name},
+                        files={"file": ("clip", clips[number][0])},
+                    )
+                    answer.raise_for_status()
                     texts[number] = answer.json()["text"]
-                else:
+                except httpx2.HTTPError:
                     failed += 1
+                latencies[number] = time.perf_counter() - began
 
     threads = [threading.Thread(target=work) for _ in range(clients)]
     began = time.perf_counter()

@@ -214,7 +214,7 @@ class Engine:
             self._finish(batch[row], tokens, reason, positions, audio.hidden[own], audio.lengths[own])
 
         for row, job in enumerate(batch):
-            if job.gated and self.recogniser.is_silent(audio, first[row]):
+            if job.gated and self.recogniser.is_silent(job.waveforms[0], audio, first[row]):
                 finish(row, [], "stop")
         if all(job.finished for job in batch):
             return

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from core.audio import SAMPLE_RATE, AudioError
+import torch
+
+from core.audio import SAMPLE_RATE, AudioError, is_silent
 from model.soundwave import Audio, Soundwave
 from serving.problems import invalid
 from soundwave.recogniser import GATE, Options, SpeechModel, _Job
@@ -26,8 +28,9 @@ class Recogniser(SpeechModel):
         scan = super()._scan
         return self._call(lambda: scan(chunks))
 
-    def is_silent(self, audio: Audio, row: int) -> bool:
-        return not self._has_speech(audio, row, GATE)
+    def is_silent(self, samples: torch.Tensor, audio: Audio, row: int) -> bool:
+        """Whether a window has no speech; audio: what `listen` gave, of which `row` is the window's."""
+        return is_silent(samples.numpy()) or not self._has_speech(audio, row, GATE)
 
 
 class Recording:

@@ -10,7 +10,19 @@ ROOT = Path(__file__).resolve().parents[2]
 def messages() -> list[str]:
     """Every string of the code, with `...` for what is filled in; implicit concatenations are one string."""
     found = []
-    for room in ("core", "model", "train", "data_tools", "evaluation", "examples", "install"):
+    for room in (
+        "core",
+        "model",
+        "recipe",
+        "stream",
+        "train",
+        "data_tools",
+        "soundwave",
+        "evaluation",
+        "serving",
+        "examples",
+        "install",
+    ):
         for path in (ROOT / room).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.JoinedStr):
