@@ -42,6 +42,7 @@ INSTEAD = {
 AUTO_MAP = {
     "AutoConfig": "configuration_soundwave.SoundwaveHubConfig",
     "AutoModel": "modeling_soundwave.SoundwaveForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_soundwave.SoundwaveForConditionalGeneration",  # pipeline's
     "AutoProcessor": "processing_soundwave.SoundwaveProcessor",
 }
 

@@ -57,7 +57,8 @@ class SoundwaveProcessor(ProcessorMixin):
         are given (default 16000). Errors: ValueError.
         """
         asked = {"tokenize": (True,), "return_dict": (True,), "return_tensors": ("pt",)}
-        asked["add_generation_prompt"] = (True,)
+        asked |= {"add_generation_prompt": (True,), "continue_final_message": (False,)}
+        asked |= {"processor_kwargs": ({}, None)}  # of transformers' pipeline
         for name, value in options.items():
             if value not in asked.get(name, ()):
                 raise ValueError(f"{name}={value!r} is not supported: leave it out")
@@ -117,6 +118,11 @@ class SoundwaveProcessor(ProcessorMixin):
             else:
                 raise ValueError(f"a part of type {part.get('type')!r}: give text or audio")
         return {"role": turn["role"], "content": "\n".join(lines), "audios": audios}
+
+    def post_process_multimodal_output(
+        self, generated_outputs, skip_special_tokens=True, **options
+    ) -> list[str]:
+        return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens)
 
     def batch_decode(self, ids, **options) -> list[str]:
         return self.tokenizer.batch_decode(ids, **({"skip_special_tokens": True} | options))

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
 
 folder, *clips = sys.argv[1:]
 found = {}
@@ -43,6 +43,11 @@ one = processor(text="Say 0", audio=clips[0])
 found["one"] = model.generate(**one, max_new_tokens=15).tolist()
 text_only = processor.apply_chat_template([{"role": "user", "content": "Hello."}])
 found["text only"] = model.generate(**text_only, max_new_tokens=5).tolist()
+
+speak = pipeline("any-to-any", model=folder, trust_remote_code=True)
+part = [{"type": "audio", "audio": clips[0]}, {"type": "text", "text": "Say 0"}]
+spoken = speak(text=[{"role": "user", "content": part}], max_new_tokens=15, return_full_text=False)
+found["pipeline"] = spoken[0]["generated_text"]
 
 copy = Path("copy")
 model.save_pretrained(copy)

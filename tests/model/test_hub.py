@@ -107,6 +107,7 @@ def test_loads_without_this_project_and_gives_equal_answers(folders, tmp_path, c
         assert found[which][0] == [which] and without_end(found[which][1], stop) == expected
     assert without_end(found["one"], stop) == expected[:1]
     assert found["text"] == made.tokenizer.batch_decode(expected, skip_special_tokens=True)
+    assert found["pipeline"] == found["text"][0]
     hello = made.prompts([[{"role": "user", "content": "Hello."}]])
     assert without_end(found["text only"], stop) == made.generate(hello, max_new_tokens=5)
     assert found["tied"] and found["dtypes"] == ["torch.bfloat16"] and found["adapters"] == ["torch.float32"]
