@@ -70,7 +70,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             type=type(field.default),
             default=field.default,
             metavar="N",
-            help=f"{_HELP[field.name]} (default: {field.default:g})",
+            help=f"{_HELP[field.name]} (default: {field.default})",
         )
     options = parser.parse_args(arguments)
     for field in dataclasses.fields(Limits):

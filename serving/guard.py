@@ -96,14 +96,22 @@ class Guard:
         return Problem(413, f"the request has more than {self.limits.body_bytes:,} bytes", code="too_large")
 
     def _limited(self, receive):
-        received = 0
+        received, is_read = 0, False
+        until = asyncio.get_running_loop().time() + self.limits.request_seconds
 
         async def counted():
-            nonlocal received
-            message = await receive()
+            nonlocal received, is_read
+            if is_read:  # what follows the body is the end of the connection
+                return await receive()
+            try:
+                async with asyncio.timeout_at(until):
+                    message = await receive()
+            except TimeoutError:
+                raise Problem(408, "the request's body came too slowly", code="timeout") from None
             received += len(message.get("body", b""))
             if received > self.limits.body_bytes:
                 raise self._too_large()
+            is_read = not message.get("more_body")
             return message
 
         return counted

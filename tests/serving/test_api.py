@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import threading
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 
 from core.samples import asked
 from soundwave.recogniser import SpeechModel
-from tests.serving.conftest import QUESTION, part, samples_of, serving, wav
+from tests.serving.conftest import QUESTION, build, part, samples_of, serving, wav
 
 openai = pytest.importorskip("openai")
 
@@ -398,3 +399,28 @@ def test_silence_has_no_text(client, model, monkeypatch):
         list(client.audio.transcriptions.create(model="tiny", file=("c.wav", wav(0.8)), stream=True))[-1].text
         == ""
     )
+
+
+def test_a_body_that_comes_too_slowly_ends_with_408(model):
+    with serving(model, request_seconds=1) as (_, url):
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as slow:
+            slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+            assert slow.recv(100).startswith(b"HTTP/1.1 408 ")
+        assert httpx2.get(f"{url}/health").status_code == 200
+
+
+def test_a_model_of_stage_one_transcribes_by_its_ctc_head(tmp_path):
+    made = build(tmp_path, parts=("encoder", "adapters"))
+    clip = wav(1.3, 5)
+    right = transcript(made, clip)
+    with serving(made) as (_, url):
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            found = client.audio.transcriptions.create(model="tiny", file=("c.wav", clip))
+            assert found.text == right.text
+            events = list(client.audio.transcriptions.create(model="tiny", file=("c.wav", clip), stream=True))
+            assert events[-1].text == right.text
+            with pytest.raises(openai.BadRequestError, match="has no LLM"):
+                client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hello."}])
+            with pytest.raises(openai.BadRequestError, match="has no LLM"):
+                client.audio.translations.create(model="tiny", file=("c.wav", clip))
