@@ -52,16 +52,14 @@ class Clip(NamedTuple):
     text: str | None
 
 
-def clips(shards: str | None, count: int, shortest: float = 0.5) -> list[Clip]:
-    """Clips of `shortest` to 30 s, spread evenly over the corpus; noise of 1 to 12 s without a corpus."""
+def clips(shards: str | None, count: int) -> list[Clip]:
+    """Clips of 0.5 to 30 s, spread evenly over the corpus; noise of 1 to 12 s without a corpus."""
     if shards is None:
         generator = torch.Generator().manual_seed(0)
         lengths = [int(16000 * (1 + 11 * i / max(1, count - 1))) for i in range(count)]
         return [Clip(0.1 * torch.randn(length, generator=generator), None) for length in lengths]
     index = ShardIndex.load(shards)
-    rows = [
-        i for i, row in enumerate(index.samples) if row["audio_size"] and shortest <= row["duration"] <= 30
-    ]
+    rows = [i for i, row in enumerate(index.samples) if row["audio_size"] and 0.5 <= row["duration"] <= 30]
     count = min(count, len(rows))
     found = []
     for row in (rows[i * len(rows) // count] for i in range(count)):
@@ -132,16 +130,17 @@ def drafted_decoding(model: Soundwave, found: list[Clip], sizes: list[int], toke
             wait(model)
             sums["audio"] += time.perf_counter() - start
             model.listen = lambda batch, with_ctc=False, audio=audio: audio
-            spent, answers = {}, {}
+            spent, answers, passes = {}, {}, None
             for way in ("greedy", "drafted") if number % 2 else ("drafted", "greedy"):
                 options = {"drafted": Drafting()} if way == "drafted" else {}
-                start = time.perf_counter()
+                start, worked = time.perf_counter(), time.process_time()
                 answers[way] = model.generate(prompts, max_new_tokens=tokens, **options)
                 wait(model)
+                sums[f"{way}_cpu"] += time.process_time() - worked
                 spent[way] = time.perf_counter() - start
+                passes = model.drafted_passes if way == "drafted" else passes
                 sums[way] += spent[way]
             del model.listen
-            passes = model.drafted_passes
             if passes is None:
                 raise SystemExit("error: this LLM's answers cannot be drafted")
             ratios.append(spent["greedy"] / spent["drafted"])
@@ -180,6 +179,7 @@ def drafted_decoding(model: Soundwave, found: list[Clip], sizes: list[int], toke
                 "batch_passes": sums["passes"] / sums["greedy_passes"],
                 "accepted_share": sums["accepted"] / max(1, sums["drafted_tokens"]),
                 "speedup": sums["greedy"] / sums["drafted"],
+                "speedup_cpu_time": sums["greedy_cpu"] / sums["drafted_cpu"],
                 "speedup_median": statistics.median(ratios),
                 "speedup_with_audio": (sums["greedy"] + sums["audio"]) / (sums["drafted"] + sums["audio"]),
                 "different": len(gaps),
@@ -218,6 +218,7 @@ def drafted_table(results: list[dict]) -> str:
         "batch passes / greedy": lambda r: f"{r['batch_passes']:.2f}",
         "draft accepted, %": lambda r: f"{100 * r['accepted_share']:.0f}",
         "greedy / drafted, LLM time": lambda r: f"{r['speedup']:.2f}",
+        "CPU time": lambda r: f"{r['speedup_cpu_time']:.2f}",
         "median": lambda r: f"{r['speedup_median']:.2f}",
         "with audio": lambda r: f"{r['speedup_with_audio']:.2f}",
         "different (rounding)": lambda r: f"{r['different']} ({r['different_by_rounding']})",
@@ -255,7 +256,7 @@ def main() -> None:
     else:
         config = SoundwaveConfig(encoder=EncoderConfig(options.encoder), llm=LLMConfig(options.llm))
         model = Soundwave.build(config, device=options.device).eval()
-    found = clips(options.shards, options.utterances, 0.0 if options.drafted else 0.5)
+    found = clips(options.shards, options.utterances)
     sounds = [clip.samples for clip in found]
     seconds = sum(map(len, sounds)) / 16000
     if options.drafted:

@@ -28,7 +28,7 @@ from model.soundwave import Soundwave
 def samples(model: Soundwave, shards: str, count: int, ctc_text: str) -> list[dict[str, torch.Tensor]]:
     """Encoder features [T, E], CTC targets [U], input ids [L] and labels [L] of each clip."""
     found = []
-    for clip in tqdm(clips(shards, count, 0.0), desc="encode"):
+    for clip in tqdm(clips(shards, count), desc="encode"):
         with torch.no_grad():
             features, frames = model.encoder(
                 clip.samples[None], torch.tensor([len(clip.samples)]), False, None

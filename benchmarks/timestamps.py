@@ -1,4 +1,4 @@
-"""Errors of word times: `python -m benchmarks.timestamps --model DIR --whisper DIR --shards DIR [--tts DIR]`
+"""Errors of word times: `python -m benchmarks.timestamps --model DIR --whisper DIR [--shards DIR]`
 
 Two materials with known times:
 
@@ -35,6 +35,7 @@ from model.generation import timestamps
 LONGEST = 20.0  # seconds of a joined recording, about
 LOUD = -35.0  # dB below the loudest 10 ms: what is quieter at a clip's ends is silence
 HOP = SAMPLE_RATE // 100
+BATCH = 4
 
 
 @dataclass
@@ -108,10 +109,11 @@ def ours(model, items: list[Item], texts: list[str]) -> list[Times]:
 
 def transcripts(model, items: list[Item]) -> list[str]:
     chat = [{"role": "user", "content": model.config.audio_token}]
-    return [
-        model.ctc_greedy(model.prompts([chat], [torch.from_numpy(item.samples)]))[0]
-        for item in tqdm(items, desc="transcripts", leave=False)
-    ]
+    texts = []
+    for first in tqdm(range(0, len(items), BATCH), desc="transcripts", leave=False):
+        group = [torch.from_numpy(item.samples) for item in items[first : first + BATCH]]
+        texts += model.ctc_greedy(model.prompts([chat] * len(group), group))
+    return texts
 
 
 def whisper(path: Path, items: list[Item], device: str) -> list[Times]:
@@ -134,7 +136,7 @@ def whisper(path: Path, items: list[Item], device: str) -> list[Times]:
         answer = transcribe(
             {"raw": item.samples, "sampling_rate": SAMPLE_RATE},
             return_timestamps="word",
-            generate_kwargs={"language": "en", "task": "transcribe"},
+            generate_kwargs={"language": "en", "task": "transcribe", "num_beams": 1},
         )
         end = len(item.samples) / SAMPLE_RATE
         found.append(
@@ -232,24 +234,33 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--whisper", type=Path)
-    parser.add_argument("--shards", required=True)
-    parser.add_argument("--tts", type=Path)
+    parser.add_argument("--shards", help="packed clips for joined recordings")
+    parser.add_argument("--tts", type=Path, help="folder written by benchmarks/tts_words.py")
     parser.add_argument("--clips", type=int, default=100)
+    parser.add_argument("--tts-clips", type=int, default=40)
     parser.add_argument("--calibrate", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="where to write the numbers, the table beside them (.txt)")
+    torch.set_grad_enabled(False)
     options = parser.parse_args()
     if not options.calibrate and not options.whisper:
         parser.error("--whisper is needed to compare with")
+    if not options.shards and (options.calibrate or not options.tts):
+        parser.error("--shards or --tts is needed (--calibrate: --shards)")
     facts = machine(options.device)
     model = folder.load(options.model, device=options.device, with_llm=False)
-    items = joined(options.shards, options.clips)
     if options.calibrate:
-        calibrate(model, items)
+        calibrate(model, joined(options.shards, options.clips))
         return
-    rows = compare(model, items, options.whisper, options.device, "joined")
-    if options.tts:
-        rows += compare(model, spoken(options.tts), options.whisper, options.device, "tts")
+    rows, lines = [], []
+    for material, items in (
+        ("joined", joined(options.shards, options.clips) if options.shards else []),
+        ("tts", spoken(options.tts)[: options.tts_clips] if options.tts else []),
+    ):
+        if items:
+            seconds = sum(len(item.samples) for item in items) / SAMPLE_RATE
+            lines.append(f"{material}: {len(items)} recordings, {seconds:.0f} s")
+            rows += compare(model, items, options.whisper, options.device, material)
     table = tabulate(
         [
             [
@@ -274,8 +285,7 @@ def main() -> None:
             "median error",
         ],
     )
-    seconds = sum(len(item.samples) for item in items) / SAMPLE_RATE
-    text = f"{len(items)} joined recordings, {seconds:.0f} s\n{table}"
+    text = "\n".join([*lines, table])
     print(text)
     if options.json:
         settings = {name: str(value) for name, value in vars(options).items()}

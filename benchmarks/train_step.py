@@ -236,8 +236,8 @@ def ours(recipe: Recipe, model: Soundwave, ranks: Ranks, steps: int) -> dict:
         begun = time.perf_counter()
         with clock("data wait"):
             batch = next(batches)
-        counts = engine.agree(batch.micro_batches, [])
-        result = engine.step(step, batch.micro_batches, *counts[:2])
+        counts = engine.reduce_step_counts(batch.micro_batches)
+        result = engine.step(step, batch.micro_batches, counts)
         wait()
         seconds = time.perf_counter() - begun
         if step:  # the first one warms up

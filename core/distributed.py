@@ -223,7 +223,7 @@ def remove_shared_memory() -> None:
     Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
 
 
-def leave(code: int) -> NoReturn:
+def hard_exit(code: int) -> NoReturn:
     """End this process with `code`, without the interpreter's own farewell.
 
     A worker thread of gloo may still be dropping the tensors of the last collective, for which it needs the

@@ -91,7 +91,7 @@ def read_lines(path: Path, last_bytes: int | None = None) -> list[dict]:
     return found
 
 
-def keep_before(path: Path, first_step: int) -> list[dict]:
+def truncate_log(path: Path, first_step: int) -> list[dict]:
     """Take the lines of `first_step` and later ones, which are done again, out of a log of steps; returns
     what stays: events, too, which have happened whatever is done again."""
     kept = [

@@ -23,6 +23,7 @@ from core.samples import INSTRUCTIONS, PromptError
 from evaluation.run import DECODE_HELP, DECODES, InputError
 from model.folder import FolderError, describe
 from model.pretrained import SourceError
+from model.stages import STAGES
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     disable_progress_bar()  # of transformers' weight loading
     code = 0
     try:
-        has_llm = describe(options.model)["stage"] != "alignment"
+        has_llm = STAGES[describe(options.model)["stage"]].needs_llm
         check(options, has_llm)
         model = soundwave.load(options.model, device=options.device, with_llm=options.decode != "ctc")
         token = model.network.config.audio_token

@@ -9,73 +9,24 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
-from sacrebleu.metrics import BLEU, CHRF
-from sacrebleu.significance import PairedTest
 from tabulate import tabulate
 
+from core.plugins import PluginError, add_plugins_option, load_plugins
+from evaluation.metrics import METRICS, metric_of
+from evaluation.metrics.accuracy import with_labels
+from evaluation.metrics.translation import bleu_tokenizer, with_tokenizers
 from evaluation.predictions import PredictionError, prediction_key, read_predictions
-from evaluation.resampling import paired_test
-from evaluation.score import (
-    bleu_tokenizer,
-    correct_answers,
-    direction,
-    exact_answers,
-    spoken,
-    with_labels,
-    with_tokenizers,
-    word_counts,
-)
-from evaluation.tasks import metric_of
+from evaluation.score import direction
 
 
 def paired(first: list[dict], second: list[dict]) -> dict[str, dict]:
-    """Per metric: both scores, the difference (second - first), its 95 % interval where known, and a
-    two-sided p-value.
+    """Per score: both values, the difference (second - first), its 95 % interval where known, and a two-sided
+    p-value.
 
-    Rows are of one task, translations of one BLEU tokenizer, and stand in the same order. Error rates and
-    accuracy: approximate randomisation over utterances (evaluation.resampling); BLEU and chrF: sacrebleu's
-    paired approximate randomisation.
+    Rows are of one task, translations of one BLEU tokenizer, and in the same order. Error rates and accuracy:
+    approximate randomisation over utterances (evaluation.resampling); BLEU and chrF: sacrebleu's.
     """
-    metric = metric_of(first)
-    if metric == "wer":
-        results = {}
-        first, second = spoken(first), spoken(second)
-        for name, characters in (("wer", False), ("cer", True)):
-            if not first:
-                break
-            a, units, _ = word_counts(first, characters=characters)
-            b, _, _ = word_counts(second, characters=characters)
-            results[name] = paired_test(a, b, units)
-        return results
-    if metric == "accuracy":
-        return {
-            "accuracy": paired_test(
-                correct_answers(first)[0], correct_answers(second)[0], np.ones(len(first))
-            )
-        }
-    if metric in ("answer", "chain"):
-        return {"exact": paired_test(exact_answers(first), exact_answers(second), np.ones(len(first)))}
-    if metric != "bleu":
-        raise PredictionError(f"metric '{metric}' has no paired test: add one to evaluation/compare.py")
-    systems = [
-        ("first", [row["prediction"] for row in first]),
-        ("second", [row["prediction"] for row in second]),
-    ]
-    references = [[row["reference"] for row in first]]
-    bleu = BLEU(tokenize=bleu_tokenizer(first[0]))
-    _, scores = PairedTest(systems, {"bleu": bleu, "chrf": CHRF()}, references, test_type="ar")()
-    results = {}
-    for name, pair in scores.items():
-        if name != "System":
-            a, b = pair
-            results[name.lower().removesuffix("2")] = {
-                "first": float(a.score),
-                "second": float(b.score),
-                "difference": float(b.score - a.score),
-                "p_value": float(b.p_value),
-            }
-    return results
+    return METRICS[metric_of(first)].paired(first, second)
 
 
 def compare(first: Path, second: Path) -> dict:
@@ -133,10 +84,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("first", type=Path)
     parser.add_argument("second", type=Path)
     parser.add_argument("--json", type=Path, help="write the result here as well")
+    add_plugins_option(parser)
     options = parser.parse_args(arguments)
     try:
+        load_plugins(options.plugins)
         result = compare(options.first, options.second)
-    except PredictionError as error:
+    except (PredictionError, PluginError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     lines = []

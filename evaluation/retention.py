@@ -31,6 +31,7 @@ from model.language_model import base_of
 from model.pretrained import SourceError
 from model.prompt import PromptError
 from model.soundwave import Soundwave
+from model.stages import STAGES
 
 TEXT = Path(__file__).parent / "text"
 LONGEST = 2048  # tokens of one passage; what is longer is cut
@@ -141,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
             for line in options.questions.read_text(encoding="utf-8").splitlines()
             if line.strip()
         ]
-        if folder.describe(options.model)["stage"] == "alignment":
+        if not STAGES[folder.describe(options.model)["stage"]].needs_llm:
             raise ValueError(
                 f"{options.model} is of stage I, which leaves the LLM alone: give a folder of stage II or III"
             )

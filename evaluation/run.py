@@ -26,7 +26,8 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from core.console import OneLine
-from core.distributed import disconnect, leave
+from core.distributed import disconnect, hard_exit
+from core.plugins import PluginError, add_plugins_option, load_plugins
 from core.samples import question_of, transcript_of
 from data_tools.shards import ShardError, ShardIndex
 from evaluation.predictions import PredictionError, PredictionFile, read_rows, row_key
@@ -38,12 +39,12 @@ from model.generation.drafted import Drafting
 from model.generation.joint import JointSearch
 from model.pretrained import SourceError
 from model.soundwave import Soundwave
+from model.stages import ALIGNMENT, STAGES
 from recipe.config import DataConfig, Recipe, RecipeError, load_recipe
 from recipe.stages import initial_folder, stage_of
 from soundwave.decoding import Decoding, decode_batch
 from stream import EvalStream
 
-STAGE_I = "alignment"
 DECODES = ("ctc", "generate", "joint", "drafted")
 DECODE_HELP = (
     "default: ctc for stage I, generate for II and III; joint: transcripts by LLM and CTC together; "
@@ -107,7 +108,7 @@ def begin(recipe: Recipe, decode: str | None) -> tuple[Soundwave, str]:
     model = Soundwave.build(recipe.model, parts=parts)
     if previous:
         folder.load_trained(model, previous)
-    return model, STAGE_I if decode == "ctc" else recipe.stage
+    return model, ALIGNMENT.name if decode == "ctc" else recipe.stage
 
 
 def prediction_row(sample: dict, prediction: str, raw: str, decode: str) -> dict:
@@ -290,13 +291,14 @@ def load(options: argparse.Namespace, device: torch.device) -> tuple[Soundwave, 
     else:
         model = folder.load(options.model, with_llm=options.decode != "ctc")
         stage = model.stage
-    if options.decode in ("generate", "joint", "drafted") and stage == STAGE_I:
+    has_llm = STAGES[stage].needs_llm
+    if options.decode in ("generate", "joint", "drafted") and not has_llm:
         raise InputError(
             f"{options.model or options.untrained} is of stage I, which has no LLM: use --decode ctc, or the "
             f"folder "
             "of a later stage"
         )
-    return model.to(device).eval(), options.decode or ("ctc" if stage == STAGE_I else "generate")
+    return model.to(device).eval(), options.decode or ("generate" if has_llm else "ctc")
 
 
 def output_file(options: argparse.Namespace, test: TestSet) -> Path:
@@ -472,6 +474,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "folder (default: <model>/evaluation)",
     )
     parser.add_argument("--restart", action="store_true", help="throw away what --out already holds")
+    add_plugins_option(parser)
     parser.add_argument("overrides", nargs="*", help="key=value for the recipe of --untrained")
     options = parser.parse_args(arguments)
     if options.overrides and not options.untrained:
@@ -495,6 +498,7 @@ def main(arguments: list[str] | None = None) -> int:
     place = start(options.device)
     error, files = None, []
     try:
+        load_plugins(options.plugins)
         tests = check_inputs(options)
         model, decode = load(options, place.device)
         for test in tests:
@@ -502,11 +506,19 @@ def main(arguments: list[str] | None = None) -> int:
             files.append(PredictionFile(path, settings, place.rank, options.restart))
             if place.rank == 0:
                 files[-1].prepare()
-    except (InputError, PredictionError, RecipeError, ShardError, folder.FolderError, SourceError) as problem:
+    except (
+        InputError,
+        PluginError,
+        PredictionError,
+        RecipeError,
+        ShardError,
+        folder.FolderError,
+        SourceError,
+    ) as problem:
         error = str(problem)
     if place.stop(error):
         return 2
-    stage = STAGE_I if decode == "ctc" else model.stage  # what a batch needs to hold
+    stage = ALIGNMENT.name if decode == "ctc" else model.stage  # what a batch needs to hold
     for test, file in zip(tests, files, strict=True):
         torch.manual_seed(options.seed + place.rank)
         # One list for all: a slower rank would find the faster one's first rows in it.
@@ -533,4 +545,4 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     code = main()
     disconnect()
-    leave(code)
+    hard_exit(code)

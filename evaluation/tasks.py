@@ -1,4 +1,4 @@
-"""What each task is scored by, what its reference is, and how a closed-choice answer is read out of free
+"""What the reference of a sample is, and how a closed-choice answer is read out of free
 text."""
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from core.samples import answer_of, target_language
 from data_tools.normalise import plain_label
 
 __all__ = [
-    "METRICS",
     "label_among",
     "lettered_choices",
-    "metric_of",
     "parse_choice",
     "parse_letter",
     "reference_of",
@@ -20,16 +18,6 @@ __all__ = [
     "split_chain",
     "target_language",
 ]
-
-# One metric family a task; a task that is not named here is scored by what its samples hold (metric_of).
-METRICS = {
-    "asr": "wer",
-    "translation": "bleu",
-    "chain": "chain",
-    "emotion": "accuracy",
-    "gender": "accuracy",
-    "sound": "accuracy",
-}
 
 # Other words for a label. A word counts as another label's name first: "calm" is no alias where "calm" is a
 # label.
@@ -54,14 +42,6 @@ NEGATION = re.compile(
 def reference_of(sample: dict) -> str:
     """Return the text that a prediction of this sample is scored against; empty where it has no answer."""
     return answer_of(sample) or ""
-
-
-def metric_of(rows: list[dict]) -> str:
-    """wer | bleu | accuracy | chain | answer, for the prediction rows of one task."""
-    task = rows[0].get("task") or "asr"
-    if all(row.get("choices") for row in rows):
-        return "accuracy"
-    return METRICS.get(task) or ("accuracy" if all(row.get("label") for row in rows) else "answer")
 
 
 def lettered_choices(prompt: str | None) -> list[str]:

@@ -17,13 +17,14 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
 
-from core.distributed import disconnect, leave
+from core.distributed import disconnect, hard_exit
 from core.languages import language_code
 from data_tools.shards import ShardError, ShardIndex
 from evaluation.predictions import PredictionError, PredictionFile, row_key
 from evaluation.run import InputError, finish, prediction_row, shard_folder, start
 from model.features import SAMPLE_RATE, WINDOW_SECONDS, log_mel
 from model.pretrained import SourceError, fingerprint, reading
+from model.stages import ALIGNMENT
 from recipe.config import Corpus, RecipeError
 from stream.reader import decode, read_with_retry
 from stream.rejected import BrokenSample
@@ -127,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     error = file = None
     try:
         index = ShardIndex.load(shard_folder(options.shards, options.split))
-        rows = select(index, 0, "alignment", Corpus(tasks=options.task), options.limit)["row"].tolist()
+        rows = select(index, 0, ALIGNMENT.name, Corpus(tasks=options.task), options.limit)["row"].tolist()
         if not (options.whisper / "generation_config.json").exists():
             raise InputError(
                 f"{options.whisper} holds no generation_config.json: give a whole Whisper folder, with "
@@ -179,4 +180,4 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     code = main()
     disconnect()
-    leave(code)
+    hard_exit(code)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from core.files import write_atomically
 from recipe.config import Recipe
-from train.resume import known
+from train.checkpoint.compatibility import known
 
 BIN = Path(sys.executable).parent
 

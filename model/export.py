@@ -43,6 +43,7 @@ from model.language_model import end_ids, end_settings, load_tokenizer
 from model.model_card import model_card
 from model.official import LoRAMerge, ShardWriter, stream_tensors
 from model.pretrained import Source, SourceError, fingerprint, locate
+from model.stages import STAGES
 
 
 def export(
@@ -61,7 +62,7 @@ def export(
     run, out = Path(run), Path(out)
     run = run / "model" if (run / "model" / CONFIG).exists() else run
     description, config = describe(run), read_config(run)
-    if description["stage"] == "alignment":
+    if not STAGES[description["stage"]].needs_llm:
         raise FolderError(f"{run} is a stage I folder: it has no LLM that answers; export stage II or III")
     if out.exists() and any(out.iterdir()):
         raise FolderError(f"{out} is not empty: give a new folder")

@@ -30,7 +30,8 @@ from core.options import problems
 from model import identity
 from model.config import SoundwaveConfig
 from model.pretrained import SourceError, write_tensors
-from model.soundwave import PARTS, STAGES, Soundwave
+from model.soundwave import Soundwave
+from model.stages import ALIGNMENT, PARTS, STAGES
 
 logger = logging.getLogger("soundwave")
 CONFIG, ADAPTERS, LORA = "soundwave.json", "adapters.safetensors", "lora"
@@ -108,10 +109,12 @@ def describe(folder: str | Path) -> dict:
         found = read_object(path)
     except JsonError as error:
         raise FolderError(f"{path} {error}: copy the folder again") from None
+    if isinstance(stage := found.get("stage"), str) and stage not in STAGES:
+        raise FolderError(f"{path}: {STAGES.describe_unknown(stage)}")
     recipe, frozen, settings = found.get("recipe") or {}, found.get("frozen"), found.get("settings", {})
     right = {
         "config": isinstance(found.get("config"), dict),
-        "stage": found.get("stage") in STAGES,
+        "stage": stage in STAGES,
         "frozen": isinstance(frozen, dict)
         and all(isinstance(one, str) and _SHA256.fullmatch(one) for one in frozen.values()),
         "settings": isinstance(settings, dict)
@@ -330,8 +333,8 @@ def load(
     config.encoder.name, config.llm.name = encoder or config.encoder.name, llm or config.llm.name
     config.dtype = dtype_name(dtype) or config.dtype
     config.attention_implementation = attention or config.attention_implementation
-    stage = description["stage"] if with_llm else "alignment"
-    parts = tuple(p for p in PARTS if p != "llm" or stage != "alignment")
+    stage = description["stage"] if with_llm else ALIGNMENT.name
+    parts = tuple(p for p in PARTS if p != "llm" or STAGES[stage].needs_llm)
     try:
         # Sizes first, before memory is asked for; the CTC head's depend on the tokenizer, which is not read
         # yet.

@@ -3,14 +3,16 @@ is loaded here."""
 
 from __future__ import annotations
 
-import json
 import operator
 from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from core.console import OneLine, one_line
+from core.json_files import read_object
 from model.config import SoundwaveConfig
+from model.stages import STAGES
 
 #: Options that say how a model is computed here, not what it is; they are never inherited.
 _OF_THE_MACHINE = ("dtype", "attention_implementation", "encoder.max_seconds")
@@ -19,7 +21,7 @@ _OF_THE_MACHINE = ("dtype", "attention_implementation", "encoder.max_seconds")
 _FREE = ("alignment.dropout", "shrinking.dropout", "llm.lora_dropout", "encoder.name", "llm.name")
 
 
-class StartError(ValueError):
+class StartError(OneLine, ValueError):
     """A start folder that cannot be read; one line: what, where, what to do."""
 
 
@@ -34,16 +36,16 @@ def inherited_options(folder: str | Path) -> dict[str, object]:
     """
     folder = Path(folder)
     try:
-        described = json.loads((folder / "soundwave.json").read_text())
+        described = read_object(folder / "soundwave.json")
         stage, stored = described["stage"], described["config"]
         sections = {name: value for name, value in stored.items() if isinstance(value, dict)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise StartError(
-            f"{folder / 'soundwave.json'} is not as training writes it ({reason}): copy the folder again"
+            f"{folder / 'soundwave.json'} is not as training writes it ({one_line(error)}): "
+            "copy the folder again"
         ) from None
     kept = ["encoder", "alignment", "audio_token", "llm.name"]
-    if stage != "alignment":
+    if stage not in STAGES or STAGES[stage].needs_llm:
         kept += ["shrinking", "prompt", "system_prompt"]
     if (folder / "lora").is_dir():
         kept.append("llm")

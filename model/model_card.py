@@ -213,7 +213,8 @@ def _read_scores(path: Path) -> list[_Score]:
     scores, data = [], path.name.removesuffix(".scores.json")
     for task, result in read_object(path)["tasks"].items():
         shown, results = [], []
-        for name in _MAIN_SCORES:
+        own = [name for name in result.get("columns", ()) if name not in _MAIN_SCORES]
+        for name in (*_MAIN_SCORES, *own):
             if not isinstance(value := result.get(name), (int, float)):
                 continue
             bounds = result.get(f"{name}_ci95")

@@ -44,6 +44,7 @@ from model.config import SoundwaveConfig, official_switches
 from model.folder import ADAPTERS, CONFIG, LORA, FolderError, describe, read_config
 from model.language_model import load_tokenizer
 from model.pretrained import Source, fingerprint, locate, read_json, reading, tensor_files, write_tensors
+from model.stages import SFT, STAGES
 
 SHARD_BYTES = 4 << 30
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -202,7 +203,7 @@ def _from_official(folder: Path, out: Path, encoder: str | None) -> Path:
         json.dumps(
             {
                 "config": asdict(config),
-                "stage": "sft",
+                "stage": SFT.name,
                 "frozen": frozen,
                 "settings": settings,
                 "origin": "released weights",
@@ -284,7 +285,7 @@ def to_official(run: str | Path, out: str | Path) -> Path:
     """
     run, out = Path(run), Path(out)
     config = read_config(run)
-    if describe(run)["stage"] == "alignment":
+    if not STAGES[describe(run)["stage"]].needs_llm:
         raise FolderError(
             f"{run} is a stage I folder: the release's layout holds all parts, give one of stage II or III"
         )

@@ -21,7 +21,8 @@ from model.config import OptionError, SoundwaveConfig
 from model.dropout import LoraDropout
 from model.encoder import build_encoder, tensor_prefix
 from model.generation.greedy import Generation
-from model.language_model import build_llm, embed, load_tokenizer, lora_parameters, splice, target_loss
+from model.language_model import build_llm, embed, load_tokenizer, lora_parameters, splice
+from model.losses import LOSSES, ForwardState
 from model.pretrained import (
     DTYPES,
     SourceError,
@@ -33,19 +34,26 @@ from model.pretrained import (
     text_config,
 )
 from model.shrinking import ShrinkingAdapter, kept_frames
-
-STAGES = ("alignment", "shrinking", "sft")
-PARTS = ("encoder", "adapters", "llm")
+from model.stages import ALIGNMENT, PARTS, SHRINKING, STAGES
 
 
 class Output(NamedTuple):
     """Sums, not means: whoever trains divides by the counts of the whole global batch."""
 
-    ce_sum: torch.Tensor  # cross-entropy over target tokens
-    ctc_sum: torch.Tensor  # over transcribed utterances: CTC loss / target length
+    sums: dict[str, torch.Tensor]  # of each loss that was asked for (model/losses)
     frames: torch.Tensor  # adapter frames of real audio
     kept: torch.Tensor  # of those, frames that the LLM gets
     llm_tokens: torch.Tensor  # LLM positions, audio included
+
+    @property
+    def ce_sum(self) -> torch.Tensor:
+        """Cross-entropy over target tokens; 0 where it was not asked for."""
+        return self.sums.get("ce", torch.zeros(()))
+
+    @property
+    def ctc_sum(self) -> torch.Tensor:
+        """CTC loss / target length over transcribed utterances; 0 where it was not asked for."""
+        return self.sums.get("ctc", torch.zeros(()))
 
 
 class Audio(NamedTuple):
@@ -79,7 +87,7 @@ class Soundwave(Generation, nn.Module):
         self.encoder, self.alignment, self.ctc_head = encoder, alignment, ctc_head
         self.shrinking, self.llm = shrinking, llm
         self.audio_id = None if tokenizer is None else tokenizer.convert_tokens_to_ids(config.audio_token)
-        self.stage = "shrinking" if llm is not None else "alignment"
+        self.stage = SHRINKING.name if llm is not None else ALIGNMENT.name
         self.lengths_of_last_batch: tuple[torch.Tensor, torch.Tensor] | None = None
         self.unanswered: dict[
             int, str
@@ -159,46 +167,38 @@ class Soundwave(Generation, nn.Module):
     # ---- what is trained ----
 
     def set_stage(self, stage: str) -> None:
-        """I alignment: alignment adapter and CTC head | II shrinking: both adapters, CTC head, LoRA | III
-        sft: LoRA alone. Of a tied CTC head the blank's row is trained, the embeddings never. Frozen parts
-        stay in eval mode."""
+        """Train the modules that a stage of STAGES names. Of a tied CTC head the blank's row is trained, the
+        embeddings never. Frozen parts stay in eval mode. Errors: ValueError."""
         if stage not in STAGES:
-            raise ValueError(f"stage is '{stage}': {', '.join(STAGES)}")
-        if stage != "alignment" and self.llm is None:
+            raise ValueError(STAGES.describe_unknown(stage))
+        if STAGES[stage].needs_llm and self.llm is None:
             raise ValueError(f"stage {stage} needs the LLM: build the model with parts including 'llm'")
         self.stage = stage
         self.requires_grad_(False)
-        if stage != "sft":
-            for part in (self.alignment, self.ctc_head, self.shrinking if stage == "shrinking" else None):
-                if part is not None:
-                    part.requires_grad_(True)
-            if self.ctc_head.kind == "tied":
-                self.ctc_head.weight.requires_grad_(False)
-        if stage != "alignment":
-            for _, parameter in lora_parameters(self.llm):
-                parameter.requires_grad_(True)
+        for name in STAGES[stage].trains:
+            if name == "lora":
+                for _, parameter in lora_parameters(self.llm):
+                    parameter.requires_grad_(True)
+            else:
+                getattr(self, name).requires_grad_(True)
+        if self.ctc_head.kind == "tied":
+            self.ctc_head.weight.requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "Soundwave":
         super().train(mode)
-        adapters = self.stage != "sft"
-        for part, learns in (
-            (self.encoder, False),
-            (self.alignment, adapters),
-            (self.ctc_head, adapters),
-            (self.shrinking, self.stage == "shrinking"),
-            (self.llm, self.stage != "alignment"),
-        ):
-            if part is not None and not learns:
+        stage = STAGES[self.stage]
+        for name in ("encoder", "alignment", "ctc_head", "shrinking"):
+            part = getattr(self, name)
+            if part is not None and name not in stage.trains:
                 part.eval()
-        if (
-            self.llm is not None
-        ):  # frozen: it draws no random number and changes no weight of its own (some do both in training)
-            learns = mode and self.stage != "alignment"
+        if self.llm is not None:
+            # Frozen: it draws no random number and changes no weight of its own (some do both in training).
             for module in self.llm.modules():
                 # transformers computes a layer again in backward where the layer itself is in training mode.
-                checkpointed = getattr(module, "gradient_checkpointing", False)
-                module.training = learns and (checkpointed or isinstance(module, LoraDropout))
+                checkpointed = stage.needs_llm and getattr(module, "gradient_checkpointing", False)
+                drops = "lora" in stage.trains and isinstance(module, LoraDropout)
+                module.training = mode and (checkpointed or drops)
         return self
 
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -318,14 +318,10 @@ class Soundwave(Generation, nn.Module):
         return embeddings, mask, labels
 
     def forward(self, batch: Batch, *, losses: tuple[str, ...] = ("ctc",)) -> Output:
-        """losses: ("ctc",) in stage I, ("ce", "ctc") in II, ("ce",) in III."""
-        audio = self.listen(batch, with_ctc="ctc" in losses)
-        ctc_sum = torch.where(batch.has_transcript, audio.ctc, 0.0 * audio.ctc).sum()
+        """losses: names of LOSSES; ("ctc",) in stage I, ("ce", "ctc") in II, ("ce",) in III."""
+        terms = {name: LOSSES[name] for name in losses}
+        audio = self.listen(batch, with_ctc=any(term.uses_ctc for term in terms.values()))
+        state = ForwardState(self, batch, audio)
+        sums = {name: term.numerator(state) for name, term in terms.items()}
         real = 0 if batch.audio_is_dummy else 1
-        ce_sum, llm_tokens = ctc_sum.new_zeros(()), audio.lengths.new_zeros(())
-        if "ce" in losses:
-            embeddings, mask, labels = self.embeddings(batch, audio)
-            ce_sum, llm_tokens = target_loss(self.llm, embeddings, mask, labels, batch.row_keys), mask.sum()
-        return Output(
-            ce_sum, ctc_sum, real * audio.lengths.sum(), real * audio.kept_lengths.sum(), llm_tokens
-        )
+        return Output(sums, real * audio.lengths.sum(), real * audio.kept_lengths.sum(), state.llm_tokens)

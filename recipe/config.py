@@ -18,13 +18,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core.options import RecipeError, choice, expand_paths, is_name, location, number, numbers, problems
+from core.plugins import PluginError, load_plugins
 from model.config import SoundwaveConfig
 from model.inheritance import StartError, differing_options, inherited_options
+from model.stages import STAGES
 
 LARGEST_SEED = 2**63 - 1
 MOST_STEPS = 10_000_000  # the plan of the mixture holds some numbers for each
-#: Stage -> the stage whose model it starts from by default.
-PREVIOUS = {"alignment": None, "shrinking": "alignment", "sft": "shrinking"}
 FRESH = "fresh"  # init_from: start from no model folder
 
 
@@ -108,6 +108,7 @@ class OptimConfig:
 @dataclass
 class LossConfig:
     ctc_weight: float = number(0.3, least=0)  # stage II: CE + this times CTC
+    weights: dict[str, float] = field(default_factory=dict)  # further losses by name, e.g. {my_loss: 0.5}
 
 
 @dataclass
@@ -155,6 +156,8 @@ class HealthConfig:
 
 @dataclass
 class Recipe:
+    # Modules that are imported before the recipe is checked: your own losses, stages, compressors, metrics.
+    plugins: list[str] = field(default_factory=list)
     stage: str = "alignment"  # alignment (I) | shrinking (II) | sft (III)
     output: str = location(
         "runs/soundwave"
@@ -176,6 +179,8 @@ class Recipe:
 
 
 CORPORA = ("data.train", "data.valid")
+#: Keys that hold numbers by name, and an example of each.
+BY_NAME = {"data.mixture.task_weights": "{asr: 0.8}", "loss.weights": "{my_loss: 0.5}"}
 
 
 def start_folder(recipe: Recipe) -> Path | None:
@@ -185,8 +190,8 @@ def start_folder(recipe: Recipe) -> Path | None:
         return None
     if recipe.init_from:
         return Path(recipe.init_from)
-    previous = PREVIOUS.get(recipe.stage)
-    return Path(recipe.output) / previous / "model" if previous else None
+    stage = STAGES.get(recipe.stage)
+    return Path(recipe.output) / stage.previous / "model" if stage and stage.previous else None
 
 
 def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
@@ -196,7 +201,7 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     Paths are expanded (~, $VARIABLE).
     Errors: RecipeError with one line for a file that is missing or no recipe, an unknown key (the nearest
     right key is suggested), a value of the wrong type or out of bounds, an override that is not `key=value`,
-    and a model key that contradicts the start folder.
+    a plugin that cannot be imported, and a model key that contradicts the start folder.
     """
     layers = [*_read_files(Path(path)), *map(_read_override, overrides)]
     recipe = _merge(OmegaConf.structured(Recipe), layers)
@@ -286,7 +291,7 @@ def _merge(merged: DictConfig, layers: list[tuple[str, DictConfig]]) -> Recipe:
                     f"{where}: {key} is set, and {key.rpartition('.')[0]} is a list: write "
                     f"{key.rpartition('.')[0]}=[{{shards: DIR}}]"
                 )
-            if key not in known and not key.startswith("data.mixture.task_weights."):
+            if key not in known and not key.startswith(tuple(f"{free}." for free in BY_NAME)):
                 raise RecipeError(f"{where}: unknown key {key!r}; did you mean '{_nearest(key, known)}'?")
         for path, value in _leaves(content):
             if value == "???":  # OmegaConf would keep the value of an earlier layer
@@ -301,6 +306,10 @@ def _merge(merged: DictConfig, layers: list[tuple[str, DictConfig]]) -> Recipe:
     ) as error:  # an interpolation that leads nowhere; OmegaConf reports some with built-in types
         key = getattr(error, "full_key", None) or ""
         raise RecipeError(f"{_origin(layers, key)}{key + ': ' if key else ''}{_unresolved(error)}") from None
+    try:
+        load_plugins(recipe.plugins)
+    except PluginError as error:
+        raise RecipeError(f"{_origin(layers, 'plugins')}{error}") from None
     try:
         expand_paths(recipe)
     except ValueError as error:
@@ -503,7 +512,8 @@ def _needs(path: tuple, value: object, owner: type = Recipe) -> str:
     kind = ""
     for name in path:
         if not dataclasses.is_dataclass(owner):
-            return f"is {_shown(value)}: give numbers by name, e.g. {{asr: 0.8}}"  # data.mixture.task_weights
+            example = next(example for key, example in BY_NAME.items() if _key(path).startswith(f"{key}."))
+            return f"is {_shown(value)}: give numbers by name, e.g. {example}"
         field = next(field for field in dataclasses.fields(owner) if field.name == name)
         kind, owner = field.type, field.default_factory
     empty = value is None or value == ""

@@ -1,90 +1,24 @@
-"""A stage is data: what is trained, what is loaded, which losses, and how it is scored. The loop is the same
-for all."""
+"""What a recipe's stage is: its entry of STAGES (model/stages.py), its folder, where it starts from, its
+losses."""
 
 from __future__ import annotations
 
 import json
+import operator
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from model.inheritance import StartError, held_parts
-from recipe.config import PREVIOUS, Recipe, RecipeError, start_folder
+from model.stages import STAGES, Stage
+from recipe.config import Recipe, RecipeError, start_folder
 
-
-@dataclass(frozen=True)
-class Stage:
-    name: str
-    number: str
-    # What Soundwave.build is asked for; without "llm" the language model's layers are never read.
-    parts: tuple[str, ...]
-    losses: tuple[str, ...]
-    # Groups of model.parameter_groups() that are trained.
-    trains: tuple[str, ...]
-    previous: str | None
-    # How validation scores it: the CTC head's own transcript, or what the language model writes.
-    score: str
-    # Keys (and sections, with a dot at their end) that change nothing of what the stage trains.
-    without_effect: tuple[str, ...]
-
-
-STAGES = {
-    stage.name: stage
-    for stage in (
-        Stage(
-            "alignment",
-            "I",
-            ("encoder", "adapters"),
-            ("ctc",),
-            ("adapters", "ctc_head"),
-            PREVIOUS["alignment"],
-            "ctc",
-            (
-                "model.llm.lora_r",
-                "model.llm.lora_alpha",
-                "model.llm.lora_dropout",
-                "model.llm.lora_targets",
-                "model.shrinking.",
-                "model.prompt",
-                "model.system_prompt",
-                "optim.lr_lora",
-                "loss.ctc_weight",
-                "data.micro_batch_tokens",
-            ),
-        ),
-        Stage(
-            "shrinking",
-            "II",
-            ("encoder", "adapters", "llm"),
-            ("ce", "ctc"),
-            ("adapters", "ctc_head", "lora"),
-            PREVIOUS["shrinking"],
-            "generate",
-            (),
-        ),
-        Stage(
-            "sft",
-            "III",
-            ("encoder", "adapters", "llm"),
-            ("ce",),
-            ("lora",),
-            PREVIOUS["sft"],
-            "generate",
-            (
-                "model.alignment.dropout",
-                "model.shrinking.dropout",
-                "optim.lr_adapters",
-                "optim.lr_ctc_head",
-                "loss.ctc_weight",
-            ),
-        ),
-    )
-}
+__all__ = ["STAGES", "Stage"]
 
 
 def stage_of(recipe: Recipe) -> Stage:
+    """Errors: RecipeError."""
     if recipe.stage not in STAGES:
-        raise RecipeError(f"stage: '{recipe.stage}' is not one of {', '.join(STAGES)}")
+        raise RecipeError(STAGES.describe_unknown(recipe.stage))
     return STAGES[recipe.stage]
 
 
@@ -92,8 +26,23 @@ def stage_folder(recipe: Recipe) -> Path:
     return Path(recipe.output) / recipe.stage
 
 
+def stages_in(run: Path) -> list[str]:
+    """Return the names of the stages that a run's folder may hold: the known ones, then others by their
+    files."""
+    found = sorted(
+        {path.parent.name for name in ("run.json", "metrics.jsonl") for path in run.glob(f"*/{name}")}
+    )
+    return [*STAGES, *(name for name in found if name not in STAGES)]
+
+
+def title_of(name: str) -> str:
+    """Return how lists call a stage: "II shrinking", or its name where its plugin is not loaded."""
+    return f"{STAGES[name].number} {name}" if name in STAGES else name
+
+
 def has_model(recipe: Recipe) -> bool:
-    """Whether the stage has ended before, whatever the recipe was (train/resume.py compares)."""
+    """Whether the stage has ended before, whatever the recipe was (train/checkpoint/compatibility.py
+    compares)."""
     return (stage_folder(recipe) / "model" / "soundwave.json").exists()
 
 
@@ -142,43 +91,50 @@ def initial_folder(recipe: Recipe) -> Path | None:
     it is.
     """
     stage = stage_of(recipe)
-    frozen = () if "adapters" in stage.trains else ("alignment", "ctc_head", "shrinking")
     folder = start_folder(recipe)
     if folder is None:
-        if frozen:
+        if stage.frozen and stage.previous:
             raise RecipeError(
-                f"init_from: stage {stage.number} ({stage.name}) trains LoRA alone, behind adapters that "
-                f"earlier "
-                "stages "
-                f"trained: give the model folder of stage {STAGES[stage.previous].number}, not `fresh`"
+                f"init_from: stage {stage.number} ({stage.name}) trains {_trained(stage)}: give the model "
+                f"folder of {_previous(stage)}, not `fresh`"
             )
         return None
     if not (folder / "soundwave.json").exists():
-        hint = (
-            "check init_from"
-            if recipe.init_from
-            else f"finish stage {STAGES[stage.previous].number} first, or set init_from"
-        )
+        hint = "check init_from" if recipe.init_from else f"finish {_previous(stage)} first, or set init_from"
         raise NotThereYet(
             f"stage {stage.number} ({stage.name}) starts from {folder}, which holds no finished model: {hint}"
         )
-    if frozen:
+    if stage.frozen and stage.previous:
         try:
-            untrained = [part for part in frozen if part not in held_parts(folder)]
+            untrained = [module for module in stage.frozen if module not in held_parts(folder)]
         except StartError as error:
             raise RecipeError(str(error)) from None
         if untrained:
             raise RecipeError(
-                f"stage {stage.number} ({stage.name}) trains LoRA alone, and {folder}, which it starts from, "
-                "holds no "
-                f"trained {' and no '.join(map(_ADAPTER_NAMES.get, untrained))}: give the model folder of "
-                f"stage "
-                f"{STAGES[stage.previous].number}"
+                f"stage {stage.number} ({stage.name}) trains {_trained(stage)}, and {folder}, which it "
+                f"starts from, holds no trained {' and no '.join(map(_MODULE_NAMES.get, untrained))}: "
+                f"give the model folder of {_previous(stage)}"
             )
     return folder
 
 
-_ADAPTER_NAMES = {"alignment": "alignment adapter", "ctc_head": "CTC head", "shrinking": "shrinking adapter"}
+_MODULE_NAMES = {
+    "alignment": "alignment adapter",
+    "ctc_head": "CTC head",
+    "shrinking": "shrinking adapter",
+    "lora": "LoRA",
+}
+
+
+def _trained(stage: Stage) -> str:
+    """Return what a stage trains, in words: "LoRA alone"."""
+    *others, last = map(_MODULE_NAMES.get, stage.trains)
+    return f"{', '.join(others)} and {last} alone" if others else f"{last} alone"
+
+
+def _previous(stage: Stage) -> str:
+    previous = STAGES.get(stage.previous)
+    return f"stage {previous.number}" if previous else "a stage that trains them"
 
 
 def check_trains_something(recipe: Recipe) -> None:
@@ -187,6 +143,35 @@ def check_trains_something(recipe: Recipe) -> None:
     if stage.trains == ("lora",) and recipe.model.llm.lora_r == 0:
         raise RecipeError(
             f"model.llm.lora_r is 0, and stage {stage.number} ({stage.name}) trains LoRA alone: nothing "
-            f"would be "
-            "trained; give a rank, e.g. 64"
+            "would be trained; give a rank, e.g. 64"
         )
+
+
+def losses_of(recipe: Recipe) -> dict[str, float]:
+    """Return the stage's losses and those of `loss.weights`, with their weights, in the order they are added.
+
+    The stage's first loss has weight 1, unless `loss.weights` names it. Errors: RecipeError.
+    """
+    from model.losses import LOSSES  # PyTorch, for those who ask
+
+    stage, given = stage_of(recipe), recipe.loss.weights
+    weights: dict[str, float] = {}
+    for name in (*stage.losses, *(name for name in given if name not in stage.losses)):
+        if name not in LOSSES:
+            where = f"stage {stage.name}" if name in stage.losses else "loss.weights"
+            raise RecipeError(f"{where}: {LOSSES.describe_unknown(name)}")
+        loss = LOSSES[name]
+        if loss.needs_llm and not stage.needs_llm:
+            raise RecipeError(
+                f"loss.weights: the loss '{name}' needs the LLM, which stage {stage.number} ({stage.name}) "
+                "does not load"
+            )
+        if given.get(name, 0.0) < 0:
+            raise RecipeError(f"loss.weights.{name} is {given[name]:g}: must be at least 0")
+        if name in given and loss.weight_key and name in stage.losses:
+            raise RecipeError(f"loss.weights.{name}: its weight is {loss.weight_key}; write that")
+        if not weights or name in given:
+            weights[name] = given.get(name, 1.0)
+        else:
+            weights[name] = operator.attrgetter(loss.weight_key)(recipe) if loss.weight_key else 1.0
+    return weights

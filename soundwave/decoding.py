@@ -48,21 +48,28 @@ class Decoded(NamedTuple):
 
 
 def decode_batch(
-    model: Soundwave, batch: Batch, decoding: Decoding, audio: Audio | None = None
+    model: Soundwave,
+    batch: Batch,
+    decoding: Decoding,
+    audio: Audio | None = None,
+    limits: list[int] | None = None,
 ) -> list[Decoded]:
     """Return what a model writes for each conversation of a batch of prompts. audio: what `model.listen`
-    gives for the batch, where the caller has it. Errors: ValueError where the model cannot decode so."""
+    gives for the batch, where the caller has it. limits: of each answer's tokens, beside max_new_tokens.
+    Errors: ValueError where the model cannot decode so."""
     if decoding.decode == "ctc":
         return [Decoded(text, text, None) for text in model.ctc_greedy(batch, audio=audio)]
     answers = model.generate(
         batch,
-        max_new_tokens=decoding.max_new_tokens,
+        max_new_tokens=min(decoding.max_new_tokens, max(limits or [decoding.max_new_tokens])),
         do_sample=decoding.do_sample,
         temperature=decoding.temperature,
         top_p=decoding.top_p,
         audio=audio,
         **_search(decoding),
     )
+    if limits is not None:
+        answers = [ids[:limit] for ids, limit in zip(answers, limits, strict=True)]
     tokenizer = model.tokenizer
     passes = model.drafted_passes.row_passes if model.drafted_passes is not None else None
     return [

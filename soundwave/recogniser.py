@@ -479,7 +479,7 @@ class SpeechModel:
         batch, audio = rows_of(batch, spoken), rows_of(audio, spoken)
         pieces = [pieces[row] for row in spoken]
         with _collected() as messages:
-            decoded = decode_batch(self.network, batch, setup.decoding, audio)
+            decoded = decode_batch(self.network, batch, setup.decoding, audio, token_limits(audio))
         _keep_notes([one for one in messages if not one.startswith("conversation ")], pieces)
         texts = [" ".join(one.text.split()) for one in decoded]
         words = self._words(audio, pieces, texts, setup)
@@ -551,6 +551,12 @@ class SpeechModel:
             begin, end = words[0].start, max(word.end for word in words)
         speaker = SPEAKERS.format(piece.channel + 1) if piece.job.channels > 1 else None
         return Segment(text, begin, end, confidence, tuple(words), speaker)
+
+
+def token_limits(audio: Audio) -> list[int]:
+    """Return of each clip how many tokens its transcript may have: a multiple of the CTC head's. An LLM that
+    repeats itself would keep the whole batch waiting."""
+    return [16 + 3 * kept for kept in audio.kept_lengths.tolist()]
 
 
 def batches(pieces: Sequence[_Piece], seconds: float) -> Iterator[list[_Piece]]:

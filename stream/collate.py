@@ -14,6 +14,7 @@ from core.samples import answer_language, messages_of, prompt_of, transcript_of
 from model.batch import Batch
 from model.config import SoundwaveConfig
 from model.prompt import IGNORED, audio_count, chat_ids
+from model.stages import STAGES
 from stream.reader import SAMPLE_RATE, Sample
 from stream.rejected import BrokenSample
 
@@ -68,7 +69,8 @@ class Collator:
         row_limit: int | None = None,
         feature_width: int | None = None,
     ):
-        self.tokenizer, self.stage, self.ctc_text = tokenizer, stage, ctc_text
+        self.tokenizer, self.ctc_text = tokenizer, ctc_text
+        self.stage = STAGES[stage]
         self.chat = {
             "style": model_config.prompt,
             "audio_token": model_config.audio_token,
@@ -82,9 +84,9 @@ class Collator:
         """Errors: BrokenSample where the JSON lacks what the stage needs, or does not fit its audio."""
         text = transcript_of(sample.meta) if sample.has_audio else ""
         target = ctc_target_ids(self.tokenizer, text, self.ctc_text)
-        if self.stage == "alignment":
+        if not self.stage.needs_llm:
             if not sample.has_audio:
-                raise BrokenSample("no audio: stage alignment trains on transcribed audio only")
+                raise BrokenSample(f"no audio: stage {self.stage.name} trains on transcribed audio only")
             if not target and self.answers:
                 raise BrokenSample(
                     "no transcript in its JSON (`text` is missing or empty after normalisation)"
@@ -153,7 +155,7 @@ class Collator:
             waveforms = _padded(clips)
             lengths = torch.tensor([len(clip) for clip in clips])
         targets = [p.ctc_target for p in heard] or [[]]
-        if self.stage == "alignment":  # as many rows as audios, none with tokens
+        if not self.stage.needs_llm:  # as many rows as audios, none with tokens
             input_ids = attention_mask = labels = torch.zeros(max(len(prepared), 1), 0, dtype=torch.long)
         else:
             input_ids, attention_mask, labels = self._pad_rows(
@@ -179,8 +181,8 @@ class Collator:
         )
 
     def _language_of(self, sample: dict) -> str | None:
-        """The language of what is scored: the transcript's in stage I, else the answer's."""
-        return sample.get("lang") if self.stage == "alignment" else answer_language(sample)
+        """The language of what is scored: the transcript's, or the answer's."""
+        return sample.get("lang") if self.stage.score == "ctc" else answer_language(sample)
 
     @staticmethod
     def _pad_masks(masks: list[torch.Tensor | None]) -> torch.Tensor | None:

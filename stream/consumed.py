@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from core.files import append_lines, keep_before, read_lines
+from core.files import append_lines, read_lines, truncate_log
 from model.batch import Batch
 
 NAME = "samples.jsonl"
@@ -17,7 +17,7 @@ NAME = "samples.jsonl"
 
 def begin(folder: Path, first_step: int) -> None:
     """Take out the lines of steps that are done again. For one rank alone, before any rank's first step."""
-    keep_before(folder / NAME, first_step)
+    truncate_log(folder / NAME, first_step)
 
 
 def note(folder: Path, step: int, planned: int, rank: int, micro_batches: list[Batch]) -> None:

@@ -34,6 +34,7 @@ import numpy as np
 
 import core.keys
 from data_tools.shards import ShardError, ShardIndex
+from model.stages import STAGES
 from recipe.config import Corpus, DataConfig, RecipeError
 from stream.mixture import Mixture
 
@@ -142,7 +143,7 @@ def usable(samples: np.ndarray, data: DataConfig, stage: str) -> dict[str, np.nd
         & ~(duration >= data.min_seconds),  # NaN too
         f"longer than data.max_seconds={data.max_seconds:g}": audio & (duration > data.max_seconds),
     }
-    if stage == "alignment":
+    if not STAGES[stage].needs_llm:
         reasons["no transcript for CTC"] = samples["characters"] == 0
         reasons["no audio"] = ~audio
     left = np.ones(len(duration), dtype=bool)
@@ -522,7 +523,7 @@ class Plan:
             epochs,
         )
         planned["seconds"] = np.where(samples["audio_size"] > 0, samples["duration"], 0)
-        if self.stage != "alignment":
+        if STAGES[self.stage].needs_llm:
             planned["positions"] = llm_positions(samples)
         return planned
 

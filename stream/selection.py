@@ -7,6 +7,7 @@ import numpy as np
 
 from core.options import RecipeError
 from data_tools.shards import ShardIndex
+from model.stages import STAGES
 from recipe.config import Corpus, DataConfig
 from stream.plan import PLANNED, drawn_share, llm_positions, usable
 
@@ -31,7 +32,7 @@ def select(index: ShardIndex, number: int, stage: str, corpus: Corpus, limit: in
     chosen = samples[rows]
     entries["corpus"], entries["row"] = number, rows
     entries["seconds"] = np.where(chosen["audio_size"] > 0, chosen["duration"], 0)
-    if stage != "alignment":
+    if STAGES[stage].needs_llm:
         entries["positions"] = llm_positions(chosen)
     return entries
 

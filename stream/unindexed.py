@@ -276,7 +276,7 @@ class PlainReader(IterableDataset):
         duration = meta.get("duration") or 0
         if corpus.tasks is not None and meta.get("task") not in corpus.tasks:
             return None
-        if audio is None and self.collator.stage == "alignment":
+        if audio is None and not self.collator.stage.needs_llm:
             return None
         if duration and not self.data.min_seconds <= duration <= self.data.max_seconds:
             return None

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from core.samples import answer_of, transcript_of
 from model.batch import Batch
 from model.config import SoundwaveConfig
+from model.stages import STAGES
 from recipe.config import Corpus, DataConfig
 from stream.assign import Budgets, assign
 from stream.cache import FeatureStore
@@ -136,7 +137,7 @@ def validation_batches(
         data=replace(data, workers=0),
         answers=answers,
     )
-    answer = transcript_of if stage == "alignment" else answer_of
+    answer = transcript_of if STAGES[stage].score == "ctc" else answer_of
     batches = [(batch, [answer(sample) or "" for sample in samples]) for batch, samples in stream]
     if stream.rejected:
         LOGGER.warning(

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from model.batch import Batch
 from model.config import SoundwaveConfig
+from model.stages import STAGES
 from recipe.config import DataConfig
 from stream.cache import FeatureStore
 from stream.collate import Collator, Prepared
@@ -56,12 +57,12 @@ def worst_case_batch(
             sample = Sample(sample.meta, None, torch.randn(frames, features.width, generator=noise))
         one = collator.prepare(sample)
         filler = (
-            []
-            if stage == "alignment"
-            else [
+            [
                 target[i % len(target)]
                 for i in range(max(data.micro_batch_tokens // rows - len(one.input_ids), 0))
             ]
+            if STAGES[stage].needs_llm
+            else []
         )
         prepared.append(Prepared(sample, one.input_ids + filler, one.labels + filler, target))
     return collator(prepared)

@@ -19,9 +19,10 @@ from model.language_model import described_targets, load_tokenizer
 from model.pretrained import SourceError, locate, presets, tensor_files
 from model.soundwave import Soundwave
 from recipe.config import Recipe, RecipeError
-from recipe.stages import NotThereYet, initial_folder, stage_folder, stage_of
+from recipe.stages import NotThereYet, initial_folder, losses_of, stage_folder, stage_of
 from stream.plan import Plan, is_plain_stream, load_index
-from train import resume, zero
+from train import zero
+from train.checkpoint import compatibility
 from train.flops import PEAKS, Flops, numel
 
 RANKS = (1, 8, 16, 64)
@@ -87,7 +88,7 @@ def check_start(recipe: Recipe, model: Soundwave) -> list[str]:
         model_folder.check_fit(
             model, folder, but=() if recipe.model.alignment.ctc_head == "tied" else ("ctc_head",)
         )
-        settings = resume.settings_here(recipe)
+        settings = compatibility.settings_here(recipe)
         found = model_folder.identity_differences(folder, {}, settings, places) if settings else {}
     except model_folder.FolderError as error:
         raise RecipeError(str(error)) from None
@@ -177,12 +178,12 @@ def _number(value: float) -> str:
 
 def dry_run(recipe: Recipe) -> int:
     """Print the whole; returns the exit code 0. Errors: RecipeError for a wrong recipe."""
-    from train.loop import check, warnings_of
+    from train.checks import check, warnings_of
 
     check(recipe)
-    is_finished = resume.finished(recipe)
+    is_finished = compatibility.finished(recipe)
     if not is_finished:
-        resume.check_checkpoint(recipe)
+        compatibility.check_checkpoint(recipe)
     stage, model = stage_of(recipe), meta_model(recipe)
     notes = [] if is_finished else check_start(recipe, model)
     rows = parameters_by_module(model)
@@ -190,7 +191,7 @@ def dry_run(recipe: Recipe) -> int:
     weight_bytes = 2 if recipe.model.dtype == "bfloat16" else 4
     config = zero.resolve(recipe, model.ctc_head.weight.shape[1])
     print(
-        f"stage {stage.number} ({stage.name}): losses {' + '.join(stage.losses)}, weights in "
+        f"stage {stage.number} ({stage.name}): losses {' + '.join(losses_of(recipe))}, weights in "
         f"{recipe.model.dtype}, "
         f"{recipe.deepspeed} (ZeRO-{zero.stage_number(config)}) -> {stage_folder(recipe)}\n"
     )

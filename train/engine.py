@@ -4,9 +4,9 @@
       -> sums of the losses (all-reduce) -> gradient norm (DeepSpeed's, global) -> apply or skip, alike on all
       ranks
 
-Loss: CE = sum over target tokens / their number in the global batch; CTC = sum over transcribed utterances of
-loss / target length, over their number in the global batch. DeepSpeed averages gradients over ranks, so the
-loss is multiplied by the number of ranks: the gradient is that of the global batch, however it is split.
+Loss: the weighted sum of the recipe's terms (model/losses), each a sum / its count in the global batch.
+DeepSpeed averages gradients over ranks, so the loss is multiplied by the number of ranks: the gradient is
+that of the global batch, however it is split.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.utils import get_global_norm_of_tensors
 from torch.profiler import record_function
 
 from core.distributed import Ranks
 from core.keys import signed_key64
 from model.batch import Batch
-from model.language_model import base_of
 from model.rows import probe
+from model.soundwave import Output
 from recipe.config import Recipe
-from recipe.stages import Stage
+from recipe.stages import Stage, losses_of
 from train import optim, zero
+from train.deepspeed_fixes import zero3
+from train.deepspeed_fixes.step_gate import hide_overflow_lines, install_step_gate
 from train.health import Health
+from train.step_counts import StepCounts, StepFlags, StreamSums, all_reduce, reduce_step_counts
 
 logger = logging.getLogger("soundwave")
 
@@ -41,21 +42,20 @@ logger = logging.getLogger("soundwave")
 class StepResult:
     step: int
     loss: float
-    ce: float | None  # per target token
-    ctc: float | None  # per transcribed utterance, divided by its target length
+    losses: dict[str, float]  # each term per unit of its denominator, without its weight
     grad_norm: float | None
     skipped: str | None  # why the step was not applied
     lr: dict[str, float]
-    # Sums over all ranks.
-    sums: dict[str, float] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)  # of this rank
+    sums: dict[str, float]  # over all ranks
+    seconds: dict[str, float]  # of this rank
 
 
-def all_reduce(values: list[float], ranks: Ranks) -> list[float]:
-    """Sums over ranks in float64, in one collective."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=ranks.device)
-    dist.all_reduce(tensor)
-    return tensor.tolist()
+def weighted_sum(losses: dict[str, float], weights: dict[str, float]) -> float:
+    """Return the loss that terms and their weights make."""
+    loss = 0.0
+    for name, weight in weights.items():
+        loss = loss + weight * losses[name]
+    return loss
 
 
 class Engine:
@@ -69,50 +69,26 @@ class Engine:
     def __init__(self, model: torch.nn.Module, recipe: Recipe, stage: Stage, config: dict, ranks: Ranks):
         self.recipe, self.stage, self.ranks = recipe, stage, ranks
         self.zero_stage = zero.stage_number(config)
+        self.losses = losses_of(recipe)
         if self.zero_stage == 3:
-            for module, parameter in model.shared_parameters():
-                if not any(
-                    own is parameter for own in module.parameters(recurse=False)
-                ):  # else its own hooks gather it
-                    deepspeed.zero.register_external_parameter(module, parameter)
-            leaves = {
-                type(layer)
-                for module in model.modules()
-                if isinstance(module, torch.nn.ModuleList)
-                for layer in module
-            }
-            # Gather a Transformer layer at once: hooks on each Linear and LoRA matrix of it (some 30) cost
-            # more than they save.
-            if leaves:
-                deepspeed.utils.set_z3_leaf_modules(model, sorted(leaves, key=lambda c: c.__name__))
-            if model.llm is not None:
-                # DeepSpeed collects such a layer's gradients when the gradient of its input is there. In
-                # stage III the first layer's input would have none, and the hook would fire before the
-                # gradients of its LoRA exist.
-                base_of(model.llm).enable_input_require_grads()
+            zero3.prepare_modules(model)
         if recipe.optim.activation_checkpointing:
             model.enable_activation_checkpointing()
         if self.zero_stage == 3 and recipe.model.dtype == "bfloat16":
-            # DeepSpeed (0.19.8) casts a model to bf16, but not one that was sharded while it was loaded, as
-            # the LLM is here: what is new would compute in fp32, slower than it need be and unlike ZeRO-2.
-            # The optimizer keeps fp32 masters of it.
-            for parameter in model.parameters():
-                if parameter.requires_grad and not hasattr(parameter, "ds_id"):
-                    parameter.data = parameter.data.to(torch.bfloat16)
-        groups = optim.parameter_groups(model.parameter_groups(), stage.trains, recipe.optim)
+            zero3.cast_new_parameters(model)
+        groups = optim.parameter_groups(model.parameter_groups(), recipe.optim)
         optimizer = optim.build(groups, recipe.optim, offload=zero.offloads_optimizer(config))
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
         self.model = model
         self.health = Health(recipe.health)
-        self._loss, self._skip_reason, self._rehearsing = 0.0, None, False
-        self._install_gate()
+        self._loss: float = 0.0
+        self._skip_reason: str | None = None
+        self._is_probing = False
+        install_step_gate(self.optimizer, self.zero_stage, ranks.device, self._rejects)
+        hide_overflow_lines(lambda: self._skip_reason is not None)
         self._try_rows()
-        # What the gate refuses DeepSpeed takes for an overflow, and says so; the reason is told by the loop.
-        deepspeed.utils.logger.addFilter(
-            lambda record: not (self._skip_reason and "OVERFLOW" in record.getMessage())
-        )
 
     def _try_rows(self) -> None:
         """Decide on all ranks alike whether this LLM's rows may be joined. Errors: SourceError for one that
@@ -130,60 +106,18 @@ class Engine:
                 "rows of a micro-batch are %s", rows if llm.joins_rows == rows.kept_apart else elsewhere
             )
 
-    def _install_gate(self) -> None:
-        """Judge the step where DeepSpeed has just computed the global norm and nothing has moved yet.
-
-        A norm of -1 is DeepSpeed's own sign for a gradient that is not finite: it then clears the gradients
-        and leaves weights and optimizer states alone, which is what skipping a step means.
-        """
-        inner = self.optimizer
-        if self.zero_stage == 3:
-            from deepspeed.runtime.zero.stage3 import combine_grad_norm_groups
-
-            norms = inner._get_norm_groups
-
-            def gated_groups():
-                groups = norms()
-                return (
-                    [torch.tensor(-1.0)] if self._rejects(float(combine_grad_norm_groups(groups))) else groups
-                )
-
-            inner._get_norm_groups = gated_groups
-        elif isinstance(inner, BF16_Optimizer):  # ZeRO-1 in bf16 with fp32 gradients
-            gradients = inner.get_grads_for_norm
-
-            def gated_gradients(for_clipping=False):
-                found = gradients(for_clipping=for_clipping)
-                if not for_clipping and self._rejects(
-                    float(get_global_norm_of_tensors(found[0], mpu=inner.mpu))
-                ):
-                    return [torch.full((1,), float("nan"), device=self.ranks.device)], {}
-                return found
-
-            inner.get_grads_for_norm = gated_gradients
-        else:
-            total = inner.scaled_global_norm
-
-            def gated_total(*args, **kwargs):
-                norm = total(*args, **kwargs)
-                return torch.tensor(-1.0) if self._rejects(float(norm)) else norm
-
-            inner.scaled_global_norm = gated_total
-
     def _reason_to_skip(self, norm: float) -> str | None:
-        return "a rehearsal" if self._rehearsing else self.health.reason_to_skip(self._loss, norm)
+        return "a memory probe" if self._is_probing else self.health.reason_to_skip(self._loss, norm)
 
     def _rejects(self, norm: float) -> bool:
         self._skip_reason = self._reason_to_skip(norm)
         return self._skip_reason is not None
 
-    def _micro_loss(self, output, ce_count: float, ctc_count: float) -> torch.Tensor:
+    def weighted_loss(self, output: Output, counts: dict[str, float]) -> torch.Tensor:
+        """Return a micro-batch's part of the loss of the global batch."""
         loss = 0.0
-        if "ce" in self.stage.losses:
-            loss = loss + output.ce_sum / max(ce_count, 1.0)
-        if "ctc" in self.stage.losses:
-            weight = self.recipe.loss.ctc_weight if "ce" in self.stage.losses else 1.0
-            loss = loss + weight * output.ctc_sum / max(ctc_count, 1.0)
+        for name, weight in self.losses.items():
+            loss = loss + weight * output.sums[name] / max(counts[name], 1.0)
         return loss
 
     @contextmanager
@@ -201,69 +135,56 @@ class Engine:
             else:
                 yield self.zero_stage == 3
 
-    def agree(self, micro_batches: list[Batch], flags: list[float]) -> tuple[float, float, list[float]]:
-        """The collective that opens a step: (target tokens, transcribed utterances) of the global batch, and
-        `flags` summed over ranks; wishes to stop, finished saves and broken data travel so. A rank with
-        broken data may come with no micro-batches.
-        """
-        local = [
-            float(sum(b.ce_count for b in micro_batches)),
-            float(sum(b.ctc_count for b in micro_batches)),
-        ]
-        ce_count, ctc_count, *flags = all_reduce(local + flags, self.ranks)
-        return ce_count, ctc_count, flags
+    def reduce_step_counts(
+        self, micro_batches: list[Batch], flags: StepFlags = StepFlags(), streamed: StreamSums = StreamSums()
+    ) -> StepCounts:
+        """The collective that opens a step: denominators of the global batch, and what ranks report."""
+        return reduce_step_counts(tuple(self.losses), micro_batches, self.ranks, flags, streamed)
 
-    def rehearse(self, batch: Batch) -> None:
-        """One micro-batch all the way to the update, which is refused: memory is asked for, and no state
-        moves.
+    def probe_memory(self, batch: Batch) -> None:
+        """Run one micro-batch up to the update, which is refused, to measure peak memory. Collective.
 
-        On all ranks alike. DeepSpeed's own way to skip a step clears the gradients; its counters are put
-        back.
+        DeepSpeed's own way to skip a step clears the gradients; its counters are put back.
         """
         counters = {
             name: getattr(self.deepspeed, name)
             for name in ("global_steps", "global_samples", "micro_steps", "skipped_steps")
         }
-        self._rehearsing = True
-        self.step(0, [batch], *self.agree([batch], [])[:2])
-        self._rehearsing = False
+        self._is_probing = True
+        self.step(0, [batch], self.reduce_step_counts([batch]))
+        self._is_probing = False
         vars(self.deepspeed).update(counters)
 
-    def step(self, step: int, micro_batches: list[Batch], ce_count: float, ctc_count: float) -> StepResult:
+    def step(self, step: int, micro_batches: list[Batch], counts: StepCounts) -> StepResult:
         """One optimizer step. Every rank brings the same number of micro-batches (the stream deals them
         so)."""
         started = time.perf_counter()
         number = len(micro_batches)
         self.deepspeed.train()
-        sums = torch.zeros(5, dtype=torch.float64, device=self.ranks.device)
+        names = tuple(self.losses)
+        sums = torch.zeros(len(names) + 3, dtype=torch.float64, device=self.ranks.device)
         dropout_key = signed_key64("step", self.recipe.seed, step)
         for i, batch in enumerate(micro_batches):
             self.deepspeed.set_gradient_accumulation_boundary(i == number - 1)
             with record_function("forward"):
-                output = self.deepspeed(
-                    batch.to(self.ranks.device).at_step(dropout_key), losses=self.stage.losses
-                )
-                loss = self._micro_loss(output, ce_count, ctc_count)
+                output = self.deepspeed(batch.to(self.ranks.device).at_step(dropout_key), losses=names)
+                loss = self.weighted_loss(output, counts.losses)
             with record_function("backward"):
                 self.deepspeed.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
             sums += torch.stack(
                 [
                     torch.as_tensor(x, dtype=torch.float64, device=self.ranks.device).detach()
-                    for x in (output.ce_sum, output.ctc_sum, output.frames, output.kept, output.llm_tokens)
+                    for x in (*output.sums.values(), output.frames, output.kept, output.llm_tokens)
                 ]
             )
         computed = time.perf_counter()
         dist.all_reduce(sums)
-        ce_sum, ctc_sum, frames, kept, llm_tokens = sums.tolist()
-        ce = ce_sum / max(ce_count, 1.0) if "ce" in self.stage.losses else None
-        ctc = ctc_sum / max(ctc_count, 1.0) if "ctc" in self.stage.losses else None
-        if ce is None:
-            self._loss = ctc
-        else:
-            self._loss = ce + (self.recipe.loss.ctc_weight * ctc if ctc is not None else 0.0)
+        *loss_sums, frames, kept, llm_tokens = sums.tolist()
+        losses = {
+            name: value / max(counts.losses[name], 1.0) for name, value in zip(names, loss_sums, strict=True)
+        }
+        self._loss = weighted_sum(losses, self.losses)
         rates = optim.set_lr(self.optimizer, self.recipe.optim, step)
-        # DeepSpeed finds NaN and infinity itself before it asks for the norm in some modes; then the gate is
-        # not asked.
         self._skip_reason, judged = None, (self.health.skipped, len(self.health.norms))
         with record_function("update"):
             self.deepspeed.step()
@@ -271,14 +192,19 @@ class Engine:
             assert judged == (self.health.skipped, len(self.health.norms))
             self._skip_reason = self._reason_to_skip(float("nan"))
         norm = None if self._skip_reason else float(self.deepspeed.get_global_grad_norm())
-        result = StepResult(step, self._loss, ce, ctc, norm, self._skip_reason, rates)
-        result.sums = {
-            "frames": frames,
-            "kept": kept,
-            "llm_tokens": llm_tokens,
-            "ce_count": ce_count,
-            "ctc_count": ctc_count,
-            "micro_batches": number,
-        }
-        result.seconds = {"compute": computed - started, "update": time.perf_counter() - computed}
-        return result
+        return StepResult(
+            step=step,
+            loss=self._loss,
+            losses=losses,
+            grad_norm=norm,
+            skipped=self._skip_reason,
+            lr=rates,
+            sums={
+                "frames": frames,
+                "kept": kept,
+                "llm_tokens": llm_tokens,
+                "target_tokens": counts.target_tokens,
+                "micro_batches": number,
+            },
+            seconds={"compute": computed - started, "update": time.perf_counter() - computed},
+        )

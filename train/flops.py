@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from model.language_model import base_of
+from model.stages import STAGES, Stage
 
 # Dense bf16 matrix products a second, from NVIDIA's data sheets; the name as torch.cuda.get_device_name()
 # gives it holds the key. More particular names come first.
@@ -77,7 +78,7 @@ class Flops:
     stack: int
     adapter_layers: int
     projection: int
-    stage: str
+    stage: Stage
     head_is_trained: bool
 
     @classmethod
@@ -95,8 +96,8 @@ class Flops:
             model.config.alignment.stack_frames,
             len(model.alignment.layers),
             numel(model.alignment.projection.weight),
-            model.stage,
-            model.stage != "sft" and model.ctc_head.kind != "tied",
+            STAGES[model.stage],
+            "ctc_head" in STAGES[model.stage].trains and model.ctc_head.kind != "tied",
         )
 
     def step(
@@ -105,7 +106,7 @@ class Flops:
         """frames: adapter frames of all audio; clips: audios; llm_tokens: LLM positions in `rows`
         conversations; targets: target tokens of the cross-entropy; kept: frames that the shrinking adapter
         keeps. Attention is counted at mean lengths."""
-        learns = self.stage != "sft"  # alignment adapter and CTC head
+        learns = "alignment" in self.stage.trains
         encoder_frames = frames * self.stack
         mean = encoder_frames / max(clips, 1.0)
         attention = 4 * self.adapter_layers * frames / max(clips, 1.0) * self.width
@@ -126,10 +127,13 @@ class Flops:
             * self.vocabulary
             * ((2 if learns else 1) + self.head_is_trained),
         }
-        if self.stage != "alignment":
+        if self.stage.needs_llm:
             # Key and value for every frame, query and output for the kept ones.
             out["shrinking"] = (
-                (frames + kept) / 2 * (6 if self.stage == "shrinking" else 2) * self.counts["shrinking"]
+                (frames + kept)
+                / 2
+                * (6 if "shrinking" in self.stage.trains else 2)
+                * self.counts["shrinking"]
             )
             mean = llm_tokens / max(rows, 1.0)
             out["llm"] = llm_tokens * (4 * self.counts["llm"] + 12 * self.llm_layers * mean * self.width)

@@ -77,7 +77,7 @@ class Health:
         )
 
 
-class BadStretch:
+class SkippedSteps:
     """The steps skipped in a row up to now: which, why, whose utterances. `<stage folder>/skipped.jsonl`
     names all there were."""
 
@@ -87,7 +87,7 @@ class BadStretch:
         self.path, self.ranks = folder / "skipped.jsonl", ranks
         self.steps: list[dict] = []
 
-    def note(self, step: int, data_step: int, reason: str | None, micro_batches: list[Batch]) -> None:
+    def add(self, step: int, data_step: int, reason: str | None, micro_batches: list[Batch]) -> None:
         """After every step; `reason` None: it was applied. `data_step`: the plan's step. Collective where it
         was skipped."""
         if reason is None:

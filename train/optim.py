@@ -22,9 +22,9 @@ def lr_share(config: OptimConfig, step: int) -> float:
 
 
 def parameter_groups(
-    named: dict[str, list[tuple[str, torch.nn.Parameter]]], trains: tuple[str, ...], config: OptimConfig
+    named: dict[str, list[tuple[str, torch.nn.Parameter]]], config: OptimConfig
 ) -> list[dict]:
-    """Optimizer groups, two for each of `trains`: weights with decay, norms and biases (one-dimensional)
+    """Optimizer groups, two for each of `named`: weights with decay, norms and biases (one-dimensional)
     without.
 
     Each group holds its `name` and `peak_lr`; `set_lr` multiplies the latter. Parameters may be ZeRO-3
@@ -32,7 +32,7 @@ def parameter_groups(
     """
     peaks = {"adapters": config.lr_adapters, "ctc_head": config.lr_ctc_head, "lora": config.lr_lora}
     groups = []
-    for name in trains:
+    for name in named:
         parameters = [parameter for _, parameter in named[name] if parameter.requires_grad]
         for suffix, decay in (("", config.weight_decay), ("_no_decay", 0.0)):
             chosen = [p for p in parameters if (len(getattr(p, "ds_shape", p.shape)) > 1) == (suffix == "")]

@@ -1,8 +1,8 @@
 """When to stop early: SIGUSR1, SIGTERM, a time limit or a STOP file on any rank becomes one decision of all
 ranks.
 
-A rank only notes the wish; the wishes travel in the all-reduce that opens every step, so all ranks stop
-before the same step, save, and exit with code PREEMPTED. SLURM gives the end of the job in
+A signal only sets the reason; the ranks' flags are summed in the all-reduce that opens every step, so all
+ranks stop before the same step, save, and exit with code PREEMPTED. SLURM gives the end of the job in
 SLURM_JOB_END_TIME; the margin before it is three times the longest save seen, at least two minutes, and never
 more than half of the allocation that is left at the start.
 """
@@ -33,9 +33,9 @@ class Preemption:
         self.end_time = end_time
         self.started = time.time()
         for number in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(number, self._note)
+            signal.signal(number, self._on_signal)
 
-    def _note(self, number: int, _frame) -> None:
+    def _on_signal(self, number: int, _frame) -> None:
         self.reason = signal.Signals(number).name
 
     def margin(self, save_seconds: float) -> float:
@@ -43,8 +43,8 @@ class Preemption:
         wanted = max(MINIMUM_MARGIN, 3.0 * save_seconds)
         return min(wanted, 0.5 * max(0.0, self.end_time - self.started))
 
-    def wish(self, save_seconds: float, step_seconds: float) -> str | None:
-        """Why this rank wants to stop before the next step, or None."""
+    def stop_reason(self, save_seconds: float, step_seconds: float) -> str | None:
+        """Return why this rank should stop before the next step, or None."""
         if self.reason is None and self.stop_file.exists():
             self.reason = "STOP file"
         if self.reason is None and self.end_time is not None:

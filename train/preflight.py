@@ -46,8 +46,8 @@ from core.code import code_hash  # noqa: E402
 from core.files import step_folders  # noqa: E402
 from recipe.config import Corpus, Recipe, RecipeError, load_recipe, start_folder  # noqa: E402
 from recipe.stages import has_model, initial_folder, stage_folder, stage_of  # noqa: E402
+from train.checkpoint.compatibility import check_checkpoint, finished  # noqa: E402
 from train.preemption import DONE, FAILED, PORT_TAKEN, PREEMPTED, WRONG_INPUT  # noqa: E402
-from train.resume import check_checkpoint, finished  # noqa: E402
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 GPU_REDUCE_BYTES, CPU_REDUCE_BYTES = 256 << 20, 8 << 20

@@ -19,23 +19,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from core.files import read_lines, write_atomically
-from recipe.stages import STAGES
+from recipe.stages import STAGES, stages_in
 
 POINTS = 500  # of a curve: longer runs are averaged in bins
 # title, unit, {label: (kind of line, key)}, factor
 PANELS = (
     ("loss", "nats", {"training": ("train", "loss"), "validation": ("valid", "loss")}, 1),
-    (
-        "parts of the loss",
-        "nats",
-        {
-            "CE, training": ("train", "ce"),
-            "CE, validation": ("valid", "ce"),
-            "CTC, training": ("train", "ctc"),
-            "CTC, validation": ("valid", "ctc"),
-        },
-        1,
-    ),
+    ("parts of the loss", "nats", {}, 1),  # filled by `panels`
     ("validation WER", "", {"WER": ("valid", "wer")}, 1),
     ("gradient norm", "", {"before clipping": ("train", "grad_norm")}, 1),
     (
@@ -131,6 +121,16 @@ def panel(lines: dict[str, list[dict]], title: str, unit: str, curves: dict, fac
     return embedded(buffer.getvalue(), title)
 
 
+def panels(noted: dict) -> list[tuple]:
+    """Return PANELS, with the curves of the losses that run.json names."""
+    parts = {
+        f"{name.upper() if name in ('ce', 'ctc') else name}, {label}": (kind, name)
+        for name in noted.get("losses", ("ce", "ctc"))
+        for label, kind in (("training", "train"), ("validation", "valid"))
+    }
+    return [(title, unit, curves or parts, factor) for title, unit, curves, factor in PANELS]
+
+
 def table(rows: list[tuple], header: tuple[str, ...] = ()) -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
     body = "".join(
@@ -199,7 +199,7 @@ def page(folder: Path) -> str:
         f"<h1>{html.escape(title)}</h1>",
         table(summary(lines, noted)),
         '<div class="panels">',
-        *(panel(lines, *definition) for definition in PANELS),
+        *(panel(lines, *definition) for definition in panels(noted)),
         "</div>",
     ]
     events = [line for kind, found in lines.items() if kind not in ("train", "valid") for line in found]
@@ -247,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, help="the recipes' `output` folder, or a stage's folder in it")
     run = parser.parse_args(argv).run
-    folders = [f for f in (run, *(run / name for name in STAGES)) if (f / "metrics.jsonl").exists()]
+    folders = [f for f in (run, *(run / name for name in stages_in(run))) if (f / "metrics.jsonl").exists()]
     if not folders:
         print(
             f"error: {run} holds no metrics.jsonl, nor does a stage's folder in it ({', '.join(STAGES)})",

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # modules.
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "train")]
 
-from core.distributed import PortTaken, check_master_port, connect, disconnect, fill_environment, leave  # noqa: E402
+from core.distributed import PortTaken, check_master_port, connect, disconnect, fill_environment, hard_exit  # noqa: E402
 from recipe.config import RecipeError, load_recipe  # noqa: E402
 from train.preemption import FAILED, PORT_TAKEN, WRONG_INPUT  # noqa: E402
 
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
             return dry_run(recipe) if is_main() else 0
         check_master_port()
         from recipe.stages import has_model, initial_folder, stage_folder
-        from train.loop import Run, check
+        from train.checks import check
         from train.telemetry import start_logging, stop_logging
 
         check(recipe)
@@ -88,8 +88,10 @@ def main(argv: list[str] | None = None) -> int:
     from model.config import OptionError
     from model.folder import FolderError
     from model.pretrained import SourceError
-    from train.checkpoint import CheckpointError
-    from train.universal import ConversionError
+    from train.checkpoint.errors import CheckpointError
+    from train.checkpoint.universal import ConversionError
+    from train.outcome import RunStatus
+    from train.stage_run import run_stage
 
     try:
         ranks = connect()
@@ -105,9 +107,9 @@ def main(argv: list[str] | None = None) -> int:
         return PORT_TAKEN
     start_logging(stage_folder(recipe), ranks)
     logger = logging.getLogger("soundwave")
-    run = Run(recipe, ranks, profile_steps=args.profile)
+    status = RunStatus(recipe, ranks)
     try:
-        code = run.execute()
+        code = run_stage(recipe, ranks, status, profile_steps=args.profile)
     except Exception as error:
         wrong_input = isinstance(error, (RecipeError, SourceError, FolderError, OptionError, ShardError))
         code = WRONG_INPUT if wrong_input else FAILED
@@ -115,13 +117,13 @@ def main(argv: list[str] | None = None) -> int:
             logger.error("%s", error)
         else:
             logger.exception("rank %d failed", ranks.rank)
-        run.note("failed", reason=str(error) or type(error).__name__, exit_code=code)
+        status.write("failed", reason=str(error) or type(error).__name__, exit_code=code)
         stop_logging()
-        leave(code)  # at once: the other ranks may wait in a collective and would not answer a farewell
+        hard_exit(code)  # at once: the other ranks may wait in a collective and would not answer a farewell
     disconnect()
     stop_logging()
     return code
 
 
 if __name__ == "__main__":
-    leave(main())
+    hard_exit(main())

@@ -24,7 +24,7 @@ from statistics import median
 from tabulate import tabulate
 
 from core.files import read_lines
-from recipe.stages import STAGES
+from recipe.stages import STAGES, stages_in, title_of
 
 SILENT_SECONDS = 600  # a running stage that has not written for so long is called silent
 NO_END = {
@@ -142,7 +142,7 @@ def stage_status(run: Path, name: str, now: float, slurm: dict[str, tuple[str, s
     step, steps = noted.get("step", 0), noted.get("steps")
     latest = folder / "checkpoints" / "latest"
     row = {
-        "stage": f"{STAGES[name].number} {name}",
+        "stage": title_of(name),
         "state": state,
         "step": f"{step}/{steps}" if steps else "-",
         "s/step": f"{seconds:.2f}" if seconds else "-",
@@ -166,9 +166,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, help="the recipes' `output` folder")
     run = parser.parse_args(argv).run
-    last = [jobs[-1] for name in STAGES if (jobs := jobs_of(run, name))]
+    names = stages_in(run)
+    last = [jobs[-1] for name in names if (jobs := jobs_of(run, name))]
     slurm = slurm_states([job["job"] for job in last if job["event"] != "done"])
-    rows = [row for name in STAGES if (row := stage_status(run, name, time.time(), slurm))]
+    rows = [row for name in names if (row := stage_status(run, name, time.time(), slurm))]
     if not rows:
         print(
             f"error: {run} holds no stage ({', '.join(STAGES)}) and no slurm.jsonl: give the recipes' "

@@ -13,7 +13,6 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -21,10 +20,11 @@ from tqdm.contrib.logging import _TqdmLoggingHandler
 
 from core.console import printable
 from core.distributed import Ranks
-from core.files import keep_before
-from stream import StepBatches
+from core.files import truncate_log
+from recipe.config import RecipeError
 from train.engine import StepResult
 from train.flops import Flops, peak_of
+from train.step_counts import StreamSums
 
 logger = logging.getLogger("soundwave")
 
@@ -64,27 +64,6 @@ def stop_logging() -> None:
         logger.removeHandler(handler)
 
 
-class StreamSums(NamedTuple):
-    """What the stream says of a step: of one rank's share, or summed over ranks."""
-
-    seconds: float = 0.0  # of audio
-    padded_seconds: float = 0.0
-    samples: float = 0.0
-    audios: float = 0.0
-    rejected: float = 0.0
-    retries: float = 0.0
-
-    @classmethod
-    def of(cls, batch: StepBatches | None) -> StreamSums:
-        """None (broken data): zeros."""
-        if batch is None:
-            return cls()
-        audios = sum(0 if b.audio_is_dummy else len(b.audio_lengths) for b in batch.micro_batches)
-        return cls(
-            batch.seconds, batch.padded_seconds, batch.samples, audios, len(batch.rejected), batch.retries
-        )
-
-
 def peak_memory() -> float:
     """GiB: the most that this process has had at once, of GPU memory for tensors, or of main memory where
     there is no GPU."""
@@ -112,15 +91,13 @@ class Meter:
                 streamed.audios,
                 sums["llm_tokens"],
                 streamed.samples,
-                sums["ce_count"],
+                sums["target_tokens"],
                 sums["kept"],
             ).values()
         )
         rate = operations / seconds / self.world_size
         values = {
             "loss": result.loss,
-            "ce": result.ce,
-            "ctc": result.ctc,
             "grad_norm": result.grad_norm,
             **{f"lr_{name}": rate for name, rate in result.lr.items()},
             "step_seconds": seconds,
@@ -137,13 +114,19 @@ class Meter:
             "shrink_ratio": sums["kept"] / max(sums["frames"], 1.0),
             "micro_batches": sums["micro_batches"],
             "llm_tokens": sums["llm_tokens"],
-            "target_tokens": sums["ce_count"],
+            "target_tokens": sums["target_tokens"],
             "flops_per_second": rate,
             "utilisation": rate / self.peak if self.peak else None,
             "peak_memory_gib": peak_memory(),
             "rejected": streamed.rejected,
             "retries": streamed.retries,
         }
+        for name in result.losses:
+            if name in values:
+                raise RecipeError(
+                    f"the loss '{name}' has the name of a metric: register it under another one"
+                )
+        values = {"loss": result.loss, **result.losses, **values}
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -182,7 +165,7 @@ class Telemetry:
 
     def _open(self, first_step: int) -> list[dict]:
         """metrics.jsonl, ready for lines of `first_step`; returns those that stand before it."""
-        kept = keep_before(self.path, first_step)
+        kept = truncate_log(self.path, first_step)
         self.file = open(self.path, "a")
         return kept
 

@@ -15,10 +15,12 @@ from core.distributed import Ranks
 from core.languages import is_known
 from core.text import RATES, Unit, count_errors, says_nothing
 from model.batch import Batch
+from model.losses import LOSSES
 from recipe.config import Recipe
 from recipe.stages import Stage
 from stream import validation_batches
-from train.engine import Engine, all_reduce
+from train.engine import Engine, weighted_sum
+from train.step_counts import all_reduce
 
 MAX_NEW_TOKENS = 128
 #: Scores by which the best model can be chosen, the lower the better: error rates (core/text.py) and the
@@ -109,22 +111,21 @@ def fixed_clip(batches: ValidationSet, audio_id: int | None) -> tuple[int, int, 
 
 
 def validate(engine: Engine, batches: ValidationSet, tokenizer, ranks: Ranks) -> dict[str, float]:
-    """{"loss", "ce", "ctc", "wer", "cer", "mer", "words", "samples": [(reference, hypothesis), ...], "clip":
-    (inspection, reference, hypothesis) or None}; numbers over all ranks, samples and clip of this one. An
-    error rate is missing where the references hold no words. A batch without references fills up a rank's
-    share: computed, for the collectives of ZeRO-3, and not counted.
+    """{"loss", each loss by name, "wer", "cer", "mer", "words", "samples": [(reference, hypothesis), ...],
+    "clip": (inspection, reference, hypothesis) or None}; numbers over all ranks, samples and clip of this
+    one. An error rate is missing where the references hold no words. A batch without references fills up a
+    rank's share: computed, for the collectives of ZeRO-3, and not counted.
     """
-    stage, recipe, model = engine.stage, engine.recipe, engine.model
-    sums = [0.0] * (
-        4 + 2 * len(RATES)
-    )  # CE sum, CE count, CTC sum, CTC count, then errors and units of each rate
+    stage, model, names = engine.stage, engine.model, tuple(engine.losses)
+    # Sum and count of each loss, then errors and units of each rate.
+    sums = [0.0] * (2 * len(names) + 2 * len(RATES))
     samples, written = [], []
     with engine.whole_model() as synced:
         for batch, references, prompts in tqdm(
             batches, desc="validate", unit="batch", leave=False, disable=not ranks.is_main
         ):
             batch = batch.to(ranks.device)
-            output = model(batch, losses=stage.losses)
+            output = model(batch, losses=names)
             if stage.score == "ctc":
                 hypotheses = model.ctc_greedy(batch)
             else:
@@ -134,17 +135,15 @@ def validate(engine: Engine, batches: ValidationSet, tokenizer, ranks: Ranks) ->
                 hypotheses = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
             written.append(hypotheses)
             if references:
-                rates = [
+                local = [
+                    number
+                    for name in names
+                    for number in (float(output.sums[name]), LOSSES[name].count(batch))
+                ]
+                local += [
                     number
                     for unit in RATES.values()
                     for number in word_errors(references, hypotheses, batch.languages, unit)
-                ]
-                local = [
-                    float(output.ce_sum) if "ce" in stage.losses else 0.0,
-                    batch.ce_count,
-                    float(output.ctc_sum) if "ctc" in stage.losses else 0.0,
-                    batch.ctc_count,
-                    *rates,
                 ]
                 sums = [a + b for a, b in zip(sums, local, strict=True)]
                 samples += list(zip(references, hypotheses))
@@ -160,16 +159,15 @@ def validate(engine: Engine, batches: ValidationSet, tokenizer, ranks: Ranks) ->
             replace(batch, **audios, audio_lengths=batch.audio_lengths[alone]).to(ranks.device)
         )
         clip = (inspection, references[row], written[number][row]) if row >= 0 else None
-    ce_sum, ce_count, ctc_sum, ctc_count, *rates = all_reduce(sums, ranks)
+    summed = all_reduce(sums, ranks)
+    terms, rates = summed[: 2 * len(names)], summed[2 * len(names) :]
     result: dict = {"words": rates[1]}
     for name, wrong, units in zip(RATES, rates[::2], rates[1::2], strict=True):
         if units:
             result[name] = wrong / units
-    loss = 0.0
-    if "ce" in stage.losses:
-        result["ce"] = ce_sum / max(ce_count, 1.0)
-        loss += result["ce"]
-    if "ctc" in stage.losses:
-        result["ctc"] = ctc_sum / max(ctc_count, 1.0)
-        loss += result["ctc"] * (recipe.loss.ctc_weight if "ce" in stage.losses else 1.0)
-    return {"loss": loss, **result, "samples": samples, "clip": clip}
+    losses = {
+        name: total / max(count, 1.0)
+        for name, total, count in zip(names, terms[::2], terms[1::2], strict=True)
+    }
+    loss = weighted_sum(losses, engine.losses)
+    return {"loss": loss, **losses, **result, "samples": samples, "clip": clip}

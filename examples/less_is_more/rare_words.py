@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
+from evaluation.metrics.error_rates import aligned
 from evaluation.predictions import read_rows
-from evaluation.score import aligned
 from examples.documents import put_between
 from examples.less_is_more.synthetic import CTC_TEXT
 

@@ -26,9 +26,9 @@ from tabulate import tabulate
 from benchmarks.machine import line, machine
 from core.files import read_lines, write_atomically
 from evaluation.compare import compare
+from evaluation.metrics.error_rates import word_counts
 from evaluation.predictions import read_rows, row_key
 from evaluation.resampling import paired_test
-from evaluation.score import word_counts
 from examples.documents import put_between
 from stream import Plan
 

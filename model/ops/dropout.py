@@ -18,8 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-LANES = 4  # numbers of 16 bits in one hash
-STEPS = 1 << 16
+from .lanes import LANES, STEPS
 
 
 def _signed(value: int) -> int:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dropout import LANES, STEPS
+from .lanes import LANES, STEPS
 
 ROWS, WORDS = 4, 256  # vectors and hashes of a program: 4,096 numbers
 

@@ -36,7 +36,14 @@ def one_line(text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "stage, how", [("alignment", None), ("shrinking", None), ("shrinking", "joint"), ("shrinking", "ctc")]
+    "stage, how",
+    [
+        ("alignment", None),
+        ("shrinking", None),
+        ("shrinking", "joint"),
+        ("shrinking", "drafted"),
+        ("shrinking", "ctc"),
+    ],
 )
 def test_files_are_answered_as_shards_are(folders, packed, files, capsys, stage, how):
     more = ["--decode", how] if how else []

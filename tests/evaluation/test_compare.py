@@ -5,7 +5,7 @@ import json
 import pytest
 
 from evaluation import compare
-from evaluation.predictions import PredictionError
+from evaluation.metrics import METRICS, Metric, register_metric
 
 
 def write(path, predictions, task="asr", reference="red green blue yellow"):
@@ -38,10 +38,16 @@ def test_translation_uses_sacrebleu(tmp_path):
     assert metrics["chrf"]["difference"] < 0
 
 
-def test_a_metric_without_a_paired_test_is_told(monkeypatch):
-    monkeypatch.setattr(compare, "metric_of", lambda rows: "keyword")
-    with pytest.raises(PredictionError, match="keyword"):
-        compare.paired([{"task": "x"}], [{"task": "x"}])
+def test_a_metric_without_a_paired_test_cannot_be_registered():
+    class Keywords(Metric):
+        columns = ("keywords", "words")
+
+        def score(self, rows, marks):
+            return {"keywords": 0.0, "words": 0}
+
+    with pytest.raises(TypeError, match="paired"):
+        register_metric("keywords")(Keywords)
+    assert "keywords" not in METRICS
 
 
 def test_directions_of_several_tokenizers_are_compared_by_themselves(tmp_path):

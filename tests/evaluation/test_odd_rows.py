@@ -7,6 +7,7 @@ import pytest
 from sacrebleu.metrics import BLEU
 
 from evaluation import score
+from evaluation.metrics import translation
 
 
 def silent(prediction: str, **more) -> dict:
@@ -144,8 +145,8 @@ def test_bleu_s_tokenizer_is_not_guessed_from_a_prompt_s_wording(said):
     ],
 )
 def test_the_script_of_a_reference_has_its_tokenizer(reference, tokenizer):
-    assert score.bleu_tokenizer({"reference": reference}) == tokenizer
-    assert score.bleu_tokenizer({"reference": reference, "target_lang": "Thai"}) == "char", (
+    assert translation.bleu_tokenizer({"reference": reference}) == tokenizer
+    assert translation.bleu_tokenizer({"reference": reference, "target_lang": "Thai"}) == "char", (
         "what the data says comes first"
     )
 

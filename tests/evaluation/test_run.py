@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import torch
 
-from core.distributed import disconnect, leave
+from core.distributed import disconnect, hard_exit
 from data_tools.shards import ShardIndex
 from evaluation import run
 from evaluation.predictions import PredictionError, PredictionFile, read_rows
@@ -158,6 +158,24 @@ def test_stage_two_writes_transcripts_together_with_ctc(folders, packed, tmp_pat
     ):
         with pytest.raises(SystemExit):
             run.main([*joint, "2.0", *more])
+        assert message in capsys.readouterr().err
+
+
+def test_drafted_answers_are_those_of_greedy_decoding(folders, packed, tmp_path, capsys):
+    out = tmp_path / "p.jsonl"
+    drafted = command(folders / "shrinking", packed, out, "--decode", "drafted", "--batch-seconds", "3")
+    assert run.main(drafted) == 0
+    assert predictions(out) == expected(folders / "shrinking", packed, "asr", generate=True)
+    assert all(1 <= row["passes"] <= row["tokens"] + 1 for row in read_rows(out))
+    assert run.main([*drafted, "--draft-ratio", "0.5"]) == 2, "answers of another ratio are others"
+    capsys.readouterr()
+    for more, message in (
+        (["--sample"], "without --sample"),
+        (["--draft-ratio", "0"], "must be in (0, 1]"),
+        (["--draft-tokens", "0"], "at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            run.main([*drafted, *more])
         assert message in capsys.readouterr().err
 
 
@@ -325,7 +343,7 @@ def one_rank(rank: int, port: int, arguments: list[str]) -> None:
     }
     code = run.main(arguments)
     disconnect()
-    leave(code)
+    hard_exit(code)
 
 
 def test_two_ranks_share_and_merge(folders, packed, tmp_path):

@@ -14,11 +14,11 @@ from whisper_normalizer.english import EnglishTextNormalizer as PackageNormalize
 
 from core.languages import language_code
 from evaluation import score
+from evaluation.metrics import accuracy, error_rates, metric_of
 from evaluation.normalise import normalise
 from evaluation.resampling import interval, paired_test
 from evaluation.tasks import (
     lettered_choices,
-    metric_of,
     parse_choice,
     parse_letter,
     reference_of,
@@ -83,8 +83,11 @@ def test_characters_of_an_unspaced_language_are_counted_without_the_normaliser_s
         {"id": "1", "lang": "zh", "reference": "我爱你", "prediction": "我恨你"},
         {"id": "2", "lang": "en", "reference": "a b", "prediction": "a c"},
     ]
-    assert [score.score_wer([row])["cer"] for row in rows] == [pytest.approx(1 / 3), pytest.approx(1 / 3)]
-    assert score.score_wer(rows)["cer"] == pytest.approx(2 / 6)
+    assert [error_rates.score_wer([row])["cer"] for row in rows] == [
+        pytest.approx(1 / 3),
+        pytest.approx(1 / 3),
+    ]
+    assert error_rates.score_wer(rows)["cer"] == pytest.approx(2 / 6)
 
 
 def edit_distance(a: list, b: list) -> int:
@@ -103,7 +106,7 @@ def edit_distance(a: list, b: list) -> int:
 def test_error_counts_equal_a_plain_edit_distance(pairs):
     rows = [{"reference": a, "prediction": b, "lang": "fr"} for a, b in pairs]
     for characters in (False, True):
-        errors, units, kinds = score.word_counts(rows, characters=characters)
+        errors, units, kinds = error_rates.word_counts(rows, characters=characters)
         for i, (a, b) in enumerate(pairs):
             split = (lambda s: list(" ".join(s.split()))) if characters else str.split
             assert (errors[i], units[i]) == (edit_distance(split(a), split(b)), len(split(a)))
@@ -283,7 +286,7 @@ def test_free_references_are_no_choices():
     scores = score.score_rows(rows)["chat"]
     assert scores["labelled"] == 1 and scores["accuracy"] == 1 and scores["unparsed"] == 0
     asr = [{"id": str(i), "task": "asr", "reference": f"words {i}", "prediction": ""} for i in range(5)]
-    assert all(row["labels"] == [] for row in score.with_labels(asr, asr)), (
+    assert all(row["labels"] == [] for row in accuracy.with_labels(asr, asr)), (
         "nothing that grows with the square of a test set"
     )
 

@@ -19,7 +19,7 @@ from tests.model import families, tiny
 from tests.model.conftest import build
 from tests.model.test_generation import CONVERSATIONS, conversations
 
-FAMILIES = ["llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"]
+FAMILIES = ["llama", "qwen2", "gemma2", "gemma3_text"]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ DRAFTS = ["right", "damaged", "random", "empty", "long", "repeated", "stop first
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama_tied", "gemma3_text"])
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_draft_gives_the_same_tokens(models, monkeypatch, family, data):
     model = models(family)

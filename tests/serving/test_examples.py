@@ -30,7 +30,7 @@ def test_the_dockerfile_has_a_target_for_each_kind_and_no_secret_or_cache_in_its
     assert set(re.findall(r"^FROM \S+ AS (cpu|cuda)$", text, re.M)) == {"cpu", "cuda"}
     ignored = (ROOT / ".dockerignore").read_text().split()
     assert {".git", ".venv", ".cache", "runs", "data"} <= set(ignored)
-    for package in (*PACKAGES, "serving"):
+    for package in PACKAGES:
         assert package not in ignored
 
 

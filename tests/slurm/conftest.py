@@ -57,7 +57,7 @@ class Project:
         shutil.copytree(
             ROOT / "slurm", folder / "slurm", ignore=lambda _, names: filter(leftovers.fullmatch, names)
         )
-        for room in ("core", "train", "model", "data_tools", "evaluation", "ds_configs"):
+        for room in ("core", "train", "model", "data_tools", "recipe", "stream", "evaluation", "ds_configs"):
             shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
         self.edit_top_lines(TOP_LINES)
 

@@ -15,7 +15,7 @@ from core.distributed import fill_environment
 
 def main(recipes: list[str]) -> int:
     fill_environment()
-    import train.loop  # noqa: F401
+    import train.stage_run  # noqa: F401
     from train.run import main as train
 
     port = int(os.environ["MASTER_PORT"])

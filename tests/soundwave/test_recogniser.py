@@ -124,13 +124,13 @@ def test_what_is_below_60_db_is_silence_for_any_model(speaker):
 
 
 def test_the_gate_is_the_highest_probability_of_a_token(deaf):
-    """Between all blank and a token in every frame: the probability that the gate compares with."""
-    batch, audio = deaf._encoded([wave(0.5)], "x")
-    highest = float(1 - audio.blank_logprob[0, : int(audio.lengths[0])].min().exp())
-    assert deaf._has_speech(audio, 0, highest * 0.99) and not deaf._has_speech(audio, 0, highest + 1e-3)
-    batch, audio = deaf._encoded([wave(3.5)], "x")
-    highest = float(1 - audio.blank_logprob[0, : int(audio.lengths[0])].min().exp())
-    assert deaf._has_speech(audio, 0, highest / 2.1) and not deaf._has_speech(audio, 0, highest / 1.9)
+    """One frame has a token with 0.4; twice the gate beyond 3 s."""
+    for seconds, gate in ((0.5, 0.4), (3.5, 0.2)):
+        _, audio = deaf._encoded([wave(seconds)], "x")
+        blank = torch.zeros_like(audio.blank_logprob)
+        blank[0, 3] = np.log(0.6)
+        audio = audio._replace(blank_logprob=blank)
+        assert deaf._has_speech(audio, 0, gate - 0.01) and not deaf._has_speech(audio, 0, gate + 0.01)
     said = audio._replace(argmax=audio.argmax.clone())
     said.argmax[0, 2] = 7
     assert deaf._has_speech(said, 0, 1.0)
@@ -228,6 +228,17 @@ def test_a_model_of_stage_one_has_its_ctc_head_alone(folders):
         model.transcribe(wave(1.0), decode="greedy")
     with pytest.raises(ValueError, match="has no LLM to ask"):
         model.answer(wave(1.0), "Who?")
+
+
+def test_a_transcript_that_does_not_end_is_cut_by_what_the_ctc_head_found(deaf):
+    """A random LLM never ends; the CTC head of this model finds nothing, so one frame is kept."""
+    clips = [wave(0.5), wave(1.5, 2)]
+    found = deaf.transcribe_all(clips, options=Options(gate=0.0, max_new_tokens=200))
+    for clip, one in zip(clips, found, strict=True):
+        batch, audio = deaf._encoded([clip], "Please transcribe the following audio.")
+        ids = deaf.network.generate(batch, max_new_tokens=19)[0]
+        wanted = deaf.network.tokenizer.decode(ids, skip_special_tokens=True)
+        assert one.text == " ".join(wanted.split()) and len(ids) == 19
 
 
 def test_batches_hold_as_many_padded_seconds_as_they_may():

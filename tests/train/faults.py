@@ -72,7 +72,7 @@ def steep_step(rank: int, step: int, factor: float) -> None:
     and after the next."""
     from train.engine import Engine
 
-    step_of, loss_of = Engine.step, Engine._micro_loss
+    step_of, loss_of = Engine.step, Engine.weighted_loss
 
     def tell(engine, when: str) -> None:
         digest = hashlib.sha256()
@@ -83,9 +83,9 @@ def steep_step(rank: int, step: int, factor: float) -> None:
     def steep(self, number: int, *args):
         if number == step:
             tell(self, "before")
-            Engine._micro_loss = lambda engine, *of: factor * loss_of(engine, *of)
+            Engine.weighted_loss = lambda engine, *of: factor * loss_of(engine, *of)
         result = step_of(self, number, *args)
-        Engine._micro_loss = loss_of
+        Engine.weighted_loss = loss_of
         if number in (step, step + 1):
             tell(self, "after" if number == step else "later")
         return result
@@ -155,16 +155,16 @@ def loud_clips(rank: int, first: int, last: int) -> None:
 
 def no_memory_to_save(rank: int, step: int) -> None:
     """The thread that writes the checkpoint of `step` gets no memory."""
-    from train import checkpoint
+    from train.checkpoint import writer
 
-    save_of = checkpoint.torch.save
+    save_of = writer.torch.save
 
     def save(state, file, *args, **kwargs):
         if f"step-{step:06d}" in str(getattr(getattr(file, "file", None), "name", "")):
             raise MemoryError("no memory")
         return save_of(state, file, *args, **kwargs)
 
-    checkpoint.torch.save = save
+    writer.torch.save = save
 
 
 def stop_after_pack(rank: int, name: str, which: int) -> None:
@@ -185,7 +185,7 @@ def stop_after_pack(rank: int, name: str, which: int) -> None:
 
 def scores(rank: int, error_rates: list[float], losses: list[float]) -> None:
     """Validations give these numbers, one after the other."""
-    from train import loop
+    from train import trainer
 
     found = iter(zip(error_rates, losses, strict=True))
 
@@ -193,4 +193,4 @@ def scores(rank: int, error_rates: list[float], losses: list[float]) -> None:
         wer, loss = next(found)
         return {"wer": wer, "loss": loss, "words": 10.0, "samples": [], "clip": None}
 
-    loop.validate = validate
+    trainer.validate = validate

@@ -43,7 +43,7 @@ def _import_everything() -> None:
     import transformers.models.llama.modeling_llama
     import transformers.models.whisper.modeling_whisper  # noqa: F401
 
-    import train.loop  # noqa: F401
+    import train.stage_run  # noqa: F401
 
 
 def _be_a_rank(request: dict, rank: int, port: int) -> None:
@@ -58,18 +58,19 @@ def _be_a_rank(request: dict, rank: int, port: int) -> None:
             MASTER_PORT=str(port),
         )
         os.environ.update(request["environment"])
+        os.chdir(request["folder"])
         log = os.open(request["logs"][rank], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for number in (1, 2):
             os.dup2(log, number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         import tests.train.faults
-        from core.distributed import leave
+        from core.distributed import hard_exit
         from train import run
 
         if request["fault"]:
             name, *arguments = request["fault"]
             getattr(tests.train.faults, name)(rank, *arguments)
-        leave(run.main(request["arguments"]))
+        hard_exit(run.main(request["arguments"]))
     except SystemExit as end:
         code = end.code
     except BaseException:
@@ -174,9 +175,10 @@ class Server:
         ranks: int = 2,
         environment: dict[str, str] | None = None,
         fault: list | None = None,
+        folder: Path = ROOT,
     ) -> Running:
-        """Start `train/run.py` with `arguments` on so many ranks. fault: a function of tests/train/faults.py,
-        its arguments."""
+        """Start `train/run.py` with `arguments` on so many ranks in `folder`. fault: a function of
+        tests/train/faults.py, its arguments."""
         self.number += 1
         logs = [Path(self.folder.name) / f"{self.number}-{rank}.log" for rank in range(ranks)]
         pids = self.ask(
@@ -185,6 +187,7 @@ class Server:
                 "ranks": ranks,
                 "environment": environment or {},
                 "fault": fault,
+                "folder": str(folder),
                 "logs": [str(log) for log in logs],
             }
         )

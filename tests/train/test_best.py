@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from core.distributed import Ranks
 from model.batch import Batch
-from recipe.config import LossConfig, Recipe
 from recipe.stages import STAGES
 from tests.train.ranks import Server
 from tests.train.tiny import workspace
@@ -35,7 +34,7 @@ class Spoken:
         self.written, self.ctc_sums = iter(written), iter(ctc_sums)
 
     def __call__(self, batch: Batch, losses: tuple[str, ...]):
-        return SimpleNamespace(ce_sum=torch.tensor(0.0), ctc_sum=torch.tensor(next(self.ctc_sums)))
+        return SimpleNamespace(sums={"ce": torch.tensor(0.0), "ctc": torch.tensor(next(self.ctc_sums))})
 
     def ctc_greedy(self, batch: Batch) -> list[str]:
         return next(self.written)
@@ -71,7 +70,7 @@ def test_errors_and_words_are_summed_over_utterances_and_batches():
     written = [["the ball tall", "a bird"], ["noon", "green old trees too"]]
     engine = SimpleNamespace(
         stage=STAGES["alignment"],
-        recipe=Recipe(),
+        losses={"ctc": 1.0},
         model=Spoken(written, [3.0, 5.0]),
         whole_model=lambda: nullcontext(False),
     )
@@ -85,7 +84,7 @@ def test_errors_and_words_are_summed_over_utterances_and_batches():
 def test_a_batch_that_fills_up_a_rank_counts_nothing():
     engine = SimpleNamespace(
         stage=STAGES["alignment"],
-        recipe=Recipe(),
+        losses={"ctc": 1.0},
         model=Spoken([["moon"], ["noise"]], [2.0, 100.0]),
         whole_model=lambda: nullcontext(False),
     )
@@ -96,10 +95,9 @@ def test_a_batch_that_fills_up_a_rank_counts_nothing():
 
 
 def test_the_weight_of_ctc_is_in_the_validation_loss():
-    stage = SimpleNamespace(losses=("ce", "ctc"), score="ctc")
     engine = SimpleNamespace(
-        stage=stage,
-        recipe=Recipe(loss=LossConfig(ctc_weight=0.7)),
+        stage=SimpleNamespace(score="ctc"),
+        losses={"ce": 1.0, "ctc": 0.7},
         model=Spoken([["moon"]], [3.0]),
         whole_model=lambda: nullcontext(False),
     )

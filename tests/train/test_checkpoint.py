@@ -18,11 +18,16 @@ import torch.distributed as dist
 
 from core.distributed import Ranks, remove_shared_memory
 from core.files import step_folders
+from model.stages import ALIGNMENT
 from recipe import stages
 from recipe.config import CheckpointConfig, Recipe, RecipeError
 from tests.train.tiny import workspace
-from train import checkpoint, loop, resume
-from train.checkpoint import Checkpoints, own_steps
+from train import setup, stage_run, trainer
+from train.checkpoint import compatibility, retention, store, verification, writer
+from train.checkpoint.store import Checkpoints
+from train.deepspeed_fixes.optimizer import untie_step_counters
+from train.outcome import RunStatus
+from train.trainer import Progress, Trainer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -77,7 +82,7 @@ def test_whatever_ends_the_writer_the_checkpoint_does_not_count(tmp_path, monkey
             raise error
         save(state, file)
 
-    monkeypatch.setattr(checkpoint.torch, "save", fails)
+    monkeypatch.setattr(writer.torch, "save", fails)
     assert not write(to, 2)
     assert f"step-000002 could not be written (rank 0: {told})" in caplog.text
     assert names(to.folder) == ["step-000001"] and (to.folder / "latest").read_text() == "step-000001"
@@ -88,7 +93,7 @@ def test_whatever_ends_the_writer_the_checkpoint_does_not_count(tmp_path, monkey
 
 def test_a_queued_file_that_was_not_written_is_missed(tmp_path, monkeypatch, caplog):
     to = checkpoints(tmp_path)
-    monkeypatch.setattr(checkpoint.threading.Thread, "run", lambda self: None)
+    monkeypatch.setattr(writer.threading.Thread, "run", lambda self: None)
     assert not write(to, 1)
     assert "not written: one.pt, two.pt" in caplog.text and names(to.folder) == []
 
@@ -98,18 +103,18 @@ def test_what_was_damaged_does_not_stand_in_the_place_of_what_is_saved_next(tmp_
     assert all(write(to, step) for step in (500, 900, 1000))
     (to.folder / "step-001000" / "one.pt").write_bytes(b"rot")
     (to.folder / "step-000900" / "manifest.json").write_text("")
-    assert checkpoint.find_good([to.folder], to.ranks) == to.folder / "step-000500"
+    assert verification.find_good([to.folder], to.ranks) == to.folder / "step-000500"
     assert "step-001000 is damaged (one.pt has 3 bytes instead of" in caplog.text
     assert "set aside as step-000900.damaged" in caplog.text
     to.config.keep_last = 1
     for step in (600, 700):
         assert write(to, step) and names(to.folder) == [f"step-{step:06d}"]
-    assert checkpoint.find_good([to.folder], to.ranks) == to.folder / "step-000700"
+    assert verification.find_good([to.folder], to.ranks) == to.folder / "step-000700"
     assert (to.folder / "step-001000.damaged" / "two.pt").exists(), "left for eyes"
 
 
 def test_a_checkpoint_that_cannot_be_read_is_damaged(tmp_path, monkeypatch):
-    to, read = checkpoints(tmp_path), checkpoint.sha256_of
+    to, read = checkpoints(tmp_path), verification.sha256_of
     assert write(to, 1) and write(to, 2)
 
     def fails(path):
@@ -117,9 +122,9 @@ def test_a_checkpoint_that_cannot_be_read_is_damaged(tmp_path, monkeypatch):
             raise OSError(5, "Input/output error")
         return read(path)
 
-    monkeypatch.setattr(checkpoint, "sha256_of", fails)
-    assert "two.pt cannot be read: [Errno 5]" in checkpoint.verify(to.folder / "step-000002")
-    assert checkpoint.find_good([to.folder], to.ranks) == to.folder / "step-000001"
+    monkeypatch.setattr(verification, "sha256_of", fails)
+    assert "two.pt cannot be read: [Errno 5]" in verification.verify(to.folder / "step-000002")
+    assert verification.find_good([to.folder], to.ranks) == to.folder / "step-000001"
 
 
 def test_the_room_for_a_save_is_measured_on_a_checkpoint_that_can_be_read(tmp_path):
@@ -139,7 +144,7 @@ def test_a_disk_that_takes_nothing_more_leaves_training_alone(tmp_path, monkeypa
     def full(*_):
         raise OSError(122, "Disk quota exceeded")
 
-    monkeypatch.setattr(checkpoint, "write_atomically", full)
+    monkeypatch.setattr(store, "write_atomically", full)
     assert (
         not to.save(SimpleNamespace(module=torch.nn.Linear(1, 1)), {"step": 1})
         and "Disk quota exceeded" in caplog.text
@@ -148,7 +153,7 @@ def test_a_disk_that_takes_nothing_more_leaves_training_alone(tmp_path, monkeypa
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_does_not_spoil_the_new_one(tmp_path, monkeypatch, caplog):
-    to, remove = checkpoints(tmp_path, keep_last=1), checkpoint.shutil.rmtree
+    to, remove = checkpoints(tmp_path, keep_last=1), retention.shutil.rmtree
     assert write(to, 1)
 
     def held(path, **options):
@@ -156,7 +161,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_spoil_the_new_one(tmp
             raise OSError(39, "Directory not empty")
         remove(path, **options)
 
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", held)
+    monkeypatch.setattr(retention.shutil, "rmtree", held)
     assert (
         write(to, 2)
         and names(to.folder) == ["step-000002"]
@@ -178,17 +183,17 @@ def test_the_last_checkpoint_from_before_a_bad_stretch_is_kept(tmp_path):
 
 
 def test_a_second_file_system_that_hangs_holds_nothing_up(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(checkpoint, "COPY_SECONDS", 0.1)
+    monkeypatch.setattr(store, "COPY_SECONDS", 0.1)
     (tmp_path / "copies" / "step-000001.partial").mkdir(parents=True)
     to, go_on = checkpoints(tmp_path, copy_to=str(tmp_path / "copies")), threading.Event()
     assert not list((tmp_path / "copies").iterdir()), "what a kill left there"
-    copy = to._copy
-    monkeypatch.setattr(to, "_copy", lambda source: (go_on.wait(), copy(source)))
+    copy = to.mirror._copy
+    monkeypatch.setattr(to.mirror, "_copy", lambda source: (go_on.wait(), copy(source)))
     to.config.keep_last = 1
     assert write(to, 1) and write(to, 2) and "has not taken step-000001 in 0 s" in caplog.text
     assert names(to.folder) == ["step-000001", "step-000002"], "what is being copied stays"
     go_on.set()
-    to.copier.join()
+    to.mirror.thread.join()
     assert write(to, 3)
     go_on.clear()
     threading.Timer(0.5, go_on.set).start()
@@ -209,13 +214,13 @@ def test_a_roll_back_reaches_the_copies_too(tmp_path, monkeypatch):
     for step in (550, 600, 700):
         assert write(to, step)
     assert to.close() and names(copies) == ["step-000600", "step-000700"]
-    to.forget_after(600, None)
+    to.delete_after(600, None)
     for folder in (to.folder, copies):
         assert names(folder) == ["step-000600"] and (folder / "latest").read_text() == "step-000600"
-    copy = to._copy
-    monkeypatch.setattr(to, "_copy", lambda source: (checkpoint.time.sleep(0.2), copy(source)))
+    copy = to.mirror._copy
+    monkeypatch.setattr(to.mirror, "_copy", lambda source: (time.sleep(0.2), copy(source)))
     assert write(to, 650)
-    to.forget_after(600, None)  # while 650 is being copied
+    to.delete_after(600, None)  # while 650 is being copied
     assert names(copies) == ["step-000600"] and (copies / "latest").read_text() == "step-000600"
     for step in (610, 620):
         assert write(to, step)
@@ -232,7 +237,7 @@ def test_latest_of_copies_that_lack_the_step_names_what_is_there(tmp_path):
     assert write(to, 1)
     to.config.copy_to = str(copies)
     assert write(to, 2) and to.close()
-    to.forget_after(1, None)
+    to.delete_after(1, None)
     assert names(copies) == [] and not (copies / "latest").exists()
 
 
@@ -244,18 +249,18 @@ def test_the_best_goes_back_with_the_weights(tmp_path):
     assert names(to.folder) == ["step-000001", "step-000002", "step-000003"]
     to.config.keep_last = 9
     assert write(to, 4, {"step": 4, "score": 0.2})
-    assert to.forget_after(3, old) == old
+    assert to.delete_after(3, old) == old
     assert all(json.loads((folder / "best.json").read_text()) == old for folder in (to.folder, copies))
     to.config.keep_last = 2
     assert write(to, 5, {"step": 5, "score": 0.1}) and names(to.folder) == ["step-000003", "step-000005"]
-    assert to.forget_after(3, old) is None, (
+    assert to.delete_after(3, old) is None, (
         "its checkpoint went for step 5's: the next score is the best of those that are kept"
     )
     assert not any((folder / "best.json").exists() for folder in (to.folder, copies))
     assert write(to, 6, {"step": 6, "score": 0.4}) and write(to, 7) and write(to, 8) and to.close()
     assert names(to.folder) == names(copies) == ["step-000006", "step-000007", "step-000008"]
     to.config.keep_best = False
-    assert to.forget_after(8, old) == old, "where the best is not kept it is only told"
+    assert to.delete_after(8, old) == old, "where the best is not kept it is only told"
 
 
 def test_a_stage_that_another_process_trains_is_left_to_it(tmp_path, caplog):
@@ -263,7 +268,7 @@ def test_a_stage_that_another_process_trains_is_left_to_it(tmp_path, caplog):
     (tmp_path / "alignment").mkdir()
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "train/run.py"])
     try:
-        run = loop.Run(recipe, Ranks(0, 1, 0, 1, "cpu"))
+        ranks = Ranks(0, 1, 0, 1, "cpu")
         noted = tmp_path / "alignment" / "run.json"
         noted.write_text(
             text := json.dumps(
@@ -276,8 +281,8 @@ def test_a_stage_that_another_process_trains_is_left_to_it(tmp_path, caplog):
             )
         )
         assert abs(stages.began(other.pid) - time.time()) < 5
-        loop.logger.propagate = True
-        assert run.execute() == 2 and noted.read_text() == text
+        stage_run.logger.propagate = True
+        assert stage_run.run_stage(recipe, ranks, RunStatus(recipe, ranks)) == 2 and noted.read_text() == text
         assert f"process {other.pid} of this machine is training {tmp_path / 'alignment'}" in caplog.text
         for change in ({"host": "elsewhere"}, {"status": "preempted"}, {"updated": time.time() - 3600}):
             noted.write_text(json.dumps(json.loads(text) | change))
@@ -291,60 +296,65 @@ def test_a_stage_that_another_process_trains_is_left_to_it(tmp_path, caplog):
         other.wait()
 
 
-def test_the_loop_takes_the_best_back(tmp_path, monkeypatch):
-    run = loop.Run.__new__(loop.Run)
+def trainer_of(recipe: Recipe, monkeypatch, **parts) -> Trainer:
+    """A Trainer of parts that do nothing, but for those that are given."""
+    monkeypatch.setattr(trainer, "Meter", lambda *a: None)
+    silent = SimpleNamespace(line=lambda *a: None, scalars=lambda *a: None, go_back=lambda step: None)
+    monkeypatch.setattr(trainer, "Telemetry", lambda *a, **k: silent)
+    unused = dict.fromkeys(("plan", "row_limit", "checkpoints", "validation", "status", "preemption"))
+    engine = SimpleNamespace(model=SimpleNamespace(tokenizer=None))
+    given = {"engine": engine, "topology": {}, "facts": {}, "progress": Progress(), **unused, **parts}
+    return Trainer(recipe, Ranks(0, 1, 0, 1, "cpu"), **given)
+
+
+def test_a_roll_back_takes_the_best_back(tmp_path, monkeypatch):
     source, old = tmp_path / "step-000002", {"step": 2, "score": 0.3}
-    run.recipe, run.ranks, run.data_offset, run.best = (
-        Recipe(),
-        Ranks(0, 1, 0, 1, "cpu"),
-        0,
-        {"step": 3, "score": 0.2},
-    )
     health = SimpleNamespace(rollbacks=0, skipped=1, load=lambda state: None)
-    run.engine = SimpleNamespace(health=health, deepspeed=None)
-    run.log = SimpleNamespace(line=lambda *a: None, go_back=lambda step: None)
-    run.bad_stretch = SimpleNamespace(steps=[])
-    run.checkpoints = SimpleNamespace(
-        folder=tmp_path, finish=lambda: True, load=lambda *a: None, forget_after=lambda step, best: best
+    made = trainer_of(
+        Recipe(output=str(tmp_path)),
+        monkeypatch,
+        engine=SimpleNamespace(health=health, deepspeed=None, model=None),
+        checkpoints=SimpleNamespace(
+            folder=tmp_path, finish=lambda: True, load=lambda *a: None, delete_after=lambda step, best: best
+        ),
+        progress=Progress(step=5, best={"step": 3, "score": 0.2}),
     )
-    run._topology = dict
-    run.folder = tmp_path / "stage"
-    (run.folder / "model-best").mkdir(parents=True)
-    described = run.folder / "model-best" / "soundwave.json"
-    described.write_text('{"step": 2}')
-    monkeypatch.setattr(loop, "find_good", lambda *a, **k: source)
+    at = made.progress
+    best_model = tmp_path / "alignment" / "model-best"
+    best_model.mkdir(parents=True)
+    described = {"config": {}, "stage": "alignment", "frozen": {}}
+    (best_model / "soundwave.json").write_text(json.dumps({**described, "step": 2}))
+    monkeypatch.setattr(trainer, "find_good", lambda *a, **k: source)
     monkeypatch.setattr(
-        loop, "read_state", lambda folder: {"step": 2, "best": old, "topology": {}, "health": {}}
+        trainer, "read_state", lambda folder: {"step": 2, "best": old, "topology": {}, "health": {}}
     )
-    assert run._roll_back(5) == 2 and run.best == old and run.data_offset == 3 and described.exists()
-    described.write_text('{"step": 3}')
-    health.rollbacks = 0
-    assert run._roll_back(5) == 2 and not described.parent.exists(), (
-        "the best model of steps that are forgotten"
-    )
-    run.recipe.checkpoint.best_by, health.rollbacks = "loss", 0
-    assert run._roll_back(5) == 2 and run.best is None, "chosen by another score"
+    assert made._roll_back() and (at.step, at.best, at.data_offset) == (2, old, 3) and best_model.exists()
+    (best_model / "soundwave.json").write_text(json.dumps({**described, "step": 3}))
+    at.step, health.rollbacks = 5, 0
+    assert made._roll_back() and not best_model.exists(), "the best model of steps that are done again"
+    made.recipe.checkpoint.best_by, at.step, health.rollbacks = "loss", 5, 0
+    assert made._roll_back() and at.best is None, "chosen by another score"
+    health.rollbacks = made.recipe.health.max_rollbacks
+    assert not made._roll_back(), "used up"
 
 
 @pytest.mark.parametrize("by, bests", [("wer", [1, 2, 2, 4]), ("loss", [1, 1, 3, 3])])
-def test_the_best_is_chosen_by_the_recipes_score(by, bests, monkeypatch):
-    run = loop.Run.__new__(loop.Run)
-    run.recipe, run.ranks, run.best = Recipe(), Ranks(0, 1, 0, 1, "cpu"), None
-    run.recipe.checkpoint.best_by = by
-    run.engine = run.validation = None
-    run.model = SimpleNamespace(tokenizer=None)
-    run.log = SimpleNamespace(line=lambda *a: None, scalars=lambda *a: None)
+def test_the_best_is_chosen_by_the_recipes_score(by, bests, tmp_path, monkeypatch):
+    recipe = Recipe(output=str(tmp_path))
+    recipe.checkpoint.best_by = by
+    made = trainer_of(recipe, monkeypatch)
+    at = made.progress
     scores = {0: (0.1, 0.1), 1: (0.5, 3.0), 2: (0.4, float("nan")), 3: (0.4, 2.0), 4: (0.3, 2.5)}
     for step, (wer, loss) in scores.items():
-        told = {"wer": wer, "loss": loss, "samples": [], "clip": None}
-        monkeypatch.setattr(loop, "validate", lambda *a, told=told: dict(told))
-        before = run.best
-        assert run._validate(step) == (run.best != before)
-        assert (run.best is None) == (step == 0), "the untrained model is no candidate"
+        result = {"wer": wer, "loss": loss, "samples": [], "clip": None}
+        monkeypatch.setattr(trainer, "validate", lambda *a, result=result: dict(result))
+        at.step, before = step, at.best
+        assert made.validate() == (at.best != before)
+        assert (at.best is None) == (step == 0), "the untrained model is no candidate"
         if step:
             wer, loss = scores[bests[step - 1]]
             score = loss if by == "loss" else wer
-            assert run.best == pytest.approx(
+            assert at.best == pytest.approx(
                 {"step": bests[step - 1], "by": by, "score": score, "loss": loss}, nan_ok=True
             )
 
@@ -359,7 +369,7 @@ def test_counters_lie_where_the_optimizer_wants_them_one_each(group, place):
     shared = torch.tensor(7.0)
     parameters = [torch.nn.Parameter(torch.zeros(2, device="meta")) for _ in range(2)]
     optimizer = SimpleNamespace(param_groups=[group], state={p: {"step": shared} for p in parameters})
-    own_steps(optimizer)
+    untie_step_counters(optimizer)
     one, two = (optimizer.state[p]["step"] for p in parameters)
     assert one.device.type == two.device.type == place and one is not two is not shared
     if place == "cpu":
@@ -376,24 +386,24 @@ def test_activation_checkpointing_may_change_behind_a_checkpoint():
             "base": {},
             "settings": {},
             "tokenizer": "",
-            "recipe": resume.recipe_facts(recipe),
+            "recipe": compatibility.recipe_facts(recipe),
             "index": "",
             "code": "",
         }
         for recipe in (plain, saving)
     ]
-    assert resume.check(*facts, [], Path("step-000001")) == []
+    assert compatibility.check(*facts, [], Path("step-000001")) == []
     facts[0]["recipe"]["optim.activation_checkpointing"] = False
-    assert resume.check(*facts, [], Path("step-000001")) == []
+    assert compatibility.check(*facts, [], Path("step-000001")) == []
     facts[0]["recipe"]["optim.lr_adapters"] = 1.0
     with pytest.raises(RecipeError, match=r"another recipe \(optim.lr_adapters: 1.0 -> 0.001\)"):
-        resume.check(*facts, [], Path("step-000001"))
+        compatibility.check(*facts, [], Path("step-000001"))
 
 
 # ------------------------------------------------------------------------------------------------ start and e
 
 
-def test_models_that_hold_a_language_model_tell_its_width(tmp_path, monkeypatch):
+def test_models_that_hold_a_language_model_tell_its_width(monkeypatch):
     """Gemma 3 with its vision tower: the sizes lie one level down."""
     from transformers import Gemma3Config
 
@@ -404,20 +414,10 @@ def test_models_that_hold_a_language_model_tell_its_width(tmp_path, monkeypatch)
         raise Enough(hidden_size)
 
     config = Gemma3Config(text_config={"hidden_size": 48, "num_hidden_layers": 1})
-    run = loop.Run.__new__(loop.Run)
-    run.recipe, run.ranks, run.stage = Recipe(), Ranks(0, 1, 0, 1, "cpu"), SimpleNamespace(name="alignment")
-    run.checkpoints = SimpleNamespace(folder=tmp_path)
-    for name, value in (
-        ("find_good", None),
-        ("initial_folder", None),
-        ("ensure_features", None),
-        ("locate", SimpleNamespace(config=config)),
-    ):
-        monkeypatch.setattr(loop, name, lambda *a, value=value, **k: value)
-    monkeypatch.setattr(loop.Plan, "open", lambda *a: None)
-    monkeypatch.setattr(loop.zero, "resolve", resolve)
+    monkeypatch.setattr(setup, "locate", lambda *a, **k: SimpleNamespace(config=config))
+    monkeypatch.setattr(setup.zero, "resolve", resolve)
     with pytest.raises(Enough, match="48"):
-        run._load()
+        setup.resolve_sizes(Recipe(), ALIGNMENT)
 
 
 def test_a_last_checkpoint_that_fails_is_told_and_the_model_is_there(server, tmp_path):

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 from core.files import step_folders
 from tests.hostile import damaged_bytes, is_one_line, json_documents, only_inside, write_json
-from train import safe_load
-from train.checkpoint import BackgroundWriter, Checkpoints, saved_in_health, verify
+from train.checkpoint.retention import best_step
+from train.checkpoint.verification import saved_in_health, verify
+from train.checkpoint.writer import BackgroundWriter
+from train.deepspeed_fixes import safe_load
 
 STATE = {
     "step": 5,
@@ -152,7 +154,7 @@ def test_links_out_of_a_checkpoint_are_refused(checkpoint):
 )
 def test_a_broken_best_is_no_best(checkpoint, content):
     (checkpoint.parent / "best.json").write_text(content)
-    assert Checkpoints._best(checkpoint.parent) is None
+    assert best_step(checkpoint.parent) is None
     assert step_folders(checkpoint.parent) == [checkpoint]
 
 

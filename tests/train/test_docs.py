@@ -9,7 +9,8 @@ from pathlib import Path
 import yaml
 from omegaconf import OmegaConf
 
-from recipe.config import Recipe, known_keys
+from core.code import PACKAGES
+from recipe.config import BY_NAME, Recipe, known_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "recipes.md").read_text()
@@ -24,9 +25,7 @@ def test_defaults_are_those_of_the_code():
     rows = re.findall(r"^\| `([a-z_.]+)` \| `(.*?)` \| \S", TEXT, re.MULTILINE)
     told = dict(rows)
     leaves = [
-        key
-        for key in known_keys()
-        if not OmegaConf.is_dict(OmegaConf.select(recipe, key)) or key.endswith("task_weights")
+        key for key in known_keys() if not OmegaConf.is_dict(OmegaConf.select(recipe, key)) or key in BY_NAME
     ]
     assert len(told) == len(rows) and set(told) == set(leaves)
 
@@ -46,24 +45,18 @@ def test_every_module_has_its_place_in_the_architecture():
             r"^\| `([a-z_/]+/)` \| (.*?) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE
         )
     )
-    rooms = (
-        "core/",
-        "model/",
-        "model/ops/",
-        "model/generation/",
-        "data_tools/",
-        "recipe/",
-        "stream/",
-        "train/",
-        "evaluation/",
-        "model/hub/",
-        "serving/",
-    )
+    packages = {
+        f"{path.parent.relative_to(ROOT)}/"
+        for name in PACKAGES
+        for path in (ROOT / name).rglob("*.py")
+        if not path.stem.startswith("__") and path.parent.name != "corpora"
+    }
     names = {
-        room: {path.stem for path in (ROOT / room).glob("*.py") if not path.stem.startswith("__")}
-        for room in rooms
+        package: {path.stem for path in (ROOT / package).glob("*.py") if not path.stem.startswith("__")}
+        for package in packages
     }
-    told = {
-        room: {name.removesuffix(".py") for name in re.findall(r"`([a-z_.]+)`", rows[room])} for room in rooms
+    listed = {
+        package: {name.removesuffix(".py") for name in re.findall(r"`([a-z0-9_.]+)`", rows.get(package, ""))}
+        for package in packages
     }
-    assert told == names
+    assert listed == names

@@ -12,14 +12,14 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from core.distributed import Ranks
 from model.soundwave import Soundwave
 from recipe.config import Recipe, RecipeError, load_recipe
 from recipe.stages import initial_folder
 from tests.model import tiny as tiny_models
 from tests.train.tiny import STAGES, workspace
-from train import loop, preflight, resume
+from train import preflight, setup
 from train import run as entry
+from train.checkpoint import compatibility
 
 QUICK = ["data.valid=[]", "log.tensorboard=false", "optim.steps=4", "checkpoint.every_steps=2"]
 
@@ -50,7 +50,7 @@ def recipe(trained: Path, place: Path, number: int, *overrides: str) -> Recipe:
 
 def error_of(*args) -> str:
     with pytest.raises(RecipeError) as raised:
-        resume.finished(recipe(*args))
+        compatibility.finished(recipe(*args))
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -66,11 +66,11 @@ def edit(path: Path, change) -> None:
 
 @pytest.mark.parametrize("number", STAGES)
 def test_the_same_recipe_is_finished(trained, place, number):
-    assert resume.finished(recipe(trained, place, number))
+    assert compatibility.finished(recipe(trained, place, number))
     (place / STAGES[number] / "run.json").write_text("{}")
-    assert not resume.finished(recipe(trained, place, number)), "ended otherwise"
+    assert not compatibility.finished(recipe(trained, place, number)), "ended otherwise"
     shutil.rmtree(place / STAGES[number])
-    assert not resume.finished(recipe(trained, place, number))
+    assert not compatibility.finished(recipe(trained, place, number))
 
 
 @pytest.mark.parametrize(
@@ -119,14 +119,14 @@ def test_the_same_recipe_is_finished(trained, place, number):
     ],
 )
 def test_what_changes_nothing_of_the_stage_may_differ(trained, place, number, overrides):
-    assert resume.finished(recipe(trained, place, number, *overrides))
+    assert compatibility.finished(recipe(trained, place, number, *overrides))
 
 
 def test_data_models_and_output_may_move(trained, place, tmp_path):
     for name in ("train", "whisper", "llm"):
         shutil.copytree(trained / name, tmp_path / "moved" / name)
     moved = tmp_path / "moved"
-    assert resume.finished(
+    assert compatibility.finished(
         recipe(
             trained,
             place,
@@ -149,9 +149,9 @@ def test_what_is_gone_is_not_compared(trained, place):
             ),
         )
     gone = ["data.train=[{shards: gone/data}]", "model.llm.name=gone/llm"]
-    assert resume.finished(recipe(trained, place, 1, *gone))
+    assert compatibility.finished(recipe(trained, place, 1, *gone))
     shutil.rmtree(place / "alignment")
-    assert resume.finished(recipe(trained, place, 2, *gone))
+    assert compatibility.finished(recipe(trained, place, 2, *gone))
     assert "data.mixture.tau_end: 1.0 -> 3.0" in error_of(trained, place, 2, *gone, "data.mixture.tau_end=3")
 
 
@@ -192,7 +192,9 @@ def test_another_recipe_is_named_with_the_ways_out(trained, place, number, overr
         "keep the model as it is, or accept it with checkpoint.accept_changes=[recipe]",
     ):
         assert way in line
-    assert resume.finished(recipe(trained, place, number, override, "checkpoint.accept_changes=[recipe]"))
+    assert compatibility.finished(
+        recipe(trained, place, number, override, "checkpoint.accept_changes=[recipe]")
+    )
 
 
 def test_a_retrained_earlier_stage_is_noticed(trained, place):
@@ -203,10 +205,10 @@ def test_a_retrained_earlier_stage_is_noticed(trained, place):
     line = error_of(trained, place, 2)
     assert "another base (weights of the model folder that the stage starts from: sha256 " in line
     assert "checkpoint.accept_changes=[base]" in line
-    assert resume.finished(recipe(trained, place, 2, "checkpoint.accept_changes=[base]"))
-    assert resume.finished(recipe(trained, place, 1)) and resume.finished(recipe(trained, place, 3)), (
-        "they did not start from it"
-    )
+    assert compatibility.finished(recipe(trained, place, 2, "checkpoint.accept_changes=[base]"))
+    assert compatibility.finished(recipe(trained, place, 1)) and compatibility.finished(
+        recipe(trained, place, 3)
+    ), "they did not start from it"
 
 
 def test_another_start_is_noticed(trained, place, tmp_path):
@@ -215,7 +217,7 @@ def test_another_start_is_noticed(trained, place, tmp_path):
         trained, place, 2, *fresh
     )
     same = shutil.copytree(place / "alignment" / "model", tmp_path / "elsewhere")
-    assert resume.finished(recipe(trained, place, 2, f"init_from={same}"))
+    assert compatibility.finished(recipe(trained, place, 2, f"init_from={same}"))
     assert "starts from" in error_of(trained, place, 2, f"init_from={place / 'shrinking' / 'model'}")
 
 
@@ -254,7 +256,7 @@ def test_fewer_steps_are_an_error_and_more_continue_where_that_is_meant(trained,
         "(optim.steps: 4 -> 6)" in line and "to continue from its last checkpoint, or accept it with" in line
     )
     more = ["optim.steps=6", "checkpoint.accept_changes=[recipe]"]
-    assert not resume.finished(recipe(trained, place, 2, *more))
+    assert not compatibility.finished(recipe(trained, place, 2, *more))
     shutil.rmtree(place / "shrinking" / "checkpoints")
     assert "no checkpoint is left to continue from; choose another output with init_from=" in error_of(
         trained, place, 2, *more
@@ -263,19 +265,21 @@ def test_fewer_steps_are_an_error_and_more_continue_where_that_is_meant(trained,
 
 def test_a_stage_that_was_begun_is_compared_with_its_newest_checkpoint(trained, place):
     shutil.rmtree(place / "shrinking" / "model")
-    resume.check_checkpoint(recipe(trained, place, 2))
+    compatibility.check_checkpoint(recipe(trained, place, 2))
     for override, words in (
         ("optim.lr_lora=0.5", "step-000004 was made with another recipe (optim.lr_lora: 0.0002 -> 0.5)"),
         ("optim.steps=3", "step-000004 is at step 4 already"),
     ):
         with pytest.raises(RecipeError) as raised:
-            resume.check_checkpoint(recipe(trained, place, 2, override))
+            compatibility.check_checkpoint(recipe(trained, place, 2, override))
         assert words in str(raised.value)
     with pytest.raises(RecipeError, match="step 4 already"):
-        resume.check_checkpoint(
+        compatibility.check_checkpoint(
             recipe(trained, place, 2, "optim.steps=3", "checkpoint.accept_changes=[recipe]")
         )
-    resume.check_checkpoint(recipe(trained, place, 2, "optim.steps=9", "checkpoint.accept_changes=[recipe]"))
+    compatibility.check_checkpoint(
+        recipe(trained, place, 2, "optim.steps=9", "checkpoint.accept_changes=[recipe]")
+    )
 
 
 def test_folders_of_an_earlier_version_are_compared_by_what_they_hold(trained, place):
@@ -286,12 +290,12 @@ def test_folders_of_an_earlier_version_are_compared_by_what_they_hold(trained, p
         described["recipe"]["model"]["llm"]["lora_targets"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
     edit(place / "shrinking" / "model" / "soundwave.json", earlier)
-    assert resume.finished(recipe(trained, place, 2))
+    assert compatibility.finished(recipe(trained, place, 2))
     assert "optim.lr_lora" in error_of(trained, place, 2, "optim.lr_lora=3")
     fresh = ["init_from=fresh", "model.alignment.stack_frames=4"]
     assert "starts from" in error_of(trained, place, 2, *fresh), "which its checkpoints recorded"
     shutil.rmtree(place / "shrinking" / "checkpoints")
-    assert resume.finished(recipe(trained, place, 2, *fresh)), "and nothing else does"
+    assert compatibility.finished(recipe(trained, place, 2, *fresh)), "and nothing else does"
 
 
 # -------------------------------------------------------------------------------------------- the start of st
@@ -419,7 +423,7 @@ def test_training_refuses_keeps_and_continues(server, trained, place):
     assert run.wait() == [0] and "resuming at step 4" in run.text(), run.text()
     described = json.loads((place / "shrinking" / "model" / "soundwave.json").read_text())
     assert (described["step"], described["recipe"]["optim"]["steps"]) == (6, 6)
-    assert resume.finished(recipe(trained, place, 2, "optim.steps=6"))
+    assert compatibility.finished(recipe(trained, place, 2, "optim.steps=6"))
 
 
 def test_a_changed_base_stops_a_resumed_run_unless_accepted(server, trained, place, tmp_path):
@@ -435,7 +439,7 @@ def test_a_changed_base_stops_a_resumed_run_unless_accepted(server, trained, pla
         RecipeError,
         match=r"step-000002 was made with another base \(llm: config.json rms_norm_eps: 1e-06 -> 0",
     ):
-        resume.check_checkpoint(recipe(trained, place, 2, f"model.llm.name={changed}"))
+        compatibility.check_checkpoint(recipe(trained, place, 2, f"model.llm.name={changed}"))
     command = [trained / "stage2.yaml", *QUICK, f"output={place}", f"model.llm.name={changed}"]
     run = server.start([*command, "checkpoint.accept_changes=[base]"], ranks=1)
     assert run.wait() == [2] and "was made with another tokenizer (tokenizer: chat template: " in run.text()
@@ -458,17 +462,17 @@ def test_a_changed_base_stops_a_resumed_run_unless_accepted(server, trained, pla
 def test_the_next_stage_refuses_a_changed_base_unless_accepted(trained, place, tmp_path):
     changed = Path(shutil.copytree(trained / "llm", tmp_path / "llm"))
     edit(changed / "config.json", lambda c: c.update(rms_norm_eps=0.5))
-    run = loop.Run(recipe(trained, place, 2, f"model.llm.name={changed}"), Ranks(0, 1, 0, 1, "cpu"))
-    run.model = Soundwave.build(run.recipe.model)
+    changed_recipe = recipe(trained, place, 2, f"model.llm.name={changed}")
+    model = Soundwave.build(changed_recipe.model)
     with pytest.raises(RecipeError) as raised:
-        run._check_base(place / "alignment" / "model")
+        setup.check_base(changed_recipe, model, place / "alignment" / "model")
     assert "was trained with another llm (config.json rms_norm_eps: 1e-06 -> 0.5)" in str(raised.value)
     assert str(raised.value).endswith("or accept it with checkpoint.accept_changes=[base]")
-    run.recipe.checkpoint.accept_changes = ["tokenizer"]
+    changed_recipe.checkpoint.accept_changes = ["tokenizer"]
     with pytest.raises(RecipeError, match=r"accept_changes=\[tokenizer,base\]"):
-        run._check_base(place / "alignment" / "model")
-    run.recipe.checkpoint.accept_changes = ["base"]
-    (note,) = run._check_base(place / "alignment" / "model")
+        setup.check_base(changed_recipe, model, place / "alignment" / "model")
+    changed_recipe.checkpoint.accept_changes = ["base"]
+    (note,) = setup.check_base(changed_recipe, model, place / "alignment" / "model")
     assert note.startswith("base has changed and is accepted: ")
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from recipe.config import HealthConfig, LossConfig, Recipe, load_recipe
-from recipe.stages import STAGES
+from recipe.stages import losses_of
 from stream import Plan
 from tests.train.ranks import Server
 from tests.train.tiny import workspace
@@ -150,15 +150,11 @@ def test_a_spike_after_34_steps_changes_nothing_and_training_continues(server, t
 def test_ctc_weight_counts_where_there_are_two_losses(stage, expected):
     """12 nats over 8 target tokens, 5 over 2 transcribed utterances, of the global batch. (In training:
     test_independent.py.)"""
-    engine = SimpleNamespace(stage=STAGES[stage], recipe=Recipe(loss=LossConfig(ctc_weight=0.7)))
-    sums = SimpleNamespace(
-        ce_sum=torch.tensor(12.0, requires_grad=True), ctc_sum=torch.tensor(5.0, requires_grad=True)
-    )
-    loss = Engine._micro_loss(engine, sums, 8.0, 2.0)
+    engine = SimpleNamespace(losses=losses_of(Recipe(stage=stage, loss=LossConfig(ctc_weight=0.7))))
+    sums = {name: torch.tensor(value, requires_grad=True) for name, value in (("ce", 12.0), ("ctc", 5.0))}
+    loss = Engine.weighted_loss(engine, SimpleNamespace(sums=sums), {"ce": 8.0, "ctc": 2.0})
     torch.testing.assert_close(loss, torch.tensor(expected))
     loss.backward()
-    assert sums.ce_sum.grad == (None if stage == "alignment" else torch.tensor(1 / 8))
+    assert sums["ce"].grad == (None if stage == "alignment" else torch.tensor(1 / 8))
     if stage != "sft":
-        torch.testing.assert_close(
-            sums.ctc_sum.grad, torch.tensor((1.0 if stage == "alignment" else 0.7) / 2)
-        )
+        torch.testing.assert_close(sums["ctc"].grad, torch.tensor((1.0 if stage == "alignment" else 0.7) / 2))

@@ -22,7 +22,7 @@ STEPS, WARMUP, PEAK = 100, 20, 3e-4
 def rates(**settings) -> list[float]:
     config = OptimConfig(steps=STEPS, warmup_steps=WARMUP, lr_adapters=PEAK, **settings)
     parameter = torch.nn.Parameter(torch.zeros(2, 2))
-    groups = optim.parameter_groups({"adapters": [("w", parameter)]}, ("adapters",), config)
+    groups = optim.parameter_groups({"adapters": [("w", parameter)]}, config)
     optimizer = torch.optim.AdamW(groups)
     found = []
     for step in range(STEPS):
@@ -76,7 +76,7 @@ def test_weights_decay_and_norms_and_biases_do_not(folders, stage, trains):  # n
     model = build(folders)
     model.set_stage(stage)
     config = OptimConfig(lr_adapters=1.0, lr_ctc_head=2.0, lr_lora=3.0, weight_decay=0.125)
-    groups = optim.parameter_groups(model.parameter_groups(), trains, config)
+    groups = optim.parameter_groups(model.parameter_groups(), config)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     seen = {names[id(p)]: group for group in groups for p in group["params"]}
     assert seen.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
@@ -95,7 +95,7 @@ def test_the_shape_that_counts_is_the_whole_ones():
     """A ZeRO-3 partition is flat; `ds_shape` holds the parameter's own shape."""
     weight, bias = torch.nn.Parameter(torch.zeros(6)), torch.nn.Parameter(torch.zeros(3))
     weight.ds_shape, bias.ds_shape = torch.Size([2, 3]), torch.Size([3])
-    groups = optim.parameter_groups({"lora": [("w", weight), ("b", bias)]}, ("lora",), OptimConfig())
+    groups = optim.parameter_groups({"lora": [("w", weight), ("b", bias)]}, OptimConfig())
     assert [(group["name"], group["weight_decay"], len(group["params"])) for group in groups] == [
         ("lora", 0.01, 1),
         ("lora_no_decay", 0.0, 1),
@@ -109,7 +109,7 @@ def test_the_update_is_adamws_with_the_recipes_numbers():
     )
     parameter = torch.nn.Parameter(torch.tensor([[1.0, -2.0]], dtype=torch.float64))
     optimizer = optim.build(
-        optim.parameter_groups({"lora": [("w", parameter)]}, ("lora",), config), config, offload=False
+        optim.parameter_groups({"lora": [("w", parameter)]}, config), config, offload=False
     )
     w, m, v = parameter.detach().clone(), 0.0, 0.0
     for step, gradient in enumerate(

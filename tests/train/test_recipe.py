@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from core.options import choice, location, names_or_pattern, number, numbers, problems, text
 from model.config import SoundwaveConfig, official_switches
 from recipe.config import HealthConfig, Recipe, RecipeError, known_keys, load_recipe
+from train.checks import check, warnings_of
 from train.health import Health
-from train.loop import check, warnings_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CORPUS = "data.train=[{shards: somewhere}]"

@@ -18,10 +18,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from core import distributed
 from recipe.config import Corpus, DataConfig, Recipe, RecipeError, load_recipe
 from tests.train.tiny import STAGES, losses, workspace
+from train.checkpoint.compatibility import recipe_facts
+from train.checks import check
 from train.dry_run import missing
-from train.loop import check
 from train.preemption import PORT_TAKEN
-from train.resume import recipe_facts
 from train.run import main as train_main
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,7 +21,7 @@ from stream import Plan
 from tests.model import tiny as tiny_models
 from tests.train.soak import soak
 from tests.train.tiny import STAGES, losses, weights, workspace
-from train.checkpoint import sha256_of
+from train.checkpoint.verification import sha256_of
 from train.preemption import Preemption
 
 OPTIONS = ["optim.steps=8", "checkpoint.every_steps=2", "data.valid=[]", "log.tensorboard=false"]
@@ -413,8 +413,8 @@ def test_margin_before_a_time_limit_follows_the_longest_save(tmp_path):
         assert preemption.margin(save_seconds=1000) == pytest.approx(2000, abs=5), (
             "never more than half of what is left"
         )
-        assert preemption.wish(save_seconds=100, step_seconds=10) is None
-        assert preemption.wish(save_seconds=100, step_seconds=3701) == "time limit"
+        assert preemption.stop_reason(save_seconds=100, step_seconds=10) is None
+        assert preemption.stop_reason(save_seconds=100, step_seconds=3701) == "time limit"
     finally:
         for number, handler in before:
             signal.signal(number, handler)

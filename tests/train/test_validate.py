@@ -5,7 +5,7 @@ import math
 import pytest
 
 from recipe.config import CheckpointConfig, Corpus, Recipe, RecipeError
-from train.loop import check
+from train.checks import check
 from train.validate import SCORES, chosen_by, is_better
 
 

@@ -1,6 +1,7 @@
 """Load DeepSpeed's checkpoint files as data: whatever is in them, no code is run.
 
-    python -m train.safe_load ARGUMENTS        deepspeed.checkpoint.ds_to_universal, loading in this way
+    python -m train.deepspeed_fixes.safe_load ARGUMENTS        deepspeed.checkpoint.ds_to_universal, loading
+    in this way
 
 A .pt file is a pickle, which can name any function to be called. DeepSpeed 0.19.8 says weights_only=False in
 each of its calls of torch.load (to be changed, says https://github.com/deepspeedai/DeepSpeed/pull/6751).

@@ -6,9 +6,9 @@ own folder.
     step-000500/universal.partial/    being made, or what a kill left of it: made again
 
 DeepSpeed's loader drops frozen parameters without a word; here the frozen base comes from its own files and
-the earlier stages' folder, and their hashes are compared (train/resume.py) before anything is loaded. Its
-ZeRO-3 loader also gives every optimizer group the first group's settings and all parts one shared step
-counter: `Checkpoints.load` puts both right.
+the earlier stages' folder, and their hashes are compared (train/checkpoint/compatibility.py) before anything
+is loaded. Its ZeRO-3 loader also gives every optimizer group the first group's settings and all parts one
+shared step counter: `Checkpoints.load` puts both right.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _make(source: Path) -> None:
         [
             sys.executable,
             "-m",
-            "train.safe_load",
+            "train.deepspeed_fixes.safe_load",
             "--input_folder",
             str(source),
             "--output_folder",

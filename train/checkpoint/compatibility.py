@@ -22,6 +22,7 @@ from pathlib import Path
 
 from core.code import code_hash
 from core.files import step_folders
+from core.plugins import plugins_hash
 from recipe.config import Recipe, RecipeError, start_folder
 from recipe.stages import STAGES, stage_folder
 
@@ -29,6 +30,7 @@ logger = logging.getLogger("soundwave")
 
 # Keys that do not change what is computed: they may differ between a run and its continuation.
 _FREE = (
+    "plugins",  # what they add is compared by the keys that use it
     "output",
     "checkpoint.",
     "log.",
@@ -89,10 +91,11 @@ def recipe_facts(recipe: Recipe | dict) -> dict[str, object]:
     return facts
 
 
-def code_fingerprint() -> str:
-    """sha256 over the source that decides training's numbers. A difference is logged: code may change between
-    two starts."""
-    return code_hash(("core", "model", "recipe", "stream", "train"))
+def code_fingerprint(plugins: list[str]) -> str:
+    """Return the sha256 over the source that decides training's numbers, loaded plugins included. A
+    difference is only logged: code may change between two starts."""
+    own, theirs = code_hash(("core", "model", "recipe", "stream", "train")), plugins_hash(plugins)
+    return own if theirs is None else hashlib.sha256(f"{own} {theirs}".encode()).hexdigest()
 
 
 def differences(saved: dict, now: dict) -> dict[str, list[str]]:

@@ -1,0 +1,41 @@
+"""What is wrong with a recipe, or unusual, that shows without weights and data."""
+
+from __future__ import annotations
+
+from core.ctc_text import NORMALISATIONS
+from recipe.config import Recipe, RecipeError
+from recipe.stages import check_trains_something, losses_of
+from stream import augment
+from train import zero
+from train.validate import SCORES
+
+
+def check(recipe: Recipe) -> None:
+    """What can be known without weights or data. Errors: RecipeError."""
+    losses_of(recipe)
+    check_trains_something(recipe)
+    if recipe.checkpoint.best_by not in SCORES:
+        raise RecipeError(
+            f"checkpoint.best_by: '{recipe.checkpoint.best_by}' is not one of {', '.join(SCORES)}"
+        )
+    zero.resolve(recipe, hidden_size=1024)
+    augment.check(recipe.data)
+    if recipe.data.ctc_text not in NORMALISATIONS:
+        raise RecipeError(
+            f"data.ctc_text: '{recipe.data.ctc_text}' is not one of {', '.join(NORMALISATIONS)}"
+        )
+    if not recipe.data.train:
+        raise RecipeError(
+            "data.train is empty: name at least one packed folder, e.g. data.train=[{shards: data/train}]"
+        )
+
+
+def warnings_of(recipe: Recipe) -> list[str]:
+    """What is legal and seldom meant."""
+    optim = recipe.optim
+    if optim.warmup_steps < optim.steps or optim.warmup_steps == 0:
+        return []
+    return [
+        f"optim.warmup_steps={optim.warmup_steps} is not below optim.steps={optim.steps}: the learning rate "
+        f"rises to {optim.steps / optim.warmup_steps:.0%} of its peak in the last step and never falls"
+    ]

@@ -1,0 +1,56 @@
+"""What ZeRO-3 has to be told of a model. DeepSpeed 0.19.8, transformers 5.23.0.
+
+Source: https://github.com/deepspeedai/DeepSpeed/tree/v0.19.8/deepspeed/runtime/zero and
+https://deepspeed.readthedocs.io/en/latest/zero3.html
+"""
+
+from __future__ import annotations
+
+import deepspeed
+import torch
+
+from model.language_model import base_of
+
+
+def shard_while_loading(config: dict):
+    """Return an object that makes `from_pretrained` shard what it loads, as long as it lives.
+
+    https://huggingface.co/docs/transformers/deepspeed (HfDeepSpeedConfig)
+    """
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(config)
+
+
+def prepare_modules(model: torch.nn.Module) -> None:
+    """Register shared parameters, and gather a Transformer layer at once; before deepspeed.initialize."""
+    for module, parameter in model.shared_parameters():
+        owns = any(own is parameter for own in module.parameters(recurse=False))
+        if not owns:  # else its own hooks gather it
+            deepspeed.zero.register_external_parameter(module, parameter)
+    leaves = {
+        type(layer)
+        for module in model.modules()
+        if isinstance(module, torch.nn.ModuleList)
+        for layer in module
+    }
+    # Hooks on each Linear and LoRA matrix of a layer (some 30) cost more than they save.
+    if leaves:
+        deepspeed.utils.set_z3_leaf_modules(model, sorted(leaves, key=lambda c: c.__name__))
+    if model.llm is not None:
+        # DeepSpeed collects such a layer's gradients when the gradient of its input is there. In stage III
+        # the first layer's input would have none, and the hook would fire before the gradients of its LoRA
+        # exist.
+        base_of(model.llm).enable_input_require_grads()
+
+
+def cast_new_parameters(model: torch.nn.Module) -> None:
+    """Cast trained parameters that were not sharded while loading to bf16; before deepspeed.initialize.
+
+    DeepSpeed casts a model to bf16, but not one that was sharded while it was loaded, as the LLM is here:
+    what is new would compute in fp32, slower than needed and unlike ZeRO-2. The optimizer keeps fp32 masters
+    of it.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(torch.bfloat16)
