@@ -1,6 +1,6 @@
-"""Errors of word times: `python -m benchmarks.timestamps --model DIR --whisper DIR [--shards DIR]`
+"""Errors of word times: `python -m benchmarks.timestamps --model DIR --whisper DIR --shards DIR`
 
-Two materials with known times:
+Two materials with known times (--shards, --tts, or both):
 
     joined   clips of --shards, trimmed of silence, joined to about 20 s with silence of 0.2 to 1.5 s between:
              the start of each clip's first word and the end of its last word are known

@@ -12,6 +12,7 @@ A user's own module registers its implementations when the recipe's `plugins` im
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
@@ -54,10 +55,9 @@ class Registry(Mapping[str, T]):
         if not isinstance(name, str) or not name.isidentifier():
             raise ValueError(f"the {self.kind} {name!r} needs a name of letters, digits and underscores")
         before = self._entries.get(name)
-        if before is not None and before != value and _origin(before) != _origin(value):
+        if before is not None and not _is_same(before, value):
             raise AlreadyRegistered(
-                f"the {self.kind} '{name}' of {_origin(value)[0]} is registered already by "
-                f"{_origin(before)[0]}: choose another name"
+                f"the {self.kind} '{name}' is registered already ({_origin(before)}): choose another name"
             )
         self._entries[name] = value
 
@@ -93,7 +93,15 @@ class Registry(Mapping[str, T]):
         return len(self._entries)
 
 
-def _origin(value: object) -> tuple[str, str]:
-    """Return (module, name) of a definition; of an instance, its class's module and its repr."""
+def _is_same(before: object, value: object) -> bool:
+    """Whether a value is registered again: an equal one, or the same definition from a module that is
+    reloaded."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):  # described by its fields
+        return before == value
+    return before == value or _origin(before) == _origin(value)
+
+
+def _origin(value: object) -> str:
+    """Return module and name of a definition; of an instance, those of its class."""
     named = value if hasattr(value, "__qualname__") else type(value)
-    return named.__module__, getattr(value, "__qualname__", repr(value))
+    return f"{named.__module__}.{named.__qualname__}"

@@ -55,10 +55,30 @@ def trained_tensors(model: Soundwave) -> dict[str, torch.Tensor]:
     }
 
 
+def check_place(folder: str | Path) -> None:
+    """Check that a model folder may be written here: what stands in its place, and is replaced, is one too.
+
+    Errors: FolderError.
+    """
+    folder = Path(folder)
+    written = {ADAPTERS, CONFIG, LORA}
+    for suffix in ("", ".previous", ".partial"):
+        there = folder.with_name(folder.name + suffix)
+        names = {path.name for path in there.iterdir()} if there.is_dir() else set()
+        if suffix != ".partial" and CONFIG in names:
+            continue
+        if strange := sorted(names - written if suffix == ".partial" else names):
+            raise FolderError(
+                f"{there} holds {strange[0]} and is no model folder: it would be replaced by one; "
+                "move its files, or write elsewhere"
+            )
+
+
 def save(model: Soundwave, folder: str | Path, extra: dict | None = None) -> Path:
     """Write a model folder; complete, or not there. Under ZeRO-3 the caller gathers the parameters and calls
-    it on one rank."""
+    it on one rank. Errors: FolderError where other files stand in its place."""
     folder = Path(folder)
+    check_place(folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -30,6 +30,7 @@ from serving.metrics import Metrics
 from serving.problems import Problem, invalid
 from serving.recordings import Recording
 from serving.streaming import late
+from soundwave.recogniser import Options
 from soundwave.windows import Window
 
 DECODING_THREADS = 8  # a recording that is being cut keeps one until its next pauses are found
@@ -246,6 +247,7 @@ class Transcript:
             inputs.audio_chat(form.task, server.model.config.audio_token),
             [torch.from_numpy(window.samples)],
             self.deadline,
+            max_new_tokens=min(server.limits.new_tokens, Options.max_new_tokens),
             sampling=form.sampling,
             streams=form.stream,
             is_transcript=True,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
@@ -168,14 +169,17 @@ def main(arguments: list[str] | None = None) -> int:
             options.model, device=options.device, dtype=options.dtype, with_llm=options.decode != "ctc"
         )
         total = None if options.quiet else total_seconds(options.files)
-        progress = None if options.quiet else Progress("transcribe", total, " s of audio")
-        results = model.transcribe_all(options.files, progress=progress.to if progress else None, options=how)
-        for file, path, result in zip(options.files, paths, results, strict=True):
-            if isinstance(result, Exception):
-                print_error(f"error: {file}: {result}")
-                code = 2
-                continue
-            give(result, file, path, options)
+        bar = nullcontext() if options.quiet else Progress("transcribe", total, " s of audio")
+        with bar as progress:
+            results = model.transcribe_all(
+                options.files, progress=progress.to if progress else None, options=how
+            )
+            for file, path, result in zip(options.files, paths, results, strict=True):
+                if isinstance(result, Exception):
+                    print_error(f"error: {file}: {result}")
+                    code = 2
+                    continue
+                give(result, file, path, options)
     except (ValueError, FolderError, SourceError) as error:
         print_error(f"error: {error}")
         return 2

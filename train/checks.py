@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from core.ctc_text import NORMALISATIONS
+from model.folder import FolderError, check_place
 from recipe.config import Recipe, RecipeError
-from recipe.stages import check_trains_something, losses_of
+from recipe.stages import check_trains_something, losses_of, stage_folder
 from stream import augment
 from train import zero
 from train.validate import SCORES
@@ -18,6 +19,11 @@ def check(recipe: Recipe) -> None:
         raise RecipeError(
             f"checkpoint.best_by: '{recipe.checkpoint.best_by}' is not one of {', '.join(SCORES)}"
         )
+    for name in ("model", "model-best"):
+        try:
+            check_place(stage_folder(recipe) / name)
+        except FolderError as error:
+            raise RecipeError(str(error)) from None
     zero.resolve(recipe, hidden_size=1024)
     augment.check(recipe.data)
     if recipe.data.ctc_text not in NORMALISATIONS:

@@ -8,6 +8,8 @@ of the whole recording (D numbers each), and the path of one section.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from model import ops
 from model.features import SAMPLE_RATE
 from model.generation.timestamps import (
     BATCH_SECONDS,
+    NO_AUDIO,
     Aligned,
     Run,
     emissions,
@@ -43,10 +46,12 @@ def align_recording(
     seconds, step = len(waveform) / SAMPLE_RATE, frame_seconds(model)
     if not spelling.words:
         return Aligned([], 0.0, "it has no words")
+    if not len(waveform):
+        return Aligned(spread(spelling.words, 0.0), -math.inf, NO_AUDIO)
     if not spelling.ids:
         return Aligned(
             spread(spelling.words, seconds),
-            -float("inf"),
+            -math.inf,
             "nothing of its text is a CTC target (data.ctc_text)",
         )
     hidden = recording_frames(model, waveform)

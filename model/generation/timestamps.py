@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 #: the quick start's validation dialogues, frames of 80 ms (benchmarks/timestamps.py --calibrate).
 START_DELAY = 0.02
 END_ADVANCE = 0.30
+NO_AUDIO = "it has no audio"
 #: Seconds of audio, padding included, that are encoded at a time.
 BATCH_SECONDS = 120.0
 
@@ -98,6 +99,10 @@ def align(
                 f"{longest:g} s at most (model.encoder.max_seconds): cut it"
             )
     found: list[Aligned | None] = [None] * len(texts)
+    for number, waveform in enumerate(waveforms):
+        if not len(waveform):
+            words = spell(model.tokenizer, texts[number], model.ctc_text, langs[number]).words
+            found[number] = Aligned(spread(words, 0.0), -math.inf, NO_AUDIO)
     for numbers in batches([len(waveform) for waveform in waveforms]):
         hidden, lengths = frames(model, [waveforms[number] for number in numbers])
         spellings = [
@@ -111,8 +116,8 @@ def align(
 
 def batches(samples: list[int]) -> list[list[int]]:
     """Numbers of clips that are encoded together: neighbours in length, at most BATCH_SECONDS with their
-    padding."""
-    order = sorted(range(len(samples)), key=lambda number: samples[number])
+    padding. Clips without samples are left out."""
+    order = sorted((n for n, size in enumerate(samples) if size), key=lambda number: samples[number])
     groups: list[list[int]] = []
     for number in order:
         if not groups or (len(groups[-1]) + 1) * samples[number] > BATCH_SECONDS * SAMPLE_RATE:
@@ -162,7 +167,7 @@ def align_frames(
             continue
         problem = unalignable(spelling.ids, length)
         if problem:
-            found.append(Aligned(spread(spelling.words, seconds[row]), -float("inf"), problem))
+            found.append(Aligned(spread(spelling.words, seconds[row]), -math.inf, problem))
             continue
         runs = emissions(place[row, :length], labels[row, :length], len(spelling.ids))
         words = timed(spelling, runs, frame_seconds(model), seconds[row])

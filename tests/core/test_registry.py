@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from core.plugins import PluginError, load_plugins
@@ -51,6 +53,25 @@ def test_a_name_is_given_once():
         losses.register("ctc")(Second)
     with pytest.raises(ValueError, match="letters"):
         losses.add("my loss", 1)
+
+
+def test_a_reloaded_instance_replaces_itself_and_described_data_does_not():
+    losses, stages = Registry("loss"), Registry("stage")
+
+    class Term:
+        pass
+
+    @dataclasses.dataclass(frozen=True)
+    class Plan:
+        steps: int
+
+    losses.add("term", Term())
+    losses.add("term", again := Term())
+    assert losses["term"] is again
+    stages.add("plan", Plan(1))
+    stages.add("plan", Plan(1))
+    with pytest.raises(AlreadyRegistered, match="the stage 'plan' is registered already"):
+        stages.add("plan", Plan(2))
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,15 @@ def test_what_cannot_be_aligned_is_named(model):
     assert word_times(model, [], []) == []
 
 
+def test_clips_without_samples_are_named(model):
+    waveforms = [torch.zeros(0), sounds([2.0])[0]]
+    with pytest.warns(SoundWarning, match="waveform 0 has no word times: it has no audio"):
+        found = word_times(model, waveforms, ["the wall", "the wall"])
+    assert [(w.start, w.end, w.confidence) for w in found[0]] == [(0.0, 0.0, 0.0)] * 2
+    assert found[1] == word_times(model, waveforms[1:], ["the wall"])[0]
+    assert align_recording(model, waveforms[0], "the wall").problem == "it has no audio"
+
+
 def test_wrong_counts_and_long_clips_are_refused(model):
     with pytest.raises(ValueError, match="1 waveforms, 2 texts and 2 languages"):
         word_times(model, sounds([1.0]), ["a", "b"])

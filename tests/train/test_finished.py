@@ -20,6 +20,7 @@ from tests.train.tiny import STAGES, workspace
 from train import preflight, setup
 from train import run as entry
 from train.checkpoint import compatibility
+from train.checkpoint.verification import sha256_of
 
 QUICK = ["data.valid=[]", "log.tensorboard=false", "optim.steps=4", "checkpoint.every_steps=2"]
 
@@ -446,7 +447,9 @@ def test_a_changed_base_stops_a_resumed_run_unless_accepted(server, trained, pla
 
     checkpoint = place / "shrinking" / "checkpoints" / "step-000002"
     edit(checkpoint / "state.json", lambda state: state["facts"].pop("settings"))
-    edit(checkpoint / "manifest.json", lambda manifest: manifest["files"].pop("state.json"))
+    state = checkpoint / "state.json"
+    fact = {"size": state.stat().st_size, "sha256": sha256_of(state)}
+    edit(checkpoint / "manifest.json", lambda manifest: manifest["files"].update({"state.json": fact}))
     edit(place / "alignment" / "model" / "soundwave.json", lambda described: described.pop("settings"))
     run = server.start(command, ranks=1)
     assert run.wait() == [0], run.text()

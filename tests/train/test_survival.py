@@ -459,7 +459,8 @@ def test_roll_back_goes_on_behind_the_bad_stretch(server, tiny, tmp_path):
     state = json.loads((target / "state.json").read_text())
     (target / "state.json").write_text(json.dumps(state | {"data_offset": 3}))
     manifest = json.loads((target / "manifest.json").read_text())
-    del manifest["files"]["state.json"]
+    edited = target / "state.json"
+    manifest["files"]["state.json"] = {"size": edited.stat().st_size, "sha256": sha256_of(edited)}
     (target / "manifest.json").write_text(json.dumps(manifest))
     codes, text = train(server, tiny, tmp_path / "resumed", *options)
     assert codes == [0, 0], text
