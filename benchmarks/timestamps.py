@@ -127,7 +127,7 @@ def whisper(path: Path, items: list[Item], device: str) -> list[Times]:
     transcribe = pipeline(
         "automatic-speech-recognition",
         model=WhisperForConditionalGeneration.from_pretrained(path, attn_implementation="eager"),
-        tokenizer=AutoTokenizer.from_pretrained(path),
+        tokenizer=AutoTokenizer.from_pretrained(path, trust_remote_code=False),
         feature_extractor=WhisperFeatureExtractor.from_pretrained(path),
         device=device,
     )

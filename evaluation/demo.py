@@ -247,7 +247,10 @@ def shown(talker: Talker, file: str | None, question: str) -> Iterator[tuple]:
     """
     try:
         yield from talker.ask(file, question)
-    except (AudioError, PromptError, Refusal) as error:
+    except AudioError as error:
+        line = f"the recording cannot be used: {one_line(error)}"
+        raise Refusal(html.escape(printable(line))) from None
+    except (PromptError, Refusal) as error:
         raise Refusal(html.escape(printable(one_line(error)))) from None
     except Exception as error:  # memory, for one; the next question may be answered
         print_error(f"error: a question was not answered: {type(error).__name__}: {one_line(error)}")

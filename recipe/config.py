@@ -240,7 +240,7 @@ def _read_files(path: Path) -> list[tuple[str, DictConfig]]:
 def _read_yaml(path: Path) -> DictConfig:
     if not is_name(str(path)) or not path.exists():
         raise RecipeError(
-            f"recipe {_shown(str(path)).strip(chr(39))} does not exist: give the path of a YAML file, e.g. "
+            f"recipe {str(path) or repr('')} does not exist: give the path of a YAML file, e.g. "
             "train/recipes/stage1.yaml"
         )
     try:

@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     except (RecipeError, PortTaken) as error:
         if is_main():
             print(f"error: {error}", file=sys.stderr)
-        return WRONG_INPUT if isinstance(error, RecipeError) else FAILED
+        return WRONG_INPUT if isinstance(error, RecipeError) else PORT_TAKEN
     from data_tools.shards import ShardError
     from model.config import OptionError
     from model.folder import FolderError

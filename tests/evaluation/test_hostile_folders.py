@@ -174,7 +174,7 @@ def test_nothing_in_a_description_is_looked_up(download, monkeypatch):
         (lambda d: d.pop("config"), "'config' is missing or not as training writes it"),
         (lambda d: d.update(config=None), "'config' is missing"),
         (lambda d: d.update(config=[1]), "'config' is missing"),
-        (lambda d: d.update(stage="last"), "'stage' is missing"),
+        (lambda d: d.update(stage="last"), "stage 'last' is not known; did you mean"),
         (lambda d: d.update(stage=["sft"]), "'stage' is missing"),
         (lambda d: d.update(frozen={"llm": "../x"}), "'frozen' is missing"),
         (lambda d: d.update(settings={"llm": 1}), "'settings'"),
@@ -201,7 +201,10 @@ def test_nothing_in_a_description_is_looked_up(download, monkeypatch):
         (lambda d: d["config"]["alignment"].update(layers=3), "alignment does not fit"),
         (lambda d: d["config"]["alignment"].update(heads=7), "heads = 7 does not divide"),
         (lambda d: d["config"]["llm"].update(lora_r=10**9), "its LoRA does not fit"),
-        (lambda d: d["config"]["llm"].update(name="../../etc"), "model folder ../../etc does not exist"),
+        (
+            lambda d: d["config"]["llm"].update(name="../../no-such-folder"),
+            "model folder ../../no-such-folder does not exist",
+        ),
         (lambda d: d["config"]["llm"].update(name="/nowhere"), "model folder /nowhere does not exist"),
     ],
 )

@@ -143,7 +143,7 @@ def test_stages_train_what_the_method_says(folders):
     assert [n for n, _ in model.parameter_groups()["ctc_head"]] == ["ctc_head.blank_row"]
     assert learns("sft") == {"adapters": set(), "ctc_head": set(), "lora": {"llm"}}
     assert all("lora_" in n for n, _ in model.parameter_groups()["lora"])
-    with pytest.raises(ValueError, match="stage is 'three'"):
+    with pytest.raises(ValueError, match="stage 'three' is not known"):
         model.set_stage("three")
     first = build(folders, parts=("encoder", "adapters"))
     assert first.llm is None and first.shrinking is None and first.stage == "alignment"
@@ -408,7 +408,8 @@ def test_folder_gives_the_model_back(folders, tmp_path):
         and not any("llm" in n for n in stored)
     )
     for leftover in ("model.previous", "model.partial"):  # of a replacement that was interrupted
-        (tmp_path / leftover / "old").mkdir(parents=True)
+        shutil.copytree(tmp_path / "model", tmp_path / leftover)
+    (tmp_path / "model" / "old").mkdir()
     model_folder.save(model, tmp_path / "model")
     assert (
         sorted(p.name for p in tmp_path.iterdir()) == ["model"] and not (tmp_path / "model" / "old").exists()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from core.code import PACKAGES
 from tests.slurm import cluster as slurm
 from tests.slurm.cluster import Cluster, wait_for
 
@@ -57,7 +58,7 @@ class Project:
         shutil.copytree(
             ROOT / "slurm", folder / "slurm", ignore=lambda _, names: filter(leftovers.fullmatch, names)
         )
-        for room in ("core", "train", "model", "data_tools", "recipe", "stream", "evaluation", "ds_configs"):
+        for room in (*PACKAGES, "ds_configs"):
             shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
         self.edit_top_lines(TOP_LINES)
 
