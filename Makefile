@@ -19,7 +19,7 @@ help: ## this list
 	@echo
 	@echo "  PYTHON=python3.12  another interpreter    VENV=/path  another place    GPU=1  CUDA torch though no GPU is seen here"
 	@echo "  WORKERS=2  test files at a time (0: one process, for a debugger)"
-	@echo "  EXTRAS='av bench demo'  FFmpeg's audio formats, the comparisons', the web demo's packages too (with setup)    HASHES=no  packages of a site's own build"
+	@echo "  EXTRAS='av bench demo serve'  packages of FFmpeg's formats, the comparisons, the web demo, the server (with setup)    HASHES=no  packages of a site's own build"
 	@echo "  FLASH_ATTN=1  flash-attn too (with setup)    ARGS='...'  arguments for demo, less-is-more, test, soak, bench-ctc, gpu-check, test-slurm"
 
 setup: ## fill .venv: packages, CPU or CUDA torch, prebuilt ops; quick when repeated
@@ -53,8 +53,9 @@ test: setup-dev ## the fast tests, two-rank ZeRO-3 included (MARKERS='not gpu' f
 soak: setup-dev ## kill two-rank ZeRO-3 training 30 times over the three stages; the end must equal the undisturbed run's
 	@OMP_NUM_THREADS=1 $(PY) -m tests.train.soak $(ARGS)
 
-lint: setup-dev ## format, lint and types of Python, shellcheck
+lint: setup-dev ## format, lint and types of Python, shellcheck, hadolint
 	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy
+	@$(VENV)/bin/hadolint Dockerfile
 	@$(VENV)/bin/shellcheck -x $$(git ls-files '*.sh') .ci/run
 
 docs: setup-dev ## check the documentation, and build the site into .cache/site (no network)

@@ -45,7 +45,9 @@ COMMANDS = {
     "speed": Command("evaluation.speed", "measure the time to the first token and the throughput"),
     "picture": Command("evaluation.picture", "draw one clip: spectrogram, CTC peaks, compressed frames"),
     "demo": Command("evaluation.demo", "serve a web page to try a model"),
+    "serve": Command("serving", "serve a model with an OpenAI-compatible HTTP API"),
     "export": Command("model.export", "export a model folder for transformers, peft and vLLM"),
+    "push": Command("model.push", "upload an exported folder to the Hugging Face Hub"),
     "convert": Command("model.convert", "convert the official checkpoint to a model folder, or back"),
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Packages that training needs. Jobs run a frozen copy of them (slurm/common.sh, freeze).
-PACKAGES = ("core", "data_tools", "evaluation", "model", "recipe", "soundwave", "stream", "train")
+PACKAGES = ("core", "data_tools", "evaluation", "model", "recipe", "serving", "soundwave", "stream", "train")
 
 
 def code_hash(packages: tuple[str, ...]) -> str:

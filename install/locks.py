@@ -32,7 +32,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ROOT / "install" / "locks"
 TOOLS = ROOT / ".cache" / "tools"
-EXTRAS = ("av", "docs", "dev", "dev-cpu", "demo", "bench", "browser", "gpu", "tools")
+EXTRAS = ("av", "docs", "dev", "dev-cpu", "demo", "serve", "bench", "browser", "gpu", "tools")
 OLDEST_PYTHON = "3.11"
 # Packages that only torch's CUDA build needs. (Triton on a CPU machine is a matter of
 # requirements-dev-cpu.txt.)

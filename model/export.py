@@ -10,6 +10,8 @@
     encoder/                 the frozen encoder                            (with --with-encoder)
     tokenizer files, chat template, generation_config.json
 
+With --hub-layout the folder is one that plain transformers loads, without this project (model/hub/layout.py).
+
 RUN is a model folder (<output>/<stage>/model) or the stage's folder. Scores are those that evaluation.run
 left in RUN's model/evaluation/. Nothing of RUN is changed.
 """
@@ -39,6 +41,7 @@ from model.folder import (
     read_config,
     trained_with,
 )
+from model.hub.layout import write_layout
 from model.language_model import end_ids, end_settings, load_tokenizer
 from model.model_card import model_card
 from model.official import LoRAMerge, ShardWriter, stream_tensors
@@ -46,7 +49,14 @@ from model.pretrained import Source, SourceError, fingerprint, locate
 from model.stages import STAGES
 
 
-def export(run: str | Path, out: str | Path, *, merge: bool = False, with_encoder: bool = False) -> Path:
+def export(
+    run: str | Path,
+    out: str | Path,
+    *,
+    merge: bool = False,
+    with_encoder: bool = False,
+    hub_layout: bool = False,
+) -> Path:
     """Write the export (see the module's docstring).
 
     Errors: FolderError for what is no model folder of stage II or III, for an `out` that holds something, and
@@ -69,7 +79,6 @@ def export(run: str | Path, out: str | Path, *, merge: bool = False, with_encode
         raise FolderError(text)
     out.mkdir(parents=True, exist_ok=True)
     names = {"encoder": encoder.name, "llm": llm.name}
-    shutil.copyfile(run / ADAPTERS, out / ADAPTERS)
     stop = end_ids(tokenizer, config.prompt, end_settings(llm))
     pad = stop[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     generation = GenerationConfig(
@@ -79,11 +88,18 @@ def export(run: str | Path, out: str | Path, *, merge: bool = False, with_encode
         max_new_tokens=512,
         do_sample=False,
     )
-    for folder in [out, *([out / "llm"] if merge else [])]:
+    for folder in [out, *([out / "llm"] if merge and not hub_layout else [])]:
         folder.mkdir(exist_ok=True)
         tokenizer.save_pretrained(folder)
         generation.save_pretrained(folder)
     has_lora = (run / LORA).is_dir()
+    if hub_layout:
+        write_layout(run, out, config, encoder, llm, tokenizer)
+        names = {part: Path(name).name if Path(name).exists() else name for part, name in names.items()}
+        card = model_card(run, description, names, frozen, merged=True, has_lora=has_lora, hub_layout=True)
+        (out / "README.md").write_text(card)
+        return out
+    shutil.copyfile(run / ADAPTERS, out / ADAPTERS)
     if merge:
         _write_llm(llm, LoRAMerge(run / LORA) if has_lora else None, out / "llm")
         config.llm.name, config.llm.lora_r, frozen["llm"] = "llm", 0, fingerprint(out / "llm")
@@ -153,12 +169,28 @@ def main(arguments: list[str] | None = None) -> int:
         "--merge", action="store_true", help="merge LoRA into the LLM and put the whole LLM inside"
     )
     parser.add_argument("--with-encoder", action="store_true", help="put the frozen encoder inside, too")
+    parser.add_argument(
+        "--hub-layout",
+        action="store_true",
+        help="write what plain transformers loads without this project (model/hub/layout.py)",
+    )
     options = parser.parse_args(arguments)
+    if options.hub_layout and (options.merge or options.with_encoder):
+        parser.error("--hub-layout merges LoRA and holds the encoder: leave --merge and --with-encoder out")
     try:
-        out = export(options.run, options.out, merge=options.merge, with_encoder=options.with_encoder)
+        out = export(
+            options.run,
+            options.out,
+            merge=options.merge,
+            with_encoder=options.with_encoder,
+            hub_layout=options.hub_layout,
+        )
     except (FolderError, SourceError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if options.hub_layout:
+        print(f"{out}: transformers.AutoModel.from_pretrained('{out}', trust_remote_code=True)")
+        return 0
     print(f"{out}: import model.auto; transformers.AutoModel.from_pretrained('{out}')")
     return 0
 

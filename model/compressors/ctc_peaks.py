@@ -11,7 +11,7 @@ it knows.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -42,8 +42,6 @@ def kept_frames(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """argmax, peak, blank_logprob [A, T], lengths [A] -> kept [A, K] frame positions padded with 0,
     kept_lengths [A] >= 1."""
-    if not config.enabled:
-        return torch.arange(argmax.shape[1], device=argmax.device).expand_as(argmax), lengths
     return ops.ctc_runs(
         argmax,
         peak,
@@ -57,16 +55,19 @@ def kept_frames(
 
 @register_compressor("ctc_peaks")
 class CTCPeaks(Compressor):
+    selects_peaks: ClassVar[bool] = True  # else every frame
+
     def __init__(self, whole: SoundwaveConfig, width: int, llm_heads: int, gain: float):
         super().__init__(whole, width, llm_heads, gain)
-        self.config = config = whole.shrinking
+        self.whole, self.config = whole, whole.shrinking
+        config = self.config
         self.heads = config.heads or llm_heads
         if width % self.heads:
             raise OptionError(
                 f"model.shrinking.heads = {self.heads} does not divide the LLM's width {width}: "
                 "set it in the recipe"
             )
-        self.looks_back = config.enabled and config.lookback != "none"
+        self.looks_back = self.selects_peaks and config.lookback != "none"
         self.drop_frames = KeyedDropout(config.dropout, "shrinking.lookback")
         if self.looks_back:
             self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
@@ -74,15 +75,15 @@ class CTCPeaks(Compressor):
         self.norm = ScaledLayerNorm(width, gain)
 
     def forward(self, hidden: torch.Tensor, lengths: torch.Tensor, ctc: CTCView) -> Compressed:
-        kept, kept_lengths = kept_frames(
-            self.config, ctc.argmax, ctc.peak, ctc.blank_logprob, lengths, ctc.blank
-        )
+        kept, kept_lengths = self.select(self.whole, lengths, ctc)
         return self.compress(hidden, lengths, kept, kept_lengths, ctc.keys), kept_lengths, {}, kept
 
     @classmethod
     def select(
         cls, config: SoundwaveConfig, lengths: torch.Tensor, ctc: CTCView
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not cls.selects_peaks:
+            return super().select(config, lengths, ctc)
         return kept_frames(config.shrinking, ctc.argmax, ctc.peak, ctc.blank_logprob, lengths, ctc.blank)
 
     @staticmethod
@@ -121,21 +122,10 @@ class CTCPeaks(Compressor):
 class AllFrames(CTCPeaks):
     """Every frame goes to the LLM, after a LayerNorm (a baseline)."""
 
-    def __init__(self, whole: SoundwaveConfig, width: int, llm_heads: int, gain: float):
-        super().__init__(_without_peaks(whole), width, llm_heads, gain)
-
-    @classmethod
-    def select(
-        cls, config: SoundwaveConfig, lengths: torch.Tensor, ctc: CTCView
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().select(_without_peaks(config), lengths, ctc)
+    selects_peaks = False
 
     @classmethod
     def expected_length(
         cls, config: SoundwaveConfig, tokens: np.ndarray, seconds: np.ndarray, has_text: np.ndarray
     ) -> np.ndarray:
         return np.ceil(seconds * frame_rate(config))
-
-
-def _without_peaks(config: SoundwaveConfig) -> SoundwaveConfig:
-    return replace(config, shrinking=replace(config.shrinking, enabled=False))

@@ -8,7 +8,7 @@ freeze() {
     set -o pipefail  # always called in a $( ), where bash forgets set -e
     if [ ! -d "$code" ]; then
         mkdir -p "$code.part" || die "$failed" 1
-        for part in core train model data_tools recipe stream soundwave evaluation ds_configs slurm; do
+        for part in core train model data_tools recipe stream soundwave serving evaluation ds_configs slurm; do
             # 1: a file changed while it was read, as editors do it.
             { tar -cf - -C "$PROJECT" --exclude=__pycache__ --exclude=slurm/jobs --exclude=slurm/logs "$part" || [ $? = 1 ]; } \
                 | tar -xf - -C "$code.part" || die "$failed" 1

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from model.alignment import AlignmentAdapter, CTCHead
+from model.compressors import CTCView, compressor_of
 from model.compressors.ctc_peaks import CTCPeaks, kept_frames
 from model.config import AlignmentConfig, OpsConfig, OptionError, ShrinkingConfig, SoundwaveConfig
 from model.soundwave import Soundwave
@@ -175,11 +176,11 @@ def test_shrinking_adapter_equals_stock_attention(lookback):
         torch.testing.assert_close(shrunk[row, : len(frames)], adapter.norm(frames), rtol=0, atol=1e-5)
 
 
-def test_without_shrinking_every_frame_goes_on():
+def test_without_shrinking_every_frame_is_kept():
     argmax, lengths = torch.zeros(2, 5, dtype=torch.long), torch.tensor([5, 3])
-    kept, kept_lengths = kept_frames(
-        ShrinkingConfig(enabled=False), argmax, argmax.float(), argmax.float(), lengths, 0
-    )
+    view = CTCView(argmax, argmax.float(), argmax.float(), 0)
+    config = SoundwaveConfig(shrinking=ShrinkingConfig(enabled=False))
+    kept, kept_lengths = compressor_of(config).select(config, lengths, view)
     assert kept.tolist() == [[0, 1, 2, 3, 4]] * 2 and torch.equal(kept_lengths, lengths)
 
 

@@ -1,0 +1,164 @@
+"""Requests per second of the HTTP server: `python -m benchmarks.serve MODEL --clips DIR [--requests 48]`
+
+The server's own command is started twice on the loopback, with batching and without. Each is asked for the
+same transcriptions by 1, 8 and 32 clients that send their next request when the last one is answered
+(a closed loop). Per cell: requests and audio seconds per second, latency of the median and the 95th
+percentile, requests that failed. Both servers' texts must be equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+import numpy as np
+from tabulate import tabulate
+
+from benchmarks.machine import keep, machine
+from core.audio import EXTENSIONS, Recording
+
+START_SECONDS = 300.0
+
+
+@contextmanager
+def server(model: str, *more: str) -> Iterator[tuple[str, str]]:
+    """Yields the server's address and its model's name."""
+    with tempfile.TemporaryFile("w+") as log:
+        command = [sys.executable, "-m", "serving", model, "--port", "0", "--waiting-jobs", "1000", *more]
+        process = subprocess.Popen(command, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        try:
+            yield ready(process, log)
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def ready(process: subprocess.Popen, log) -> tuple[str, str]:
+    until = time.monotonic() + START_SECONDS
+    while time.monotonic() < until and process.poll() is None:
+        log.seek(0)
+        for line in log:
+            if line.startswith("{") and (event := json.loads(line))["event"] == "ready":
+                return event["url"], event["model"]
+        time.sleep(0.2)
+    log.seek(0)
+    raise SystemExit(f"error: the server did not start: {log.read()[-500:]}")
+
+
+def load(url: str, name: str, clips: list[tuple[bytes, float]], clients: int) -> tuple[dict, list[str]]:
+    """Ask for each clip once, by so many clients."""
+    texts, latencies, failed = [""] * len(clips), [0.0] * len(clips), 0
+    numbers, lock = iter(range(len(clips))), threading.Lock()
+
+    def work() -> None:
+        nonlocal failed
+        with httpx2.Client(timeout=600) as client:
+            while True:
+                with lock:
+                    number = next(numbers, None)
+                if number is None:
+                    return
+                began = time.perf_counter()
+                try:
+                    answer = client.post(
+                        f"{url}/audio/transcriptions",
+                        data={"model": name},
+                        files={"file": ("clip", clips[number][0])},
+                    )
+                    answer.raise_for_status()
+                    texts[number] = answer.json()["text"]
+                except httpx2.HTTPError:
+                    failed += 1
+                latencies[number] = time.perf_counter() - began
+
+    threads = [threading.Thread(target=work) for _ in range(clients)]
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    spent = time.perf_counter() - began
+    row = {
+        "clients": clients,
+        "requests_per_second": len(clips) / spent,
+        "audio_seconds_per_second": sum(seconds for _, seconds in clips) / spent,
+        "p50_seconds": float(np.percentile(latencies, 50)),
+        "p95_seconds": float(np.percentile(latencies, 95)),
+        "errors": failed,
+    }
+    return row, texts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("--clips", type=Path, required=True, help="folder of audio files")
+    parser.add_argument("--requests", type=int, default=48)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--encoder", help="as of python -m serving")
+    parser.add_argument("--llm", help="as of python -m serving")
+    parser.add_argument("--json", type=Path, help="where to write the numbers, the table beside them (.txt)")
+    options = parser.parse_args()
+    files = sorted(p for p in options.clips.iterdir() if p.suffix[1:].lower() in EXTENSIONS)
+    if not files:
+        parser.error(f"--clips {options.clips} holds no audio")
+    chosen = [files[i * len(files) // options.requests] for i in range(options.requests)]
+    clips = [(path.read_bytes(), Recording(path).seconds() or 0.0) for path in chosen]
+    parts = [
+        part
+        for name in ("encoder", "llm")
+        if (value := getattr(options, name))
+        for part in (f"--{name}", value)
+    ]
+    rows, texts = [], {}
+    for batching in (True, False):
+        with server(options.model, *parts, *([] if batching else ["--no-batching"])) as (url, name):
+            load(url, name, clips[:4], 2)  # warm
+            for clients in options.clients:
+                row, texts[batching, clients] = load(url, name, clips, clients)
+                rows.append({"batching": batching, **row})
+                print(rows[-1], flush=True)
+    first, *others = texts.values()
+    differ = max(sum(a != b for a, b in zip(first, other, strict=True)) for other in others)
+    table = tabulate(
+        [
+            [
+                row["clients"],
+                "on" if row["batching"] else "off",
+                f"{row['requests_per_second']:.2f}",
+                f"{row['audio_seconds_per_second']:.1f}",
+                f"{row['p50_seconds']:.2f}",
+                f"{row['p95_seconds']:.2f}",
+                row["errors"],
+            ]
+            for row in sorted(rows, key=lambda row: (row["clients"], not row["batching"]))
+        ],
+        tablefmt="github",
+        headers=["clients", "batching", "requests / s", "audio s / s", "p50, s", "p95, s", "errors"],
+    )
+    seconds = sum(seconds for _, seconds in clips)
+    told = (
+        f"{len(clips)} requests a cell, {seconds:.0f} s of audio; texts that differ between cells: {differ}; "
+        f"load average at the end {os.getloadavg()[0]:.1f}\n{table}"
+    )
+    print(told)
+    if options.json:
+        facts = {"machine": machine("cpu"), "requests": len(clips), "audio_seconds": seconds}
+        keep(options.json, facts | {"texts_that_differ": differ, "results": rows}, told)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

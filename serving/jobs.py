@@ -1,0 +1,112 @@
+"""One piece of work for the model, and how its answer comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+
+from model.generation.timestamps import Word
+from serving.problems import Problem
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn; temperature 0: the most probable one. Jobs of one batch share it."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    @property
+    def options(self) -> dict[str, object]:
+        if self.temperature == 0.0:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+
+
+@dataclass
+class Answer:
+    text: str
+    tokens: list[int] = field(default_factory=list)
+    finish: str = "stop"  # or "length"
+    prompt_tokens: int = 0  # text and compressed audio frames
+    words: list[Word] = field(default_factory=list)  # with their times, where the job asked for them
+    warnings: list[str] = field(default_factory=list)
+
+
+class Listener(Protocol):
+    """Receives a job's answer, from the engine's thread."""
+
+    def text(self, piece: str) -> None: ...
+
+    def done(self, answer: Answer) -> None: ...
+
+    def failed(self, problem: Problem) -> None: ...
+
+
+@dataclass(eq=False)
+class Job:
+    chat: list[dict]  # turns as of core.samples.messages_of
+    waveforms: list[torch.Tensor]  # each [S] at 16 kHz
+    positions: int  # that the prompt takes in the LLM at most, audio included
+    max_new_tokens: int
+    deadline: float  # time.monotonic()
+    listener: Listener
+    sampling: Sampling = Sampling()
+    streams: bool = False  # whether pieces of text are wanted before the whole
+    is_transcript: bool = False  # its white space is single spaces
+    gated: bool = False  # whether silence is answered by nothing
+    word_times: bool = False
+    language: str | None = None  # of the answer, for its words
+    request_id: str = ""
+    queued: float = field(default_factory=time.monotonic)
+    started: float = 0.0
+    cancelled: bool = False
+    finished: bool = False
+    said: str = ""  # text that the listener has received
+
+    @property
+    def longest_seconds(self) -> float:
+        return max((len(one) for one in self.waveforms), default=0) / 16_000
+
+    def shown(self, text: str) -> str:
+        return " ".join(text.split()) if self.is_transcript else text
+
+    def say(self, piece: str) -> None:
+        if piece and not self.finished:
+            self.said += piece
+            self.listener.text(piece)
+
+    def finish(self, answer: Answer) -> None:
+        if not self.finished:
+            self.finished = True
+            self.listener.done(answer)
+
+    def fail(self, problem: Problem) -> None:
+        if not self.finished:
+            self.finished = True
+            self.listener.failed(problem)
+
+
+class Inbox:
+    """A job's listener in an event loop: an asynchronous queue of ("text" | "done" | "failed", value)."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.events: asyncio.Queue[tuple[str, object]] = asyncio.Queue()
+
+    def _put(self, kind: str, value: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the request
+            self.loop.call_soon_threadsafe(self.events.put_nowait, (kind, value))
+
+    def text(self, piece: str) -> None:
+        self._put("text", piece)
+
+    def done(self, answer: Answer) -> None:
+        self._put("done", answer)
+
+    def failed(self, problem: Problem) -> None:
+        self._put("failed", problem)
