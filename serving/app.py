@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from fastapi import FastAPI, Request
@@ -37,7 +37,7 @@ DECODING_THREADS = 8  # a recording that is being cut keeps one until its next p
 FIELD_BYTES = 1 << 16  # of a form's field
 WINDOWS_AHEAD = 8  # of one recording in the queue: others' requests are answered between them
 LATE_SECONDS = 5.0  # after its deadline a request ends, whatever its job does
-Events: TypeAlias = AsyncIterator[tuple[str, object]]
+Events: TypeAlias = AsyncIterator[tuple[str, Any]]
 
 
 class Server:

@@ -420,9 +420,9 @@ def test_a_model_of_stage_one_transcribes_by_its_ctc_head(tmp_path):
     ):
         found = client.audio.transcriptions.create(model="tiny", file=("c.wav", clip))
         assert found.text == right.text
-            events = list(client.audio.transcriptions.create(model="tiny", file=("c.wav", clip), stream=True))
-            assert events[-1].text == right.text
-            with pytest.raises(openai.BadRequestError, match="has no LLM"):
-                client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hello."}])
-            with pytest.raises(openai.BadRequestError, match="has no LLM"):
-                client.audio.translations.create(model="tiny", file=("c.wav", clip))
+        events = list(client.audio.transcriptions.create(model="tiny", file=("c.wav", clip), stream=True))
+        assert events[-1].text == right.text
+        with pytest.raises(openai.BadRequestError, match="has no LLM"):
+            client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hello."}])
+        with pytest.raises(openai.BadRequestError, match="has no LLM"):
+            client.audio.translations.create(model="tiny", file=("c.wav", clip))
