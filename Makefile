@@ -48,7 +48,7 @@ fetch: setup ## only download and convert what the demo needs; names the command
 	@$(PY) -m examples.quickstart.fetch $(ARGS)
 
 test: setup-dev ## the fast tests, two-rank ZeRO-3 included (MARKERS='not gpu' for all that a machine without a GPU can run)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile -m "$(MARKERS)" $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "$(MARKERS)" $(ARGS)
 
 soak: setup-dev ## kill two-rank ZeRO-3 training 30 times over the three stages; the end must equal the undisturbed run's
 	@OMP_NUM_THREADS=1 $(PY) -m tests.train.soak $(ARGS)

@@ -435,7 +435,9 @@ def set_up(options):
     kind = which_kind(env, options.gpu)
     files = ["requirements.txt"]
     if options.dev:
-        files += ["requirements-dev.txt"] + (["requirements-dev-cpu.txt"] if kind == "cpu" else [])
+        files += ["requirements-dev.txt", "requirements-docs.txt"] + (
+            ["requirements-dev-cpu.txt"] if kind == "cpu" else []
+        )
     files += ["requirements-%s.txt" % name for name in options.extras]
     if options.flash_attn:
         files += ["requirements-gpu.txt"]

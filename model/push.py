@@ -17,6 +17,7 @@ from huggingface_hub import HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from core.command_line import program_name
 from core.console import OneLine, one_line, print_error, print_text
 
 
@@ -71,7 +72,7 @@ def push(folder: Path, name: str, *, private: bool = False, message: str | None 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m model.push",
+        prog=program_name("python -m model.push"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

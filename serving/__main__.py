@@ -21,6 +21,7 @@ import socket
 import sys
 from pathlib import Path
 
+from core.command_line import program_name
 from core.console import print_error
 from serving.limits import Limits
 
@@ -43,7 +44,7 @@ _HELP = {
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m serving",
+        prog=program_name("python -m serving"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -15,3 +15,14 @@ def server():
 
     with Server() as started:
         yield started
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the files so that those with many slow tests start first: workers take whole files
+    (`--dist loadfile`), and a long file at the end would run on one of them only."""
+    slow: dict[str, int] = {}
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        weight = 20 if item.get_closest_marker("slurm") else 1 if item.get_closest_marker("slow") else 0
+        slow[file] = slow.get(file, 0) + weight
+    items.sort(key=lambda item: -slow[item.nodeid.partition("::")[0]])

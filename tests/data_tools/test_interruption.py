@@ -95,12 +95,13 @@ def kill_and_finish(manifest, out, rng, undisturbed, kills):
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_leave_the_same_bytes(large_corpus, tmp_path):
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.long)])
+def test_kills_at_random_moments_leave_the_same_bytes(large_corpus, tmp_path, kills):
     reference = tmp_path / "a" / "packed"
     assert pack.main(["--manifest", str(large_corpus), "--out", str(reference), *OPTIONS]) == 0
     assert len(list(reference.glob("*.tar"))) >= 20
     rng, killed, out = random.Random(0), 0, tmp_path / "b" / "packed"
-    while killed < 20:
+    while killed < kills:
         killed += kill_and_finish(large_corpus, out, rng, folder_bytes(reference), kills=6)
         shutil.rmtree(out)
 

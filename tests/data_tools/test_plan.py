@@ -221,17 +221,3 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         for count in (10_000, 400_000)
     ]
     assert megabytes[1] - megabytes[0] < 60, f"{megabytes} MB for 10,000 and 400,000 entries"
-
-
-def test_planning_a_line_costs_little_more_than_its_json(tmp_path):
-    """The mark of benchmarks/pack.py (40 microseconds, measured with 300,000 lines) as a ratio that a busy
-    machine has too."""
-    from benchmarks.pack import PLANNING, lines_of, plan_once_here
-
-    manifest, least = lines_of(tmp_path / "m.jsonl", 5000), dict.fromkeys(PLANNING, 1e9)
-    for number in range(3):
-        for way in PLANNING:
-            seconds = plan_once_here(way, manifest, tmp_path / f"{way} {number}")["seconds"]
-            least[way] = min(least[way], seconds)
-    of_json = least[PLANNING[0]]
-    assert all(least[way] < 5 * of_json for way in PLANNING), least

@@ -413,6 +413,7 @@ def test_shards_of_any_size(folders, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # installs another transformers
 def test_transformers_4_43_takes_the_folder(folders, tmp_path):
     model = release_like(folders, extra_tokens=("<audio_patch>",))
     model_folder.save(model, tmp_path / "run")

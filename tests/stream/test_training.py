@@ -175,7 +175,7 @@ def test_a_rank_that_has_only_text(tiny, server, faults):
 
 
 @pytest.mark.slow  # four starts, two of them killed
-@pytest.mark.parametrize("worlds", [(2, 2, 2), (2, 1, 2)])
+@pytest.mark.parametrize("worlds", [pytest.param((2, 2, 2), marks=pytest.mark.long), (2, 1, 2)])
 def test_killed_at_random_steps_consumes_what_was_planned(tiny, server, worlds):
     """kill -9 wherever it stands, twice, and on with another number of ranks: every step's ids are the
     plan's. On the same number all is as if nothing had happened, the rehearsal before each start included."""

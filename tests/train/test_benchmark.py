@@ -32,7 +32,8 @@ def test_lengths_are_like_librispeech():
     assert np.array_equal(librispeech_lengths(5000), seconds)
 
 
-@pytest.mark.slow  # both sides of the benchmark, if tiny
+@pytest.mark.slow
+@pytest.mark.long  # both sides of the benchmark
 def test_a_step_is_accounted_for(tmp_path):
     folder = workspace(tmp_path / "tiny")
     done = subprocess.run(

@@ -99,8 +99,15 @@ def test_statistics_survive_a_restart():
 @pytest.mark.slow  # real ranks, 38 steps each
 @pytest.mark.parametrize(
     "options",
-    [["deepspeed=ds_configs/zero1.json", "model.dtype=bfloat16"], ["deepspeed=ds_configs/zero2.json"], []],
-    ids=["zero1-bf16", "zero2", "zero3"],
+    [
+        pytest.param(
+            ["deepspeed=ds_configs/zero1.json", "model.dtype=bfloat16"],
+            id="zero1-bf16",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(["deepspeed=ds_configs/zero2.json"], id="zero2", marks=pytest.mark.long),
+        pytest.param([], id="zero3"),
+    ],
 )
 def test_a_spike_after_34_steps_changes_nothing_and_training_continues(server, tiny, tmp_path, options):
     """On both ranks of every ZeRO stage: weights and moments stay, utterances are named, the next step is

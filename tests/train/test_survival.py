@@ -245,13 +245,22 @@ def test_another_recipe_base_or_tokenizer_is_named_with_its_switch(server, tiny,
 @pytest.mark.parametrize(
     ("options", "alike"),
     [
-        (["deepspeed=ds_configs/zero1.json", "model.dtype=bfloat16"], assert_same_end),
-        # DeepSpeed's CPU Adam keeps the powers of its betas as running products; behind a resume it begins
+        pytest.param(
+            ["deepspeed=ds_configs/zero1.json", "model.dtype=bfloat16"],
+            assert_same_end,
+            id="bf16-zero1",
+            marks=pytest.mark.long,
+        ),
+        # DeepSpeed's CPU Adam keeps the powers of its betas as running products; after a resume it begins
         # with the power itself.
-        (["deepspeed=ds_configs/zero3_offload.json"], assert_close_end),
-        (["model.dtype=bfloat16"], assert_same_end),
+        pytest.param(
+            ["deepspeed=ds_configs/zero3_offload.json"],
+            assert_close_end,
+            id="offload",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(["model.dtype=bfloat16"], assert_same_end, id="bf16-zero3"),
     ],
-    ids=["bf16-zero1", "offload", "bf16-zero3"],
 )
 def test_a_stopped_run_ends_as_an_undisturbed_one_under(server, tiny, whole, tmp_path, options, alike):
     options = [*options, f"init_from={whole / 'alignment' / 'model'}"]
@@ -308,14 +317,15 @@ def elastic(server, tiny, tmp_path, road: list[tuple[int, int | None]], *options
     assert_close_end(output, tmp_path / "still", name)
 
 
-@pytest.mark.slow  # several starts of real ranks
+@pytest.mark.slow
+@pytest.mark.long  # the next test has the same moves, and back again
 def test_two_ranks_then_one(server, tiny, tmp_path):
     elastic(server, tiny, tmp_path, [(2, 3), (1, None)])
 
 
 # Two conversions, five launches each: 15 s and more.
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "zero"), [(1, 2), (2, "3_offload")])
+@pytest.mark.parametrize(("stage", "zero"), [(1, 2), pytest.param(2, "3_offload", marks=pytest.mark.long)])
 def test_two_ranks_one_rank_two_ranks(server, tiny, whole, tmp_path, stage, zero):
     options = [f"deepspeed=ds_configs/zero{zero}.json"]
     if stage > 1:
@@ -344,7 +354,8 @@ def test_killed_and_moved_from_one_to_two_ranks_and_back(server, tiny, whole, tm
         )
         codes = run.wait(patience=0.5)
         assert codes == [85] * ranks if kind == "SIGTERM" else -signal.SIGKILL in codes, run.text()
-        assert step == 3 or "resuming at step" in run.text()
+        # The first kill may come before the checkpoint of step 2 is on the disk.
+        assert step <= 4 or "resuming at step" in run.text()
     codes, text = train(server, tiny, moved, *options, stage=2)
     assert codes == [0, 0] and "resuming at step" in text, text
     assert_close_end(moved, tmp_path / "still", "shrinking")
@@ -500,7 +511,8 @@ def test_ranks_that_come_apart_are_told(server, tiny, whole, tmp_path, zero):
     assert "they were equal at step 2" in text
 
 
-@pytest.mark.slow  # stages I to III twice, nine starts of real ranks; `make soak` kills 30 times
+@pytest.mark.slow
+@pytest.mark.long  # stages 1 to 3 twice, nine starts of real ranks; `make soak` kills 30 times
 def test_three_kills_over_three_stages_change_nothing(tmp_path):
     result = soak(kills=3, minutes=30, seed=1, folder=tmp_path, steps=16)
     assert result["kills"] == 3 and result["tensors_equal"] > 30
