@@ -8,9 +8,9 @@ Two materials with known times (--shards, --tts, or both):
 
 Two systems on the same audio in the same run: the model's CTC alignment of the given text and of its own
 transcript, and Whisper's own word times by transformers. A word counts for a system where its transcript has
-it; "both" rows count the words that Whisper and the model's transcript have both. The last column shows
-what an ideal offset would leave. --calibrate measures the
-offsets of model/generation/timestamps.py instead (use validation data).
+it; "both" rows count the words that Whisper and the model's transcript have both. The last column shows what
+an ideal offset would leave. --calibrate measures the offsets of model/generation/timestamps.py instead (use
+validation data).
 """
 
 from __future__ import annotations
