@@ -8,8 +8,9 @@ Two materials with known times (--shards, --tts, or both):
 
 Two systems on the same audio in the same run: the model's CTC alignment of the given text and of its own
 transcript, and Whisper's own word times by transformers. A word counts for a system where its transcript has
-it; "both" rows count the words that Whisper and the model's transcript have both. --calibrate measures the
-offsets of model/generation/timestamps.py instead (use validation data).
+it; "both" rows count the words that Whisper and the model's transcript have both. The last column shows what
+an ideal offset would leave. --calibrate measures the offsets of model/generation/timestamps.py instead (use
+validation data).
 """
 
 from __future__ import annotations
@@ -192,6 +193,7 @@ def row(name: str, values: np.ndarray, known: int) -> dict:
         "within_80_ms": float((size <= 0.08).mean()),
         "within_200_ms": float((size <= 0.2).mean()),
         "median_signed_ms": 1000 * float(np.median(values)),
+        "centred_median_ms": 1000 * float(np.median(np.abs(values - np.median(values)))),
     }
 
 
@@ -271,6 +273,7 @@ def main() -> None:
                 f"{100 * r['within_80_ms']:.0f} %",
                 f"{100 * r['within_200_ms']:.0f} %",
                 f"{r['median_signed_ms']:+.0f}",
+                f"{r['centred_median_ms']:.0f}",
             ]
             for r in rows
         ],
@@ -284,6 +287,7 @@ def main() -> None:
             "<= 80 ms",
             "<= 200 ms",
             "median error",
+            "median |error - median error|",
         ],
     )
     text = "\n".join([*lines, table])

@@ -54,7 +54,8 @@ def hotwords_of(given: str) -> list[str]:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     default = {one.name: one.default for one in fields(Options)}
     parser = argparse.ArgumentParser(
-        prog=program_name("python -m soundwave.transcribe"), description=__doc__.splitlines()[0].split(":")[0] + "."
+        prog=program_name("python -m soundwave.transcribe"),
+        description=__doc__.splitlines()[0].split(":")[0] + ".",
     )
     parser.add_argument("model", type=Path, help="model folder: <output>/<stage>/model")
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="audio: WAV, FLAC, MP3, Ogg ...")
