@@ -1,5 +1,6 @@
-"""Recall of rare words with hotwords, and what they cost: `python -m benchmarks.hotwords --model RUN
---test FILE --train FILE`
+"""Measure the recall of rare words with hotwords, and the cost elsewhere.
+
+    python -m benchmarks.hotwords --model RUN --test FILE --train FILE
 
 FILE: manifests with `audio` and `text` (the quick start's:
 .cache/quickstart/manifests/dialogues-test.jsonl and dialogues-train.jsonl). A word of the test set is

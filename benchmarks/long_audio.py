@@ -1,5 +1,6 @@
-"""Long recordings: windows against clip by clip, and memory: `python -m benchmarks.long_audio --model RUN
---test FILE`
+"""Compare windows of long recordings with clip by clip, and measure memory.
+
+    python -m benchmarks.long_audio --model RUN --test FILE
 
 FILE: a manifest with `audio` and `text` (the quick start's
 .cache/quickstart/manifests/dialogues-test.jsonl). Its clips, in order, are joined into one recording with

@@ -1,4 +1,6 @@
-"""Requests per second of the HTTP server: `python -m benchmarks.serve MODEL --clips DIR [--requests 48]`
+"""Measure the requests per second of the HTTP server.
+
+    python -m benchmarks.serve MODEL --clips DIR [--requests 48]
 
 The server's own command is started twice on the loopback, with batching and without. Each is asked for the
 same transcriptions by 1, 8 and 32 clients that send their next request when the last one is answered

@@ -90,6 +90,8 @@ def problems(config: object, prefix: str = "") -> Iterator[tuple[str, str]]:
             continue
         elif isinstance(value, dict) and not all(isinstance(one, (int, float)) for one in value.values()):
             yield key, f"is {_shown(value)}: give numbers by name"
+        elif wanted := _wrong_elements(field, value):
+            yield key, f"is {_shown(value)}: give a list of {wanted}"
         elif "choices" in rules and value not in rules["choices"]:
             quoted = (
                 " (in quotes, or YAML takes it for a boolean)"
@@ -183,6 +185,18 @@ def _no_names(value: object) -> str | None:
     except re.error as error:
         return f"no regular expression ({error})"
     return None
+
+
+def _wrong_elements(field: dataclasses.Field, value: object) -> str | None:
+    """Return what a list must hold, if one of its elements has another type; the recipe's parser does not
+    check the elements of lists."""
+    declared = re.match(r"list\[(float|int|str)\]", str(field.type))
+    if not declared or not isinstance(value, list):
+        return None
+    if declared[1] == "str":
+        return None if all(isinstance(one, str) for one in value) else "names"
+    numbers = [one for one in value if isinstance(one, (int, float)) and not isinstance(one, bool)]
+    return None if len(numbers) == len(value) else "numbers"
 
 
 def _finite(value: object) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -318,7 +319,7 @@ def _merge(merged: DictConfig, layers: list[tuple[str, DictConfig]]) -> Recipe:
         expand_paths(recipe)
     except ValueError as error:
         raise RecipeError(f"{_origin(layers, str(error).partition(' ')[0])}{error}") from None
-    for key, problem in [*problems(recipe), *_contradictions(recipe)]:
+    for key, problem in itertools.chain(problems(recipe), _contradictions(recipe)):
         raise RecipeError(f"{_origin(layers, key)}{key} {problem}")
     return recipe
 

@@ -284,12 +284,25 @@ def test_an_upload_that_takes_gigabytes_decoded_is_refused(folders, tmp_path, mo
 
 
 def test_who_leaves_ends_the_generation(folders):
-    talker, before = demo.Talker(folder.load(folders / "shrinking"), 400), set(threading.enumerate())
+    talker = demo.Talker(folder.load(folders / "shrinking"), 400)
+    generate, ended, held = talker.model.generate, threading.Event(), threading.Event()
+
+    def generate_slowly(batch, **options):
+        try:
+            stopping = options.pop("streamer")
+            put = stopping.put
+            stopping.put = lambda tokens: (put(tokens), held.wait(0.01))
+            return generate(batch, streamer=stopping, **options)
+        finally:
+            ended.set()
+
+    talker.model.generate = generate_slowly
     pieces = talker.answer(torch.zeros(16000), QUESTION)
     next(pieces), next(pieces)
-    (thread,) = set(threading.enumerate()) - before
+    assert not ended.is_set()
     pieces.close()
-    assert not thread.is_alive()
+    assert ended.is_set(), "the generating thread ends before the next question"
+    talker.model.generate = generate
     assert list(talker.answer(torch.zeros(16000), QUESTION))  # and the next question is answered
 
 

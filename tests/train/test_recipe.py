@@ -104,6 +104,8 @@ def nested(key: str, value: object) -> dict:
 @example("output", "${oc.env:NOT_SET}/run")
 @example("seed", -1)
 @example("data.speed_perturb", ["fast"])
+@example("data.speed_perturb", [{"shards": "x"}])
+@example("data.noise_snr_db", [[1, 2], 3])
 def test_any_value_for_any_key_is_a_recipe_or_one_line(tmp_path, key, value):
     try:
         content = yaml.safe_dump(nested(key, value), allow_unicode=True)

@@ -84,10 +84,19 @@ def assert_close_end(one: Path, two: Path, stage: str = "alignment") -> None:
     torch.testing.assert_close(loss_curve(one, stage), loss_curve(two, stage), rtol=1e-6, atol=0)
     ours, theirs = weights(one / stage), weights(two / stage)
     assert ours.keys() == theirs.keys()
-    for (
-        key
-    ) in ours:  # a bias of attention keys has no gradient but rounding, which Adam blows up to some 1e-5
-        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=5e-5)
+    for name in ours:
+        torch.testing.assert_close(
+            without_key_bias(name, ours[name]), without_key_bias(name, theirs[name]), rtol=1e-4, atol=2e-5
+        )
+
+
+def without_key_bias(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Leave out the bias of attention's keys: it has no gradient but rounding, which Adam scales up."""
+    if name.endswith("qkv.bias"):
+        return tensor.unflatten(0, (3, -1))[[0, 2]]
+    if name.endswith("key_value.bias"):
+        return tensor.unflatten(0, (2, -1))[1]
+    return tensor
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
