@@ -235,7 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help="model folder of stage II or III")
+    parser.add_argument("--model", help="model folder of stage 2 or 3")
     parser.add_argument("--encoder", default="openai/whisper-base")
     parser.add_argument("--llm", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--shards")

@@ -96,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="model folder of stage II or III")
+    parser.add_argument("--model", required=True, help="model folder of stage 2 or 3")
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--clips", type=int, default=80)

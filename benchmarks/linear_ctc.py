@@ -11,7 +11,7 @@
 Liger-Kernel's and cut-cross-entropy's kernels fuse the projection with a cross-entropy, not with CTC, and
 need a GPU.
 
-Posteriors: "random", as at the start of training; "peaked", from a trained stage I folder and its shards
+Posteriors: "random", as at the start of training; "peaked", from a trained stage 1 folder and its shards
 (--checkpoint DIR --shards DIR), and made up: each frame points at the blank or at a label, 30 logits above
 the rest (labelled "synthetic"). Sides take turns, and the fastest of --repeats counts. Memory is the growth
 of the process's peak (on CUDA, of the allocator's) beyond what is there before the step, less the gradients.
@@ -99,7 +99,7 @@ def made_up(shape: tuple[int, int, int, int], posteriors: str, dtype: torch.dtyp
 
 
 def from_checkpoint(folder: str, shards: str, seconds: float, dtype: torch.dtype, device: str) -> Work:
-    """Adapter frames of about so many seconds of a packed folder, and the CTC head, of a trained stage I
+    """Adapter frames of about so many seconds of a packed folder, and the CTC head, of a trained stage 1
     folder."""
     from model.folder import load
     from stream import EvalStream
@@ -434,7 +434,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="only this one")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
-        "--checkpoint", help="stage I model folder to take peaked posteriors from; needs --shards"
+        "--checkpoint", help="stage 1 model folder to take peaked posteriors from; needs --shards"
     )
     parser.add_argument("--shards", help="packed folder for --checkpoint")
     parser.add_argument(
@@ -446,7 +446,7 @@ def main() -> int:
     options = parser.parse_args()
     if bool(options.checkpoint) != bool(options.shards):
         sys.exit(
-            "--checkpoint and --shards go together: a stage I model folder and a packed folder to run it on"
+            "--checkpoint and --shards go together: a stage 1 model folder and a packed folder to run it on"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes = [getattr(torch, options.dtype)] if options.dtype else [torch.float32, torch.bfloat16]

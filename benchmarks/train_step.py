@@ -2,8 +2,8 @@
 
     python -m benchmarks.train_step RECIPE [key=value ...] [--clips 12] [--steps 5] [--json FILE]
 
-RECIPE: a stage II recipe (models, corpora, optimizer) with a Whisper encoder; its corpora's transcribed clips
-are measured. `init_from=DIR` starts from a trained stage I, so that frames shrink as they do in training. Two
+RECIPE: a stage 2 recipe (models, corpora, optimizer) with a Whisper encoder; its corpora's transcribed clips
+are measured. `init_from=DIR` starts from a trained stage 1, so that frames shrink as they do in training. Two
 corpora of the same speech: the clips as they are, and joined to lengths like LibriSpeech's (12 s on average,
 35 s at most). Ways:
 

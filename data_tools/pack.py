@@ -207,7 +207,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     if options.ctc_frame_rate and not options.tokenizer:
         parser.error("--ctc-frame-rate needs --tokenizer")
     if options.measure and options.codec == "copy":
-        parser.error("--measure decodes, --codec copy does not: leave one of them out")
+        parser.error("--measure decodes, --codec copy does not: leave one out")
     if options.shard_mb and options.shard_hours:
         parser.error("--shard-mb or --shard-hours, not both")
     if options.workers < 1:
@@ -287,7 +287,7 @@ def packing_of(options: argparse.Namespace) -> tuple[Packing, Layout]:
 
 
 def shaping_options(options: argparse.Namespace, name: str) -> dict:
-    """The options that shape the bytes, and a digest of them."""
+    """Return the options that shape the bytes, and their digest."""
     given = {key: value for key, value in vars(options).items() if value is not None or key not in _ADDED}
     shaping = {key: value for key, value in given.items() if key not in _NOT_IN_BYTES} | {"name": name}
     return {
@@ -323,7 +323,7 @@ def _unchanged(folder: Path, known: dict, now: dict[str, str]) -> None:
 
 @dataclass
 class Job:
-    """One folder to pack into: all samples, or one split of them."""
+    """One folder to pack into: all samples, or one split."""
 
     split: str | None
     packing: Packing

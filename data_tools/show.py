@@ -4,7 +4,7 @@
 
     --png FILE              histograms of duration and of speaking rate
     --listen ROW --to FILE  one clip (and its JSON, printed); ROW is a number, or CORPUS/ID
-    --lhotse FILE           a lhotse cut manifest of the shards as they are (bytes are read out of the tars by
+    --lhotse FILE           a lhotse cut manifest of the shards as they are (bytes are read from the tars by
                             commands)
 
 Everything but --listen and --lhotse comes from the index alone: no shard is opened.

@@ -7,7 +7,7 @@
 The first adds `words` to each line: text, start and end (seconds from the clip's start), confidence. The
 second cuts recordings of any length at pauses into clips with their part of the transcript: a manifest with
 offset and duration, which pack takes. The text is aligned as it is; nothing is transcribed. What cannot be
-aligned is named, with the reason, in OUT.rejected.jsonl. A stage I folder is enough: the CTC head aligns.
+aligned is named, with the reason, in OUT.rejected.jsonl. A stage 1 folder is enough: the CTC head aligns.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python -m evaluation.answer runs/mine/sft/model clip.wav other.flac                    # transcribes
     python -m evaluation.answer runs/mine/sft/model clip.wav --prompt "What is asked here?"
 
-One line a file on standard output: the file, a tab, the answer. A stage I folder has no LLM: its CTC head
+One line a file on standard output: the file, a tab, the answer. A stage 1 folder has no LLM: its CTC head
 transcribes, and a file without speech has no text. Recordings of any length: `python -m
 soundwave.transcribe`. A file that cannot be used is named in one line on standard error, the others are
 answered all the same, and the exit code is 2.
@@ -55,12 +55,12 @@ def check(options: argparse.Namespace, has_llm: bool) -> None:
     """Errors: InputError for what the model cannot be asked."""
     if not has_llm and options.decode not in (None, "ctc"):
         raise InputError(
-            f"{options.model} is of stage I, which has no LLM: use --decode ctc, or the folder of a later "
+            f"{options.model} is of stage 1, which has no LLM: use --decode ctc, or the folder of a later "
             f"stage"
         )
     if not has_llm and options.prompt:
         raise InputError(
-            f"{options.model} is of stage I, which has no LLM to ask: leave --prompt out for a transcript, "
+            f"{options.model} is of stage 1, which has no LLM to ask: leave --prompt out for a transcript, "
             f"or give the folder of a later stage"
         )
 

@@ -164,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
         choices=MARKS,
         default="script",
         help="combining marks: kept where a script needs them (default), all kept, or deleted as Whisper's "
-        "normaliser does, for numbers that stand beside published ones",
+        "normaliser does, for comparison with published numbers",
     )
     add_plugins_option(parser)
     options = parser.parse_args(arguments)

@@ -2,7 +2,7 @@
 
     python -m evaluation.speed --model DIR --shards DIR
 
-Per clip, in seconds: from the waveform to the kept frames (encoder, adapter, CTC), from the waveform to the
+Per clip, in seconds: from the waveform to the CTC peaks (encoder, adapter, CTC), from the waveform to the
 first token, and to the end of the answer; then medians, and the real-time factor (seconds of work per second
 of audio). Reading and decoding the file is not counted.
 """
@@ -56,7 +56,7 @@ def wait(device: torch.device) -> float:
 @torch.inference_mode()
 def measure(model: Soundwave, batch: Batch, max_new_tokens: int) -> dict[str, float]:
     """One conversation: {audio_path, first_token, total} in seconds, {frames, kept, tokens} as counts.
-    first_token is there when the model answers at all (a stage I folder has no LLM: the CTC transcript is its
+    first_token is there when the model answers at all (a stage 1 folder has no LLM: the CTC transcript is its
     answer)."""
     device = next(model.parameters()).device
     began = wait(device)
@@ -75,7 +75,7 @@ def measure(model: Soundwave, batch: Batch, max_new_tokens: int) -> dict[str, fl
 
 
 def summarise(clips: list[dict]) -> dict:
-    """Medians over clips, and sums' ratios: real-time factor, kept frames and frames per second of audio."""
+    """Medians over clips, and sums' ratios: real-time factor, CTC peaks and frames per second of audio."""
     seconds = sum(clip["seconds"] for clip in clips)
     result = {
         "clips": len(clips),

@@ -3,7 +3,7 @@
     python -m evaluation.whisper_baseline --whisper DIR --shards DIR --task asr
 
 The predictions file is that of evaluation.run: `python -m evaluation.compare` pairs the two utterance by
-utterance. The language is told to Whisper where the shards name one that it knows (it detects the others),
+utterance. Whisper gets the language where the shards name one that it knows (it detects the others),
 and each clip is padded to 30 s, as Whisper is used.
 """
 
@@ -44,7 +44,7 @@ class Whisper:
         self.languages = getattr(self.model.generation_config, "lang_to_id", None)
 
     def code_of(self, language: str | None) -> str | None:
-        """The code by which this Whisper is told a language; None where it does not know it, or knows one
+        """Return this Whisper's code of a language; None where it does not know it, or knows one
         language only."""
         code = language_code(language)
         return code if self.languages and f"<|{code}|>" in self.languages else None
@@ -52,7 +52,7 @@ class Whisper:
     @torch.inference_mode()
     def transcribe(self, waveforms: list[torch.Tensor], languages: list[str | None]) -> list[list[int]]:
         """waveforms [S] each at 16 kHz and at most 30 s -> token ids each, greedy. Clips whose language is
-        told and clips whose language is detected go through the model by themselves: transformers takes a
+        given and clips whose language is detected go through the model by themselves: transformers takes a
         batch of the one kind or of the other."""
         codes = [self.code_of(language) for language in languages]
         answers: list[list[int]] = [[] for _ in waveforms]

@@ -59,14 +59,14 @@ def export(
 ) -> Path:
     """Write the export (see the module's docstring).
 
-    Errors: FolderError for what is no model folder of stage II or III, for an `out` that holds something, and
+    Errors: FolderError for what is no model folder of stage 2 or 3, for an `out` that holds something, and
     for a frozen part that is not the one trained with; SourceError where one is not found.
     """
     run, out = Path(run), Path(out)
     run = run / "model" if (run / "model" / CONFIG).exists() else run
     description, config = describe(run), read_config(run)
     if not STAGES[description["stage"]].needs_llm:
-        raise FolderError(f"{run} is a stage I folder: it has no LLM that answers; export stage II or III")
+        raise FolderError(f"{run} is a stage 1 folder: it has no LLM that answers; export stage 2 or 3")
     if out.exists() and any(out.iterdir()):
         raise FolderError(f"{out} is not empty: give a new folder")
     encoder, llm = locate(config.encoder.name), locate(config.llm.name)
@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", help="model folder of stage II or III, or the stage's folder")
+    parser.add_argument("run", help="model folder of stage 2 or 3, or the stage's folder")
     parser.add_argument("--out", required=True)
     parser.add_argument(
         "--merge", action="store_true", help="merge LoRA into the LLM and put the whole LLM inside"

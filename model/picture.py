@@ -35,7 +35,7 @@ def figure(inspection: dict, name_of: Callable[[int], str], index: int = 0, titl
 
     name_of: token id -> text to print at a peak (e.g. `lambda i: tokenizer.decode([i])`). Widths follow the
     length: about 1.6 inches a second, 6 to 40 in all. Without a mel spectrogram (cached features) the upper
-    panel shows the kept frames alone.
+    panel shows only the CTC peaks.
     """
     tokens, blank = inspection["tokens"][index], inspection["blank"]
     probability = np.asarray(inspection["blank_probability"][index], dtype=np.float32)

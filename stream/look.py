@@ -50,7 +50,7 @@ def shuffle_quality(plan: Plan, steps: int = 20) -> float:
 
 
 def describe_sources(plan: Plan, steps: int) -> list[dict]:
-    """One row per task and corpus: size, share of the utterances at the beginning and the end, passes over
+    """One row per task and corpus: size, share of the utterances at the beginning and the end, epochs of
     the stage."""
     begin, end, passes = plan.shares(0), plan.shares(steps), plan.passes(steps)
     rows = []
@@ -99,8 +99,8 @@ def describe_step(plan: Plan, step: int, ranks: int) -> dict:
 
 
 def step_ids(plan: Plan, step: int) -> list[str]:
-    """corpus/id of every utterance of a step, in plan order. A broken one's replacement stands in
-    rejected.jsonl."""
+    """corpus/id of every utterance of a step, in plan order. rejected.jsonl names a broken one's
+    replacement."""
     entries = plan.global_batch(step)
     return [
         f"{plan.indexes[entry['corpus']].name}/{plan.indexes[entry['corpus']].read(int(entry['row']))[1]['id']}"

@@ -85,7 +85,7 @@ def read(path: Path) -> dict[str, list[dict]]:
 
 
 def series(lines: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of a key, at most POINTS of them: means of equal bins. Values that are not finite are
+    """(steps, values) of a key, at most POINTS points: means of equal bins. Values that are not finite are
     gaps; of a step that was done again after a roll-back, the last one counts."""
     found = {line["step"]: line[key] for line in lines if isinstance(line.get(key), (int, float))}
     steps = np.array(sorted(found), dtype=float)

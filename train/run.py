@@ -48,7 +48,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         type=int,
         default=0,
         metavar="N",
-        help="record N steps with torch.profiler into <output>/<stage>/profile/, then go on",
+        help="record N steps with torch.profiler into <output>/<stage>/profile/, then continue",
     )
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS

@@ -83,9 +83,7 @@ def slurm_states(jobs: list[str]) -> dict[str, tuple[str, str]]:
     known = _ask("squeue", "-h", "-t", "all", "-j", several, "-o", "%A|%T|%r")
     if known is None:
         return {}
-    if missing := [
-        job for job in jobs if job not in known
-    ]:  # squeue forgets a job some minutes after its end
+    if missing := [job for job in jobs if job not in known]:  # squeue drops a job some minutes after its end
         recorded = (
             _ask("sacct", "-X", "-n", "-P", "-j", ",".join(missing), "-o", "JobIDRaw,State,Reason") or {}
         )

@@ -397,7 +397,7 @@ class Trainer:
                         raise
                     shutil.rmtree(self.folder / f"{name}.partial", ignore_errors=True)
                     logger.error(
-                        "step %d: %s could not be written (%s); training goes on",
+                        "step %d: %s could not be written (%s); training continues",
                         self.progress.step,
                         self.folder / name,
                         error,
@@ -429,7 +429,7 @@ class Trainer:
         self.log.line("event", at.step, event)
         if self.ranks.is_main:
             logger.warning(
-                "roll-back %d of %d: %s; going on from %s with the data behind the bad stretch",
+                "roll-back %d of %d: %s; resuming from %s with the data after the bad stretch",
                 health.rollbacks,
                 limit,
                 self.skipped_steps,
@@ -460,7 +460,7 @@ class Trainer:
         if self.ranks.is_main:
             self.preemption.stop_file.unlink(missing_ok=True)
             logger.info(
-                "stopped before step %d (%s), %s; the same command goes on from there",
+                "stopped before step %d (%s), %s; the same command resumes from there",
                 step,
                 why,
                 f"saved, exit code {outcome.code}" if is_saved else "NOT saved",
@@ -493,7 +493,7 @@ class Trainer:
         if at.equal_at is not None:
             since = f"they were equal at step {at.equal_at}"
         return self._fail(
-            f"stopped before step {at.step}: the ranks have come apart: {difference}; {since}: remove the "
+            f"stopped before step {at.step}: the ranks have diverged: {difference}; {since}: remove the "
             f"checkpoints made since from {self.checkpoints.folder}, look for a faulty device, and start "
             "the same command again"
         )

@@ -37,10 +37,10 @@ BINS = {
     "100 times and more": 100,
 }  # from how many on
 READ_OUTS = {
-    "stage I, CTC": ("full", "ctc"),
+    "stage 1, CTC": ("full", "ctc"),
     "ours, LLM": ("ours", "generate"),
     "ours, both": ("ours", "joint"),
-    "synthetic, stage I, CTC": ("synthetic", "ctc"),
+    "synthetic, stage 1, CTC": ("synthetic", "ctc"),
     "synthetic, both": ("synthetic", "joint"),
 }
 WHISPER = "Whisper's own decoder"  # has no seed

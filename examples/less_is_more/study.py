@@ -3,7 +3,7 @@
     python -m examples.less_is_more.study [--seeds 0 1] [--only ours projector ...] [--dry-run]        (make
     less-is-more) python -m examples.less_is_more.study --plan examples/less_is_more/trials.yaml
 
-    quick start's data -> for each seed: stage I of each kind -> for each variant: stage II, score, speed ->
+    quick start's data -> for each seed: stage 1 of each kind -> for each variant: stage 2, score, speed ->
     table, picture
 
 plan.yaml says what is compared, on what, with how many steps; trials.yaml what was tried on the valid split.
@@ -103,11 +103,11 @@ class Study:
         return ["alignment", "shrinking"] if of.alignment else ["shrinking"]
 
     def first(self, alignment: str, seed: int) -> Path:
-        """The folder of a stage I."""
+        """The folder of a stage 1."""
         return self.output / f"stage-1-{alignment}-seed-{seed}" / "alignment"
 
     def folder(self, variant: str, seed: int) -> Path:
-        """Of a variant's last stage: II, or III where it comes after another variant."""
+        """Of a variant's last stage: 2, or 3 where it comes after another variant."""
         return self.output / f"{variant}-seed-{seed}" / self.stages(variant)[-1]
 
     def predictions(self, folder: Path, decode: str, data: str, whole: bool = False) -> Path:

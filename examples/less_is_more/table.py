@@ -150,7 +150,7 @@ class Results:
         return rows
 
     def scores(self, name: str, decode: str, folder: Path, first: Path, seed: int) -> dict:
-        """Return a row's scores, and its comparisons with ours and with stage I's CTC."""
+        """Return a row's scores, and its comparisons with ours and with stage 1's CTC."""
         found = self.files(folder, decode)
         row: dict = {"scores": {data: wer_of(path) for data, path in found.items()}}
         # Against ours decoded in the same way; ours together with CTC against ours without it.

@@ -5,7 +5,7 @@ data does.
     prompts-{train,valid,test}.jsonl     task translation (into and from English), in valid and test asr
                                          (English) too; by prompt, in all languages alike; prompts with the
                                          same words in some language stay together
-    instruct-{train,valid,test}.jsonl    what stage III learns, made by code out of the dialogues'
+    instruct-{train,valid,test}.jsonl    what stage 3 learns, made by code out of the dialogues'
                                          transcripts, below
 
 No sentence that valid or test asks a model to write down or to translate into is a target in training,

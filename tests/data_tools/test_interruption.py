@@ -329,7 +329,7 @@ def test_a_full_disk_stops_the_run_with_one_line_and_nothing_half_done(large_cor
     )
     assert not list(out.glob("*.tar")) and not (out / "index.json").exists()
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0, (
-        "with space again it goes on"
+        "with space again it resumes"
     )
 
 

@@ -291,8 +291,8 @@ def test_other_settings_are_refused(folders, packed, tmp_path, capsys):
     ("more", "message"),
     [
         (("--task", "emotion"), "give --task asr or text or translation"),
-        (("--decode", "generate"), "stage I, which has no LLM"),
-        (("--decode", "joint"), "stage I, which has no LLM"),
+        (("--decode", "generate"), "stage 1, which has no LLM"),
+        (("--decode", "joint"), "stage 1, which has no LLM"),
         (("--split", "nowhere"), "holds no index.json"),
     ],
 )
@@ -302,7 +302,7 @@ def test_wrong_commands_are_one_line(folders, packed, tmp_path, capsys, more, me
 
 
 def test_untrained_is_the_score_before(parts, folders, packed, tmp_path, capsys):
-    """Stage I: fresh adapters under the seed. Stage II: what stage I has learnt, and an LLM whose LoRA does
+    """Stage 1: fresh adapters under the seed. Stage 2: what stage 1 has learnt, and an LLM whose LoRA does
     nothing yet."""
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
@@ -324,11 +324,11 @@ def test_untrained_is_the_score_before(parts, folders, packed, tmp_path, capsys)
         "stage=shrinking",
         "init_from=fresh",
         "seed=2",
-    ]  # no stage I: its adapters are new
+    ]  # no stage 1: its adapters are new
     assert run.main([*without, *command("", packed, tmp_path / "4.jsonl")[2:], "--decode", "ctc"]) == 0
     assert predictions(tmp_path / "4.jsonl") == first
     assert run.main(["--untrained", str(recipe), "stage=shrinking", f"output={tmp_path}", *arguments]) == 2
-    assert "finish stage I first" in capsys.readouterr().err
+    assert "finish stage 1 first" in capsys.readouterr().err
 
 
 def one_rank(rank: int, port: int, arguments: list[str]) -> None:

@@ -369,18 +369,18 @@ def test_what_the_layout_cannot_express_is_one_line(folders, tmp_path, capsys):
     for arguments, message in (
         (
             ["--to-official", tmp_path / "ours"],
-            "model.alignment.attention = time, the release's code knows frame only",
+            "model.alignment.attention = time, the authors' code knows frame only",
         ),
         (
             ["--to-official", tmp_path / "short"],
-            "model.alignment.ctc_length = true, the release's code knows full only",
+            "model.alignment.ctc_length = true, the authors' code knows full only",
         ),
-        (["--to-official", tmp_path / "chat"], "model.prompt = chat, the release's code knows release only"),
+        (["--to-official", tmp_path / "chat"], "model.prompt = chat, the authors' code knows release only"),
         (
             ["--to-official", tmp_path / "system"],
-            "model.system_prompt = Listen., the release's code knows None only",
+            "model.system_prompt = Listen., the authors' code knows None only",
         ),
-        (["--to-official", tmp_path / "one"], "stage I folder"),
+        (["--to-official", tmp_path / "one"], "stage 1 folder"),
         (["--to-official", tmp_path / "qwen"], "takes Llama only"),
         (["--from-official", tmp_path / "strange"], "has no tokenizer that loads"),
     ):

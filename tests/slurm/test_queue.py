@@ -39,7 +39,7 @@ def test_chain_runs_to_its_end_with_the_code_it_was_submitted_with(project):
     run = project.folder / "train" / "run.py"
     run.write_text(
         run.read_text().replace('GENERATION = "first"', 'GENERATION = "edited"')
-    )  # while stages II and III wait
+    )  # while stages 2 and 3 wait
     recipe = project.folder / "recipes" / "stage3.yaml"
     recipe.write_text(recipe.read_text().replace("steps: 5", "steps: 7"))
     for job in jobs:
@@ -135,7 +135,7 @@ def test_failure_ends_the_chain_and_the_same_command_goes_on(project, launcher):
     assert "of rank 3" in rows["shrinking"]["last error"]
     (project.output / "FAIL-shrinking").unlink()
     again = project.chain(steps, env={"LAUNCHER": launcher})
-    assert len(again) == 2  # stage I is done
+    assert len(again) == 2  # stage 1 is done
     for job in again:
         project.expect(job, "COMPLETED")
     assert value(project, "sft") == after(20)

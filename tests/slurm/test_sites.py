@@ -212,7 +212,7 @@ def test_a_port_that_is_taken_is_named_and_the_next_one_used(project):
 
 
 def test_full_disks_cost_neither_a_saved_stage_nor_a_finished_one(project, small_disk):
-    """The disk of slurm/jobs and slurm/logs, while stage I trains; then Slurm warns."""
+    """The disk of slurm/jobs and slurm/logs, while stage 1 trains; then Slurm warns."""
     for name in ("jobs", "logs"):
         shutil.rmtree(project.folder / "slurm" / name)
         (small_disk / name).mkdir()

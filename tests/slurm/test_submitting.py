@@ -317,7 +317,7 @@ def test_a_chain_from_another_folder_takes_paths_relative_to_it(site, tmp_path, 
     follow = next(line for line in done.stdout.splitlines() if "train.status" in line)
     if how == "link":
         status = site.shell("bash", "-c", follow.strip(), cwd=elsewhere)
-        assert status.returncode == 0 and "I alignment" in status.stdout, status.stderr
+        assert status.returncode == 0 and "1 alignment" in status.stdout, status.stderr
     assert not (site.folder / "run 1").exists()
 
 

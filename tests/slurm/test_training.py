@@ -125,7 +125,7 @@ def test_another_dead_node_leaves_no_trace(mortal_cluster, assets, undisturbed, 
     project = real_project(tmp_path / "project", mortal_cluster, assets)
     for stage in ("alignment", "shrinking"):
         shutil.copytree(undisturbed / stage, project.output / stage)
-    (job,) = project.chain()  # stages I and II are done
+    (job,) = project.chain()  # stages 1 and 2 are done
     kill(project, "sft", job, first=False)
     project.expect(job, "COMPLETED", timeout=1800)
     assert [event for _, event in project.events()].count("started") == 2

@@ -161,20 +161,22 @@ def test_a_pack_that_has_gone_or_was_cut_is_made_again_and_costs_samples_not_the
     assert len(ensure_features(recipe)) == 23
 
 
-def test_a_wish_to_stop_is_heard_between_packs(recipe, tokenizer, monkeypatch):
+def test_stops_between_packs_on_request(recipe, tokenizer, monkeypatch):
     monkeypatch.setattr(cache_module, "PACK_SECONDS", 8.0)
     asked = []
 
-    def wish(seconds):
+    def stop_reason(seconds):
         asked.append(seconds)
         return "SIGTERM" if len(asked) == 3 else None
 
     with pytest.raises(Interrupted, match="SIGTERM on rank 0"):
-        ensure_features(recipe, wish=wish)
+        ensure_features(recipe, stop_reason=stop_reason)
     store = FeatureStore.open(recipe.data.cache_features, recipe.model)
     assert len(store._packs) == 2 and asked[0] == 0 < asked[1]
     assert len(ensure_features(recipe)) == 23
-    assert len(ensure_features(recipe, wish=lambda seconds: "SIGTERM")) == 23, "nothing is left to stop"
+    assert len(ensure_features(recipe, stop_reason=lambda seconds: "SIGTERM")) == 23, (
+        "nothing is left to stop"
+    )
 
 
 def test_another_encoder_or_setting_has_its_own_features(recipe, tokenizer):
