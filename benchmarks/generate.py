@@ -70,7 +70,7 @@ def clips(shards: str | None, count: int) -> list[Clip]:
 
 
 def as_the_release_does(model: Soundwave) -> None:
-    """The released code's way with these weights; its look-back and attention cost no more than ours and
+    """Set the model to the authors' options; its look-back and attention cost no more than ours and
     stay."""
     model.encoder.pad_to_samples = 480_000
     model.config.encoder.pad_to_seconds = 30.0

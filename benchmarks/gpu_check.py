@@ -94,7 +94,7 @@ def linear_ctc() -> tuple[list[dict], dict | None]:
 
 
 def lookback() -> list[dict]:
-    """Forward and backward of 60 kept frames over 750, 32 heads of 128, 8 utterances, bfloat16."""
+    """Forward and backward of 60 CTC peaks over 750, 32 heads of 128, 8 utterances, bfloat16."""
     from model.ops import lookback as module
 
     query, key, value = (

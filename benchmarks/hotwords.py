@@ -4,7 +4,7 @@
 FILE: manifests with `audio` and `text` (the quick start's:
 .cache/quickstart/manifests/dialogues-test.jsonl and dialogues-train.jsonl). A word of the test set is
 rare where training showed its rarest token fewer than 5 times (examples/less_is_more/rare_words.py). The
-clips: half of them hold a rare word, half do not, both evenly spaced.
+clips: half hold a rare word, half do not, both evenly spaced.
 
 The hotwords of every clip are the same list: all rare words of the chosen clips, and so many distractors:
 rare words of training that no chosen clip holds. Per number of distractors: recall of the rare words; WER

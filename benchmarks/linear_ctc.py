@@ -332,7 +332,7 @@ def compare(work: Work, repeats: int, device: str, chunked: bool) -> tuple[dict,
 
 
 def compare_memory(dtype: torch.dtype, device: str, shape: tuple) -> tuple[dict, list[dict]]:
-    """At full size, where the ordinary path fits: about four tensors of frames x vocabulary in float32."""
+    """At full size, where the baseline fits: about four tensors of frames x vocabulary in float32."""
     frames = shape[0] * shape[1] * FRAMES_A_SECOND
     work = made_up(shape, "random", dtype, device)
     result = {"dtype": str(dtype).removeprefix("torch."), "shape": [*work.hidden.shape, shape[3]]}
@@ -379,7 +379,7 @@ def run(
     results, rows = [], []
     shapes = SHAPES if full or device == "cuda" else SHAPES[:1]
     for dtype in dtypes:
-        # Where bfloat16 products run in plain loops (30 times slower), the ordinary path gets a short clip.
+        # Where bfloat16 products run in plain loops (30 times slower), the baseline gets a short clip.
         slow = device == "cpu" and dtype != torch.float32 and not told["native_bf16"]
         for shape in shapes[:1] if slow else shapes:
             shape = (1, 4, *shape[2:]) if slow else shape

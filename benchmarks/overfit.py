@@ -1,4 +1,4 @@
-"""Fit a model to a few clips: a model for benchmarks whose CTC head is right on nearly all words of them.
+"""Fit a model to a few clips: a model for benchmarks whose CTC head is right on nearly all their words.
 
     python -m benchmarks.overfit --model RUN/sft/model --shards DIR --clips 100 --ctc-text raw --out DIR/model
 

@@ -309,7 +309,7 @@ def plan_once_here(way: str, manifest: Path, out: Path) -> dict:
 
 
 def measure_planning(options: argparse.Namespace) -> int:
-    """Print microseconds a line and peak memory, for all lines and a tenth of them; exit code 1 where a mark
+    """Print microseconds a line and peak memory, for all lines and for a tenth; exit code 1 where a mark
     is missed."""
     folder = options.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """A list of commands, each done once: what the examples run on.
 
 A step is an ordinary command of the project, printed before it runs, so that it can be run alone. It is done
-again only when something that it depends on has changed; an interrupted one goes on where it stopped.
+again only when something that it depends on has changed; an interrupted one resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -299,7 +299,7 @@ class Schedule:
         messages = f"in {one.log}" if one.log else "above"
         failure = f"failed (exit {code}); its messages are {messages}"
         why = "was preempted and has saved" if code == 85 else failure
-        self.failed.append(f"step {one.number}, {one.step.title}, {why}. The same command goes on from there")
+        self.failed.append(f"step {one.number}, {one.step.title}, {why}. The same command resumes from there")
         if self.at_once > 1:
             print(f"{self.label(one.number, one.step)}: failed (exit {code}), {one.log}", flush=True)
 

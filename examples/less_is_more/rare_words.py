@@ -2,9 +2,9 @@
 
     python -m examples.less_is_more.rare_words [--csv FILE]
 
-Words of the study's first test set are sorted by how often their rarest token stands in the CTC targets of
-the quick start's recordings (`dialogues-train`); the table holds the share of them that each read-out deletes
-or replaces, insertions aside.
+Words of the study's first test set are sorted by how often their rarest token occurs in the CTC targets of
+the quick start's recordings (`dialogues-train`); the table holds the share of words that each decoding
+deletes or replaces, insertions aside.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def wrong_words(rows: list[dict]) -> list[tuple[str, bool]]:
 
 
 def shares(rows: list[dict], count_of: Callable[[str], int | None]) -> dict[str, tuple[int, float]]:
-    """Bin -> (words, share of them that is wrong). count_of: how often training showed a word's rarest token;
+    """Bin -> (words, share of wrong ones). count_of: how often training showed a word's rarest token;
     None for what has no token, which is left out (the normaliser takes the dots of "end..." for one)."""
     words, wrong = Counter(), Counter()
     for word, missed in wrong_words(rows):
@@ -73,7 +73,7 @@ def shares(rows: list[dict], count_of: Callable[[str], int | None]) -> dict[str,
 
 
 def files(study: Study, seed: int) -> dict[str, Path]:
-    """Read-out -> its predictions, of those that were scored."""
+    """Decoding -> its predictions, of those that were scored."""
     data = study.plan.score.shards[0]
     found = {}
     for title, (name, decode) in READ_OUTS.items():

@@ -6,9 +6,9 @@
     quick start's data -> for each seed: stage 1 of each kind -> for each variant: stage 2, score, speed ->
     table, picture
 
-plan.yaml says what is compared, on what, with how many steps; trials.yaml what was tried on the valid split.
+plan.yaml names what is compared, on what, with how many steps; trials.yaml what was tried on the valid split.
 Each step is an ordinary command of the project, done once (examples/steps.py): a study that was interrupted,
-or begun with --only, goes on with the same command.
+or begun with --only, resumes with the same command.
 """
 
 from __future__ import annotations
@@ -366,7 +366,7 @@ def main() -> int:
         print(f"\nstudy stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstudy interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("\nstudy interrupted; the same command resumes", file=sys.stderr)
         return 130
     return 0
 

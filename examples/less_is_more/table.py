@@ -3,7 +3,7 @@
     python -m examples.less_is_more.table [--plan PLAN] [--csv benchmarks/results]
 
 results.json holds each variant and seed: WER with its 95 % bootstrap interval, the paired test against ours
-on the same utterances, hours of data, kept frames, seconds; the machine, versions and commit. What has not
+on the same utterances, hours of data, CTC peaks, seconds; the machine, versions and commit. What has not
 been run yet is not in the table.
 
 With --csv the rows are written as CSV and kept as JSON, by the plan's name
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 OURS, BASELINE = "ours", "projector"
 STAGES = ("stage_1", "stage_2", "stage_3")
 ERRORS = ("substitutions", "deletions", "insertions")
-# How a variant is read out: what that adds to its name and title.
+# How a variant is decoded: what that adds to its name and title.
 DECODES = {"generate": ("", ""), "joint": (", joint", ": LLM and CTC head together, beam search")}
 
 

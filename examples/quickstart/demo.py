@@ -4,8 +4,8 @@
 
     fetch -> pack -> for each stage: score, train, score -> picture -> table
 
-Each step is an ordinary command of the project, done once (examples/steps.py). What is trained how long
-stands in the recipes, what is scored on how much in demo.yaml: nothing of that is in here.
+Each step is an ordinary command of the project, done once (examples/steps.py). The recipes hold
+what is trained and how long; demo.yaml holds what is scored and on how much.
 """
 
 from __future__ import annotations
@@ -292,7 +292,7 @@ def main() -> int:
         print(f"\ndemo stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ndemo interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("\ndemo interrupted; the same command resumes", file=sys.stderr)
         return 130
     return 0
 

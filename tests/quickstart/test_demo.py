@@ -71,7 +71,7 @@ def test_a_changed_step_begins_afresh_and_the_former_result_is_kept(tmp_path):
 def test_a_failed_step_stops_and_goes_on_in_the_same_folder(tmp_path):
     plan = FewSteps(tmp_path)
     plan.fail = {"a"}
-    with pytest.raises(steps.StepError, match="step a, failed .exit 1.*same command goes on"):
+    with pytest.raises(steps.StepError, match="step a, failed .exit 1.*same command resumes"):
         plan.run()
     assert not (tmp_path / "b").exists()
     plan.fail = set()

@@ -46,7 +46,7 @@ def test_a_wrong_file_is_moved_away_and_named(tmp_path):
 
 def test_without_apt_get_it_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(fetch.FetchError, match="no apt-get here.*by hand"):
+    with pytest.raises(fetch.FetchError, match="no apt-get here.*yourself"):
         fetch.download(source(b"content"), tmp_path)
 
 
