@@ -62,7 +62,7 @@ def test_files_are_answered_as_shards_are(folders, packed, files, capsys, stage,
     }
 
 
-def test_a_prompt_stands_behind_the_sound(folders, files, capsys):
+def test_a_prompt_follows_the_audio(folders, files, capsys):
     model = folder.load(folders / "shrinking")
     waveform = decode(files[0].read_bytes())
     said = [

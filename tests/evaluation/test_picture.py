@@ -39,7 +39,7 @@ def test_command_draws_a_packed_clip(folders, packed, tmp_path, capsys):
     assert picture.main([*command, "1"]) == 0
     pixels = np.asarray(Image.open(out).convert("RGB")).reshape(-1, 3).astype(int)
     orange = np.array([int(KEPT[i : i + 2], 16) for i in (1, 3, 5)])
-    assert (np.abs(pixels - orange).sum(axis=1) < 10).sum() > 100  # lines of kept frames are really there
+    assert (np.abs(pixels - orange).sum(axis=1) < 10).sum() > 100  # lines of CTC peaks are really there
     for index, message in (("10", "text only"), ("11", "has samples 0 to 10"), ("7", "audio")):
         assert picture.main([*command, index]) == 2
         assert message in capsys.readouterr().err

@@ -196,7 +196,7 @@ def test_ctc_of_a_later_stage_scores_transcripts(folders, packed, tmp_path):
     assert predictions(out) == whole and any(whole.values())
 
 
-def test_interrupted_run_goes_on(folders, packed, tmp_path, monkeypatch):
+def test_interrupted_run_resumes(folders, packed, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole.jsonl", tmp_path / "p.jsonl"
     more = ("--batch-seconds", "2.5")
     assert run.main(command(folders / "alignment", packed, whole, *more)) == 0
@@ -252,12 +252,12 @@ def test_a_predictions_file_survives_a_cut_character_and_tells_corpora_apart(tmp
     assert [row["id"] for row in read_rows(tmp_path / "p.rejected.jsonl")] == ["1"]
     file.append([{"id": "1", "corpus": "de"}])  # readable by now
     assert len(file.merge()) == 3 and not (tmp_path / "p.rejected.jsonl").exists()
-    file.part.write_text('{"id": "5"}')  # all of it but the line's end: it counts, and goes on counting
+    file.part.write_text('{"id": "5"}')  # all of it but the line's end: it counts, now and later
     file.append([{"id": "6"}])
     assert {"/5", "/6"} <= file.done() and len(file.merge()) == 5
 
 
-def test_predictions_of_who_knows_which_model_are_not_gone_on_with(tmp_path):
+def test_refuses_predictions_without_settings(tmp_path):
     file = PredictionFile(tmp_path / "p.jsonl", {"model": "b"})
     file.path.write_text('{"id": "0"}\n')
     with pytest.raises(PredictionError, match="p.jsonl is there, but not p.run.json"):

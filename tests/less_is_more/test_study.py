@@ -92,7 +92,7 @@ def test_trials_stay_on_the_valid_split_and_the_baseline_has_as_many_as_ours():
         changed = {key for key in of if of[key] != theirs[name][key]} - {"output"}
         assert bool(changed) == ("-" in name), name
         assert study.recipe(name, "shrinking", 0).model.shrinking.enabled == name.startswith("ours")
-        # A trial's batches may be smaller: the audio that it hears is the same.
+        # A trial's batches may be smaller: the amount of audio is the same.
         assert theirs[name]["optim.steps"] * theirs[name]["data.batch_seconds"] == 64 * 30
     steps = [step.name for step in study.steps()]
     assert (

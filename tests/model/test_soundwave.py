@@ -387,7 +387,7 @@ def test_every_preset_builds(name):
 
 def test_unknown_model_names_the_known_sizes():
     with pytest.raises(SourceError, match="llama-3.1-8b"):
-        Soundwave.build(SoundwaveConfig(llm=LLMConfig("nobody/knows-this")), meta=True)
+        Soundwave.build(SoundwaveConfig(llm=LLMConfig("unknown/model")), meta=True)
 
 
 def test_folder_gives_the_model_back(folders, tmp_path):

@@ -59,7 +59,7 @@ def test_chain_runs_to_its_end_with_the_code_it_was_submitted_with(project):
 
 
 @pytest.mark.parametrize("signal, launcher", [(warn, "srun"), (preempt, "srun"), (preempt, "torchrun")])
-def test_warning_saves_requeues_and_goes_on(project, signal, launcher):
+def test_warning_saves_requeues_and_resumes(project, signal, launcher):
     job = project.sbatch(
         "slurm/stage1.sh", "optim.steps=40", env={"RECIPE": "recipes/stage1.yaml", "LAUNCHER": launcher}
     )
@@ -115,7 +115,7 @@ def test_cancelled_stays_cancelled_and_takes_the_chain_with_it(project):
 
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
-def test_failure_ends_the_chain_and_the_same_command_goes_on(project, launcher):
+def test_failure_ends_the_chain_and_the_same_command_resumes(project, launcher):
     project.output.mkdir(parents=True)
     (project.output / "FAIL-shrinking").write_text("1")
     steps = "optim.steps=20"  # the ranks that do not fail are at work when they are stopped

@@ -1,4 +1,4 @@
-"""The scripts as text: what can be said of them without Slurm."""
+"""The scripts as text: what can be tested without Slurm."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ QUICK = ["data.valid=[]", "log.tensorboard=false", "optim.steps=4", "checkpoint.
 
 @pytest.fixture(scope="module")
 def trained(server, tmp_path_factory) -> Path:
-    """A workspace whose three stages are done. Stage 1 alone says how many frames are stacked."""
+    """A workspace whose three stages are done. Only stage 1 sets how many frames are stacked."""
     root = workspace(tmp_path_factory.mktemp("finished"))
     first = yaml.safe_load((root / "stage1.yaml").read_text())
     first["model"]["alignment"] = {"stack_frames": 4}
