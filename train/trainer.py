@@ -6,6 +6,7 @@ Read `Trainer.train` first. train/setup.py makes a Trainer, train/stage_run.py i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import shutil
 import time
@@ -36,7 +37,7 @@ from train.preemption import FAILED, WRONG_INPUT, Preemption
 from train.profiling import Profiler
 from train.step_counts import StepCounts, StepFlags, StreamSums
 from train.telemetry import Meter, Telemetry
-from train.validate import RATES, ValidationSet, chosen_by, is_better, validate
+from train.validate import RATES, ValidationSet, chosen_by, clip_mel, is_better, validate
 
 logger = logging.getLogger("soundwave")
 
@@ -341,6 +342,8 @@ class Trainer:
         self.log.line("valid", step, {**result, "samples": samples[:8]})
         if clip:
             inspection, reference, hypothesis = clip
+            if inspection["mel"][0] is None and self.ranks.is_main:  # cached features
+                inspection["mel"][0] = self._clip_mel
             self.log.picture(
                 step,
                 inspection,
@@ -353,6 +356,11 @@ class Trainer:
         if self.ranks.is_main:
             rates = [f"{name.upper()} {result[name]:.3f}" for name in RATES if name in result]
             logger.info("step %d: validation %s", step, ", ".join([*rates, f"loss {result['loss']:.3f}"]))
+
+    @functools.cached_property
+    def _clip_mel(self) -> torch.Tensor | None:
+        tokenizer, audio_id = self.model.tokenizer, self.model.audio_id
+        return clip_mel(self.recipe, self.stage, tokenizer, self.ranks, self.validation, audio_id)
 
     # ---- saving and rolling back
 

@@ -1,21 +1,28 @@
 """Cached encoder features: the same numbers as the encoder gives, written once, found again after packing
 anew."""
 
+import io
 import json
 import os
 import shutil
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from transformers import WhisperConfig, WhisperModel
 
+from core.distributed import Ranks
+from data_tools.shards import ShardIndex
+from model.features import log_mel
+from model.stages import STAGES
 from recipe.config import Corpus, Recipe, RecipeError
 from stream import EvalStream, Stream, validation_batches
 from stream import cache as cache_module
 from stream.cache import FeatureStore, Interrupted, ensure_features
 from stream.rejected import BrokenSample
 from tests.stream.conftest import data_config, record, sound, write_folder
+from train.validate import clip_mel, validation_set
 
 
 @pytest.fixture
@@ -98,6 +105,18 @@ def test_validation_of_several_folders_finds_all_its_features(recipe, tokenizer,
     longer = sum(0.3 + 0.1 * (number * 23 // 7) > 2.0 for number in range(7))
     assert longer and sum(len(references) for _, references in batches) == 21 - longer
     assert f"{longer} utterances of data.valid are left out" in caplog.text
+
+
+def test_the_validation_picture_has_its_spectrogram_with_cached_features(recipe, tokenizer, packed):
+    ensure_features(recipe)
+    ranks, stage = Ranks(0, 1, 0, 1, "cpu"), STAGES["alignment"]
+    batches = validation_set(recipe, stage, tokenizer, ranks)
+    assert all(batch.waveforms is None for batch, _, _ in batches)
+    mel = clip_mel(recipe, stage, tokenizer, ranks, batches, None)
+    index = ShardIndex.load(packed)
+    clips = [soundfile.read(io.BytesIO(audio))[0] for audio, _ in map(index.read, range(len(index))) if audio]
+    expected = [log_mel(torch.tensor(clip)[None], torch.tensor([len(clip)]), 80)[0][0] for clip in clips]
+    assert mel.std() > 0 and any(e.shape == mel.shape and torch.allclose(e, mel, atol=1e-4) for e in expected)
 
 
 def test_written_once_resumed_and_found_after_packing_anew(recipe, tokenizer, tmp_path, monkeypatch):
