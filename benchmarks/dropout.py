@@ -16,7 +16,6 @@ Mark: keyed <= 1.01 x torch.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -34,6 +33,7 @@ from tqdm import tqdm
 
 from benchmarks.machine import keep, machine
 from benchmarks.train_step import wait
+from core.command_line import CommandParser
 from core.distributed import fill_environment
 from core.keys import signed_key64
 from model import alignment, ops
@@ -148,7 +148,9 @@ def measure(recipe: Recipe, steps: int, rounds: int) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.dropout", description=__doc__.splitlines()[0])
+    parser = CommandParser(
+        "python -m benchmarks.dropout", __doc__.splitlines()[0], example="examples/quickstart/stage2.yaml"
+    )
     parser.add_argument("recipe", help="YAML file of a stage 2")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument(

@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from benchmarks.machine import keep, machine
 from core.audio import decode
+from core.command_line import CommandParser
 from core.samples import INSTRUCTIONS, asked
 from core.text import count_errors
 from data_tools.shards import ShardIndex
@@ -232,8 +233,10 @@ def drafted_table(results: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(
+        "python -m benchmarks.generate",
+        __doc__,
+        example="--model runs/quickstart/sft/model --shards shards/test",
     )
     parser.add_argument("--model", help="model folder of stage 2 or 3")
     parser.add_argument("--encoder", default="openai/whisper-base")

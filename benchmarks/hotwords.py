@@ -15,7 +15,6 @@ the same process.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import time
@@ -29,6 +28,7 @@ from tqdm import tqdm
 import soundwave
 from benchmarks.machine import keep, machine
 from core.audio import decode
+from core.command_line import CommandParser
 from core.ctc_text import ctc_target_ids
 from core.text import count_errors, words
 from examples.less_is_more.rare_words import bin_of
@@ -93,8 +93,10 @@ def score(references: list[str], texts: list[str], wanted: set[str], distractors
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(
+        "python -m benchmarks.hotwords",
+        __doc__,
+        example="--model runs/quickstart/sft/model --test test.jsonl --train train.jsonl",
     )
     parser.add_argument("--model", required=True, help="model folder of stage 2 or 3")
     parser.add_argument("--test", type=Path, required=True)

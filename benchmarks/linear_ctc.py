@@ -19,7 +19,6 @@ of the process's peak (on CUDA, of the allocator's) beyond what is there before 
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import math
@@ -37,6 +36,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from benchmarks.machine import keep, machine
+from core.command_line import CommandParser
 from model.ops import linear_argmax, linear_ctc
 from model.ops.linear_ctc import default_skip_below
 from model.ops.operator import forward as op_forward
@@ -422,9 +422,7 @@ def table(report: dict) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("python -m benchmarks.linear_ctc", __doc__, example="--full")
     parser.add_argument(
         "--full", action="store_true", help="also D = 2,048 and 4,096 with a vocabulary of 128,257 (minutes)"
     )

@@ -9,14 +9,13 @@ corpus; `benchmarks.generate --shards DIR --utterances N` selects the same ones 
 
 from __future__ import annotations
 
-import argparse
-
 import jiwer
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from benchmarks.generate import clips
+from core.command_line import CommandParser
 from core.ctc_text import NORMALISATIONS, ctc_target_ids, normalise
 from core.samples import INSTRUCTIONS, asked
 from model import folder as model_folder
@@ -110,8 +109,10 @@ def ctc_word_error_rate(model: Soundwave, data: list[dict]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(
+        "python -m benchmarks.overfit",
+        __doc__,
+        example="--model runs/quickstart/shrinking/model --shards shards/test --out overfit",
     )
     parser.add_argument("--model", required=True, help="model folder of stage 2 or 3 to start from")
     parser.add_argument("--shards", required=True)

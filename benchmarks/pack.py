@@ -42,6 +42,7 @@ import numpy as np
 import soundfile
 
 from benchmarks.machine import keep, machine
+from core.command_line import CommandParser
 
 ROOT = Path(__file__).resolve().parent.parent
 RATE = 16000
@@ -360,9 +361,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["--way"]:
         IN_PROCESS[argv[1]](Path(argv[2]), Path(argv[3]), Path(argv[4]), int(argv[5]))
         return 0
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.pack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("python -m benchmarks.pack", __doc__, example="--hours 1")
     parser.add_argument("--manifest", type=Path, help="real speech (id, audio, text); default: made up")
     parser.add_argument("--hours", type=float, default=8.0)
     parser.add_argument("--workers", type=int, default=os.cpu_count())

@@ -26,7 +26,6 @@ LibriSpeech-like lengths; waiting for data <= 1 % of the step; other <= 3 %.
 
 from __future__ import annotations
 
-import argparse
 import io
 import statistics
 import sys
@@ -45,6 +44,7 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmarks.machine import keep, machine
+from core.command_line import CommandParser
 from core.distributed import Ranks, connect, disconnect, fill_environment
 from data_tools.shards import ShardIndex, ShardWriter, write_index
 from model import folder as model_folder
@@ -497,10 +497,8 @@ def tell(name: str, result: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.train_step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = CommandParser(
+        "python -m benchmarks.train_step", __doc__, example="examples/quickstart/stage2.yaml"
     )
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")

@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from core.audio import SAMPLE_RATE, to_mono
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.console import one_line, printable_line
 from core.languages import language_code
 from data_tools.audio import read_clip
@@ -247,10 +247,8 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m data_tools.annotate"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = CommandParser(
+        "python -m data_tools.annotate", __doc__, example="--corpus folder:clips --hash --out clips.jsonl"
     )
     parser.add_argument("--corpus", action="append", required=True, metavar="NAME:PATH[,option=value]")
     parser.add_argument("--out", type=Path, required=True, metavar="M.jsonl")

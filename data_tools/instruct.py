@@ -28,7 +28,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.console import printable_line
 from core.samples import answer_of
 from data_tools.corpora import (
@@ -379,10 +379,10 @@ def run(options: argparse.Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m data_tools.instruct"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = CommandParser(
+        "python -m data_tools.instruct",
+        __doc__,
+        example="wrap --task asr --corpus manifest:train.jsonl --out instruct.jsonl",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     add = (

@@ -37,7 +37,7 @@ if __package__ in (None, ""):  # run as a script: the repository, not data_tools
 import numpy as np
 
 from core.audio import REFUSABLE, SAMPLE_RATE
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.console import one_line, printable_line
 from data_tools.audio import CODECS
 from data_tools.audio import check_output as check_codec
@@ -60,11 +60,7 @@ _ADDED = {"refuse"}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=program_name("pack.py"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("data_tools/pack.py", __doc__, example="--corpus folder:clips --out shards/train")
     add = parser.add_argument_group("corpora").add_argument
     add(
         "--corpus",

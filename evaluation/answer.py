@@ -18,7 +18,7 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 import soundwave
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.console import print_error, print_text
 from core.samples import INSTRUCTIONS, PromptError
 from evaluation.run import DECODE_HELP, DECODES, InputError
@@ -28,8 +28,10 @@ from model.stages import STAGES
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m evaluation.answer"), description=__doc__.splitlines()[0]
+    parser = CommandParser(
+        "python -m evaluation.answer",
+        __doc__.splitlines()[0],
+        example='runs/me/sft/model clip.wav --prompt "What is said?"',
     )
     parser.add_argument("model", type=Path, help="model folder: <output>/<stage>/model")
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="sound: WAV, FLAC, MP3, Ogg ...")

@@ -32,7 +32,7 @@ from transformers import TextIteratorStreamer
 from transformers.utils.logging import disable_progress_bar
 
 from core.audio import SAMPLE_RATE, AudioError, decode, largest_decoded
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.console import one_line, print_error, printable
 from core.samples import asked
 from model import folder
@@ -402,9 +402,7 @@ def serve(options: argparse.Namespace, folder_of_uploads: str) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m evaluation.demo"), description=__doc__.splitlines()[0]
-    )
+    parser = CommandParser("python -m evaluation.demo", __doc__.splitlines()[0], example="runs/me/sft/model")
     parser.add_argument("model", type=Path, help="model folder: <output>/<stage>/model")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: this machine alone)"

@@ -12,7 +12,6 @@ another wording or another judge are not comparable.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.console import one_line, print_error, print_text
 from core.samples import PromptError
 from evaluation.air_bench import read_meta, sample_id
@@ -169,8 +168,10 @@ def summarise(judgements: list[dict]) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m evaluation.judge"), description=__doc__.splitlines()[0]
+    parser = CommandParser(
+        "python -m evaluation.judge",
+        __doc__.splitlines()[0],
+        example="predictions.jsonl --endpoint http://localhost:8000/v1 --judge NAME",
     )
     parser.add_argument("predictions", type=Path)
     judge = parser.add_mutually_exclusive_group(required=True)

@@ -10,7 +10,6 @@ models.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
@@ -23,7 +22,7 @@ from peft import PeftModel
 from sacrebleu.metrics import CHRF
 from tqdm import tqdm
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.control_tokens import text_ids
 from core.samples import asked
 from evaluation.resampling import interval, paired_test
@@ -112,8 +111,10 @@ def retention(model: Soundwave, passages: list[str], questions: list[dict], max_
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m evaluation.retention"), description=__doc__.splitlines()[0]
+    parser = CommandParser(
+        "python -m evaluation.retention",
+        __doc__.splitlines()[0],
+        example="--model runs/me/sft/model --out retention.json",
     )
     parser.add_argument("--model", type=Path, required=True, help="model folder of stage 2 or 3")
     parser.add_argument(

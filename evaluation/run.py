@@ -25,7 +25,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.console import OneLine
 from core.distributed import disconnect, hard_exit
 from core.plugins import PluginError, add_plugins_option, load_plugins
@@ -404,8 +404,10 @@ def finish(
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m evaluation.run"), description=__doc__.splitlines()[0]
+    parser = CommandParser(
+        "python -m evaluation.run",
+        __doc__.splitlines()[0],
+        example="--model runs/me/sft/model --shards shards/test --task asr --out predictions.jsonl",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", type=Path, help="model folder written by a stage: <output>/<stage>/model")

@@ -9,7 +9,6 @@ of audio). Reading and decoding the file is not counted.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import sys
@@ -21,7 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from data_tools.shards import ShardError
 from evaluation.run import InputError, shard_folder
 from model import folder
@@ -93,8 +92,10 @@ def summarise(clips: list[dict]) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m evaluation.speed"), description=__doc__.splitlines()[0]
+    parser = CommandParser(
+        "python -m evaluation.speed",
+        __doc__.splitlines()[0],
+        example="--model runs/me/sft/model --shards shards/test",
     )
     parser.add_argument("--model", type=Path, required=True, help="model folder")
     parser.add_argument("--shards", required=True, help="folder written by data_tools/pack.py")

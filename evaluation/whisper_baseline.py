@@ -9,7 +9,6 @@ and each clip is padded to 30 s, as Whisper is used.
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.distributed import disconnect, hard_exit
 from core.languages import language_code
 from data_tools.shards import ShardError, ShardIndex
@@ -108,8 +107,10 @@ def read_batch(index: ShardIndex, rows: list[int]) -> tuple[list[dict], list[tor
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m evaluation.whisper_baseline"), description=__doc__.splitlines()[0]
+    parser = CommandParser(
+        "python -m evaluation.whisper_baseline",
+        __doc__.splitlines()[0],
+        example="--whisper openai/whisper-base --shards shards/test --out whisper.jsonl",
     )
     parser.add_argument("--whisper", type=Path, required=True, help="folder of a whole transformers Whisper")
     parser.add_argument("--shards", required=True, help="folder written by data_tools/pack.py")

@@ -7,20 +7,17 @@ python -m model.convert --to-official RUN/model --out DIR                   and 
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from model.folder import FolderError
 from model.official import from_official, to_official
 from model.pretrained import SourceError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m model.convert"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = CommandParser(
+        "python -m model.convert", __doc__, example="--from-official official --out official/model"
     )
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument(

@@ -18,7 +18,6 @@ left in RUN's model/evaluation/. Nothing of RUN is changed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -27,7 +26,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from model import identity
 from model.auto import SoundwaveHubConfig
 from model.encoder import tensor_prefix
@@ -158,11 +157,7 @@ def _copy_encoder(encoder: Source, out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m model.export"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("python -m model.export", __doc__, example="runs/me/sft/model --out export")
     parser.add_argument("run", help="model folder of stage 2 or 3, or the stage's folder")
     parser.add_argument("--out", required=True)
     parser.add_argument(

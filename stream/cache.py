@@ -19,7 +19,6 @@ has no place in it.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
@@ -38,7 +37,7 @@ from torch import distributed
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from data_tools.shards import ShardIndex, replace_file
 from model import identity
 from model.config import SoundwaveConfig
@@ -382,10 +381,11 @@ def ensure_features(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m stream.cache"),
-        description="Fill data.cache_features of a recipe. With "
+    parser = CommandParser(
+        "python -m stream.cache",
+        "Fill data.cache_features of a recipe. With "
         "RANK and WORLD_SIZE set, several processes share the work.",
+        example="train/recipes/stage1.yaml",
     )
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -13,7 +12,7 @@ import time
 
 import numpy as np
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from recipe.config import Recipe, RecipeError, load_recipe
 from stream.assign import Budgets, assign, padded_cost
 from stream.plan import UNITS_PER_SECOND, Plan, UnindexedPlan, mix64
@@ -139,8 +138,10 @@ def profile(recipe: Recipe, plan: Plan, steps: int, ranks: int) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m stream"), description="What a recipe's steps hold, before training."
+    parser = CommandParser(
+        "python -m stream",
+        "What a recipe's steps hold, before training.",
+        example="train/recipes/stage1.yaml --steps 2",
     )
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")

@@ -22,7 +22,6 @@ MASTER_PORT is taken.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -43,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "train")]
 
 from core.code import code_hash  # noqa: E402
-from core.command_line import program_name  # noqa: E402
+from core.command_line import CommandParser  # noqa: E402
 from core.files import step_folders  # noqa: E402
 from recipe.config import Corpus, Recipe, RecipeError, load_recipe, start_folder  # noqa: E402
 from recipe.stages import has_model, initial_folder, stage_folder, stage_of  # noqa: E402
@@ -590,8 +589,8 @@ def write_faults(path: Path, faults: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("train/preflight.py"), description="Check the nodes of a job before training."
+    parser = CommandParser(
+        "train/preflight.py", "Check the nodes of a job before training.", example="train/recipes/stage1.yaml"
     )
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")

@@ -9,7 +9,6 @@ stage ends, is preempted or fails.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import io
@@ -23,7 +22,7 @@ import numpy as np
 import yaml
 from matplotlib.figure import Figure
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.console import duration
 from core.files import read_lines, write_atomically
 from recipe.config import Recipe
@@ -330,8 +329,8 @@ def write(folder: Path) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m train.report"), description="A run on one page, from its files alone."
+    parser = CommandParser(
+        "python -m train.report", "A run on one page, from its files alone.", example="runs/me"
     )
     parser.add_argument("run", type=Path, help="the recipes' `output` folder, or a stage's folder in it")
     run = parser.parse_args(argv).run

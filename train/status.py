@@ -12,7 +12,6 @@ squeue, sacct                the jobs of stages that are not done, asked once, w
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from statistics import median
 
 from tabulate import tabulate
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.files import read_lines
 from recipe.stages import STAGES, stages_in, title_of
 
@@ -186,8 +185,8 @@ def _plain(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m train.status"), description="Print the state of a run's stages and jobs."
+    parser = CommandParser(
+        "python -m train.status", "Print the state of a run's stages and jobs.", example="runs/me"
     )
     parser.add_argument("run", type=Path, help="the recipes' `output` folder")
     run = parser.parse_args(argv).run

@@ -9,7 +9,6 @@ deletes or replaces, insertions aside.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
+from core.command_line import CommandParser
 from core.files import write_atomically
 from evaluation.metrics.error_rates import aligned
 from evaluation.predictions import read_rows
@@ -116,8 +116,8 @@ def build(study: Study, seed: int) -> list[list[str]]:
 def main() -> int:
     from examples.less_is_more.study import HERE, Study
 
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.less_is_more.rare_words", description=__doc__.split("\n")[0]
+    parser = CommandParser(
+        "python -m examples.less_is_more.rare_words", __doc__.split("\n")[0], example="--csv rare_words.csv"
     )
     parser.add_argument("--seed", type=int, default=0, help="whose runs (default: 0)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there too")

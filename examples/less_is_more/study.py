@@ -13,13 +13,13 @@ or begun with --only, resumes with the same command.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from core.command_line import CommandParser
 from examples.less_is_more import table
 from examples.quickstart.demo import Plan as QuickStart
 from examples.steps import (
@@ -339,8 +339,10 @@ class Study:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.less_is_more.study", description=__doc__.split("\n")[0]
+    parser = CommandParser(
+        "python -m examples.less_is_more.study",
+        __doc__.split("\n")[0],
+        example="--seeds 0 --only ours projector",
     )
     parser.add_argument(
         "--plan", type=Path, default=HERE / "plan.yaml", help="what is compared (default: plan.yaml)"

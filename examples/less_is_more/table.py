@@ -13,7 +13,6 @@ again, so the study can be run in parts. docs/results.md is generated from them.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
@@ -27,6 +26,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from benchmarks.machine import line, machine
+from core.command_line import CommandParser
 from core.files import read_lines, write_atomically
 from evaluation.compare import compare
 from evaluation.metrics.error_rates import word_counts
@@ -537,9 +537,7 @@ def finish(study: Study, folder: Path | None = None) -> str:
 def main() -> int:
     from examples.less_is_more.study import HERE, Study
 
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.less_is_more.table", description=__doc__.split("\n")[0]
-    )
+    parser = CommandParser("python -m examples.less_is_more.table", __doc__.split("\n")[0], example="")
     parser.add_argument(
         "--plan", type=Path, default=HERE / "plan.yaml", help="whose table (default: plan.yaml)"
     )

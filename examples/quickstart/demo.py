@@ -10,7 +10,6 @@ what is trained and how long; demo.yaml holds what is scored and on how much.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from core.command_line import CommandParser
 from data_tools.shards import SAMPLE_DTYPE
 from examples.quickstart import results
 from examples.steps import (
@@ -265,9 +265,7 @@ def finish(plan: Plan) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.quickstart.demo", description=__doc__.split("\n")[0]
-    )
+    parser = CommandParser("python -m examples.quickstart.demo", __doc__.split("\n")[0], example="")
     parser.add_argument(
         "--plan",
         type=Path,

@@ -16,7 +16,6 @@ are used.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
@@ -30,6 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
+
+from core.command_line import CommandParser
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_CACHE = Path(".cache/quickstart")
@@ -413,9 +414,7 @@ def fetch(cache: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.quickstart.fetch", description=__doc__.split("\n")[0]
-    )
+    parser = CommandParser("python -m examples.quickstart.fetch", __doc__.split("\n")[0], example="--dry-run")
     parser.add_argument(
         "--cache", type=Path, default=DEFAULT_CACHE, help=f"folder for everything (default: {DEFAULT_CACHE})"
     )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,8 @@ def test_dead_links_and_long_pages_are_found(tmp_path, monkeypatch):
     assert [line.split(":")[0] for line in check.lengths()] == ["README.md", "page.md"]
 
 
+#: Needs packages that conflict with the project's.
+OWN_ENVIRONMENT = {"benchmarks.tts_words"}
 GOES, STANDS = "goes", "stands"  # apart from their second words, since this file is checked, too
 
 
@@ -185,3 +189,21 @@ def test_percentages_come_from_the_recorded_scores():
     assert (
         "40.1 [36.6, 43.7]" in results_page.readme_rows() and "commit 916cabf" in results_page.readme_rows()
     )
+
+
+def parsers(module: str) -> Iterator[argparse.ArgumentParser]:
+    parser = command_lines.parser_of(module)
+    yield parser
+    yield from command_lines.subparsers(parser).values()
+
+
+@pytest.mark.parametrize("module", sorted(set(command_lines.commands()) - OWN_ENVIRONMENT))
+def test_help_shows_every_default_and_an_example_that_parses(module):
+    for parser in parsers(module):
+        for action in parser._actions:
+            plain = action.default is None or isinstance(action.default, bool)
+            if plain or action.help == argparse.SUPPRESS or action.default in ([], "", argparse.SUPPRESS):
+                continue
+            assert "default" in parser._get_formatter()._format_action(action), action.dest
+    example = command_lines.parser_of(module).epilog.removeprefix("example:\n  ")
+    command_lines.check(shlex.split(example))

@@ -59,6 +59,19 @@ def test_a_step_that_is_done_is_not_done_again(tmp_path):
     assert (plan.runs("a"), plan.runs("b")) == (1, 1)
 
 
+def test_the_launchers_lines_are_in_the_log_and_not_on_the_console(tmp_path, capsys):
+    noise = (
+        "[2026-11-29 19:53:11,796] [INFO] [launch.py:152:main] WORLD INFO DICT: {'localhost': [0, 1]}",
+        "[2026-11-29 19:52:32,570] [WARNING] [runner.py:214:fetch_hostfile] Unable to find hostfile",
+    )
+    own = "2026-11-29 19:53:20 INFO step 1: loss 2.0"
+    step = waiting_for(tmp_path, "a", "print(" + repr("\n".join([*noise, own])) + ")", after=())
+    steps.run(tmp_path / "record.json", [step])
+    console, log = capsys.readouterr().out, (tmp_path / "logs/a.log").read_text()
+    assert own in console.splitlines() and own in log
+    assert all(line in log and line not in console.splitlines() for line in noise)
+
+
 def test_a_changed_step_begins_afresh_and_the_former_result_is_kept(tmp_path):
     plan = FewSteps(tmp_path)
     plan.run()
