@@ -28,7 +28,7 @@ setup: ## fill .venv: packages, CPU or CUDA torch, prebuilt ops; quick when repe
 setup-dev: # setup, and what tests need
 	@$(SETUP) --dev
 
-demo: setup ## the whole road on real speech: fetch, pack, stages I to III, scores, one table (2 cores, no GPU)
+demo: setup ## the whole pipeline on real speech: fetch, pack, stages 1 to 3, scores, one table (2 cores, no GPU)
 	@$(PY) -m examples.quickstart.demo $(ARGS)
 
 less-is-more: setup ## the comparisons on the demo's data (ARGS="--seeds 0 --only ours projector" for some of them; hours on 2 cores)

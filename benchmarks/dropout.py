@@ -2,7 +2,7 @@
 
     python -m benchmarks.dropout RECIPE [key=value ...] [--clips 12] [--steps 5] [--rounds 3] [--json FILE]
 
-RECIPE: a stage II recipe. Forward and backward of its first global batch, on one process without DeepSpeed,
+RECIPE: a stage 2 recipe. Forward and backward of its first global batch, on one process without DeepSpeed,
 at the recipe's rates of dropout (`model.llm.lora_dropout=0.05` shows LoRA's). The sides alternate; a number
 is the median over --rounds x --steps. On CPU it is processor time, which other programs on the machine
 disturb less.
@@ -16,7 +16,6 @@ Mark: keyed <= 1.01 x torch.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -34,6 +33,7 @@ from tqdm import tqdm
 
 from benchmarks.machine import keep, machine
 from benchmarks.train_step import wait
+from core.command_line import CommandParser
 from core.distributed import fill_environment
 from core.keys import signed_key64
 from model import alignment, ops
@@ -148,8 +148,10 @@ def measure(recipe: Recipe, steps: int, rounds: int) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.dropout", description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", help="YAML file of a stage II")
+    parser = CommandParser(
+        "python -m benchmarks.dropout", __doc__.splitlines()[0], example="examples/quickstart/stage2.yaml"
+    )
+    parser.add_argument("recipe", help="YAML file of a stage 2")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument(
         "--clips", type=int, default=12, help="clips of 10 s that a step holds, about (default: 12)"

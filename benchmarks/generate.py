@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from benchmarks.machine import keep, machine
 from core.audio import decode
+from core.command_line import CommandParser
 from core.samples import INSTRUCTIONS, asked
 from core.text import count_errors
 from data_tools.shards import ShardIndex
@@ -70,7 +71,7 @@ def clips(shards: str | None, count: int) -> list[Clip]:
 
 
 def as_the_release_does(model: Soundwave) -> None:
-    """The released code's way with these weights; its look-back and attention cost no more than ours and
+    """Set the model to the authors' options; its look-back and attention cost no more than ours and
     stay."""
     model.encoder.pad_to_samples = 480_000
     model.config.encoder.pad_to_seconds = 30.0
@@ -232,10 +233,12 @@ def drafted_table(results: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(
+        "python -m benchmarks.generate",
+        __doc__,
+        example="--model runs/quickstart/sft/model --shards shards/test",
     )
-    parser.add_argument("--model", help="model folder of stage II or III")
+    parser.add_argument("--model", help="model folder of stage 2 or 3")
     parser.add_argument("--encoder", default="openai/whisper-base")
     parser.add_argument("--llm", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--shards")

@@ -9,7 +9,6 @@ JSON, one table; exit code 1 if a test failed.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import torch
 from tabulate import tabulate
 
 from benchmarks.machine import keep, machine
+from core.command_line import CommandParser
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_SECONDS = 420
@@ -94,7 +94,7 @@ def linear_ctc() -> tuple[list[dict], dict | None]:
 
 
 def lookback() -> list[dict]:
-    """Forward and backward of 60 kept frames over 750, 32 heads of 128, 8 utterances, bfloat16."""
+    """Forward and backward of 60 CTC peaks over 750, 32 heads of 128, 8 utterances, bfloat16."""
     from model.ops import lookback as module
 
     query, key, value = (
@@ -131,9 +131,7 @@ def lookback() -> list[dict]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("python -m benchmarks.gpu_check", __doc__, example="")
     parser.add_argument(
         "--json",
         type=Path,

@@ -5,7 +5,7 @@
 FILE: manifests with `audio` and `text` (the quick start's:
 .cache/quickstart/manifests/dialogues-test.jsonl and dialogues-train.jsonl). A word of the test set is
 rare where training showed its rarest token fewer than 5 times (examples/less_is_more/rare_words.py). The
-clips: half of them hold a rare word, half do not, both evenly spaced.
+clips: half hold a rare word, half do not, both evenly spaced.
 
 The hotwords of every clip are the same list: all rare words of the chosen clips, and so many distractors:
 rare words of training that no chosen clip holds. Per number of distractors: recall of the rare words; WER
@@ -16,7 +16,6 @@ the same process.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import time
@@ -30,6 +29,7 @@ from tqdm import tqdm
 import soundwave
 from benchmarks.machine import keep, machine
 from core.audio import decode
+from core.command_line import CommandParser
 from core.ctc_text import ctc_target_ids
 from core.text import count_errors, words
 from examples.less_is_more.rare_words import bin_of
@@ -94,10 +94,12 @@ def score(references: list[str], texts: list[str], wanted: set[str], distractors
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(
+        "python -m benchmarks.hotwords",
+        __doc__,
+        example="--model runs/quickstart/sft/model --test test.jsonl --train train.jsonl",
     )
-    parser.add_argument("--model", required=True, help="model folder of stage II or III")
+    parser.add_argument("--model", required=True, help="model folder of stage 2 or 3")
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--clips", type=int, default=80)

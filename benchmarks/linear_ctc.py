@@ -11,7 +11,7 @@
 Liger-Kernel's and cut-cross-entropy's kernels fuse the projection with a cross-entropy, not with CTC, and
 need a GPU.
 
-Posteriors: "random", as at the start of training; "peaked", from a trained stage I folder and its shards
+Posteriors: "random", as at the start of training; "peaked", from a trained stage 1 folder and its shards
 (--checkpoint DIR --shards DIR), and made up: each frame points at the blank or at a label, 30 logits above
 the rest (labelled "synthetic"). Sides take turns, and the fastest of --repeats counts. Memory is the growth
 of the process's peak (on CUDA, of the allocator's) beyond what is there before the step, less the gradients.
@@ -19,7 +19,6 @@ of the process's peak (on CUDA, of the allocator's) beyond what is there before 
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import math
@@ -37,6 +36,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from benchmarks.machine import keep, machine
+from core.command_line import CommandParser
 from model.ops import linear_argmax, linear_ctc
 from model.ops.linear_ctc import default_skip_below
 from model.ops.operator import forward as op_forward
@@ -99,7 +99,7 @@ def made_up(shape: tuple[int, int, int, int], posteriors: str, dtype: torch.dtyp
 
 
 def from_checkpoint(folder: str, shards: str, seconds: float, dtype: torch.dtype, device: str) -> Work:
-    """Adapter frames of about so many seconds of a packed folder, and the CTC head, of a trained stage I
+    """Adapter frames of about so many seconds of a packed folder, and the CTC head, of a trained stage 1
     folder."""
     from model.folder import load
     from stream import EvalStream
@@ -332,7 +332,7 @@ def compare(work: Work, repeats: int, device: str, chunked: bool) -> tuple[dict,
 
 
 def compare_memory(dtype: torch.dtype, device: str, shape: tuple) -> tuple[dict, list[dict]]:
-    """At full size, where the ordinary path fits: about four tensors of frames x vocabulary in float32."""
+    """At full size, where the baseline fits: about four tensors of frames x vocabulary in float32."""
     frames = shape[0] * shape[1] * FRAMES_A_SECOND
     work = made_up(shape, "random", dtype, device)
     result = {"dtype": str(dtype).removeprefix("torch."), "shape": [*work.hidden.shape, shape[3]]}
@@ -379,7 +379,7 @@ def run(
     results, rows = [], []
     shapes = SHAPES if full or device == "cuda" else SHAPES[:1]
     for dtype in dtypes:
-        # Where bfloat16 products run in plain loops (30 times slower), the ordinary path gets a short clip.
+        # Where bfloat16 products run in plain loops (30 times slower), the baseline gets a short clip.
         slow = device == "cpu" and dtype != torch.float32 and not told["native_bf16"]
         for shape in shapes[:1] if slow else shapes:
             shape = (1, 4, *shape[2:]) if slow else shape
@@ -422,9 +422,7 @@ def table(report: dict) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("python -m benchmarks.linear_ctc", __doc__, example="--full")
     parser.add_argument(
         "--full", action="store_true", help="also D = 2,048 and 4,096 with a vocabulary of 128,257 (minutes)"
     )
@@ -434,7 +432,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="only this one")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
-        "--checkpoint", help="stage I model folder to take peaked posteriors from; needs --shards"
+        "--checkpoint", help="stage 1 model folder to take peaked posteriors from; needs --shards"
     )
     parser.add_argument("--shards", help="packed folder for --checkpoint")
     parser.add_argument(
@@ -446,7 +444,7 @@ def main() -> int:
     options = parser.parse_args()
     if bool(options.checkpoint) != bool(options.shards):
         sys.exit(
-            "--checkpoint and --shards go together: a stage I model folder and a packed folder to run it on"
+            "--checkpoint and --shards go together: a stage 1 model folder and a packed folder to run it on"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes = [getattr(torch, options.dtype)] if options.dtype else [torch.float32, torch.bfloat16]

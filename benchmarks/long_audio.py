@@ -34,6 +34,7 @@ from tqdm import tqdm
 import soundwave
 from benchmarks.machine import keep, machine
 from core.audio import decode
+from core.command_line import CommandParser
 from core.text import count_errors
 from soundwave.recogniser import GATE
 
@@ -93,8 +94,8 @@ def print_peak(model: str, file: str, device: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(
+        "python -m benchmarks.long_audio", __doc__, example="--model runs/quickstart/sft/model"
     )
     parser.add_argument("--model", required=True, help="model folder")
     parser.add_argument("--test", type=Path, help="manifest")

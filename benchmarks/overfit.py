@@ -1,4 +1,4 @@
-"""Fit a model to a few clips: a model for benchmarks whose CTC head is right on nearly all words of them.
+"""Fit a model to a few clips: a model for benchmarks whose CTC head is right on nearly all their words.
 
     python -m benchmarks.overfit --model RUN/sft/model --shards DIR --clips 100 --ctc-text raw --out DIR/model
 
@@ -9,14 +9,13 @@ corpus; `benchmarks.generate --shards DIR --utterances N` selects the same ones 
 
 from __future__ import annotations
 
-import argparse
-
 import jiwer
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from benchmarks.generate import clips
+from core.command_line import CommandParser
 from core.ctc_text import NORMALISATIONS, ctc_target_ids, normalise
 from core.samples import INSTRUCTIONS, asked
 from model import folder as model_folder
@@ -110,10 +109,12 @@ def ctc_word_error_rate(model: Soundwave, data: list[dict]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(
+        "python -m benchmarks.overfit",
+        __doc__,
+        example="--model runs/quickstart/shrinking/model --shards shards/test --out overfit",
     )
-    parser.add_argument("--model", required=True, help="model folder of stage II or III to start from")
+    parser.add_argument("--model", required=True, help="model folder of stage 2 or 3 to start from")
     parser.add_argument("--shards", required=True)
     parser.add_argument("--out", required=True)
     parser.add_argument("--clips", type=int, default=100)

@@ -42,6 +42,7 @@ import numpy as np
 import soundfile
 
 from benchmarks.machine import keep, machine
+from core.command_line import CommandParser
 
 ROOT = Path(__file__).resolve().parent.parent
 RATE = 16000
@@ -309,7 +310,7 @@ def plan_once_here(way: str, manifest: Path, out: Path) -> dict:
 
 
 def measure_planning(options: argparse.Namespace) -> int:
-    """Print microseconds a line and peak memory, for all lines and a tenth of them; exit code 1 where a mark
+    """Print microseconds a line and peak memory, for all lines and for a tenth; exit code 1 where a mark
     is missed."""
     folder = options.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -360,9 +361,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["--way"]:
         IN_PROCESS[argv[1]](Path(argv[2]), Path(argv[3]), Path(argv[4]), int(argv[5]))
         return 0
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.pack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("python -m benchmarks.pack", __doc__, example="--hours 1")
     parser.add_argument("--manifest", type=Path, help="real speech (id, audio, text); default: made up")
     parser.add_argument("--hours", type=float, default=8.0)
     parser.add_argument("--workers", type=int, default=os.cpu_count())

@@ -17,7 +17,6 @@ torchaudio's filter for a rate that shares hardly a divisor with 16 kHz takes gi
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import time
@@ -27,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.machine import keep, machine
+from core.command_line import CommandParser
 
 TARGET = 16_000
 RATES = (8_000, 11_025, 22_050, 22_254, 24_000, 32_000, 44_100, 48_000, 96_000)
@@ -103,9 +103,7 @@ def image(resampler: Resampler, rate: int, hertz: float) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.resample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("python -m benchmarks.resample", __doc__, example="--repeat 5")
     parser.add_argument("--repeat", type=int, default=15)
     parser.add_argument("--json", type=Path, help="where to write the numbers, the table beside them (.txt)")
     options = parser.parse_args(argv)

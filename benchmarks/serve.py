@@ -10,7 +10,6 @@ percentile, requests that failed. Both servers' texts must be equal.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -28,6 +27,7 @@ from tabulate import tabulate
 
 from benchmarks.machine import keep, machine
 from core.audio import EXTENSIONS, Recording
+from core.command_line import CommandParser
 
 START_SECONDS = 300.0
 
@@ -102,8 +102,8 @@ def load(url: str, name: str, clips: list[tuple[bytes, float]], clients: int) ->
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(
+        "python -m benchmarks.serve", __doc__, example="runs/quickstart/sft/model --clips clips"
     )
     parser.add_argument("model")
     parser.add_argument("--clips", type=Path, required=True, help="folder of audio files")

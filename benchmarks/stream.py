@@ -24,7 +24,6 @@ Marks: at least 2 times the fastest other per core; plan at most 20 s and 1 GB; 
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -38,6 +37,7 @@ import numpy as np
 
 from benchmarks.machine import keep, machine
 from benchmarks.pack import measure, prepare
+from core.command_line import CommandParser
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 8  # clips a batch of the ways that count clips
@@ -342,9 +342,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["--plan"]:
         print(json.dumps(plan_once(Path(argv[1]), int(argv[2]))))
         return 0
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.stream", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("python -m benchmarks.stream", __doc__, example="--hours 1")
     parser.add_argument("--manifest", type=Path, help="real speech (id, audio, text); default: made up")
     parser.add_argument("--hours", type=float, default=1.0)
     parser.add_argument("--workers", type=int, default=os.cpu_count())

@@ -15,7 +15,6 @@ validation data).
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from benchmarks.machine import keep, machine
 from core.audio import SAMPLE_RATE, decode
+from core.command_line import CommandParser
 from core.ctc_text import normalise
 from data_tools.shards import ShardIndex
 from model import folder
@@ -231,8 +231,8 @@ def calibrate(model, items: list[Item]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(
+        "python -m benchmarks.timestamps", __doc__, example="--model runs/quickstart/sft/model"
     )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--whisper", type=Path)

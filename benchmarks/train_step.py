@@ -2,21 +2,21 @@
 
     python -m benchmarks.train_step RECIPE [key=value ...] [--clips 12] [--steps 5] [--json FILE]
 
-RECIPE: a stage II recipe (models, corpora, optimizer) with a Whisper encoder; its corpora's transcribed clips
-are measured. `init_from=DIR` starts from a trained stage I, so that frames shrink as they do in training. Two
+RECIPE: a stage 2 recipe (models, corpora, optimizer) with a Whisper encoder; its corpora's transcribed clips
+are measured. `init_from=DIR` starts from a trained stage 1, so that frames shrink as they do in training. Two
 corpora of the same speech: the clips as they are, and joined to lengths like LibriSpeech's (12 s on average,
 35 s at most). Ways:
 
     ours    train.engine on the training stream: true length, shrinking, the fused CTC op, balanced
             micro-batches, no full logits
-    plain   the same modules and weights in a plain PyTorch loop, one utterance at a time as the released code
+    plain   the same modules and weights in a plain PyTorch loop, one utterance at a time as the authors' code
             does: padded to 30 s, all CTC logits (over the padding too) and all LLM logits materialised, runs
             found frame by frame, torch's AdamW. Its CTC table is frozen as a whole, which spares it the
             gradient of the blank's row
     bare    the matrix products that ours has to compute, alone: no norms, no activations, no autograd, no
             data
 
-Ours does the recipe's steps 1 to --steps, plain the first --plain-steps of them; numbers are means. Learning
+Ours does the recipe's steps 1 to --steps, plain the first --plain-steps steps; numbers are means. Learning
 rates are 0 in both ways: the arithmetic is that of training, and the frames that are kept stay the same. A
 part's seconds are taken around its module; "other" is what no part accounts for.
 
@@ -26,7 +26,6 @@ LibriSpeech-like lengths; waiting for data <= 1 % of the step; other <= 3 %.
 
 from __future__ import annotations
 
-import argparse
 import io
 import statistics
 import sys
@@ -45,6 +44,7 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmarks.machine import keep, machine
+from core.command_line import CommandParser
 from core.distributed import Ranks, connect, disconnect, fill_environment
 from data_tools.shards import ShardIndex, ShardWriter, write_index
 from model import folder as model_folder
@@ -188,7 +188,7 @@ class Clock:
 
 
 def shape_of(recipe: Recipe, model: Soundwave, step: int, device: str) -> dict:
-    """Sizes of a step that the bare products are made of; lengths in frames of the encoder, of the adapter,
+    """Return the sizes of a step's GEMMs; lengths in frames of the encoder, of the adapter,
     and LLM positions."""
     found = {"encoder": [], "adapter": [], "kept": [], "rows": [], "targets": []}
     stream = Stream(recipe.data, recipe.stage, model.tokenizer, recipe.model, 0, 1, step, step + 1)
@@ -265,7 +265,7 @@ def ours(recipe: Recipe, model: Soundwave, ranks: Ranks, steps: int) -> dict:
     }
 
 
-# --- the plain way ------------------------------------------------------------------------------------------
+# --- the naive implementation -------------------------------------------------------------------------------
 
 
 def plain_loss(model: Soundwave, batch: Batch, table: torch.Tensor, ctc_weight: float) -> torch.Tensor:
@@ -347,7 +347,7 @@ def plain(recipe: Recipe, model: Soundwave, ranks: Ranks, steps: int) -> dict:
     return {"step_seconds": statistics.mean(totals), "audio_seconds_per_second": audio / sum(totals)}
 
 
-# --- bare matrix products -----------------------------------------------------------------------------------
+# --- GEMM only ----------------------------------------------------------------------------------------------
 
 
 def products(model: Soundwave, shape: dict) -> list[tuple[str, int, tuple[int, ...]]]:
@@ -418,7 +418,7 @@ def bare(model: Soundwave, shape: dict, device: str) -> dict[str, float]:
     for part, times, sizes in products(model, shape):
         counted[part, sizes] = counted.get((part, sizes), 0) + times
     dtype, seconds = next(model.llm.parameters()).dtype, dict.fromkeys(counted, 0.0)
-    for (part, sizes), times in tqdm(counted.items(), desc="bare products", unit="shape", leave=False):
+    for (part, sizes), times in tqdm(counted.items(), desc="GEMM only", unit="shape", leave=False):
         b, m, k, n = sizes
         left = torch.randn(b, m, k, device=device).to(dtype)
         # The weight lies [n, k], as a Linear's does.
@@ -478,7 +478,7 @@ def tell(name: str, result: dict) -> str:
     rows = [
         ("ours", f"{mine['step_seconds']:.2f}", f"{mine['audio_seconds_per_second']:.2f}"),
         ("plain", f"{theirs['step_seconds']:.2f}", f"{theirs['audio_seconds_per_second']:.2f}"),
-        ("bare products of our last step", f"{result['bare']['seconds']:.2f}", ""),
+        ("GEMM only, of our last step", f"{result['bare']['seconds']:.2f}", ""),
     ]
     head = (
         f"{name}: clips of {result['mean_seconds']:.1f} s on average, {result['longest_seconds']:.1f} s at "
@@ -491,22 +491,22 @@ def tell(name: str, result: dict) -> str:
         [[f"{mine['parts'][p]:.1%}" for p in (*PARTS, "other")]], headers=(*PARTS, "other"), tablefmt="github"
     )
     return (
-        f"{head}{table}\nours is {result['times_plain']:.1f} x plain; bare products are "
+        f"{head}{table}\nours is {result['times_plain']:.1f} x plain; GEMM only is "
         f"{result['bare']['share_of_ours']:.0%} of our step. Where our step goes:\n{parts}\n"
     )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.train_step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = CommandParser(
+        "python -m benchmarks.train_step", __doc__, example="examples/quickstart/stage2.yaml"
     )
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--clips", type=int, default=12, help="utterances a step, about")
     parser.add_argument("--steps", type=int, default=5, help="measured steps of ours")
-    parser.add_argument("--plain-steps", type=int, default=2, help="measured steps of the plain way")
+    parser.add_argument(
+        "--plain-steps", type=int, default=2, help="measured steps of the naive implementation"
+    )
     parser.add_argument("--joined", type=int, default=100, help="LibriSpeech-like utterances to make")
     parser.add_argument("--json", type=Path, help="where to write the numbers, the table beside them (.txt)")
     options = parser.parse_intermixed_args(argv)

@@ -4,9 +4,9 @@ web demo.
     bytes or path -> containers (streams, what headers promise) -> decoder -> [frames, channels] -> mono ->
     target rate
 
-The decoded length is the truth: every stream is decoded to its end, and what a header promises beyond that is
+The decoded length is the truth: every stream is decoded to its end, and what a header declares beyond that is
 a `cut`. Decoders: 16-bit WAV as it is; FLAC by dr_flac, by libFLAC where dr_flac decodes less than the header
-promises; MP3 whose length no header tells by dr_mp3; everything else by libsndfile; what libsndfile does not
+declares; MP3 whose length no header tells by dr_mp3; everything else by libsndfile; what libsndfile does not
 know (AAC, MP4, WebM, WMA, AMR) by PyAV where it is installed (core/ffmpeg.py). Resampling is soxr's.
 
 Errors are `AudioError` with a fixed `reason`. What else was noticed is a list of `Finding`.
@@ -39,7 +39,7 @@ MAX_FILE_BYTES = 1 << 32  # of a file that is read whole
 TOLERANCE_SECONDS = 0.25
 
 FindingKind = Literal[
-    "cut",  # fewer samples than the header promises, or an end inside a page or frame
+    "cut",  # fewer samples than the header declares, or an end inside a page or frame
     "no_end",  # an Ogg stream without its end-of-stream mark
     "damaged",  # bytes between MP3 frames that belong to none
     "trailing",  # audio after what the header counts
@@ -192,7 +192,7 @@ class Recording:
         return Audio(piece.samples, piece.rate, piece.container, piece.subtype, tuple(findings))
 
     def seconds(self) -> float | None:
-        """Return the length that its header promises, None where only decoding tells. Errors: AudioError."""
+        """Return the length that its header declares, None where only decoding tells. Errors: AudioError."""
         with typed_errors():
             part = self._direct()
         return None if part is None else part.frames / part.rate
@@ -222,7 +222,7 @@ class Recording:
             first += len(samples)
             if len(samples) < count:
                 ends, asked = first / part.rate, part.frames / part.rate
-                findings.append(Finding("cut", f"its header promises {asked:.3f} s, it ends at {ends:.3f} s"))
+                findings.append(Finding("cut", f"its header declares {asked:.3f} s, it ends at {ends:.3f} s"))
             yield Audio(samples, part.rate, part.container, part.subtype, tuple(findings))
             findings = []
             if len(samples) < count:

@@ -22,7 +22,7 @@ Reason = Literal[
     "undecodable",  # no decoder reads it
     "no_decoder",  # needs an optional package; the text names the command
     "zero_length",  # no samples, or none in the segment
-    "truncated",  # it is cut: the text says what is missing
+    "truncated",  # it is cut: the text names what is missing
     "not_finite",  # NaN or infinity
     "too_long",  # more than max_seconds
     "too_large",  # more bytes than allowed, in the file or decoded; or there is no memory for it
@@ -108,8 +108,8 @@ class Piece(NamedTuple):
     is_cut: str = ""  # why it is known to be cut
 
     def missing(self) -> str:
-        """What is missing of what the header promises, for people; "" for nothing."""
+        """Return what is missing of what the header declares, in words; "" for nothing."""
         if self.promised is not None and len(self.samples) < self.promised - self.slack * self.rate:
             there, promised = len(self.samples) / self.rate, self.promised / self.rate
-            return f"its header promises {promised:.3f} s, {there:.3f} s can be decoded"
+            return f"its header declares {promised:.3f} s, {there:.3f} s can be decoded"
         return self.is_cut

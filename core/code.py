@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Packages that training needs. Jobs run a frozen copy of them (slurm/common.sh, freeze).
+#: Packages that training needs. Jobs run a frozen copy (slurm/common.sh, freeze).
 PACKAGES = ("core", "data_tools", "evaluation", "model", "recipe", "serving", "soundwave", "stream", "train")
 
 

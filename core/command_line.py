@@ -1,6 +1,12 @@
-"""The name of the running program in its own help and messages."""
+"""Command lines: a program's name in its own help and messages, and the form of its help."""
 
 from __future__ import annotations
+
+import argparse
+import copy
+from typing import Any
+
+from core.code import ROOT
 
 _command: str | None = None
 
@@ -14,3 +20,50 @@ def set_command(command: str) -> None:
 def program_name(module_form: str) -> str:
     """Return the command as the user gave it: "soundwave compare", or `module_form` ("python -m ...")."""
     return _command or module_form
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Show the default of every argument that has one, with or without a help text."""
+
+    def _format_action(self, action: argparse.Action) -> str:
+        if has_default(action) and "default" not in (action.help or ""):
+            action = copy.copy(action)
+            values = action.default if isinstance(action.default, list | tuple) else [action.default]
+            words = " ".join(str(value).removeprefix(f"{ROOT}/") for value in values)
+            shown = f"default: {words.replace('%', '%%')}"
+            action.help = f"{action.help} ({shown})" if action.help else shown
+        return super()._format_action(action)
+
+
+def has_default(action: argparse.Action) -> bool:
+    """Return whether help has to show an argument's default: not for switches and what may be left out."""
+    if action.help == argparse.SUPPRESS or action.nargs == 0:
+        return False
+    if action.default is None or isinstance(action.default, bool):
+        return False
+    return action.default not in ("", [], (), argparse.SUPPRESS)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of a command. Its help shows defaults and an example.
+
+    module_form: how the command is called without `soundwave`. example: the arguments of a typical call.
+    """
+
+    def __init__(self, module_form: str, description: str, *, example: str):
+        prog = program_name(module_form)
+        python = "" if prog.startswith(("python ", "soundwave ")) else "python "
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=f"example:\n  {python}{prog} {example}".rstrip(),
+            formatter_class=HelpFormatter,
+        )
+
+    def add_subparsers(self, **options: Any) -> Any:
+        return super().add_subparsers(parser_class=_Subcommand, **options)
+
+
+class _Subcommand(argparse.ArgumentParser):
+    def __init__(self, **options: Any):
+        super().__init__(formatter_class=HelpFormatter, **options)

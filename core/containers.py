@@ -1,4 +1,4 @@
-"""Find the audio inside a file's bytes: where each stream is, and how much its header promises. Nothing is
+"""Find the audio inside a file's bytes: where each stream is, and how much its header declares. Nothing is
 decoded here.
 
 Decoders believe headers; recorders, taggers, `cat` and broken downloads make headers wrong. What is corrected
@@ -9,7 +9,7 @@ or noticed:
     MP3      frames are counted where no header tells their number (VBR without a Xing header), or where it
              cannot be right
     Ogg      chained streams; a last page that is incomplete, or has no end-of-stream mark
-    others   AIFF, AU, CAF, W64, RF64, 8SVX, SPHERE: bytes that the header promises and the file does not hold
+    others   AIFF, AU, CAF, W64, RF64, 8SVX, SPHERE: bytes that the header declares and the file does not hold
     all      ID3v2 tags in front; files joined one after another (WAV, FLAC, Ogg, MP3)
 """
 
@@ -195,7 +195,7 @@ def locate(source: Source) -> Layout:
 
 
 def _cut(promised: int, there: int) -> tuple[str, str]:
-    return "cut", f"its header promises {promised:,} bytes, the file holds {max(there, 0):,}"
+    return "cut", f"its header declares {promised:,} bytes, the file holds {max(there, 0):,}"
 
 
 def _after_id3(source: Source) -> int:
@@ -403,7 +403,7 @@ def _mp3(source: Source, begin: int, layout: Layout) -> None:
     last = count.runs[-1]
     if not count.ends_inside and last.frames < (last.promised or 0) - mpeg.COUNT_SLACK:
         layout.noticed.append(
-            ("cut", f"its header promises {last.promised:,} MPEG frames, the file holds {last.frames:,}")
+            ("cut", f"its header declares {last.promised:,} MPEG frames, the file holds {last.frames:,}")
         )
     for run, end in zip(count.runs, [*(run.begin for run in count.runs[1:]), len(data)], strict=True):
         if run.is_promise_right:
@@ -413,7 +413,7 @@ def _mp3(source: Source, begin: int, layout: Layout) -> None:
             layout.streams.append(Stream("mp3", begin + start, begin + end, frames=run.samples))
 
 
-# --- other containers: what the header promises -------------------------------------------------------------
+# --- other containers: what the header declares -------------------------------------------------------------
 
 
 def _other(source: Source, begin: int, layout: Layout) -> None:

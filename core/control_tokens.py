@@ -44,7 +44,7 @@ class ControlTokens:
         return [i for i in ids if i in self.ids]
 
     def threaten(self, tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-        """Return whether a text holds a name, or may complete one with what stands beside it."""
+        """Return whether a text holds a name, or may complete one with the text next to it."""
         if self.begins.search(text) or cuts_at_borders(text, self):
             return True
         return self.rewrites and bool(self.within(tokenizer.encode(text, add_special_tokens=False)))

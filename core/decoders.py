@@ -12,7 +12,7 @@ from core import ffmpeg
 from core.audio_limits import AudioError, Limits, Piece, words_of
 from core.containers import BytesSource, Source, Stream, StreamInfo, stream_info
 
-# No codec packs more frames into a byte (silence in FLAC: about 3,000). A header that promises more is not
+# No codec packs more frames into a byte (silence in FLAC: about 3,000). A header that declares more is not
 # believed: what the file holds is then decoded block by block.
 _MAX_FRAMES_PER_BYTE = 4096
 _BLOCK = 1 << 20  # frames

@@ -121,7 +121,8 @@ class PortTaken(RuntimeError):
 
 def check_master_port() -> None:
     """Open rank 0's port for a moment: if another run has it, this one would end in a traceback, and its
-    other ranks would join that run. torchrun has opened it already where it says so. Errors: PortTaken."""
+    other ranks would join that run. TORCHELASTIC_USE_AGENT_STORE: torchrun has opened it already.
+    Errors: PortTaken."""
     if int(os.environ["RANK"]) != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return
     port = os.environ["MASTER_PORT"]

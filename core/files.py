@@ -22,8 +22,8 @@ def step_folders(checkpoints: Path) -> list[Path]:
 
 def code_version() -> str | None:
     """Commit of this code, with -dirty where tracked files were changed; None where there is no git or no
-    checkout. A frozen copy lies in a checkout that may have moved on since: its VERSION says what it is a
-    copy of (slurm/common.sh)."""
+    checkout. A frozen copy lies in a checkout that may have moved on since: its VERSION names the
+    commit (slurm/common.sh)."""
     if (ROOT / "VERSION").exists():
         return (ROOT / "VERSION").read_text().strip() or None
     command = [
@@ -61,8 +61,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 def append_lines(path: Path, records: list[dict]) -> None:
     """One JSON line each, in one write(): lines that ranks of one machine append to the same file do not mix.
-    (On NFS, lines that several machines append at one moment may be lost: what is kept so is told elsewhere
-    as a number, too.)"""
+    (On NFS, lines that several machines append at one moment may be lost: such records
+    are counted elsewhere, too.)"""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

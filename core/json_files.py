@@ -1,4 +1,4 @@
-"""Read JSON that others wrote: an object, or one line that says why not."""
+"""Read JSON that others wrote: an object, or a one-line error."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _KBPS = {
 _RATES = (44100, 48000, 32000)
 _RATE_SHIFT = {3: 0, 2: 1, 0: 2}  # by version bits: MPEG-1, MPEG-2, MPEG-2.5
 _TAGS = (b"Xing", b"Info")
-#: A Xing header's count may be off by this: some writers count the header's own frame, some forget the last
+#: A Xing header's count may be off by this: some writers count the header's own frame, some omit the last
 # one.
 COUNT_SLACK = 2
 

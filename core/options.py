@@ -208,7 +208,7 @@ def _finite(value: object) -> bool:
 
 
 def _exceeded(value: object, rules: Mapping[str, Any]) -> str | None:
-    """Return the bounds in words where `value` is outside of them."""
+    """Return the bounds in words where `value` exceeds one."""
     bounds = (
         ("least", "at least", lambda x, y: x >= y),
         ("above", "above", lambda x, y: x > y),

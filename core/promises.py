@@ -1,5 +1,5 @@
-"""Where the header of an audio file says that the audio, or the file, ends: a file that ends before it is
-cut."""
+"""Find the end of the audio, or of the file, that an audio file's header declares. A file that ends before
+it is cut."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def next_chunk(source: Source, offset: int, size: int) -> int:
 
 
 def promised_end(source: Source, begin: int) -> int | None:
-    """The offset at which the header says that the audio, or the file, ends; None where it does not say."""
+    """Return the offset of the end that the header declares, of the audio or the file; None without one."""
     head = source.read(begin, 40)
     if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC", b"8SVX", b"16SV"):
         return _iff_end(source, begin + 12)

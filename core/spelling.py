@@ -1,4 +1,4 @@
-"""The words of a text as it is written, and the CTC targets that spell each of them."""
+"""The words of a text as it is written, and the CTC targets that spell each word."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _runs(text: str, cut: bool) -> Iterator[tuple[int, int]]:
             yield run.span()
             continue
         begin = place = run.start()
-        before = opened = False  # whether the last character stands alone, or opens something
+        before = opened = False  # whether the last character is a word by itself, or opens something
         signs = False  # whether the stretch so far is nothing but signs
         for grapheme in regex.findall(r"\X", run.group()):
             alone, said = writes_no_spaces(grapheme[0]), bool(_SAID.search(grapheme))
@@ -166,7 +166,7 @@ def _token_spans(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) 
             text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
         )
         spans = found["offset_mapping"] if found["input_ids"] == ids else None
-        # bytes of several unknown characters come with the span of all of them
+        # bytes of several unknown characters come with the span of all these characters
         if spans and any(a == b and a[1] - a[0] > 1 for a, b in pairwise(spans)):
             spans = None
     if spans is None:

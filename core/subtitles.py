@@ -148,7 +148,7 @@ def _escaped(text: str) -> str:
 
 
 def _ctm(segments: Sequence[Segment], name: str, seconds: float | None) -> str:
-    """A line a word: recording, channel, start, duration, word, confidence. Signs that stand alone are left
+    """A line a word: recording, channel, start, duration, word, confidence. Separate signs are left
     out, since a CTM line has one word."""
     recording = "_".join(name.split()).lstrip(";") or "audio"
     channels = {

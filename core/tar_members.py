@@ -1,7 +1,7 @@
 """Which members of a tar make up one sample: the rule for packing foreign shards and for streaming them.
 
 A member's name is STEM.EXTENSION, cut at the last dot, since ids hold dots (`sp0.9-utt1.wav`). The extension
-says what it is: audio, JSON or a text. Audio and JSON or text of one stem are a sample. Last parts of a stem
+is its kind: audio, JSON or a text. Audio and JSON or text of one stem are a sample. Last parts of a stem
 that only say what a member is (`a.audio.wav`, `a.meta.json`) are taken off where a member has no partner
 otherwise. Nothing is guessed: several audio members make a sample unusable, and members of other kinds are
 counted by their extension.
@@ -135,7 +135,7 @@ class Group(Generic[Content]):
 
     @property
     def without_audio(self) -> str:
-        """Return how a report says that there is no audio, and what there is in its place."""
+        """Return a report's words for a missing audio: which members there are instead."""
         strange = [
             member.name + ("" if member.is_file else " is a link or device") for member in self.of(None)
         ]

@@ -10,7 +10,7 @@ words are torn apart. Here `marks` decides:
     script   marks stay, but for Arabic and Hebrew vowel points and Cyrillic stress, which most text leaves
              out: those are removed
     keep     all marks stay
-    whisper  Whisper's own rule, for numbers that stand beside published ones
+    whisper  Whisper's own rule, for comparison with published numbers
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _OPTIONAL_MARKS = regex.compile(
     r"[\u0591-\u05BD\u05BF\u05C1\u05C2\u05C4\u05C5\u05C7\u0610-\u061A\u0640\u064B-\u065F\u0670"
     r"\u06D6-\u06DC\u06DF-\u06E8\u06EA-\u06ED]|(?<=\p{Cyrillic})\u0301"
 )
-# Marks that belong to no word: variation selectors, enclosing circles and keycaps, accents that stand alone.
+# Marks that belong to no word: variation selectors, enclosing circles and keycaps, separate accents.
 _STRAY_MARKS = regex.compile(r"[\uFE00-\uFE0F\U000E0100-\U000E01EF\p{Me}]|(?<![\p{L}\p{M}\p{N}])\p{M}+")
 
 
@@ -174,5 +174,5 @@ def error_rate(reference: str, hypothesis: str, lang: str | None) -> float:
 
 
 def says_nothing(reference: str) -> bool:
-    """Return whether a reference stands for silence or noise: no letter or digit outside of brackets."""
+    """Return whether a reference means silence or noise: no letter or digit outside of brackets."""
     return not regex.search(r"[\p{L}\p{N}]", regex.sub(r"\[[^\]]*\]|<[^>]*>|\([^)]*\)", " ", reference))

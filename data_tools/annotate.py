@@ -3,7 +3,7 @@
     python -m data_tools.annotate --corpus NAME:PATH --out M.jsonl --hash --whisper DIR
 
 Reads the audio of a corpus once and writes a manifest of it with what was found: duration, and on request
-sound_hash (for pack's --drop-duplicates) and hypothesis, what a Whisper model hears (for pack's --max-wer).
+sound_hash (for pack's --drop-duplicates) and hypothesis, a Whisper model's transcript (for pack's --max-wer).
 `pack --manifest M.jsonl` then decides by metadata alone, which is what makes its plan, and so its bytes, the
 same in every run.
 
@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from core.audio import SAMPLE_RATE, to_mono
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.console import one_line, printable_line
 from core.languages import language_code
 from data_tools.audio import read_clip
@@ -46,7 +46,7 @@ _READERS = (
     "2"  # what readers yield, and so the place of a line in an unfinished file, is that of this version
 )
 WINDOW = 512  # entries that are decoded, transcribed and written together
-WHISPER_SECONDS = 30.0  # what Whisper hears at once; longer clips are cut and their texts joined
+WHISPER_SECONDS = 30.0  # Whisper's window; longer clips are cut and their texts joined
 
 
 def hash_of(samples: np.ndarray, rate: int) -> str:
@@ -93,7 +93,7 @@ class Transcriber:
         ) as error:  # of a folder that others wrote: the libraries have no list of what it makes them raise
             raise CorpusError(f"--whisper {folder}: {one_line(error)}") from None
         self.batch_clips = max(1, int(batch_seconds // WHISPER_SECONDS))
-        self.unknown: set[str] = set()  # languages that were told already
+        self.unknown: set[str] = set()  # languages that were reported already
 
     def __call__(self, clips: list[tuple[np.ndarray, str | None]]) -> list[str]:
         """[(samples int16 at 16 kHz, language)] -> texts, in the same order."""
@@ -106,7 +106,7 @@ class Transcriber:
             ]
         texts: dict[tuple[int, int], str] = {}
         # Clips of similar length end their texts at about the same token, so that no batch waits long for one
-        # of them.
+        # clip.
         pieces.sort(key=lambda piece: (piece[2] or "", len(piece[3]), piece[0], piece[1]))
         for lang, group in itertools.groupby(pieces, key=lambda piece: piece[2]):
             group = list(group)
@@ -197,8 +197,7 @@ def run(options: argparse.Namespace) -> str:
 
 
 def _resume(unfinished: Path, told: dict) -> int:
-    """How many items are done; what a kill left of a line is cut off. The first line says what the command
-    was."""
+    """Return how many items are done. A partial line is cut off. The first line holds the command."""
     head = json.dumps(told) + "\n"
     begun = False
     if unfinished.exists():
@@ -248,10 +247,8 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m data_tools.annotate"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = CommandParser(
+        "python -m data_tools.annotate", __doc__, example="--corpus folder:clips --hash --out clips.jsonl"
     )
     parser.add_argument("--corpus", action="append", required=True, metavar="NAME:PATH[,option=value]")
     parser.add_argument("--out", type=Path, required=True, metavar="M.jsonl")
@@ -266,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--whisper",
         metavar="DIR",
-        help="hypothesis: what this Whisper model hears (the paper filtered by whisper-medium)",
+        help="hypothesis: this Whisper model's transcript (the paper filtered by whisper-medium)",
     )
     parser.add_argument(
         "--batch-seconds",

@@ -10,7 +10,7 @@ _PAGES = -32_000  # kB of memory for pages
 
 
 class DiskTable:
-    """Values by key, and which of them were asked for. It lives in a temporary file that goes with the
+    """Values by key, and which were asked for. It lives in a temporary file that goes with the
     object."""
 
     def __init__(self):
@@ -32,7 +32,7 @@ class DiskTable:
         )
 
     def take(self, key: str, taker: str = "") -> tuple[str, str | None] | None:
-        """Return the value and who took it before (None: nobody), and note the taker; None for an unknown
+        """Return the value and who took it before (None: not taken), and note the taker; None for an unknown
         key."""
         row = self._table.execute("select value, taker from entries where key = ?", (key,)).fetchone()
         if row is not None and row[1] is None:
@@ -40,5 +40,5 @@ class DiskTable:
         return row
 
     def left_over(self) -> Iterator[tuple[str, str]]:
-        """(key, value) of those that nobody took, in the order of their keys."""
+        """(key, value) of those that were not taken, in the order of their keys."""
         yield from self._table.execute("select key, value from entries where taker is null order by key")

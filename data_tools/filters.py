@@ -24,7 +24,7 @@ from data_tools.corpora import Entry, Rejection
 from data_tools.normalise import NORMALISERS, label_sentence
 from data_tools.sources import kind_of
 
-# Reasons of samples that somebody chose to leave out. Any other reason says that something is broken.
+# Reasons of samples that somebody chose to leave out. Any other reason means that something is broken.
 FILTERS = frozenset(
     (
         "too_short",

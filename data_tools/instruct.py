@@ -1,7 +1,7 @@
 """Write instruction samples for stages 2 and 3 as a manifest.
 
     wrap   transcripts, translations and labels under many wordings of their task's instruction, the same
-           wording for the same sample and seed; --chain makes a share of them "transcribe, then answer"
+           wording for the same sample and seed; --chain makes a share of these "transcribe, then answer"
     text   text-only instruction sets (Alpaca, ShareGPT, OpenAI messages, prompt/response lines), no audio
     speak  their instructions spoken by a text-to-speech command, so that the audio is the question
 
@@ -28,7 +28,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.console import printable_line
 from core.samples import answer_of
 from data_tools.corpora import (
@@ -220,7 +220,7 @@ def read_text_set(path: Path, lang: str | None) -> Iterator[Entry | Rejection]:
         else:
             try:
                 sample = text_sample(row, name)
-            except Exception as error:  # whatever a row holds that nobody expects
+            except Exception as error:  # whatever a row holds
                 sample = fault_of(error, name)
             sample.corpus = path.stem
             if isinstance(sample, Entry):
@@ -309,7 +309,7 @@ def spoken(
     share: float,
     seed: int,
 ):
-    """speak, several commands at a time, in the order of the set; a share of them "transcribe, then
+    """speak, several commands at a time, in the order of the set; a share is "transcribe, then
     answer"."""
     while window := list(itertools.islice(items, 256)):
         for item in pool.map(lambda item: speak(item, voice), window):
@@ -379,10 +379,10 @@ def run(options: argparse.Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m data_tools.instruct"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = CommandParser(
+        "python -m data_tools.instruct",
+        __doc__,
+        example="wrap --task asr --corpus manifest:train.jsonl --out instruct.jsonl",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     add = (
@@ -416,7 +416,7 @@ def main(argv: list[str] | None = None) -> int:
         "--audio",
         type=Path,
         required=True,
-        help="folder for the spoken clips; those there are not spoken again",
+        help="folder for the TTS audio; existing files are not made again",
     )
     speaking.add_argument("--workers", type=int, default=os.cpu_count())
     for sub in (wrapping, speaking):

@@ -1,5 +1,5 @@
-"""Transcripts and labels as they are to stand in the shards: named, so that a packing says which choice it
-was made with.
+"""Normalise transcripts and labels before they are packed. Each choice has a name, which the packed folder
+records.
 
 What CTC is trained on is settled later, by the recipe's data.ctc_text (core.ctc_text.normalise); the choices
 here repair what a corpus did to its text, before training ever sees it.
@@ -69,5 +69,5 @@ def plain_label(label: str) -> str:
 
 
 def label_sentence(label: str) -> str:
-    """A sound's label in the one format that stage I learns sounds in."""
+    """A sound's label in the one format that stage 1 learns sounds in."""
     return f"the sound is {plain_label(label)}"

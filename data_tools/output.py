@@ -1,4 +1,4 @@
-"""The folder that is packed into: nobody else's files, and one process at a time for each part."""
+"""The folder that is packed into: no other files, and one process at a time for each part."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ if __package__ in (None, ""):  # run as a script: the repository, not data_tools
 import numpy as np
 
 from core.audio import REFUSABLE, SAMPLE_RATE
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.console import one_line, printable_line
 from data_tools.audio import CODECS
 from data_tools.audio import check_output as check_codec
@@ -60,11 +60,7 @@ _ADDED = {"refuse"}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=program_name("pack.py"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("data_tools/pack.py", __doc__, example="--corpus folder:clips --out shards/train")
     add = parser.add_argument_group("corpora").add_argument
     add(
         "--corpus",
@@ -207,7 +203,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     if options.ctc_frame_rate and not options.tokenizer:
         parser.error("--ctc-frame-rate needs --tokenizer")
     if options.measure and options.codec == "copy":
-        parser.error("--measure decodes, --codec copy does not: leave one of them out")
+        parser.error("--measure decodes, --codec copy does not: leave one out")
     if options.shard_mb and options.shard_hours:
         parser.error("--shard-mb or --shard-hours, not both")
     if options.workers < 1:
@@ -287,7 +283,7 @@ def packing_of(options: argparse.Namespace) -> tuple[Packing, Layout]:
 
 
 def shaping_options(options: argparse.Namespace, name: str) -> dict:
-    """The options that shape the bytes, and a digest of them."""
+    """Return the options that shape the bytes, and their digest."""
     given = {key: value for key, value in vars(options).items() if value is not None or key not in _ADDED}
     shaping = {key: value for key, value in given.items() if key not in _NOT_IN_BYTES} | {"name": name}
     return {
@@ -323,7 +319,7 @@ def _unchanged(folder: Path, known: dict, now: dict[str, str]) -> None:
 
 @dataclass
 class Job:
-    """One folder to pack into: all samples, or one split of them."""
+    """One folder to pack into: all samples, or one split."""
 
     split: str | None
     packing: Packing

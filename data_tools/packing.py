@@ -48,12 +48,12 @@ _ENOUGH_TO_JUDGE = 100  # clips before a share of broken ones means something wh
 
 
 class PackError(OneLine, RuntimeError):
-    """Packing cannot go on or be joined; one line: what, where, what to do."""
+    """Packing cannot continue or be joined; one line: what, where, what to do."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """How many lines and clips a plan was made from, and how many of them are faults already."""
+    """How many lines and clips a plan was made from, and how many are faults already."""
 
     items: int = 0
     faults: int = 0
@@ -192,7 +192,7 @@ class Packing:
             )
             raise BrokenProcessPool(" or ".join(f"{name}.tar" for name in names)) from None
         finally:
-            # Shards that stand in the queue are dropped; one that is being written when another fails ends
+            # Shards in the queue are dropped; one that is being written when another fails ends
             # first.
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -310,7 +310,7 @@ class Packing:
                 os.replace(unfinished, self.folder / "rejected.jsonl")
                 shutil.rmtree(
                     self.folder / WORK, ignore_errors=True
-                )  # so that the same command does its work on a mended corpus
+                )  # so that the same command packs a fixed corpus
                 raise PackError(
                     f"no sample was left to pack ({counted(counts)}): {self.folder / 'rejected.jsonl'} says "
                     f"why for each"

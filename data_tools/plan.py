@@ -357,7 +357,7 @@ def _readable(corpus: Iterable[Item]) -> Iterator[Item]:
 
 
 def _qualify(corpora: list, sources: dict[tuple, int], repeated: Iterable[_Repeated]) -> bool:
-    """Ask corpora to tell apart ids that several of them, or several of their parts, use for different clips.
+    """Ask corpora to tell apart ids that several corpora, or several of their parts, use for different clips.
     False: none can."""
     by_number = {number: key for key, number in sources.items()}
     changed = False
@@ -466,7 +466,7 @@ def _doubles(
     table: Path, out: Callable[[int], bool] | None = None, chunk: int = 1 << 20
 ) -> Callable[[int], bool] | None:
     """A test for sequence numbers whose hash an earlier one has (None: there are none); those that are `out`
-    have none. `table` holds (hash, sequence) pairs; it is gone through once for every `chunk` of them, each
+    have none. `table` holds (hash, sequence) pairs; it is gone through once for every `chunk` pairs, each
     time for another residue of the hash, so that memory does not grow with it."""
     count = table.stat().st_size // 16
     if not count:
@@ -557,7 +557,7 @@ def shard_entries(folder: Path, shard: int) -> tuple[int, list[Entry]]:
 
 
 def plan_once(folder: Path, make: Callable[[Path], dict], patience_seconds: float = 60.0) -> dict:
-    """The plan in `folder`, made by `make` if nobody has made it; parts of an array job that start together
+    """The plan in `folder`, made by `make` if there is none; parts of an array job that start together
     wait for one.
 
     The lock only saves work: plans are equal, and the rename of a finished one into place is what counts. A

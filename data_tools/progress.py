@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Progress:
-    """Shows how much of something is done. total: None where nobody knows; unit: of what is counted, with its
+    """Show how much of something is done. total: None where it is unknown; unit: of what is counted, with its
     blank in front."""
 
     def __init__(
@@ -63,7 +63,7 @@ class Progress:
             print(f"{self.name}: {what}", file=sys.stderr, flush=True)
 
     def to(self, done: float, more: str = "") -> None:
-        """So much is done. more: what else is told."""
+        """Show that so much is done. more: text to add."""
         if self._bar is not None:
             if self.total is not None:
                 self._bar.total = self.total
@@ -89,7 +89,7 @@ class Progress:
 
 
 def watched(items: Iterable[T], name: str, unit: str = " samples", total: int | None = None) -> Iterator[T]:
-    """The items, and how many of them went by."""
+    """Yield the items, and show how many went by."""
     with Progress(name, total, unit) as progress:
         count = 0
         for item in items:

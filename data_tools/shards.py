@@ -76,12 +76,12 @@ class OutputError(OneLine, OSError):
 
 
 def id_hash(corpus: str, sample_id: str) -> int:
-    """64 bits that stand for one sample of one corpus."""
+    """Return a 64-bit hash of one sample of one corpus."""
     return int.from_bytes(hashlib.blake2b(f"{corpus}/{sample_id}".encode(), digest_size=8).digest(), "little")
 
 
 def audio_hash(audio: bytes | None) -> int:
-    """64 bits that stand for one compressed clip: equal clips of several samples share what is computed from
+    """Return a 64-bit hash of one compressed clip: equal clips of several samples share what is computed from
     them."""
     # sha256, for which processors have instructions: twice as fast as blake2b where they do
     return int.from_bytes(hashlib.sha256(audio).digest()[:8], "little") if audio else 0
@@ -275,7 +275,7 @@ def fingerprint(table: np.ndarray, checksums: list[str]) -> str:
 
 
 def replace_file(path: Path, data: bytes, scratch: Path | None = None) -> None:
-    """Write a file so that its name only ever stands for complete content. scratch: a folder of the same file
+    """Write a file atomically. scratch: a folder of the same file
     system for what is not finished (default: the file's own), so that a kill leaves nothing beside finished
     files."""
     unfinished = (scratch or path.parent) / f".{path.name}.{os.getpid()}"
@@ -501,7 +501,7 @@ class ShardIndex:
 
     Files are opened at first use and at most `open_files` are kept open. Safe to pickle and to fork. Where
     the environment names a folder of node-local copies in SOUNDWAVE_LOCAL_SHARDS (checked by load: only this
-    user may write there), a shard that stands there complete as FINGERPRINT/NAME is read from there.
+    user may write there), a shard whose complete copy is there as FINGERPRINT/NAME is read from there.
     """
 
     def __init__(self, folder: Path, index: dict, samples: np.ndarray, open_files: int = 64):

@@ -4,7 +4,7 @@
 
     --png FILE              histograms of duration and of speaking rate
     --listen ROW --to FILE  one clip (and its JSON, printed); ROW is a number, or CORPUS/ID
-    --lhotse FILE           a lhotse cut manifest of the shards as they are (bytes are read out of the tars by
+    --lhotse FILE           a lhotse cut manifest of the shards as they are (bytes are read from the tars by
                             commands)
 
 Everything but --listen and --lhotse comes from the index alone: no shard is opened.
@@ -12,7 +12,6 @@ Everything but --listen and --lhotse comes from the index alone: no shard is ope
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import shlex
@@ -24,7 +23,7 @@ import numpy as np
 import soundfile
 
 from core.audio import AudioError, read
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.console import duration, plural, print_text, printable, printable_line
 from data_tools.output import WORK
 from data_tools.progress import watched
@@ -243,11 +242,7 @@ def folders_in(parent: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m data_tools.show"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("python -m data_tools.show", __doc__, example="shards/train --png durations.png")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--png", type=Path)
     parser.add_argument("--listen", metavar="ROW")

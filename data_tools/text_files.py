@@ -6,8 +6,8 @@
     table_rows   (line number, {column: cell}) of a CSV or TSV
 
 All are read one item at a time. An item that cannot be used comes as a `Problem` and costs nothing else. A
-file that ends in the middle of its compressed data, or cannot be read, is a CorpusError: nobody knows what is
-missing.
+file that ends in the middle of its compressed data, or cannot be read, is a CorpusError: what is missing
+is unknown.
 """
 
 from __future__ import annotations
@@ -339,7 +339,7 @@ def table_rows(
 ) -> Iterator[tuple[int, dict[str, str] | Problem]]:
     """(number of the last line, {column: cell}) of each row of a CSV or TSV.
 
-    header: column names of a file without a line of them; escape: the sign before signs that would mean
+    header: column names of a file without a header line; escape: the sign before signs that would mean
     something else; required: columns without which the file is another one than it should be. A row
     with another number of cells than there are columns, and one that is not valid between quotes, is a
     Problem; what such quotes swallowed is read again. Errors: CorpusError for a file or header that cannot be
@@ -411,16 +411,16 @@ def _checked_header(cells: list[str], delimiter: str, path: Path, required: Coll
 
 def _quote_problem(error: csv.Error) -> str:
     if "end of data" in str(error):
-        return "a quote that is not closed: close it, or give quoting=no where cells do not stand in quotes"
-    return "a quote inside a quoted cell: double it, or give quoting=no where cells do not stand in quotes"
+        return "a quote that is not closed: close it, or give quoting=no where cells are not quoted"
+    return "a quote inside a quoted cell: double it, or give quoting=no where cells are not quoted"
 
 
 def _count_problem(cells: int, columns: int, delimiter: str, quoted: bool) -> str:
     sign = DELIMITERS.get(delimiter, f"'{delimiter}'")
     if cells < columns:
         return f"{cells} cells, the header has {columns} columns: cells are missing, or the line is cut"
-    cure = "put such a cell in double quotes" if quoted else "no cell may hold one"
-    return f"{cells} cells, the header has {columns} columns: a {sign} inside a cell? {cure}"
+    fix = "put such a cell in double quotes" if quoted else "no cell may hold one"
+    return f"{cells} cells, the header has {columns} columns: a {sign} inside a cell? {fix}"
 
 
 def _swallowed(cells: list[str], more: list[str], options: dict) -> bool:

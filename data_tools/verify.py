@@ -10,7 +10,6 @@ the whole:    counts, hours, fingerprint
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from core.audio import AudioError, read
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.console import print_text
 from core.json_files import read_object
 from data_tools.progress import watched
@@ -170,11 +169,7 @@ def check(folder: Path, decode: int | None, workers: int) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m data_tools.verify"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("python -m data_tools.verify", __doc__, example="shards/train")
     parser.add_argument("folder", type=Path)
     parser.add_argument(
         "--decode",

@@ -16,7 +16,7 @@ def start_worker(parent: int) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from each worker; the parent says what to do
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from each worker; the parent reports
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
 
 

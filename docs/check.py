@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,6 @@ from pathlib import Path
 import yaml
 
 from core.code import ROOT
-from core.files import write_atomically
 from docs import command_lines, generate, prose
 
 DOCS = ROOT / "docs"
@@ -172,7 +170,7 @@ def paths() -> Iterator[str]:
                 and not (ROOT / code).exists()
             ):
                 yield f"{path.relative_to(ROOT)}: there is no file {code}"
-    for _, path in prose.code_files():
+    for path in prose.code_files():
         for page in re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text()):
             if not (ROOT / page).exists():
                 yield f"{path.relative_to(ROOT)}: there is no page {page}"
@@ -239,13 +237,9 @@ def phrases() -> Iterator[str]:
         found = prose.hits(path, rules) if path.suffix != ".yaml" else _yaml_hits(path, rules)
         for hit in found:
             yield f"{path.relative_to(ROOT)}:{hit.line}: {hit.phrase!r}: write {hit.instead}"
-    allowed = prose.baseline()
-    for package, count in prose.counts().items():
-        if count > allowed.get(package, 0):
-            yield (
-                f"{package}/: {count} banned phrases, more than the {allowed.get(package, 0)} of "
-                f"docs/banned_baseline.json: python -m docs.check --phrases {package}"
-            )
+    for path in prose.code_files():
+        for hit in prose.hits(path, rules):
+            yield f"{path.relative_to(ROOT)}:{hit.line}: {hit.phrase!r}: write {hit.instead}"
 
 
 def _yaml_hits(path: Path, rules: list) -> Iterator[prose.Hit]:
@@ -271,33 +265,12 @@ def problems() -> Iterator[str]:
         yield from check()
 
 
-def update_baseline(*, raise_too: bool) -> None:
-    old, now = prose.baseline(), prose.counts()
-    new = now if raise_too else {name: min(count, old.get(name, count)) for name, count in now.items()}
-    write_atomically(prose.BASELINE, json.dumps(new, indent=1, sort_keys=True) + "\n")
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m docs.check",
         description="Check lengths, links, commands and words of the documentation.",
     )
-    parser.add_argument("--phrases", metavar="PACKAGE", help="list the banned phrases in a package's code")
-    parser.add_argument("--update-baseline", action="store_true", help="lower docs/banned_baseline.json")
-    parser.add_argument(
-        "--reset-baseline", action="store_true", help="set it to today's counts, after a merge"
-    )
-    options = parser.parse_args(arguments)
-    if options.update_baseline or options.reset_baseline:
-        update_baseline(raise_too=options.reset_baseline)
-        return 0
-    if options.phrases:
-        rules = prose.phrases()
-        for package, path in prose.code_files():
-            if package == options.phrases:
-                for hit in prose.hits(path, rules):
-                    print(f"{path.relative_to(ROOT)}:{hit.line}: {hit.phrase!r}: write {hit.instead}")
-        return 0
+    parser.parse_args(arguments)
     found = list(problems())
     print("\n".join(found) or "docs: no problems")
     return 1 if found else 0

@@ -53,7 +53,7 @@ def commands() -> dict[str, str]:
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             text = path.read_text()
-            if "ArgumentParser(" not in text or "def main(" not in text:
+            if not re.search(r"(?:Argument|Command)Parser\(", text) or "def main(" not in text:
                 continue
             module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
             found[module] = SPOKEN.get(module, f"python -m {module.removesuffix('.__main__')}")

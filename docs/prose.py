@@ -1,9 +1,8 @@
-"""Find phrases that docs/style rules out, in docs, docstrings, comments, strings and test names."""
+"""Find the phrases of docs/banned_phrases.txt in docs, docstrings, comments, strings and test names."""
 
 from __future__ import annotations
 
 import io
-import json
 import re
 import tokenize
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ from typing import NamedTuple
 from core.code import ROOT
 
 PHRASES = ROOT / "docs" / "banned_phrases.txt"
-BASELINE = ROOT / "docs" / "banned_baseline.json"
 SUFFIXES = (".py", ".sh", ".yaml")
 SKIPPED = {"build", "runs", "site", "__pycache__"}
 
@@ -90,8 +88,8 @@ def _python(text: str) -> Iterator[tuple[int, str]]:
         yield begun, "\n".join(comment)
 
 
-def code_files() -> Iterator[tuple[str, Path]]:
-    """Yield (package, file) of the code."""
+def code_files() -> Iterator[Path]:
+    """Yield the files of the code."""
     for folder in sorted(path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")):
         if folder.name in SKIPPED or folder.name == "docs":
             continue
@@ -99,17 +97,4 @@ def code_files() -> Iterator[tuple[str, Path]]:
             place = path.relative_to(ROOT)
             is_code = path.suffix in SUFFIXES and not SKIPPED & set(place.parts)
             if is_code and not place.is_relative_to("slurm/jobs"):
-                yield folder.name, path
-
-
-def counts() -> dict[str, int]:
-    """Return package -> number of banned phrases in its code."""
-    rules = phrases()
-    found: dict[str, int] = {}
-    for package, path in code_files():
-        found[package] = found.get(package, 0) + sum(1 for _ in hits(path, rules))
-    return found
-
-
-def baseline() -> dict[str, int]:
-    return json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
+                yield path

@@ -13,12 +13,11 @@ judged (evaluation.judge). Layout: github.com/OFA-Sys/AIR-Bench; audio lies in
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from evaluation.predictions import PredictionError, read_predictions
 
 LETTERS = "ABCD"
@@ -112,8 +111,10 @@ def _one_line(text: object) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m evaluation.air_bench"), description=__doc__.splitlines()[0]
+    parser = CommandParser(
+        "python -m evaluation.air_bench",
+        __doc__.splitlines()[0],
+        example="manifest --meta Foundation_meta.json --out foundation.jsonl",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     first = commands.add_parser("manifest", help="published JSON -> manifest for data_tools/pack.py")

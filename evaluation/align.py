@@ -7,7 +7,7 @@
 The first adds `words` to each line: text, start and end (seconds from the clip's start), confidence. The
 second cuts recordings of any length at pauses into clips with their part of the transcript: a manifest with
 offset and duration, which pack takes. The text is aligned as it is; nothing is transcribed. What cannot be
-aligned is named, with the reason, in OUT.rejected.jsonl. A stage I folder is enough: the CTC head aligns.
+aligned is named, with the reason, in OUT.rejected.jsonl. A stage 1 folder is enough: the CTC head aligns.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from core.audio import SAMPLE_RATE, AudioError, to_mono
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.console import one_line, plural, print_error
 from core.samples import PromptError
 from core.spelling import word_spans
@@ -174,10 +174,10 @@ def segments(
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m evaluation.align"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = CommandParser(
+        "python -m evaluation.align",
+        __doc__,
+        example="runs/me/alignment/model --corpus folder:clips --out words.jsonl",
     )
     cutting = Cutting()
     parser.add_argument("model", type=Path, help="model folder of any stage: <output>/<stage>/model")
@@ -188,10 +188,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--max-seconds", type=float, default=cutting.most, help="of a clip (default: %(default)g)"
     )
     parser.add_argument(
-        "--min-seconds", type=float, default=cutting.least, help="shorter clips are joined (%(default)g)"
+        "--min-seconds",
+        type=float,
+        default=cutting.least,
+        help="shorter clips are joined (default: %(default)g)",
     )
     parser.add_argument(
-        "--pause", type=float, default=cutting.pause, help="silence that a cut needs (%(default)g s)"
+        "--pause", type=float, default=cutting.pause, help="silence that a cut needs (default: %(default)g s)"
     )
     parser.add_argument(
         "--min-confidence", type=float, default=0.0, help="reject clips below it (default: none)"

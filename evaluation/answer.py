@@ -3,7 +3,7 @@
     python -m evaluation.answer runs/mine/sft/model clip.wav other.flac                    # transcribes
     python -m evaluation.answer runs/mine/sft/model clip.wav --prompt "What is asked here?"
 
-One line a file on standard output: the file, a tab, the answer. A stage I folder has no LLM: its CTC head
+One line a file on standard output: the file, a tab, the answer. A stage 1 folder has no LLM: its CTC head
 transcribes, and a file without speech has no text. Recordings of any length: `python -m
 soundwave.transcribe`. A file that cannot be used is named in one line on standard error, the others are
 answered all the same, and the exit code is 2.
@@ -18,7 +18,7 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 import soundwave
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.console import print_error, print_text
 from core.samples import INSTRUCTIONS, PromptError
 from evaluation.run import DECODE_HELP, DECODES, InputError
@@ -28,8 +28,10 @@ from model.stages import STAGES
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m evaluation.answer"), description=__doc__.splitlines()[0]
+    parser = CommandParser(
+        "python -m evaluation.answer",
+        __doc__.splitlines()[0],
+        example='runs/me/sft/model clip.wav --prompt "What is said?"',
     )
     parser.add_argument("model", type=Path, help="model folder: <output>/<stage>/model")
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="sound: WAV, FLAC, MP3, Ogg ...")
@@ -55,12 +57,12 @@ def check(options: argparse.Namespace, has_llm: bool) -> None:
     """Errors: InputError for what the model cannot be asked."""
     if not has_llm and options.decode not in (None, "ctc"):
         raise InputError(
-            f"{options.model} is of stage I, which has no LLM: use --decode ctc, or the folder of a later "
+            f"{options.model} is of stage 1, which has no LLM: use --decode ctc, or the folder of a later "
             f"stage"
         )
     if not has_llm and options.prompt:
         raise InputError(
-            f"{options.model} is of stage I, which has no LLM to ask: leave --prompt out for a transcript, "
+            f"{options.model} is of stage 1, which has no LLM to ask: leave --prompt out for a transcript, "
             f"or give the folder of a later stage"
         )
 

@@ -5,7 +5,6 @@ python -m evaluation.compare A.jsonl B.jsonl
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import defaultdict
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.plugins import PluginError, add_plugins_option, load_plugins
 from evaluation.metrics import METRICS, metric_of
 from evaluation.metrics.accuracy import with_labels
@@ -83,8 +82,8 @@ def compare(first: Path, second: Path) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m evaluation.compare"), description=__doc__.splitlines()[0]
+    parser = CommandParser(
+        "python -m evaluation.compare", __doc__.splitlines()[0], example="ours.jsonl baseline.jsonl"
     )
     parser.add_argument("first", type=Path)
     parser.add_argument("second", type=Path)

@@ -2,7 +2,7 @@
 
     python -m evaluation.demo MODEL
 
-Record or upload speech, ask about it, and see the answer as it is written, what the CTC head heard, which
+Record or upload speech, ask about it, and see the answer as it is written, the CTC head's transcript, which
 frames the LLM was given, and how long each part took. It listens on this machine alone unless --host says
 otherwise, and sends nothing anywhere.
 
@@ -32,7 +32,7 @@ from transformers import TextIteratorStreamer
 from transformers.utils.logging import disable_progress_bar
 
 from core.audio import SAMPLE_RATE, AudioError, decode, largest_decoded
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.console import one_line, print_error, printable
 from core.samples import asked
 from model import folder
@@ -66,7 +66,7 @@ class Streamer(TextIteratorStreamer):
 
     def put(self, value: torch.Tensor) -> None:
         if self.stopped.is_set():
-            raise CancelledError("nobody reads on")
+            raise CancelledError("the answer is no longer read")
         if time.monotonic() > self.deadline:
             raise Refusal(f"the answer was stopped after {self.seconds:g} s, the limit here")
         super().put(value)
@@ -146,7 +146,7 @@ class Talker:
         self.check_length(seconds)
         began = time.perf_counter()
         inspection = self.model.inspect(self.conversation(waveform, ""))
-        heard = time.perf_counter() - began
+        encoding = time.perf_counter() - began
         tokens = [
             token
             for _, token in ctc_peaks(inspection["tokens"][0], inspection["peak"][0], inspection["blank"])
@@ -159,12 +159,12 @@ class Talker:
         lines = [
             ("audio", f"{seconds:.2f} s"),
             ("frames", f"{frames}, {kept} kept for the LLM ({kept / seconds:.1f} a second)"),
-            ("encoder, adapter and CTC", f"{heard * 1000:.0f} ms"),
+            ("encoder, adapter and CTC", f"{encoding * 1000:.0f} ms"),
         ]
         lines = [*(("**warning**", text.replace("|", "/")) for text in findings), *lines]
         if self.model.llm is None:
             yield (
-                "(A model of stage I has no LLM; below is what its CTC head heard.)",
+                "(A model of stage 1 has no LLM; below is its CTC transcript.)",
                 transcript,
                 picture,
                 timings(lines),
@@ -303,7 +303,7 @@ def page(talker: Talker, title: str):
                 button = gradio.Button("Ask", variant="primary", elem_id="ask")
             with gradio.Column():
                 answer = gradio.Textbox(label="Answer", lines=4, elem_id="answer")
-                transcript = gradio.Textbox(label="What the CTC head heard", elem_id="transcript")
+                transcript = gradio.Textbox(label="CTC transcript", elem_id="transcript")
                 times = gradio.Markdown(elem_id="timings")
         gradio.Markdown(
             "Spectrogram with the frames that the LLM is given; probability of the blank; CTC peaks and "
@@ -402,9 +402,7 @@ def serve(options: argparse.Namespace, folder_of_uploads: str) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m evaluation.demo"), description=__doc__.splitlines()[0]
-    )
+    parser = CommandParser("python -m evaluation.demo", __doc__.splitlines()[0], example="runs/me/sft/model")
     parser.add_argument("model", type=Path, help="model folder: <output>/<stage>/model")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: this machine alone)"
@@ -433,7 +431,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory(
             prefix="soundwave-demo-"
-        ) as folder_of_uploads:  # mode 700, a name nobody can guess
+        ) as folder_of_uploads:  # mode 700, a random name
             return serve(options, folder_of_uploads)
     except KeyboardInterrupt:
         print()

@@ -5,14 +5,13 @@
 
 Each answer is rated from 1 to 10 against the reference answer, given a description of the audio (AIR-Bench's
 `meta_info` with --meta, else the transcript), twice with the two answers in either order; the mean of both
-counts. Judgements are kept in P.judge.jsonl, so an interrupted run goes on, and the score is recomputed from
+counts. Judgements are kept in P.judge.jsonl, so an interrupted run resumes, and the score is recomputed from
 those of this judge, wording and answer. The wording is this project's (replace it with --template): scores by
 another wording or another judge are not comparable.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.console import one_line, print_error, print_text
 from core.samples import PromptError
 from evaluation.air_bench import read_meta, sample_id
@@ -93,8 +92,8 @@ def parse_scores(reply: str) -> tuple[float, float] | None:
 
 
 def digest_of(row: dict, description: str, judge: str, template: str = TEMPLATE) -> str:
-    """sha256 over all that a judgement depends on: one of another judge, wording, answer or reference does
-    not stand for it."""
+    """sha256 over all that a judgement depends on: one of another judge, wording, answer or reference has
+    another digest."""
     parts = [
         row_key(row),
         judge,
@@ -108,7 +107,7 @@ def digest_of(row: dict, description: str, judge: str, template: str = TEMPLATE)
 
 
 def _plain(text: str) -> str:
-    """An answer must not end its own part of the template and go on with words of its own to the judge."""
+    """An answer must not end its own part of the template and add instructions to the judge."""
     return _TAGS.sub("&lt;", text)
 
 
@@ -169,8 +168,10 @@ def summarise(judgements: list[dict]) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m evaluation.judge"), description=__doc__.splitlines()[0]
+    parser = CommandParser(
+        "python -m evaluation.judge",
+        __doc__.splitlines()[0],
+        example="predictions.jsonl --endpoint http://localhost:8000/v1 --judge NAME",
     )
     parser.add_argument("predictions", type=Path)
     judge = parser.add_mutually_exclusive_group(required=True)

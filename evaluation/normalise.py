@@ -1,4 +1,4 @@
-"""The text normaliser of scores stands in core/text.py, where training and data tools use it, too."""
+"""The text normaliser of scores is in core/text.py, where training and data tools use it, too."""
 
 from core.text import describe, normalise
 

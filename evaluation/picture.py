@@ -5,11 +5,10 @@ python -m evaluation.picture --model DIR --shards DIR --index 3 --out picture.pn
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from data_tools.shards import ShardError, ShardIndex
 from model import folder
 from model.picture import draw
@@ -19,8 +18,10 @@ from stream.rejected import BrokenSample
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m evaluation.picture"), description=__doc__.splitlines()[0]
+    parser = CommandParser(
+        "python -m evaluation.picture",
+        __doc__.splitlines()[0],
+        example="--model runs/me/sft/model --shards shards/test --index 3 --out picture.png",
     )
     parser.add_argument("--model", type=Path, required=True, help="model folder")
     parser.add_argument("--shards", required=True, help="folder written by data_tools/pack.py")

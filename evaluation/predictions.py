@@ -62,7 +62,7 @@ def read_predictions(path: Path) -> tuple[list[dict], list[str]]:
         if any(known[key] != row[key] for key in ("reference", "prediction")):
             raise PredictionError(
                 f"{path}, line {number}: {prediction_key(row)} is there twice and differs from line {first}: "
-                "keep one of them"
+                "keep one"
             )
         repeated += 1
     notes = [f"{repeated} rows are there twice and counted once"] if repeated else []
@@ -129,7 +129,7 @@ class PredictionFile:
             before = None
         if before is None and (there := [*self.parts(), *([self.path] if self.path.exists() else [])]):
             raise PredictionError(
-                f"{there[0]} is there, but not {self.run_file.name}, which says how it was made: give "
+                f"{there[0]} is there, but not {self.run_file.name}, which records its settings: give "
                 f"another "
                 "--out, or --restart to throw it away"
             )

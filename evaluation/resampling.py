@@ -4,8 +4,8 @@ A corpus score here is a ratio of sums: errors over reference words, correct ans
 bootstrap draws utterances with replacement (Bisani and Ney, "Bootstrap estimates for confidence intervals in
 ASR performance evaluation", ICASSP 2004). The paired test swaps the two systems' counts utterance by
 utterance at random (approximate randomisation; Riezler and Maxwell, "On some pitfalls in automatic evaluation
-and significance testing for MT", 2005). Both treat utterances as independent: where one speaker gives many of
-them, the intervals are too narrow.
+and significance testing for MT", 2005). Both treat utterances as independent: where one speaker gives many
+utterances, the intervals are too narrow.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ models.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
@@ -23,7 +22,7 @@ from peft import PeftModel
 from sacrebleu.metrics import CHRF
 from tqdm import tqdm
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.control_tokens import text_ids
 from core.samples import asked
 from evaluation.resampling import interval, paired_test
@@ -55,7 +54,7 @@ def answer(model: Soundwave, question: str, max_new_tokens: int) -> str:
 
 
 def is_right(given: str, accepted: list[str]) -> bool:
-    """Whether an accepted word stands in the answer's first sentence, as a whole word."""
+    """Return whether an accepted word is in the answer's first sentence, as a whole word."""
     first = re.split(r"(?<=[.!?])\s|\n", given.strip().lower(), maxsplit=1)[0]
     return any(re.search(rf"(?<!\w){re.escape(word.lower())}(?!\w)", first) for word in accepted)
 
@@ -112,10 +111,12 @@ def retention(model: Soundwave, passages: list[str], questions: list[dict], max_
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m evaluation.retention"), description=__doc__.splitlines()[0]
+    parser = CommandParser(
+        "python -m evaluation.retention",
+        __doc__.splitlines()[0],
+        example="--model runs/me/sft/model --out retention.json",
     )
-    parser.add_argument("--model", type=Path, required=True, help="model folder of stage II or III")
+    parser.add_argument("--model", type=Path, required=True, help="model folder of stage 2 or 3")
     parser.add_argument(
         "--passages", type=Path, default=TEXT / "passages.txt", help="text file, one passage a line"
     )
@@ -145,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
         ]
         if not STAGES[folder.describe(options.model)["stage"]].needs_llm:
             raise ValueError(
-                f"{options.model} is of stage I, which leaves the LLM alone: give a folder of stage II or III"
+                f"{options.model} is of stage 1, which leaves the LLM alone: give a folder of stage 2 or 3"
             )
         model = folder.load(
             options.model, device=options.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -4,9 +4,9 @@
     torchrun --nproc_per_node 8 -m evaluation.run --model ... --shards shards/test-a shards/test-b --task asr
     translation
 
-A stage I folder is read out by its CTC head (greedy, no LLM is loaded), folders of stages II and III by
+A stage 1 folder is decoded by its CTC head (greedy, no LLM is loaded), folders of stages 2 and 3 by
 generation. In place of --model, --untrained RECIPE scores a stage's model before its first step. Every batch
-is on disk before the next one starts; the same command goes on where a killed one stopped.
+is on disk before the next one starts; the same command resumes after a kill.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.console import OneLine
 from core.distributed import disconnect, hard_exit
 from core.plugins import PluginError, add_plugins_option, load_plugins
@@ -48,7 +48,7 @@ from stream import EvalStream
 
 DECODES = ("ctc", "generate", "joint", "drafted")
 DECODE_HELP = (
-    "default: ctc for stage I, generate for II and III; joint: transcripts by LLM and CTC together; "
+    "default: ctc for stage 1, generate for stages 2 and 3; joint: transcripts by LLM and CTC together; "
     "drafted: as generate, faster: the LLM checks the CTC head's transcript"
 )
 
@@ -101,7 +101,7 @@ def drafting(options: argparse.Namespace) -> Drafting:
 
 def begin(recipe: Recipe, decode: str | None) -> tuple[Soundwave, str]:
     """The recipe's model as its stage begins, and the stage: what the previous stage has learnt, the rest
-    fresh from the recipe's seed. Stage I and CTC need no LLM. Errors: RecipeError, SourceError,
+    fresh from the recipe's seed. Stage 1 and CTC need no LLM. Errors: RecipeError, SourceError,
     FolderError."""
     previous = initial_folder(recipe)
     parts = ("encoder", "adapters") if decode == "ctc" else stage_of(recipe).parts
@@ -129,7 +129,7 @@ def prediction_row(sample: dict, prediction: str, raw: str, decode: str) -> dict
         if question := question_of(sample):
             row["prompt"] = question
         if sample.get("text") and sample.get("task") != "asr":
-            row["transcript"] = sample["text"]  # what a judge is told of the audio
+            row["transcript"] = sample["text"]  # the judge's description of the audio
         choices = lettered_choices(question)
         row |= {"choices": choices} if choices and sample.get("label") else {}
     if sample.get("findings"):
@@ -138,7 +138,7 @@ def prediction_row(sample: dict, prediction: str, raw: str, decode: str) -> dict
 
 
 def audio_lengths(model: Soundwave, batch: Batch) -> list[dict]:
-    """Per row of the last batch: `frames` of the adapter and `kept` of them, summed over the row's audios; {}
+    """Per row of the last batch: `frames` of the adapter and `kept` frames, summed over the row's audios; {}
     without audio."""
     if batch.audio_is_dummy:
         return [{} for _ in batch.ids]
@@ -295,7 +295,7 @@ def load(options: argparse.Namespace, device: torch.device) -> tuple[Soundwave, 
     has_llm = STAGES[stage].needs_llm
     if options.decode in ("generate", "joint", "drafted") and not has_llm:
         raise InputError(
-            f"{options.model or options.untrained} is of stage I, which has no LLM: use --decode ctc, or the "
+            f"{options.model or options.untrained} is of stage 1, which has no LLM: use --decode ctc, or the "
             f"folder "
             "of a later stage"
         )
@@ -404,8 +404,10 @@ def finish(
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m evaluation.run"), description=__doc__.splitlines()[0]
+    parser = CommandParser(
+        "python -m evaluation.run",
+        __doc__.splitlines()[0],
+        example="--model runs/me/sft/model --shards shards/test --task asr --out predictions.jsonl",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", type=Path, help="model folder written by a stage: <output>/<stage>/model")

@@ -9,7 +9,6 @@ saw), `tokens` (generated).
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import Counter, defaultdict
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.languages import is_known
 from core.plugins import PluginError, add_plugins_option, load_plugins
 from core.samples import target_language
@@ -155,16 +154,14 @@ def print_notes(result: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m evaluation.score"), description=__doc__.splitlines()[0]
-    )
+    parser = CommandParser("python -m evaluation.score", __doc__.splitlines()[0], example="predictions.jsonl")
     parser.add_argument("files", nargs="+", type=Path, help="predictions written by evaluation.run")
     parser.add_argument(
         "--marks",
         choices=MARKS,
         default="script",
         help="combining marks: kept where a script needs them (default), all kept, or deleted as Whisper's "
-        "normaliser does, for numbers that stand beside published ones",
+        "normaliser does, for comparison with published numbers",
     )
     add_plugins_option(parser)
     options = parser.parse_args(arguments)

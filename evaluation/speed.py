@@ -2,14 +2,13 @@
 
     python -m evaluation.speed --model DIR --shards DIR
 
-Per clip, in seconds: from the waveform to the kept frames (encoder, adapter, CTC), from the waveform to the
+Per clip, in seconds: from the waveform to the CTC peaks (encoder, adapter, CTC), from the waveform to the
 first token, and to the end of the answer; then medians, and the real-time factor (seconds of work per second
 of audio). Reading and decoding the file is not counted.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import sys
@@ -21,7 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from data_tools.shards import ShardError
 from evaluation.run import InputError, shard_folder
 from model import folder
@@ -56,7 +55,7 @@ def wait(device: torch.device) -> float:
 @torch.inference_mode()
 def measure(model: Soundwave, batch: Batch, max_new_tokens: int) -> dict[str, float]:
     """One conversation: {audio_path, first_token, total} in seconds, {frames, kept, tokens} as counts.
-    first_token is there when the model answers at all (a stage I folder has no LLM: the CTC transcript is its
+    first_token is there when the model answers at all (a stage 1 folder has no LLM: the CTC transcript is its
     answer)."""
     device = next(model.parameters()).device
     began = wait(device)
@@ -75,7 +74,7 @@ def measure(model: Soundwave, batch: Batch, max_new_tokens: int) -> dict[str, fl
 
 
 def summarise(clips: list[dict]) -> dict:
-    """Medians over clips, and sums' ratios: real-time factor, kept frames and frames per second of audio."""
+    """Medians over clips, and sums' ratios: real-time factor, CTC peaks and frames per second of audio."""
     seconds = sum(clip["seconds"] for clip in clips)
     result = {
         "clips": len(clips),
@@ -93,8 +92,10 @@ def summarise(clips: list[dict]) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m evaluation.speed"), description=__doc__.splitlines()[0]
+    parser = CommandParser(
+        "python -m evaluation.speed",
+        __doc__.splitlines()[0],
+        example="--model runs/me/sft/model --shards shards/test",
     )
     parser.add_argument("--model", type=Path, required=True, help="model folder")
     parser.add_argument("--shards", required=True, help="folder written by data_tools/pack.py")

@@ -1,5 +1,4 @@
-"""What the reference of a sample is, and how a closed-choice answer is read out of free
-text."""
+"""The reference of a sample, and the choice that a free-text answer to a closed question makes."""
 
 from __future__ import annotations
 
@@ -109,7 +108,7 @@ _CONCLUSION = (
 )
 _VERB = r"(?i:is|would be|must be|should be|has to be)"
 _NOT = r"(?i:(?:\s+not|n't)\b)"
-# A letter is denied where one of these stands in front of it, or behind it.
+# A letter is denied where one of these precedes or follows it.
 _DENIED_BEFORE = re.compile(
     r"(?i:\bnot|n't|\bnever|\bneither|\bnor|\brather than|\binstead of|\bexcept|\bexclude|\brule out"
     r"|\bruled out|\b(?:wrong|incorrect|false)\s+(?:answer|option|choice)(?:\s+is)?)"
@@ -130,7 +129,7 @@ def parse_letter(answer: str, choices: list[str]) -> str | None:
     before say nothing: a named answer ("Answer: B", "the answer is B"; the last one), a conclusion ("I choose
     B", "so B", "B is correct"; the last one), a letter at the beginning of a line, one in brackets or after
     "option". Denied letters ("not B", "B is wrong") do not count, and a statement of several letters ("A, B",
-    "A or B") gives none. The article in "A man speaks" is not option A: a letter counts when it stands alone
+    "A or B") gives none. The article in "A man speaks" is not option A: a letter counts when it is isolated
     or before . ) : or , with quotes and asterisks aside.
     """
     said = _without_listing(answer, choices)
@@ -170,7 +169,7 @@ def parse_letter(answer: str, choices: list[str]) -> str | None:
 
 
 def _without_listing(answer: str, choices: list[str]) -> str:
-    """The answer without the options where it repeats several of them with their letters."""
+    """The answer without the options where it repeats several options with their letters."""
 
     def option(letter: str, choice: str) -> str:
         spelled = r"[\W_]+".join(map(re.escape, re.findall(r"[^\W_]+", choice)))

@@ -3,13 +3,12 @@
     python -m evaluation.whisper_baseline --whisper DIR --shards DIR --task asr
 
 The predictions file is that of evaluation.run: `python -m evaluation.compare` pairs the two utterance by
-utterance. The language is told to Whisper where the shards name one that it knows (it detects the others),
+utterance. Whisper gets the language where the shards name one that it knows (it detects the others),
 and each clip is padded to 30 s, as Whisper is used.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.distributed import disconnect, hard_exit
 from core.languages import language_code
 from data_tools.shards import ShardError, ShardIndex
@@ -44,7 +43,7 @@ class Whisper:
         self.languages = getattr(self.model.generation_config, "lang_to_id", None)
 
     def code_of(self, language: str | None) -> str | None:
-        """The code by which this Whisper is told a language; None where it does not know it, or knows one
+        """Return this Whisper's code of a language; None where it does not know it, or knows one
         language only."""
         code = language_code(language)
         return code if self.languages and f"<|{code}|>" in self.languages else None
@@ -52,7 +51,7 @@ class Whisper:
     @torch.inference_mode()
     def transcribe(self, waveforms: list[torch.Tensor], languages: list[str | None]) -> list[list[int]]:
         """waveforms [S] each at 16 kHz and at most 30 s -> token ids each, greedy. Clips whose language is
-        told and clips whose language is detected go through the model by themselves: transformers takes a
+        given and clips whose language is detected go through the model by themselves: transformers takes a
         batch of the one kind or of the other."""
         codes = [self.code_of(language) for language in languages]
         answers: list[list[int]] = [[] for _ in waveforms]
@@ -108,8 +107,10 @@ def read_batch(index: ShardIndex, rows: list[int]) -> tuple[list[dict], list[tor
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m evaluation.whisper_baseline"), description=__doc__.splitlines()[0]
+    parser = CommandParser(
+        "python -m evaluation.whisper_baseline",
+        __doc__.splitlines()[0],
+        example="--whisper openai/whisper-base --shards shards/test --out whisper.jsonl",
     )
     parser.add_argument("--whisper", type=Path, required=True, help="folder of a whole transformers Whisper")
     parser.add_argument("--shards", required=True, help="folder written by data_tools/pack.py")

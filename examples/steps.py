@@ -1,20 +1,21 @@
 """A list of commands, each done once: what the examples run on.
 
 A step is an ordinary command of the project, printed before it runs, so that it can be run alone. It is done
-again only when something that it depends on has changed; an interrupted one goes on where it stopped.
+again only when something that it depends on has changed; an interrupted one resumes where it stopped.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
+import re
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,6 +26,8 @@ from recipe.config import Recipe
 from train.checkpoint.compatibility import known
 
 BIN = Path(sys.executable).parent
+#: What the deepspeed launcher prints about itself: in the step's log, not on the console.
+LAUNCHER = re.compile(r"\[[^\]]*\] \[(?:INFO|WARNING)\] \[(?:runner|launch)\.py:")
 
 
 class StepError(Exception):
@@ -110,6 +113,7 @@ def child_environment(processes: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONWARNINGS": "ignore::FutureWarning",
         "PYTHONPATH": os.getcwd(),
+        "PYTHONUNBUFFERED": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     if not sys.stderr.isatty():
@@ -162,26 +166,39 @@ def show(steps: list[Step]) -> None:
 
 @dataclass
 class Running:
-    """A step's command on its way; with a log, its output goes there instead of to the console."""
+    """A step's command on its way; its output goes to the log, and to the console where it runs alone."""
 
     number: int
     step: Step
     key: str
     before: float  # seconds of attempts that were interrupted
     process: subprocess.Popen
-    log: Path | None
+    log: Path
     began: float
+    console: threading.Thread | None = None
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.began
 
 
+def copy_output(process: subprocess.Popen, log: Path) -> None:
+    """Copy a command's output to its log, and what is not the launcher's to the console."""
+    with open(log, "a") as file:
+        for line in process.stdout:
+            file.write(line)
+            if not LAUNCHER.match(line):
+                sys.stdout.write(line)
+                sys.stdout.flush()
+
+
 def run(record: Path, steps: list[Step], at_once: int = 1) -> None:
     """Run all steps; `record`: the file that holds what is done. at_once: steps that may run side by side
-    where `after` allows it; with more than one, each one's output goes to logs/NAME.log beside the record. A
-    failed step stops those that need it, not the others. Errors: StepError, of the first that failed, when no
-    other can be done.
+    where `after` allows it.
+
+    Each one's output goes to logs/NAME.log beside the record, and with one at a time to the console, too:
+    progress bars only there, the launcher's lines only to the log. A failed step stops those that need it,
+    not the others. Errors: StepError, of the first that failed, when no other can be done.
     """
     schedule = Schedule(record, steps, at_once)
 
@@ -256,23 +273,26 @@ class Schedule:
         print(f"      {shlex.join(command)}", flush=True)
         if step.set_aside and known.get("key") not in (None, key):
             set_aside(step.set_aside)
-        log = self.record.parent / "logs" / f"{step.name}.log" if self.at_once > 1 else None
-        with contextlib.ExitStack() as opened:
-            output = None
-            if log:
-                log.parent.mkdir(parents=True, exist_ok=True)
-                output = opened.enter_context(open(log, "a"))
-            # Recorded before it begins: whatever ends this process, what the step leaves belongs to this key.
-            before = known.get("seconds", 0.0) if known.get("key") == key else 0.0
-            self.state.note(step.name, key=key, status="begun", seconds=before)
+        log = self.record.parent / "logs" / f"{step.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        # Recorded before it begins: whatever ends this process, what the step leaves belongs to this key.
+        before = known.get("seconds", 0.0) if known.get("key") == key else 0.0
+        self.state.note(step.name, key=key, status="begun", seconds=before)
+        with open(log, "a") as output:
             process = subprocess.Popen(
                 command,
                 env=child_environment(step.processes * self.at_once),
                 stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
+                stdout=output if self.at_once > 1 else subprocess.PIPE,
+                stderr=output if self.at_once > 1 else None,
+                text=True,
+                errors="replace",
             )
-        return Running(number, step, key, before, process, log, time.monotonic())
+        one = Running(number, step, key, before, process, log, time.monotonic())
+        if process.stdout:
+            one.console = threading.Thread(target=copy_output, args=(process, log), daemon=True)
+            one.console.start()
+        return one
 
     def note(self, one: Running, status: str = "begun") -> None:
         seconds = round(one.before + one.seconds, 1)
@@ -284,6 +304,8 @@ class Schedule:
             time.sleep(0.05)
         for one in ended:
             self.running.remove(one)
+            if one.console:
+                one.console.join(10)
             if one.process.returncode or not one.step.output.exists():
                 self.fail(one)
                 continue
@@ -296,10 +318,10 @@ class Schedule:
     def fail(self, one: Running) -> None:
         self.note(one)
         code = one.process.returncode
-        messages = f"in {one.log}" if one.log else "above"
+        messages = f"in {one.log}" if self.at_once > 1 else "above"
         failure = f"failed (exit {code}); its messages are {messages}"
         why = "was preempted and has saved" if code == 85 else failure
-        self.failed.append(f"step {one.number}, {one.step.title}, {why}. The same command goes on from there")
+        self.failed.append(f"step {one.number}, {one.step.title}, {why}. The same command resumes from there")
         if self.at_once > 1:
             print(f"{self.label(one.number, one.step)}: failed (exit {code}), {one.log}", flush=True)
 

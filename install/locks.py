@@ -314,7 +314,7 @@ def licences() -> None:
     def ask(folder: Path | None) -> dict[str, tuple[str, str]]:
         where = (
             ["--python", sys.executable] if folder is None else []
-        )  # given, it makes pip-licenses forget PYTHONPATH
+        )  # given, it makes pip-licenses drop PYTHONPATH
         done = run(
             [tool("pip-licenses"), *where, "--format", "json", "--with-system", "--from", "mixed"],
             capture_output=True,

@@ -1,9 +1,9 @@
-"""Fill .venv so that nothing is compiled, downloaded or mended later, inside a run. Used by `make setup`.
+"""Fill .venv so that nothing is compiled, downloaded or fixed later, inside a run. Used by `make setup`.
 
     python3 install/setup_env.py [--venv .venv] [--gpu auto|yes|no] [--dev] [--extras demo bench]
     [--flash-attn] [--check]
 
-Steps, each skipped when it is done already, so that a repeat is quick and an interrupted set-up goes on where
+Steps, each skipped when it is done already, so that a repeat is quick and an interrupted set-up resumes where
 it stopped:
 
 1. venv            python3 -m venv; a broken one is made anew
@@ -19,7 +19,7 @@ it stopped:
 
 The stamp .venv/.setup/done holds the hash of everything that these steps depend on. Only the standard library
 is used here, and syntax that an old Python can read, so that it can say that it is too old. One set-up works
-at a time: .venv.lock stands beside the folder, which step 1 may empty.
+at a time: .venv.lock is next to the folder, which step 1 may empty.
 """
 
 import argparse
@@ -488,7 +488,7 @@ def set_up(options):
 
 
 class lock:
-    """One set-up at a time in a folder: a second one waits, then finds the work done. The lock stands beside
+    """One set-up at a time in a folder: a second one waits, then finds the work done. The lock is next to
     the folder, which making the environment empties."""
 
     def __init__(self, folder):
@@ -515,7 +515,7 @@ class lock:
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Fill .venv: packages, mends, prebuilt ops. Quick when repeated."
+        description="Fill .venv: packages, fixes, prebuilt ops. Quick when repeated."
     )
     parser.add_argument("--venv", default=".venv", help="folder of the virtual environment (default: .venv)")
     parser.add_argument(
@@ -544,7 +544,7 @@ def main():
     except SetupError as error:
         print("set-up stopped: %s" % error, file=sys.stderr)
     except KeyboardInterrupt:
-        print("\nset-up interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("\nset-up interrupted; the same command resumes", file=sys.stderr)
     return 1
 
 

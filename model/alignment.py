@@ -126,8 +126,8 @@ class CTCHead(nn.Module):
                  is loaded); `blank_row` [D] is trained and starts random, on their scale. The blank is index
                  V, whatever number `<audio_patch>` has in the tokenizer (a vocabulary may be padded beyond
                  it).
-    initialised  `weight` [V', D] starts as a copy of them (the blank's row: random), and is trained
-    free         `weight` [V', D] starts random, and is trained (what the released weights have)
+    initialised  `weight` [V', D] starts as a copy of these rows (the blank's row: random), and is trained
+    free         `weight` [V', D] starts random, and is trained (as in the official checkpoint)
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class CTCHead(nn.Module):
         ops_config: OpsConfig,
     ):
         """embeddings [V, D]: the output embeddings' parameter to share, or a tensor to own; row_scale: their
-        RMS (given, because a ZeRO-3 partition of them cannot be measured here); audio_id: of `<audio_patch>`
+        RMS (given, because a ZeRO-3 partition cannot be measured here); audio_id: of `<audio_patch>`
         in the tokenizer."""
         super().__init__()
         self.kind, self.ops_config = kind, ops_config

@@ -78,10 +78,10 @@ class SoundwaveAuto:
             if options.get(key) is not None
         }
         if len(dtypes) > 1:
-            raise ValueError("dtype and torch_dtype ask for different types: give one of them")
+            raise ValueError("dtype and torch_dtype ask for different types: give only one")
         device = _device_of(options.get("device_map"))
         if device is not None and options.get("device") is not None:
-            raise ValueError("device and device_map are two names for one thing: give one of them")
+            raise ValueError("device and device_map are two names for one thing: give only one")
         attention = options.get("attn_implementation") or getattr(
             config, "_attn_implementation_internal", None
         )

@@ -11,7 +11,7 @@ import torch
 class Batch:
     """One micro-batch of B conversations that hold A audios in all.
 
-    Audios stand in the order of their `<audio_patch>` positions, row by row. A micro-batch without audio
+    Audios have the order of their `<audio_patch>` positions, row by row. A micro-batch without audio
     still carries one silent dummy (`audio_is_dummy`): under ZeRO-3 every rank must run the audio path, and
     the dummy adds zero.
     """
@@ -25,7 +25,7 @@ class Batch:
     ctc_targets: torch.Tensor  # [A, U] int64 token ids of the LLM's vocabulary, padded with 0
     ctc_target_lengths: torch.Tensor  # [A] int64
     has_transcript: torch.Tensor  # [A] bool
-    # Text: right padded for training. Stage I leaves these as [A, 0].
+    # Text: right padded for training. Stage 1 leaves these as [A, 0].
     input_ids: torch.Tensor  # [B, L] int64, one `<audio_patch>` id per audio
     attention_mask: torch.Tensor  # [B, L] int64, 1 for real tokens
     labels: torch.Tensor  # [B, L] int64, -100 where nothing is to be predicted

@@ -30,7 +30,7 @@ class EncoderConfig:
 
     # A folder with config.json and weights, a hub name, or a preset's name (model/presets/) for --dry-run.
     name: str = location("openai/whisper-large-v3")
-    # Encode at the true length (null), or pad every clip with silence to this many seconds (the release: 30).
+    # Encode at the true length (null), or pad every clip with silence to this many seconds (official: 30).
     pad_to_seconds: float | None = number(None, above=0)
     # Longer clips are refused. What is beyond the encoder's own window (Whisper: 30 s) is encoded in windows.
     max_seconds: float = number(300.0, above=0)
@@ -79,12 +79,12 @@ class ShrinkingConfig:
     enabled: bool = True  # false: every frame goes to the LLM (a baseline, not the method)
     keep: str = choice("peak", "peak", "first")  # the run's most probable frame | its first frame (release)
     keep_blank_runs: bool = False  # true: blank runs keep a frame too (release)
-    # all: every valid frame of the utterance | kept: kept frames only (release) | none
+    # all: every valid frame of the utterance | kept: CTC peaks only (release) | none
     lookback: str = choice("all", "all", "kept", "none")
     heads: int | None = number(None, least=1)
     dropout: float = number(0.1, least=0, below=1)
-    # true: a kept frame carries the input embedding of its CTC token, too (neither the paper nor the release
-    # has it)
+    # true: the input embedding of its CTC token is added to a CTC peak (neither in the paper nor in the
+    # official checkpoint)
     token_embeddings: bool = False
     # The last LayerNorm's gain starts at the RMS of the LLM's input embeddings, so that its output lies on
     # their scale.
@@ -115,7 +115,7 @@ class SoundwaveConfig:
     ops: OpsConfig = field(default_factory=OpsConfig)
     prompt: str = choice(
         "chat", "chat", "release"
-    )  # the tokenizer's own chat template | the released weights' prompt
+    )  # the tokenizer's own chat template | the official checkpoint's prompt
     # Said before each conversation that brings no system turn of its own; null: what the template itself
     # says, "": nothing.
     system_prompt: str | None = None
@@ -128,7 +128,7 @@ class SoundwaveConfig:
 
 
 def official_switches(config: SoundwaveConfig) -> SoundwaveConfig:
-    """Set the switches that the authors' released weights were made with (docs/official-checkpoint.md), in
+    """Set the options that the official checkpoint was trained with (docs/official-checkpoint.md), in
     place."""
     config.encoder.pad_to_seconds = 30.0
     config.alignment.attention = "frame"

@@ -1,38 +1,35 @@
 """Convert the official checkpoint to a model folder, or a model folder back.
 
-python -m model.convert --from-official DIR --out DIR [--encoder WHISPER]   the release's folder -> a model
+python -m model.convert --from-official DIR --out DIR [--encoder WHISPER]   official folder -> a model
 folder of ours
 python -m model.convert --to-official RUN/model --out DIR                   and back, LoRA merged
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from model.folder import FolderError
 from model.official import from_official, to_official
 from model.pretrained import SourceError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m model.convert"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = CommandParser(
+        "python -m model.convert", __doc__, example="--from-official official --out official/model"
     )
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument(
-        "--from-official", metavar="DIR", help="the release: config, safetensors, tokenizer"
+        "--from-official", metavar="DIR", help="official checkpoint: config, safetensors, tokenizer"
     )
-    direction.add_argument("--to-official", metavar="DIR", help="model folder of stage II or III")
+    direction.add_argument("--to-official", metavar="DIR", help="model folder of stage 2 or 3")
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument(
         "--encoder",
         metavar="WHISPER",
         help="Whisper's folder or hub name; default: the one inside the "
-        "checkpoint, else the one that the release's config names",
+        "checkpoint, else the one that the official config names",
     )
     options = parser.parse_args(arguments)
     try:
@@ -41,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{options.out}: load it with model.folder.load('{options.out}')")
         else:
             to_official(options.to_official, options.out)
-            print(f"{options.out}: the release's layout, for the release's own code (transformers 4.43)")
+            print(f"{options.out}: the official layout, for the authors' code (transformers 4.43)")
     except (FolderError, SourceError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

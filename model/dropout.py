@@ -120,8 +120,8 @@ class LoraDropout(KeyedDropout):
 
 
 def key_lora_dropout(llm: nn.Module) -> None:
-    """Replace the dropout of peft's LoRA layers in place by keyed ones; `llm.token_keys` then says which
-    tokens it computes."""
+    """Replace the dropout of peft's LoRA layers in place by keyed ones; `llm.token_keys` then holds the
+    keys of the tokens that it computes."""
     llm.token_keys = TokenKeys()
     for name, module in list(llm.named_modules()):
         if not isinstance(getattr(module, "lora_dropout", None), nn.ModuleDict):

@@ -76,7 +76,7 @@ class Encoder(nn.Module, ABC):
             features, frames = self._encode_windows(waveforms, lengths, window, mel_mask)
         if (
             padded and self.pad_to_samples
-        ):  # each clip to the end of its own last window, whatever stands beside it
+        ):  # each clip to the end of its own last window, whatever else the batch holds
             frames = (-(-lengths // window)).clamp(min=1) * int(self.frames(torch.tensor(window)))
         features = features[:, : int(frames.max())]
         behind = torch.arange(features.shape[1], device=features.device) >= frames[:, None]
@@ -116,7 +116,7 @@ class WhisperLayers(TransformersWhisperEncoder):
 
 
 class WhisperEncoder(Encoder):
-    """Whisper's encoder, its layers run by hand: transformers' own forward takes 30 s and nothing else."""
+    """Whisper's encoder, with a forward of its own: transformers' takes clips of 30 s only."""
 
     def __init__(self, config: EncoderConfig, layers: WhisperLayers, source: Source):
         super().__init__(config)
@@ -145,8 +145,8 @@ class WhisperEncoder(Encoder):
         return self.encode_mel(mel, frames)
 
     def encode_mel(self, mel: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-        """mel [A, n_mels, F], frames [A] -> features [A, ceil(F / 2), width]. What stands behind `frames` has
-        no influence: both convolutions see zeros there, as they do at the end of a clip that is alone, and
+        """mel [A, n_mels, F], frames [A] -> features [A, ceil(F / 2), width]. Padding does not affect
+        the result: both convolutions see zeros there, as they do at the end of a clip that is alone, and
         attention is masked."""
         net = self.layers
         hidden = mel.to(net.conv1.weight.dtype)

@@ -18,7 +18,6 @@ left in RUN's model/evaluation/. Nothing of RUN is changed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -27,7 +26,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from model import identity
 from model.auto import SoundwaveHubConfig
 from model.encoder import tensor_prefix
@@ -59,14 +58,14 @@ def export(
 ) -> Path:
     """Write the export (see the module's docstring).
 
-    Errors: FolderError for what is no model folder of stage II or III, for an `out` that holds something, and
+    Errors: FolderError for what is no model folder of stage 2 or 3, for an `out` that holds something, and
     for a frozen part that is not the one trained with; SourceError where one is not found.
     """
     run, out = Path(run), Path(out)
     run = run / "model" if (run / "model" / CONFIG).exists() else run
     description, config = describe(run), read_config(run)
     if not STAGES[description["stage"]].needs_llm:
-        raise FolderError(f"{run} is a stage I folder: it has no LLM that answers; export stage II or III")
+        raise FolderError(f"{run} is a stage 1 folder: it has no LLM that answers; export stage 2 or 3")
     if out.exists() and any(out.iterdir()):
         raise FolderError(f"{out} is not empty: give a new folder")
     encoder, llm = locate(config.encoder.name), locate(config.llm.name)
@@ -158,12 +157,8 @@ def _copy_encoder(encoder: Source, out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m model.export"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("run", help="model folder of stage II or III, or the stage's folder")
+    parser = CommandParser("python -m model.export", __doc__, example="runs/me/sft/model --out export")
+    parser.add_argument("run", help="model folder of stage 2 or 3, or the stage's folder")
     parser.add_argument("--out", required=True)
     parser.add_argument(
         "--merge", action="store_true", help="merge LoRA into the LLM and put the whole LLM inside"

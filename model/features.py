@@ -49,7 +49,7 @@ def log_mel(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """waveforms [A, S] at 16 kHz, lengths [A] in samples -> mel [A, n_mels, F] float32, frames [A].
 
-    What stands behind a clip's length in `waveforms` has no influence. `mel` is zero behind a clip's frames,
+    Padding in `waveforms` does not affect the result. `mel` is zero behind a clip's frames,
     unless `pad_to_samples` asks for Whisper's own way (480000: 30 s): then F = pad_to_samples / 160 frames
     are filled, silence included, and `frames` still counts those of the clip.
     """

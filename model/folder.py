@@ -56,7 +56,7 @@ def trained_tensors(model: Soundwave) -> dict[str, torch.Tensor]:
 
 
 def check_place(folder: str | Path) -> None:
-    """Check that a model folder may be written here: what stands in its place, and is replaced, is one too.
+    """Check that a model folder may be written here: an existing folder, which is replaced, is one too.
 
     Errors: FolderError.
     """
@@ -76,7 +76,7 @@ def check_place(folder: str | Path) -> None:
 
 def save(model: Soundwave, folder: str | Path, extra: dict | None = None) -> Path:
     """Write a model folder; complete, or not there. Under ZeRO-3 the caller gathers the parameters and calls
-    it on one rank. Errors: FolderError where other files stand in its place."""
+    it on one rank. Errors: FolderError where the folder holds other files."""
     folder = Path(folder)
     check_place(folder)
     partial = folder.with_name(folder.name + ".partial")
@@ -104,7 +104,7 @@ def save(model: Soundwave, folder: str | Path, extra: dict | None = None) -> Pat
     for path in [
         *partial.rglob("*"),
         partial,
-    ]:  # a name that survives a power cut must not stand for files that did not
+    ]:  # a name that survives a power cut must not name files that did not
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
@@ -285,7 +285,7 @@ def check_fit(model: Soundwave, folder: str | Path, *, but: tuple[str, ...] = ()
 def load_trained(model: Soundwave, folder: str | Path, *, verify: bool = True) -> list[str]:
     """Put a folder's trained parts into a built model, where both have them; returns the parts taken.
 
-    A stage I folder has no shrinking adapter and no LoRA: the model's stay fresh. Errors: FolderError for
+    A stage 1 folder has no shrinking adapter and no LoRA: the model's stay fresh. Errors: FolderError for
     another base (unless not `verify`), and for sizes that differ (the message names them).
     """
     folder = Path(folder)
@@ -346,7 +346,7 @@ def load(
     `encoder` and `llm`.
 
     dtype: of the frozen parts; None or "auto": the one that the folder names. attention: as
-    model.attention_implementation. A stage I folder comes without the LLM; any other, too, if not `with_llm`,
+    model.attention_implementation. A stage 1 folder comes without the LLM; any other, too, if not `with_llm`,
     for its CTC head alone. Errors: FolderError, SourceError.
     """
     description, config = describe(folder), read_config(folder)

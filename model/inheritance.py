@@ -29,7 +29,7 @@ def inherited_options(folder: str | Path) -> dict[str, object]:
     """Return the options of the parts that a folder holds, e.g. {"alignment.layers": 1, "shrinking.keep":
     "first"}.
 
-    A stage that starts from the folder computes these parts as they were trained. A stage I folder decides
+    A stage that starts from the folder computes these parts as they were trained. A stage 1 folder decides
     nothing about the shrinking adapter and the prompt, and one without LoRA nothing about LoRA. Options that
     were added later have their defaults.
     Errors: StartError.

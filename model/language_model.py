@@ -200,7 +200,7 @@ def lora_targets(llm: nn.Module, wanted: list[str] | str | None, name: str) -> l
 
 
 def resolved_targets(config: LLMConfig, source: Source) -> list[str] | str | None:
-    """`config.lora_targets`; for None what that stands for in this LLM, from its config.json alone. Errors:
+    """`config.lora_targets`; for None the LLM's attention layers, from its config.json alone. Errors:
     SourceError."""
     if config.lora_targets is not None or config.lora_r == 0:
         return config.lora_targets
@@ -238,7 +238,7 @@ def _attention_targets(llm: nn.Module, name: str) -> list[str] | str:
     if not chosen:
         known = list(dict.fromkeys(key.rpartition(".")[2] for key in linear))
         raise SourceError(
-            f"{name} has no attention layers that model.llm.lora_targets: null could stand for: name linear "
+            f"{name} has no attention layers that model.llm.lora_targets: null could mean: name linear "
             "layers, or "
             f"write all-linear; its linear layers: {', '.join(known)}"
         )
@@ -271,7 +271,7 @@ def described_targets(llm: nn.Module) -> str:
 def end_settings(source: Source) -> GenerationConfig:
     """Return all that is taken from an LLM's own generation settings: the ids that begin, end and pad a text.
 
-    Whatever else stands there (n-grams that must not repeat, suppressed words, a time limit ...) would change
+    Whatever else they hold (n-grams that must not repeat, suppressed words, a time limit ...) would change
     answers and differ between a run and its export: the settings of generation are this project's
     (model/generation/greedy.py). Errors: SourceError.
     """

@@ -1,10 +1,10 @@
-"""The authors' released weights: their layout into ours, and ours into theirs.
+"""Convert the official checkpoint's layout into ours, and ours into the official one.
 
 Their checkpoint is one state dict. What stands where:
 
     theirs                                            ours
-    model.{embed_tokens,layers,norm}, lm_head         llm/ (a plain Llama folder; LoRA is merged in the
-                                                      release)
+    model.{embed_tokens,layers,norm}, lm_head         llm/ (a plain Llama folder; LoRA is merged in
+                                                      theirs)
     model.audio_tower.*                               encoder/ (a Whisper folder), where the checkpoint holds
                                                       it
     model.mm_projector1                               alignment.projection
@@ -123,15 +123,15 @@ def stream_tensors(folder: Path, progress: str) -> Iterator[tuple[str, torch.Ten
 
 
 def from_official(folder: str | Path, out: str | Path, *, encoder: str | None = None) -> Path:
-    """The release's folder as a model folder of ours with its LLM (and encoder, if the checkpoint holds it)
-    inside.
+    """Convert the official checkpoint's folder to a model folder of ours with its LLM (and encoder, if it
+    holds one) inside.
 
     encoder: Whisper's folder or hub name where the checkpoint has no `audio_tower` tensors (default: what its
     config names).
     Errors: FolderError for a tokenizer that is missing or lacks `<audio_patch>`, and for tensors that are
     missing or unknown.
     """
-    with reading(folder, "layout of the release"):
+    with reading(folder, "the official layout"):
         return _from_official(Path(folder), Path(out), encoder)
 
 
@@ -143,10 +143,12 @@ def _from_official(folder: Path, out: Path, encoder: str | None) -> Path:
     except Exception as error:
         raise FolderError(
             f"{folder} has no tokenizer that loads ({one_line(error)}): "
-            "copy the release's tokenizer files there"
+            "copy the official checkpoint's tokenizer files there"
         ) from None
     if config.audio_token not in tokenizer.get_vocab():
-        raise FolderError(f"the tokenizer in {folder} has no {config.audio_token}: it is not the release's")
+        raise FolderError(
+            f"the tokenizer in {folder} has no {config.audio_token}: it is not the official one"
+        )
 
     back = {theirs_name: ours for ours, theirs_name in _expected_names(theirs).items()}
     adapters: dict[str, torch.Tensor] = {}
@@ -164,10 +166,10 @@ def _from_official(folder: Path, out: Path, encoder: str | None) -> Path:
         elif re.match(r"model\.(embed_tokens|layers|norm)\.|lm_head\.", name):
             llm.add(name, tensor)
         else:
-            raise FolderError(f"{folder} holds '{name}', which is no part of the release's layout")
+            raise FolderError(f"{folder} holds '{name}', which is no part of the official layout")
     if back or "shrinking.query.weight" not in adapters:
         raise FolderError(
-            f"{folder} lacks {sorted(back)[0] if back else _JOINT + 'weight'}: it is not the release's layout"
+            f"{folder} lacks {sorted(back)[0] if back else _JOINT + 'weight'}: it is not the official layout"
         )
     llm.close()
     _llm_config(theirs).save_pretrained(out / "llm")
@@ -206,7 +208,7 @@ def _from_official(folder: Path, out: Path, encoder: str | None) -> Path:
                 "stage": SFT.name,
                 "frozen": frozen,
                 "settings": settings,
-                "origin": "released weights",
+                "origin": "official checkpoint",
             },
             indent=2,
             ensure_ascii=False,
@@ -217,7 +219,7 @@ def _from_official(folder: Path, out: Path, encoder: str | None) -> Path:
 
 
 def _expected_names(theirs: dict) -> dict[str, str]:
-    """Our names -> theirs, for what has a tensor of its own in both; the release has one Transformer
+    """Our names -> theirs, for what has a tensor of its own in both; theirs has one Transformer
     layer."""
     ours = ["alignment.projection", "alignment.norm", "shrinking.out", "shrinking.norm"]
     ours += [f"alignment.layers.0.{part}" for part in ("qkv", "out", "up", "down", "norm1", "norm2")]
@@ -228,11 +230,11 @@ def _expected_names(theirs: dict) -> dict[str, str]:
 
 
 def their_name(name: str) -> str:
-    """Our adapter tensor's name -> the release's."""
+    """Our adapter tensor's name -> the official one."""
     for pattern, replacement in _NAMES.items():
         if re.match(pattern, name):
             return re.sub("^" + pattern, replacement, name)
-    raise FolderError(f"'{name}' has no place in the release's layout")
+    raise FolderError(f"'{name}' has no place in the official layout")
 
 
 def _llm_config(theirs: dict) -> LlamaConfig:
@@ -254,7 +256,7 @@ def _llm_config(theirs: dict) -> LlamaConfig:
     )
 
 
-# What the release's code does whatever the weights say: (setting, value).
+# What the authors' code does for any weights: (setting, value).
 _FIXED = (
     ("alignment.attention", "frame"),
     ("alignment.stack_frames", 2),
@@ -276,16 +278,16 @@ _FIXED = (
 
 
 def _check_convertible(run: Path, config: SoundwaveConfig) -> None:
-    """Errors: FolderError for a folder that the release's layout cannot hold."""
+    """Errors: FolderError for a folder that the official layout cannot hold."""
     if not STAGES[describe(run)["stage"]].needs_llm:
         raise FolderError(
-            f"{run} is a stage I folder: the release's layout holds all parts, give one of stage II or III"
+            f"{run} is a stage 1 folder: the official layout holds all parts, give one of stage 2 or 3"
         )
     for key, value in _FIXED:
         have = operator.attrgetter(key)(config)
         if have != value:
             raise FolderError(
-                f"{run} has model.{key} = {have}, the release's code knows {value} only: "
+                f"{run} has model.{key} = {have}, the authors' code knows {value} only: "
                 "its answers would not be this model's"
             )
 
@@ -313,7 +315,7 @@ def _add_llm(writer: ShardWriter, run: Path, llm: Source, rows: int) -> torch.Te
 def _add_adapters(
     writer: ShardWriter, run: Path, output_table: torch.Tensor | None, rows: int, audio_id: int
 ) -> None:
-    """Write the adapters and the CTC head under the release's names."""
+    """Write the adapters and the CTC head under the official names."""
     adapters = load_file(run / ADAPTERS)
     blank_row = adapters.pop("ctc_head.blank_row", None)
     if blank_row is not None:
@@ -331,12 +333,12 @@ def _add_adapters(
 
 
 def to_official(run: str | Path, out: str | Path) -> Path:
-    """A model folder of ours in the release's layout: names, config, tokenizer with `<audio_patch>`; LoRA
+    """Write a model folder in the official layout: names, config, tokenizer with `<audio_patch>`; LoRA
     merged.
 
     Tables grow to hold `<audio_patch>`; a tied CTC head is written out with its blank row; tied embeddings
     are written twice. The encoder's tensors stand under `model.audio_tower`, its configuration in encoder/.
-    Errors: FolderError for a stage I folder, an LLM that is no Llama, and for switches that the release's
+    Errors: FolderError for a stage 1 folder, an LLM that is no Llama, and for options that the authors'
     code does not have.
     """
     run, out = Path(run), Path(out)
@@ -345,11 +347,11 @@ def to_official(run: str | Path, out: str | Path) -> Path:
     llm, encoder = locate(config.llm.name), locate(config.encoder.name)
     if llm.config.model_type != "llama":
         raise FolderError(
-            f"{llm.name} is a '{llm.config.model_type}' model; the release's layout takes Llama only"
+            f"{llm.name} is a '{llm.config.model_type}' model; the official layout takes Llama only"
         )
     tokenizer = load_tokenizer(llm, config.audio_token)
     audio_id = tokenizer.convert_tokens_to_ids(config.audio_token)
-    if tokenizer.pad_token_id is None:  # the release's code tells padding by a token of its own
+    if tokenizer.pad_token_id is None:  # the authors' code finds padding by a token of its own
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     rows = max(llm.config.vocab_size, len(tokenizer))
 
@@ -428,7 +430,7 @@ class LoRAMerge:
 
 
 def _their_config(llm: Source, encoder: Source, rows: int, audio_id: int, pad_id: int) -> dict:
-    """A config.json that transformers 4.43, which the release was written for, understands."""
+    """A config.json that transformers 4.43, which the authors' code was written for, understands."""
     raw = read_json(llm.folder / "config.json")
     rope = raw.pop("rope_parameters", None)
     if rope:  # written by transformers 5

@@ -150,7 +150,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], 
         )
     try:
         # enable_thinking: Qwen 3's would otherwise put an empty block of thoughts into every answer, to be
-        # learnt and read out.
+        # learnt and decoded.
         return tokenizer.apply_chat_template(
             messages,
             tokenize=False,
@@ -193,7 +193,7 @@ def _template_pieces(
 
 
 def _release_pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict], audio_token: str) -> Pieces:
-    """The released weights' prompt: their system sentence, one line break behind each header, the audio on a
+    """The official checkpoint's prompt: its system sentence, one line break after a header, the audio on a
     line of its own before the instruction, every piece tokenised alone (so that a tokenizer which begins with
     BOS repeats it)."""
     known = tokenizer.get_vocab()

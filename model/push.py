@@ -9,7 +9,6 @@ The token is that of `hf auth login`, or of the environment variable HF_TOKEN.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from huggingface_hub import HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.console import OneLine, one_line, print_error, print_text
 
 
@@ -71,11 +70,7 @@ def push(folder: Path, name: str, *, private: bool = False, message: str | None 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m model.push"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("python -m model.push", __doc__, example="export OWNER/NAME")
     parser.add_argument("folder", type=Path, help="written by python -m model.export")
     parser.add_argument("name", help="OWNER/NAME on the Hub")
     parser.add_argument("--private", action="store_true", help="make the repository private")

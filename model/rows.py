@@ -3,7 +3,7 @@ itself.
 
 transformers keeps joined rows apart by their positions, which start at 0 again; but not in every model: a
 state or a convolution runs on into the next row, a mask is built without the positions, positions are learned
-and counted from the row's first token. There is no list of them here: the probe decides, with this model, its
+and counted from the row's first token. There is no list here: the probe decides, with this model, its
 attention implementation, type, device and kernels.
 """
 

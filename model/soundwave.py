@@ -1,6 +1,6 @@
 """The whole network: frozen encoder -> alignment adapter -> CTC head -> shrinking adapter -> LLM with LoRA.
 
-One forward for all stages; a stage says which losses it asks for and which parts learn. Whatever a batch
+One forward for all stages; a stage names its losses and the parts that learn. Whatever a batch
 holds, the same modules run in the same order (under ZeRO-3 ranks wait for each other in every module): a
 batch without audio brings a silent dummy whose result is multiplied by 0, a batch without targets still
 passes the LLM.
@@ -119,7 +119,7 @@ class Soundwave(Generation, nn.Module):
     ) -> Soundwave:
         """Frozen parts from their folders, fresh adapters and LoRA.
 
-        parts without "llm": stage I; of the LLM only its embeddings are read, from its safetensors, and there
+        parts without "llm": stage 1; of the LLM only its embeddings are read, from its safetensors, and there
         is no shrinking adapter. parts without "encoder": for cached features. meta: sizes alone, nothing is
         read or fetched (names of model/presets, or folders with a config.json). Errors: SourceError,
         OptionError, one line each.
@@ -337,7 +337,7 @@ class Soundwave(Generation, nn.Module):
         return embeddings, mask, labels
 
     def forward(self, batch: Batch, *, losses: tuple[str, ...] = ("ctc",)) -> Output:
-        """losses: names of LOSSES; ("ctc",) in stage I, ("ce", "ctc") in II, ("ce",) in III."""
+        """losses: names of LOSSES; ("ctc",) in stage 1, ("ce", "ctc") in stage 2, ("ce",) in stage 3."""
         terms = {name: LOSSES[name] for name in losses}
         audio = self.encode_audio(batch, with_ctc=any(term.uses_ctc for term in terms.values()))
         state = ForwardState(self, batch, audio)

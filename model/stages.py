@@ -81,7 +81,7 @@ def register_stage(stage: Stage) -> Stage:
 ALIGNMENT = register_stage(
     Stage(
         name="alignment",
-        number="I",
+        number="1",
         parts=("encoder", "adapters"),
         trains=("alignment", "ctc_head"),
         losses=("ctc",),
@@ -103,7 +103,7 @@ ALIGNMENT = register_stage(
 SHRINKING = register_stage(
     Stage(
         name="shrinking",
-        number="II",
+        number="2",
         parts=("encoder", "adapters", "llm"),
         trains=("alignment", "shrinking", "ctc_head", "lora"),
         losses=("ce", "ctc"),
@@ -114,7 +114,7 @@ SHRINKING = register_stage(
 SFT = register_stage(
     Stage(
         name="sft",
-        number="III",
+        number="3",
         parts=("encoder", "adapters", "llm"),
         trains=("lora",),
         losses=("ce",),

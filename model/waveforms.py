@@ -90,8 +90,8 @@ def _by_frames(samples: np.ndarray) -> np.ndarray:
 def usable_clips(
     waveforms: Sequence[Waveform], sampling_rate: int = SAMPLE_RATE
 ) -> tuple[list[torch.Tensor], list[int]]:
-    """Return each waveform by `mono`, and the numbers of those that cannot be used: silence stands in their
-    place, and a SoundWarning names them. Errors: ValueError, also where none can be used."""
+    """Return each waveform by `mono`, and the numbers of those that cannot be used: silence replaces
+    them, and a SoundWarning names them. Errors: ValueError, also where none can be used."""
     clips, unusable, problems = [], [], []
     for number, waveform in enumerate(waveforms):
         try:

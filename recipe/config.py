@@ -108,7 +108,7 @@ class OptimConfig:
 
 @dataclass
 class LossConfig:
-    ctc_weight: float = number(0.3, least=0)  # stage II: CE + this times CTC
+    ctc_weight: float = number(0.3, least=0)  # stage 2: CE + this times CTC
     weights: dict[str, float] = field(default_factory=dict)  # further losses by name, e.g. {my_loss: 0.5}
 
 
@@ -159,7 +159,7 @@ class HealthConfig:
 class Recipe:
     # Modules that are imported before the recipe is checked: your own losses, stages, compressors, metrics.
     plugins: list[str] = field(default_factory=list)
-    stage: str = "alignment"  # alignment (I) | shrinking (II) | sft (III)
+    stage: str = "alignment"  # alignment (1) | shrinking (2) | sft (3)
     output: str = location(
         "runs/soundwave"
     )  # <output>/<stage>/ holds checkpoints, logs and the finished model folder
@@ -190,7 +190,7 @@ BY_NAME = {
 
 def start_folder(recipe: Recipe) -> Path | None:
     """Return the model folder that the recipe starts from, whether it exists or not: `init_from`, or the
-    previous stage's. None for stage I by default, and where `init_from` is `fresh`."""
+    previous stage's. None for stage 1 by default, and where `init_from` is `fresh`."""
     if recipe.init_from == FRESH:
         return None
     if recipe.init_from:

@@ -36,7 +36,7 @@ def stages_in(run: Path) -> list[str]:
 
 
 def title_of(name: str) -> str:
-    """Return how lists call a stage: "II shrinking", or its name where its plugin is not loaded."""
+    """Return how lists call a stage: "2 shrinking", or its name where its plugin is not loaded."""
     return f"{STAGES[name].number} {name}" if name in STAGES else name
 
 
@@ -93,7 +93,7 @@ class NotThereYet(RecipeError):
 
 
 def initial_folder(recipe: Recipe) -> Path | None:
-    """The model folder that this stage starts from: `init_from`, or the previous stage's. None in stage I by
+    """The model folder that this stage starts from: `init_from`, or the previous stage's. None in stage 1 by
     default, and where `init_from` is `fresh`: new adapters (a baseline, not the method).
 
     Errors: RecipeError where the folder does not hold a finished model, or not all that the stage leaves as

@@ -21,7 +21,7 @@ import socket
 import sys
 from pathlib import Path
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.console import print_error
 from serving.limits import Limits
 
@@ -43,11 +43,7 @@ _HELP = {
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m serving"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser("python -m serving", __doc__, example="runs/me/sft/model --port 8000")
     parser.add_argument("model", type=Path, help="model folder: <output>/<stage>/model")
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000; 0: any free port")

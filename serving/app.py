@@ -167,7 +167,7 @@ class Server:
     def _need_llm(self, what: str) -> None:
         if self.model.llm is None:
             raise invalid(
-                f"this model is of stage I and has no LLM: it transcribes, {what} need a later stage"
+                f"this model is of stage 1 and has no LLM: it transcribes, {what} need a later stage"
             )
 
     async def _in_thread(self, function: Callable, *arguments: object):

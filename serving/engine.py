@@ -150,8 +150,8 @@ class Engine:
         return batch
 
     def fits(self, jobs: list[Job]) -> bool:
-        """Return whether jobs may be one batch: within the limits, and each with all the room in the LLM's
-        context that it has alone."""
+        """Return whether jobs may be one batch: within the limits, and each with the whole LLM context
+        that it has alone."""
         rows = len(jobs)
         audios = sum(max(1, len(job.waveforms)) for job in jobs)
         longest = max(job.longest_seconds for job in jobs)

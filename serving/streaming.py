@@ -103,7 +103,7 @@ class RowStreamer(BaseStreamer):
 
 
 def _of_row(text: str) -> str:
-    """A message about a conversation of a batch, for the client, who knows of one."""
+    """Return a message about a conversation of a batch in the words for a client, which sent one."""
     _, _, rest = text.partition(" takes ")
     return f"the conversation takes {rest}" if rest else text
 

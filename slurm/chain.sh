@@ -20,7 +20,7 @@ eval "$(grep -E '^(ENVIRONMENT|MODULES|MOUNTS)=' "$HERE/slurm/stage1.sh")"
 # shellcheck source=/dev/null
 source "$HERE/slurm/common.sh"
 PROJECT=$HERE
-forget_this_job  # of an interactive allocation that this runs in
+unset_this_job  # of an interactive allocation that this runs in
 
 STAGES="1,2,3" RECIPES="" DRY_RUN=0 OVERRIDES=()
 while [ $# -gt 0 ]; do
@@ -99,7 +99,7 @@ done
 submitted=()
 give_up() {
     put "" "$FROZEN/given-up"
-    [ ${#submitted[@]} = 0 ] || client scancel "${submitted[@]}" || say "scancel failed: cancel jobs ${submitted[*]} by hand" >&2
+    [ ${#submitted[@]} = 0 ] || client scancel "${submitted[@]}" || say "scancel failed: cancel jobs ${submitted[*]} with scancel" >&2
 }
 
 previous=""

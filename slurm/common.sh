@@ -11,7 +11,7 @@
 #
 # The parts are in lib/. On the nodes this file is run, not sourced: bash common.sh worker PROGRAM ARGS (bottom).
 #
-# A job's contract, its frozen copy and recipe and what was counted before it, stands in its arguments, where no option of sbatch and
+# A job's contract, its frozen copy and recipe and what was counted before it, is in its arguments, where no option of sbatch and
 # no variable of a user or site can undo it:
 #
 #   SCRIPT --frozen FOLDER --place NAME [--recipe FILE] [--stops N] [--faults N] [--first-job ID] [--instead-of ID] -- ARGUMENTS
@@ -48,7 +48,7 @@ was_restarted() {
     [ "${restarts:-${SLURM_RESTART_COUNT:-0}}" -gt 0 ]
 }
 
-forget_others
+unset_others
 FROZEN="" PROJECT=$PWD
 if [ "${1:-}" = --frozen ]; then
     FROZEN=$2 PROJECT=${2%/slurm/jobs/*}
@@ -62,7 +62,7 @@ fi
 
 # Settings, from the stage script's top lines or the environment (for chain.sh's jobs: that of chain.sh):
 SETTINGS=(LAUNCHER MODULES MOUNTS LOCAL_DISK STAGE_SHARDS STEP_OPTIONS MAX_RESTARTS MAX_PREEMPTIONS PREFLIGHT_MINUTES BUSY_SECONDS)
-GIVEN=()  # of them
+GIVEN=()  # those that the environment sets
 for name in "${SETTINGS[@]}"; do [ -z "${!name+x}" ] || GIVEN+=("$name"); done
 # shellcheck disable=SC2034  # JOB_NAME: in options.sh
 OPTIONS=() JOB_NAME=""  # sbatch options that chain.sh was given
@@ -161,7 +161,7 @@ prepare() {
     set_variables
 }
 
-# count_restarts: RESTARTS, and of them STOPS that were saved (note_stop) and FAULTS: dead nodes, requeues by Slurm or by hand.
+# count_restarts: RESTARTS = STOPS that were saved (note_stop) + FAULTS: dead nodes, requeues by Slurm or by a user.
 count_restarts() {
     local number saved=0
     for ((number = 1; number <= OWN_RESTARTS; number++)); do
@@ -282,7 +282,7 @@ alone() {
         | awk '{last[$1] = $2} END {for (job in last) if (last[job] == "started") print job}')
 }
 
-# run_resumable PROGRAM ARGUMENTS: a program that may be killed at any moment and goes on where it stopped (packing, evaluation).
+# run_resumable PROGRAM ARGUMENTS: a program that may be killed at any moment and resumes where it stopped (packing, evaluation).
 # Slurm's warning ends it, and the job is requeued.
 run_resumable() {
     export STOPS_AT_WARNING=1

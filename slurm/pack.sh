@@ -41,7 +41,7 @@ HERE=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
 # shellcheck source=/dev/null
 source "$HERE/slurm/common.sh"
 PROJECT=$HERE
-forget_this_job  # of an interactive allocation that this runs in
+unset_this_job  # of an interactive allocation that this runs in
 case ${1:-} in -h|--help) help_of "${BASH_SOURCE[0]}"; exit 0 ;; esac
 
 # What comes before an argument `--` is for sbatch.
@@ -68,7 +68,7 @@ log=$(sed 's/%A/%j/g; s/_%a//g; s/%a/merge/g' <<<"$logs")  # the merging job is 
 options=("--chdir=$PWD" --export=ALL "--job-name=$name" "${OPTIONS[@]}" --nodes=1 --ntasks=1)
 refused() {
     put "" "$FROZEN/given-up"
-    [ -z "${array:-}" ] || client scancel "$array" || say "scancel failed: cancel job $array by hand" >&2
+    [ -z "${array:-}" ] || client scancel "$array" || say "scancel failed: cancel it with scancel $array" >&2
     die "sbatch refused the $1 (above); nothing is left in the queue" 1
 }
 submit 60 "$script" "${options[@]}" "--output=$logs" --array="0-$((PARTS - 1))" "$script" --frozen "$FROZEN" --place part -- "${arguments[@]}" \

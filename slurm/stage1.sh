@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage I, alignment: audio frames to the LLM's tokens (CTC); the LLM itself is not loaded.
+# Stage 1, alignment: audio frames to the LLM's tokens (CTC); the LLM itself is not loaded.
 # From the project's root: sbatch slurm/stage1.sh [--recipe FILE] [key=value ...]     All three stages: slurm/chain.sh
 #SBATCH --job-name=soundwave-1
 #SBATCH --signal=B:USR1@600

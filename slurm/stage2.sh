@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage II, shrinking: both adapters and LoRA.
+# Stage 2, shrinking: both adapters and LoRA.
 # From the project's root: sbatch slurm/stage2.sh [--recipe FILE] [key=value ...]     All three stages: slurm/chain.sh
 #SBATCH --job-name=soundwave-2
 #SBATCH --signal=B:USR1@600

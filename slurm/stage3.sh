@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage III, instructions: LoRA only.
+# Stage 3, instructions: LoRA only.
 # From the project's root: sbatch slurm/stage3.sh [--recipe FILE] [key=value ...]     All three stages: slurm/chain.sh
 #SBATCH --job-name=soundwave-3
 #SBATCH --signal=B:USR1@600

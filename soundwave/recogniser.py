@@ -63,8 +63,8 @@ SPEAKERS = "channel {}"
 class Options:
     """How to transcribe.
 
-    decode: None: ctc for a model of stage I, joint with hotwords, else greedy. timestamps: "word" for
-    times of words. hotwords: words or phrases that joint search favours, each token of them by
+    decode: None: ctc for a model of stage 1, joint with hotwords, else greedy. timestamps: "word" for
+    times of words. hotwords: words or phrases that joint search favours, each token by
     hotword_bonus; hotwords_in_prompt: name them in the prompt, too. language: of the speech, decides what
     a word is. channels: mix them, or "split": transcribe each by itself, as a speaker. window_seconds:
     the longest stretch that is transcribed at once; None: 10 s, or what the model takes. pause_seconds:
@@ -223,7 +223,7 @@ class SpeechModel:
         progress: Progress | None = None,
         options: Options | None = None,
     ) -> Iterator[Transcription | Exception]:
-        """Yield the transcription of each source, in order; windows of all of them share batches.
+        """Yield the transcription of each source, in order; windows of all sources share batches.
 
         For a source that cannot be used its error is yielded (AudioError, ValueError). Errors: ValueError for
         options that this model cannot fulfil.
@@ -279,7 +279,7 @@ class SpeechModel:
         decode = decode or ("greedy" if self.has_llm else "ctc")
         if decode != "ctc" and not self.has_llm:
             raise ValueError(
-                f"decode is '{decode}', and this model has no LLM (stage I): give decode='ctc', or load the "
+                f"decode is '{decode}', and this model has no LLM (stage 1): give decode='ctc', or load the "
                 f"folder of a later stage"
             )
         instruction, joint = INSTRUCTIONS["asr"], None

@@ -20,7 +20,7 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from core.audio import AudioError, Recording
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.console import one_line, print_error, print_text
 from core.files import write_atomically
 from data_tools.progress import Progress
@@ -53,9 +53,10 @@ def hotwords_of(given: str) -> list[str]:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     default = {one.name: one.default for one in fields(Options)}
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m soundwave.transcribe"),
-        description=__doc__.splitlines()[0].split(":")[0] + ".",
+    parser = CommandParser(
+        "python -m soundwave.transcribe",
+        __doc__.splitlines()[0].split(":")[0] + ".",
+        example="runs/me/sft/model talk.mp3 --format srt",
     )
     parser.add_argument("model", type=Path, help="model folder: <output>/<stage>/model")
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="audio: WAV, FLAC, MP3, Ogg ...")
@@ -74,7 +75,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--channels", choices=["mix", "split"], default="mix", help="split: each channel is a speaker"
     )
     parser.add_argument(
-        "--decode", choices=DECODES, help="default: ctc for stage I, joint with --hotwords, else greedy"
+        "--decode", choices=DECODES, help="default: ctc for stage 1, joint with --hotwords, else greedy"
     )
     for name, kind, text in (
         ("batch_seconds", float, "padded seconds of audio in a batch"),

@@ -1,5 +1,5 @@
 """Augmentation of waveforms in the workers. Its randomness is a function of (seed, epoch, sample id) and
-nothing else, so that a resumed run, another number of ranks or of workers hears the same clips."""
+nothing else, so that a resumed run, another number of ranks or of workers gets the same clips."""
 
 from __future__ import annotations
 
@@ -34,8 +34,7 @@ def mel_channels(data: DataConfig, config: SoundwaveConfig) -> int | None:
     channels = getattr(locate(config.encoder.name, sizes_only=True).config, "num_mel_bins", None)
     if channels is None:
         raise RecipeError(
-            f"data.spec_augment masks mel spectrograms, and {config.encoder.name} does not hear any: turn it "
-            f"off"
+            f"data.spec_augment masks mel spectrograms, and {config.encoder.name} uses none: turn it off"
         )
     return int(channels)
 

@@ -2,7 +2,7 @@
 
     python -m stream.cache RECIPE
 
-    FOLDER/<key>/settings.json            encoder, its fingerprint and settings: what the key stands for
+    FOLDER/<key>/settings.json            encoder, its fingerprint and settings: what the key is a hash of
     FOLDER/<key>/<name>.npy               [frames of all utterances of the pack, width] float16
     FOLDER/<key>/<name>.index.npy         ENTRY_DTYPE, one row per utterance; written last, so it vouches for
                                           the pack
@@ -19,7 +19,6 @@ has no place in it.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
@@ -38,7 +37,7 @@ from torch import distributed
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from data_tools.shards import ShardIndex, replace_file
 from model import identity
 from model.config import SoundwaveConfig
@@ -58,8 +57,8 @@ LOGGER = logging.getLogger(__name__)
 
 
 class Interrupted(Exception):
-    """A rank was asked to stop, and all have stopped, between two packs: the next start goes on from there.
-    Says why."""
+    """A rank was asked to stop, and all have stopped, between two packs: the next start continues from there.
+    The message is the reason."""
 
 
 def sample_keys(samples: np.ndarray) -> np.ndarray:
@@ -87,7 +86,7 @@ def cache_folder(folder: str | Path, config: SoundwaveConfig) -> Path:
 
 
 def check_encoder(folder: Path, config: SoundwaveConfig) -> None:
-    """The folder's name stands for the encoder's tensors; its configuration and preprocessor must be the
+    """The folder's name identifies the encoder's tensors; its configuration and preprocessor must be the
     same, too. Errors: RecipeError."""
     stored = json.loads((folder / "settings.json").read_text()).get("identity")
     if stored is None:
@@ -299,7 +298,7 @@ def _fill_pack(
 
 
 def _of_all_ranks(value: object) -> list:
-    """What every rank has to say, once all have said it; without other ranks, our own."""
+    """Gather `value` from all ranks; without other ranks, return [value]."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return [value]
     values = [None] * distributed.get_world_size()
@@ -312,12 +311,12 @@ def ensure_features(
     model=None,
     rank: int = 0,
     world_size: int = 1,
-    wish: Callable[[float], str | None] = lambda seconds: None,
+    stop_reason: Callable[[float], str | None] = lambda seconds: None,
 ) -> FeatureStore | None:
     """Compute whatever features data.train and data.valid lack; every rank does its share of the packs.
 
     The ranks meet after every pack: none waits for another longer than that takes (a collective has a time
-    limit), and all stop together. wish: given the seconds that the last pack took, why this rank wants to
+    limit), and all stop together. stop_reason: given the seconds that the last pack took, why this rank must
     stop, or None (train/preemption.py). Nothing to do (and None) where data.cache_features is not set. model:
     lends its encoder; None, or a model built without one: the encoder alone is loaded, and only where
     something is missing. Call it before ZeRO-3 partitions parameters.
@@ -363,12 +362,12 @@ def ensure_features(
         total=math.ceil(seconds), unit="s", desc="encoder features", disable=rank != 0 or not packs
     ) as progress:
         while True:
-            left, wishes = zip(*_of_all_ranks((len(packs), wish(took))), strict=True)
+            left, reasons = zip(*_of_all_ranks((len(packs), stop_reason(took))), strict=True)
             if not any(left):
                 break
-            if any(wishes):
+            if any(reasons):
                 raise Interrupted(
-                    "; ".join(f"{why} on rank {number}" for number, why in enumerate(wishes) if why)
+                    "; ".join(f"{why} on rank {number}" for number, why in enumerate(reasons) if why)
                 )
             if packs:
                 begun = time.monotonic()
@@ -382,10 +381,11 @@ def ensure_features(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m stream.cache"),
-        description="Fill data.cache_features of a recipe. With "
+    parser = CommandParser(
+        "python -m stream.cache",
+        "Fill data.cache_features of a recipe. With "
         "RANK and WORLD_SIZE set, several processes share the work.",
+        example="train/recipes/stage1.yaml",
     )
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")

@@ -27,7 +27,7 @@ class Prepared:
     """One utterance as token ids."""
 
     sample: Sample
-    input_ids: list[int]  # empty in stage I
+    input_ids: list[int]  # empty in stage 1
     labels: list[int]
     ctc_target: list[int]  # empty: takes no part in the CTC term
 

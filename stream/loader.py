@@ -140,8 +140,8 @@ class Loader:
         self._finalizer = None
 
     def __iter__(self) -> Iterator[Loaded]:
-        # A fast tokenizer that has run threads before a fork warns and falls back by itself; this says so
-        # beforehand.
+        # A fast tokenizer that has run threads before a fork warns and falls back by itself; this avoids
+        # the warning.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         many = (
             {

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -13,7 +12,7 @@ import time
 
 import numpy as np
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from recipe.config import Recipe, RecipeError, load_recipe
 from stream.assign import Budgets, assign, padded_cost
 from stream.plan import UNITS_PER_SECOND, Plan, UnindexedPlan, mix64
@@ -50,7 +49,7 @@ def shuffle_quality(plan: Plan, steps: int = 20) -> float:
 
 
 def describe_sources(plan: Plan, steps: int) -> list[dict]:
-    """One row per task and corpus: size, share of the utterances at the beginning and the end, passes over
+    """One row per task and corpus: size, share of the utterances at the beginning and the end, epochs of
     the stage."""
     begin, end, passes = plan.shares(0), plan.shares(steps), plan.passes(steps)
     rows = []
@@ -99,8 +98,8 @@ def describe_step(plan: Plan, step: int, ranks: int) -> dict:
 
 
 def step_ids(plan: Plan, step: int) -> list[str]:
-    """corpus/id of every utterance of a step, in plan order. A broken one's replacement stands in
-    rejected.jsonl."""
+    """corpus/id of every utterance of a step, in plan order. rejected.jsonl names a broken one's
+    replacement."""
     entries = plan.global_batch(step)
     return [
         f"{plan.indexes[entry['corpus']].name}/{plan.indexes[entry['corpus']].read(int(entry['row']))[1]['id']}"
@@ -139,8 +138,10 @@ def profile(recipe: Recipe, plan: Plan, steps: int, ranks: int) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m stream"), description="What a recipe's steps hold, before training."
+    parser = CommandParser(
+        "python -m stream",
+        "What a recipe's steps hold, before training.",
+        example="train/recipes/stage1.yaml --steps 2",
     )
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")

@@ -5,7 +5,7 @@ step and rank.
     tokenise, collate
                                                                     -> StepBatches(step, [Batch, ...])
 
-State: the step. Nothing else is needed to go on, on any number of ranks and workers.
+State: the step. Nothing else is needed to resume, on any number of ranks and workers.
 """
 
 from __future__ import annotations
@@ -218,8 +218,8 @@ class Stream:
     data.train names pipes or URLs in place of packed folders, see stream/unindexed.py for what holds then.
     rejected_path: JSONL that names broken utterances (all ranks append). plan: where the caller has one
     already. row_limit: see Collator.
-    Errors: RecipeError before the first step; StreamStalled. How many broken utterances are too many is the
-    caller's to judge, who knows those of all ranks: `rejected.too_many(...)`.
+    Errors: RecipeError before the first step; StreamStalled. The caller, which
+    gathers them from all ranks, checks for too many broken utterances: `rejected.too_many(...)`.
     """
 
     def __init__(

@@ -3,15 +3,15 @@
     index (samples.npy) -> sources (task x corpus) -> endless order of each source -> the step's stretch of
     each order
 
-1. Every source has an endless order: pass after pass over its utterances. In each pass its shards are
+1. Every source has an endless order: epoch after epoch of its utterances. In each epoch its shards are
    shuffled and cut into windows of `shuffle_window_shards`; reads stay within a window. "Shuffled" means
-   sorted by a hash of (seed, source, pass, sample id): no generator state, no numpy version enters.
-2. The utterances of a window are sorted by length (give or take LENGTH_JITTER, another one in each pass), cut
+   sorted by a hash of (seed, source, epoch, sample id): no generator state, no numpy version enters.
+2. The utterances of a window are sorted by length (give or take LENGTH_JITTER, new in each epoch), cut
    into buckets of about `bucket_seconds`, and the buckets are shuffled. A global batch is a random set of
    whole buckets, each of about one length: that is what keeps padding low where a global batch is only a few
    micro-batches.
-3. An utterance occupies as many units (milliseconds) of that order as it lasts. The mixture says which
-   stretch of units belongs to step s; the utterances that begin in the stretch are the source's part of the
+3. An utterance occupies as many units (milliseconds) of that order as it lasts. The mixture gives the
+   stretch of units of step s; the utterances that begin in the stretch are the source's part of the
    global batch.
 
 So step 100,000 costs what step 0 costs: one binary search over windows and the shuffle of one window per
@@ -41,7 +41,7 @@ from recipe.config import Corpus, DataConfig, RecipeError
 from stream.mixture import Mixture
 
 # One planned utterance. seconds: audio (0: text only). positions: estimated LLM positions after shrinking (0
-# in stage I).
+# in stage 1).
 PLANNED = np.dtype(
     [
         ("corpus", "u2"),
@@ -186,7 +186,7 @@ def corpus_names(corpora: list[Corpus]) -> list[str]:
 
 @dataclass(frozen=True)
 class UnindexedPlan:
-    """Stands for a plan where shards are streamed without an index (stream/unindexed.py): nothing is known
+    """Takes a plan's place where shards are streamed without an index (stream/unindexed.py): nothing is known
     beforehand."""
 
     fingerprint: str  # of the patterns and settings, not of the content
@@ -197,9 +197,7 @@ class UnindexedPlan:
     def open(cls, data: DataConfig, stage: str) -> UnindexedPlan:
         """Errors: RecipeError for settings that need an index."""
         if not all(is_plain_stream(corpus.shards) for corpus in data.train):
-            raise RecipeError(
-                "data.train mixes packed folders and streamed shards: pack all of them, or stream all"
-            )
+            raise RecipeError("data.train mixes packed folders and streamed shards: pack all, or stream all")
         mixture = data.mixture
         if mixture.tau_start != mixture.tau_end or mixture.task_weights:
             raise RecipeError(
@@ -562,7 +560,7 @@ class Plan:
         )[0]
 
     def passes(self, step: int) -> dict[str, float]:
-        """Passes over each source before `step`, by name."""
+        """Return the epochs of each source before `step`, by name."""
         before = self.mixture.before(step)
         return {
             name: float(units / order.total)

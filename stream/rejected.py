@@ -14,7 +14,7 @@ LEAST_UTTERANCES = 1000
 
 
 class BrokenSample(OneLine, ValueError):
-    """One utterance that cannot be used; the message says why."""
+    """One utterance that cannot be used; the message gives the reason."""
 
 
 class UnreadableSample(BrokenSample):
@@ -47,7 +47,7 @@ class RejectedLog:
         return [record for record in (read_lines(self.path) if self.path else []) if "replaced_by" in record]
 
     def add(self, records: list[dict]) -> None:
-        """Write those that nobody named before: not this rank, not another one, not before an
+        """Write those that were not named before: not by this rank, not by another one, not before an
         interruption."""
         new = {
             (r["corpus"], r["id"]): r for r in reversed(records) if (r["corpus"], r["id"]) not in self._named
@@ -67,5 +67,5 @@ class RejectedLog:
         listed = f"all in {self.path}, the last: {last}. " if last else ""
         return TooManyRejected(
             f"{rejected} of {read} utterances could not be used, more than data.max_rejected_share="
-            f"{self.share:g}: {listed}Mend the shards (python -m data_tools.verify DIR) or raise the share"
+            f"{self.share:g}: {listed}Fix the shards (python -m data_tools.verify DIR) or raise the share"
         )

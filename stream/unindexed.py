@@ -2,14 +2,14 @@
 from front to back.
 
     urls -> slots (rank x worker): whole shards, or every n-th sample where shards are fewer than slots
-    each slot, for ever: shards in a new order each pass -> tar -> shuffle buffer -> decode, check, augment,
+    each slot, for ever: shards in a new order each epoch -> tar -> shuffle buffer -> decode, check, augment,
     tokenise
                          -> pool of a few micro-batches' worth -> neighbours in length make a micro-batch
 
 Without an index nothing is known beforehand, so less is promised than for a packed folder. What holds: every
-rank gets the same number of steps, and of micro-batches in each of them, because no slot ever ends; a slot
+rank gets the same number of steps, and of micro-batches in each step, because no slot ever ends; a slot
 reads each of its utterances once per pass. What does not: global batches depend on the number of ranks and
-workers, a resumed run goes on in a new order, and slots whose shards are fewer get round sooner (at most one
+workers, a resumed run has a new order, and slots whose shards are fewer get round sooner (at most one
 shard's difference where there are more shards than slots).
 
 Which members make a sample is the rule of core/tar_members.py, the same as for packing: every member ends in

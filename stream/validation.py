@@ -106,6 +106,11 @@ class EvalStream:
             self.rejected += [{**record, "why": record["reason"]} for record in loaded.rejected]
             yield loaded.batch, loaded.metas
 
+    def read(self, position: int) -> Batch:
+        """Return one of this rank's batches, read anew."""
+        (loaded,) = Loader(self._reader, iter([Job(0, 0, 1, self._parts[position])]), 0, 1)
+        return loaded.batch
+
 
 def validation_batches(
     data: DataConfig,
@@ -125,7 +130,49 @@ def validation_batches(
     """
     if not data.valid:
         return []
-    stream = EvalStream(
+    stream = _validation_stream(
+        data, stage, tokenizer, model_config, rank, world_size, utterances, answers=answers
+    )
+    answer = transcript_of if STAGES[stage].score == "ctc" else answer_of
+    batches = [(batch, [answer(sample) or "" for sample in samples]) for batch, samples in stream]
+    if stream.rejected:
+        LOGGER.warning(
+            "%d utterances of data.valid are left out; the first: %s",
+            len(stream.rejected),
+            stream.rejected[0],
+        )
+    return batches
+
+
+def validation_waveforms(
+    data: DataConfig,
+    stage: str,
+    tokenizer: PreTrainedTokenizerBase,
+    model_config: SoundwaveConfig,
+    rank: int,
+    world_size: int,
+    utterances: int,
+    position: int,
+) -> Batch:
+    """Return batch `position` of `validation_batches` with waveforms in place of cached features."""
+    decoded = replace(data, cache_features=None)
+    return _validation_stream(
+        decoded, stage, tokenizer, model_config, rank, world_size, utterances, answers=True
+    ).read(position)
+
+
+def _validation_stream(
+    data: DataConfig,
+    stage: str,
+    tokenizer: PreTrainedTokenizerBase,
+    model_config: SoundwaveConfig,
+    rank: int,
+    world_size: int,
+    utterances: int,
+    *,
+    answers: bool,
+) -> EvalStream:
+    return EvalStream(
         data.valid,
         tokenizer,
         model_config,
@@ -137,12 +184,3 @@ def validation_batches(
         data=replace(data, workers=0),
         answers=answers,
     )
-    answer = transcript_of if STAGES[stage].score == "ctc" else answer_of
-    batches = [(batch, [answer(sample) or "" for sample in samples]) for batch, samples in stream]
-    if stream.rejected:
-        LOGGER.warning(
-            "%d utterances of data.valid are left out; the first: %s",
-            len(stream.rejected),
-            stream.rejected[0],
-        )
-    return batches

@@ -26,7 +26,7 @@ def worst_case_batch(
     (at least one).
 
     They hold noise, not speech, so that no blank run shortens them; transcripts are those of fast speech, and
-    from stage II on the conversations fill data.micro_batch_tokens.
+    from stage 2 on the conversations fill data.micro_batch_tokens.
 
     Clips that data.speed_perturb slows are planned at their own length: together they exceed
     data.micro_batch_seconds by as much as it slows them, while none exceeds data.max_seconds

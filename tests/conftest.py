@@ -19,7 +19,7 @@ def server():
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order the files so that those with many slow tests start first: workers take whole files
-    (`--dist loadfile`), and a long file at the end would run on one of them only."""
+    (`--dist loadfile`), and a long file at the end would run on one worker only."""
     slow: dict[str, int] = {}
     for item in items:
         file = item.nodeid.partition("::")[0]

@@ -31,7 +31,7 @@ ASSUMED_UTILISATION = 0.4
 
 
 def _known(name: str) -> str:
-    """A folder that is not there yet, but is named like a known model, stands for that model's sizes."""
+    """A folder that is not there yet, but is named like a known model, has that model's sizes."""
     return Path(name).name if not Path(name).exists() and Path(name).name in presets() else name
 
 

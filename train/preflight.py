@@ -9,7 +9,7 @@ wrong, with its node.
                                                               starts from
 
 1. Every rank looks at its GPU; one rank per node looks at what a node sees: packages, shards and their index,
-   the frozen base, room on the disks.
+   the frozen base, free disk space.
 2. The findings travel through a TCP store (no collective, so that a missing node is named, not waited for),
    and rank 0 compares them: all nodes must see the same shards, the same base, the same versions, the same
    code.
@@ -22,7 +22,6 @@ MASTER_PORT is taken.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -43,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "train")]
 
 from core.code import code_hash  # noqa: E402
-from core.command_line import program_name  # noqa: E402
+from core.command_line import CommandParser  # noqa: E402
 from core.files import step_folders  # noqa: E402
 from recipe.config import Corpus, Recipe, RecipeError, load_recipe, start_folder  # noqa: E402
 from recipe.stages import has_model, initial_folder, stage_folder, stage_of  # noqa: E402
@@ -130,7 +129,7 @@ def look_at_shards(recipe: Recipe, report: Report) -> None:
 
 
 def newest(recipe: Recipe, name: str) -> tuple[Path, dict] | None:
-    """The newest checkpoint whose file `name` can be read, and what it holds: training passes over damaged
+    """The newest checkpoint whose file `name` can be read, and what it holds: training skips damaged
     ones, too."""
     for folder in step_folders(stage_folder(recipe) / "checkpoints"):
         try:
@@ -452,8 +451,8 @@ def all_reduce_line(store, rank: int, world_size: int, seconds: float) -> tuple[
             if time.perf_counter() - begun > seconds:
                 return (
                     "",
-                    f"an all_reduce over {world_size} ranks does not end; NCCL_DEBUG=INFO says which network "
-                    f"it took",
+                    f"an all_reduce over {world_size} ranks does not end; NCCL_DEBUG=INFO logs the network "
+                    f"that it uses",
                 )
             time.sleep(1e-5 if on_gpu else 1e-4)
         work.wait()
@@ -535,7 +534,7 @@ def run(recipe: Recipe, seconds: float, faults_to: Path | None = None) -> int:
             code = int(store.get("verdict"))
         except RuntimeError as error:
             print(
-                f"preflight: node {node_name()}: rank {rank} heard nothing more from rank 0 "
+                f"preflight: node {node_name()}: rank {rank} lost the connection to rank 0 "
                 f"({one_line(error)[:120]})",
                 file=sys.stderr,
             )
@@ -590,8 +589,8 @@ def write_faults(path: Path, faults: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("train/preflight.py"), description="Check the nodes of a job before training."
+    parser = CommandParser(
+        "train/preflight.py", "Check the nodes of a job before training.", example="train/recipes/stage1.yaml"
     )
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
@@ -630,7 +629,7 @@ if __name__ == "__main__":
     terms: list[int] = []
     signal.signal(
         signal.SIGTERM, lambda number, _frame: terms.append(number)
-    )  # of which the batch script hears nothing
+    )  # which the batch script does not see
     exit_code = main()
     if exit_code == DONE and terms:
         exit_code = PREEMPTED

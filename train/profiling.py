@@ -1,4 +1,4 @@
-"""`train/run.py --profile N`: where the time of N steps goes. The run goes on afterwards.
+"""`train/run.py --profile N`: where the time of N steps goes. The run continues afterwards.
 
 torch.profiler on rank 0, after one step to warm up and one to start the profiler, into <stage
 folder>/profile/: *.pt.trace.json.gz is the timeline (https://ui.perfetto.dev opens it, so does TensorBoard

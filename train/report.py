@@ -9,7 +9,6 @@ stage ends, is preempted or fails.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import io
@@ -23,7 +22,7 @@ import numpy as np
 import yaml
 from matplotlib.figure import Figure
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.console import duration
 from core.files import read_lines, write_atomically
 from recipe.config import Recipe
@@ -85,7 +84,7 @@ def read(path: Path) -> dict[str, list[dict]]:
 
 
 def series(lines: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of a key, at most POINTS of them: means of equal bins. Values that are not finite are
+    """(steps, values) of a key, at most POINTS points: means of equal bins. Values that are not finite are
     gaps; of a step that was done again after a roll-back, the last one counts."""
     found = {line["step"]: line[key] for line in lines if isinstance(line.get(key), (int, float))}
     steps = np.array(sorted(found), dtype=float)
@@ -330,8 +329,8 @@ def write(folder: Path) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m train.report"), description="A run on one page, from its files alone."
+    parser = CommandParser(
+        "python -m train.report", "A run on one page, from its files alone.", example="runs/me"
     )
     parser.add_argument("run", type=Path, help="the recipes' `output` folder, or a stage's folder in it")
     run = parser.parse_args(argv).run

@@ -23,15 +23,15 @@ ROOT = Path(__file__).resolve().parent.parent
 # modules.
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "train")]
 
-from core.command_line import program_name  # noqa: E402
+from core.command_line import CommandParser  # noqa: E402
 from core.distributed import PortTaken, check_master_port, connect, disconnect, fill_environment, hard_exit  # noqa: E402
 from recipe.config import RecipeError, load_recipe  # noqa: E402
 from train.preemption import FAILED, PORT_TAKEN, WRONG_INPUT  # noqa: E402
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=program_name("train/run.py"), description="Train one stage of Soundwave."
+    parser = CommandParser(
+        "train/run.py", "Train one stage of Soundwave.", example="train/recipes/stage1.yaml optim.steps=100"
     )
     parser.add_argument("recipe", help="YAML file, e.g. train/recipes/stage1.yaml")
     # With a default it is not listed as required.
@@ -48,7 +48,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         type=int,
         default=0,
         metavar="N",
-        help="record N steps with torch.profiler into <output>/<stage>/profile/, then go on",
+        help="record N steps with torch.profiler into <output>/<stage>/profile/, then continue",
     )
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS

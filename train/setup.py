@@ -78,7 +78,7 @@ def set_up(
         recipe,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        wish=lambda seconds: preemption.stop_reason(0.0, seconds),
+        stop_reason=lambda seconds: preemption.stop_reason(0.0, seconds),
     )
     sharding = shard_while_loading(ds_config) if topology["zero_stage"] == 3 else None
     model, base = build_model(recipe, stage, start_from, ranks)

@@ -76,7 +76,7 @@ def features_unfinished(why: str, preemption: Preemption, ranks: Ranks) -> RunOu
     if ranks.is_main:
         preemption.stop_file.unlink(missing_ok=True)
         logger.info(
-            "stopped while encoder features were computed (%s), exit code %d; the same command goes on "
+            "stopped while encoder features were computed (%s), exit code %d; the same command resumes "
             "from there",
             why,
             PREEMPTED,

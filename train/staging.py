@@ -56,7 +56,7 @@ def size(path: Path) -> int | None:
 
 
 def stage_corpus(shards: str, local: Path) -> str:
-    """Copy what is not there yet; returns a line that says what was done. Errors: ShardError, OSError."""
+    """Copy what is not there yet; returns a one-line report. Errors: ShardError, OSError."""
     index = ShardIndex.load(shards)  # names and fingerprint are plain file names, so nothing leaves `local`
     folder = private_folder(local) / index.fingerprint
     folder.mkdir(exist_ok=True)

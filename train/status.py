@@ -12,7 +12,6 @@ squeue, sacct                the jobs of stages that are not done, asked once, w
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from statistics import median
 
 from tabulate import tabulate
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.files import read_lines
 from recipe.stages import STAGES, stages_in, title_of
 
@@ -83,9 +82,7 @@ def slurm_states(jobs: list[str]) -> dict[str, tuple[str, str]]:
     known = _ask("squeue", "-h", "-t", "all", "-j", several, "-o", "%A|%T|%r")
     if known is None:
         return {}
-    if missing := [
-        job for job in jobs if job not in known
-    ]:  # squeue forgets a job some minutes after its end
+    if missing := [job for job in jobs if job not in known]:  # squeue drops a job some minutes after its end
         recorded = (
             _ask("sacct", "-X", "-n", "-P", "-j", ",".join(missing), "-o", "JobIDRaw,State,Reason") or {}
         )
@@ -188,8 +185,8 @@ def _plain(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m train.status"), description="Print the state of a run's stages and jobs."
+    parser = CommandParser(
+        "python -m train.status", "Print the state of a run's stages and jobs.", example="runs/me"
     )
     parser.add_argument("run", type=Path, help="the recipes' `output` folder")
     run = parser.parse_args(argv).run

@@ -226,7 +226,7 @@ class Telemetry:
         self.pictures.mkdir(exist_ok=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a script that the font lacks is drawn as boxes
-            drawn.savefig(self.pictures / f"step-{step:06d}.png", dpi=70)
+            drawn.savefig(self.pictures / f"step-{step:06d}.png")
             if self.board is not None:
                 self.board.add_figure("valid/clip", drawn, step, close=False)
 

@@ -6,6 +6,7 @@ Read `Trainer.train` first. train/setup.py makes a Trainer, train/stage_run.py i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import shutil
 import time
@@ -36,7 +37,7 @@ from train.preemption import FAILED, WRONG_INPUT, Preemption
 from train.profiling import Profiler
 from train.step_counts import StepCounts, StepFlags, StreamSums
 from train.telemetry import Meter, Telemetry
-from train.validate import RATES, ValidationSet, chosen_by, is_better, validate
+from train.validate import RATES, ValidationSet, chosen_by, clip_mel, is_better, validate
 
 logger = logging.getLogger("soundwave")
 
@@ -341,6 +342,8 @@ class Trainer:
         self.log.line("valid", step, {**result, "samples": samples[:8]})
         if clip:
             inspection, reference, hypothesis = clip
+            if inspection["mel"][0] is None and self.ranks.is_main:  # cached features
+                inspection["mel"][0] = self._clip_mel
             self.log.picture(
                 step,
                 inspection,
@@ -353,6 +356,11 @@ class Trainer:
         if self.ranks.is_main:
             rates = [f"{name.upper()} {result[name]:.3f}" for name in RATES if name in result]
             logger.info("step %d: validation %s", step, ", ".join([*rates, f"loss {result['loss']:.3f}"]))
+
+    @functools.cached_property
+    def _clip_mel(self) -> torch.Tensor | None:
+        tokenizer, audio_id = self.model.tokenizer, self.model.audio_id
+        return clip_mel(self.recipe, self.stage, tokenizer, self.ranks, self.validation, audio_id)
 
     # ---- saving and rolling back
 
@@ -397,7 +405,7 @@ class Trainer:
                         raise
                     shutil.rmtree(self.folder / f"{name}.partial", ignore_errors=True)
                     logger.error(
-                        "step %d: %s could not be written (%s); training goes on",
+                        "step %d: %s could not be written (%s); training continues",
                         self.progress.step,
                         self.folder / name,
                         error,
@@ -429,7 +437,7 @@ class Trainer:
         self.log.line("event", at.step, event)
         if self.ranks.is_main:
             logger.warning(
-                "roll-back %d of %d: %s; going on from %s with the data behind the bad stretch",
+                "roll-back %d of %d: %s; resuming from %s with the data after the bad stretch",
                 health.rollbacks,
                 limit,
                 self.skipped_steps,
@@ -460,7 +468,7 @@ class Trainer:
         if self.ranks.is_main:
             self.preemption.stop_file.unlink(missing_ok=True)
             logger.info(
-                "stopped before step %d (%s), %s; the same command goes on from there",
+                "stopped before step %d (%s), %s; the same command resumes from there",
                 step,
                 why,
                 f"saved, exit code {outcome.code}" if is_saved else "NOT saved",
@@ -493,7 +501,7 @@ class Trainer:
         if at.equal_at is not None:
             since = f"they were equal at step {at.equal_at}"
         return self._fail(
-            f"stopped before step {at.step}: the ranks have come apart: {difference}; {since}: remove the "
+            f"stopped before step {at.step}: the ranks have diverged: {difference}; {since}: remove the "
             f"checkpoints made since from {self.checkpoints.folder}, look for a faulty device, and start "
             "the same command again"
         )

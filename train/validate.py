@@ -15,10 +15,11 @@ from core.distributed import Ranks
 from core.languages import is_known
 from core.text import RATES, Unit, count_errors, says_nothing
 from model.batch import Batch
+from model.features import log_mel
 from model.losses import LOSSES
 from recipe.config import Recipe
 from recipe.stages import Stage
-from stream import validation_batches
+from stream import validation_batches, validation_waveforms
 from train.engine import Engine, weighted_sum
 from train.step_counts import all_reduce
 
@@ -61,9 +62,8 @@ ValidationSet = list[
 ]  # (batch with labels, references, prompts to be continued)
 
 
-def validation_set(recipe: Recipe, stage: Stage, tokenizer, ranks: Ranks) -> ValidationSet:
-    """This rank's share of data.valid, read once; the same number of batches on every rank."""
-    arguments = (
+def _arguments(recipe: Recipe, stage: Stage, tokenizer, ranks: Ranks) -> tuple:
+    return (
         recipe.data,
         stage.name,
         tokenizer,
@@ -72,6 +72,11 @@ def validation_set(recipe: Recipe, stage: Stage, tokenizer, ranks: Ranks) -> Val
         ranks.world_size,
         recipe.log.validate_utterances,
     )
+
+
+def validation_set(recipe: Recipe, stage: Stage, tokenizer, ranks: Ranks) -> ValidationSet:
+    """This rank's share of data.valid, read once; the same number of batches on every rank."""
+    arguments = _arguments(recipe, stage, tokenizer, ranks)
     labelled = validation_batches(*arguments, answers=True)
     unknown = Counter(
         lang for batch, _ in labelled for lang in batch.languages if lang and not is_known(lang)
@@ -91,6 +96,23 @@ def validation_set(recipe: Recipe, stage: Stage, tokenizer, ranks: Ranks) -> Val
         (batch, references, prompt)
         for (batch, references), (prompt, _) in zip(labelled, prompts, strict=True)
     ]
+
+
+def clip_mel(
+    recipe: Recipe, stage: Stage, tokenizer, ranks: Ranks, batches: ValidationSet, audio_id: int | None
+) -> torch.Tensor | None:
+    """Return the log-mel spectrogram [bands, frames] of `fixed_clip`, from its audio: cached features have
+    none. None where the audio cannot be decoded."""
+    number, audio, row = fixed_clip(batches, audio_id)
+    batch = validation_waveforms(*_arguments(recipe, stage, tokenizer, ranks), number)
+    if (
+        row < 0
+        or batch.waveforms is None
+        or len(batch.audio_lengths) != len(batches[number][0].audio_lengths)
+    ):
+        return None
+    size = batch.audio_lengths[audio : audio + 1]
+    return log_mel(batch.waveforms[audio : audio + 1, : int(size)], size, 80)[0][0]
 
 
 def fixed_clip(batches: ValidationSet, audio_id: int | None) -> tuple[int, int, int]:

@@ -213,7 +213,7 @@ class Reader:
     """What readers share: one record costs at most itself, whatever is wrong with it.
 
     A subclass gives `records` ((where, record) of each line, row or member; a Problem, Rejection or Ignored
-    in place of a record stands for itself) and `sample`, which makes an item, or a list of items, of one
+    in place of a record is reported as it is) and `sample`, which makes an item, or a list of items, of one
     record. `encoding` is that of its text files.
     """
 

@@ -47,7 +47,7 @@ def number(text: str | float | None) -> float | None:
 
 @lru_cache(maxsize=4096)
 def _meaning(name: str) -> str | None:
-    """start, end, length or None: which time the name of a column or key stands for."""
+    """start, end, length or None: which time the name of a column or key means."""
     plain = re.sub(r"[^a-z0-9]", "", name.lower())
     for meaning, pattern in (("start", _START), ("end", _END), ("length", _LENGTH)):
         if pattern.fullmatch(plain):
@@ -56,7 +56,7 @@ def _meaning(name: str) -> str | None:
 
 
 def time_columns(columns: Iterable[str], used: Collection[str]) -> dict[str, str]:
-    """Return {column: start | end | length} of those that are named like times and that nobody uses."""
+    """Return {column: start | end | length} of those that are named like times and are not used."""
     return {
         name: meaning
         for name in columns

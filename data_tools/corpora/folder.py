@@ -39,7 +39,7 @@ from data_tools.text_files import (
 _METADATA = ("metadata", "transcripts", "transcript", "transcriptions", "trans")  # stems of such files
 _TABLES = (".csv", ".tsv", ".jsonl", ".json", ".txt")
 _FIELDS = ("text", "speaker", "label", "lang", "id", "duration", "prompt", "response", "task", "target_lang")
-_FOLDER = "folder"  # a value that stands for the name of the clip's folder
+_FOLDER = "folder"  # a value that means the name of the clip's folder
 
 
 class Folder(Reader):

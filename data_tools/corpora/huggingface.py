@@ -18,7 +18,7 @@ _TEXTS = ("text", "label", "prompt", "response", "lang")
 
 
 class HuggingFace(Reader):
-    """PATH is a .parquet file, a folder of them, or a save_to_disk folder (data-*.arrow).
+    """PATH is a .parquet file, a folder of such files, or a save_to_disk folder (data-*.arrow).
 
     audio, text, id, speaker, label, prompt, response, lang_column, duration (seconds): names of columns;
     audio and text are found where they bear usual names. Numbers of classes become the names that the file
@@ -213,7 +213,7 @@ def _class_names(schema, column: str) -> list[str] | None:
 
 
 def _check_type(field: str, column: str, kind, names: list[str] | None, file: Path) -> None:
-    """Refuse what nobody wants as a training target: the bare number of a class, a list or struct as Python
+    """Refuse unusable training targets: the bare number of a class, a list or struct as Python
     prints it."""
     from pyarrow import types
 

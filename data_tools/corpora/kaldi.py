@@ -39,7 +39,7 @@ class _Lookup:
     """Values of a sorted file for keys that come sorted: two files are joined line by line, neither is in
     memory.
 
-    passed: keys of the file that nobody asked for, since the last look.
+    passed: keys of the file that were not asked for, since the last look.
     """
 
     def __init__(self, path: Path, encoding: str | None):

@@ -14,7 +14,7 @@ from data_tools.corpora.tars import LINKS, group_of, tar_members
 from data_tools.text_files import CorpusError, json_items
 
 _SHAR = ("shar", "memory")  # types of a source whose audio is a member of the tar beside
-_NO_AUDIO = ".nodata"  # a member that stands for a cut without audio
+_NO_AUDIO = ".nodata"  # the member of a cut without audio
 
 
 class Lhotse(Reader):
@@ -141,7 +141,7 @@ def _not_as_stored(recording: dict) -> str | None:
     """Why a stretch of the stored audio, its channels averaged, would not be what lhotse plays; None where it
     would be."""
     channels = sum(len(source.get("channels") or [0]) for source in recording["sources"])
-    if channels > 1:  # of a telephone call, the other speaker would be heard too
+    if channels > 1:  # a telephone call has the other speaker on it
         return f"a channel of a recording with {channels}: extract the channels to files first"
     # Another rate changes no times, and pack resamples by itself; another speed would move every stretch.
     if any(transform.get("name") != "Resample" for transform in recording.get("transforms") or ()):

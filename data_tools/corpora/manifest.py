@@ -1,4 +1,4 @@
-"""The project's own manifest: one JSON object a line, or a JSON array of them."""
+"""The project's own manifest: one JSON object a line, or a JSON array of objects."""
 
 from __future__ import annotations
 

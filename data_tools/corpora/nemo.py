@@ -30,7 +30,7 @@ class Nemo(Reader):
     A line whose source_lang and target_lang differ is a translation: its text is in the target language (as
     for Canary). Relative paths start from the manifest's folder. The id is the path with the offset (and a
     translation's language), which is what makes a line unique. Of a tarred dataset, tars is the folder of the
-    tars, one of them, or NeMo's own pattern (tars=audio__OP_0..511_CL_.tar); members are matched by name, and
+    tars, one tar, or NeMo's own pattern (tars=audio__OP_0..511_CL_.tar); members are matched by name, and
     members without a line are reported. ignore: keys named like times (start, end) to leave out, joined by +;
     others of that kind are refused.
     """

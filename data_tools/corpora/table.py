@@ -42,8 +42,8 @@ class Table(Reader):
     named and exists under its own name is taken. target_lang, speaker, prompt and label may also be a value,
     which entries without one of their own get: whatever is no column's name. root: folder that relative audio
     paths start from (default: the table's); suffix: appended to them. columns: names of the columns of a file
-    that has no line of them, joined by + (audio+text+normalised). delimiter: between cells, a sign or comma,
-    tab, semicolon, bar (default: a comma in .csv, else a tab). quoting: whether cells may stand in double
+    that has no header line, joined by + (audio+text+normalised). delimiter: between cells, a sign or comma,
+    tab, semicolon, bar (default: a comma in .csv, else a tab). quoting: whether cells may be in double
     quotes, yes or no (default: yes between commas and semicolons; no between tabs and bars, where a quote is
     a literal character, as in Common Voice and LJSpeech). Columns that are named like times (start, stop_ms)
     and not used are refused, unless ignore names them (ignore=start+stop_ms). A row with another number of
@@ -114,9 +114,7 @@ class Table(Reader):
         self.jsonl = ".jsonl" in bare_suffixes(path) or ".json" in bare_suffixes(path)
         self.keys: Counter[str] = Counter()
         self.beside = Beside()
-        self._of_columns: tuple | None = (
-            None  # columns, what they mean, and which of them are times that nobody uses
-        )
+        self._of_columns: tuple | None = None  # columns, what they mean, and which are unused times
         self._rows = 0
 
     def records(self) -> Iterator[tuple[str, Any]]:

@@ -107,7 +107,7 @@ def group_of(place: str) -> str | None:
 
 
 class Shards(Reader):
-    """PATH is a folder of .tar files (also .tar.gz, .tgz, .tar.bz2, .tar.xz) or one of them; audio, JSON and
+    """PATH is a folder of .tar files (also .tar.gz, .tgz, .tar.bz2, .tar.xz) or one file; audio, JSON and
     text members of one stem are a sample, in whatever order they are.
 
     KEY.json may be this project's (ids, tasks and texts are kept) or any object with a text under text,

@@ -2,14 +2,13 @@
 
     python -m examples.less_is_more.rare_words [--csv FILE]
 
-Words of the study's first test set are sorted by how often their rarest token stands in the CTC targets of
-the quick start's recordings (`dialogues-train`); the table holds the share of them that each read-out deletes
-or replaces, insertions aside.
+Words of the study's first test set are sorted by how often their rarest token occurs in the CTC targets of
+the quick start's recordings (`dialogues-train`); the table holds the share of words that each decoding
+deletes or replaces, insertions aside.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
+from core.command_line import CommandParser
 from core.files import write_atomically
 from evaluation.metrics.error_rates import aligned
 from evaluation.predictions import read_rows
@@ -37,10 +37,10 @@ BINS = {
     "100 times and more": 100,
 }  # from how many on
 READ_OUTS = {
-    "stage I, CTC": ("full", "ctc"),
+    "stage 1, CTC": ("full", "ctc"),
     "ours, LLM": ("ours", "generate"),
     "ours, both": ("ours", "joint"),
-    "synthetic, stage I, CTC": ("synthetic", "ctc"),
+    "synthetic, stage 1, CTC": ("synthetic", "ctc"),
     "synthetic, both": ("synthetic", "joint"),
 }
 WHISPER = "Whisper's own decoder"  # has no seed
@@ -62,7 +62,7 @@ def wrong_words(rows: list[dict]) -> list[tuple[str, bool]]:
 
 
 def shares(rows: list[dict], count_of: Callable[[str], int | None]) -> dict[str, tuple[int, float]]:
-    """Bin -> (words, share of them that is wrong). count_of: how often training showed a word's rarest token;
+    """Bin -> (words, share of wrong ones). count_of: how often training showed a word's rarest token;
     None for what has no token, which is left out (the normaliser takes the dots of "end..." for one)."""
     words, wrong = Counter(), Counter()
     for word, missed in wrong_words(rows):
@@ -73,7 +73,7 @@ def shares(rows: list[dict], count_of: Callable[[str], int | None]) -> dict[str,
 
 
 def files(study: Study, seed: int) -> dict[str, Path]:
-    """Read-out -> its predictions, of those that were scored."""
+    """Decoding -> its predictions, of those that were scored."""
     data = study.plan.score.shards[0]
     found = {}
     for title, (name, decode) in READ_OUTS.items():
@@ -116,8 +116,8 @@ def build(study: Study, seed: int) -> list[list[str]]:
 def main() -> int:
     from examples.less_is_more.study import HERE, Study
 
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.less_is_more.rare_words", description=__doc__.split("\n")[0]
+    parser = CommandParser(
+        "python -m examples.less_is_more.rare_words", __doc__.split("\n")[0], example="--csv rare_words.csv"
     )
     parser.add_argument("--seed", type=int, default=0, help="whose runs (default: 0)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there too")

@@ -3,23 +3,23 @@
     python -m examples.less_is_more.study [--seeds 0 1] [--only ours projector ...] [--dry-run]        (make
     less-is-more) python -m examples.less_is_more.study --plan examples/less_is_more/trials.yaml
 
-    quick start's data -> for each seed: stage I of each kind -> for each variant: stage II, score, speed ->
+    quick start's data -> for each seed: stage 1 of each kind -> for each variant: stage 2, score, speed ->
     table, picture
 
-plan.yaml says what is compared, on what, with how many steps; trials.yaml what was tried on the valid split.
+plan.yaml names what is compared, on what, with how many steps; trials.yaml what was tried on the valid split.
 Each step is an ordinary command of the project, done once (examples/steps.py): a study that was interrupted,
-or begun with --only, goes on with the same command.
+or begun with --only, resumes with the same command.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from core.command_line import CommandParser
 from examples.less_is_more import table
 from examples.quickstart.demo import Plan as QuickStart
 from examples.steps import (
@@ -103,11 +103,11 @@ class Study:
         return ["alignment", "shrinking"] if of.alignment else ["shrinking"]
 
     def first(self, alignment: str, seed: int) -> Path:
-        """The folder of a stage I."""
+        """The folder of a stage 1."""
         return self.output / f"stage-1-{alignment}-seed-{seed}" / "alignment"
 
     def folder(self, variant: str, seed: int) -> Path:
-        """Of a variant's last stage: II, or III where it comes after another variant."""
+        """Of a variant's last stage: 2, or 3 where it comes after another variant."""
         return self.output / f"{variant}-seed-{seed}" / self.stages(variant)[-1]
 
     def predictions(self, folder: Path, decode: str, data: str, whole: bool = False) -> Path:
@@ -339,8 +339,10 @@ class Study:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.less_is_more.study", description=__doc__.split("\n")[0]
+    parser = CommandParser(
+        "python -m examples.less_is_more.study",
+        __doc__.split("\n")[0],
+        example="--seeds 0 --only ours projector",
     )
     parser.add_argument(
         "--plan", type=Path, default=HERE / "plan.yaml", help="what is compared (default: plan.yaml)"
@@ -366,7 +368,7 @@ def main() -> int:
         print(f"\nstudy stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstudy interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("\nstudy interrupted; the same command resumes", file=sys.stderr)
         return 130
     return 0
 

@@ -16,7 +16,6 @@ until there is enough. Voice and speed vary by sentence.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -33,6 +32,7 @@ from pathlib import Path
 import soundfile
 from tqdm import tqdm
 
+from core.command_line import CommandParser
 from examples.quickstart.fetch import DEFAULT_CACHE, FetchError, Source, download, make_folder, unpack_deb
 from examples.quickstart.manifests import draw, plain, targets, write
 from examples.steps import digest, file_digest
@@ -253,9 +253,7 @@ def build(cache: Path, hours: float) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.less_is_more.synthetic", description=__doc__.split("\n")[0]
-    )
+    parser = CommandParser("python -m examples.less_is_more.synthetic", __doc__.split("\n")[0], example="")
     parser.add_argument(
         "--cache",
         type=Path,

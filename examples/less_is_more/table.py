@@ -3,7 +3,7 @@
     python -m examples.less_is_more.table [--plan PLAN] [--csv benchmarks/results]
 
 results.json holds each variant and seed: WER with its 95 % bootstrap interval, the paired test against ours
-on the same utterances, hours of data, kept frames, seconds; the machine, versions and commit. What has not
+on the same utterances, hours of data, CTC peaks, seconds; the machine, versions and commit. What has not
 been run yet is not in the table.
 
 With --csv the rows are written as CSV and kept as JSON, by the plan's name
@@ -13,7 +13,6 @@ again, so the study can be run in parts. docs/results.md is generated from them.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
@@ -27,6 +26,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from benchmarks.machine import line, machine
+from core.command_line import CommandParser
 from core.files import read_lines, write_atomically
 from evaluation.compare import compare
 from evaluation.metrics.error_rates import word_counts
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 OURS, BASELINE = "ours", "projector"
 STAGES = ("stage_1", "stage_2", "stage_3")
 ERRORS = ("substitutions", "deletions", "insertions")
-# How a variant is read out: what that adds to its name and title.
+# How a variant is decoded: what that adds to its name and title.
 DECODES = {"generate": ("", ""), "joint": (", joint", ": LLM and CTC head together, beam search")}
 
 
@@ -150,7 +150,7 @@ class Results:
         return rows
 
     def scores(self, name: str, decode: str, folder: Path, first: Path, seed: int) -> dict:
-        """Return a row's scores, and its comparisons with ours and with stage I's CTC."""
+        """Return a row's scores, and its comparisons with ours and with stage 1's CTC."""
         found = self.files(folder, decode)
         row: dict = {"scores": {data: wer_of(path) for data, path in found.items()}}
         # Against ours decoded in the same way; ours together with CTC against ours without it.
@@ -537,9 +537,7 @@ def finish(study: Study, folder: Path | None = None) -> str:
 def main() -> int:
     from examples.less_is_more.study import HERE, Study
 
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.less_is_more.table", description=__doc__.split("\n")[0]
-    )
+    parser = CommandParser("python -m examples.less_is_more.table", __doc__.split("\n")[0], example="")
     parser.add_argument(
         "--plan", type=Path, default=HERE / "plan.yaml", help="whose table (default: plan.yaml)"
     )

@@ -9,7 +9,7 @@ The Debian package holds one resource file, `queen.1c`, in the layout that Scumm
 Speech entries (`*.SB`) are MP3 at 11,025 Hz. Two kinds have a text:
 
 - dialogue: `KKLLLLWS.SB` = talk key KK, line LLLL (hex), speaker W (J: the hero Joe, P: the other one),
-  segment S (hex, from 1). The lines stand in `*.DOG` entries (20 bytes header, then a talk header and two
+  segment S (hex, from 1). The lines are in `*.DOG` entries (20 bytes header, then a talk header and two
   string tables, Joe's and the other's).
 - descriptions, spoken by Joe: `JOEnnnnS.SB` = segment S of line nnnn - 41 of the text file `QUEEN2.JAS`.
 

@@ -4,13 +4,12 @@
 
     fetch -> pack -> for each stage: score, train, score -> picture -> table
 
-Each step is an ordinary command of the project, done once (examples/steps.py). What is trained how long
-stands in the recipes, what is scored on how much in demo.yaml: nothing of that is in here.
+Each step is an ordinary command of the project, done once (examples/steps.py). The recipes hold
+what is trained and how long; demo.yaml holds what is scored and on how much.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from core.command_line import CommandParser
 from data_tools.shards import SAMPLE_DTYPE
 from examples.quickstart import results
 from examples.steps import (
@@ -265,9 +265,7 @@ def finish(plan: Plan) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.quickstart.demo", description=__doc__.split("\n")[0]
-    )
+    parser = CommandParser("python -m examples.quickstart.demo", __doc__.split("\n")[0], example="")
     parser.add_argument(
         "--plan",
         type=Path,
@@ -292,7 +290,7 @@ def main() -> int:
         print(f"\ndemo stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ndemo interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("\ndemo interrupted; the same command resumes", file=sys.stderr)
         return 130
     return 0
 

@@ -6,17 +6,16 @@
                        fetched again)
     CACHE/models/      whisper-base, smollm2-135m: transformers folders
     CACHE/corpora/     audio and its licence files
-    CACHE/manifests/   JSON lines for data_tools/pack.py (manifests.py says what they hold)
+    CACHE/manifests/   JSON lines for data_tools/pack.py (contents: manifests.py)
     CACHE/SOURCES.md   where everything came from, under which licence
 
-Nothing is installed: packages are opened, not run. Interrupted, the same command goes on with the file or
-folder at which it stopped. On a machine without apt-get or a network, files put into CACHE/downloads by hand
-are taken.
+Nothing is installed: packages are opened, not run. After an interruption the same command resumes with the
+file or folder at which it stopped. On a machine without apt-get or a network, files that you put into CACHE/downloads
+are used.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
@@ -30,6 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
+
+from core.command_line import CommandParser
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_CACHE = Path(".cache/quickstart")
@@ -194,7 +195,7 @@ def sha256(path: Path) -> str:
 
 
 def last_words(output: str) -> str:
-    """The line of a client's output that says what was wrong."""
+    """Return the line of a client's output with the error."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith(("ERROR", "E:"))]
     return (errors or lines or ["no output"])[-1][:300]
@@ -226,11 +227,11 @@ def download(source: Source, folder: Path) -> Path:
 
 
 def fetch_file(source: Source, path: Path) -> None:
-    by_hand = f"or put {source.file} (sha256 {source.sha256}) into {path.parent} by hand"
+    instead = f"or put {source.file} (sha256 {source.sha256}) into {path.parent} yourself"
     if source.client == "apt" and shutil.which("apt-get") is None:
         raise FetchError(
             f"{source.name}: there is no apt-get here. It is a Debian package (version {source.version}, "
-            f"architecture all): on a Debian or Ubuntu machine `apt-get download {source.name}`, {by_hand}"
+            f"architecture all): on a Debian or Ubuntu machine `apt-get download {source.name}`, {instead}"
         )
     room = path.parent / f"{source.file}.partial"
     shutil.rmtree(room, ignore_errors=True)
@@ -251,7 +252,7 @@ def fetch_file(source: Source, path: Path) -> None:
         ]
         raise FetchError(
             f"{source.client} refused {source.name} {source.version}: {last_words(done.stdout)}; {hint}, "
-            f"{by_hand}"
+            f"{instead}"
         )
     found[0].replace(path)
     shutil.rmtree(room)
@@ -278,7 +279,7 @@ def unpack_deb(path: Path, out: Path) -> None:
 
 
 def make_folder(target: Path, key: str, build: Callable[[Path], None]) -> bool:
-    """Build TARGET in a folder beside it and move it there when complete; False where KEY says that it is up
+    """Build TARGET in a folder beside it and move it there when complete; False where KEY shows that it is up
     to date."""
     stamp = target / ".made-from"
     if stamp.exists() and stamp.read_text() == key:
@@ -413,9 +414,7 @@ def fetch(cache: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.quickstart.fetch", description=__doc__.split("\n")[0]
-    )
+    parser = CommandParser("python -m examples.quickstart.fetch", __doc__.split("\n")[0], example="--dry-run")
     parser.add_argument(
         "--cache", type=Path, default=DEFAULT_CACHE, help=f"folder for everything (default: {DEFAULT_CACHE})"
     )
@@ -425,7 +424,7 @@ def main() -> int:
         there = [s for s in SOURCES if (options.cache / "downloads" / s.file).exists()]
         print(sources_table())
         print(
-            f"{len(SOURCES)} packages, {sum(s.size for s in SOURCES) / 1e6:.0f} MB, {len(there)} of them in "
+            f"{len(SOURCES)} packages, {sum(s.size for s in SOURCES) / 1e6:.0f} MB, {len(there)} are in "
             f"{options.cache / 'downloads'}\n\n{FULL_SCALE}"
         )
         return 0
@@ -435,7 +434,7 @@ def main() -> int:
         print(f"fetch stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nfetch interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("\nfetch interrupted; the same command resumes", file=sys.stderr)
         return 1
     print(
         f"models, corpora and manifests are in {options.cache}; their sources and licences in "

@@ -5,7 +5,7 @@ data does.
     prompts-{train,valid,test}.jsonl     task translation (into and from English), in valid and test asr
                                          (English) too; by prompt, in all languages alike; prompts with the
                                          same words in some language stay together
-    instruct-{train,valid,test}.jsonl    what stage III learns, made by code out of the dialogues'
+    instruct-{train,valid,test}.jsonl    what stage 3 learns, made by code out of the dialogues'
                                          transcripts, below
 
 No sentence that valid or test asks a model to write down or to translate into is a target in training,
@@ -102,7 +102,7 @@ def split_prompts(rows: list[dict]) -> dict[str, list[dict]]:
         if split != "train":
             splits[split].append({**english, "task": "asr"})
         others = [row for lang, row in sorted(speech.items()) if lang != "en"]
-        pairs = [(row, english) for row in others]  # every language into English, English into one of them
+        pairs = [(row, english) for row in others]  # every language into English, English into one language
         pairs += [(english, others[int(draw("target", key) * len(others))])] if others else []
         for source, target in pairs:
             splits[split].append(
@@ -154,7 +154,7 @@ CLOSED = {"count", "question"}  # rules whose answer is one of a few: scored as 
 
 
 def rule_samples(rows: list[dict]) -> list[dict]:
-    """Per dialogue clip one sample with audio, `instruct` or `chain`; for a third of them a `text` sample by
+    """Per dialogue clip one sample with audio, `instruct` or `chain`; for a third a `text` sample by
     another rule."""
     samples = []
     for row in rows:

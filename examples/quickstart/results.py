@@ -9,7 +9,6 @@ commit.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
+from core.command_line import CommandParser
 from core.console import printable_line
 from core.files import write_atomically
 from evaluation.predictions import read_rows, row_key
@@ -209,8 +209,8 @@ def write_csv(path: Path, result: dict) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.quickstart.results", description=__doc__.split("\n")[0]
+    parser = CommandParser(
+        "python -m examples.quickstart.results", __doc__.split("\n")[0], example="--csv scores.csv"
     )
     parser.add_argument(
         "--results", type=Path, default=Path("runs/quickstart/results.json"), help="written by the demo"

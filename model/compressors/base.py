@@ -57,7 +57,7 @@ class Compressor(nn.Module, ABC):
     def select(
         cls, config: SoundwaveConfig, lengths: torch.Tensor, ctc: CTCView
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return positions [A, K] and lengths [A] of the frames that stage I, which has no weights of the
+        """Return positions [A, K] and lengths [A] of the frames that stage 1, which has no weights of the
         compressor, reports as kept."""
         return torch.arange(ctc.argmax.shape[1], device=lengths.device).expand_as(ctc.argmax), lengths
 

@@ -1,11 +1,11 @@
 """CTC peaks, the method's shrinking adapter: one frame for each run of equal CTC tokens, with look-back.
 
-    argmax [A, T] -> runs -> kept frames [A, K] -> x = hidden[kept] -> LayerNorm(x + look-back attention of x
+    argmax [A, T] -> runs -> CTC peaks [A, K] -> x = hidden[kept] -> LayerNorm(x + look-back attention of x
     over the frames)
 
-The result stands in the LLM's input at the place of `<audio_patch>`. The last LayerNorm's gain starts at the
+The result replaces `<audio_patch>` in the LLM's input. The last LayerNorm's gain starts at the
 RMS of the LLM's input embeddings (0.136 for SmolLM2-135M; a plain LayerNorm's output has 1), and the
-look-back's output projection starts at zero: the LLM first sees the kept frames themselves, on the scale that
+look-back's output projection starts at zero: the LLM first sees the CTC peaks themselves, on the scale that
 it knows.
 """
 

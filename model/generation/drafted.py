@@ -1,7 +1,7 @@
 """Drafted decoding: greedy decoding in which the LLM checks a draft, several tokens in one forward pass.
 
 The draft is the CTC head's greedy transcript, which is spelled in the LLM's own vocabulary. One pass over k
-draft tokens gives the LLM's own choice after each of them. The draft tokens that equal these choices are
+draft tokens gives the LLM's own choice after each token. The draft tokens that equal these choices are
 accepted, and the first choice that differs is written in place of the draft's token. The answer is that of
 greedy decoding, token by token; only the number of passes differs. (Rounding can decide between two tokens of
 equal logits: matrix products of other shapes round otherwise.)
@@ -172,12 +172,12 @@ class Draft:
         self.misses = 0  # proposals in a row of which nothing was accepted
         self.hits = 0  # tokens in a row that the LLM wrote by itself and that the draft has
 
-    def proposal(self, answer: list[int], room: int) -> list[int]:
-        """The next tokens of the draft, or of a repetition in the answer itself; `room` at most."""
+    def proposal(self, answer: list[int], limit: int) -> list[int]:
+        """The next tokens of the draft, or of a repetition in the answer itself; `limit` at most."""
         self.repeats = self.misses > 0 or self.place >= len(self.tokens) - 1
-        repeated = _repetition(answer, max(0, min(self.longest, room))) if self.repeats else []
+        repeated = _repetition(answer, max(0, min(self.longest, limit))) if self.repeats else []
         self.repeats = bool(repeated)
-        return repeated or self.tokens[self.place : self.place + max(0, min(self.length, room))]
+        return repeated or self.tokens[self.place : self.place + max(0, min(self.length, limit))]
 
     def advance(self, proposed: list[int], accepted: int, choices: list[int]) -> None:
         """Follow a pass. choices: the LLM's token in place of each proposed one, and after the last."""
@@ -290,14 +290,14 @@ class Draft:
         return place if not left else None
 
 
-def _repetition(answer: list[int], room: int) -> list[int]:
-    """What followed when the answer's last REPEATED tokens were written before, `room` tokens at most."""
+def _repetition(answer: list[int], limit: int) -> list[int]:
+    """What followed when the answer's last REPEATED tokens were written before, `limit` tokens at most."""
     last, size = answer[-REPEATED:], len(answer)
     for start in range(size - REPEATED - 1, -1, -1):
         if answer[start : start + REPEATED] == last:
             period = size - REPEATED - start
             follows = answer[start + REPEATED :]
-            return (follows * (room // period + 1))[:room]
+            return (follows * (limit // period + 1))[:limit]
     return []
 
 

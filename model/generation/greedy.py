@@ -150,7 +150,7 @@ class Generation:
 
         batch: prompts that end with the assistant's opening (`prompt.chat_ids` of a chat without its
         answer), padded on either side, with any number of audios anywhere, or none. temperature and top_p
-        count with do_sample (the values are the release's). streamer: transformers' TextStreamer or
+        count with do_sample (defaults: the authors' code). streamer: transformers' TextStreamer or
         TextIteratorStreamer, for one conversation. synced_gpus: under ZeRO-3 every rank decodes until the
         last one has finished. joint: search the answers together with the CTC head (for transcripts;
         model/generation/joint.py), without sampling or streamer. drafted: let the LLM check the CTC head's
@@ -163,7 +163,7 @@ class Generation:
         named in `unanswered` and a SoundWarning.
         """
         if self.llm is None:
-            raise ValueError("this model has no LLM (stage I): use ctc_greedy")
+            raise ValueError("this model has no LLM (stage 1): use ctc_greedy")
         if joint is not None and (do_sample or streamer is not None):
             raise ValueError("joint decoding is a beam search: no do_sample, no streamer")
         if drafted is not None and (do_sample or joint is not None):

@@ -1,9 +1,9 @@
 """Hotwords: words and phrases that a request expects, and what joint search gives for them.
 
-The CTC head first spots which of them the audio may hold. Those become a prefix tree over the LLM's
+The CTC head first spots which phrases the audio may hold. Those become a prefix tree over the LLM's
 tokens: each phrase in several spellings (with and without a leading space, lower case, capitalised, upper
 case). A hypothesis that walks along the tree earns its phrase's bonus step by step, and loses it where it
-leaves the phrase, ends inside it, or goes on with the same word ("cat" in "category").
+leaves the phrase, ends inside it, or continues the same word ("cat" in "category").
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Progress(NamedTuple):
 
     @property
     def begun(self) -> float:
-        """Earned so far, the shares of unfinished phrases included: for sequences that go on."""
+        """Earned so far, the shares of unfinished phrases included: for unfinished sequences."""
         return max([self.ending, *(before + node.share for node, before in self.unfinished)])
 
     @property

@@ -8,7 +8,7 @@ that are fluent and were not said cost CTC probability, and so does an end of tu
 said. During the search the CTC term is the prefix score of hybrid CTC/attention decoding (Watanabe et al.,
 2017, "Hybrid CTC/Attention Architecture for End-to-End Speech Recognition"). One thing is new: the LLM writes
 "I'm, na" where CTC was taught " i'm name" (`data.ctc_text`), so the text, not the token, is scored, and its
-end stands for all tokens that begin with it (" na": " name", " nature" ...).
+end means all tokens that begin with it (" na": " name", " nature" ...).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class CTCPrefixScores:
         return max(float(np.logaddexp(spoken[-1], silent[-1])), IMPOSSIBLE)
 
     def begun(self, prefix: Tokens, last: np.ndarray, name: str) -> float:
-        """Of all sequences that begin with the prefix and then one of `last`, which `name` stands for."""
+        """Log-probability of the prefix plus any token of `last`; `name`: cache key."""
         if (prefix, name) not in self._begun:
             again = prefix[-1] if prefix and prefix[-1] in last else None
             ways = self._entries(prefix) + self._mass(last, name, again)
@@ -137,8 +137,8 @@ class JointScores(LogitsProcessor):
     ):
         self.tokenizer, self.ctc, self.search = tokenizer, ctc, search
         self.stop, self.max_new_tokens = stop, max_new_tokens
-        # Of each conversation: (score, answer) of the best that has ended; the scores of those that may go
-        # on.
+        # Of each conversation: (score, answer) of the best that has ended; the scores of the
+        # unfinished ones.
         self.best: list[tuple[float, list[int]]] = [(-np.inf, []) for _ in ctc]
         self._totals: list[dict[Tokens, float]] = [{(): 0.0} for _ in ctc]
         added = set(tokenizer.added_tokens_decoder)  # special ones among them: never CTC targets
@@ -249,7 +249,7 @@ class JointScores(LogitsProcessor):
         return self._texts[answer]
 
     def begun(self, ctc: CTCPrefixScores, tokens: Tokens) -> float:
-        """Of a text that may go on: its last token, or its last few, may be the beginning of one that is not
+        """Of an unfinished text: its last token, or its last few, may be the beginning of one that is not
         there yet (" ", "na": " name"); the likeliest reading counts."""
         cost, name = IMPOSSIBLE if tokens else 0.0, ""
         for place in reversed(range(len(tokens))):

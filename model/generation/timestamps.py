@@ -62,7 +62,7 @@ def word_times(
 ) -> list[list[Word]]:
     """Return the words of each text with their times in its waveform.
 
-    waveforms: [S] each at 16 kHz (`model.waveforms.mono`), or a batch of them. langs: decide what a word is
+    waveforms: [S] each at 16 kHz (`model.waveforms.mono`), or a batch. langs: decide what a word is
     (`core.spelling.word_spans`). A text without words has no times. Where a text cannot be aligned (more
     targets than frames), its words are spread evenly over the clip with confidence 0, and a SoundWarning
     names the clip and the reason. Errors: ValueError.

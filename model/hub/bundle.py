@@ -179,7 +179,7 @@ class Bundler:
             return
         if self.done.setdefault(place.name, place) != place:
             other = self.done[place.name].module
-            raise BundleError(f"{place.module} and {other} both define {place.name}: rename one of them")
+            raise BundleError(f"{place.module} and {other} both define {place.name}: rename one")
         module = self.module(place.module)
         node = module.definitions[place.name]
         if (place.module, node.lineno) in self.taken:
@@ -260,7 +260,7 @@ def bundle(
 ) -> str:
     """Return the text of one file.
 
-    beside: module -> file (without .py) that will stand in the same folder. instead: definitions that take
+    beside: module -> file (without .py) that will be in the same folder. instead: definitions that take
     the place of others of the same name. Errors: BundleError.
     """
     bundler = Bundler(beside or {}, instead or {})

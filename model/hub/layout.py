@@ -72,12 +72,12 @@ def write_layout(
     llm: Source,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Write all but README.md, the tokenizer and generation_config.json. run: a model folder of stage II or
-    III. Errors: FolderError for an LLM whose stored tensors have other names than its network."""
+    """Write all but README.md, the tokenizer and generation_config.json. run: a model folder of stage 2 or
+    3. Errors: FolderError for an LLM whose stored tensors have other names than its network."""
     adapters = load_file(run / ADAPTERS)
     rows = adapters["ctc_head.weight"].shape[0] if "ctc_head.weight" in adapters else 0
     switches = asdict(config)
-    for part in ("encoder", "llm"):  # a folder of this machine is nobody else's business
+    for part in ("encoder", "llm"):  # paths of this machine are not published
         if Path(switches[part]["name"]).exists():
             switches[part]["name"] = Path(switches[part]["name"]).name
     hub = SoundwaveHubConfig(

@@ -53,7 +53,7 @@ class SoundwaveProcessor(ProcessorMixin):
     def apply_chat_template(self, conversation, sampling_rate: int | None = None, **options) -> BatchFeature:
         """Return input_ids, attention_mask [B, L], and waveforms [A, S] with waveform_lengths [A].
 
-        conversation: one or a list of them, which end with a user's turn; sampling_rate: of samples that
+        conversation: one or a list, each ending with a user's turn; sampling_rate: of samples that
         are given (default 16000). Errors: ValueError.
         """
         asked = {"tokenize": (True,), "return_dict": (True,), "return_tensors": ("pt",)}

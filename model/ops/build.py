@@ -40,7 +40,7 @@ FLAGS = [
 
 
 class BuildError(RuntimeError):
-    """No compiler, or it failed; the message says which command and what it printed."""
+    """No compiler, or it failed; the message holds the command and its output."""
 
 
 def _compiler() -> str | None:

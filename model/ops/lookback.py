@@ -1,4 +1,4 @@
-"""Look-back attention: each kept frame looks at the frames of its own utterance."""
+"""Look-back attention: each CTC peak attends to the frames of its own utterance."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def lookback_attention(
 ) -> Tensor:
     """softmax(query key^T / sqrt(d)) value, each utterance by itself.
 
-    query [B, K, H, d] (kept frames), key and value [B, T, H, d] (frames), kept_lengths and key_lengths [B];
+    query [B, K, H, d] (CTC peaks), key and value [B, T, H, d] (frames), kept_lengths and key_lengths [B];
     key_mask [B, T] bool leaves only some of the frames as keys. Returns [B, K, H, d]; positions past
     kept_lengths, and utterances without any key, give zero. Varlen FlashAttention (Dao, arXiv 2307.08691)
     where it imports and the tensors are fp16 or bf16 on a GPU, PyTorch's scaled_dot_product_attention

@@ -1,6 +1,6 @@
 """The Triton backend: CUDA (and, under TRITON_INTERPRET=1, any tensor, for tests).
 
-The matrix products are cuBLAS's, on tiles whose logits fit the L2 cache; a Triton kernel passes over each
+The matrix products are cuBLAS's, on tiles whose logits fit the L2 cache; a Triton kernel reads each
 tile while it is there. Another holds CTC's recursion, one program an utterance. Every sum has one fixed
 order.
 """
@@ -23,11 +23,11 @@ LOG_ZERO = tl.constexpr(-1e30)
 
 # Rows of a program; each holds one tile of theirs. Nothing is tuned at run time: the width of a product
 # follows the number of frames, so it would be tuned again and again (on an H200 the first 23 steps of the
-# quick start's stage I took 1.4 s each), and what was chosen would decide the order of sums.
+# quick start's stage 1 took 1.4 s each), and what was chosen would decide the order of sums.
 ROWS = tl.constexpr(4)
 
 
-# Numbers that follow the batch are not specialised: each kind of them would be compiled anew, in the middle
+# Numbers that follow the batch are not specialised: each kind would be compiled anew, in the middle
 # of training.
 @triton.jit(do_not_specialize=["rows", "first_row", "first_token", "tiles", "first_tile"])
 def _statistics(
@@ -195,7 +195,7 @@ def _recursion(
 
 
 def _products(deterministic: bool):
-    """With `deterministic`, torch refuses products that may differ from run to run, and says what to set."""
+    """With `deterministic`, torch refuses products that may differ from run to run, and names the setting."""
     if not deterministic:
         return contextlib.nullcontext()
     return _deterministic()

@@ -9,7 +9,7 @@ open_environment() {
     case $kind:$name in venv:/*|apptainer:/*) ;; venv:*|apptainer:*) name=$PROJECT/$name ;; esac
     IN_CONTAINER=() CONTAINER_OPTIONS=()
     set +u  # the site's and conda's own scripts read unset variables
-    if [ -n "$MODULES" ] && ! type module >/dev/null 2>&1; then  # a batch shell is no login shell: nobody has defined it yet
+    if [ -n "$MODULES" ] && ! type module >/dev/null 2>&1; then  # a batch shell is no login shell: it is not defined yet
         for file in "$MODULESHOME/init/bash" /etc/profile.d/{lmod,z00_lmod,modules}.sh; do
             # shellcheck source=/dev/null
             if [ -r "$file" ]; then source "$file" || true; break; fi
@@ -56,7 +56,7 @@ set_variables() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS}
     # Batches differ in shape from step to step, which splits PyTorch's memory pool into pieces too small to use.
     export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-    export NCCL_DEBUG=${NCCL_DEBUG:-WARN}  # NCCL says why it stops
+    export NCCL_DEBUG=${NCCL_DEBUG:-WARN}  # NCCL logs why it stops
     # 4 us * 2^22 = 17 s per try: a link that flaps for some seconds, or a switch that reroutes, is waited for, not fatal.
     export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}
     # Set by the site where NCCL's or Gloo's own choice is wrong (docs/slurm.md): NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME

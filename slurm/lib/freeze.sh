@@ -5,7 +5,7 @@
 # freeze CODE RECIPE: copy the code, and RECIPE if it is not empty, to the folder CODE. Prints where the recipe went.
 freeze() {
     local code=$1 recipe frozen next part seen="" failed="no frozen copy in $1 (disk or quota?)"
-    set -o pipefail  # always called in a $( ), where bash forgets set -e
+    set -o pipefail  # always called in a $( ), where bash drops set -e
     if [ ! -d "$code" ]; then
         mkdir -p "$code.part" || die "$failed" 1
         for part in core train model data_tools recipe stream soundwave serving evaluation ds_configs slurm; do

@@ -121,12 +121,12 @@ resubmit() {
     SBATCH=(env -i "${given[@]}" sbatch)
     if ! submit "$left" "$0" "${SAME_OPTIONS[@]}" "$0" "${contract[@]}" "${ARGUMENTS[@]}"; then
         event failed "could not be submitted again"
-        die "sbatch does not accept a new job (above): submit it again by hand, and it continues where it stopped" 1
+        die "sbatch does not accept a new job (above): submit it again yourself, and it resumes" 1
     fi
     put "$SUBMITTED" "$FROZEN/$PLACE.job"
     while read -r waiting words; do
         patient scontrol update "JobId=$waiting" "Dependency=$words" >/dev/null \
-            || say "job $waiting waits for this one; change it by hand: scontrol update JobId=$waiting Dependency=$words"
+            || say "job $waiting waits for this one; change it with: scontrol update JobId=$waiting Dependency=$words"
     done < <(dependents "$SUBMITTED")
     event resubmitted "as job $SUBMITTED"
     LOG=$(numbered "$SUBMITTED" "$LOG")
@@ -195,7 +195,7 @@ same_options() {
     done
 }
 
-# numbered NUMBER FILE: FILE with NUMBER in its name in the place of this job's, where that stands last.
+# numbered NUMBER FILE: FILE with NUMBER in its name in the place of this job's, where that is at the end.
 numbered() {
     local name=${2##*/}
     printf '%s\n' "${2%"$name"}$(printf '%s\n' "$name" | sed "s/\(.*[^0-9]\|^\)$SLURM_JOB_ID\([^0-9]\|\$\)/\1$1\2/")"

@@ -27,27 +27,27 @@ patient() {
 
 # --- variables that others left in the environment ------------------------------------------------------------------------
 
-forget() {
+unset_all() {
     local name
     for name in "$@"; do unset "$name" 2>/dev/null || true; done
 }
 
-# forget_others: display settings change what Slurm's commands print or select. A launcher's variables (of a training script that
+# unset_others: display settings change what Slurm's commands print or select. A launcher's variables (of a training script that
 # submits its successor, say) would make every rank the only one.
-forget_others() {
-    forget "${!SQUEUE_@}" "${!SACCT_@}" "${!SINFO_@}" "${!SCONTROL_@}" "${!SCANCEL_@}" SLURM_TIME_FORMAT SLURM_BITSTR_LEN \
+unset_others() {
+    unset_all "${!SQUEUE_@}" "${!SACCT_@}" "${!SINFO_@}" "${!SCONTROL_@}" "${!SCANCEL_@}" SLURM_TIME_FORMAT SLURM_BITSTR_LEN \
         "${!TORCHELASTIC_@}" "${!PET_@}" RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE NODE_RANK \
         ROLE_NAME ROLE_RANK ROLE_WORLD_SIZE CROSS_RANK CROSS_SIZE MASTER_ADDR MASTER_PORT "${!SOUNDWAVE_@}"
 }
 
-# forget_this_job: for scripts that submit from inside a job (salloc's shell, say): the new job must not inherit its variables.
+# unset_this_job: for scripts that submit from inside a job (salloc's shell, say): the new job must not inherit its variables.
 # Also what sbatch reads from the environment and these scripts decide themselves.
-forget_this_job() {
+unset_this_job() {
     local name
     [ -z "${SLURM_CLUSTERS:-}${SBATCH_CLUSTERS:-}" ] \
         || die "SLURM_CLUSTERS is set: unset it, and submit on a login node of the cluster that shall run the jobs"
-    for name in "${!SLURM_@}"; do [ "$name" = SLURM_CONF ] || forget "$name"; done
-    forget "${!SRUN_@}" SBATCH_ARRAY_INX SBATCH_EXPORT SBATCH_JOB_NAME SBATCH_OUTPUT SBATCH_WAIT SBATCH_HINT
+    for name in "${!SLURM_@}"; do [ "$name" = SLURM_CONF ] || unset_all "$name"; done
+    unset_all "${!SRUN_@}" SBATCH_ARRAY_INX SBATCH_EXPORT SBATCH_JOB_NAME SBATCH_OUTPUT SBATCH_WAIT SBATCH_HINT
 }
 
 # keep_own_variables: in a job, of the SLURM_ variables those that Slurm sets anew for every job. sbatch passes on all that it finds
@@ -68,9 +68,9 @@ keep_own_variables() {
                 option=${option,,}
                 ! grep -qE -- "^--${option//_/-}(=| |$)" <<<"$asked" || continue ;;
         esac
-        forget "$name"
+        unset_all "$name"
     done
-    forget "${!SRUN_@}" "${!SBATCH_@}"
+    unset_all "${!SRUN_@}" "${!SBATCH_@}"
 }
 
 # --- facts about a job ----------------------------------------------------------------------------------------------------

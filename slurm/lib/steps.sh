@@ -28,7 +28,7 @@ launch() {
     done
 }
 
-# choose_port: MASTER_PORT, or the next port on which nobody listens on this node, where rank 0 runs.
+# choose_port: MASTER_PORT, or the next free port of this node, where rank 0 runs.
 choose_port() {
     local taken=$MASTER_PORT
     [ "${SLURMD_NODENAME:-}" = "$MASTER_ADDR" ] || return 0
@@ -212,7 +212,7 @@ run_rank() {
         0) exit 0 ;;
         85)
             [ -z "$note" ] || exit 0
-            sleep 10  # nobody would hear of it: the code itself must tell, when the other ranks are over too
+            sleep 10  # without a note, the exit code is the only signal: end after the other ranks
             exit 85 ;;
         *)
             [ "$1" != -m ] || shift
@@ -226,7 +226,7 @@ torchrun_worker() {
     local gpus=$1
     shift
     exec 2>&1
-    # Inherited by torchrun, which would otherwise die of them and leave its workers behind. TERM it would also handle, and kill
+    # Inherited by torchrun, which would otherwise die by these signals and leave its workers behind. TERM it would also handle, and kill
     # its workers 30 seconds later; they get the signal themselves, and may need longer to save.
     [ "${STOPS_AT_WARNING:-0}" = 1 ] || trap '' USR1 TERM
     exec torchrun --signals-to-handle=SIGINT,SIGHUP,SIGQUIT \

@@ -72,7 +72,7 @@ def test_blocks_of_ffmpegs_formats_are_the_recording(form, codec):
 
 
 def test_joined_files_are_read_to_their_end(tmp_path):
-    """The first header promises the first file alone."""
+    """The first header declares the first file's length only."""
     path = tmp_path / "joined.ogg"
     path.write_bytes(encoded("OGG", "VORBIS") + encoded("OGG", "VORBIS", SAMPLES[:20_000]))
     blocks = list(Recording(path).blocks(1.0))

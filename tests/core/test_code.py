@@ -29,7 +29,7 @@ def test_all_packages_have_files():
 
 
 def test_jobs_run_a_copy_of_every_package():
-    """A package that freeze leaves out would be imported from the checkout, which goes on changing."""
+    """A package that freeze leaves out would be imported from the checkout, which may change."""
     script = (code.ROOT / "slurm" / "lib" / "freeze.sh").read_text()
     (listed,) = re.findall(r"for part in ([\w ]+); do", script)
     assert set(listed.split()) == {*code.PACKAGES, "ds_configs", "slurm"}

@@ -11,7 +11,7 @@ from core.code import ROOT
 from core.private_folder import NotPrivate, check_private, private_folder, user_cache
 from model.ops import build
 
-OTHER = 65534  # nobody
+OTHER = 65534  # an unprivileged user
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's folder")
 
 

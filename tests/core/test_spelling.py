@@ -1,4 +1,4 @@
-"""The words of a text, and which CTC targets spell each of them."""
+"""The words of a text, and which CTC targets spell each word."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which members of a tar are a sample: by hand, and for any order of members."""
+"""Which members of a tar are a sample: written examples, and any order of members."""
 
 import json
 
@@ -61,7 +61,7 @@ def test_members_of_each_kind_of_name(names, wanted):
     assert dict(grouped(sorted(names))) == dict(grouped(names[::-1])) == wanted, "the order does not matter"
 
 
-def test_several_audio_members_are_a_problem_and_not_one_of_them():
+def test_several_audio_members_are_a_problem():
     grouper = Grouper(lambda group: False)
     groups = [g for name in ("f.wav", "f.flac", "f.json") for g in grouper.add(Member(name))] + list(
         grouper.end()

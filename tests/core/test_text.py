@@ -1,5 +1,5 @@
 """The one normaliser and the one error rate, against jiwer on Whisper's normaliser, a plain edit distance and
-values by hand."""
+written values."""
 
 import unicodedata
 

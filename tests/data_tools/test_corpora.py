@@ -719,7 +719,7 @@ anything = st.recursive(
     )
 )
 @example(rows=[{"corpus": math.inf}, {"corpus": "\ud800"}, {"id": "\ud800", "text": 7}])
-def test_whatever_stands_in_a_line_it_costs_at_most_that_line(tmp_path_factory, rows):
+def test_any_content_of_a_line_costs_at_most_that_line(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("fuzz")
     (folder / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     plan = make_plan(

@@ -40,7 +40,7 @@ def test_options_of_the_examples_exist(specification):
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_a_readers_options_stand_in_its_docstring(name):
+def test_readers_docstring_names_its_options(name):
     module, class_name = READERS[name].split(":")
     reader = getattr(import_module(f"data_tools.corpora.{module}"), class_name)
     own = set(inspect.signature(reader).parameters) - {"path", *_DEFAULTS}

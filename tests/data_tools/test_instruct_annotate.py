@@ -290,7 +290,7 @@ def test_commands_in_place_of_files_are_run_only_when_asked_for(clips, tmp_path)
     assert [row["duration"] for row in lines(tmp_path / "out.jsonl")] == pytest.approx([0.25, 0.3])
 
 
-def test_annotating_goes_on_where_it_was_killed(clips, tmp_path, monkeypatch, capsys):
+def test_annotating_resumes_after_a_kill(clips, tmp_path, monkeypatch, capsys):
     command = ["--corpus", f"manifest:{clips}", "--hash", "--workers", "1", "--out"]
     assert annotate.main([*command, str(tmp_path / "whole.jsonl")]) == 0
     monkeypatch.setattr(annotate, "WINDOW", 2)
@@ -423,10 +423,10 @@ def whisper_folder(tmp_path_factory):
     return folder
 
 
-def test_whisper_hears_every_clip_and_bad_transcripts_are_refused(
+def test_whisper_transcribes_every_clip_and_bad_transcripts_are_refused(
     clips, whisper_folder, tmp_path, monkeypatch
 ):
-    out = tmp_path / "heard.jsonl"
+    out = tmp_path / "transcribed.jsonl"
     command = [
         "--corpus",
         f"manifest:{clips}",
@@ -485,7 +485,7 @@ def test_a_language_that_whisper_does_not_know_is_left_to_it(whisper_folder, mon
     assert capsys.readouterr().err.count("does not know language 'zu'") == 1
 
 
-def test_long_clips_are_heard_in_pieces(whisper_folder, monkeypatch):
+def test_long_clips_are_transcribed_in_pieces(whisper_folder, monkeypatch):
     transcriber = annotate.Transcriber(str(whisper_folder), 60)
     heard = []
     monkeypatch.setattr(

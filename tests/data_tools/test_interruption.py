@@ -26,7 +26,7 @@ OPTIONS = ["--workers", "2", "--shard-mb", "0.2", "--max-broken-share", "1"]
 
 @pytest.fixture(scope="module")
 def large_corpus(tmp_path_factory):
-    """160 clips, some of them broken or missing."""
+    """160 clips, some broken or missing."""
     folder = tmp_path_factory.mktemp("large")
     rows = []
     for number in range(160):
@@ -189,7 +189,7 @@ def test_the_same_command_on_a_finished_folder_does_nothing(corpus, tmp_path, ca
     assert pack.main([*options, "--seed", "1"]) == 2 and "other options" in capsys.readouterr().err
 
 
-def test_other_options_do_not_go_on_with_what_was_begun(corpus, tmp_path, capsys):
+def test_other_options_do_not_resume_unfinished_work(corpus, tmp_path, capsys):
     options = [
         "--manifest",
         str(corpus),
@@ -240,7 +240,7 @@ def test_both_ends_of_a_large_file_are_read(tmp_path, monkeypatch):
     assert len(found) == 7, "only what lies between the ends is not seen"
 
 
-def test_a_dry_run_writes_no_shard_and_says_what_would_be(corpus, tmp_path, capsys):
+def test_a_dry_run_writes_no_shard_and_reports_the_plan(corpus, tmp_path, capsys):
     out = tmp_path / "packed"
     assert pack.main(["--manifest", str(corpus), "--out", str(out), "--dry-run"]) == 0
     told = capsys.readouterr().out
@@ -264,7 +264,7 @@ def test_after_a_dry_run_any_options_may_follow(corpus, tmp_path, capsys):
     )
     assert not [path for path in out.rglob("*") if path.is_file()], "a dry run leaves no file"
     with open(corpus, "a") as file:
-        file.write(json.dumps({"id": "later", "audio": "clip 0.wav", "text": "mended since"}) + "\n")
+        file.write(json.dumps({"id": "later", "audio": "clip 0.wav", "text": "added since"}) + "\n")
     assert pack.main([*options, "--seed", "1"]) == 0 and len(ShardIndex.load(out)) == 14
 
 
@@ -329,7 +329,7 @@ def test_a_full_disk_stops_the_run_with_one_line_and_nothing_half_done(large_cor
     )
     assert not list(out.glob("*.tar")) and not (out / "index.json").exists()
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0, (
-        "with space again it goes on"
+        "with space again it resumes"
     )
 
 
@@ -423,7 +423,7 @@ def test_nothing_left_to_pack_is_said(tmp_path, capsys):
         == 2
     )
     assert "no sample was left to pack (missing_file 1)" in capsys.readouterr().err
-    soundfile.write(tmp_path / "gone.wav", [0.0] * 8000, 16000)  # mended: the same command packs it
+    soundfile.write(tmp_path / "gone.wav", [0.0] * 8000, 16000)  # fixed: the same command packs it
     assert (
         pack.main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"])
         == 0

@@ -116,9 +116,9 @@ def test_kaldi_files_are_joined_by_utterance(tmp_path):
     write(folder / "wav.scp", "".join(f"{name} {tmp_path}/{name}.wav\n" for name in PITCH if name != "c.3"))
     write(
         folder / "text",
-        "a.0 nobody's\n"
+        "a.0 nothing's\n"
         + "".join(f"{n} tone {p}\n" for n, p in PITCH.items() if n != "c.1")
-        + "z.9 nobody's\n",
+        + "z.9 nothing's\n",
     )
     write(folder / "utt2spk", "c.0 s0\nc.2 s2\nd.7 s7\n")
     entries, faults, ignored = read(f"kaldi:{folder}")
@@ -261,7 +261,7 @@ def test_a_folder_of_clips_with_texts_beside_them(tmp_path):
     write(tmp_path / "a" / "b" / "x1.lab", "\ufefftone 300")
     write(tmp_path / "x2.json", json.dumps({"text": "tone 400", "speaker": 7, "lang": "de"}))
     (tmp_path / "x4.txt").write_bytes("señor".encode("latin-1"))
-    write(tmp_path / "a" / "left.txt", "nobody's")
+    write(tmp_path / "a" / "left.txt", "nothing's")
     write(tmp_path / "notes.pdf", "")
     write(tmp_path / "a" / "._x0.txt", "")
     entries, faults, ignored = read(f"folder:{tmp_path}")

@@ -77,7 +77,7 @@ def test_what_is_noticed_can_be_refused(tmp_path):
     assert index["findings"] == {"joined": 1, "trailing": 1}
 
 
-def test_a_corpus_without_findings_has_no_list_of_them(tmp_path):
+def test_a_corpus_without_findings_has_no_list(tmp_path):
     packed(tmp_path, {"fine.wav": KINDS["fine.wav"]})
     assert not (tmp_path / "out" / "findings.jsonl").exists()
     assert json.loads((tmp_path / "out" / "index.json").read_bytes())["findings"] == {}

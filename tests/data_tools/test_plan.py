@@ -121,7 +121,9 @@ def test_without_a_wanted_size_small_corpora_still_feed_many_readers():
 def test_duplicates_are_named_wherever_they_stand(tmp_path, monkeypatch):
     from data_tools import plan as module
 
-    monkeypatch.setattr(module._doubles, "__defaults__", (None, 16))  # many passes over the tables of hashes
+    monkeypatch.setattr(
+        module._doubles, "__defaults__", (None, 16)
+    )  # the tables of hashes are read many times
     monkeypatch.setattr(module._Repeated.__init__, "__defaults__", (16,))
     items = entries(100) + [
         Entry(id=f"u{i}", audio="/b.wav", text="again", corpus="c", duration=1.0) for i in (3, 50, 3)

@@ -100,7 +100,7 @@ def shar(folder, count):
 
 
 @pytest.mark.parametrize("where", ["nowhere", "between", "inside", "header", "start"])
-def test_lhotse_a_shar_tar_that_was_cut_short_is_told(where, tmp_path):
+def test_lhotse_a_truncated_shar_tar_is_reported(where, tmp_path):
     tar = shar(tmp_path / "shar", 4)
     found, faults = read(f"lhotse:{tar.parent}")
     assert [entry.id for entry in found] == ["c0", "c1", "c2", "c3"] and not faults

@@ -1,4 +1,4 @@
-"""verify finds what was changed behind the index's back; show says what is there."""
+"""verify finds what was changed behind the index's back; show prints what is there."""
 
 import io
 import json
@@ -137,4 +137,4 @@ def test_listen_writes_the_clip(packed, tmp_path, capsys):
     assert (tmp_path / "a.flac").read_bytes() == index.read(row)[0]
     expected = soundfile.read(io.BytesIO(index.read(row)[0]), dtype="int16")[0]
     assert np.array_equal(soundfile.read(tmp_path / "b.wav", dtype="int16")[0], expected)
-    assert show.main([str(packed), "--listen", "manifest/nobody"]) == 2
+    assert show.main([str(packed), "--listen", "manifest/unknown"]) == 2

@@ -330,7 +330,7 @@ def test_manifests_of_one_name_keep_all_their_samples(tmp_path, capsys):
     )
 
 
-def test_keys_that_restart_in_each_tar_are_told_apart_and_others_stay(tmp_path, capsys):
+def test_keys_that_restart_in_each_tar_are_distinguished_and_others_stay(tmp_path, capsys):
     for shard in range(2):
         audio = wav(tmp_path / "a.wav", hertz=300 + 200 * shard).read_bytes()
         members = [m for n in range(3) for m in ((f"{n}.wav", audio), (f"{n}.txt", f"tar {shard}".encode()))]

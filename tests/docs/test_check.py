@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -98,14 +100,19 @@ def test_dead_links_and_long_pages_are_found(tmp_path, monkeypatch):
     assert [line.split(":")[0] for line in check.lengths()] == ["README.md", "page.md"]
 
 
+#: Needs packages that conflict with the project's.
+OWN_ENVIRONMENT = {"benchmarks.tts_words"}
+GOES, STANDS = "goes", "stands"  # apart from their second words, since this file is checked, too
+
+
 @pytest.mark.parametrize(
     "code, found",
     [
-        ('"""The run goes\n    on."""', ["goes on"]),
-        ("# what stands\n# behind it\nx = 1\n", ["stands behind"]),
-        ('raise ValueError(f"{name} is told")', ["is told"]),
-        ("def test_a_run_goes_on(): pass", ["goes on"]),
-        ("goes_on = is_told = 1", []),
+        (f'"""The run {GOES}\n    on."""', [f"{GOES} on"]),
+        (f"# what {STANDS}\n# behind it\nx = 1\n", [f"{STANDS} behind"]),
+        (f'raise ValueError(f"{{name}} {GOES} on")', [f"{GOES} on"]),
+        (f"def test_a_run_{GOES}_on(): pass", [f"{GOES} on"]),
+        (f"{GOES}_on = {STANDS}_behind = 1", []),
     ],
 )
 def test_banned_phrases_are_found_in_docstrings_comments_messages_and_test_names(tmp_path, code, found):
@@ -116,8 +123,9 @@ def test_banned_phrases_are_found_in_docstrings_comments_messages_and_test_names
 
 def test_code_in_a_page_is_not_prose(tmp_path):
     page = tmp_path / "a.md"
-    page.write_text("It resumes. `goes on`\n\n```\ngoes on\n```\n\nIt goes on.\n")
-    assert [(hit.line, hit.phrase) for hit in prose.hits(page, prose.phrases())] == [(7, "goes on")]
+    phrase = f"{GOES} on"
+    page.write_text(f"It resumes. `{phrase}`\n\n```\n{phrase}\n```\n\nIt {phrase}.\n")
+    assert [(hit.line, hit.phrase) for hit in prose.hits(page, prose.phrases())] == [(7, phrase)]
 
 
 def test_the_recipe_reference_has_every_key_with_its_default():
@@ -181,3 +189,21 @@ def test_percentages_come_from_the_recorded_scores():
     assert (
         "40.1 [36.6, 43.7]" in results_page.readme_rows() and "commit 916cabf" in results_page.readme_rows()
     )
+
+
+def parsers(module: str) -> Iterator[argparse.ArgumentParser]:
+    parser = command_lines.parser_of(module)
+    yield parser
+    yield from command_lines.subparsers(parser).values()
+
+
+@pytest.mark.parametrize("module", sorted(set(command_lines.commands()) - OWN_ENVIRONMENT))
+def test_help_shows_every_default_and_an_example_that_parses(module):
+    for parser in parsers(module):
+        for action in parser._actions:
+            plain = action.default is None or isinstance(action.default, bool)
+            if plain or action.help == argparse.SUPPRESS or action.default in ([], "", argparse.SUPPRESS):
+                continue
+            assert "default" in parser._get_formatter()._format_action(action), action.dest
+    example = command_lines.parser_of(module).epilog.removeprefix("example:\n  ")
+    command_lines.check(shlex.split(example))

@@ -101,7 +101,7 @@ def scatter(model: Soundwave) -> None:
 
 @pytest.fixture(scope="session")
 def folders(parts, tmp_path_factory):
-    """Model folders of stage I and stage II."""
+    """Model folders of stage 1 and stage 2."""
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(2)
     first = Soundwave.build(config_of(parts), parts=("encoder", "adapters"))

@@ -62,7 +62,7 @@ def test_files_are_answered_as_shards_are(folders, packed, files, capsys, stage,
     }
 
 
-def test_a_prompt_stands_behind_the_sound(folders, files, capsys):
+def test_a_prompt_follows_the_audio(folders, files, capsys):
     model = folder.load(folders / "shrinking")
     waveform = decode(files[0].read_bytes())
     said = [
@@ -124,7 +124,7 @@ def test_what_is_noticed_about_a_file_is_a_warning(folders, files, tmp_path, cap
     warnings = [line for line in err.splitlines() if line.startswith("warning: ")]
     assert (
         len(warnings) == 2
-        and "promises" in warnings[0]
+        and "declares" in warnings[0]
         and "(cut)" in warnings[0]
         and "(antiphase)" in warnings[1]
     )
@@ -157,7 +157,7 @@ def test_a_file_longer_than_any_in_training_or_than_the_context_is_said(folders,
 @pytest.mark.parametrize(
     "stage, more, words",
     [
-        ("alignment", ["--decode", "generate"], "of stage I, which has no LLM: use --decode ctc"),
+        ("alignment", ["--decode", "generate"], "of stage 1, which has no LLM: use --decode ctc"),
         ("alignment", ["--prompt", "Why?"], "which has no LLM to ask"),
         ("shrinking", ["--prompt", "<audio_patch> twice?"], "--prompt holds <audio_patch>"),
         ("nowhere", [], "is not a model folder"),

@@ -306,7 +306,7 @@ def test_who_leaves_ends_the_generation(folders):
     assert list(talker.answer(torch.zeros(16000), QUESTION))  # and the next question is answered
 
 
-def test_what_is_noticed_stands_beside_the_answer(folders, tmp_path):
+def test_warnings_are_shown_with_the_answer(folders, tmp_path):
     """Channels that cancel out, and a clip longer than any in training."""
     talker = demo.Talker(folder.load(folders / "alignment"), 4)
     talker.model.trained_seconds = 0.5
@@ -351,7 +351,7 @@ def test_upload_ask_see(server, browser, clip):
     assert tab.locator("#transcript textarea").input_value() or tab.locator("#answer textarea").input_value()
     assert tab.locator("#picture img").count() == 1
     assert tab.evaluate("document.querySelector('#picture img').naturalWidth") > 300
-    assert outside(asked, server.url) == []  # the page works without a network, and tells nobody
+    assert outside(asked, server.url) == []  # the page works without a network, and sends nothing
 
 
 @pytest.mark.slow

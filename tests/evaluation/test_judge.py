@@ -154,10 +154,10 @@ def server():
     http.server_close()
 
 
-def test_judge_over_http_both_orders_and_goes_on(server, tmp_path, monkeypatch):
+def test_judge_over_http_both_orders_and_resumes(server, tmp_path, monkeypatch):
     monkeypatch.setattr(endpoint.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("JUDGE_KEY", "secret")
-    shared = {"task": "chat", "prompt": "Why?", "transcript": "hear this"}
+    shared = {"task": "chat", "prompt": "Why?", "transcript": "listen well"}
     rows = [
         {"id": "1", "reference": "a fine reply", "prediction": "a good reply", **shared},
         {"id": "2", "reference": "the good one", "prediction": "bad", **shared},
@@ -168,7 +168,7 @@ def test_judge_over_http_both_orders_and_goes_on(server, tmp_path, monkeypatch):
     assert judge.main(command) == 0
     assert len(Server.asked) == 3  # 503, then both orders
     assert Server.asked[1]["key"] == "Bearer secret" and Server.asked[1]["path"] == "/v1/chat/completions"
-    assert "hear this" in Server.asked[1]["messages"][0]["content"]
+    assert "listen well" in Server.asked[1]["messages"][0]["content"]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert judge.main(command) == 0
     assert len(Server.asked) == 5  # only the new row was asked
@@ -209,7 +209,7 @@ def test_judgements_of_another_judge_wording_or_answer_do_not_count(server, tmp_
     assert asked("--judge-model", "m") == 0  # all are kept
 
 
-def test_judging_goes_on_after_a_line_that_was_cut(server, tmp_path, monkeypatch):
+def test_judging_resumes_after_a_truncated_line(server, tmp_path, monkeypatch):
     monkeypatch.setattr(endpoint.time, "sleep", lambda seconds: None)
     file, kept = tmp_path / "p.jsonl", tmp_path / "p.judge.jsonl"
     file.write_text(

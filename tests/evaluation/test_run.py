@@ -196,7 +196,7 @@ def test_ctc_of_a_later_stage_scores_transcripts(folders, packed, tmp_path):
     assert predictions(out) == whole and any(whole.values())
 
 
-def test_interrupted_run_goes_on(folders, packed, tmp_path, monkeypatch):
+def test_interrupted_run_resumes(folders, packed, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole.jsonl", tmp_path / "p.jsonl"
     more = ("--batch-seconds", "2.5")
     assert run.main(command(folders / "alignment", packed, whole, *more)) == 0
@@ -252,12 +252,12 @@ def test_a_predictions_file_survives_a_cut_character_and_tells_corpora_apart(tmp
     assert [row["id"] for row in read_rows(tmp_path / "p.rejected.jsonl")] == ["1"]
     file.append([{"id": "1", "corpus": "de"}])  # readable by now
     assert len(file.merge()) == 3 and not (tmp_path / "p.rejected.jsonl").exists()
-    file.part.write_text('{"id": "5"}')  # all of it but the line's end: it counts, and goes on counting
+    file.part.write_text('{"id": "5"}')  # all of it but the line's end: it counts, now and later
     file.append([{"id": "6"}])
     assert {"/5", "/6"} <= file.done() and len(file.merge()) == 5
 
 
-def test_predictions_of_who_knows_which_model_are_not_gone_on_with(tmp_path):
+def test_refuses_predictions_without_settings(tmp_path):
     file = PredictionFile(tmp_path / "p.jsonl", {"model": "b"})
     file.path.write_text('{"id": "0"}\n')
     with pytest.raises(PredictionError, match="p.jsonl is there, but not p.run.json"):
@@ -291,8 +291,8 @@ def test_other_settings_are_refused(folders, packed, tmp_path, capsys):
     ("more", "message"),
     [
         (("--task", "emotion"), "give --task asr or text or translation"),
-        (("--decode", "generate"), "stage I, which has no LLM"),
-        (("--decode", "joint"), "stage I, which has no LLM"),
+        (("--decode", "generate"), "stage 1, which has no LLM"),
+        (("--decode", "joint"), "stage 1, which has no LLM"),
         (("--split", "nowhere"), "holds no index.json"),
     ],
 )
@@ -302,7 +302,7 @@ def test_wrong_commands_are_one_line(folders, packed, tmp_path, capsys, more, me
 
 
 def test_untrained_is_the_score_before(parts, folders, packed, tmp_path, capsys):
-    """Stage I: fresh adapters under the seed. Stage II: what stage I has learnt, and an LLM whose LoRA does
+    """Stage 1: fresh adapters under the seed. Stage 2: what stage 1 has learnt, and an LLM whose LoRA does
     nothing yet."""
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
@@ -324,11 +324,11 @@ def test_untrained_is_the_score_before(parts, folders, packed, tmp_path, capsys)
         "stage=shrinking",
         "init_from=fresh",
         "seed=2",
-    ]  # no stage I: its adapters are new
+    ]  # no stage 1: its adapters are new
     assert run.main([*without, *command("", packed, tmp_path / "4.jsonl")[2:], "--decode", "ctc"]) == 0
     assert predictions(tmp_path / "4.jsonl") == first
     assert run.main(["--untrained", str(recipe), "stage=shrinking", f"output={tmp_path}", *arguments]) == 2
-    assert "finish stage I first" in capsys.readouterr().err
+    assert "finish stage 1 first" in capsys.readouterr().err
 
 
 def one_rank(rank: int, port: int, arguments: list[str]) -> None:

@@ -255,7 +255,7 @@ def test_class_names_are_answered_in_words():
 @pytest.mark.parametrize(
     "label, right", [("a dog", 1), ("A dog", 1), ("B", 1), ("b", 1), ("C", 0), ("a bird", 0), ("D", 0)]
 )
-def test_the_label_of_lettered_options_is_one_of_them_by_words_or_by_letter(label, right):
+def test_the_label_of_lettered_options_is_given_by_words_or_by_letter(label, right):
     row = {
         "id": "1",
         "task": "quiz",

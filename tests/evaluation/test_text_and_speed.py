@@ -216,8 +216,8 @@ def test_other_weights_in_the_same_folder_are_another_whisper(whisper, packed, t
     assert score.main([str(out)]) == 0
 
 
-def test_whisper_is_told_each_clip_s_own_language(whisper, packed):
-    """Whatever clips stand beside it: an unknown language in a batch made Whisper guess for all of it."""
+def test_whisper_gets_each_clip_s_own_language(whisper, packed):
+    """Whatever other clips the batch holds: an unknown language in a batch made Whisper guess for all of it."""
     model = whisper_baseline.Whisper(whisper, torch.device("cpu"))
     languages = {"<|en|>": 250, "<|fr|>": 251, "<|de|>": 252}
     multilingual = {

@@ -183,7 +183,7 @@ def main(checkout: Path, target: Path) -> None:
     }
     Path("losses.json").write_text(json.dumps({**facts, "stages": losses}, indent=1) + "\n")
     Path("outputs.json").write_text(json.dumps({**facts, "stages": wanted}, indent=1) + "\n")
-    # Kept: the three model folders, and one checkpoint of stage II.
+    # Kept: the three model folders, and one checkpoint of stage 2.
     for stage in STAGES.values():
         for path in (Path("run") / stage).iterdir():
             if path.name not in ("model", "checkpoints"):

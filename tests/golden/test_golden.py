@@ -74,7 +74,7 @@ def test_a_recipe_is_accepted_and_its_stage_is_known_as_finished(made, monkeypat
 
 
 def test_a_checkpoint_is_resumed_with_the_same_losses(made, server, tmp_path):
-    """Stage II from its second step on, on two ranks under ZeRO-3."""
+    """Stage 2 from its second step on, on two ranks under ZeRO-3."""
     folder = workspace(tmp_path / "resumed", with_runs=True)
     shutil.rmtree(folder / "run" / "shrinking" / "model")
     run = server.start(["stage2.yaml"], folder=folder)

@@ -92,12 +92,12 @@ def test_trials_stay_on_the_valid_split_and_the_baseline_has_as_many_as_ours():
         changed = {key for key in of if of[key] != theirs[name][key]} - {"output"}
         assert bool(changed) == ("-" in name), name
         assert study.recipe(name, "shrinking", 0).model.shrinking.enabled == name.startswith("ours")
-        # A trial's batches may be smaller: the audio that it hears is the same.
+        # A trial's batches may be smaller: the amount of audio is the same.
         assert theirs[name]["optim.steps"] * theirs[name]["data.batch_seconds"] == 64 * 30
     steps = [step.name for step in study.steps()]
     assert (
         len(steps) == len(set(steps)) == 2 + 2 * len(names)
-    )  # stage I and each trial, trained and scored; nothing timed
+    )  # stage 1 and each trial, trained and scored; nothing timed
 
 
 def test_the_gpu_plan_is_the_study_with_other_numbers():
@@ -411,7 +411,7 @@ def test_a_study_in_miniature_from_its_first_step_to_the_table(tmp_path):
         "variants": {
             "ours": {"title": "ours", "alignment": "full", "shrinking": []},
             "later": {
-                "title": "after stage III",
+                "title": "after stage 3",
                 "alignment": "full",
                 "after": "ours",
                 "sft": ["optim.steps=2"],

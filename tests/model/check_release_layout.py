@@ -1,4 +1,4 @@
-"""Does the release's own generation of transformers take a folder that `model.convert --to-official` wrote?
+"""Does the transformers version of the authors' code take a folder that `model.convert --to-official` wrote?
 
     python -m tests.model.check_release_layout DIR [--venv VENV]
 
@@ -61,7 +61,7 @@ def inside(folder: Path) -> None:
         expected = load_file(folder / "expected.safetensors")
         assert words(TEXT).input_ids == expected["text_ids"].tolist(), "the tokenizer gives other ids"
         logits = model.logits(expected["input_ids"], expected["mel"])
-        # The rows that the table was given for <audio_patch> and padding stand behind the LLM's own.
+        # The rows that the table was given for <audio_patch> and padding follow the LLM's own.
         difference = (logits[:, : expected["logits"].shape[1]] - expected["logits"]).abs().max()
         print(f"largest difference of a logit: {difference:.1e}")
         assert difference < TOLERANCE, "answers differ"

@@ -1,5 +1,5 @@
-"""The release's network, written plainly from the description in docs/method.md, in the release's state-dict
-naming.
+"""The authors' network, written plainly from the description in docs/method.md, with the official
+checkpoint's tensor names.
 
 An oracle for tests: one utterance at a time, stock PyTorch layers, every logit materialised. It runs under
 transformers 4.43 and 5.
@@ -91,7 +91,7 @@ class ReleasedSoundwave(nn.Module):
         self, input_ids: torch.Tensor, mel: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]:
         """input_ids [L] with one audio token -> embeddings [L', D], CTC logits, the audio's position, its
-        kept frames."""
+        CTC peaks."""
         hidden, ctc = self.hear(mel)
         audio = self.shrink(hidden, ctc)
         at = int((input_ids == self.config["audio_patch_token"]).nonzero()[0])
@@ -109,7 +109,7 @@ class ReleasedSoundwave(nn.Module):
         self, input_ids: torch.Tensor, labels: torch.Tensor, mel: torch.Tensor, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A padded batch (labels and targets -100 where none) -> cross-entropy, CTC, both means as the
-        release takes them."""
+        authors' code takes them."""
         predicted, wanted, ctc = [], [], []
         for ids, label, sound, target in zip(input_ids, labels, mel, targets, strict=True):
             real = ids != self.config["llm_pad_token_id"]

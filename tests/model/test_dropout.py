@@ -253,7 +253,7 @@ def test_a_query_sees_what_dropped_attention_weights_give():
 
 @pytest.mark.parametrize("lookback", ["all", "kept"])
 def test_lookback_drops_frames_by_their_place_in_the_utterance(lookback):
-    """Not by their place among the kept: another number of kept frames changes no other frame's mask."""
+    """Not by their place among the kept: another number of CTC peaks changes no other frame's mask."""
     torch.manual_seed(0)
     adapter = CTCPeaks(
         SoundwaveConfig(shrinking=ShrinkingConfig(lookback=lookback, dropout=0.4)), 8, 2, 1.0

@@ -120,7 +120,7 @@ def test_what_cannot_be_exported_is_one_line(run, folders, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     for arguments, message in (
-        ([tmp_path / "one"], "stage I folder"),
+        ([tmp_path / "one"], "stage 1 folder"),
         ([tmp_path / "full"], "soundwave.json is missing"),
         ([folder], "is not empty"),
     ):

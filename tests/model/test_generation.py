@@ -96,7 +96,7 @@ def test_text_only_batch(folders):
 
 @torch.no_grad()
 def test_end_of_turn_ends_an_answer(folders):
-    """A row that ends early is cut there; the others go on."""
+    """A row that ends early is cut there; the others continue."""
     model = build(folders)
     batch = conversations(model, [0, 4])
     free = model.generate(batch, max_new_tokens=12)
@@ -124,7 +124,7 @@ def test_text_streams_as_it_is_made(folders):
 
 @torch.no_grad()
 def test_sampling_keeps_to_the_likeliest_tokens(folders):
-    """The release's temperature 0.2 and top_p 0.9: every drawn token lies within the nucleus, and draws
+    """The authors' temperature 0.2 and top_p 0.9: every drawn token lies within the nucleus, and draws
     differ by seed."""
     model = build(folders)
     batch = conversations(model, [0] * 16)
@@ -158,7 +158,7 @@ def test_transcript_of_the_ctc_head(folders):
 
 
 @torch.no_grad()
-def test_inspection_says_what_happened(folders):
+def test_inspection_returns_intermediate_outputs(folders):
     model = build(folders)
     batch = conversations(model, [0, 2])
     seen, audio = model.inspect(batch), model.encode_audio(batch)

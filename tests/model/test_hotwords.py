@@ -42,8 +42,8 @@ def walk(tokens: list[int]) -> Progress:
 
 
 def occurrences(tokens: list[int], whole: bool) -> list[tuple[int, int, float]]:
-    """(begin, end, bonus) of every complete phrase in a token sequence that stands between borders of words, and,
-    in a sequence that goes on, of every phrase that its end begins, with its share."""
+    """(begin, end, bonus) of every complete phrase in a token sequence that is between borders of words, and,
+    in an unfinished sequence, of every phrase that its end begins, with its share."""
     pieces = [WORDS.decode([token]) for token in tokens]
 
     def border(place: int) -> bool:

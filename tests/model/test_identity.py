@@ -361,7 +361,7 @@ def test_quantised_models_are_refused_wherever_they_are_found(base, part, method
     with pytest.raises(SourceError, match="is quantised"):
         Soundwave.build(
             tiny.config(str(base / "whisper"), str(base / "llm")), parts=("encoder", "adapters")
-        )  # stage I
+        )  # stage 1
     rewrite(base / part / "config.json", lambda c: c.update(quantization_config=None))
     locate(str(base / part))
 

@@ -232,7 +232,7 @@ def test_one_beam_is_scored_by_probabilities_too(folders):
 
 
 def one_beam(model, batch, joint: JointSearch, count: int) -> list[int]:
-    """The search with one beam by hand: the likeliest token of each step, without cache or transformers'
+    """The search with one beam, written out: the likeliest token of each step, without cache or transformers'
     generate."""
     audio = model.encode_audio(batch)
     embeddings, _, _ = model.embeddings(batch, audio)

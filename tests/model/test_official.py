@@ -1,5 +1,5 @@
-"""Released weights in and out, against a plain implementation of the release (release.py) on configurations
-made on the spot."""
+"""The official layout in and out, against a plain implementation of the authors' network (release.py) on
+configurations made here."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def write_release(folder: Path, words, config: dict, encoder: dict, seed: int = 
 
 
 def release_batch(model, mel, input_ids, labels=None, targets=None, pad=None) -> Batch:
-    """The release's inputs as our batch: the encoder's output at 30 s, ids, masks."""
+    """The authors' inputs as our batch: the encoder's output at 30 s, ids, masks."""
     audios = len(mel)
     features = model.encoder.encode_mel(mel, torch.full((audios,), mel.shape[-1]))
     targets = torch.full((audios, 1), -100) if targets is None else targets
@@ -184,7 +184,7 @@ PROMPT_LENGTHS, TRAINED = (12, 12, 12), (20, 17, 14)  # of the oracle's prompts 
 
 def write_oracle(folder: Path) -> None:
     """A checkpoint and expected.safetensors in the layout of the authors' answers, by the plain
-    implementation of the release.
+    implementation of the authors' network.
 
     test_authors_own_answers holds that implementation against the authors' code where SOUNDWAVE_ORACLE names
     its answers.
@@ -271,7 +271,7 @@ if "SOUNDWAVE_ORACLE" in os.environ:
     @torch.no_grad()
     def test_authors_own_answers(tmp_path):
         """expected.safetensors and its checkpoint, as the authors' code wrote them: our model gives their
-        answers, and so does the plain implementation that the other tests take for the release."""
+        answers, and so does the plain implementation that the other tests compare with."""
         oracle = Path(os.environ["SOUNDWAVE_ORACLE"])
         check_answers(oracle, tmp_path)
         expected, released = load_file(oracle / "expected.safetensors"), ReleasedSoundwave.load(oracle)
@@ -290,7 +290,7 @@ if "SOUNDWAVE_ORACLE" in os.environ:
 
 
 def release_like(folders, **llm_options):
-    """A model of our own, with LoRA and a tied head, in the switches that the release's layout can
+    """A model of our own, with LoRA and a tied head, with options that the official layout can
     express."""
     config = official_switches(tiny.config(folders("whisper"), folders("llama", **llm_options)))
     config.alignment.ctc_head = "tied"
@@ -369,18 +369,18 @@ def test_what_the_layout_cannot_express_is_one_line(folders, tmp_path, capsys):
     for arguments, message in (
         (
             ["--to-official", tmp_path / "ours"],
-            "model.alignment.attention = time, the release's code knows frame only",
+            "model.alignment.attention = time, the authors' code knows frame only",
         ),
         (
             ["--to-official", tmp_path / "short"],
-            "model.alignment.ctc_length = true, the release's code knows full only",
+            "model.alignment.ctc_length = true, the authors' code knows full only",
         ),
-        (["--to-official", tmp_path / "chat"], "model.prompt = chat, the release's code knows release only"),
+        (["--to-official", tmp_path / "chat"], "model.prompt = chat, the authors' code knows release only"),
         (
             ["--to-official", tmp_path / "system"],
-            "model.system_prompt = Listen., the release's code knows None only",
+            "model.system_prompt = Listen., the authors' code knows None only",
         ),
-        (["--to-official", tmp_path / "one"], "stage I folder"),
+        (["--to-official", tmp_path / "one"], "stage 1 folder"),
         (["--to-official", tmp_path / "qwen"], "takes Llama only"),
         (["--from-official", tmp_path / "strange"], "has no tokenizer that loads"),
     ):

@@ -1,4 +1,4 @@
-"""Chats to ids and labels against the templates' own rendering; CTC targets; the release's prompt."""
+"""Chats to ids and labels against the templates' own rendering; CTC targets; the official checkpoint's prompt."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_samples_become_chats():
 
 
 def test_release_prompt_ids_piece_by_piece():
-    """Each call of a Llama 3 tokenizer begins with BOS; the release keeps them all."""
+    """Each call of a Llama 3 tokenizer begins with BOS; the official prompt keeps them all."""
     words = words_of("llama3")
     begin, start, end, stop = (
         words.convert_tokens_to_ids(t)

@@ -167,7 +167,7 @@ def test_frozen_parts_do_not_drop_out(folders):
 
 
 def test_stage_one_reads_only_the_embeddings_and_agrees(folders):
-    """The CTC loss without the LLM equals that with it; its folder then starts stage II."""
+    """The CTC loss without the LLM equals that with it; its folder then starts stage 2."""
     first, second = build(folders, parts=("encoder", "adapters")), build(folders)
     second.alignment.load_state_dict(first.alignment.state_dict())
     second.ctc_head.blank_row.data.copy_(first.ctc_head.blank_row)
@@ -387,7 +387,7 @@ def test_every_preset_builds(name):
 
 def test_unknown_model_names_the_known_sizes():
     with pytest.raises(SourceError, match="llama-3.1-8b"):
-        Soundwave.build(SoundwaveConfig(llm=LLMConfig("nobody/knows-this")), meta=True)
+        Soundwave.build(SoundwaveConfig(llm=LLMConfig("unknown/model")), meta=True)
 
 
 def test_folder_gives_the_model_back(folders, tmp_path):
@@ -427,7 +427,7 @@ def test_stage_one_folder_starts_stage_two(folders, tmp_path):
     assert model_folder.load_trained(second, tmp_path / "one") == ["alignment", "ctc_head"]
     second.config.shrinking.lookback, second.config.alignment.ctc_length = "kept", "full"
     differ = differing_options(second.config, tmp_path / "one")
-    assert differ == {"model.alignment.ctc_length": ("true", "full")}, "stage I has not used the other"
+    assert differ == {"model.alignment.ctc_length": ("true", "full")}, "stage 1 has not used the other"
     assert torch.equal(second.alignment.projection.weight, first.alignment.projection.weight)
     assert torch.equal(second.ctc_head.blank_row, first.ctc_head.blank_row)
     assert all(torch.equal(fresh[n], t) for n, t in second.shrinking.state_dict().items())

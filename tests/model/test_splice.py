@@ -14,7 +14,7 @@ AUDIO, WIDTH = 7, 3
 
 @st.composite
 def batches(draw):
-    """Rows of tokens (some of them audio), and so many frames for each audio."""
+    """Rows of tokens (some are audio), and so many frames for each audio."""
     rows = draw(
         st.lists(st.lists(st.sampled_from([1, 2, 3, AUDIO]), min_size=1, max_size=6), min_size=1, max_size=4)
     )
@@ -29,7 +29,7 @@ def batches(draw):
 
 @settings(max_examples=60, deadline=None)
 @given(batches(), st.booleans())
-def test_rows_are_those_put_together_by_hand(batch, with_labels):
+def test_rows_equal_a_plain_concatenation(batch, with_labels):
     rows, lengths, spare, left = batch
     longest, kept = max(map(len, rows)), max(lengths, default=0) + spare
     ids, mask = torch.full((len(rows), longest), 1), torch.zeros(len(rows), longest, dtype=torch.long)

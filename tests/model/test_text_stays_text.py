@@ -237,7 +237,7 @@ def test_sentencepiece_s_own_symbols_are_text(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["<|eot_id|>", "hi<|eot_id|>\n<|start_header_id|>system", AUDIO])
-def test_the_release_s_prompt_takes_text_as_text(text):
+def test_the_official_prompt_takes_text_as_text(text):
     tokenizer = made("llama3")
     chat = [
         {"role": "system", "content": text, "audios": 0},

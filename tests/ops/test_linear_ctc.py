@@ -69,8 +69,8 @@ def test_as_ctc_loss_in_float32(implementation, strided):
 @needs_cpp
 @pytest.mark.parametrize("native", [False, True])
 def test_as_ctc_loss_in_bfloat16(native, monkeypatch):
-    """Converted tiles: only the results are rounded. Native products round the logits too (the ordinary path
-    does so)."""
+    """Converted tiles: only the results are rounded. Native products round the logits too (as the
+    baseline does)."""
     monkeypatch.setattr(cpp_backend, "native_bf16", lambda: native)
 
     @some
@@ -139,7 +139,7 @@ def test_skipping_stays_within_its_bound(skip_below, extra_row):
 @needs_cpp
 def test_frames_that_are_nearly_certain():
     """Where nearly all mass lies on one token, softmax minus occupancy is a small difference of large
-    numbers. It is right to 1e-5 of the gradient (as in the ordinary path; autograd through the reference
+    numbers. It is right to 1e-5 of the gradient (as in the baseline; autograd through the reference
     gives 5e-4), with default skipping too."""
     case = peaked(2, 60, 64, 2100, 5, sharpness=20.0)
     leaves = case.inputs(torch.float32)[:2]

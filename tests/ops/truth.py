@@ -132,7 +132,7 @@ def ordinary(
 
 
 def check(case: Case, results: tuple, leaves: list[Tensor | None], relative: float) -> None:
-    """`results` of linear_ctc(reduction="none") on `leaves`, and its gradients, against the ordinary path in
+    """`results` of linear_ctc(reduction="none") on `leaves`, and its gradients, against the baseline in
     float64.
 
     `relative`: the error allowed, as a share of the largest absolute value of each tensor (of each logit for

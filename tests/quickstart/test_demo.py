@@ -1,4 +1,4 @@
-"""The demo does each step once, goes on where it stopped, and ends with a table of what was scored."""
+"""The demo does each step once, resumes where it stopped, and ends with a table of what was scored."""
 
 import csv
 import json
@@ -59,6 +59,19 @@ def test_a_step_that_is_done_is_not_done_again(tmp_path):
     assert (plan.runs("a"), plan.runs("b")) == (1, 1)
 
 
+def test_the_launchers_lines_are_in_the_log_and_not_on_the_console(tmp_path, capsys):
+    noise = (
+        "[2026-11-29 19:53:11,796] [INFO] [launch.py:152:main] WORLD INFO DICT: {'localhost': [0, 1]}",
+        "[2026-11-29 19:52:32,570] [WARNING] [runner.py:214:fetch_hostfile] Unable to find hostfile",
+    )
+    own = "2026-11-29 19:53:20 INFO step 1: loss 2.0"
+    step = waiting_for(tmp_path, "a", "print(" + repr("\n".join([*noise, own])) + ")", after=())
+    steps.run(tmp_path / "record.json", [step])
+    console, log = capsys.readouterr().out, (tmp_path / "logs/a.log").read_text()
+    assert own in console.splitlines() and own in log
+    assert all(line in log and line not in console.splitlines() for line in noise)
+
+
 def test_a_changed_step_begins_afresh_and_the_former_result_is_kept(tmp_path):
     plan = FewSteps(tmp_path)
     plan.run()
@@ -68,10 +81,10 @@ def test_a_changed_step_begins_afresh_and_the_former_result_is_kept(tmp_path):
     assert (tmp_path / "former-1/b/made").read_text() == "x"
 
 
-def test_a_failed_step_stops_and_goes_on_in_the_same_folder(tmp_path):
+def test_a_failed_step_stops_and_resumes_in_the_same_folder(tmp_path):
     plan = FewSteps(tmp_path)
     plan.fail = {"a"}
-    with pytest.raises(steps.StepError, match="step a, failed .exit 1.*same command goes on"):
+    with pytest.raises(steps.StepError, match="step a, failed .exit 1.*same command resumes"):
         plan.run()
     assert not (tmp_path / "b").exists()
     plan.fail = set()
@@ -216,13 +229,13 @@ def test_steps_run_side_by_side_where_they_do_not_need_each_other(tmp_path, caps
         waiting_for(tmp_path, "a", meet["a"], after=()),
         waiting_for(tmp_path, "b", meet["b"], after=()),
         waiting_for(
-            tmp_path, "c", "assert (here / 'a').exists() and (here / 'b').exists(); print('he' + 'ard')"
+            tmp_path, "c", "assert (here / 'a').exists() and (here / 'b').exists(); print('done ' + 'it')"
         ),
         waiting_for(tmp_path, "d", "1", after=("not in this list",)),
     ]
     steps.run(tmp_path / "record.json", planned, at_once=2)
     assert {step["status"] for step in steps.State(tmp_path / "record.json").steps.values()} == {"done"}
-    assert (tmp_path / "logs/c.log").read_text() == "heard\n" and "heard" not in capsys.readouterr().out
+    assert (tmp_path / "logs/c.log").read_text() == "done it\n" and "done it" not in capsys.readouterr().out
     steps.run(tmp_path / "record.json", planned, at_once=2)
     assert capsys.readouterr().out.count(": done\n") == 4
 
@@ -260,7 +273,7 @@ steps.run(here / "record.json", [steps.Step("a", "step a", 0.01, command, lambda
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_what_is_ended_goes_on_where_it_was(tmp_path, number):
+def test_an_ended_run_resumes_where_it_was(tmp_path, number):
     """Whatever ends it, what its step left is not taken for another run's; on SIGTERM the step gets the time
     to save."""
     (tmp_path / "saves_on_term.py").write_text(SAVES_ON_TERM)

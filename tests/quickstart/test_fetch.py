@@ -30,7 +30,7 @@ def source(data: bytes = b"", **changes) -> fetch.Source:
     return fetch.Source(**{**values, **changes})
 
 
-def test_a_file_put_there_by_hand_is_taken_and_checked_once(tmp_path, monkeypatch):
+def test_a_file_that_the_user_put_there_is_used_and_checked_once(tmp_path, monkeypatch):
     (tmp_path / "a-package_1_all.deb").write_bytes(b"content")
     assert fetch.download(source(b"content"), tmp_path).read_bytes() == b"content"
     monkeypatch.setattr(fetch, "sha256", lambda path: pytest.fail("read again"))
@@ -44,9 +44,9 @@ def test_a_wrong_file_is_moved_away_and_named(tmp_path):
     assert not (tmp_path / "a-package_1_all.deb").exists()
 
 
-def test_without_apt_get_it_says_what_to_do(tmp_path, monkeypatch):
+def test_without_apt_get_the_message_names_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(fetch.FetchError, match="no apt-get here.*by hand"):
+    with pytest.raises(fetch.FetchError, match="no apt-get here.*yourself"):
         fetch.download(source(b"content"), tmp_path)
 
 
@@ -235,5 +235,5 @@ def test_dry_run_needs_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["fetch", "--dry-run", "--cache", str(tmp_path / "none")])
     assert fetch.main() == 0
     shown = capsys.readouterr().out
-    assert "hf download" in shown and "0 of them in" in shown
+    assert "hf download" in shown and "0 are in" in shown
     assert not (tmp_path / "none").exists()

@@ -1,4 +1,4 @@
-"""The set-up refuses what cannot work, says why, and is quick when repeated; the README's commands exist."""
+"""The set-up refuses what cannot work, with a reason, and is quick when repeated; the README's commands exist."""
 
 import argparse
 import fcntl
@@ -66,7 +66,7 @@ LOCKED = {name: locks.read(name) for name in ("cpu", "cuda", "deepspeed", *locks
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_lock_files_hold_what_the_requirements_ask_for(kind):
-    """`make lock` mends this test."""
+    """`make lock` fixes this test."""
     files = [
         path.name
         for path in ROOT.glob("requirements*.txt")
@@ -229,7 +229,7 @@ def test_an_audit_without_network_is_skipped_by_name(tmp_path, monkeypatch, caps
 
 
 def test_every_locked_package_is_in_the_table_of_licences():
-    """`make licences` mends this test."""
+    """`make licences` fixes this test."""
     rows = re.findall(
         r"^\| ([\w-]+) \| (\S+) \| (.+) \|$", (ROOT / "docs" / "licences.md").read_text(), re.MULTILINE
     )
@@ -330,7 +330,7 @@ def test_an_environment_for_gpus_stays_one_on_a_login_node(monkeypatch, tmp_path
     assert setup_env.which_kind(env, "auto") == "cuda"
 
 
-def test_check_says_that_a_set_up_is_missing(tmp_path):
+def test_check_reports_a_missing_set_up(tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "install/setup_env.py", "--venv", tmp_path / "none", "--check"],
         capture_output=True,
@@ -341,7 +341,7 @@ def test_check_says_that_a_set_up_is_missing(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_the_environment_is_made_under_a_lock_that_stands_beside_it(monkeypatch, tmp_path):
+def test_the_environment_is_made_under_a_lock_next_to_it(monkeypatch, tmp_path):
     folder, made = tmp_path / "env", []
 
     def make_venv(env):  # as `venv --clear`

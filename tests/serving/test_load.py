@@ -1,4 +1,4 @@
-"""Many requests at once: each gets its own answer, whatever stands beside it in the batch."""
+"""Many requests at once: each gets its own answer, whatever else the batch holds."""
 
 from __future__ import annotations
 

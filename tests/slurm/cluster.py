@@ -355,7 +355,7 @@ class Cluster:
         )
 
     def kill_node(self, node: str) -> None:
-        """Power failure (netns only): the network goes first, so that nobody hears a goodbye, then every
+        """Power failure (netns only): the network goes first, so that no last message is sent, then every
         process at once."""
         self._ip("link", "set", self._link(node), "down")
         pids = subprocess.run(

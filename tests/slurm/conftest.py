@@ -128,7 +128,7 @@ class Assets:
     """What training needs, as small as it can be: a random Whisper and Llama, and chirps that sing their transcript."""
 
     STAGES = ("alignment", "shrinking", "sft")
-    STEPS = {"alignment": 6, "shrinking": 24, "sft": 20}  # enough in II and III to be disturbed half-way
+    STEPS = {"alignment": 6, "shrinking": 24, "sft": 20}  # enough in stages 2 and 3 to be disturbed half-way
 
     def __init__(self, folder: Path):
         import torch

@@ -55,7 +55,7 @@ def test_the_minority_is_at_fault():
     assert compare([report("a", torch="2.1"), report("b", torch="2.1")]) == []
 
 
-def test_a_fault_of_the_input_is_told_from_one_of_a_node():
+def test_a_fault_of_the_input_differs_from_one_of_a_node():
     first, second = Report("a", 0, input_faults=["no shard"]), Report("b", 1, node_faults=["no GPU"])
     assert [(fault.node, fault.text, fault.from_input) for fault in compare([first, second])] == [
         ("a", "no shard", True),
@@ -63,7 +63,7 @@ def test_a_fault_of_the_input_is_told_from_one_of_a_node():
     ]
 
 
-def test_ops_that_another_cpu_would_not_understand_are_told(monkeypatch, tmp_path):
+def test_ops_that_another_cpu_cannot_run_are_reported(monkeypatch, tmp_path):
     (tmp_path / ".setup").mkdir()
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -82,7 +82,7 @@ def test_ops_that_another_cpu_would_not_understand_are_told(monkeypatch, tmp_pat
     (tmp_path / ".setup" / "cpu").write_text("fpu avx1024 avx2048")
     assert len(faults()) == 1 and "built for a CPU with avx1024 avx2048" in faults()[0]
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert faults() == [], "nothing of them runs where there are GPUs"
+    assert faults() == [], "none runs where there are GPUs"
     recipe.deepspeed = "ds_configs/zero3_offload.json"
     assert len(faults()) == 1, "but the optimizer that is offloaded"
 
@@ -169,7 +169,7 @@ def test_faults_that_cannot_be_kept_change_nothing(tmp_path, capsys):
     assert "/dev/full cannot be written: No space left on device" in capsys.readouterr().err
 
 
-def test_a_preemption_meanwhile_is_told(tmp_path, assets):
+def test_a_preemption_meanwhile_is_reported(tmp_path, assets):
     """The recipe is a pipe: whoever opened it listens to signals already."""
     pipe = tmp_path / "recipe.yaml"
     os.mkfifo(pipe)

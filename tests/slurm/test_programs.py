@@ -33,7 +33,7 @@ def manifest(tmp_path):
         soundfile.write(tmp_path / f"{clip}.wav", 0.1 * random.standard_normal(8000), 16000)
         lines.append({"id": f"clip-{clip}", "audio": f"{clip}.wav", "text": "some words", "duration": 0.5})
     (tmp_path / "broken.wav").write_bytes(b"no audio")
-    lines.append({"id": "broken", "audio": "broken.wav", "text": "never heard", "duration": 0.5})
+    lines.append({"id": "broken", "audio": "broken.wav", "text": "never decoded", "duration": 0.5})
     path = tmp_path / "manifest.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path

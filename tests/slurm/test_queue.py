@@ -39,7 +39,7 @@ def test_chain_runs_to_its_end_with_the_code_it_was_submitted_with(project):
     run = project.folder / "train" / "run.py"
     run.write_text(
         run.read_text().replace('GENERATION = "first"', 'GENERATION = "edited"')
-    )  # while stages II and III wait
+    )  # while stages 2 and 3 wait
     recipe = project.folder / "recipes" / "stage3.yaml"
     recipe.write_text(recipe.read_text().replace("steps: 5", "steps: 7"))
     for job in jobs:
@@ -59,7 +59,7 @@ def test_chain_runs_to_its_end_with_the_code_it_was_submitted_with(project):
 
 
 @pytest.mark.parametrize("signal, launcher", [(warn, "srun"), (preempt, "srun"), (preempt, "torchrun")])
-def test_warning_saves_requeues_and_goes_on(project, signal, launcher):
+def test_warning_saves_requeues_and_resumes(project, signal, launcher):
     job = project.sbatch(
         "slurm/stage1.sh", "optim.steps=40", env={"RECIPE": "recipes/stage1.yaml", "LAUNCHER": launcher}
     )
@@ -115,7 +115,7 @@ def test_cancelled_stays_cancelled_and_takes_the_chain_with_it(project):
 
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
-def test_failure_ends_the_chain_and_the_same_command_goes_on(project, launcher):
+def test_failure_ends_the_chain_and_the_same_command_resumes(project, launcher):
     project.output.mkdir(parents=True)
     (project.output / "FAIL-shrinking").write_text("1")
     steps = "optim.steps=20"  # the ranks that do not fail are at work when they are stopped
@@ -135,7 +135,7 @@ def test_failure_ends_the_chain_and_the_same_command_goes_on(project, launcher):
     assert "of rank 3" in rows["shrinking"]["last error"]
     (project.output / "FAIL-shrinking").unlink()
     again = project.chain(steps, env={"LAUNCHER": launcher})
-    assert len(again) == 2  # stage I is done
+    assert len(again) == 2  # stage 1 is done
     for job in again:
         project.expect(job, "COMPLETED")
     assert value(project, "sft") == after(20)

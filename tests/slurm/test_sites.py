@@ -1,7 +1,7 @@
 """What real sites and their users do to the job scripts, on a real Slurm: options, leftovers, full disks,
 preemption, limits.
 
-The trainer is stand_in/run.py. Every test here stands for a kind of site; test_submitting.py holds the
+The trainer is stand_in/run.py. Every test here is of one kind of site; test_submitting.py holds the
 variants, with stand-ins.
 """
 
@@ -212,7 +212,7 @@ def test_a_port_that_is_taken_is_named_and_the_next_one_used(project):
 
 
 def test_full_disks_cost_neither_a_saved_stage_nor_a_finished_one(project, small_disk):
-    """The disk of slurm/jobs and slurm/logs, while stage I trains; then Slurm warns."""
+    """The disk of slurm/jobs and slurm/logs, while stage 1 trains; then Slurm warns."""
     for name in ("jobs", "logs"):
         shutil.rmtree(project.folder / "slurm" / name)
         (small_disk / name).mkdir()
@@ -362,7 +362,7 @@ def test_slurm_s_own_requeues_are_counted_and_preemptions_apart(project):
 
 
 @pytest.mark.slurm_ci
-def test_a_stage_tried_by_hand_takes_the_code_and_recipe_of_its_moment(project):
+def test_a_stage_started_in_salloc_uses_the_code_and_recipe_of_its_start(project):
     """Two runs inside one salloc session, the code and the recipe edited between them."""
     (project.folder / "inner.sh").write_text(
         "export RECIPE=recipes/stage1.yaml\nbash slurm/stage1.sh optim.steps=2 || exit\n"

@@ -317,7 +317,7 @@ def test_a_chain_from_another_folder_takes_paths_relative_to_it(site, tmp_path, 
     follow = next(line for line in done.stdout.splitlines() if "train.status" in line)
     if how == "link":
         status = site.shell("bash", "-c", follow.strip(), cwd=elsewhere)
-        assert status.returncode == 0 and "I alignment" in status.stdout, status.stderr
+        assert status.returncode == 0 and "1 alignment" in status.stdout, status.stderr
     assert not (site.folder / "run 1").exists()
 
 
@@ -334,7 +334,7 @@ def test_a_script_that_submits_is_not_for_sbatch(site, tmp_path, script):
     )
 
 
-def test_a_mistake_in_the_last_recipe_is_told_before_the_first_stage_waits(site):
+def test_a_mistake_in_the_last_recipe_is_reported_before_the_first_stage_waits(site):
     site.recipe("sft", 3, "optim: {stepz: 3}\n")
     done = site.chain()
     assert done.returncode == 2 and "did you mean 'optim.steps'" in done.stderr and site.submitted == []
@@ -453,20 +453,20 @@ def test_a_chain_that_sbatch_refuses_is_given_up(site):
         and site.noted("cancelled") == "101\n"
     )
     (frozen,) = (site.folder / "slurm/jobs").glob("chain-*")
-    late = site.job("echo went on", "--frozen", str(frozen), "--place", "stage2", "--recipe", "x", "--")
+    late = site.job("echo continued", "--frozen", str(frozen), "--place", "stage2", "--recipe", "x", "--")
     assert (
         late.returncode == 1
         and "gave up the chain of this job" in late.stderr
-        and "went on" not in late.stdout
+        and "continued" not in late.stdout
     )
     (frozen / "given-up").unlink()
     (frozen / "stage2.job").write_text("8\n")
-    twice = site.job("echo went on", "--frozen", str(frozen), "--place", "stage2", "--recipe", "x", "--")
+    twice = site.job("echo continued", "--frozen", str(frozen), "--place", "stage2", "--recipe", "x", "--")
     assert twice.returncode == 1 and "job 8 was submitted in this one's place" in twice.stderr
     assert (
-        "went on"
+        "continued"
         in site.job(
-            "echo went on",
+            "echo continued",
             "--frozen",
             str(frozen),
             "--place",
@@ -668,7 +668,7 @@ def test_an_option_that_the_script_asks_for_keeps_its_variable(site, tmp_path):
 
 
 @pytest.mark.parametrize("limit", ["UNLIMITED", "Partition_Limit", "2026-01-01T00:00:00"])
-def test_an_end_of_the_job_that_nobody_tells_is_none(site, limit):
+def test_an_unknown_end_of_the_job_is_none(site, limit):
     site.facts(limit=limit)
     done = site.job('echo "=${SLURM_JOB_END_TIME:-}="', SLURM_JOB_END_TIME="17")
     assert done.stdout.strip().endswith("=="), done.stdout + done.stderr
@@ -765,12 +765,10 @@ def test_signals_while_a_rank_s_end_is_noted_do_not_change_its_code(site):
 def test_a_warning_between_two_steps_reaches_the_second_one(site):
     site.program(
         "srun",
-        "trap 'echo heard it; exit 0' USR1\nfor _ in 1 2 3 4 5 6 7 8 9; do /bin/sleep 0.3; done; echo did not hear it",
+        "trap 'echo caught it; exit 0' USR1\nfor _ in 1 2 3 4 5 6 7 8 9; do /bin/sleep 0.3; done; echo missed it",
     )
     done = site.job("STOP_FILE=$PWD/out/STOP WARNED=1; command -p sleep 0.1; step --ntasks=1; ls out")
-    assert "STOP" in done.stdout.splitlines() and "did not hear it" not in done.stdout, (
-        done.stdout + done.stderr
-    )
+    assert "STOP" in done.stdout.splitlines() and "missed it" not in done.stdout, done.stdout + done.stderr
 
 
 # --- after a step ------------------------------------------------------------------------------------------------------------
@@ -1036,7 +1034,7 @@ NODES = 'case "$*" in *"%T"*) echo "n1|mixed|none"; echo "n2|{state}|{reason}" ;
         ("mixed", 1, 1, None),  # srun refuses this node too, which is alive: a configuration
     ],
 )
-def test_a_dead_node_is_told_from_an_srun_that_refuses(site, state, full, one, dead):
+def test_a_dead_node_differs_from_an_srun_that_refuses(site, state, full, one, dead):
     site.program("sinfo", NODES.format(state=state, reason="Not responding"))
     site.program(
         "srun",
@@ -1219,7 +1217,7 @@ def test_an_interactive_run_is_not_requeued_and_takes_the_code_and_recipe_of_its
 # --- packing and evaluation --------------------------------------------------------------------------------------------------
 
 
-def test_evaluation_is_told_which_job_it_is_over_restarts(site):
+def test_evaluation_knows_its_job_over_restarts(site):
     """By which --restart throws away what was there before, and not what the job itself has answered."""
     script = site.folder.parent / "spool/slurm_script"
     script.parent.mkdir()
@@ -1280,7 +1278,7 @@ def test_packing_without_a_folder_is_refused(site):
 
 
 def test_faults_of_many_ranks_are_lines_without_a_traceback(site, assets):
-    """Rank 0 holds the store: it must not leave before the others have heard."""
+    """Rank 0 holds the store: it must not leave before the others have its answer."""
     assets.recipes(site.folder)
     port = str(20000 + os.getpid() % 10000)
     command = [

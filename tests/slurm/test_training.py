@@ -24,7 +24,7 @@ def real_project(folder: Path, cluster: Cluster, assets: Assets) -> Project:
 
 
 def assert_no_trace(output: Path, undisturbed: Path, *stages: str) -> None:
-    """Bit for bit the losses and weights of a run that nothing disturbed."""
+    """Losses and weights are bit-identical to an uninterrupted run."""
     for stage in stages:
         assert (
             losses(output / stage) == losses(undisturbed / stage)
@@ -62,7 +62,7 @@ def kill(project: Project, stage: str, job: str, *, first: bool) -> None:
 
 @pytest.mark.slurm
 @pytest.mark.slurm_ci
-def test_a_chain_preempted_in_stage_ii_ends_with_the_weights_of_one_that_was_not(
+def test_a_chain_preempted_in_stage_2_ends_with_the_weights_of_one_that_was_not(
     cluster, assets, undisturbed, tmp_path
 ):
     project = real_project(tmp_path / "project", cluster, assets)
@@ -99,7 +99,7 @@ def mortal_cluster(slurm_installed):
 
 
 @pytest.mark.slurm
-def test_a_preemption_in_stage_ii_and_a_dead_first_node_in_iii_leave_no_trace(
+def test_a_preemption_in_stage_2_and_a_dead_first_node_in_stage_3_leave_no_trace(
     mortal_cluster, assets, undisturbed, tmp_path
 ):
     """The first node runs the job's batch shell, which dies with it: only Slurm itself is left to requeue the
@@ -125,7 +125,7 @@ def test_another_dead_node_leaves_no_trace(mortal_cluster, assets, undisturbed, 
     project = real_project(tmp_path / "project", mortal_cluster, assets)
     for stage in ("alignment", "shrinking"):
         shutil.copytree(undisturbed / stage, project.output / stage)
-    (job,) = project.chain()  # stages I and II are done
+    (job,) = project.chain()  # stages 1 and 2 are done
     kill(project, "sft", job, first=False)
     project.expect(job, "COMPLETED", timeout=1800)
     assert [event for _, event in project.events()].count("started") == 2
@@ -133,7 +133,7 @@ def test_another_dead_node_leaves_no_trace(mortal_cluster, assets, undisturbed, 
 
 
 @pytest.mark.slurm
-def test_torchrun_saves_at_the_warning_and_goes_on_with_equal_losses(cluster, assets, undisturbed, tmp_path):
+def test_torchrun_saves_at_the_warning_and_resumes_with_equal_losses(cluster, assets, undisturbed, tmp_path):
     project = real_project(tmp_path / "project", cluster, assets)
     shutil.copytree(undisturbed / "alignment", project.output / "alignment")
     job = project.sbatch("slurm/stage2.sh", env={"RECIPE": "recipes/stage2.yaml", "LAUNCHER": "torchrun"})

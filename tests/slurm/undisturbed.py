@@ -1,4 +1,4 @@
-"""The reference that disturbed chains are held against: the same stages, one rank of them, without Slurm.
+"""The reference that disturbed chains are held against: the same stages, one rank, without Slurm.
 
     RANK=.. WORLD_SIZE=.. MASTER_ADDR=.. MASTER_PORT=.. python -m tests.slurm.undisturbed RECIPE ...
 

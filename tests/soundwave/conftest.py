@@ -18,7 +18,7 @@ def wave(seconds: float, seed: int = 0) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def speaker(folders):  # noqa: F811
-    """A tiny random model of stage II."""
+    """A tiny random model of stage 2."""
     return soundwave.load(folders / "shrinking", device="cpu")
 
 

@@ -166,7 +166,7 @@ def test_word_times_lie_in_the_recording(speaker, long):
     assert found.words[-1].start > 3.0  # times are those of the recording, not of a window
 
 
-def test_hotwords_choose_joint_search_and_can_stand_in_the_prompt(speaker):
+def test_hotwords_choose_joint_search_and_can_be_in_the_prompt(speaker):
     clip = wave(0.7, 2)
     assert speaker.transcribe(clip, hotwords=["the"], hotword_bonus=0.0, **SHORT).text == (
         speaker.transcribe(clip, decode="joint", **SHORT).text

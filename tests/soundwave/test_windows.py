@@ -95,7 +95,7 @@ def test_the_longest_pause_between_words_is_cut():
         ("Ww....wW..Ww", 2, 11, {8, 9}),  # a longer one is inside a word
         ("Ww..w..w", 2, 7, {5, 6, 2, 3}),  # all are
         ("WwwwwwwWwww", 4, 9, set(range(4, 10))),  # none
-        ("W...W......", 2, 7, {5, 6, 7}),  # it goes on behind the last frame
+        ("W...W......", 2, 7, {5, 6, 7}),  # it continues after the last frame
     ):
         blank, begins = frames(text)
         assert best_cut(blank, begins, np.ones(len(text)), first, last) in wanted, text

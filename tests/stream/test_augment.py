@@ -103,7 +103,7 @@ def test_other_seed_epoch_or_id_is_other_noise():
         assert not torch.equal(first, other)
 
 
-def test_evaluation_hears_clean_clips(packed, tokenizer, model_config):
+def test_evaluation_uses_clean_clips(packed, tokenizer, model_config):
     def heard(**options):
         stream = EvalStream(
             str(packed), tokenizer, model_config, "alignment", data=DataConfig(workers=0, **options)

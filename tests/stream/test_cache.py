@@ -1,21 +1,28 @@
 """Cached encoder features: the same numbers as the encoder gives, written once, found again after packing
 anew."""
 
+import io
 import json
 import os
 import shutil
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from transformers import WhisperConfig, WhisperModel
 
+from core.distributed import Ranks
+from data_tools.shards import ShardIndex
+from model.features import log_mel
+from model.stages import STAGES
 from recipe.config import Corpus, Recipe, RecipeError
 from stream import EvalStream, Stream, validation_batches
 from stream import cache as cache_module
 from stream.cache import FeatureStore, Interrupted, ensure_features
 from stream.rejected import BrokenSample
 from tests.stream.conftest import data_config, record, sound, write_folder
+from train.validate import clip_mel, validation_set
 
 
 @pytest.fixture
@@ -100,6 +107,18 @@ def test_validation_of_several_folders_finds_all_its_features(recipe, tokenizer,
     assert f"{longer} utterances of data.valid are left out" in caplog.text
 
 
+def test_the_validation_picture_has_its_spectrogram_with_cached_features(recipe, tokenizer, packed):
+    ensure_features(recipe)
+    ranks, stage = Ranks(0, 1, 0, 1, "cpu"), STAGES["alignment"]
+    batches = validation_set(recipe, stage, tokenizer, ranks)
+    assert all(batch.waveforms is None for batch, _, _ in batches)
+    mel = clip_mel(recipe, stage, tokenizer, ranks, batches, None)
+    index = ShardIndex.load(packed)
+    clips = [soundfile.read(io.BytesIO(audio))[0] for audio, _ in map(index.read, range(len(index))) if audio]
+    expected = [log_mel(torch.tensor(clip)[None], torch.tensor([len(clip)]), 80)[0][0] for clip in clips]
+    assert mel.std() > 0 and any(e.shape == mel.shape and torch.allclose(e, mel, atol=1e-4) for e in expected)
+
+
 def test_written_once_resumed_and_found_after_packing_anew(recipe, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module, "PACK_SECONDS", 8.0)
     encoded = []
@@ -161,20 +180,22 @@ def test_a_pack_that_has_gone_or_was_cut_is_made_again_and_costs_samples_not_the
     assert len(ensure_features(recipe)) == 23
 
 
-def test_a_wish_to_stop_is_heard_between_packs(recipe, tokenizer, monkeypatch):
+def test_stops_between_packs_on_request(recipe, tokenizer, monkeypatch):
     monkeypatch.setattr(cache_module, "PACK_SECONDS", 8.0)
     asked = []
 
-    def wish(seconds):
+    def stop_reason(seconds):
         asked.append(seconds)
         return "SIGTERM" if len(asked) == 3 else None
 
     with pytest.raises(Interrupted, match="SIGTERM on rank 0"):
-        ensure_features(recipe, wish=wish)
+        ensure_features(recipe, stop_reason=stop_reason)
     store = FeatureStore.open(recipe.data.cache_features, recipe.model)
     assert len(store._packs) == 2 and asked[0] == 0 < asked[1]
     assert len(ensure_features(recipe)) == 23
-    assert len(ensure_features(recipe, wish=lambda seconds: "SIGTERM")) == 23, "nothing is left to stop"
+    assert len(ensure_features(recipe, stop_reason=lambda seconds: "SIGTERM")) == 23, (
+        "nothing is left to stop"
+    )
 
 
 def test_another_encoder_or_setting_has_its_own_features(recipe, tokenizer):

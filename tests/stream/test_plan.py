@@ -1,4 +1,4 @@
-"""Promises of the plan, whatever the shards, ranks, budgets and mixtures. Indexes without audio: the plan
+"""Guarantees of the plan, whatever the shards, ranks, budgets and mixtures. Indexes without audio: the plan
 reads none."""
 
 import time
@@ -305,7 +305,7 @@ def test_the_rest_of_a_corpus_is_what_its_share_leaves_out():
         (["/x/train", "/y/train", "/x/train"], ["x/train#1", "y/train", "x/train#2"]),
     ],
 )
-def test_corpora_of_one_name_are_told_apart(folders, names):
+def test_corpora_of_one_name_are_distinguished(folders, names):
     index = table_index(np.full(40, 2.0), [20, 20])
     plan = Plan(
         [index] * len(folders),

@@ -174,11 +174,11 @@ def test_a_rank_that_has_only_text(tiny, server, faults):
     assert all(np.isfinite(line["loss"]) for line in metrics(output / "shrinking"))
 
 
-@pytest.mark.slow  # four starts, two of them killed
+@pytest.mark.slow  # four starts, two are killed
 @pytest.mark.parametrize("worlds", [pytest.param((2, 2, 2), marks=pytest.mark.long), (2, 1, 2)])
 def test_killed_at_random_steps_consumes_what_was_planned(tiny, server, worlds):
     """kill -9 wherever it stands, twice, and on with another number of ranks: every step's ids are the
-    plan's. On the same number all is as if nothing had happened, the rehearsal before each start included."""
+    plan's. On the same number all is bit-identical to an uninterrupted run, the memory probe included."""
     options, steps = ["optim.steps=30", "checkpoint.every_steps=4"], 30
     killed = tiny / f"killed-{worlds[1]}"
     chance = random.Random(repr(worlds))
@@ -210,7 +210,7 @@ def test_killed_at_random_steps_consumes_what_was_planned(tiny, server, worlds):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_too_large_a_micro_batch_says_which_key_to_lower(tiny, server):
+def test_too_large_a_micro_batch_names_the_key_to_lower(tiny, server):
     codes, told = run(
         server,
         tiny / "stage1.yaml",

@@ -194,7 +194,7 @@ CLIPS = 12
 
 
 def foreign(kind):
-    """Members of a shard that others made: [(name, bytes)] of CLIPS clips, and how many of them can be
+    """Members of a shard that others made: [(name, bytes)] of CLIPS clips, and how many can be
     used."""
 
     def members(audio, meta, count=CLIPS):
@@ -326,7 +326,7 @@ ODD = [
 def test_whatever_an_utterance_raises_is_its_reject(
     indexed, place, packed, tokenizer, model_config, monkeypatch
 ):
-    """Packed folder and plain stream alike: a named line each, and the step goes on with other utterances."""
+    """Packed folder and plain stream alike: a named line each, and the step continues with other utterances."""
     monkeypatch.setattr(web_module, "SHUFFLE_BUFFER", 10)
     module = stream_module if indexed else web_module
     owner, _, name = place.rpartition(".")

@@ -1,4 +1,4 @@
-"""Stages II and III once more as a plain PyTorch loop: one utterance at a time, every logit there, one
+"""Stages 2 and 3 once more as a plain PyTorch loop: one utterance at a time, every logit there, one
 process.
 
 Nothing of the project is imported. Files are read as any user could read them (tar, JSON, FLAC, safetensors).
@@ -54,7 +54,7 @@ class LoraLinear(nn.Module):
 
 
 class Network(nn.Module):
-    """The network of a model folder of stage II or III: tied CTC head, look-back over all frames, peaks
+    """The network of a model folder of stage 2 or 3: tied CTC head, look-back over all frames, peaks
     kept."""
 
     def __init__(self, folder: Path, whisper: str, llm: str):

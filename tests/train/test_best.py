@@ -26,7 +26,7 @@ def alone():
 
 
 class Spoken:
-    """A model that writes what it is told to, with losses it is told to have."""
+    """A model with given answers and losses."""
 
     audio_id = None
 

@@ -98,7 +98,7 @@ def test_a_queued_file_that_was_not_written_is_missed(tmp_path, monkeypatch, cap
     assert "not written: one.pt, two.pt" in caplog.text and names(to.folder) == []
 
 
-def test_what_was_damaged_does_not_stand_in_the_place_of_what_is_saved_next(tmp_path, caplog):
+def test_a_damaged_checkpoint_does_not_block_the_next_save(tmp_path, caplog):
     to = checkpoints(tmp_path, keep_last=3)
     assert all(write(to, step) for step in (500, 900, 1000))
     (to.folder / "step-001000" / "one.pt").write_bytes(b"rot")
@@ -420,7 +420,7 @@ def test_models_that_hold_a_language_model_tell_its_width(monkeypatch):
         setup.resolve_sizes(Recipe(), ALIGNMENT)
 
 
-def test_a_last_checkpoint_that_fails_is_told_and_the_model_is_there(server, tmp_path):
+def test_a_failed_last_checkpoint_is_reported_and_the_model_is_written(server, tmp_path):
     tiny = workspace(tmp_path)
     run = server.start(
         [

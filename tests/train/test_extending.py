@@ -167,7 +167,7 @@ def test_no_two_metrics_share_a_task():
             {"toy_enrgy": 1.0},
             "loss.weights: loss 'toy_enrgy' is not known; did you mean 'toy_energy'",
         ),
-        ("alignment", {"ce": 1.0}, "the loss 'ce' needs the LLM, which stage I (alignment) does not load"),
+        ("alignment", {"ce": 1.0}, "the loss 'ce' needs the LLM, which stage 1 (alignment) does not load"),
         ("shrinking", {"ctc": 1.0}, "loss.weights.ctc: its weight is loss.ctc_weight"),
         ("shrinking", {"toy_energy": -1.0}, "loss.weights.toy_energy is -1: must be at least 0"),
         ("shrinkng", {}, "stage 'shrinkng' is not known; did you mean 'shrinking'"),

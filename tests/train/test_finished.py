@@ -27,7 +27,7 @@ QUICK = ["data.valid=[]", "log.tensorboard=false", "optim.steps=4", "checkpoint.
 
 @pytest.fixture(scope="module")
 def trained(server, tmp_path_factory) -> Path:
-    """A workspace whose three stages are done. Stage I alone says how many frames are stacked."""
+    """A workspace whose three stages are done. Only stage 1 sets how many frames are stacked."""
     root = workspace(tmp_path_factory.mktemp("finished"))
     first = yaml.safe_load((root / "stage1.yaml").read_text())
     first["model"]["alignment"] = {"stack_frames": 4}
@@ -304,15 +304,15 @@ def test_folders_of_an_earlier_version_are_compared_by_what_they_hold(trained, p
 
 def test_stage_three_needs_all_that_it_leaves_as_it_is(trained, place):
     with pytest.raises(
-        RecipeError, match="stage III .sft. trains LoRA alone.* give the model folder of stage II, not"
+        RecipeError, match="stage 3 .sft. trains LoRA alone.* give the model folder of stage 2, not"
     ):
         initial_folder(recipe(trained, place, 3, "init_from=fresh"))
     with pytest.raises(
-        RecipeError, match="holds no trained shrinking adapter: give the model folder of stage II"
+        RecipeError, match="holds no trained shrinking adapter: give the model folder of stage 2"
     ):
         initial_folder(recipe(trained, place, 3, f"init_from={place / 'alignment' / 'model'}"))
     assert initial_folder(recipe(trained, place, 3)) == place / "shrinking" / "model"
-    assert initial_folder(recipe(trained, place, 2, "init_from=fresh")) is None, "stage II trains them itself"
+    assert initial_folder(recipe(trained, place, 2, "init_from=fresh")) is None, "stage 2 trains them itself"
     path = place / "shrinking" / "model" / "adapters.safetensors"
     save_file(
         {name: tensor for name, tensor in load_file(path).items() if not name.startswith("alignment.")}, path
@@ -335,8 +335,7 @@ def test_the_dry_run_says_the_same(trained, place, tmp_path, capsys, monkeypatch
     usual = [*QUICK, f"output={place}"]
     code, out, _ = dry_run(capsys, trained / "stage2.yaml", *usual)
     assert (
-        code == 0
-        and f"stage II is finished: {place / 'shrinking' / 'model'}; nothing would be trained" in out
+        code == 0 and f"stage 2 is finished: {place / 'shrinking' / 'model'}; nothing would be trained" in out
     )
     assert "LoRA on q_proj x 2, k_proj x 2, v_proj x 2, o_proj x 2" in out
     changed = Path(shutil.copytree(trained / "llm", tmp_path / "llm"))
@@ -387,7 +386,7 @@ def test_the_dry_run_says_the_same(trained, place, tmp_path, capsys, monkeypatch
     assert code == 0 and f"starts from {place / 'alignment' / 'model'}" in out
     assert "warning: optim.warmup_steps=9 is not below" in out
     code, out, _ = dry_run(capsys, trained / "stage2.yaml", *usual, new)
-    assert code == 0 and "missing:\n  - stage II (shrinking) starts from " in out, (
+    assert code == 0 and "missing:\n  - stage 2 (shrinking) starts from " in out, (
         "a stage that is yet to come is no fault"
     )
 

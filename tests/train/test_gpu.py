@@ -74,7 +74,7 @@ def test_losses_are_those_of_the_cpu(runs, kind, relative, number, stage):
     assert list(found.values()) == pytest.approx(list(wanted.values()), rel=relative)
 
 
-def test_a_run_that_was_killed_goes_on(runs):
+def test_a_killed_run_resumes(runs):
     """Its last checkpoint and its end are gone, as if it had been killed before: the same command does the
     rest again."""
     shutil.copytree(runs / "zero3", runs / "again")

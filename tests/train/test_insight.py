@@ -204,7 +204,7 @@ def test_the_fixed_clip_has_its_row_and_median_length(model):
 def test_model_flops_are_those_of_the_operations(model, stage, losses):
     """torch counts every matrix product of a forward and backward pass; conversations are of one length, so
     nothing is padded. The tolerance is for what is left out (the look-back's scores), and for the gradient of
-    the first LLM layer's input, which stage III does not need: of two layers that is something, of thirty
+    the first LLM layer's input, which stage 3 does not need: of two layers that is something, of thirty
     nothing."""
     model.set_stage(stage)
     model.train()

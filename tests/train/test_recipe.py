@@ -52,7 +52,7 @@ PLAIN = st.one_of(
             "${",
             "???",
             "~",
-            "~nobody-here/x",
+            "~no-such-user/x",
             "$NOT_SET",
             "$HOME/x",
             "1e3",
@@ -111,7 +111,7 @@ def test_any_value_for_any_key_is_a_recipe_or_one_line(tmp_path, key, value):
         content = yaml.safe_dump(nested(key, value), allow_unicode=True)
         content.encode()
     except (yaml.YAMLError, UnicodeEncodeError):
-        return  # nobody can write that down
+        return  # no file can hold that
     try:
         recipe = load_recipe(write(tmp_path, content))
         check(recipe)
@@ -163,7 +163,7 @@ def test_any_override_is_one_or_one_line(tmp_path, override):
             "output: the environment has no NOT_SET: set it, or give a default: ${oc.env:NOT_SET,",
         ),
         ("output: $NOT_SET/run", "output is '$NOT_SET/run': the environment has no NOT_SET"),
-        ("output: ~nobody-of-this-name/run", "no such user's home folder"),
+        ("output: ~no-user-of-this-name/run", "no such user's home folder"),
         ("output: ''", "output is '': give a name"),
         ("output: ???", "output is ???: give it a value"),
         ("loss:", "loss is empty: it is a section"),
@@ -292,7 +292,7 @@ def model_folder(folder: Path, stage: str, config: SoundwaveConfig, lora: bool =
 
 
 def test_a_stage_inherits_the_options_of_the_official_checkpoint(tmp_path):
-    """All switches of the released weights, and the frozen parts' places; the machine's choices and LoRA stay
+    """All options of the official checkpoint, and the frozen parts' places; the machine's choices and LoRA stay
     the recipe's."""
     config = official_switches(SoundwaveConfig())
     config.llm.name, config.llm.lora_r, config.dtype = "llm", 0, "float16"

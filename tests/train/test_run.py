@@ -67,7 +67,7 @@ def test_misspelt_key_stops_with_the_nearest_right_one(tiny):
         ("optim.lr=1", "did you mean 'optim.lr_"),
     ],
 )
-def test_likely_mistakes_in_a_recipe_are_told_in_one_line(override, words):
+def test_likely_mistakes_in_a_recipe_are_reported_in_one_line(override, words):
     with pytest.raises(RecipeError) as told:
         load_recipe(ROOT / "train/recipes/stage1.yaml", [override])
     assert words in str(told.value) and "\n" not in str(told.value)
@@ -90,7 +90,7 @@ def test_likely_mistakes_in_a_recipe_are_told_in_one_line(override, words):
         ),
     ],
 )
-def test_a_switch_that_there_is_not_is_told_in_stage_i(override, words):
+def test_invalid_option_is_rejected_in_stage_1(override, words):
     with pytest.raises(RecipeError, match=words):
         check(load_recipe(ROOT / "train/recipes/stage1.yaml", [override]))
 
@@ -252,13 +252,13 @@ def test_three_stages_on_two_ranks_under_zero3(tiny):
     one, two, three = (
         load_file(output / stage / "model" / "adapters.safetensors") for stage in STAGES.values()
     )
-    assert any(not torch.equal(one[name], two[name]) for name in one), "stage II trains the alignment adapter"
-    assert all(torch.equal(two[name], three[name]) for name in two), "stage III trains LoRA alone"
+    assert any(not torch.equal(one[name], two[name]) for name in one), "stage 2 trains the alignment adapter"
+    assert all(torch.equal(two[name], three[name]) for name in two), "stage 3 trains LoRA alone"
 
 
 @pytest.mark.slow  # several starts of real ranks
 def test_killed_and_started_again_equals_undisturbed(tiny):
-    """kill -9 of all ranks behind a checkpoint; the same command goes on, bit for bit."""
+    """kill -9 of all ranks after a checkpoint; the same command resumes with bit-identical losses."""
     options = ["optim.steps=24", "checkpoint.every_steps=4", "data.valid=[]"]
     whole, killed = tiny / "whole", tiny / "killed"
     assert run(tiny / "stage1.yaml", f"output={whole}", *options).returncode == 0

@@ -65,7 +65,7 @@ def test_running_stage_with_its_speed_restarts_and_one_in_the_queue(tmp_path, ca
     assert stage_status(tmp_path, "alignment", later + 10, {})["state"] == "running", (
         "it writes that file in every step"
     )
-    assert main([str(tmp_path)]) == 0 and "II shrinking" in capsys.readouterr().out
+    assert main([str(tmp_path)]) == 0 and "2 shrinking" in capsys.readouterr().out
 
 
 def test_loss_of_the_last_steps_and_word_error_rates(tmp_path):

@@ -54,7 +54,7 @@ def stop_after(server, tiny, output, step, *options, ranks: int = 2, **how) -> N
 
 @pytest.fixture(scope="module")
 def whole(server, tiny) -> Path:
-    """Stage I, undisturbed, two ranks under ZeRO-3."""
+    """Stage 1, undisturbed, two ranks under ZeRO-3."""
     codes, text = train(server, tiny, tiny / "whole")
     assert codes == [0, 0], text
     return tiny / "whole"
@@ -210,7 +210,7 @@ def test_full_disk_is_found_before_writing(server, tiny, whole, tmp_path):
         assert "stopped before step 6 (SIGTERM on rank 0), NOT saved" in text
         assert not list(small.glob("step-*"))
         codes, text = train(server, tiny, tmp_path)
-        assert codes == [0, 0] and "training goes on from memory" in text
+        assert codes == [0, 0] and "training continues without" in text
         assert_same_end(tmp_path, whole)
     finally:
         subprocess.run(["umount", str(small)], check=True)
@@ -344,7 +344,7 @@ def test_two_ranks_one_rank_two_ranks(server, tiny, whole, tmp_path, stage, zero
 
 @pytest.mark.slow  # seven starts of real ranks
 def test_killed_and_moved_from_one_to_two_ranks_and_back(server, tiny, whole, tmp_path):
-    """Stage II on 2-1-2-1-2-2 ranks under ZeRO-3, three of them killed, with other micro-batches on the way
+    """Stage 2 on 2-1-2-1-2-2 ranks under ZeRO-3, three are killed, with other micro-batches on the way
     and dropout of 0.1 in adapters and LoRA: the losses and weights of a run that was left alone."""
     moved = tmp_path / "moved"
     options = [*COMPARABLE, f"init_from={whole / 'alignment' / 'model'}", "optim.steps=14", "data.workers=0"]
@@ -444,7 +444,7 @@ def test_margin_before_a_time_limit_follows_the_longest_save(tmp_path):
 
 
 @pytest.mark.slow  # several starts of real ranks
-def test_roll_back_goes_on_behind_the_bad_stretch(server, tiny, tmp_path):
+def test_roll_back_continues_after_the_bad_stretch(server, tiny, tmp_path):
     """Against a second opinion: the checkpoint it went back to, resumed by a new process at the data behind
     the stretch."""
     options = ["health.max_consecutive_skips=2", "checkpoint.keep_last=9"]
@@ -510,13 +510,13 @@ def test_a_stretch_that_does_not_end_stops_with_a_report(server, tiny, tmp_path)
 
 @pytest.mark.slow  # several starts of real ranks
 @pytest.mark.parametrize("zero", [1, 3])
-def test_ranks_that_come_apart_are_told(server, tiny, whole, tmp_path, zero):
+def test_diverged_ranks_are_reported(server, tiny, whole, tmp_path, zero):
     name = next(iter(sorted(load_file(whole / "alignment" / "model" / "adapters.safetensors"))))
     options = ["health.desync_every_steps=1", f"deepspeed=ds_configs/zero{zero}.json"]
     codes, text = train(server, tiny, tmp_path, *options, fault=["other_weights", 2, 1, name])
     assert codes == [1, 1], text
     told = f"rank 1 holds another {name} than rank 0" if zero == 1 else "rank 1"
-    assert "stopped before step 3: the ranks have come apart: " in text and told in text and name in text
+    assert "stopped before step 3: the ranks have diverged: " in text and told in text and name in text
     assert "they were equal at step 2" in text
 
 

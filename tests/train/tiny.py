@@ -72,7 +72,7 @@ def workspace(root: Path, **overrides) -> Path:
 
 
 def losses(stage_folder: Path) -> dict[int, float]:
-    """Step -> loss over all ranks, of a run that may still go on; of a step that was done again, the last
+    """Step -> loss over all ranks, of a run that may be unfinished; of a step that was done again, the last
     one."""
     return {
         line["step"]: line["loss"]

@@ -58,7 +58,7 @@ class Mirror:
             self.thread.join(seconds)
             if self.thread.is_alive():
                 logger.error(
-                    "checkpoint.copy_to: %s has not taken %s in %d s; the run goes on without waiting for it",
+                    "checkpoint.copy_to: %s has not taken %s in %d s; the run does not wait for it",
                     self.config.copy_to,
                     self.copying.name,
                     seconds,

@@ -75,7 +75,7 @@ class Checkpoints:
 
     def save(self, engine, state: dict) -> bool:
         """Start writing `step-<state["step"]>`. False, with a warning, where the disk has no room; training
-        goes on."""
+        continues."""
         self.finish()
         begun = time.perf_counter()
         target = self.folder / f"step-{state['step']:06d}{PARTIAL}"
@@ -90,12 +90,12 @@ class Checkpoints:
                 except OSError as error:  # a quota, for one, which the free space does not show
                     room[0] = False
                     shutil.rmtree(target, ignore_errors=True)
-                    logger.error("no checkpoint in %s: %s; training goes on from memory", self.folder, error)
+                    logger.error("no checkpoint in %s: %s; training continues without", self.folder, error)
             else:
                 logger.error(
                     "no room for a checkpoint in %s: it needs %.1f MB and %.1f MB are free; free space or "
                     "move "
-                    "`output`, training goes on from memory",
+                    "`output`, training continues without",
                     self.folder,
                     needed / 1e6,
                     free / 1e6,
@@ -170,7 +170,7 @@ class Checkpoints:
         if saved.get("best") and saved["best"]["step"] == saved["step"]:
             write_atomically(self.folder / "best.json", json.dumps(saved["best"]))
         write_atomically(self.folder / "latest", final.name)
-        is_free = self.mirror.wait(COPY_SECONDS)  # before older ones go: it may be reading one of them
+        is_free = self.mirror.wait(COPY_SECONDS)  # before older ones go: it may be reading one
         prune(self.folder, self.config, but=self.mirror.copying)
         if is_free:
             self.mirror.start(final)

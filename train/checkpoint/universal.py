@@ -109,7 +109,7 @@ def _make(source: Path) -> None:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise ConversionError(
             f"{source} could not be converted for another number of ranks ({last}): start with as many ranks "
-            "as wrote it, or remove that folder to go on from the one before it"
+            "as wrote it, or remove that folder to resume from the one before it"
         )
     for path in partial.rglob("*"):  # a rename must not outrun the bytes
         descriptor = os.open(path, os.O_RDONLY)

@@ -10,7 +10,7 @@ import torch
 
 
 def untie_step_counters(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter its own step counter: one tensor for all would count once for each of them in
+    """Give every parameter its own step counter: one tensor for all would count once for each parameter in
     every step.
 
     AdamW's fused kernel wants the counter where the parameter lies; the universal loader leaves it where it

@@ -1,4 +1,4 @@
-"""What ZeRO-3 has to be told of a model. DeepSpeed 0.19.8, transformers 5.23.0.
+"""Settings of ZeRO-3 for a model. DeepSpeed 0.19.8, transformers 5.23.0.
 
 Source: https://github.com/deepspeedai/DeepSpeed/tree/v0.19.8/deepspeed/runtime/zero and
 https://deepspeed.readthedocs.io/en/latest/zero3.html
@@ -38,7 +38,7 @@ def prepare_modules(model: torch.nn.Module) -> None:
     if leaves:
         deepspeed.utils.set_z3_leaf_modules(model, sorted(leaves, key=lambda c: c.__name__))
     if model.llm is not None:
-        # DeepSpeed collects such a layer's gradients when the gradient of its input is there. In stage III
+        # DeepSpeed collects such a layer's gradients when the gradient of its input is there. In stage 3
         # the first layer's input would have none, and the hook would fire before the gradients of its LoRA
         # exist.
         base_of(model.llm).enable_input_require_grads()

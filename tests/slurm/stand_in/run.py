@@ -1,9 +1,9 @@
-"""Stands in for train/run.py where a test is about the scripts and the queue: the real one needs 20 s to
+"""A substitute for train/run.py where a test is about the scripts and the queue: the real one needs 20 s to
 start on two cores.
 
 The same command line, recipe, ranks, exit codes and signals, and the same files as far as the scripts and
 `preflight --where` read them; what it trains is a number. It counts steps of 0.2 s; at USR1, TERM or a STOP
-file it saves and ends with 85; started again it goes on. A file OUTPUT/FAIL-<stage> makes it fail with the
+file it saves and ends with 85; started again it resumes. A file OUTPUT/FAIL-<stage> makes it fail with the
 exit code in it, at step 3, on the last rank.
 """
 
