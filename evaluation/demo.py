@@ -34,6 +34,7 @@ from transformers.utils.logging import disable_progress_bar
 from core.audio import SAMPLE_RATE, AudioError, decode, largest_decoded
 from core.command_line import program_name
 from core.console import one_line, print_error, printable
+from core.request_body import AnswerThenRead
 from core.samples import asked
 from model import folder
 from model.batch import Batch
@@ -46,7 +47,6 @@ from model.soundwave import Soundwave
 QUESTION = "Please transcribe the following audio."
 CHARACTERS_PER_POSITION = 16  # of a question, at most: what is longer is refused before it is tokenised
 REQUEST_BYTES = 1 << 20  # of any request but an upload
-_READ_AFTER_REFUSAL = 1 << 28  # bytes of a request that is refused
 CLEAN_EVERY, KEEP_SECONDS = 600, 3600  # uploads
 
 
@@ -220,11 +220,7 @@ def timings(lines: list[tuple[str, str]]) -> str:
 
 class BodyLimit:
     """ASGI: a request whose body is longer than `most` bytes ends with status 413; uploads are counted by
-    Gradio itself.
-
-    Before status 413 is sent, the rest of the body is read, up to `_READ_AFTER_REFUSAL` bytes: where a server
-    closes a connection on which bytes wait unread, the client sees a reset instead of the answer.
-    """
+    Gradio itself."""
 
     def __init__(self, app, most: int):
         self.app, self.most = app, most
@@ -234,30 +230,18 @@ class BodyLimit:
             return await self.app(scope, receive, send)
         is_upload = scope["path"].rstrip("/").endswith("/upload")
         received = 0
-        has_more = True
 
         async def counted():
-            nonlocal received, has_more
+            nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            has_more = message.get("more_body", False)
             if received > self.most and not is_upload:
                 from starlette.exceptions import HTTPException
 
                 raise HTTPException(413, "this request is too long")
             return message
 
-        async def answer(message):
-            nonlocal has_more
-            unread = _READ_AFTER_REFUSAL
-            if message["type"] == "http.response.start" and message["status"] == 413:
-                while has_more and unread > 0:
-                    rest = await receive()
-                    unread -= len(rest.get("body", b""))
-                    has_more = rest.get("more_body", False)
-            await send(message)
-
-        await self.app(scope, counted, answer)
+        await self.app(scope, counted, send)
 
 
 def shown(talker: Talker, file: str | None, question: str) -> Iterator[tuple]:
@@ -388,7 +372,9 @@ def serve(options: argparse.Namespace, folder_of_uploads: str) -> int:
             max_file_size=largest,
             auth=credentials,
             show_error=False,
-            app_kwargs={"middleware": [Middleware(BodyLimit, most=REQUEST_BYTES)]},
+            app_kwargs={
+                "middleware": [Middleware(AnswerThenRead), Middleware(BodyLimit, most=REQUEST_BYTES)]
+            },
         )
     except OSError as error:
         print_error(

@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 
 from core.audio import SAMPLE_RATE
+from core.request_body import AnswerThenRead
 from core.spelling import join_words
 from model.soundwave import Soundwave
 from serving import formats, inputs
@@ -60,6 +61,7 @@ class Server:
         self.created = int(time.time())
         self.app = FastAPI(title="Soundwave", docs_url=None, redoc_url=None, lifespan=self._lifespan)
         self.app.add_middleware(Guard, limits=limits, metrics=self.metrics, token=token)
+        self.app.add_middleware(AnswerThenRead)
         self.app.add_exception_handler(Problem, _problem)
         self.app.add_exception_handler(HTTPException, _http_problem)
         self.app.add_exception_handler(Exception, _failure)
