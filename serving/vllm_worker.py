@@ -52,13 +52,16 @@ class Worker:
                 data = await reader.readexactly(request["bytes"])
                 task = asyncio.create_task(self.answer(request, data, send))
                 self.tasks[request["id"]] = task
-                task.add_done_callback(lambda _, number=request["id"]: self.tasks.pop(number, None))
+                task.add_done_callback(self.forget(request["id"]))
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
             for task in list(self.tasks.values()):
                 task.cancel()
             writer.close()
+
+    def forget(self, number: int):
+        return lambda _: self.tasks.pop(number, None)
 
     async def answer(self, request: dict, data: bytes, send) -> None:
         number = request["id"]
@@ -84,7 +87,7 @@ class Worker:
             send({"id": number, "error": f"{type(error).__name__}: {error}".splitlines()[0]})
 
 
-async def main() -> None:
+async def run() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--socket", required=True)
@@ -113,7 +116,7 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    asyncio.run(run())
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # connections that are open are closed with the process
