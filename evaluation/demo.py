@@ -324,14 +324,12 @@ def page(talker: Talker, title: str, examples: Sequence[Path] = ()):
                 audio = gradio.Audio(
                     sources=["microphone", "upload"], type="filepath", label="Speech", buttons=["download"]
                 )
-                if examples:
-                    gradio.Examples(
-                        [[str(path)] for path in examples],
-                        inputs=[audio],
-                        example_labels=[path.stem for path in examples],
-                        cache_examples=False,
-                        label="Examples",
-                    )
+                if examples:  # gradio.Examples would put the files' paths into the page
+                    with gradio.Row():
+                        for path in examples:
+                            gradio.Button(path.stem, size="sm").click(
+                                lambda path=path: str(path), None, audio
+                            )
                 asks = talker.model.llm is not None
                 question = gradio.Textbox(value=QUESTION, label="Question", elem_id="question", visible=asks)
                 button = gradio.Button("Ask", variant="primary", elem_id="ask")
