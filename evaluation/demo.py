@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import html
 import ipaddress
+import json
 import os
 import signal
 import sys
@@ -31,22 +32,30 @@ import torch
 from transformers import TextIteratorStreamer
 from transformers.utils.logging import disable_progress_bar
 
-from core.audio import SAMPLE_RATE, AudioError, decode, largest_decoded
+from core.audio import EXTENSIONS, SAMPLE_RATE, AudioError, decode, largest_decoded
 from core.command_line import CommandParser
 from core.console import one_line, print_error, printable
+from core.request_body import AnswerThenRead
 from core.samples import asked
+from core.spelling import spell
 from model import folder
 from model.batch import Batch
+from model.generation.timestamps import align_frames
 from model.language_model import context_length
 from model.picture import ctc_peaks, figure
 from model.pretrained import SourceError
 from model.prompt import PromptError
-from model.soundwave import Soundwave
+from model.soundwave import Audio, Soundwave
 
 QUESTION = "Please transcribe the following audio."
 CHARACTERS_PER_POSITION = 16  # of a question, at most: what is longer is refused before it is tokenised
+FORMATS = "WAV, FLAC, MP3, Ogg and Opus are read; convert others, as M4A: ffmpeg -i FILE out.flac"
+# Browsers give pages a microphone where the address is https or this machine's own.
+MICROPHONE = (
+    "Your browser gives this page no microphone, because its address is neither https nor localhost: upload "
+    "a file, use a proxy with TLS, or forward the port: ssh -L 7860:127.0.0.1:7860 HOST"
+)
 REQUEST_BYTES = 1 << 20  # of any request but an upload
-_READ_AFTER_REFUSAL = 1 << 28  # bytes of a request that is refused
 CLEAN_EVERY, KEEP_SECONDS = 600, 3600  # uploads
 
 
@@ -88,8 +97,9 @@ class Talker:
         return self.model.tokenizer.decode([token])
 
     def ask(self, file: str | None, question: str) -> Iterator[tuple]:
-        """Yields (answer so far, CTC transcript, picture, timings as Markdown), None where nothing has
-        changed.
+        """Yields (answer so far, CTC transcript, picture, timings as Markdown, words), None where nothing has
+        changed. words: of the answer where it is a transcript (the question is QUESTION), else of the CTC
+        transcript.
 
         Errors: AudioError, PromptError, Refusal (one line).
         """
@@ -145,7 +155,9 @@ class Talker:
         seconds = len(waveform) / SAMPLE_RATE
         self.check_length(seconds)
         began = time.perf_counter()
-        inspection = self.model.inspect(self.conversation(waveform, ""))
+        with torch.no_grad():
+            audio = self.model.encode_audio(self.conversation(waveform, ""))
+        inspection = self.model.inspect(self.conversation(waveform, ""), audio)
         encoding = time.perf_counter() - began
         tokens = [
             token
@@ -168,18 +180,19 @@ class Talker:
                 transcript,
                 picture,
                 timings(lines),
+                self.words(transcript, audio, seconds),
             )
             return
         batch = self.conversation(waveform, question.strip())
         self.check_positions(batch, kept)
-        yield "", transcript, picture, timings(lines)
+        yield "", transcript, picture, timings(lines), []
         began, text, first = time.perf_counter(), "", None
-        for piece in self.stream(batch):
+        for piece in self.stream(batch, audio):
             text += piece
             if not text:  # a token that completes no word yet
                 continue
             first = first or time.perf_counter() - began
-            yield text, None, None, timings([*lines, ("time to first words", f"{first * 1000:.0f} ms")])
+            yield text, None, None, timings([*lines, ("time to first words", f"{first * 1000:.0f} ms")]), None
         if self.model.unanswered:
             raise ValueError("; ".join(self.model.unanswered.values()))
         total = time.perf_counter() - began
@@ -188,17 +201,34 @@ class Talker:
             ("whole answer", f"{total:.2f} s"),
             ("real-time factor", f"{total / seconds:.2f}"),
         ]
-        yield text, None, None, timings(lines)
+        is_transcript = question.strip() == QUESTION
+        yield (
+            text,
+            None,
+            None,
+            timings(lines),
+            self.words(text if is_transcript else transcript, audio, seconds),
+        )
 
-    def stream(self, batch) -> Iterator[str]:
-        """The answer in pieces. What goes wrong in the generating thread is raised here; it ends before this
-        does."""
+    @torch.no_grad()
+    def words(self, text: str, audio: Audio, seconds: float) -> list[list[str]]:
+        """Return rows of the table: word, start, end, confidence, by alignment with the CTC head."""
+        spelling = spell(self.model.tokenizer, text, self.model.ctc_text)
+        aligned = align_frames(self.model, audio.hidden, audio.lengths, [spelling], [seconds])[0]
+        return [
+            [word.text, f"{word.start:.2f}", f"{word.end:.2f}", f"{word.confidence:.2f}"]
+            for word in aligned.words
+        ]
+
+    def stream(self, batch: Batch, audio: Audio) -> Iterator[str]:
+        """The answer in pieces; audio: what `encode_audio` gives for the batch. What goes wrong in the
+        generating thread is raised here; it ends before this does."""
         streamer = Streamer(self.model.tokenizer, self.seconds)
         problems: list[BaseException] = []
 
         def work() -> None:
             try:
-                self.model.generate(batch, max_new_tokens=self.max_new_tokens, streamer=streamer)
+                self.model.generate(batch, max_new_tokens=self.max_new_tokens, streamer=streamer, audio=audio)
             except BaseException as problem:
                 problems.append(problem)
                 streamer.end()
@@ -220,11 +250,7 @@ def timings(lines: list[tuple[str, str]]) -> str:
 
 class BodyLimit:
     """ASGI: a request whose body is longer than `most` bytes ends with status 413; uploads are counted by
-    Gradio itself.
-
-    Before status 413 is sent, the rest of the body is read, up to `_READ_AFTER_REFUSAL` bytes: where a server
-    closes a connection on which bytes wait unread, the client sees a reset instead of the answer.
-    """
+    Gradio itself."""
 
     def __init__(self, app, most: int):
         self.app, self.most = app, most
@@ -234,30 +260,18 @@ class BodyLimit:
             return await self.app(scope, receive, send)
         is_upload = scope["path"].rstrip("/").endswith("/upload")
         received = 0
-        has_more = True
 
         async def counted():
-            nonlocal received, has_more
+            nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            has_more = message.get("more_body", False)
             if received > self.most and not is_upload:
                 from starlette.exceptions import HTTPException
 
                 raise HTTPException(413, "this request is too long")
             return message
 
-        async def answer(message):
-            nonlocal has_more
-            unread = _READ_AFTER_REFUSAL
-            if message["type"] == "http.response.start" and message["status"] == 413:
-                while has_more and unread > 0:
-                    rest = await receive()
-                    unread -= len(rest.get("body", b""))
-                    has_more = rest.get("more_body", False)
-            await send(message)
-
-        await self.app(scope, counted, answer)
+        await self.app(scope, counted, send)
 
 
 def shown(talker: Talker, file: str | None, question: str) -> Iterator[tuple]:
@@ -270,6 +284,8 @@ def shown(talker: Talker, file: str | None, question: str) -> Iterator[tuple]:
         yield from talker.ask(file, question)
     except AudioError as error:
         line = f"the recording cannot be used: {one_line(error)}"
+        if error.reason in ("undecodable", "no_decoder"):
+            line += f". {FORMATS}"
         raise Refusal(html.escape(printable(line))) from None
     except (PromptError, Refusal) as error:
         raise Refusal(html.escape(printable(one_line(error)))) from None
@@ -278,8 +294,18 @@ def shown(talker: Talker, file: str | None, question: str) -> Iterator[tuple]:
         raise Refusal("the question could not be answered; the reason is in the log of this server") from None
 
 
-def page(talker: Talker, title: str):
-    """The Gradio page."""
+def example_clips(place: Path | None) -> list[Path]:
+    """Return up to 8 audio files of a folder, by name. Errors: ValueError."""
+    if place is None:
+        return []
+    found = sorted(path for path in place.glob("*") if path.suffix[1:].lower() in EXTENSIONS)[:8]
+    if not found:
+        raise ValueError(f"--examples {place}: no audio file is there")
+    return found
+
+
+def page(talker: Talker, title: str, examples: Sequence[Path] = ()):
+    """The Gradio page. examples: clips that visitors can choose."""
     import gradio
 
     def ask(file: str | None, question: str):
@@ -298,6 +324,12 @@ def page(talker: Talker, title: str):
                 audio = gradio.Audio(
                     sources=["microphone", "upload"], type="filepath", label="Speech", buttons=["download"]
                 )
+                if examples:  # gradio.Examples would put the files' paths into the page
+                    with gradio.Row():
+                        for path in examples:
+                            gradio.Button(path.stem, size="sm").click(
+                                lambda path=path: str(path), None, audio
+                            )
                 asks = talker.model.llm is not None
                 question = gradio.Textbox(value=QUESTION, label="Question", elem_id="question", visible=asks)
                 button = gradio.Button("Ask", variant="primary", elem_id="ask")
@@ -305,12 +337,23 @@ def page(talker: Talker, title: str):
                 answer = gradio.Textbox(label="Answer", lines=4, elem_id="answer")
                 transcript = gradio.Textbox(label="CTC transcript", elem_id="transcript")
                 times = gradio.Markdown(elem_id="timings")
+        note = gradio.Markdown(elem_id="microphone")
+        blocks.load(None, None, note, js=f"() => window.isSecureContext ? '' : {json.dumps(MICROPHONE)}")
+        gradio.Markdown("Words with their times in seconds, by alignment with the CTC head")
+        words = gradio.Dataframe(
+            headers=["word", "start", "end", "confidence"],
+            datatype="str",
+            interactive=False,
+            max_height=240,
+            elem_id="words",
+            show_label=False,
+        )
         gradio.Markdown(
             "Spectrogram with the frames that the LLM is given; probability of the blank; CTC peaks and "
             "their tokens"
         )
         picture = gradio.Plot(show_label=False, elem_id="picture")
-        outputs = [answer, transcript, picture, times]
+        outputs = [answer, transcript, picture, times, words]
         for event in (button.click, question.submit):  # one queue for both: one question at a time
             event(ask, [audio, question], outputs, concurrency_limit=1, concurrency_id="ask")
     return blocks
@@ -345,7 +388,7 @@ def serve(options: argparse.Namespace, folder_of_uploads: str) -> int:
         return 2
     disable_progress_bar()
     try:
-        credentials = login(options.login)
+        credentials, examples = login(options.login), example_clips(options.examples)
         model = folder.load(
             options.model, device=options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         )
@@ -376,7 +419,7 @@ def serve(options: argparse.Namespace, folder_of_uploads: str) -> int:
         print_exc=lambda: print_error(f"error: a request was refused: {one_line(sys.exc_info()[1])}")
     )
     try:
-        page(talker, title).queue(max_size=options.queue, api_open=False).launch(
+        page(talker, title, examples).queue(max_size=options.queue, api_open=False).launch(
             server_name=options.host,
             server_port=options.port,
             share=False,
@@ -386,9 +429,12 @@ def serve(options: argparse.Namespace, folder_of_uploads: str) -> int:
             prevent_thread_lock=True,
             footer_links=[],
             max_file_size=largest,
+            allowed_paths=[str(path) for path in examples],
             auth=credentials,
             show_error=False,
-            app_kwargs={"middleware": [Middleware(BodyLimit, most=REQUEST_BYTES)]},
+            app_kwargs={
+                "middleware": [Middleware(AnswerThenRead), Middleware(BodyLimit, most=REQUEST_BYTES)]
+            },
         )
     except OSError as error:
         print_error(
@@ -410,6 +456,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument(
         "--login", metavar="VARIABLE", help="environment variable with USER:PASSWORD that visitors must give"
+    )
+    parser.add_argument(
+        "--examples", type=Path, metavar="DIR", help="folder of clips that visitors can choose (the first 8)"
     )
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--max-new-tokens", type=int, default=200)

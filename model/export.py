@@ -24,7 +24,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from core.command_line import CommandParser
 from model import identity
@@ -78,15 +78,7 @@ def export(
         raise FolderError(text)
     out.mkdir(parents=True, exist_ok=True)
     names = {"encoder": encoder.name, "llm": llm.name}
-    stop = end_ids(tokenizer, config.prompt, end_settings(llm))
-    pad = stop[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    generation = GenerationConfig(
-        eos_token_id=stop,
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=pad,
-        max_new_tokens=512,
-        do_sample=False,
-    )
+    generation = _generation_config(tokenizer, config.prompt, llm)
     for folder in [out, *([out / "llm"] if merge and not hub_layout else [])]:
         folder.mkdir(exist_ok=True)
         tokenizer.save_pretrained(folder)
@@ -134,6 +126,38 @@ def export(
         model_card(run, description, names, frozen, merged=merge, has_lora=has_lora)
     )
     return out
+
+
+def export_llm(run: str | Path, out: str | Path, llm: str | None = None) -> Path:
+    """Write the LLM of a model folder with LoRA merged, as a folder that transformers and vLLM load.
+
+    llm: its folder, where it is not where `run` names it. `out`: new or empty. Errors: FolderError,
+    SourceError.
+    """
+    run, out = Path(run), Path(out)
+    description, config = describe(run), read_config(run)
+    if not STAGES[description["stage"]].needs_llm:
+        raise FolderError(f"{run} is a stage I folder: it has no LLM that answers")
+    if out.exists() and any(out.iterdir()):
+        raise FolderError(f"{out} is not empty: give a new folder")
+    source = locate(llm or config.llm.name)
+    tokenizer = load_tokenizer(source, config.audio_token)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(out)
+    _generation_config(tokenizer, config.prompt, source).save_pretrained(out)
+    _write_llm(source, LoRAMerge(run / LORA) if (run / LORA).is_dir() else None, out)
+    return out
+
+
+def _generation_config(tokenizer: PreTrainedTokenizerBase, prompt: str, llm: Source) -> GenerationConfig:
+    stop = end_ids(tokenizer, prompt, end_settings(llm))
+    return GenerationConfig(
+        eos_token_id=stop,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=stop[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        max_new_tokens=512,
+        do_sample=False,
+    )
 
 
 def _write_llm(llm: Source, merge: LoRAMerge | None, out: Path) -> None:

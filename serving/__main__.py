@@ -19,11 +19,17 @@ import re
 import signal
 import socket
 import sys
+import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from core.command_line import CommandParser
 from core.console import print_error
 from serving.limits import Limits
+
+if TYPE_CHECKING:
+    from model.soundwave import Soundwave
+    from serving.vllm import VLLM
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,95}")
 _HELP = {
@@ -52,6 +58,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the frozen parts")
     parser.add_argument("--encoder", help="folder of the frozen encoder, where the model's own is elsewhere")
     parser.add_argument("--llm", help="folder of the LLM, where the model's own is elsewhere")
+    backend = parser.add_argument_group("LLM")
+    backend.add_argument(
+        "--backend", choices=["torch", "vllm"], default="torch", help="what runs the LLM (default: torch)"
+    )
+    backend.add_argument(
+        "--vllm-python",
+        type=Path,
+        metavar="FILE",
+        help="Python of vLLM's environment (default: .venv-vllm/bin/python, of make setup-vllm)",
+    )
     token = parser.add_mutually_exclusive_group()
     token.add_argument("--token-env", metavar="VARIABLE", help="require this variable's value as API key")
     token.add_argument("--token-file", type=Path, metavar="FILE", help="require this file's line as API key")
@@ -74,6 +90,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         value, least = getattr(options, field.name), 0 if field.name == "batch_wait" else 1
         if not least <= value < float("inf"):
             parser.error(f"--{field.name.replace('_', '-')} must be at least {least}")
+    if options.backend != "vllm" and options.vllm_python:
+        parser.error("--vllm-python needs --backend vllm")
+    if options.backend == "vllm" and options.no_batching:
+        parser.error("--no-batching needs --backend torch")
     if not 0 <= options.port <= 65_535:
         parser.error("--port must be from 0 to 65535")
     if options.name is not None and not _NAME.fullmatch(options.name):
@@ -123,6 +143,34 @@ def bound_socket(host: str, port: int) -> socket.socket:
     return sock
 
 
+def start_vllm(options: argparse.Namespace, model: Soundwave) -> VLLM:
+    """Start vLLM on the model's LLM with LoRA merged, and drop the model's own copy of its layers. Errors:
+    FolderError, SourceError, BackendError."""
+    import torch
+
+    from model.export import export_llm
+    from model.folder import LORA, FolderError
+    from model.language_model import base_of, context_length
+    from serving.vllm import PYTHON, VLLM
+
+    if model.llm is None:
+        raise FolderError(f"{options.model} is of stage I and has no LLM: leave --backend vllm out")
+    base = base_of(model.llm)
+    with tempfile.TemporaryDirectory(prefix="soundwave-llm-") as merged:
+        folder = model.sources["llm"].folder
+        if (options.model / LORA).is_dir():
+            folder = export_llm(options.model, merged, options.llm)
+        backend = VLLM(
+            folder,
+            dtype=model.config.dtype,
+            rows=options.batch_rows,
+            positions=context_length(base.config),
+            python=options.vllm_python or PYTHON,
+        )
+    base.get_decoder().layers = torch.nn.ModuleList()
+    return backend
+
+
 def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -158,6 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
             dtype=options.dtype,
             device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         )
+        vllm = start_vllm(options, model) if options.backend == "vllm" else None
     except (folder.FolderError, SourceError, ValueError, RuntimeError) as error:
         print_error("error:", error)
         return 2
@@ -170,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
     log = logs.set_up("DEBUG" if options.verbose else "INFO")
     limits = Limits(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Limits)})
     name = options.name or name_of(options.model)
-    server = Server(model, name, limits, token=token, batching=not options.no_batching)
+    server = Server(model, name, limits, token=token, batching=not options.no_batching, vllm=vllm)
     server.warm_up()
 
     class Uvicorn(uvicorn.Server):

@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 
 from core.audio import SAMPLE_RATE
+from core.request_body import AnswerThenRead
 from core.spelling import join_words
 from model.soundwave import Soundwave
 from serving import formats, inputs
@@ -30,6 +31,7 @@ from serving.metrics import Metrics
 from serving.problems import Problem, invalid
 from serving.recordings import Recording
 from serving.streaming import late
+from serving.vllm import VLLM
 from soundwave.recogniser import Options
 from soundwave.windows import Window
 
@@ -51,15 +53,17 @@ class Server:
         *,
         token: str | None = None,
         batching: bool = True,
+        vllm: VLLM | None = None,
     ):
         self.model, self.name, self.limits = model, name, limits
         self.longest = model.config.encoder.max_seconds
         self.metrics = Metrics()
-        self.engine = Engine(model, limits, self.metrics, batching)
+        self.engine = Engine(model, limits, self.metrics, batching, vllm)
         self.threads = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="decode")
         self.created = int(time.time())
         self.app = FastAPI(title="Soundwave", docs_url=None, redoc_url=None, lifespan=self._lifespan)
         self.app.add_middleware(Guard, limits=limits, metrics=self.metrics, token=token)
+        self.app.add_middleware(AnswerThenRead)
         self.app.add_exception_handler(Problem, _problem)
         self.app.add_exception_handler(HTTPException, _http_problem)
         self.app.add_exception_handler(Exception, _failure)
@@ -77,13 +81,15 @@ class Server:
         self.engine.start()
         yield
         await asyncio.to_thread(self.engine.close, 30.0)
+        if self.engine.vllm is not None:
+            await asyncio.to_thread(self.engine.vllm.close)
         self.threads.shutdown(wait=False, cancel_futures=True)
 
     def warm_up(self) -> None:
         """Answer one second of silence: the first call pays for what is loaded and compiled once."""
         token = self.model.config.audio_token
         batch = self.model.prompts([inputs.audio_chat("transcribe", token)], [torch.zeros(16_000)])
-        if self.model.llm is None:
+        if self.model.llm is None or self.engine.vllm is not None:  # vLLM warms up by itself
             self.model.ctc_greedy(batch)
         else:
             self.model.generate(batch, max_new_tokens=2)
@@ -91,7 +97,7 @@ class Server:
     # ---- routes ----
 
     async def health(self) -> Response:
-        alive = self.engine.thread.is_alive() and not self.engine.closed
+        alive = self.engine.is_alive
         return JSONResponse({"status": "ok" if alive else "unavailable"}, 200 if alive else 503)
 
     async def show_metrics(self) -> Response:

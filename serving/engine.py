@@ -3,6 +3,9 @@
 A batch starts with the job that has waited longest. Others join it in the order of their arrival while the
 padded audio, the padded tokens and the rows stay within the limits. Each job is answered as soon as its own
 row ends. A batch that fails is repeated job by job, so that one job cannot fail the others.
+
+With vLLM (serving/vllm.py) this thread encodes and compresses the audio of a batch and sends each row's
+embeddings on; vLLM batches the rows continuously, and their tokens come back as calls into this thread.
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ from typing import TypeVar
 import torch
 
 from core.spelling import spell
+from model.batch import Batch
 from model.generation.timestamps import align_frames
 from model.language_model import base_of, context_length, end_ids
-from model.soundwave import Soundwave
+from model.soundwave import Audio, Soundwave
 from model.waveforms import SoundWarning
 from serving.jobs import Answer, Job
 from serving.limits import Limits
@@ -31,6 +35,7 @@ from serving.metrics import Metrics
 from serving.problems import Problem
 from serving.recordings import Recogniser
 from serving.streaming import AllAnswered, RowStreamer, late
+from serving.vllm import VLLM
 
 logger = logging.getLogger("soundwave.serving")
 Result = TypeVar("Result")
@@ -39,11 +44,20 @@ Result = TypeVar("Result")
 class Engine:
     """One model, one worker thread."""
 
-    def __init__(self, model: Soundwave, limits: Limits, metrics: Metrics, batching: bool = True):
+    def __init__(
+        self,
+        model: Soundwave,
+        limits: Limits,
+        metrics: Metrics,
+        batching: bool = True,
+        vllm: VLLM | None = None,
+    ):
         self.model, self.limits, self.metrics, self.batching = model, limits, metrics, batching
+        self.vllm = vllm
+        self.sent: dict[int, Job] = {}  # to vLLM and not answered yet, by the job's identity
         self.context = None if model.llm is None else context_length(base_of(model.llm).config)
         self.waiting: deque[Job] = deque()
-        self.calls: deque[tuple[Callable[[], object], Future]] = deque()
+        self.calls: deque[tuple[Callable[[], object], Future | None]] = deque()
         self.recogniser = Recogniser(model, self.call)
         self.changed = threading.Condition()
         self.closed = False
@@ -78,6 +92,17 @@ class Engine:
             self.changed.notify()
         return future.result()
 
+    def post(self, function: Callable[[], object]) -> None:
+        """Run a function in the engine's thread, before the next batch; do not wait for it."""
+        with self.changed:
+            self.calls.append((function, None))
+            self.changed.notify()
+
+    @property
+    def is_alive(self) -> bool:
+        is_working = self.thread.is_alive() and not self.closed
+        return is_working and (self.vllm is None or self.vllm.alive)
+
     def full(self) -> Problem:
         wait = min(60.0, self.seconds_per_job * (len(self.waiting) + 1))
         return Problem(
@@ -108,10 +133,10 @@ class Engine:
         """Return the next batch; None at the end."""
         while True:
             with self.changed:
-                self.running = 0
-                self.metrics.running.set(0)
-                while not self.waiting and not self.calls:
-                    if self.closed:
+                self.running = len(self.sent)
+                self.metrics.running.set(self.running)
+                while not self.calls and not (self.waiting and self._room()):
+                    if self.closed and not self.waiting and not self.sent:
                         return None
                     self.changed.wait()
                 call = self.calls.popleft() if self.calls else None
@@ -119,18 +144,28 @@ class Engine:
                     return self._next_batch()
             function, future = call
             try:
-                future.set_result(function())
+                result = function()
+                if future is not None:
+                    future.set_result(result)
             except Exception as error:
-                future.set_exception(error)
+                if future is None:
+                    logger.error("a call failed: %s: %s", type(error).__name__, error, exc_info=True)
+                else:
+                    future.set_exception(error)
+
+    def _room(self) -> int:
+        """Return how many more jobs may run: vLLM's queue stays short, so that the server's own is full
+        first."""
+        return self.limits.batch_rows - len(self.sent)
 
     def _next_batch(self) -> list[Job]:
         until = time.monotonic() + self.limits.batch_wait
         while self.batching and (left := until - time.monotonic()) > 0 and not self.closed:
             self.changed.wait(left)
         batch = self._take()
-        self.running = len(batch)
+        self.running = len(self.sent) + len(batch)
         self.metrics.waiting.set(len(self.waiting))
-        self.metrics.running.set(len(batch))
+        self.metrics.running.set(self.running)
         now = time.monotonic()
         for job in batch:
             job.started = now
@@ -142,12 +177,17 @@ class Engine:
         if self.batching:
             left: deque[Job] = deque()
             for job in self.waiting:
-                if job.sampling == batch[0].sampling and self.fits([*batch, job]):
+                if self._may_join(job, batch):
                     batch.append(job)
                 else:
                     left.append(job)
             self.waiting = left
         return batch
+
+    def _may_join(self, job: Job, batch: list[Job]) -> bool:
+        if len(batch) >= self._room() or not self.fits([*batch, job]):
+            return False
+        return self.vllm is not None or job.sampling == batch[0].sampling
 
     def fits(self, jobs: list[Job]) -> bool:
         """Return whether jobs may be one batch: within the limits, and each with the whole LLM context
@@ -224,6 +264,9 @@ class Engine:
                 finish(row, model.tokenizer.encode(text, add_special_tokens=False), "stop")
             return
         stop = end_ids(model.tokenizer, model.config.prompt, base_of(model.llm).generation_config)
+        if self.vllm is not None:
+            self._send(self.vllm, batch, prompts, audio, stop, finish)
+            return
         streamer = RowStreamer(batch, model.tokenizer, stop, finish, lambda: model.unanswered)
         with contextlib.suppress(AllAnswered):
             model.generate(
@@ -233,6 +276,24 @@ class Engine:
                 audio=audio,
                 **batch[0].sampling.options,
             )
+
+    def _send(
+        self,
+        vllm: VLLM,
+        batch: list[Job],
+        prompts: Batch,
+        audio: Audio,
+        stop: list[int],
+        finish: Callable[[int, list[int], str], None],
+    ) -> None:
+        """Send the prompts of a batch to vLLM."""
+        embeddings, mask, _ = self.model.embeddings(prompts, audio, left_padded=True)
+        self.model._fit(mask)
+        refused = self.model.unanswered
+        for row, job in enumerate(batch):
+            if not job.finished:
+                answering = _Answering(self, vllm, job, row, refused, stop, finish)
+                answering.send(embeddings[row][mask[row].bool()])
 
     def _finish(
         self,
@@ -256,3 +317,75 @@ class Engine:
                 answer.warnings.append(f"words have no times: {aligned.problem}")
         self.metrics.tokens.inc(len(tokens))
         job.finish(answer)
+
+
+class _Answering:
+    """One job's answer by vLLM. Its tokens arrive in another thread and are handled in the engine's."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        vllm: VLLM,
+        job: Job,
+        row: int,
+        refused: dict[int, str],
+        stop: list[int],
+        finish: Callable[[int, list[int], str], None],
+    ):
+        """row: of the batch; refused: rows beyond the LLM's context, and why."""
+        self.engine, self.vllm, self.job, self.stop = engine, vllm, job, stop
+        self.number: int | None = None
+        own = {0: refused[row]} if row in refused else {}
+        self.streamer = RowStreamer(
+            [job], engine.model.tokenizer, stop, lambda _, *answer: finish(row, *answer), lambda: own
+        )
+
+    def send(self, embeddings: torch.Tensor) -> None:
+        """embeddings [L, D]: the prompt."""
+        try:
+            self.streamer.put(torch.empty(0))
+        except AllAnswered:
+            return
+        context, tokens = self.engine.context, self.job.max_new_tokens
+        if context is not None:
+            tokens = min(tokens, context - len(embeddings))
+        with self.engine.changed:
+            self.engine.sent[id(self.job)] = self.job
+        self.number = self.vllm.submit(
+            embeddings,
+            max_tokens=tokens,
+            sampling=self.job.sampling,
+            stop=self.stop,
+            receive=lambda tokens, why: self.engine.post(lambda: self._receive(tokens, why)),
+            fail=lambda why: self.engine.post(lambda: self._fail(why)),
+        )
+
+    @torch.inference_mode()
+    def _receive(self, tokens: list[int], why: str | None) -> None:
+        if id(self.job) not in self.engine.sent:  # it has ended already
+            return
+        try:
+            for token in tokens:
+                self.streamer.put(torch.tensor([token]))
+            if why is not None:  # at the longest answer, or by an end token that vLLM keeps to itself
+                self.streamer.end(why)
+        except AllAnswered:
+            if why is None and self.number is not None:
+                self.vllm.cancel(self.number)
+        except Exception as error:
+            logger.error("a job failed: %s: %s", type(error).__name__, error, exc_info=True)
+            self.job.fail(Problem(500, "the request could not be answered", code="internal_error"))
+        if self.job.finished:
+            self._end()
+
+    def _fail(self, why: str) -> None:
+        logger.error("vLLM did not answer: %s", why, extra={"request_id": self.job.request_id})
+        if self.vllm.alive:
+            self.job.fail(Problem(500, "the request could not be answered", code="internal_error"))
+        else:
+            self.job.fail(Problem(503, "the server cannot answer: its LLM has ended", code="unavailable"))
+        self._end()
+
+    def _end(self) -> None:
+        with self.engine.changed:
+            self.engine.sent.pop(id(self.job), None)

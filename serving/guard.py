@@ -1,4 +1,7 @@
-"""In front of every route: request id, token, open requests, size of the body, log line, metrics."""
+"""In front of every route: request id, token, open requests, size of the body, log line, metrics.
+
+A refusal is sent before the body is read; core/request_body.py, outside of this, reads the rest.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,6 @@ ROUTES = (
 )
 OPEN = ("/health",)  # without a token
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-DISCARD_SECONDS = 5.0  # to read the body of a request that is refused, so that the client reads the answer
 
 
 class Guard:
@@ -47,27 +49,36 @@ class Guard:
         began, status, path = time.monotonic(), 499, scope["path"]  # 499: the client left
         route = path if path in ROUTES else "/v1/models" if path.startswith("/v1/models/") else "other"
 
+        counted = route in ROUTES[:3]
+        ended: float | None = None
+
+        def end() -> None:
+            nonlocal ended
+            if ended is None:
+                ended = time.monotonic()
+                self.open -= counted
+                self.metrics.open.set(self.open)
+
         async def sending(message):
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message = dict(message)
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            elif not message.get("more_body", False):
+                end()  # before the rest of a refused body is read
             await send(message)
 
-        counted = route in ROUTES[:3]
         self.open += counted
         self.metrics.open.set(self.open)
         try:
             if problem := self._refusal(path, headers, counted):
-                await self._discard(receive)
                 await send_problem(problem, sending)
             else:
                 await self.app(scope, self._limited(receive), sending)
         finally:
-            self.open -= counted
-            self.metrics.open.set(self.open)
-            took = time.monotonic() - began
+            end()
+            took = (ended or began) - began
             self.metrics.requests.labels(route, str(status)).inc()
             self.metrics.request_seconds.labels(route).observe(took)
             level = logging.DEBUG if route in ("/health", "/metrics") else logging.INFO
@@ -115,19 +126,6 @@ class Guard:
             return message
 
         return counted
-
-    async def _discard(self, receive) -> None:
-        """Read what a refused client is still sending: clients often read no answer before."""
-        received = 0
-        try:
-            async with asyncio.timeout(DISCARD_SECONDS):
-                while received <= 2 * self.limits.body_bytes:
-                    message = await receive()
-                    received += len(message.get("body", b""))
-                    if message["type"] == "http.disconnect" or not message.get("more_body"):
-                        return
-        except TimeoutError:
-            pass
 
 
 async def send_problem(problem: Problem, send) -> None:

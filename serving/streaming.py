@@ -74,12 +74,12 @@ class RowStreamer(BaseStreamer):
                     self._say(row)
         self._check()
 
-    def end(self) -> None:
+    def end(self, reason: str = "length") -> None:
         """The LLM's context is full, or every row has ended, or no row fits into the context."""
         if not self.prompt_seen:
             self._begin()
         for row in sorted(self.open):
-            self._end(row, "length")
+            self._end(row, reason)
 
     def _begin(self) -> None:
         self.prompt_seen = True

@@ -340,8 +340,9 @@ class Generation:
         ]
 
     @torch.no_grad()
-    def inspect(self, batch: Batch) -> dict[str, list]:
-        """What happens to each audio, for pictures; one entry per audio under each key:
+    def inspect(self, batch: Batch, audio: Audio | None = None) -> dict[str, list]:
+        """What happens to each audio, for pictures; one entry per audio under each key. audio: what
+        `encode_audio` gives for this batch, where the caller has it.
 
         mel [n_mels, F] (None for cached features), seconds, tokens [T] (argmax ids of the CTC head; `blank`
         is its blank), blank_probability [T], peak [T] (log-probability of the argmax), kept [K] (frame
@@ -349,7 +350,7 @@ class Generation:
         """
         training = self.training
         self.eval()
-        audio = self.encode_audio(batch)
+        audio = self.encode_audio(batch) if audio is None else audio
         self.train(training)
         encoder_rate = self.encoder.frame_rate if self.encoder is not None else 50.0
         rate = encoder_rate / self.config.alignment.stack_frames

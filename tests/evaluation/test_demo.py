@@ -24,10 +24,11 @@ import pytest
 import soundfile
 import torch
 
-from core.audio import AudioError
+from core.audio import AudioError, decode
 from evaluation import demo
 from evaluation.demo import QUESTION, Refusal
 from model import folder
+from model.generation.timestamps import align
 from tests.core.sound import encoded
 from tests.evaluation.conftest import SECONDS, sound
 
@@ -47,7 +48,10 @@ def server(folders, request, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    scratch, log = tmp_path / "tmp", tmp_path / "log"
+    scratch, log, examples = tmp_path / "tmp", tmp_path / "log", tmp_path / "examples"
+    examples.mkdir()
+    (examples / "hello there.flac").write_bytes(sound(SECONDS[3], 3))
+    (examples / "notes.txt").write_text("no audio")
     (scratch / "gradio").mkdir(parents=True)
     (scratch / "gradio").chmod(0o555)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(scratch)}
@@ -64,6 +68,8 @@ def server(folders, request, tmp_path):
                 "cpu",
                 "--max-new-tokens",
                 "12",
+                "--examples",
+                str(examples),
             ],
             env=environment,
             stdout=out,
@@ -110,9 +116,12 @@ def upload(server, content: bytes) -> tuple[int, str]:
 def ask(server, path: str, question: str) -> dict:
     """The last word on a question, as the page's own script gets it."""
     session = str(time.monotonic_ns())
+    with urllib.request.urlopen(f"{server.url}/config", timeout=120) as response:
+        events = json.loads(response.read())["dependencies"]
+    number = next(event["id"] for event in events if len(event["inputs"]) == 2)  # audio and question
     body = {
         "data": [{"path": path, "meta": {"_type": "gradio.FileData"}}, question],
-        "fn_index": 0,
+        "fn_index": number,
         "session_hash": session,
     }
     assert post(f"{server.url}/gradio_api/queue/join", json.dumps(body).encode())[0] == 200
@@ -140,7 +149,7 @@ def test_what_strangers_send_costs_a_line(server, clip):
     assert "characters, more than fit" in ask(server, path, "x" * 20_000)["output"]["error"]
     broken = json.loads(upload(server, b"no audio")[1])[0]
     told = ask(server, broken, "What?")["output"]["error"]
-    assert told == "the recording cannot be used: Format not recognised"
+    assert told == f"the recording cannot be used: Format not recognised. {demo.FORMATS}"
     assert (
         not ask(server, "/etc/hostname", "What?")["success"]
         and not ask(server, "http://127.0.0.1/x", "What?")["success"]
@@ -176,6 +185,26 @@ def browser(tmp_path):
         )
         yield program
         program.close()
+
+
+@pytest.mark.parametrize("question", [QUESTION, "Who speaks?"])
+def test_words_have_the_times_of_the_alignment(folders, clip, question):
+    """Those of the answer where it is a transcript, else those of the CTC transcript."""
+    model = folder.load(folders / "shrinking")
+    *_, (answer, _, _, _, rows) = (outputs := list(demo.Talker(model, 12).ask(str(clip), question)))
+    text = answer if question == QUESTION else outputs[0][1]
+    aligned = align(model, [torch.from_numpy(decode(str(clip)).samples)], [text])[0]
+    assert [row[0] for row in rows] == [word.text for word in aligned.words] != []
+    assert [float(row[1]) for row in rows] == pytest.approx([w.start for w in aligned.words], abs=6e-3)
+
+
+def test_examples_are_a_folder_s_first_audio_files(tmp_path):
+    for name in ("b.wav", "a.MP3", "text.txt", *(f"z{number}.flac" for number in range(9))):
+        (tmp_path / name).touch()
+    assert [path.name for path in demo.example_clips(tmp_path)][:3] == ["a.MP3", "b.wav", "z0.flac"]
+    assert len(demo.example_clips(tmp_path)) == 8 and demo.example_clips(None) == []
+    with pytest.raises(ValueError, match="no audio file is there"):
+        demo.example_clips(tmp_path / "missing")
 
 
 def outside(requests: list[str], url: str) -> list[str]:
@@ -312,7 +341,7 @@ def test_warnings_are_shown_with_the_answer(folders, tmp_path):
     talker.model.trained_seconds = 0.5
     wave = 0.3 * np.sin(np.arange(16000) / 10)
     soundfile.write(tmp_path / "opposite.wav", np.stack([wave, -wave], 1), 16000)
-    *_, (_, _, _, times) = talker.ask(str(tmp_path / "opposite.wav"), "")
+    *_, (_, _, _, times, _) = talker.ask(str(tmp_path / "opposite.wav"), "")
     assert "| **warning** | its 2 channels cancel out" in times
     assert "| **warning** | lasts 1.0 s, the model was trained on clips of at most 0.5 s" in times
 
@@ -351,6 +380,11 @@ def test_upload_ask_see(server, browser, clip):
     assert tab.locator("#transcript textarea").input_value() or tab.locator("#answer textarea").input_value()
     assert tab.locator("#picture img").count() == 1
     assert tab.evaluate("document.querySelector('#picture img').naturalWidth") > 300
+    assert tab.locator("#microphone").inner_text().strip() == ""  # 127.0.0.1 is a secure context
+    assert re.search(r"\d\.\d\d", tab.locator("#words").inner_text())
+    tab.goto(server.url)  # and once more with an example
+    tab.get_by_text("hello there").click(timeout=120_000)
+    tab.get_by_role("button", name="Play", exact=True).wait_for(timeout=60_000)
     assert outside(asked, server.url) == []  # the page works without a network, and sends nothing
 
 

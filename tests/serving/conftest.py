@@ -20,11 +20,12 @@ from tests.model import tiny
 QUESTION = "Please transcribe the following audio."
 
 
-def build(root, parts=("encoder", "adapters", "llm"), **alignment) -> Soundwave:
+def build(root, parts=("encoder", "adapters", "llm"), llm=None, **alignment) -> Soundwave:
+    """llm: sizes of the LLM, as of tests.model.tiny.llm."""
     torch.manual_seed(3)
     encoder = tiny.whisper(root / "whisper")
-    llm = tiny.llm(root / "llm", "llama_tied")
-    config = tiny.config(encoder, llm, **alignment)
+    language_model = tiny.llm(root / "llm", "llama_tied", **(llm or {}))
+    config = tiny.config(encoder, language_model, **alignment)
     made = Soundwave.build(config, parts=parts).eval()
     with torch.no_grad():  # the audio decides the answers
         for name, parameter in made.named_parameters():
@@ -64,7 +65,13 @@ def samples_of(data: bytes) -> torch.Tensor:
 
 @contextmanager
 def serving(
-    model: Soundwave, *, name: str = "tiny", token: str | None = None, batching: bool = True, **limits
+    model: Soundwave,
+    *,
+    name: str = "tiny",
+    token: str | None = None,
+    batching: bool = True,
+    vllm=None,
+    **limits,
 ):
     """Yields the server and its address."""
     import uvicorn
@@ -72,7 +79,9 @@ def serving(
     from serving.app import Server
     from serving.limits import Limits
 
-    made = Server(model, name, Limits(**{"new_tokens": 12} | limits), token=token, batching=batching)
+    made = Server(
+        model, name, Limits(**{"new_tokens": 12} | limits), token=token, batching=batching, vllm=vllm
+    )
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
     config = uvicorn.Config(made.app, log_config=None, access_log=False, lifespan="on", http="h11", ws="none")
