@@ -13,6 +13,7 @@ import math
 import weakref
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -190,7 +191,7 @@ def _dropout_as_on(model: Soundwave, on_gpu: bool):
             place.p = rate
 
 
-def _encode(model: Soundwave, clips: int, seconds: float, dtype: torch.dtype) -> torch.Tensor:
+def _encode(model: Any, clips: int, seconds: float, dtype: torch.dtype) -> torch.Tensor:
     """Features [clips, T, width] of the frozen encoder, its layers run on meta."""
     encoder = model.encoder
     frames = math.ceil(seconds * encoder.frame_rate)
@@ -208,7 +209,7 @@ def _encode(model: Soundwave, clips: int, seconds: float, dtype: torch.dtype) ->
         return net.layer_norm(hidden)
 
 
-def _llm_loss(model: Soundwave, x: torch.Tensor, tokens: int, on_gpu: bool) -> torch.Tensor:
+def _llm_loss(model: Any, x: torch.Tensor, tokens: int, on_gpu: bool) -> torch.Tensor:
     base = base_of(model.llm)
     keys = torch.empty(1, tokens, device="meta", dtype=torch.int64)
     # A mask of four dimensions is taken as it is: transformers would look into one that it makes.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from tabulate import tabulate
 
@@ -53,8 +54,7 @@ class Planner:
         sizes = [(numel(p), p.requires_grad) for p in model.parameters()]
         self.trained = sum(n for n, learns in sizes if learns)
         self.frozen = sum(n for n, learns in sizes if not learns)
-        encoder = model.encoder.parameters() if model.encoder is not None else ()
-        self.encoder = sum(numel(p) for p in encoder)
+        self.encoder = 0 if model.encoder is None else sum(numel(p) for p in model.encoder.parameters())
         self.flops = Flops.of(model)
         self._traced: dict[float, float] = {}
 
@@ -135,7 +135,8 @@ class Planner:
     def step_flops(self) -> float:
         """FLOPs of a global batch, layers that are computed again in backward included; clips of 10 s."""
         seconds = self.recipe.data.batch_seconds
-        rate = self.model.encoder.frame_rate if self.model.encoder is not None else 50
+        encoder: Any = self.model.encoder
+        rate = encoder.frame_rate if encoder is not None else 50
         clips = seconds / 10
         tokens = WORDS_A_SECOND_TO_POSITIONS * seconds if self.stage.needs_llm else 0
         parts = self.flops.step(seconds * rate / self.flops.stack, clips, tokens, clips, tokens / 2)
