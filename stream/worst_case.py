@@ -19,6 +19,16 @@ from stream.reader import SAMPLE_RATE, Sample
 TOKENS_PER_SECOND = 6  # of a transcript: fast speech, about 300 words a minute
 
 
+def micro_batch_shape(data: DataConfig, micro_batch_seconds: float) -> tuple[int, float]:
+    """Return the clips and the seconds of each in the largest micro-batch of that many seconds."""
+    rows, seconds = max(int(micro_batch_seconds / data.max_seconds), 1), data.max_seconds
+    slowed = micro_batch_seconds / min([1.0, *data.speed_perturb])
+    if slowed > max(micro_batch_seconds, data.max_seconds):
+        rows = math.ceil(slowed / data.max_seconds)
+        seconds = slowed / rows
+    return rows, seconds
+
+
 def worst_case_batch(
     data: DataConfig, stage: str, tokenizer: PreTrainedTokenizerBase, model_config: SoundwaveConfig
 ) -> Batch:
@@ -32,11 +42,7 @@ def worst_case_batch(
     data.micro_batch_seconds by as much as it slows them, while none exceeds data.max_seconds
     (stream/augment.py).
     """
-    rows, seconds = max(int(data.micro_batch_seconds / data.max_seconds), 1), data.max_seconds
-    slowed = data.micro_batch_seconds / min([1.0, *data.speed_perturb])
-    if slowed > max(data.micro_batch_seconds, data.max_seconds):
-        rows = math.ceil(slowed / data.max_seconds)
-        seconds = slowed / rows
+    rows, seconds = micro_batch_shape(data, data.micro_batch_seconds)
     samples = int(seconds * SAMPLE_RATE)
     noise = torch.Generator().manual_seed(data.seed)
     target = [i % 1000 for i in range(int(seconds * TOKENS_PER_SECOND))]

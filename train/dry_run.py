@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from core.console import one_line
 from model import folder as model_folder
 from model.config import SoundwaveConfig
 from model.inheritance import differing_options, inherited_options
@@ -23,11 +24,12 @@ from recipe.stages import NotThereYet, initial_folder, losses_of, stage_folder, 
 from stream.plan import Plan, is_plain_stream, load_index
 from train import zero
 from train.checkpoint import compatibility
-from train.flops import PEAKS, Flops, numel
+from train.flops import numel
+from train.gpus import GIB
+from train.memory import activation_bytes, states_per_rank
+from train.planner import Planner
 
 RANKS = (1, 8, 16, 64)
-GIB = 2**30
-ASSUMED_UTILISATION = 0.4
 
 
 def _known(name: str) -> str:
@@ -57,20 +59,6 @@ def parameters_by_module(model: Soundwave) -> list[tuple[str, int, int]]:
         part = "lora" if "lora_" in name else name.split(".")[0]
         rows.setdefault(part, [0, 0])[0 if parameter.requires_grad else 1] += numel(parameter)
     return [(name, trained, frozen) for name, (trained, frozen) in rows.items()]
-
-
-def states_per_rank(trained: int, frozen: int, ranks: int, zero_stage: int, weight_bytes: int) -> float:
-    """Bytes of weights, gradients (fp32) and optimizer states (fp32 master, two moments) on a rank
-    (Rajbhandari et al., 2020, figure 1, with frozen weights beside the trained ones). DeepSpeed keeps masters
-    of fp32 weights, too."""
-    weights = weight_bytes * (trained + frozen)
-    gradients = 4 * trained
-    states = 12 * trained
-    return {
-        1: weights + gradients + states / ranks,
-        2: weights + (gradients + states) / ranks,
-        3: (weights + gradients + states) / ranks,
-    }[zero_stage]
 
 
 def check_start(recipe: Recipe, model: Soundwave) -> list[str]:
@@ -161,23 +149,37 @@ def missing(recipe: Recipe) -> list[str]:
     return lines
 
 
-def _plan(recipe: Recipe, ready: bool) -> list[str]:
-    """Hours of audio, and epochs of each source if the data is packed."""
-    steps, seconds = recipe.optim.steps, recipe.data.batch_seconds
-    lines = [f"{steps} steps x {seconds:g} s of audio = {steps * seconds / 3600:,.1f} hours"]
+def _epochs(recipe: Recipe, ready: bool, data_hours: float | None) -> dict[str, float]:
+    """Epochs of each source if the data is packed, else over the hours that are given."""
+    steps = recipe.optim.steps
     if ready:
-        plan = Plan.open(recipe.data, recipe.stage, steps)
-        passes = ", ".join(f"{name} {number:.2f}" for name, number in plan.passes(steps).items())
-        lines.append(f"epochs of each source: {passes}")
-    return lines
+        return Plan.open(recipe.data, recipe.stage, steps).passes(steps)
+    if data_hours is not None:
+        return {f"{data_hours:g} h": steps * recipe.data.batch_seconds / 3600 / data_hours}
+    return {}
+
+
+def _activation_line(recipe: Recipe, model: Soundwave) -> str:
+    """Memory of the recipe's own micro-batch, beside the states."""
+    data = recipe.data
+    tokens = data.micro_batch_tokens if stage_of(recipe).needs_llm else 0
+    size = activation_bytes(model, recipe, micro_batch_seconds=data.micro_batch_seconds, tokens=tokens)
+    what = f"data.micro_batch_seconds={data.micro_batch_seconds:g}"
+    if tokens:
+        on = "on" if recipe.optim.activation_checkpointing else "off"
+        what += f", data.micro_batch_tokens={tokens}, optim.activation_checkpointing {on}"
+    return f"Activations come on top: {size / GIB:.1f} GiB ({what})"
 
 
 def _number(value: float) -> str:
     return f"{value / 1e6:,.1f}M" if value >= 1e5 else f"{value:,.0f}"
 
 
-def dry_run(recipe: Recipe) -> int:
-    """Print the whole; returns the exit code 0. Errors: RecipeError for a wrong recipe."""
+def dry_run(
+    recipe: Recipe, gpus: int | None = None, gpu: str | None = None, data_hours: float | None = None
+) -> int:
+    """Print the whole; returns the exit code 0. gpus, gpu: also a plan for that many of that kind.
+    data_hours: size of data that is not packed yet. Errors: RecipeError for a wrong recipe."""
     from train.checks import check, warnings_of
 
     check(recipe)
@@ -212,35 +214,23 @@ def dry_run(recipe: Recipe) -> int:
         for z in (1, 2, 3)
     ]
     print(tabulate(states, headers=("ranks", *map(str, RANKS)), floatfmt=".2f"))
-    flops = Flops.of(model)
-    if stage.score == "generate":
-        tokens, width, layers = recipe.data.micro_batch_tokens, flops.width, flops.llm_layers
-        full = (
-            34 * tokens * width * layers * weight_bytes / 2
-        )  # bytes; Korthikanti et al., 2022, without the score matrices
-        kept = weight_bytes * tokens * width * layers
-        on = "on" if recipe.optim.activation_checkpointing else "off"
+    try:
+        print(_activation_line(recipe, model))
+        plan = Planner(recipe, model, gpus or 1, gpu or "h100")
+        if gpu is not None:
+            plan.choices()
+    except Exception as error:  # code of any LLM, encoder or plugin may fail on the meta device
         print(
-            f"Activations of the LLM come on top: about {full / GIB:.1f} GiB for {tokens} positions "
-            f"(data.micro_batch_tokens), "
-            f"{kept / GIB:.1f} GiB with optim.activation_checkpointing (now {on})"
+            f"activations are not computed, and no plan: the model fails on sizes alone ({one_line(error)})"
         )
+        gpu, plan = None, Planner(recipe, model, 1, "h100")
     print()
     absent = missing(recipe)
-    for line in _plan(recipe, ready=not any(line.startswith("data") for line in absent)):
+    steps, seconds = recipe.optim.steps, recipe.data.batch_seconds
+    print(f"{steps} steps x {seconds:g} s of audio = {steps * seconds / 3600:,.1f} hours")
+    ready = not any(line.startswith("data") for line in absent)
+    for line in plan.lines(_epochs(recipe, ready, data_hours), brief=gpu is None):
         print(line)
-    seconds = recipe.data.batch_seconds
-    frames = seconds * (model.encoder.frame_rate if model.encoder is not None else 50) / flops.stack
-    clips = seconds / 10
-    # Speech gives some 3 words a second; prompt and answer together about three times that in positions.
-    tokens = 9 * seconds if stage.score == "generate" else 0
-    per_step = sum(flops.step(frames, clips, tokens, clips, tokens / 2).values())
-    hours = per_step * recipe.optim.steps / (ASSUMED_UTILISATION * PEAKS["H100"]) / 3600
-    print(
-        f"arithmetic: {per_step / 1e15:.2f} PFLOP a step (clips of 10 s), {hours:,.1f} H100 hours in all if "
-        f"{ASSUMED_UTILISATION:.0%} of {PEAKS['H100'] / 1e12:.0f} TFLOP/s are reached (an assumption, not a "
-        f"measurement)"
-    )
     if is_finished:
         print(
             f"\nstage {stage.number} is finished: {stage_folder(recipe) / 'model'}; nothing would be trained"

@@ -19,26 +19,6 @@ from model.compressors import Compressor, compressor_of
 from model.language_model import base_of
 from model.stages import STAGES, Stage
 
-# Dense bf16 matrix products a second, from NVIDIA's data sheets; the name as torch.cuda.get_device_name()
-# gives it holds the key. More particular names come first.
-PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "A30": 165e12,
-}
-
-
-def peak_of(device_name: str) -> float | None:
-    """FLOP/s that a device can reach in bf16; None where it is not known."""
-    return next((peak for name, peak in PEAKS.items() if name in device_name), None)
-
 
 def numel(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())

@@ -42,6 +42,16 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="say what would happen; needs no weights and no data, and "
         "only the config.json of models that are not in model/presets/",
     )
+    parser.add_argument("--gpus", type=int, metavar="N", help="with --dry-run: plan for N GPUs")
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="with --dry-run: their kind, e.g. a100-80, h100, rtx4090, mi300x"
+    )
+    parser.add_argument(
+        "--data-hours",
+        type=float,
+        metavar="H",
+        help="with --dry-run: hours of data that is not packed yet, for the number of epochs",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and end")
     parser.add_argument(
         "--profile",
@@ -63,6 +73,8 @@ def is_main() -> bool:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     try:
+        if not args.dry_run and (args.gpus is not None or args.gpu or args.data_hours is not None):
+            raise RecipeError("--gpus, --gpu and --data-hours plan a run: add --dry-run")
         recipe = load_recipe(args.recipe, args.overrides)
         if args.print_config:
             from omegaconf import OmegaConf
@@ -73,8 +85,10 @@ def main(argv: list[str] | None = None) -> int:
         fill_environment()
         if args.dry_run:
             from train.dry_run import dry_run
+            from train.planner import check_options
 
-            return dry_run(recipe) if is_main() else 0
+            check_options(args.gpus, args.gpu, args.data_hours)
+            return dry_run(recipe, args.gpus, args.gpu, args.data_hours) if is_main() else 0
         check_master_port()
         from recipe.stages import has_model, initial_folder, stage_folder
         from train.checks import check

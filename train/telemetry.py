@@ -23,7 +23,8 @@ from core.distributed import Ranks
 from core.files import truncate_log
 from recipe.config import RecipeError
 from train.engine import StepResult
-from train.flops import Flops, peak_of
+from train.flops import Flops
+from train.gpus import peak_of
 from train.step_counts import StreamSums
 
 logger = logging.getLogger("soundwave")

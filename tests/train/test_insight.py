@@ -20,7 +20,8 @@ from core.distributed import Ranks
 from model.soundwave import Soundwave
 from tests.model import tiny
 from train import report, telemetry
-from train.flops import Flops, peak_of
+from train.flops import Flops
+from train.gpus import peak_of
 from train.telemetry import Telemetry
 from train.validate import fixed_clip
 

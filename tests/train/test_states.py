@@ -9,7 +9,7 @@ import pytest
 
 from tests.train.ranks import Server
 from tests.train.tiny import workspace
-from train.dry_run import states_per_rank
+from train.memory import states_per_rank
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,268 @@
+"""Price of a stage on named GPUs: memory, largest micro-batch, time, checkpoints, network, epochs.
+
+Printed by `train.run RECIPE --dry-run --gpus 16 --gpu a100-80`. Everything is computed from sizes; what is
+assumed is printed as an assumption.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+from core.options import RecipeError
+from model.soundwave import Soundwave
+from recipe.config import Recipe
+from recipe.stages import stage_of
+from train import zero
+from train.flops import Flops, numel
+from train.gpus import GIB, GPUS, gpu_named
+from train.memory import RankMemory, activation_bytes, rank_memory
+
+UTILISATION = 0.4  # of the GPU's peak, assumed
+RESERVE = 0.9  # of the GPU's memory is used at most: CUDA's context, NCCL and fragmentation take the rest
+WRITE_SPEED = 1e9  # bytes a second and node to the shared file system, assumed
+GPUS_PER_NODE = 8
+EPOCHS = (1, 20)  # fewer leave data unused, more repeat it often
+WORDS_A_SECOND_TO_POSITIONS = 9  # speech has about 3 words a second; prompt and answer three times that
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A ZeRO stage and the micro-batch that fits under it."""
+
+    zero_stage: int
+    micro_batch_seconds: float  # 0: not even one clip fits
+    memory: RankMemory  # at that micro-batch
+
+    @property
+    def fits(self) -> bool:
+        return self.micro_batch_seconds > 0
+
+
+class Planner:
+    """One stage on `count` GPUs of a kind."""
+
+    def __init__(self, recipe: Recipe, model: Soundwave, count: int, gpu: str):
+        self.recipe, self.model, self.count, self.name = recipe, model, count, gpu
+        self.gpu, self.stage = gpu_named(gpu), stage_of(recipe)
+        self.width = model.ctc_head.weight.shape[1]
+        self.weight_bytes = 2 if recipe.model.dtype == "bfloat16" else 4
+        sizes = [(numel(p), p.requires_grad) for p in model.parameters()]
+        self.trained = sum(n for n, learns in sizes if learns)
+        self.frozen = sum(n for n, learns in sizes if not learns)
+        self.encoder = 0 if model.encoder is None else sum(numel(p) for p in model.encoder.parameters())
+        self.flops = Flops.of(model)
+        self._traced: dict[float, float] = {}
+
+    # ---- memory
+
+    def tokens(self, seconds: float) -> int:
+        """LLM positions beside that much audio, in the recipe's proportion."""
+        data = self.recipe.data
+        return max(
+            1, round(data.micro_batch_tokens * seconds / max(data.micro_batch_seconds, data.max_seconds))
+        )
+
+    def activations(self, seconds: float) -> float:
+        if seconds not in self._traced:
+            tokens = self.tokens(seconds) if self.stage.needs_llm else 0
+            self._traced[seconds] = activation_bytes(
+                self.model, self.recipe, micro_batch_seconds=seconds, tokens=tokens
+            )
+        return self._traced[seconds]
+
+    def useful_seconds(self) -> float:
+        """A larger micro-batch than a GPU's part of the global batch has no effect."""
+        return max(self.recipe.data.batch_seconds / self.count, self.recipe.data.max_seconds)
+
+    def memory(self, zero_stage: int, activations: float) -> RankMemory:
+        recipe = copy.copy(self.recipe)
+        if zero_stage != zero.stage_number(zero.resolve(recipe, self.width)):
+            recipe.deepspeed = f"ds_configs/zero{zero_stage}.json"
+        config = zero.resolve(recipe, self.width)
+        return rank_memory(self.model, recipe, self.count, zero_stage, config, activations)
+
+    def choice(self, zero_stage: int) -> Choice:
+        """The largest micro-batch, in whole clips of data.max_seconds, that fits."""
+        room = RESERVE * self.gpu.memory * GIB - self.memory(zero_stage, 0).total
+        seconds = self._largest(room)
+        activations = self.activations(seconds) if seconds else 0
+        return Choice(zero_stage, seconds, self.memory(zero_stage, activations))
+
+    def _largest(self, room: float) -> float:
+        """Seconds of the largest micro-batch whose activations need at most `room` bytes; 0: none.
+
+        Activations grow nearly in proportion to the micro-batch, so each guess is a linear interpolation
+        between what fits and what does not.
+        """
+        clip, most = self.recipe.data.max_seconds, self.useful_seconds()
+        if self.activations(most) <= room:
+            return most
+        fits, too_many = 0, math.ceil(most / clip)
+        low, high = 0.0, self.activations(most)
+        while too_many - fits > 1:
+            guess = fits + round((too_many - fits) * (room - low) / (high - low))
+            guess = min(max(guess, fits + 1), too_many - 1)
+            size = self.activations(guess * clip)
+            if size <= room:
+                fits, low = guess, size
+            else:
+                too_many, high = guess, size
+        return fits * clip
+
+    def choices(self) -> list[Choice]:
+        return [self.choice(zero_stage) for zero_stage in (1, 2, 3)]
+
+    def proposal(self, choices: list[Choice]) -> Choice | None:
+        """Of the ZeRO stages that take the recipe's micro-batch the one that sends the fewest bytes, or else
+        the one that takes most. None where nothing fits."""
+        wanted = min(self.recipe.data.micro_batch_seconds, self.useful_seconds())
+        enough = [choice for choice in choices if choice.micro_batch_seconds >= wanted]
+        if enough:
+            return min(enough, key=self.bytes_sent)
+        best = max(choices, key=lambda choice: choice.micro_batch_seconds)
+        return best if best.fits else None
+
+    def bytes_sent(self, choice: Choice) -> float:
+        return self.network_bytes(choice.zero_stage, self.micro_batches(choice.micro_batch_seconds))
+
+    # ---- time and volume
+
+    def step_flops(self) -> float:
+        """FLOPs of a global batch, layers that are computed again in backward included; clips of 10 s."""
+        seconds = self.recipe.data.batch_seconds
+        encoder: Any = self.model.encoder
+        rate = encoder.frame_rate if encoder is not None else 50
+        clips = seconds / 10
+        tokens = WORDS_A_SECOND_TO_POSITIONS * seconds if self.stage.needs_llm else 0
+        parts = self.flops.step(seconds * rate / self.flops.stack, clips, tokens, clips, tokens / 2)
+        if self.recipe.optim.activation_checkpointing and "llm" in parts:
+            parts["recomputed"] = parts["llm"] / 2  # one more forward pass; frozen weights: 1 of 2
+        return sum(parts.values())
+
+    def hours(self) -> float:
+        speed = UTILISATION * self.gpu.peak * self.count
+        return self.step_flops() * self.recipe.optim.steps / speed / 3600
+
+    def micro_batches(self, seconds: float) -> int:
+        return max(1, math.ceil(self.recipe.data.batch_seconds / self.count / max(seconds, 1e-9)))
+
+    def network_bytes(self, zero_stage: int, micro_batches: int) -> float:
+        """Bytes that one GPU sends in a step, by ring collectives, where each of R ranks sends (R - 1) / R of
+        a reduce-scatter's or all-gather's tensor.
+
+        ZeRO-1: gradients in fp32 once a step, and the new weights. ZeRO-2: gradients after each micro-batch.
+        ZeRO-3: also all weights for forward and again for backward of each micro-batch (the encoder: forward
+        alone).
+        """
+        share, weights = (self.count - 1) / self.count, self.weight_bytes
+        gradients = {1: 2 * 4 * self.trained, 2: micro_batches * weights * self.trained}.get(
+            zero_stage, micro_batches * weights * self.trained
+        )
+        updated = weights * self.trained if zero_stage < 3 else 0
+        rest = self.trained + self.frozen - self.encoder
+        gathered = micro_batches * weights * (2 * rest + self.encoder) if zero_stage == 3 else 0
+        return share * (gradients + updated + gathered)
+
+    def checkpoint_bytes(self) -> float:
+        """Trained weights, their fp32 masters and two moments; frozen weights are not stored."""
+        return self.trained * (self.weight_bytes + 12)
+
+    def write_seconds(self) -> float:
+        return self.checkpoint_bytes() / (WRITE_SPEED * math.ceil(self.count / GPUS_PER_NODE))
+
+    # ---- text
+
+    def work_line(self) -> str:
+        flops = self.step_flops()
+        hours = self.hours() * self.count
+        return (
+            f"arithmetic: {flops / 1e15:.2f} PFLOP a step (clips of 10 s), {hours:,.1f} hours of one "
+            f"{self.gpu.device} in all if {UTILISATION:.0%} of {self.gpu.peak / 1e12:.0f} TFLOP/s are "
+            "reached "
+            "(an assumption, not a measurement)"
+        )
+
+    def lines(self, epochs: dict[str, float], brief: bool = False) -> list[str]:
+        """brief: only what does not depend on the number of GPUs."""
+        about_data = [epoch_line(name, number) for name, number in epochs.items()]
+        if not epochs:
+            about_data = ["epochs: not known; pack the data, or give --data-hours"]
+        if brief:
+            return [*about_data, self.work_line()]
+        choices = self.choices()
+        chosen = self.proposal(choices)
+        hours = self.hours()
+        rows = [
+            (
+                f"ZeRO-{c.zero_stage}",
+                c.memory.states / GIB,
+                (c.memory.gathered + c.memory.buffers) / GIB,
+                c.memory.activations / GIB if c.fits else None,
+                c.memory.total / GIB if c.fits else None,
+                f"{c.micro_batch_seconds:g} s" if c.fits else "does not fit",
+                self.bytes_sent(c) / 1e9 if c.fits else None,
+            )
+            for c in choices
+        ]
+        headers = (
+            "",
+            "states",
+            "buffers",
+            "activations",
+            "GiB in all",
+            "largest micro-batch",
+            "GB sent a step",
+        )
+        lines = [
+            f"\nPlan for {self.count} x {self.name} ({self.gpu.memory:g} GiB, {self.gpu.peak / 1e12:.0f} "
+            f"TFLOP/s); memory of one GPU in GiB",
+            tabulate(rows, headers=headers, floatfmt=".2f"),
+            f"time: {hours:,.1f} h wall-clock, {hours * self.count:,.0f} GPU hours, if {UTILISATION:.0%} of "
+            "the peak is reached (an assumption, not a measurement)",
+            f"checkpoint: {self.checkpoint_bytes() / 1e9:.1f} GB, written in {self.write_seconds():.0f} s if "
+            f"each node writes {WRITE_SPEED / 1e9:g} GB/s (an assumption)",
+        ]
+        return [*about_data, self.work_line(), *lines, self._proposal_line(chosen)]
+
+    def _proposal_line(self, chosen: Choice | None) -> str:
+        if chosen is None:
+            more = (
+                "" if self.recipe.optim.activation_checkpointing else ", optim.activation_checkpointing=true"
+            )
+            return (
+                f"proposal: nothing fits into {self.gpu.memory:g} GiB: take more or larger GPUs, lower "
+                f"data.max_seconds{more}, or try deepspeed=ds_configs/zero3_offload.json"
+            )
+        seconds = chosen.micro_batch_seconds
+        keys = [f"deepspeed=ds_configs/zero{chosen.zero_stage}.json", f"data.micro_batch_seconds={seconds:g}"]
+        if self.stage.needs_llm:
+            keys.append(f"data.micro_batch_tokens={self.tokens(seconds)}")
+        return f"proposal: {' '.join(keys)} ({self.micro_batches(seconds)} micro-batches a step and GPU)"
+
+
+def epoch_line(name: str, epochs: float) -> str:
+    line = f"epochs of {name}: {epochs:.2f}"
+    if epochs > EPOCHS[1]:
+        return f"{line}; warning: above {EPOCHS[1]}: lower optim.steps or add data"
+    if epochs < EPOCHS[0]:
+        return f"{line}; warning: below {EPOCHS[0]}: part of the data is not used; raise optim.steps"
+    return line
+
+
+def check_options(count: int | None, gpu: str | None, data_hours: float | None) -> None:
+    """Errors: RecipeError where --gpus, --gpu or --data-hours is missing or wrong."""
+    if (count is None) != (gpu is None):
+        raise RecipeError(
+            f"give --gpus and --gpu together, e.g. --gpus 8 --gpu a100-80; known: {', '.join(GPUS)}"
+        )
+    if gpu is not None:
+        gpu_named(gpu)
+    if count is not None and count < 1:
+        raise RecipeError(f"--gpus {count}: give 1 or more")
+    if data_hours is not None and not 0 < data_hours < math.inf:
+        raise RecipeError(f"--data-hours {data_hours:g}: give a number above 0")
