@@ -38,7 +38,7 @@ from core.spelling import join_words, spell
 from model import folder as model_folder
 from model.batch import Batch
 from model.generation import timestamps
-from model.generation.drafted import Drafting
+from model.generation.drafted import Drafting, refusal
 from model.generation.hotwords import BONUS, Hotwords
 from model.generation.joint import JointSearch
 from model.generation.timestamps import Word, align_frames, frame_seconds
@@ -59,6 +59,7 @@ WINDOW_SECONDS = 10.0
 # windows, and the WER rose from 58 % to 91 % (benchmarks/long_audio.py, 2.5 min of the quick start's tests).
 PAUSE_SECONDS = 2.0
 BLOCK_SECONDS = 30.0  # of audio that is read at a time
+PROMPT_POSITIONS = 256  # more than a window of WINDOW_SECONDS and its prompt take of the LLM's context
 POOL_BATCHES = 4  # batches of windows that are sorted by length together
 SPEAKERS = "channel {}"
 
@@ -67,7 +68,8 @@ SPEAKERS = "channel {}"
 class Options:
     """How to transcribe.
 
-    decode: None: ctc for a model of stage I, joint with hotwords, else greedy. timestamps: "word" for
+    decode: None: ctc for a model of stage I, joint with hotwords, else greedy's tokens: drafted in fp32,
+    where the LLM's cache allows it. timestamps: "word" for
     times of words. hotwords: words or phrases that joint search favours, each token of them by
     hotword_bonus; hotwords_in_prompt: name them in the prompt, too. language: of the speech, decides what
     a word is. channels: mix them, or "split": transcribe each by itself, as a speaker. window_seconds:
@@ -279,8 +281,7 @@ class SpeechModel:
 
     def _setup(self, options: Options) -> _Setup:
         network = self.network
-        decode = options.decode or ("joint" if options.hotwords and not options.hotwords_in_prompt else None)
-        decode = decode or ("greedy" if self.has_llm else "ctc")
+        decode = options.decode or self._default_decode(options)
         if decode != "ctc" and not self.has_llm:
             raise ValueError(
                 f"decode is '{decode}', and this model has no LLM (stage I): give decode='ctc', or load the "
@@ -319,6 +320,17 @@ class SpeechModel:
             round(options.overlap_seconds * SAMPLE_RATE),
             round(options.pause_seconds * SAMPLE_RATE),
         )
+
+    def _default_decode(self, options: Options) -> Decode:
+        """Drafted rather than greedy where both write the same tokens."""
+        if not self.has_llm:
+            return "ctc"
+        if options.hotwords and not options.hotwords_in_prompt:
+            return "joint"
+        llm = self.network.llm
+        same_tokens = next(llm.parameters()).dtype == torch.float32
+        can_draft = refusal(llm, PROMPT_POSITIONS + options.max_new_tokens, Drafting.longest) is None
+        return "drafted" if same_tokens and can_draft else "greedy"
 
     # ---- reading ----
 

@@ -74,7 +74,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--channels", choices=["mix", "split"], default="mix", help="split: each channel is a speaker"
     )
     parser.add_argument(
-        "--decode", choices=DECODES, help="default: ctc for stage I, joint with --hotwords, else greedy"
+        "--decode",
+        choices=DECODES,
+        help="default: ctc for stage I, joint with --hotwords, else drafted in fp32 or greedy",
     )
     for name, kind, text in (
         ("batch_seconds", float, "padded seconds of audio in a batch"),
