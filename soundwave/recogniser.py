@@ -42,6 +42,7 @@ from model.generation.drafted import Drafting, refusal
 from model.generation.hotwords import BONUS, Hotwords
 from model.generation.joint import JointSearch
 from model.generation.timestamps import Word, align_frames, frame_seconds
+from model.pretrained import device_of
 from model.soundwave import Audio, CTCFrames, Soundwave
 from model.waveforms import SoundWarning, mono
 from soundwave.decoding import DECODES, Decode, Decoding, decode_batch, rows_of
@@ -185,9 +186,9 @@ def load(
     encoder, llm: folders of the frozen parts, where they are not where the model folder names them. with_llm:
     False loads the CTC head alone, for decode="ctc". Errors: FolderError, SourceError.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = device_of(device)
     return SpeechModel(
-        model_folder.load(folder, encoder=encoder, llm=llm, device=device, dtype=dtype, with_llm=with_llm)
+        model_folder.load(folder, encoder=encoder, llm=llm, device=place, dtype=dtype, with_llm=with_llm)
     )
 
 
@@ -282,6 +283,11 @@ class SpeechModel:
     def _setup(self, options: Options) -> _Setup:
         network = self.network
         decode = options.decode or self._default_decode(options)
+        if options.hotwords and not self.has_llm:
+            raise ValueError(
+                "hotwords need the LLM, and this model has none (stage I): leave them out, or load the "
+                "folder of a later stage"
+            )
         if decode != "ctc" and not self.has_llm:
             raise ValueError(
                 f"decode is '{decode}', and this model has no LLM (stage I): give decode='ctc', or load the "
@@ -323,10 +329,10 @@ class SpeechModel:
 
     def _default_decode(self, options: Options) -> Decode:
         """Drafted rather than greedy where both write the same tokens."""
-        if not self.has_llm:
-            return "ctc"
         if options.hotwords and not options.hotwords_in_prompt:
             return "joint"
+        if not self.has_llm:
+            return "ctc"
         llm = self.network.llm
         same_tokens = next(llm.parameters()).dtype == torch.float32
         can_draft = refusal(llm, PROMPT_POSITIONS + options.max_new_tokens, Drafting.longest) is None
@@ -630,6 +636,8 @@ def _result(job: _Job, options: Options) -> Transcription | Exception:
         return job.error
     if job.unanswered is not None and not job.segments:
         return ValueError(job.unanswered)
+    if job.skipped and not job.segments:
+        job.notes["no speech was found, so there is no text (gate; 0 transcribes it all the same)"] = None
     ordered = sorted(job.segments, key=lambda found: (found[2].start, found[1], found[0]))
     segments = tuple(segment for *_, segment in ordered)
     return Transcription(
