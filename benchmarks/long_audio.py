@@ -9,7 +9,7 @@ silences of 0.3 to 1.0 s between them.
     clips       each clip alone, one after another, at its known borders
     windows     the recording as one file: scanned, cut at pauses, batched (borders unknown)
 
-Both decode alike, in one process; the WER is that of the whole text in both. Then, in processes of their
+Both in one process, for each --decode; the WER is that of the whole text. Then, in processes of their
 own, the peak of resident memory while recordings of --memory-minutes are transcribed by the CTC head (the
 clips repeated). Also: windows that the gate skipped, and whether it passes each clip by itself.
 """
@@ -36,6 +36,7 @@ from benchmarks.machine import keep, machine
 from core.audio import decode
 from core.command_line import CommandParser
 from core.text import count_errors
+from soundwave.decoding import DECODES
 from soundwave.recogniser import GATE
 
 RATE = 16_000
@@ -100,7 +101,9 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="model folder")
     parser.add_argument("--test", type=Path, help="manifest")
     parser.add_argument("--minutes", type=float, default=30.0, help="of the joined recording")
-    parser.add_argument("--decode", default=None, help="of both sides (default: the model's)")
+    parser.add_argument(
+        "--decode", nargs="+", choices=DECODES, default=["greedy", "drafted"], help="of both sides"
+    )
     parser.add_argument("--batch-seconds", type=float, default=120.0)
     parser.add_argument("--memory-minutes", type=float, nargs="*", default=[10.0, 60.0])
     parser.add_argument("--memory-model", help="another model folder for the memory (default: --model)")
@@ -117,15 +120,26 @@ def main() -> None:
         file = Path(folder) / "joined.wav"
         seconds = write_joined(file, clips)
         model = soundwave.load(options.model, device=options.device)
-        how = {"decode": options.decode, "batch_seconds": options.batch_seconds}
-        model.transcribe(clips[0], **how)  # warm
-        began, cpu = time.perf_counter(), time.process_time()
-        whole = model.transcribe(file, **how)
-        windows = [time.perf_counter() - began, time.process_time() - cpu]
-        began, cpu = time.perf_counter(), time.process_time()
-        alone = [model.transcribe(clip, **how) for clip in tqdm(clips, desc="clips")]
-        single = [time.perf_counter() - began, time.process_time() - cpu]
+        ways = {}
+        for decode in options.decode:
+            how = {"decode": decode, "batch_seconds": options.batch_seconds}
+            model.transcribe(clips[0], **how)  # warm
+            began, cpu = time.perf_counter(), time.process_time()
+            whole = model.transcribe(file, **how)
+            ways["windows, batched", decode] = [
+                wer(texts, [whole.text]),
+                time.perf_counter() - began,
+                time.process_time() - cpu,
+            ]
+            began, cpu = time.perf_counter(), time.process_time()
+            alone = [model.transcribe(clip, **how) for clip in tqdm(clips, desc=f"clips, {decode}")]
+            ways["clips, one at a time", decode] = [
+                wer(texts, [one.text for one in alone]),
+                time.perf_counter() - began,
+                time.process_time() - cpu,
+            ]
         gated = sum(one.skipped_seconds > 0 for one in alone)
+        base = ways["clips, one at a time", options.decode[0]][2]
         results = {
             "seconds": seconds,
             "clips": len(clips),
@@ -133,28 +147,21 @@ def main() -> None:
             "clips_gated": gated,
             "windows": len(whole.segments),
             "skipped_seconds": whole.skipped_seconds,
-            "wer": {"clips": wer(texts, [one.text for one in alone]), "windows": wer(texts, [whole.text])},
-            "wall_seconds": {"clips": single[0], "windows": windows[0]},
-            "cpu_seconds": {"clips": single[1], "windows": windows[1]},
+            "ways": [
+                {"way": way, "decode": decode, "wer": errors, "wall_seconds": wall, "cpu_seconds": cpu}
+                for (way, decode), (errors, wall, cpu) in ways.items()
+            ],
         }
-        rows = [
-            [
-                name,
-                f"{results['wer'][key]:.1f}",
-                f"{results['wall_seconds'][key]:.1f}",
-                f"{results['cpu_seconds'][key]:.1f}",
-                f"{seconds / results['wall_seconds'][key]:.2f}",
-                f"{results['cpu_seconds']['clips'] / results['cpu_seconds'][key]:.2f}",
-            ]
-            for name, key in (("clips, one at a time", "clips"), ("windows, batched", "windows"))
-        ]
         table = (
             f"{len(clips)} clips joined into {seconds / 60:.1f} min, {len(whole.segments)} windows with "
             f"text, {gated} clips gated as silence, {options.device}\n\n"
             + tabulate(
-                rows,
+                [
+                    [way, decode, f"{errors:.1f}", f"{wall:.1f}", f"{cpu:.1f}", f"{base / cpu:.2f}"]
+                    for (way, decode), (errors, wall, cpu) in ways.items()
+                ],
                 tablefmt="github",
-                headers=["way", "WER, %", "wall, s", "CPU, s", "audio s / s", "speed by CPU time"],
+                headers=["way", "decode", "WER, %", "wall, s", "CPU, s", "speed by CPU time"],
                 disable_numparse=True,
             )
         )

@@ -38,7 +38,7 @@ from model import folder
 from model.folder import FolderError
 from model.generation.recordings import align_recording
 from model.generation.timestamps import Aligned, Word, align
-from model.pretrained import SourceError
+from model.pretrained import SourceError, device_of
 
 #: Clips whose audio is in memory at a time; a recording of hours is a batch by itself.
 CLIPS, BATCH_SECONDS = 64, 600.0
@@ -213,8 +213,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> str:
     """Errors: CorpusError, FolderError, SourceError, OSError."""
+    device = device_of(options.device)
     items = entries(open_apart(options.corpus), options.allow_pipes)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = folder.load(options.model, device=device, with_llm=False)
     cutting = Cutting(options.max_seconds, options.min_seconds, options.pause)
     options.out.parent.mkdir(parents=True, exist_ok=True)

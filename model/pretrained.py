@@ -32,6 +32,17 @@ class SourceError(OneLine, ValueError):
     """A model that cannot be found or is not what was asked for; one line: what, where, what to do."""
 
 
+def device_of(name: torch.device | str | None) -> torch.device:
+    """Return a device that can be used; None: a GPU where there is one. Errors: SourceError."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = one_line(str(error).split("\n")[0])
+        raise SourceError(f"device {name} cannot be used ({reason}): give cpu, cuda or cuda:N") from None
+    return device
+
+
 @contextlib.contextmanager
 def reading(folder: str | Path, what: str) -> Iterator[None]:
     """Turn whatever a library raises over a model folder's content into a SourceError of one line; the

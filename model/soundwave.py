@@ -56,6 +56,16 @@ class Output(NamedTuple):
         return self.sums.get("ctc", torch.zeros(()))
 
 
+class CTCFrames(NamedTuple):
+    """The alignment adapter's frames of a batch's audio, and what the CTC head finds in them."""
+
+    hidden: torch.Tensor  # [A, T, D]
+    lengths: torch.Tensor  # [A]
+    argmax: torch.Tensor  # [A, T]
+    peak: torch.Tensor  # [A, T] log-probability of the argmax
+    blank_logprob: torch.Tensor  # [A, T]
+
+
 class Audio(NamedTuple):
     """A batch's audio on its way to the LLM."""
 
@@ -276,11 +286,16 @@ class Soundwave(Generation, nn.Module):
             batch.waveforms, batch.audio_lengths, self.config.alignment.ctc_length == "full", batch.mel_mask
         )
 
-    def encode_audio(self, batch: Batch, with_ctc: bool = False) -> Audio:
-        """Everything up to the compressed frames; with_ctc: the CTC loss, too."""
-        hidden, lengths = self.alignment(*self.encode(batch), batch.audio_keys)
-        targets = (batch.ctc_targets, batch.ctc_target_lengths) if with_ctc else ()
-        loss, argmax, peak, blank_logprob = self.ctc_head(hidden, lengths, *targets)
+    def encode_audio(self, batch: Batch, with_ctc: bool = False, frames: CTCFrames | None = None) -> Audio:
+        """Everything up to the compressed frames; with_ctc: the CTC loss, too. frames: of the batch's audio,
+        where the caller has them, for inference."""
+        if frames is None:
+            hidden, lengths = self.alignment(*self.encode(batch), batch.audio_keys)
+            targets = (batch.ctc_targets, batch.ctc_target_lengths) if with_ctc else ()
+            loss, argmax, peak, blank_logprob = self.ctc_head(hidden, lengths, *targets)
+        else:
+            hidden, lengths, argmax, peak, blank_logprob = frames
+            loss = peak.new_zeros(len(peak))
         view = CTCView(
             argmax,
             peak.detach(),

@@ -2,6 +2,8 @@
 
 sources -> blocks at 16 kHz -> windows (soundwave/windows.py) -> batches by padded seconds
     -> encoder, CTC head -> gate: is there speech? -> decode -> word times -> one Transcription a source
+
+Recordings of several windows pass encoder and CTC head once, in the scan that finds the windows' borders.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from core.audio import (
     SAMPLE_RATE,
@@ -34,15 +37,17 @@ from core.samples import INSTRUCTIONS, asked
 from core.spelling import join_words, spell
 from model import folder as model_folder
 from model.batch import Batch
-from model.generation.drafted import Drafting
+from model.generation import timestamps
+from model.generation.drafted import Drafting, refusal
 from model.generation.hotwords import BONUS, Hotwords
 from model.generation.joint import JointSearch
 from model.generation.timestamps import Word, align_frames, frame_seconds
-from model.soundwave import Audio, Soundwave
+from model.pretrained import device_of
+from model.soundwave import Audio, CTCFrames, Soundwave
 from model.waveforms import SoundWarning, mono
 from soundwave.decoding import DECODES, Decode, Decoding, decode_batch, rows_of
 from soundwave.results import Answer, Segment, Transcription
-from soundwave.windows import Cutter, Frames, Window
+from soundwave.windows import CONTEXT_SECONDS, Cutter, Frames, Window
 
 Source: TypeAlias = "str | os.PathLike | bytes | np.ndarray | torch.Tensor | Sequence[float]"
 #: A window has speech if the CTC head finds a token in it, or in any frame at least this probability of one;
@@ -55,6 +60,7 @@ WINDOW_SECONDS = 10.0
 # windows, and the WER rose from 58 % to 91 % (benchmarks/long_audio.py, 2.5 min of the quick start's tests).
 PAUSE_SECONDS = 2.0
 BLOCK_SECONDS = 30.0  # of audio that is read at a time
+PROMPT_POSITIONS = 256  # more than a window of WINDOW_SECONDS and its prompt take of the LLM's context
 POOL_BATCHES = 4  # batches of windows that are sorted by length together
 SPEAKERS = "channel {}"
 
@@ -63,8 +69,9 @@ SPEAKERS = "channel {}"
 class Options:
     """How to transcribe.
 
-    decode: None: ctc for a model of stage 1, joint with hotwords, else greedy. timestamps: "word" for
-    times of words. hotwords: words or phrases that joint search favours, each token by
+    decode: None: ctc for a model of stage 1, joint with hotwords, else greedy's tokens: drafted in fp32,
+    if the LLM's cache allows it. timestamps: "word" for times of words. hotwords: words or phrases that joint
+    search favours, each token by
     hotword_bonus; hotwords_in_prompt: name them in the prompt, too. language: of the speech, decides what
     a word is. channels: mix them, or "split": transcribe each by itself, as a speaker. window_seconds:
     the longest stretch that is transcribed at once; None: 10 s, or what the model takes. pause_seconds:
@@ -179,9 +186,9 @@ def load(
     encoder, llm: folders of the frozen parts, where they are not where the model folder names them. with_llm:
     False loads the CTC head alone, for decode="ctc". Errors: FolderError, SourceError.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = device_of(device)
     return SpeechModel(
-        model_folder.load(folder, encoder=encoder, llm=llm, device=device, dtype=dtype, with_llm=with_llm)
+        model_folder.load(folder, encoder=encoder, llm=llm, device=place, dtype=dtype, with_llm=with_llm)
     )
 
 
@@ -275,8 +282,12 @@ class SpeechModel:
 
     def _setup(self, options: Options) -> _Setup:
         network = self.network
-        decode = options.decode or ("joint" if options.hotwords and not options.hotwords_in_prompt else None)
-        decode = decode or ("greedy" if self.has_llm else "ctc")
+        decode = options.decode or self._default_decode(options)
+        if options.hotwords and not self.has_llm:
+            raise ValueError(
+                "hotwords need the LLM, and this model has none (stage 1): leave them out, or load the "
+                "folder of a later stage"
+            )
         if decode != "ctc" and not self.has_llm:
             raise ValueError(
                 f"decode is '{decode}', and this model has no LLM (stage 1): give decode='ctc', or load the "
@@ -315,6 +326,17 @@ class SpeechModel:
             round(options.overlap_seconds * SAMPLE_RATE),
             round(options.pause_seconds * SAMPLE_RATE),
         )
+
+    def _default_decode(self, options: Options) -> Decode:
+        """Drafted rather than greedy where both write the same tokens."""
+        if options.hotwords and not options.hotwords_in_prompt:
+            return "joint"
+        if not self.has_llm:
+            return "ctc"
+        llm = self.network.llm
+        same_tokens = next(llm.parameters()).dtype == torch.float32
+        can_draft = refusal(llm, PROMPT_POSITIONS + options.max_new_tokens, Drafting.longest) is None
+        return "drafted" if same_tokens and can_draft else "greedy"
 
     # ---- reading ----
 
@@ -419,8 +441,9 @@ class SpeechModel:
             if not cutters:
                 job.channels = block.shape[1]
                 room = round(setup.options.batch_seconds * SAMPLE_RATE)
+                chunk = self._chunk(setup.longest)
                 cutters = [
-                    Cutter(self._scan, frame, setup.longest, setup.overlap, setup.pause, room)
+                    Cutter(self._scan, frame, setup.longest, setup.overlap, setup.pause, room, chunk)
                     for _ in range(job.channels)
                 ]
             job.samples += len(block)
@@ -431,18 +454,30 @@ class SpeechModel:
             for window in cutter.finish():
                 yield _Piece(job, channel, window)
 
+    def _chunk(self, longest: int) -> int:
+        """Samples that are scanned as one chunk, context included; longest: of a window."""
+        encoder = self.network.encoder
+        if encoder.pad_to_samples:  # the encoder takes as long for a shorter one
+            return encoder.pad_to_samples
+        most = min(encoder.window_seconds or math.inf, encoder.max_seconds) * SAMPLE_RATE
+        return int(min(longest + 2 * CONTEXT_SECONDS * SAMPLE_RATE, most))
+
     @torch.inference_mode()
     def _scan(self, chunks: list[np.ndarray]) -> list[Frames]:
-        """What the CTC head says about chunks of a recording, which are encoded together."""
-        _, audio = self._encoded(chunks, INSTRUCTIONS["asr"])
+        """Return the CTC head's output for chunks of a recording, which are encoded together."""
+        hidden, lengths = timestamps.frames(self.network, [torch.from_numpy(chunk) for chunk in chunks])
+        _, argmax, peak, blank_logprob = self.network.ctc_head(hidden, lengths)
         blank = self.network.ctc_head.blank
         begins = self._word_beginnings()
+        # With ctc_length: full the model was trained with the frames of the silence that fills up a clip.
+        reused = self.network.config.alignment.ctc_length != "full"
         found = []
-        for argmax, length in zip(audio.argmax.cpu(), audio.lengths.tolist(), strict=False):
-            tokens = argmax[:length]
+        for row, length in enumerate(lengths.tolist()):
+            tokens = argmax[row, :length].cpu()
             is_blank = tokens == blank
             starts = begins[tokens.clamp(max=len(begins) - 1)] | is_blank
-            found.append(Frames(is_blank.numpy(), starts.numpy()))
+            outputs = [part[row, :length] for part in (hidden, argmax, peak, blank_logprob)]
+            found.append(Frames(is_blank.numpy(), starts.numpy(), tuple(outputs) if reused else ()))
         return found
 
     def _word_beginnings(self) -> torch.Tensor:
@@ -456,20 +491,35 @@ class SpeechModel:
             self._begins_word = begins if share > 0.1 else torch.ones(len(names), dtype=torch.bool)
         return self._begins_word
 
-    def _encoded(self, waveforms: Sequence[np.ndarray], instruction: str) -> tuple[Batch, Audio]:
-        """Waveforms as a batch of prompts with the encoder's features, and its `encode_audio`."""
+    def _encoded(self, clips: Sequence[np.ndarray | Window], instruction: str) -> tuple[Batch, Audio]:
+        """Clips as a batch of prompts, and its `encode_audio`. Windows whose frames were scanned are not
+        encoded again."""
         network = self.network
         chat = [asked(instruction, network.config.audio_token)]
-        batch = network.prompts([chat] * len(waveforms), [torch.from_numpy(one) for one in waveforms])
-        features, lengths = network.encode(batch)
-        batch = replace(batch, waveforms=None, features=features, audio_lengths=lengths)
-        return batch, network.encode_audio(batch)
+        samples = [clip.samples if isinstance(clip, Window) else clip for clip in clips]
+        batch = network.prompts([chat] * len(clips), [torch.from_numpy(one) for one in samples])
+        parts = {
+            row: clip.outputs for row, clip in enumerate(clips) if isinstance(clip, Window) and clip.outputs
+        }
+        if new := [row for row in range(len(clips)) if row not in parts]:
+            hidden, lengths = network.alignment(*network.encode(rows_of(batch, new)))
+            _, *scores = network.ctc_head(hidden, lengths)
+            for place, (row, length) in enumerate(zip(new, lengths.tolist(), strict=True)):
+                parts[row] = tuple(part[place, :length] for part in (hidden, *scores))
+        lengths = torch.tensor(
+            [len(parts[row][0]) for row in range(len(clips))], device=batch.input_ids.device
+        )
+        hidden, *scores = (
+            pad_sequence([parts[row][number] for row in range(len(clips))], batch_first=True)
+            for number in range(4)
+        )
+        return batch, network.encode_audio(batch, frames=CTCFrames(hidden, lengths, *scores))
 
     @torch.inference_mode()
     def _decode(self, pieces: list[_Piece], setup: _Setup) -> None:
         """Transcribe windows as one batch; the results go to their jobs."""
         with _collected() as messages:
-            batch, audio = self._encoded([piece.window.samples for piece in pieces], setup.instruction)
+            batch, audio = self._encoded([piece.window for piece in pieces], setup.instruction)
         _keep_notes(messages, pieces)
         gate = setup.options.gate
         spoken = [
@@ -517,12 +567,15 @@ class SpeechModel:
         spellings = [
             spell(network.tokenizer, text, network.ctc_text, setup.options.language) for text in texts
         ]
-        seconds = [piece.window.seconds for piece in pieces]
+        seconds = [
+            (piece.window.start + len(piece.window.samples) - piece.window.frames_origin) / SAMPLE_RATE
+            for piece in pieces
+        ]
         aligned = align_frames(network, audio.hidden, audio.lengths, spellings, seconds)
         found = []
         for piece, one in zip(pieces, aligned, strict=True):
             window = piece.window
-            shift = window.start / SAMPLE_RATE
+            shift = window.frames_origin / SAMPLE_RATE
             own = []
             for word in one.words:
                 moved = replace(word, start=word.start + shift, end=word.end + shift)
@@ -551,7 +604,7 @@ class SpeechModel:
             confidence = float(audio.peak[row, said].float().mean().exp())
         else:
             begin, end, confidence = 0.0, length * step, 0.0
-        shift = window.start / SAMPLE_RATE
+        shift = window.frames_origin / SAMPLE_RATE
         lowest, highest = window.body_start / SAMPLE_RATE, window.body_end / SAMPLE_RATE
         begin, end = (min(max(place + shift, lowest), highest) for place in (begin, end))
         if words:
@@ -583,6 +636,8 @@ def _result(job: _Job, options: Options) -> Transcription | Exception:
         return job.error
     if job.unanswered is not None and not job.segments:
         return ValueError(job.unanswered)
+    if job.skipped and not job.segments:
+        job.notes["no speech was found, so there is no text (gate; 0 transcribes it all the same)"] = None
     ordered = sorted(job.segments, key=lambda found: (found[2].start, found[1], found[0]))
     segments = tuple(segment for *_, segment in ordered)
     return Transcription(

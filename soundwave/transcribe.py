@@ -36,7 +36,9 @@ WORD_FORMATS = ("srt", "vtt", "ctm", "textgrid")  # made of word times
 def hotwords_of(given: str) -> list[str]:
     """Return the words of `--hotwords`: the lines of a file, or a list with commas. Errors: ValueError."""
     path = Path(given)
-    if "," not in given and path.suffix and not path.is_file():
+    if path.is_dir():
+        raise ValueError(f"--hotwords {given}: is a folder; give a file of lines, or words as 'Ann,Bob'")
+    if "," not in given and (path.suffix or "/" in given) and not path.is_file():
         raise ValueError(f"--hotwords {given}: there is no such file; give words with commas, as 'Ann,Bob'")
     if path.is_file():
         try:
@@ -75,7 +77,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--channels", choices=["mix", "split"], default="mix", help="split: each channel is a speaker"
     )
     parser.add_argument(
-        "--decode", choices=DECODES, help="default: ctc for stage 1, joint with --hotwords, else greedy"
+        "--decode",
+        choices=DECODES,
+        help="default: ctc for stage 1, joint with --hotwords, else drafted in fp32 or greedy",
     )
     for name, kind, text in (
         ("batch_seconds", float, "padded seconds of audio in a batch"),
@@ -129,6 +133,8 @@ def output_files(arguments: argparse.Namespace) -> list[Path | None]:
             raise ValueError(f"--out {arguments.out}: {path} is one of the files to transcribe")
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ValueError(f"--out {arguments.out}: is a file; give a folder") from None
     except OSError as error:
         raise ValueError(f"--out {arguments.out}: {error.strerror or error}") from None
     return paths

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from core.audio import SAMPLE_RATE
 
@@ -25,10 +26,11 @@ MARGIN_SECONDS = 0.5  # of a long pause that stay with the words at its ends
 
 @dataclass(frozen=True)
 class Frames:
-    """What the CTC head says about the frames of a chunk: is each blank, and does its token begin a word."""
+    """The CTC head's output for the frames of a chunk: is each blank, and does its token begin a word."""
 
     blank: np.ndarray  # [T] bool
     begins_word: np.ndarray  # [T] bool
+    outputs: tuple[torch.Tensor, ...] = ()  # [T, ...] each; a window gets those of its frames
 
 
 #: Chunks [S] of equal or lower lengths -> their frames, one for each started `frame` samples.
@@ -38,16 +40,24 @@ Scan = Callable[[list[np.ndarray]], list[Frames]]
 @dataclass(frozen=True)
 class Window:
     """A stretch of a recording. samples [S] begin at `start` and hold the body [body_start, body_end),
-    with an overlap on both sides; all in samples of the recording at 16 kHz."""
+    with an overlap on both sides; all in samples of the recording at 16 kHz. outputs: the scan's, of the
+    frames that begin within `samples`, the first one at `frames_start`; empty where not all was scanned."""
 
     start: int
     samples: np.ndarray
     body_start: int
     body_end: int
+    frames_start: int = 0
+    outputs: tuple[torch.Tensor, ...] = ()
 
     @property
     def seconds(self) -> float:
         return len(self.samples) / SAMPLE_RATE
+
+    @property
+    def frames_origin(self) -> int:
+        """The sample of the recording at which the window's first frame begins."""
+        return self.frames_start if self.outputs else self.start
 
 
 def blank_runs(blank: np.ndarray) -> list[tuple[int, int]]:
@@ -116,7 +126,7 @@ class Cutter:
 
     frame: samples of one frame of `scan`. longest: of a window's body. overlap: on both sides of it.
     pause: that ends a window; 0: none does. All in samples. scan_samples: how many a call of `scan` may
-    take together.
+    take together. chunk: samples of one chunk, context included (default: a window and its context).
     """
 
     def __init__(
@@ -127,12 +137,16 @@ class Cutter:
         overlap: int = 0,
         pause: int = 0,
         scan_samples: int = 0,
+        chunk: int | None = None,
     ):
         self._scan, self._frame, self._overlap = scan, frame, overlap
         self._longest = max(longest, 4 * frame)
         self._pause = max(3, round(pause / frame)) if pause else None  # frames
-        self._chunk = -(-self._longest // frame) * frame
         self._context = -(-round(CONTEXT_SECONDS * SAMPLE_RATE) // frame) * frame
+        self._chunk = -(-self._longest // frame) * frame
+        if chunk is not None:
+            self._context = min(self._context, chunk // 4 // frame * frame)
+            self._chunk = max(frame, (chunk - 2 * self._context) // frame * frame)
         self._lookahead = round(LOOKAHEAD_SECONDS * SAMPLE_RATE)
         self._most = max(1, scan_samples // (self._chunk + 2 * self._context))  # chunks of one call
         self._samples = np.zeros(0, np.float32)  # of the recording, from `_base` on
@@ -141,6 +155,8 @@ class Cutter:
         self._first = 0  # frame of the recording that the arrays below begin with
         self._blank = self._begins = np.zeros(0, bool)
         self._energy = np.zeros(0)
+        self._outputs: tuple[torch.Tensor, ...] = ()
+        self._outputs_first = 0  # frame of the recording that they begin with
 
     def push(self, samples: np.ndarray) -> list[Window]:
         """Take samples [S] float32 that follow those before."""
@@ -205,7 +221,20 @@ class Cutter:
             self._blank = np.concatenate([self._blank, blank])
             self._begins = np.concatenate([self._begins, begins])
             self._energy = np.concatenate([self._energy, np.square(padded).reshape(count, -1).mean(1)])
+            self._keep_outputs(frames.outputs, skip, count)
         return bool(chunks)
+
+    def _keep_outputs(self, outputs: tuple[torch.Tensor, ...], skip: int, count: int) -> None:
+        """Append a chunk's outputs of its frames [skip, skip + count); the last one again for frames that an
+        encoder leaves out at a recording's end."""
+        parts = []
+        for output in outputs:
+            part = output[skip : skip + count]
+            missing = output[-1:].expand(count - len(part), *output.shape[1:])
+            parts.append(torch.cat([part, missing]))
+        if self._outputs:
+            parts = [torch.cat(both) for both in zip(self._outputs, parts, strict=True)]
+        self._outputs = tuple(parts)
 
     def _next_cut(self) -> int:
         """The sample where the next window's body ends."""
@@ -239,9 +268,17 @@ class Cutter:
 
     def _window(self, end: int) -> Window:
         """The window from the last one's end to `end`; what no later one needs is dropped."""
-        begin = max(0, self._start - self._overlap)
-        window = Window(begin, self._slice(begin, min(self._end, end + self._overlap)), self._start, end)
+        begin, stop = max(0, self._start - self._overlap), min(self._end, end + self._overlap)
+        first, last = -(-begin // self._frame), -(-stop // self._frame)
+        outputs: tuple[torch.Tensor, ...] = ()
+        if first < last and stop <= self._scanned:
+            own = slice(first - self._outputs_first, last - self._outputs_first)
+            outputs = tuple(output[own].clone() for output in self._outputs)
+        window = Window(begin, self._slice(begin, stop), self._start, end, first * self._frame, outputs)
         self._start = end
+        needed = max(self._outputs_first, (end - self._overlap) // self._frame)
+        self._outputs = tuple(output[needed - self._outputs_first :] for output in self._outputs)
+        self._outputs_first = needed
         drop = max(0, end // self._frame - self._first)
         self._first += drop
         self._blank, self._begins = self._blank[drop:], self._begins[drop:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from html import unescape
 from io import StringIO
 
 import pysubs2
@@ -39,7 +40,15 @@ HOSTILE = [
     "WEBVTT",
     "NOTE",
     "<v",
+    'Lee,\n"Ann"',
+    "\n",
+    "a\r\n\r\n2\r\nb",
+    "x\u2028y\x85z",
 ]
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 @st.composite
@@ -53,10 +62,11 @@ def word_lists(draw) -> list[Word]:
 
 
 def shown(segments: list[Segment]) -> list[tuple[int, int, str]]:
-    """(begin, end, text) of each segment, in milliseconds; a cue lasts 1 ms at least."""
+    """(begin, end, text) of each segment with text, in milliseconds; a cue lasts 1 ms at least."""
     return [
         (round(s.begins * 1000), max(round(s.ends * 1000), round((s.begins + 0.001) * 1000)), s.line)
         for s in segments
+        if s.line
     ]
 
 
@@ -105,9 +115,10 @@ def test_textgrid_is_read_back(tmp_path_factory, words, seconds):
         assert all(a.end == b.start for a, b in zip(entries, entries[1:], strict=False))
     said = " ".join(entry.label for entry in grid.getTier("words").entries if entry.label)
     if all(word.end - word.start > 0.001 for word in words):
-        assert said == " ".join(word.text for word in words)
+        spoken = [word for word in words if one_line(word.text)]
+        assert said == " ".join(one_line(word.text) for word in spoken)
         found = [(entry.start, entry.end) for entry in grid.getTier("words").entries if entry.label]
-        assert found == [pytest.approx((word.start, word.end), abs=1e-5) for word in words]
+        assert found == [pytest.approx((word.start, word.end), abs=1e-5) for word in spoken]
 
 
 # NIST's format: file, channel, begin, duration, word, confidence; ";;" begins a comment
@@ -124,6 +135,34 @@ def test_ctm_has_a_word_a_line():
         ("my_file", "2", "0.100", "0.100", "ja", "0.500"),
     ]
     assert write([Segment([Word("a", 0, 1)])], "ctm", name=";;x").startswith("x ")
+
+
+@settings(max_examples=60, deadline=None)
+@given(word_lists(), st.sampled_from(["plain", "a b", 'Lee, "Ann"', "two\nlines", ";;", "\n", ""]))
+def test_ctm_has_six_columns_whatever_names_and_words_hold(words, name):
+    lines = write(cues(words), "ctm", name=name).split("\n")
+    assert lines.pop() == ""
+    spoken = [word for word in words if any(c.isalnum() for c in word.text)]
+    rows = [CTM.fullmatch(line).groups() for line in lines]
+    assert [(row[2], row[3]) for row in rows] == [
+        (f"{word.start:.3f}", f"{word.end - word.start:.3f}") for word in spoken
+    ]
+    assert len({row[0] for row in rows}) <= 1
+
+
+@pytest.mark.parametrize("speaker", ['Lee, "Ann"', "two\nlines", "<b> & co", "a -> b --> c"])
+def test_speakers_of_any_name_are_read_back(speaker, tmp_path):
+    segments = [Segment([Word("Hi", 0.0, 1.0)], speaker=speaker)]
+    (cue,) = webvtt.from_string(write(segments, "vtt"))
+    (event,) = pysubs2.SSAFile.from_string(write(segments, "srt"), format_="srt")
+    plain = one_line(speaker)
+    assert unescape(cue.voice) == plain and cue.text == "Hi"
+    assert (event.start, event.end) == (0, 1000) and event.plaintext.endswith(": Hi")
+    assert json.loads(write(segments, "json"))["segments"][0]["speaker"] == speaker
+    path = tmp_path / "speaker.TextGrid"
+    path.write_text(write(segments, "TextGrid"), encoding="utf-8")
+    grid = textgrid.openTextgrid(str(path), includeEmptyIntervals=True, reportingMode="error")
+    assert grid.tierNames == (f"words {plain}", f"segments {plain}")
 
 
 def test_json_holds_segments_and_words():

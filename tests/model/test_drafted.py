@@ -82,6 +82,7 @@ def test_answers_are_those_of_greedy_decoding_in_unequal_batches(models, family)
 
 
 DRAFTS = ["right", "damaged", "random", "empty", "long", "repeated", "stop first", "special"]
+DRAFTS += ["stop alone", "stop inside", "one token"]
 
 
 @torch.no_grad()
@@ -103,11 +104,32 @@ def test_any_draft_gives_the_same_tokens(models, monkeypatch, family, data):
             damaged.insert(one % (len(damaged) + 1), one)
         kinds = [answer, damaged, noise, [], (answer + noise) * 6, [*answer, *answer], stop * 2 + answer]
         kinds.append([model.audio_id - 1, *model.tokenizer.all_special_ids, *answer])
+        half = len(answer) // 2
+        kinds += [stop[:1], [*answer[:half], *stop, *answer[half:]], (answer[:1] or [5]) * 40]
         drafts.append(kinds[data.draw(st.integers(0, len(DRAFTS) - 1))])
     use_drafts(monkeypatch, model, drafts)
     longest = data.draw(st.integers(1, 9))
     assert model.generate(batch, drafted=Drafting(longest), **options) == greedy
     assert model.drafted_passes is not None
+
+
+@torch.no_grad()
+def test_answers_end_at_an_end_of_turn_inside_the_draft(models, monkeypatch):
+    """The end of turn is a token that the LLM writes early: rows end at different places, drafts go on."""
+    model = models("gemma3_text")
+    batch = conversations(model, [0, 2, 3])
+    whole = model.generate(batch, max_new_tokens=14)
+    ends = stop_ids(model.tokenizer)
+    stop = whole[0][3]
+    monkeypatch.setattr("model.generation.greedy.end_ids", lambda *_: [*ends, stop])
+    for most in (1, 14):
+        wanted = [answer[:most] for answer in whole]
+        wanted = [answer[: answer.index(stop)] if stop in answer else answer for answer in wanted]
+        for drafts in (whole, [[stop, *answer] for answer in whole], [[stop]] * len(whole)):
+            use_drafts(monkeypatch, model, drafts)
+            assert model.generate(batch, max_new_tokens=most, drafted=Drafting(16)) == wanted
+            assert model.drafted_passes is not None
+    assert len(wanted[0]) <= 3 < max(map(len, wanted))
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ def files(tmp_path):
 
 def run(folders, *more) -> int:
     return transcribe.main(
-        [str(folders / "shrinking"), *map(str, more), "--device", "cpu", "--max-new-tokens", "6"]
+        [str(folders / "shrinking"), "--device", "cpu", "--max-new-tokens", "6", *map(str, more)]
     )
 
 
@@ -71,6 +71,11 @@ def test_a_bad_file_is_named_and_the_others_are_transcribed(folders, files, tmp_
         (["--format", "srt"], "give --out DIR"),
         (["--hotwords", "none.txt"], "there is no such file"),
         (["--hotwords", " , "], "holds no words"),
+        (["--hotwords", "/"], "is a folder"),
+        (["--hotwords", "lists/words"], "there is no such file"),
+        (["--out", __file__], "is a file; give a folder"),
+        (["--device", "gpu0"], "device gpu0 cannot be used"),
+        (["--device", "cuda:77"], "device cuda:77 cannot be used"),
         (["--hotwords", "a,b", "--decode", "ctc"], "give decode='joint'"),
         (["--window-seconds", "1000"], "more than this model takes"),
         (["--gate", "nan"], "gate is nan"),
@@ -81,6 +86,21 @@ def test_what_cannot_be_done_is_one_line(folders, files, capsys, more, words):
     out, err = capsys.readouterr()
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert not out and len(errors) == 1 and words in errors[0]
+
+
+def test_hotwords_without_an_llm_are_refused(folders, files, capsys):
+    for more in ([], ["--hotwords-in-prompt"]):
+        command = [str(folders / "alignment"), str(files[0]), "--hotwords", "a,b", *more, "--device", "cpu"]
+        assert transcribe.main(command) == 2
+        out, err = capsys.readouterr()
+        assert not out and "error: hotwords need the LLM" in err
+
+
+def test_a_recording_without_speech_is_noted(folders, tmp_path, capsys):
+    soundfile.write(tmp_path / "short.wav", np.zeros(800), 16000)
+    assert run(folders, tmp_path / "short.wav", "--quiet") == 0
+    out, err = capsys.readouterr()
+    assert out == "\n" and f"warning: {tmp_path / 'short.wav'}: no speech was found" in err
 
 
 def test_two_files_of_one_name_are_refused(folders, files, tmp_path, capsys):

@@ -11,8 +11,9 @@ import torch
 
 import soundwave
 from model.generation.joint import JointSearch
+from model.generation.timestamps import frame_seconds
 from soundwave.decoding import Decoding
-from soundwave.recogniser import Options, batches
+from soundwave.recogniser import Options, _Job, batches
 from soundwave.windows import Window
 from tests.soundwave.conftest import wave
 
@@ -71,6 +72,95 @@ def test_windows_of_a_long_recording_are_its_transcript(speaker, long, decode):
     assert starts == sorted(starts)
     for before, after in zip(whole.segments, whole.segments[1:], strict=False):
         assert before.end <= after.start + 1e-6
+
+
+@pytest.fixture
+def encoded_seconds(speaker, monkeypatch) -> list[float]:
+    """Seconds of audio of each call of the encoder."""
+    seconds: list[float] = []
+    forward = speaker.network.encoder.forward
+
+    def counted(waveforms, lengths, *more):
+        seconds.append(int(lengths.sum()) / 16000)
+        return forward(waveforms, lengths, *more)
+
+    monkeypatch.setattr(speaker.network.encoder, "forward", counted)
+    return seconds
+
+
+@pytest.mark.parametrize("decode", ["ctc", "greedy", "drafted", "joint"])
+def test_a_long_recording_is_encoded_once(speaker, encoded_seconds, monkeypatch, decode):
+    monkeypatch.setattr("soundwave.windows.CONTEXT_SECONDS", 0.1)
+    monkeypatch.setattr("soundwave.recogniser.CONTEXT_SECONDS", 0.1)
+    clip = np.concatenate([wave(2.6, seed) for seed in range(3)])
+    found = speaker.transcribe(clip, decode=decode, timestamps="word", window_seconds=1.0, **SHORT)
+    assert len(found.segments) > 6
+    assert len(clip) / 16000 <= sum(encoded_seconds) < 1.4 * len(clip) / 16000  # with context
+
+
+def test_windows_have_the_frames_of_the_scan(speaker, long, monkeypatch):
+    """One chunk holds the recording here: the windows' frames, one after another, are the recording's."""
+    monkeypatch.setattr(speaker, "_chunk", lambda longest: 30 * 16000)
+    setup = speaker._setup(Options(window_seconds=1.0))
+    windows = [piece.window for piece in speaker._pieces(long, 16000, setup, _Job(0))]
+    _, whole = speaker._encoded([long], "x")
+    _, audio = speaker._encoded(windows, "x")
+    assert len(windows) > 4 and sum(audio.lengths.tolist()) == int(whole.lengths[0])
+    for name in ("hidden", "argmax", "peak", "blank_logprob"):
+        rows, wanted = getattr(audio, name), getattr(whole, name)[0]
+        joined = torch.cat([row[:length] for row, length in zip(rows, audio.lengths, strict=True)])
+        torch.testing.assert_close(joined, wanted, atol=1e-4, rtol=1e-4)
+    frame = round(frame_seconds(speaker.network) * 16000)
+    for window, length in zip(windows, audio.lengths.tolist(), strict=True):
+        assert window.frames_origin % frame == 0 and window.start <= window.frames_origin
+        assert window.frames_origin + (length - 1) * frame < window.start + len(window.samples)
+
+
+def test_scanned_and_short_recordings_share_a_batch(speaker, long):
+    options = Options(window_seconds=2.0, timestamps="word", **SHORT)
+    clips = [long, wave(0.8, 4), long[:40000]]
+    together = list(speaker.transcribe_all(clips, options=options))
+    for clip, found in zip(clips, together, strict=True):
+        alone = next(iter(speaker.transcribe_all([clip], options=options)))
+        assert alone.text == found.text
+        assert [w.start for w in alone.words] == pytest.approx([w.start for w in found.words])
+
+
+def test_frames_of_a_filled_up_clip_are_not_reused(speaker, long, monkeypatch):
+    monkeypatch.setattr(speaker.network.config.alignment, "ctc_length", "full")
+    setup = speaker._setup(Options(window_seconds=1.0))
+    pieces = list(speaker._pieces(long, 16000, setup, _Job(0)))
+    assert len(pieces) > 4 and not any(piece.window.outputs for piece in pieces)
+
+
+def test_windows_may_be_as_long_as_the_model_takes(speaker, long, encoded_seconds, monkeypatch):
+    for owner in (speaker.network.encoder, speaker.network.config.encoder):
+        monkeypatch.setattr(owner, "max_seconds", 2.0)
+    assert speaker.transcribe(long, window_seconds=2.0, pause_seconds=0, **SHORT).segments[-1].end > 4
+    assert len(encoded_seconds) > 1
+
+
+def test_a_padded_encoder_scans_whole_paddings(speaker, long, encoded_seconds, monkeypatch):
+    monkeypatch.setattr(speaker.network.encoder, "pad_to_samples", 10 * 16000)
+    found = speaker.transcribe(long, decode="ctc", window_seconds=1.0)
+    assert len(found.segments) > 4 and encoded_seconds == [len(long) / 16000]
+
+
+def test_answers_are_drafted_by_default_where_they_are_those_of_greedy(speaker, monkeypatch, caplog):
+    def chosen(**options) -> str:
+        return speaker._setup(Options(**options)).decoding.decode
+
+    assert chosen() == "drafted" and chosen(decode="greedy") == "greedy"
+    assert chosen(hotwords=["a"]) == "joint" and chosen(hotwords=["a"], hotwords_in_prompt=True) == "drafted"
+    with monkeypatch.context() as patch:
+        patch.setattr("soundwave.recogniser.refusal", lambda *_: "its cache cannot be cut")
+        assert chosen() == "greedy"
+    with monkeypatch.context() as patch:
+        patch.setattr(next(speaker.network.llm.parameters()), "data", torch.zeros(1, dtype=torch.bfloat16))
+        assert chosen() == "greedy"
+    clip = wave(1.3, 1)
+    assert speaker.transcribe(clip, **SHORT) == speaker.transcribe(clip, decode="greedy", **SHORT)
+    assert not caplog.records
 
 
 def test_files_bytes_and_arrays_are_the_same_recording(speaker, long, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from unittest.mock import patch
 
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +26,9 @@ class Head:
         found = []
         for chunk in chunks:
             numbers = chunk[::FRAME].astype(int) // FRAME
-            found.append(Frames(self.blank[numbers], self.begins[numbers]))
+            kept = numbers[: max(1, len(numbers) - 1)]  # an encoder that leaves out the last frame
+            outputs = (torch.from_numpy(kept), torch.from_numpy(kept).float()[:, None])
+            found.append(Frames(self.blank[kept], self.begins[kept], outputs))
         return found
 
 
@@ -47,6 +50,7 @@ recordings = st.integers(1, 3000).flatmap(
         st.integers(0, 70),
         st.integers(0, 9),
         st.integers(0, 3000),
+        st.none() | st.integers(4 * FRAME, 600),
     )
 )
 
@@ -54,20 +58,21 @@ recordings = st.integers(1, 3000).flatmap(
 @given(recordings)
 @settings(max_examples=120, deadline=None)
 def test_windows_hold_each_sample_once_and_end_in_pauses(drawn):
-    size, seed, share, blocks, longest, overlap, pause, together = drawn
+    size, seed, share, blocks, longest, overlap, pause, together, chunk = drawn
     random = np.random.default_rng(seed)
     frames = size // FRAME + 1
     blank, begins = random.random(frames) < share, random.random(frames) < 0.5
     blank[frames // 3 : frames // 2] |= seed % 2 == 0  # a long silence
     samples = np.arange(size, dtype=np.float32)
     options = dict(longest=longest * FRAME, overlap=overlap, pause=pause * FRAME, scan_samples=together)
+    head = Head(blank, begins)
     with (
         patch("soundwave.windows.CONTEXT_SECONDS", 60 / 16000),
         patch("soundwave.windows.LOOKAHEAD_SECONDS", 90 / 16000),
         patch("soundwave.windows.SHORTEST_SECONDS", 40 / 16000),
         patch("soundwave.windows.MARGIN_SECONDS", 50 / 16000),
     ):
-        windows = cut(Head(blank, begins), samples, blocks, **options)
+        windows = cut(head, samples, blocks, chunk=chunk, **options)
         again = cut(Head(blank, begins), samples, [], **options | {"scan_samples": 0})
 
     assert windows[0].body_start == 0 and windows[-1].body_end == size
@@ -82,6 +87,18 @@ def test_windows_hold_each_sample_once_and_end_in_pauses(drawn):
         last = (window.body_start + longest * FRAME - FRAME // 2) // FRAME
         assert blank[window.body_end // FRAME] or not blank[first : last + 1].any()
     assert [(w.body_start, w.body_end) for w in again] == [(w.body_start, w.body_end) for w in windows]
+    if chunk is not None:
+        assert max((length for call in head.calls for length in call), default=0) <= chunk
+    for window in windows:
+        stop = window.start + len(window.samples)
+        begun = np.arange(-(-window.start // FRAME), -(-stop // FRAME))  # frames that begin in it
+        if window.outputs:
+            assert window.frames_origin == begun[0] * FRAME
+            last = min(len(begun), -(-size // FRAME) - 1 - begun[0])  # the recording's last one is left out
+            for output in window.outputs:
+                assert len(output) == len(begun) and output.flatten()[:last].tolist() == begun[:last].tolist()
+        else:
+            assert window.frames_origin == window.start
 
 
 def frames(text: str) -> tuple[np.ndarray, np.ndarray]:
