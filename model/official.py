@@ -43,7 +43,18 @@ from model import identity
 from model.config import SoundwaveConfig, official_switches
 from model.folder import ADAPTERS, CONFIG, LORA, FolderError, describe, read_config
 from model.language_model import load_tokenizer
-from model.pretrained import Source, fingerprint, locate, read_json, reading, tensor_files, write_tensors
+from model.pretrained import (
+    NotOnHub,
+    Source,
+    SourceError,
+    fingerprint,
+    hub_folder,
+    locate,
+    read_json,
+    reading,
+    tensor_files,
+    write_tensors,
+)
 from model.stages import SFT, STAGES
 
 SHARD_BYTES = 4 << 30
@@ -123,16 +134,34 @@ def stream_tensors(folder: Path, progress: str) -> Iterator[tuple[str, torch.Ten
 
 
 def from_official(folder: str | Path, out: str | Path, *, encoder: str | None = None) -> Path:
-    """The release's folder as a model folder of ours with its LLM (and encoder, if the checkpoint holds it)
-    inside.
+    """The release's folder, or hub name, as a model folder of ours with its LLM (and encoder, if the
+    checkpoint holds it) inside.
 
     encoder: Whisper's folder or hub name where the checkpoint has no `audio_tower` tensors (default: what its
     config names).
     Errors: FolderError for a tokenizer that is missing or lacks `<audio_patch>`, and for tensors that are
-    missing or unknown.
+    missing or unknown; SourceError for a name that is no folder and cannot be fetched.
     """
-    with reading(folder, "layout of the release"):
-        return _from_official(Path(folder), Path(out), encoder)
+    found = _located(str(folder))
+    with reading(found, "layout of the release"):
+        return _from_official(found, Path(out), encoder)
+
+
+def _located(name: str) -> Path:
+    """Return the folder of the official checkpoint, a hub name's from the cache or fetched. Errors:
+    SourceError."""
+    folder = Path(name).expanduser()
+    if folder.exists():
+        return folder
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise SourceError(f"{name} does not exist: give the official checkpoint's folder, or its hub name")
+    try:
+        return hub_folder(name)
+    except NotOnHub as error:
+        raise SourceError(
+            f"'{name}' is neither a folder nor in the hub cache ({error}); fetch it on a machine with "
+            f"network (hf download {name}) or give a folder"
+        ) from None
 
 
 def _from_official(folder: Path, out: Path, encoder: str | None) -> Path:
@@ -191,6 +220,8 @@ def _from_official(folder: Path, out: Path, encoder: str | None) -> Path:
         config.encoder.name = "encoder"
     else:
         config.encoder.name = encoder or (str(beside.resolve()) if named and beside.is_dir() else named)
+        if encoder and Path(encoder).expanduser().is_dir():  # found from any folder
+            config.encoder.name = str(Path(encoder).expanduser().resolve())
     config.llm.name, config.llm.lora_r = "llm", 0
     write_tensors(adapters, out / ADAPTERS)
     sources = {

@@ -91,7 +91,9 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    steps: int = number(4000, least=1, most=MOST_STEPS)
+    # The stage's length: steps or epochs. A layer that sets one of them replaces the other.
+    steps: int | None = number(4000, least=1, most=MOST_STEPS)
+    epochs: float | None = number(None, above=0)  # as much audio as so many epochs of data.train hold
     lr_adapters: float = number(1e-3, least=0)
     lr_ctc_head: float = number(1e-3, least=0)
     lr_lora: float = number(2e-4, least=0)
@@ -103,6 +105,14 @@ class OptimConfig:
     min_lr_share: float = number(0.05, least=0, most=1)  # where the schedule ends, as a share of the peak
     grad_clip: float = number(1.0, above=0)
     activation_checkpointing: bool = False
+
+    @property
+    def total_steps(self) -> int:
+        """The optimizer steps of the stage. Errors: RuntimeError where `epochs` is not resolved yet
+        (stream/epochs.py)."""
+        if self.steps is None:
+            raise RuntimeError("optim.epochs is not resolved: call stream.epochs.resolve_steps first")
+        return self.steps
 
 
 @dataclass
@@ -215,6 +225,13 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     return _inherit(recipe, layers, start)
 
 
+def loadable(recipe: Recipe) -> Recipe:
+    """Return the recipe as a file holds it: without the steps that its epochs make."""
+    if recipe.optim.epochs is None:
+        return recipe
+    return dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, steps=None))
+
+
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -303,6 +320,7 @@ def _merge(merged: DictConfig, layers: list[tuple[str, DictConfig]]) -> Recipe:
         for key in CORPORA:
             _check_corpora(where, key, content.get("data") or {})
         merged = _merge_layer(merged, where, layer, content)
+    _set_length(merged, layers)
     try:
         recipe = OmegaConf.to_object(merged)
     except (
@@ -338,6 +356,24 @@ def _merge_layer(merged: DictConfig, where: str, layer: DictConfig, content: dic
             except Exception:  # the same one
                 raise RecipeError(f"{where}: {_key(path)} {_needs(path, value)}") from None
         raise
+
+
+def _set_length(merged: DictConfig, layers: list[tuple[str, DictConfig]]) -> None:
+    """Keep `optim.steps` or `optim.epochs`, whichever the last layer sets that sets one. Errors: RecipeError
+    where one file, or the command line, sets both, or the recipe ends up with none."""
+    given: dict[str, set[str]] = {}
+    for where, layer in layers:
+        optim = OmegaConf.to_container(layer).get("optim") or {}
+        given.setdefault(where, set()).update(
+            key for key in ("steps", "epochs") if optim.get(key) is not None
+        )
+    for where, keys in given.items():
+        if len(keys) == 2:
+            raise RecipeError(f"{where}: optim.steps and optim.epochs are both set: keep one of them")
+    if last := [keys for keys in given.values() if keys]:
+        merged.optim["epochs" if "steps" in last[-1] else "steps"] = None
+    if merged.optim.steps is None and merged.optim.epochs is None:
+        raise RecipeError(f"{_origin(layers, 'optim.steps')}optim.steps is null: give steps, or optim.epochs")
 
 
 def _check_corpora(where: str, key: str, data: dict) -> None:

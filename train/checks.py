@@ -38,10 +38,10 @@ def check(recipe: Recipe) -> None:
 
 def warnings_of(recipe: Recipe) -> list[str]:
     """What is legal and seldom meant."""
-    optim = recipe.optim
-    if optim.warmup_steps < optim.steps or optim.warmup_steps == 0:
+    optim, steps = recipe.optim, recipe.optim.total_steps
+    if optim.warmup_steps < steps or optim.warmup_steps == 0:
         return []
     return [
-        f"optim.warmup_steps={optim.warmup_steps} is not below optim.steps={optim.steps}: the learning rate "
-        f"rises to {optim.steps / optim.warmup_steps:.0%} of its peak in the last step and never falls"
+        f"optim.warmup_steps={optim.warmup_steps} is not below optim.steps={steps}: the learning rate "
+        f"rises to {steps / optim.warmup_steps:.0%} of its peak in the last step and never falls"
     ]

@@ -20,6 +20,7 @@ from model.pretrained import SourceError, locate, presets, tensor_files
 from model.soundwave import Soundwave
 from recipe.config import Recipe, RecipeError
 from recipe.stages import NotThereYet, initial_folder, losses_of, stage_folder, stage_of
+from stream.epochs import resolve_steps
 from stream.plan import Plan, is_plain_stream, load_index
 from train import zero
 from train.checkpoint import compatibility
@@ -163,8 +164,9 @@ def missing(recipe: Recipe) -> list[str]:
 
 def _plan(recipe: Recipe, ready: bool) -> list[str]:
     """Hours of audio, and epochs of each source if the data is packed."""
-    steps, seconds = recipe.optim.steps, recipe.data.batch_seconds
-    lines = [f"{steps} steps x {seconds:g} s of audio = {steps * seconds / 3600:,.1f} hours"]
+    steps, seconds = recipe.optim.total_steps, recipe.data.batch_seconds
+    epochs = f" (optim.epochs={recipe.optim.epochs:g})" if recipe.optim.epochs else ""
+    lines = [f"{steps} steps{epochs} x {seconds:g} s of audio = {steps * seconds / 3600:,.1f} hours"]
     if ready:
         plan = Plan.open(recipe.data, recipe.stage, steps)
         passes = ", ".join(f"{name} {number:.2f}" for name, number in plan.passes(steps).items())
@@ -181,6 +183,7 @@ def dry_run(recipe: Recipe) -> int:
     from train.checks import check, warnings_of
 
     check(recipe)
+    resolve_steps(recipe)
     is_finished = compatibility.finished(recipe)
     if not is_finished:
         compatibility.check_checkpoint(recipe)
@@ -235,7 +238,7 @@ def dry_run(recipe: Recipe) -> int:
     # Speech gives some 3 words a second; prompt and answer together about three times that in positions.
     tokens = 9 * seconds if stage.score == "generate" else 0
     per_step = sum(flops.step(frames, clips, tokens, clips, tokens / 2).values())
-    hours = per_step * recipe.optim.steps / (ASSUMED_UTILISATION * PEAKS["H100"]) / 3600
+    hours = per_step * recipe.optim.total_steps / (ASSUMED_UTILISATION * PEAKS["H100"]) / 3600
     print(
         f"arithmetic: {per_step / 1e15:.2f} PFLOP a step (clips of 10 s), {hours:,.1f} H100 hours in all if "
         f"{ASSUMED_UTILISATION:.0%} of {PEAKS['H100'] / 1e12:.0f} TFLOP/s are reached (an assumption, not a "

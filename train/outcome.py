@@ -53,7 +53,8 @@ class RunStatus:
         self.values: dict = {
             "stage": recipe.stage,
             "losses": list(losses_of(recipe)),
-            "steps": recipe.optim.steps,
+            "steps": recipe.optim.total_steps,
+            "epochs": recipe.optim.epochs,
             "world_size": ranks.world_size,
             "started": time.time(),
             "host": os.uname().nodename,

@@ -113,7 +113,7 @@ class Trainer:
             self.folder,
             ranks,
             first_step=progress.step,
-            steps=recipe.optim.steps,
+            steps=recipe.optim.total_steps,
             stage=f"stage {self.stage.number}",
             tensorboard=recipe.log.tensorboard,
         )
@@ -125,7 +125,7 @@ class Trainer:
         recipe, at = self.recipe, self.progress
         self._before_the_first_step()
         stream, batches = self._open_stream()
-        while at.step < recipe.optim.steps:
+        while at.step < recipe.optim.total_steps:
             began = time.perf_counter()
             taken = self._take(batches)
             stop_reason = self.preemption.stop_reason(self.checkpoints.save_seconds, at.step_seconds)
@@ -155,7 +155,7 @@ class Trainer:
             if difference := self._difference_of_ranks():
                 stream.close()
                 return self._end_by_divergence(difference)
-            is_last = at.step == recipe.optim.steps
+            is_last = at.step == recipe.optim.total_steps
             has_improved = self._validate_if_due(is_last)
             is_due = at.step % recipe.checkpoint.every_steps == 0
             if counts.flags.save or has_improved or is_last or is_due:
@@ -195,7 +195,7 @@ class Trainer:
             self.ranks.rank,
             self.ranks.world_size,
             start_step=at.step + at.data_offset,
-            steps=recipe.optim.steps + at.data_offset,
+            steps=recipe.optim.total_steps + at.data_offset,
             rejected_path=self.folder / "rejected.jsonl",
             plan=self.plan,
             row_limit=self.row_limit,

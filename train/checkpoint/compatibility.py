@@ -42,6 +42,7 @@ _FREE = (
     "data.max_rejected_share",
     "data.micro_batch_seconds",  # the global batches, hence the gradients, stay the same
     "optim.activation_checkpointing",
+    "optim.epochs",  # the steps that they make are compared
     "health.desync_every_steps",
     "init_from",
     "init_accept",
@@ -179,12 +180,12 @@ def accepted_differences(
 
 def check_steps(recipe: Recipe, step: int, where: Path) -> None:
     """Errors: RecipeError where the recipe ends before a checkpoint's or model's step."""
-    if recipe.optim.steps < step:
+    if recipe.optim.total_steps < step:
         raise RecipeError(
-            f"optim.steps is {recipe.optim.steps}, and {where} is at step {step} already: give at least "
+            f"optim.steps is {recipe.optim.total_steps}, and {where} is at step {step} already: give at least "
             f"{step}, "
             "choose "
-            f"another output, or remove what was saved after step {recipe.optim.steps}"
+            f"another output, or remove what was saved after step {recipe.optim.total_steps}"
         )
 
 
@@ -215,10 +216,10 @@ def finished(recipe: Recipe) -> bool:
     if described is None or (_read(folder.parent / "run.json") or {}).get("status") != "done":
         return False
     if "recipe" not in described:  # not written by training
-        return _read(folder.parent / "run.json").get("steps") == recipe.optim.steps
+        return _read(folder.parent / "run.json").get("steps") == recipe.optim.total_steps
     recorded = described["recipe"]
     check_steps(recipe, described["step"], folder)
-    further = recipe.optim.steps > described["step"]
+    further = recipe.optim.total_steps > described["step"]
     ways_out = (
         f"give the old one back, choose another output, or remove {folder.parent} to train the stage again; "
         f"to "
@@ -251,7 +252,7 @@ def finished(recipe: Recipe) -> bool:
     compare(saved, now)
     if further and not step_folders(stage_folder(recipe) / "checkpoints"):
         raise RecipeError(
-            f"optim.steps is {recipe.optim.steps}, and {folder} was trained for {described['step']}: no "
+            f"optim.steps is {recipe.optim.total_steps}, and {folder} was trained for {described['step']}: no "
             f"checkpoint "
             f"is left to continue from; choose another output with init_from={folder}"
         )
@@ -334,7 +335,7 @@ def _index(recipe: Recipe, recorded: dict, fingerprint: str) -> str:
     from stream.plan import Plan
 
     try:
-        return Plan.open(recipe.data, recipe.stage, recipe.optim.steps).fingerprint
+        return Plan.open(recipe.data, recipe.stage, recipe.optim.total_steps).fingerprint
     except RecipeError:
         if [corpus.shards for corpus in recipe.data.train] == [
             corpus["shards"] for corpus in recorded["data"]["train"]
