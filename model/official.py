@@ -219,9 +219,7 @@ def _from_official(folder: Path, out: Path, encoder: str | None) -> Path:
         shutil.copyfile(source / "config.json", out / "encoder" / "config.json")
         config.encoder.name = "encoder"
     else:
-        config.encoder.name = encoder or (str(beside.resolve()) if named and beside.is_dir() else named)
-        if encoder and Path(encoder).expanduser().is_dir():  # found from any folder
-            config.encoder.name = str(Path(encoder).expanduser().resolve())
+        config.encoder.name = _anywhere(encoder or (str(beside) if named and beside.is_dir() else named))
     config.llm.name, config.llm.lora_r = "llm", 0
     write_tensors(adapters, out / ADAPTERS)
     sources = {
@@ -245,6 +243,12 @@ def _from_official(folder: Path, out: Path, encoder: str | None) -> Path:
         + "\n"
     )
     return out
+
+
+def _anywhere(name: str) -> str:
+    """Return a folder's absolute path, so that it is found from any folder; a hub name as it is."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if name and folder.is_dir() else name
 
 
 def _expected_names(theirs: dict) -> dict[str, str]:

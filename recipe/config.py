@@ -91,7 +91,7 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    # The stage's length: steps or epochs. A layer that sets one of them replaces the other.
+    # The stage's length: steps or epochs. A layer that sets one replaces the other.
     steps: int | None = number(4000, least=1, most=MOST_STEPS)
     epochs: float | None = number(None, above=0)  # as much audio as so many epochs of data.train hold
     lr_adapters: float = number(1e-3, least=0)
@@ -146,7 +146,8 @@ class LogConfig:
     gather_to_validate: bool = (
         True  # ZeRO-3: hold the whole model on every rank while validating; false: layer by layer
     )
-    tensorboard: bool = True
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # tensorboard | wandb | mlflow
+    tensorboard: bool = True  # false: leave it out of `trackers`
 
 
 @dataclass
@@ -369,7 +370,7 @@ def _set_length(merged: DictConfig, layers: list[tuple[str, DictConfig]]) -> Non
         )
     for where, keys in given.items():
         if len(keys) == 2:
-            raise RecipeError(f"{where}: optim.steps and optim.epochs are both set: keep one of them")
+            raise RecipeError(f"{where}: optim.steps and optim.epochs are both set: keep one")
     if last := [keys for keys in given.values() if keys]:
         merged.optim["epochs" if "steps" in last[-1] else "steps"] = None
     if merged.optim.steps is None and merged.optim.epochs is None:

@@ -194,7 +194,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def report(facts: dict, recipe: Recipe, ranks: int) -> str:
     lines = [
-        f"stage {recipe.stage}: {recipe.optim.total_steps} steps of {recipe.data.batch_seconds:g} s on {ranks} "
+        f"stage {recipe.stage}: {recipe.optim.total_steps} steps of {recipe.data.batch_seconds:g} s on "
+        f"{ranks} "
         f"rank(s); plan "
         f"{facts['fingerprint'][:12]} in {facts['plan_seconds']:.2f} s; shuffle quality "
         f"{facts['shuffle_quality']:.2f}",

@@ -8,6 +8,7 @@ from recipe.config import Recipe, RecipeError
 from recipe.stages import check_trains_something, losses_of, stage_folder
 from stream import augment
 from train import zero
+from train.trackers import check_trackers
 from train.validate import SCORES
 
 
@@ -24,6 +25,7 @@ def check(recipe: Recipe) -> None:
             check_place(stage_folder(recipe) / name)
         except FolderError as error:
             raise RecipeError(str(error)) from None
+    check_trackers(recipe.log)
     zero.resolve(recipe, hidden_size=1024)
     augment.check(recipe.data)
     if recipe.data.ctc_text not in NORMALISATIONS:

@@ -36,6 +36,7 @@ from train.preemption import FAILED, WRONG_INPUT, Preemption
 from train.profiling import Profiler
 from train.step_counts import StepCounts, StepFlags, StreamSums
 from train.telemetry import Meter, Telemetry
+from train.trackers import tracker_names
 from train.validate import RATES, ValidationSet, chosen_by, is_better, validate
 
 logger = logging.getLogger("soundwave")
@@ -115,7 +116,8 @@ class Trainer:
             first_step=progress.step,
             steps=recipe.optim.total_steps,
             stage=f"stage {self.stage.number}",
-            tensorboard=recipe.log.tensorboard,
+            trackers=tracker_names(recipe.log),
+            settings=dataclasses.asdict(recipe),
         )
 
     # ---- the loop
@@ -167,7 +169,7 @@ class Trainer:
     def close(self, outcome: RunOutcome) -> None:
         """Close files; wait for the checkpoint in progress and its copy (shortly, where a time limit is
         near)."""
-        self.log.close()
+        self.log.close(hurry=outcome.status == "preempted")
         self.profiler.close()
         self.checkpoints.close(hurry=outcome.status == "preempted")
 
@@ -349,7 +351,7 @@ class Trainer:
             )
         self.log.scalars("valid", step, result)
         if samples:
-            self.log.text("valid/samples", step, "\n\n".join(f"**{r}** → {h}" for r, h in samples[:8]))
+            self.log.table("valid/samples", step, ["reference", "hypothesis"], [list(s) for s in samples[:8]])
         if self.ranks.is_main:
             rates = [f"{name.upper()} {result[name]:.3f}" for name in RATES if name in result]
             logger.info("step %d: validation %s", step, ", ".join([*rates, f"loss {result['loss']:.3f}"]))

@@ -33,7 +33,7 @@ SMALL = [
     "data.workers=0",
     "model.llm.lora_r=4",
     "optim.warmup_steps=2",
-    "optim.lr_adapters=0.003",
+    "optim.lr_adapters=0.0002",
     "optim.lr_lora=0.003",
     "log.validate_every_steps=100",
     "log.validate_utterances=6",
@@ -128,7 +128,7 @@ def length(place: Path, *overrides: str) -> int:
 @pytest.mark.parametrize("epochs", [0.5, 1, 3])
 @pytest.mark.parametrize("seconds", [4, 7.5])
 def test_steps_are_the_fewest_that_hold_the_epochs(place, epochs, seconds):
-    """Of 40 clips of 0.3 to 1.2 s, 8 without audio: 32 clips hold 23.6 s (stage I trains on transcripts)."""
+    """Of 40 clips of 0.3 to 1.2 s, 8 without audio: 32 clips hold 23.6 s (stage 1 trains on transcripts)."""
     given = [f"data.batch_seconds={seconds}", f"optim.epochs={epochs}"]
     recipe = load_recipe(ROOT / "train/recipes/stage1.yaml", [*settings(place)[2:3], *given])
     assert resolve_steps(recipe)
@@ -221,7 +221,7 @@ def test_the_official_checkpoint_is_found_by_hub_name(place, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("nobody/Soundwave", "'nobody/Soundwave' is neither a folder nor in the hub cache"),
+        ("absent/Soundwave", "'absent/Soundwave' is neither a folder nor in the hub cache"),
         ("./missing", "./missing does not exist: give the official checkpoint's folder, or its hub name"),
         ("missing", "missing does not exist"),
     ],

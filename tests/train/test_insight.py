@@ -143,7 +143,7 @@ def test_curves_sum_what_is_counted_and_take_the_last_of_repeated_steps():
 
 def test_totals_and_lines_survive_a_kill(tmp_path):
     def start(first_step: int) -> Telemetry:
-        return Telemetry(tmp_path, ALONE, first_step=first_step, steps=9, stage="test", tensorboard=False)
+        return Telemetry(tmp_path, ALONE, first_step=first_step, steps=9, stage="test", trackers=[])
 
     log = start(0)
     for step in range(4):

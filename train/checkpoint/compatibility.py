@@ -182,9 +182,8 @@ def check_steps(recipe: Recipe, step: int, where: Path) -> None:
     """Errors: RecipeError where the recipe ends before a checkpoint's or model's step."""
     if recipe.optim.total_steps < step:
         raise RecipeError(
-            f"optim.steps is {recipe.optim.total_steps}, and {where} is at step {step} already: give at least "
-            f"{step}, "
-            "choose "
+            f"optim.steps is {recipe.optim.total_steps}, and {where} is at step {step} already: give at "
+            f"least {step}, choose "
             f"another output, or remove what was saved after step {recipe.optim.total_steps}"
         )
 
@@ -252,9 +251,9 @@ def finished(recipe: Recipe) -> bool:
     compare(saved, now)
     if further and not step_folders(stage_folder(recipe) / "checkpoints"):
         raise RecipeError(
-            f"optim.steps is {recipe.optim.total_steps}, and {folder} was trained for {described['step']}: no "
-            f"checkpoint "
-            f"is left to continue from; choose another output with init_from={folder}"
+            f"optim.steps is {recipe.optim.total_steps}, and {folder} was trained for "
+            f"{described['step']}: no checkpoint is left to continue from; choose another output with "
+            f"init_from={folder}"
         )
     return not further
 
