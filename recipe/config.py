@@ -39,6 +39,7 @@ class Corpus:
         None, above=0
     )  # explicit weight within its task; null: by its number of utterances
     tasks: list[str] | None = None  # take only these tasks of the folder; null: all
+    name: str | None = None  # data.valid: the set that its scores are shown for
     # Train on this share of its utterances, drawn by id: those of 0.1 are among those of 0.25.
     share: float = number(1.0, above=0, most=1)
     # Where that share begins: 0.75 takes a share of 0.25 from those that share: 0.75 leaves out.
@@ -105,6 +106,7 @@ class OptimConfig:
     min_lr_share: float = number(0.05, least=0, most=1)  # where the schedule ends, as a share of the peak
     grad_clip: float = number(1.0, above=0)
     activation_checkpointing: bool = False
+    stop_after: int | None = number(None, least=1)  # validations without a better score end the stage
 
     @property
     def total_steps(self) -> int:
@@ -127,9 +129,7 @@ class CheckpointConfig:
     every_minutes: float = number(30.0, above=0)  # whichever of the two comes first
     keep_last: int = number(2, least=0)
     keep_best: bool = True
-    best_by: str = (
-        "wer"  # of a validation, the lower the better: wer | cer | mer | loss; of equal ones the lower loss
-    )
+    best_by: str = "wer"  # wer | cer | mer | loss | bleu | ..., or SET/wer; of equal ones the lower loss
     copy_to: str | None = location(None)  # a second folder that gets each finished checkpoint
     accept_changes: list[str] = field(
         default_factory=list

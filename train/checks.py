@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import re
+
 from core.ctc_text import NORMALISATIONS
 from model.folder import FolderError, check_place
 from recipe.config import Recipe, RecipeError
-from recipe.stages import check_trains_something, losses_of, stage_folder
+from recipe.stages import check_trains_something, losses_of, stage_folder, stage_of
 from stream import augment
 from train import zero
 from train.trackers import check_trackers
-from train.validate import SCORES
+from train.validate import scores_of
 
 
 def check(recipe: Recipe) -> None:
     """What can be known without weights or data. Errors: RecipeError."""
     losses_of(recipe)
     check_trains_something(recipe)
-    if recipe.checkpoint.best_by not in SCORES:
-        raise RecipeError(
-            f"checkpoint.best_by: '{recipe.checkpoint.best_by}' is not one of {', '.join(SCORES)}"
-        )
+    check_validation(recipe)
     for name in ("model", "model-best"):
         try:
             check_place(stage_folder(recipe) / name)
@@ -36,6 +35,23 @@ def check(recipe: Recipe) -> None:
         raise RecipeError(
             "data.train is empty: name at least one packed folder, e.g. data.train=[{shards: data/train}]"
         )
+
+
+def check_validation(recipe: Recipe) -> None:
+    """Errors: RecipeError for a score that this stage's validations do not have, a set's name that is none,
+    and early stopping without validation."""
+    known = scores_of(recipe, stage_of(recipe))
+    if recipe.checkpoint.best_by not in known:
+        raise RecipeError(
+            f"checkpoint.best_by: '{recipe.checkpoint.best_by}' is not one of {', '.join(known)}"
+        )
+    for place, corpus in enumerate(recipe.data.valid):
+        if corpus.name is not None and not re.fullmatch(r"\w[\w.-]*", corpus.name):
+            raise RecipeError(
+                f"data.valid[{place}]: name is {corpus.name!r}: use letters, digits, '_', '-' and '.'"
+            )
+    if recipe.optim.stop_after is not None and not recipe.data.valid:
+        raise RecipeError("optim.stop_after needs validation, and data.valid is empty: name a packed folder")
 
 
 def warnings_of(recipe: Recipe) -> list[str]:

@@ -31,8 +31,9 @@ class RunOutcome:
     reason: str | None = None
 
     @classmethod
-    def done(cls, step: int) -> RunOutcome:
-        return cls("done", DONE, step)
+    def done(cls, step: int, reason: str | None = None) -> RunOutcome:
+        """reason: why before the last step."""
+        return cls("done", DONE, step, reason)
 
     @classmethod
     def preempted(cls, step: int | None, reason: str) -> RunOutcome:

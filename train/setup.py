@@ -245,7 +245,9 @@ def restore(
     engine.health.load(state["health"])
     if ranks.is_main:
         logger.info("resuming at step %d from %s", state["step"], saved.folder)
-    return Progress(state["step"], state["data_offset"], best_at(state, recipe.checkpoint.best_by))
+    best = best_at(state, recipe.checkpoint.best_by)
+    without_better = state.get("without_better", 0) if best else 0
+    return Progress(state["step"], state["data_offset"], best, without_better)
 
 
 def log_start(

@@ -22,7 +22,7 @@ from tests.model import tiny
 from train import report, telemetry
 from train.flops import Flops, peak_of
 from train.telemetry import Telemetry
-from train.validate import fixed_clip
+from train.validate import ValidationBatch, fixed_clip
 
 ALONE = Ranks(0, 1, 0, 1, "cpu")
 
@@ -190,12 +190,13 @@ def test_the_fixed_clip_has_its_row_and_median_length(model):
     spoken = tiny.batch(model, chats, [0.9, 0.4], ["the wall", "a"])
     silent = tiny.batch(model, chats[:1], [], [])
     refs = (["four", "the wall", "a"], None)
-    assert fixed_clip([(silent, ["four"], None), (spoken, *refs)], model.audio_id) == (
+    one, two = ValidationBatch(silent, ["four"]), ValidationBatch(spoken, *refs)
+    assert fixed_clip([one, two], model.audio_id) == (
         1,
         0,
         1,
     )  # 0.4 and 0.9: the upper median
-    assert fixed_clip([(silent, ["four"], None)], model.audio_id) == (0, 0, -1)
+    assert fixed_clip([one], model.audio_id) == (0, 0, -1)
 
 
 @pytest.mark.parametrize(

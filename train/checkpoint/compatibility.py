@@ -42,6 +42,7 @@ _FREE = (
     "data.max_rejected_share",
     "data.micro_batch_seconds",  # the global batches, hence the gradients, stay the same
     "optim.activation_checkpointing",
+    "optim.stop_after",
     "optim.epochs",  # the steps that they make are compared
     "health.desync_every_steps",
     "init_from",
@@ -74,7 +75,11 @@ def _is_one_of(key: str, keys: tuple[str, ...]) -> bool:
 def known(corpus: dict) -> dict:
     """A corpus without a key that checkpoints made before there was one do not hold, where it changes
     nothing."""
-    return {key: value for key, value in corpus.items() if (key, value) != ("share_from", 0.0)}
+    return {
+        key: value
+        for key, value in corpus.items()
+        if (key, value) not in (("share_from", 0.0), ("name", None))
+    }
 
 
 def recipe_facts(recipe: Recipe | dict) -> dict[str, object]:
@@ -218,7 +223,9 @@ def finished(recipe: Recipe) -> bool:
         return _read(folder.parent / "run.json").get("steps") == recipe.optim.total_steps
     recorded = described["recipe"]
     check_steps(recipe, described["step"], folder)
-    further = recipe.optim.total_steps > described["step"]
+    is_stopped = described.get("stopped_after") is not None
+    is_stopped &= described.get("stopped_after") == recipe.optim.stop_after
+    further = recipe.optim.total_steps > described["step"] and not is_stopped
     ways_out = (
         f"give the old one back, choose another output, or remove {folder.parent} to train the stage again; "
         f"to "

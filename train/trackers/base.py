@@ -38,6 +38,11 @@ class Tracker(ABC):
     #: The tracker's id of the run, which the next start of the same run is given; None where it needs none.
     run_id: str | None = None
 
+    @classmethod
+    def new_run_id(cls) -> str | None:
+        """Return an id for a new run; None where the tracker's own store makes it, in __init__."""
+        return None
+
     @abstractmethod
     def __init__(self, run: RunInfo): ...
 

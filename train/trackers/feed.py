@@ -18,7 +18,7 @@ from train.trackers.base import TRACKERS, RunInfo, Tracker
 logger = logging.getLogger("soundwave")
 IDS = "trackers.json"  # in the run's folder: the trackers' ids of the run
 WAITING = 10_000  # entries of a tracker that falls behind; further ones are dropped
-CLOSING_SECONDS = 30.0
+CLOSING_SECONDS = 60.0
 HURRIED_SECONDS = 5.0  # where the job's time limit is near
 MOST_FAILURES = 3
 
@@ -71,7 +71,11 @@ class Feed:
 
     def _started(self, run: RunInfo) -> Tracker | None:
         try:
-            tracker = TRACKERS[self.name](run)
+            kind = TRACKERS[self.name]
+            if run.run_id is None and (new := kind.new_run_id()) is not None:
+                self._save_id(self.name, new)  # first: the start may be interrupted
+                run = replace(run, run_id=new)
+            tracker = kind(run)
             if tracker.run_id is not None and tracker.run_id != run.run_id:
                 self._save_id(self.name, tracker.run_id)
             return tracker

@@ -20,11 +20,15 @@ class WandB(Tracker):
 
     package = "wandb"
 
+    @classmethod
+    def new_run_id(cls) -> str:
+        return secrets.token_hex(4)
+
     def __init__(self, run: RunInfo):
         import wandb
 
         mode = os.environ.get("WANDB_MODE", "offline")  # compute nodes often have no network
-        self.run_id = run.run_id or secrets.token_hex(4)
+        self.run_id = run.run_id
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             id=self.run_id,
