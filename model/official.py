@@ -33,6 +33,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -433,16 +434,18 @@ def grow(table: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 class LoRAMerge:
-    """Base tensor + (alpha / r) B A, one tensor at a time, from a peft folder."""
+    """Base tensor + scale x B A, one tensor at a time, from a peft folder; the scale is alpha / r, or
+    alpha / sqrt(r), each layer's own."""
 
     def __init__(self, folder: Path):
         settings = read_json(folder / "adapter_config.json")
         self.folder = folder
         self.parts: dict[str, dict[str, torch.Tensor]] = {}
         with reading(folder, "LoRA"):
-            self.scale = settings["lora_alpha"] / (
-                settings["r"] ** 0.5 if settings.get("use_rslora") else settings["r"]
-            )
+            self.alpha, self.uses_sqrt = settings["lora_alpha"], settings.get("use_rslora", False)
+            self.alphas = settings.get("alpha_pattern") or {}
+            if settings.get("use_dora"):
+                raise FolderError(f"{folder} is DoRA, which is not merged here: merge it with peft")
             self.transposed = settings.get("fan_in_fan_out", False)  # GPT-2 holds its weights so
             for name, tensor in load_file(folder / "adapter_model.safetensors").items():
                 base, part = re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])\.weight", name).groups()
@@ -452,7 +455,9 @@ class LoRAMerge:
         pair = self.parts.pop(name, None)
         if pair is None:
             return tensor
-        change = self.scale * (pair["B"] @ pair["A"])
+        layer, rank = name.removesuffix(".weight"), pair["A"].shape[0]
+        alpha = self.alphas.get(get_pattern_key(list(self.alphas), layer), self.alpha)
+        change = alpha / (rank**0.5 if self.uses_sqrt else rank) * (pair["B"] @ pair["A"])
         return (tensor.float() + (change.T if self.transposed else change)).to(tensor.dtype)
 
     def check_all_used(self) -> None:

@@ -195,6 +195,8 @@ BY_NAME = {
     "data.mixture.task_weights": "{asr: 0.8}",
     "loss.weights": "{my_loss: 0.5}",
     "model.compressor_options": "{stack: 5}",
+    "model.llm.lora_rank_pattern": "{q_proj: 8}",
+    "model.llm.lora_alpha_pattern": "{q_proj: 16}",
 }
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 from pathlib import Path
+from typing import Any
 
 from train.trackers.base import TRACKERS, RunInfo, Tracker
 
@@ -27,7 +28,7 @@ class WandB(Tracker):
     def __init__(self, run: RunInfo):
         import wandb
 
-        mode = os.environ.get("WANDB_MODE", "offline")  # compute nodes often have no network
+        mode: Any = os.environ.get("WANDB_MODE", "offline")  # compute nodes often have no network
         self.run_id = run.run_id
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
@@ -62,7 +63,7 @@ class WandB(Tracker):
     def table(self, step: int, name: str, columns: list[str], rows: list[list[str]]) -> None:
         import wandb
 
-        self.run.log({"step": step, name: wandb.Table(columns=columns, data=rows)})
+        self.run.log({"step": step, name: wandb.Table(columns=list[str | int](columns), data=rows)})
 
     def close(self) -> None:
         self.run.finish()
