@@ -48,6 +48,7 @@ COMMANDS = {
     "serve": Command("serving", "serve a model with an OpenAI-compatible HTTP API"),
     "export": Command("model.export", "export a model folder for transformers, peft and vLLM"),
     "push": Command("model.push", "upload an exported folder to the Hugging Face Hub"),
+    "average": Command("model.average", "average the weights of model folders"),
     "convert": Command("model.convert", "convert the official checkpoint to a model folder, or back"),
 }
 

@@ -32,7 +32,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ROOT / "install" / "locks"
 TOOLS = ROOT / ".cache" / "tools"
-EXTRAS = ("av", "docs", "dev", "dev-cpu", "demo", "serve", "bench", "browser", "gpu", "tools")
+EXTRAS = ("av", "docs", "dev", "dev-cpu", "demo", "serve", "trackers", "bench", "browser", "gpu", "tools")
 OLDEST_PYTHON = "3.11"
 # Packages that only torch's CUDA build needs. (Triton on a CPU machine is a matter of
 # requirements-dev-cpu.txt.)
@@ -327,7 +327,7 @@ def licences() -> None:
         }
 
     with tempfile.TemporaryDirectory() as scratch:
-        for name, files in {"extras": ("demo", "bench"), "tools": ("tools",)}.items():
+        for name, files in {"extras": ("demo", "bench", "trackers"), "tools": ("tools",)}.items():
             run(
                 [
                     sys.executable,
@@ -347,7 +347,9 @@ def licences() -> None:
             )
         rows = {**ask(Path(scratch) / "tools"), **ask(Path(scratch) / "extras"), **ask(None)}
     wanted = {
-        package for name in ("cpu", "deepspeed", "dev", "demo", "bench", "tools") for package in read(name)
+        package
+        for name in ("cpu", "deepspeed", "dev", "demo", "bench", "trackers", "tools")
+        for package in read(name)
     }
     rows = {name: row for name, row in rows.items() if name in wanted}
     table = ["| package | version | licence |", "|---|---|---|"]

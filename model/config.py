@@ -48,6 +48,10 @@ class LLMConfig:
     # null: the linear layers of the LLM's attention | names of linear layers | "all-linear" | a regular
     # expression, as in peft
     lora_targets: Any = names_or_pattern()
+    lora_rslora: bool = False  # scale by alpha / sqrt(r) instead of alpha / r
+    # Other ranks and alphas for some layers, by the end of their names, as in peft: {q_proj: 8}
+    lora_rank_pattern: dict[str, float] = field(default_factory=dict)
+    lora_alpha_pattern: dict[str, float] = field(default_factory=dict)
 
 
 @_strict

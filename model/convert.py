@@ -1,8 +1,10 @@
 """Convert the official checkpoint to a model folder, or a model folder back.
 
-python -m model.convert --from-official DIR --out DIR [--encoder WHISPER]   official folder -> a model
+python -m model.convert --from-official NAME --out DIR [--encoder WHISPER]   a folder or hub name -> a model
 folder of ours
-python -m model.convert --to-official RUN/model --out DIR                   and back, LoRA merged
+python -m model.convert --to-official RUN/model --out DIR                    and back, LoRA merged
+
+Fine-tune the result: train/recipes/finetune.yaml (docs/fine-tune.md).
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument(
-        "--from-official", metavar="DIR", help="official checkpoint: config, safetensors, tokenizer"
+        "--from-official",
+        metavar="NAME",
+        help="the official checkpoint: its folder (config, safetensors, tokenizer) or hub name",
     )
     direction.add_argument("--to-official", metavar="DIR", help="model folder of stage 2 or 3")
     parser.add_argument("--out", required=True, metavar="DIR")
@@ -35,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.from_official:
             from_official(options.from_official, options.out, encoder=options.encoder)
-            print(f"{options.out}: load it with model.folder.load('{options.out}')")
+            print(f"{options.out}: fine-tune it with train/recipes/finetune.yaml init_from={options.out}")
         else:
             to_official(options.to_official, options.out)
             print(f"{options.out}: the official layout, for the authors' code (transformers 4.43)")

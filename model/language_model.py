@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import (
     AddedToken,
@@ -119,6 +120,9 @@ def with_lora(llm: nn.Module, config: LLMConfig, name: str) -> PeftModel:
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
+        use_rslora=config.lora_rslora,
+        rank_pattern=_rank_pattern(config, linear, targets),
+        alpha_pattern=_pattern("lora_alpha_pattern", config.lora_alpha_pattern, linear, targets),
         lora_dropout=config.lora_dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
@@ -132,6 +136,36 @@ def with_lora(llm: nn.Module, config: LLMConfig, name: str) -> PeftModel:
         raise SourceError(
             f"LoRA does not fit {name}: model.llm.lora_targets = {targets} ({str(error).splitlines()[0]})"
         ) from None
+
+
+def _rank_pattern(
+    config: LLMConfig, linear: dict[str, nn.Module], targets: str | list[str]
+) -> dict[str, int]:
+    """Return peft's rank_pattern. Errors: SourceError for a rank that is no whole number above 0."""
+    pattern = _pattern("lora_rank_pattern", config.lora_rank_pattern, linear, targets)
+    for name, rank in pattern.items():
+        if rank != int(rank):
+            raise SourceError(f"model.llm.lora_rank_pattern: {name} has rank {rank:g}: give a whole number")
+    return {name: int(rank) for name, rank in pattern.items()}
+
+
+def _pattern(
+    key: str, pattern: dict[str, float], linear: dict[str, nn.Module], targets: str | list[str]
+) -> dict[str, float]:
+    """Return a pattern by layer names. Errors: SourceError for a name that matches no layer with LoRA, and
+    for a number that is not above 0."""
+    adapted = [name for name in linear if _is_target(name, targets)]
+    for name, value in pattern.items():
+        try:
+            matched = any(get_pattern_key([name], layer) == name for layer in adapted)
+        except re.error as error:
+            raise SourceError(f"model.llm.{key}: '{name}' is no regular expression ({error})") from None
+        if not matched:
+            ends = ", ".join(dict.fromkeys(layer.rpartition(".")[2] for layer in adapted))
+            raise SourceError(f"model.llm.{key}: '{name}' matches no layer with LoRA; those are {ends}")
+        if value <= 0:
+            raise SourceError(f"model.llm.{key}: {name} is {value:g}: must be above 0")
+    return dict(pattern)
 
 
 def _linear_layers(llm: nn.Module) -> dict[str, nn.Module]:

@@ -33,6 +33,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -43,7 +44,18 @@ from model import identity
 from model.config import SoundwaveConfig, official_switches
 from model.folder import ADAPTERS, CONFIG, LORA, FolderError, describe, read_config
 from model.language_model import load_tokenizer
-from model.pretrained import Source, fingerprint, locate, read_json, reading, tensor_files, write_tensors
+from model.pretrained import (
+    NotOnHub,
+    Source,
+    SourceError,
+    fingerprint,
+    hub_folder,
+    locate,
+    read_json,
+    reading,
+    tensor_files,
+    write_tensors,
+)
 from model.stages import SFT, STAGES
 
 SHARD_BYTES = 4 << 30
@@ -123,16 +135,34 @@ def stream_tensors(folder: Path, progress: str) -> Iterator[tuple[str, torch.Ten
 
 
 def from_official(folder: str | Path, out: str | Path, *, encoder: str | None = None) -> Path:
-    """Convert the official checkpoint's folder to a model folder of ours with its LLM (and encoder, if it
-    holds one) inside.
+    """Convert the official checkpoint's folder, or hub name, to a model folder of ours with its LLM (and
+    encoder, if it holds one) inside.
 
     encoder: Whisper's folder or hub name where the checkpoint has no `audio_tower` tensors (default: what its
     config names).
     Errors: FolderError for a tokenizer that is missing or lacks `<audio_patch>`, and for tensors that are
-    missing or unknown.
+    missing or unknown; SourceError for a name that is no folder and cannot be fetched.
     """
-    with reading(folder, "the official layout"):
-        return _from_official(Path(folder), Path(out), encoder)
+    found = _located(str(folder))
+    with reading(found, "the official layout"):
+        return _from_official(found, Path(out), encoder)
+
+
+def _located(name: str) -> Path:
+    """Return the folder of the official checkpoint, a hub name's from the cache or fetched. Errors:
+    SourceError."""
+    folder = Path(name).expanduser()
+    if folder.exists():
+        return folder
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise SourceError(f"{name} does not exist: give the official checkpoint's folder, or its hub name")
+    try:
+        return hub_folder(name)
+    except NotOnHub as error:
+        raise SourceError(
+            f"'{name}' is neither a folder nor in the hub cache ({error}); fetch it on a machine with "
+            f"network (hf download {name}) or give a folder"
+        ) from None
 
 
 def _from_official(folder: Path, out: Path, encoder: str | None) -> Path:
@@ -192,7 +222,7 @@ def _from_official(folder: Path, out: Path, encoder: str | None) -> Path:
         shutil.copyfile(source / "config.json", out / "encoder" / "config.json")
         config.encoder.name = "encoder"
     else:
-        config.encoder.name = encoder or (str(beside.resolve()) if named and beside.is_dir() else named)
+        config.encoder.name = _anywhere(encoder or (str(beside) if named and beside.is_dir() else named))
     config.llm.name, config.llm.lora_r = "llm", 0
     write_tensors(adapters, out / ADAPTERS)
     sources = {
@@ -216,6 +246,12 @@ def _from_official(folder: Path, out: Path, encoder: str | None) -> Path:
         + "\n"
     )
     return out
+
+
+def _anywhere(name: str) -> str:
+    """Return a folder's absolute path, so that it is found from any folder; a hub name as it is."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if name and folder.is_dir() else name
 
 
 def _expected_names(theirs: dict) -> dict[str, str]:
@@ -400,16 +436,18 @@ def grow(table: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 class LoRAMerge:
-    """Base tensor + (alpha / r) B A, one tensor at a time, from a peft folder."""
+    """Base tensor + scale x B A, one tensor at a time, from a peft folder; the scale is alpha / r, or
+    alpha / sqrt(r), each layer's own."""
 
     def __init__(self, folder: Path):
         settings = read_json(folder / "adapter_config.json")
         self.folder = folder
         self.parts: dict[str, dict[str, torch.Tensor]] = {}
         with reading(folder, "LoRA"):
-            self.scale = settings["lora_alpha"] / (
-                settings["r"] ** 0.5 if settings.get("use_rslora") else settings["r"]
-            )
+            self.alpha, self.uses_sqrt = settings["lora_alpha"], settings.get("use_rslora", False)
+            self.alphas = settings.get("alpha_pattern") or {}
+            if settings.get("use_dora"):
+                raise FolderError(f"{folder} is DoRA, which is not merged here: merge it with peft")
             self.transposed = settings.get("fan_in_fan_out", False)  # GPT-2 holds its weights so
             for name, tensor in load_file(folder / "adapter_model.safetensors").items():
                 base, part = re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])\.weight", name).groups()
@@ -419,7 +457,9 @@ class LoRAMerge:
         pair = self.parts.pop(name, None)
         if pair is None:
             return tensor
-        change = self.scale * (pair["B"] @ pair["A"])
+        layer, rank = name.removesuffix(".weight"), pair["A"].shape[0]
+        alpha = self.alphas.get(get_pattern_key(list(self.alphas), layer), self.alpha)
+        change = alpha / (rank**0.5 if self.uses_sqrt else rank) * (pair["B"] @ pair["A"])
         return (tensor.float() + (change.T if self.transposed else change)).to(tensor.dtype)
 
     def check_all_used(self) -> None:

@@ -182,14 +182,10 @@ def locate(name: str, *, sizes_only: bool = False, fetch: bool = True) -> Source
         return Source(name, AutoConfig.for_model(**preset["config"]), None)
     if name.startswith((".", "/", "~")):
         raise SourceError(f"model folder {name} does not exist")
-    from huggingface_hub import snapshot_download
-
     repository = preset["names"][0] if preset else name
     try:
-        patterns = ["config.json"] if sizes_only else _FILES
-        folder = Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=not fetch))
-    except Exception as error:  # the hub client's errors have many types; all mean that it cannot be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        folder = hub_folder(repository, ["config.json"] if sizes_only else _FILES, fetch=fetch)
+    except NotOnHub as error:
         known = (
             (
                 f"fetch its sizes on a machine with network (hf download {repository} config.json), give a "
@@ -200,9 +196,25 @@ def locate(name: str, *, sizes_only: bool = False, fetch: bool = True) -> Source
             else (f"fetch it on a machine with network (hf download {repository}) or give a folder")
         )
         raise SourceError(
-            f"model '{name}' is neither a folder nor in the hub cache ({reason}); {known}"
+            f"model '{name}' is neither a folder nor in the hub cache ({error}); {known}"
         ) from None
     return Source(name, read_config(folder), None if sizes_only else folder)
+
+
+class NotOnHub(Exception):
+    """A repository that is neither in the hub cache nor can be fetched; the reason in one line."""
+
+
+def hub_folder(repository: str, patterns: list[str] = _FILES, *, fetch: bool = True) -> Path:
+    """Return the folder of a hub repository: from the local cache, or downloaded where the machine may
+    (HF_HUB_OFFLINE decides) and `fetch` allows it. Errors: NotOnHub."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=not fetch))
+    except Exception as error:  # the hub client's errors have many types; all mean that it cannot be had
+        text = str(error).strip()
+        raise NotOnHub(text.splitlines()[0] if text else type(error).__name__) from None
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:

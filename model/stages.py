@@ -89,6 +89,11 @@ ALIGNMENT = register_stage(
         without_effect=(
             "model.llm.lora_r",
             "model.llm.lora_alpha",
+            "model.llm.lora_rslora",
+            "model.llm.lora_rank_pattern",
+            "model.llm.lora_rank_pattern.",
+            "model.llm.lora_alpha_pattern",
+            "model.llm.lora_alpha_pattern.",
             "model.llm.lora_dropout",
             "model.llm.lora_targets",
             "model.shrinking.",

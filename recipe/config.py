@@ -40,6 +40,7 @@ class Corpus:
         None, above=0
     )  # explicit weight within its task; null: by its number of utterances
     tasks: list[str] | None = None  # take only these tasks of the folder; null: all
+    name: str | None = None  # data.valid: the set that its scores are shown for
     # Train on this share of its utterances, drawn by id: those of 0.1 are among those of 0.25.
     share: float = number(1.0, above=0, most=1)
     # Where that share begins: 0.75 takes a share of 0.25 from those that share: 0.75 leaves out.
@@ -92,7 +93,9 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    steps: int = number(4000, least=1, most=MOST_STEPS)
+    # The stage's length: steps or epochs. A layer that sets one replaces the other.
+    steps: int | None = number(4000, least=1, most=MOST_STEPS)
+    epochs: float | None = number(None, above=0)  # as much audio as so many epochs of data.train hold
     lr_adapters: float = number(1e-3, least=0)
     lr_ctc_head: float = number(1e-3, least=0)
     lr_lora: float = number(2e-4, least=0)
@@ -104,6 +107,15 @@ class OptimConfig:
     min_lr_share: float = number(0.05, least=0, most=1)  # where the schedule ends, as a share of the peak
     grad_clip: float = number(1.0, above=0)
     activation_checkpointing: bool = False
+    stop_after: int | None = number(None, least=1)  # validations without a better score end the stage
+
+    @property
+    def total_steps(self) -> int:
+        """The optimizer steps of the stage. Errors: RuntimeError where `epochs` is not resolved yet
+        (stream/epochs.py)."""
+        if self.steps is None:
+            raise RuntimeError("optim.epochs is not resolved: call stream.epochs.resolve_steps first")
+        return self.steps
 
 
 @dataclass
@@ -118,9 +130,7 @@ class CheckpointConfig:
     every_minutes: float = number(30.0, above=0)  # whichever of the two comes first
     keep_last: int = number(2, least=0)
     keep_best: bool = True
-    best_by: str = (
-        "wer"  # of a validation, the lower the better: wer | cer | mer | loss; of equal ones the lower loss
-    )
+    best_by: str = "wer"  # wer | cer | mer | loss | bleu | ..., or SET/wer; of equal ones the lower loss
     copy_to: str | None = location(None)  # a second folder that gets each finished checkpoint
     accept_changes: list[str] = field(
         default_factory=list
@@ -137,7 +147,8 @@ class LogConfig:
     gather_to_validate: bool = (
         True  # ZeRO-3: hold the whole model on every rank while validating; false: layer by layer
     )
-    tensorboard: bool = True
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # tensorboard | wandb | mlflow
+    tensorboard: bool = True  # false: leave it out of `trackers`
 
 
 @dataclass
@@ -185,6 +196,8 @@ BY_NAME = {
     "data.mixture.task_weights": "{asr: 0.8}",
     "loss.weights": "{my_loss: 0.5}",
     "model.compressor_options": "{stack: 5}",
+    "model.llm.lora_rank_pattern": "{q_proj: 8}",
+    "model.llm.lora_alpha_pattern": "{q_proj: 16}",
 }
 
 
@@ -214,6 +227,13 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     if start is None or not (start / "soundwave.json").exists():
         return recipe
     return _inherit(recipe, layers, start)
+
+
+def loadable(recipe: Recipe) -> Recipe:
+    """Return the recipe as a file holds it: without the steps that its epochs make."""
+    if recipe.optim.epochs is None:
+        return recipe
+    return dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, steps=None))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -304,6 +324,7 @@ def _merge(merged: DictConfig, layers: list[tuple[str, DictConfig]]) -> Recipe:
         for key in CORPORA:
             _check_corpora(where, key, content.get("data") or {})
         merged = _merge_layer(merged, where, layer, content)
+    _set_length(merged, layers)
     try:
         recipe = OmegaConf.to_object(merged)
     except (
@@ -339,6 +360,24 @@ def _merge_layer(merged: DictConfig, where: str, layer: DictConfig, content: dic
             except Exception:  # the same one
                 raise RecipeError(f"{where}: {_key(path)} {_needs(path, value)}") from None
         raise
+
+
+def _set_length(merged: DictConfig, layers: list[tuple[str, DictConfig]]) -> None:
+    """Keep `optim.steps` or `optim.epochs`, whichever the last layer sets that sets one. Errors: RecipeError
+    where one file, or the command line, sets both, or the recipe ends up with none."""
+    given: dict[str, set[str]] = {}
+    for where, layer in layers:
+        optim = OmegaConf.to_container(layer).get("optim") or {}
+        given.setdefault(where, set()).update(
+            key for key in ("steps", "epochs") if optim.get(key) is not None
+        )
+    for where, keys in given.items():
+        if len(keys) == 2:
+            raise RecipeError(f"{where}: optim.steps and optim.epochs are both set: keep one")
+    if last := [keys for keys in given.values() if keys]:
+        merged.optim["epochs" if "steps" in last[-1] else "steps"] = None
+    if merged.optim.steps is None and merged.optim.epochs is None:
+        raise RecipeError(f"{_origin(layers, 'optim.steps')}optim.steps is null: give steps, or optim.epochs")
 
 
 def _check_corpora(where: str, key: str, data: dict) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from core.command_line import CommandParser
 from recipe.config import Recipe, RecipeError, load_recipe
 from stream.assign import Budgets, assign, padded_cost
+from stream.epochs import resolve_steps
 from stream.plan import UNITS_PER_SECOND, Plan, UnindexedPlan, mix64
 
 
@@ -158,8 +159,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         recipe = load_recipe(options.recipe, options.overrides)
+        resolve_steps(recipe)
         began = time.perf_counter()
-        plan = Plan.open(recipe.data, recipe.stage, recipe.optim.steps, recipe.model)
+        plan = Plan.open(recipe.data, recipe.stage, recipe.optim.total_steps, recipe.model)
         took = time.perf_counter() - began
         if isinstance(plan, UnindexedPlan):
             raise RecipeError(
@@ -176,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
             "plan_seconds": took,
             "fingerprint": plan.fingerprint,
             "shuffle_quality": shuffle_quality(plan),
-            "sources": describe_sources(plan, recipe.optim.steps),
+            "sources": describe_sources(plan, recipe.optim.total_steps),
             "excluded": excluded,
             "steps": [describe_step(plan, step, options.ranks) for step in shown],
         }
@@ -193,7 +195,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def report(facts: dict, recipe: Recipe, ranks: int) -> str:
     lines = [
-        f"stage {recipe.stage}: {recipe.optim.steps} steps of {recipe.data.batch_seconds:g} s on {ranks} "
+        f"stage {recipe.stage}: {recipe.optim.total_steps} steps of {recipe.data.batch_seconds:g} s on "
+        f"{ranks} "
         f"rank(s); plan "
         f"{facts['fingerprint'][:12]} in {facts['plan_seconds']:.2f} s; shuffle quality "
         f"{facts['shuffle_quality']:.2f}",

@@ -124,7 +124,27 @@ def validation_batches(
     answers: bool = False,
 ) -> list[tuple[Batch, list[str]]]:
     """data.valid as a list of (Batch, references), one reference a row, equally many batches on every rank; a
-    dummy has none.
+    dummy has none. Arguments as in `validation_samples`."""
+    answer = transcript_of if STAGES[stage].score == "ctc" else answer_of
+    found = validation_samples(
+        data, stage, tokenizer, model_config, rank, world_size, utterances, answers=answers
+    )
+    return [(batch, [answer(sample) or "" for sample in samples]) for batch, samples in found]
+
+
+def validation_samples(
+    data: DataConfig,
+    stage: str,
+    tokenizer: PreTrainedTokenizerBase,
+    model_config: SoundwaveConfig,
+    rank: int,
+    world_size: int,
+    utterances: int,
+    *,
+    answers: bool = False,
+) -> list[tuple[Batch, list[dict]]]:
+    """data.valid as a list of (Batch, the JSON of its rows), equally many batches on every rank; a dummy has
+    none.
 
     `utterances` are spread evenly over the corpora. answers as in EvalStream. Broken utterances are left out.
     """
@@ -133,8 +153,7 @@ def validation_batches(
     stream = _validation_stream(
         data, stage, tokenizer, model_config, rank, world_size, utterances, answers=answers
     )
-    answer = transcript_of if STAGES[stage].score == "ctc" else answer_of
-    batches = [(batch, [answer(sample) or "" for sample in samples]) for batch, samples in stream]
+    batches = list(stream)
     if stream.rejected:
         LOGGER.warning(
             "%d utterances of data.valid are left out; the first: %s",

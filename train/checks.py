@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import re
+
 from core.ctc_text import NORMALISATIONS
 from model.folder import FolderError, check_place
 from recipe.config import Recipe, RecipeError
-from recipe.stages import check_trains_something, losses_of, stage_folder
+from recipe.stages import check_trains_something, losses_of, stage_folder, stage_of
 from stream import augment
 from train import zero
-from train.validate import SCORES
+from train.trackers import check_trackers
+from train.validate import scores_of
 
 
 def check(recipe: Recipe) -> None:
     """What can be known without weights or data. Errors: RecipeError."""
     losses_of(recipe)
     check_trains_something(recipe)
-    if recipe.checkpoint.best_by not in SCORES:
-        raise RecipeError(
-            f"checkpoint.best_by: '{recipe.checkpoint.best_by}' is not one of {', '.join(SCORES)}"
-        )
+    check_validation(recipe)
     for name in ("model", "model-best"):
         try:
             check_place(stage_folder(recipe) / name)
         except FolderError as error:
             raise RecipeError(str(error)) from None
+    check_trackers(recipe.log)
     zero.resolve(recipe, hidden_size=1024)
     augment.check(recipe.data)
     if recipe.data.ctc_text not in NORMALISATIONS:
@@ -36,12 +37,29 @@ def check(recipe: Recipe) -> None:
         )
 
 
+def check_validation(recipe: Recipe) -> None:
+    """Errors: RecipeError for a score that this stage's validations do not have, a set's name that is none,
+    and early stopping without validation."""
+    known = scores_of(recipe, stage_of(recipe))
+    if recipe.checkpoint.best_by not in known:
+        raise RecipeError(
+            f"checkpoint.best_by: '{recipe.checkpoint.best_by}' is not one of {', '.join(known)}"
+        )
+    for place, corpus in enumerate(recipe.data.valid):
+        if corpus.name is not None and not re.fullmatch(r"\w[\w.-]*", corpus.name):
+            raise RecipeError(
+                f"data.valid[{place}]: name is {corpus.name!r}: use letters, digits, '_', '-' and '.'"
+            )
+    if recipe.optim.stop_after is not None and not recipe.data.valid:
+        raise RecipeError("optim.stop_after needs validation, and data.valid is empty: name a packed folder")
+
+
 def warnings_of(recipe: Recipe) -> list[str]:
     """What is legal and seldom meant."""
-    optim = recipe.optim
-    if optim.warmup_steps < optim.steps or optim.warmup_steps == 0:
+    optim, steps = recipe.optim, recipe.optim.total_steps
+    if optim.warmup_steps < steps or optim.warmup_steps == 0:
         return []
     return [
-        f"optim.warmup_steps={optim.warmup_steps} is not below optim.steps={optim.steps}: the learning rate "
-        f"rises to {optim.steps / optim.warmup_steps:.0%} of its peak in the last step and never falls"
+        f"optim.warmup_steps={optim.warmup_steps} is not below optim.steps={steps}: the learning rate "
+        f"rises to {steps / optim.warmup_steps:.0%} of its peak in the last step and never falls"
     ]

@@ -21,6 +21,7 @@ from model.pretrained import SourceError, locate, presets, tensor_files
 from model.soundwave import Soundwave
 from recipe.config import Recipe, RecipeError
 from recipe.stages import NotThereYet, initial_folder, losses_of, stage_folder, stage_of
+from stream.epochs import resolve_steps
 from stream.plan import Plan, is_plain_stream, load_index
 from train import zero
 from train.checkpoint import compatibility
@@ -151,7 +152,7 @@ def missing(recipe: Recipe) -> list[str]:
 
 def _epochs(recipe: Recipe, ready: bool, data_hours: float | None) -> dict[str, float]:
     """Epochs of each source if the data is packed, else over the hours that are given."""
-    steps = recipe.optim.steps
+    steps = recipe.optim.total_steps
     if ready:
         return Plan.open(recipe.data, recipe.stage, steps).passes(steps)
     if data_hours is not None:
@@ -183,6 +184,7 @@ def dry_run(
     from train.checks import check, warnings_of
 
     check(recipe)
+    resolve_steps(recipe)
     is_finished = compatibility.finished(recipe)
     if not is_finished:
         compatibility.check_checkpoint(recipe)
@@ -226,8 +228,9 @@ def dry_run(
         gpu, plan = None, Planner(recipe, model, 1, "h100")
     print()
     absent = missing(recipe)
-    steps, seconds = recipe.optim.steps, recipe.data.batch_seconds
-    print(f"{steps} steps x {seconds:g} s of audio = {steps * seconds / 3600:,.1f} hours")
+    steps, seconds = recipe.optim.total_steps, recipe.data.batch_seconds
+    epochs = f" (optim.epochs={recipe.optim.epochs:g})" if recipe.optim.epochs else ""
+    print(f"{steps} steps{epochs} x {seconds:g} s of audio = {steps * seconds / 3600:,.1f} hours")
     ready = not any(line.startswith("data") for line in absent)
     for line in plan.lines(_epochs(recipe, ready, data_hours), brief=gpu is None):
         print(line)

@@ -16,7 +16,7 @@ def lr_share(config: OptimConfig, step: int) -> float:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return 1.0
-    done = min(1.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
+    done = min(1.0, (step - config.warmup_steps) / max(1, config.total_steps - config.warmup_steps))
     shape = 0.5 * (1.0 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1.0 - done
     return config.min_lr_share + (1.0 - config.min_lr_share) * shape
 

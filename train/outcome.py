@@ -31,8 +31,9 @@ class RunOutcome:
     reason: str | None = None
 
     @classmethod
-    def done(cls, step: int) -> RunOutcome:
-        return cls("done", DONE, step)
+    def done(cls, step: int, reason: str | None = None) -> RunOutcome:
+        """reason: why before the last step."""
+        return cls("done", DONE, step, reason)
 
     @classmethod
     def preempted(cls, step: int | None, reason: str) -> RunOutcome:
@@ -53,7 +54,8 @@ class RunStatus:
         self.values: dict = {
             "stage": recipe.stage,
             "losses": list(losses_of(recipe)),
-            "steps": recipe.optim.steps,
+            "steps": recipe.optim.total_steps,
+            "epochs": recipe.optim.epochs,
             "world_size": ranks.world_size,
             "started": time.time(),
             "host": os.uname().nodename,

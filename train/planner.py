@@ -146,7 +146,7 @@ class Planner:
 
     def hours(self) -> float:
         speed = UTILISATION * self.gpu.peak * self.count
-        return self.step_flops() * self.recipe.optim.steps / speed / 3600
+        return self.step_flops() * self.recipe.optim.total_steps / speed / 3600
 
     def micro_batches(self, seconds: float) -> int:
         return max(1, math.ceil(self.recipe.data.batch_seconds / self.count / max(seconds, 1e-9)))

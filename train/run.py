@@ -91,10 +91,12 @@ def main(argv: list[str] | None = None) -> int:
             return dry_run(recipe, args.gpus, args.gpu, args.data_hours) if is_main() else 0
         check_master_port()
         from recipe.stages import has_model, initial_folder, stage_folder
+        from stream.epochs import resolve_steps
         from train.checks import check
         from train.telemetry import start_logging, stop_logging
 
         check(recipe)
+        resolve_steps(recipe)
         if not has_model(recipe):  # else it may be finished, and then it needs no start
             initial_folder(recipe)
     except (RecipeError, PortTaken) as error:

@@ -26,7 +26,7 @@ from model.ops.linear_ctc import check_implementation
 from model.pretrained import locate, text_config
 from model.rows import longest_row
 from model.soundwave import Soundwave
-from recipe.config import Recipe, RecipeError
+from recipe.config import Recipe, RecipeError, loadable
 from recipe.stages import Stage, initial_folder, stage_folder, stage_of
 from stream import Plan
 from stream.cache import ensure_features
@@ -72,7 +72,7 @@ def set_up(
     if saved:
         check_before_loading(recipe, plan, saved, topology)
     if ranks.is_main:
-        OmegaConf.save(OmegaConf.structured(recipe), folder / "recipe.yaml")
+        OmegaConf.save(OmegaConf.structured(loadable(recipe)), folder / "recipe.yaml")
     # Before ZeRO-3 shards what is loaded.
     ensure_features(
         recipe,
@@ -131,7 +131,7 @@ def find_checkpoint(recipe: Recipe, folder: Path, ranks: Ranks) -> Saved | None:
 
 def open_data(recipe: Recipe, stage: Stage) -> Plan:
     """Open the plan of data.train, and look into data.valid. Errors: RecipeError."""
-    plan = Plan.open(recipe.data, stage.name, recipe.optim.steps, recipe.model)
+    plan = Plan.open(recipe.data, stage.name, recipe.optim.total_steps, recipe.model)
     for corpus in recipe.data.valid:
         select(load_index(corpus.shards), 0, stage.name, corpus, recipe.log.validate_utterances)
     return plan
@@ -245,7 +245,9 @@ def restore(
     engine.health.load(state["health"])
     if ranks.is_main:
         logger.info("resuming at step %d from %s", state["step"], saved.folder)
-    return Progress(state["step"], state["data_offset"], best_at(state, recipe.checkpoint.best_by))
+    best = best_at(state, recipe.checkpoint.best_by)
+    without_better = state.get("without_better", 0) if best else 0
+    return Progress(state["step"], state["data_offset"], best, without_better)
 
 
 def log_start(
@@ -263,5 +265,5 @@ def log_start(
         ranks.world_size,
         torch.get_num_threads(),
         progress.step,
-        recipe.optim.steps,
+        recipe.optim.total_steps,
     )

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl for machines, TensorBoard for curves and pictures, a log per rank, rank 0
+"""What a run records: metrics.jsonl for machines, trackers for curves and pictures, a log per rank, rank 0
 on the console."""
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from train.engine import StepResult
 from train.flops import Flops
 from train.gpus import peak_of
 from train.step_counts import StreamSums
+from train.trackers import RunInfo, Trackers
 
 logger = logging.getLogger("soundwave")
 
@@ -140,10 +141,19 @@ class Telemetry:
     """
 
     def __init__(
-        self, folder: Path, ranks: Ranks, *, first_step: int, steps: int, stage: str, tensorboard: bool
+        self,
+        folder: Path,
+        ranks: Ranks,
+        *,
+        first_step: int,
+        steps: int,
+        stage: str,
+        trackers: list[str],
+        settings: dict | None = None,
     ):
+        """trackers: names of TRACKERS (train/trackers); settings: the recipe, which they show."""
         self.active = ranks.is_main
-        self.board = self.file = self.bar = None
+        self.file = self.bar = self.trackers = None
         self.totals = {"rejected": 0.0, "retries": 0.0}  # over the whole stage, earlier processes included
         if not self.active:
             return
@@ -151,10 +161,10 @@ class Telemetry:
         self.path = folder / "metrics.jsonl"
         for line in self._open(first_step):
             self._count(line)
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step, flush_secs=30)
+        name = "/".join(folder.resolve().parts[-2:])
+        self.trackers = Trackers(
+            trackers, RunInfo(folder, name, first_step=first_step, settings=settings or {})
+        )
         self.bar = tqdm(
             total=steps,
             initial=first_step,
@@ -205,10 +215,8 @@ class Telemetry:
             self.totals[name] += values.get(name, 0.0)
 
     def scalars(self, prefix: str, step: int, values: dict) -> None:
-        if self.board is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)) and not isinstance(value, bool):
-                    self.board.add_scalar(f"{prefix}/{name}", value, step)
+        if self.trackers is not None:
+            self.trackers.scalars(step, prefix, values)
 
     def advance(self, values: dict) -> None:
         if self.active:
@@ -217,8 +225,8 @@ class Telemetry:
 
     def picture(self, step: int, inspection: dict, title: str, name_of: Callable[[int], str]) -> None:
         """What the adapters make of one clip (`Soundwave.inspect`'s result), to pictures/step-N.png and to
-        TensorBoard."""
-        if not self.active:
+        the trackers."""
+        if self.trackers is None:
             return
         from model.picture import figure
 
@@ -227,17 +235,16 @@ class Telemetry:
         self.pictures.mkdir(exist_ok=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a script that the font lacks is drawn as boxes
-            drawn.savefig(self.pictures / f"step-{step:06d}.png")
-            if self.board is not None:
-                self.board.add_figure("valid/clip", drawn, step, close=False)
+            path = self.pictures / f"step-{step:06d}.png"
+            drawn.savefig(path)
+        self.trackers.picture(step, "valid/clip", path)
 
-    def text(self, name: str, step: int, text: str) -> None:
-        if self.board is not None:
-            self.board.add_text(name, text, step)
+    def table(self, name: str, step: int, columns: list[str], rows: list[list[str]]) -> None:
+        if self.trackers is not None:
+            self.trackers.table(step, name, columns, rows)
 
-    def close(self) -> None:
+    def close(self, hurry: bool = False) -> None:
         if self.active:
             self.bar.close()
             self._close_file()
-            if self.board is not None:
-                self.board.close()
+            self.trackers.close(hurry)

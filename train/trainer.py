@@ -37,6 +37,7 @@ from train.preemption import FAILED, WRONG_INPUT, Preemption
 from train.profiling import Profiler
 from train.step_counts import StepCounts, StepFlags, StreamSums
 from train.telemetry import Meter, Telemetry
+from train.trackers import tracker_names
 from train.validate import RATES, ValidationSet, chosen_by, clip_mel, is_better, validate
 
 logger = logging.getLogger("soundwave")
@@ -51,6 +52,7 @@ class Progress:
     step: int = 0  # the next one to do
     data_offset: int = 0  # steps of the plan that roll-backs have skipped
     best: dict | None = None  # the best validation: step, score, by, loss
+    without_better: int = 0  # validations since the best
     equal_at: int | None = None  # the last step at which the ranks were found equal
     # Utterances of all ranks, and clocks, since the start of this process.
     rejected: int = 0
@@ -114,9 +116,10 @@ class Trainer:
             self.folder,
             ranks,
             first_step=progress.step,
-            steps=recipe.optim.steps,
+            steps=recipe.optim.total_steps,
             stage=f"stage {self.stage.number}",
-            tensorboard=recipe.log.tensorboard,
+            trackers=tracker_names(recipe.log),
+            settings=dataclasses.asdict(recipe),
         )
 
     # ---- the loop
@@ -126,7 +129,7 @@ class Trainer:
         recipe, at = self.recipe, self.progress
         self._before_the_first_step()
         stream, batches = self._open_stream()
-        while at.step < recipe.optim.steps:
+        while at.step < recipe.optim.total_steps and not self._stops_early():
             began = time.perf_counter()
             taken = self._take(batches)
             stop_reason = self.preemption.stop_reason(self.checkpoints.save_seconds, at.step_seconds)
@@ -156,10 +159,10 @@ class Trainer:
             if difference := self._difference_of_ranks():
                 stream.close()
                 return self._end_by_divergence(difference)
-            is_last = at.step == recipe.optim.steps
+            is_last = at.step == recipe.optim.total_steps
             has_improved = self._validate_if_due(is_last)
             is_due = at.step % recipe.checkpoint.every_steps == 0
-            if counts.flags.save or has_improved or is_last or is_due:
+            if counts.flags.save or has_improved or is_last or is_due or self._stops_early():
                 self._save()
                 at.saved_at = time.monotonic()
         stream.close()
@@ -168,7 +171,7 @@ class Trainer:
     def close(self, outcome: RunOutcome) -> None:
         """Close files; wait for the checkpoint in progress and its copy (shortly, where a time limit is
         near)."""
-        self.log.close()
+        self.log.close(hurry=outcome.status == "preempted")
         self.profiler.close()
         self.checkpoints.close(hurry=outcome.status == "preempted")
 
@@ -196,7 +199,7 @@ class Trainer:
             self.ranks.rank,
             self.ranks.world_size,
             start_step=at.step + at.data_offset,
-            steps=recipe.optim.steps + at.data_offset,
+            steps=recipe.optim.total_steps + at.data_offset,
             rejected_path=self.folder / "rejected.jsonl",
             plan=self.plan,
             row_limit=self.row_limit,
@@ -320,7 +323,7 @@ class Trainer:
         by = chosen_by(result, asked)
         if by != asked and self.ranks.is_main:
             logger.warning(
-                "step %d: data.valid holds no words, thus no %s: the best model is chosen by loss",
+                "step %d: data.valid gives no %s: the best model is chosen by loss",
                 at.step,
                 asked,
             )
@@ -331,10 +334,18 @@ class Trainer:
             "loss": result["loss"],
             **({"asked": asked} if by != asked else {}),
         }
-        if at.step > 0 and is_better(found, at.best):
-            at.best = found
+        if at.step == 0:
+            return False
+        if is_better(found, at.best):
+            at.best, at.without_better = found, 0
             return self.recipe.checkpoint.keep_best
+        at.without_better += 1
         return False
+
+    def _stops_early(self) -> bool:
+        """Whether `optim.stop_after` validations have brought no better score."""
+        limit = self.recipe.optim.stop_after
+        return limit is not None and self.progress.without_better >= limit
 
     def _log_validation(self, result: dict) -> None:
         step = self.progress.step
@@ -352,9 +363,10 @@ class Trainer:
             )
         self.log.scalars("valid", step, result)
         if samples:
-            self.log.text("valid/samples", step, "\n\n".join(f"**{r}** → {h}" for r, h in samples[:8]))
+            self.log.table("valid/samples", step, ["reference", "hypothesis"], [list(s) for s in samples[:8]])
         if self.ranks.is_main:
-            rates = [f"{name.upper()} {result[name]:.3f}" for name in RATES if name in result]
+            shown = [name for name in (*RATES, self.recipe.checkpoint.best_by) if name in result]
+            rates = [f"{name.upper()} {result[name]:.3f}" for name in dict.fromkeys(shown) if name != "loss"]
             logger.info("step %d: validation %s", step, ", ".join([*rates, f"loss {result['loss']:.3f}"]))
 
     @functools.cached_property
@@ -371,6 +383,7 @@ class Trainer:
             "step": at.step,
             "data_offset": at.data_offset,
             "best": at.best,
+            "without_better": at.without_better,
             "health": self.engine.health.state(),
             "topology": self.topology,
             "seed": self.recipe.seed,
@@ -392,6 +405,7 @@ class Trainer:
                 extra = {
                     "step": self.progress.step,
                     "best": self.progress.best,
+                    "stopped_after": self.recipe.optim.stop_after if self._stops_early() else None,
                     "recipe": dataclasses.asdict(self.recipe),
                     "tokenizer": self.facts["tokenizer"],
                     "index": self.facts["index"],
@@ -429,6 +443,7 @@ class Trainer:
         at.step = state["step"]
         at.data_offset += from_step - at.step
         at.best = self.checkpoints.delete_after(at.step, best_at(state, self.recipe.checkpoint.best_by))
+        at.without_better = state.get("without_better", 0)
         best = self.folder / BEST
         if self.ranks.is_main and best.exists() and model_folder.describe(best)["step"] > at.step:
             shutil.rmtree(best)
@@ -458,7 +473,17 @@ class Trainer:
             return self._fail(
                 f"the checkpoint of the last step, {step}, could not be written; the model could: {folder}"
             )
-        return RunOutcome.done(step)
+        reason = None
+        if step < self.recipe.optim.total_steps and self.progress.best:
+            best = self.progress.best
+            reason = (
+                f"stopped at step {step}: {self.progress.without_better} validations without a better "
+                f"{best['by']} than {best['score']:.4g} of step {best['step']} (optim.stop_after); the best "
+                f"model: {self.folder / BEST}"
+            )
+            if self.ranks.is_main:
+                logger.info("%s", reason)
+        return RunOutcome.done(step, reason)
 
     def _end_by_preemption(self, stop_reason: str | None, is_saved: bool) -> RunOutcome:
         step, reasons = self.progress.step, [None] * self.ranks.world_size

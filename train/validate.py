@@ -1,5 +1,5 @@
-"""Validation during training: the loss, and the error rates of what the model writes, on the same utterances
-each time."""
+"""Validation during training: the loss, and the scores of what the model writes, on the same utterances each
+time: error rates, and those of the tasks' metrics (evaluation/metrics)."""
 
 from __future__ import annotations
 
@@ -7,25 +7,32 @@ import logging
 import math
 from collections import Counter
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
+from core.console import one_line
 from core.distributed import Ranks
 from core.languages import is_known
+from core.samples import answer_of, transcript_of
 from core.text import RATES, Unit, count_errors, says_nothing
+from evaluation.metrics import METRICS, metric_of
+from evaluation.metrics.accuracy import with_labels
+from evaluation.metrics.translation import with_tokenizers
 from model.batch import Batch
 from model.features import log_mel
 from model.losses import LOSSES
-from recipe.config import Recipe
-from recipe.stages import Stage
-from stream import validation_batches, validation_waveforms
+from recipe.config import DataConfig, Recipe
+from recipe.stages import Stage, losses_of
+from stream import validation_samples, validation_waveforms
+from stream.selection import share_of_each
 from train.engine import Engine, weighted_sum
 from train.step_counts import all_reduce
 
 MAX_NEW_TOKENS = 128
-#: Scores by which the best model can be chosen, the lower the better: error rates (core/text.py) and the
-# loss.
+#: Scores of every validation, the lower the better: error rates (core/text.py) and the loss.
 SCORES = (*RATES, "loss")
 logger = logging.getLogger("soundwave")
 
@@ -54,32 +61,53 @@ def is_better(found: dict, best: dict | None) -> bool:
         return False
     if best is None or best.get("by", "wer") != found["by"]:
         return True
-    return (found["score"], found["loss"]) < (best["score"], best.get("loss", math.inf))
+    sign = 1 if is_lower_better(found["by"]) else -1
+    return (sign * found["score"], found["loss"]) < (sign * best["score"], best.get("loss", math.inf))
 
 
-ValidationSet = list[
-    tuple[Batch, list[str], Batch | None]
-]  # (batch with labels, references, prompts to be continued)
+def is_lower_better(score: str) -> bool:
+    """Return the direction of a score, or SET/SCORE: error rates and losses are better when lower."""
+    name = score.rpartition("/")[2]
+    if name in SCORES or name in LOSSES:
+        return True
+    return any(name in metric.lower_is_better for metric in METRICS.values())
 
 
-def _arguments(recipe: Recipe, stage: Stage, tokenizer, ranks: Ranks) -> tuple:
-    return (
-        recipe.data,
-        stage.name,
-        tokenizer,
-        recipe.model,
-        ranks.rank,
-        ranks.world_size,
-        recipe.log.validate_utterances,
-    )
+def set_names(data: DataConfig) -> list[str]:
+    """Return the names of the sets of data.valid, each once."""
+    return list(dict.fromkeys(corpus.name for corpus in data.valid if corpus.name))
+
+
+def scores_of(recipe: Recipe, stage: Stage) -> list[str]:
+    """Return the scores by which the best model can be chosen: those of a set are named SET/SCORE."""
+    names = [*SCORES, *losses_of(recipe)]
+    if stage.score == "generate":
+        names += [name for metric in METRICS.values() for name in metric.columns]
+    names = list(dict.fromkeys(names))
+    return names + [f"{part}/{name}" for part in set_names(recipe.data) for name in names]
+
+
+class ValidationBatch(NamedTuple):
+    """A batch with labels, and of its rows the references and the samples' JSON; prompts to be continued;
+    the name of its set. One without references fills up a rank's share."""
+
+    batch: Batch
+    references: list[str]
+    prompts: Batch | None = None
+    samples: list[dict] | None = None
+    part: str = ""
+
+
+ValidationSet = list[ValidationBatch]
 
 
 def validation_set(recipe: Recipe, stage: Stage, tokenizer, ranks: Ranks) -> ValidationSet:
     """This rank's share of data.valid, read once; the same number of batches on every rank."""
-    arguments = _arguments(recipe, stage, tokenizer, ranks)
-    labelled = validation_batches(*arguments, answers=True)
+    found: ValidationSet = []
+    for name in dict.fromkeys(corpus.name or "" for corpus in recipe.data.valid):
+        found += _part_of(recipe, stage, tokenizer, ranks, name)
     unknown = Counter(
-        lang for batch, _ in labelled for lang in batch.languages if lang and not is_known(lang)
+        lang for entry in found for lang in entry.batch.languages if lang and not is_known(lang)
     )
     if unknown and ranks.is_main:
         logger.warning(
@@ -89,12 +117,38 @@ def validation_set(recipe: Recipe, stage: Stage, tokenizer, ranks: Ranks) -> Val
             unknown.total(),
             ", ".join(sorted(unknown)),
         )
-    if stage.score == "ctc":
-        return [(batch, references, None) for batch, references in labelled]
-    prompts = validation_batches(*arguments, answers=False)
+    return found
+
+
+def _arguments(recipe: Recipe, stage: Stage, tokenizer, ranks: Ranks, name: str) -> tuple:
+    """Return what the stream's validation functions take for one set of data.valid."""
+    corpora = [corpus for corpus in recipe.data.valid if (corpus.name or "") == name]
+    return (
+        replace(recipe.data, valid=corpora),
+        stage.name,
+        tokenizer,
+        recipe.model,
+        ranks.rank,
+        ranks.world_size,
+        share_of_each(recipe.data, recipe.log.validate_utterances) * len(corpora),
+    )
+
+
+def _part_of(recipe: Recipe, stage: Stage, tokenizer, ranks: Ranks, name: str) -> ValidationSet:
+    """This rank's share of one set of data.valid."""
+    arguments = _arguments(recipe, stage, tokenizer, ranks, name)
+    answer = transcript_of if stage.score == "ctc" else answer_of
+    labelled = validation_samples(*arguments, answers=True)
+    prompts = validation_samples(*arguments, answers=False) if stage.score != "ctc" else []
     return [
-        (batch, references, prompt)
-        for (batch, references), (prompt, _) in zip(labelled, prompts, strict=True)
+        ValidationBatch(
+            batch,
+            [answer(sample) or "" for sample in samples],
+            prompts[number][0] if prompts else None,
+            samples,
+            name,
+        )
+        for number, (batch, samples) in enumerate(labelled)
     ]
 
 
@@ -104,12 +158,10 @@ def clip_mel(
     """Return the log-mel spectrogram [bands, frames] of `fixed_clip`, from its audio: cached features have
     none. None where the audio cannot be decoded."""
     number, audio, row = fixed_clip(batches, audio_id)
-    batch = validation_waveforms(*_arguments(recipe, stage, tokenizer, ranks), number)
-    if (
-        row < 0
-        or batch.waveforms is None
-        or len(batch.audio_lengths) != len(batches[number][0].audio_lengths)
-    ):
+    entry = batches[number]
+    position = sum(other.part == entry.part for other in batches[:number])  # in its own set
+    batch = validation_waveforms(*_arguments(recipe, stage, tokenizer, ranks, entry.part), position)
+    if row < 0 or batch.waveforms is None or len(batch.audio_lengths) != len(entry.batch.audio_lengths):
         return None
     size = batch.audio_lengths[audio : audio + 1]
     return log_mel(batch.waveforms[audio : audio + 1, : int(size)], size, 80)[0][0]
@@ -120,39 +172,41 @@ def fixed_clip(batches: ValidationSet, audio_id: int | None) -> tuple[int, int, 
     length. A rank without audio draws nothing, but computes along with the others: its first dummy."""
     found = sorted(
         (int(length), number, audio)
-        for number, (batch, _, _) in enumerate(batches)
-        if not batch.audio_is_dummy
-        for audio, length in enumerate(batch.audio_lengths.tolist())
+        for number, entry in enumerate(batches)
+        if not entry.batch.audio_is_dummy
+        for audio, length in enumerate(entry.batch.audio_lengths.tolist())
     )
     if not found:
         return 0, 0, -1
     _, number, audio = found[len(found) // 2]
-    ids = batches[number][0].input_ids
+    ids = batches[number].batch.input_ids
     per_row = (ids == audio_id).sum(1).cumsum(0) if ids.shape[1] else torch.arange(1, len(ids) + 1)
     return number, audio, int((per_row <= audio).sum())
 
 
 def validate(engine: Engine, batches: ValidationSet, tokenizer, ranks: Ranks) -> dict[str, float]:
-    """{"loss", each loss by name, "wer", "cer", "mer", "words", "samples": [(reference, hypothesis), ...],
-    "clip": (inspection, reference, hypothesis) or None}; numbers over all ranks, samples and clip of this
-    one. An error rate is missing where the references hold no words. A batch without references fills up a
-    rank's share: computed, for the collectives of ZeRO-3, and not counted.
+    """{"loss", each loss by name, "wer", "cer", "mer", "words", the tasks' scores (bleu, accuracy ...), the
+    same of each named set as "SET/wer", "samples": [(reference, hypothesis), ...], "clip": (inspection,
+    reference, hypothesis) or None}; numbers over all ranks, samples and clip of this one. An error rate is
+    missing where the references hold no words. A batch without references fills up a rank's share: computed,
+    for the collectives of ZeRO-3, and not counted.
     """
     stage, model, names = engine.stage, engine.model, tuple(engine.losses)
-    # Sum and count of each loss, then errors and units of each rate.
-    sums = [0.0] * (2 * len(names) + 2 * len(RATES))
+    # Of each set: sum and count of each loss, then errors and units of each rate.
+    parts = list(dict.fromkeys(entry.part for entry in batches))
+    sums = {part: [0.0] * (2 * len(names) + 2 * len(RATES)) for part in parts}
     samples, written = [], []
+    rows: list[tuple[str, dict]] = []
     with engine.whole_model() as synced:
-        for batch, references, prompts in tqdm(
-            batches, desc="validate", unit="batch", leave=False, disable=not ranks.is_main
-        ):
-            batch = batch.to(ranks.device)
+        for entry in tqdm(batches, desc="validate", unit="batch", leave=False, disable=not ranks.is_main):
+            batch, references = entry.batch.to(ranks.device), entry.references
             output = model(batch, losses=names)
             if stage.score == "ctc":
                 hypotheses = model.ctc_greedy(batch)
             else:
+                assert entry.prompts is not None
                 ids = model.generate(
-                    prompts.to(ranks.device), max_new_tokens=MAX_NEW_TOKENS, synced_gpus=synced
+                    entry.prompts.to(ranks.device), max_new_tokens=MAX_NEW_TOKENS, synced_gpus=synced
                 )
                 hypotheses = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
             written.append(hypotheses)
@@ -167,10 +221,12 @@ def validate(engine: Engine, batches: ValidationSet, tokenizer, ranks: Ranks) ->
                     for unit in RATES.values()
                     for number in word_errors(references, hypotheses, batch.languages, unit)
                 ]
-                sums = [a + b for a, b in zip(sums, local, strict=True)]
+                sums[entry.part] = [a + b for a, b in zip(sums[entry.part], local, strict=True)]
                 samples += list(zip(references, hypotheses, strict=False))
+                if stage.score == "generate":
+                    rows += [(entry.part, row) for row in prediction_rows(entry.samples or [], hypotheses)]
         number, audio, row = fixed_clip(batches, model.audio_id)
-        batch, references, _ = batches[number]
+        batch, references = batches[number].batch, batches[number].references
         alone = slice(audio, audio + 1)
         audios = {
             name: getattr(batch, name)[alone]
@@ -181,15 +237,78 @@ def validate(engine: Engine, batches: ValidationSet, tokenizer, ranks: Ranks) ->
             replace(batch, **audios, audio_lengths=batch.audio_lengths[alone]).to(ranks.device)
         )
         clip = (inspection, references[row], written[number][row]) if row >= 0 else None
-    summed = all_reduce(sums, ranks)
-    terms, rates = summed[: 2 * len(names)], summed[2 * len(names) :]
-    result: dict = {"words": rates[1]}
+    summed = all_reduce([number for part in parts for number in sums[part]], ranks)
+    width = len(summed) // len(parts)
+    by_part = {part: summed[at * width : (at + 1) * width] for at, part in enumerate(parts)}
+    whole = [sum(column) for column in zip(*by_part.values(), strict=True)]
+    task_scores = scores_by_task(rows, ranks) if stage.score == "generate" else {}
+    result = {**_scores(whole, engine.losses), **task_scores.get(None, {})}
+    for part in filter(None, parts):
+        own = {**_scores(by_part[part], engine.losses), **task_scores.get(part, {})}
+        result |= {f"{part}/{name}": value for name, value in own.items()}
+    return {**result, "samples": samples, "clip": clip}
+
+
+def _scores(sums: list[float], losses: dict[str, float]) -> dict[str, float]:
+    """Return the losses and error rates of their sums and counts."""
+    terms, rates = sums[: 2 * len(losses)], sums[2 * len(losses) :]
+    result = {"words": rates[1]}
     for name, wrong, units in zip(RATES, rates[::2], rates[1::2], strict=True):
         if units:
             result[name] = wrong / units
-    losses = {
+    means = {
         name: total / max(count, 1.0)
-        for name, total, count in zip(names, terms[::2], terms[1::2], strict=True)
+        for name, total, count in zip(losses, terms[::2], terms[1::2], strict=True)
     }
-    loss = weighted_sum(losses, engine.losses)
-    return {"loss": loss, **losses, **result, "samples": samples, "clip": clip}
+    return {"loss": weighted_sum(means, losses), **means, **result}
+
+
+def prediction_rows(samples: list[dict], hypotheses: list[str]) -> list[dict]:
+    """Return the rows that evaluation would write for these answers."""
+    from evaluation.run import prediction_row
+
+    return [
+        prediction_row(sample, text, text, "generate")
+        for sample, text in zip(samples, hypotheses, strict=False)
+    ]
+
+
+def scores_by_task(rows: list[tuple[str, dict]], ranks: Ranks) -> dict[str | None, dict[str, float]]:
+    """Return {set, or None for all: {score: value}} of this rank's (set, row) pairs and those of all ranks,
+    by the metrics of their tasks. Error rates of transcripts are not repeated. Collective: rank 0 computes.
+    """
+    gathered: list = [None] * ranks.world_size
+    result: list = [{}]
+    dist.all_gather_object(gathered, rows)
+    if ranks.is_main:
+        everything = [pair for part in gathered for pair in part]
+        parts = list(dict.fromkeys(name for name, _ in everything if name))
+        groups: dict[str | None, list[dict]] = {None: [row for _, row in everything]}
+        groups |= {part: [row for name, row in everything if name == part] for part in parts}
+        result = [{part: _metric_scores(members) for part, members in groups.items()}]
+    dist.broadcast_object_list(result, src=0)
+    return result[0]
+
+
+def _metric_scores(rows: list[dict]) -> dict[str, float]:
+    """Return the two columns of each metric that the rows' tasks have, but those that SCORES holds."""
+    by_metric: dict[str, list[dict]] = {}
+    by_task: dict[str, list[dict]] = {}
+    for row in with_tokenizers(with_labels(rows, rows), rows):
+        by_task.setdefault(row.get("task") or "asr", []).append(row)
+    for members in by_task.values():
+        by_metric.setdefault(metric_of(members), []).extend(members)
+    found: dict[str, float] = {}
+    for name, members in by_metric.items():
+        try:
+            scores = METRICS[name].score(members, "script")
+        except Exception as error:  # a score must not end training
+            logger.warning("validation: metric %s failed (%s)", name, one_line(error))
+            continue
+        columns = [column for column in METRICS[name].columns if column not in SCORES]
+        found |= {
+            column: float(scores[column])
+            for column in columns
+            if column not in found and isinstance(scores.get(column), (int, float))
+        }
+    return found

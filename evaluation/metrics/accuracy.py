@@ -75,6 +75,7 @@ def score_accuracy(rows: list[dict], marks: Marks = "script") -> dict:
 @register_metric("accuracy")
 class Accuracy(Metric):
     columns = ("accuracy", "unparsed")
+    lower_is_better = ("unparsed",)
     tasks = ("emotion", "gender", "sound")
 
     def score(self, rows: list[dict], marks: Marks) -> dict:

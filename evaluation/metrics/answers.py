@@ -95,6 +95,7 @@ class Answers(_Exact):
 @register_metric("chain")
 class Chain(_Exact):
     columns = ("wer", "exact")
+    lower_is_better = ("wer",)
     tasks = ("chain",)
 
     def score(self, rows: list[dict], marks: Marks) -> dict:

@@ -13,10 +13,12 @@ BOOTSTRAP = 1000  # resamples for each 95 % interval
 class Metric(ABC):
     """How prediction rows of a task are scored, compared and displayed.
 
-    columns: names of two scores that the table shows. tasks: those that it scores; no two metrics share one.
+    columns: names of two scores that the table shows. lower_is_better: those scores that are.
+    tasks: those that it scores; no two metrics share one.
     """
 
     columns: tuple[str, str]
+    lower_is_better: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
 
     @abstractmethod

@@ -85,6 +85,7 @@ def silence(rows: list[dict], marks: Marks = "script") -> dict:
 @register_metric("wer")
 class ErrorRates(Metric):
     columns = ("wer", "cer")
+    lower_is_better = ("wer", "cer", "mer")
     tasks = ("asr",)
 
     def score(self, rows: list[dict], marks: Marks) -> dict:

@@ -136,11 +136,13 @@ class Study:
         name = folder.parent.name
         usual = load_recipe(self.plan.recipes[stage])
         minutes = self.plan.minutes[stage] * (
-            recipe.optim.steps * recipe.data.batch_seconds / (usual.optim.steps * usual.data.batch_seconds)
+            recipe.optim.total_steps
+            * recipe.data.batch_seconds
+            / (usual.optim.total_steps * usual.data.batch_seconds)
         )
         return Step(
             self.trains(folder),
-            f"{name}: train ({stage}, {recipe.optim.steps} steps)",
+            f"{name}: train ({stage}, {recipe.optim.total_steps} steps)",
             minutes,
             training(self.ranks, self.plan.recipes[stage], *overrides),
             key,

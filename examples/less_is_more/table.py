@@ -61,7 +61,8 @@ def trained(folder: Path) -> dict:
 def hours(recipe: Recipe) -> float:
     """Of audio that a stage's corpora hold."""
     return (
-        sum(order.total for order in Plan.open(recipe.data, recipe.stage, recipe.optim.steps).orders) / 3.6e6
+        sum(order.total for order in Plan.open(recipe.data, recipe.stage, recipe.optim.total_steps).orders)
+        / 3.6e6
     )
 
 

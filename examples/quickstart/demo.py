@@ -135,7 +135,7 @@ class Plan:
 
         train = Step(
             f"train-{recipe.stage}",
-            f"{stage.title}: train ({recipe.optim.steps} steps, {self.ranks} ranks)",
+            f"{stage.title}: train ({recipe.optim.total_steps} steps, {self.ranks} ranks)",
             stage.minutes,
             training(self.ranks, stage.recipe),
             train_key,

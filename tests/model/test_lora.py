@@ -218,5 +218,68 @@ def test_merged_weights_compute_what_lora_does_in_gpt2_too(tmp_path):
     torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora_rslora": True},
+        {"lora_rank_pattern": {"q_proj": 2.0}, "lora_alpha_pattern": {"v_proj": 3.0}},
+        {
+            "lora_rslora": True,
+            "lora_rank_pattern": {"layers.1.self_attn.o_proj": 7.0},
+            "lora_alpha_pattern": {".*layers.0.*": 5.0},
+        },
+    ],
+)
+def test_variants_are_merged_as_peft_merges_them(tmp_path, options):
+    """peft's merge_and_unload is the reference; ranks are those of the tensors."""
+    base = small_llama()
+    plain = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    llm = with_lora(base, LLMConfig(lora_r=4, lora_alpha=6, **options), "small")
+    for name, parameter in llm.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_()
+    sizes = {name: tensor.shape[0] for name, tensor in llm.state_dict().items() if "lora_A" in name}
+    for pattern, rank in options.get("lora_rank_pattern", {}).items():
+        assert {size for name, size in sizes.items() if f"{pattern}.lora" in name} == {int(rank)}
+    llm.save_pretrained(tmp_path)
+    merge = LoRAMerge(tmp_path)
+    ours = {name: merge(name, tensor) for name, tensor in plain.items()}
+    merge.check_all_used()
+    theirs = llm.merge_and_unload().state_dict()
+    assert any(not torch.equal(ours[name], plain[name]) for name in ours)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-5)
+
+
+def small_llama():
+    torch.manual_seed(3)
+    settings = dict(SMALL, num_hidden_layers=2)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **settings)).eval()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lora_rank_pattern": {"q_prj": 2.0}}, "lora_rank_pattern: 'q_prj' matches no layer with LoRA"),
+        ({"lora_rank_pattern": {"up_proj": 2.0}}, "those are q_proj, k_proj, v_proj, o_proj"),
+        ({"lora_rank_pattern": {"q_proj": 2.5}}, "q_proj has rank 2.5: give a whole number"),
+        ({"lora_alpha_pattern": {"q_proj": 0.0}}, "lora_alpha_pattern: q_proj is 0: must be above 0"),
+        ({"lora_alpha_pattern": {"(": 1.0}}, "'(' is no regular expression"),
+    ],
+)
+def test_a_pattern_that_means_nothing_is_an_error(options, words):
+    with pytest.raises(SourceError) as found:
+        with_lora(small_llama(), LLMConfig(lora_r=4, **options), "small")
+    assert words in str(found.value) and "\n" not in str(found.value)
+
+
+def test_dora_is_not_merged(tmp_path):
+    llm = get_peft_model(small_llama(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    llm.save_pretrained(tmp_path)
+    with pytest.raises(SourceError, match="is DoRA, which is not merged here"):
+        LoRAMerge(tmp_path)
+
+
 def test_lists_of_names_are_kept_as_they_are():
     assert lora_targets(meta("llama"), ["v_proj", "q_proj"], "x") == ["v_proj", "q_proj"]

@@ -12,10 +12,12 @@ import torch.distributed as dist
 
 from core.distributed import Ranks
 from model.batch import Batch
+from recipe.config import load_recipe
 from recipe.stages import STAGES
 from tests.train.ranks import Server
 from tests.train.tiny import workspace
-from train.validate import validate
+from train.checkpoint import compatibility
+from train.validate import ValidationBatch, validate
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,7 +76,7 @@ def test_errors_and_words_are_summed_over_utterances_and_batches():
         model=Spoken(written, [3.0, 5.0]),
         whole_model=lambda: nullcontext(False),
     )
-    batches = [(batch_of(2, 2), references[0], None), (batch_of(2, 1), references[1], None)]
+    batches = [ValidationBatch(batch_of(2, 2), references[0]), ValidationBatch(batch_of(2, 1), references[1])]
     result = validate(engine, batches, None, Ranks(0, 1, 0, 1, "cpu"))
     assert result["wer"] == pytest.approx(4 / 10) and result["words"] == 10
     assert result["loss"] == result["ctc"] == pytest.approx(8 / 3), "of three transcribed utterances"
@@ -91,7 +93,10 @@ def test_a_batch_that_fills_up_a_rank_counts_nothing():
         whole_model=lambda: nullcontext(False),
     )
     result = validate(
-        engine, [(batch_of(1, 1), ["moon"], None), (batch_of(0, 0), [], None)], None, Ranks(0, 1, 0, 1, "cpu")
+        engine,
+        [ValidationBatch(batch_of(1, 1), ["moon"]), ValidationBatch(batch_of(0, 0), [])],
+        None,
+        Ranks(0, 1, 0, 1, "cpu"),
     )
     assert result["wer"] == 0 and result["words"] == 1 and result["loss"] == pytest.approx(2.0)
 
@@ -103,8 +108,63 @@ def test_the_weight_of_ctc_is_in_the_validation_loss():
         model=Spoken([["moon"]], [3.0]),
         whole_model=lambda: nullcontext(False),
     )
-    result = validate(engine, [(batch_of(1, 1), ["moon"], None)], None, Ranks(0, 1, 0, 1, "cpu"))
+    result = validate(engine, [ValidationBatch(batch_of(1, 1), ["moon"])], None, Ranks(0, 1, 0, 1, "cpu"))
     assert (result["ce"], result["ctc"]) == (0.0, 3.0) and result["loss"] == pytest.approx(0.7 * 3)
+
+
+def test_named_sets_have_scores_of_their_own_and_the_whole_has_all():
+    """Set a: 1 of 2 words wrong, loss 4 / 2; set b: 0 of 3 words, loss 2 / 1; together 1 of 5, 6 / 3."""
+    engine = SimpleNamespace(
+        stage=STAGES["alignment"],
+        losses={"ctc": 1.0},
+        model=Spoken([["the ball"], ["a red moon"]], [4.0, 2.0]),
+        whole_model=lambda: nullcontext(False),
+    )
+    batches = [
+        ValidationBatch(batch_of(1, 1), ["the wall"], part="a"),
+        ValidationBatch(batch_of(1, 1), ["a red moon"], part="b"),
+    ]
+    result = validate(engine, batches, None, Ranks(0, 1, 0, 1, "cpu"))
+    assert (result["a/wer"], result["b/wer"], result["wer"]) == (1 / 2, 0, 1 / 5)
+    assert (result["a/loss"], result["b/loss"], result["loss"]) == (4.0, 2.0, 3.0)
+
+
+class Writes(Spoken):
+    """The same for a stage that generates: ids are places in a list of texts."""
+
+    def generate(self, prompts, max_new_tokens, synced_gpus) -> list[list[str]]:
+        return [[text] for text in next(self.written)]
+
+
+def test_tasks_have_the_scores_of_their_metrics():
+    """Emotion: 1 of 2 right; translation: chrF as sacrebleu computes it; asr: its words count in WER only."""
+    import sacrebleu
+
+    samples = [
+        {"id": "1", "task": "emotion", "duration": 1.0, "label": "sad", "response": "sad"},
+        {"id": "2", "task": "emotion", "duration": 1.0, "label": "happy", "response": "happy"},
+        {
+            "id": "3",
+            "task": "translation",
+            "duration": 1.0,
+            "target_lang": "fr",
+            "response": "le mur est haut",
+        },
+        {"id": "4", "task": "asr", "duration": 1.0, "text": "the wall"},
+    ]
+    written = ["sad", "sad", "le mur est bas", "the wall"]
+    model = Writes([written], [0.0])
+    engine = SimpleNamespace(
+        stage=STAGES["sft"], losses={"ce": 1.0}, model=model, whole_model=lambda: nullcontext(False)
+    )
+    batch = batch_of(4, 4)
+    entry = ValidationBatch(batch, ["sad", "happy", "le mur est haut", "the wall"], batch, samples, "mine")
+    tokenizer = SimpleNamespace(decode=lambda row, skip_special_tokens: row[0])
+    result = validate(engine, [entry], tokenizer, Ranks(0, 1, 0, 1, "cpu"))
+    assert result["accuracy"] == result["mine/accuracy"] == 0.5
+    chrf = sacrebleu.corpus_chrf([written[2]], [["le mur est haut"]]).score
+    assert result["chrf"] == pytest.approx(chrf) and result["bleu"] > 0
+    assert result["wer"] == pytest.approx(2 / 8), "happy and haut, of 8 words"
 
 
 # ---- the best of a run
@@ -149,3 +209,37 @@ def test_the_lowest_score_of_a_trained_step_chooses_the_best_model(server, tmp_p
     noted = json.loads((tmp_path / "alignment/checkpoints/best.json").read_text())
     assert (noted["step"], noted["score"]) == (step, score)
     assert (tmp_path / f"alignment/checkpoints/step-{step:06d}").is_dir(), "kept beside the last ones"
+
+
+@pytest.mark.slow  # a start of a real rank
+def test_validations_without_a_better_score_end_the_stage(server, tmp_path):
+    """WER .5 (step 0: not counted), .6, .4, .45, .4 with a higher loss: two in a row after step 2's .4."""
+    folder = workspace(tmp_path / "tiny")
+    arguments = [
+        f"output={tmp_path}",
+        "optim.steps=10",
+        "optim.stop_after=2",
+        "log.validate_every_steps=1",
+        "checkpoint.every_steps=100",
+        "log.tensorboard=false",
+    ]
+    run = server.start(
+        [folder / "stage1.yaml", *arguments],
+        ranks=1,
+        fault=["scores", [0.5, 0.6, 0.4, 0.45, 0.4, 0.1], [1.0, 1.0, 1.0, 1.0, 2.0, 1.0]],
+    )
+    assert run.wait() == [0], run.text()
+    stage = tmp_path / "alignment"
+    noted = json.loads((stage / "run.json").read_text())
+    assert (noted["status"], noted["step"]) == ("done", 4)
+    assert "2 validations without a better wer than 0.4 of step 2 (optim.stop_after)" in noted["reason"]
+    described = [
+        json.loads((stage / name / "soundwave.json").read_text()) for name in ("model", "model-best")
+    ]
+    assert [one["step"] for one in described] == [4, 2] and described[0]["stopped_after"] == 2
+    state = json.loads((stage / "checkpoints" / "step-000004" / "state.json").read_text())
+    assert state["without_better"] == 2
+    assert compatibility.finished(load_recipe(folder / "stage1.yaml", arguments))
+    for changed in ("optim.stop_after=3", "optim.stop_after=null"):
+        recipe = load_recipe(folder / "stage1.yaml", [*arguments, changed])
+        assert not compatibility.finished(recipe), "it continues from its last checkpoint"

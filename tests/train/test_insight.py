@@ -23,7 +23,7 @@ from train import report, telemetry
 from train.flops import Flops
 from train.gpus import peak_of
 from train.telemetry import Telemetry
-from train.validate import fixed_clip
+from train.validate import ValidationBatch, fixed_clip
 
 ALONE = Ranks(0, 1, 0, 1, "cpu")
 
@@ -144,7 +144,7 @@ def test_curves_sum_what_is_counted_and_take_the_last_of_repeated_steps():
 
 def test_totals_and_lines_survive_a_kill(tmp_path):
     def start(first_step: int) -> Telemetry:
-        return Telemetry(tmp_path, ALONE, first_step=first_step, steps=9, stage="test", tensorboard=False)
+        return Telemetry(tmp_path, ALONE, first_step=first_step, steps=9, stage="test", trackers=[])
 
     log = start(0)
     for step in range(4):
@@ -191,12 +191,13 @@ def test_the_fixed_clip_has_its_row_and_median_length(model):
     spoken = tiny.batch(model, chats, [0.9, 0.4], ["the wall", "a"])
     silent = tiny.batch(model, chats[:1], [], [])
     refs = (["four", "the wall", "a"], None)
-    assert fixed_clip([(silent, ["four"], None), (spoken, *refs)], model.audio_id) == (
+    one, two = ValidationBatch(silent, ["four"]), ValidationBatch(spoken, *refs)
+    assert fixed_clip([one, two], model.audio_id) == (
         1,
         0,
         1,
     )  # 0.4 and 0.9: the upper median
-    assert fixed_clip([(silent, ["four"], None)], model.audio_id) == (0, 0, -1)
+    assert fixed_clip([one], model.audio_id) == (0, 0, -1)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_likely_mistakes_in_a_recipe_are_reported_in_one_line(override, words):
     "override, words",
     [
         ("model.shrinking.keep=middle", "model.shrinking.keep is 'middle': give peak or first"),
-        ("checkpoint.best_by=bleu", "checkpoint.best_by: 'bleu' is not one of wer, cer, mer, loss"),
+        ("checkpoint.best_by=bleu", "checkpoint.best_by: 'bleu' is not one of wer, cer, mer, loss, ctc"),
         ("optim.schedule=step", "optim.schedule is 'step': give cosine, linear or constant"),
         ("data.ctc_text=lowered", "data.ctc_text: 'lowered' is not one of raw, lower"),
         ("checkpoint.every_steps=0", "checkpoint.every_steps is 0: must be at least 1"),

@@ -6,7 +6,7 @@ import pytest
 
 from recipe.config import CheckpointConfig, Corpus, Recipe, RecipeError
 from train.checks import check
-from train.validate import SCORES, chosen_by, is_better
+from train.validate import chosen_by, is_better
 
 
 def found(score: float, loss: float = 1.0, by: str = "wer") -> dict:
@@ -41,12 +41,56 @@ def test_without_words_the_loss_decides():
     )
 
 
-@pytest.mark.parametrize("score", [*SCORES, "bleu"])
-def test_scores_to_choose_by(score):
-    recipe = Recipe(checkpoint=CheckpointConfig(best_by=score))
+@pytest.mark.parametrize(
+    ("stage", "by", "words"),
+    [
+        ("alignment", "wer", None),
+        ("alignment", "ctc", None),
+        ("alignment", "clean/cer", None),
+        ("sft", "bleu", None),
+        ("sft", "clean/accuracy", None),
+        ("alignment", "bleu", "'bleu' is not one of wer, cer, mer, loss, ctc, clean/wer"),
+        ("sft", "blue", "'blue' is not one of wer, cer, mer, loss, ce"),
+        ("sft", "noisy/wer", "'noisy/wer' is not one of"),
+    ],
+)
+def test_scores_to_choose_by(stage, by, words):
+    recipe = Recipe(stage=stage, checkpoint=CheckpointConfig(best_by=by))
     recipe.data.train = [Corpus(shards="x")]
-    if score in ("wer", "cer", "mer", "loss"):
+    recipe.data.valid = [Corpus(shards="y", name="clean"), Corpus(shards="z")]
+    if words is None:
         check(recipe)
     else:
-        with pytest.raises(RecipeError, match="'bleu' is not one of wer, cer, mer, loss"):
+        with pytest.raises(RecipeError, match=words):
             check(recipe)
+
+
+@pytest.mark.parametrize(
+    ("by", "lower"),
+    [
+        ("wer", True),
+        ("clean/mer", True),
+        ("ctc", True),
+        ("bleu", False),
+        ("a/accuracy", False),
+        ("unparsed", True),
+    ],
+)
+def test_each_score_has_its_direction(by, lower):
+    assert is_better(found(0.4, by=by), found(0.5, by=by)) is lower
+    assert is_better(found(0.6, by=by), found(0.5, by=by)) is not lower
+    assert is_better(found(0.5, 0.9, by=by), found(0.5, 1.0, by=by)), "of equal ones the lower loss"
+
+
+def test_early_stopping_without_validation_is_an_error():
+    recipe = Recipe()
+    recipe.data.train, recipe.optim.stop_after = [Corpus(shards="x")], 3
+    with pytest.raises(RecipeError, match=r"optim.stop_after needs validation, and data.valid is empty"):
+        check(recipe)
+
+
+def test_a_set_has_a_plain_name():
+    recipe = Recipe()
+    recipe.data.train, recipe.data.valid = [Corpus(shards="x")], [Corpus(shards="y", name="a/b")]
+    with pytest.raises(RecipeError, match=r"data.valid\[0\]: name is 'a/b'"):
+        check(recipe)

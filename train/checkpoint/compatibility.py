@@ -42,6 +42,8 @@ _FREE = (
     "data.max_rejected_share",
     "data.micro_batch_seconds",  # the global batches, hence the gradients, stay the same
     "optim.activation_checkpointing",
+    "optim.stop_after",
+    "optim.epochs",  # the steps that they make are compared
     "health.desync_every_steps",
     "init_from",
     "init_accept",
@@ -73,7 +75,11 @@ def _is_one_of(key: str, keys: tuple[str, ...]) -> bool:
 def known(corpus: dict) -> dict:
     """A corpus without a key that checkpoints made before there was one do not hold, where it changes
     nothing."""
-    return {key: value for key, value in corpus.items() if (key, value) != ("share_from", 0.0)}
+    return {
+        key: value
+        for key, value in corpus.items()
+        if (key, value) not in (("share_from", 0.0), ("name", None))
+    }
 
 
 def recipe_facts(recipe: Recipe | dict) -> dict[str, object]:
@@ -179,12 +185,11 @@ def accepted_differences(
 
 def check_steps(recipe: Recipe, step: int, where: Path) -> None:
     """Errors: RecipeError where the recipe ends before a checkpoint's or model's step."""
-    if recipe.optim.steps < step:
+    if recipe.optim.total_steps < step:
         raise RecipeError(
-            f"optim.steps is {recipe.optim.steps}, and {where} is at step {step} already: give at least "
-            f"{step}, "
-            "choose "
-            f"another output, or remove what was saved after step {recipe.optim.steps}"
+            f"optim.steps is {recipe.optim.total_steps}, and {where} is at step {step} already: give at "
+            f"least {step}, choose "
+            f"another output, or remove what was saved after step {recipe.optim.total_steps}"
         )
 
 
@@ -215,10 +220,12 @@ def finished(recipe: Recipe) -> bool:
     if described is None or (_read(folder.parent / "run.json") or {}).get("status") != "done":
         return False
     if "recipe" not in described:  # not written by training
-        return _read(folder.parent / "run.json").get("steps") == recipe.optim.steps
+        return _read(folder.parent / "run.json").get("steps") == recipe.optim.total_steps
     recorded = described["recipe"]
     check_steps(recipe, described["step"], folder)
-    further = recipe.optim.steps > described["step"]
+    is_stopped = described.get("stopped_after") is not None
+    is_stopped &= described.get("stopped_after") == recipe.optim.stop_after
+    further = recipe.optim.total_steps > described["step"] and not is_stopped
     ways_out = (
         f"give the old one back, choose another output, or remove {folder.parent} to train the stage again; "
         f"to "
@@ -251,9 +258,9 @@ def finished(recipe: Recipe) -> bool:
     compare(saved, now)
     if further and not step_folders(stage_folder(recipe) / "checkpoints"):
         raise RecipeError(
-            f"optim.steps is {recipe.optim.steps}, and {folder} was trained for {described['step']}: no "
-            f"checkpoint "
-            f"is left to continue from; choose another output with init_from={folder}"
+            f"optim.steps is {recipe.optim.total_steps}, and {folder} was trained for "
+            f"{described['step']}: no checkpoint is left to continue from; choose another output with "
+            f"init_from={folder}"
         )
     return not further
 
@@ -334,7 +341,7 @@ def _index(recipe: Recipe, recorded: dict, fingerprint: str) -> str:
     from stream.plan import Plan
 
     try:
-        return Plan.open(recipe.data, recipe.stage, recipe.optim.steps).fingerprint
+        return Plan.open(recipe.data, recipe.stage, recipe.optim.total_steps).fingerprint
     except RecipeError:
         if [corpus.shards for corpus in recipe.data.train] == [
             corpus["shards"] for corpus in recorded["data"]["train"]
