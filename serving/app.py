@@ -260,6 +260,7 @@ class Transcript:
             gated=True,
             word_times=form.times,
             language="en" if form.task == "translate" else form.language,
+            window=window,
         )
         server.engine.submit(job, admitted)
         server.metrics.audio_seconds.inc(window.seconds)
@@ -281,7 +282,7 @@ class Transcript:
                         yield "text", joined.removeprefix(whole.text) if not said else value
                         said += value
                         continue
-                    shift = window.start / SAMPLE_RATE
+                    shift = window.frames_origin / SAMPLE_RATE
                     whole.words += [
                         replace(word, start=word.start + shift, end=word.end + shift) for word in value.words
                     ]

@@ -18,7 +18,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -36,6 +35,7 @@ from serving.problems import Problem
 from serving.recordings import Recogniser
 from serving.streaming import AllAnswered, RowStreamer, late
 from serving.vllm import VLLM
+from soundwave.decoding import ctc_frames
 
 logger = logging.getLogger("soundwave.serving")
 Result = TypeVar("Result")
@@ -244,10 +244,13 @@ class Engine:
         self.metrics.batch_rows.observe(len(batch))
         self.metrics.padded_seconds.inc(audios * max(job.longest_seconds for job in batch))
         text_tokens = prompts.attention_mask.sum(1).tolist()
-        features, lengths = model.encode(prompts)
-        prompts = replace(prompts, waveforms=None, features=features, audio_lengths=lengths)
-        audio = model.encode_audio(prompts)
         first = [sum(len(job.waveforms) for job in batch[:row]) for row in range(len(batch))]
+        known = {
+            first[row]: job.window.outputs
+            for row, job in enumerate(batch)
+            if job.window is not None and job.window.outputs
+        }
+        audio = model.encode_audio(prompts, frames=ctc_frames(model, prompts, known))
 
         def finish(row: int, tokens: list[int], reason: str) -> None:
             own = slice(first[row], first[row] + len(batch[row].waveforms))
@@ -311,7 +314,8 @@ class Engine:
             job.say(text[len(job.said) :])
         if job.word_times:
             spelling = spell(self.model.tokenizer, text, self.model.ctc_text, job.language)
-            aligned = align_frames(self.model, hidden, lengths, [spelling], [job.longest_seconds])[0]
+            seconds = job.longest_seconds if job.window is None else job.window.frames_seconds
+            aligned = align_frames(self.model, hidden, lengths, [spelling], [seconds])[0]
             answer.words = aligned.words
             if aligned.problem and aligned.words:
                 answer.warnings.append(f"words have no times: {aligned.problem}")

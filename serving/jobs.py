@@ -12,6 +12,7 @@ import torch
 
 from model.generation.timestamps import Word
 from serving.problems import Problem
+from soundwave.windows import Window
 
 
 class Sampling(NamedTuple):
@@ -61,6 +62,7 @@ class Job:
     gated: bool = False  # whether silence is answered by nothing
     word_times: bool = False
     language: str | None = None  # of the answer, for its words
+    window: Window | None = None  # what its audio is of a longer recording
     request_id: str = ""
     queued: float = field(default_factory=time.monotonic)
     started: float = 0.0

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from model.batch import Batch
 from model.generation.drafted import Drafting
 from model.generation.joint import JointSearch
-from model.soundwave import Audio, Soundwave
+from model.soundwave import Audio, CTCFrames, Soundwave
 
 Decode = Literal["ctc", "greedy", "drafted", "joint"]
 DECODES: tuple[str, ...] = get_args(Decode)
@@ -84,6 +86,22 @@ def decode_batch(
         )
         for place, ids in enumerate(answers)
     ]
+
+
+def ctc_frames(model: Soundwave, batch: Batch, known: Mapping[int, tuple[torch.Tensor, ...]]) -> CTCFrames:
+    """Return the frames of a batch's audio. known: of audios whose frames the caller has, by their number:
+    hidden [T, D], argmax, peak and blank_logprob [T]; these are not encoded again."""
+    parts, audios = dict(known), len(batch.audio_lengths)
+    if new := [number for number in range(audios) if number not in parts]:
+        left = replace(batch, waveforms=batch.waveforms[new], audio_lengths=batch.audio_lengths[new])
+        hidden, lengths = model.alignment(*model.encode(left))
+        _, *scores = model.ctc_head(hidden, lengths)
+        for place, (number, length) in enumerate(zip(new, lengths.tolist(), strict=True)):
+            parts[number] = tuple(part[place, :length] for part in (hidden, *scores))
+    ordered = [parts[number] for number in range(audios)]
+    lengths = torch.tensor([len(part[0]) for part in ordered], device=batch.audio_lengths.device)
+    hidden, *scores = (pad_sequence(list(one), batch_first=True) for one in zip(*ordered, strict=True))
+    return CTCFrames(hidden, lengths, *scores)
 
 
 def _search(decoding: Decoding) -> dict:

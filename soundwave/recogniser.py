@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
+from torch import nn
 
 from core.audio import (
     SAMPLE_RATE,
@@ -37,15 +37,16 @@ from core.samples import INSTRUCTIONS, asked
 from core.spelling import join_words, spell
 from model import folder as model_folder
 from model.batch import Batch
+from model.encoder import Encoder
 from model.generation import timestamps
 from model.generation.drafted import Drafting, refusal
 from model.generation.hotwords import BONUS, Hotwords
 from model.generation.joint import JointSearch
 from model.generation.timestamps import Word, align_frames, frame_seconds
 from model.pretrained import device_of
-from model.soundwave import Audio, CTCFrames, Soundwave
+from model.soundwave import Audio, Soundwave
 from model.waveforms import SoundWarning, mono
-from soundwave.decoding import DECODES, Decode, Decoding, decode_batch, rows_of
+from soundwave.decoding import DECODES, Decode, Decoding, ctc_frames, decode_batch, rows_of
 from soundwave.results import Answer, Segment, Transcription
 from soundwave.windows import CONTEXT_SECONDS, Cutter, Frames, Window
 
@@ -333,7 +334,7 @@ class SpeechModel:
             return "joint"
         if not self.has_llm:
             return "ctc"
-        llm = self.network.llm
+        llm = cast(nn.Module, self.network.llm)
         same_tokens = next(llm.parameters()).dtype == torch.float32
         can_draft = refusal(llm, PROMPT_POSITIONS + options.max_new_tokens, Drafting.longest) is None
         return "drafted" if same_tokens and can_draft else "greedy"
@@ -456,7 +457,7 @@ class SpeechModel:
 
     def _chunk(self, longest: int) -> int:
         """Samples that are scanned as one chunk, context included; longest: of a window."""
-        encoder = self.network.encoder
+        encoder = cast(Encoder, self.network.encoder)
         if encoder.pad_to_samples:  # the encoder takes as long for a shorter one
             return encoder.pad_to_samples
         most = min(encoder.window_seconds or math.inf, encoder.max_seconds) * SAMPLE_RATE
@@ -498,22 +499,10 @@ class SpeechModel:
         chat = [asked(instruction, network.config.audio_token)]
         samples = [clip.samples if isinstance(clip, Window) else clip for clip in clips]
         batch = network.prompts([chat] * len(clips), [torch.from_numpy(one) for one in samples])
-        parts = {
+        known = {
             row: clip.outputs for row, clip in enumerate(clips) if isinstance(clip, Window) and clip.outputs
         }
-        if new := [row for row in range(len(clips)) if row not in parts]:
-            hidden, lengths = network.alignment(*network.encode(rows_of(batch, new)))
-            _, *scores = network.ctc_head(hidden, lengths)
-            for place, (row, length) in enumerate(zip(new, lengths.tolist(), strict=True)):
-                parts[row] = tuple(part[place, :length] for part in (hidden, *scores))
-        lengths = torch.tensor(
-            [len(parts[row][0]) for row in range(len(clips))], device=batch.input_ids.device
-        )
-        hidden, *scores = (
-            pad_sequence([parts[row][number] for row in range(len(clips))], batch_first=True)
-            for number in range(4)
-        )
-        return batch, network.encode_audio(batch, frames=CTCFrames(hidden, lengths, *scores))
+        return batch, network.encode_audio(batch, frames=ctc_frames(network, batch, known))
 
     @torch.inference_mode()
     def _decode(self, pieces: list[_Piece], setup: _Setup) -> None:
@@ -567,10 +556,7 @@ class SpeechModel:
         spellings = [
             spell(network.tokenizer, text, network.ctc_text, setup.options.language) for text in texts
         ]
-        seconds = [
-            (piece.window.start + len(piece.window.samples) - piece.window.frames_origin) / SAMPLE_RATE
-            for piece in pieces
-        ]
+        seconds = [piece.window.frames_seconds for piece in pieces]
         aligned = align_frames(network, audio.hidden, audio.lengths, spellings, seconds)
         found = []
         for piece, one in zip(pieces, aligned, strict=True):

@@ -59,6 +59,11 @@ class Window:
         """The sample of the recording at which the window's first frame begins."""
         return self.frames_start if self.outputs else self.start
 
+    @property
+    def frames_seconds(self) -> float:
+        """The seconds from the first frame to the window's end."""
+        return (self.start + len(self.samples) - self.frames_origin) / SAMPLE_RATE
+
 
 def blank_runs(blank: np.ndarray) -> list[tuple[int, int]]:
     """Return (begin, end) of each run of blanks [T]."""
