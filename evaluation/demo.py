@@ -248,6 +248,18 @@ def timings(lines: list[tuple[str, str]]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in lines)])
 
 
+def table(rows: list[list[str]]) -> str:
+    """The words as HTML. (Gradio's own table lets visitors upload files into it.)"""
+    if not rows:
+        return ""
+    head, *body = (
+        "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+        for tag, cells in [("th", ["word", "start", "end", "confidence"]), *(("td", row) for row in rows)]
+    )
+    lines = "".join(f"<tr>{line}</tr>" for line in [head, *body])
+    return f'<div style="max-height: 16em; overflow: auto"><table>{lines}</table></div>'
+
+
 class BodyLimit:
     """ASGI: a request whose body is longer than `most` bytes ends with status 413; uploads are counted by
     Gradio itself."""
@@ -310,7 +322,8 @@ def page(talker: Talker, title: str, examples: Sequence[Path] = ()):
 
     def ask(file: str | None, question: str):
         try:
-            for outputs in shown(talker, file, question):
+            for *outputs, rows in shown(talker, file, question):
+                outputs.append(None if rows is None else table(rows))
                 yield tuple(gradio.skip() if output is None else output for output in outputs)
         except Refusal as error:
             raise gradio.Error(str(error), print_exception=False) from None
@@ -340,14 +353,7 @@ def page(talker: Talker, title: str, examples: Sequence[Path] = ()):
         note = gradio.Markdown(elem_id="microphone")
         blocks.load(None, None, note, js=f"() => window.isSecureContext ? '' : {json.dumps(MICROPHONE)}")
         gradio.Markdown("Words with their times in seconds, by alignment with the CTC head")
-        words = gradio.Dataframe(
-            headers=["word", "start", "end", "confidence"],
-            datatype="str",
-            interactive=False,
-            max_height=240,
-            elem_id="words",
-            show_label=False,
-        )
+        words = gradio.HTML(elem_id="words")
         gradio.Markdown(
             "Spectrogram with the frames that the LLM is given; probability of the blank; CTC peaks and "
             "their tokens"

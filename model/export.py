@@ -137,7 +137,7 @@ def export_llm(run: str | Path, out: str | Path, llm: str | None = None) -> Path
     run, out = Path(run), Path(out)
     description, config = describe(run), read_config(run)
     if not STAGES[description["stage"]].needs_llm:
-        raise FolderError(f"{run} is a stage I folder: it has no LLM that answers")
+        raise FolderError(f"{run} is a stage 1 folder: it has no LLM that answers")
     if out.exists() and any(out.iterdir()):
         raise FolderError(f"{out} is not empty: give a new folder")
     source = locate(llm or config.llm.name)

@@ -21,7 +21,7 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from core.command_line import CommandParser
 from core.console import print_error
@@ -154,8 +154,8 @@ def start_vllm(options: argparse.Namespace, model: Soundwave) -> VLLM:
     from serving.vllm import PYTHON, VLLM
 
     if model.llm is None:
-        raise FolderError(f"{options.model} is of stage I and has no LLM: leave --backend vllm out")
-    base = base_of(model.llm)
+        raise FolderError(f"{options.model} is of stage 1 and has no LLM: leave --backend vllm out")
+    base: Any = base_of(model.llm)
     with tempfile.TemporaryDirectory(prefix="soundwave-llm-") as merged:
         folder = model.sources["llm"].folder
         if (options.model / LORA).is_dir():

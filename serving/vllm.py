@@ -192,10 +192,10 @@ class VLLM:
                 row.fail("vLLM has ended")
 
     def _handle(self, message: dict[str, Any]) -> None:
-        number = message.get("id")
+        number = message.get("id", -1)  # the greeting has none
         ends = bool(message.get("error") or message.get("finish"))
         with self.lock:
-            row = self.rows.get(number) if number is not None else None
+            row = self.rows.get(number)
             if row is not None and ends:
                 del self.rows[number]
         if row is None:

@@ -198,6 +198,12 @@ def test_words_have_the_times_of_the_alignment(folders, clip, question):
     assert [float(row[1]) for row in rows] == pytest.approx([w.start for w in aligned.words], abs=6e-3)
 
 
+def test_words_are_shown_as_text():
+    shown = demo.table([["<b>&", "0.10", "0.25", "0.90"]])
+    assert "<td>&lt;b&gt;&amp;</td><td>0.10</td><td>0.25</td><td>0.90</td>" in shown and "<b>" not in shown
+    assert demo.table([]) == ""
+
+
 def test_examples_are_a_folder_s_first_audio_files(tmp_path):
     for name in ("b.wav", "a.MP3", "text.txt", *(f"z{number}.flac" for number in range(9))):
         (tmp_path / name).touch()

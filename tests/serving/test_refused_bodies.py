@@ -74,7 +74,7 @@ def test_the_answer_arrives_though_the_body_is_not_read(address, path, headers, 
     assert "error" in json.loads(text)
 
 
-def test_a_busy_server_s_answer_arrives_and_waits_for_nobody(address):
+def test_a_busy_server_s_answer_arrives_and_frees_its_place_at_once(address):
     server, url = address
     guard_limit, open_before = server.limits.open_requests, server.metrics.open._value.get()
     assert open_before == 0
