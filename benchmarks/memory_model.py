@@ -12,7 +12,6 @@ Mark: each error is within 15 %.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from benchmarks.machine import keep, machine
+from core.command_line import CommandParser
 from core.distributed import hard_exit
 from examples.steps import free_port
 
@@ -223,7 +223,9 @@ def predict(recipe_path: Path) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory_model")
+    parser = CommandParser(
+        "python -m benchmarks.memory_model", __doc__.splitlines()[0], example="--json memory_model.json"
+    )
     parser.add_argument("--only", nargs="*", help="names of cases; default: all")
     parser.add_argument("--json", type=Path, help="write the report here, and its table beside it")
     options = parser.parse_args(argv)

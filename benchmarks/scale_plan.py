@@ -18,7 +18,6 @@ micro-batches on all ranks.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import re
 import sys
@@ -32,6 +31,7 @@ import numpy as np
 from tabulate import tabulate
 
 from benchmarks.machine import keep, machine
+from core.command_line import CommandParser
 
 HOURS, SFT_EXAMPLES, SFT_HOURS = 9857, 2_651_493, 5359
 PER_SHARD = 1000
@@ -194,7 +194,9 @@ def reset_peak() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale_plan")
+    parser = CommandParser(
+        "python -m benchmarks.scale_plan", __doc__.splitlines()[0], example="--scale 0.01 --ranks 8 64"
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="share of the paper's size")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512])
     parser.add_argument("--json", type=Path, help="write the report here, and its table beside it")

@@ -216,9 +216,9 @@ def _llm_loss(model: Any, x: torch.Tensor, tokens: int, on_gpu: bool) -> torch.T
     square = 1 if on_gpu else tokens
     mask = torch.empty(1, 1, square, square, device="meta", dtype=torch.bool)
     with token_keys_in_use(model.llm, keys):
-        decoder = base.get_decoder()
+        decoder: Any = base.get_decoder()  # type: ignore[operator]
         hidden = decoder(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state[0]
-    head = base.get_output_embeddings().weight
+    head = base.get_output_embeddings().weight  # type: ignore[operator]
     targets = torch.empty(tokens, device="meta", dtype=torch.int64)
     return HeadCrossEntropy.apply(hidden, head, targets)
 

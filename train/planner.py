@@ -93,22 +93,22 @@ class Planner:
         activations = self.activations(seconds) if seconds else 0
         return Choice(zero_stage, seconds, self.memory(zero_stage, activations))
 
-    def _largest(self, room: float) -> float:
-        """Seconds of the largest micro-batch whose activations need at most `room` bytes; 0: none.
+    def _largest(self, budget: float) -> float:
+        """Seconds of the largest micro-batch whose activations need at most `budget` bytes; 0: none.
 
         Activations grow nearly in proportion to the micro-batch, so each guess is a linear interpolation
         between what fits and what does not.
         """
         clip, most = self.recipe.data.max_seconds, self.useful_seconds()
-        if self.activations(most) <= room:
+        if self.activations(most) <= budget:
             return most
         fits, too_many = 0, math.ceil(most / clip)
         low, high = 0.0, self.activations(most)
         while too_many - fits > 1:
-            guess = fits + round((too_many - fits) * (room - low) / (high - low))
+            guess = fits + round((too_many - fits) * (budget - low) / (high - low))
             guess = min(max(guess, fits + 1), too_many - 1)
             size = self.activations(guess * clip)
-            if size <= room:
+            if size <= budget:
                 fits, low = guess, size
             else:
                 too_many, high = guess, size
