@@ -115,7 +115,7 @@ def test_any_draft_gives_the_same_tokens(models, monkeypatch, family, data):
 
 @torch.no_grad()
 def test_answers_end_at_an_end_of_turn_inside_the_draft(models, monkeypatch):
-    """The end of turn is a token that the LLM writes early: rows end at different places, drafts go on."""
+    """The end of turn is a token that the LLM writes early: rows end at different places, drafts are longer."""
     model = models("gemma3_text")
     batch = conversations(model, [0, 2, 3])
     whole = model.generate(batch, max_new_tokens=14)
