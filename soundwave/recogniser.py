@@ -51,9 +51,9 @@ from soundwave.results import Answer, Segment, Transcription
 from soundwave.windows import CONTEXT_SECONDS, Cutter, Frames, Window
 
 Source: TypeAlias = "str | os.PathLike | bytes | np.ndarray | torch.Tensor | Sequence[float]"
-#: A window has speech if the CTC head finds a token in it, or in any frame at least this probability of one;
-#: twice as much beyond GATE_SECONDS, since the largest of many frames is large by chance. Chosen on the quick
-#: start's validation dialogues (docs/transcribe.md).
+#: A window has speech if the CTC head finds a token in it, or in any frame at least this probability of one.
+#: Beyond GATE_SECONDS more, in proportion to the length, up to twice as much: the largest of many frames is
+#: large by chance. Chosen on the quick start's validation dialogues and on noise (docs/transcribe.md).
 GATE = 0.25
 GATE_SECONDS = 3.0
 WINDOW_SECONDS = 10.0
@@ -543,8 +543,8 @@ class SpeechModel:
         length = int(audio.lengths[row])
         if bool((audio.argmax[row, :length] != self.network.ctc_head.blank).any()):
             return True
-        if length * frame_seconds(self.network) > GATE_SECONDS:
-            gate = min(2 * gate, 1.0)
+        longer = length * frame_seconds(self.network) / GATE_SECONDS
+        gate = min(gate * min(max(longer, 1.0), 2.0), 1.0)
         return bool(1 - audio.blank_logprob[row, :length].min().exp() >= gate)
 
     def _words(self, audio: Audio, pieces: list[_Piece], texts: list[str], setup: _Setup) -> list[list[Word]]:

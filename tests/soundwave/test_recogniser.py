@@ -214,8 +214,8 @@ def test_what_is_below_60_db_is_silence_for_any_model(speaker):
 
 
 def test_the_gate_is_the_highest_probability_of_a_token(deaf):
-    """One frame has a token with 0.4; twice the gate beyond 3 s."""
-    for seconds, gate in ((0.5, 0.4), (3.5, 0.2)):
+    """One frame has a token with 0.4; beyond 3 s it takes more, without a step, up to twice as much."""
+    for seconds, gate in ((0.5, 0.4), (3.04, 0.4 / 1.01), (4.5, 0.4 / 1.5), (6.5, 0.2), (9.5, 0.2)):
         _, audio = deaf._encoded([wave(seconds)], "x")
         blank = torch.zeros_like(audio.blank_logprob)
         blank[0, 3] = np.log(0.6)
