@@ -7,7 +7,7 @@ import logging
 import math
 from collections import Counter
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -163,7 +163,7 @@ def fixed_clip(batches: ValidationSet, audio_id: int | None) -> tuple[int, int, 
     return number, audio, int((per_row <= audio).sum())
 
 
-def validate(engine: Engine, batches: ValidationSet, tokenizer, ranks: Ranks) -> dict[str, float]:
+def validate(engine: Engine, batches: ValidationSet, tokenizer, ranks: Ranks) -> dict[str, Any]:
     """{"loss", each loss by name, "wer", "cer", "mer", "words", the tasks' scores (bleu, accuracy ...), the
     same of each named set as "SET/wer", "samples": [(reference, hypothesis), ...], "clip": (inspection,
     reference, hypothesis) or None}; numbers over all ranks, samples and clip of this one. An error rate is
