@@ -32,7 +32,7 @@ class MLflow(Tracker):
         if run.run_id:
             try:
                 self.client.update_run(run.run_id, status="RUNNING")
-                self.run_id = run.run_id
+                self.run_id: str = run.run_id
                 return
             except MlflowException:  # the store is another one, or was removed
                 pass
