@@ -160,11 +160,17 @@ def _epochs(recipe: Recipe, ready: bool, data_hours: float | None) -> dict[str, 
     return {}
 
 
-def _activation_line(recipe: Recipe, model: Soundwave) -> str:
+def _activation_line(recipe: Recipe, model: Soundwave, zero_stage: int) -> str:
     """Memory of the recipe's own micro-batch, beside the states."""
     data = recipe.data
     tokens = data.micro_batch_tokens if stage_of(recipe).needs_llm else 0
-    size = activation_bytes(model, recipe, micro_batch_seconds=data.micro_batch_seconds, tokens=tokens)
+    size = activation_bytes(
+        model,
+        recipe,
+        micro_batch_seconds=data.micro_batch_seconds,
+        tokens=tokens,
+        zero_stage=zero_stage,
+    )
     what = f"data.micro_batch_seconds={data.micro_batch_seconds:g}"
     if tokens:
         on = "on" if recipe.optim.activation_checkpointing else "off"
@@ -217,7 +223,7 @@ def dry_run(
     ]
     print(tabulate(states, headers=("ranks", *map(str, RANKS)), floatfmt=".2f"))
     try:
-        print(_activation_line(recipe, model))
+        print(_activation_line(recipe, model, zero.stage_number(config)))
         plan = Planner(recipe, model, gpus or 1, gpu or "h100")
         if gpu is not None:
             plan.choices()

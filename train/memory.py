@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import weakref
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from stream.worst_case import TOKENS_PER_SECOND, micro_batch_shape
 from train import zero
 from train.flops import numel
 
+REDUCED_AT_ONCE = 500_000_000  # gradients in a bucket of DeepSpeed's engine
 LOGITS_AT_ONCE = 1 << 24  # of the CTC op on a GPU (model/ops/triton_backend.py)
 
 
@@ -52,19 +53,21 @@ def states_per_rank(trained: int, frozen: int, ranks: int, zero_stage: int, weig
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes. `gathered`: ZeRO-3's whole weights in use; `buffers`: communication and the update."""
+    """Bytes on a rank.
+
+    gathered: ZeRO-3's whole weights in use; buckets: of gradients on their way; update: what the reduction of
+    gradients and the optimizer make for a while, when the activations are gone.
+    """
 
     states: float
     gathered: float
-    buffers: float
+    buckets: float
     activations: float
+    update: float
 
     @property
     def total(self) -> float:
-        return sum(self.parts().values())
-
-    def parts(self) -> dict[str, float]:
-        return asdict(self)
+        return self.states + max(self.gathered + self.buckets + self.activations, self.update)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -80,6 +83,8 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._follow(leaf.untyped_storage())
+        if func is torch.ops.aten.logsumexp.default:  # its kernel makes exp(x - max) of x's size
+            self.peak = max(self.peak, self.now + args[0].nbytes)
         return out
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
@@ -140,6 +145,35 @@ def fused_attention(on_gpu: bool):
     finally:
         for place in (F, lookback):
             setattr(place, name, before)
+
+
+class _ZeRO3Linear(torch.autograd.Function):
+    """DeepSpeed's linear layer under ZeRO-3 (memory_efficient_linear) keeps its input, though the weight is
+    frozen: deepspeed/runtime/zero/linear.py, 0.19.8."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        return of_x, of_weight, weight.new_empty(weight.shape[0]) if ctx.needs_input_grad[2] else None
+
+
+@contextmanager
+def zero3_linear(wanted: bool):
+    """Replace the linear layers' function by DeepSpeed's under ZeRO-3."""
+    before = F.linear
+    if wanted:
+        setattr(F, "linear", lambda x, weight, bias=None: _ZeRO3Linear.apply(x, weight, bias))  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(F, "linear", before)  # noqa: B010
 
 
 class _CTC(torch.autograd.Function):
@@ -209,18 +243,22 @@ def _encode(model: Any, clips: int, seconds: float, dtype: torch.dtype) -> torch
         return net.layer_norm(hidden)
 
 
-def _llm_loss(model: Any, x: torch.Tensor, tokens: int, on_gpu: bool) -> torch.Tensor:
-    base = base_of(model.llm)
-    keys = torch.empty(1, tokens, device="meta", dtype=torch.int64)
+def _llm_loss(model: Any, x: torch.Tensor, targets: int, on_gpu: bool) -> torch.Tensor:
+    """x [B, L, D] -> cross-entropy at that many positions. The rows are equally long, so SDPA takes them as
+    they are, with a mask [B, 1, L, L]; FlashAttention takes them joined, without."""
+    base: Any = base_of(model.llm)
+    rows, length = x.shape[:2]
+    keys = torch.empty(rows, length, device="meta", dtype=torch.int64)
     # A mask of four dimensions is taken as it is: transformers would look into one that it makes.
-    square = 1 if on_gpu else tokens
-    mask = torch.empty(1, 1, square, square, device="meta", dtype=torch.bool)
+    square = 1 if on_gpu else length
+    mask = torch.empty(rows, 1, square, square, device="meta", dtype=torch.bool)
     with token_keys_in_use(model.llm, keys):
-        decoder: Any = base.get_decoder()  # type: ignore[operator]
-        hidden = decoder(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state[0]
-    head = base.get_output_embeddings().weight  # type: ignore[operator]
-    targets = torch.empty(tokens, device="meta", dtype=torch.int64)
-    return HeadCrossEntropy.apply(hidden, head, targets)
+        decoder = base.get_decoder()
+        hidden = decoder(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
+    head = base.get_output_embeddings().weight
+    at = torch.empty(targets, device="meta", dtype=torch.int64)
+    wanted = hidden.flatten(0, 1)[at]
+    return HeadCrossEntropy.apply(wanted, head, torch.empty(targets, device="meta", dtype=torch.int64))
 
 
 def activation_bytes(
@@ -229,13 +267,15 @@ def activation_bytes(
     *,
     micro_batch_seconds: float,
     tokens: int,
+    zero_stage: int,
+    kept: int | None = None,
     on_gpu: bool = True,
 ) -> int:
     """Peak bytes of one micro-batch's forward and backward beside weights, gradients and states.
 
     model: on the meta device, stage set (train.dry_run.meta_model). The micro-batch is that of
-    stream/worst_case.py: as many of the longest clips as fit, conversations that fill `tokens`, every frame
-    kept.
+    stream/worst_case.py: as many of the longest clips as fit, conversations that fill `tokens`, and
+    on top of them the frames that are kept. kept: of each clip; default: every frame.
     """
     stage = stage_of(recipe)
     dtype = torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32
@@ -253,7 +293,7 @@ def activation_bytes(
     live.known([*model.parameters(), *model.buffers()])
     uses_ctc = any(LOSSES[name].uses_ctc for name in losses_of(recipe))
     try:
-        with _dropout_as_on(model, on_gpu), live, fused_attention(on_gpu):
+        with _dropout_as_on(model, on_gpu), live, fused_attention(on_gpu), zero3_linear(zero_stage == 3):
             # The waveforms stay for the whole step.
             waves = torch.empty(clips, int(seconds * 16000), device="meta")
             if model.encoder is not None:
@@ -270,14 +310,18 @@ def activation_bytes(
             if uses_ctc:
                 loss = loss + _CTC.apply(hidden, head.weight, head.blank_row, labels, on_gpu).sum()
             if stage.needs_llm:
-                kept = torch.empty(hidden.shape[:2], device="meta", dtype=torch.int64)
+                frames = hidden.shape[1] if kept is None else kept
+                places = torch.empty(clips, frames, device="meta", dtype=torch.int64)
                 shrinking = model.shrinking
                 compress = getattr(shrinking, "compress", None)
-                short = compress(hidden, lengths, kept, lengths, keys) if compress else hidden
-                text = torch.empty(1, tokens, hidden.shape[-1], device="meta", dtype=dtype)
-                places = min(tokens, clips * hidden.shape[1])
-                spliced = torch.cat([text[0, : tokens - places], short.flatten(0, 1)[:places]])[None]
-                if not spliced.requires_grad and zero_input_gradient(recipe):
+                short = compress(hidden, lengths, places, lengths, keys) if compress else hidden[:, :frames]
+                # The frames come on top of the conversations' own positions.
+                text = torch.empty(
+                    clips, max(tokens // clips, 1), hidden.shape[-1], device="meta", dtype=dtype
+                )
+                spliced = torch.cat([text, short], dim=1)
+                # ZeRO-3 and checkpointing ask for the gradient of the LLM's input (train/deepspeed_fixes).
+                if not spliced.requires_grad and (zero_stage == 3 or recipe.optim.activation_checkpointing):
                     spliced.requires_grad_(True)
                 loss = loss + _llm_loss(model, spliced, tokens, on_gpu)
             if loss.requires_grad:
@@ -287,11 +331,6 @@ def activation_bytes(
         for handle in handles:
             handle.remove()
     return live.peak
-
-
-def zero_input_gradient(recipe: Recipe) -> bool:
-    """ZeRO-3 and activation checkpointing ask for the gradient of the LLM's input (train/deepspeed_fixes)."""
-    return "zero3" in recipe.deepspeed or recipe.optim.activation_checkpointing
 
 
 def rank_memory(
@@ -315,7 +354,12 @@ def rank_memory(
         gathered = weight_bytes * live
     bucket = section.get("reduce_bucket_size", 5e8)
     bucket = bucket if isinstance(bucket, (int, float)) else 5e8
-    buffers = weight_bytes * min(trained, bucket)
+    buckets = weight_bytes * min(trained, bucket)
+    # AdamW's partition of gradients in fp32, and a temporary of the same size.
+    update = 8 * trained / ranks
+    if zero_stage == 1 and weight_bytes == 2:  # fp32 gradients are flattened, and cast to bf16 to be reduced
+        update = max(update, (4 + weight_bytes) * min(trained, REDUCED_AT_ONCE))
     if zero.offloads_optimizer(config):
         states -= 12 * trained / ranks
-    return RankMemory(states, gathered, buffers, activations)
+        update = 0.0
+    return RankMemory(states, gathered, buckets, activations, update)

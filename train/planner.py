@@ -56,7 +56,7 @@ class Planner:
         self.frozen = sum(n for n, learns in sizes if not learns)
         self.encoder = 0 if model.encoder is None else sum(numel(p) for p in model.encoder.parameters())
         self.flops = Flops.of(model)
-        self._traced: dict[float, float] = {}
+        self._traced: dict[tuple[float, bool], float] = {}
 
     # ---- memory
 
@@ -67,13 +67,17 @@ class Planner:
             1, round(data.micro_batch_tokens * seconds / max(data.micro_batch_seconds, data.max_seconds))
         )
 
-    def activations(self, seconds: float) -> float:
-        if seconds not in self._traced:
-            tokens = self.tokens(seconds) if self.stage.needs_llm else 0
-            self._traced[seconds] = activation_bytes(
-                self.model, self.recipe, micro_batch_seconds=seconds, tokens=tokens
+    def activations(self, seconds: float, zero_stage: int) -> float:
+        key = seconds, zero_stage == 3
+        if key not in self._traced:
+            self._traced[key] = activation_bytes(
+                self.model,
+                self.recipe,
+                micro_batch_seconds=seconds,
+                tokens=self.tokens(seconds) if self.stage.needs_llm else 0,
+                zero_stage=zero_stage,
             )
-        return self._traced[seconds]
+        return self._traced[key]
 
     def useful_seconds(self) -> float:
         """A larger micro-batch than a GPU's part of the global batch has no effect."""
@@ -88,26 +92,27 @@ class Planner:
 
     def choice(self, zero_stage: int) -> Choice:
         """The largest micro-batch, in whole clips of data.max_seconds, that fits."""
-        room = RESERVE * self.gpu.memory * GIB - self.memory(zero_stage, 0).total
-        seconds = self._largest(room)
-        activations = self.activations(seconds) if seconds else 0
+        limit, rest = RESERVE * self.gpu.memory * GIB, self.memory(zero_stage, 0)
+        budget = limit - rest.states - rest.gathered - rest.buckets
+        seconds = self._largest(budget, zero_stage) if rest.total <= limit else 0.0
+        activations = self.activations(seconds, zero_stage) if seconds else 0
         return Choice(zero_stage, seconds, self.memory(zero_stage, activations))
 
-    def _largest(self, budget: float) -> float:
+    def _largest(self, budget: float, zero_stage: int) -> float:
         """Seconds of the largest micro-batch whose activations need at most `budget` bytes; 0: none.
 
         Activations grow nearly in proportion to the micro-batch, so each guess is a linear interpolation
         between what fits and what does not.
         """
         clip, most = self.recipe.data.max_seconds, self.useful_seconds()
-        if self.activations(most) <= budget:
+        if self.activations(most, zero_stage) <= budget:
             return most
         fits, too_many = 0, math.ceil(most / clip)
-        low, high = 0.0, self.activations(most)
+        low, high = 0.0, self.activations(most, zero_stage)
         while too_many - fits > 1:
             guess = fits + round((too_many - fits) * (budget - low) / (high - low))
             guess = min(max(guess, fits + 1), too_many - 1)
-            size = self.activations(guess * clip)
+            size = self.activations(guess * clip, zero_stage)
             if size <= budget:
                 fits, low = guess, size
             else:
@@ -201,8 +206,9 @@ class Planner:
             (
                 f"ZeRO-{c.zero_stage}",
                 c.memory.states / GIB,
-                (c.memory.gathered + c.memory.buffers) / GIB,
+                (c.memory.gathered + c.memory.buckets) / GIB,
                 c.memory.activations / GIB if c.fits else None,
+                c.memory.update / GIB,
                 c.memory.total / GIB if c.fits else None,
                 f"{c.micro_batch_seconds:g} s" if c.fits else "does not fit",
                 self.bytes_sent(c) / 1e9 if c.fits else None,
@@ -214,6 +220,7 @@ class Planner:
             "states",
             "buffers",
             "activations",
+            "or update",
             "GiB in all",
             "largest micro-batch",
             "GB sent a step",
