@@ -93,27 +93,27 @@ class Planner:
     def choice(self, zero_stage: int) -> Choice:
         """The largest micro-batch, in whole clips of data.max_seconds, that fits."""
         limit, rest = RESERVE * self.gpu.memory * GIB, self.memory(zero_stage, 0)
-        room = limit - rest.states - rest.gathered - rest.buckets
-        seconds = self._largest(room, zero_stage) if rest.total <= limit else 0.0
+        budget = limit - rest.states - rest.gathered - rest.buckets
+        seconds = self._largest(budget, zero_stage) if rest.total <= limit else 0.0
         activations = self.activations(seconds, zero_stage) if seconds else 0
         return Choice(zero_stage, seconds, self.memory(zero_stage, activations))
 
-    def _largest(self, room: float, zero_stage: int) -> float:
-        """Seconds of the largest micro-batch whose activations need at most `room` bytes; 0: none.
+    def _largest(self, budget: float, zero_stage: int) -> float:
+        """Seconds of the largest micro-batch whose activations need at most `budget` bytes; 0: none.
 
         Activations grow nearly in proportion to the micro-batch, so each guess is a linear interpolation
         between what fits and what does not.
         """
         clip, most = self.recipe.data.max_seconds, self.useful_seconds()
-        if self.activations(most, zero_stage) <= room:
+        if self.activations(most, zero_stage) <= budget:
             return most
         fits, too_many = 0, math.ceil(most / clip)
         low, high = 0.0, self.activations(most, zero_stage)
         while too_many - fits > 1:
-            guess = fits + round((too_many - fits) * (room - low) / (high - low))
+            guess = fits + round((too_many - fits) * (budget - low) / (high - low))
             guess = min(max(guess, fits + 1), too_many - 1)
             size = self.activations(guess * clip, zero_stage)
-            if size <= room:
+            if size <= budget:
                 fits, low = guess, size
             else:
                 too_many, high = guess, size
