@@ -5,8 +5,8 @@
 Each case starts two ranks (gloo, DeepSpeed) with random models, and runs two steps of the largest micro-batch
 that its recipe allows. `measured` is the peak of: bytes of all tensors before the steps, plus the allocator's
 allocations less its releases in the order of their times (torch.profiler's memory events). `model` is
-train.memory's value for as many kept frames as the run had (an untrained CTC head drops some of the noise).
-Not in either: what gloo, oneDNN and the interpreter allocate outside the allocator.
+train.memory's value for as many compressed frames as the run had (an untrained CTC head drops some of the
+noise). Not in either: what gloo, oneDNN and the interpreter allocate outside the allocator.
 
 Mark: each error is within 15 %.
 """

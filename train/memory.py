@@ -275,7 +275,7 @@ def activation_bytes(
 
     model: on the meta device, stage set (train.dry_run.meta_model). The micro-batch is that of
     stream/worst_case.py: as many of the longest clips as fit, conversations that fill `tokens`, and
-    on top of them the frames that are kept. kept: of each clip; default: every frame.
+    beside these the frames that are kept. kept: of each clip; default: every frame.
     """
     stage = stage_of(recipe)
     dtype = torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32
