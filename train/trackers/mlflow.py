@@ -28,7 +28,6 @@ class MLflow(Tracker):
         from mlflow.exceptions import MlflowException
 
         self.client = MlflowClient(tracking_uri=uri)
-        self.run_id: str
         if run.run_id:
             try:
                 self.client.update_run(run.run_id, status="RUNNING")
