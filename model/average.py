@@ -9,7 +9,6 @@ moved far apart have no useful mean. LoRA's two factors are averaged each. The r
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -19,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from core.command_line import program_name
+from core.command_line import CommandParser
 from core.console import one_line, print_error
 from model.folder import ADAPTERS, CONFIG, LORA, FolderError, check_place, describe
 from model.pretrained import write_tensors
@@ -125,10 +124,10 @@ def _with_absolute_names(folder: Path, config: dict) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=program_name("python -m model.average"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = CommandParser(
+        "python -m model.average",
+        "Average the trained weights of model folders.",
+        example="runs/a/sft/model runs/a/sft/model-best --out runs/a/averaged",
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="model folder of one stage")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
