@@ -391,9 +391,6 @@ def test_the_environment_is_made_under_a_lock_next_to_it(monkeypatch, tmp_path):
         ["-m", "evaluation.answer", "--help"],
         ["-m", "examples.quickstart.demo", "--dry-run"],
         ["-m", "train.run", "examples/quickstart/stage1.yaml", "--print-config"],
-        ["-m", "train.run", "train/recipes/stage1.yaml", "--dry-run"],
-        ["-m", "train.run", "train/recipes/stage2.yaml", "--dry-run"],
-        ["-m", "train.run", "train/recipes/stage3.yaml", "--dry-run"],
     ],
 )
 def test_the_readme_s_programs_answer(command):

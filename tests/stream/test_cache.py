@@ -111,7 +111,7 @@ def test_the_validation_picture_has_its_spectrogram_with_cached_features(recipe,
     ensure_features(recipe)
     ranks, stage = Ranks(0, 1, 0, 1, "cpu"), STAGES["alignment"]
     batches = validation_set(recipe, stage, tokenizer, ranks)
-    assert all(batch.waveforms is None for batch, _, _ in batches)
+    assert all(entry.batch.waveforms is None for entry in batches)
     mel = clip_mel(recipe, stage, tokenizer, ranks, batches, None)
     index = ShardIndex.load(packed)
     clips = [soundfile.read(io.BytesIO(audio))[0] for audio, _ in map(index.read, range(len(index))) if audio]

@@ -168,7 +168,7 @@ def test_any_override_is_one_or_one_line(tmp_path, override):
         ("output: ???", "output is ???: give it a value"),
         ("loss:", "loss is empty: it is a section"),
         ("optim: 3", "optim is 3: it is a section"),
-        ("optim: {steps: }", "optim.steps has no value: give a whole number"),
+        ("optim: {steps: }", "optim.steps is null: give steps, or optim.epochs"),
         ("optim: {steps: many}", "optim.steps is 'many': give a whole number"),
         ("optim: {steps: 0}", "optim.steps is 0: must be at least 1"),
         ("optim: {lr_lora: .nan}", "optim.lr_lora is nan: give finite numbers"),

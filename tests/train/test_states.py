@@ -32,7 +32,7 @@ def test_bytes_of_a_rank(arguments, gigabytes):
     assert states_per_rank(*arguments) == pytest.approx(gigabytes * 1e9)
 
 
-@pytest.mark.slow  # two starts of real ranks
+@pytest.mark.long  # two starts of real ranks that nothing else needs: 50 s
 def test_a_rank_holds_what_the_dry_run_says(tmp_path):
     folder = workspace(tmp_path / "tiny")
     with Server() as server:

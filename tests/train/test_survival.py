@@ -158,7 +158,7 @@ def test_copies_serve_where_the_first_folder_is_lost(server, tiny, whole, tmp_pa
     assert_same_end(tmp_path, whole)
 
 
-@pytest.mark.slow  # several starts of real ranks
+@pytest.mark.long  # two runs of two ranks
 def test_complete_checkpoint_that_only_lacks_its_name_counts(server, tiny, tmp_path):
     stop_after(server, tiny, tmp_path, 2, ranks=1)
     done = tmp_path / "alignment" / "checkpoints" / "step-000003"
@@ -333,8 +333,8 @@ def test_two_ranks_then_one(server, tiny, tmp_path):
 
 
 # Two conversions, five launches each: 15 s and more.
-@pytest.mark.slow
-@pytest.mark.parametrize(("stage", "zero"), [(1, 2), pytest.param(2, "3_offload", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize(("stage", "zero"), [(1, 2), (2, "3_offload")])
 def test_two_ranks_one_rank_two_ranks(server, tiny, whole, tmp_path, stage, zero):
     options = [f"deepspeed=ds_configs/zero{zero}.json"]
     if stage > 1:
@@ -389,7 +389,7 @@ def test_activation_checkpointing_gives_the_same_losses(server, tiny, whole, tmp
     torch.testing.assert_close(with_it, without, rtol=1e-6, atol=0)
 
 
-@pytest.mark.slow  # several starts of real ranks
+@pytest.mark.long  # two runs of two ranks: one minute
 def test_validation_layer_by_layer_writes_what_whole_models_write(server, tiny, whole, tmp_path):
     """ZeRO-3 ranks with unequal answers to write keep in step without holding the model, and write the
     same."""
