@@ -765,7 +765,7 @@ def test_signals_while_a_rank_s_end_is_noted_do_not_change_its_code(site):
 def test_a_warning_between_two_steps_reaches_the_second_one(site):
     site.program(
         "srun",
-        "trap 'echo caught it; exit 0' USR1\nfor _ in 1 2 3 4 5 6 7 8 9; do /bin/sleep 0.3; done; echo missed it",
+        "trap 'echo caught it; exit 0' USR1\nfor _ in {1..60}; do /bin/sleep 0.3; done; echo missed it",
     )
     done = site.job("STOP_FILE=$PWD/out/STOP WARNED=1; command -p sleep 0.1; step --ntasks=1; ls out")
     assert "STOP" in done.stdout.splitlines() and "missed it" not in done.stdout, done.stdout + done.stderr
