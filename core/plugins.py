@@ -16,7 +16,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from core.console import OneLine, one_line
+from core.console import OneLine, one_line, shown
 
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
@@ -33,7 +33,7 @@ def load_plugins(names: list[str]) -> None:
     for name in names:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise PluginError(
-                f"plugins: {name!r} is not the name of a module: write my_package.my_module for "
+                f"plugins: {shown(name)} is not the name of a module: write my_package.my_module for "
                 "my_package/my_module.py"
             )
         folder = os.getcwd()
@@ -46,9 +46,7 @@ def load_plugins(names: list[str]) -> None:
             raise PluginError(_missing(name, error, folder)) from None
         except (Exception, SystemExit) as error:  # whatever the module's own code raises
             place = _place(error)
-            raise PluginError(
-                f"plugins: {name} cannot be imported: {type(error).__name__}: {one_line(error)}{place}"
-            ) from None
+            raise PluginError(f"plugins: {name} cannot be imported: {one_line(error)}{place}") from None
 
 
 def plugins_hash(names: list[str]) -> str | None:

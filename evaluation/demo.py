@@ -302,7 +302,7 @@ def shown(talker: Talker, file: str | None, question: str) -> Iterator[tuple]:
     except (PromptError, Refusal) as error:
         raise Refusal(html.escape(printable(one_line(error)))) from None
     except Exception as error:  # memory, for one; the next question may be answered
-        print_error(f"error: a question was not answered: {type(error).__name__}: {one_line(error)}")
+        print_error(f"error: a question was not answered: {one_line(error)}")
         raise Refusal("the question could not be answered; the reason is in the log of this server") from None
 
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from core.console import one_line
+from core.console import one_line, shown
 from core.near_names import did_you_mean, near_names
 from model.config import LLMConfig
 from model.dropout import key_lora_dropout, position_keys
@@ -134,7 +134,7 @@ def with_lora(llm: nn.Module, config: LLMConfig, name: str) -> PeftModel:
         return llm
     except ValueError as error:
         raise SourceError(
-            f"LoRA does not fit {name}: model.llm.lora_targets = {targets} ({str(error).splitlines()[0]})"
+            f"LoRA does not fit {name}: model.llm.lora_targets = {shown(targets)} ({one_line(error)})"
         ) from None
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from core.console import one_line, shown
 from core.near_names import did_you_mean, near_names
 from core.options import RecipeError, choice, expand_paths, is_name, location, number, numbers, problems
 from core.plugins import PluginError, load_plugins
@@ -265,7 +266,7 @@ def _read_files(path: Path) -> list[tuple[str, DictConfig]]:
 def _read_yaml(path: Path) -> DictConfig:
     if not is_name(str(path)) or not path.exists():
         raise RecipeError(
-            f"recipe {str(path) or repr('')} does not exist: give the path of a YAML file, e.g. "
+            f"recipe {str(path) or 'with an empty name'} does not exist: give the path of a YAML file, e.g. "
             "train/recipes/stage1.yaml"
         )
     try:
@@ -276,7 +277,7 @@ def _read_yaml(path: Path) -> DictConfig:
         ) from None
     except Exception as error:  # yaml's own error types carry line and column
         raise RecipeError(
-            f"recipe {path} is not valid YAML: {' '.join(str(error).split()) or type(error).__name__}"
+            f"recipe {path} is not valid YAML: {' '.join(str(error).split()) or one_line(error)}"
         ) from None
     if not OmegaConf.is_dict(layer):
         raise RecipeError(
@@ -289,20 +290,20 @@ def _read_override(item: str) -> tuple[str, DictConfig]:
     """("command line", {key: value}) of one `key=value`."""
     key, equals, value = item.partition("=")
     if not equals:
-        raise RecipeError(f"{item!r} is not key=value: write e.g. optim.steps=100")
+        raise RecipeError(f"'{item}' is not key=value: write e.g. optim.steps=100")
     if not re.fullmatch(r"\w+(\.\w+)*", key):
         raise RecipeError(
-            f"{item!r}: {key!r} is no key: write e.g. optim.steps=100, and a list as a whole: "
+            f"'{item}': '{key}' is no key: write e.g. optim.steps=100, and a list as a whole: "
             "data.train=[{shards: DIR}]"
         )
     try:
         layer = OmegaConf.from_dotlist([item])
     except Exception as error:  # yaml's and OmegaConf's, for an unclosed bracket, say
         raise RecipeError(
-            f"command line: {key}: {value!r} is not valid YAML: {' '.join(str(error).split())}"
+            f"command line: {key}: '{value}' is not valid YAML: {' '.join(str(error).split())}"
         ) from None
     if key.partition(".")[0] == "base":
-        raise RecipeError(f"{item!r}: write `base:` into a recipe; the command line takes single keys")
+        raise RecipeError(f"'{item}': write `base:` into a recipe; the command line takes single keys")
     return "command line", layer
 
 
@@ -394,7 +395,7 @@ def _check_corpora(where: str, key: str, data: dict) -> None:
             glued = next((field for field in fields if str(name).startswith(f"{field}:")), None)
             if glued:
                 raise RecipeError(
-                    f"{at}: {name!r}: write a blank after the colon: {{{glued}: {name.partition(':')[2]}}}"
+                    f"{at}: '{name}': write a blank after the colon: {{{glued}: {name.partition(':')[2]}}}"
                 )
             if name not in fields:
                 raise RecipeError(f"{at}: unknown key '{name}'; {_near(str(name), fields)}")
@@ -461,7 +462,7 @@ def _inherit(recipe: Recipe, layers: list[tuple[str, DictConfig]], start: Path) 
     }
     if differ:
         lines = [
-            f"{key}: {then!r} in the folder, {now!r} in {_origin(layers, key).removesuffix(': ')}"
+            f"{key}: {_shown(then)} in the folder, {_shown(now)} in {_origin(layers, key).removesuffix(': ')}"
             for key, (then, now) in differ.items()
         ]
         raise RecipeError(
@@ -533,7 +534,7 @@ def _unresolved(error: Exception) -> str:
     unset = re.search(r"Environment variable '(\w+)' not found", str(error))
     if unset:
         return f"the environment has no {unset[1]}: set it, or give a default: ${{oc.env:{unset[1]},VALUE}}"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return one_line(error)
 
 
 _NEEDS = {
@@ -569,5 +570,4 @@ def _needs(path: tuple, value: object, owner: type = Recipe) -> str:
 
 
 def _shown(value: object) -> str:
-    text = repr(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
-    return text if len(text) < 80 else text[:76] + " ..."
+    return shown(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
