@@ -60,10 +60,10 @@ def _sentence(error: object, text: str) -> str:
     return text or f"an unknown error ({type(error).__name__})"
 
 
-def shown(value: object) -> str:
+def shown(value: object, longest: int = _LONGEST_VALUE) -> str:
     """Return a value as YAML writes it on one line, shortened: null, true, 'text', [1, 2], {key: value}."""
     text = printable_line(_in_yaml(value))
-    return text if len(text) < _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 4]} ..."
+    return text if len(text) < longest else f"{text[: longest - 4]} ..."
 
 
 def _in_yaml(value: object) -> str:
