@@ -57,7 +57,7 @@ def old_names(parser: argparse.ArgumentParser) -> dict[str, str]:
     return {name: action.option_strings[0] for name, action in actions if name not in action.option_strings}
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """Errors are one line, as those of the commands themselves, and name the options that are near."""
 
     def error(self, message: str) -> NoReturn:
@@ -72,7 +72,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {printable_line(message)}{hint} ({self.prog} --help lists the options)\n")
 
 
-class CommandParser(_Parser):
+class CommandParser(OneLineParser):
     """The parser of a command. Its help shows defaults and an example.
 
     module_form: how the command is called without `soundwave`. example: the arguments of a typical call.
@@ -92,6 +92,6 @@ class CommandParser(_Parser):
         return super().add_subparsers(parser_class=_Subcommand, **options)
 
 
-class _Subcommand(_Parser):
+class _Subcommand(OneLineParser):
     def __init__(self, **options: Any):
         super().__init__(formatter_class=HelpFormatter, **options)

@@ -30,8 +30,12 @@ def near_names(
     return sorted(near, key=similarity.__getitem__, reverse=True)[:_MOST]
 
 
+def either(names: list[str]) -> str:
+    """Return "'a', 'b' or 'c'"."""
+    quoted = [f"'{name}'" for name in names]
+    return " or ".join(filter(None, (", ".join(quoted[:-1]), *quoted[-1:])))
+
+
 def did_you_mean(names: list[str]) -> str:
     """Return "did you mean 'a', 'b' or 'c'?"; without names nothing."""
-    quoted = [f"'{name}'" for name in names]
-    listed = " or ".join(filter(None, (", ".join(quoted[:-1]), *quoted[-1:])))
-    return f"did you mean {listed}?" if quoted else ""
+    return f"did you mean {either(names)}?" if names else ""

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from core.console import one_line, shown
-from core.near_names import did_you_mean, near_names
+from core.near_names import either, near_names
 from model.config import LLMConfig
 from model.dropout import key_lora_dropout, position_keys
 from model.pretrained import Source, SourceError, reading, tensor_files, text_config
@@ -216,9 +216,9 @@ def lora_targets(llm: nn.Module, wanted: list[str] | str | None, name: str) -> l
     else:
         for target in wanted:
             if not any(_is_target(key, [target]) for key in linear):
-                hint = did_you_mean(near_names(target, known, cutoff=0.0))
+                near = either(near_names(target, known, cutoff=0.0))
                 raise SourceError(
-                    f"model.llm.lora_targets: {name} has no linear layer '{target}'; {hint} Its "
+                    f"model.llm.lora_targets: {name} has no linear layer '{target}'; did you mean {near}? Its "
                     f"linear layers: {', '.join(known)}"
                 )
         others = [key for key, _ in llm.named_modules() if _is_target(key, wanted) and key not in linear]

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core.console import one_line, shown
-from core.near_names import did_you_mean, near_names
+from core.near_names import either, near_names
 from core.options import RecipeError, choice, expand_paths, is_name, location, number, numbers, problems
 from core.plugins import PluginError, load_plugins
 from model.config import SoundwaveConfig
@@ -318,7 +318,7 @@ def _merge(merged: DictConfig, layers: list[tuple[str, DictConfig]]) -> Recipe:
                     f"{key.rpartition('.')[0]}=[{{shards: DIR}}]"
                 )
             if key not in known and not key.startswith(tuple(f"{free}." for free in BY_NAME)):
-                raise RecipeError(f"{where}: unknown key '{key}'; {_near(key, known)}")
+                raise RecipeError(f"{where}: unknown key '{key}'; did you mean {_near(key, known)}?")
         for path, value in _leaves(content):
             if value == "???":  # OmegaConf would keep the value of an earlier layer
                 raise RecipeError(f"{where}: {_key(path)} is ???: give it a value")
@@ -398,7 +398,7 @@ def _check_corpora(where: str, key: str, data: dict) -> None:
                     f"{at}: '{name}': write a blank after the colon: {{{glued}: {name.partition(':')[2]}}}"
                 )
             if name not in fields:
-                raise RecipeError(f"{at}: unknown key '{name}'; {_near(str(name), fields)}")
+                raise RecipeError(f"{at}: unknown key '{name}'; did you mean {_near(str(name), fields)}?")
             try:
                 OmegaConf.merge(OmegaConf.structured(Corpus), OmegaConf.create({name: value}))
             except Exception:  # OmegaConf's, or a built-in type
@@ -431,7 +431,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         if key not in model_keys:
             yield (
                 "init_accept",
-                f"names '{key}', which is no key of the model; {_near(key, model_keys)}",
+                f"names '{key}', which is no key of the model; did you mean {_near(key, model_keys)}?",
             )
 
 
@@ -490,14 +490,14 @@ def known_keys(node: object = None, prefix: str = "") -> list[str]:
 
 
 def _near(key: str, known: list[str]) -> str:
-    """Ask for the keys whose last word is most similar: of the same section if it has one, unless another
+    """Return the keys whose last word is most similar: of the same section if it has one, unless another
     section has the very word."""
     section, _, word = key.rpartition(".")
     names = {k: k.rpartition(".")[2] for k in known}
     candidates = [
         k for k in known if section and k.startswith(section + ".") and word not in names.values()
     ] or known
-    return did_you_mean(near_names(word, candidates, cutoff=0.0, compared=names.__getitem__))
+    return either(near_names(word, candidates, cutoff=0.0, compared=names.__getitem__))
 
 
 def _flat(node: dict, prefix: str = "") -> list[str]:
