@@ -39,7 +39,8 @@ def one_line(error: object) -> str:
 def _sentence(error: object, text: str) -> str:
     match error:
         case UnicodeDecodeError():
-            return f"not {error.encoding} (byte 0x{error.object[error.start]:02x} at position {error.start})"
+            byte = error.object[error.start : error.start + 1].hex()
+            return f"not {error.encoding} (byte 0x{byte} at position {error.start})"
         case UnicodeEncodeError():
             return f"not valid Unicode ({error.reason})"
         case RecursionError():

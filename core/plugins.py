@@ -46,7 +46,9 @@ def load_plugins(names: list[str]) -> None:
             raise PluginError(_missing(name, error, folder)) from None
         except (Exception, SystemExit) as error:  # whatever the module's own code raises
             place = _place(error)
-            raise PluginError(f"plugins: {name} cannot be imported: {one_line(error)}{place}") from None
+            raise PluginError(
+                f"plugins: {name} cannot be imported: {type(error).__name__}: {one_line(error)}{place}"
+            ) from None
 
 
 def plugins_hash(names: list[str]) -> str | None:

@@ -218,8 +218,8 @@ def lora_targets(llm: nn.Module, wanted: list[str] | str | None, name: str) -> l
             if not any(_is_target(key, [target]) for key in linear):
                 near = either(near_names(target, known, cutoff=0.0))
                 raise SourceError(
-                    f"model.llm.lora_targets: {name} has no linear layer '{target}'; did you mean {near}? Its "
-                    f"linear layers: {', '.join(known)}"
+                    f"model.llm.lora_targets: {name} has no linear layer '{target}'; did you mean {near}? "
+                    f"Its linear layers: {', '.join(known)}"
                 )
         others = [key for key, _ in llm.named_modules() if _is_target(key, wanted) and key not in linear]
     if others:

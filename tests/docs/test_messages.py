@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
     "cli core data_tools evaluation examples install model recipe serving soundwave stream train".split()
 )
-#: Logs for operators with a traceback beside them, and the message of one process to another.
-CLASS_NAMES = {"serving/engine.py", "serving/vllm_worker.py", "core/console.py"}
+#: Logs for operators with a traceback beside them, a message of one process to another, errors in a user's own code.
+CLASS_NAMES = {"serving/engine.py", "serving/vllm_worker.py", "core/console.py", "core/plugins.py"}
 PREFIXES = {"error", "warning", "note", "usage"}
 CONTAINERS = ast.List | ast.Dict | ast.Set | ast.ListComp | ast.DictComp | ast.SetComp | ast.Tuple
 
