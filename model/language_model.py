@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -30,6 +31,10 @@ from model.config import LLMConfig
 from model.dropout import key_lora_dropout, position_keys
 from model.pretrained import Source, SourceError, reading, tensor_files, text_config
 from model.prompt import stop_ids
+
+# transformers 5.23 renames gradient_checkpointing_enable; peft 0.21 and this module call the name that older
+# versions have, too.
+warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing\w*` is deprecated", category=FutureWarning)
 
 ALL_LINEAR = "all-linear"  # peft's keyword
 # transformers names its modules so, in every family; MLA: DeepSeek's and Longcat's multi-head latent

@@ -262,8 +262,8 @@ def compared(reference: str, hypothesis: str) -> tuple[str, str]:
     """Return both texts as HTML with the words marked that differ in more than case and punctuation."""
     left, right = reference.split(), hypothesis.split()
     marked: tuple[list[str], list[str]] = ([], [])
-    keys = [[_bare(word) for word in words] for words in (left, right)]
-    for kind, a, b, c, d in SequenceMatcher(None, *keys, autojunk=False).get_opcodes():
+    matched = SequenceMatcher(None, [*map(_bare, left)], [*map(_bare, right)], autojunk=False)
+    for kind, a, b, c, d in matched.get_opcodes():
         for words, out, tag in ((left[a:b], marked[0], "del"), (right[c:d], marked[1], "ins")):
             text = html.escape(" ".join(words))
             if text:

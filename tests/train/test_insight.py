@@ -256,6 +256,6 @@ def test_the_recipe_of_the_report_is_in_yaml(tmp_path):
     corpus = {"shards": "a", "weight": None, "tasks": None, "name": None, "share": 0.5, "share_from": 0.0}
     path.write_text(yaml.safe_dump({"seed": 7, "data": {"train": [corpus], "cache_features": None}}))
     assert report.changed_keys(path) == [
-        ("seed", "7", "0"),
         ("data.train", "[{shards: 'a', share: 0.5}]", "[]"),
+        ("seed", "7", "0"),
     ]
