@@ -45,10 +45,10 @@ results: setup ## demo, comparisons and trials, their tables put into benchmarks
 	@$(PY) -m examples.quickstart.demo
 	@$(PY) -m examples.less_is_more.study
 	@$(PY) -m examples.less_is_more.study --plan examples/less_is_more/trials.yaml
-	@$(PY) -m examples.quickstart.results --csv benchmarks/results/quickstart.csv
-	@$(PY) -m examples.less_is_more.table --csv benchmarks/results
-	@$(PY) -m examples.less_is_more.table --plan examples/less_is_more/trials.yaml --csv benchmarks/results
-	@$(PY) -m examples.less_is_more.rare_words --csv benchmarks/results/rare_words.csv
+	@$(PY) -m examples.quickstart.results --out benchmarks/results/quickstart.csv
+	@$(PY) -m examples.less_is_more.table --out benchmarks/results
+	@$(PY) -m examples.less_is_more.table --plan examples/less_is_more/trials.yaml --out benchmarks/results
+	@$(PY) -m examples.less_is_more.rare_words --out benchmarks/results/rare_words.csv
 	@$(PY) -m docs.generate
 
 fetch: setup ## only download and convert what the demo needs; names the commands for full-scale models

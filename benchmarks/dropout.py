@@ -1,6 +1,6 @@
 """Measure what keyed dropout costs in a step of stage 2, against torch's masks and none.
 
-    python -m benchmarks.dropout RECIPE [key=value ...] [--clips 12] [--steps 5] [--rounds 3] [--json FILE]
+    python -m benchmarks.dropout RECIPE [key=value ...] [--clips 12] [--steps 5] [--rounds 3] [--out FILE]
 
 RECIPE: a stage 2 recipe. Forward and backward of its first global batch, on one process without DeepSpeed,
 at the recipe's rates of dropout (`model.llm.lora_dropout=0.05` shows LoRA's). The sides alternate; a number
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from benchmarks.machine import keep, machine
 from benchmarks.train_step import wait
-from core.command_line import CommandParser
+from core.command_line import CommandParser, accept_old_name
 from core.distributed import fill_environment
 from core.keys import signed_key64
 from model import alignment, ops
@@ -158,7 +158,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--steps", type=int, default=5, help="steps of each side in a round (default: 5)")
     parser.add_argument("--rounds", type=int, default=3, help="times that the sides alternate (default: 3)")
-    parser.add_argument("--json", type=Path, help="write the result there too")
+    parser.add_argument("--out", type=Path, help="write the result there too")
+    accept_old_name(parser, "--json", "--out")
     options = parser.parse_intermixed_args(argv)
     fill_environment()
     facts = machine("cuda" if torch.cuda.is_available() else "cpu")
@@ -177,9 +178,9 @@ def main(argv: list[str] | None = None) -> int:
         f"keyed / torch: {result['keyed_over_torch']:.3f} (mark: at most 1.01)"
     )
     print(table)
-    if options.json:
+    if options.out:
         keep(
-            options.json,
+            options.out,
             {"machine": facts, "recipe": options.recipe, "overrides": options.overrides, "result": result},
             table,
         )

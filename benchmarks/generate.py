@@ -1,6 +1,6 @@
 """Measure answers per second: batches, single clips, and padding to 30 s.
 
-    python -m benchmarks.generate --model RUN [--shards DIR] [--utterances 32] [--batch 8] [--tokens 24]
+    python -m benchmarks.generate --model RUN [--shards DIR] [--clips 32] [--batch 8] [--tokens 24]
 
 The same weights, clips, prompt and number of new tokens (greedy), each way measured in the same process:
 
@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from benchmarks.machine import keep, machine
 from core.audio import decode
-from core.command_line import CommandParser
+from core.command_line import CommandParser, accept_old_name
 from core.samples import INSTRUCTIONS, asked
 from core.text import count_errors
 from data_tools.shards import ShardIndex
@@ -242,7 +242,8 @@ def main() -> None:
     parser.add_argument("--encoder", default="openai/whisper-base")
     parser.add_argument("--llm", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--shards")
-    parser.add_argument("--utterances", type=int, default=32)
+    parser.add_argument("--clips", type=int, default=32)
+    accept_old_name(parser, "--utterances", "--clips")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument(
@@ -253,7 +254,8 @@ def main() -> None:
         help="compare drafted and greedy decoding instead, in batches of these sizes",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="where to write the numbers, the table beside them (.txt)")
+    parser.add_argument("--out", type=Path, help="where to write the numbers, the table beside them (.txt)")
+    accept_old_name(parser, "--json", "--out")
     options = parser.parse_args()
     torch.manual_seed(0)
     facts = machine(options.device)
@@ -262,7 +264,7 @@ def main() -> None:
     else:
         config = SoundwaveConfig(encoder=EncoderConfig(options.encoder), llm=LLMConfig(options.llm))
         model = Soundwave.build(config, device=options.device).eval()
-    found = clips(options.shards, options.utterances)
+    found = clips(options.shards, options.clips)
     sounds = [clip.samples for clip in found]
     seconds = sum(map(len, sounds)) / 16000
     if options.drafted:
@@ -291,10 +293,10 @@ def main() -> None:
 
 def report(options: argparse.Namespace, facts: dict, seconds: float, results: list[dict], table: str) -> None:
     print(table)
-    if options.json:
+    if options.out:
         settings = {name: str(value) for name, value in vars(options).items()}
         keep(
-            options.json,
+            options.out,
             {"machine": facts, "options": settings, "audio_seconds": seconds, "results": results},
             table,
         )

@@ -1,6 +1,6 @@
 """Run every test and benchmark that needs a CUDA GPU, in a few minutes.
 
-    python -m benchmarks.gpu_check [--json FILE]
+    python -m benchmarks.gpu_check [--out FILE]
 
 First the tests on the GPU (tests/*/test_gpu.py), by pytest; then the fused op's benchmark in bfloat16 and
 look-back attention through FlashAttention and through PyTorch. What is not installed is skipped by name. One
@@ -21,7 +21,7 @@ import torch
 from tabulate import tabulate
 
 from benchmarks.machine import keep, machine
-from core.command_line import CommandParser
+from core.command_line import CommandParser, accept_old_name
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_SECONDS = 420
@@ -133,11 +133,12 @@ def lookback() -> list[dict]:
 def main() -> int:
     parser = CommandParser("python -m benchmarks.gpu_check", __doc__, example="")
     parser.add_argument(
-        "--json",
+        "--out",
         type=Path,
         default=Path("benchmarks/results/gpu_check.json"),
         help="where the report goes, its table beside it (.txt)",
     )
+    accept_old_name(parser, "--json", "--out")
     parser.add_argument("--tests-only", action="store_true")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -154,7 +155,7 @@ def main() -> int:
     names = ["check", "outcome", "seconds", "why"]
     table = tabulate([[row.get(name) for name in names] for row in rows], names, floatfmt=".4f")
     print(table)
-    keep(options.json, {"machine": told, "rows": rows, "linear_ctc": details}, table)
+    keep(options.out, {"machine": told, "rows": rows, "linear_ctc": details}, table)
     return int(any(row["outcome"] == "failed" for row in rows))
 
 

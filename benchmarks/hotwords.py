@@ -29,7 +29,7 @@ from tqdm import tqdm
 import soundwave
 from benchmarks.machine import keep, machine
 from core.audio import decode
-from core.command_line import CommandParser
+from core.command_line import CommandParser, accept_old_name
 from core.ctc_text import ctc_target_ids
 from core.text import count_errors, words
 from examples.less_is_more.rare_words import bin_of
@@ -107,7 +107,8 @@ def main() -> None:
     parser.add_argument("--bonus", type=float, default=BONUS)
     parser.add_argument("--in-prompt", action="store_true", help="also: the rare words in the prompt, greedy")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="where to write the numbers, the table beside them (.txt)")
+    parser.add_argument("--out", type=Path, help="where to write the numbers, the table beside them (.txt)")
+    accept_old_name(parser, "--json", "--out")
     options = parser.parse_args()
     facts = machine(options.device)
     model = soundwave.load(options.model, device=options.device)
@@ -201,9 +202,9 @@ def main() -> None:
         )
     )
     print(table)
-    if options.json:
+    if options.out:
         named = {name: str(value) for name, value in vars(options).items()}
-        keep(options.json, {"machine": facts, "options": named, "results": results}, table)
+        keep(options.out, {"machine": facts, "options": named, "results": results}, table)
 
 
 if __name__ == "__main__":

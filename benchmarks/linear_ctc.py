@@ -1,6 +1,6 @@
 """Measure the fused CTC op against a baseline, both sides in one run.
 
-    python -m benchmarks.linear_ctc [--full] [--json FILE]
+    python -m benchmarks.linear_ctc [--full] [--out FILE]
 
     ordinary   F.linear in the given dtype, .float(), log_softmax, F.ctc_loss, backward
     chunked    what one could put together from PyTorch today: the same in chunks of 64 frames, computed again
@@ -12,7 +12,7 @@ Liger-Kernel's and cut-cross-entropy's kernels fuse the projection with a cross-
 need a GPU.
 
 Posteriors: "random", as at the start of training; "peaked", from a trained stage 1 folder and its shards
-(--checkpoint DIR --shards DIR), and made up: each frame points at the blank or at a label, 30 logits above
+(--model DIR --shards DIR), and made up: each frame points at the blank or at a label, 30 logits above
 the rest (labelled "synthetic"). Sides take turns, and the fastest of --repeats counts. Memory is the growth
 of the process's peak (on CUDA, of the allocator's) beyond what is there before the step, less the gradients.
 """
@@ -36,7 +36,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from benchmarks.machine import keep, machine
-from core.command_line import CommandParser
+from core.command_line import CommandParser, accept_old_name
 from model.ops import linear_argmax, linear_ctc
 from model.ops.linear_ctc import default_skip_below
 from model.ops.operator import forward as op_forward
@@ -431,21 +431,19 @@ def main() -> int:
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="only this one")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--model", help="stage 1 model folder to take peaked posteriors from; needs --shards")
+    accept_old_name(parser, "--checkpoint", "--model")
+    parser.add_argument("--shards", help="packed folder for --model")
     parser.add_argument(
-        "--checkpoint", help="stage 1 model folder to take peaked posteriors from; needs --shards"
-    )
-    parser.add_argument("--shards", help="packed folder for --checkpoint")
-    parser.add_argument(
-        "--json",
+        "--out",
         type=Path,
         default=Path("benchmarks/results/linear_ctc.json"),
         help="where the report goes, its table beside it (.txt)",
     )
+    accept_old_name(parser, "--json", "--out")
     options = parser.parse_args()
-    if bool(options.checkpoint) != bool(options.shards):
-        sys.exit(
-            "--checkpoint and --shards go together: a stage 1 model folder and a packed folder to run it on"
-        )
+    if bool(options.model) != bool(options.shards):
+        sys.exit("--model and --shards go together: a stage 1 model folder and a packed folder to run it on")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes = [getattr(torch, options.dtype)] if options.dtype else [torch.float32, torch.bfloat16]
     report = run(
@@ -454,12 +452,12 @@ def main() -> int:
         options.full,
         options.repeats,
         not options.no_memory,
-        options.checkpoint,
+        options.model,
         options.shards,
     )
     told = table(report)
     print(told)
-    keep(options.json, report, told)
+    keep(options.out, report, told)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Compare windows of long recordings with clip by clip, and measure memory.
 
-    python -m benchmarks.long_audio --model RUN --test FILE
+    python -m benchmarks.long_audio --model RUN --manifest FILE
 
 FILE: a manifest with `audio` and `text` (the quick start's
 .cache/quickstart/manifests/dialogues-test.jsonl). Its clips, in order, are joined into one recording with
@@ -34,7 +34,7 @@ from tqdm import tqdm
 import soundwave
 from benchmarks.machine import keep, machine
 from core.audio import decode
-from core.command_line import CommandParser
+from core.command_line import CommandParser, accept_old_name
 from core.text import count_errors
 from soundwave.decoding import DECODES
 from soundwave.recogniser import GATE
@@ -99,7 +99,8 @@ def main() -> None:
         "python -m benchmarks.long_audio", __doc__, example="--model runs/quickstart/sft/model"
     )
     parser.add_argument("--model", required=True, help="model folder")
-    parser.add_argument("--test", type=Path, help="manifest")
+    parser.add_argument("--manifest", type=Path, help="manifest")
+    accept_old_name(parser, "--test", "--manifest")
     parser.add_argument("--minutes", type=float, default=30.0, help="of the joined recording")
     parser.add_argument(
         "--decode", nargs="+", choices=DECODES, default=["greedy", "drafted"], help="of both sides"
@@ -109,13 +110,14 @@ def main() -> None:
     parser.add_argument("--memory-model", help="another model folder for the memory (default: --model)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path, help="where to write the numbers, the table beside them (.txt)")
+    parser.add_argument("--out", type=Path, help="where to write the numbers, the table beside them (.txt)")
+    accept_old_name(parser, "--json", "--out")
     options = parser.parse_args()
     if options.peak:
         print_peak(options.model, options.peak, options.device)
         return
     facts = machine(options.device)
-    clips, texts = clips_of(options.test, options.minutes)
+    clips, texts = clips_of(options.manifest, options.minutes)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "joined.wav"
         seconds = write_joined(file, clips)
@@ -179,9 +181,9 @@ def main() -> None:
             )
             results["memory"] = memory
     print(table)
-    if options.json:
+    if options.out:
         named = {name: str(value) for name, value in vars(options).items()}
-        keep(options.json, {"machine": facts, "options": named, "results": results}, table)
+        keep(options.out, {"machine": facts, "options": named, "results": results}, table)
 
 
 if __name__ == "__main__":

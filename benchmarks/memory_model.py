@@ -1,6 +1,6 @@
 """Compare the planner's memory model (train/memory.py) with the peak that PyTorch's CPU allocator reports.
 
-    python -m benchmarks.memory_model [--only NAME ...] [--json FILE]
+    python -m benchmarks.memory_model [--only NAME ...] [--out FILE]
 
 Each case starts two ranks (gloo, DeepSpeed) with random models, and runs two steps of the largest micro-batch
 that its recipe allows. `measured` is the peak of: bytes of all tensors before the steps, plus the allocator's
@@ -24,7 +24,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from benchmarks.machine import keep, machine
-from core.command_line import CommandParser
+from core.command_line import CommandParser, accept_old_name
 from core.distributed import hard_exit
 from examples.steps import free_port
 
@@ -240,10 +240,11 @@ def predict(recipe_path: Path, kept: int) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     parser = CommandParser(
-        "python -m benchmarks.memory_model", __doc__.splitlines()[0], example="--json memory_model.json"
+        "python -m benchmarks.memory_model", __doc__.splitlines()[0], example="--out memory_model.json"
     )
     parser.add_argument("--only", nargs="*", help="names of cases; default: all")
-    parser.add_argument("--json", type=Path, help="write the report here, and its table beside it")
+    parser.add_argument("--out", type=Path, help="write the report here, and its table beside it")
+    accept_old_name(parser, "--json", "--out")
     options = parser.parse_args(argv)
     facts, rows = machine(), []
     for case in CASES:
@@ -278,8 +279,8 @@ def main(argv: list[str] | None = None) -> int:
     largest = max(abs(row["error"]) for row in rows)
     table += f"\n\nlargest error {largest:.1%} (mark: at most {LIMIT:.0%})"
     print(table)
-    if options.json:
-        keep(options.json, {"machine": facts, "limit": LIMIT, "ranks": RANKS, "cases": rows}, table)
+    if options.out:
+        keep(options.out, {"machine": facts, "limit": LIMIT, "ranks": RANKS, "cases": rows}, table)
     return 0 if largest <= LIMIT else 1
 
 

@@ -4,7 +4,7 @@
 
 First the alignment adapter and the CTC head are trained with the CTC loss alone (the LLM takes no part), then
 both adapters and LoRA with cross-entropy and CTC. There is no dropout. The clips are spread evenly over the
-corpus; `benchmarks.generate --shards DIR --utterances N` selects the same ones for the same N.
+corpus; `benchmarks.generate --shards DIR --clips N` selects the same ones for the same N.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Measure packing against other tools in one run.
 
-    python -m benchmarks.pack [--manifest M.jsonl] [--hours 8] [--workers 2] [--json FILE]
+    python -m benchmarks.pack [--manifest M.jsonl] [--hours 8] [--workers 2] [--out FILE]
 
 The same clips (16 kHz mono WAV), the same codec (FLAC, libsndfile's default level) and worker count, one run,
 each way in a process of its own, start-up included, files in the page cache:
@@ -42,7 +42,7 @@ import numpy as np
 import soundfile
 
 from benchmarks.machine import keep, machine
-from core.command_line import CommandParser
+from core.command_line import CommandParser, accept_old_name
 
 ROOT = Path(__file__).resolve().parent.parent
 RATE = 16000
@@ -85,7 +85,7 @@ def prepare(folder: Path, manifest: Path | None, hours: float) -> tuple[Path, Pa
     }
     if told.exists() and (not source.exists() or json.loads(source.read_text()) != wanted):
         raise SystemExit(
-            f"{folder} was made with another --manifest or --hours: remove it, or give another --folder"
+            f"{folder} was made with another --manifest or --hours: remove it, or give another --cache"
         )
     if not told.exists():
         shutil.rmtree(clips, ignore_errors=True)  # of a run that did not end, with other options perhaps
@@ -312,13 +312,13 @@ def plan_once_here(way: str, manifest: Path, out: Path) -> dict:
 def measure_planning(options: argparse.Namespace) -> int:
     """Print microseconds a line and peak memory, for all lines and for a tenth; exit code 1 where a mark
     is missed."""
-    folder = options.folder.absolute()
+    folder = options.cache.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     counts = (options.lines // 10, options.lines)
     found: dict[str, dict[int, list[dict]]] = {way: {count: [] for count in counts} for way in PLANNING}
     for count in counts:
         manifest = lines_of(folder / "lines.jsonl", count)
-        for _ in range(options.repeat):
+        for _ in range(options.repeats):
             for way in PLANNING:
                 out = folder / "plan"
                 shutil.rmtree(out, ignore_errors=True)
@@ -329,7 +329,7 @@ def measure_planning(options: argparse.Namespace) -> int:
     for path in (folder / "plan", folder / "lines.jsonl"):
         shutil.rmtree(path, ignore_errors=True)
         path.unlink(missing_ok=True)
-    lines = [f"{options.lines:,} lines, one core, the least of {options.repeat}", ""]
+    lines = [f"{options.lines:,} lines, one core, the least of {options.repeats}", ""]
     lines.append(f"{'way':<28}{'us a line':>11}{'MB':>8}{'MB at a tenth':>15}")
     numbers, missed = {}, False
     for way in PLANNING:
@@ -344,9 +344,9 @@ def measure_planning(options: argparse.Namespace) -> int:
         missed |= way != PLANNING[0] and micro > PLANNING_MARK
     lines += ["", f"mark: {PLANNING_MARK} microseconds a line, {'missed' if missed else 'reached'}"]
     print("\n".join(lines))
-    if options.json:
+    if options.out:
         keep(
-            options.json,
+            options.out,
             {"machine": machine(), "lines": options.lines, "planning": numbers},
             "\n".join(lines),
         )
@@ -366,35 +366,38 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--hours", type=float, default=8.0)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument(
-        "--repeat", type=int, default=3, help="runs of each way, taken in turn; the median counts"
+        "--repeats", type=int, default=3, help="runs of each way, taken in turn; the median counts"
     )
+    accept_old_name(parser, "--repeat", "--repeats")
     parser.add_argument(
-        "--folder", type=Path, default=ROOT / ".cache" / "benchmark-pack", help="for clips and output (large)"
+        "--cache", type=Path, default=ROOT / ".cache" / "benchmark-pack", help="for clips and output (large)"
     )
-    parser.add_argument("--json", type=Path, help="where to write the numbers, the table beside them (.txt)")
+    accept_old_name(parser, "--folder", "--cache")
+    parser.add_argument("--out", type=Path, help="where to write the numbers, the table beside them (.txt)")
+    accept_old_name(parser, "--json", "--out")
     parser.add_argument(
         "--lines", type=int, help="measure planning on this many manifest lines instead (300000)"
     )
     options = parser.parse_args(argv)
     if options.lines:
         return measure_planning(options)
-    manifest, cuts, hours = prepare(options.folder.absolute(), options.manifest, options.hours)
+    manifest, cuts, hours = prepare(options.cache.absolute(), options.manifest, options.hours)
     facts = machine()
     ways = ["codec bound", "this project", "lhotse", "webdataset", "pool", "copy", "tar"]
     if facts["versions"]["lhotse"] is None:
         print("lhotse is not installed (make setup EXTRAS=bench): left out")
         ways.remove("lhotse")
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(options.repeat):
+    for _ in range(options.repeats):
         for way in ways:
             seconds[way].append(
-                measure(way, manifest, cuts, options.folder.absolute() / "out", options.workers)
+                measure(way, manifest, cuts, options.cache.absolute() / "out", options.workers)
             )
-    shutil.rmtree(options.folder / "out", ignore_errors=True)
+    shutil.rmtree(options.cache / "out", ignore_errors=True)
     median = {way: statistics.median(values) for way, values in seconds.items()}
     kind = "real speech" if options.manifest else "made-up sound"
     lines = [
-        f"{hours:.2f} h of {kind}, {options.workers} workers, median of {options.repeat}",
+        f"{hours:.2f} h of {kind}, {options.workers} workers, median of {options.repeats}",
         "",
         f"{'way':<14}{'seconds':>9}{'audio-hours/h':>16}{'of this project':>17}",
     ]
@@ -413,7 +416,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, (value, mark) in marks.items():
         lines.append(f"{name:<20}{value:>6.2f}   mark {mark}   {'reached' if value >= mark else 'missed'}")
     print("\n".join(lines))
-    if options.json:
+    if options.out:
         told = {
             "machine": facts,
             "hours": hours,
@@ -424,7 +427,7 @@ def main(argv: list[str] | None = None) -> int:
         told["marks"] = {
             name: {"value": round(value, 3), "mark": mark} for name, (value, mark) in marks.items()
         }
-        keep(options.json, told, "\n".join(lines))
+        keep(options.out, told, "\n".join(lines))
     return 0
 
 

@@ -1,6 +1,6 @@
 """Measure the quality and speed of resamplers in one run.
 
-    python -m benchmarks.resample [--json FILE]
+    python -m benchmarks.resample [--out FILE]
 
 soxr (HQ, what core/audio.py uses) against torchaudio's Resample at its defaults, from several rates to 16
 kHz, in one run:
@@ -9,7 +9,7 @@ kHz, in one run:
     SNR        smallest, of those tones against a fitted tone: whatever is not the tone is error, dB
     rejected   least attenuation of what does not belong into the result: tones from 9 kHz on that must
                vanish, and mirror images above the source's band; dB
-    ms         processor time for 10 s of noise on one thread, best of `--repeat` runs in turn; torchaudio's
+    ms         processor time for 10 s of noise on one thread, best of `--repeats` runs in turn; torchaudio's
                filter is kept
 
 torchaudio's filter for a rate that shares hardly a divisor with 16 kHz takes gigabytes: it is left out there.
@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.machine import keep, machine
-from core.command_line import CommandParser
+from core.command_line import CommandParser, accept_old_name
 
 TARGET = 16_000
 RATES = (8_000, 11_025, 22_050, 22_254, 24_000, 32_000, 44_100, 48_000, 96_000)
@@ -103,9 +103,11 @@ def image(resampler: Resampler, rate: int, hertz: float) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = CommandParser("python -m benchmarks.resample", __doc__, example="--repeat 5")
-    parser.add_argument("--repeat", type=int, default=15)
-    parser.add_argument("--json", type=Path, help="where to write the numbers, the table beside them (.txt)")
+    parser = CommandParser("python -m benchmarks.resample", __doc__, example="--repeats 5")
+    parser.add_argument("--repeats", type=int, default=15)
+    accept_old_name(parser, "--repeat", "--repeats")
+    parser.add_argument("--out", type=Path, help="where to write the numbers, the table beside them (.txt)")
+    accept_old_name(parser, "--json", "--out")
     options = parser.parse_args(argv)
     import torch
 
@@ -116,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         ways = {"soxr HQ": by_soxr(rate), "torchaudio": by_torchaudio(rate)}
         noise = np.random.default_rng(0).normal(0, 0.1, 10 * rate).astype(np.float32)
         best = dict.fromkeys(ways, math.inf)
-        for _ in range(options.repeat):
+        for _ in range(options.repeats):
             for name, resampler in ways.items():
                 if resampler is not None:
                     started = time.process_time()
@@ -134,8 +136,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         lines.append(f"{row['rate']:>7}  {row['way']:<12}{numbers}")
     print("\n".join(lines))
-    if options.json:
-        keep(options.json, {"machine": facts, "rows": rows}, "\n".join(lines))
+    if options.out:
+        keep(options.out, {"machine": facts, "rows": rows}, "\n".join(lines))
     return 0
 
 

@@ -1,6 +1,6 @@
 """Rehearse the data side of a run of the paper's size, without audio: plan, mixture, epochs, batches, memory.
 
-    python -m benchmarks.scale_plan [--scale 1.0] [--ranks 8 64 512] [--json FILE]
+    python -m benchmarks.scale_plan [--scale 1.0] [--ranks 8 64 512] [--out FILE]
 
 Writes an index of as many utterances and hours as the paper reports (9,857 hours; 2,651,493 SFT examples of
 5,359 hours). The shards behind it are sparse files without content. The division among tasks and the lengths
@@ -31,7 +31,7 @@ import numpy as np
 from tabulate import tabulate
 
 from benchmarks.machine import keep, machine
-from core.command_line import CommandParser
+from core.command_line import CommandParser, accept_old_name
 
 HOURS, SFT_EXAMPLES, SFT_HOURS = 9857, 2_651_493, 5359
 PER_SHARD = 1000
@@ -199,7 +199,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--scale", type=float, default=1.0, help="share of the paper's size")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512])
-    parser.add_argument("--json", type=Path, help="write the report here, and its table beside it")
+    parser.add_argument("--out", type=Path, help="write the report here, and its table beside it")
+    accept_old_name(parser, "--json", "--out")
     options = parser.parse_args(argv)
     facts = machine()
     import stream.plan  # noqa: F401  before the forks
@@ -257,9 +258,9 @@ def main(argv: list[str] | None = None) -> int:
     lines = [f"{name}: {value:.2f} (mark: at most {mark:g})" for name, (value, mark) in marks.items()]
     text = f"index: {sizes}; written in {seconds:.0f} s of CPU\n\n{table}\n\n{epochs}\n\n" + "\n".join(lines)
     print(text)
-    if options.json:
+    if options.out:
         report = {"machine": facts, "scale": options.scale, "corpora": written, "steps": STEPS, "runs": found}
-        keep(options.json, report | {"marks": marks}, text)
+        keep(options.out, report | {"marks": marks}, text)
     return 0 if all(value <= mark for value, mark in marks.values()) else 1
 
 

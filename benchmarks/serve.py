@@ -1,6 +1,6 @@
 """Measure the requests per second of the HTTP server.
 
-    python -m benchmarks.serve MODEL --clips DIR [--requests 48]
+    python -m benchmarks.serve MODEL --audio DIR [--requests 48]
 
 The server's own command is started on the loopback once for each way of running the LLM: by torch with
 batching, by torch without, and by vLLM with `--backend torch vllm` (needs make setup-vllm). Each is asked for
@@ -28,7 +28,7 @@ from tabulate import tabulate
 
 from benchmarks.machine import keep, machine
 from core.audio import EXTENSIONS, Recording
-from core.command_line import CommandParser
+from core.command_line import CommandParser, accept_old_name
 
 START_SECONDS = 900.0  # vLLM takes minutes on a busy machine
 #: Backend -> its rows of the table: name, options of the server.
@@ -109,25 +109,27 @@ def load(url: str, name: str, clips: list[tuple[bytes, float]], clients: int) ->
 
 def main() -> int:
     parser = CommandParser(
-        "python -m benchmarks.serve", __doc__, example="runs/quickstart/sft/model --clips clips"
+        "python -m benchmarks.serve", __doc__, example="runs/quickstart/sft/model --audio clips"
     )
     parser.add_argument("model")
-    parser.add_argument("--clips", type=Path, required=True, help="folder of audio files")
+    parser.add_argument("--audio", type=Path, required=True, help="folder of audio files")
+    accept_old_name(parser, "--clips", "--audio")
     parser.add_argument("--requests", type=int, default=48)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--encoder", help="as of python -m serving")
     parser.add_argument("--llm", help="as of python -m serving")
     parser.add_argument("--backend", nargs="+", choices=list(WAYS), default=["torch"])
     parser.add_argument(
-        "--json",
+        "--out",
         type=Path,
         default=Path("benchmarks/results/serve.json"),
         help="where to write the numbers, the table beside them (.txt; default: %(default)s)",
     )
+    accept_old_name(parser, "--json", "--out")
     options = parser.parse_args()
-    files = sorted(p for p in options.clips.iterdir() if p.suffix[1:].lower() in EXTENSIONS)
+    files = sorted(p for p in options.audio.iterdir() if p.suffix[1:].lower() in EXTENSIONS)
     if not files:
-        parser.error(f"--clips {options.clips} holds no audio")
+        parser.error(f"--audio {options.audio} holds no audio")
     chosen = [files[i * len(files) // options.requests] for i in range(options.requests)]
     clips = [(path.read_bytes(), Recording(path).seconds() or 0.0) for path in chosen]
     parts = [
@@ -169,7 +171,7 @@ def main() -> int:
     )
     print(told)
     facts = {"machine": machine("cpu"), "requests": len(clips), "audio_seconds": seconds}
-    keep(options.json, facts | {"texts_that_differ": differ, "results": rows}, told)
+    keep(options.out, facts | {"texts_that_differ": differ, "results": rows}, told)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Measure the data stream against other loaders in one run.
 
-    python -m benchmarks.stream [--manifest M.jsonl] [--hours 1] [--json FILE]
+    python -m benchmarks.stream [--manifest M.jsonl] [--hours 1] [--out FILE]
 
 The same FLAC clips at 16 kHz, the same number of worker processes, one pass over everything, each way in a
 process of its own, files in the page cache, torch on one thread. "Ready" is a padded batch of 80-bin log-mel
@@ -37,7 +37,7 @@ import numpy as np
 
 from benchmarks.machine import keep, machine
 from benchmarks.pack import measure, prepare
-from core.command_line import CommandParser
+from core.command_line import CommandParser, accept_old_name
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 8  # clips a batch of the ways that count clips
@@ -347,36 +347,43 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--hours", type=float, default=1.0)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument(
-        "--repeat", type=int, default=3, help="runs of each way, taken in turn; the best counts"
+        "--repeats", type=int, default=3, help="runs of each way, taken in turn; the best counts"
     )
+    accept_old_name(parser, "--repeat", "--repeats")
     parser.add_argument(
         "--utterances", type=int, default=10_000_000, help="of the large plan; 0: leave it out"
     )
     parser.add_argument(
-        "--folder",
+        "--cache",
         type=Path,
         default=ROOT / ".cache" / "benchmark-stream",
         help="for clips and shards (large)",
     )
+    accept_old_name(parser, "--folder", "--cache")
     parser.add_argument(
-        "--llm",
+        "--tokenizer",
         default=".cache/quickstart/models/smollm2-135m",
         help="folder with the tokenizer (make fetch)",
     )
-    parser.add_argument("--json", type=Path, help="where to write the numbers, the table beside them (.txt)")
+    accept_old_name(parser, "--llm", "--tokenizer")
+    parser.add_argument("--out", type=Path, help="where to write the numbers, the table beside them (.txt)")
+    accept_old_name(parser, "--json", "--out")
     options = parser.parse_args(argv)
     facts = machine()
     ways = [way for way in WAYS if way not in ("lhotse", "datasets") or _installed(way)]
-    folder = options.folder.absolute()
+    folder = options.cache.absolute()
     corpora(folder, options.manifest, options.hours, options.workers, "lhotse" in ways)
     runs: dict[str, list[dict]] = {way: [] for way in ways}
-    for _ in range(options.repeat):
+    for _ in range(options.repeats):
         for way in ways:
-            runs[way].append(child("--way", way, folder, options.workers, options.llm))
+            runs[way].append(child("--way", way, folder, options.workers, options.tokenizer))
     best = {way: min(found, key=lambda r: r["cpu"] / r["audio_seconds"]) for way, found in runs.items()}
     ours = best["this project"]
     hours = ours["audio_seconds"] / 3600
-    lines = [f"{hours:.2f} h, {ours['clips']} clips, {options.workers} workers, best of {options.repeat}", ""]
+    lines = [
+        f"{hours:.2f} h, {ours['clips']} clips, {options.workers} workers, best of {options.repeats}",
+        "",
+    ]
     say = lines.append
     say(f"{'way':20}{'clips/s':>9}{'audio s/s':>11}{'audio s/core s':>16}{'padding':>9}")
     for way, found in best.items():
@@ -416,9 +423,9 @@ def main(argv: list[str] | None = None) -> int:
             f"{'reached' if mark['reached'] else 'missed'}"
         )
     print("\n".join(lines))
-    if options.json:
+    if options.out:
         keep(
-            options.json,
+            options.out,
             {
                 "machine": facts,
                 "workers": options.workers,

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from benchmarks.machine import keep, machine
 from core.audio import SAMPLE_RATE, decode
-from core.command_line import CommandParser
+from core.command_line import CommandParser, accept_old_name
 from core.ctc_text import normalise
 from data_tools.shards import ShardIndex
 from model import folder
@@ -242,7 +242,8 @@ def main() -> None:
     parser.add_argument("--tts-clips", type=int, default=40)
     parser.add_argument("--calibrate", action="store_true")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--json", type=Path, help="where to write the numbers, the table beside them (.txt)")
+    parser.add_argument("--out", type=Path, help="where to write the numbers, the table beside them (.txt)")
+    accept_old_name(parser, "--json", "--out")
     options = parser.parse_args()
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_grad_enabled(False)
@@ -292,9 +293,9 @@ def main() -> None:
     )
     text = "\n".join([*lines, table])
     print(text)
-    if options.json:
+    if options.out:
         settings = {name: str(value) for name, value in vars(options).items()}
-        keep(options.json, {"machine": facts, "options": settings, "results": rows}, text)
+        keep(options.out, {"machine": facts, "options": settings, "results": rows}, text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measure a step of stage 2 against a naive implementation on the same data, in one run.
 
-    python -m benchmarks.train_step RECIPE [key=value ...] [--clips 12] [--steps 5] [--json FILE]
+    python -m benchmarks.train_step RECIPE [key=value ...] [--clips 12] [--steps 5] [--out FILE]
 
 RECIPE: a stage 2 recipe (models, corpora, optimizer) with a Whisper encoder; its corpora's transcribed clips
 are measured. `init_from=DIR` starts from a trained stage 1, so that frames shrink as they do in training. Two
@@ -44,7 +44,7 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmarks.machine import keep, machine
-from core.command_line import CommandParser
+from core.command_line import CommandParser, accept_old_name
 from core.distributed import Ranks, connect, disconnect, fill_environment
 from data_tools.shards import ShardIndex, ShardWriter, write_index
 from model import folder as model_folder
@@ -508,7 +508,8 @@ def main(argv: list[str] | None = None) -> int:
         "--plain-steps", type=int, default=2, help="measured steps of the naive implementation"
     )
     parser.add_argument("--joined", type=int, default=100, help="LibriSpeech-like utterances to make")
-    parser.add_argument("--json", type=Path, help="where to write the numbers, the table beside them (.txt)")
+    parser.add_argument("--out", type=Path, help="where to write the numbers, the table beside them (.txt)")
+    accept_old_name(parser, "--json", "--out")
     options = parser.parse_intermixed_args(argv)
     try:
         still = ["optim.lr_adapters=0", "optim.lr_ctc_head=0", "optim.lr_lora=0"]
@@ -547,8 +548,8 @@ def main(argv: list[str] | None = None) -> int:
             report["results"][name] = result
             told.append(tell(name, result))
             print(told[-1], flush=True)
-    if options.json:
-        keep(options.json, report, "\n".join(told))
+    if options.out:
+        keep(options.out, report, "\n".join(told))
     disconnect()
     return 0
 

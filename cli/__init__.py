@@ -9,13 +9,13 @@ imported before that, so `soundwave --help` is quick.
 
 from __future__ import annotations
 
-import difflib
 import runpy
 import sys
 from typing import NamedTuple
 
 from core import __version__
 from core.command_line import set_command
+from core.near_names import did_you_mean, near_names
 
 
 class Command(NamedTuple):
@@ -81,9 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"soundwave {__version__}")
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else "soundwave --help lists the commands"
-        print(f"soundwave: no command '{name}': {hint}", file=sys.stderr)
+        hint = did_you_mean(near_names(name, COMMANDS)) or "soundwave --help lists the commands"
+        print(f"error: soundwave has no command '{name}': {hint}", file=sys.stderr)
         return 2
     set_command(f"soundwave {name}")
     sys.argv = [sys.argv[0], *rest]

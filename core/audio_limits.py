@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import soundfile
 
-from core.console import OneLine
+from core.console import OneLine, one_line
 from core.containers import NotAFile
 
 MAX_SECONDS = 4 * 3600.0
@@ -58,8 +58,7 @@ def typed_errors(name: str = "") -> Iterator[None]:
         raise AudioError("undecodable", prefix + words_of(error)) from None
     # decoders raise RuntimeError, ValueError, OverflowError, struct.error, and errors of their own
     except Exception as error:
-        line = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise AudioError("undecodable", f"{prefix}{line} ({type(error).__name__})") from None
+        raise AudioError("undecodable", f"{prefix}{one_line(error)}") from None
 
 
 def words_of(error: soundfile.LibsndfileError) -> str:

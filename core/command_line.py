@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-from typing import Any
+from typing import Any, NoReturn
 
 from core.code import ROOT
+from core.console import printable_line
+from core.near_names import did_you_mean, near_names
 
 _command: str | None = None
 
@@ -44,7 +46,33 @@ def has_default(action: argparse.Action) -> bool:
     return action.default not in ("", [], (), argparse.SUPPRESS)
 
 
-class CommandParser(argparse.ArgumentParser):
+def accept_old_name(parser: argparse._ActionsContainer, old: str, new: str) -> None:
+    """Accept an option's former name, too. Help and messages show the new name only."""
+    parser._option_string_actions[old] = parser._option_string_actions[new]
+
+
+def old_names(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Return former name -> name of the options of a parser."""
+    actions = parser._option_string_actions.items()
+    return {name: action.option_strings[0] for name, action in actions if name not in action.option_strings}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Errors are one line, as those of the commands themselves, and name the options that are near."""
+
+    def error(self, message: str) -> NoReturn:
+        known = [name for action in self._actions for name in action.option_strings]
+        near = [
+            other
+            for word in message.split()
+            if message.startswith("unrecognized arguments") and word.startswith("--")
+            for other in near_names(word.partition("=")[0], known)
+        ]
+        hint = f"; {did_you_mean(near)}" if near else ""
+        self.exit(2, f"error: {printable_line(message)}{hint} ({self.prog} --help lists the options)\n")
+
+
+class CommandParser(OneLineParser):
     """The parser of a command. Its help shows defaults and an example.
 
     module_form: how the command is called without `soundwave`. example: the arguments of a typical call.
@@ -64,6 +92,6 @@ class CommandParser(argparse.ArgumentParser):
         return super().add_subparsers(parser_class=_Subcommand, **options)
 
 
-class _Subcommand(argparse.ArgumentParser):
+class _Subcommand(OneLineParser):
     def __init__(self, **options: Any):
         super().__init__(formatter_class=HelpFormatter, **options)

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
 from typing import TextIO
 
 # C0 and C1 controls but tab and line feed, and the marks that reverse the order of what is displayed.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _LONGEST_REASON = 300  # characters of a library's message that are quoted
+_LONGEST_VALUE = 80
 
 
 def printable(text: object) -> str:
@@ -37,7 +39,8 @@ def one_line(error: object) -> str:
 def _sentence(error: object, text: str) -> str:
     match error:
         case UnicodeDecodeError():
-            return f"not {error.encoding} (byte 0x{error.object[error.start]:02x} at position {error.start})"
+            byte = error.object[error.start : error.start + 1].hex()
+            return f"not {error.encoding} (byte 0x{byte} at position {error.start})"
         case UnicodeEncodeError():
             return f"not valid Unicode ({error.reason})"
         case RecursionError():
@@ -56,6 +59,27 @@ def _sentence(error: object, text: str) -> str:
         case TypeError() | AttributeError() | IndexError():
             return f"a value of another kind than expected ({text})"
     return text or f"an unknown error ({type(error).__name__})"
+
+
+def shown(value: object, longest: int = _LONGEST_VALUE) -> str:
+    """Return a value as YAML writes it on one line, shortened: null, true, 'text', [1, 2], {key: value}."""
+    text = printable_line(_in_yaml(value))
+    return text if len(text) < longest else f"{text[: longest - 4]} ..."
+
+
+def _in_yaml(value: object) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case str():
+            return f"'{value}'"
+        case Mapping():
+            return f"{{{', '.join(f'{key}: {_in_yaml(inner)}' for key, inner in value.items())}}}"
+        case list() | tuple():
+            return f"[{', '.join(map(_in_yaml, value))}]"
+    return str(value)
 
 
 class OneLine:

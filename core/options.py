@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-from core.console import OneLine
+from core.console import OneLine, shown
 
 
 class RecipeError(OneLine, ValueError):
@@ -85,37 +85,36 @@ def problems(config: object, prefix: str = "") -> Iterator[tuple[str, str]]:
     for field, key, value in _fields(config, prefix):
         rules = field.metadata
         if not _finite(value):
-            yield key, f"is {_shown(value)}: give finite numbers"
+            yield key, f"is {shown(value)}: give finite numbers"
         elif value is None:
             continue
         elif isinstance(value, dict) and not all(isinstance(one, (int, float)) for one in value.values()):
-            yield key, f"is {_shown(value)}: give numbers by name"
+            yield key, f"is {shown(value)}: give numbers by name"
         elif wanted := _wrong_elements(field, value):
-            yield key, f"is {_shown(value)}: give a list of {wanted}"
+            yield key, f"is {shown(value)}: give a list of {wanted}"
         elif "choices" in rules and value not in rules["choices"]:
             quoted = (
                 " (in quotes, or YAML takes it for a boolean)"
                 if str(value).lower() in rules["choices"]
                 else ""
             )
-            yield key, f"is {_shown(value)}: give {_alternatives(rules['choices'])}{quoted}"
+            yield key, f"is {shown(value)}: give {_alternatives(rules['choices'])}{quoted}"
         elif rules.get("counts") and len(cast(list, value)) not in rules["counts"]:
             yield (
                 key,
-                f"is {_shown(value)}: give {_alternatives([str(count) for count in rules['counts']])} "
-                f"numbers",
+                f"is {shown(value)}: give {_alternatives([str(count) for count in rules['counts']])} numbers",
             )
         elif (rules.get("path") or rules.get("text")) and not is_name(str(value)):
-            yield key, f"is {_shown(value)}: give a name"
+            yield key, f"is {shown(value)}: give a name"
         elif rules.get("names"):
             if wrong := _no_names(value):
-                yield key, f"is {_shown(value)}: {wrong}"
+                yield key, f"is {shown(value)}: {wrong}"
         else:
             for one in value if isinstance(value, list) else [value]:
                 if limit := _exceeded(one, rules):
                     yield (
                         key,
-                        f"is {_shown(value)}: must be "
+                        f"is {shown(value)}: must be "
                         f"{limit}{': ' + rules['why'] if rules.get('why') else ''}",
                     )
                     break
@@ -224,8 +223,3 @@ def _exceeded(value: object, rules: Mapping[str, Any]) -> str | None:
 def _alternatives(values: list[str]) -> str:
     *others, last = values
     return f"{', '.join(others)} or {last}" if others else last
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) < 80 else text[:76] + " ..."

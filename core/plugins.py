@@ -16,7 +16,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from core.console import OneLine, one_line
+from core.console import OneLine, one_line, shown
 
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
@@ -33,7 +33,7 @@ def load_plugins(names: list[str]) -> None:
     for name in names:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise PluginError(
-                f"plugins: {name!r} is not the name of a module: write my_package.my_module for "
+                f"plugins: {shown(name)} is not the name of a module: write my_package.my_module for "
                 "my_package/my_module.py"
             )
         folder = os.getcwd()

@@ -13,11 +13,11 @@ A user's own module registers its implementations when the recipe's `plugins` im
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 from core.console import OneLine
+from core.near_names import did_you_mean, near_names
 
 T = TypeVar("T")
 Decorated = TypeVar("Decorated")
@@ -67,8 +67,8 @@ class Registry(Mapping[str, T]):
 
     def describe_unknown(self, name: object) -> str:
         """Return the line about a name that is not registered."""
-        near = difflib.get_close_matches(str(name), self._entries, 1, cutoff=0.4)
-        guess = f"; did you mean '{near[0]}'?" if near else "."
+        near = near_names(str(name), self._entries, cutoff=0.4)
+        guess = f"; {did_you_mean(near)}" if near else "."
         return (
             f"{self.kind} '{name}' is not known{guess} Known: {', '.join(self._entries)} "
             "(your own: name its module in `plugins`)"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from core.console import OneLine
+from core.console import OneLine, shown
 from core.languages import language_code, named_language
 
 AUDIO_TOKEN = "<audio_patch>"
@@ -142,7 +142,7 @@ def _turn(number: int, turn: object) -> dict:
 def check_role(number: int, role: object) -> None:
     """Errors: PromptError for a role that is not one word: chat templates write it between control tokens."""
     if not isinstance(role, str) or not _ROLE.fullmatch(role):
-        raise PromptError(f"turn {number} has the role {role!r}: system, user or assistant")
+        raise PromptError(f"turn {number} has the role {shown(role)}: system, user or assistant")
 
 
 def prompt_of(messages: list[dict]) -> list[dict]:

@@ -33,7 +33,7 @@ import numpy as np
 
 from core.audio import SAMPLE_RATE, to_mono
 from core.command_line import CommandParser
-from core.console import one_line, printable_line
+from core.console import one_line, print_error
 from core.languages import language_code
 from data_tools.audio import read_clip
 from data_tools.corpora import CorpusError, Entry, Ignored, Rejection, fault_of, open_apart
@@ -136,10 +136,7 @@ class Transcriber:
                 told = {"language": code, "task": "transcribe"}
             elif code not in self.unknown:
                 self.unknown.add(code)
-                print(
-                    f"annotate: this Whisper does not know language '{code}': it is left to detect one",
-                    file=sys.stderr,
-                )
+                print_error(f"warning: this Whisper does not know language '{code}': it detects the language")
         with torch.inference_mode():
             ids = self.model.generate(features, attention_mask=mask, do_sample=False, num_beams=1, **told)
         return self.processor.batch_decode(ids, skip_special_tokens=True)
@@ -278,18 +275,12 @@ def main(argv: list[str] | None = None) -> int:
         print(run(options))
         return 0
     except CorpusError as error:
-        print(f"annotate: {printable_line(str(error))}", file=sys.stderr)
+        print_error("error:", error)
         return 2
     except OutputError as error:
-        print(
-            f"annotate: {printable_line(str(error))}; run the same command again: it continues",
-            file=sys.stderr,
-        )
+        print_error(f"error: {error}; run the same command again: it continues")
     except BrokenProcessPool:
-        print(
-            "annotate: a worker process died (out of memory?); run the same command again: it continues",
-            file=sys.stderr,
-        )
+        print_error("error: a worker process died (out of memory?); run the same command again: it continues")
     return 1
 
 

@@ -28,8 +28,8 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from core.command_line import CommandParser
-from core.console import printable_line
+from core.command_line import CommandParser, accept_old_name
+from core.console import print_error
 from core.samples import answer_of
 from data_tools.corpora import (
     CorpusError,
@@ -369,7 +369,7 @@ def run(options: argparse.Namespace) -> str:
 
         items = (wrapped(item) for corpus in open_apart(options.corpus) for item in corpus)
         return write(items, options.out)
-    items = (item for path in options.input for item in read_text_set(path, options.lang))
+    items = (item for path in options.manifest for item in read_text_set(path, options.language))
     if options.command == "text":
         return write(items, options.out)
     voice = Voice(options.tts, options.audio)
@@ -404,8 +404,10 @@ def main(argv: list[str] | None = None) -> int:
     reading = commands.add_parser("text", help="text-only instruction sets")
     speaking = commands.add_parser("speak", help="text-only instruction sets with the question spoken")
     for sub in (reading, speaking):
-        sub.add_argument("--input", action="append", type=Path, required=True, metavar="FILE.jsonl")
-        sub.add_argument("--lang")
+        sub.add_argument("--manifest", action="append", type=Path, required=True, metavar="FILE.jsonl")
+        accept_old_name(sub, "--input", "--manifest")
+        sub.add_argument("--language")
+        accept_old_name(sub, "--lang", "--language")
     speaking.add_argument(
         "--tts",
         required=True,
@@ -436,10 +438,10 @@ def main(argv: list[str] | None = None) -> int:
         print(run(options))
         return 0
     except CorpusError as error:
-        print(f"instruct: {printable_line(str(error))}", file=sys.stderr)
+        print_error("error:", error)
         return 2
     except OutputError as error:
-        print(f"instruct: {printable_line(str(error))}", file=sys.stderr)
+        print_error("error:", error)
         return 1
 
 

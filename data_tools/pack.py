@@ -8,7 +8,7 @@
 Samples are planned before audio is touched, each worker writes whole shards, and a shard gets its name when
 it is complete: the same command again after any interruption continues and ends in the same bytes, whatever
 --workers. On a cluster every task of an array runs `--part i/N`; when all have ended, `--merge --out DIR`
-writes the index. `--splits` without `--take` packs every split into a folder of its own, in one pass.
+writes the index. `--splits` without `--split` packs every split into a folder of its own, in one pass.
 docs/corpora.md has an example for each kind of corpus.
 """
 
@@ -37,8 +37,8 @@ if __package__ in (None, ""):  # run as a script: the repository, not data_tools
 import numpy as np
 
 from core.audio import REFUSABLE, SAMPLE_RATE
-from core.command_line import CommandParser
-from core.console import one_line, printable_line
+from core.command_line import CommandParser, accept_old_name
+from core.console import one_line, print_error, printable_line
 from data_tools.audio import CODECS
 from data_tools.audio import check_output as check_codec
 from data_tools.corpora import Corpus, CorpusError, open_corpora, path_of
@@ -131,7 +131,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--max-seconds", type=float)
     add("--min-rate", type=float, help="characters of text a second")
     add("--max-rate", type=float)
-    add("--langs", help="only these languages: en,de")
+    add("--languages", help="only these languages: en,de", dest="langs")
+    accept_old_name(parser, "--langs", "--languages")
     add(
         "--ctc-frame-rate",
         type=float,
@@ -168,7 +169,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default="speaker",
         help="what is never on two sides of a split; speaker falls back on recording and id",
     )
-    add("--take", metavar="SPLIT", help="pack this split alone, into --out itself")
+    add("--split", metavar="SPLIT", help="pack this split alone, into --out itself", dest="take")
+    accept_old_name(parser, "--take", "--split")
     add = parser.add_argument_group("work").add_argument
     add("--workers", type=int, default=os.cpu_count(), help="processes, each writing a shard of its own")
     add(
@@ -229,7 +231,7 @@ def _check_names(parser: argparse.ArgumentParser, options: argparse.Namespace) -
 
 def _check_splits(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if options.take and not options.splits:
-        parser.error("--take needs --splits")
+        parser.error("--split needs --splits")
     try:
         options.splits = {
             name: float(share)
@@ -241,7 +243,7 @@ def _check_splits(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         if not (re.fullmatch(r"\w[\w.-]*", name) and 0 < share < math.inf):
             parser.error(f"--splits {name}={share:g}: a name, and a share above 0")
     if options.take and options.take not in options.splits:
-        parser.error(f"--take {options.take}: --splits knows {', '.join(options.splits)}")
+        parser.error(f"--split {options.take}: --splits knows {', '.join(options.splits)}")
 
 
 def packing_of(options: argparse.Namespace) -> tuple[Packing, Layout]:
@@ -339,7 +341,7 @@ class Job:
 
 
 def jobs_of(options: argparse.Namespace) -> tuple[list[Job], Layout]:
-    """What a command packs: one folder, or one for each split, just as the command with --take would."""
+    """What a command packs: one folder, or one for each split, just as the command with --split would."""
     jobs, files = [], corpus_files(options.corpus)
     splits = list(options.splits) if options.splits and not options.take else [options.take]
     for split in splits:
@@ -602,7 +604,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _end(message: str, code: int) -> int:
-    print(f"pack: {printable_line(' '.join(message.split()))}", file=sys.stderr)
+    print_error("error:", " ".join(message.split()))
     return code
 
 

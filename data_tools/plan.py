@@ -403,7 +403,7 @@ def _split_notes(whole: _Whole, sieve: SampleFilter) -> list[str]:
             notes.append(
                 f"0 of {total:,} {kinds} fell into {name} ({share:g} of {sum(sieve.splits.values()):g}): "
                 f"give it a larger share, "
-                "another --seed, or split by something that there is more of (--split-by recording, "
+                "another --seed, or split by another unit (--split-by recording, "
                 "--split-by id)"
             )
     return notes

@@ -2,12 +2,12 @@
 
     python -m data_tools.show DIR
 
-    --png FILE              histograms of duration and of speaking rate
-    --listen ROW --to FILE  one clip (and its JSON, printed); ROW is a number, or CORPUS/ID
-    --lhotse FILE           a lhotse cut manifest of the shards as they are (bytes are read from the tars by
-                            commands)
+    --histograms FILE        histograms of duration and of speaking rate
+    --index ROW --out FILE   one clip (and its JSON, printed); ROW is a number, or CORPUS/ID
+    --lhotse FILE            a lhotse cut manifest of the shards as they are (commands read the bytes from
+                             the tars)
 
-Everything but --listen and --lhotse comes from the index alone: no shard is opened.
+Everything but --index and --lhotse comes from the index alone: no shard is opened.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import numpy as np
 import soundfile
 
 from core.audio import AudioError, read
-from core.command_line import CommandParser
-from core.console import duration, plural, print_text, printable, printable_line
+from core.command_line import CommandParser, accept_old_name
+from core.console import duration, plural, print_error, print_text, printable
 from data_tools.output import WORK
 from data_tools.progress import watched
 from data_tools.shards import INDEX_NAME, ShardError, ShardIndex, id_hash
@@ -137,7 +137,7 @@ def find_row(index: ShardIndex, wanted: str) -> int:
     return int(rows[0])
 
 
-def listen(index: ShardIndex, wanted: str, to: Path) -> str:
+def write_clip(index: ShardIndex, wanted: str, to: Path) -> str:
     """Write one clip to a file: its own bytes where the extension is the same, else decoded into the file's
     format."""
     row = find_row(index, wanted)
@@ -242,11 +242,16 @@ def folders_in(parent: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = CommandParser("python -m data_tools.show", __doc__, example="shards/train --png durations.png")
+    parser = CommandParser(
+        "python -m data_tools.show", __doc__, example="shards/train --histograms durations.png"
+    )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--png", type=Path)
-    parser.add_argument("--listen", metavar="ROW")
-    parser.add_argument("--to", type=Path, default=Path("clip.wav"))
+    parser.add_argument("--histograms", type=Path)
+    accept_old_name(parser, "--png", "--histograms")
+    parser.add_argument("--index", metavar="ROW")
+    accept_old_name(parser, "--listen", "--index")
+    parser.add_argument("--out", type=Path, default=Path("clip.wav"))
+    accept_old_name(parser, "--to", "--out")
     parser.add_argument("--lhotse", type=Path)
     options = parser.parse_args(argv)
     try:
@@ -254,19 +259,19 @@ def main(argv: list[str] | None = None) -> int:
             print(folders_in(options.folder))
             return 0
         index = ShardIndex.load(options.folder)
-        if options.listen is not None:
-            print_text(listen(index, options.listen, options.to))
+        if options.index is not None:
+            print_text(write_clip(index, options.index, options.out))
             return 0
         if options.lhotse:
             print(f"{write_lhotse_cuts(index, options.lhotse)} cuts in {options.lhotse}")
             return 0
         print_text(describe(options.folder, index))
-        if options.png:
-            draw(index, options.png)
-            print(f"\nhistograms in {options.png}")
+        if options.histograms:
+            draw(index, options.histograms)
+            print(f"\nhistograms in {options.histograms}")
         return 0
     except ShardError as error:
-        print(f"show: {printable_line(str(error))}", file=sys.stderr)
+        print_error("error:", error)
         return 2
 
 

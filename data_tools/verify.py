@@ -1,6 +1,6 @@
 """Compare a packed folder with its index; exit code 0 if they agree, 1 if not.
 
-    python -m data_tools.verify DIR [--decode all]
+    python -m data_tools.verify DIR [--limit all]
 
 every shard:  size, sha256; tar members against the sample table (names, offsets, sizes); JSON against the
               table
@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from core.audio import AudioError, read
-from core.command_line import CommandParser
-from core.console import print_text
+from core.command_line import CommandParser, accept_old_name
+from core.console import print_error, print_text
 from core.json_files import read_object
 from data_tools.progress import watched
 from data_tools.shards import (
@@ -172,20 +172,21 @@ def main(argv: list[str] | None = None) -> int:
     parser = CommandParser("python -m data_tools.verify", __doc__, example="shards/train")
     parser.add_argument("folder", type=Path)
     parser.add_argument(
-        "--decode",
+        "--limit",
         default="1000",
         help="how many clips to decode, spread over the shards, or all (default: 1000)",
     )
+    accept_old_name(parser, "--decode", "--limit")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args(argv)
-    if options.decode != "all" and not options.decode.isdigit():
-        parser.error(f"--decode {options.decode}: a number, or all")
+    if options.limit != "all" and not options.limit.isdigit():
+        parser.error(f"--limit {options.limit}: a number, or all")
     try:
         problems = check(
-            options.folder, None if options.decode == "all" else int(options.decode), options.workers
+            options.folder, None if options.limit == "all" else int(options.limit), options.workers
         )
     except ShardError as error:
-        print(f"verify: {error}", file=sys.stderr)
+        print_error("error:", error)
         return 2
     for problem in problems:
         print_text(problem)

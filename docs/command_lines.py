@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 from core.code import ROOT
+from core.command_line import OneLineParser, old_names
 
 #: Packages with commands, in the order of the reference.
 PACKAGES = (
@@ -177,7 +178,14 @@ def _check_arguments(module: str, words: list[str]) -> None:
     if "--help" in words:
         return
     parser = _PARSERS.get(module) or _PARSERS.setdefault(module, parser_of(module))
-    with mock.patch.object(argparse.ArgumentParser, "error", refuse):
+    for part in (parser, *(sub for name, sub in subparsers(parser).items() if name in words)):
+        for old, new in old_names(part).items():
+            if any(word.partition("=")[0] == old for word in words):
+                raise WrongCommand(f"{old} is a former name: write {new}")
+    with (
+        mock.patch.object(argparse.ArgumentParser, "error", refuse),
+        mock.patch.object(OneLineParser, "error", refuse),
+    ):
         parse = parser.parse_args if subparsers(parser) else parser.parse_intermixed_args
         options = parse(words)
     overrides = getattr(options, "overrides", None)

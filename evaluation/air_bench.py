@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 from core.command_line import CommandParser
+from core.console import one_line
 from evaluation.predictions import PredictionError, read_predictions
 
 LETTERS = "ABCD"
@@ -100,7 +101,7 @@ def read_meta(meta: Path) -> list[dict]:
             sample_id(item), item["path"], item["question"], item["answer_gt"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise PredictionError(
-            f"{meta} is not in AIR-Bench's layout ({type(error).__name__}: {error}): a list of objects with "
+            f"{meta} is not in AIR-Bench's layout ({one_line(error)}): a list of objects with "
             "path, question, answer_gt, task_name, dataset_name and uniq_id"
         ) from None
     return items
@@ -132,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "manifest":
             written, left_out = write_manifest(options.meta, options.out, options.root, options.instruction)
             for reason in left_out[:20]:
-                print(f"left out: {reason}", file=sys.stderr)
+                print(f"warning: left out: {reason}", file=sys.stderr)
             print(f"{options.out}: {written} questions, {len(left_out)} left out")
             return 0 if written else 2
         answered, unanswered = write_results(options.meta, options.predictions, options.out)

@@ -266,10 +266,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(run(options))
         return 0
     except (CorpusError, FolderError, SourceError, PromptError) as error:
-        print_error(f"align: {one_line(error)}")
+        print_error(f"error: {one_line(error)}")
         return 2
     except OSError as error:
-        print_error(f"align: cannot write {options.out}: {error.strerror or error}")
+        print_error(f"error: cannot write {options.out}: {error.strerror or error}")
         return 1
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from core.command_line import CommandParser
+from core.command_line import CommandParser, accept_old_name
 from core.plugins import PluginError, add_plugins_option, load_plugins
 from evaluation.metrics import METRICS, metric_of
 from evaluation.metrics.accuracy import with_labels
@@ -87,7 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("first", type=Path)
     parser.add_argument("second", type=Path)
-    parser.add_argument("--json", type=Path, help="write the result here as well")
+    parser.add_argument("--out", type=Path, help="write the result here as well")
+    accept_old_name(parser, "--json", "--out")
     add_plugins_option(parser)
     options = parser.parse_args(arguments)
     try:
@@ -117,8 +118,8 @@ def main(arguments: list[str] | None = None) -> int:
     for note in result["notes"]:
         print(f"note: {note}")
     print(f"only in the first: {result['only_first']}, only in the second: {result['only_second']}")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 

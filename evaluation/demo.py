@@ -33,7 +33,7 @@ from transformers import TextIteratorStreamer
 from transformers.utils.logging import disable_progress_bar
 
 from core.audio import EXTENSIONS, SAMPLE_RATE, AudioError, decode, largest_decoded
-from core.command_line import CommandParser
+from core.command_line import CommandParser, accept_old_name
 from core.console import one_line, print_error, printable
 from core.request_body import AnswerThenRead
 from core.samples import asked
@@ -302,7 +302,7 @@ def shown(talker: Talker, file: str | None, question: str) -> Iterator[tuple]:
     except (PromptError, Refusal) as error:
         raise Refusal(html.escape(printable(one_line(error)))) from None
     except Exception as error:  # memory, for one; the next question may be answered
-        print_error(f"error: a question was not answered: {type(error).__name__}: {one_line(error)}")
+        print_error(f"error: a question was not answered: {one_line(error)}")
         raise Refusal("the question could not be answered; the reason is in the log of this server") from None
 
 
@@ -401,7 +401,7 @@ def serve(options: argparse.Namespace, folder_of_uploads: str) -> int:
     except (folder.FolderError, SourceError, ValueError) as error:
         print_error("error:", error)
         return 2
-    talker = Talker(model, options.max_new_tokens, options.max_seconds)
+    talker = Talker(model, options.max_new_tokens, options.request_seconds)
     try:
         talker.warm_up()
     except Refusal as error:
@@ -425,7 +425,7 @@ def serve(options: argparse.Namespace, folder_of_uploads: str) -> int:
         print_exc=lambda: print_error(f"error: a request was refused: {one_line(sys.exc_info()[1])}")
     )
     try:
-        page(talker, title, examples).queue(max_size=options.queue, api_open=False).launch(
+        page(talker, title, examples).queue(max_size=options.waiting_jobs, api_open=False).launch(
             server_name=options.host,
             server_port=options.port,
             share=False,
@@ -469,14 +469,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument(
-        "--max-seconds", type=float, default=120.0, help="longest time for one answer (default: 120)"
+        "--request-seconds", type=float, default=120.0, help="longest time for one answer (default: 120)"
     )
+    accept_old_name(parser, "--max-seconds", "--request-seconds")
     parser.add_argument(
-        "--queue",
+        "--waiting-jobs",
         type=int,
         default=16,
         help="questions that may wait; further ones are refused (default: 16)",
     )
+    accept_old_name(parser, "--queue", "--waiting-jobs")
     options = parser.parse_args(arguments)
 
     def stop(*_) -> None:

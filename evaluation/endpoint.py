@@ -125,7 +125,7 @@ class Endpoint:
             try:
                 status, content, where = self._post(body)
             except httpx2.HTTPError as error:  # its text names addresses, never headers
-                reason = f"gives no answer ({type(error).__name__}: {self._without_key(one_line(error))})"
+                reason = f"gives no answer ({self._without_key(one_line(error))})"
                 continue
             if 300 <= status < 400:
                 raise EndpointError(

@@ -118,7 +118,7 @@ def read_template(path: Path | None) -> str:
         template.format(description="", question="", first="", second="")
     except (OSError, ValueError, LookupError, AttributeError) as error:
         raise PredictionError(
-            f"--template {path} cannot be used ({type(error).__name__}: {one_line(error)}): it may hold "
+            f"--template {path} cannot be used ({one_line(error)}): it may hold "
             "{description} {question} {first} {second}, and {{ for a brace"
         ) from None
     return template

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from core.console import OneLine
+from core.console import OneLine, shown
 
 
 class PredictionError(OneLine, ValueError):
@@ -88,7 +88,7 @@ def _checked(row: object, where: str) -> dict:
         if row.get(key) is not None and (
             isinstance(row[key], bool) or not isinstance(row[key], (int, float))
         ):
-            raise PredictionError(f"{where} ({row['id']}): {key} is {row[key]!r}, not a number")
+            raise PredictionError(f"{where} ({row['id']}): {key} is {shown(row[key])}, not a number")
     choices = row.get("choices")
     if choices is not None and not (
         isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
@@ -141,7 +141,9 @@ class PredictionFile:
                 if before.get(key) != now.get(key)
             ]
             if changed:
-                what = ", ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
+                what = ", ".join(
+                    f"{key} was {shown(before.get(key))}, is {shown(now.get(key))}" for key in changed
+                )
                 raise PredictionError(
                     f"{self.path} was made with other settings ({what}): give another --out, or --restart to "
                     "throw these predictions away"

@@ -101,8 +101,11 @@ def table(scores: dict) -> str:
             shown = []
             for name in metric.columns:
                 bounds = part.get(f"{name}_ci95")
-                interval = f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else ""
-                shown.append(metric.show(name, part[name]) + interval)
+                value, scale, digits = part[name], 1, 3
+                if name in metric.rates and value is not None:
+                    value, scale, digits = f"{100 * value:.1f} %", 100, 1
+                low, high = (f"{scale * bound:.{digits}f}" for bound in bounds or (0, 0))
+                shown.append(metric.show(name, value) + (f" [{low}, {high}]" if bounds else ""))
             shown[-1] = ", ".join([shown[-1], *metric.notes(part)])
             kept = part["length"].get("kept_per_second")
             lines.append([task, group, part["utterances"], *shown, "" if kept is None else f"{kept:.1f}"])

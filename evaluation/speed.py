@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 
-from core.command_line import CommandParser
+from core.command_line import CommandParser, accept_old_name
 from data_tools.shards import ShardError
 from evaluation.run import InputError, shard_folder
 from model import folder
@@ -102,8 +102,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--split", help="sub-folder of --shards")
     parser.add_argument("--task", nargs="+", default=["asr"])
     parser.add_argument(
-        "--clips", type=int, default=20, help="how many, evenly spaced over the folder (default: 20)"
+        "--limit", type=int, default=20, help="how many, evenly spaced over the folder (default: 20)"
     )
+    accept_old_name(parser, "--clips", "--limit")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--out", type=Path, help="write clips and summary here as JSON")
@@ -118,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
             model.config,
             model.stage,
             tasks=options.task,
-            limit=options.clips,
+            limit=options.limit,
             batch_seconds=0.01,
             data=DataConfig(workers=0),
         )  # a budget that one clip exceeds: one clip a batch

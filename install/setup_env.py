@@ -542,9 +542,9 @@ def main():
     try:
         return set_up(parser.parse_args())
     except SetupError as error:
-        print("set-up stopped: %s" % error, file=sys.stderr)
+        print("error: %s" % error, file=sys.stderr)
     except KeyboardInterrupt:
-        print("\nset-up interrupted; the same command resumes", file=sys.stderr)
+        print("\ninterrupted; the same command resumes", file=sys.stderr)
     return 1
 
 

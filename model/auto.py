@@ -3,12 +3,12 @@ folder."""
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
+from core.near_names import did_you_mean, near_names
 from model import folder
 from model.soundwave import Soundwave
 
@@ -69,8 +69,8 @@ class SoundwaveAuto:
                     f"{option}={value!r}: a Soundwave folder is loaded as it is on disk: leave {option} out"
                 )
             if option not in (*_OPTIONS, *_WITHOUT_EFFECT, *_NEUTRAL):
-                near = difflib.get_close_matches(option, _OPTIONS, 1)
-                hint = f"; did you mean '{near[0]}'?" if near else f": {', '.join(_OPTIONS)} are known"
+                near = near_names(option, _OPTIONS)
+                hint = f"; {did_you_mean(near)}" if near else f": {', '.join(_OPTIONS)} are known"
                 raise TypeError(f"unknown option '{option}'{hint}")
         dtypes = {
             folder.dtype_name(options[key])

@@ -366,7 +366,7 @@ def load(
         raise
     except Exception as error:  # sizes that do not go together, or no memory for them
         raise FolderError(
-            f"{folder} cannot be built as its {CONFIG} says ({type(error).__name__}: {one_line(error)}): "
+            f"{folder} cannot be built as its {CONFIG} says ({one_line(error)}): "
             f"copy the "
             "folder and its frozen parts again"
         ) from error

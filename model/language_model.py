@@ -4,8 +4,8 @@ audio token."""
 from __future__ import annotations
 
 import copy
-import difflib
 import re
+import warnings
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -25,11 +25,16 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from core.console import one_line
+from core.console import one_line, shown
+from core.near_names import either, near_names
 from model.config import LLMConfig
 from model.dropout import key_lora_dropout, position_keys
 from model.pretrained import Source, SourceError, reading, tensor_files, text_config
 from model.prompt import stop_ids
+
+# transformers 5.23 renames gradient_checkpointing_enable; peft 0.21 and this module call the name that older
+# versions have, too.
+warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing\w*` is deprecated", category=FutureWarning)
 
 ALL_LINEAR = "all-linear"  # peft's keyword
 # transformers names its modules so, in every family; MLA: DeepSeek's and Longcat's multi-head latent
@@ -134,7 +139,7 @@ def with_lora(llm: nn.Module, config: LLMConfig, name: str) -> PeftModel:
         return llm
     except ValueError as error:
         raise SourceError(
-            f"LoRA does not fit {name}: model.llm.lora_targets = {targets} ({str(error).splitlines()[0]})"
+            f"LoRA does not fit {name}: model.llm.lora_targets = {shown(targets)} ({one_line(error)})"
         ) from None
 
 
@@ -216,11 +221,10 @@ def lora_targets(llm: nn.Module, wanted: list[str] | str | None, name: str) -> l
     else:
         for target in wanted:
             if not any(_is_target(key, [target]) for key in linear):
-                nearest = max(known, key=lambda one: difflib.SequenceMatcher(None, target, one).ratio())
+                near = either(near_names(target, known, cutoff=0.0))
                 raise SourceError(
-                    f"model.llm.lora_targets: {name} has no linear layer '{target}'; did you mean "
-                    f"'{nearest}'? Its "
-                    f"linear layers: {', '.join(known)}"
+                    f"model.llm.lora_targets: {name} has no linear layer '{target}'; did you mean {near}? "
+                    f"Its linear layers: {', '.join(known)}"
                 )
         others = [key for key, _ in llm.named_modules() if _is_target(key, wanted) and key not in linear]
     if others:

@@ -213,8 +213,7 @@ def hub_folder(repository: str, patterns: list[str] = _FILES, *, fetch: bool = T
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=not fetch))
     except Exception as error:  # the hub client's errors have many types; all mean that it cannot be had
-        text = str(error).strip()
-        raise NotOnHub(text.splitlines()[0] if text else type(error).__name__) from None
+        raise NotOnHub(one_line(error)) from None
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from core.console import one_line
 from model.language_model import Arranged, arrange, base_of, embed, token_keys_in_use
 from model.pretrained import SourceError
 
@@ -80,7 +81,11 @@ def probe(llm: nn.Module, audio_id: int) -> Rows:
     where another one is beside it.
     """
     base = base_of(llm)
-    name, config, device = type(base).__name__, base.config.get_text_config(), next(base.parameters()).device
+    name, config, device = (
+        base.config.model_type,
+        base.config.get_text_config(),
+        next(base.parameters()).device,
+    )
     window = min(
         (size for name in WINDOWS if isinstance(size := getattr(config, name, None), int) and size > 0),
         default=0,
@@ -116,7 +121,7 @@ def probe(llm: nn.Module, audio_id: int) -> Rows:
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise SourceError(
             f"{name} does not run as the LLM, which is given embeddings in place of token ids "
-            f"({(str(error).splitlines() or [type(error).__name__])[0]}): choose another model.llm.name"
+            f"({one_line(error)}): choose another model.llm.name"
         ) from error
     if any(not torch.equal(one, two) for one, two in zip(before, _random_states(device), strict=True)):
         raise SourceError(

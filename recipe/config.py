@@ -8,7 +8,6 @@ anything is loaded, with one line that names the file and the key.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import re
 from collections.abc import Iterator
@@ -18,6 +17,8 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from core.console import one_line, shown
+from core.near_names import either, near_names
 from core.options import RecipeError, choice, expand_paths, is_name, location, number, numbers, problems
 from core.plugins import PluginError, load_plugins
 from model.config import SoundwaveConfig
@@ -265,7 +266,7 @@ def _read_files(path: Path) -> list[tuple[str, DictConfig]]:
 def _read_yaml(path: Path) -> DictConfig:
     if not is_name(str(path)) or not path.exists():
         raise RecipeError(
-            f"recipe {str(path) or repr('')} does not exist: give the path of a YAML file, e.g. "
+            f"recipe {str(path) or 'with an empty name'} does not exist: give the path of a YAML file, e.g. "
             "train/recipes/stage1.yaml"
         )
     try:
@@ -276,7 +277,7 @@ def _read_yaml(path: Path) -> DictConfig:
         ) from None
     except Exception as error:  # yaml's own error types carry line and column
         raise RecipeError(
-            f"recipe {path} is not valid YAML: {' '.join(str(error).split()) or type(error).__name__}"
+            f"recipe {path} is not valid YAML: {' '.join(str(error).split()) or one_line(error)}"
         ) from None
     if not OmegaConf.is_dict(layer):
         raise RecipeError(
@@ -289,20 +290,20 @@ def _read_override(item: str) -> tuple[str, DictConfig]:
     """("command line", {key: value}) of one `key=value`."""
     key, equals, value = item.partition("=")
     if not equals:
-        raise RecipeError(f"{item!r} is not key=value: write e.g. optim.steps=100")
+        raise RecipeError(f"'{item}' is not key=value: write e.g. optim.steps=100")
     if not re.fullmatch(r"\w+(\.\w+)*", key):
         raise RecipeError(
-            f"{item!r}: {key!r} is no key: write e.g. optim.steps=100, and a list as a whole: "
+            f"'{item}': '{key}' is no key: write e.g. optim.steps=100, and a list as a whole: "
             "data.train=[{shards: DIR}]"
         )
     try:
         layer = OmegaConf.from_dotlist([item])
     except Exception as error:  # yaml's and OmegaConf's, for an unclosed bracket, say
         raise RecipeError(
-            f"command line: {key}: {value!r} is not valid YAML: {' '.join(str(error).split())}"
+            f"command line: {key}: '{value}' is not valid YAML: {' '.join(str(error).split())}"
         ) from None
     if key.partition(".")[0] == "base":
-        raise RecipeError(f"{item!r}: write `base:` into a recipe; the command line takes single keys")
+        raise RecipeError(f"'{item}': write `base:` into a recipe; the command line takes single keys")
     return "command line", layer
 
 
@@ -317,7 +318,7 @@ def _merge(merged: DictConfig, layers: list[tuple[str, DictConfig]]) -> Recipe:
                     f"{key.rpartition('.')[0]}=[{{shards: DIR}}]"
                 )
             if key not in known and not key.startswith(tuple(f"{free}." for free in BY_NAME)):
-                raise RecipeError(f"{where}: unknown key {key!r}; did you mean '{_nearest(key, known)}'?")
+                raise RecipeError(f"{where}: unknown key '{key}'; did you mean {_near(key, known)}?")
         for path, value in _leaves(content):
             if value == "???":  # OmegaConf would keep the value of an earlier layer
                 raise RecipeError(f"{where}: {_key(path)} is ???: give it a value")
@@ -394,12 +395,10 @@ def _check_corpora(where: str, key: str, data: dict) -> None:
             glued = next((field for field in fields if str(name).startswith(f"{field}:")), None)
             if glued:
                 raise RecipeError(
-                    f"{at}: {name!r}: write a blank after the colon: {{{glued}: {name.partition(':')[2]}}}"
+                    f"{at}: '{name}': write a blank after the colon: {{{glued}: {name.partition(':')[2]}}}"
                 )
             if name not in fields:
-                raise RecipeError(
-                    f"{at}: unknown key {name!r}; did you mean '{_nearest(str(name), fields)}'?"
-                )
+                raise RecipeError(f"{at}: unknown key '{name}'; did you mean {_near(str(name), fields)}?")
             try:
                 OmegaConf.merge(OmegaConf.structured(Corpus), OmegaConf.create({name: value}))
             except Exception:  # OmegaConf's, or a built-in type
@@ -432,7 +431,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         if key not in model_keys:
             yield (
                 "init_accept",
-                f"names {key!r}, which is no key of the model; did you mean '{_nearest(key, model_keys)}'?",
+                f"names '{key}', which is no key of the model; did you mean {_near(key, model_keys)}?",
             )
 
 
@@ -463,7 +462,7 @@ def _inherit(recipe: Recipe, layers: list[tuple[str, DictConfig]], start: Path) 
     }
     if differ:
         lines = [
-            f"{key}: {then!r} in the folder, {now!r} in {_origin(layers, key).removesuffix(': ')}"
+            f"{key}: {_shown(then)} in the folder, {_shown(now)} in {_origin(layers, key).removesuffix(': ')}"
             for key, (then, now) in differ.items()
         ]
         raise RecipeError(
@@ -490,15 +489,15 @@ def known_keys(node: object = None, prefix: str = "") -> list[str]:
     return keys
 
 
-def _nearest(key: str, known: list[str]) -> str:
-    """The key whose last word reads most alike: of the same section if there is one, unless the word stands
-    elsewhere."""
+def _near(key: str, known: list[str]) -> str:
+    """Return the keys whose last word is most similar: of the same section if it has one, unless another
+    section has the very word."""
     section, _, word = key.rpartition(".")
     names = {k: k.rpartition(".")[2] for k in known}
-    near = [
+    candidates = [
         k for k in known if section and k.startswith(section + ".") and word not in names.values()
     ] or known
-    return max(near, key=lambda k: difflib.SequenceMatcher(None, word, names[k]).ratio())
+    return either(near_names(word, candidates, cutoff=0.0, compared=names.__getitem__))
 
 
 def _flat(node: dict, prefix: str = "") -> list[str]:
@@ -535,7 +534,7 @@ def _unresolved(error: Exception) -> str:
     unset = re.search(r"Environment variable '(\w+)' not found", str(error))
     if unset:
         return f"the environment has no {unset[1]}: set it, or give a default: ${{oc.env:{unset[1]},VALUE}}"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return one_line(error)
 
 
 _NEEDS = {
@@ -571,5 +570,4 @@ def _needs(path: tuple, value: object, owner: type = Recipe) -> str:
 
 
 def _shown(value: object) -> str:
-    text = repr(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
-    return text if len(text) < 80 else text[:76] + " ..."
+    return shown(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)

@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.command_line import CommandParser
+from core.command_line import CommandParser, accept_old_name
 from core.console import print_error
 from serving.limits import Limits
 
@@ -79,17 +79,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     limits = parser.add_argument_group("limits")
     for field in dataclasses.fields(Limits):
         limits.add_argument(
-            f"--{field.name.replace('_', '-')}",
+            _option(field.name),
+            dest=field.name,
             type=type(field.default),
             default=field.default,
             metavar="N",
             help=f"{_HELP[field.name]} (default: {field.default})",
         )
+    accept_old_name(parser, "--new-tokens", "--max-new-tokens")
     options = parser.parse_args(arguments)
     for field in dataclasses.fields(Limits):
         value, least = getattr(options, field.name), 0 if field.name == "batch_wait" else 1
         if not least <= value < float("inf"):
-            parser.error(f"--{field.name.replace('_', '-')} must be at least {least}")
+            parser.error(f"{_option(field.name)} must be at least {least}")
     if options.backend != "vllm" and options.vllm_python:
         parser.error("--vllm-python needs --backend vllm")
     if options.backend == "vllm" and options.no_batching:
@@ -99,6 +101,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.name is not None and not _NAME.fullmatch(options.name):
         parser.error("--name holds letters, digits and . _ / -")
     return options
+
+
+def _option(limit: str) -> str:
+    """Return the option that sets a limit."""
+    return "--max-new-tokens" if limit == "new_tokens" else f"--{limit.replace('_', '-')}"
 
 
 def token_of(options: argparse.Namespace) -> str | None:

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Submit the three stages so that each starts when the one before it is done. From anywhere, on a login node:
 #
-#   slurm/chain.sh [--stages 1,2,3] [--recipes DIR] [--dry-run] [sbatch options, as --time=12:00:00] [key=value for all recipes]
+#   slurm/chain.sh [--stages 1,2,3] [--recipes DIR] [--dry-run] [sbatch options] [key=value for all recipes]
 #
-# DIR holds stage1.yaml, stage2.yaml and stage3.yaml; without it each script's own RECIPE line counts. The code and the recipes
-# are frozen now: what is edited later changes nothing for these jobs. Stages that are done are left out: the same command after a
-# failure continues. --dry-run submits nothing: it prints each sbatch command and script, and the answer of `sbatch --test-only`.
-# Relative paths, here and in recipes, are relative to the folder where this is called, and where the jobs run.
+# --stages LIST: default 1,2,3. --recipes DIR: folder of stage1.yaml, stage2.yaml and stage3.yaml; default: the RECIPE of each stage's
+# script. --dry-run: submit nothing; print each sbatch command and script, and the answer of `sbatch --test-only`.
+# Code and recipes are copied: later edits do not affect these jobs. Finished stages are left out: the same command resumes after a
+# failure. Relative paths, here and in recipes, are relative to the folder where this is called, and where the jobs run.
+# example: slurm/chain.sh --recipes recipes --time=12:00:00 output=runs/mine
 
 # shellcheck disable=SC2034,SC2153  # variables that common.sh reads and sets
 if [ -z "${BASH_VERSION:-}" ] || shopt -qo posix; then exec env -u POSIXLY_CORRECT bash "$0" "$@"; fi  # called as `sh slurm/chain.sh`

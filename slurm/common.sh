@@ -35,8 +35,12 @@ source "$LIB/restart.sh"
 # shellcheck source=slurm/lib/options.sh
 source "$LIB/options.sh"
 
+# help_of SCRIPT: its first comment, without the options of sbatch.
+help_of() { awk 'NR > 1 && (!/^#/ || /^#SBATCH/) { exit } NR > 1 { sub(/^# ?/, ""); print }' "$1"; }
+
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then  # on a node
     set -euo pipefail
+    case ${1:-} in -h|--help) help_of "$0"; exit 0 ;; esac
     "$@"
     exit
 fi
@@ -305,6 +309,3 @@ next_step() {
     fi
     finish 85
 }
-
-# help_of SCRIPT: its first comment, without the options of sbatch.
-help_of() { awk 'NR > 1 && (!/^#/ || /^#SBATCH/) { exit } NR > 1 { sub(/^# ?/, ""); print }' "$1"; }

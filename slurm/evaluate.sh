@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # Score a model folder on packed shards, with every GPU of the job.
-# From the project's root: sbatch slurm/evaluate.sh --model runs/x/sft/model --shards /shards/test --task asr ...
-# (options: python -m evaluation.run --help). What is predicted is on disk at once: a job that was stopped continues.
+#
+#   sbatch [sbatch options] slurm/evaluate.sh OPTIONS     from the project's root; OPTIONS: python -m evaluation.run --help
+#
+# Predictions are written at once: a job that was stopped continues.
+# example: sbatch slurm/evaluate.sh --model runs/mine/sft/model --shards /shards/test-clean --task asr
 #SBATCH --job-name=soundwave-evaluate
 #SBATCH --signal=B:USR1@60
 #SBATCH --requeue

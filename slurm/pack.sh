@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Pack a corpus with many nodes: an array job, one task for every PARTS-th shard, and a job behind it that writes the index.
-# Run it on the login node (it submits both jobs):   slurm/pack.sh [sbatch options, as --time=8:00:00 --] PACK OPTIONS
-#   e.g.  slurm/pack.sh --corpus librispeech:/data/LibriSpeech --out /shards/librispeech    (see data_tools/pack.py --help)
-# A task that is stopped continues where it was; so does the same command again. Relative paths are relative to the folder where this
-# is called.
+# Pack a corpus with many nodes: an array job, one task for every PARTS-th shard (PARTS=16 in this file), then a job that writes the index.
+#
+#   slurm/pack.sh [sbatch options --] OPTIONS     on the login node; OPTIONS: python data_tools/pack.py --help
+#
+# A stopped task resumes; so does the same command. Relative paths are relative to the folder where this is called.
+# example: slurm/pack.sh --time=8:00:00 -- --corpus librispeech:/data/LibriSpeech --out /shards/librispeech
 #SBATCH --job-name=soundwave-pack
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue

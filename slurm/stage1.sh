@@ -1,6 +1,10 @@
 #!/usr/bin/env bash
 # Stage 1, alignment: audio frames to the LLM's tokens (CTC); the LLM itself is not loaded.
-# From the project's root: sbatch slurm/stage1.sh [--recipe FILE] [key=value ...]     All three stages: slurm/chain.sh
+#
+#   sbatch [sbatch options] slurm/stage1.sh [--recipe FILE] [key=value ...]     from the project's root; all stages: slurm/chain.sh
+#
+# --recipe FILE: default train/recipes/stage1.yaml, or the variable RECIPE. Nodes, GPUs and time are in this file: docs/slurm.md.
+# example: sbatch --nodes=1 slurm/stage1.sh optim.steps=20000
 #SBATCH --job-name=soundwave-1
 #SBATCH --signal=B:USR1@600
 #SBATCH --requeue

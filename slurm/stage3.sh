@@ -1,6 +1,10 @@
 #!/usr/bin/env bash
-# Stage 3, instructions: LoRA only.
-# From the project's root: sbatch slurm/stage3.sh [--recipe FILE] [key=value ...]     All three stages: slurm/chain.sh
+# Stage 3, sft: instructions; LoRA only.
+#
+#   sbatch [sbatch options] slurm/stage3.sh [--recipe FILE] [key=value ...]     from the project's root; all stages: slurm/chain.sh
+#
+# --recipe FILE: default train/recipes/stage3.yaml, or the variable RECIPE. Nodes, GPUs and time are in this file: docs/slurm.md.
+# example: sbatch --time=8:00:00 slurm/stage3.sh output=runs/mine
 #SBATCH --job-name=soundwave-3
 #SBATCH --signal=B:USR1@600
 #SBATCH --requeue

@@ -9,6 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from core.console import one_line
 from core.ctc_text import ctc_target_ids
 from core.samples import answer_language, messages_of, prompt_of, transcript_of
 from model.batch import Batch
@@ -111,7 +112,7 @@ class Collator:
             TypeError,
             AttributeError,
         ) as error:  # whatever malformed JSON leads to in a chat
-            raise BrokenSample(f"its JSON makes no conversation: {type(error).__name__}: {error}") from None
+            raise BrokenSample(f"its JSON makes no conversation: {one_line(error)}") from None
         if self.token_limit is not None and len(input_ids) > self.token_limit:
             raise BrokenSample(
                 f"its conversation takes {len(input_ids)} LLM positions, above "

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from core.console import shown
 from recipe.config import MixtureConfig, RecipeError
 
 
@@ -77,7 +78,7 @@ class Mixture:
         weights = np.array([float(given[task]) for task in self.tasks])
         if (weights <= 0).any():
             raise RecipeError(
-                f"data.mixture.task_weights must be above 0, got {dict(given)}; leave a task out with "
+                f"data.mixture.task_weights must be above 0, got {shown(dict(given))}; leave a task out with "
                 f"`tasks:`"
             )
         return weights / weights.sum()

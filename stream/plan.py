@@ -33,6 +33,7 @@ from pathlib import Path
 import numpy as np
 
 import core.keys
+from core.console import shown
 from data_tools.shards import ShardError, ShardIndex
 from model.compressors import compressor_of
 from model.config import SoundwaveConfig
@@ -209,7 +210,7 @@ class UnindexedPlan:
             raise RecipeError("data.train: `share` needs an index: pack the corpora, or leave it unset")
         weights = [1.0 if corpus.weight is None else float(corpus.weight) for corpus in data.train]
         if min(weights) <= 0:
-            raise RecipeError(f"data.train: weights must be above 0, got {weights}")
+            raise RecipeError(f"data.train: weights must be above 0, got {shown(weights)}")
         facts = [
             data.seed,
             data.batch_seconds,

@@ -48,7 +48,7 @@ def check_validation(recipe: Recipe) -> None:
     for place, corpus in enumerate(recipe.data.valid):
         if corpus.name is not None and not re.fullmatch(r"\w[\w.-]*", corpus.name):
             raise RecipeError(
-                f"data.valid[{place}]: name is {corpus.name!r}: use letters, digits, '_', '-' and '.'"
+                f"data.valid[{place}]: name is '{corpus.name}': use letters, digits, '_', '-' and '.'"
             )
     if recipe.optim.stop_after is not None and not recipe.data.valid:
         raise RecipeError("optim.stop_after needs validation, and data.valid is empty: name a packed folder")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
+from core.near_names import did_you_mean, near_names
 from core.options import RecipeError
 
 GIB = 2**30
@@ -50,7 +50,7 @@ def gpu_named(name: str) -> GPU:
     key = {"rtx-4090": "rtx4090", "4090": "rtx4090", "h100-80": "h100", "a100": "a100-80"}.get(key, key)
     if key in GPUS:
         return GPUS[key]
-    near = difflib.get_close_matches(key, list(GPUS), 1)
+    near = near_names(key, GPUS)
     raise RecipeError(
-        f"--gpu {name} is not known{f'; did you mean {near[0]}?' if near else '.'} Known: {', '.join(GPUS)}"
+        f"--gpu {name} is not known{f'; {did_you_mean(near)}' if near else '.'} Known: {', '.join(GPUS)}"
     )

@@ -249,7 +249,9 @@ class Planner:
         keys = [f"deepspeed=ds_configs/zero{chosen.zero_stage}.json", f"data.micro_batch_seconds={seconds:g}"]
         if self.stage.needs_llm:
             keys.append(f"data.micro_batch_tokens={self.tokens(seconds)}")
-        return f"proposal: {' '.join(keys)} ({self.micro_batches(seconds)} micro-batches a step and GPU)"
+        count = self.micro_batches(seconds)
+        batches = f"{count} micro-batch{'' if count == 1 else 'es'}"
+        return f"proposal: {' '.join(keys)} ({batches} a step and GPU)"
 
 
 def epoch_line(name: str, epochs: float) -> str:

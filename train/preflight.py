@@ -496,12 +496,12 @@ def run(recipe: Recipe, seconds: float, faults_to: Path | None = None) -> int:
     except RuntimeError as error:
         if serves and "EADDRINUSE" in str(error):
             print(
-                f"preflight: node {node_name()}: port {env['MASTER_PORT']} is taken by another program",
+                f"error: node {node_name()}: port {env['MASTER_PORT']} is taken by another program",
                 file=sys.stderr,
             )
             return PORT_TAKEN
         print(
-            f"preflight: node {node_name()}: rank {rank} cannot reach rank 0 at "
+            f"error: node {node_name()}: rank {rank} cannot reach rank 0 at "
             f"{env['MASTER_ADDR']}:{env['MASTER_PORT']} "
             f"({one_line(error)[:120]}): see the firewall and the nodes' host names",
             file=sys.stderr,
@@ -514,7 +514,7 @@ def run(recipe: Recipe, seconds: float, faults_to: Path | None = None) -> int:
         reports, faults = gather(store, world_size, seconds)
         faults += compare(reports) + check_shared_output(recipe, reports)
         for fault in faults:
-            print(f"preflight: node {fault.node}: {fault.text}", file=sys.stderr)
+            print(f"error: node {fault.node}: {fault.text}", file=sys.stderr)
         if faults and faults_to:
             write_faults(faults_to, [f"node {fault.node}: {fault.text}" for fault in faults])
         if faults:
@@ -534,7 +534,7 @@ def run(recipe: Recipe, seconds: float, faults_to: Path | None = None) -> int:
             code = int(store.get("verdict"))
         except RuntimeError as error:
             print(
-                f"preflight: node {node_name()}: rank {rank} lost the connection to rank 0 "
+                f"error: node {node_name()}: rank {rank} lost the connection to rank 0 "
                 f"({one_line(error)[:120]})",
                 file=sys.stderr,
             )
@@ -545,7 +545,7 @@ def run(recipe: Recipe, seconds: float, faults_to: Path | None = None) -> int:
         except RuntimeError as error:
             speed, fault = "", f"all_reduce: {one_line(error)}"
         if fault:
-            print(f"preflight: node {node_name()}, rank {rank}: {fault}", file=sys.stderr)
+            print(f"error: node {node_name()}: rank {rank}: {fault}", file=sys.stderr)
             code = FAILED
         elif rank == 0:
             print(f"preflight: {speed}")
@@ -558,7 +558,7 @@ def run(recipe: Recipe, seconds: float, faults_to: Path | None = None) -> int:
             store.wait([f"left-{r}" for r in there], timedelta(seconds=seconds if code == DONE else 10))
     except RuntimeError as error:
         if code == DONE:
-            print(f"preflight: node {node_name()}: rank {rank}: {one_line(error)[:200]}", file=sys.stderr)
+            print(f"error: node {node_name()}: rank {rank}: {one_line(error)[:200]}", file=sys.stderr)
             code = FAILED
     return code
 
@@ -585,7 +585,7 @@ def write_faults(path: Path, faults: list[str]) -> None:
     try:
         path.write_text("".join(f"{fault}\n" for fault in faults))
     except OSError as error:
-        print(f"preflight: {path} cannot be written: {error.strerror}", file=sys.stderr)
+        print(f"error: {path} cannot be written: {error.strerror}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -615,7 +615,7 @@ def main(argv: list[str] | None = None) -> int:
             )
     except RecipeError as error:
         if is_main:
-            print(f"preflight: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr)
             if args.faults_to:
                 write_faults(args.faults_to, [one_line(error)])
         return WRONG_INPUT

@@ -13,6 +13,7 @@ import base64
 import html
 import io
 import json
+import re
 import sys
 from dataclasses import asdict
 from difflib import SequenceMatcher
@@ -23,17 +24,18 @@ import yaml
 from matplotlib.figure import Figure
 
 from core.command_line import CommandParser
-from core.console import duration
+from core.console import duration, plural, shown
 from core.files import read_lines, write_atomically
-from recipe.config import Recipe
+from recipe.config import CORPORA, Corpus, Recipe
 from recipe.stages import STAGES, stages_in
 
+_CORPUS = asdict(Corpus())
 POINTS = 500  # of a curve: longer runs are averaged in bins
 # title, unit, {label: (kind of line, key)}, factor
 PANELS = (
     ("loss", "nats", {"training": ("train", "loss"), "validation": ("valid", "loss")}, 1),
     ("parts of the loss", "nats", {}, 1),  # filled by `panels`
-    ("validation WER", "", {"WER": ("valid", "wer")}, 1),
+    ("validation WER", "%", {"": ("valid", "wer")}, 100),
     ("gradient norm", "", {"before clipping": ("train", "grad_norm")}, 1),
     (
         "learning rates",
@@ -65,6 +67,7 @@ PANELS = (
 )
 SUMMED = ("rejected", "retries")
 LOGARITHMIC = ("loss", "parts of the loss", "gradient norm")
+FROM_ZERO = ("validation WER", "step time", "rejected data", "memory")  # a small change stays small
 SMOOTHED = 50  # a moving average covers this part of a curve: a fiftieth
 STYLE = (
     "body{font:15px/1.45 sans-serif;max-width:1180px;margin:2em auto;padding:0 "
@@ -145,6 +148,8 @@ def panel(lines: dict[str, list[dict]], title: str, unit: str, curves: dict, fac
         return ""
     if title in LOGARITHMIC and positive:
         axes.set_yscale("log")
+    elif title in FROM_ZERO:
+        axes.set_ylim(0, 1.08 * axes.dataLim.ymax or 1)
     if drawn > 1 or next(iter(curves)):
         axes.legend(fontsize=8)
     axes.set(title=title, xlabel="step", ylabel=unit)
@@ -185,7 +190,7 @@ def summary(lines: dict[str, list[dict]], noted: dict) -> list[tuple[str, str]]:
             (
                 "state",
                 f"{state} (step {noted.get('step', 0)} of {noted.get('steps', '?')}, "
-                f"{noted.get('world_size', '?')} rank(s), {noted.get('host', '?')})",
+                f"{plural(noted.get('world_size', 0), 'rank')}, {noted.get('host', '?')})",
             )
         )
     if train:
@@ -213,8 +218,8 @@ def summary(lines: dict[str, list[dict]], noted: dict) -> list[tuple[str, str]]:
     scored = [line for line in lines["valid"] if line.get("words") and "wer" in line]
     if scored:
         best = min(scored, key=lambda line: line["wer"])
-        shown = [("first", scored[0]), ("best", best), ("last", scored[-1])]
-        text = ", ".join(f"{name} {100 * line['wer']:.1f} % (step {line['step']})" for name, line in shown)
+        named = [("first", scored[0]), ("best", best), ("last", scored[-1])]
+        text = ", ".join(f"{name} {100 * line['wer']:.1f} % (step {line['step']})" for name, line in named)
         rows.insert(1 if noted else 0, ("validation WER", text))
     steps = noted.get("steps")
     if noted.get("status") == "running" and steps and train:
@@ -231,10 +236,17 @@ def changed_keys(path: Path) -> list[tuple[str, str, str]]:
         return []
     defaults, values = flat(asdict(Recipe())), flat(yaml.safe_load(path.read_text()) or {})
     return [
-        (key, str(value), str(defaults.get(key)))
+        (key, _in_words(key, value), _in_words(key, defaults.get(key)))
         for key, value in values.items()
         if value != defaults.get(key)
     ]
+
+
+def _in_words(key: str, value: object) -> str:
+    """Return a value in YAML's notation; of a corpus only what differs from the defaults."""
+    if key in CORPORA and isinstance(value, list):
+        value = [{k: v for k, v in corpus.items() if v != _CORPUS.get(k)} for corpus in value]
+    return value if isinstance(value, str) and value else shown(value, longest=1000)
 
 
 def flat(node: dict, prefix: str = "") -> dict[str, object]:
@@ -247,15 +259,21 @@ def flat(node: dict, prefix: str = "") -> dict[str, object]:
 
 
 def compared(reference: str, hypothesis: str) -> tuple[str, str]:
-    """Return both texts as HTML with the words marked that differ."""
+    """Return both texts as HTML with the words marked that differ in more than case and punctuation."""
     left, right = reference.split(), hypothesis.split()
     marked: tuple[list[str], list[str]] = ([], [])
-    for kind, a, b, c, d in SequenceMatcher(None, left, right, autojunk=False).get_opcodes():
+    matched = SequenceMatcher(None, [*map(_bare, left)], [*map(_bare, right)], autojunk=False)
+    for kind, a, b, c, d in matched.get_opcodes():
         for words, out, tag in ((left[a:b], marked[0], "del"), (right[c:d], marked[1], "ins")):
             text = html.escape(" ".join(words))
             if text:
                 out.append(text if kind == "equal" else f"<{tag}>{text}</{tag}>")
     return " ".join(marked[0]), " ".join(marked[1])
+
+
+def _bare(word: str) -> str:
+    """Return a word in lower case without punctuation."""
+    return re.sub(r"[^\w]", "", word).casefold() or word
 
 
 def sample_table(samples: list) -> str:
@@ -302,7 +320,7 @@ def section(folder: Path) -> str:
         ]
     pictures = sorted((folder / "pictures").glob("step-*.png"))
     if pictures:
-        parts.append("<h2>One validation clip: compressed frames, P(blank), CTC peaks</h2>")
+        parts.append("<h2>One validation clip: spectrogram, compressed frames, P(blank), CTC peaks</h2>")
         parts += [
             f"<p>{embedded(path.read_bytes(), path.stem)}</p>"
             for path in dict.fromkeys((pictures[0], pictures[-1]))

@@ -91,10 +91,10 @@ def main(argv: list[str]) -> int:
         for corpus in packed_folders(load_recipe(argv[0], argv[1:])):
             print(f"staging: node {node_name()}: {stage_corpus(corpus.shards, local)}")
     except (RecipeError, ShardError) as error:
-        print(f"staging: node {node_name()}: {error}", file=sys.stderr)
+        print(f"error: node {node_name()}: {error}", file=sys.stderr)
         return WRONG_INPUT
     except OSError as error:
-        print(f"staging: node {node_name()}: {error}: see LOCAL_DISK={local.parent}", file=sys.stderr)
+        print(f"error: node {node_name()}: {error}: see LOCAL_DISK={local.parent}", file=sys.stderr)
         return FAILED
     return DONE
 

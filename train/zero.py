@@ -7,13 +7,13 @@ is filled in.
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 from pathlib import Path
 
 import torch
 
+from core.near_names import did_you_mean, near_names
 from recipe.config import Recipe, RecipeError
 
 LAYER = 20  # parameters of a decoder layer over the square of its width: Llama-3.1-8B 13, Qwen2.5-7B 18
@@ -191,10 +191,10 @@ def _check_sections(recipe: Recipe, config: dict, decided: dict) -> None:
                 "remove it"
             )
         if key not in known:
-            near = difflib.get_close_matches(key, [*known, "fp16"], 1)
+            near = near_names(key, [*known, "fp16"])
             raise RecipeError(
                 f"{where}: '{key}' "
-                f"{f'is not known; did you mean {near[0]!r}?' if near else 'is not supported here'}; "
+                f"{f'is not known; {did_you_mean(near)}' if near else 'is not supported here'}; "
                 f"these keys are: {', '.join(known)}"
             )
         kind, words = _KINDS.get(key, (object, ""))
@@ -241,10 +241,10 @@ def _check_zero(section: dict, name: str) -> None:
     old_names = {field: (info.json_schema_extra or {}).get("new_param") for field, info in fields.items()}
     for key in section:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
+            near = near_names(key, sorted(known))
             raise RecipeError(
                 f"deepspeed: {name}: zero_optimization.{key} is not known"
-                + (f"; did you mean '{near[0]}'?" if near else ": remove it")
+                + (f"; {did_you_mean(near)}" if near else ": remove it")
             )
         renamed = old_names.get(key)
         if renamed:

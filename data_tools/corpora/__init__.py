@@ -8,7 +8,6 @@ does not grow with the corpus.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import inspect
 import json
@@ -23,6 +22,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from core.console import one_line
+from core.near_names import did_you_mean, near_names
 from core.unicode_paths import find_path
 from data_tools.text_files import CorpusError, Problem, check_encoding
 
@@ -302,10 +302,10 @@ class Corpus:
         """`NAME:PATH[,option=value...]`. Errors: CorpusError for an unknown name, option or path."""
         name, path, pairs = _split(specification)
         if not path or name not in READERS:
-            near = difflib.get_close_matches(name, READERS, n=1)
+            near = near_names(name, READERS)
             raise CorpusError(
                 f"corpus '{specification}' must be NAME:PATH[,option=value...], NAME one of "
-                f"{', '.join(READERS)}" + (f"; did you mean {near[0]}?" if near else "")
+                f"{', '.join(READERS)}" + (f"; {did_you_mean(near)}" if near else "")
             )
         options = dict(pair.split("=", 1) for pair in pairs)
         module, class_name = READERS[name].split(":")
@@ -317,10 +317,9 @@ class Corpus:
         for option in options:
             if option not in known:
                 everything = [*known, *_COMMON]
-                near = difflib.get_close_matches(option, everything, n=1, cutoff=0.0)[0]
+                near = did_you_mean(near_names(option, everything, cutoff=0.0))
                 raise CorpusError(
-                    f"corpus '{specification}': unknown option '{option}', did you mean '{near}'? ({name} "
-                    f"takes "
+                    f"corpus '{specification}': unknown option '{option}', {near} ({name} takes "
                     f"{', '.join(everything)})"
                 )
         found = find_path(path)

@@ -3,7 +3,6 @@ not be left out."""
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -11,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from core.near_names import did_you_mean, near_names
 from data_tools.text_files import CorpusError
 
 # Names under which files have a field, the usual ones first.
@@ -113,11 +113,9 @@ def columns_and_values(
     by_lower = {column.lower(): column for column in columns}
     values = {field: value for field, value in named.items() if value not in columns}
     for field, value in values.items():
-        near = difflib.get_close_matches(
-            value.lower(), by_lower, n=1, cutoff=0.8
-        )  # a slip of the pen would label every entry
+        near = near_names(value.lower(), by_lower, cutoff=0.8)  # a misspelt column would label every entry
         if near or field not in VALUES:
-            hint = f", did you mean '{by_lower[near[0]]}'?" if near else ":"
+            hint = f", {did_you_mean([by_lower[one] for one in near])}" if near else ":"
             raise CorpusError(f"{where} has no column '{value}'{hint} its columns are {', '.join(columns)}")
     return {field: column for field, column in named.items() if field not in values}, values
 

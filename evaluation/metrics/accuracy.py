@@ -75,6 +75,7 @@ def score_accuracy(rows: list[dict], marks: Marks = "script") -> dict:
 @register_metric("accuracy")
 class Accuracy(Metric):
     columns = ("accuracy", "unparsed")
+    rates = ("accuracy",)
     lower_is_better = ("unparsed",)
     tasks = ("emotion", "gender", "sound")
 

@@ -87,6 +87,7 @@ class _Exact(Metric):
 @register_metric("answer")
 class Answers(_Exact):
     columns = ("exact", "chrf")
+    rates = ("exact",)
 
     def score(self, rows: list[dict], marks: Marks) -> dict:
         return score_answer(rows, marks)
@@ -95,6 +96,7 @@ class Answers(_Exact):
 @register_metric("chain")
 class Chain(_Exact):
     columns = ("wer", "exact")
+    rates = columns
     lower_is_better = ("wer",)
     tasks = ("chain",)
 

@@ -14,11 +14,13 @@ class Metric(ABC):
     """How prediction rows of a task are scored, compared and displayed.
 
     columns: names of two scores that the table shows. lower_is_better: those scores that are.
+    rates: scores that are shares: the table shows them in percent.
     tasks: those that it scores; no two metrics share one.
     """
 
     columns: tuple[str, str]
     lower_is_better: tuple[str, ...] = ()
+    rates: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
 
     @abstractmethod

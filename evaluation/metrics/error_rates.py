@@ -85,6 +85,7 @@ def silence(rows: list[dict], marks: Marks = "script") -> dict:
 @register_metric("wer")
 class ErrorRates(Metric):
     columns = ("wer", "cer")
+    rates = columns
     lower_is_better = ("wer", "cer", "mer")
     tasks = ("asr",)
 

@@ -1,6 +1,6 @@
 """Print which words are wrong, by how often the training transcripts hold their tokens.
 
-    python -m examples.less_is_more.rare_words [--csv FILE]
+    python -m examples.less_is_more.rare_words [--out FILE]
 
 Words of the study's first test set are sorted by how often their rarest token occurs in the CTC targets of
 the quick start's recordings (`dialogues-train`); the table holds the share of words that each decoding
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from core.command_line import CommandParser
+from core.command_line import CommandParser, accept_old_name
 from core.files import write_atomically
 from evaluation.metrics.error_rates import aligned
 from evaluation.predictions import read_rows
@@ -117,18 +117,19 @@ def main() -> int:
     from examples.less_is_more.study import HERE, Study
 
     parser = CommandParser(
-        "python -m examples.less_is_more.rare_words", __doc__.split("\n")[0], example="--csv rare_words.csv"
+        "python -m examples.less_is_more.rare_words", __doc__.split("\n")[0], example="--out rare_words.csv"
     )
     parser.add_argument("--seed", type=int, default=0, help="whose runs (default: 0)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there too")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table there too")
+    accept_old_name(parser, "--csv", "--out")
     options = parser.parse_args()
     try:
         rows = build(Study(HERE / "plan.yaml"), options.seed)
         print(tabulate(rows, headers="firstrow", tablefmt="github", disable_numparse=True))
-        if options.csv:
+        if options.out:
             text = io.StringIO()
             csv.writer(text, lineterminator="\n").writerows(rows)
-            write_atomically(options.csv, text.getvalue())
+            write_atomically(options.out, text.getvalue())
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -221,7 +221,7 @@ class Study:
                     str(folder / "model"),
                     "--shards",
                     str(self.data.cache / "shards" / wanted.shards),
-                    "--clips",
+                    "--limit",
                     str(wanted.clips),
                     "--max-new-tokens",
                     "8",
@@ -367,10 +367,10 @@ def main() -> int:
         run(study.output / "study.json", study.steps(), options.at_once or study.plan.get("at_once", 1))
         print("\n" + table.finish(study))
     except (StepError, RecipeError) as error:
-        print(f"\nstudy stopped: {error}", file=sys.stderr)
+        print(f"\nerror: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstudy interrupted; the same command resumes", file=sys.stderr)
+        print("\ninterrupted; the same command resumes", file=sys.stderr)
         return 130
     return 0
 

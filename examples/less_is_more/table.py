@@ -1,12 +1,12 @@
 """Print a study's scores as tables, draw them, and write them as CSV.
 
-    python -m examples.less_is_more.table [--plan PLAN] [--csv benchmarks/results]
+    python -m examples.less_is_more.table [--plan PLAN] [--out benchmarks/results]
 
 results.json holds each variant and seed: WER with its 95 % bootstrap interval, the paired test against ours
 on the same utterances, hours of data, CTC peaks, seconds; the machine, versions and commit. What has not
 been run yet is not in the table.
 
-With --csv the rows are written as CSV and kept as JSON, by the plan's name
+With --out the rows are written as CSV and kept as JSON, by the plan's name
 (benchmarks/results/less_is_more.json). Rows of former runs stay there until the same variant and seed is run
 again, so the study can be run in parts. docs/results.md is generated from them.
 """
@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from benchmarks.machine import line, machine
-from core.command_line import CommandParser
+from core.command_line import CommandParser, accept_old_name
 from core.files import read_lines, write_atomically
 from evaluation.compare import compare
 from evaluation.metrics.error_rates import word_counts
@@ -543,14 +543,15 @@ def main() -> int:
         "--plan", type=Path, default=HERE / "plan.yaml", help="whose table (default: plan.yaml)"
     )
     parser.add_argument(
-        "--csv",
+        "--out",
         type=Path,
         metavar="DIR",
         help="write the rows there too, as CSV and JSON (benchmarks/results)",
     )
+    accept_old_name(parser, "--csv", "--out")
     options = parser.parse_args()
     try:
-        print(finish(Study(options.plan), options.csv))
+        print(finish(Study(options.plan), options.out))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -287,10 +287,10 @@ def main() -> int:
         run(plan.record, plan.steps())
         finish(plan)
     except (StepError, RecipeError) as error:
-        print(f"\ndemo stopped: {error}", file=sys.stderr)
+        print(f"\nerror: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ndemo interrupted; the same command resumes", file=sys.stderr)
+        print("\ninterrupted; the same command resumes", file=sys.stderr)
         return 130
     return 0
 

@@ -431,10 +431,10 @@ def main() -> int:
     try:
         fetch(options.cache)
     except FetchError as error:
-        print(f"fetch stopped: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nfetch interrupted; the same command resumes", file=sys.stderr)
+        print("\ninterrupted; the same command resumes", file=sys.stderr)
         return 1
     print(
         f"models, corpora and manifests are in {options.cache}; their sources and licences in "

@@ -1,6 +1,6 @@
 """Print the quick start's scores as a table, and write them as CSV.
 
-    python -m examples.quickstart.results [--csv benchmarks/results/quickstart.csv]
+    python -m examples.quickstart.results [--out benchmarks/results/quickstart.csv]
 
 results.json holds the rows (each score with its 95 % bootstrap interval and number of utterances, before and
 after training), the recipes as they were run, the seconds of each step, the machine, the versions and the
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from core.command_line import CommandParser
+from core.command_line import CommandParser, accept_old_name
 from core.console import printable_line
 from core.files import write_atomically
 from evaluation.predictions import read_rows, row_key
@@ -210,12 +210,13 @@ def write_csv(path: Path, result: dict) -> None:
 
 def main() -> int:
     parser = CommandParser(
-        "python -m examples.quickstart.results", __doc__.split("\n")[0], example="--csv scores.csv"
+        "python -m examples.quickstart.results", __doc__.split("\n")[0], example="--out scores.csv"
     )
     parser.add_argument(
         "--results", type=Path, default=Path("runs/quickstart/results.json"), help="written by the demo"
     )
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the scores there too")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the scores there too")
+    accept_old_name(parser, "--csv", "--out")
     options = parser.parse_args()
     if not options.results.exists():
         print(
@@ -225,9 +226,9 @@ def main() -> int:
         return 2
     result = json.loads(options.results.read_text())
     print(table(result))
-    if options.csv:
+    if options.out:
         try:
-            write_csv(options.csv, result)
+            write_csv(options.out, result)
         except OSError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -307,7 +307,7 @@ def refusal(llm: nn.Module, positions: int, longest: int) -> str | None:
     positions: of the longest prompt and its answer; longest: draft tokens in one pass.
     """
     base = base_of(llm)
-    config, name = base.config.get_text_config(decoder=True), type(base).__name__
+    config, name = base.config.get_text_config(decoder=True), base.config.model_type
     arguments = inspect.signature(base.forward).parameters
     if "position_ids" not in arguments or "past_key_values" not in arguments:
         return f"{name} takes no positions"
@@ -326,7 +326,7 @@ def refusal(llm: nn.Module, positions: int, longest: int) -> str | None:
                     "draft may have more"
                 )
         elif type(layer) not in (DynamicLayer, DummyLayer):
-            return f"{name} keeps a state that cannot be cut ({type(layer).__name__})"
+            return f"{name} keeps a state that cannot be cut"
     return None
 
 

@@ -629,7 +629,7 @@ def test_reading_again_what_was_packed_keeps_every_field(corpus, tmp_path):
 @pytest.mark.parametrize(
     "specification, message",
     [
-        ("librispech:/tmp", "did you mean librispeech?"),
+        ("librispech:/tmp", "did you mean 'librispeech'?"),
         ("librispeech:/nowhere", "/nowhere does not exist"),
         ("commonvoice:{tmp},splt=train", "did you mean 'split'?"),
         ("commonvoice:{tmp}", "train.tsv does not exist"),

@@ -54,7 +54,7 @@ def test_every_folder_of_the_recipes_has_its_commands():
     made = set()
     for words in (words for words in COMMANDS if "--out" in words):
         out = words[words.index("--out") + 1]
-        splits = words[words.index("--splits") + 1] if "--splits" in words and "--take" not in words else ""
+        splits = words[words.index("--splits") + 1] if "--splits" in words and "--split" not in words else ""
         made |= {f"{out}/{split.split('=')[0]}" for split in splits.split(",")} if splits else {out}
     wanted = {folder.replace("/valid", "/train") for folder in re.findall(r"- shards: (\S+)", recipes)}
     assert len(wanted) == 8 and wanted <= made

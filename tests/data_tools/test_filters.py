@@ -256,7 +256,7 @@ def test_taken_splits_of_one_corpus_share_nothing(tmp_path):
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     speakers = {}
     for name in ("train", "test"):
-        options = ["--splits", "train=0.6,test=0.4", "--take", name, "--workers", "1"]
+        options = ["--splits", "train=0.6,test=0.4", "--split", name, "--workers", "1"]
         pack.main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / name), *options])
         index = ShardIndex.load(tmp_path / name)
         speakers[name] = Counter(index.read(row)[1]["speaker"] for row in range(len(index)))
@@ -282,7 +282,7 @@ def test_a_packed_folder_still_knows_what_its_clips_were_cut_from(tmp_path):
             "train=0.5,valid=0.5",
             "--split-by",
             "recording",
-            "--take",
+            "--split",
             name,
             "--workers",
             "1",

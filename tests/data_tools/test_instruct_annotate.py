@@ -172,11 +172,11 @@ def test_instructions_are_spoken_once(tmp_path, capsys):
     (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [
         "speak",
-        "--input",
+        "--manifest",
         str(tmp_path / "set.jsonl"),
         "--tts",
         f"{sys.executable} {tmp_path / 'tts.py'} {{out}}",
-        "--lang",
+        "--language",
         "en",
     ]
     command += [
@@ -338,11 +338,11 @@ def test_equal_questions_are_spoken_side_by_side(tmp_path):
     (tmp_path / "set.jsonl").write_text((json.dumps({"instruction": "Why?", "output": "So."}) + "\n") * 4)
     command = [
         "speak",
-        "--input",
+        "--manifest",
         str(tmp_path / "set.jsonl"),
         "--tts",
         f"{sys.executable} {tmp_path / 'tts.py'} {{out}}",
-        "--lang",
+        "--language",
         "en",
         "--audio",
         str(tmp_path / "spoken"),
@@ -363,11 +363,11 @@ def test_a_speaker_that_writes_nothing_or_is_not_there(tmp_path, capsys, program
     (tmp_path / "set.jsonl").write_text(json.dumps({"instruction": "Why?", "output": "So."}) + "\n")
     command = [
         "speak",
-        "--input",
+        "--manifest",
         str(tmp_path / "set.jsonl"),
         "--tts",
         program + " {out} {text}",
-        "--lang",
+        "--language",
         "en",
         "--audio",
         str(tmp_path / "spoken"),
@@ -514,7 +514,7 @@ def test_a_text_that_cannot_be_spoken_costs_itself(odd, reason, tmp_path):
     script.write_text(f'#!/bin/bash\nprintf "%s\\n" "$1" >> {tmp_path}/said; echo x > "$2"\n')
     script.chmod(0o755)
     options = [
-        "--input",
+        "--manifest",
         tmp_path / "i.jsonl",
         "--tts",
         f"{script} {{text}} {{out}}",

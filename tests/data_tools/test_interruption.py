@@ -257,9 +257,11 @@ def test_after_a_dry_run_any_options_may_follow(corpus, tmp_path, capsys):
     out = tmp_path / "packed"
     options = ["--manifest", str(corpus), "--out", str(out), "--workers", "1"]
     assert pack.main([*options, "--dry-run"]) == 0
-    assert pack.main([*options, "--dry-run", "--langs", "en"]) == 0 and "language" in capsys.readouterr().out
     assert (
-        pack.main([*options, "--dry-run", "--langs", "de"]) == 2
+        pack.main([*options, "--dry-run", "--languages", "en"]) == 0 and "language" in capsys.readouterr().out
+    )
+    assert (
+        pack.main([*options, "--dry-run", "--languages", "de"]) == 2
         and "nothing to pack" in capsys.readouterr().err
     )
     assert not [path for path in out.rglob("*") if path.is_file()], "a dry run leaves no file"
@@ -275,7 +277,7 @@ def test_a_dry_run_leaves_what_was_begun_alone(corpus, tmp_path, capsys):
     before = folder_bytes(out / ".pack" / "plan") | folder_bytes(out / ".pack" / "done")
     assert pack.main([*options, "--dry-run"]) == 0
     assert (
-        pack.main([*options, "--dry-run", "--langs", "en"]) == 2
+        pack.main([*options, "--dry-run", "--languages", "en"]) == 2
         and "begun with other options" in capsys.readouterr().err
     )
     assert folder_bytes(out / ".pack" / "plan") | folder_bytes(out / ".pack" / "done") == before
@@ -353,7 +355,7 @@ def test_an_output_that_cannot_be_written_stops_before_work(corpus, tmp_path, ca
     (tmp_path / "file").write_text("in the way")
     assert pack.main(["--manifest", str(corpus), "--out", str(tmp_path / "file" / "packed")]) == 1
     told = capsys.readouterr().err
-    assert told.startswith("pack: cannot write") and told.count("\n") == 1
+    assert told.startswith("error: cannot write") and told.count("\n") == 1
 
 
 def test_a_worker_that_dies_is_an_error(corpus, tmp_path, monkeypatch, capsys):

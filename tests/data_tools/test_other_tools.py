@@ -111,7 +111,7 @@ def test_a_benchmark_does_not_take_the_clips_of_other_options(tmp_path):
     real.write_text('{"audio": "a.wav", "text": "x"}\n')
     for options in ((None, 0.002), (real, 0.001)):
         with pytest.raises(
-            SystemExit, match="made with another --manifest or --hours: remove it, or give another --folder"
+            SystemExit, match="made with another --manifest or --hours: remove it, or give another --cache"
         ):
             prepare(tmp_path / "b", *options)
     (tmp_path / "b" / "source.json").unlink()

@@ -110,7 +110,7 @@ def test_without_an_index_there_is_nothing_to_go_by(tmp_path, capsys):
 
 
 def test_show_counts_what_is_there(packed, tmp_path, capsys):
-    assert show.main([str(packed), "--png", str(tmp_path / "h.png")]) == 0
+    assert show.main([str(packed), "--histograms", str(tmp_path / "h.png")]) == 0
     told = capsys.readouterr().out
     index = ShardIndex.load(packed)
     assert f"{len(index)} samples, {duration(index.hours * 3600)} in {len(index.shards)} shards" in told
@@ -132,9 +132,9 @@ def test_listen_writes_the_clip(packed, tmp_path, capsys):
     index = ShardIndex.load(packed)
     row = next(row for row in range(len(index)) if index.read(row)[1]["id"] == "stereo")
     for wanted, target in ((str(row), "a.flac"), ("manifest/stereo", "b.wav")):
-        assert show.main([str(packed), "--listen", wanted, "--to", str(tmp_path / target)]) == 0
+        assert show.main([str(packed), "--index", wanted, "--out", str(tmp_path / target)]) == 0
         assert '"two channels"' in capsys.readouterr().out
     assert (tmp_path / "a.flac").read_bytes() == index.read(row)[0]
     expected = soundfile.read(io.BytesIO(index.read(row)[0]), dtype="int16")[0]
     assert np.array_equal(soundfile.read(tmp_path / "b.wav", dtype="int16")[0], expected)
-    assert show.main([str(packed), "--listen", "manifest/unknown"]) == 2
+    assert show.main([str(packed), "--index", "manifest/unknown"]) == 2

@@ -74,7 +74,7 @@ def test_the_report_adds_up(tmp_path, capsys):
         code, out, _ = run(
             "--corpus",
             f"shards:{tmp_path / 't.tar'}",
-            "--langs",
+            "--languages",
             "en",
             "--out",
             tmp_path / "out",
@@ -172,9 +172,9 @@ def test_all_splits_in_one_pass_are_those_of_single_commands(tmp_path, capsys, m
     assert re.search(r"speakers by split: train \d+ \(\d+ samples\), valid \d+", out)
     for name in ("train", "valid"):
         assert (
-            run("--manifest", path, "--out", tmp_path / "one" / name, *splits, "--take", name, capsys=capsys)[
-                0
-            ]
+            run(
+                "--manifest", path, "--out", tmp_path / "one" / name, *splits, "--split", name, capsys=capsys
+            )[0]
             == 0
         )
         ours, theirs = (

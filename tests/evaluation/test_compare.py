@@ -24,7 +24,7 @@ def test_clear_and_absent_differences(tmp_path, capsys):
     result = compare.compare(good, bad)["tasks"]["asr"]["metrics"]
     assert result["wer"]["difference"] == pytest.approx(0.5) and result["wer"]["p_value"] < 0.001
     assert compare.compare(good, good)["tasks"]["asr"]["metrics"]["wer"]["p_value"] == 1
-    assert compare.main([str(good), str(bad), "--json", str(tmp_path / "out.json")]) == 0
+    assert compare.main([str(good), str(bad), "--out", str(tmp_path / "out.json")]) == 0
     assert json.loads((tmp_path / "out.json").read_text())["only_second"] == 1
     assert "only in the second: 1" in capsys.readouterr().out
 

@@ -271,7 +271,7 @@ def test_what_goes_wrong_inside_is_a_line_without_names_of_this_machine(folders,
         list(demo.shown(talker, str(clip), ""))
     assert "/home" not in str(error.value)
     log = capsys.readouterr().err.splitlines(keepends=True)[-1]
-    assert log == "error: a question was not answered: RuntimeError: no memory for /home/someone/secret\n"
+    assert log == "error: a question was not answered: no memory for /home/someone/secret\n"
     with pytest.raises(Refusal, match="the recording lasts &lt;b&gt;"):  # shown as HTML
         monkeypatch.setattr(
             talker, "answer", lambda *_: (_ for _ in ()).throw(Refusal("the recording lasts <b>"))

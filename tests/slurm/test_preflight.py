@@ -315,10 +315,10 @@ def test_nodes_that_differ_are_named_before_any_training(
         cluster.remove_overlay("n1", weights)
     # Of two nodes neither is the minority: the one behind is named, with both values.
     assert (
-        f"preflight: node n1: peft is 0.1.0, but {metadata.version('peft')} on gpu-b7: give all nodes the "
+        f"error: node n1: peft is 0.1.0, but {metadata.version('peft')} on gpu-b7: give all nodes the "
         f"same" in log
     )
-    assert f"preflight: node n1: model.llm {assets.llm} is " in log
+    assert f"error: node n1: model.llm {assets.llm} is " in log
     assert "requeue, restart" not in log and "alignment from step" not in log
     row = project_with_preflight.status()["alignment"]
     assert row["state"] == "failed" and row["last error"].startswith("node n1: ")
@@ -333,7 +333,7 @@ def test_a_shard_that_one_node_does_not_see_whole_is_named(job, cluster, assets,
         log = job("FAILED")
     finally:
         cluster.remove_overlay("n1", shard)
-    assert "preflight: node n1: data" in log and "chirps-000001.tar has 1000 bytes, the index says" in log
+    assert "error: node n1: data" in log and "chirps-000001.tar has 1000 bytes, the index says" in log
     assert "node gpu-b7: data" not in log and "alignment from step" not in log
 
 

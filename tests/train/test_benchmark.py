@@ -50,7 +50,7 @@ def test_a_step_is_accounted_for(tmp_path):
             "1",
             "--joined",
             "4",
-            "--json",
+            "--out",
             str(tmp_path / "out.json"),
             "deepspeed=ds_configs/zero1.json",
         ],
@@ -97,7 +97,7 @@ def test_what_dropout_costs_is_measured_with_its_masks_torch_s_and_none(tmp_path
         "2",
         "--rounds",
         "1",
-        "--json",
+        "--out",
         str(tmp_path / "out.json"),
     ]
     assert dropout.main(asked) == 0

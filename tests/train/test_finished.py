@@ -406,7 +406,7 @@ def test_the_chain_asks_the_same_question(trained, place, capsys):
     assert where(2) == (0, ["shrinking", str(place), "finished", str(place / "alignment" / "model")], "")
     assert where(1)[1] == ["alignment", str(place), "finished", ""]
     code, out, err = where(2, "seed=7")
-    assert code == 2 and not out and err.startswith("preflight: ") and "(seed: 1 -> 7)" in err
+    assert code == 2 and not out and err.startswith("error: ") and "(seed: 1 -> 7)" in err
     shutil.rmtree(place / "shrinking" / "model")
     assert where(2)[1][2] == "unfinished"
     assert where(2, "seed=7")[0] == 2, "its checkpoint belongs to another recipe"

@@ -117,6 +117,7 @@ def test_report_of_all_stages_is_one_page_with_what_the_recipes_change(tmp_path,
 
 
 def test_words_that_differ_are_marked():
+    assert report.compared("I tell you, yes.", "i tell you yes") == ("I tell you, yes.", "i tell you yes")
     assert report.compared("the cat sat", "the dog sat down") == (
         "the <del>cat</del> sat",
         "the <ins>dog</ins> sat <ins>down</ins>",
@@ -248,3 +249,13 @@ def test_logs_carry_no_control_sequences_of_data():
         telemetry.PrintableFormatter("%(message)s").format(record)
         == r"evil\x1b]0;owned\x07\x1b[2J was rejected"
     )
+
+
+def test_the_recipe_of_the_report_is_in_yaml(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    corpus = {"shards": "a", "weight": None, "tasks": None, "name": None, "share": 0.5, "share_from": 0.0}
+    path.write_text(yaml.safe_dump({"seed": 7, "data": {"train": [corpus], "cache_features": None}}))
+    assert report.changed_keys(path) == [
+        ("data.train", "[{shards: 'a', share: 0.5}]", "[]"),
+        ("seed", "7", "0"),
+    ]

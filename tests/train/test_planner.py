@@ -157,7 +157,7 @@ def test_gpus_by_name_and_by_device():
     assert gpu_named("A100-40").memory == 40 and gpu_named("RTX 4090").peak == 165e12
     assert peak_of("NVIDIA A100-PCIE-40GB") == 312e12 and peak_of("AMD Instinct MI300X") == 1307e12
     assert peak_of("NVIDIA L4") == 121e12 and peak_of("NVIDIA L40S") == 362e12
-    with pytest.raises(RecipeError, match="did you mean h100"):
+    with pytest.raises(RecipeError, match="did you mean 'h100'"):
         gpu_named("h1000")
 
 

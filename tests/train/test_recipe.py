@@ -154,7 +154,7 @@ def test_any_override_is_one_or_one_line(tmp_path, override):
         ("stage: [alignment", "is not valid YAML: while parsing"),
         ("base: r.yaml", "its base leads back to itself ("),
         ("base: [other.yaml]", "base is ['other.yaml']: give the name of one YAML file"),
-        ("base:", "base is None: give the name"),
+        ("base:", "base is null: give the name"),
         ("base: 3", "base is 3: give the name"),
         ("base: nowhere.yaml", "nowhere.yaml does not exist"),
         ("base: ${oc.env:NOT_SET}", "base: the environment has no NOT_SET"),
@@ -384,7 +384,7 @@ def test_a_folder_without_a_later_option_has_its_default(tmp_path):
     (start / "soundwave.json").write_text(json.dumps(description))
     recipe = write(tmp_path, f"stage: sft\ninit_from: {start}")
     assert load_recipe(recipe).model.shrinking.token_embeddings is False
-    assert "token_embeddings: False in the folder" in error_of(
+    assert "token_embeddings: false in the folder" in error_of(
         recipe, ["model.shrinking.token_embeddings=true"]
     )
 

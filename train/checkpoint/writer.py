@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
+from core.console import one_line
+
 
 class _HashingFile:
     """A file for torch.save that hashes what passes, so that no byte is read twice."""
@@ -105,6 +107,6 @@ class BackgroundWriter(CheckpointEngine):
     def problem(self) -> str | None:
         """Why not all that was queued is on disk; asked when the thread has ended."""
         if self.error is not None:
-            return str(self.error) or repr(self.error)
+            return one_line(self.error)
         missing = sorted(self.queued - self.written.keys())
         return f"not written: {', '.join(missing)}" if missing else None

@@ -85,11 +85,7 @@ def reason(error: BaseException) -> str:
             if named
             else "it is no file of tensors alone"
         )
-    return (
-        one_line(error)
-        if isinstance(error, UnsafeCheckpoint)
-        else f"{type(error).__name__}: {one_line(error)}"
-    )
+    return one_line(error)
 
 
 def main(arguments: list[str]) -> int:
