@@ -4,11 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 MARKERS ?= not slow and not gpu and not slurm
 WORKERS ?= 2
-VLLM_VENV := .venv-vllm
-VLLM_KIND := $(if $(or $(filter-out 0 no,$(GPU)),$(shell command -v nvidia-smi)),,-cpu)
+VLLM_VENV ?= .venv-vllm
 PY := $(VENV)/bin/python
-SETUP := $(PYTHON) install/setup_env.py --venv $(VENV) $(if $(GPU),--gpu $(if $(filter 0 no,$(GPU)),no,yes)) $(if $(FLASH_ATTN),--flash-attn) $(if $(EXTRAS),--extras $(EXTRAS)) \
-	$(if $(filter 0 no,$(HASHES)),--no-hashes)
+GPU_AND_HASHES := $(if $(GPU),--gpu $(if $(filter 0 no,$(GPU)),no,yes)) $(if $(filter 0 no,$(HASHES)),--no-hashes)
+SETUP := $(PYTHON) install/setup_env.py --venv $(VENV) $(GPU_AND_HASHES) $(if $(FLASH_ATTN),--flash-attn) $(if $(EXTRAS),--extras $(EXTRAS))
 export AUDIT_DB
 export HF_HUB_OFFLINE ?= 1
 export PYTHONWARNINGS ?= ignore::FutureWarning
@@ -31,9 +30,7 @@ setup-dev: # setup, and what tests need
 	@$(SETUP) --dev
 
 setup-vllm: ## fill .venv-vllm with vLLM, for `soundwave serve MODEL --backend vllm` (its build for CPUs where no GPU is seen)
-	@$(PYTHON) -m venv $(VLLM_VENV) && $(VLLM_VENV)/bin/pip install --disable-pip-version-check -r requirements-vllm$(VLLM_KIND).txt
-	@$(if $(VLLM_KIND),$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec)  # built for CUDA: the import fails
-	@$(VLLM_VENV)/bin/python -c "import vllm; print('vLLM', vllm.__version__)"
+	@$(PYTHON) install/setup_vllm.py --venv $(VLLM_VENV) $(GPU_AND_HASHES)
 
 demo: setup ## the whole pipeline on real speech: fetch, pack, stages 1 to 3, scores, one table (2 cores, no GPU)
 	@$(PY) -m examples.quickstart.demo $(ARGS)

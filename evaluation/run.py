@@ -6,7 +6,8 @@
 
 A stage 1 folder is decoded by its CTC head (greedy, no LLM is loaded), folders of stages 2 and 3 by
 generation. In place of --model, --untrained RECIPE scores a stage's model before its first step. Every batch
-is on disk before the next one starts; the same command resumes after a kill.
+is on disk before the next one starts (with --backend vllm: as soon as it is answered); the same command
+resumes after a kill.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import hashlib
 import os
 import sys
 import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -43,7 +46,9 @@ from model.soundwave import Soundwave
 from model.stages import ALIGNMENT, STAGES
 from recipe.config import DataConfig, Recipe, RecipeError, load_recipe
 from recipe.stages import initial_folder, stage_of
-from soundwave.decoding import Decoding, decode_batch
+from soundwave.decoding import Decoded, Decoding, begin_batch, decode_batch
+from soundwave.vllm import VLLM, BackendError
+from soundwave.vllm import start as start_vllm
 from stream import EvalStream
 
 DECODES = ("ctc", "generate", "joint", "drafted")
@@ -156,12 +161,28 @@ def audio_lengths(model: Soundwave, batch: Batch) -> list[dict]:
     return rows
 
 
+@dataclass
+class Started:
+    """A batch whose answers are awaited."""
+
+    samples: list[dict]
+    rejected: list[dict]  # samples that could not be read before it
+    lengths: list[dict]
+    began: float
+    answers: Callable[[], list[Decoded]]
+
+
 @torch.inference_mode()
 def predict(
-    model: Soundwave, stream: EvalStream, file: PredictionFile, options: argparse.Namespace, decode: str
+    model: Soundwave,
+    stream: EvalStream,
+    file: PredictionFile,
+    options: argparse.Namespace,
+    decode: str,
+    vllm: VLLM | None = None,
 ) -> None:
     """Answer every batch of the stream and append it to the file. A batch without samples fills up a shorter
-    rank: no answer."""
+    rank: no answer. With vLLM, batches are encoded while it answers earlier ones. Errors: BackendError."""
     decoding = Decoding(
         "greedy" if decode == "generate" else decode,
         options.max_new_tokens,
@@ -172,7 +193,17 @@ def predict(
         drafting(options) if decode == "drafted" else None,
     )
     device = next(model.parameters()).device
-    reported = 0
+    reported, ended = 0, 0.0
+    started: deque[Started] = deque()
+
+    def write_first() -> None:
+        nonlocal ended
+        first = started.popleft()
+        decoded = first.answers()
+        began, ended = max(first.began, ended), time.perf_counter()
+        write_answers(file, first, decoded, decode, (ended - began) / len(first.samples))
+        progress.update(len(first.samples))
+
     with tqdm(
         total=stream.total, desc=f"{decode} {file.path.stem}", unit="utt", disable=file.rank != 0
     ) as progress:
@@ -183,27 +214,36 @@ def predict(
                 continue
             began = time.perf_counter()
             batch = batch.to(device)
-            decoded = decode_batch(model, batch, decoding)
-            wall = (time.perf_counter() - began) / len(samples)
-            lengths = audio_lengths(model, batch)
-            rows = []
-            for i, sample in enumerate(samples):
-                if decoded[i].unanswered is not None:
-                    rejected = [
-                        *rejected,
-                        {"id": sample["id"], "corpus": sample.get("corpus"), "why": decoded[i].unanswered},
-                    ]
-                    continue
-                row = prediction_row(sample, decoded[i].text, decoded[i].raw, decode)
-                row["wall"] = round(wall, 4)
-                if decoded[i].tokens is not None:
-                    row["tokens"] = decoded[i].tokens
-                if decoded[i].passes is not None:
-                    row["passes"] = decoded[i].passes
-                rows.append(row | lengths[i])
-            file.append(rows, rejected)
-            progress.update(len(samples))
+            if vllm is None:
+                decoded = decode_batch(model, batch, decoding)
+                answers = lambda decoded=decoded: decoded  # noqa: E731
+            else:
+                answers = begin_batch(model, batch, decoding, vllm)
+            started.append(Started(samples, rejected, audio_lengths(model, batch), began, answers))
+            while started and (vllm is None or sum(len(one.samples) for one in started) > vllm.rows):
+                write_first()
+        while started:
+            write_first()
     file.append([], stream.rejected[reported:])  # of a stream without batches
+
+
+def write_answers(
+    file: PredictionFile, batch: Started, decoded: list[Decoded], decode: str, wall: float
+) -> None:
+    """Append a batch's answers to the file. wall: seconds that one took."""
+    rows, rejected = [], list(batch.rejected)
+    for sample, answer, lengths in zip(batch.samples, decoded, batch.lengths, strict=True):
+        if answer.unanswered is not None:
+            rejected.append({"id": sample["id"], "corpus": sample.get("corpus"), "why": answer.unanswered})
+            continue
+        row = prediction_row(sample, answer.text, answer.raw, decode)
+        row["wall"] = round(wall, 4)
+        if answer.tokens is not None:
+            row["tokens"] = answer.tokens
+        if answer.passes is not None:
+            row["passes"] = answer.passes
+        rows.append(row | lengths)
+    file.append(rows, rejected)
 
 
 @dataclass
@@ -274,6 +314,7 @@ def check_inputs(options: argparse.Namespace) -> list[TestSet]:
                         if options.decode == "joint"
                         else {}
                     ),
+                    **({"backend": options.backend} if options.backend != "torch" else {}),
                     **(
                         {"drafted": options.draft_ratio}
                         if options.decode == "drafted" and options.draft_ratio < 1
@@ -309,7 +350,12 @@ def output_file(options: argparse.Namespace, test: TestSet) -> Path:
         options.out or (options.model or Path("evaluations") / Path(options.untrained).stem) / "evaluation"
     )
     name = "-".join(
-        [test.shards.name, *(test.tasks or ["all"]), *([options.decode] if options.decode else [])]
+        [
+            test.shards.name,
+            *(test.tasks or ["all"]),
+            *([options.decode] if options.decode else []),
+            *([options.backend] if options.backend != "torch" else []),
+        ]
     )
     return place / f"{name}.jsonl"
 
@@ -457,6 +503,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=JointSearch.token_bonus,
         help="added in joint for each token of the text, against words left out (default: %(default)s)",
     )
+    parser.add_argument(
+        "--backend",
+        choices=["torch", "vllm"],
+        default="torch",
+        help="what runs the LLM: vllm for the greedy answers of stages 2 and 3 (make setup-vllm; "
+        "default: torch)",
+    )
+    parser.add_argument(
+        "--vllm-python",
+        type=Path,
+        metavar="FILE",
+        help="Python of vLLM's environment (default: .venv-vllm/bin/python)",
+    )
+    parser.add_argument(
+        "--vllm-rows", type=int, default=64, help="clips that vLLM answers at a time (default: %(default)s)"
+    )
     parser.add_argument("--limit", type=int, help="only this many utterances, evenly spaced, of each folder")
     parser.add_argument(
         "--batch-seconds", type=float, default=60.0, help="padded audio seconds in a batch (default: 60)"
@@ -488,9 +550,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--draft-ratio must be in (0, 1]")
     if options.decode == "drafted" and options.sample:
         parser.error("--decode drafted is greedy: without --sample")
-    for name in ("beams", "draft_tokens", "max_new_tokens"):
+    for name in ("beams", "draft_tokens", "max_new_tokens", "vllm_rows"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if options.backend == "vllm":
+        if options.untrained:
+            parser.error("--backend vllm needs --model: it merges the folder's LoRA into the LLM")
+        if options.decode not in (None, "generate") or options.sample:
+            parser.error("--backend vllm decodes greedily: --decode generate, without --sample")
+    elif options.vllm_python:
+        parser.error("--vllm-python needs --backend vllm")
     if options.decode == "joint" and options.sample:
         parser.error("--decode joint is a beam search: without --sample")
     if options.decode == "joint" and options.task != ["asr"]:
@@ -501,7 +570,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     place = start(options.device)
-    error, files = None, []
+    error, files, vllm = None, [], None
     try:
         load_plugins(options.plugins)
         tests = check_inputs(options)
@@ -523,6 +592,28 @@ def main(arguments: list[str] | None = None) -> int:
         error = str(problem)
     if place.stop(error):
         return 2
+    try:
+        if options.backend == "vllm":
+            vllm = start_vllm(model, options.model, rows=options.vllm_rows, python=options.vllm_python)
+    except (BackendError, folder.FolderError, SourceError) as problem:
+        error = str(problem)
+    try:
+        return 2 if place.stop(error) else score(options, place, model, decode, tests, files, vllm)
+    finally:
+        if vllm is not None:
+            vllm.close()
+
+
+def score(
+    options: argparse.Namespace,
+    place: Place,
+    model: Soundwave,
+    decode: str,
+    tests: list[TestSet],
+    files: list[PredictionFile],
+    vllm: VLLM | None,
+) -> int:
+    """Answer and score each folder. Returns the exit code."""
     stage = ALIGNMENT.name if decode == "ctc" else model.stage  # what a batch needs to hold
     for test, file in zip(tests, files, strict=True):
         torch.manual_seed(options.seed + place.rank)
@@ -541,7 +632,13 @@ def main(arguments: list[str] | None = None) -> int:
             world_size=place.world_size,
             data=DataConfig(workers=options.workers),
         )
-        predict(model, stream, file, options, decode)
+        error = None
+        try:
+            predict(model, stream, file, options, decode, vllm)
+        except BackendError as problem:
+            error = f"{problem}: run the same command again to continue"
+        if place.stop(error):
+            return 2
         if not finish(file, place, options.max_new_tokens, model.trained_seconds):
             return 2
     return 0

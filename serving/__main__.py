@@ -19,17 +19,11 @@ import re
 import signal
 import socket
 import sys
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from core.command_line import CommandParser, accept_old_name
 from core.console import print_error
 from serving.limits import Limits
-
-if TYPE_CHECKING:
-    from model.soundwave import Soundwave
-    from serving.vllm import VLLM
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,95}")
 _HELP = {
@@ -150,34 +144,6 @@ def bound_socket(host: str, port: int) -> socket.socket:
     return sock
 
 
-def start_vllm(options: argparse.Namespace, model: Soundwave) -> VLLM:
-    """Start vLLM on the model's LLM with LoRA merged, and drop the model's own copy of its layers. Errors:
-    FolderError, SourceError, BackendError."""
-    import torch
-
-    from model.export import export_llm
-    from model.folder import LORA, FolderError
-    from model.language_model import base_of, context_length
-    from serving.vllm import PYTHON, VLLM
-
-    if model.llm is None:
-        raise FolderError(f"{options.model} is of stage 1 and has no LLM: leave --backend vllm out")
-    base: Any = base_of(model.llm)
-    with tempfile.TemporaryDirectory(prefix="soundwave-llm-") as merged:
-        folder = model.sources["llm"].folder
-        if (options.model / LORA).is_dir():
-            folder = export_llm(options.model, merged, options.llm)
-        backend = VLLM(
-            folder,
-            dtype=model.config.dtype,
-            rows=options.batch_rows,
-            positions=context_length(base.config),
-            python=options.vllm_python or PYTHON,
-        )
-    base.get_decoder().layers = torch.nn.ModuleList()
-    return backend
-
-
 def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -201,6 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     from model.pretrained import SourceError
     from serving import logs
     from serving.app import Server
+    from soundwave.vllm import start as start_vllm
 
     disable_progress_bar()
     try:
@@ -213,7 +180,11 @@ def main(arguments: list[str] | None = None) -> int:
             dtype=options.dtype,
             device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         )
-        vllm = start_vllm(options, model) if options.backend == "vllm" else None
+        vllm = None
+        if options.backend == "vllm":
+            vllm = start_vllm(
+                model, options.model, llm=options.llm, rows=options.batch_rows, python=options.vllm_python
+            )
     except (folder.FolderError, SourceError, ValueError, RuntimeError) as error:
         print_error("error:", error)
         return 2

@@ -31,8 +31,8 @@ from serving.metrics import Metrics
 from serving.problems import Problem, invalid
 from serving.recordings import Recording
 from serving.streaming import late
-from serving.vllm import VLLM
 from soundwave.recogniser import Options
+from soundwave.vllm import VLLM
 from soundwave.windows import Window
 
 DECODING_THREADS = 8  # a recording that is being cut keeps one until its next pauses are found

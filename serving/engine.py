@@ -4,7 +4,7 @@ A batch starts with the job that has waited longest. Others join it in the order
 padded audio, the padded tokens and the rows stay within the limits. Each job is answered as soon as its own
 row ends. A batch that fails is repeated job by job, so that one job cannot fail the others.
 
-With vLLM (serving/vllm.py) this thread encodes and compresses the audio of a batch and sends each row's
+With vLLM (soundwave/vllm.py) this thread encodes and compresses the audio of a batch and sends each row's
 embeddings on; vLLM batches the rows continuously, and their tokens come back as calls into this thread.
 """
 
@@ -34,8 +34,8 @@ from serving.metrics import Metrics
 from serving.problems import Problem
 from serving.recordings import Recogniser
 from serving.streaming import AllAnswered, RowStreamer, late
-from serving.vllm import VLLM
 from soundwave.decoding import ctc_frames
+from soundwave.vllm import VLLM
 
 logger = logging.getLogger("soundwave.serving")
 Result = TypeVar("Result")
@@ -290,13 +290,12 @@ class Engine:
         finish: Callable[[int, list[int], str], None],
     ) -> None:
         """Send the prompts of a batch to vLLM."""
-        embeddings, mask, _ = self.model.embeddings(prompts, audio, left_padded=True)
-        self.model._fit(mask)
+        embeddings = self.model.prompt_embeddings(prompts, audio)
         refused = self.model.unanswered
         for row, job in enumerate(batch):
             if not job.finished:
                 answering = _Answering(self, vllm, job, row, refused, stop, finish)
-                answering.send(embeddings[row][mask[row].bool()])
+                answering.send(embeddings[row])
 
     def _finish(
         self,
@@ -350,9 +349,7 @@ class _Answering:
             self.streamer.put(torch.empty(0))
         except AllAnswered:
             return
-        context, tokens = self.engine.context, self.job.max_new_tokens
-        if context is not None:
-            tokens = min(tokens, context - len(embeddings))
+        tokens = self.engine.model.answer_room(len(embeddings), self.job.max_new_tokens)
         with self.engine.changed:
             self.engine.sent[id(self.job)] = self.job
         self.number = self.vllm.submit(

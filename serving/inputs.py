@@ -20,9 +20,9 @@ from core.languages import is_known, language_code
 from core.samples import INSTRUCTIONS, PromptError, asked
 from model.prompt import chat_ids
 from model.soundwave import Soundwave
-from serving.jobs import Sampling
 from serving.limits import Limits
 from serving.problems import Problem, invalid
+from soundwave.vllm import Sampling
 
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 TASKS = {"transcribe": INSTRUCTIONS["asr"], "translate": INSTRUCTIONS["translation"].format(lang="English")}

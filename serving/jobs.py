@@ -6,26 +6,14 @@ import asyncio
 import contextlib
 import time
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from model.generation.timestamps import Word
 from serving.problems import Problem
+from soundwave.vllm import Sampling
 from soundwave.windows import Window
-
-
-class Sampling(NamedTuple):
-    """How tokens are drawn; temperature 0: the most probable one. Jobs of one batch share it."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-
-    @property
-    def options(self) -> dict[str, Any]:
-        if self.temperature == 0.0:
-            return {"do_sample": False}
-        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple, get_args
 
@@ -12,7 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 from model.batch import Batch
 from model.generation.drafted import Drafting
 from model.generation.joint import JointSearch
+from model.language_model import base_of, end_ids
 from model.soundwave import Audio, CTCFrames, Soundwave
+from soundwave.vllm import VLLM, Sampling
 
 Decode = Literal["ctc", "greedy", "drafted", "joint"]
 DECODES: tuple[str, ...] = get_args(Decode)
@@ -74,14 +76,50 @@ def decode_batch(
     )
     if limits is not None:
         answers = [ids[:limit] for ids, limit in zip(answers, limits, strict=True)]
-    tokenizer = model.tokenizer
     passes = model.drafted_passes.row_passes if model.drafted_passes is not None else None
+    return _decoded(model, answers, model.unanswered, passes)
+
+
+@torch.inference_mode()
+def begin_batch(
+    model: Soundwave, batch: Batch, decoding: Decoding, vllm: VLLM
+) -> Callable[[], list[Decoded]]:
+    """Encode a batch and send its prompts to vLLM; return the function that waits for what `decode_batch`
+    returns. Errors of that function: BackendError."""
+    prompts = model.prompt_embeddings(batch, model.encode_audio(batch))
+    unanswered = dict(model.unanswered)
+    stop = end_ids(model.tokenizer, model.config.prompt, base_of(model.llm).generation_config)
+    pending = {
+        place: vllm.answer(
+            prompt,
+            max_tokens=model.answer_room(len(prompt), decoding.max_new_tokens),
+            sampling=Sampling(),
+            stop=stop,
+        )
+        for place, prompt in enumerate(prompts)
+        if place not in unanswered
+    }
+
+    def finish() -> list[Decoded]:
+        answers = [pending[place].result() if place in pending else [] for place in range(len(prompts))]
+        return _decoded(model, answers, unanswered)
+
+    return finish
+
+
+def _decoded(
+    model: Soundwave,
+    answers: list[list[int]],
+    unanswered: dict[int, str],
+    passes: list[int] | None = None,
+) -> list[Decoded]:
+    tokenizer = model.tokenizer
     return [
         Decoded(
             tokenizer.decode(ids, skip_special_tokens=True),
             tokenizer.decode(ids, skip_special_tokens=False),
             len(ids),
-            model.unanswered.get(place),
+            unanswered.get(place),
             None if passes is None else passes[place],
         )
         for place, ids in enumerate(answers)

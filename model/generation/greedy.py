@@ -183,7 +183,7 @@ class Generation:
             return [[] for _ in mask]
         embeddings, mask = (part[:, -(longest or 1) :] for part in (embeddings, mask))
         settings = GenerationConfig(
-            max_new_tokens=self._tokens_left(longest or 1, max_new_tokens),
+            max_new_tokens=self.answer_room(longest or 1, max_new_tokens),
             min_new_tokens=min_new_tokens or None,
             do_sample=do_sample,
             eos_token_id=stop,
@@ -282,6 +282,13 @@ class Generation:
             found.append(kept.tolist())
         return found
 
+    def prompt_embeddings(self, batch: Batch, audio: Audio) -> list[torch.Tensor]:
+        """Return what the LLM reads of each conversation, [L, D] each, for an LLM elsewhere. Conversations
+        beyond the LLM's context are named in `unanswered`."""
+        embeddings, mask, _ = self.embeddings(batch, audio, left_padded=True)
+        self._fit(mask)
+        return [row[there.bool()] for row, there in zip(embeddings, mask, strict=True)]
+
     def _fit(self, mask: torch.Tensor) -> int | None:
         """Return the positions that the longest conversation takes among those that fit into the LLM's
         context, None where none does; those that do not are named in `unanswered`. mask [B, L]: of the
@@ -297,7 +304,7 @@ class Generation:
             warnings.warn(text, SoundWarning, stacklevel=4)
         return max((count for place, count in enumerate(taken) if place not in self.unanswered), default=None)
 
-    def _tokens_left(self, longest: int, max_new_tokens: int) -> int:
+    def answer_room(self, longest: int, max_new_tokens: int) -> int:
         """Return how many tokens the answers of a batch may have beside a prompt of `longest` positions."""
         context = context_length(base_of(self.llm).config)
         if context is None or longest + max_new_tokens <= context:

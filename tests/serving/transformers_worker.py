@@ -1,4 +1,4 @@
-"""The protocol of serving/vllm_worker.py with plain transformers behind it: what a backend's process does, on
+"""The protocol of soundwave/vllm_worker.py with plain transformers behind it: what a backend's process does, on
 machines without vLLM's environment. Run as a script, with the worker's arguments."""
 
 from __future__ import annotations

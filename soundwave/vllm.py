@@ -1,4 +1,4 @@
-"""vLLM as the LLM behind the server: embeddings go out, tokens come back (serving/vllm_worker.py).
+"""vLLM as the LLM of the server and of evaluation: embeddings go out, tokens come back (vllm_worker.py).
 
 vLLM needs other versions of torch and transformers, so it has an environment (`make setup-vllm`) and a
 process of its own. The length of compressed audio is known only after CTC, so prompts are sent as embeddings.
@@ -16,21 +16,41 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from serving.jobs import Sampling
+from core.console import OneLine
+from model.export import export_llm
+from model.folder import LORA, FolderError
+from model.language_model import base_of, context_length
+from model.soundwave import Soundwave
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 PYTHON = Path(__file__).resolve().parents[1] / ".venv-vllm" / "bin" / "python"
 START_SECONDS = 900.0
+GPU_SHARE = 0.9  # vLLM's, of the GPU memory that the encoder and the adapters leave
 Receiver = Callable[[list[int], str | None], None]
 
 
-class BackendError(RuntimeError):
+class BackendError(OneLine, RuntimeError):
     """vLLM cannot be started or has ended: one line."""
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn; temperature 0: the most probable one."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The same for `Soundwave.generate`."""
+        if self.temperature == 0.0:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
 
 
 class _Row(NamedTuple):
@@ -48,12 +68,13 @@ class VLLM:
         dtype: str,
         rows: int,
         positions: int | None,
+        device: torch.device | None = None,
         python: str | Path = PYTHON,
         worker: Path = WORKER,
         start_seconds: float = START_SECONDS,
     ):
-        """llm: a folder of transformers' format, with LoRA merged. rows: answered at a time. Errors:
-        BackendError."""
+        """llm: a folder of transformers' format, with LoRA merged. rows: answered at a time. device: the
+        GPU, where it is one. Errors: BackendError."""
         if not Path(python).exists():
             raise BackendError(f"there is no {python}: make setup-vllm, or give --vllm-python")
         self.folder = tempfile.TemporaryDirectory(prefix="soundwave-vllm-")  # mode 700
@@ -62,18 +83,21 @@ class VLLM:
         command = [str(python), str(worker), "--model", str(llm), "--socket", path]
         command += ["--dtype", dtype, "--rows", str(rows)]
         command += ["--positions", str(positions)] if positions else []
+        command += gpu_options(device)
         environment = os.environ | {
             "PYTHONSAFEPATH": "1",  # modules of serving/ do not hide vLLM's
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+            **gpu_environment(device),
         }
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log
             )
-        self.rows: dict[int, _Row] = {}
-        self.lock = threading.Lock()  # of rows, number and alive
+        self.rows = rows
+        self.open: dict[int, _Row] = {}
+        self.lock = threading.Lock()  # of open, number and alive
         self.sending = threading.Lock()
         self.number = 0
         self.alive = False
@@ -119,7 +143,7 @@ class VLLM:
             self.number += 1
             number, is_alive = self.number, self.alive
             if is_alive:
-                self.rows[number] = _Row(receive, fail)
+                self.open[number] = _Row(receive, fail)
         if not is_alive:
             fail("vLLM has ended")
             return number
@@ -136,10 +160,34 @@ class VLLM:
             self._send(message, data)
         return number
 
+    def answer(
+        self, embeddings: torch.Tensor, *, max_tokens: int, sampling: Sampling, stop: Sequence[int]
+    ) -> Future[list[int]]:
+        """Queue a prompt [L, D]; return its answer's tokens, without the end of turn, as they will be. Errors
+        of the result: BackendError."""
+        tokens: list[int] = []
+        answer: Future[list[int]] = Future()
+
+        def receive(new: list[int], why: str | None) -> None:
+            tokens.extend(new)
+            if why is not None:
+                end = next((place for place, token in enumerate(tokens) if token in stop), len(tokens))
+                answer.set_result(tokens[:end])
+
+        self.submit(
+            embeddings,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=stop,
+            receive=receive,
+            fail=lambda why: answer.set_exception(BackendError(why)),
+        )
+        return answer
+
     def cancel(self, number: int) -> None:
         """Give up an answer: nothing more is received of it."""
         with self.lock:
-            known = self.rows.pop(number, None)
+            known = self.open.pop(number, None)
         if known is not None:
             with contextlib.suppress(OSError):
                 self._send({"cancel": number})
@@ -187,7 +235,7 @@ class VLLM:
         except (OSError, ValueError):
             with self.lock:
                 self.alive = False
-                rows, self.rows = list(self.rows.values()), {}
+                rows, self.open = list(self.open.values()), {}
             for row in rows:
                 row.fail("vLLM has ended")
 
@@ -195,12 +243,54 @@ class VLLM:
         number = message.get("id", -1)  # the greeting has none
         ends = bool(message.get("error") or message.get("finish"))
         with self.lock:
-            row = self.rows.get(number)
+            row = self.open.get(number)
             if row is not None and ends:
-                del self.rows[number]
+                del self.open[number]
         if row is None:
             return
         if message.get("error"):
             row.fail(message["error"])
         else:
             row.receive(message["tokens"], message["finish"])
+
+
+def start(
+    model: Soundwave, run: Path, *, llm: str | None = None, rows: int, python: str | Path | None = None
+) -> VLLM:
+    """Start vLLM on the LLM of a loaded model folder, with LoRA merged, and drop the model's own copy of its
+    layers. llm: the LLM's folder, where it is not where `run` names it. Errors: FolderError, SourceError,
+    BackendError."""
+    if model.llm is None:
+        raise FolderError(f"{run} is of stage 1 and has no LLM: leave --backend vllm out")
+    base: Any = base_of(model.llm)
+    base.get_decoder().layers = torch.nn.ModuleList()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory(prefix="soundwave-llm-") as merged:
+        has_lora = (run / LORA).is_dir()
+        folder = export_llm(run, merged, llm) if has_lora else model.sources["llm"].folder
+        return VLLM(
+            folder,
+            dtype=model.config.dtype,
+            rows=rows,
+            positions=context_length(base.config),
+            device=next(model.parameters()).device,
+            python=python or PYTHON,
+            worker=WORKER,
+        )
+
+
+def gpu_options(device: torch.device | None) -> list[str]:
+    """vLLM's share of a GPU beside what is on it already."""
+    if device is None or device.type != "cuda":
+        return []
+    free, total = torch.cuda.mem_get_info(device)
+    return ["--gpu-share", f"{GPU_SHARE * free / total:.3f}"]
+
+
+def gpu_environment(device: torch.device | None) -> dict[str, str]:
+    """The model's GPU as the only one: vLLM takes the first."""
+    if device is None or device.type != "cuda":
+        return {}
+    index, visible = device.index or 0, os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[index] if visible else str(index)}

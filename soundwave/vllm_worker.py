@@ -1,6 +1,6 @@
 """The LLM in vLLM, in a process and an environment of its own: compressed audio in, tokens out.
 
-Started by serving/vllm.py with the Python of `make setup-vllm`. It imports nothing of this project. One
+Started by soundwave/vllm.py with the Python of `make setup-vllm`. It imports nothing of this project. One
 client connects to the Unix socket. A message is 4 bytes (big-endian length), JSON, and `bytes` more bytes if
 the JSON names them:
 
@@ -21,6 +21,8 @@ import json
 import os
 import struct
 import sys
+
+HEALTH_SECONDS = 1.0
 
 # vLLM's own process for the engine is started by spawn, and this file is its main module, too.
 if __name__ == "__main__":
@@ -87,6 +89,15 @@ class Worker:
             send({"id": number, "error": f"{type(error).__name__}: {error}".splitlines()[0]})
 
 
+async def end_with(engine: AsyncLLM) -> None:
+    """End this process where vLLM's engine, a process of its own, has died."""
+    try:
+        await engine.check_health()
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
 async def run() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
@@ -94,6 +105,7 @@ async def run() -> None:
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--rows", type=int, required=True)
     parser.add_argument("--positions", type=int)
+    parser.add_argument("--gpu-share", type=float)
     options = parser.parse_args()
     engine = AsyncLLM.from_engine_args(
         AsyncEngineArgs(
@@ -104,12 +116,16 @@ async def run() -> None:
             max_num_seqs=options.rows,
             max_model_len=options.positions,
             enforce_eager=not torch.cuda.is_available(),
+            **({"gpu_memory_utilization": options.gpu_share} if options.gpu_share else {}),
         )
     )
     worker = Worker(engine, getattr(torch, options.dtype))
     server = await asyncio.start_unix_server(worker.serve, options.socket)
+    closing = asyncio.get_running_loop().run_in_executor(None, sys.stdin.buffer.read)
     try:
-        await asyncio.get_running_loop().run_in_executor(None, sys.stdin.buffer.read)
+        while not closing.done():
+            await asyncio.wait([closing], timeout=HEALTH_SECONDS)
+            await end_with(engine)
     finally:
         server.close()
         engine.shutdown()
