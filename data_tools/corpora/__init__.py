@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
+from core.audio_limits import AudioError
 from core.console import one_line
 from core.unicode_paths import find_path
 from data_tools.text_files import CorpusError, Problem, check_encoding
@@ -124,7 +125,7 @@ def fault_of(error: Exception, sample_id: str, corpus: str = "", reason: str = "
         reason = "encoding"
     elif isinstance(error, MemoryError):
         reason = "too_large"
-    if hasattr(error, "seconds"):
+    if isinstance(error, AudioError):
         reason = error.reason
     return Rejection(_valid(sample_id), reason, _valid(one_line(error)), corpus)
 
@@ -317,9 +318,9 @@ class Corpus:
         for option in options:
             if option not in known:
                 everything = [*known, *_COMMON]
-                near = difflib.get_close_matches(option, everything, n=1, cutoff=0.0)[0]
+                nearest = difflib.get_close_matches(option, everything, n=1, cutoff=0.0)[0]
                 raise CorpusError(
-                    f"corpus '{specification}': unknown option '{option}', did you mean '{near}'? ({name} "
+                    f"corpus '{specification}': unknown option '{option}', did you mean '{nearest}'? ({name} "
                     f"takes "
                     f"{', '.join(everything)})"
                 )
