@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from tqdm import tqdm
@@ -50,8 +51,9 @@ def start_logging(folder: Path, ranks: Ranks) -> None:
     formatter = PrintableFormatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
     handlers: list[logging.Handler] = [logging.FileHandler(folder / "logs" / f"rank-{ranks.rank}.log")]
     if ranks.is_main:
-        handlers.append(_TqdmLoggingHandler())
-        handlers[-1].stream = sys.stderr
+        console = _TqdmLoggingHandler()
+        console.stream = sys.stderr
+        handlers.append(console)
     for handler in handlers:
         handler.setFormatter(formatter)
         logger.addHandler(handler)
@@ -153,7 +155,9 @@ class Telemetry:
     ):
         """trackers: names of TRACKERS (train/trackers); settings: the recipe, which they show."""
         self.active = ranks.is_main
-        self.file = self.bar = self.trackers = None
+        self.file: TextIO
+        self.bar: tqdm
+        self.trackers: Trackers
         self.totals = {"rejected": 0.0, "retries": 0.0}  # over the whole stage, earlier processes included
         if not self.active:
             return
