@@ -18,7 +18,9 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -43,7 +45,7 @@ from model.soundwave import Soundwave
 from model.stages import ALIGNMENT, STAGES
 from recipe.config import DataConfig, Recipe, RecipeError, load_recipe
 from recipe.stages import initial_folder, stage_of
-from soundwave.decoding import Decoding, decode_batch
+from soundwave.decoding import Decode, Decoding, decode_batch
 from stream import EvalStream
 
 DECODES = ("ctc", "generate", "joint", "drafted")
@@ -157,13 +159,17 @@ def audio_lengths(model: Soundwave, batch: Batch) -> list[dict]:
 
 
 @torch.inference_mode()
+def is_done(done: set[str], sample: dict) -> bool:
+    return row_key(sample) in done
+
+
 def predict(
     model: Soundwave, stream: EvalStream, file: PredictionFile, options: argparse.Namespace, decode: str
 ) -> None:
     """Answer every batch of the stream and append it to the file. A batch without samples fills up a shorter
     rank: no answer."""
     decoding = Decoding(
-        "greedy" if decode == "generate" else decode,
+        cast(Decode, "greedy" if decode == "generate" else decode),  # a choice of --decode
         options.max_new_tokens,
         joint_search(options) if decode == "joint" else None,
         options.sample,
@@ -233,7 +239,7 @@ def check_inputs(options: argparse.Namespace) -> list[TestSet]:
             f"{options.model} holds no soundwave.json: give a model folder, e.g. <output>/<stage>/model"
         )
     if options.model:
-        model = folder_digest(options.model)
+        model: str | dict[str, Any] = folder_digest(options.model)
     else:
         recipe = load_recipe(options.untrained, options.overrides)
         previous = initial_folder(recipe)
@@ -535,7 +541,7 @@ def main(arguments: list[str] | None = None) -> int:
             stage,
             tasks=test.tasks,
             limit=options.limit,
-            done=lambda sample, done=done: row_key(sample) in done,
+            done=partial(is_done, done),
             batch_seconds=options.batch_seconds,
             rank=place.rank,
             world_size=place.world_size,

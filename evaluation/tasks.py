@@ -187,8 +187,8 @@ def _without_listing(answer: str, choices: list[str]) -> str:
 
 def _letters_from(match: re.Match, text: str, letters: str) -> set[str]:
     """The letter of a statement, and those that stand with it in a row."""
-    following = re.match(rf"(?:[)\]\"'*]*{_AND}[(\[\"'*]*[{letters}](?![\w']))*", text[match.end(1) :])[0]
-    return {match[1], *re.findall(rf"[{letters}]", following)}
+    following = re.match(rf"(?:[)\]\"'*]*{_AND}[(\[\"'*]*[{letters}](?![\w']))*", text[match.end(1) :])
+    return {match[1], *re.findall(rf"[{letters}]", following[0] if following else "")}
 
 
 def _plain(text: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -38,7 +39,8 @@ class Whisper:
 
     def __init__(self, path: Path, device: torch.device):
         with reading(path, "Whisper model"):
-            self.model = WhisperForConditionalGeneration.from_pretrained(path).to(device).eval()
+            self.model = WhisperForConditionalGeneration.from_pretrained(path).eval()
+            self.model.to(device)
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         self.languages = getattr(self.model.generation_config, "lang_to_id", None)
 
@@ -70,7 +72,7 @@ class Whisper:
         mel, _ = log_mel(
             padded.to(device), lengths.to(device), self.model.config.num_mel_bins, pad_to_samples=WINDOW
         )
-        options = {"do_sample": False, "num_beams": 1}
+        options: dict[str, Any] = {"do_sample": False, "num_beams": 1}
         if self.languages:
             options["task"] = "transcribe"
             if languages[0] is not None:
@@ -92,7 +94,8 @@ def read_batch(index: ShardIndex, rows: list[int]) -> tuple[list[dict], list[tor
         try:
             audio, sample, _ = read_with_retry(index, row)
             name = sample["id"]
-            waveform = decode(audio, findings=(findings := []))
+            findings: list[str] = []
+            waveform = decode(audio or b"", findings=findings)
             sample |= {"findings": findings} if findings else {}
             if len(waveform) > WINDOW:
                 raise BrokenSample(
@@ -150,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
             file.prepare()
     except (InputError, PredictionError, RecipeError, ShardError, SourceError) as problem:
         error = str(problem)
-    if place.stop(error):
+    if place.stop(error) or file is None:
         return 2
     done = place.first(file.done() if place.rank == 0 else None)
     mine = sorted(rows, key=lambda row: -float(index.samples[row]["duration"]))[
@@ -170,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
                 )
                 wall = round((time.perf_counter() - began) / len(left), 4)
                 for i, ids in zip(left, tokens, strict=True):
-                    text = whisper.tokenizer.decode(ids)
+                    text = str(whisper.tokenizer.decode(ids))
                     answers.append(
                         prediction_row(samples[i], text, text, "ctc") | {"tokens": len(ids), "wall": wall}
                     )
