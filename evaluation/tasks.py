@@ -107,7 +107,6 @@ _CONCLUSION = (
     r"(?i:\bchoose|\bpick|\bselect|\bgo with|\bit's|\bit is|\bso|\btherefore|\bthus|\bhence|\bmust be|\bbut)"
 )
 _VERB = r"(?i:is|would be|must be|should be|has to be)"
-_NOT = r"(?i:(?:\s+not|n't)\b)"
 # A letter is denied where one of these precedes or follows it.
 _DENIED_BEFORE = re.compile(
     r"(?i:\bnot|n't|\bnever|\bneither|\bnor|\brather than|\binstead of|\bexcept|\bexclude|\brule out"

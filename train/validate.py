@@ -27,7 +27,7 @@ from model.features import log_mel
 from model.losses import LOSSES
 from recipe.config import DataConfig, Recipe
 from recipe.stages import Stage, losses_of
-from stream import validation_samples, validation_waveforms
+from stream import validation_samples, validation_stream
 from stream.selection import share_of_each
 from train.engine import Engine, weighted_sum
 from train.step_counts import all_reduce
@@ -165,8 +165,9 @@ def clip_mel(
     number, audio, row = fixed_clip(batches, audio_id)
     entry = batches[number]
     position = sum(other.part == entry.part for other in batches[:number])  # in its own set
-    arguments = _arguments(recipe, stage, tokenizer, ranks, entry.part)
-    batch = validation_waveforms(*arguments, position=position)
+    decoded = replace(recipe, data=replace(recipe.data, cache_features=None))
+    arguments = _arguments(decoded, stage, tokenizer, ranks, entry.part)
+    batch = validation_stream(*arguments, answers=True).read(position)
     if row < 0 or batch.waveforms is None or len(batch.audio_lengths) != len(entry.batch.audio_lengths):
         return None
     size = batch.audio_lengths[audio : audio + 1]
