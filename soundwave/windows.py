@@ -119,7 +119,8 @@ def best_cut(blank: np.ndarray, begins_word: np.ndarray, energy: np.ndarray, fir
         if end <= first or begin > last:
             continue
         between_words = end >= len(blank) or bool(begins_word[end])
-        if best is None or (rank := (between_words, end - begin, begin)) > best:
+        rank = between_words, end - begin, begin
+        if best is None or rank > best:
             best, place = rank, (max(begin, first), min(end - 1, last))
     begin, end = (first, last) if place is None else place
     if place is not None and end - begin >= 2:

@@ -219,7 +219,7 @@ class Telemetry:
             self.totals[name] += values.get(name, 0.0)
 
     def scalars(self, prefix: str, step: int, values: dict) -> None:
-        if self.trackers is not None:
+        if self.active:
             self.trackers.scalars(step, prefix, values)
 
     def advance(self, values: dict) -> None:
@@ -230,7 +230,7 @@ class Telemetry:
     def picture(self, step: int, inspection: dict, title: str, name_of: Callable[[int], str]) -> None:
         """What the adapters make of one clip (`Soundwave.inspect`'s result), to pictures/step-N.png and to
         the trackers."""
-        if self.trackers is None:
+        if not self.active:
             return
         from model.picture import figure
 
@@ -244,7 +244,7 @@ class Telemetry:
         self.trackers.picture(step, "valid/clip", path)
 
     def table(self, name: str, step: int, columns: list[str], rows: list[list[str]]) -> None:
-        if self.trackers is not None:
+        if self.active:
             self.trackers.table(step, name, columns, rows)
 
     def close(self, hurry: bool = False) -> None:

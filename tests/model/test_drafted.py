@@ -59,7 +59,7 @@ def spelling():
 def use_drafts(monkeypatch, model, drafts: list[list[int]]) -> None:
     """Let the model check these tokens, exactly as they are."""
 
-    def given(batch, audio, options, stop):
+    def given(llm, batch, audio, options, stop):
         spelling = Spelling(model.tokenizer, stop, len(model.tokenizer))
         return [Draft(spelling, draft, options.longest) for draft in drafts]
 

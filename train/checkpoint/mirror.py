@@ -39,11 +39,11 @@ class Mirror:
 
     def start(self, source: Path) -> None:
         """Copy a finished checkpoint; the copy before it has ended."""
-        if (target := self.target) is None:
+        if self.target is None:
             return
         self.copying = source
         self.thread = threading.Thread(
-            target=self._copy, args=(source, target), name="checkpoint-copier", daemon=True
+            target=self._copy, args=(source,), name="checkpoint-copier", daemon=True
         )
         self.thread.start()
 
@@ -81,7 +81,9 @@ class Mirror:
                 error,
             )
 
-    def _copy(self, source: Path, target: Path) -> None:
+    def _copy(self, source: Path) -> None:
+        if (target := self.target) is None:
+            return
         try:
             partial = target / (source.name + PARTIAL)
             shutil.rmtree(partial, ignore_errors=True)
