@@ -29,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from core.command_line import CommandParser
 from core.console import OneLine
-from core.distributed import disconnect, hard_exit
+from core.distributed import disconnect, from_main, gather, hard_exit
 from core.plugins import PluginError, add_plugins_option, load_plugins
 from core.samples import question_of, transcript_of
 from data_tools.shards import ShardError, ShardIndex
@@ -321,7 +321,7 @@ def output_file(options: argparse.Namespace, test: TestSet) -> Path:
 
 
 @dataclass
-class Place:
+class Ranks:
     """This process among its peers."""
 
     rank: int
@@ -331,24 +331,13 @@ class Place:
     def stop(self, error: str | None) -> bool:
         """Whether any rank met an error; rank 0 prints the first one, and all ranks know, so that they stop
         together."""
-        errors: list[str | None] = [error]
-        if self.world_size > 1:
-            errors = [None] * self.world_size
-            dist.all_gather_object(errors, error)
-        found = next((known for known in errors if known), None)
+        found = next((known for known in gather(error) if known), None)
         if found and self.rank == 0:
             print(f"error: {found}", file=sys.stderr)
         return found is not None
 
-    def first(self, value):
-        """Rank 0's value, on every rank."""
-        shared = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(shared, src=0)
-        return shared[0]
 
-
-def start(device: str | None) -> Place:
+def start(device: str | None) -> Ranks:
     """Ranks from the launcher's environment (one process without), joined by gloo; the answers themselves go
     through files."""
     disable_progress_bar()  # of transformers' weight loading; tqdm shows what takes long
@@ -357,7 +346,7 @@ def start(device: str | None) -> Place:
         # A rank may wait for a slower one as long as the work takes, not for torch's half hour.
         dist.init_process_group("gloo", timeout=timedelta(days=7))
     default = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    return Place(rank, world_size, torch.device(device or default))
+    return Ranks(rank, world_size, torch.device(device or default))
 
 
 def clip_notes(rows: list[dict], trained_seconds: float | None) -> list[str]:
@@ -382,7 +371,7 @@ def clip_notes(rows: list[dict], trained_seconds: float | None) -> list[str]:
 
 
 def finish(
-    file: PredictionFile, place: Place, longest: int | None = None, trained_seconds: float | None = None
+    file: PredictionFile, place: Ranks, longest: int | None = None, trained_seconds: float | None = None
 ) -> bool:
     """Wait for all ranks, merge, score, print. longest: tokens at which an answer was cut. trained_seconds:
     of the longest clip in training. False where there is nothing to score: rank 0 has said why."""
@@ -533,7 +522,7 @@ def main(arguments: list[str] | None = None) -> int:
     for test, file in zip(tests, files, strict=True):
         torch.manual_seed(options.seed + place.rank)
         # One list for all: a slower rank would find the faster one's first rows in it.
-        done = place.first(file.done() if place.rank == 0 else None)
+        done = from_main(file.done() if place.rank == 0 else None)
         stream = EvalStream(
             str(test.shards),
             model.tokenizer,

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
 
 from core.command_line import CommandParser
-from core.distributed import disconnect, hard_exit
+from core.distributed import disconnect, from_main, hard_exit
 from core.languages import language_code
 from data_tools.shards import ShardError, ShardIndex
 from evaluation.predictions import PredictionError, PredictionFile, row_key
@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
         error = str(problem)
     if place.stop(error) or file is None:
         return 2
-    done = place.first(file.done() if place.rank == 0 else None)
+    done = from_main(file.done() if place.rank == 0 else None)
     mine = sorted(rows, key=lambda row: -float(index.samples[row]["duration"]))[
         place.rank :: place.world_size
     ]

@@ -34,7 +34,7 @@ from stream.loader import PHASES, Job, Loaded, Loader
 from stream.plan import Plan, UnindexedPlan
 from stream.reader import SAMPLE_RATE, Sample, check_length, decode, read_with_retry
 from stream.rejected import RejectedLog, UnreadableSample, broken_by
-from stream.unindexed import PlainReader
+from stream.unindexed import UnindexedReader
 
 REPLACEMENTS = 8  # further utterances that are tried in a broken one's place
 GIVE_UP_SECONDS = 600.0  # that a shard whose reads failed is asked only once per utterance
@@ -256,9 +256,9 @@ class Stream:
         channels = augment.mel_channels(data, model_config)
         self.rejected = RejectedLog(rejected_path, data.max_rejected_share)
         self._iterator: Generator[StepBatches] | None = None
-        self.reader: PlainReader | MicroBatchReader
+        self.reader: UnindexedReader | MicroBatchReader
         if isinstance(self.plan, UnindexedPlan):
-            self.reader = PlainReader(self.plan, collator, data, rank, world_size, start_step, channels)
+            self.reader = UnindexedReader(self.plan, collator, data, rank, world_size, start_step, channels)
             return
         self.reader = reader = MicroBatchReader(
             self.plan.indexes,

@@ -156,7 +156,7 @@ def sample_of(group: Group[bytes | None]) -> tuple[dict, bytes | None]:
     return meta, audio
 
 
-class PlainReader(IterableDataset):
+class UnindexedReader(IterableDataset):
     """Micro-batches for ever; the work of a worker process. Errors: RecipeError where a whole pass yields
     nothing."""
 

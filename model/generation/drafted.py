@@ -329,7 +329,7 @@ def refusal(llm: LLM, positions: int, longest: int) -> str | None:
     return None
 
 
-class Kept:
+class MaskedCache:
     """The LLM's cache and which of its positions count, row by row: mask [R, C]."""
 
     def __init__(self, llm: LLM, mask: torch.Tensor):
@@ -438,7 +438,7 @@ def decode(
     turn included where there is one, and what they took. streamer: for one row."""
     rows = [Row(place, draft) for place, draft in enumerate(drafts)]
     answers, passes = [row.answer for row in rows], Passes(row_passes=[0] * len(rows))
-    kept = Kept(llm, mask.bool())
+    kept = MaskedCache(llm, mask.bool())
     if streamer is not None:
         streamer.put(torch.zeros(1, 0, dtype=torch.long))  # the prompt, which has no ids
     while rows:
@@ -472,7 +472,7 @@ def decode(
 def _pass(
     llm: LLM,
     audio_id: int,
-    kept: Kept,
+    kept: MaskedCache,
     rows: list[Row],
     embeddings: torch.Tensor,
     mask: torch.Tensor,
