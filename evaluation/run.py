@@ -522,7 +522,7 @@ def main(arguments: list[str] | None = None) -> int:
     for test, file in zip(tests, files, strict=True):
         torch.manual_seed(options.seed + place.rank)
         # One list for all: a slower rank would find the faster one's first rows in it.
-        done = from_main(file.done() if place.rank == 0 else None)
+        done = from_main(file.done() if place.rank == 0 else set())
         stream = EvalStream(
             str(test.shards),
             model.tokenizer,

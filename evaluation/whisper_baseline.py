@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
         error = str(problem)
     if place.stop(error) or file is None:
         return 2
-    done = from_main(file.done() if place.rank == 0 else None)
+    done = from_main(file.done() if place.rank == 0 else set())
     mine = sorted(rows, key=lambda row: -float(index.samples[row]["duration"]))[
         place.rank :: place.world_size
     ]

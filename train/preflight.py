@@ -472,6 +472,20 @@ def all_reduce_line(store, rank: int, world_size: int, seconds: float) -> tuple[
     )
 
 
+def check_all_reduce(store, rank: int, world_size: int, seconds: float) -> int:
+    """Return the exit code of an all_reduce over all ranks; print its speed, or what is wrong."""
+    try:
+        speed, problem = all_reduce_line(store, rank, world_size, seconds)
+    except RuntimeError as error:
+        speed, problem = "", f"all_reduce: {one_line(error)}"
+    if problem:
+        print(f"preflight: node {node_name()}, rank {rank}: {problem}", file=sys.stderr)
+        return FAILED
+    if rank == 0:
+        print(f"preflight: {speed}")
+    return DONE
+
+
 def run(recipe: Recipe, seconds: float, faults_to: Path | None = None) -> int:
     import torch.distributed as dist
 
@@ -538,15 +552,7 @@ def run(recipe: Recipe, seconds: float, faults_to: Path | None = None) -> int:
             )
             return FAILED
     if code == DONE:
-        try:
-            speed, problem = all_reduce_line(store, rank, world_size, seconds)
-        except RuntimeError as error:
-            speed, problem = "", f"all_reduce: {one_line(error)}"
-        if problem:
-            print(f"preflight: node {node_name()}, rank {rank}: {problem}", file=sys.stderr)
-            code = FAILED
-        elif rank == 0:
-            print(f"preflight: {speed}")
+        code = check_all_reduce(store, rank, world_size, seconds)
     # Rank 0 holds the store, so it leaves last; after a fault it does not wait long for those who never came,
     # or are stuck.
     try:
