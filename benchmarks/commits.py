@@ -5,7 +5,7 @@
 
 Each run is one process that trains a stage of the tiny golden recipe (tests/golden): its time is that of the
 code around the network, not of the network's products. Checkouts take turns, so that a change of load meets
-both. Of each run: the median step after WARM_UP steps, the step that a tenth of them undercut (what a busy
+both. Of each run: the median and the 10th percentile of its steps after WARM_UP (the latter is what a busy
 machine changes least), and CPU seconds, start included. A checkout's number is the median over its runs.
 Losses are compared to the bit. The interpreter, and so every package, is the one that runs this file.
 """
@@ -34,7 +34,7 @@ WARM_UP = 5  # steps
 
 class Run(NamedTuple):
     median_ms: float
-    fast_ms: float
+    p10_ms: float
     cpu_seconds: float
     losses: tuple[float, ...]
 
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     are_equal = len({run.losses for found in runs.values() for run in found}) == 1
     table = f"stage {options.stage}, {options.repeats} x {options.steps} steps; losses equal: {are_equal}\n"
     table += f"{'':12} {'before':>9} {'after':>9} {'after / before':>15}\n"
-    for column in ("median_ms", "fast_ms", "cpu_seconds"):
+    for column in ("median_ms", "p10_ms", "cpu_seconds"):
         a, b = (statistics.median(getattr(run, column) for run in found) for found in runs.values())
         table += f"{column:12} {a:9.1f} {b:9.1f} {b / a:15.3f}\n"
     print(f"{line(facts)}\n\n{table}")
