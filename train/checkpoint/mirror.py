@@ -60,7 +60,7 @@ class Mirror:
                 logger.error(
                     "checkpoint.copy_to: %s has not taken %s in %d s; the run does not wait for it",
                     self.config.copy_to,
-                    self.copying,
+                    self.copying.name if self.copying is not None else "a checkpoint",
                     seconds,
                 )
                 return False
