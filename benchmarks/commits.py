@@ -1,4 +1,4 @@
-"""Step time of two checkouts, in alternation: does a change of structure cost time?
+"""Measure the step time of two checkouts in alternation: what a change of structure costs.
 
     git worktree add ../before COMMIT
     python -m benchmarks.commits ../before . --out before-after.json
