@@ -24,7 +24,7 @@ import soundfile
 
 from core import ffmpeg
 from core.audio_limits import MAX_DECODED_BYTES, MAX_SECONDS, AudioError, Limits, Piece, typed_errors
-from core.containers import BytesSource, FileSource, Source, locate, open_regular
+from core.containers import BytesSource, FileSource, FindingKind, Source, locate, open_regular
 from core.decoders import DType, Pcm16, Sound, Whole, decode_stream, to_float
 
 SAMPLE_RATE = 16_000  # of the model
@@ -38,16 +38,6 @@ MAX_FILE_BYTES = 1 << 32  # of a file that is read whole
 #: A segment may end this much after its recording (annotators round).
 TOLERANCE_SECONDS = 0.25
 
-FindingKind = Literal[
-    "cut",  # fewer samples than the header declares, or an end inside a page or frame
-    "no_end",  # an Ogg stream without its end-of-stream mark
-    "damaged",  # bytes between MP3 frames that belong to none
-    "trailing",  # audio after what the header counts
-    "joined",  # several files or streams one after another; all are decoded
-    "antiphase",  # channels cancel out: the loudest one is taken instead of their mean
-    "silent",  # no sample above -60 dB
-    "clipped",  # at least one sample in 1,000 at full scale, beside another one
-]
 
 #: Kinds for which whole audio can be refused; what is cut is an error unless the caller asks for it.
 REFUSABLE: tuple[FindingKind, ...] = (
@@ -103,7 +93,7 @@ def decode(
     for silence and clipping. Channels are averaged. 16-bit mono at `rate` keeps its exact values in either
     dtype. Errors: AudioError.
     """
-    native = "float32" if dtype == "float32" else "native"
+    native: DType = "float32" if dtype == "float32" else "native"
     audio = read(
         source,
         start=start,
@@ -320,12 +310,9 @@ class Recording:
     def _look_deeper(self) -> bool:
         """Look for joined streams, and count MP3 frames, where only headers were read so far; whether that is
         so."""
-        is_shallow = isinstance(self._source, FileSource) and self._layout.streams[0].kind in (
-            "mp3",
-            "ogg",
-            "flac",
-        )
-        if not is_shallow or self._source.size > MAX_FILE_BYTES:
+        if not isinstance(self._source, FileSource) or self._source.size > MAX_FILE_BYTES:
+            return False
+        if self._layout.streams[0].kind not in ("mp3", "ogg", "flac"):
             return False
         self._source = BytesSource(read_file(self._source.path))
         self._layout, self._part = locate(self._source), None

@@ -27,6 +27,7 @@ Reason = Literal[
     "too_long",  # more than max_seconds
     "too_large",  # more bytes than allowed, in the file or decoded; or there is no memory for it
     "odd_rate",  # a rate that cannot be resampled or encoded
+    "command_failed",  # the command that writes it (a pipe of a corpus)
 ]
 
 

@@ -32,6 +32,16 @@ MAX_STREAMS = 10_000
 
 Kind = Literal["wav", "flac", "ogg", "mp3", "other"]
 Order = Literal["<", ">"]
+FindingKind = Literal[
+    "cut",  # fewer samples than the header declares, or an end inside a page or frame
+    "no_end",  # an Ogg stream without its end-of-stream mark
+    "damaged",  # bytes between MP3 frames that belong to none
+    "trailing",  # audio after what the header counts
+    "joined",  # several files or streams one after another; all are decoded
+    "antiphase",  # channels cancel out: the loudest one is taken instead of their mean
+    "silent",  # no sample above -60 dB
+    "clipped",  # at least one sample in 1,000 at full scale, beside another one
+]
 
 
 class BytesSource:
@@ -167,7 +177,7 @@ class Layout(NamedTuple):
     """The streams of a source in order, and what was noticed: [(kind of finding, text)]."""
 
     streams: list[Stream]
-    noticed: list[tuple[str, str]]
+    noticed: list[tuple[FindingKind, str]]
 
 
 def locate(source: Source) -> Layout:
@@ -194,7 +204,7 @@ def locate(source: Source) -> Layout:
     return layout
 
 
-def _cut(promised: int, there: int) -> tuple[str, str]:
+def _cut(promised: int, there: int) -> tuple[FindingKind, str]:
     return "cut", f"its header declares {promised:,} bytes, the file holds {max(there, 0):,}"
 
 

@@ -150,6 +150,12 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, piece: str) -> list[int]:
     return tokenizer.encode(piece, add_special_tokens=False)
 
 
+def token_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int | None:
+    """Return the id of a token by its name in the vocabulary; None where there is no such token."""
+    found = tokenizer.convert_tokens_to_ids(name)
+    return found if isinstance(found, int) and found != tokenizer.unk_token_id else None
+
+
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = False) -> list[int]:
     """Return the ids of a text in which nothing is a control token."""
     controls = control_tokens(tokenizer)

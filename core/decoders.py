@@ -37,6 +37,7 @@ class Pcm16:
     def __init__(self, source: Source, stream: Stream):
         self._source, self._begin = source, stream.begin
         self._kind = np.dtype(np.int16).newbyteorder(stream.order)
+        assert stream.frames is not None  # such a stream has its size in its header
         self.rate, self.channels, self.frames = stream.rate, stream.channels, stream.frames
 
     def read(self, first: int, count: int, dtype: DType) -> np.ndarray:

@@ -14,10 +14,11 @@ import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from core.options import RecipeError
 
+T = TypeVar("T")
 logger = logging.getLogger("soundwave")
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -205,6 +206,27 @@ def connect(timeout_minutes: float = 30.0) -> Ranks:
         load_communication_op()
     deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
     return Ranks(rank, world_size, local_rank, local_world_size, device)
+
+
+def gather(value: T) -> list[T]:
+    """Return `value` of every rank, in their order. Collective; without a process group there is one rank."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: T) -> T:
+    """Return rank 0's `value` on all ranks. Collective; without a process group there is one rank."""
+    import torch.distributed as dist
+
+    shared = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
 def disconnect() -> None:

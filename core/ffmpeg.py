@@ -145,7 +145,8 @@ class _Reading:
         """The last block of all without the encoder's padding (ffmpeg 9 leaves it out too, but in fragmented
         files)."""
         frame = self._frame
-        if self.name == "mov" and self.codec == "aac" and frame.duration and self.stream.frames:
+        is_padded = self.name == "mov" and self.codec == "aac" and self.stream.frames
+        if is_padded and frame is not None and frame.duration:
             return block[: round(frame.duration * frame.time_base * self.rate)]
         return block
 

@@ -13,6 +13,12 @@ STEP = re.compile(r"step-(\d+)$")  # a finished checkpoint's folder
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def step_of(folder: Path) -> int | None:
+    """Return the step of a checkpoint by its folder's name; None for another folder."""
+    match = STEP.match(folder.name)
+    return int(match[1]) if match else None
+
+
 def step_folders(checkpoints: Path) -> list[Path]:
     """Checkpoint folders, newest first, complete by name only: a save that died has left another name."""
     numbered = [(STEP.match(path.name), path) for path in checkpoints.glob("step-*")]

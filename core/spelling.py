@@ -172,7 +172,7 @@ def _token_spans(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) 
     if spans is None:
         spans, before = [], 0
         for count in range(1, len(ids) + 1):
-            known = tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False).rstrip("\ufffd")
+            known = str(tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)).rstrip("\ufffd")
             spans.append((before, max(len(known), before + 1)))
             before = max(before, len(known))
     inside = [(min(max(begin - shift, 0), size - 1), end - shift) for begin, end in spans]

@@ -97,7 +97,7 @@ class Member(Generic[Content]):
     """
 
     name: str
-    content: Content | None = None
+    content: Content
     size: int = 0
     is_file: bool = True
 
@@ -127,7 +127,8 @@ class Group(Generic[Content]):
     @property
     def problem(self) -> str | None:
         """Return why the members make no sample; None where they may."""
-        for kind, what in (("audio", "audio"), ("json", "JSON"), ("text", "text")):
+        names_of_kinds: dict[Kind, str] = {"audio": "audio", "json": "JSON", "text": "text"}
+        for kind, what in names_of_kinds.items():
             if len(found := self.of(kind)) > 1:
                 names = ", ".join(member.name for member in found)
                 return f"several {what} members ({names}): which one is meant is not known"
@@ -185,7 +186,7 @@ class Grouper(Generic[Content]):
 
     def __init__(self, stands_alone: Callable[[Group[Content]], bool], most_bytes: float = float("inf")):
         self._stands_alone, self._most = stands_alone, most_bytes
-        self._family: str | None = None
+        self._family = ""  # of the members in _run
         self._run: list[Member[Content]] = []
         self._waiting: dict[str, list[Member[Content]]] = {}
         self._bytes = self._run_bytes = 0

@@ -85,9 +85,8 @@ class Transcriber:
         dtype = torch.float16 if self.device == "cuda" else torch.float32
         try:
             self.processor = WhisperProcessor.from_pretrained(folder)
-            self.model = (
-                WhisperForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(self.device).eval()
-            )
+            self.model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
+            self.model.to(torch.device(self.device))
         except (
             Exception
         ) as error:  # of a folder that others wrote: the libraries have no list of what it makes them raise
@@ -109,14 +108,14 @@ class Transcriber:
         # clip.
         pieces.sort(key=lambda piece: (piece[2] or "", len(piece[3]), piece[0], piece[1]))
         for lang, group in itertools.groupby(pieces, key=lambda piece: piece[2]):
-            group = list(group)
-            for start in range(0, len(group), self.batch_clips):
-                batch = group[start : start + self.batch_clips]
+            alike = list(group)
+            for start in range(0, len(alike), self.batch_clips):
+                batch = alike[start : start + self.batch_clips]
                 for (number, place, _, _), text in zip(
                     batch, self._texts([piece[3] for piece in batch], lang), strict=True
                 ):
                     texts[number, place] = text
-        joined = [[] for _ in clips]
+        joined: list[list[str]] = [[] for _ in clips]
         for number, place in sorted(texts):
             joined[number].append(texts[number, place].strip())
         return [" ".join(parts) for parts in joined]
@@ -130,8 +129,7 @@ class Transcriber:
         features, mask = inputs.input_features.to(self.model.dtype), inputs.attention_mask
         multilingual = getattr(self.model.generation_config, "is_multilingual", False)
         told = {}
-        if multilingual and lang:
-            code = language_code(lang)
+        if multilingual and (code := language_code(lang)):
             if f"<|{code}|>" in (getattr(self.model.generation_config, "lang_to_id", None) or {}):
                 told = {"language": code, "task": "transcribe"}
             elif code not in self.unknown:
@@ -152,7 +150,9 @@ def annotated(
         wanted = itertools.repeat(want_hash), itertools.repeat(transcriber is not None)
         looked = list(pool.map(look, entries, *wanted, chunksize=8))
         if transcriber is not None:
-            heard = [(entry, samples) for entry, samples in looked if samples is not None]
+            heard = [
+                (item, samples) for item, samples in looked if isinstance(item, Entry) and samples is not None
+            ]
             for (entry, _), text in zip(
                 heard, transcriber([(samples, entry.lang) for entry, samples in heard]), strict=True
             ):
@@ -174,7 +174,7 @@ def run(options: argparse.Namespace) -> str:
         done = _resume(unfinished, told)
         part, parts = options.part
         everything = (item for corpus in corpora for item in corpus if not isinstance(item, Ignored))
-        items = itertools.islice(everything, part + done * parts, None, parts)
+        items: Iterator[Entry | Rejection] = itertools.islice(everything, part + done * parts, None, parts)
         if not options.allow_pipes:
             items = ((piped(item) if isinstance(item, Entry) else None) or item for item in items)
         context = get_context("fork")

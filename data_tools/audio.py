@@ -54,11 +54,12 @@ def read_clip(
     With an offset the segment [offset, offset + duration) seconds is decoded and nothing else (bytes: None);
     without one the whole clip. Errors: ClipError.
     """
-    data = read_bytes(audio) if offset is None else None
-    recording = open_recording(audio) if data is None else None
-    with typed_errors(audio):
-        if recording is not None:
+    if offset is not None:
+        recording = open_recording(audio)
+        with typed_errors(audio):
             return recording.read(offset, duration, max_seconds=max_seconds), None
+    data = read_bytes(audio)
+    with typed_errors(audio):
         return Recording(data).read(max_seconds=max_seconds), data
 
 
@@ -153,7 +154,7 @@ def make_clip(
         if cut is not None:
             whole, wave = len(wave), cut(wave, target)
             data = data if len(wave) == whole else None
-        keeps_bytes = (
+        if (
             codec == "flac"
             and data is not None
             and data[:4] == b"fLaC"
@@ -161,8 +162,10 @@ def make_clip(
             and source.samples.shape[1] == 1
             and source.rate == target
             and not any(finding.kind == "joined" for finding in mono.findings)
-        )
-        encoded, extension = (data, "flac") if keeps_bytes else encode(wave, target, codec)
+        ):
+            encoded, extension = data, "flac"
+        else:
+            encoded, extension = encode(wave, target, codec)
     return Clip(encoded, extension, target, len(wave) / target, wave, mono.findings)
 
 
@@ -193,7 +196,7 @@ BYTES_PER_SECOND = {
 _UNKNOWN_BYTES_PER_SECOND, _UNKNOWN_SECONDS = 16000, 5.0
 
 
-def estimate_seconds(audio: str, size: int | None = None) -> float:
+def estimate_seconds(audio: str, size: float | None = None) -> float:
     """A guess at a clip's duration from its size alone; 0 for a file that is not there (found out when
     packed)."""
     kind, rest = kind_of(audio)

@@ -152,7 +152,7 @@ class SampleFilter:
                     "no hypothesis to compare with: run data_tools.annotate --whisper first",
                     entry.corpus,
                 )
-            rate = error_rate(entry.text, entry.hypothesis, entry.lang)
+            rate = error_rate(entry.text or "", entry.hypothesis, entry.lang)
             if rate > f.max_wer:
                 return Rejection(
                     entry.id, "wer", f"{rate:.3f} of words differ from: {entry.hypothesis}", entry.corpus
@@ -164,7 +164,7 @@ class SampleFilter:
 
     def _is_wanted(self, lang: str | None) -> bool:
         if lang not in self._wanted:
-            self._wanted[lang] = bool({lang, language_code(lang)} & set(self.filters.langs))
+            self._wanted[lang] = bool({lang, language_code(lang)} & set(self.filters.langs or ()))
         return self._wanted[lang]
 
     def judge_clip(self, entry: Entry, seconds: float) -> Rejection | None:

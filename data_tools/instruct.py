@@ -155,7 +155,7 @@ def chained(sample: Entry, chains: list[Template], share: float, seed: int) -> E
         id=f"{sample.id}-chain",
         task="chain",
         prompt=fill(chain.instruction, {"instruction": sample.prompt or ""}).strip(),
-        response=fill(CHAIN_ANSWER, {"text": sample.text, "answer": sample.response}),
+        response=fill(CHAIN_ANSWER, {"text": sample.text, "answer": sample.response or ""}),
         origin=f"{sample.origin}, {chain.name}",
     )
 
@@ -265,9 +265,9 @@ class Voice:
         return path
 
 
-def speak(entry: Entry | Rejection, voice: Voice) -> Entry | Rejection:
+def speak(entry: Item, voice: Voice) -> Item:
     """A text-only sample of one question with the question spoken: the audio is what the user says."""
-    if isinstance(entry, Rejection):
+    if not isinstance(entry, Entry):
         return entry
     if entry.messages or not entry.prompt:
         return Rejection(
@@ -302,7 +302,7 @@ def speak(entry: Entry | Rejection, voice: Voice) -> Entry | Rejection:
 
 
 def spoken(
-    items: Iterator[Entry | Rejection],
+    items: Iterator[Item],
     voice: Voice,
     pool: ThreadPoolExecutor,
     chains: list[Template],
@@ -313,17 +313,15 @@ def spoken(
     answer"."""
     while window := list(itertools.islice(items, 256)):
         for item in pool.map(lambda item: speak(item, voice), window):
-            yield item if isinstance(item, Rejection) else chained(item, chains, share, seed)
+            yield chained(item, chains, share, seed) if isinstance(item, Entry) else item
 
 
-def write(items: Iterator[Entry | Rejection], out: Path) -> str:
-    """The manifest, complete or not there, and beside it what was refused."""
-    counts, ignored, unfinished, rejected = (
-        Counter(),
-        Counter(),
-        out.with_name(f".{out.name}.{os.getpid()}"),
-        out.with_name(out.name + ".rejected.jsonl"),
-    )
+def write(items: Iterator[Item], out: Path) -> str:
+    """Write the manifest atomically, and beside it what was refused."""
+    counts: Counter[str | None] = Counter()  # reasons and tasks
+    ignored: Counter[str] = Counter()
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
+    rejected = out.with_name(out.name + ".rejected.jsonl")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "w", encoding="utf-8") as good, open(rejected, "w", encoding="utf-8") as bad:
@@ -353,7 +351,7 @@ def run(options: argparse.Namespace) -> str:
             if not isinstance(item, Entry):
                 return item
             try:
-                sample = wrap(
+                sample: Entry | Rejection = wrap(
                     item,
                     options.task,
                     templates,

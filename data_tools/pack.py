@@ -359,10 +359,11 @@ def run(options: argparse.Namespace) -> str:
     if options.merge and not options.corpus:
         return _merge_alone(options)
     jobs, layout = jobs_of(options)
-    told = {job.folder: _finished(job) for job in jobs}
-    jobs = [job for job in jobs if told[job.folder] is None]
+    folders = [job.folder for job in jobs]
+    reports = {job.folder: text for job in jobs if (text := _finished(job)) is not None}
+    jobs = [job for job in jobs if job.folder not in reports]
     if not jobs:
-        return "\n".join(told.values())
+        return "\n".join(reports.values())
     corpora = open_corpora(options.corpus)
     if options.tokenizer:
         try:
@@ -390,8 +391,8 @@ def run(options: argparse.Namespace) -> str:
         for job in jobs:
             _check_content(job, plans[job.folder], jobs)
         for job in jobs:
-            told[job.folder] = _pack(job, plans[job.folder], options, locks[job.folder])
-    return "\n".join(told.values())
+            reports[job.folder] = _pack(job, plans[job.folder], options, locks[job.folder])
+    return "\n".join(reports[folder] for folder in folders)
 
 
 def _merge_alone(options: argparse.Namespace) -> str:
@@ -536,7 +537,7 @@ def _pack(job: Job, plan: dict, options: argparse.Namespace, lock: ExitStack) ->
 
 def _dry_run(jobs: list[Job], corpora: list[Corpus], layout: Layout) -> str:
     """Plan, look at some clips, keep nothing."""
-    told = []
+    told: list[str] = []
     with _scratch(jobs[0].folder) as scratch:
         new = [job for job in jobs if not job.is_planned]
         places = {job.split: scratch / (job.split or "plan") for job in new}

@@ -157,6 +157,7 @@ class Packing:
         most = self.sieve.filters.max_seconds
         if most is None or cut is not None:  # the filter judges what a cut leaves
             most = MAX_SECONDS
+        assert entry.audio is not None  # text samples are written without a clip
         clip = make_clip(
             entry.audio, entry.offset, entry.duration, codec=codec, rate=self.rate, cut=cut, max_seconds=most
         )
@@ -391,7 +392,7 @@ def record_of(entry: Entry, duration: float, sample_rate: int | None) -> dict:
     return record
 
 
-_packing: Packing | None = None
+_packing: Packing  # of a worker process
 _progress = None
 
 

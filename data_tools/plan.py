@@ -22,13 +22,13 @@ import shutil
 import struct
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import msgspec
 import numpy as np
@@ -105,7 +105,7 @@ class _Scan:
     unknown_durations: int = 0  # clips that filters by seconds can only judge when they are decoded
     unprompted: Counter = field(default_factory=Counter)  # task -> clips that bring no prompt
     rejected: Counter = field(default_factory=Counter)
-    rejected_seconds: Counter = field(default_factory=Counter)
+    rejected_seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     examples: dict[str, str] = field(default_factory=dict)  # reason -> the first of its kind
 
     def note(self, entry: Entry, by: int = 1) -> None:
@@ -191,8 +191,10 @@ def _open_scan(folder: Path, stack: ExitStack) -> _Scan:
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "buckets").mkdir(parents=True)
     faults = stack.enter_context(open(folder / "rejected.jsonl", "w", encoding="utf-8"))
-    tables = (stack.enter_context(open(folder / name, "wb", buffering=1 << 16)) for name in _TABLES)
-    return _Scan(folder, faults, *tables, stack)
+    ids, clips, hashes = (
+        stack.enter_context(open(folder / name, "wb", buffering=1 << 16)) for name in _TABLES
+    )
+    return _Scan(folder, faults, ids, clips, hashes, stack)
 
 
 def _finish(
@@ -250,26 +252,29 @@ def _scan(
     for number, corpus in enumerate(corpora):
         has_global_ids = isinstance(corpus, Corpus) and corpus.reader.has_global_ids
         for item in _readable(watch(corpus)):
-            if type(item) is Ignored:
+            if isinstance(item, Ignored):
                 whole.ignored[item.what] += item.count
                 continue
             whole.items += 1
             scan = single
-            try:
-                fault = item if type(item) is Rejection else sieve.prepare(item)
-                if fault is None:
-                    scan = scan or _of_split(item, sieve, scans, whole)
-                    if scan is None:
-                        continue
-                    fault = sieve.judge_metadata(item)
-            except CorpusError:
-                raise
-            except Exception as error:  # whatever a filter makes of one entry
-                fault = fault_of(error, item.id, item.corpus, "failed")
-            if fault is None:
-                key = (item.corpus, None, None) if has_global_ids else (item.corpus, number, item.source)
-                source = sources.setdefault(key, len(sources))
-                fault = _keep(scan, item, source, layout, sieve.filters.drop_duplicates)
+            if isinstance(item, Rejection):
+                fault: Rejection | None = item
+            else:
+                try:
+                    fault = sieve.prepare(item)
+                    if fault is None:
+                        scan = scan or _of_split(item, sieve, scans, whole)
+                        if scan is None:
+                            continue
+                        fault = sieve.judge_metadata(item)
+                except CorpusError:
+                    raise
+                except Exception as error:  # whatever a filter makes of one entry
+                    fault = fault_of(error, item.id, item.corpus, "failed")
+                if fault is None and scan is not None:
+                    key = (item.corpus, None, None) if has_global_ids else (item.corpus, number, item.source)
+                    source = sources.setdefault(key, len(sources))
+                    fault = _keep(scan, item, source, layout, sieve.filters.drop_duplicates)
             if fault is not None:
                 seconds = getattr(item, "duration", None) or 0.0
                 for rejecting in (scan,) if scan is not None else scans.values():
@@ -309,7 +314,7 @@ def _keep(scan: _Scan, entry: Entry, source: int, layout: Layout, by_sound: bool
             f"its line has {len(line):,} bytes: more than any sample's text",
             entry.corpus,
         )
-    audio, seconds, size = entry.audio, 0.0, _RECORD_BYTES + _spelt_length(entry, line)
+    audio, seconds, size = entry.audio, 0.0, float(_RECORD_BYTES + _spelt_length(entry, line))
     if audio is not None:
         seconds = entry.duration if entry.duration is not None else estimate_seconds(audio, entry.size)
         size += estimate_bytes(audio, seconds, layout.codec)
@@ -556,7 +561,7 @@ def shard_entries(folder: Path, shard: int) -> tuple[int, list[Entry]]:
     return int(row["first"]), [Entry.from_json(line) for line in lines]
 
 
-def plan_once(folder: Path, make: Callable[[Path], dict], patience_seconds: float = 60.0) -> dict:
+def plan_once(folder: Path, make: Callable[[Path], Any], patience_seconds: float = 60.0) -> dict:
     """The plan in `folder`, made by `make` if there is none; parts of an array job that start together
     wait for one.
 

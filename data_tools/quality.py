@@ -33,7 +33,7 @@ def measure(samples: np.ndarray, rate: int) -> dict[str, float]:
     floor = 10 ** (_FLOOR_DB / 10)
     peak = float(np.abs(samples.astype(np.int32)).max()) / 32768.0
     return {
-        "rms_db": round(float(_decibels(np.mean((samples.astype(np.float64) / 32768.0) ** 2))), 2),
+        "rms_db": round(float(_decibels(float(np.mean((samples.astype(np.float64) / 32768.0) ** 2)))), 2),
         "peak_db": round(float(_decibels(peak**2)), 2),
         "clipping": round(float(np.mean((samples >= 32767) | (samples <= -32768))), 6),
         "snr_db": round(float(_decibels(max(loud - noise, floor) / max(noise, floor))), 2),

@@ -71,14 +71,14 @@ def probe(folder: Path, plan: dict, packing: Packing) -> Looked:
     while shard < plan["shards"] and found.files < _FILES:
         for entry in shard_entries(folder, shard)[1]:
             if entry.audio is not None and found.files < _FILES:
-                _look(entry, found, packing)
+                _look(entry, entry.audio, found, packing)
         shard += 1
     return found
 
 
-def _look(entry: Entry, found: Looked, packing: Packing) -> None:
+def _look(entry: Entry, audio: str, found: Looked, packing: Packing) -> None:
     found.files += 1
-    kind, path = kind_of(entry.audio)
+    kind, path = kind_of(audio)
     if found.decoded < _CLIPS and kind != "pipe":
         found.decoded += 1
         try:

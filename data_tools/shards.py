@@ -24,6 +24,7 @@ import tarfile
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
@@ -299,7 +300,7 @@ def write_index(
     scratch: as in replace_file.
     """
     folder = Path(folder)
-    tables = {"tasks": set(), "langs": set(), "codecs": set()}
+    tables: dict[str, set[str]] = {"tasks": set(), "langs": set(), "codecs": set()}
     shardlist, count = [], 0
     for summary in summaries:
         for table, values in tables.items():
@@ -405,7 +406,7 @@ def _check_fields(index: dict, path: Path) -> None:
         ):
             raise _wrong(path, f"'{key}' is not an object of numbers")
     hours = index.get("hours")
-    if not _is_number(hours) or not 0 <= hours < math.inf:
+    if hours is None or not _is_number(hours) or not 0 <= hours < math.inf:
         raise _wrong(path, "'hours' is not a number of hours")
     if not _SHA256.fullmatch(index["fingerprint"]):
         raise _wrong(path, "'fingerprint' is not a sha256 of 64 hexadecimal digits")
@@ -467,7 +468,7 @@ def _check_rows(samples: np.ndarray, index: dict, counts: np.ndarray, path: Path
     tables = {"task": len(index["tasks"]), "lang": len(index["langs"]), "codec": len(index["codecs"])}
     for start in range(0, len(samples), _CHECK_ROWS):
         if start % _RELEASE_ROWS == 0:  # 10 million rows are 0.7 GB, which every rank would keep in memory
-            samples._mmap.madvise(mmap.MADV_DONTNEED)
+            cast(Any, samples)._mmap.madvise(mmap.MADV_DONTNEED)  # numpy has no public name for it
         rows = samples[start : start + _CHECK_ROWS]
         expected = np.searchsorted(ends, np.arange(start, start + len(rows)), side="right")
         file_sizes = sizes[expected]
@@ -516,7 +517,8 @@ class ShardIndex:
         self.damaged: list[str] = []
         local = os.environ.get("SOUNDWAVE_LOCAL_SHARDS")
         self._copies = Path(local) / self.fingerprint if local else None
-        self._open_files, self._files = open_files, OrderedDict()
+        self._open_files = open_files
+        self._files: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor
 
     @classmethod
     def load(cls, folder: str | Path) -> ShardIndex:

@@ -129,8 +129,8 @@ def _tarz(rest: str) -> bytes:
 
 def _member(rest: str, opened: Callable[[str], IO[bytes]]) -> bytes:
     path, _, place = rest.rpartition("#")
-    offset, _, size = place.partition("+")
-    size = int(size.partition(".")[0])
+    offset, _, rest = place.partition("+")
+    size = int(rest.partition(".")[0])
     if size > _MAX_READ:
         raise ClipError("too_large", f"a member of {size:,} bytes, more than {_MAX_READ:,}")
     data = os.pread(opened(path).fileno(), size, int(offset))
@@ -245,6 +245,7 @@ def _pipe(command: str) -> bytes:
             stderr=errors,
         ) as process,
     ):
+        assert process.stdout is not None  # a pipe
         while block := process.stdout.read(1 << 24):
             blocks.append(block)
             size += len(block)
@@ -260,7 +261,7 @@ def _pipe(command: str) -> bytes:
     return b"".join(blocks)
 
 
-_READERS = {
+_READERS: dict[str, Callable[[str], bytes]] = {
     "file": read_file,
     "tar": _tar,
     "tarz": _tarz,

@@ -37,7 +37,11 @@ csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
 _CHUNK = 1 << 20
 _MAX_ELEMENT = 1 << 28  # characters of one element of a JSON array
 _MAX_QUOTED_LINES = 100  # that one quoted cell may span
-_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+_OPENERS: dict[bytes, Callable[[IO[bytes]], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+}
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _BOMS = {  # the longer ones first: that of UTF-16 is the beginning of that of UTF-32
     codecs.BOM_UTF32_LE: "utf-32",
@@ -48,6 +52,11 @@ _BOMS = {  # the longer ones first: that of UTF-16 is the beginning of that of U
 }
 _BLANK = re.compile(r"[ \t\r\n]*")
 _FILE_NAME = re.compile(r"\.\w{2,5}$")
+
+
+def _after_blank(text: str, place: int) -> int:
+    """Return the first place from `place` on that holds no white space."""
+    return next(_BLANK.finditer(text, place)).end()
 
 
 class CorpusError(OneLine, ValueError):
@@ -95,7 +104,7 @@ def reading(path: Path) -> Iterator[None]:
         raise CorpusError(f"{path} {what}") from None
 
 
-def open_bytes(path: Path) -> IO[bytes]:
+def open_bytes(path: Path) -> io.BufferedReader:
     """Open a file for reading, decompressed. Errors: OSError, CorpusError for a compression that cannot be
     read."""
     file = open(path, "rb")  # noqa: SIM115  closed by the caller
@@ -116,7 +125,7 @@ def check_encoding(encoding: str | None) -> None:
         raise CorpusError(f"encoding={encoding}: there is no such encoding; usual ones are {usual}") from None
 
 
-def _form_of(file: IO[bytes], path: Path, encoding: str | None) -> tuple[int, str | None]:
+def _form_of(file: io.BufferedReader, path: Path, encoding: str | None) -> tuple[int, str | None]:
     """(bytes of the mark at its beginning, encoding: None for plain UTF-8) of a file that is open at its
     beginning."""
     head = file.peek(64)[:64]
@@ -182,8 +191,8 @@ def text_lines(path: Path, encoding: str | None = None) -> Iterator[tuple[int, s
             continue
         try:
             yield place, line.decode().rstrip("\r\n")
-        except UnicodeDecodeError:
-            yield place, damage(line)
+        except UnicodeDecodeError as error:
+            yield place, damage(line) or Problem("encoding", str(error))
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------
@@ -266,14 +275,14 @@ def _elements(file: IO[str], path: Path, key: str | None) -> Iterator[Any]:
         return bool(chunk)
 
     while True:
-        place = _BLANK.match(buffer, place).end()
+        place = _after_blank(buffer, place)
         if number and buffer.startswith(",", place):
-            place = _BLANK.match(buffer, place + 1).end()
+            place = _after_blank(buffer, place + 1)
         if buffer.startswith("]", place):
             break
         try:
             element, end = decoder.raw_decode(buffer, place)
-            end = _BLANK.match(buffer, end).end()
+            end = _after_blank(buffer, end)
             if not buffer.startswith((",", "]"), end):  # a number at the buffer's end may continue
                 raise ValueError("no comma after it")
         except RecursionError:
@@ -308,8 +317,10 @@ class _Lines:
     """Lines for csv.reader, counted; those of one record can be given back, and are not without end."""
 
     def __init__(self, file: IO[str]):
-        self._file, self._given_back = file, deque()
-        self.place, self.taken = 0, []
+        self._file = file
+        self._given_back: deque[str] = deque()
+        self.taken: list[str] = []
+        self.place = 0
 
     def __iter__(self) -> _Lines:
         return self
@@ -346,7 +357,7 @@ def table_rows(
     used.
     """
     delimiter = delimiter or usual_delimiter(path)
-    options = {
+    options: dict[str, Any] = {
         "delimiter": delimiter,
         "quoting": csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
         "escapechar": escape,

@@ -87,7 +87,7 @@ def _check_members(index: ShardIndex, shard: int, path: Path, decode: int | None
                 f"{path.name}: members of sample {row} are named {', '.join(name for name, _, _ in here)}"
             )
         try:
-            audio, record = index.read(row)
+            audio, record = index.read(int(row))
         except ShardError as error:
             problems.append(str(error))
             continue

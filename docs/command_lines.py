@@ -36,7 +36,6 @@ SPOKEN = {
 #: Programs of others that code blocks may call.
 OTHERS = {"cat", "cd", "cp", "curl", "git", "hf", "pip", "source", "ssh", "tar", "tensorboard"}
 OTHER_MODULES = {"pytest", "mkdocs", "docs"}
-SHELL = {"do", "done", "for", "break"}
 
 
 class WrongCommand(ValueError):

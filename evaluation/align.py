@@ -98,20 +98,20 @@ def batches(
 def aligned(model, clips: list[tuple[Entry, torch.Tensor]]) -> list[Aligned]:
     """Short clips together, long ones one by one in windows."""
     longest = min(30.0, model.config.encoder.max_seconds)
-    found: list[Aligned | None] = [None] * len(clips)
+    found: dict[int, Aligned] = {}
     short = [i for i, (_, waveform) in enumerate(clips) if len(waveform) <= longest * SAMPLE_RATE]
     together = align(
         model,
         [clips[i][1] for i in short],
-        [clips[i][0].text for i in short],
+        [clips[i][0].text or "" for i in short],
         [clips[i][0].lang for i in short],
     )
     for i, one in zip(short, together, strict=True):
         found[i] = one
     for i, (entry, waveform) in enumerate(clips):
-        if found[i] is None:
-            found[i] = align_recording(model, waveform, entry.text, entry.lang)
-    return found
+        if i not in found:
+            found[i] = align_recording(model, waveform, entry.text or "", entry.lang)
+    return [found[i] for i in range(len(clips))]
 
 
 def timed(entry: Entry, found: Aligned) -> dict:
@@ -134,7 +134,8 @@ def segments(
     entry: Entry, found: Aligned, seconds: float, cutting: Cutting, least_confidence: float
 ) -> tuple[list[dict], list[Rejection]]:
     """Lines of the clips that a recording is cut into, and clips that are of no use."""
-    spans = word_spans(entry.text, entry.lang)
+    written = entry.text or ""
+    spans = word_spans(written, entry.lang)
     words = found.words
     while words and words[-1].confidence == 0 and words[-1].start == words[-1].end:
         words = words[:-1]  # after the audio's end, or signs that take no time
@@ -156,7 +157,7 @@ def segments(
             faults.append(Rejection(name, *problem, entry.corpus))
             continue
         last = len(spans) if clip.last == len(words) and not found.problem else clip.last
-        text = " ".join(entry.text[spans[clip.first][0] : spans[last - 1][1]].split())
+        text = " ".join(written[spans[clip.first][0] : spans[last - 1][1]].split())
         rows.append(
             entry.fields()
             | {

@@ -25,6 +25,7 @@ from evaluation.run import DECODE_HELP, DECODES, InputError
 from model.folder import FolderError, describe
 from model.pretrained import SourceError
 from model.stages import STAGES
+from soundwave.results import Answer, Transcription
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -81,12 +82,13 @@ def main(arguments: list[str] | None = None) -> int:
         decode = "greedy" if options.decode == "generate" else options.decode
         for file in options.files:
             try:
+                found: Answer | Transcription
                 if options.prompt:
                     found = model.answer(
                         file,
                         options.prompt,
                         max_new_tokens=options.max_new_tokens,
-                        decode=decode or "greedy",
+                        decode="drafted" if decode == "drafted" else "greedy",
                     )
                 else:
                     found = model.transcribe_clip(file, decode=decode, max_new_tokens=options.max_new_tokens)

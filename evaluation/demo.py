@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from transformers import TextIteratorStreamer
@@ -94,7 +95,7 @@ class Talker:
             pass
 
     def name_of(self, token: int) -> str:
-        return self.model.tokenizer.decode([token])
+        return str(self.model.tokenizer.decode([token]))
 
     def ask(self, file: str | None, question: str) -> Iterator[tuple]:
         """Yields (answer so far, CTC transcript, picture, timings as Markdown, words), None where nothing has
@@ -163,7 +164,8 @@ class Talker:
             token
             for _, token in ctc_peaks(inspection["tokens"][0], inspection["peak"][0], inspection["blank"])
         ]
-        transcript = self.model.tokenizer.decode([t for t in tokens if t < len(self.model.tokenizer)]).strip()
+        known = [t for t in tokens if t < len(self.model.tokenizer)]
+        transcript = str(self.model.tokenizer.decode(known)).strip()
         kept, frames = len(inspection["kept"][0]), len(inspection["tokens"][0])
         picture = figure(inspection, self.name_of)
         if warning := self.model.length_warning(seconds):
@@ -421,7 +423,8 @@ def serve(options: argparse.Namespace, folder_of_uploads: str) -> int:
         )
     # Gradio 6.31 prints the stack of whatever a visitor makes it refuse: a line of the log is enough
     # (gradio/queueing.py).
-    gradio.queueing.traceback = SimpleNamespace(
+    queueing: Any = gradio.queueing  # its traceback is a module, of which it calls one function
+    queueing.traceback = SimpleNamespace(
         print_exc=lambda: print_error(f"error: a request was refused: {one_line(sys.exc_info()[1])}")
     )
     try:

@@ -72,7 +72,7 @@ def sent_in_clear(url: str) -> bool:
     """Whether what goes to `url` can be read on the way: http, to another machine."""
     parts = urlsplit(url)
     try:
-        local = ipaddress.ip_address(parts.hostname).is_loopback
+        local = ipaddress.ip_address(parts.hostname or "").is_loopback
     except ValueError:
         local = parts.hostname == "localhost"
     return parts.scheme == "http" and not local

@@ -19,6 +19,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -60,11 +61,8 @@ def local_judge(folder: Path) -> Callable[[str], str]:
     try:
         with reading(folder, "chat model"):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            model = (
-                AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
-                .to(device)
-                .eval()
-            )
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+            model.to(torch.device(device)).eval()
     except SourceError as error:
         raise PredictionError(str(error)) from None
 
@@ -77,7 +75,7 @@ def local_judge(folder: Path) -> Callable[[str], str]:
             output = model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False
             )
-        return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
     return ask
 
@@ -137,13 +135,14 @@ def judge_row(row: dict, description: str, ask: Callable[[str], str], template: 
     known = [
         (pair[1 - swapped], pair[swapped]) for swapped, pair in enumerate(pairs) if pair
     ]  # (answer, reference)
-    score, reference = np.mean(known, axis=0).tolist() if known else (None, None)
+    means: list[float] | None = np.mean(known, axis=0).tolist() if known else None
+    score, other = means or (None, None)
     return {
         "id": row["id"],
         "corpus": row.get("corpus"),
         "task": row.get("task"),
         "score": score,
-        "reference_score": reference,
+        "reference_score": other,
         "replies": replies,
     }
 
@@ -151,7 +150,7 @@ def judge_row(row: dict, description: str, ask: Callable[[str], str], template: 
 def summarise(judgements: list[dict]) -> dict:
     """{task: {judged, unread, score, score_ci95, reference_score, wins}}: wins is the share rated above the
     reference."""
-    result = {}
+    result: dict[str, dict[str, Any]] = {}
     for task in sorted({j.get("task") or "" for j in judgements}):
         rows = [j for j in judgements if (j.get("task") or "") == task]
         read = [j for j in rows if j["score"] is not None]
@@ -213,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
         judged = {judgement["digest"]: judgement for judgement in before if judgement.get("digest") in wanted}
         if options.local and not (options.local / "config.json").exists():
             raise PredictionError(f"{options.local} is no model folder (it holds no config.json)")
-        ask = local_judge(options.local) if options.local else endpoint
+        ask: Any = local_judge(options.local) if options.local else endpoint  # an endpoint is None only then
         with kept.open("a", encoding="utf-8") as out:
             for digest in tqdm(
                 [digest for digest in wanted if digest not in judged], desc="judging", unit="answer"
@@ -229,9 +228,10 @@ def main(arguments: list[str] | None = None) -> int:
     others = sum(judgement.get("digest") not in wanted for judgement in before)
     if others:
         print(f"{others} judgements in {kept} are of another judge, wording or answer: not counted")
-    summary = {"judge": judge_name, "tasks": summarise(list(judged.values()))}
+    tasks = summarise(list(judged.values()))
+    summary = {"judge": judge_name, "tasks": tasks}
     options.predictions.with_suffix(".judge.json").write_text(json.dumps(summary, indent=1) + "\n")
-    for task, part in summary["tasks"].items():
+    for task, part in tasks.items():
         low, high = part.get("score_ci95", (0, 0))
         shown = f"{part['score']:.2f} [{low:.2f}, {high:.2f}]" if part["judged"] else "no score"
         print_text(f"{task}: {shown} of 10 ({part['judged']} judged, {part['unread']} replies unread)")

@@ -15,6 +15,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,11 +41,12 @@ LONGEST = 2048  # tokens of one passage; what is longer is cut
 @torch.inference_mode()
 def negative_log_likelihood(model: Soundwave, passage: str) -> tuple[float, int]:
     """Sum over the passage's tokens of -log p(token | those before), and how many were predicted."""
-    device = next(model.llm.parameters()).device
+    llm: Any = model.llm  # callable, whichever class it is
+    device = next(llm.parameters()).device
     ids = torch.tensor([text_ids(model.tokenizer, passage, add_special_tokens=True)[:LONGEST]], device=device)
     if ids.shape[1] < 2:
         return 0.0, 0
-    logits = model.llm(input_ids=ids).logits[0, :-1].float()
+    logits = llm(input_ids=ids).logits[0, :-1].float()
     return float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")), ids.shape[1] - 1
 
 
@@ -61,6 +63,8 @@ def is_right(given: str, accepted: list[str]) -> bool:
 
 def retention(model: Soundwave, passages: list[str], questions: list[dict], max_new_tokens: int = 48) -> dict:
     """Both sides on all texts: {perplexity, questions, answers}. The model must have LoRA."""
+    if not isinstance(model.llm, PeftModel):
+        raise ValueError("the model has no LoRA: there is nothing to compare")
     rows, scored = [], []
     for passage in tqdm(passages, desc="passages", unit="passage"):
         tuned, tokens = negative_log_likelihood(model, passage)
@@ -68,28 +72,28 @@ def retention(model: Soundwave, passages: list[str], questions: list[dict], max_
             base, _ = negative_log_likelihood(model, passage)
         scored.append((base, tuned, tokens))
     for item in tqdm(questions, desc="questions", unit="question"):
-        tuned = answer(model, item["question"], max_new_tokens)
+        theirs = answer(model, item["question"], max_new_tokens)
         with model.llm.disable_adapter():
-            base = answer(model, item["question"], max_new_tokens)
+            before = answer(model, item["question"], max_new_tokens)
         rows.append(
             {
                 "question": item["question"],
-                "base": base,
-                "tuned": tuned,
-                "base_right": is_right(base, item["accept"]),
-                "tuned_right": is_right(tuned, item["accept"]),
+                "base": before,
+                "tuned": theirs,
+                "base_right": is_right(before, item["accept"]),
+                "tuned_right": is_right(theirs, item["accept"]),
             }
         )
     result: dict = {"base": str(base_of(model.llm).config.name_or_path)}
     if scored:
-        base, tuned, tokens = (np.array(column, dtype=np.float64) for column in zip(*scored, strict=True))
-        low, high = interval(tuned - base, tokens)
+        bases, tunes, counts = (np.array(column, dtype=np.float64) for column in zip(*scored, strict=True))
+        low, high = interval(tunes - bases, counts)
         result["perplexity"] = {
             "passages": len(scored),
-            "tokens": int(tokens.sum()),
-            "base": math.exp(base.sum() / tokens.sum()),
-            "tuned": math.exp(tuned.sum() / tokens.sum()),
-            "ratio": math.exp((tuned - base).sum() / tokens.sum()),
+            "tokens": int(counts.sum()),
+            "base": math.exp(bases.sum() / counts.sum()),
+            "tuned": math.exp(tunes.sum() / counts.sum()),
+            "ratio": math.exp((tunes - bases).sum() / counts.sum()),
             "ratio_ci95": [math.exp(low), math.exp(high)],
         }
     if rows:

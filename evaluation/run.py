@@ -21,7 +21,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -30,7 +32,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from core.command_line import CommandParser
 from core.console import OneLine
-from core.distributed import disconnect, hard_exit
+from core.distributed import disconnect, from_main, gather, hard_exit
 from core.plugins import PluginError, add_plugins_option, load_plugins
 from core.samples import question_of, transcript_of
 from data_tools.shards import ShardError, ShardIndex
@@ -46,7 +48,7 @@ from model.soundwave import Soundwave
 from model.stages import ALIGNMENT, STAGES
 from recipe.config import DataConfig, Recipe, RecipeError, load_recipe
 from recipe.stages import initial_folder, stage_of
-from soundwave.decoding import Decoded, Decoding, begin_batch, decode_batch
+from soundwave.decoding import Decode, Decoded, Decoding, begin_batch, decode_batch
 from soundwave.vllm import VLLM, BackendError
 from soundwave.vllm import start as start_vllm
 from stream import EvalStream
@@ -172,6 +174,10 @@ class Started:
     answers: Callable[[], list[Decoded]]
 
 
+def is_done(done: set[str], sample: dict) -> bool:
+    return row_key(sample) in done
+
+
 @torch.inference_mode()
 def predict(
     model: Soundwave,
@@ -184,7 +190,7 @@ def predict(
     """Answer every batch of the stream and append it to the file. A batch without samples fills up a shorter
     rank: no answer. With vLLM, batches are encoded while it answers earlier ones. Errors: BackendError."""
     decoding = Decoding(
-        "greedy" if decode == "generate" else decode,
+        cast(Decode, "greedy" if decode == "generate" else decode),  # a choice of --decode
         options.max_new_tokens,
         joint_search(options) if decode == "joint" else None,
         options.sample,
@@ -273,7 +279,7 @@ def check_inputs(options: argparse.Namespace) -> list[TestSet]:
             f"{options.model} holds no soundwave.json: give a model folder, e.g. <output>/<stage>/model"
         )
     if options.model:
-        model = folder_digest(options.model)
+        model: str | dict[str, Any] = folder_digest(options.model)
     else:
         recipe = load_recipe(options.untrained, options.overrides)
         previous = initial_folder(recipe)
@@ -361,7 +367,7 @@ def output_file(options: argparse.Namespace, test: TestSet) -> Path:
 
 
 @dataclass
-class Place:
+class Ranks:
     """This process among its peers."""
 
     rank: int
@@ -371,24 +377,13 @@ class Place:
     def stop(self, error: str | None) -> bool:
         """Whether any rank met an error; rank 0 prints the first one, and all ranks know, so that they stop
         together."""
-        errors: list[str | None] = [error]
-        if self.world_size > 1:
-            errors = [None] * self.world_size
-            dist.all_gather_object(errors, error)
-        found = next((known for known in errors if known), None)
+        found = next((known for known in gather(error) if known), None)
         if found and self.rank == 0:
             print(f"error: {found}", file=sys.stderr)
         return found is not None
 
-    def first(self, value):
-        """Rank 0's value, on every rank."""
-        shared = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(shared, src=0)
-        return shared[0]
 
-
-def start(device: str | None) -> Place:
+def start(device: str | None) -> Ranks:
     """Ranks from the launcher's environment (one process without), joined by gloo; the answers themselves go
     through files."""
     disable_progress_bar()  # of transformers' weight loading; tqdm shows what takes long
@@ -397,7 +392,7 @@ def start(device: str | None) -> Place:
         # A rank may wait for a slower one as long as the work takes, not for torch's half hour.
         dist.init_process_group("gloo", timeout=timedelta(days=7))
     default = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    return Place(rank, world_size, torch.device(device or default))
+    return Ranks(rank, world_size, torch.device(device or default))
 
 
 def clip_notes(rows: list[dict], trained_seconds: float | None) -> list[str]:
@@ -422,7 +417,7 @@ def clip_notes(rows: list[dict], trained_seconds: float | None) -> list[str]:
 
 
 def finish(
-    file: PredictionFile, place: Place, longest: int | None = None, trained_seconds: float | None = None
+    file: PredictionFile, place: Ranks, longest: int | None = None, trained_seconds: float | None = None
 ) -> bool:
     """Wait for all ranks, merge, score, print. longest: tokens at which an answer was cut. trained_seconds:
     of the longest clip in training. False where there is nothing to score: rank 0 has said why."""
@@ -618,7 +613,7 @@ def score(
     for test, file in zip(tests, files, strict=True):
         torch.manual_seed(options.seed + place.rank)
         # One list for all: a slower rank would find the faster one's first rows in it.
-        done = place.first(file.done() if place.rank == 0 else None)
+        done = from_main(file.done() if place.rank == 0 else set())
         stream = EvalStream(
             str(test.shards),
             model.tokenizer,
@@ -626,7 +621,7 @@ def score(
             stage,
             tasks=test.tasks,
             limit=options.limit,
-            done=lambda sample, done=done: row_key(sample) in done,
+            done=partial(is_done, done),
             batch_seconds=options.batch_seconds,
             rank=place.rank,
             world_size=place.world_size,

@@ -13,6 +13,7 @@ import json
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
@@ -55,7 +56,7 @@ def groups(rows: list[dict]) -> dict[str, list[dict]]:
     if rows[0].get("task") == "translation":
         keys["direction"] = direction
         del keys["lang"]
-    found = {}
+    found: dict[str, Any] = {}
     for kind, key in keys.items():
         parts = defaultdict(list)
         for row in rows:

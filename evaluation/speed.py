@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (InputError, RecipeError, ShardError, SourceError, folder.FolderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    clips = []
+    clips: list[dict] = []
     for batch, samples in tqdm(stream, desc="speed", unit="clip", total=len(stream)):
         if not samples:  # the clip could not be read
             continue

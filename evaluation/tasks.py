@@ -107,7 +107,6 @@ _CONCLUSION = (
     r"(?i:\bchoose|\bpick|\bselect|\bgo with|\bit's|\bit is|\bso|\btherefore|\bthus|\bhence|\bmust be|\bbut)"
 )
 _VERB = r"(?i:is|would be|must be|should be|has to be)"
-_NOT = r"(?i:(?:\s+not|n't)\b)"
 # A letter is denied where one of these precedes or follows it.
 _DENIED_BEFORE = re.compile(
     r"(?i:\bnot|n't|\bnever|\bneither|\bnor|\brather than|\binstead of|\bexcept|\bexclude|\brule out"
@@ -187,8 +186,8 @@ def _without_listing(answer: str, choices: list[str]) -> str:
 
 def _letters_from(match: re.Match, text: str, letters: str) -> set[str]:
     """The letter of a statement, and those that stand with it in a row."""
-    following = re.match(rf"(?:[)\]\"'*]*{_AND}[(\[\"'*]*[{letters}](?![\w']))*", text[match.end(1) :])[0]
-    return {match[1], *re.findall(rf"[{letters}]", following)}
+    following = re.match(rf"(?:[)\]\"'*]*{_AND}[(\[\"'*]*[{letters}](?![\w']))*", text[match.end(1) :])
+    return {match[1], *re.findall(rf"[{letters}]", following[0] if following else "")}
 
 
 def _plain(text: str) -> str:

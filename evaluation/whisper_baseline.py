@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
 
 from core.command_line import CommandParser
-from core.distributed import disconnect, hard_exit
+from core.distributed import disconnect, from_main, hard_exit
 from core.languages import language_code
 from data_tools.shards import ShardError, ShardIndex
 from evaluation.predictions import PredictionError, PredictionFile, row_key
@@ -38,7 +39,8 @@ class Whisper:
 
     def __init__(self, path: Path, device: torch.device):
         with reading(path, "Whisper model"):
-            self.model = WhisperForConditionalGeneration.from_pretrained(path).to(device).eval()
+            self.model = WhisperForConditionalGeneration.from_pretrained(path).eval()
+            self.model.to(device)
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         self.languages = getattr(self.model.generation_config, "lang_to_id", None)
 
@@ -70,7 +72,7 @@ class Whisper:
         mel, _ = log_mel(
             padded.to(device), lengths.to(device), self.model.config.num_mel_bins, pad_to_samples=WINDOW
         )
-        options = {"do_sample": False, "num_beams": 1}
+        options: dict[str, Any] = {"do_sample": False, "num_beams": 1}
         if self.languages:
             options["task"] = "transcribe"
             if languages[0] is not None:
@@ -92,7 +94,8 @@ def read_batch(index: ShardIndex, rows: list[int]) -> tuple[list[dict], list[tor
         try:
             audio, sample, _ = read_with_retry(index, row)
             name = sample["id"]
-            waveform = decode(audio, findings=(findings := []))
+            findings: list[str] = []
+            waveform = decode(audio or b"", findings=findings)
             sample |= {"findings": findings} if findings else {}
             if len(waveform) > WINDOW:
                 raise BrokenSample(
@@ -150,9 +153,9 @@ def main(arguments: list[str] | None = None) -> int:
             file.prepare()
     except (InputError, PredictionError, RecipeError, ShardError, SourceError) as problem:
         error = str(problem)
-    if place.stop(error):
+    if place.stop(error) or file is None:
         return 2
-    done = place.first(file.done() if place.rank == 0 else None)
+    done = from_main(file.done() if place.rank == 0 else set())
     mine = sorted(rows, key=lambda row: -float(index.samples[row]["duration"]))[
         place.rank :: place.world_size
     ]
@@ -170,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
                 )
                 wall = round((time.perf_counter() - began) / len(left), 4)
                 for i, ids in zip(left, tokens, strict=True):
-                    text = whisper.tokenizer.decode(ids)
+                    text = str(whisper.tokenizer.decode(ids))
                     answers.append(
                         prediction_row(samples[i], text, text, "ctc") | {"tokens": len(ids), "wall": wall}
                     )

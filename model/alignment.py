@@ -143,12 +143,14 @@ class CTCHead(nn.Module):
         in the tokenizer."""
         super().__init__()
         self.kind, self.ops_config = kind, ops_config
+        self.weight: nn.Parameter
+        self.blank_row: nn.Parameter | None
         rows, width = getattr(
             embeddings, "ds_shape", embeddings.shape
         )  # a ZeRO-3 partition knows its whole shape
         if kind == "tied":
-            shared = isinstance(embeddings, nn.Parameter)
-            self.weight = embeddings if shared else nn.Parameter(embeddings, requires_grad=False)
+            shared = embeddings if isinstance(embeddings, nn.Parameter) else None
+            self.weight = nn.Parameter(embeddings, requires_grad=False) if shared is None else shared
             self.blank_row = nn.Parameter(row_scale * torch.randn(width, device=embeddings.device))
             self.blank = rows
         elif kind in ("initialised", "free"):
@@ -169,7 +171,7 @@ class CTCHead(nn.Module):
         lengths: torch.Tensor,
         targets: torch.Tensor | None = None,
         target_lengths: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """hidden [A, T, D], lengths [A], targets [A, U], target_lengths [A] ->
         (loss [A] each divided by its target length, argmax [A, T], its log-probability [A, T], the blank's
         [A, T]). Without targets the loss is zero and the vocabulary is swept for the argmax alone."""
@@ -177,7 +179,7 @@ class CTCHead(nn.Module):
         # gather.
         weight, row = self.weight, self.blank_row
         how = {"implementation": self.ops_config.implementation}
-        if targets is None:
+        if targets is None or target_lengths is None:
             argmax, lse, top, blank = ops.linear_argmax(
                 hidden, weight, lengths, blank=self.blank, extra_row=row, **how
             )

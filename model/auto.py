@@ -4,6 +4,7 @@ folder."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import AutoConfig, AutoModel, PretrainedConfig
@@ -105,7 +106,7 @@ def _device_of(device_map: object) -> torch.device | None:
     if device_map == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device_map)
+        return torch.device(cast(str, device_map))  # what is no name or number is a TypeError
     except (RuntimeError, TypeError):
         raise ValueError(
             f'device_map={device_map!r}: a Soundwave is on one device: give its name, e.g. "cuda"'

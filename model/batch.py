@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 
@@ -42,6 +43,13 @@ class Batch:
     row_keys: torch.Tensor | None = None  # [B] int64
     audio_rows: torch.Tensor | None = None  # [A] int64: the row of each audio
 
+    @property
+    def sounds(self) -> torch.Tensor:
+        """Return the waveforms. Errors: ValueError for a batch of cached features."""
+        if self.waveforms is None:
+            raise ValueError("the batch holds cached features: this needs its waveforms")
+        return self.waveforms
+
     def to(self, device: torch.device | str) -> Batch:
         moved = {
             f.name: getattr(self, f.name).to(device, non_blocking=True)
@@ -55,7 +63,7 @@ class Batch:
         number)."""
         from model.ops import mix64  # not above: readers of data make batches, and need no ops
 
-        keys = {
+        keys: dict[str, Any] = {
             name: mix64(value ^ key)
             for name in ("audio_keys", "row_keys")
             if (value := getattr(self, name)) is not None

@@ -12,6 +12,7 @@ checkpointing).
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -104,7 +105,8 @@ class LoraDropout(KeyedDropout):
         super().__init__(p, name)
         self.tokens = tokens
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
+        """peft gives no keys: they are those of the tokens that the LLM computes."""
         keys = self.tokens.keys
         if self.training and self.p > 0.0 and keys is not None and keys.shape != x.shape[:-1]:
             if keys.numel() != x.shape[:-1].numel():
@@ -122,10 +124,12 @@ class LoraDropout(KeyedDropout):
 def key_lora_dropout(llm: nn.Module) -> None:
     """Replace the dropout of peft's LoRA layers in place by keyed ones; `llm.token_keys` then holds the
     keys of the tokens that it computes."""
-    llm.token_keys = TokenKeys()
+    tokens = TokenKeys()
+    cast(Any, llm).token_keys = tokens  # no module: torch's own __setattr__ would not know its type
     for name, module in list(llm.named_modules()):
-        if not isinstance(getattr(module, "lora_dropout", None), nn.ModuleDict):
+        dropouts = getattr(module, "lora_dropout", None)
+        if not isinstance(dropouts, nn.ModuleDict):
             continue
-        for adapter, dropout in module.lora_dropout.items():
+        for adapter, dropout in dropouts.items():
             if isinstance(dropout, nn.Dropout):
-                module.lora_dropout[adapter] = LoraDropout(dropout.p, f"llm.{name}.{adapter}", llm.token_keys)
+                dropouts[adapter] = LoraDropout(dropout.p, f"llm.{name}.{adapter}", tokens)

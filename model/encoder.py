@@ -68,16 +68,17 @@ class Encoder(nn.Module, ABC):
                 f"audio of {longest / SAMPLE_RATE:.1f} s is longer than model.encoder.max_seconds = "
                 f"{self.max_seconds:g}: cut it, or raise that setting"
             )
-        window = self.pad_to_samples or (self.window_seconds and round(self.window_seconds * SAMPLE_RATE))
+        window = self.pad_to_samples
+        if not window and self.window_seconds:
+            window = round(self.window_seconds * SAMPLE_RATE)
         if window is None or longest <= window:
             features = self.encode(waveforms[:, : max(longest, 1)], lengths, mel_mask)
             frames = self.frames(lengths)
         else:
             features, frames = self._encode_windows(waveforms, lengths, window, mel_mask)
-        if (
-            padded and self.pad_to_samples
-        ):  # each clip to the end of its own last window, whatever else the batch holds
-            frames = (-(-lengths // window)).clamp(min=1) * int(self.frames(torch.tensor(window)))
+        if padded and (full := self.pad_to_samples):
+            # each clip to the end of its own last window, whatever else the batch holds
+            frames = (-(-lengths // full)).clamp(min=1) * int(self.frames(torch.tensor(full)))
         features = features[:, : int(frames.max())]
         behind = torch.arange(features.shape[1], device=features.device) >= frames[:, None]
         return features.masked_fill(behind[..., None], 0.0), frames
@@ -124,7 +125,7 @@ class WhisperEncoder(Encoder):
         self.width = layers.config.d_model
         self.frame_rate = 50.0
         self.window_seconds = layers.config.max_source_positions / self.frame_rate
-        if self.pad_to_samples and config.pad_to_seconds > self.window_seconds:
+        if config.pad_to_seconds is not None and config.pad_to_seconds > self.window_seconds:
             raise OptionError(
                 f"model.encoder.pad_to_seconds = {config.pad_to_seconds:g} is beyond this encoder's "
                 f"{self.window_seconds:g} s"
@@ -185,7 +186,9 @@ class WaveformEncoder(Encoder):
 
     window_seconds = None
 
-    def __init__(self, config: EncoderConfig, layers: nn.Module, source: Source):
+    def __init__(
+        self, config: EncoderConfig, layers: Wav2Vec2Model | HubertModel | WavLMModel, source: Source
+    ):
         super().__init__(config)
         self.layers = layers
         sizes = layers.config
@@ -241,10 +244,10 @@ def build_encoder(
     family = source.config.model_type
     wrapper, layers, renamed, _ = _family(source)
     if weights:
-        tensor_files(source.folder)  # a file that is missing or cut is named
-        with reading(source.folder, "weights for its config.json"):
+        tensor_files(source.files)  # a file that is missing or cut is named
+        with reading(source.files, "weights for its config.json"):
             network, report = layers.from_pretrained(
-                source.folder,
+                source.files,
                 dtype=dtype,
                 attn_implementation=attention,
                 key_mapping=renamed,

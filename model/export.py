@@ -23,6 +23,7 @@ import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -70,10 +71,10 @@ def export(
         raise FolderError(f"{out} is not empty: give a new folder")
     encoder, llm = locate(config.encoder.name), locate(config.llm.name)
     tokenizer = load_tokenizer(llm, config.audio_token)
-    frozen = {"encoder": fingerprint(encoder.folder, tensor_prefix(encoder)), "llm": fingerprint(llm.folder)}
+    frozen = {"encoder": fingerprint(encoder.files, tensor_prefix(encoder)), "llm": fingerprint(llm.files)}
     settings = identity.settings({"encoder": encoder, "llm": llm}, tokenizer)
     for text in identity_differences(
-        run, frozen, settings, {"encoder": encoder.folder, "llm": llm.folder}
+        run, frozen, settings, {"encoder": encoder.files, "llm": llm.files}
     ).values():
         raise FolderError(text)
     out.mkdir(parents=True, exist_ok=True)
@@ -116,12 +117,13 @@ def export(
     }:
         written["recipe"] = {"data": kept}
     (out / CONFIG).write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n")
-    SoundwaveHubConfig(
-        architectures=["Soundwave"],
-        soundwave=asdict(config),
-        llm_config=llm.config.to_dict(),
-        encoder_config=encoder.config.to_dict(),
-    ).save_pretrained(out)
+    keys: dict[str, Any] = {
+        "architectures": ["Soundwave"],
+        "soundwave": asdict(config),
+        "llm_config": llm.config.to_dict(),
+        "encoder_config": encoder.config.to_dict(),
+    }
+    SoundwaveHubConfig(**keys).save_pretrained(out)
     (out / "README.md").write_text(
         model_card(run, description, names, frozen, merged=merge, has_lora=has_lora)
     )
@@ -162,17 +164,17 @@ def _generation_config(tokenizer: PreTrainedTokenizerBase, prompt: str, llm: Sou
 
 def _write_llm(llm: Source, merge: LoRAMerge | None, out: Path) -> None:
     writer = ShardWriter(out)
-    for name, tensor in stream_tensors(llm.folder, "merging the LLM"):
+    for name, tensor in stream_tensors(llm.files, "merging the LLM"):
         writer.add(name, merge(name, tensor) if merge else tensor)
     if merge:
         merge.check_all_used()
     writer.close()
-    shutil.copyfile(llm.folder / "config.json", out / "config.json")
+    shutil.copyfile(llm.files / "config.json", out / "config.json")
 
 
 def _copy_encoder(encoder: Source, out: Path) -> None:
     out.mkdir()
-    for path in sorted(encoder.folder.iterdir()):
+    for path in sorted(encoder.files.iterdir()):
         if path.is_file() and (
             path.suffix == ".safetensors"
             or path.name in ("config.json", "preprocessor_config.json", "model.safetensors.index.json")

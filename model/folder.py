@@ -92,7 +92,7 @@ def save(model: Soundwave, folder: str | Path, extra: dict | None = None) -> Pat
         peft_config = model.llm.peft_config["default"]
         peft_config.base_model_name_or_path = model.config.llm.name
         peft_config.inference_mode = True
-        peft_config.save_pretrained(partial / LORA)
+        peft_config.save_pretrained(str(partial / LORA))
     description = {
         "config": asdict(model.config),
         "stage": model.stage,
@@ -214,7 +214,8 @@ def identity_differences(
     frozen, settings: of the parts in `places`. Where the folder was made before settings were recorded, a
     warning replaces their check. Errors: FolderError.
     """
-    description, found = describe(folder), {}
+    description = describe(folder)
+    found: dict[str, str] = {}
     stored = description["frozen"]
     for part, digest in frozen.items():
         if part in stored and stored[part] != digest:
@@ -297,7 +298,7 @@ def load_trained(model: Soundwave, folder: str | Path, *, verify: bool = True) -
     for name, value in load_file(folder / ADAPTERS).items():
         if name.split(".")[0] in taken:
             _fill(parameters[name], value)
-    if "lora" in taken:
+    if "lora" in taken and model.llm is not None:
         state = load_file(folder / LORA / "adapter_model.safetensors")
         if any(hasattr(p, "ds_id") for p in model.llm.parameters()):
             lora = dict(model.llm.named_parameters())

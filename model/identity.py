@@ -142,7 +142,7 @@ def _preprocessor(source: Source) -> dict[str, object]:
 def _end_tokens(source: Source) -> dict[str, object]:
     """Ids that end an answer and pad a batch, of generation_config.json, or of config.json where that is
     missing."""
-    path = source.folder / "generation_config.json"
+    path = source.files / "generation_config.json"
     values = read_json(path) if path.exists() else source.config.to_dict()
     ends = values.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]

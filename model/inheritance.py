@@ -6,6 +6,7 @@ from __future__ import annotations
 import operator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -49,7 +50,7 @@ def inherited_options(folder: str | Path) -> dict[str, object]:
         kept += ["compressor", "compressor_options", "shrinking", "prompt", "system_prompt"]
     if (folder / "lora").is_dir():
         kept.append("llm")
-    options = {}
+    options: dict[str, Any] = {}
     for name, default in asdict(SoundwaveConfig()).items():
         if isinstance(default, dict) and default:  # a section; a table of numbers is one option
             options |= {
@@ -66,9 +67,9 @@ def inherited_options(folder: str | Path) -> dict[str, object]:
         "encoder.name",
         "llm.name",
     } & options.keys():  # frozen parts inside the folder are named relative to it
-        name = Path(str(options[key]))
-        if not name.is_absolute() and ".." not in name.parts and (folder / name).is_dir():
-            options[key] = str(folder / name)
+        part = Path(str(options[key]))
+        if not part.is_absolute() and ".." not in part.parts and (folder / part).is_dir():
+            options[key] = str(folder / part)
     return options
 
 

@@ -8,7 +8,7 @@ import re
 import warnings
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
@@ -29,13 +30,14 @@ from core.console import one_line, shown
 from core.near_names import either, near_names
 from model.config import LLMConfig
 from model.dropout import key_lora_dropout, position_keys
-from model.pretrained import Source, SourceError, reading, tensor_files, text_config
+from model.pretrained import Source, SourceError, causal_lm_class, reading, tensor_files, text_config
 from model.prompt import stop_ids
 
 # transformers 5.23 renames gradient_checkpointing_enable; peft 0.21 and this module call the name that older
 # versions have, too.
 warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing\w*` is deprecated", category=FutureWarning)
 
+LLM = PreTrainedModel | PeftModel  # the latter with LoRA
 ALL_LINEAR = "all-linear"  # peft's keyword
 # transformers names its modules so, in every family; MLA: DeepSeek's and Longcat's multi-head latent
 # attention.
@@ -45,13 +47,18 @@ _ATTENTION = re.compile(r"(Attention|Attn|MLA)$")
 def load_tokenizer(source: Source, audio_token: str) -> PreTrainedTokenizerBase:
     """The LLM's tokenizer with `audio_token` as one special token (added at its end unless it is there
     already)."""
-    with reading(source.folder, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+    with reading(source.files, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source.files, trust_remote_code=False)
         if audio_token not in tokenizer.get_vocab():
             tokenizer.add_tokens(
                 [AddedToken(audio_token, special=True, normalized=False)], special_tokens=True
             )
     return tokenizer
+
+
+def audio_token_id(tokenizer: PreTrainedTokenizerBase, audio_token: str) -> int:
+    """Return the id of the audio token of a tokenizer from `load_tokenizer`."""
+    return cast(int, tokenizer.convert_tokens_to_ids(audio_token))  # of one token: one id
 
 
 def without_noise(config: PretrainedConfig) -> PretrainedConfig:
@@ -73,12 +80,12 @@ def without_noise(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def build_llm(config: LLMConfig, source: Source, dtype: torch.dtype, attention: str | None) -> nn.Module:
+def build_llm(config: LLMConfig, source: Source, dtype: torch.dtype, attention: str | None) -> LLM:
     """The frozen LLM with fresh LoRA (which starts as the identity); on the meta device where the source has
     no weights."""
-    options = {"dtype": dtype, "attn_implementation": attention}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     quiet = without_noise(source.config)
-    loading = {**options, "config": quiet, "output_loading_info": True}
+    loading: dict[str, Any] = {**options, "config": quiet, "output_loading_info": True}
     if source.folder is None:
         with torch.device("meta"):
             llm = AutoModelForCausalLM.from_config(quiet, **options)
@@ -86,9 +93,11 @@ def build_llm(config: LLMConfig, source: Source, dtype: torch.dtype, attention: 
         tensor_files(source.folder)  # a file that is missing or cut is named
         with reading(source.folder, "weights for its config.json"):
             try:
-                llm, report = AutoModelForCausalLM.from_pretrained(
+                # With output_loading_info it returns a pair, which its annotation leaves out.
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
                     source.folder, trust_remote_code=False, use_safetensors=True, **loading
                 )
+                llm, report = loaded
             except (ValueError, ImportError) as error:
                 if attention is None or "attention" not in str(error).lower():
                     raise
@@ -117,7 +126,7 @@ def build_llm(config: LLMConfig, source: Source, dtype: torch.dtype, attention: 
     return with_lora(llm, config, source.name)
 
 
-def with_lora(llm: nn.Module, config: LLMConfig, name: str) -> PeftModel:
+def with_lora(llm: PreTrainedModel, config: LLMConfig, name: str) -> PeftModel:
     """The LLM with LoRA on `config.lora_targets`. Errors: SourceError."""
     targets = lora_targets(llm, config.lora_targets, name)
     linear = _linear_layers(llm)
@@ -134,9 +143,9 @@ def with_lora(llm: nn.Module, config: LLMConfig, name: str) -> PeftModel:
         fan_in_fan_out=transposed,
     )
     try:
-        llm = get_peft_model(llm, lora)
-        key_lora_dropout(llm)
-        return llm
+        adapted = get_peft_model(llm, lora)
+        key_lora_dropout(adapted)
+        return cast(PeftModel, adapted)  # a PeftMixedModel only where it is asked for
     except ValueError as error:
         raise SourceError(
             f"LoRA does not fit {name}: model.llm.lora_targets = {shown(targets)} ({one_line(error)})"
@@ -173,7 +182,7 @@ def _pattern(
     return dict(pattern)
 
 
-def _linear_layers(llm: nn.Module) -> dict[str, nn.Module]:
+def _linear_layers(llm: PreTrainedModel) -> dict[str, nn.Module]:
     """Name -> module of every linear layer but the output embeddings."""
     head = llm.get_output_embeddings()
     return {
@@ -191,7 +200,7 @@ def _is_target(key: str, targets: str | list[str]) -> bool:
     return any(key == target or key.endswith(f".{target}") for target in targets)
 
 
-def lora_targets(llm: nn.Module, wanted: list[str] | str | None, name: str) -> list[str] | str:
+def lora_targets(llm: PreTrainedModel, wanted: list[str] | str | None, name: str) -> list[str] | str:
     """Return peft's target_modules for `model.llm.lora_targets`; None: the linear layers of the LLM's
     attention.
 
@@ -243,13 +252,11 @@ def resolved_targets(config: LLMConfig, source: Source) -> list[str] | str | Non
     if config.lora_targets is not None or config.lora_r == 0:
         return config.lora_targets
     with torch.device("meta"):
-        # The class itself: from_config would shard and initialise a model without weights while ZeRO-3 is
-        # being set up.
-        llm = AutoModelForCausalLM._model_mapping[type(source.config)](source.config)
+        llm = causal_lm_class(source.config)(source.config)
     return lora_targets(llm, None, source.name)
 
 
-def _attention_targets(llm: nn.Module, name: str) -> list[str] | str:
+def _attention_targets(llm: PreTrainedModel, name: str) -> list[str] | str:
     """The linear layers inside the text decoder's attention modules: the shortest ends of their names that
     mean no others, or a regular expression where these ends hold a layer's number (beside a vision tower with
     layers of the same names)."""
@@ -296,7 +303,7 @@ def _attention_targets(llm: nn.Module, name: str) -> list[str] | str:
     return targets if any(_is_target(other, pattern) for other in others) else pattern
 
 
-def described_targets(llm: nn.Module) -> str:
+def described_targets(llm: LLM) -> str:
     """Which layers of the LLM have LoRA, for people: "q_proj x 32, v_proj x 32"."""
     counts = Counter(
         name.removesuffix(".lora_A.default.weight").rpartition(".")[2]
@@ -313,12 +320,12 @@ def end_settings(source: Source) -> GenerationConfig:
     answers and differ between a run and its export: the settings of generation are this project's
     (model/generation/greedy.py). Errors: SourceError.
     """
-    file = source.folder and source.folder / "generation_config.json"
-    if not file or not file.exists():
+    file = None if source.folder is None else source.folder / "generation_config.json"
+    if file is None or not file.exists():
         base = GenerationConfig.from_model_config(source.config)
     else:
         try:
-            base = GenerationConfig.from_pretrained(source.folder)
+            base = GenerationConfig.from_pretrained(file.parent)
         except (OSError, ValueError, TypeError) as error:
             raise SourceError(
                 f"{file} cannot be read ({one_line(error)}): save it again or remove it"
@@ -351,16 +358,16 @@ def context_length(config: PretrainedConfig) -> int | None:
     return longest
 
 
-def base_of(llm: nn.Module) -> nn.Module:
+def base_of(llm: LLM) -> PreTrainedModel:
     """The transformers model, with or without LoRA around it."""
-    return llm.get_base_model() if isinstance(llm, PeftModel) else llm
+    return cast(PreTrainedModel, llm.get_base_model()) if isinstance(llm, PeftModel) else llm
 
 
-def lora_parameters(llm: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def lora_parameters(llm: LLM) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in llm.named_parameters() if "lora_" in name]
 
 
-def embed(llm: nn.Module, input_ids: torch.Tensor, audio_id: int) -> torch.Tensor:
+def embed(llm: LLM, input_ids: torch.Tensor, audio_id: int) -> torch.Tensor:
     """input_ids [B, L] -> embeddings [B, L, D]; the audio token, which may lie beyond the table, reads row
     0."""
     return base_of(llm).get_input_embeddings()(input_ids.masked_fill(input_ids == audio_id, 0))
@@ -406,7 +413,7 @@ class HeadCrossEntropy(torch.autograd.Function):
 ROW_LIMITS = ("max_position_embeddings", "attention_chunk_size", "floor_scale")
 
 
-def one_row_is_cheaper(llm: nn.Module, mask: torch.Tensor, width: int) -> bool:
+def one_row_is_cheaper(llm: LLM, mask: torch.Tensor, width: int) -> bool:
     """Whether the rows of a batch, mask [B, L], cost a model of this width less joined to one row without
     padding.
 
@@ -457,14 +464,14 @@ def arrange(
     )
 
 
-def token_keys_in_use(llm: nn.Module, keys: torch.Tensor | None) -> AbstractContextManager:
+def token_keys_in_use(llm: LLM, keys: torch.Tensor | None) -> AbstractContextManager:
     """Within it LoRA's dropout has these keys."""
     tokens = getattr(llm, "token_keys", None)
     return tokens.use(keys) if tokens is not None else nullcontext()
 
 
 def target_loss(
-    llm: nn.Module,
+    llm: LLM,
     embeddings: torch.Tensor,
     mask: torch.Tensor,
     labels: torch.Tensor,
@@ -492,7 +499,7 @@ def target_loss(
     head = base_of(llm).get_output_embeddings()
     product = getattr(llm, "head_is_a_product", None)  # None: not known yet
     if product is None and (type(head) is not nn.Linear or head.bias is not None):
-        product = llm.head_is_a_product = False
+        product = cast(Any, llm).head_is_a_product = False
     seen = {}
 
     def select(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -516,7 +523,7 @@ def target_loss(
         for handle in handles:
             handle.remove()
     if product is None:
-        product = llm.head_is_a_product = torch.allclose(
+        product = cast(Any, llm).head_is_a_product = torch.allclose(
             seen["product"], logits.float(), rtol=0.0, atol=0.0, equal_nan=True
         )
         if not product:

@@ -43,7 +43,7 @@ from core.console import one_line
 from model import identity
 from model.config import SoundwaveConfig, official_switches
 from model.folder import ADAPTERS, CONFIG, LORA, FolderError, describe, read_config
-from model.language_model import load_tokenizer
+from model.language_model import audio_token_id, load_tokenizer
 from model.pretrained import (
     NotOnHub,
     Source,
@@ -229,7 +229,7 @@ def _from_official(folder: Path, out: Path, encoder: str | None) -> Path:
         "encoder": locate(str(out / "encoder") if config.encoder.name == "encoder" else config.encoder.name),
         "llm": locate(str(out / "llm")),
     }
-    frozen = {"encoder": fingerprint(sources["encoder"].folder, "encoder."), "llm": fingerprint(out / "llm")}
+    frozen = {"encoder": fingerprint(sources["encoder"].files, "encoder."), "llm": fingerprint(out / "llm")}
     settings = identity.settings(sources, load_tokenizer(sources["llm"], config.audio_token))
     (out / CONFIG).write_text(
         json.dumps(
@@ -333,7 +333,7 @@ def _add_llm(writer: ShardWriter, run: Path, llm: Source, rows: int) -> torch.Te
     None where the LLM has none."""
     merge = LoRAMerge(run / LORA) if (run / LORA).is_dir() else None
     output_table = None
-    for name, tensor in stream_tensors(llm.folder, "merging the LLM"):
+    for name, tensor in stream_tensors(llm.files, "merging the LLM"):
         tensor = merge(name, tensor) if merge else tensor
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             table, tensor = tensor, grow(tensor, rows)
@@ -354,7 +354,7 @@ def _add_adapters(
     """Write the adapters and the CTC head under the official names."""
     adapters = load_file(run / ADAPTERS)
     blank_row = adapters.pop("ctc_head.blank_row", None)
-    if blank_row is not None:
+    if blank_row is not None and output_table is not None:
         head = grow(output_table, rows)
         head[audio_id] = blank_row.to(head.dtype)
         adapters["ctc_head.weight"] = head
@@ -386,7 +386,7 @@ def to_official(run: str | Path, out: str | Path) -> Path:
             f"{llm.name} is a '{llm.config.model_type}' model; the official layout takes Llama only"
         )
     tokenizer = load_tokenizer(llm, config.audio_token)
-    audio_id = tokenizer.convert_tokens_to_ids(config.audio_token)
+    audio_id = audio_token_id(tokenizer, config.audio_token)
     if tokenizer.pad_token_id is None:  # the authors' code finds padding by a token of its own
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     rows = max(llm.config.vocab_size, len(tokenizer))
@@ -394,7 +394,7 @@ def to_official(run: str | Path, out: str | Path) -> Path:
     writer = ShardWriter(out)
     output_table = _add_llm(writer, run, llm, rows)
     _add_adapters(writer, run, output_table, rows, audio_id)
-    for name, tensor in stream_tensors(encoder.folder, "copying the encoder"):
+    for name, tensor in stream_tensors(encoder.files, "copying the encoder"):
         if "encoder." in name and "decoder." not in name:
             writer.add(_ENCODER + name.split("encoder.", 1)[1], tensor)
     writer.close()
@@ -404,9 +404,9 @@ def to_official(run: str | Path, out: str | Path) -> Path:
     tokenizer.save_pretrained(out)
     _write_tokenizer_for_transformers_4(out)
     (out / "encoder").mkdir(exist_ok=True)
-    shutil.copyfile(encoder.folder / "config.json", out / "encoder" / "config.json")
-    if (llm.folder / "generation_config.json").exists():
-        shutil.copyfile(llm.folder / "generation_config.json", out / "generation_config.json")
+    shutil.copyfile(encoder.files / "config.json", out / "encoder" / "config.json")
+    if (llm.files / "generation_config.json").exists():
+        shutil.copyfile(llm.files / "generation_config.json", out / "generation_config.json")
     return out
 
 
@@ -450,8 +450,10 @@ class LoRAMerge:
                 raise FolderError(f"{folder} is DoRA, which is not merged here: merge it with peft")
             self.transposed = settings.get("fan_in_fan_out", False)  # GPT-2 holds its weights so
             for name, tensor in load_file(folder / "adapter_model.safetensors").items():
-                base, part = re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])\.weight", name).groups()
-                self.parts.setdefault(base + ".weight", {})[part] = tensor.float()
+                match = re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])\.weight", name)
+                if match is None:
+                    raise FolderError(f"{folder} holds '{name}', which is no LoRA weight: merge it with peft")
+                self.parts.setdefault(match[1] + ".weight", {})[match[2]] = tensor.float()
 
     def __call__(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         pair = self.parts.pop(name, None)
@@ -471,7 +473,7 @@ class LoRAMerge:
 
 def _their_config(llm: Source, encoder: Source, rows: int, audio_id: int, pad_id: int) -> dict:
     """A config.json that transformers 4.43, which the authors' code was written for, understands."""
-    raw = read_json(llm.folder / "config.json")
+    raw = read_json(llm.files / "config.json")
     rope = raw.pop("rope_parameters", None)
     if rope:  # written by transformers 5
         scaling = {k: v for k, v in rope.items() if k != "rope_theta"}

@@ -6,14 +6,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from core.console import OneLine, one_line
 from core.file_names import UnsafeName, plain_name
@@ -74,6 +75,13 @@ class Source:
     name: str
     config: PretrainedConfig
     folder: Path | None
+
+    @property
+    def files(self) -> Path:
+        """Return the folder. Errors: SourceError where only sizes are known."""
+        if self.folder is None:
+            raise SourceError(f"only the sizes of '{self.name}' are known: give a folder with its weights")
+        return self.folder
 
     def without_weights(self) -> Source:
         return replace(self, folder=None)
@@ -283,6 +291,12 @@ def _umask() -> int:
     return int(next(line.split()[1] for line in lines if line.startswith("Umask:")), 8)
 
 
+def causal_lm_class(config: PretrainedConfig) -> Callable[[PretrainedConfig], PreTrainedModel]:
+    """Return the class of an LLM itself: from_config would shard and initialise a model without weights while
+    ZeRO-3 is being set up."""
+    return cast(Any, AutoModelForCausalLM._model_mapping[type(config)])
+
+
 def embedding_names(config: PretrainedConfig) -> tuple[str, str, float]:
     """(input embeddings' name, output embeddings' name, factor on the input embeddings), found on a
     weightless model.
@@ -291,9 +305,7 @@ def embedding_names(config: PretrainedConfig) -> tuple[str, str, float]:
     3).
     """
     with torch.device("meta"):
-        # The class itself: from_config would shard and initialise a model without weights while ZeRO-3 is
-        # being set up.
-        model = AutoModelForCausalLM._model_mapping[type(config)](config)
+        model = causal_lm_class(config)(config)
     model.tie_weights()
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     by_parameter = {id(p): n for n, p in model.named_parameters()}
@@ -305,7 +317,7 @@ def embedding_names(config: PretrainedConfig) -> tuple[str, str, float]:
 def output_embeddings(source: Source, dtype: torch.dtype) -> torch.Tensor:
     """The LLM's output embeddings [V, D] (the input embeddings where the LLM ties them), read without the
     rest of it."""
-    return read_tensor(source.folder, embedding_names(source.config)[1]).to(dtype)
+    return read_tensor(source.files, embedding_names(source.config)[1]).to(dtype)
 
 
 def embedding_statistics(source: Source) -> tuple[float, float]:
@@ -313,7 +325,7 @@ def embedding_statistics(source: Source) -> tuple[float, float]:
     and of the output embeddings (the scale of CTC's target space), from the files, a block of rows at a time
     (the table of an 8B model is 1 GB)."""
     input_name, output_name, scale = embedding_names(source.config)
-    files = tensor_files(source.folder)
+    files = tensor_files(source.files)
     mean_square = {}
     for name in dict.fromkeys((input_name, output_name)):
         if name not in files:

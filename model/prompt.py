@@ -151,7 +151,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], 
     try:
         # enable_thinking: Qwen 3's would otherwise put an empty block of thoughts into every answer, to be
         # learnt and decoded.
-        return tokenizer.apply_chat_template(
+        rendered = tokenizer.apply_chat_template(
             messages,
             tokenize=False,
             add_generation_prompt=opening,
@@ -162,6 +162,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], 
         Exception
     ) as error:  # a template is a program: Gemma's, for one, refuses a system turn, others may do anything
         raise PromptError(f"the chat template refuses this conversation: {one_line(error)}") from None
+    return str(rendered)  # with tokenize=False it is a string
 
 
 def _template_pieces(

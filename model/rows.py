@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from core.console import one_line
-from model.language_model import Arranged, arrange, base_of, embed, token_keys_in_use
+from model.language_model import LLM, Arranged, arrange, base_of, embed, token_keys_in_use
 from model.pretrained import SourceError
 
 LENGTHS = (24, 17, 9)  # of the rows that are tried; the second one is looked at
@@ -51,7 +51,7 @@ def longest_row(config: PretrainedConfig) -> int | None:
         if isinstance(part, dict)
         and ("dynamic" in part.get("rope_type", "") or part.get("rope_type") == "longrope")
     ]
-    return min(limits, default=None)
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 class Rows(NamedTuple):
@@ -72,7 +72,7 @@ class Rows(NamedTuple):
 
 
 @torch.no_grad()
-def probe(llm: nn.Module, audio_id: int) -> Rows:
+def probe(llm: LLM, audio_id: int) -> Rows:
     """Run the LLM four times on a few tokens: a row alone, padded beside two others, joined between them, and
     between others.
 
@@ -146,7 +146,7 @@ def probe(llm: nn.Module, audio_id: int) -> Rows:
     return Rows(padded, joined, changed, joined <= SAME[exact] and changed <= UNCHANGED[exact])
 
 
-def hidden_states(llm: nn.Module, arranged: Arranged) -> torch.Tensor:
+def hidden_states(llm: LLM, arranged: Arranged) -> torch.Tensor:
     """What the LLM gives to its output embeddings, for all positions; of the head itself one position is
     computed."""
     seen = []

@@ -8,10 +8,11 @@ passes the LLM.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from core.options import problems
 from model import identity
@@ -19,10 +20,19 @@ from model.alignment import AlignmentAdapter, CTCHead
 from model.batch import Batch
 from model.compressors import Compressor, CTCView, compressor_of
 from model.config import OptionError, SoundwaveConfig
-from model.dropout import LoraDropout
-from model.encoder import build_encoder, tensor_prefix
+from model.dropout import LoraDropout, TokenKeys
+from model.encoder import Encoder, build_encoder, tensor_prefix
 from model.generation.greedy import Generation
-from model.language_model import build_llm, embed, load_tokenizer, lora_parameters, splice
+from model.language_model import (
+    LLM,
+    audio_token_id,
+    base_of,
+    build_llm,
+    embed,
+    load_tokenizer,
+    lora_parameters,
+    splice,
+)
 from model.losses import LOSSES, ForwardState
 from model.pretrained import (
     DTYPES,
@@ -86,37 +96,32 @@ class Audio(NamedTuple):
         return self._replace(**tensors, losses={name: value[rows] for name, value in self.losses.items()})
 
 
-class Soundwave(Generation, nn.Module):
+class Soundwave(Generation):
     def __init__(
         self,
         config: SoundwaveConfig,
         *,
-        tokenizer,
-        encoder: nn.Module | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        encoder: Encoder | None,
         alignment: AlignmentAdapter,
         ctc_head: CTCHead,
         shrinking: Compressor | None,
-        llm: nn.Module | None,
+        llm: LLM | None,
         sources: dict,
     ):
         super().__init__()
-        self.config, self.tokenizer, self.sources = config, tokenizer, sources
+        self.config, self.sources = config, sources
+        # A model of sizes alone has none, and neither reads nor writes text.
+        self.tokenizer = cast(PreTrainedTokenizerBase, tokenizer)
         self.encoder, self.alignment, self.ctc_head = encoder, alignment, ctc_head
         self.shrinking, self.llm = shrinking, llm
-        self.audio_id = None if tokenizer is None else tokenizer.convert_tokens_to_ids(config.audio_token)
+        self.audio_id = -1 if tokenizer is None else audio_token_id(tokenizer, config.audio_token)
         self.stage = SHRINKING.name if llm is not None else ALIGNMENT.name
-        self.lengths_of_last_batch: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.unanswered: dict[
-            int, str
-        ] = {}  # of the last batch that was generated: rows beyond the LLM's context, and why
-        self.trained_seconds: float | None = None  # longest clip of training, where a model folder records it
+        self.lengths_of_last_batch = (torch.zeros(0), torch.zeros(0))
+        self.unanswered = {}
+        self.trained_seconds = None
         self.ctc_text = "lower"  # how the CTC targets are normalised: data.ctc_text of the recipe
         self.set_stage(self.stage)
-
-    @property
-    def blank_id(self) -> int | None:
-        """The tokenizer's id of `<audio_patch>`. (The blank's index in the CTC head is `ctc_head.blank`.)"""
-        return self.audio_id
 
     @classmethod
     def build(
@@ -152,14 +157,14 @@ class Soundwave(Generation, nn.Module):
 
         with torch.device("meta" if meta else "cpu"):
             tokenizer = None if meta else load_tokenizer(sources["llm"], config.audio_token)
-            audio_id = rows if meta else tokenizer.convert_tokens_to_ids(config.audio_token)
+            audio_id = rows if tokenizer is None else audio_token_id(tokenizer, config.audio_token)
             input_rms, output_rms = (1.0, 1.0) if meta else embedding_statistics(sources["llm"])
             llm = build_llm(config.llm, sources["llm"], dtype, attention) if "llm" in parts else None
             alignment = AlignmentAdapter(
                 config.alignment, encoder.width, width, heads, gain=min(1.0, 1 / (output_rms * width**0.5))
             )
             if llm is not None and config.alignment.ctc_head == "tied":
-                embeddings = llm.get_output_embeddings().weight
+                embeddings = base_of(llm).get_output_embeddings().weight
             else:
                 embeddings = (
                     torch.empty(rows, width, dtype=dtype)
@@ -193,7 +198,7 @@ class Soundwave(Generation, nn.Module):
         self.stage = stage
         self.requires_grad_(False)
         for name in STAGES[stage].trains:
-            if name == "lora":
+            if name == "lora" and self.llm is not None:
                 for _, parameter in lora_parameters(self.llm):
                     parameter.requires_grad_(True)
             else:
@@ -245,11 +250,9 @@ class Soundwave(Generation, nn.Module):
         if self.llm is None:
             return
         try:
+            tokens = cast(TokenKeys, cast(Any, self.llm).token_keys)  # model.dropout put it there
             self.llm.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={
-                    "use_reentrant": False,
-                    "context_fn": self.llm.token_keys.for_checkpoint,
-                }
+                gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": tokens.for_checkpoint}
             )
         except ValueError as error:
             raise SourceError(
@@ -264,8 +267,8 @@ class Soundwave(Generation, nn.Module):
         if not hasattr(self, "_hashes"):
             encoder, llm = self.sources["encoder"], self.sources["llm"]
             self._hashes = {
-                "encoder": fingerprint(encoder.folder, tensor_prefix(encoder)),
-                "llm": fingerprint(llm.folder),
+                "encoder": fingerprint(encoder.files, tensor_prefix(encoder)),
+                "llm": fingerprint(llm.files),
             }
         return self._hashes
 
@@ -318,16 +321,17 @@ class Soundwave(Generation, nn.Module):
         self, batch: Batch, audio: Audio, left_padded: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The LLM's input: embeddings [B, L, D], mask [B, L], labels [B, L]."""
-        shrunk = audio.compressed
+        llm, shrunk = self.llm, audio.compressed
+        if llm is None or shrunk is None:
+            raise ValueError("the model was built without its LLM: only the CTC head can be used")
         if self.config.shrinking.token_embeddings:
             tokens = audio.argmax.gather(1, audio.kept)
             said = (tokens != self.ctc_head.blank) & (
                 torch.arange(tokens.shape[1], device=tokens.device) < audio.kept_lengths[:, None]
             )
-            shrunk = shrunk + said[..., None] * embed(
-                self.llm, tokens.masked_fill(~said, 0), self.audio_id
-            ).to(shrunk.dtype)
-        text = embed(self.llm, batch.input_ids, self.audio_id)
+            words = embed(llm, tokens.masked_fill(~said, 0), self.audio_id)
+            shrunk = shrunk + said[..., None] * words.to(shrunk.dtype)
+        text = embed(llm, batch.input_ids, self.audio_id)
         places = int((batch.attention_mask.bool() & (batch.input_ids == self.audio_id)).sum())
         audios = 0 if batch.audio_is_dummy else len(shrunk)
         if places != audios:

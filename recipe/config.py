@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -213,7 +214,7 @@ def start_folder(recipe: Recipe) -> Path | None:
     return Path(recipe.output) / stage.previous / "model" if stage and stage.previous else None
 
 
-def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe. `base: other.yaml` inside it names a recipe (relative to it) whose values come first.
 
     Model keys that no layer sets are those of the model folder that the stage starts from, where that exists.
@@ -244,8 +245,9 @@ def _read_files(path: Path) -> list[tuple[str, DictConfig]]:
     """(file name, content) of a recipe and of its bases, the first base first."""
     layers: list[tuple[str, DictConfig]] = []
     seen: list[Path] = []
-    while path is not None:
-        path = path.expanduser()
+    following: Path | None = path
+    while following is not None:
+        path = following.expanduser()
         if path.resolve() in seen:
             cycle = " -> ".join([*(where for where, _ in reversed(layers)), str(path)])
             raise RecipeError(f"recipe {path}: its base leads back to itself ({cycle}): remove one `base:`")
@@ -259,7 +261,7 @@ def _read_files(path: Path) -> list[tuple[str, DictConfig]]:
         if named and not (isinstance(base, str) and is_name(base)):
             raise RecipeError(f"{path}: base is {_shown(base)}: give the name of one YAML file")
         layers.insert(0, (str(path), layer))
-        path = path.parent / Path(base).expanduser() if named else None
+        following = path.parent / Path(base).expanduser() if named else None
     return layers
 
 
@@ -279,7 +281,7 @@ def _read_yaml(path: Path) -> DictConfig:
         raise RecipeError(
             f"recipe {path} is not valid YAML: {' '.join(str(error).split()) or one_line(error)}"
         ) from None
-    if not OmegaConf.is_dict(layer):
+    if not isinstance(layer, DictConfig):
         raise RecipeError(
             f"recipe {path} is no mapping: write lines such as `stage: alignment`, without a dash before them"
         )
@@ -310,7 +312,7 @@ def _read_override(item: str) -> tuple[str, DictConfig]:
 def _merge(merged: DictConfig, layers: list[tuple[str, DictConfig]]) -> Recipe:
     known = known_keys(merged)
     for where, layer in layers:
-        content = OmegaConf.to_container(layer)
+        content = _plain(layer)
         for key in _flat(content):
             if key.startswith(tuple(f"{corpora}." for corpora in CORPORA)):
                 raise RecipeError(
@@ -327,7 +329,7 @@ def _merge(merged: DictConfig, layers: list[tuple[str, DictConfig]]) -> Recipe:
         merged = _merge_layer(merged, where, layer, content)
     _set_length(merged, layers)
     try:
-        recipe = OmegaConf.to_object(merged)
+        recipe = cast(Recipe, OmegaConf.to_object(merged))  # made from that class
     except (
         Exception
     ) as error:  # an interpolation that leads nowhere; OmegaConf reports some with built-in types
@@ -346,14 +348,19 @@ def _merge(merged: DictConfig, layers: list[tuple[str, DictConfig]]) -> Recipe:
     return recipe
 
 
+def _plain(layer: DictConfig) -> dict[str, Any]:
+    """Return a layer as dictionaries and lists."""
+    return cast(dict[str, Any], OmegaConf.to_container(layer))
+
+
 def _merge_layer(merged: DictConfig, where: str, layer: DictConfig, content: dict) -> DictConfig:
     try:
-        return OmegaConf.merge(merged, layer)
+        return cast(DictConfig, OmegaConf.merge(merged, layer))
     except (
         Exception
     ):  # OmegaConf's, or a built-in type: it names no key for some shapes, so each key is tried by itself
         for path, value in _leaves(content):
-            alone = value
+            alone: Any = value
             for name in reversed(path):
                 alone = {name: alone}
             try:
@@ -368,7 +375,7 @@ def _set_length(merged: DictConfig, layers: list[tuple[str, DictConfig]]) -> Non
     where one file, or the command line, sets both, or the recipe ends up with none."""
     given: dict[str, set[str]] = {}
     for where, layer in layers:
-        optim = OmegaConf.to_container(layer).get("optim") or {}
+        optim = _plain(layer).get("optim") or {}
         given.setdefault(where, set()).update(
             key for key in ("steps", "epochs") if optim.get(key) is not None
         )
@@ -477,7 +484,7 @@ def _inherit(recipe: Recipe, layers: list[tuple[str, DictConfig]], start: Path) 
 # ------------------------------------------------------------------------------------------------------------
 
 
-def known_keys(node: object = None, prefix: str = "") -> list[str]:
+def known_keys(node: Any = None, prefix: str = "") -> list[str]:
     node = OmegaConf.structured(Recipe) if node is None else node
     keys = []
     for key in node:
@@ -512,9 +519,7 @@ def _flat(node: dict, prefix: str = "") -> list[str]:
 def _origin(layers: list[tuple[str, DictConfig]], key: str) -> str:
     """ "FILE: " of the last layer that sets a key, or its list; "" where none does."""
     key = key.partition("[")[0]
-    return next(
-        (f"{where}: " for where, layer in reversed(layers) if key in _flat(OmegaConf.to_container(layer))), ""
-    )
+    return next((f"{where}: " for where, layer in reversed(layers) if key in _flat(_plain(layer))), "")
 
 
 def _leaves(node: dict, path: tuple = ()) -> Iterator[tuple[tuple, object]]:
@@ -548,7 +553,7 @@ _NEEDS = {
 }
 
 
-def _needs(path: tuple, value: object, owner: type = Recipe) -> str:
+def _needs(path: tuple, value: object, owner: Any = Recipe) -> str:
     """ "is VALUE: needs ..." by the declared type of a key."""
     if not all(isinstance(name, str) for name in path):
         return f"is named by {_shown(path[-1])}, which is no text: write the name in quotes"
@@ -558,7 +563,7 @@ def _needs(path: tuple, value: object, owner: type = Recipe) -> str:
             example = next(example for key, example in BY_NAME.items() if _key(path).startswith(f"{key}."))
             return f"is {_shown(value)}: give numbers by name, e.g. {example}"
         field = next(field for field in dataclasses.fields(owner) if field.name == name)
-        kind, owner = field.type, field.default_factory
+        kind, owner = str(field.type), field.default_factory
     empty = value is None or value == ""
     start = "has no value" if empty else f"is {_shown(value)}"
     if _key(path) in CORPORA:

@@ -121,13 +121,13 @@ def initial_folder(recipe: Recipe) -> Path | None:
         if untrained:
             raise RecipeError(
                 f"stage {stage.number} ({stage.name}) trains {_trained(stage)}, and {folder}, which it "
-                f"starts from, holds no trained {' and no '.join(map(_MODULE_NAMES.get, untrained))}: "
+                f"starts from, holds no trained {' and no '.join(_MODULE_NAMES[m] for m in untrained)}: "
                 f"give the model folder of {_previous(stage)}"
             )
     return folder
 
 
-_MODULE_NAMES = {
+_MODULE_NAMES: dict[str, str] = {
     "alignment": "alignment adapter",
     "ctc_head": "CTC head",
     "shrinking": "shrinking adapter",
@@ -137,7 +137,7 @@ _MODULE_NAMES = {
 
 def _trained(stage: Stage) -> str:
     """Return what a stage trains, in words: "LoRA alone"."""
-    *others, last = map(_MODULE_NAMES.get, stage.trains)
+    *others, last = (_MODULE_NAMES[name] for name in stage.trains)
     return f"{', '.join(others)} and {last} alone" if others else f"{last} alone"
 
 

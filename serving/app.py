@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from fastapi import FastAPI, Request
@@ -64,8 +64,9 @@ class Server:
         self.app = FastAPI(title="Soundwave", docs_url=None, redoc_url=None, lifespan=self._lifespan)
         self.app.add_middleware(Guard, limits=limits, metrics=self.metrics, token=token)
         self.app.add_middleware(AnswerThenRead)
-        self.app.add_exception_handler(Problem, _problem)
-        self.app.add_exception_handler(HTTPException, _http_problem)
+        # Starlette's annotation asks for handlers of any exception; it calls one for its own class only.
+        self.app.add_exception_handler(Problem, cast(Any, _problem))
+        self.app.add_exception_handler(HTTPException, cast(Any, _http_problem))
         self.app.add_exception_handler(Exception, _failure)
         get, post = self.app.get, self.app.post
         get("/health")(self.health)

@@ -307,7 +307,7 @@ class Engine:
         lengths: torch.Tensor,
     ) -> None:
         """hidden [A, T, D], lengths [A]: the alignment adapter's frames of the job's audio."""
-        text = job.shown(self.model.tokenizer.decode(tokens, skip_special_tokens=True))
+        text = job.shown(str(self.model.tokenizer.decode(tokens, skip_special_tokens=True)))
         answer = Answer(text, tokens, reason, positions)
         if job.streams and text.startswith(job.said):
             job.say(text[len(job.said) :])

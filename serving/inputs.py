@@ -10,7 +10,7 @@ import binascii
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -105,7 +105,7 @@ def audio_form(fields: Mapping[str, list[str]], task: str, model_name: str) -> A
     language = one("language")
     if language is not None and not is_known(language):
         raise invalid(f"language {language!r:.40} is not known: give a code, as en", "language")
-    stream = one("stream", "false").lower()
+    stream = (one("stream") or "false").lower()
     if stream not in ("true", "false", "1", "0"):
         raise invalid("stream is true or false", "stream")
     if (streams := stream in ("true", "1")) and format not in ("json", "text"):
@@ -194,8 +194,8 @@ class ChatRequest(_Part):
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
     # With these values they ask for nothing.
     n: Literal[1] | None = None
-    frequency_penalty: Literal[0] | Literal[0.0] | None = None
-    presence_penalty: Literal[0] | Literal[0.0] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0.0, le=0.0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0.0, le=0.0)] | None = None
     logprobs: Literal[False] | None = None
     modalities: list[Literal["text"]] | None = None
     response_format: TextFormat | None = None
@@ -240,7 +240,9 @@ class Chat(NamedTuple):
 def chat_of(request: ChatRequest, limits: Limits, longest: float, audio_token: str) -> Chat:
     """Return the chat as turns of core.samples.messages_of, and its audio, in order. longest: seconds that
     one audio may have. Errors: Problem."""
-    turns, clips, characters, seconds = [], [], 0, 0.0
+    turns: list[dict[str, Any]] = []
+    clips: list[Clip] = []
+    characters, seconds = 0, 0.0
     for index, message in enumerate(request.messages):
         where = f"messages.{index}.content"
         parts = message.content
@@ -267,7 +269,10 @@ def chat_of(request: ChatRequest, limits: Limits, longest: float, audio_token: s
             lines.append(audio_token)
             audios += 1
         content = "\n".join(lines)
-        turn = {"role": "system" if message.role == "developer" else message.role, "content": content}
+        turn: dict[str, Any] = {
+            "role": "system" if message.role == "developer" else message.role,
+            "content": content,
+        }
         if audio_token in content:
             turn["audios"] = audios
         turns.append(turn)
@@ -295,7 +300,7 @@ def prompt_positions(model: Soundwave, turns: list[dict], clips: list[torch.Tens
         ids, _ = chat_ids(model.tokenizer, turns, config.prompt, config.audio_token, config.system_prompt)
     except PromptError as error:
         raise invalid(str(error), "messages") from None
-    rate = model.encoder.frame_rate / config.alignment.stack_frames
+    rate = (model.encoder.frame_rate if model.encoder is not None else 50.0) / config.alignment.stack_frames
     padded = config.encoder.pad_to_seconds if config.alignment.ctc_length == "full" else None
     frames = 0
     for clip in clips:

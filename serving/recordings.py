@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 class Recogniser(SpeechModel):
     """The offline recogniser, its scans for pauses done by `call`: in the engine's thread."""
 
-    def __init__(self, network: Soundwave, call: Callable[[Callable[[], Result]], Result]):
+    def __init__(self, network: Soundwave, call: Callable[[Callable[[], Any]], Any]):
         super().__init__(network)
         self._call = call
 

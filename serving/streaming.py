@@ -97,7 +97,7 @@ class RowStreamer(BaseStreamer):
 
     def _say(self, row: int) -> None:
         job = self.jobs[row]
-        text = settled(job.shown(self.tokenizer.decode(self.tokens[row], skip_special_tokens=True)))
+        text = settled(job.shown(str(self.tokenizer.decode(self.tokens[row], skip_special_tokens=True))))
         if text.startswith(job.said):
             job.say(text[len(job.said) :])
 

@@ -195,7 +195,7 @@ on_warning() {
 where_of() {
     local code=$1 recipe=$2 said
     shift 2
-    said=$(PYTHONPATH=$code "${IN_CONTAINER[@]}" python "$code/train/preflight.py" "$recipe" --where "$@") || return
+    said=$(PYTHONPATH=$code PYTHONSAFEPATH=1 "${IN_CONTAINER[@]}" python "$code/train/preflight.py" "$recipe" --where "$@") || return
     marked() { sed -n "s/^soundwave-where $1 //p" <<<"$said" | tail -n 1; }
     # shellcheck disable=SC2034  # STATE, START: for chain.sh
     STAGE=$(marked stage) OUTPUT=$(marked output) STATE=$(marked state) START=$(marked start)

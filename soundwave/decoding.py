@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -116,8 +116,8 @@ def _decoded(
     tokenizer = model.tokenizer
     return [
         Decoded(
-            tokenizer.decode(ids, skip_special_tokens=True),
-            tokenizer.decode(ids, skip_special_tokens=False),
+            str(tokenizer.decode(ids, skip_special_tokens=True)),
+            str(tokenizer.decode(ids, skip_special_tokens=False)),
             len(ids),
             unanswered.get(place),
             None if passes is None else passes[place],
@@ -131,7 +131,7 @@ def ctc_frames(model: Soundwave, batch: Batch, known: Mapping[int, tuple[torch.T
     hidden [T, D], argmax, peak and blank_logprob [T]; these are not encoded again."""
     parts, audios = dict(known), len(batch.audio_lengths)
     if new := [number for number in range(audios) if number not in parts]:
-        left = replace(batch, waveforms=batch.waveforms[new], audio_lengths=batch.audio_lengths[new])
+        left = replace(batch, waveforms=batch.sounds[new], audio_lengths=batch.audio_lengths[new])
         hidden, lengths = model.alignment(*model.encode(left))
         _, *scores = model.ctc_head(hidden, lengths)
         for place, (number, length) in enumerate(zip(new, lengths.tolist(), strict=True)):
@@ -155,7 +155,7 @@ def rows_of(part: Batch | Audio, rows: list[int]):
     """Return some rows of a batch whose conversations have one audio each, or of its `Audio`."""
     if isinstance(part, Audio):
         return part.rows(rows)
-    chosen = {}
+    chosen: dict[str, Any] = {}
     for name in (one.name for one in fields(part)):
         value = getattr(part, name)
         if isinstance(value, torch.Tensor):

@@ -20,7 +20,6 @@ from typing import Literal, TypeAlias, cast
 
 import numpy as np
 import torch
-from torch import nn
 
 from core.audio import (
     SAMPLE_RATE,
@@ -332,9 +331,9 @@ class SpeechModel:
         """Drafted rather than greedy where both write the same tokens."""
         if options.hotwords and not options.hotwords_in_prompt:
             return "joint"
-        if not self.has_llm:
+        llm = self.network.llm
+        if llm is None:
             return "ctc"
-        llm = cast(nn.Module, self.network.llm)
         same_tokens = next(llm.parameters()).dtype == torch.float32
         can_draft = refusal(llm, PROMPT_POSITIONS + options.max_new_tokens, Drafting.longest) is None
         return "drafted" if same_tokens and can_draft else "greedy"
@@ -374,9 +373,10 @@ class SpeechModel:
             if resampler is None:
                 resampler = Resampler(block.rate, SAMPLE_RATE, samples.shape[1])
             yield resampler.push(samples)
-        rest = resampler.push(np.zeros((0, job.channels), np.float32), last=True)
-        if len(rest):
-            yield rest
+        if resampler is not None:  # there is a block at least, or an AudioError
+            rest = resampler.push(np.zeros((0, job.channels), np.float32), last=True)
+            if len(rest):
+                yield rest
 
     @staticmethod
     def _array(source: Source, sampling_rate: int, split: bool, job: _Job) -> np.ndarray:

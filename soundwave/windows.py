@@ -113,12 +113,14 @@ def best_cut(blank: np.ndarray, begins_word: np.ndarray, energy: np.ndarray, fir
     the runs of blanks that reach into the range the longest one is taken, of equal ones the last; runs
     inside a word only where there are no others. Where nothing is blank: the quietest frame.
     """
-    best, place = (), None
+    best: tuple[bool, int, int] | None = None
+    place = None
     for begin, end in blank_runs(blank):
         if end <= first or begin > last:
             continue
         between_words = end >= len(blank) or bool(begins_word[end])
-        if (rank := (between_words, end - begin, begin)) > best:
+        rank = between_words, end - begin, begin
+        if best is None or rank > best:
             best, place = rank, (max(begin, first), min(end - 1, last))
     begin, end = (first, last) if place is None else place
     if place is not None and end - begin >= 2:
@@ -146,7 +148,7 @@ class Cutter:
     ):
         self._scan, self._frame, self._overlap = scan, frame, overlap
         self._longest = max(longest, 4 * frame)
-        self._pause = max(3, round(pause / frame)) if pause else None  # frames
+        self._pause = max(3, round(pause / frame)) if pause else 0  # frames; 0: no cut at pauses
         self._context = -(-round(CONTEXT_SECONDS * SAMPLE_RATE) // frame) * frame
         self._chunk = -(-self._longest // frame) * frame
         if chunk is not None:
@@ -204,7 +206,8 @@ class Cutter:
 
     def _scan_more(self, final: bool) -> bool:
         """Scan the chunks that are there; whether there were any."""
-        chunks, sizes, begin = [], [], self._scanned
+        chunks: list[np.ndarray] = []
+        sizes, begin = [], self._scanned
         while len(chunks) < self._most and begin < self._end:
             end = begin + self._chunk
             if not final and self._end < end + self._context:

@@ -5,7 +5,7 @@ from stream.loader import StreamStalled
 from stream.packed import StepBatches, Stream
 from stream.plan import Plan
 from stream.rejected import TooManyRejected
-from stream.validation import EvalStream, validation_batches, validation_samples, validation_waveforms
+from stream.validation import EvalStream, validation_samples, validation_stream
 from stream.worst_case import worst_case_batch
 
 __all__ = [
@@ -15,8 +15,7 @@ __all__ = [
     "Stream",
     "StreamStalled",
     "TooManyRejected",
-    "validation_batches",
     "validation_samples",
-    "validation_waveforms",
+    "validation_stream",
     "worst_case_batch",
 ]

@@ -90,7 +90,8 @@ def _cut_once(audio: np.ndarray, text: np.ndarray, ranks: int) -> list[list[tupl
     """
 
     def groups(cap: float) -> list[tuple[int, int]] | None:
-        found, start = [], 0
+        found: list[tuple[int, int]] = []
+        start = 0
         while start < len(audio):
             if len(found) == ranks:
                 return None

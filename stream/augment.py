@@ -74,7 +74,8 @@ def augment(waveform: torch.Tensor, data: DataConfig, epoch: int, sample_id: str
         if factor != 1.0 and len(waveform) / factor <= data.max_seconds * SAMPLE_RATE:
             waveform, _ = _speed(factor)(waveform)
     if data.noise_snr_db:
-        snr = random.uniform(*data.noise_snr_db)
+        low, high = data.noise_snr_db
+        snr = random.uniform(low, high)
         noise = torch.from_numpy(random.standard_normal(len(waveform), dtype=np.float32))
         power = waveform.square().mean().clamp(min=1e-10)
         waveform = waveform + noise * (power / 10 ** (snr / 10)).sqrt()
@@ -109,5 +110,7 @@ def augmented(
     name = f"{meta.get('corpus')}/{meta.get('id')}"
     if is_on(data):
         waveform = augment(waveform, data, epoch, name)
-    mask = mel_mask(len(waveform), channels, data, epoch, name) if data.spec_augment else None
+    mask = None
+    if data.spec_augment and channels is not None:
+        mask = mel_mask(len(waveform), channels, data, epoch, name)
     return Sample(meta, waveform, mel_mask=mask)

@@ -33,11 +33,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import distributed
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from core.command_line import CommandParser
+from core.distributed import gather
 from data_tools.shards import ShardIndex, replace_file
 from model import identity
 from model.config import SoundwaveConfig
@@ -130,12 +130,10 @@ class FeatureStore:
                 "%s: %d packs of features are missing or cut short, and are left out", folder, spoilt
             )
         tables = tables or [np.empty(0, ENTRY_DTYPE)]
-        entries, pack = (
-            np.concatenate(tables),
-            np.repeat(np.arange(len(tables)), [len(table) for table in tables]),
-        )
+        entries = np.concatenate(tables)
+        pack_of = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
         order = np.argsort(entries["key"], kind="stable")
-        self._entries, self._pack = entries[order], pack[order]
+        self._entries, self._pack = entries[order], pack_of[order]
         self._open: OrderedDict[int, np.ndarray] = OrderedDict()
 
     @classmethod
@@ -237,7 +235,8 @@ def _packs(
                 seen.add(key)
                 missing.append((float(index.samples["duration"][row]), key, index, row))
     missing.sort(key=lambda item: (-item[0], item[1]))
-    packs, seconds = [], PACK_SECONDS
+    packs: list[list[tuple[ShardIndex, int]]] = []
+    seconds = PACK_SECONDS
     for duration, _, index, row in missing:
         if seconds + duration > PACK_SECONDS:
             packs.append([])
@@ -263,7 +262,9 @@ def _fill_pack(
     progress: tqdm,
 ) -> int:
     """Encode and write one pack; returns the number of utterances that could not be read."""
-    keys, features, broken = [], [], 0
+    keys: list[int] = []
+    features: list[np.ndarray] = []
+    broken = 0
     waiting: list[tuple[int, torch.Tensor]] = []
 
     def flush() -> None:
@@ -276,7 +277,7 @@ def _fill_pack(
     for index, row in pack:
         try:
             audio, _, _ = read_with_retry(index, row)
-            clip = decode(audio)
+            clip = decode(audio or b"")  # only rows with audio are needed
         except BrokenSample as error:
             broken += 1
             LOGGER.warning("no features for sample %d of %s: %s", row, index.folder, error)
@@ -295,15 +296,6 @@ def _fill_pack(
     if keys:
         _write_pack(folder, keys, features)
     return broken
-
-
-def _of_all_ranks(value: object) -> list:
-    """Gather `value` from all ranks; without other ranks, return [value]."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [value]
-    values = [None] * distributed.get_world_size()
-    distributed.all_gather_object(values, value)
-    return values
 
 
 def ensure_features(
@@ -362,14 +354,14 @@ def ensure_features(
         total=math.ceil(seconds), unit="s", desc="encoder features", disable=rank != 0 or not packs
     ) as progress:
         while True:
-            left, reasons = zip(*_of_all_ranks((len(packs), stop_reason(took))), strict=True)
+            left, reasons = zip(*gather((len(packs), stop_reason(took))), strict=True)
             if not any(left):
                 break
             if any(reasons):
                 raise Interrupted(
                     "; ".join(f"{why} on rank {number}" for number, why in enumerate(reasons) if why)
                 )
-            if packs:
+            if packs and encoder is not None:
                 begun = time.monotonic()
                 broken += _fill_pack(
                     folder, packs.pop(0), encoder, padded, data.micro_batch_seconds, progress
@@ -401,7 +393,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{len(store)} utterances in {store.folder}")
+    if store is not None:
+        print(f"{len(store)} utterances in {store.folder}")
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -43,7 +44,8 @@ def _padded(clips: list[torch.Tensor]) -> torch.Tensor:
         memory = torch.UntypedStorage._new_shared(
             4 * math.prod(shape)
         )  # of zeros; as torch's own default_collate does it
-        padded = torch.empty(0).set_(memory, 0, shape)
+        empty: Any = torch.empty(0)  # torch's stub of set_ knows typed storages only
+        padded = empty.set_(memory, 0, shape)
     for row, clip in zip(padded, clips, strict=True):
         row[: len(clip)] = clip
     return padded
@@ -72,7 +74,7 @@ class Collator:
     ):
         self.tokenizer, self.ctc_text = tokenizer, ctc_text
         self.stage = STAGES[stage]
-        self.chat = {
+        self.chat: dict[str, Any] = {
             "style": model_config.prompt,
             "audio_token": model_config.audio_token,
             "system": model_config.system_prompt,
@@ -131,13 +133,12 @@ class Collator:
 
     def _most_frames(self, sample: Sample) -> int:
         """LLM positions that a sample's audio may take."""
-        if not sample.has_audio:
+        if sample.features is not None:
+            frames: float = len(sample.features)
+        elif sample.waveform is not None:
+            frames = len(sample.waveform) * DUMMY_FRAMES / DUMMY_SAMPLES
+        else:
             return 0
-        frames = (
-            len(sample.waveform) * DUMMY_FRAMES / DUMMY_SAMPLES
-            if sample.features is None
-            else len(sample.features)
-        )
         return math.ceil(frames / self.stack_frames)
 
     def __call__(self, prepared: list[Prepared]) -> Batch:
@@ -146,13 +147,13 @@ class Collator:
         heard = [p for p in prepared if p.sample.has_audio]
         waveforms = features = None
         if self.feature_width is not None:
-            frames = [p.sample.features.float() for p in heard] or [
-                torch.zeros(DUMMY_FRAMES, self.feature_width)
-            ]
+            cached = [features for p in heard if (features := p.sample.features) is not None]
+            frames = [one.float() for one in cached] or [torch.zeros(DUMMY_FRAMES, self.feature_width)]
             features = _padded(frames)
             lengths = torch.tensor([len(f) for f in frames])
         else:
-            clips = [p.sample.waveform for p in heard] or [torch.zeros(DUMMY_SAMPLES)]
+            given = [waveform for p in heard if (waveform := p.sample.waveform) is not None]
+            clips = given or [torch.zeros(DUMMY_SAMPLES)]
             waveforms = _padded(clips)
             lengths = torch.tensor([len(clip) for clip in clips])
         targets = [p.ctc_target for p in heard] or [[]]
@@ -191,9 +192,8 @@ class Collator:
     @staticmethod
     def _pad_masks(masks: list[torch.Tensor | None]) -> torch.Tensor | None:
         """[n_mels, F] each -> [A, n_mels, F]; nothing is masked behind a clip's end."""
-        if not masks or masks[0] is None:
-            return None
-        return pad_sequence([mask.T for mask in masks], batch_first=True).transpose(1, 2)
+        drawn = [mask.T for mask in masks if mask is not None]
+        return pad_sequence(drawn, batch_first=True).transpose(1, 2) if drawn else None
 
     def _dummy_row(self) -> tuple[list[int], list[int]]:
         messages = [{"role": "user", "content": "."}] + (

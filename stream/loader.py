@@ -11,11 +11,11 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from core.console import OneLine
@@ -137,13 +137,13 @@ class Loader:
         self._slow_after, self._stuck_after = slow_after, stuck_after
         self._stop = threading.Event()
         self._stuck: dict[int, float] = {}  # worker -> seconds it was at one utterance when it was ended
-        self._finalizer = None
+        self._finalizer: weakref.finalize | None = None
 
     def __iter__(self) -> Iterator[Loaded]:
         # A fast tokenizer that has run threads before a fork warns and falls back by itself; this avoids
         # the warning.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        many = (
+        many: dict[str, Any] = (
             {
                 "prefetch_factor": self._prefetch,
                 "multiprocessing_context": "fork",
@@ -154,17 +154,17 @@ class Loader:
         )
         # Its own generator: the loader draws a base seed, which must not move the global one (dropout) from
         # run to run.
-        loader = DataLoader(
-            self._reader,
+        loader: DataLoader[Any] = DataLoader(
+            cast(Dataset, self._reader),  # it is one; the protocol names what is asked of it here
             batch_size=None,
             sampler=self._jobs,
             num_workers=self._workers,
-            collate_fn=_packed,
+            collate_fn=cast(Any, _packed),  # without batch_size it gets one item, not a list
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),
             **many,
         )
-        results = iter(loader)
+        results: Any = iter(loader)  # its processes have no public name
         processes = list(getattr(results, "_workers", []))
         # Workers ignore SIGTERM (above), so whatever ends this process must end them by SIGKILL.
         self._finalizer = weakref.finalize(self, _kill, processes)

@@ -118,7 +118,8 @@ def profile(recipe: Recipe, plan: Plan, steps: int, ranks: int) -> dict:
     tokenizer = load_tokenizer(locate(recipe.model.llm.name), recipe.model.audio_token)
     stream = Stream(recipe.data, recipe.stage, tokenizer, recipe.model, 0, ranks, 0, steps, plan=plan)
     began = time.perf_counter()
-    first, samples, seconds, rejected, retries, timings = 0.0, 0, 0.0, 0, 0, {}
+    first, samples, seconds, rejected, retries = 0.0, 0, 0.0, 0, 0
+    timings: dict[str, float] = {}
     for step in stream:
         first = first or time.perf_counter() - began
         samples, seconds = samples + step.samples, seconds + step.seconds

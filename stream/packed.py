@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from stream.loader import PHASES, Job, Loaded, Loader
 from stream.plan import Plan, UnindexedPlan
 from stream.reader import SAMPLE_RATE, Sample, check_length, decode, read_with_retry
 from stream.rejected import RejectedLog, UnreadableSample, broken_by
-from stream.unindexed import PlainReader
+from stream.unindexed import UnindexedReader
 
 REPLACEMENTS = 8  # further utterances that are tried in a broken one's place
 GIVE_UP_SECONDS = 600.0  # that a shard whose reads failed is asked only once per utterance
@@ -124,9 +124,8 @@ class MicroBatchReader(Dataset):
         elif self.features is not None:
             sample = Sample(meta, None, self.features.read(index.samples[row]))
         else:
-            findings = (
-                [] if self.plan is None else None
-            )  # of an evaluation's clips: it is reported beside their scores
+            # Of an evaluation's clips: it is reported beside their scores.
+            findings: list[str] | None = [] if self.plan is None else None
             waveform = decode(audio, findings=findings)
             if findings:
                 meta = meta | {"findings": findings}
@@ -162,9 +161,10 @@ class MicroBatchReader(Dataset):
         timings = dict.fromkeys(PHASES, 0.0)
         prepared, rejected, retries = [], [], 0
         for entry in job.entries:
-            planned, broken = entry, []
+            planned = entry
+            broken: list[dict] = []
             for attempt in range(REPLACEMENTS + 1 if self.plan is not None else 1):
-                if attempt:
+                if attempt and self.plan is not None:
                     entry = self.plan.replacement(planned, attempt)
                 slot[:] = time.time(), entry["corpus"], entry["row"], job.step
                 try:
@@ -255,11 +255,12 @@ class Stream:
         )
         channels = augment.mel_channels(data, model_config)
         self.rejected = RejectedLog(rejected_path, data.max_rejected_share)
-        self._iterator: Iterator[StepBatches] | None = None
+        self._iterator: Generator[StepBatches] | None = None
+        self.reader: UnindexedReader | MicroBatchReader
         if isinstance(self.plan, UnindexedPlan):
-            self.reader = PlainReader(self.plan, collator, data, rank, world_size, start_step, channels)
+            self.reader = UnindexedReader(self.plan, collator, data, rank, world_size, start_step, channels)
             return
-        self.reader = MicroBatchReader(
+        self.reader = reader = MicroBatchReader(
             self.plan.indexes,
             collator,
             data,
@@ -269,23 +270,24 @@ class Stream:
             mel_channels=channels,
         )
         if rank == 0 and start_step == 0:
-            self.rejected.write(self._excluded())
+            self.rejected.write(self._excluded(self.plan, reader))
 
-    def _excluded(self, most: int = 1000) -> list[dict]:
+    @staticmethod
+    def _excluded(plan: Plan, reader: MicroBatchReader, most: int = 1000) -> list[dict]:
         """Lines that name what the index rules out, at most `most` per corpus and reason, and a count of the
         rest."""
         lines = []
-        for excluded in self.plan.excluded:
+        for excluded in plan.excluded:
             entries = np.zeros(min(len(excluded.rows), most), [("corpus", "u2"), ("row", "u4")])
             entries["corpus"], entries["row"] = excluded.corpus, excluded.rows[:most]
             lines += [
-                {**self.reader.identity(entry), "reason": excluded.reason, "step": None} for entry in entries
+                {**reader.identity(entry), "reason": excluded.reason, "step": None} for entry in entries
             ]
             if len(excluded.rows) > most:
                 lines.append(
                     {
                         "id": None,
-                        "corpus": self.plan.indexes[excluded.corpus].name,
+                        "corpus": plan.indexes[excluded.corpus].name,
                         "reason": excluded.reason,
                         "step": None,
                         "further": len(excluded.rows) - most,
@@ -294,7 +296,10 @@ class Stream:
         return lines
 
     def micro_batches(self, step: int) -> list[np.ndarray]:
-        """This rank's part of a step: PLANNED entries of each micro-batch."""
+        """This rank's part of a step: PLANNED entries of each micro-batch. Errors: ValueError without an
+        index."""
+        if isinstance(self.plan, UnindexedPlan):
+            raise ValueError("shards without an index have no plan of their steps")
         batch = self.plan.global_batch(step)
         groups = assign(batch["seconds"], batch["positions"], self.world_size, Budgets.of(self.data))
         return [batch[group] for group in groups[self.rank]]
@@ -305,12 +310,12 @@ class Stream:
             for position, entries in enumerate(parts):
                 yield Job(step, position, len(parts), entries)
 
-    def __iter__(self) -> Iterator[StepBatches]:
+    def __iter__(self) -> Generator[StepBatches]:
         self.close()
         self._iterator = self._steps()
         return self._iterator
 
-    def _steps(self) -> Iterator[StepBatches]:
+    def _steps(self) -> Generator[StepBatches]:
         jobs = None if isinstance(self.plan, UnindexedPlan) else self._jobs()
         loader = Loader(self.reader, jobs, self.data.workers, self.data.prefetch)
         parts: list[Loaded] = []

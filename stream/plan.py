@@ -27,8 +27,10 @@ import json
 import logging
 import mmap
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 
@@ -40,6 +42,9 @@ from model.config import SoundwaveConfig
 from model.stages import STAGES
 from recipe.config import Corpus, DataConfig, RecipeError
 from stream.mixture import Mixture
+
+#: Rows of an index, whole or as columns by name.
+Columns: TypeAlias = "np.ndarray | Mapping[str, np.ndarray]"
 
 # One planned utterance. seconds: audio (0: text only). positions: estimated LLM positions after shrinking (0
 # in stage 1).
@@ -85,7 +90,7 @@ def _release(samples: np.ndarray) -> None:
     """Let go of the pages of a memory-mapped table that were read: 10 million rows are 0.7 GB, and every rank
     maps them."""
     if isinstance(samples, np.memmap):
-        samples._mmap.madvise(mmap.MADV_DONTNEED)
+        cast(Any, samples)._mmap.madvise(mmap.MADV_DONTNEED)  # numpy has no public name for it
 
 
 def is_plain_stream(shards: str) -> bool:
@@ -105,7 +110,7 @@ def load_index(folder: str) -> ShardIndex:
         raise RecipeError(f"data: {error}") from None
 
 
-def llm_positions(samples: np.ndarray, model: SoundwaveConfig | None = None) -> np.ndarray:
+def llm_positions(samples: Columns, model: SoundwaveConfig | None = None) -> np.ndarray:
     """Return the estimated LLM positions of index rows: template, compressed frames, prompt and answer.
     model: whose compressor shortens the audio (default: CTC peaks, about a frame a transcript token)."""
     config = model or SoundwaveConfig()
@@ -123,7 +128,7 @@ def llm_positions(samples: np.ndarray, model: SoundwaveConfig | None = None) -> 
     return np.ceil(TEMPLATE_POSITIONS + audio + answer).astype(np.uint32)
 
 
-def sample_units(samples: np.ndarray) -> np.ndarray:
+def sample_units(samples: Columns) -> np.ndarray:
     """Cost of index rows in units of the plan: milliseconds of audio; of text, the time it would take to say
     it."""
     seconds = samples["duration"].astype(np.float64)
@@ -135,7 +140,7 @@ def sample_units(samples: np.ndarray) -> np.ndarray:
     return np.clip(np.nan_to_num(seconds, copy=False), 1, 2**32 - 1).astype(np.uint32)
 
 
-def usable(samples: np.ndarray, data: DataConfig, stage: str) -> dict[str, np.ndarray]:
+def usable(samples: Columns, data: DataConfig, stage: str) -> dict[str, np.ndarray]:
     """Masks [N] over index rows: "" for what the stage trains on, and one per reason for what it leaves
     out."""
     audio, duration = samples["audio_size"] > 0, samples["duration"]
@@ -476,7 +481,7 @@ class Plan:
                 )
         wanted = [i for i, task in enumerate(index.tasks) if corpus.tasks is None or task in corpus.tasks]
         # Rows, units and shards of each task; what is not filled costs no memory.
-        found = {task: tuple(np.empty(len(index), np.uint32) for _ in range(3)) for task in wanted}
+        found = {place: tuple(np.empty(len(index), np.uint32) for _ in range(3)) for place in wanted}
         counts = dict.fromkeys(wanted, 0)
         left_out: dict[str, list[np.ndarray]] = {}
         for start in range(0, len(index), _INDEX_CHUNK):
@@ -485,15 +490,15 @@ class Plan:
             masks, units = usable(chunk, self.data, self.stage), sample_units(chunk)
             if (drawn := drawn_share(table, corpus)) is not None:
                 masks = {reason: mask & drawn for reason, mask in masks.items()}
-            of_task = {task: chunk["task"] == task for task in wanted}
-            for task, mask in of_task.items():
+            of_task = {place: chunk["task"] == place for place in wanted}
+            for place, mask in of_task.items():
                 at = np.flatnonzero(masks[""] & mask)
-                here = slice(counts[task], counts[task] + len(at))
+                here = slice(counts[place], counts[place] + len(at))
                 for column, values in zip(
-                    found[task], (at + start, units[at], chunk["shard"][at]), strict=True
+                    found[place], (at + start, units[at], chunk["shard"][at]), strict=True
                 ):
                     column[here] = values
-                counts[task] = here.stop
+                counts[place] = here.stop
             if start // _INDEX_CHUNK % _RELEASE_CHUNKS == 0:
                 _release(index.samples)
             asked = np.logical_or.reduce(list(of_task.values())) if of_task else np.zeros(len(table), bool)
@@ -504,9 +509,9 @@ class Plan:
                     )
         _release(index.samples)
         self.excluded += [Excluded(number, reason, np.concatenate(rows)) for reason, rows in left_out.items()]
-        for task in wanted:
-            if counts[task]:
-                yield index.tasks[task], *(column[: counts[task]] for column in found.pop(task))
+        for place in wanted:
+            if counts[place]:
+                yield index.tasks[place], *(column[: counts[place]] for column in found.pop(place))
 
     def global_batch(self, step: int) -> np.ndarray:
         """The ordered utterances of one optimizer step, all ranks together: PLANNED [N], N >= 1."""

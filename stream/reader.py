@@ -59,7 +59,7 @@ def read_with_retry(
         try:
             return *index.read(row), attempt
         except OSError as error:
-            why = error
+            why: Exception = error
         except ValueError as error:  # ShardError: of the content, unless an OSError lies beneath
             if not isinstance(error.__cause__, OSError):
                 raise BrokenSample(str(error)) from None

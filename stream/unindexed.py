@@ -23,6 +23,7 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -84,12 +85,13 @@ def sample_seconds(prepared: Prepared) -> float:
     return len(prepared.sample.waveform) / SAMPLE_RATE
 
 
-def tar_groups(url: str, counts: Counter[str]) -> Iterator[Group[bytes]]:
+def tar_groups(url: str, counts: Counter[str]) -> Iterator[Group[bytes | None]]:
     """Members of one shard, grouped. counts: filled with all members, those in groups, and what is ignored,
     by heading."""
-    grouper: Grouper[bytes] = Grouper(_stands_alone, MOST_WAITING)
+    # None: the content of a member that no sample takes, or that is too large.
+    grouper: Grouper[bytes | None] = Grouper(_stands_alone, MOST_WAITING)
 
-    def counted(groups: Iterator[Group[bytes]]) -> Iterator[Group[bytes]]:
+    def counted(groups: Iterator[Group[bytes | None]]) -> Iterator[Group[bytes | None]]:
         for group in groups:
             counts["groups"] += 1
             counts["grouped"] += sum(member.kind is not None for member in group.members)
@@ -97,7 +99,7 @@ def tar_groups(url: str, counts: Counter[str]) -> Iterator[Group[bytes]]:
 
     with tarfile.open(fileobj=gopen(url), mode="r|*") as archive:
         for info in archive:
-            archive.members = []  # it would keep them all
+            cast(Any, archive).members = []  # it would keep them all; typeshed hides the list
             if info.isdir():
                 continue
             counts["members"] += 1
@@ -108,17 +110,18 @@ def tar_groups(url: str, counts: Counter[str]) -> Iterator[Group[bytes]]:
                     continue
             kind = kind_of_member(info.name) if info.isreg() else None
             wanted = kind == "audio" or kind in ("json", "text") and info.size <= MAX_TEXT_BYTES
-            data = archive.extractfile(info).read() if wanted else None
+            file = archive.extractfile(info) if wanted else None
+            data = file.read() if file is not None else None
             yield from counted(grouper.add(Member(info.name, data, len(data or b""), info.isreg())))
         yield from counted(grouper.end())
 
 
-def _stands_alone(group: Group[bytes]) -> bool:
+def _stands_alone(group: Group[bytes | None]) -> bool:
     member = group.one("json")
     return member is not None and member.content is not None and stands_alone(member.content)
 
 
-def sample_of(group: Group[bytes]) -> tuple[dict, bytes | None]:
+def sample_of(group: Group[bytes | None]) -> tuple[dict, bytes | None]:
     """A sample's JSON and audio (None for a text-only one). Errors: BrokenSample."""
     if group.problem:
         raise BrokenSample(group.problem)
@@ -153,7 +156,7 @@ def sample_of(group: Group[bytes]) -> tuple[dict, bytes | None]:
     return meta, audio
 
 
-class PlainReader(IterableDataset):
+class UnindexedReader(IterableDataset):
     """Micro-batches for ever; the work of a worker process. Errors: RecipeError where a whole pass yields
     nothing."""
 
@@ -305,7 +308,8 @@ class PlainReader(IterableDataset):
         random = np.random.Generator(
             np.random.PCG64(int(key64("plain", self.data.seed, self.start_step, slot)))
         )
-        at, broken, timings = self.at[number].numpy(), [], dict.fromkeys(PHASES, 0.0)
+        at, timings = self.at[number].numpy(), dict.fromkeys(PHASES, 0.0)
+        broken: list[dict] = []
         sources = [self._samples(corpus, slot, slots, at, broken) for corpus in range(len(self.urls))]
         buffer: list[tuple[dict, int]] = []
         pool: list[Prepared] = []

@@ -13,10 +13,8 @@ from dataclasses import replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from core.samples import answer_of, transcript_of
 from model.batch import Batch
 from model.config import SoundwaveConfig
-from model.stages import STAGES
 from recipe.config import Corpus, DataConfig
 from stream.assign import Budgets, assign
 from stream.cache import FeatureStore
@@ -112,26 +110,6 @@ class EvalStream:
         return loaded.batch
 
 
-def validation_batches(
-    data: DataConfig,
-    stage: str,
-    tokenizer: PreTrainedTokenizerBase,
-    model_config: SoundwaveConfig,
-    rank: int,
-    world_size: int,
-    utterances: int,
-    *,
-    answers: bool = False,
-) -> list[tuple[Batch, list[str]]]:
-    """data.valid as a list of (Batch, references), one reference a row, equally many batches on every rank; a
-    dummy has none. Arguments as in `validation_samples`."""
-    answer = transcript_of if STAGES[stage].score == "ctc" else answer_of
-    found = validation_samples(
-        data, stage, tokenizer, model_config, rank, world_size, utterances, answers=answers
-    )
-    return [(batch, [answer(sample) or "" for sample in samples]) for batch, samples in found]
-
-
 def validation_samples(
     data: DataConfig,
     stage: str,
@@ -150,7 +128,7 @@ def validation_samples(
     """
     if not data.valid:
         return []
-    stream = _validation_stream(
+    stream = validation_stream(
         data, stage, tokenizer, model_config, rank, world_size, utterances, answers=answers
     )
     batches = list(stream)
@@ -163,24 +141,7 @@ def validation_samples(
     return batches
 
 
-def validation_waveforms(
-    data: DataConfig,
-    stage: str,
-    tokenizer: PreTrainedTokenizerBase,
-    model_config: SoundwaveConfig,
-    rank: int,
-    world_size: int,
-    utterances: int,
-    position: int,
-) -> Batch:
-    """Return batch `position` of `validation_batches` with waveforms in place of cached features."""
-    decoded = replace(data, cache_features=None)
-    return _validation_stream(
-        decoded, stage, tokenizer, model_config, rank, world_size, utterances, answers=True
-    ).read(position)
-
-
-def _validation_stream(
+def validation_stream(
     data: DataConfig,
     stage: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -191,6 +152,7 @@ def _validation_stream(
     *,
     answers: bool,
 ) -> EvalStream:
+    """Return data.valid as a stream of batches; arguments as in `validation_samples`."""
     return EvalStream(
         data.valid,
         tokenizer,

@@ -10,27 +10,27 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_local_fp32_param
 
-from core.distributed import Ranks
+from core.distributed import Ranks, gather
 
 
 def _hash(tensor: torch.Tensor) -> bytes:
     numbers = tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy()
-    return hashlib.blake2b(numbers, digest_size=8).digest()
+    return hashlib.blake2b(numbers.tobytes(), digest_size=8).digest()
 
 
-def _is_whole(parameter: torch.nn.Parameter) -> bool:
+def _is_whole(parameter: Any) -> bool:  # Any: DeepSpeed adds attributes to parameters
     return not hasattr(parameter, "ds_id") or (
         parameter.ds_persist and parameter.ds_status == ZeroParamStatus.AVAILABLE
     )
 
 
-def _shard_is_stale(parameter: torch.nn.Parameter) -> bool:
+def _shard_is_stale(parameter: Any) -> bool:
     shard, master = parameter.ds_tensor.detach().reshape(-1), safe_get_local_fp32_param(parameter)
     if master is None:
         return False
@@ -47,8 +47,7 @@ def difference(model: torch.nn.Module, ranks: Ranks) -> str | None:
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     copies = {name: _hash(p.data) for name, p in trained if _is_whole(p)}
     stale = [name for name, p in trained if hasattr(p, "ds_id") and _shard_is_stale(p)]
-    found = [None] * ranks.world_size
-    dist.all_gather_object(found, (copies, stale))
+    found = gather((copies, stale))
     shared = [name for name in copies if all(name in theirs for theirs, _ in found)]
     usual = {
         name: Counter(theirs[name] for theirs, _ in found).most_common(1)[0][0] for name in shared

@@ -128,6 +128,16 @@ def missing(recipe: Recipe) -> list[str]:
                 f"model.{part}.name: {repository} is not in the hub cache; on a machine with network: "
                 f"hf download {repository}"
             )
+    lines += _missing_shards(recipe)
+    try:
+        initial_folder(recipe)
+    except NotThereYet as error:
+        lines.append(str(error))
+    return lines
+
+
+def _missing_shards(recipe: Recipe) -> list[str]:
+    lines = []
     for kind in ("train", "valid"):
         for corpus in getattr(recipe.data, kind):
             if kind == "train" and is_plain_stream(corpus.shards):
@@ -143,10 +153,6 @@ def missing(recipe: Recipe) -> list[str]:
                 lines.append(str(error))
     if not recipe.data.train:
         lines.append("data.train: names no packed folder")
-    try:
-        initial_folder(recipe)
-    except NotThereYet as error:
-        lines.append(str(error))
     return lines
 
 

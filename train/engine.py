@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -26,7 +27,7 @@ from core.distributed import Ranks
 from core.keys import signed_key64
 from model.batch import Batch
 from model.rows import probe
-from model.soundwave import Output
+from model.soundwave import Output, Soundwave
 from recipe.config import Recipe
 from recipe.stages import Stage, losses_of
 from train import optim, zero
@@ -66,7 +67,7 @@ class Engine:
         config: resolved DeepSpeed configuration (train/zero.py).
     """
 
-    def __init__(self, model: torch.nn.Module, recipe: Recipe, stage: Stage, config: dict, ranks: Ranks):
+    def __init__(self, model: Soundwave, recipe: Recipe, stage: Stage, config: dict, ranks: Ranks):
         self.recipe, self.stage, self.ranks = recipe, stage, ranks
         self.zero_stage = zero.stage_number(config)
         self.losses = losses_of(recipe)
@@ -99,12 +100,11 @@ class Engine:
         self.deepspeed.train()
         rows = probe(llm, self.model.audio_id)
         (kept_apart,) = all_reduce([float(rows.kept_apart)], self.ranks)
-        llm.joins_rows = kept_apart == self.ranks.world_size
+        joins_rows = kept_apart == self.ranks.world_size
+        cast(Any, llm).joins_rows = joins_rows  # model.language_model looks for it
         if self.ranks.is_main:
             elsewhere = "padded: on another rank they do not stay apart when they are joined"
-            logger.info(
-                "rows of a micro-batch are %s", rows if llm.joins_rows == rows.kept_apart else elsewhere
-            )
+            logger.info("rows of a micro-batch are %s", rows if joins_rows == rows.kept_apart else elsewhere)
 
     def _reason_to_skip(self, norm: float) -> str | None:
         return "a memory probe" if self._is_probing else self.health.reason_to_skip(self._loss, norm)
@@ -115,7 +115,7 @@ class Engine:
 
     def weighted_loss(self, output: Output, counts: dict[str, float]) -> torch.Tensor:
         """Return a micro-batch's part of the loss of the global batch."""
-        loss = 0.0
+        loss: Any = 0.0  # a tensor once the first term is added
         for name, weight in self.losses.items():
             loss = loss + weight * output.sums[name] / max(counts[name], 1.0)
         return loss

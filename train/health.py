@@ -8,9 +8,7 @@ from collections import deque
 from pathlib import Path
 from statistics import median
 
-import torch.distributed as dist
-
-from core.distributed import Ranks
+from core.distributed import Ranks, gather
 from core.files import append_lines
 from model.batch import Batch
 from recipe.config import HealthConfig
@@ -93,8 +91,7 @@ class SkippedSteps:
         if reason is None:
             self.steps = []
             return
-        ids = [None] * self.ranks.world_size
-        dist.all_gather_object(ids, [name for batch in micro_batches for name in batch.ids])
+        ids = gather([name for batch in micro_batches for name in batch.ids])
         self.steps.append(
             {
                 "step": step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -52,7 +53,7 @@ def parameter_groups(
 def build(groups: list[dict], config: OptimConfig, *, offload: bool) -> torch.optim.Optimizer:
     """torch's AdamW (fused on CUDA); where DeepSpeed keeps optimizer states in host memory, its own
     vectorised CPU Adam."""
-    arguments = {"betas": tuple(config.betas), "eps": config.eps}
+    arguments: dict[str, Any] = {"betas": tuple(config.betas), "eps": config.eps}
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

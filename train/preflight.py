@@ -1,10 +1,10 @@
 """Before any weight is loaded: can the nodes of this job train this recipe? One line for each thing that is
 wrong, with its node.
 
-    srun python train/preflight.py RECIPE [key=value ...]     in a job, one process per rank, as training
+    srun python -m train.preflight RECIPE [key=value ...]    in a job, one process per rank, as training
                                                               itself (slurm/common.sh)
-    python train/preflight.py RECIPE [key=value ...]          here, one process
-    python train/preflight.py RECIPE --where                  only print the stage, the output folder, whether
+    python -m train.preflight RECIPE [key=value ...]         here, one process
+    python -m train.preflight RECIPE --where                 only print the stage, the output folder, whether
                                                               it is finished, and the model folder that it
                                                               starts from
 
@@ -38,16 +38,13 @@ from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "train")]
-
-from core.code import code_hash  # noqa: E402
-from core.command_line import CommandParser  # noqa: E402
-from core.files import step_folders  # noqa: E402
-from recipe.config import Corpus, Recipe, RecipeError, load_recipe, start_folder  # noqa: E402
-from recipe.stages import has_model, initial_folder, stage_folder, stage_of  # noqa: E402
-from train.checkpoint.compatibility import check_checkpoint, finished  # noqa: E402
-from train.preemption import DONE, FAILED, PORT_TAKEN, PREEMPTED, WRONG_INPUT  # noqa: E402
+from core.code import code_hash
+from core.command_line import CommandParser
+from core.files import step_folders
+from recipe.config import Corpus, Recipe, RecipeError, load_recipe, start_folder
+from recipe.stages import has_model, initial_folder, stage_folder, stage_of
+from train.checkpoint.compatibility import check_checkpoint, finished
+from train.preemption import DONE, FAILED, PORT_TAKEN, PREEMPTED, WRONG_INPUT
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 GPU_REDUCE_BYTES, CPU_REDUCE_BYTES = 256 << 20, 8 << 20
@@ -153,7 +150,7 @@ def look_at_base(recipe: Recipe, report: Report) -> None:
     for part, name in (("encoder", recipe.model.encoder.name), ("llm", recipe.model.llm.name)):
         try:
             source = sources[part] = locate(name)
-            hashes[part] = fingerprint(source.folder, tensor_prefix(source) if part == "encoder" else "")
+            hashes[part] = fingerprint(source.files, tensor_prefix(source) if part == "encoder" else "")
             report.facts[f"model.{part} {name}"] = hashes[part][:12]
         except (SourceError, OSError, ValueError) as error:
             report.input_faults.append(f"model.{part}: {one_line(error)}")
@@ -362,7 +359,7 @@ def compare(reports: list[Report]) -> list[Fault]:
     for report in reports:
         faults += [Fault(report.node, text, True) for text in report.input_faults]
         faults += [Fault(report.node, text, False) for text in report.node_faults]
-    first = {}
+    first: dict[str, dict[str, str]] = {}
     for report in reports:
         if report.facts:
             first.setdefault(report.node, report.facts)
@@ -383,7 +380,8 @@ def compare(reports: list[Report]) -> list[Fault]:
 
 def gather(store, world_size: int, seconds: float) -> tuple[list[Report], list[Fault]]:
     """The reports of all ranks, and a fault for each node from which some did not come within `seconds`."""
-    deadline, reports, missing = time.monotonic() + seconds, [], {}
+    deadline, reports = time.monotonic() + seconds, []
+    missing: dict[str, list[int]] = {}
     nodes = os.environ.get("SOUNDWAVE_NODES", "").split()
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     for rank in range(world_size):
@@ -474,6 +472,20 @@ def all_reduce_line(store, rank: int, world_size: int, seconds: float) -> tuple[
     )
 
 
+def check_all_reduce(store, rank: int, world_size: int, seconds: float) -> int:
+    """Return the exit code of an all_reduce over all ranks; print its speed, or what is wrong."""
+    try:
+        speed, problem = all_reduce_line(store, rank, world_size, seconds)
+    except RuntimeError as error:
+        speed, problem = "", f"all_reduce: {one_line(error)}"
+    if problem:
+        print(f"error: node {node_name()}: rank {rank}: {problem}", file=sys.stderr)
+        return FAILED
+    if rank == 0:
+        print(f"preflight: {speed}")
+    return DONE
+
+
 def run(recipe: Recipe, seconds: float, faults_to: Path | None = None) -> int:
     import torch.distributed as dist
 
@@ -540,15 +552,7 @@ def run(recipe: Recipe, seconds: float, faults_to: Path | None = None) -> int:
             )
             return FAILED
     if code == DONE:
-        try:
-            speed, fault = all_reduce_line(store, rank, world_size, seconds)
-        except RuntimeError as error:
-            speed, fault = "", f"all_reduce: {one_line(error)}"
-        if fault:
-            print(f"error: node {node_name()}: rank {rank}: {fault}", file=sys.stderr)
-            code = FAILED
-        elif rank == 0:
-            print(f"preflight: {speed}")
+        code = check_all_reduce(store, rank, world_size, seconds)
     # Rank 0 holds the store, so it leaves last; after a fault it does not wait long for those who never came,
     # or are stuck.
     try:
@@ -590,7 +594,9 @@ def write_faults(path: Path, faults: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = CommandParser(
-        "train/preflight.py", "Check the nodes of a job before training.", example="train/recipes/stage1.yaml"
+        "python -m train.preflight",
+        "Check the nodes of a job before training.",
+        example="train/recipes/stage1.yaml",
     )
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")

@@ -32,7 +32,7 @@ from recipe.stages import STAGES, stages_in
 _CORPUS = asdict(Corpus())
 POINTS = 500  # of a curve: longer runs are averaged in bins
 # title, unit, {label: (kind of line, key)}, factor
-PANELS = (
+PANELS: tuple[tuple[str, str, dict[str, tuple[str, str]], float], ...] = (
     ("loss", "nats", {"training": ("train", "loss"), "validation": ("valid", "loss")}, 1),
     ("parts of the loss", "nats", {}, 1),  # filled by `panels`
     ("validation WER", "%", {"": ("valid", "wer")}, 100),
@@ -213,7 +213,7 @@ def summary(lines: dict[str, list[dict]], noted: dict) -> list[tuple[str, str]]:
         )
         rows.append(("steps not applied", str(sum("skipped" in line for line in train))))
         rows.append(("rejected samples, read retries", f"{total('rejected'):.0f}, {total('retries'):.0f}"))
-        passes = next((line["passes"] for line in reversed(train) if "passes" in line), {})
+        passes: dict[str, float] = next((line["passes"] for line in reversed(train) if "passes" in line), {})
         rows += [(f"epochs of {name}", f"{number:.2f}") for name, number in passes.items()]
     scored = [line for line in lines["valid"] if line.get("words") and "wer" in line]
     if scored:

@@ -11,12 +11,12 @@ import logging
 import operator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from core.distributed import Ranks
+from core.distributed import Ranks, from_main, gather
 from model import folder as model_folder
 from model import identity
 from model.config import SoundwaveConfig
@@ -31,6 +31,7 @@ from recipe.stages import Stage, initial_folder, stage_folder, stage_of
 from stream import Plan
 from stream.cache import ensure_features
 from stream.plan import load_index
+from stream.unindexed import UnindexedPlan
 from stream.validation import select
 from train import zero
 from train.checkpoint import compatibility, universal
@@ -129,7 +130,7 @@ def find_checkpoint(recipe: Recipe, folder: Path, ranks: Ranks) -> Saved | None:
     return Saved(source, state)
 
 
-def open_data(recipe: Recipe, stage: Stage) -> Plan:
+def open_data(recipe: Recipe, stage: Stage) -> Plan | UnindexedPlan:
     """Open the plan of data.train, and look into data.valid. Errors: RecipeError."""
     plan = Plan.open(recipe.data, stage.name, recipe.optim.total_steps, recipe.model)
     for corpus in recipe.data.valid:
@@ -149,7 +150,7 @@ def resolve_sizes(recipe: Recipe, stage: Stage) -> tuple[dict, int | None]:
     return config, limit
 
 
-def check_before_loading(recipe: Recipe, plan: Plan, saved: Saved, topology: dict) -> None:
+def check_before_loading(recipe: Recipe, plan: Plan | UnindexedPlan, saved: Saved, topology: dict) -> None:
     """Compare what is known of the recipe with a checkpoint. Errors: RecipeError."""
     then = saved.state["facts"]
     now = {**then, "recipe": compatibility.recipe_facts(recipe), "index": plan.fingerprint}
@@ -175,12 +176,12 @@ def build_model(
     except ValueError as error:
         raise RecipeError(f"model.ops.implementation: {error}") from None
     model = Soundwave.build(recipe.model, parts=parts)
-    hashes = [None]
+    hashes: dict[str, Any] = {}
     if ranks.is_main:  # reads every byte of the frozen parts: once per cluster, not once per rank
         start = compatibility.weights_hash(start_from) if start_from else None
-        hashes = [{"base": model.frozen_hash(), "start": start}]
-    dist.broadcast_object_list(hashes, src=0)
-    model._hashes = hashes[0]["base"]
+        hashes = {"base": model.frozen_hash(), "start": start}
+    hashes = from_main(hashes)
+    model._hashes = hashes["base"]
     if start_from is not None:
         notes = check_base(recipe, model, start_from)
         model_folder.load_trained(model, start_from, verify=False)
@@ -189,7 +190,7 @@ def build_model(
             for line in [*notes, *accepted_options(recipe, start_from)]:
                 logger.warning("%s", line)
     model.set_stage(stage.name)
-    return model, {**hashes[0]["base"], "start": hashes[0]["start"]}
+    return model, {**hashes["base"], "start": hashes["start"]}
 
 
 def check_base(recipe: Recipe, model: Soundwave, folder: Path) -> list[str]:
@@ -225,8 +226,7 @@ def accepted_options(recipe: Recipe, folder: Path) -> list[str]:
 
 def check_ranks_have_the_same(facts: dict, ranks: Ranks) -> None:
     """Errors: RecipeError where nodes read different files: code, recipe, tokenizer or index."""
-    found = [None] * ranks.world_size
-    dist.all_gather_object(found, facts)
+    found = gather(facts)
     for rank, theirs in enumerate(found):
         kinds = [kind for kind in theirs if theirs[kind] != found[0][kind]]
         if kinds:

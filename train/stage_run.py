@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 
-import torch.distributed as dist
-
-from core.distributed import Ranks
+from core.distributed import Ranks, from_main
 from recipe.config import Recipe, RecipeError
 from recipe.stages import stage_folder, stage_of, trained_by
 from stream.cache import Interrupted
@@ -45,7 +43,7 @@ def run_stage(recipe: Recipe, ranks: Ranks, status: RunStatus, profile_steps: in
 
 def reason_not_to_start(recipe: Recipe, ranks: Ranks) -> int | None:
     """Return the exit code where another process trains the stage, or it is finished; rank 0 looks."""
-    seen = [None]
+    seen: int | None = None
     if ranks.is_main:
         other, is_finished, problem = trained_by(recipe), False, None
         try:
@@ -59,16 +57,15 @@ def reason_not_to_start(recipe: Recipe, ranks: Ranks) -> int | None:
             )
         if problem:
             logger.error("%s", problem)
-            seen = [WRONG_INPUT]
+            seen = WRONG_INPUT
         elif is_finished:
             logger.info(
                 "stage %s is finished: %s; remove that folder or choose another output to train again",
                 stage_of(recipe).number,
                 stage_folder(recipe) / "model",
             )
-            seen = [DONE]
-    dist.broadcast_object_list(seen, src=0)
-    return seen[0]
+            seen = DONE
+    return from_main(seen)
 
 
 def features_unfinished(why: str, preemption: Preemption, ranks: Ranks) -> RunOutcome:

@@ -1,7 +1,7 @@
 """Copy the recipe's shards to a node's own disk before training, for file systems that many nodes read
 slowly.
 
-    srun --ntasks-per-node=1 python train/staging.py RECIPE [key=value ...]      (slurm/common.sh,
+    srun --ntasks-per-node=1 python -m train.staging RECIPE [key=value ...]      (slurm/common.sh,
     STAGE_SHARDS=1)
 
 Copies go to $SOUNDWAVE_LOCAL_SHARDS/FINGERPRINT/, where ShardIndex finds them; only complete, checked files
@@ -18,16 +18,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "train")]
+from tqdm import tqdm
 
-from tqdm import tqdm  # noqa: E402
-
-from core.private_folder import private_folder  # noqa: E402
-from data_tools.shards import ShardError, ShardIndex  # noqa: E402
-from recipe.config import RecipeError, load_recipe  # noqa: E402
-from train.preemption import DONE, FAILED, WRONG_INPUT  # noqa: E402
-from train.preflight import node_name, packed_folders  # noqa: E402
+from core.private_folder import private_folder
+from data_tools.shards import ShardError, ShardIndex
+from recipe.config import RecipeError, load_recipe
+from train.preemption import DONE, FAILED, WRONG_INPUT
+from train.preflight import node_name, packed_folders
 
 BLOCK = 16 << 20  # bytes; large reads are what parallel file systems are fast at
 COPIES_AT_A_TIME = 4

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from tqdm import tqdm
@@ -50,8 +51,9 @@ def start_logging(folder: Path, ranks: Ranks) -> None:
     formatter = PrintableFormatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
     handlers: list[logging.Handler] = [logging.FileHandler(folder / "logs" / f"rank-{ranks.rank}.log")]
     if ranks.is_main:
-        handlers.append(_TqdmLoggingHandler())
-        handlers[-1].stream = sys.stderr
+        console = _TqdmLoggingHandler()
+        console.stream = sys.stderr
+        handlers.append(console)
     for handler in handlers:
         handler.setFormatter(formatter)
         logger.addHandler(handler)
@@ -153,7 +155,9 @@ class Telemetry:
     ):
         """trackers: names of TRACKERS (train/trackers); settings: the recipe, which they show."""
         self.active = ranks.is_main
-        self.file = self.bar = self.trackers = None
+        self.file: TextIO
+        self.bar: tqdm
+        self.trackers: Trackers
         self.totals = {"rejected": 0.0, "retries": 0.0}  # over the whole stage, earlier processes included
         if not self.active:
             return
@@ -215,7 +219,7 @@ class Telemetry:
             self.totals[name] += values.get(name, 0.0)
 
     def scalars(self, prefix: str, step: int, values: dict) -> None:
-        if self.trackers is not None:
+        if self.active:
             self.trackers.scalars(step, prefix, values)
 
     def advance(self, values: dict) -> None:
@@ -226,7 +230,7 @@ class Telemetry:
     def picture(self, step: int, inspection: dict, title: str, name_of: Callable[[int], str]) -> None:
         """What the adapters make of one clip (`Soundwave.inspect`'s result), to pictures/step-N.png and to
         the trackers."""
-        if self.trackers is None:
+        if not self.active:
             return
         from model.picture import figure
 
@@ -240,7 +244,7 @@ class Telemetry:
         self.trackers.picture(step, "valid/clip", path)
 
     def table(self, name: str, step: int, columns: list[str], rows: list[list[str]]) -> None:
-        if self.trackers is not None:
+        if self.active:
             self.trackers.table(step, name, columns, rows)
 
     def close(self, hurry: bool = False) -> None:

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import deepspeed
 import torch
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from core.console import one_line
-from core.distributed import Ranks
+from core.distributed import Ranks, gather
 from core.memory import is_out_of_memory
 from model import folder as model_folder
 from model.batch import Batch
@@ -27,6 +28,7 @@ from model.language_model import lora_parameters
 from recipe.config import Recipe, RecipeError
 from recipe.stages import stage_folder, stage_of
 from stream import Plan, StepBatches, Stream, StreamStalled, consumed, worst_case_batch
+from stream.unindexed import UnindexedPlan
 from train import desync
 from train.checkpoint.store import Checkpoints
 from train.checkpoint.verification import find_good, read_state, saved_in_health
@@ -86,7 +88,7 @@ class Trainer:
         recipe: Recipe,
         ranks: Ranks,
         *,
-        plan: Plan,
+        plan: Plan | UnindexedPlan,
         row_limit: int | None,
         engine: Engine,
         checkpoints: Checkpoints,
@@ -232,7 +234,7 @@ class Trainer:
     def _after_step(self, result: StepResult, counts: StepCounts, taken: Taken, began: float) -> None:
         """Count the step and log it."""
         at = self.progress
-        if self.recipe.log.sample_ids:
+        if self.recipe.log.sample_ids and taken.data_step is not None:
             consumed.note(self.folder, at.step, taken.data_step, self.ranks.rank, taken.micro_batches)
         at.step += 1
         at.step_seconds = time.perf_counter() - began
@@ -241,7 +243,7 @@ class Trainer:
         self.skipped_steps.add(result.step, result.step + at.data_offset, result.skipped, taken.micro_batches)
 
     def log_step(self, result: StepResult, streamed: StreamSums, waited: float, seconds: float) -> None:
-        values = {
+        values: dict[str, Any] = {
             **self.meter.values(result, streamed, waited, seconds),
             "skipped_steps": self.engine.health.skipped,
         }
@@ -359,7 +361,7 @@ class Trainer:
                 step,
                 inspection,
                 f"step {step}: {reference} → {hypothesis}",
-                lambda token: self.model.tokenizer.decode([token]),
+                lambda token: str(self.model.tokenizer.decode([token])),
             )
         self.log.scalars("valid", step, result)
         if samples:
@@ -486,8 +488,7 @@ class Trainer:
         return RunOutcome.done(step, reason)
 
     def _end_by_preemption(self, stop_reason: str | None, is_saved: bool) -> RunOutcome:
-        step, reasons = self.progress.step, [None] * self.ranks.world_size
-        dist.all_gather_object(reasons, stop_reason)
+        step, reasons = self.progress.step, gather(stop_reason)
         why = "; ".join(f"{reason} on rank {rank}" for rank, reason in enumerate(reasons) if reason)
         outcome = RunOutcome.preempted(step, why) if is_saved else RunOutcome.failed(step, why)
         if self.ranks.is_main:
@@ -501,8 +502,7 @@ class Trainer:
         return outcome
 
     def _end_by_data(self, problem: Exception | None, is_saved: bool) -> RunOutcome:
-        problems = [None] * self.ranks.world_size
-        dist.all_gather_object(problems, (type(problem).__name__, str(problem)) if problem else None)
+        problems = gather((type(problem).__name__, str(problem)) if problem else None)
         rank, (kind, text) = next((r, p) for r, p in enumerate(problems) if p)
         weights = "saved" if is_saved else "NOT saved"
         return self._fail(

@@ -10,11 +10,11 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from core.console import one_line
-from core.distributed import Ranks
+from core.distributed import Ranks, from_main, gather
 from core.languages import is_known
 from core.samples import answer_of, transcript_of
 from core.text import RATES, Unit, count_errors, says_nothing
@@ -22,11 +22,12 @@ from evaluation.metrics import METRICS, metric_of
 from evaluation.metrics.accuracy import with_labels
 from evaluation.metrics.translation import with_tokenizers
 from model.batch import Batch
+from model.config import SoundwaveConfig
 from model.features import log_mel
 from model.losses import LOSSES
 from recipe.config import DataConfig, Recipe
 from recipe.stages import Stage, losses_of
-from stream import validation_samples, validation_waveforms
+from stream import validation_samples, validation_stream
 from stream.selection import share_of_each
 from train.engine import Engine, weighted_sum
 from train.step_counts import all_reduce
@@ -44,7 +45,9 @@ def word_errors(
     decide what a word is; utterances whose reference says nothing are left out."""
     langs = langs or [None] * len(references)
     said = [i for i, reference in enumerate(references) if not says_nothing(reference)]
-    counted = count_errors(*([texts[i] for i in said] for texts in (references, hypotheses, langs)), unit)
+    counted = count_errors(
+        [references[i] for i in said], [hypotheses[i] for i in said], [langs[i] for i in said], unit
+    )
     return int(counted.errors.sum()), int(counted.units.sum())
 
 
@@ -120,7 +123,9 @@ def validation_set(recipe: Recipe, stage: Stage, tokenizer, ranks: Ranks) -> Val
     return found
 
 
-def _arguments(recipe: Recipe, stage: Stage, tokenizer, ranks: Ranks, name: str) -> tuple:
+def _arguments(
+    recipe: Recipe, stage: Stage, tokenizer, ranks: Ranks, name: str
+) -> tuple[DataConfig, str, PreTrainedTokenizerBase, SoundwaveConfig, int, int, int]:
     """Return what the stream's validation functions take for one set of data.valid."""
     corpora = [corpus for corpus in recipe.data.valid if (corpus.name or "") == name]
     return (
@@ -153,21 +158,23 @@ def _part_of(recipe: Recipe, stage: Stage, tokenizer, ranks: Ranks, name: str) -
 
 
 def clip_mel(
-    recipe: Recipe, stage: Stage, tokenizer, ranks: Ranks, batches: ValidationSet, audio_id: int | None
+    recipe: Recipe, stage: Stage, tokenizer, ranks: Ranks, batches: ValidationSet, audio_id: int
 ) -> torch.Tensor | None:
     """Return the log-mel spectrogram [bands, frames] of `fixed_clip`, from its audio: cached features have
     none. None where the audio cannot be decoded."""
     number, audio, row = fixed_clip(batches, audio_id)
     entry = batches[number]
     position = sum(other.part == entry.part for other in batches[:number])  # in its own set
-    batch = validation_waveforms(*_arguments(recipe, stage, tokenizer, ranks, entry.part), position)
+    decoded = replace(recipe, data=replace(recipe.data, cache_features=None))
+    arguments = _arguments(decoded, stage, tokenizer, ranks, entry.part)
+    batch = validation_stream(*arguments, answers=True).read(position)
     if row < 0 or batch.waveforms is None or len(batch.audio_lengths) != len(entry.batch.audio_lengths):
         return None
     size = batch.audio_lengths[audio : audio + 1]
     return log_mel(batch.waveforms[audio : audio + 1, : int(size)], size, 80)[0][0]
 
 
-def fixed_clip(batches: ValidationSet, audio_id: int | None) -> tuple[int, int, int]:
+def fixed_clip(batches: ValidationSet, audio_id: int) -> tuple[int, int, int]:
     """(batch, audio in it, row in it) of the clip that is drawn each time: of this rank's, one of median
     length. A rank without audio draws nothing, but computes along with the others: its first dummy."""
     found = sorted(
@@ -277,17 +284,15 @@ def scores_by_task(rows: list[tuple[str, dict]], ranks: Ranks) -> dict[str | Non
     """Return {set, or None for all: {score: value}} of this rank's (set, row) pairs and those of all ranks,
     by the metrics of their tasks. Error rates of transcripts are not repeated. Collective: rank 0 computes.
     """
-    gathered: list = [None] * ranks.world_size
-    result: list = [{}]
-    dist.all_gather_object(gathered, rows)
+    result: dict[str | None, dict[str, float]] = {}
+    gathered = gather(rows)
     if ranks.is_main:
         everything = [pair for part in gathered for pair in part]
         parts = list(dict.fromkeys(name for name, _ in everything if name))
         groups: dict[str | None, list[dict]] = {None: [row for _, row in everything]}
         groups |= {part: [row for name, row in everything if name == part] for part in parts}
-        result = [{part: _metric_scores(members) for part, members in groups.items()}]
-    dist.broadcast_object_list(result, src=0)
-    return result[0]
+        result = {part: _metric_scores(members) for part, members in groups.items()}
+    return from_main(result)
 
 
 def _metric_scores(rows: list[dict]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -213,7 +214,9 @@ def _check_sections(recipe: Recipe, config: dict, decided: dict) -> None:
     config.setdefault("zero_optimization", {})
 
 
-def _fill(node: dict, values: dict[str, object], name: str, can: tuple[str, ...], prefix: str = "") -> None:
+def _fill(
+    node: dict, values: Mapping[str, object], name: str, can: tuple[str, ...], prefix: str = ""
+) -> None:
     for key, value in node.items():
         if isinstance(value, dict):
             _fill(value, values, name, can, f"{prefix}{key}.")

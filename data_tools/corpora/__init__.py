@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
+from core.audio_limits import AudioError
 from core.console import one_line
 from core.near_names import did_you_mean, near_names
 from core.unicode_paths import find_path
@@ -124,7 +125,7 @@ def fault_of(error: Exception, sample_id: str, corpus: str = "", reason: str = "
         reason = "encoding"
     elif isinstance(error, MemoryError):
         reason = "too_large"
-    if hasattr(error, "seconds"):
+    if isinstance(error, AudioError):
         reason = error.reason
     return Rejection(_valid(sample_id), reason, _valid(one_line(error)), corpus)
 

@@ -82,7 +82,8 @@ class Folder(Reader):
         self.told: list[str] = []
 
     def records(self) -> Iterator[tuple[str, Any]]:
-        self.told, ignored = [], Counter()
+        self.told = []
+        ignored: Counter[str] = Counter()
         tables: dict[str, _Metadata] = {}
         if self.metadata is not None:
             yield from self._open_table(self.metadata, self.metadata.parent, tables)

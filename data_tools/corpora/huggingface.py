@@ -53,7 +53,8 @@ class HuggingFace(Reader):
         self.named = {column: given[column] for column in self.COLUMNS if given[column]}
         if lang_column:
             self.named["lang"] = lang_column
-        self.audio, self.meant, self.told = audio, None, ""
+        self.audio, self.told = audio, ""
+        self.meant: tuple[dict[str, str], dict[str, str]] | None = None
         self.ignored = frozenset(ignore.split("+")) if ignore else frozenset()
         self.root = path.parent if path.is_file() else path
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _holds_data(p))
@@ -77,7 +78,7 @@ class HuggingFace(Reader):
 
     def sample(self, record: tuple[dict[str, list], int, str, dict[str, Any]], where: str) -> Entry:
         columns, row, sample_id, constant = record
-        values = {
+        values: dict[str, Any] = {
             field: None if column[row] is None else str(column[row]) for field, column in columns.items()
         }
         values["duration"] = number(values.get("duration"))
@@ -145,11 +146,13 @@ class HuggingFace(Reader):
             size = sum(
                 leaf.total_compressed_size for leaf in leaves if leaf.path_in_schema.split(".")[0] == audio
             )
-            table = parquet.read_row_group(group, columns=sorted(set(fields.values()))) if fields else None
-            columns = {
-                field: _values(table.column(column), parquet.schema_arrow, column)
-                for field, column in fields.items()
-            }
+            columns = {}
+            if fields:
+                table = parquet.read_row_group(group, columns=sorted(set(fields.values())))
+                columns = {
+                    field: _values(table.column(column), parquet.schema_arrow, column)
+                    for field, column in fields.items()
+                }
             columns |= {field: [value] * told.num_rows for field, value in constant.items()}
             place, name = f"parquet:{file}#{group}", self._name(file)
             yield from _rows(

@@ -132,12 +132,14 @@ class Kaldi(Reader):
                 )
 
     def sample(self, clip: _Clip, where: str) -> Item:
+        values: dict[str, str | None] = {}
         for name, value in clip.values.items():
             if isinstance(value, Problem):
                 return Rejection(clip.key, value.reason, f"{name}: {value.detail}")
+            values[name] = value
         duration = clip.duration
         # Of a stretch, segments says more exactly what is meant.
-        if clip.offset is None and (told := clip.values["utt2dur"]) is not None:
+        if clip.offset is None and (told := values["utt2dur"]) is not None:
             duration = number(told)
             if duration is None:
                 return Rejection(
@@ -146,10 +148,10 @@ class Kaldi(Reader):
         return Entry(
             id=clip.key,
             audio=clip.audio,
-            text=clip.values["text"],
-            lang=clip.values["utt2lang"] or self.lang,
+            text=values["text"],
+            lang=values["utt2lang"] or self.lang,
             task="asr",
-            speaker=clip.values["utt2spk"],
+            speaker=values["utt2spk"],
             offset=clip.offset,
             duration=duration,
             recording=clip.recording,
@@ -196,12 +198,13 @@ class Kaldi(Reader):
             )
         if recording not in recordings:
             return Rejection(key, "bad_row", f"segments speaks of recording '{recording}', wav.scp does not")
-        if not isinstance(recordings[recording], str) or not recordings[recording]:
+        file = recordings[recording]
+        if not isinstance(file, str) or not file:
             return Rejection(key, "bad_row", f"wav.scp: the file of recording '{recording}' cannot be read")
         # An end of -1 is the recording's end.
         return _Clip(
             key,
-            self.audio(recordings[recording]),
+            self.audio(file),
             recording,
             offset,
             None if float(end) < 0 else duration,

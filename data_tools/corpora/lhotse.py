@@ -52,7 +52,7 @@ class Lhotse(Reader):
                 )
             if members is not None:
                 for name in members.left_over():
-                    detail = f"{tar.name} holds audio of {name}, {manifest.name} has no such cut"
+                    detail = f"{members.tar.name} holds audio of {name}, {manifest.name} has no such cut"
                     yield name, Rejection(name, "unmatched", detail)
                 yield from (("", Ignored(heading, count)) for heading, count in members.ignored.items())
 
@@ -168,10 +168,13 @@ class _Members:
             name, _, extension = member.name.rpartition(".")
             if f".{extension}" == _NO_AUDIO:
                 self._placeholders.add(name)
-            elif (
-                member.is_special or extension not in ("json", "nometa") and (heading := _litter(member.name))
+            elif heading := (
+                LINKS
+                if member.is_special
+                else _litter(member.name)
+                if extension not in ("json", "nometa")
+                else None
             ):
-                heading = LINKS if member.is_special else heading
                 self.ignored[heading] = self.ignored.get(heading, 0) + 1
             elif extension not in ("json", "nometa"):
                 self._places.setdefault(name, []).append(member.place)

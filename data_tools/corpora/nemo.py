@@ -42,12 +42,12 @@ class Nemo(Reader):
         self.ignored = frozenset(ignore.split("+")) if ignore else frozenset()
         self.keys: Counter[str] = Counter()
         self.rows = 0
-        if tars is not None and not self._tars():
+        if tars is not None and not self._named_tars(tars):
             raise CorpusError(f"tars={tars}: there are no such tars")
 
-    def _tars(self) -> list[Path]:
+    def _named_tars(self, tars: str) -> list[Path]:
         """The tars that are named. Errors: CorpusError for one that does not exist."""
-        where = self.path.parent / self.tars
+        where = self.path.parent / tars
         match = _RANGE.search(where.name)
         if match is None:
             return tar_files(where) if where.exists() else []
@@ -57,13 +57,13 @@ class Nemo(Reader):
             where.with_name(where.name[: match.start()] + name + where.name[match.end() :]) for name in names
         ]
         if missing := [path for path in found if not path.exists()]:
-            raise CorpusError(f"tars={self.tars}: {missing[0]} does not exist")
+            raise CorpusError(f"tars={tars}: {missing[0]} does not exist")
         return found
 
     def records(self) -> Iterator[tuple[str, Any]]:
         self.keys.clear()
         self.rows = 0
-        self.members = _Members(self._tars()) if self.tars is not None else None
+        self.members = _Members(self._named_tars(self.tars)) if self.tars is not None else None
         if self.members is not None:
             yield from ((fault.id, fault) for fault in self.members.faults)
             yield from (("", Ignored(what, count)) for what, count in self.members.ignored.items())
@@ -95,8 +95,8 @@ class Nemo(Reader):
             row, {key: row[key] for key in row.keys() & _KEYS if row[key] is not None}, self.ignored
         ):
             return Rejection(name, "bad_row", f"{where}: {problem}")
-        audio = str(self.path.parent / name)
-        if self.members is not None and (audio := self.members.find(name)) is None:
+        audio = str(self.path.parent / name) if self.members is None else self.members.find(name)
+        if audio is None:
             return Rejection(name, "missing_file", f"{where}: no member {Path(name).name} in {self.tars}")
         entry_id = Path(name).with_suffix("").as_posix() + (f"@{offset:.3f}" if offset is not None else "")
         entry = Entry(

@@ -96,7 +96,7 @@ class Table(Reader):
     ):
         self.path, self.suffix, self.task, self.lang = path, suffix, task, lang
         named = {name: sign for sign, name in DELIMITERS.items()}
-        self.delimiter = named.get(delimiter, delimiter) or usual_delimiter(path)
+        self.delimiter = named.get(delimiter, delimiter) if delimiter else usual_delimiter(path)
         if len(self.delimiter) != 1:
             raise CorpusError(f"delimiter={delimiter}: one sign, or {', '.join(named)}")
         if quoting not in (None, "yes", "no"):
@@ -198,7 +198,7 @@ class Table(Reader):
                 return Rejection(
                     sample_id, "bad_row", f"{where}: {self.named.get(field, field)} is {shown}, not a number"
                 )
-        if seconds["end"] is not None:
+        if seconds["end"] is not None and seconds["offset"] is not None:
             seconds["duration"] = seconds["end"] - seconds["offset"]
         if self.jsonl and (strange := _strange(cells)):
             return Rejection(sample_id, "bad_row", f"{where}: {strange}")

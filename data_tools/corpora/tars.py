@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from lzma import LZMAError
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from core.console import one_line, plural
 from core.tar_members import (
@@ -73,7 +73,7 @@ def tar_members(tar: Path, with_texts: bool = False) -> Iterator[TarMember | Rej
         form = "tarz" if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")) else "tar"
         with tarfile.open(tar) as archive:
             while (member := archive.next()) is not None:
-                archive.members.clear()  # it would keep them all
+                cast(Any, archive).members.clear()  # it would keep them all; typeshed hides the list
                 if member.isdir():
                     continue
                 special = not member.isreg() or member.issparse()
@@ -83,9 +83,8 @@ def tar_members(tar: Path, with_texts: bool = False) -> Iterator[TarMember | Rej
                 extension = split_name(member.name)[1]
                 place = f"{form}:{tar}#{member.offset_data}+{member.size}.{extension}"
                 wanted = with_texts and not special and kind_of_member(member.name) in ("json", "text")
-                text = (
-                    archive.extractfile(member).read() if wanted and member.size <= MAX_TEXT_BYTES else None
-                )
+                readable = archive.extractfile(member) if wanted and member.size <= MAX_TEXT_BYTES else None
+                text = readable.read() if readable is not None else None
                 yield TarMember(member.name, place, special, text, member.size)
             archive.fileobj.seek(archive.offset)
             if len(archive.fileobj.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
@@ -160,18 +159,18 @@ class Shards(Reader):
         return item
 
     def _sample(self, group: Group[TarMember], source: str, where: str) -> Item:
-        if problem := group.problem:
-            return Rejection(where, "bad_row", problem)
-        parts = {}
-        for kind in ("json", "text"):
-            if member := group.one(kind):
-                if member.content.text is None:
-                    return Rejection(where, "too_large", f"{member.name} has {member.content.size:,} bytes")
-                parts[kind] = member.content.text
-        if "text" in parts and self.encoding:
-            if problem := damage(parts["text"], self.encoding):
-                return Rejection(where, problem.reason, f"{group.one('text').name}: {problem.detail}")
-            parts["text"] = parts["text"].decode(self.encoding).encode()
+        if group.problem:
+            return Rejection(where, "bad_row", group.problem)
+        parts: dict[str, bytes] = {}
+        for member in (*group.of("json"), *group.of("text")):  # one of each at most
+            text = member.content.text
+            if text is None:
+                return Rejection(where, "too_large", f"{member.name} has {member.content.size:,} bytes")
+            if member.kind == "text" and self.encoding:
+                if problem := damage(text, self.encoding):
+                    return Rejection(where, problem.reason, f"{member.name}: {problem.detail}")
+                text = text.decode(self.encoding).encode()
+            parts[str(member.kind)] = text
         try:
             found = read_record(parts.get("json"), parts.get("text"))
         except UnicodeDecodeError:

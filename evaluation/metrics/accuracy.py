@@ -44,9 +44,10 @@ def correct_answers(rows: list[dict]) -> tuple[np.ndarray, int, int]:
     """
     correct, unparsed, mislabelled = np.zeros(len(rows)), 0, 0
     for i, row in enumerate(rows):
-        answer, label = split_chain(row["prediction"])[1], label_of(row)
+        answer = split_chain(row["prediction"])[1]
+        label: str | None = label_of(row)
         if choices := row.get("choices"):
-            choice, label = parse_letter(answer, choices), label_among(label, choices)
+            choice, label = parse_letter(answer, choices), label_among(label_of(row), choices)
             mislabelled += label is None
         else:
             choice = parse_choice(answer, row["labels"])

@@ -38,7 +38,10 @@ def exact_answers(rows: list[dict], marks: Marks = "script") -> np.ndarray:
     """1 where the answer is the reference's (same_answer, by the row's language), else 0."""
     answers = [[split_chain(row[key])[1] for key in ("prediction", "reference")] for row in rows]
     return np.array(
-        [float(same_answer(*pair, row.get("lang"), marks)) for pair, row in zip(answers, rows, strict=True)]
+        [
+            float(same_answer(given, wanted, row.get("lang"), marks))
+            for (given, wanted), row in zip(answers, rows, strict=True)
+        ]
     )
 
 

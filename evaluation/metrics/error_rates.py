@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jiwer
 import numpy as np
 
@@ -17,8 +19,8 @@ def counted(rows: list[dict], unit: Unit = "word", marks: Marks = "script") -> E
     return count_errors(references, predictions, [row.get("lang") for row in rows], unit, marks)
 
 
-def aligned(rows: list[dict], *, characters: bool = False) -> jiwer.WordOutput | jiwer.CharacterOutput:
-    """References and predictions after normalisation, aligned in words or characters."""
+def aligned(rows: list[dict], *, characters: bool = False) -> jiwer.WordOutput | jiwer.CharacterOutput | None:
+    """References and predictions after normalisation, aligned in words or characters; None of no rows."""
     return counted(rows, "character" if characters else "word").output
 
 
@@ -44,7 +46,8 @@ def score_wer(rows: list[dict], marks: Marks = "script") -> dict:
     """Error rates by words, characters and both mixed (core/text.py), over the utterances in which something
     is said; what a model writes for silence is counted by the minute. A rate is None where the references
     hold no words."""
-    said, scores = spoken(rows), {}
+    said = spoken(rows)
+    scores: dict[str, Any] = {}
     counts = {name: counted(said, unit, marks) for name, unit in RATES.items()}
     for name, found in counts.items():
         scores[name] = float(found.errors.sum() / found.units.sum()) if found.units.sum() else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
 
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.metrics.base import Score
@@ -69,7 +71,8 @@ def as_float(score: Score) -> Score:
 def score_bleu(rows: list[dict], marks: Marks = "script") -> dict:
     """BLEU and chrF; `bleu` is None, with a `bleu_note`, where the directions need several tokenizers."""
     predictions, references = [row["prediction"] for row in rows], [[row["reference"] for row in rows]]
-    scores, metrics = {}, {"chrf": CHRF()}
+    scores: dict[str, Any] = {}
+    metrics: dict[str, Any] = {"chrf": CHRF()}
     tokenizers = sorted({bleu_tokenizer(row) for row in rows})
     if len(tokenizers) == 1:
         metrics = {"bleu": BLEU(tokenize=tokenizers[0])} | metrics
@@ -93,15 +96,16 @@ def score_bleu(rows: list[dict], marks: Marks = "script") -> dict:
 
 def paired_bleu(first: list[dict], second: list[dict]) -> dict[str, dict]:
     """Compare two systems by sacrebleu's paired approximate randomisation; rows of one BLEU tokenizer."""
-    systems = [
+    systems: list[tuple[str, Sequence[str]]] = [
         ("first", [row["prediction"] for row in first]),
         ("second", [row["prediction"] for row in second]),
     ]
     references = [[row["reference"] for row in first]]
     bleu = BLEU(tokenize=bleu_tokenizer(first[0]))
     _, scores = PairedTest(systems, {"bleu": bleu, "chrf": CHRF()}, references, test_type="ar")()
-    results = {}
-    for name, pair in scores.items():
+    results: dict[str, dict] = {}
+    pairs: dict[str, Any] = scores  # of names under "System", of results under the metrics
+    for name, pair in pairs.items():
         if name != "System":
             a, b = pair
             results[name.lower().removesuffix("2")] = {

@@ -25,15 +25,14 @@ import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
-from core.control_tokens import control_tokens, text_ids
-from model.language_model import base_of, embed
+from core.control_tokens import control_tokens, text_ids, token_id
+from model.language_model import LLM, base_of, embed
 from model.rows import longest_row
 
 if TYPE_CHECKING:
@@ -111,23 +110,23 @@ class Spelling:
         return not self.letters(token) and token not in self.special and bool(self.text(token).strip())
 
     def text(self, token: int) -> str:
-        return self.tokenizer.decode([token]) if token < len(self.tokenizer) else ""
+        return str(self.tokenizer.decode([token])) if token < len(self.tokenizer) else ""
 
     def ends_sentence(self, token: int) -> bool:
         return token not in self.special and self.text(token).strip()[-1:] in SENTENCE_ENDS
 
     def _capital(self, token: int) -> int:
         """The same token with a capital, where the vocabulary has one."""
-        name = self.tokenizer.convert_ids_to_tokens(token)
+        name = str(self.tokenizer.convert_ids_to_tokens(token))
         mark = name[:1] if self.begins_word(token) else ""
         word = name[len(mark) :]
-        found = self.tokenizer.convert_tokens_to_ids(mark + word[:1].upper() + word[1:])
-        return token if found is None or found == self.tokenizer.unk_token_id else found
+        found = token_id(self.tokenizer, mark + word[:1].upper() + word[1:])
+        return token if found is None else found
 
     def spell(self, text: str) -> list[int]:
         """The tokens of a word's rest, or of a mark, without a space in front."""
-        token = self.tokenizer.convert_tokens_to_ids(text)
-        return text_ids(self.tokenizer, text) if token in (None, self.tokenizer.unk_token_id) else [token]
+        token = token_id(self.tokenizer, text)
+        return text_ids(self.tokenizer, text) if token is None else [token]
 
     def learn(self, drafted: int, written: int) -> None:
         self._preferred[drafted][written] += 1
@@ -153,7 +152,7 @@ class Spelling:
         first, rest = tokens[0], tokens[1:]
         begun = [first]
         if self.begins_word(first) and self.letters(first):  # an answer begins without the space
-            word = self.tokenizer.decode([self.capital(first)]).strip()
+            word = self.text(self.capital(first)).strip()
             begun = text_ids(self.tokenizer, word)
         tokens = [*begun, *(self.preferred(i) for i in rest)]
         if self.letters(tokens[-1]):
@@ -301,7 +300,7 @@ def _repetition(answer: list[int], limit: int) -> list[int]:
     return []
 
 
-def refusal(llm: nn.Module, positions: int, longest: int) -> str | None:
+def refusal(llm: LLM, positions: int, longest: int) -> str | None:
     """Why this LLM's answers cannot be drafted: its cache cannot be cut and keep gaps; None where they can.
 
     positions: of the longest prompt and its answer; longest: draft tokens in one pass.
@@ -311,7 +310,7 @@ def refusal(llm: nn.Module, positions: int, longest: int) -> str | None:
     arguments = inspect.signature(base.forward).parameters
     if "position_ids" not in arguments or "past_key_values" not in arguments:
         return f"{name} takes no positions"
-    if base._is_stateful or not base._supports_default_dynamic_cache():
+    if base._is_stateful or not cast(Any, base)._supports_default_dynamic_cache():
         return f"{name} keeps a state that cannot be cut"
     if getattr(config, "hidden_size_per_layer_input", None):
         return f"{name} needs token ids beside their embeddings"
@@ -330,14 +329,15 @@ def refusal(llm: nn.Module, positions: int, longest: int) -> str | None:
     return None
 
 
-class Kept:
+class MaskedCache:
     """The LLM's cache and which of its positions count, row by row: mask [R, C]."""
 
-    def __init__(self, llm: nn.Module, mask: torch.Tensor):
+    def __init__(self, llm: LLM, mask: torch.Tensor):
         config = base_of(llm).config.get_text_config(decoder=True)
         self.cache, self.mask = DynamicCache(config=config), mask[:, :0]
-        windows = [layer.sliding_window for layer in self.cache.layers if layer.is_sliding]
-        self.limit = min(windows, default=None)
+        layers = self.cache.layers
+        windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
+        self.limit = min(windows) if windows else None
 
     def keep(self, valid: torch.Tensor) -> None:
         """valid [R, N]: of the positions that the last pass added, those that count. Trailing positions that
@@ -372,7 +372,7 @@ class Kept:
                 states = getattr(layer, name)
                 index = order[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
                 setattr(layer, name, states.gather(2, index))
-            if layer.is_sliding:
+            if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length = needed
         self.mask = self.mask.gather(1, order)
 
@@ -425,7 +425,7 @@ class Row:
 
 @torch.no_grad()
 def decode(
-    llm: nn.Module,
+    llm: LLM,
     audio_id: int,
     embeddings: torch.Tensor,
     mask: torch.Tensor,
@@ -438,7 +438,7 @@ def decode(
     turn included where there is one, and what they took. streamer: for one row."""
     rows = [Row(place, draft) for place, draft in enumerate(drafts)]
     answers, passes = [row.answer for row in rows], Passes(row_passes=[0] * len(rows))
-    kept = Kept(llm, mask.bool())
+    kept = MaskedCache(llm, mask.bool())
     if streamer is not None:
         streamer.put(torch.zeros(1, 0, dtype=torch.long))  # the prompt, which has no ids
     while rows:
@@ -470,9 +470,9 @@ def decode(
 
 
 def _pass(
-    llm: nn.Module,
+    llm: LLM,
     audio_id: int,
-    kept: Kept,
+    kept: MaskedCache,
     rows: list[Row],
     embeddings: torch.Tensor,
     mask: torch.Tensor,
@@ -488,7 +488,7 @@ def _pass(
     if kept.mask.shape[1] == 0:
         first = mask.bool()
         drafted_embeddings = embed(llm, drafted, audio_id).to(embeddings.dtype)
-        inputs = {"inputs_embeds": torch.cat([embeddings, drafted_embeddings], dim=1)}
+        inputs: dict[str, Any] = {"inputs_embeds": torch.cat([embeddings, drafted_embeddings], dim=1)}
     else:
         last = torch.tensor([row.answer[-1:] for row in rows], device=device)
         first = torch.ones_like(last, dtype=torch.bool)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitNormalization, LogitsProcessorList
 
@@ -15,13 +16,17 @@ from model.batch import Batch
 from model.features import SAMPLE_RATE, log_mel
 from model.generation import drafted as drafting
 from model.generation.joint import CTCPrefixScores, JointScores, JointSearch
-from model.language_model import base_of, context_length, end_ids
+from model.language_model import LLM, base_of, context_length, end_ids
 from model.prompt import audio_count, chat_ids
 from model.waveforms import SoundWarning, Waveform, usable_clips
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
 
+    from model.alignment import CTCHead
+    from model.config import SoundwaveConfig
+    from model.encoder import Encoder
     from model.soundwave import Audio
 
 
@@ -29,8 +34,25 @@ MAX_NEW_TOKENS = 512
 logger = logging.getLogger("soundwave")
 
 
-class Generation:
-    """Inference of `Soundwave` (mixed into it)."""
+class Generation(nn.Module):
+    """Inference of `Soundwave`, which has the network and these attributes."""
+
+    config: SoundwaveConfig
+    tokenizer: PreTrainedTokenizerBase
+    audio_id: int
+    encoder: Encoder | None
+    ctc_head: CTCHead
+    llm: LLM | None
+    trained_seconds: float | None  # longest clip of training, where a model folder records it
+    unanswered: dict[int, str]  # rows of the last batch beyond the LLM's context, and why
+
+    if TYPE_CHECKING:
+
+        def encode_audio(self, batch: Batch) -> Audio: ...
+
+        def embeddings(
+            self, batch: Batch, audio: Audio, left_padded: bool = False
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
     drafted_passes: drafting.Passes | None = None  # of the last batch, where its answers were drafted
     _spelling: drafting.Spelling | None = None
@@ -191,14 +213,14 @@ class Generation:
             use_cache=True,
         )
         self.drafted_passes = None
-        if drafted is not None and self._can_draft(drafted, longest, settings, synced_gpus):
+        if drafted is not None and self._can_draft(self.llm, drafted, longest, settings, synced_gpus):
             limits = drafting.Limits(stop, min_new_tokens, settings.max_new_tokens)
             answers, self.drafted_passes = drafting.decode(
                 self.llm,
                 self.audio_id,
                 embeddings,
                 mask,
-                self._drafts(batch, audio, drafted, stop),
+                self._drafts(self.llm, batch, audio, drafted, stop),
                 limits,
                 drafted.minimum_ratio,
                 streamer,
@@ -218,7 +240,8 @@ class Generation:
             else:  # transformers' beam search hands log-probabilities over, its greedy search logits
                 processors.append(LogitNormalization())
             processors.append(searched)
-        ids = self.llm.generate(
+        network: Any = self.llm  # a GenerationMixin too, with or without LoRA
+        ids = network.generate(
             inputs_embeds=embeddings,
             attention_mask=mask,
             generation_config=settings,
@@ -243,6 +266,7 @@ class Generation:
 
     def _can_draft(
         self,
+        llm: LLM,
         drafted: drafting.Drafting,
         longest: int | None,
         settings: GenerationConfig,
@@ -250,7 +274,7 @@ class Generation:
     ) -> bool:
         """Whether answers can be drafted; why not is logged once."""
         positions = (longest or 1) + settings.max_new_tokens
-        why = drafting.refusal(self.llm, positions, drafted.longest)
+        why = drafting.refusal(llm, positions, drafted.longest)
         if synced_gpus:
             why = "under ZeRO-3 every rank has to run as many passes"
         if why is not None and why not in self._draft_refusals:
@@ -259,11 +283,11 @@ class Generation:
         return why is None
 
     def _drafts(
-        self, batch: Batch, audio: Audio, drafted: drafting.Drafting, stop: list[int]
+        self, llm: LLM, batch: Batch, audio: Audio, drafted: drafting.Drafting, stop: list[int]
     ) -> list[drafting.Draft]:
         """The CTC transcripts of each conversation's audios, as drafts of its answer."""
         if self._spelling is None or self._spelling.stop != stop:
-            rows = base_of(self.llm).get_input_embeddings().weight.shape[0]
+            rows = cast(torch.Tensor, base_of(llm).get_input_embeddings().weight).shape[0]
             self._spelling = drafting.Spelling(self.tokenizer, stop, rows)
         counts = (batch.attention_mask.bool() & (batch.input_ids == self.audio_id)).sum(dim=1).tolist()
         transcripts = iter(self._ctc_tokens(audio))
@@ -289,11 +313,15 @@ class Generation:
         self._fit(mask)
         return [row[there.bool()] for row, there in zip(embeddings, mask, strict=True)]
 
+    def _context(self) -> int | None:
+        """Return the positions that the LLM takes; None where that is not known."""
+        return None if self.llm is None else context_length(base_of(self.llm).config)
+
     def _fit(self, mask: torch.Tensor) -> int | None:
         """Return the positions that the longest conversation takes among those that fit into the LLM's
         context, None where none does; those that do not are named in `unanswered`. mask [B, L]: of the
         prompts, audio included."""
-        context, taken = context_length(base_of(self.llm).config), mask.sum(1).tolist()
+        context, taken = self._context(), mask.sum(1).tolist()
         full = [place for place, count in enumerate(taken) if context is not None and count >= context]
         self.unanswered = {
             place: f"conversation {place} takes {taken[place]} positions, audio included, and the LLM's context "  # noqa: E501
@@ -306,7 +334,7 @@ class Generation:
 
     def answer_room(self, longest: int, max_new_tokens: int) -> int:
         """Return how many tokens the answers of a batch may have beside a prompt of `longest` positions."""
-        context = context_length(base_of(self.llm).config)
+        context = self._context()
         if context is None or longest + max_new_tokens <= context:
             return max_new_tokens
         warnings.warn(
@@ -342,12 +370,12 @@ class Generation:
         audio = self.encode_audio(batch) if audio is None else audio
         self.train(training)
         return [
-            self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
             for tokens in self._ctc_tokens(audio)
         ]
 
     @torch.no_grad()
-    def inspect(self, batch: Batch, audio: Audio | None = None) -> dict[str, list]:
+    def inspect(self, batch: Batch, audio: Audio | None = None) -> dict[str, Any]:
         """What happens to each audio, for pictures; one entry per audio under each key. audio: what
         `encode_audio` gives for this batch, where the caller has it.
 
@@ -361,7 +389,7 @@ class Generation:
         self.train(training)
         encoder_rate = self.encoder.frame_rate if self.encoder is not None else 50.0
         rate = encoder_rate / self.config.alignment.stack_frames
-        seen: dict[str, list] = {
+        seen: dict[str, Any] = {
             "mel": [],
             "seconds": [],
             "tokens": [],

@@ -160,14 +160,14 @@ class JointScores(LogitsProcessor):
         candidates = scores.topk(min(self.search.candidates, scores.shape[1])).indices.tolist()
         answers = [tuple(answer) for answer in input_ids.tolist()]
         for conversation, ctc in enumerate(self.ctc):
-            rows = range(conversation * self.search.beams, (conversation + 1) * self.search.beams)
+            own = range(conversation * self.search.beams, (conversation + 1) * self.search.beams)
             totals = self._totals[conversation]
-            rows = [row for row in rows if answers[row] in totals]  # an answer that has ended is not
+            rows = [row for row in own if answers[row] in totals]  # an answer that has ended is not
             if ctc is None or not rows:
                 continue
             judged[rows] = -torch.inf
             if (
-                max(self.within_reach(conversation, answers[row]) for row in rows)
+                max(self.within_reach(conversation, ctc, answers[row]) for row in rows)
                 <= self.best[conversation][0]
             ):
                 judged[rows, self.stop[0]] = 0.0
@@ -181,17 +181,16 @@ class JointScores(LogitsProcessor):
                     }
                 )
                 values = scores[row, tokens].tolist()
-                judged[row, tokens] = torch.tensor(self.judge(conversation, answers[row], tokens, values)).to(
-                    scores
-                )
+                found = self.judge(conversation, ctc, answers[row], tokens, values)
+                judged[row, tokens] = torch.tensor(found).to(scores)
         return judged
 
-    def within_reach(self, conversation: int, answer: Tokens) -> float:
+    def within_reach(self, conversation: int, ctc: CTCPrefixScores, answer: Tokens) -> float:
         """What an answer may come to: its score, and the bonus of as many tokens as CTC's greedy text is
         longer."""
-        unsaid = max(0, self.ctc[conversation].spoken - len(self.text_tokens(answer)))
+        unsaid = max(0, ctc.spoken - len(self.text_tokens(answer)))
         bonus = self.search.token_bonus
-        if self.trees[conversation] is not None:
+        if self.trees[conversation] is not None and self.search.hotwords is not None:
             bonus += self.search.hotwords.bonus
         return self._totals[conversation][answer] + bonus * unsaid
 
@@ -200,26 +199,26 @@ class JointScores(LogitsProcessor):
         values [V]: the LLM's log-probabilities."""
         if (tree := self.trees[conversation]) is None:
             return []
-        going, first = tree.followers(self.progress(conversation, answer))
+        going, first = tree.followers(self.progress(conversation, tree, answer))
         begin = sorted(first, key=lambda token: -values[token].item())[: self.search.candidates]
         return [*going, *begin]
 
-    def progress(self, conversation: int, answer: Tokens) -> Progress:
-        """Return what an answer has earned by hotwords; only for conversations with a tree."""
+    def progress(self, conversation: int, tree: HotwordTree, answer: Tokens) -> Progress:
+        """Return what an answer has earned by the hotwords of its conversation's tree."""
         known = self._progress[conversation]
         if answer not in known:
-            known[answer] = self.trees[conversation].advance(
-                self.progress(conversation, answer[:-1]), answer[-1]
-            )
+            known[answer] = tree.advance(self.progress(conversation, tree, answer[:-1]), answer[-1])
         return known[answer]
 
-    def judge(self, conversation: int, answer: Tokens, tokens: list[int], values: list[float]) -> list[float]:
+    def judge(
+        self, conversation: int, ctc: CTCPrefixScores, answer: Tokens, tokens: list[int], values: list[float]
+    ) -> list[float]:
         """The LLM's log-probabilities of an answer's next tokens -> those of the search."""
-        ctc, totals, judged = self.ctc[conversation], self._totals[conversation], []
+        totals, judged = self._totals[conversation], []
         so_far, total = self.text_tokens(answer), totals[answer]
         paid = self.begun(ctc, so_far)
         tree = self.trees[conversation]
-        earned = 0.0 if tree is None else self.progress(conversation, answer).begun
+        earned = 0.0 if tree is None else self.progress(conversation, tree, answer).begun
         # An answer that is cut pays for what it leaves unsaid, as one does that ends: else running on is the
         # cheaper way out.
         cut = len(answer) + 1 >= self.max_new_tokens
@@ -230,7 +229,7 @@ class JointScores(LogitsProcessor):
             cost = (ctc.whole(text) if ended else self.begun(ctc, text)) - paid
             bonus = self.search.token_bonus * (len(text) - len(so_far))
             if tree is not None:
-                progress = self.progress(conversation, longer)
+                progress = self.progress(conversation, tree, longer)
                 bonus += (progress.whole if ended else progress.begun) - earned
             judged.append(value + self.search.weight * cost + bonus)
             if not ended:
@@ -242,9 +241,8 @@ class JointScores(LogitsProcessor):
     def text_tokens(self, answer: Tokens) -> Tokens:
         """An answer's text as CTC would be taught it."""
         if answer not in self._texts:
-            text = self.tokenizer.decode(answer, skip_special_tokens=True).rstrip(
-                "\ufffd"
-            )  # of a character's first bytes
+            # At its end may be a character's first bytes.
+            text = str(self.tokenizer.decode(list(answer), skip_special_tokens=True)).rstrip("\ufffd")
             self._texts[answer] = tuple(ctc_target_ids(self.tokenizer, text, self.search.ctc_text))
         return self._texts[answer]
 
@@ -253,7 +251,7 @@ class JointScores(LogitsProcessor):
         there yet (" ", "na": " name"); the likeliest reading counts."""
         cost, name = IMPOSSIBLE if tokens else 0.0, ""
         for place in reversed(range(len(tokens))):
-            name = self.tokenizer.convert_ids_to_tokens(tokens[place]) + name
+            name = str(self.tokenizer.convert_ids_to_tokens(tokens[place])) + name
             ids = self._ids[bisect_left(self._names, name) : bisect_left(self._names, name + chr(0x10FFFF))]
             if not len(ids):
                 break

@@ -85,8 +85,7 @@ def align(
     """`word_times`, with each path's score and the reason where there is none."""
     if isinstance(waveforms, Batch):
         waveforms = [
-            row[:size]
-            for row, size in zip(waveforms.waveforms, waveforms.audio_lengths.tolist(), strict=False)
+            row[:size] for row, size in zip(waveforms.sounds, waveforms.audio_lengths.tolist(), strict=False)
         ]
     langs = [None] * len(texts) if langs is None else langs
     if not len(waveforms) == len(texts) == len(langs):
@@ -116,7 +115,7 @@ def align(
             numbers, align_frames(model, hidden, lengths, spellings, seconds), strict=False
         ):
             found[number] = aligned
-    return found
+    return [aligned for aligned in found if aligned is not None]  # each clip is in one of the batches
 
 
 def batches(samples: list[int]) -> list[list[int]]:
@@ -134,6 +133,8 @@ def batches(samples: list[int]) -> list[list[int]]:
 @torch.no_grad()
 def frames(model: Soundwave, waveforms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the alignment adapter's frames of waveforms [S]: hidden [A, T, D], lengths [A]."""
+    if model.encoder is None:
+        raise ValueError("the model was built without its encoder: it cannot encode audio")
     device = next(model.parameters()).device
     training = model.training
     model.eval()

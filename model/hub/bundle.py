@@ -104,7 +104,7 @@ class Names(ast.NodeVisitor):
     def __init__(self) -> None:
         self.names: set[str] = set()
         self.annotations: set[str] = set()
-        self.attributes: list[ast.Attribute] = []
+        self.attributes: list[tuple[str, ast.Attribute]] = []  # the name before the dot
 
     def visit_Name(self, node: ast.Name) -> None:
         if isinstance(node.ctx, ast.Load):
@@ -112,7 +112,7 @@ class Names(ast.NodeVisitor):
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         if isinstance(node.value, ast.Name):
-            self.attributes.append(node)
+            self.attributes.append((node.value.id, node))
         self.generic_visit(node)
 
     def _annotation(self, node: ast.expr | None) -> None:
@@ -206,21 +206,26 @@ class Bundler:
             names.visit(node)
         lines = text.splitlines()
         edits: list[tuple[int, int, int, str]] = []
-        modules = {name for name in names.names if isinstance(self.resolve(Place(module.name, name)), str)}
-        for attribute in names.attributes:
-            if (local := attribute.value.id) in modules:
-                found = self.resolve(Place(self.resolve(Place(module.name, local)), attribute.attr))
+        modules = {
+            name: full
+            for name in names.names
+            if isinstance(full := self.resolve(Place(module.name, name)), str)
+        }
+        for local, attribute in names.attributes:
+            if local in modules:
+                found = self.resolve(Place(modules[local], attribute.attr))
                 if not isinstance(found, Place):
                     raise BundleError(
                         f"{module.name}: {local}.{attribute.attr} is not defined in the project"
                     )
                 self.take(found)
                 row = attribute.lineno - 1 - first
-                edits.append((row, attribute.col_offset, attribute.end_col_offset, attribute.attr))
+                begin = attribute.col_offset
+                edits.append((row, begin, begin + len(f"{local}.{attribute.attr}"), attribute.attr))
         for row, begin, end, new in sorted(edits, reverse=True):
             raw = lines[row].encode()
             lines[row] = (raw[:begin] + new.encode() + raw[end:]).decode()
-        for name in sorted(names.names - modules):
+        for name in sorted(names.names - modules.keys()):
             found = self.resolve(Place(module.name, name))
             if isinstance(found, Place):
                 if found != Place(module.name, name) or name not in self.done:
@@ -234,7 +239,8 @@ class Bundler:
             begin = min([method.lineno, *decorators]) - 1
             body = "\n".join(owner.lines[begin : method.end_lineno])
             body = self._used(owner, method, body, begin)
-            lines[statement.lineno - 1 - first : statement.end_lineno - first] = ["", *body.splitlines()]
+            last = statement.end_lineno or statement.lineno
+            lines[statement.lineno - 1 - first : last - first] = ["", *body.splitlines()]
         return "\n".join(lines)
 
     def _methods(

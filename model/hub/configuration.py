@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
@@ -34,11 +35,11 @@ class SoundwaveHubConfig(PretrainedConfig):
         super().__init__(**options)
 
     @property
-    def alignment(self) -> SimpleNamespace:
+    def alignment(self) -> Any:
         return SimpleNamespace(**self.soundwave["alignment"])
 
     @property
-    def shrinking(self) -> SimpleNamespace:
+    def shrinking(self) -> Any:
         return SimpleNamespace(**self.soundwave["shrinking"])
 
     @property

@@ -23,6 +23,7 @@ from model.hub.bundle import Place, bundle
 from model.hub.configuration import SoundwaveHubConfig
 from model.hub.modeling import SoundwaveForConditionalGeneration
 from model.hub.processing import SoundwaveProcessor
+from model.language_model import audio_token_id
 from model.official import LoRAMerge, ShardWriter, stream_tensors
 from model.pretrained import DTYPES, Source, preprocessor_settings
 
@@ -52,7 +53,7 @@ AUTO_MAP = {
 def source_files() -> dict[str, str]:
     """Name -> text of the generated files."""
     names = ("configuration", "modeling", "processing")
-    beside = {"configuration": {}}
+    beside: dict[str, dict[str, str]] = {"configuration": {}}
     return {
         f"{name}_soundwave.py": bundle(f"model.hub.{name}", beside=beside.get(name, BESIDE), instead=INSTEAD)
         for name in names
@@ -85,7 +86,7 @@ def write_layout(
         encoder_config=_sizes(encoder),
         llm_config=_sizes(llm),
         ctc_rows=rows,
-        audio_token_id=tokenizer.convert_tokens_to_ids(config.audio_token),
+        audio_token_id=audio_token_id(tokenizer, config.audio_token),
         normalise_waveforms=bool(preprocessor_settings(encoder.folder).get("do_normalize", True)),
         architectures=["SoundwaveForConditionalGeneration"],
         tie_word_embeddings=config.alignment.ctc_head == "tied",
@@ -107,7 +108,7 @@ def write_layout(
     for name, tensor in built.state_dict().items():
         add(f"encoder.{name}", tensor)
     merge = LoRAMerge(run / LORA) if (run / LORA).is_dir() else None
-    for name, tensor in stream_tensors(llm.folder, "merging the LLM"):
+    for name, tensor in stream_tensors(llm.files, "merging the LLM"):
         tensor = merge(name, tensor) if merge else tensor
         if f"llm.{name}" in wanted:
             add(f"llm.{name}", tensor)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,14 +25,16 @@ from model.soundwave import Soundwave
 COMPRESSORS = {"ctc_peaks": CTCPeaks, "all_frames": AllFrames, "stacked": Stacked, "cif": CIF}
 
 
-def encoder_of(config: SoundwaveHubConfig) -> nn.Module:
+def encoder_of(config: SoundwaveHubConfig) -> WhisperEncoder | WaveformEncoder:
     """The encoder, with fresh weights."""
-    settings, sizes = SimpleNamespace(**config.soundwave["encoder"]), config.encoder_config
+    settings: Any = SimpleNamespace(**config.soundwave["encoder"])  # in place of EncoderConfig
+    sizes: Any = config.encoder_config
+    source: Any = SimpleNamespace(folder=None)  # in place of Source
     if sizes.model_type == "whisper":
-        return WhisperEncoder(settings, WhisperLayers(sizes), None)
+        return WhisperEncoder(settings, WhisperLayers(sizes), source)
     from transformers import AutoModel
 
-    encoder = WaveformEncoder(settings, AutoModel.from_config(sizes), SimpleNamespace(folder=None))
+    encoder = WaveformEncoder(settings, AutoModel.from_config(sizes), source)
     encoder.normalise = config.normalise_waveforms
     return encoder
 
@@ -71,7 +74,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if kind == "tied"
             else torch.empty(config.ctc_rows, width, dtype=torch.float32)
         )
-        ops = SimpleNamespace(**config.soundwave["ops"])
+        ops: Any = SimpleNamespace(**config.soundwave["ops"])  # in place of OpsConfig
         audio_id = min(config.audio_token_id, config.ctc_rows - 1)
         self.ctc_head = CTCHead(kind, embeddings, 1.0, audio_id, ops)
         if kind == "tied":
@@ -80,7 +83,8 @@ class SoundwaveForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self._tied_weights_keys = {"ctc_head.weight": f"llm.{name}"}
         else:
             self._keep_in_fp32_modules_strict = [*self._keep_in_fp32_modules_strict, "ctc_head"]
-        self.shrinking = COMPRESSORS[config.compressor](config, width, heads, 1.0)
+        compressor: Any = COMPRESSORS[config.compressor]  # takes this configuration like SoundwaveConfig
+        self.shrinking = compressor(config, width, heads, 1.0)
         self.audio_id = config.audio_token_id
         self.post_init()
         self.eval()
@@ -116,9 +120,10 @@ class SoundwaveForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if (waveforms is None) != (waveform_lengths is None):
             raise ValueError("give waveforms and waveform_lengths together, as the processor makes them")
         silent = waveforms is None or not len(waveforms)
-        if silent:
+        if waveforms is None or silent:
             waveforms = torch.zeros(1, 3200, device=input_ids.device)
             waveform_lengths = torch.tensor([3200], device=input_ids.device)
+        network: Any = self  # the methods are those of Soundwave
         batch = SimpleNamespace(
             waveforms=waveforms.float(),
             features=None,
@@ -134,7 +139,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel, GenerationMixin):
             has_transcript=torch.zeros(len(waveforms), dtype=torch.bool, device=input_ids.device),
             ctc_target_lengths=torch.zeros(len(waveforms), dtype=torch.long, device=input_ids.device),
         )
-        return self.embeddings(batch, self.encode_audio(batch), left_padded=left_padded)
+        return network.embeddings(batch, network.encode_audio(batch), left_padded=left_padded)
 
     def forward(
         self,
@@ -157,7 +162,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.llm(inputs_embeds=embeddings, attention_mask=mask, labels=labels, **options)
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]  # takes what the processor gives
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,

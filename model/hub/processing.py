@@ -50,20 +50,28 @@ class SoundwaveProcessor(ProcessorMixin):
         super().__init__(tokenizer, **more)
         self.audio_token, self.prompt, self.system = audio_token, prompt, system
 
-    def apply_chat_template(self, conversation, sampling_rate: int | None = None, **options) -> BatchFeature:
+    # transformers lists its own options one by one; those that are not supported are refused below.
+    def apply_chat_template(  # type: ignore[override]
+        self, conversation, sampling_rate: int | None = None, **options
+    ) -> BatchFeature:
         """Return input_ids, attention_mask [B, L], and waveforms [A, S] with waveform_lengths [A].
 
         conversation: one or a list, each ending with a user's turn; sampling_rate: of samples that
         are given (default 16000). Errors: ValueError.
         """
-        asked = {"tokenize": (True,), "return_dict": (True,), "return_tensors": ("pt",)}
+        asked: dict[str, tuple[object, ...]] = {
+            "tokenize": (True,),
+            "return_dict": (True,),
+            "return_tensors": ("pt",),
+        }
         asked |= {"add_generation_prompt": (True,), "continue_final_message": (False,)}
         asked |= {"processor_kwargs": ({}, None)}  # of transformers' pipeline
         for name, value in options.items():
             if value not in asked.get(name, ()):
                 raise ValueError(f"{name}={value!r} is not supported: leave it out")
         chats = [conversation] if isinstance(conversation[0], dict) else conversation
-        rows, clips = [], []
+        rows: list[torch.Tensor] = []
+        clips: list[torch.Tensor] = []
         for chat in chats:
             turns = [self._turn(turn, clips, sampling_rate) for turn in chat]
             ids, _ = chat_ids(self.tokenizer, turns, self.prompt, self.audio_token, self.system)
@@ -119,7 +127,7 @@ class SoundwaveProcessor(ProcessorMixin):
                 raise ValueError(f"a part of type {part.get('type')!r}: give text or audio")
         return {"role": turn["role"], "content": "\n".join(lines), "audios": audios}
 
-    def post_process_multimodal_output(
+    def post_process_multimodal_output(  # type: ignore[override]
         self, generated_outputs, skip_special_tokens=True, **options
     ) -> list[str]:
         return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens)

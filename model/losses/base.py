@@ -13,6 +13,7 @@ from core.registry import Registry
 from model.batch import Batch
 
 if TYPE_CHECKING:
+    from model.language_model import LLM
     from model.soundwave import Audio, Soundwave
 
 
@@ -28,6 +29,13 @@ class ForwardState:
     batch: Batch
     audio: Audio
     shared: dict = field(default_factory=dict)  # what one loss has computed for others
+
+    @property
+    def llm(self) -> LLM:
+        """Return the language model. Errors: ValueError for a model without it."""
+        if self.model.llm is None:
+            raise ValueError("this loss needs the language model")
+        return self.model.llm
 
     @cached_property
     def llm_input(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ from model.losses.base import ForwardState, Loss, register_loss
 @register_loss("ce")
 class CrossEntropy(Loss):
     def numerator(self, state: ForwardState) -> torch.Tensor:
-        return target_loss(state.model.llm, *state.llm_input, state.batch.row_keys, state.shared)
+        return target_loss(state.llm, *state.llm_input, state.batch.row_keys, state.shared)
 
     def count(self, batch: Batch) -> int:
         return batch.ce_count

@@ -13,10 +13,11 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from model.batch import Batch
-from model.language_model import arrange, base_of, embed, splice, target_loss, token_keys_in_use
+from model.language_model import LLM, arrange, base_of, embed, splice, target_loss, token_keys_in_use
 from model.losses.base import ForwardState, Loss, register_loss
 
 CHUNK_LOGITS = 1 << 23  # logits of one of the two models that exist at once: 32 MiB in fp32
@@ -72,7 +73,7 @@ class Distillation(Loss):
     def numerator(self, state: ForwardState) -> torch.Tensor:
         model, batch, shared = state.model, state.batch, state.shared
         if "target_hidden" not in shared:  # `ce` has not run: the student's forward pass
-            target_loss(model.llm, *state.llm_input, batch.row_keys, shared)
+            target_loss(state.llm, *state.llm_input, batch.row_keys, shared)
         student = shared["target_hidden"]
         if student is None:
             raise ValueError(
@@ -80,8 +81,8 @@ class Distillation(Loss):
                 "logits), which this loss does not know: remove the loss"
             )
         # A word as frames of one text: the transcript's token ids are the CTC targets.
-        text = embed(model.llm, batch.input_ids, model.audio_id)
-        words = embed(model.llm, batch.ctc_targets, model.audio_id)
+        text = embed(state.llm, batch.input_ids, model.audio_id)
+        words = embed(state.llm, batch.ctc_targets, model.audio_id)
         audios = 0 if batch.audio_is_dummy else len(words)
         embeddings, mask, labels = splice(
             text,
@@ -93,7 +94,7 @@ class Distillation(Loss):
             model.audio_id,
         )
         return teach(
-            model.llm, student, embeddings.detach(), mask, labels, counted_rows(batch), batch.row_keys
+            state.llm, student, embeddings.detach(), mask, labels, counted_rows(batch), batch.row_keys
         )
 
     def count(self, batch: Batch) -> int:
@@ -111,7 +112,7 @@ def counted_rows(batch: Batch) -> torch.Tensor:
 
 
 def teach(
-    llm: nn.Module,
+    llm: LLM,
     student: torch.Tensor,
     embeddings: torch.Tensor,
     mask: torch.Tensor,
@@ -130,7 +131,7 @@ def teach(
         rows, columns, counts = rows.new_zeros(1), columns.new_zeros(1), counts.new_zeros(1)
     seen = {}
 
-    def compare(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def compare(module: nn.Linear, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden = inputs[0][rows, columns]
         with torch.enable_grad():
             kind = torch.promote_types(hidden.dtype, torch.float32)
@@ -139,7 +140,7 @@ def teach(
 
     handle = base_of(llm).get_output_embeddings().register_forward_pre_hook(compare)
     try:
-        without_lora = llm.disable_adapter() if hasattr(llm, "disable_adapter") else nullcontext()
+        without_lora = llm.disable_adapter() if isinstance(llm, PeftModel) else nullcontext()
         with torch.no_grad(), without_lora, token_keys_in_use(llm, keys):
             llm(**arguments, use_cache=False)
     finally:

@@ -79,7 +79,8 @@ class _OnGPU(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         from . import triton_dropout
 
-        return triton_dropout.apply(gradient, *ctx.saved_tensors, ctx.site, ctx.threshold), None, None, None
+        (keys,) = ctx.saved_tensors
+        return triton_dropout.apply(gradient, keys, ctx.site, ctx.threshold), None, None, None
 
 
 def keyed_dropout(x: Tensor, keys: Tensor, site: int, p: float) -> Tensor:

@@ -81,7 +81,8 @@ def linear_ctc(
         loss = (loss / target_lengths.clamp(min=1)).sum() / max(loss.shape[0], 1)
     elif reduction == "sum":
         loss = loss.sum()
-    return loss, *frames
+    argmax, lse, max_logit, blank_logit = frames
+    return loss, argmax, lse, max_logit, blank_logit
 
 
 @torch.no_grad()
@@ -101,8 +102,8 @@ def linear_argmax(
     problem = operator.CTCInputs(
         hidden, weight, extra_row, input_lengths, none, torch.zeros_like(input_lengths), blank
     )
-    _, *frames = _run(problem, 0.0, implementation, False)
-    return tuple(frames)
+    _, argmax, lse, max_logit, blank_logit = _run(problem, 0.0, implementation, False)
+    return argmax, lse, max_logit, blank_logit
 
 
 def _checked(

@@ -212,7 +212,8 @@ def _gradient(ctx, loss_gradient, *_):
     if loss_gradient is None:
         return nothing
     saved = ctx.saved_tensors
-    problem = CTCInputs(*saved[:6], ctx.blank)
+    hidden, weight, extra_row, input_lengths, targets, target_lengths = saved[:6]
+    problem = CTCInputs(hidden, weight, extra_row, input_lengths, targets, target_lengths, ctx.blank)
     wanted = ctx.needs_input_grad[:3]
     gradients = backward(
         loss_gradient, *problem, *saved[6:], ctx.skip_below, ctx.implementation, ctx.deterministic, *wanted

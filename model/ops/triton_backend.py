@@ -407,9 +407,10 @@ def _backward(
     grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=device) if want_weight else None
     buffer = torch.empty(rows * width if any(counts) else 0, device=device, dtype=dtype)
     for piece, count in enumerate(counts):
-        v0, summed = piece * width, None  # summed: the weight's gradient over several chunks of frames
+        v0 = piece * width
+        summed: Tensor | None = None  # the weight's gradient over several chunks of frames
         if not count:
-            if want_weight:
+            if grad_weight is not None:
                 grad_weight[v0 : v0 + width] = 0
             continue
         part = weight[v0 : v0 + width].to(dtype)
@@ -434,24 +435,26 @@ def _backward(
                 SLOTS=128,
                 PLACE=True,
             )
-            if want_hidden:
+            if grad_hidden is not None:
                 grad_hidden[which] += gradient @ part
-            if want_weight:
+            if grad_weight is not None:
                 product = gradient.t() @ h
                 summed = product if summed is None else product.float() + summed
-        if want_weight:
+        if grad_weight is not None and summed is not None:
             grad_weight[v0 : v0 + width] = summed
 
     grad_extra = None
     if extra_row is not None:
         share = values[:, -1].masked_fill(~valid, 0.0)
-        if want_hidden:
+        if grad_hidden is not None:
             grad_hidden += torch.outer(share, extra_row.float())
         if want_extra:
             index = valid.nonzero()[:, 0]  # padded frames may hold anything
             grad_extra = (share[index].to(dtype) @ flat[index]).to(extra_row.dtype)
 
     def given(tensor: Tensor | None, like: Tensor | None) -> Tensor:
-        return torch.empty(0, device=device) if tensor is None else tensor.to(like.dtype).view(like.shape)
+        if tensor is None or like is None:
+            return torch.empty(0, device=device)
+        return tensor.to(like.dtype).view(like.shape)
 
     return given(grad_hidden, hidden), given(grad_weight, weight), given(grad_extra, extra_row)

@@ -12,7 +12,9 @@ from core.tar_members import Grouper, Member, ignored_as, is_text_sample, read_r
 def grouped(names, most_bytes=float("inf"), size=1):
     """[(key, names)] of all groups in the order in which they come."""
     grouper = Grouper(lambda group: False, most_bytes)
-    groups = [group for name in names for group in grouper.add(Member(name, size=size))] + list(grouper.end())
+    groups = [group for name in names for group in grouper.add(Member(name, None, size))] + list(
+        grouper.end()
+    )
     return [(group.key, sorted(member.name for member in group.members)) for group in groups]
 
 
@@ -63,7 +65,7 @@ def test_members_of_each_kind_of_name(names, wanted):
 
 def test_several_audio_members_are_a_problem():
     grouper = Grouper(lambda group: False)
-    groups = [g for name in ("f.wav", "f.flac", "f.json") for g in grouper.add(Member(name))] + list(
+    groups = [g for name in ("f.wav", "f.flac", "f.json") for g in grouper.add(Member(name, None))] + list(
         grouper.end()
     )
     (group,) = groups
@@ -90,12 +92,12 @@ def test_any_order_gives_the_same_samples_and_each_member_comes_once(keys, data)
 def test_neighbours_do_not_wait_and_what_waits_is_bounded():
     grouper = Grouper(lambda group: False, most_bytes=10)
     assert [
-        group.key for name in ("a.wav", "a.txt", "b.wav") for group in grouper.add(Member(name, size=4))
+        group.key for name in ("a.wav", "a.txt", "b.wav") for group in grouper.add(Member(name, None, 4))
     ] == ["a"]
     came = [
         group.key
         for name in ("c.wav", "d.wav", "e.wav", "e.txt")
-        for group in grouper.add(Member(name, size=4))
+        for group in grouper.add(Member(name, None, 4))
     ]
     assert came == ["b"], "the oldest that waits is given up, as an incomplete group"
     assert [group.key for group in grouper.end()] == ["e", "c", "d"]

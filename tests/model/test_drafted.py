@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as bpe
 from transformers import DynamicCache, PreTrainedTokenizerFast, TextIteratorStreamer
 
-from model.generation.drafted import Draft, Drafting, Kept, Limits, Spelling, decode, refusal
+from model.generation.drafted import Draft, Drafting, Limits, MaskedCache, Spelling, decode, refusal
 from model.prompt import stop_ids
 from tests.model import families, tiny
 from tests.model.conftest import build
@@ -59,7 +59,7 @@ def spelling():
 def use_drafts(monkeypatch, model, drafts: list[list[int]]) -> None:
     """Let the model check these tokens, exactly as they are."""
 
-    def given(batch, audio, options, stop):
+    def given(llm, batch, audio, options, stop):
         spelling = Spelling(model.tokenizer, stop, len(model.tokenizer))
         return [Draft(spelling, draft, options.longest) for draft in drafts]
 
@@ -139,7 +139,7 @@ def test_gaps_in_the_cache_are_closed_without_a_trace(models, monkeypatch):
     batch = conversations(model, [0, 2])
     greedy = model.generate(batch, max_new_tokens=24, min_new_tokens=24)
     closed = []
-    make_room = Kept.make_room
+    make_room = MaskedCache.make_room
 
     def always(self, added):
         limit, self.limit = self.limit, 0
@@ -148,7 +148,7 @@ def test_gaps_in_the_cache_are_closed_without_a_trace(models, monkeypatch):
         closed.append(width - self.mask.shape[1])
         self.limit = limit
 
-    monkeypatch.setattr(Kept, "make_room", always)
+    monkeypatch.setattr(MaskedCache, "make_room", always)
     wrong = [(token + 1) % 256 for token in greedy[1]]
     use_drafts(monkeypatch, model, [greedy[0], wrong])
     assert model.generate(batch, max_new_tokens=24, min_new_tokens=24, drafted=Drafting(5)) == greedy

@@ -191,9 +191,10 @@ def test_bonuses_of_a_search_sum_up_to_those_of_the_finished_answer(text):
     totals = []
     for hotwords in (None, Hotwords(WORDS, PHRASES, bonus=BONUS, margin=1e9)):
         search = JointSearch(weight=0.5, beams=1, candidates=len(WORDS), token_bonus=0.0, hotwords=hotwords)
-        processor = JointScores(WORDS, [CTCPrefixScores(log_probs, len(WORDS))], search, [stop], 99)
+        ctc = CTCPrefixScores(log_probs, len(WORDS))
+        processor = JointScores(WORDS, [ctc], search, [stop], 99)
         total = 0.0
         for place, token in enumerate([*tokens, stop]):
-            total += processor.judge(0, tuple(tokens[:place]), [token], [0.0])[0]
+            total += processor.judge(0, ctc, tuple(tokens[:place]), [token], [0.0])[0]
         totals.append(total)
     assert totals[1] - totals[0] == pytest.approx(walk(tokens).whole, abs=1e-6)

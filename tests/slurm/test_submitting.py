@@ -1283,7 +1283,8 @@ def test_faults_of_many_ranks_are_lines_without_a_traceback(site, assets):
     port = str(20000 + os.getpid() % 10000)
     command = [
         sys.executable,
-        "train/preflight.py",
+        "-m",
+        "train.preflight",
         "recipes/stage2.yaml",
         "init_from=fresh",
         "model.llm.name=./nowhere",

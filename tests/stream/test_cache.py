@@ -17,7 +17,7 @@ from data_tools.shards import ShardIndex
 from model.features import log_mel
 from model.stages import STAGES
 from recipe.config import Corpus, Recipe, RecipeError
-from stream import EvalStream, Stream, validation_batches
+from stream import EvalStream, Stream, validation_samples
 from stream import cache as cache_module
 from stream.cache import FeatureStore, Interrupted, ensure_features
 from stream.rejected import BrokenSample
@@ -99,11 +99,11 @@ def test_validation_of_several_folders_finds_all_its_features(recipe, tokenizer,
     recipe.model.encoder.max_seconds, recipe.log.validate_utterances = 2.0, 19
     recipe.data.max_seconds = 1.0
     ensure_features(recipe)
-    batches = validation_batches(
+    batches = validation_samples(
         recipe.data, "alignment", tokenizer, recipe.model, 0, 1, recipe.log.validate_utterances
     )
     longer = sum(0.3 + 0.1 * (number * 23 // 7) > 2.0 for number in range(7))
-    assert longer and sum(len(references) for _, references in batches) == 21 - longer
+    assert longer and sum(len(samples) for _, samples in batches) == 21 - longer
     assert f"{longer} utterances of data.valid are left out" in caplog.text
 
 

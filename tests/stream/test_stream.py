@@ -11,8 +11,9 @@ import soundfile
 import torch
 
 from core.keys import signed_key64
+from core.samples import answer_of
 from recipe.config import Corpus, RecipeError
-from stream import EvalStream, Plan, Stream, TooManyRejected, validation_batches, worst_case_batch
+from stream import EvalStream, Plan, Stream, TooManyRejected, validation_samples, worst_case_batch
 from stream import packed as stream_module
 from stream.plan import PLANNED, load_index
 from stream.rejected import RejectedLog
@@ -307,7 +308,7 @@ def test_held_out_share_of_the_pack_that_is_trained_on(packed, tokenizer, model_
     data.train[0].share = 0.7
     data.valid = [Corpus(shards=str(packed), share=0.3, share_from=0.7)]
     trained = set(Plan.open(data, "alignment", 1).orders[0].rows.tolist())
-    pairs = validation_batches(data, "alignment", tokenizer, model_config, 0, 1, 100)
+    pairs = validation_samples(data, "alignment", tokenizer, model_config, 0, 1, 100)
     held_out = {int(name.removeprefix("asr-")) for batch, _ in pairs for name in batch.ids}
     index = load_index(str(packed))
     trained = {int(index.read(row)[1]["id"].removeprefix("asr-")) for row in trained}
@@ -317,8 +318,8 @@ def test_held_out_share_of_the_pack_that_is_trained_on(packed, tokenizer, model_
 def test_validation_references(mixed, tokenizer, model_config):
     data = data_config(mixed)
     data.valid = data.train
-    pairs = validation_batches(data, "shrinking", tokenizer, model_config, 0, 1, 30)
-    found = {name: text for batch, texts in pairs for name, text in zip(batch.ids, texts, strict=True)}
+    pairs = validation_samples(data, "shrinking", tokenizer, model_config, 0, 1, 30)
+    found = {sample["id"]: answer_of(sample) for _, samples in pairs for sample in samples}
     assert (
         found["text-4"] == "Four."
         and found["translation-3"] == "les mots"

@@ -17,7 +17,7 @@ from stream import Plan, Stream
 from stream import packed as stream_module
 from stream import unindexed as web_module
 from stream.collate import Collator
-from stream.unindexed import PlainReader, micro_batches_per_step
+from stream.unindexed import UnindexedReader, micro_batches_per_step
 from tests.stream.conftest import data_config, sound
 
 
@@ -58,7 +58,7 @@ def test_slots_share_the_samples_without_overlap(packed, tokenizer, model_config
     seen = Counter()
     for slot in range(slots):
         stream = Stream(data, "alignment", tokenizer, model_config, slot, slots, 0, 1)
-        assert isinstance(stream.reader, PlainReader)
+        assert isinstance(stream.reader, UnindexedReader)
         source = stream.reader._samples(0, slot, slots, stream.reader.at[0].numpy(), [])
         for sample, number in source:
             if number == 2:

@@ -19,6 +19,7 @@ import hashlib
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from core.code import code_hash
 from core.files import step_folders
@@ -55,10 +56,10 @@ KINDS = ("base", "tokenizer", "recipe", "index")
 _TARGETS = "model.llm.lora_targets"
 
 
-def flat(node: object, prefix: str = "") -> dict[str, object]:
+def flat(node: Recipe | dict, prefix: str = "") -> dict[str, Any]:
     """A dataclass or dict as {"a.b": value}."""
-    node = dataclasses.asdict(node) if dataclasses.is_dataclass(node) else node
-    out: dict[str, object] = {}
+    node = node if isinstance(node, dict) else dataclasses.asdict(node)
+    out: dict[str, Any] = {}
     for key, value in node.items():
         if isinstance(value, dict) and value:
             out.update(flat(value, f"{prefix}{key}."))
@@ -82,7 +83,7 @@ def known(corpus: dict) -> dict:
     }
 
 
-def recipe_facts(recipe: Recipe | dict) -> dict[str, object]:
+def recipe_facts(recipe: Recipe | dict) -> dict[str, Any]:
     """What of a recipe, or of one that was recorded, decides what its stage learns: flat keys and values."""
     values = flat(recipe)
     stage = STAGES.get(values["stage"])
@@ -217,10 +218,11 @@ def finished(recipe: Recipe) -> bool:
     """
     folder = stage_folder(recipe) / "model"
     described = _read(folder / "soundwave.json")
-    if described is None or (_read(folder.parent / "run.json") or {}).get("status") != "done":
+    status = _read(folder.parent / "run.json") or {}
+    if described is None or status.get("status") != "done":
         return False
     if "recipe" not in described:  # not written by training
-        return _read(folder.parent / "run.json").get("steps") == recipe.optim.total_steps
+        return status.get("steps") == recipe.optim.total_steps
     recorded = described["recipe"]
     check_steps(recipe, described["step"], folder)
     is_stopped = described.get("stopped_after") is not None
@@ -238,7 +240,7 @@ def finished(recipe: Recipe) -> bool:
 
     start = start_folder(recipe)
     start_is_gone = start is not None and not (start / "soundwave.json").exists()
-    saved = {"base": {}, "tokenizer": None, "recipe": recipe_facts(recorded), "index": None}
+    saved: dict[str, Any] = {"base": {}, "tokenizer": None, "recipe": recipe_facts(recorded), "index": None}
     now = {**saved, "recipe": recipe_facts(recipe)}
     if start_is_gone:  # what was inherited from it is not known any more
         for key in [key for key in now["recipe"] if key.startswith("model.")]:
@@ -376,7 +378,7 @@ def _compare_base(recipe: Recipe, recorded: dict, described: dict, saved: dict, 
                 saved["base"] = {**saved["base"], part: described["frozen"].get(part)}
                 now["base"] = {
                     **now["base"],
-                    part: fingerprint(source.folder, tensor_prefix(source) if part == "encoder" else ""),
+                    part: fingerprint(source.files, tensor_prefix(source) if part == "encoder" else ""),
                 }
     except SourceError as error:
         raise RecipeError(str(error)) from None

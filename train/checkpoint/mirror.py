@@ -60,7 +60,7 @@ class Mirror:
                 logger.error(
                     "checkpoint.copy_to: %s has not taken %s in %d s; the run does not wait for it",
                     self.config.copy_to,
-                    self.copying.name,
+                    self.copying.name if self.copying is not None else "a checkpoint",
                     seconds,
                 )
                 return False
@@ -82,18 +82,18 @@ class Mirror:
             )
 
     def _copy(self, source: Path) -> None:
+        if (target := self.target) is None:
+            return
         try:
-            partial = self.target / (source.name + PARTIAL)
+            partial = target / (source.name + PARTIAL)
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(source, partial)
-            shutil.rmtree(self.target / source.name, ignore_errors=True)
-            os.rename(partial, self.target / source.name)
-            sync_folder(self.target)
+            shutil.rmtree(target / source.name, ignore_errors=True)
+            os.rename(partial, target / source.name)
+            sync_folder(target)
             if (self.folder / "best.json").exists():
-                write_atomically(self.target / "best.json", (self.folder / "best.json").read_text())
-            write_atomically(self.target / "latest", source.name)
-            prune(self.target, self.config, but=self.copying)
+                write_atomically(target / "best.json", (self.folder / "best.json").read_text())
+            write_atomically(target / "latest", source.name)
+            prune(target, self.config, but=self.copying)
         except OSError as error:
-            logger.error(
-                "checkpoint.copy_to: %s could not be copied to %s: %s", source.name, self.target, error
-            )
+            logger.error("checkpoint.copy_to: %s could not be copied to %s: %s", source.name, target, error)

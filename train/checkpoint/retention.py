@@ -8,7 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
-from core.files import PARTIAL, STEP, step_folders, write_atomically
+from core.files import PARTIAL, step_folders, step_of, write_atomically
 from core.json_files import JsonError, read_object
 from recipe.config import CheckpointConfig
 from train.checkpoint.verification import is_best, saved_in_health
@@ -67,14 +67,14 @@ def prune(folder: Path, config: CheckpointConfig, *, but: Path | None = None) ->
     found = step_folders(folder)
     healthy = next((one for one in found if saved_in_health(one)), None)
     for old in found[max(1, config.keep_last) :]:
-        if int(STEP.match(old.name)[1]) != best and old not in (healthy, but):
+        if step_of(old) != best and old not in (healthy, but):
             remove(old)
 
 
 def delete_after(folder: Path, step: int, best: dict | None) -> None:
     """Remove checkpoints of later steps, and let `latest` and best.json name earlier ones."""
     for later in step_folders(folder):
-        if int(STEP.match(later.name)[1]) > step:
+        if (step_of(later) or 0) > step:
             shutil.rmtree(later)
     left = [path.name for path in step_folders(folder)]
     best_is_left = best is not None and f"step-{best['step']:06d}" in left

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from core.distributed import Ranks
+from core.distributed import Ranks, from_main, gather
 from core.files import PARTIAL, step_folders, sync_folder, write_atomically
 from core.memory import is_out_of_memory
 from recipe.config import CheckpointConfig
@@ -79,16 +79,16 @@ class Checkpoints:
         self.finish()
         begun = time.perf_counter()
         target = self.folder / f"step-{state['step']:06d}{PARTIAL}"
-        room = [None]
+        has_room = False
         if self.ranks.is_main:
             needed, free = self._needed_bytes(engine), shutil.disk_usage(self.folder).free
-            room[0] = free >= needed
-            if room[0]:
+            has_room = free >= needed
+            if has_room:
                 try:
                     target.mkdir(exist_ok=True)
                     write_atomically(target / "state.json", json.dumps(state, indent=1))
                 except OSError as error:  # a quota, for one, which the free space does not show
-                    room[0] = False
+                    has_room = False
                     shutil.rmtree(target, ignore_errors=True)
                     logger.error("no checkpoint in %s: %s; training continues without", self.folder, error)
             else:
@@ -100,8 +100,7 @@ class Checkpoints:
                     needed / 1e6,
                     free / 1e6,
                 )
-        dist.broadcast_object_list(room, src=0)
-        if not room[0]:
+        if not from_main(has_room):
             return False
         ours, engine.checkpoint_engine = engine.checkpoint_engine, self.writer
         engine.save_checkpoint(
@@ -128,11 +127,9 @@ class Checkpoints:
         if self.target is None:
             return True
         self.writer.wait()
-        parts = [None] * self.ranks.world_size
-        dist.all_gather_object(parts, (self.writer.written, self.writer.problem))
+        parts = gather((self.writer.written, self.writer.problem))
         target, self.target = self.target, None
         problem = next((f"rank {rank}: {error}" for rank, (_, error) in enumerate(parts) if error), None)
-        outcome = [problem]
         if self.ranks.is_main:
             if problem is None:
                 try:
@@ -140,17 +137,17 @@ class Checkpoints:
                         target, {name: fact for written, _ in parts for name, fact in written.items()}
                     )
                 except OSError as error:
-                    outcome = [str(error)]
-            if outcome[0]:
+                    problem = str(error)
+            if problem:
                 shutil.rmtree(target, ignore_errors=True)
                 logger.error(
                     "checkpoint %s could not be written (%s): the one before it stays the last good one",
                     target.stem,
-                    outcome[0],
+                    problem,
                 )
-        dist.broadcast_object_list(outcome, src=0)
+        problem = from_main(problem)
         self.save_seconds = max(self.save_seconds, time.perf_counter() - self.started)
-        return outcome[0] is None
+        return problem is None
 
     def _publish(self, target: Path, files: dict[str, dict]) -> None:
         state = target / "state.json"
@@ -185,7 +182,7 @@ class Checkpoints:
     def close(self, *, hurry: bool = False) -> bool:
         """At the end. hurry: a time limit is near, which a copy must not make the job run into."""
         done = self.finish()
-        if self.mirror.busy:
+        if self.mirror.busy and self.mirror.copying is not None:
             logger.info("waiting for the copy of %s to %s", self.mirror.copying.name, self.config.copy_to)
         self.mirror.wait(COPY_SECONDS if hurry else LAST_COPY_SECONDS)
         return done
@@ -197,15 +194,13 @@ class Checkpoints:
         best: the best score so far at `step`. Returns it; None where its own checkpoint has gone since, for a
         better one that goes now: the next score is then the best of those that are kept.
         """
-        kept = [best]
         if self.ranks.is_main:
             self.mirror.wait(COPY_SECONDS)  # it may be copying what is deleted
             if best and self.config.keep_best and not (self.folder / f"step-{best['step']:06d}").exists():
-                kept = [None]
-            delete_after(self.folder, step, kept[0])
-            self.mirror.delete_after(step, kept[0])
-        dist.broadcast_object_list(kept, src=0)
-        return kept[0]
+                best = None
+            delete_after(self.folder, step, best)
+            self.mirror.delete_after(step, best)
+        return from_main(best)
 
     # ---------------------------------------------------------------- reading
 

@@ -21,10 +21,8 @@ import sys
 import time
 from pathlib import Path
 
-import torch.distributed as dist
-
 from core.console import OneLine
-from core.distributed import LAUNCHER_VARIABLES, Ranks
+from core.distributed import LAUNCHER_VARIABLES, Ranks, from_main
 from core.files import ROOT
 from recipe.config import RecipeError
 
@@ -55,15 +53,14 @@ def needed(saved: dict, now: dict, source: Path) -> bool:
 def convert(source: Path, ranks: Ranks) -> Path:
     """The universal folder of a checkpoint; rank 0 makes it where it is missing, the others wait. Errors:
     ConversionError."""
-    problem = [None]
+    problem: str | None = None
     if ranks.is_main and not (source / NAME).exists():
         try:
             _make(source)
         except (ConversionError, OSError) as error:
-            problem = [str(error)]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0]:
-        raise ConversionError(problem[0])
+            problem = str(error)
+    if problem := from_main(problem):
+        raise ConversionError(problem)
     return source / NAME
 
 
@@ -111,8 +108,8 @@ def _make(source: Path) -> None:
             f"{source} could not be converted for another number of ranks ({last}): start with as many ranks "
             "as wrote it, or remove that folder to resume from the one before it"
         )
-    for path in partial.rglob("*"):  # a rename must not outrun the bytes
-        descriptor = os.open(path, os.O_RDONLY)
+    for inner in partial.rglob("*"):  # a rename must not outrun the bytes
+        descriptor = os.open(inner, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
     os.rename(partial, target)

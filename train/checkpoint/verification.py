@@ -10,11 +10,9 @@ import re
 import shutil
 from pathlib import Path
 
-import torch.distributed as dist
-
-from core.distributed import Ranks
+from core.distributed import Ranks, from_main, gather
 from core.file_names import UnsafeName, file_size_inside, plain_name
-from core.files import STEP, step_folders
+from core.files import step_folders, step_of
 from core.json_files import JsonError, read_object
 
 logger = logging.getLogger("soundwave")
@@ -92,9 +90,7 @@ def check_state(state: dict, folder: Path) -> None:
     """Errors: ValueError for a value that is missing or of another type than `save` is given."""
     topology, health, best = state.get("topology"), state.get("health"), state.get("best")
     right = {
-        "step": _is_count(state.get("step"))
-        and STEP.match(folder.name)
-        and int(STEP.match(folder.name)[1]) == state["step"],
+        "step": _is_count(state.get("step")) and step_of(folder) == state["step"],
         "data_offset": _is_count(state.get("data_offset")),
         "topology": isinstance(topology, dict)
         and _is_count(topology.get("world_size"))
@@ -141,15 +137,11 @@ def find_good(folders: list[Path], ranks: Ranks, *, among=lambda folder: True) -
 
     among: asked on rank 0 for each folder, whether it is a candidate at all.
     """
-    candidates = (
-        [[str(p) for folder in folders for p in step_folders(folder) if among(p)]]
-        if ranks.is_main
-        else [None]
-    )
-    dist.broadcast_object_list(candidates, src=0)
-    for name in candidates[0]:
-        problems = [None] * ranks.world_size
-        dist.all_gather_object(problems, verify(Path(name), part=ranks.rank, parts=ranks.world_size))
+    candidates: list[str] = []
+    if ranks.is_main:
+        candidates = [str(p) for folder in folders for p in step_folders(folder) if among(p)]
+    for name in from_main(candidates):
+        problems = gather(verify(Path(name), part=ranks.rank, parts=ranks.world_size))
         problem = next((p for p in problems if p), None)
         if problem is None:
             return Path(name)

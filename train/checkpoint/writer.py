@@ -6,6 +6,7 @@ import hashlib
 import os
 import threading
 from pathlib import Path
+from typing import IO, cast
 
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
@@ -85,7 +86,7 @@ class BackgroundWriter(CheckpointEngine):
                 for state, path in work:
                     file = _HashingFile(path)
                     try:
-                        torch.save(state, file)
+                        torch.save(state, cast(IO[bytes], file))  # it has what torch.save calls
                     finally:
                         file.close()
                     self.written[path.name] = {"size": file.size, "sha256": file.digest.hexdigest()}

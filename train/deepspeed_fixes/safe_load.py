@@ -42,7 +42,7 @@ def data_only() -> Iterator[None]:
     before = os.environ.get(SWITCH)
     os.environ[SWITCH] = "1"
     try:
-        with torch.serialization.safe_globals(allowed_classes()):
+        with torch.serialization.safe_globals(list(allowed_classes())):
             yield
     finally:
         if before is None:

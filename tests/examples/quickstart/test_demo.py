@@ -14,7 +14,7 @@ from examples import steps
 from examples.quickstart import demo, results
 from recipe.config import load_recipe
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 class FewSteps:

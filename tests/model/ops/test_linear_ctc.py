@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from torch.utils.checkpoint import checkpoint
 
 from model.ops import build, cpp_backend, linear_argmax, linear_ctc, operator
-from tests.ops.truth import Case, cases, check, ordinary, peaked
+from tests.model.ops.truth import Case, cases, check, ordinary, peaked
 
 needs_cpp = pytest.mark.skipif(not cpp_backend.available(), reason="no C++ compiler")
 IMPLEMENTATIONS = ["reference", pytest.param("cpp", marks=needs_cpp)]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.ops import ctc_align, label_scores
-from tests.ops.truth import cases
+from tests.model.ops.truth import cases
 
 BACKENDS = ["cpp", "reference"]
 

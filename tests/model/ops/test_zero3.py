@@ -127,7 +127,7 @@ def test_two_ranks_as_one_process():
     }
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.ops.test_zero3"],
+            [sys.executable, "-m", "tests.model.ops.test_zero3"],
             env=common | {"RANK": rank, "LOCAL_RANK": rank},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from model.ops import keyed_dropout, linear_ctc
-from tests.ops.truth import cases, check, ordinary, peaked
+from tests.model.ops.truth import cases, check, ordinary, peaked
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

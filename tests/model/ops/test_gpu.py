@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from model.ops import ctc_runs, dropout, keyed_dropout, linear_ctc, lookback, lookback_attention
-from tests.ops.truth import Case, ordinary, peaked
+from tests.model.ops.truth import Case, ordinary, peaked
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
