@@ -60,7 +60,8 @@ class InputError(OneLine, ValueError):
 def folder_digest(path: Path) -> str:
     """sha256 over the files of a model folder that decide what it answers."""
     digest = hashlib.sha256()
-    for name in ("soundwave.json", "adapters.safetensors", "lora/adapter_model.safetensors"):
+    files = ("soundwave.json", "adapters.safetensors", "lora/adapter_model.safetensors")
+    for name in (*files, *folder.TUNED.values()):
         file = path / name
         if file.exists():
             digest.update(name.encode())

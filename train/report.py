@@ -42,6 +42,8 @@ PANELS = (
             "adapters": ("train", "lr_adapters"),
             "CTC head": ("train", "lr_ctc_head"),
             "LoRA": ("train", "lr_lora"),
+            "encoder": ("train", "lr_encoder"),
+            "LLM": ("train", "lr_llm"),
         },
         1,
     ),

@@ -23,6 +23,7 @@ from pathlib import Path
 from core.code import code_hash
 from core.files import step_folders
 from core.plugins import plugins_hash
+from model.stages import chosen
 from recipe.config import Recipe, RecipeError, start_folder
 from recipe.stages import STAGES, stage_folder
 
@@ -82,12 +83,26 @@ def known(corpus: dict) -> dict:
     }
 
 
+def _choices(values: dict) -> dict[str, str | None]:
+    """The `train` section of flat keys."""
+    return {k.removeprefix("train."): value for k, value in values.items() if k.startswith("train.")}
+
+
+def _without_effect(values: dict) -> tuple[str, ...]:
+    """Keys that change nothing of what the stage of flat keys trains."""
+    stage = STAGES.get(values["stage"])
+    return chosen(stage, _choices(values)).without_effect if stage else ()
+
+
 def recipe_facts(recipe: Recipe | dict) -> dict[str, object]:
     """What of a recipe, or of one that was recorded, decides what its stage learns: flat keys and values."""
     values = flat(recipe)
-    stage = STAGES.get(values["stage"])
-    free = (*_FREE, *(stage.without_effect if stage else ()))
+    choices = _choices(values)
+    free = (*_FREE, *_without_effect(values))
     facts = {key: value for key, value in values.items() if not _is_one_of(key, free)}
+    if stage := STAGES.get(values["stage"]):  # the stage's own choice, written out, is that choice
+        default = chosen(stage, {})
+        facts |= {f"train.{key}": None for key in choices if chosen(stage, {key: choices[key]}) == default}
     # Where the shards lie may change; what they hold is the index's fingerprint.
     facts["data.train"] = [
         {k: v for k, v in known(corpus).items() if k != "shards"} for corpus in facts["data.train"]
@@ -131,7 +146,7 @@ def recipe_differences(saved: dict, now: dict) -> list[str]:
     """Lines for the keys of two sets of facts that differ. A key that the saved ones do not know, because it
     was made later, differs where its value is not the default; one that has become free since, or has no
     effect on the stage, does not."""
-    free = (*_FREE, *STAGES[now["stage"]].without_effect)
+    free = (*_FREE, *_without_effect(now))
     defaults = flat(Recipe())
     lines = []
     for key in sorted(saved.keys() | now.keys()):

@@ -10,6 +10,7 @@ import deepspeed
 import torch
 
 from model.language_model import base_of
+from model.trained_encoder import require_input_gradient
 
 
 def shard_while_loading(config: dict):
@@ -37,6 +38,8 @@ def prepare_modules(model: torch.nn.Module) -> None:
     # Hooks on each Linear and LoRA matrix of a layer (some 30) cost more than they save.
     if leaves:
         deepspeed.utils.set_z3_leaf_modules(model, sorted(leaves, key=lambda c: c.__name__))
+    if model.encoder is not None and model.encoder.learns:
+        require_input_gradient(model.encoder)
     if model.llm is not None:
         # DeepSpeed collects such a layer's gradients when the gradient of its input is there. In stage 3
         # the first layer's input would have none, and the hook would fire before the gradients of its LoRA
