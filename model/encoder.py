@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,8 @@ class Encoder(nn.Module, ABC):
     """An encoder, always in eval mode. Subclasses set `width`, `frame_rate`, `window_seconds` and implement
     `frames` and `encode`. learns: whether gradients flow into it (model/trained_encoder.py)."""
 
-    learns = False
-    layers: nn.Module  # the network
+    learns: bool = False
+    layers: Any  # the network
     width: int  # of one frame
     frame_rate: float  # frames per second
     window_seconds: float | None  # seconds encoded at once; null: any length

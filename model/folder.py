@@ -301,16 +301,8 @@ def check_fit(model: Soundwave, folder: str | Path, *, but: tuple[str, ...] = ()
             )
         fitting.append(part)
     for part in tuned_parts(folder):
-        if getattr(model, part) is None:
-            continue
-        stored = _shapes(folder / TUNED[part])
-        own = {canonical(name): p for name, p in model.named_parameters() if name.startswith(f"{part}.")}
-        if differ := [n for n, shape in stored.items() if n not in own or _shape(own[n]) != shape]:
-            raise FolderError(
-                f"{folder}: its trained {part} does not fit model.{part} of this recipe ({differ[0]}): use "
-                f"the settings in {folder / CONFIG}"
-            )
-        fitting.append(part)
+        if getattr(model, part) is not None:
+            fitting.append(_check_tuned_fit(model, folder, part))
     if (folder / LORA).is_dir() and isinstance(model.llm, PeftModel):
         stored, own = (
             _shapes(folder / LORA / "adapter_model.safetensors"),
@@ -328,6 +320,24 @@ def check_fit(model: Soundwave, folder: str | Path, *, but: tuple[str, ...] = ()
     return fitting
 
 
+def _check_tuned_fit(model: Soundwave, folder: Path, part: str) -> str:
+    """Return the part. Errors: FolderError for trained tensors of it that the model has not, or of other
+    sizes."""
+    own = _base_parameters(model, part)
+    for name, shape in _shapes(folder / TUNED[part]).items():
+        if name not in own or _shape(own[name]) != shape:
+            raise FolderError(
+                f"{folder}: its trained {part} does not fit model.{part} of this recipe ({name}): use the "
+                f"settings in {folder / CONFIG}"
+            )
+    return part
+
+
+def _base_parameters(model: Soundwave, part: str) -> dict[str, torch.nn.Parameter]:
+    """Parameters of encoder or LLM by the names that model folders have."""
+    return {canonical(name): p for name, p in model.named_parameters() if name.startswith(f"{part}.")}
+
+
 def load_trained(model: Soundwave, folder: str | Path, *, verify: bool = True) -> list[str]:
     """Put a folder's trained parts into a built model, where both have them; returns the parts taken.
 
@@ -341,9 +351,9 @@ def load_trained(model: Soundwave, folder: str | Path, *, verify: bool = True) -
     taken = check_fit(model, folder)
     for part in TUNED:
         if part in taken:
-            own = {canonical(name): p for name, p in model.named_parameters() if name.startswith(f"{part}.")}
+            base = _base_parameters(model, part)
             for name, value in load_file(folder / TUNED[part]).items():
-                _fill(own[name], value)
+                _fill(base[name], value)
                 model.tuned.add(name)
     parameters = trained_tensors(model)
     for name, value in load_file(folder / ADAPTERS).items():

@@ -20,7 +20,7 @@ from model.batch import Batch
 from model.compressors import Compressor, CTCView, compressor_of
 from model.config import OptionError, SoundwaveConfig
 from model.dropout import LoraDropout
-from model.encoder import build_encoder, tensor_prefix
+from model.encoder import Encoder, build_encoder, tensor_prefix
 from model.generation.greedy import Generation
 from model.language_model import base_of, build_llm, embed, load_tokenizer, lora_parameters, splice
 from model.losses import LOSSES, ForwardState
@@ -92,7 +92,7 @@ class Soundwave(Generation, nn.Module):
         config: SoundwaveConfig,
         *,
         tokenizer,
-        encoder: nn.Module | None,
+        encoder: Encoder | None,
         alignment: AlignmentAdapter,
         ctc_head: CTCHead,
         shrinking: Compressor | None,
@@ -101,7 +101,8 @@ class Soundwave(Generation, nn.Module):
     ):
         super().__init__()
         self.config, self.tokenizer, self.sources = config, tokenizer, sources
-        self.encoder, self.alignment, self.ctc_head = encoder, alignment, ctc_head
+        self.encoder: Encoder | None = encoder
+        self.alignment, self.ctc_head = alignment, ctc_head
         self.shrinking, self.llm = shrinking, llm
         self.audio_id = None if tokenizer is None else tokenizer.convert_tokens_to_ids(config.audio_token)
         self.stage = SHRINKING.name if llm is not None else ALIGNMENT.name

@@ -118,6 +118,7 @@ def chosen(stage: Stage, choices: Mapping[str, str | None]) -> Stage:
         layers = int(last[1]) if last else None
         kinds = {"none": (), "lora": ("encoder_lora",)}
         replace_modules("encoder", ("encoder", "encoder_lora"), {encoder: kinds.get(encoder, ("encoder",))})
+    trains = [module for module in TRAINABLE if module in trains]
     in_effect = {RATES[TRAINABLE[module]] for module in trains}
     in_effect |= {f"model.{module}.dropout" for module in _WITH_DROPOUT if module in trains}
     without_effect = [key for key in stage.without_effect if key not in in_effect]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -30,7 +31,7 @@ _LORA = ".lora_"
 
 def transformer_layers(encoder: Encoder) -> nn.ModuleList:
     """Return the encoder's Transformer layers, the lowest first."""
-    inner = getattr(encoder.layers, "encoder", encoder.layers)  # wav2vec 2.0's lie one level deeper
+    inner: Any = getattr(encoder.layers, "encoder", encoder.layers)  # wav2vec 2.0's lie one level deeper
     return inner.layers
 
 
@@ -96,7 +97,8 @@ def checkpoint_layers(encoder: Encoder) -> None:
             for name in ("dropout", "activation_dropout"):  # Whisper's, numbers that its mode switches on
                 if isinstance(getattr(layer, name, None), float):
                     setattr(layer, name, 0.0)
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            function: Any = partial(checkpoint, use_reentrant=False)
+            layer._gradient_checkpointing_func = function
 
 
 def set_modes(encoder: Encoder, mode: bool) -> None:

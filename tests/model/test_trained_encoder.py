@@ -166,7 +166,7 @@ def test_a_clip_has_the_same_encoder_gradient_beside_a_longer_one(place):
 
 
 @pytest.mark.parametrize("choice", [1, None])
-def test_gradients_of_waveform_encoders_are_those_of_transformers(waveform_encoder, choice):
+def test_gradients_of_waveform_encoders_are_those_of_transformers(waveform_encoder, choice):  # noqa: F811
     """One clip, layers computed again in backward here and not there."""
     ours, theirs = waveform_encoder
     for parameter in trained_encoder.trained_parameters(ours, choice):
@@ -183,7 +183,7 @@ def test_gradients_of_waveform_encoders_are_those_of_transformers(waveform_encod
     learnt = {n.removeprefix("layers."): p.grad for n, p in ours.named_parameters() if p.requires_grad}
     assert learnt and (choice is None or all(name.startswith("encoder.layers.1.") for name in learnt))
     for name, gradient in learnt.items():
-        scale = float(expected[name].abs().max()) + 1e-3
+        scale = float(expected[name].abs().max()) + 0.1  # the keys' bias has none but rounding
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-4 * scale)
 
 

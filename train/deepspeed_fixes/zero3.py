@@ -10,6 +10,7 @@ import deepspeed
 import torch
 
 from model.language_model import base_of
+from model.soundwave import Soundwave
 from model.trained_encoder import require_input_gradient
 
 
@@ -23,7 +24,7 @@ def shard_while_loading(config: dict):
     return HfDeepSpeedConfig(config)
 
 
-def prepare_modules(model: torch.nn.Module) -> None:
+def prepare_modules(model: Soundwave) -> None:
     """Register shared parameters, and gather a Transformer layer at once; before deepspeed.initialize."""
     for module, parameter in model.shared_parameters():
         owns = any(own is parameter for own in module.parameters(recurse=False))
