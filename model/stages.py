@@ -57,7 +57,7 @@ class Stage:
     def __post_init__(self) -> None:
         unknown = [part for part in self.parts if part not in PARTS]
         unknown += [module for module in self.trains if module not in TRAINABLE]
-        if unknown or not self.losses or self.score not in SCORES:
+        if unknown or not self.trains or not self.losses or self.score not in SCORES:
             raise ValueError(
                 f"stage '{self.name}': parts are of {', '.join(PARTS)}; trains (at least one) of "
                 f"{', '.join(TRAINABLE)}; at least one loss; score is {' or '.join(SCORES)}"
@@ -94,7 +94,7 @@ def chosen(stage: Stage, choices: Mapping[str, str | None]) -> Stage:
     """Return a stage that trains what a recipe's `train` section asks for; None: what the stage itself does.
 
     choices: encoder, adapters, ctc_head, llm. `without_effect` follows. Errors: ValueError for a part that
-    the stage does not have.
+    the stage does not have, and where nothing is left.
     """
     trains = list(stage.trains)
 
@@ -119,6 +119,8 @@ def chosen(stage: Stage, choices: Mapping[str, str | None]) -> Stage:
         kinds = {"none": (), "lora": ("encoder_lora",)}
         replace_modules("encoder", ("encoder", "encoder_lora"), {encoder: kinds.get(encoder, ("encoder",))})
     trains = [module for module in TRAINABLE if module in trains]
+    if not trains:
+        raise ValueError(f"train: nothing of stage {stage.number} ({stage.name}) would be trained")
     in_effect = {RATES[TRAINABLE[module]] for module in trains}
     in_effect |= {f"model.{module}.dropout" for module in _WITH_DROPOUT if module in trains}
     without_effect = [key for key in stage.without_effect if key not in in_effect]
@@ -130,11 +132,7 @@ STAGES: Registry[Stage] = Registry("stage")
 
 
 def register_stage(stage: Stage) -> Stage:
-    """Add a stage. Errors: AlreadyRegistered; ValueError for one that trains nothing."""
-    if not stage.trains:
-        raise ValueError(
-            f"stage '{stage.name}': trains is empty: name at least one of {', '.join(TRAINABLE)}"
-        )
+    """Add a stage. Errors: AlreadyRegistered."""
     STAGES.add(stage.name, stage)
     return stage
 

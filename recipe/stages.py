@@ -21,12 +21,9 @@ def stage_of(recipe: Recipe) -> Stage:
     if recipe.stage not in STAGES:
         raise RecipeError(STAGES.describe_unknown(recipe.stage))
     try:
-        stage = chosen(STAGES[recipe.stage], dataclasses.asdict(recipe.train))
+        return chosen(STAGES[recipe.stage], dataclasses.asdict(recipe.train))
     except ValueError as error:
         raise RecipeError(str(error)) from None
-    if not stage.trains:
-        raise RecipeError(f"train: nothing of stage {stage.number} ({stage.name}) would be trained")
-    return stage
 
 
 def stage_folder(recipe: Recipe) -> Path:

@@ -227,7 +227,8 @@ def train(
     tables = {id(m.weight) for m in (network.llm.get_input_embeddings(), network.llm.get_output_embeddings())}
     for name, parameter in network.named_parameters():
         if name.startswith("whisper."):
-            part = "encoder" if encoder is not None and name.startswith(f"whisper.{encoder}") else None
+            learns = encoder is not None and name.startswith(f"whisper.{encoder}")
+            part = "encoder" if learns and "embed_positions" not in name else None  # constants
         elif name.startswith("llm."):
             part = "llm" if llm and id(parameter) not in tables else None
             if name.endswith((".a", ".b")):

@@ -23,7 +23,7 @@ from pathlib import Path
 from core.code import code_hash
 from core.files import step_folders
 from core.plugins import plugins_hash
-from model.stages import chosen
+from model.stages import Stage, chosen
 from recipe.config import Recipe, RecipeError, start_folder
 from recipe.stages import STAGES, stage_folder
 
@@ -88,6 +88,14 @@ def _choices(values: dict) -> dict[str, str | None]:
     return {k.removeprefix("train."): value for k, value in values.items() if k.startswith("train.")}
 
 
+def _is_default(stage: Stage, key: str, value: str | None) -> bool:
+    """Whether a stage trains the same with this choice as without."""
+    try:
+        return chosen(stage, {key: value}) == chosen(stage, {})
+    except ValueError:  # this choice alone would leave nothing
+        return False
+
+
 def _without_effect(values: dict) -> tuple[str, ...]:
     """Keys that change nothing of what the stage of flat keys trains."""
     stage = STAGES.get(values["stage"])
@@ -101,8 +109,7 @@ def recipe_facts(recipe: Recipe | dict) -> dict[str, object]:
     free = (*_FREE, *_without_effect(values))
     facts = {key: value for key, value in values.items() if not _is_one_of(key, free)}
     if stage := STAGES.get(values["stage"]):  # the stage's own choice, written out, is that choice
-        default = chosen(stage, {})
-        facts |= {f"train.{key}": None for key in choices if chosen(stage, {key: choices[key]}) == default}
+        facts |= {f"train.{key}": None for key in choices if _is_default(stage, key, choices[key])}
     # Where the shards lie may change; what they hold is the index's fingerprint.
     facts["data.train"] = [
         {k: v for k, v in known(corpus).items() if k != "shards"} for corpus in facts["data.train"]
