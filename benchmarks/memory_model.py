@@ -48,6 +48,7 @@ class Case:
     tokens: int = 1024
     ctc_head: str = "tied"
     vocabulary: int = 4096
+    encoder: str = "none"  # train.encoder
 
 
 CASES = (
@@ -62,6 +63,8 @@ CASES = (
     Case("stage 3, ZeRO-3", "sft", 3, "bfloat16", 1024, 4),
     Case("stage 1, width 4096", "alignment", 1, "bfloat16", 4096, 1, seconds=36),
     Case("stage 2, width 4096", "shrinking", 2, "bfloat16", 4096, 2, True),
+    Case("stage 2, last layer of the encoder", "shrinking", 2, "bfloat16", 512, 4, encoder="last_1"),
+    Case("stage 2, encoder, ZeRO-3", "shrinking", 3, "float32", 512, 4, encoder="all"),
 )
 
 
@@ -98,6 +101,7 @@ def write_recipe(case: Case, root: Path) -> Path:
             "micro_batch_tokens": case.tokens,
             "max_seconds": 12.0,
         },
+        "train": {"encoder": case.encoder},
         "optim": {"activation_checkpointing": case.checkpointing},
     }
     path = root / "recipe.yaml"
@@ -142,7 +146,7 @@ def measure(recipe_path: Path) -> dict:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         sharding = shard_while_loading(config) if zero.stage_number(config) == 3 else None
         model = Soundwave.build(recipe.model, parts=stage.parts)
-        model.set_stage(stage.name)
+        model.set_stage(stage)
         engine = Engine(model, recipe, stage, config, ranks)
         batch = worst_case_batch(recipe.data, stage.name, model.tokenizer, recipe.model)
         before = live_bytes()

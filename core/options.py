@@ -25,7 +25,7 @@ class RecipeError(OneLine, ValueError):
     """A recipe that cannot be run; the message is one line: what, where, what to do."""
 
 
-def choice(default: str, *values: str):
+def choice(default: str | None, *values: str):
     """Return a dataclass field for a string with these values."""
     return dataclasses.field(default=default, metadata={"choices": values})
 

@@ -67,7 +67,8 @@ class InputError(OneLine, ValueError):
 def folder_digest(path: Path) -> str:
     """sha256 over the files of a model folder that decide what it answers."""
     digest = hashlib.sha256()
-    for name in ("soundwave.json", "adapters.safetensors", "lora/adapter_model.safetensors"):
+    files = ("soundwave.json", "adapters.safetensors", "lora/adapter_model.safetensors")
+    for name in (*files, *folder.TUNED.values()):
         file = path / name
         if file.exists():
             digest.update(name.encode())
@@ -222,7 +223,7 @@ def predict(
             batch = batch.to(device)
             if vllm is None:
                 decoded = decode_batch(model, batch, decoding)
-                answers = lambda decoded=decoded: decoded  # noqa: E731
+                answers: Callable[[], list[Decoded]] = partial(list, decoded)
             else:
                 answers = begin_batch(model, batch, decoding, vllm)
             started.append(Started(samples, rejected, audio_lengths(model, batch), began, answers))
@@ -601,7 +602,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def score(
     options: argparse.Namespace,
-    place: Place,
+    place: Ranks,
     model: Soundwave,
     decode: str,
     tests: list[TestSet],

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from core.command_line import CommandParser
 from core.console import one_line, print_error
-from model.folder import ADAPTERS, CONFIG, LORA, FolderError, check_place, describe
+from model.folder import ADAPTERS, CONFIG, LORA, TUNED, FolderError, check_place, describe
 from model.pretrained import write_tensors
 
 LORA_FILE = f"{LORA}/adapter_model.safetensors"
@@ -37,6 +37,7 @@ def average(folders: list[Path], out: Path) -> Path:
         _check_same(folders[0], descriptions[0], folder, description)
     check_place(out)
     files = [ADAPTERS, *([LORA_FILE] if (folders[0] / LORA).is_dir() else [])]
+    files += [TUNED[part] for part in descriptions[0].get("tuned", [])]
     means = {file: _mean([folder / file for folder in folders]) for file in files}
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -60,6 +61,11 @@ def _check_same(first: Path, one: dict, folder: Path, other: dict) -> None:
     """Errors: FolderError for another stage, base, or model option."""
     if one["stage"] != other["stage"]:
         raise FolderError(f"{first} is of stage {one['stage']}, {folder} of stage {other['stage']}")
+    if (parts := one.get("tuned", [])) != (others := other.get("tuned", [])):
+        raise FolderError(
+            f"{first} has trained tensors of {' and '.join(parts) or 'no base model'}, {folder} of "
+            f"{' and '.join(others) or 'none'}: average folders that train the same"
+        )
     for part, digest in one["frozen"].items():
         if other["frozen"].get(part) != digest:
             raise FolderError(

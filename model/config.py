@@ -26,7 +26,7 @@ class OptionError(OneLine, ValueError):
 @_strict
 @dataclass
 class EncoderConfig:
-    """The frozen audio encoder."""
+    """The audio encoder."""
 
     # A folder with config.json and weights, a hub name, or a preset's name (model/presets/) for --dry-run.
     name: str = location("openai/whisper-large-v3")
@@ -34,6 +34,10 @@ class EncoderConfig:
     pad_to_seconds: float | None = number(None, above=0)
     # Longer clips are refused. What is beyond the encoder's own window (Whisper: 30 s) is encoded in windows.
     max_seconds: float = number(300.0, above=0)
+    lora_r: int = number(
+        0, least=0
+    )  # LoRA on the attention's linear layers, for train.encoder: lora; 0: none
+    lora_alpha: int = number(16, least=1)
 
 
 @_strict

@@ -1,4 +1,4 @@
-"""The frozen audio encoder: waveforms to frames, each clip at its true length.
+"""The audio encoder: waveforms to frames, each clip at its true length.
 
 Another encoder family is one small class here: it says its width, its frame count for a number of samples,
 how many seconds it takes at once, and encodes. Nothing else in the project knows which one runs.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,11 @@ from model.pretrained import Source, SourceError, preprocessor_settings, reading
 
 
 class Encoder(nn.Module, ABC):
-    """A frozen encoder. Subclasses set `width`, `frame_rate`, `window_seconds` and implement `frames` and
-    `encode`."""
+    """An encoder, always in eval mode. Subclasses set `width`, `frame_rate`, `window_seconds` and implement
+    `frames` and `encode`. learns: whether gradients flow into it (model/trained_encoder.py)."""
 
+    learns: bool = False
+    layers: Any  # the network
     width: int  # of one frame
     frame_rate: float  # frames per second
     window_seconds: float | None  # seconds encoded at once; null: any length
@@ -47,7 +50,6 @@ class Encoder(nn.Module, ABC):
         """waveforms [W, S], lengths [W] (samples) -> features [W, T, width]; T covers the longest, or the
         padded length."""
 
-    @torch.no_grad()
     def forward(
         self,
         waveforms: torch.Tensor,
@@ -68,6 +70,17 @@ class Encoder(nn.Module, ABC):
                 f"audio of {longest / SAMPLE_RATE:.1f} s is longer than model.encoder.max_seconds = "
                 f"{self.max_seconds:g}: cut it, or raise that setting"
             )
+        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
+            return self._frames_of(waveforms, lengths, longest, padded, mel_mask)
+
+    def _frames_of(
+        self,
+        waveforms: torch.Tensor,
+        lengths: torch.Tensor,
+        longest: int,
+        padded: bool,
+        mel_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         window = self.pad_to_samples
         if not window and self.window_seconds:
             window = round(self.window_seconds * SAMPLE_RATE)

@@ -4,7 +4,8 @@
 
     README.md                model card: method, recipe, data and hours, hashes of the frozen parts, scores
     config.json              for AutoModel (`import model.auto` registers it)
-    soundwave.json, adapters.safetensors   the model folder (model/folder.py)
+    soundwave.json, adapters.safetensors   the model folder (model/folder.py), with trained tensors of encoder
+                             and LLM in files of their own
     lora/                    LoRA that plain peft loads onto the base      (not with --merge)
     llm/                     the LLM with LoRA merged, a folder of its own  (with --merge)
     encoder/                 the frozen encoder                            (with --with-encoder)
@@ -35,6 +36,7 @@ from model.folder import (
     ADAPTERS,
     CONFIG,
     LORA,
+    TUNED,
     FolderError,
     describe,
     identity_differences,
@@ -44,7 +46,7 @@ from model.folder import (
 from model.hub.layout import write_layout
 from model.language_model import end_ids, end_settings, load_tokenizer
 from model.model_card import model_card
-from model.official import LoRAMerge, ShardWriter, stream_tensors
+from model.official import ShardWriter, stream_llm
 from model.pretrained import Source, SourceError, fingerprint, locate
 from model.stages import STAGES
 
@@ -92,8 +94,11 @@ def export(
         (out / "README.md").write_text(card)
         return out
     shutil.copyfile(run / ADAPTERS, out / ADAPTERS)
+    tuned = [part for part in description.get("tuned", []) if part != "llm" or not merge]
+    for part in tuned:
+        shutil.copyfile(run / TUNED[part], out / TUNED[part])
     if merge:
-        _write_llm(llm, LoRAMerge(run / LORA) if has_lora else None, out / "llm")
+        _write_llm(run, llm, out / "llm")
         config.llm.name, config.llm.lora_r, frozen["llm"] = "llm", 0, fingerprint(out / "llm")
     elif has_lora:
         shutil.copytree(run / LORA, out / LORA, copy_function=shutil.copyfile)  # contents, not modes
@@ -110,6 +115,7 @@ def export(
         "stage": description["stage"],
         "frozen": frozen,
         "settings": settings,
+        **({"tuned": tuned} if tuned else {}),
     }
     # What inference asks for (the joint search, the warning about long audio); the rest is the trainer's own.
     if kept := {
@@ -147,7 +153,7 @@ def export_llm(run: str | Path, out: str | Path, llm: str | None = None) -> Path
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
     _generation_config(tokenizer, config.prompt, source).save_pretrained(out)
-    _write_llm(source, LoRAMerge(run / LORA) if (run / LORA).is_dir() else None, out)
+    _write_llm(run, source, out)
     return out
 
 
@@ -162,12 +168,10 @@ def _generation_config(tokenizer: PreTrainedTokenizerBase, prompt: str, llm: Sou
     )
 
 
-def _write_llm(llm: Source, merge: LoRAMerge | None, out: Path) -> None:
+def _write_llm(run: Path, llm: Source, out: Path) -> None:
     writer = ShardWriter(out)
-    for name, tensor in stream_tensors(llm.files, "merging the LLM"):
-        writer.add(name, merge(name, tensor) if merge else tensor)
-    if merge:
-        merge.check_all_used()
+    for name, tensor in stream_llm(run, llm):
+        writer.add(name, tensor)
     writer.close()
     shutil.copyfile(llm.files / "config.json", out / "config.json")
 

@@ -5,6 +5,8 @@ soundwave.json        SoundwaveConfig, stage, sha256 of the frozen parts and the
 adapters.safetensors  trained parts but LoRA, by their names in the model (of a tied CTC head: the blank's
                       row)
 lora/                 LoRA in peft's own format
+encoder.safetensors   trained tensors of the encoder, its LoRA included; they replace those of its own folder
+llm.safetensors       trained tensors of the LLM itself (train.llm: all)
 """
 
 from __future__ import annotations
@@ -32,9 +34,11 @@ from model.config import SoundwaveConfig
 from model.pretrained import SourceError, write_tensors
 from model.soundwave import Soundwave
 from model.stages import ALIGNMENT, PARTS, STAGES
+from model.trained_encoder import canonical
 
 logger = logging.getLogger("soundwave")
 CONFIG, ADAPTERS, LORA = "soundwave.json", "adapters.safetensors", "lora"
+TUNED = {"encoder": "encoder.safetensors", "llm": "llm.safetensors"}
 # of the alignment adapter; more are a damaged or hostile file, and building them would take for ever
 MOST_LAYERS = 1000
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -55,13 +59,23 @@ def trained_tensors(model: Soundwave) -> dict[str, torch.Tensor]:
     }
 
 
+def tuned_tensors(model: Soundwave) -> dict[str, dict[str, torch.Tensor]]:
+    """Return, by part, the tensors of encoder and LLM that differ from those of their own folders."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        part, plain = name.partition(".")[0], canonical(name)
+        if part in TUNED and plain in model.tuned:
+            found.setdefault(part, {})[plain] = parameter
+    return found
+
+
 def check_place(folder: str | Path) -> None:
     """Check that a model folder may be written here: an existing folder, which is replaced, is one too.
 
     Errors: FolderError.
     """
     folder = Path(folder)
-    written = {ADAPTERS, CONFIG, LORA}
+    written = {ADAPTERS, CONFIG, LORA, *TUNED.values()}
     for suffix in ("", ".previous", ".partial"):
         there = folder.with_name(folder.name + suffix)
         names = {path.name for path in there.iterdir()} if there.is_dir() else set()
@@ -74,9 +88,15 @@ def check_place(folder: str | Path) -> None:
             )
 
 
-def save(model: Soundwave, folder: str | Path, extra: dict | None = None) -> Path:
+def save(
+    model: Soundwave,
+    folder: str | Path,
+    extra: dict | None = None,
+    tuned: dict[str, dict[str, torch.Tensor]] | None = None,
+) -> Path:
     """Write a model folder; complete, or not there. Under ZeRO-3 the caller gathers the parameters and calls
-    it on one rank. Errors: FolderError where the folder holds other files."""
+    it on one rank. tuned: what `tuned_tensors` gives, gathered. Errors: FolderError where the folder holds
+    other files."""
     folder = Path(folder)
     check_place(folder)
     partial = folder.with_name(folder.name + ".partial")
@@ -85,6 +105,9 @@ def save(model: Soundwave, folder: str | Path, extra: dict | None = None) -> Pat
     write_tensors(
         {n: p.detach().cpu().contiguous() for n, p in trained_tensors(model).items()}, partial / ADAPTERS
     )
+    tuned = tuned_tensors(model) if tuned is None else tuned
+    for part, tensors in tuned.items():
+        write_tensors({n: p.detach().cpu().contiguous() for n, p in tensors.items()}, partial / TUNED[part])
     if isinstance(model.llm, PeftModel):
         (partial / LORA).mkdir(exist_ok=True)
         state = {n: p.detach().cpu().contiguous() for n, p in get_peft_model_state_dict(model.llm).items()}
@@ -98,6 +121,7 @@ def save(model: Soundwave, folder: str | Path, extra: dict | None = None) -> Pat
         "stage": model.stage,
         "frozen": model.frozen_hash(),
         "settings": model.frozen_settings(),
+        **({"tuned": sorted(tuned)} if tuned else {}),
         **(extra or {}),
     }
     (partial / CONFIG).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
@@ -115,6 +139,11 @@ def save(model: Soundwave, folder: str | Path, extra: dict | None = None) -> Pat
     os.rename(partial, folder)
     shutil.rmtree(previous, ignore_errors=True)
     return folder
+
+
+def tuned_parts(folder: str | Path) -> list[str]:
+    """Return which of encoder and LLM a model folder holds trained tensors of. Errors: FolderError."""
+    return describe(folder).get("tuned", [])
 
 
 def describe(folder: str | Path) -> dict:
@@ -141,12 +170,18 @@ def describe(folder: str | Path) -> dict:
         and all(isinstance(settings.get(part, {}), dict) for part in identity.PARTS),
         "recipe": isinstance(recipe, dict) and _is_data(recipe.get("data", {})),
         "step": type(found.get("step", 0)) is int,
+        "tuned": isinstance(tuned := found.get("tuned", []), list) and all(part in TUNED for part in tuned),
     }
     wrong = [key for key, sound in right.items() if not sound]
     if wrong:
         raise FolderError(
             f"{path}: '{wrong[0]}' is missing or not as training writes it: copy the folder again"
         )
+    for part in found.get("tuned", []):
+        if not (path.parent / TUNED[part]).exists():
+            raise FolderError(
+                f"{folder} was made with a trained {part}, and {TUNED[part]} is missing: copy it again"
+            )
     return found
 
 
@@ -266,6 +301,9 @@ def check_fit(model: Soundwave, folder: str | Path, *, but: tuple[str, ...] = ()
                 f"({', '.join(differ[:3])}): use the settings in {folder / CONFIG}"
             )
         fitting.append(part)
+    for part in tuned_parts(folder):
+        if getattr(model, part) is not None:
+            fitting.append(_check_tuned_fit(model, folder, part))
     if (folder / LORA).is_dir() and isinstance(model.llm, PeftModel):
         stored, own = (
             _shapes(folder / LORA / "adapter_model.safetensors"),
@@ -283,6 +321,24 @@ def check_fit(model: Soundwave, folder: str | Path, *, but: tuple[str, ...] = ()
     return fitting
 
 
+def _check_tuned_fit(model: Soundwave, folder: Path, part: str) -> str:
+    """Return the part. Errors: FolderError for trained tensors of it that the model has not, or of other
+    sizes."""
+    own = _base_parameters(model, part)
+    for name, shape in _shapes(folder / TUNED[part]).items():
+        if name not in own or _shape(own[name]) != shape:
+            raise FolderError(
+                f"{folder}: its trained {part} does not fit model.{part} of this recipe ({name}): use the "
+                f"settings in {folder / CONFIG}"
+            )
+    return part
+
+
+def _base_parameters(model: Soundwave, part: str) -> dict[str, torch.nn.Parameter]:
+    """Parameters of encoder or LLM by the names that model folders have."""
+    return {canonical(name): p for name, p in model.named_parameters() if name.startswith(f"{part}.")}
+
+
 def load_trained(model: Soundwave, folder: str | Path, *, verify: bool = True) -> list[str]:
     """Put a folder's trained parts into a built model, where both have them; returns the parts taken.
 
@@ -294,6 +350,12 @@ def load_trained(model: Soundwave, folder: str | Path, *, verify: bool = True) -
     if verify:
         check_base(model, folder)
     taken = check_fit(model, folder)
+    for part in TUNED:
+        if part in taken:
+            base = _base_parameters(model, part)
+            for name, value in load_file(folder / TUNED[part]).items():
+                _fill(base[name], value)
+                model.tuned.add(name)
     parameters = trained_tensors(model)
     for name, value in load_file(folder / ADAPTERS).items():
         if name.split(".")[0] in taken:
@@ -323,7 +385,13 @@ def _shape(parameter: torch.Tensor) -> tuple[int, ...]:
 
 
 def _fill(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    with torch.no_grad():
+    if not hasattr(parameter, "ds_id"):
+        with torch.no_grad():
+            parameter.copy_(value)
+        return
+    import deepspeed  # sharded while it was loaded
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
         parameter.copy_(value)
 
 

@@ -50,6 +50,7 @@ def inherited_options(folder: str | Path) -> dict[str, object]:
         kept += ["compressor", "compressor_options", "shrinking", "prompt", "system_prompt"]
     if (folder / "lora").is_dir():
         kept.append("llm")
+    encoder_lora = bool(sections.get("encoder", {}).get("lora_r"))
     options: dict[str, Any] = {}
     for name, default in asdict(SoundwaveConfig()).items():
         if isinstance(default, dict) and default:  # a section; a table of numbers is one option
@@ -61,7 +62,9 @@ def inherited_options(folder: str | Path) -> dict[str, object]:
     options = {
         key: value
         for key, value in options.items()
-        if key not in _OF_THE_MACHINE and (key in kept or key.partition(".")[0] in kept)
+        if (encoder_lora or not key.startswith("encoder.lora_"))
+        and key not in _OF_THE_MACHINE
+        and (key in kept or key.partition(".")[0] in kept)
     }
     for key in {
         "encoder.name",
@@ -95,3 +98,12 @@ def held_parts(folder: str | Path) -> set[str]:
         raise StartError(
             f"{file} cannot be read ({str(error).splitlines()[0]}): copy the folder again"
         ) from None
+
+
+def tuned_parts(folder: str | Path) -> list[str]:
+    """Return which of encoder and LLM a folder holds trained tensors of; [] where there is no folder yet."""
+    try:
+        found = read_object(Path(folder) / "soundwave.json").get("tuned", [])
+    except (OSError, ValueError):
+        return []
+    return found if isinstance(found, list) else []

@@ -42,7 +42,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from core.console import one_line
 from model import identity
 from model.config import SoundwaveConfig, official_switches
-from model.folder import ADAPTERS, CONFIG, LORA, FolderError, describe, read_config
+from model.folder import ADAPTERS, CONFIG, LORA, TUNED, FolderError, describe, read_config, tuned_parts
 from model.language_model import audio_token_id, load_tokenizer
 from model.pretrained import (
     NotOnHub,
@@ -57,6 +57,7 @@ from model.pretrained import (
     write_tensors,
 )
 from model.stages import SFT, STAGES
+from model.trained_encoder import merged_tensors
 
 SHARD_BYTES = 4 << 30
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -331,10 +332,8 @@ def _check_convertible(run: Path, config: SoundwaveConfig) -> None:
 def _add_llm(writer: ShardWriter, run: Path, llm: Source, rows: int) -> torch.Tensor | None:
     """Write the LLM's tensors, LoRA merged, tables of `rows` rows. Return the output embeddings as they were;
     None where the LLM has none."""
-    merge = LoRAMerge(run / LORA) if (run / LORA).is_dir() else None
     output_table = None
-    for name, tensor in stream_tensors(llm.files, "merging the LLM"):
-        tensor = merge(name, tensor) if merge else tensor
+    for name, tensor in stream_llm(run, llm):
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             table, tensor = tensor, grow(tensor, rows)
             if name == "lm_head.weight" or llm.config.tie_word_embeddings:
@@ -343,8 +342,6 @@ def _add_llm(writer: ShardWriter, run: Path, llm: Source, rows: int) -> torch.Te
                 writer.add("lm_head.weight", tensor.clone())
         if name != "lm_head.weight" or not llm.config.tie_word_embeddings:
             writer.add(name, tensor)
-    if merge:
-        merge.check_all_used()
     return output_table
 
 
@@ -394,9 +391,13 @@ def to_official(run: str | Path, out: str | Path) -> Path:
     writer = ShardWriter(out)
     output_table = _add_llm(writer, run, llm, rows)
     _add_adapters(writer, run, output_table, rows, audio_id)
+    tuned: dict[str, torch.Tensor] = {}
+    if "encoder" in tuned_parts(run):
+        tuned = merged_tensors(config.encoder, encoder, config.dtype, run / TUNED["encoder"])
     for name, tensor in stream_tensors(encoder.files, "copying the encoder"):
         if "encoder." in name and "decoder." not in name:
-            writer.add(_ENCODER + name.split("encoder.", 1)[1], tensor)
+            plain = name.split("encoder.", 1)[1]
+            writer.add(_ENCODER + plain, tuned.get(f"layers.{plain}", tensor))
     writer.close()
 
     theirs = _their_config(llm, encoder, rows, audio_id, tokenizer.pad_token_id)
@@ -433,6 +434,25 @@ def grow(table: torch.Tensor, rows: int) -> torch.Tensor:
         return table.clone()
     mean = table.float().mean(0, keepdim=True).to(table.dtype)
     return torch.cat([table, mean.expand(rows - table.shape[0], -1)])
+
+
+def stream_llm(run: Path, llm: Source) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of a model folder's LLM as it was trained: those of llm.safetensors in place of the base's,
+    LoRA merged. Errors: FolderError for trained tensors that the base's files do not hold."""
+    merge = LoRAMerge(run / LORA) if (run / LORA).is_dir() else None
+    tuned = {}
+    if "llm" in tuned_parts(run):
+        tuned = {name.removeprefix("llm."): value for name, value in load_file(run / TUNED["llm"]).items()}
+    for name, tensor in stream_tensors(llm.files, "merging the LLM"):
+        tensor = tuned.pop(name, tensor)
+        yield name, merge(name, tensor) if merge else tensor
+    if tuned:
+        raise FolderError(
+            f"{run} has trained '{next(iter(tuned))}', which the files of {llm.folder} name otherwise: save "
+            "the base model anew with transformers' save_pretrained, and train from that"
+        )
+    if merge:
+        merge.check_all_used()
 
 
 class LoRAMerge:

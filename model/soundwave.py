@@ -1,4 +1,4 @@
-"""The whole network: frozen encoder -> alignment adapter -> CTC head -> shrinking adapter -> LLM with LoRA.
+"""The whole network: encoder -> alignment adapter -> CTC head -> shrinking adapter -> LLM with LoRA.
 
 One forward for all stages; a stage names its losses and the parts that learn. Whatever a batch
 holds, the same modules run in the same order (under ZeRO-3 ranks wait for each other in every module): a
@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from core.options import problems
-from model import identity
+from model import identity, trained_encoder
 from model.alignment import AlignmentAdapter, CTCHead
 from model.batch import Batch
 from model.compressors import Compressor, CTCView, compressor_of
@@ -44,7 +44,7 @@ from model.pretrained import (
     output_embeddings,
     text_config,
 )
-from model.stages import ALIGNMENT, PARTS, SHRINKING, STAGES
+from model.stages import ALIGNMENT, PARTS, SHRINKING, STAGES, Stage, chosen
 
 
 class Output(NamedTuple):
@@ -113,7 +113,8 @@ class Soundwave(Generation):
         self.config, self.sources = config, sources
         # A model of sizes alone has none, and neither reads nor writes text.
         self.tokenizer = cast(PreTrainedTokenizerBase, tokenizer)
-        self.encoder, self.alignment, self.ctc_head = encoder, alignment, ctc_head
+        self.encoder: Encoder | None = encoder
+        self.alignment, self.ctc_head = alignment, ctc_head
         self.shrinking, self.llm = shrinking, llm
         self.audio_id = -1 if tokenizer is None else audio_token_id(tokenizer, config.audio_token)
         self.stage = SHRINKING.name if llm is not None else ALIGNMENT.name
@@ -121,6 +122,8 @@ class Soundwave(Generation):
         self.unanswered = {}
         self.trained_seconds = None
         self.ctc_text = "lower"  # how the CTC targets are normalised: data.ctc_text of the recipe
+        # Parameters of encoder and LLM that differ, or will, from those of their own folders.
+        self.tuned: set[str] = set()
         self.set_stage(self.stage)
 
     @classmethod
@@ -152,6 +155,8 @@ class Soundwave(Generation):
         encoder = build_encoder(
             config.encoder, sources["encoder"], dtype, attention, weights="encoder" in parts and not meta
         )
+        if config.encoder.lora_r:
+            trained_encoder.add_lora(encoder, config.encoder, sources["encoder"].config.model_type)
         sizes = text_config(sources["llm"].config)
         width, heads, rows = sizes.hidden_size, sizes.num_attention_heads, sizes.vocab_size
 
@@ -188,34 +193,66 @@ class Soundwave(Generation):
 
     # ---- what is trained ----
 
-    def set_stage(self, stage: str) -> None:
-        """Train the modules that a stage of STAGES names. Of a tied CTC head the blank's row is trained, the
-        embeddings never. Frozen parts stay in eval mode. Errors: ValueError."""
-        if stage not in STAGES:
+    def set_stage(self, stage: str | Stage) -> None:
+        """Train the modules that a stage names: one of STAGES by its name, or a recipe's own choice
+        (`stages.chosen`). Of a tied CTC head the blank's row is trained, the embeddings never. Frozen parts
+        stay in eval mode. Errors: ValueError."""
+        if isinstance(stage, str) and stage not in STAGES:
             raise ValueError(STAGES.describe_unknown(stage))
-        if STAGES[stage].needs_llm and self.llm is None:
-            raise ValueError(f"stage {stage} needs the LLM: build the model with parts including 'llm'")
-        self.stage = stage
+        choice = chosen(STAGES[stage], {}) if isinstance(stage, str) else stage
+        if choice.needs_llm and self.llm is None:
+            raise ValueError(f"stage {choice.name} needs the LLM: build the model with parts including 'llm'")
+        self.stage, self.choice = choice.name, choice
         self.requires_grad_(False)
-        for name in STAGES[stage].trains:
-            if name == "lora" and self.llm is not None:
-                for _, parameter in lora_parameters(self.llm):
-                    parameter.requires_grad_(True)
-            else:
-                getattr(self, name).requires_grad_(True)
+        for name in choice.trains:
+            for parameter in self._trained_of(name):
+                parameter.requires_grad_(True)
         if self.ctc_head.kind == "tied":
             self.ctc_head.weight.requires_grad_(False)
+        if self.encoder is not None:
+            self.encoder.learns = any(p.requires_grad for p in self.encoder.parameters())
+        self.tuned |= {
+            trained_encoder.canonical(name)
+            for group in ("encoder", "llm")
+            for name, _ in self.parameter_groups().get(group, [])
+        }
         self.train(self.training)
+
+    def _trained_of(self, module: str) -> list[nn.Parameter]:
+        """Return the parameters of a module of stages.TRAINABLE. Errors: ValueError."""
+        if module in ("lora", "llm") and self.llm is None:
+            raise ValueError(f"stage {self.stage} trains the LLM: build the model with it")
+        if module == "lora":
+            return [parameter for _, parameter in lora_parameters(cast(LLM, self.llm))]
+        if module == "llm":
+            base = base_of(cast(LLM, self.llm))
+            if base is not self.llm:
+                raise OptionError(
+                    "train.llm is all, and the LLM has LoRA: set model.llm.lora_r=0 (of a model folder with "
+                    "LoRA make one without first: python -m model.export FOLDER --merge)"
+                )
+            tables = (base.get_input_embeddings(), base.get_output_embeddings())
+            fixed = {id(p) for table in tables for p in table.parameters()}
+            return [p for p in base.parameters() if id(p) not in fixed]
+        if module in ("encoder", "encoder_lora"):
+            if self.encoder is None:
+                raise ValueError(f"stage {self.stage} trains the encoder: build the model with it")
+            if module == "encoder_lora":
+                return trained_encoder.lora_parameters(self.encoder)
+            return trained_encoder.trained_parameters(self.encoder, self.choice.encoder_layers)
+        return list(getattr(self, module).parameters())
 
     def train(self, mode: bool = True) -> Soundwave:
         super().train(mode)
-        stage = STAGES[self.stage]
-        for name in ("encoder", "alignment", "ctc_head", "shrinking"):
+        stage = self.choice
+        if self.encoder is not None:
+            trained_encoder.set_modes(self.encoder, mode)
+        for name in ("alignment", "ctc_head", "shrinking"):
             part = getattr(self, name)
             if part is not None and name not in stage.trains:
                 part.eval()
         if self.llm is not None:
-            # Frozen: it draws no random number and changes no weight of its own (some do both in training).
+            # In eval mode: it draws no random number and changes no weight of its own (some do in training).
             for module in self.llm.modules():
                 # transformers computes a layer again in backward where the layer itself is in training mode.
                 checkpointed = stage.needs_llm and getattr(module, "gradient_checkpointing", False)
@@ -228,14 +265,11 @@ class Soundwave(Generation):
         groups: dict[str, list[tuple[str, nn.Parameter]]] = {"adapters": [], "ctc_head": [], "lora": []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                group = (
-                    "ctc_head"
-                    if name.startswith("ctc_head.")
-                    else "lora"
-                    if name.startswith("llm.")
-                    else "adapters"
-                )
-                groups[group].append((name, parameter))
+                part = name.partition(".")[0]
+                group = part if part in ("ctc_head", "encoder", "llm") else "adapters"
+                if part == "llm" and "lora_" in name:
+                    group = "lora"
+                groups.setdefault(group, []).append((name, parameter))
         return groups
 
     def shared_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
@@ -245,8 +279,11 @@ class Soundwave(Generation):
         return [(self.ctc_head, self.ctc_head.weight)] if shared else []
 
     def enable_activation_checkpointing(self) -> None:
-        """Keep only the LLM layers' inputs and compute the rest again in backward. Errors: SourceError for
-        LLMs that cannot."""
+        """Keep only the inputs of the LLM's layers, and of the encoder's where it is trained, and compute the
+        rest again in backward. Errors: SourceError for LLMs that cannot."""
+        if self.encoder is not None and self.encoder.learns:
+            trained_encoder.checkpoint_layers(self.encoder)
+            self.train(self.training)
         if self.llm is None:
             return
         try:

@@ -5,14 +5,28 @@ Nothing else compares stage names. A user's stage is one more entry of STAGES (d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from core.registry import Registry
 
 PARTS = ("encoder", "adapters", "llm")
 #: Modules that can be trained, and the group of the optimizer (a learning rate of the recipe) that each is
 # in.
-TRAINABLE = {"alignment": "adapters", "shrinking": "adapters", "ctc_head": "ctc_head", "lora": "lora"}
+TRAINABLE = {
+    "alignment": "adapters",
+    "shrinking": "adapters",
+    "ctc_head": "ctc_head",
+    "lora": "lora",
+    "encoder": "encoder",  # its layers
+    "encoder_lora": "encoder",
+    "llm": "llm",  # its layers, without the embedding tables
+}
+RATES = {group: f"optim.lr_{group}" for group in TRAINABLE.values()}
+_WITH_DROPOUT = ("alignment", "shrinking")
+_LAST = re.compile(r"last_([1-9]\d*)")
+ENCODER_CHOICES = "none, lora, all or last_N, e.g. last_4"
 SCORES = ("ctc", "generate")
 
 
@@ -27,6 +41,7 @@ class Stage:
     previous: the stage whose model folder it starts from by default; None: new adapters.
     without_effect: recipe keys (and sections, with a dot at the end) that change nothing of what it trains.
     number: how messages call it.
+    encoder_layers: with "encoder", the last so many of its Transformer layers are trained; None: all weights.
     """
 
     name: str
@@ -37,6 +52,7 @@ class Stage:
     score: str
     previous: str | None = None
     without_effect: tuple[str, ...] = ()
+    encoder_layers: int | None = None
 
     def __post_init__(self) -> None:
         unknown = [part for part in self.parts if part not in PARTS]
@@ -46,7 +62,7 @@ class Stage:
                 f"stage '{self.name}': parts are of {', '.join(PARTS)}; trains (at least one) of "
                 f"{', '.join(TRAINABLE)}; at least one loss; score is {' or '.join(SCORES)}"
             )
-        without_llm = [module for module in self.trains if module in ("shrinking", "lora")]
+        without_llm = [module for module in self.trains if module in ("shrinking", "lora", "llm")]
         if not self.needs_llm and (without_llm or self.score == "generate"):
             raise ValueError(
                 f"stage '{self.name}' loads no llm, which {' and '.join(without_llm) or 'its score'} needs: "
@@ -67,6 +83,49 @@ class Stage:
     def frozen(self) -> tuple[str, ...]:
         """Modules that it uses as an earlier stage trained them."""
         return tuple(module for module in self.modules if module not in self.trains)
+
+
+def is_encoder_choice(value: str) -> bool:
+    """Whether `train.encoder` may have this value."""
+    return value in ("none", "lora", "all") or _LAST.fullmatch(value) is not None
+
+
+def chosen(stage: Stage, choices: Mapping[str, str | None]) -> Stage:
+    """Return a stage that trains what a recipe's `train` section asks for; None: what the stage itself does.
+
+    choices: encoder, adapters, ctc_head, llm. `without_effect` follows. Errors: ValueError for a part that
+    the stage does not have, and where nothing is left.
+    """
+    trains = list(stage.trains)
+
+    def replace_modules(key: str, modules: tuple[str, ...], wanted: dict[str, tuple[str, ...]]) -> None:
+        if (value := choices.get(key)) is not None:
+            trains[:] = [module for module in trains if module not in modules]
+            trains.extend(wanted[value])
+
+    adapters = tuple(module for module in ("alignment", "shrinking") if module in stage.modules)
+    if choices.get("adapters") == "shrinking" and "shrinking" not in adapters:
+        raise ValueError(f"train.adapters: stage {stage.number} ({stage.name}) has no shrinking adapter")
+    if choices.get("llm") in ("lora", "all") and not stage.needs_llm:
+        raise ValueError(f"train.llm: stage {stage.number} ({stage.name}) does not load the LLM")
+    each = {"none": (), "alignment": ("alignment",), "shrinking": ("shrinking",), "all": adapters}
+    replace_modules("adapters", ("alignment", "shrinking"), each)
+    replace_modules("ctc_head", ("ctc_head",), {"none": (), "all": ("ctc_head",)})
+    replace_modules("llm", ("lora", "llm"), {"none": (), "lora": ("lora",), "all": ("llm",)})
+    encoder, layers = choices.get("encoder"), stage.encoder_layers
+    if encoder is not None:
+        last = _LAST.fullmatch(encoder)
+        layers = int(last[1]) if last else None
+        kinds = {"none": (), "lora": ("encoder_lora",)}
+        replace_modules("encoder", ("encoder", "encoder_lora"), {encoder: kinds.get(encoder, ("encoder",))})
+    trains = [module for module in TRAINABLE if module in trains]
+    if not trains:
+        raise ValueError(f"train: nothing of stage {stage.number} ({stage.name}) would be trained")
+    in_effect = {RATES[TRAINABLE[module]] for module in trains}
+    in_effect |= {f"model.{module}.dropout" for module in _WITH_DROPOUT if module in trains}
+    without_effect = [key for key in stage.without_effect if key not in in_effect]
+    without_effect += [key for key in RATES.values() if key not in (*in_effect, *without_effect)]
+    return replace(stage, trains=tuple(trains), encoder_layers=layers, without_effect=tuple(without_effect))
 
 
 STAGES: Registry[Stage] = Registry("stage")

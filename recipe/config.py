@@ -24,7 +24,7 @@ from core.options import RecipeError, choice, expand_paths, is_name, location, n
 from core.plugins import PluginError, load_plugins
 from model.config import SoundwaveConfig
 from model.inheritance import StartError, differing_options, inherited_options
-from model.stages import STAGES
+from model.stages import ENCODER_CHOICES, STAGES, is_encoder_choice
 
 LARGEST_SEED = 2**63 - 1
 MOST_STEPS = 10_000_000  # the plan of the mixture holds some numbers for each
@@ -94,6 +94,16 @@ class DataConfig:
 
 
 @dataclass
+class TrainConfig:
+    """What the stage trains; null: what the stage trains by default."""
+
+    encoder: str | None = None  # none | lora | last_4 (its last 4 layers) | all
+    adapters: str | None = choice(None, "none", "alignment", "shrinking", "all")
+    ctc_head: str | None = choice(None, "none", "all")
+    llm: str | None = choice(None, "none", "lora", "all")  # all: without the embedding tables
+
+
+@dataclass
 class OptimConfig:
     # The stage's length: steps or epochs. A layer that sets one replaces the other.
     steps: int | None = number(4000, least=1, most=MOST_STEPS)
@@ -101,6 +111,8 @@ class OptimConfig:
     lr_adapters: float = number(1e-3, least=0)
     lr_ctc_head: float = number(1e-3, least=0)
     lr_lora: float = number(2e-4, least=0)
+    lr_encoder: float = number(1e-5, least=0)  # train.encoder; for LoRA on it rather 1e-4
+    lr_llm: float = number(1e-5, least=0)  # train.llm: all
     betas: list[float] = numbers(0.9, 0.98, counts=(2,), least=0, below=1)
     eps: float = number(1e-8, above=0)
     weight_decay: float = number(0.01, least=0)  # not on norms and biases
@@ -184,6 +196,7 @@ class Recipe:
     seed: int = number(0, least=0, most=LARGEST_SEED)
     model: SoundwaveConfig = field(default_factory=SoundwaveConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -433,6 +446,8 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
                 "nothing: set it, or write model.alignment.ctc_length: 'true'"
             ),
         )
+    if recipe.train.encoder is not None and not is_encoder_choice(recipe.train.encoder):
+        yield "train.encoder", f"is {_shown(recipe.train.encoder)}: give {ENCODER_CHOICES}"
     model_keys = [key for key in known_keys() if key.startswith("model.")] if recipe.init_accept else []
     for key in recipe.init_accept:
         if key not in model_keys:

@@ -3,23 +3,27 @@ losses."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import operator
 import os
 from pathlib import Path
 
-from model.inheritance import StartError, held_parts
-from model.stages import STAGES, Stage
+from model.inheritance import StartError, held_parts, tuned_parts
+from model.stages import STAGES, Stage, chosen
 from recipe.config import Recipe, RecipeError, start_folder
 
 __all__ = ["STAGES", "Stage"]
 
 
 def stage_of(recipe: Recipe) -> Stage:
-    """Errors: RecipeError."""
+    """Return the recipe's stage with what its `train` section chooses. Errors: RecipeError."""
     if recipe.stage not in STAGES:
         raise RecipeError(STAGES.describe_unknown(recipe.stage))
-    return STAGES[recipe.stage]
+    try:
+        return chosen(STAGES[recipe.stage], dataclasses.asdict(recipe.train))
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
 
 
 def stage_folder(recipe: Recipe) -> Path:
@@ -132,6 +136,9 @@ _MODULE_NAMES: dict[str, str] = {
     "ctc_head": "CTC head",
     "shrinking": "shrinking adapter",
     "lora": "LoRA",
+    "encoder": "encoder",
+    "encoder_lora": "LoRA of the encoder",
+    "llm": "LLM",
 }
 
 
@@ -154,6 +161,54 @@ def check_trains_something(recipe: Recipe) -> None:
             f"model.llm.lora_r is 0, and stage {stage.number} ({stage.name}) trains LoRA alone: nothing "
             "would be trained; give a rank, e.g. 64"
         )
+
+
+def check_train(recipe: Recipe) -> None:
+    """Errors: RecipeError for choices of `train` that do not go together with the model, the losses or the
+    feature cache."""
+    from model.losses import LOSSES
+
+    stage, choice = stage_of(recipe), recipe.train
+    encoder, llm, start = recipe.model.encoder, recipe.model.llm, start_folder(recipe)
+    tuned_before = tuned_parts(start) if start else []
+    trains_encoder = next(
+        (f"train.encoder={choice.encoder} trains" for m in stage.trains if m in ENCODER), None
+    )
+    if choice.llm == "lora" and llm.lora_r == 0:
+        raise RecipeError("train.llm is lora, and model.llm.lora_r is 0: give a rank, e.g. 64")
+    if "llm" in stage.trains and llm.lora_r:
+        raise RecipeError(
+            f"train.llm is all, and model.llm.lora_r is {llm.lora_r}: set model.llm.lora_r=0 (of a model "
+            "folder with LoRA make one without first: python -m model.export FOLDER --merge)"
+        )
+    if "encoder_lora" in stage.trains and encoder.lora_r == 0:
+        raise RecipeError(
+            "train.encoder is lora, and model.encoder.lora_r is 0: give a rank, e.g. model.encoder.lora_r=16"
+        )
+    if "encoder" in stage.trains and encoder.lora_r:
+        raise RecipeError(
+            f"train.encoder is {choice.encoder}, and model.encoder.lora_r is {encoder.lora_r}: set "
+            "train.encoder=lora, or model.encoder.lora_r=0"
+        )
+    if encoder.lora_r and not trains_encoder and "encoder" not in tuned_before:
+        raise RecipeError(
+            f"model.encoder.lora_r is {encoder.lora_r}, and nothing trains it: set train.encoder=lora, or "
+            "model.encoder.lora_r=0"
+        )
+    if choice.ctc_head == "all" and not any(LOSSES[name].uses_ctc for name in losses_of(recipe)):
+        raise RecipeError(
+            f"train.ctc_head is all, and no loss of stage {stage.number} ({stage.name}) trains it: add one, "
+            "loss.weights.ctc=0.3"
+        )
+    if recipe.data.cache_features and (trains_encoder or "encoder" in tuned_before):
+        why = trains_encoder or f"{start} holds a trained encoder in place of"
+        raise RecipeError(
+            f"data.cache_features keeps the output of the encoder of model.encoder.name, and {why} it: set "
+            "data.cache_features=null"
+        )
+
+
+ENCODER = ("encoder", "encoder_lora")
 
 
 def _auxiliary_of(recipe: Recipe) -> dict[str, float]:
@@ -193,6 +248,11 @@ def losses_of(recipe: Recipe) -> dict[str, float]:
             raise RecipeError(
                 f"loss.weights: the loss '{name}' needs the LLM, which stage {stage.number} ({stage.name}) "
                 "does not load"
+            )
+        if loss.needs_frozen_llm and "llm" in stage.trains:
+            raise RecipeError(
+                f"loss.weights: the loss '{name}' compares with the LLM's own weights, which train.llm=all "
+                "changes: remove it, or set train.llm=lora"
             )
         if given.get(name, 0.0) < 0:
             raise RecipeError(f"loss.weights.{name} is {given[name]:g}: must be at least 0")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from model.batch import Batch
 from model.generation.drafted import Drafting
 from model.generation.joint import JointSearch
-from model.language_model import base_of, end_ids
+from model.language_model import LLM, base_of, end_ids
 from model.soundwave import Audio, CTCFrames, Soundwave
 from soundwave.vllm import VLLM, Sampling
 
@@ -88,7 +88,7 @@ def begin_batch(
     returns. Errors of that function: BackendError."""
     prompts = model.prompt_embeddings(batch, model.encode_audio(batch))
     unanswered = dict(model.unanswered)
-    stop = end_ids(model.tokenizer, model.config.prompt, base_of(model.llm).generation_config)
+    stop = end_ids(model.tokenizer, model.config.prompt, base_of(cast(LLM, model.llm)).generation_config)
     pending = {
         place: vllm.answer(
             prompt,

@@ -44,6 +44,7 @@ from model.config import SoundwaveConfig
 from model.encoder import Encoder, build_encoder, tensor_prefix
 from model.pretrained import DTYPES, attention_implementation, fingerprint, locate
 from recipe.config import Recipe, RecipeError, load_recipe
+from recipe.stages import check_train
 from stream.augment import check
 from stream.plan import drawn_share, load_index, usable
 from stream.reader import decode, read_with_retry
@@ -318,6 +319,7 @@ def ensure_features(
     if not data.cache_features:
         return None
     check(data)
+    check_train(recipe)
     folder = cache_folder(data.cache_features, config)
     folder.mkdir(parents=True, exist_ok=True)
     encoder = getattr(model, "encoder", None)

@@ -7,7 +7,7 @@ import re
 from core.ctc_text import NORMALISATIONS
 from model.folder import FolderError, check_place
 from recipe.config import Recipe, RecipeError
-from recipe.stages import check_trains_something, losses_of, stage_folder, stage_of
+from recipe.stages import check_train, check_trains_something, losses_of, stage_folder, stage_of
 from stream import augment
 from train import zero
 from train.trackers import check_trackers
@@ -18,6 +18,7 @@ def check(recipe: Recipe) -> None:
     """What can be known without weights or data. Errors: RecipeError."""
     losses_of(recipe)
     check_trains_something(recipe)
+    check_train(recipe)
     check_validation(recipe)
     for name in ("model", "model-best"):
         try:

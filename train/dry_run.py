@@ -47,9 +47,9 @@ def meta_model(recipe: Recipe) -> Soundwave:
     )
     try:
         model = Soundwave.build(config, parts=stage_of(recipe).parts, meta=True)
+        model.set_stage(stage_of(recipe))
     except (SourceError, ValueError) as error:
         raise RecipeError(str(error)) from None
-    model.set_stage(recipe.stage)
     return model
 
 

@@ -1,7 +1,7 @@
 """Arithmetic of a training step: what the network must compute, frozen parts counted as what they are.
 
 A matrix of N numbers costs 2 N operations a position forward, 2 N for the gradient of its input, and 2 N for
-its own gradient. Below the lowest trained part nothing flows back, so the frozen encoder costs its forward
+its own gradient. Below the lowest trained part nothing flows back, so a frozen encoder costs its forward
 pass alone; through the frozen LLM the gradient flows but its weights have none. Recomputation (activation
 checkpointing, the fused op's second sweep) is not counted: these are model FLOPs, not hardware FLOPs
 (Chowdhery et al., 2022, appendix B). Attention: 4 x length x width operations a position and layer forward
@@ -17,7 +17,8 @@ from torch import nn
 
 from model.compressors import Compressor, compressor_of
 from model.language_model import base_of
-from model.stages import STAGES, Stage
+from model.stages import Stage
+from model.trained_encoder import learning_layers, transformer_layers
 
 
 def numel(parameter: nn.Parameter) -> int:
@@ -25,8 +26,8 @@ def numel(parameter: nn.Parameter) -> int:
 
 
 def sizes(model) -> dict[str, int]:
-    """Parameters that are multiplied with, by part: encoder, alignment, ctc_head, shrinking, llm (without
-    embeddings), embeddings, lora."""
+    """Parameters that are multiplied with, by part: encoder (with its LoRA), alignment, ctc_head, shrinking,
+    llm (without embeddings), embeddings, lora."""
     found = dict.fromkeys(("encoder", "alignment", "ctc_head", "shrinking", "llm", "embeddings", "lora"), 0)
     tables = set()
     if model.llm is not None:
@@ -39,10 +40,41 @@ def sizes(model) -> dict[str, int]:
             continue
         if id(parameter) in tables:
             part = "embeddings"
-        elif "lora_" in name:
+        elif part == "llm" and "lora_" in name:
             part = "lora"
         found[part] += numel(parameter)
     return found
+
+
+@dataclass(frozen=True)
+class EncoderGradient:
+    """What of the encoder has gradients: parameters that are trained, parameters and layers that gradients
+    flow through."""
+
+    trained: int = 0
+    passed: int = 0
+    layers: int = 0
+
+    @classmethod
+    def of(cls, encoder) -> EncoderGradient:
+        if encoder is None or not encoder.learns:
+            return cls()
+        matrices = [
+            p
+            for name, p in encoder.named_parameters()
+            if len(getattr(p, "ds_shape", p.shape)) > 1 and not name.endswith("embed_positions.weight")
+        ]
+        layers = learning_layers(encoder)
+        passed = {id(p) for layer in layers for p in layer.parameters()}
+        if len(layers) == len(transformer_layers(encoder)) and any(
+            p.requires_grad and id(p) not in passed for p in matrices
+        ):  # what is below the layers, too
+            passed = {id(p) for p in matrices}
+        return cls(
+            sum(numel(p) for p in matrices if p.requires_grad),
+            sum(numel(p) for p in matrices if id(p) in passed),
+            len(layers),
+        )
 
 
 @dataclass
@@ -62,10 +94,10 @@ class Flops:
     stage: Stage
     head_is_trained: bool
     compressor: type[Compressor]
+    encoder_gradient: EncoderGradient
 
     @classmethod
     def of(cls, model) -> Flops:
-        encoder = getattr(model.encoder, "layers", None)
         llm = None if model.llm is None else base_of(model.llm).config.get_text_config()
         rows, width = getattr(model.ctc_head.weight, "ds_shape", model.ctc_head.weight.shape)
         return cls(
@@ -73,14 +105,15 @@ class Flops:
             width,
             rows,
             0 if model.encoder is None else model.encoder.width,
-            0 if encoder is None else len(encoder.layers) if hasattr(encoder, "layers") else len(encoder),
+            0 if model.encoder is None else len(transformer_layers(model.encoder)),
             0 if llm is None else llm.num_hidden_layers,
             model.config.alignment.stack_frames,
             len(model.alignment.layers),
             numel(model.alignment.projection.weight),
-            STAGES[model.stage],
-            "ctc_head" in STAGES[model.stage].trains and model.ctc_head.kind != "tied",
+            model.choice,
+            "ctc_head" in model.choice.trains and model.ctc_head.kind != "tied",
             compressor_of(model.config),
+            EncoderGradient.of(model.encoder),
         )
 
     def step(
@@ -89,32 +122,40 @@ class Flops:
         """frames: adapter frames of all audio; clips: audios; llm_tokens: LLM positions in `rows`
         conversations; targets: target tokens of the cross-entropy; kept: frames that the shrinking adapter
         keeps. Attention is counted at mean lengths."""
-        learns = "alignment" in self.stage.trains
+        learns, gradient = "alignment" in self.stage.trains, self.encoder_gradient
+        # Gradients flow to the frames, be it through an adapter that is not trained.
+        flows = learns or gradient.layers > 0
         encoder_frames = frames * self.stack
         mean = encoder_frames / max(clips, 1.0)
         attention = 4 * self.adapter_layers * frames / max(clips, 1.0) * self.width
         out = {
             "encoder": encoder_frames
-            * (2 * self.counts["encoder"] + 4 * self.encoder_layers * mean * self.encoder_width),
-            # Below the adapter nothing flows back: its projection, which the encoder feeds, has no gradient
-            # of its input.
+            * (
+                2 * (self.counts["encoder"] + gradient.passed + gradient.trained)
+                + 4 * (self.encoder_layers + 2 * gradient.layers) * mean * self.encoder_width
+            ),
+            # Where the encoder is frozen nothing flows back below the adapter: its projection, which the
+            # encoder feeds, has no gradient of its input.
             "alignment": frames
             * (
-                (6 if learns else 2) * self.counts["alignment"]
-                - 2 * learns * self.projection
-                + (3 if learns else 1) * attention
+                2 * (1 + learns + flows) * self.counts["alignment"]
+                - 2 * (flows and not gradient.layers) * self.projection
+                + (3 if flows else 1) * attention
             ),
             "ctc_head": frames
             * 2
             * self.width
             * self.vocabulary
-            * ((2 if learns else 1) + self.head_is_trained),
+            * ((2 if flows else 1) + self.head_is_trained),
         }
         if self.stage.needs_llm:
-            passes = 3 if "shrinking" in self.stage.trains else 1
+            passes = 3 if "shrinking" in self.stage.trains else 1 + flows
             out["shrinking"] = passes * self.compressor.flops(frames, kept, self.counts["shrinking"])
             mean = llm_tokens / max(rows, 1.0)
-            out["llm"] = llm_tokens * (4 * self.counts["llm"] + 12 * self.llm_layers * mean * self.width)
-            out["lora"] = llm_tokens * 6 * self.counts["lora"]
+            products = 6 if "llm" in self.stage.trains else 4
+            out["llm"] = llm_tokens * (
+                products * self.counts["llm"] + 12 * self.llm_layers * mean * self.width
+            )
+            out["lora"] = llm_tokens * (6 if "lora" in self.stage.trains else 4) * self.counts["lora"]
             out["lm_head"] = targets * 4 * self.width * self.vocabulary
         return out

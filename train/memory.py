@@ -226,10 +226,10 @@ def _dropout_as_on(model: Soundwave, on_gpu: bool):
 
 
 def _encode(model: Any, clips: int, seconds: float, dtype: torch.dtype) -> torch.Tensor:
-    """Features [clips, T, width] of the frozen encoder, its layers run on meta."""
+    """Features [clips, T, width] of the encoder, its layers run on meta."""
     encoder = model.encoder
     frames = math.ceil(seconds * encoder.frame_rate)
-    with torch.no_grad():
+    with torch.set_grad_enabled(encoder.learns):
         if not isinstance(encoder, WhisperEncoder):
             wave = torch.empty(clips, int(seconds * 16000), device="meta", dtype=dtype)
             features = encoder.layers(wave).last_hidden_state

@@ -31,7 +31,7 @@ def parameter_groups(
     Each group holds its `name` and `peak_lr`; `set_lr` multiplies the latter. Parameters may be ZeRO-3
     partitions, whose own shape is flat: the shape that counts is the full one.
     """
-    peaks = {"adapters": config.lr_adapters, "ctc_head": config.lr_ctc_head, "lora": config.lr_lora}
+    peaks = {name: getattr(config, f"lr_{name}") for name in named}
     groups = []
     for name in named:
         parameters = [parameter for _, parameter in named[name] if parameter.requires_grad]

@@ -161,16 +161,17 @@ class Planner:
         a reduce-scatter's or all-gather's tensor.
 
         ZeRO-1: gradients in fp32 once a step, and the new weights. ZeRO-2: gradients after each micro-batch.
-        ZeRO-3: also all weights for forward and again for backward of each micro-batch (the encoder: forward
-        alone).
+        ZeRO-3: also all weights for forward and again for backward of each micro-batch (a frozen encoder:
+        forward alone).
         """
         share, weights = (self.count - 1) / self.count, self.weight_bytes
         gradients = {1: 2 * 4 * self.trained, 2: micro_batches * weights * self.trained}.get(
             zero_stage, micro_batches * weights * self.trained
         )
         updated = weights * self.trained if zero_stage < 3 else 0
-        rest = self.trained + self.frozen - self.encoder
-        gathered = micro_batches * weights * (2 * rest + self.encoder) if zero_stage == 3 else 0
+        once = 0 if self.model.encoder is None or self.model.encoder.learns else self.encoder
+        rest = self.trained + self.frozen - once
+        gathered = micro_batches * weights * (2 * rest + once) if zero_stage == 3 else 0
         return share * (gradients + updated + gathered)
 
     def checkpoint_bytes(self) -> float:

@@ -201,7 +201,7 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     from model.soundwave import Soundwave
 
     model = Soundwave.build(recipe.model, parts=stage_of(recipe).parts, meta=True)
-    model.set_stage(recipe.stage)
+    model.set_stage(stage_of(recipe))
     return 16 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 

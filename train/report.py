@@ -44,6 +44,8 @@ PANELS: tuple[tuple[str, str, dict[str, tuple[str, str]], float], ...] = (
             "adapters": ("train", "lr_adapters"),
             "CTC head": ("train", "lr_ctc_head"),
             "LoRA": ("train", "lr_lora"),
+            "encoder": ("train", "lr_encoder"),
+            "LLM": ("train", "lr_llm"),
         },
         1,
     ),

@@ -189,7 +189,7 @@ def build_model(
             log_inherited_options(recipe, start_from)
             for line in [*notes, *accepted_options(recipe, start_from)]:
                 logger.warning("%s", line)
-    model.set_stage(stage.name)
+    model.set_stage(stage)
     return model, {**hashes["base"], "start": hashes["start"]}
 
 

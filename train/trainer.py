@@ -402,6 +402,7 @@ class Trainer:
         kept = list(model_folder.trained_tensors(self.model).values())
         kept += [parameter for _, parameter in lora_parameters(llm)] if llm is not None else []
         parameters = [p for p in kept if hasattr(p, "ds_id")]
+        tuned = self._gathered(model_folder.tuned_tensors(self.model))
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.engine.zero_stage == 3):
             if self.ranks.is_main:
                 extra = {
@@ -415,7 +416,7 @@ class Trainer:
                     "start": self.facts["base"]["start"],
                 }
                 try:
-                    model_folder.save(self.model, self.folder / name, extra=extra)
+                    model_folder.save(self.model, self.folder / name, extra=extra, tuned=tuned)
                 except (OSError, SafetensorError) as error:
                     if name != BEST:
                         raise
@@ -427,6 +428,17 @@ class Trainer:
                         error,
                     )
         dist.barrier()
+
+    def _gathered(self, tensors: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
+        """Copy tensors by part and name to rank 0's host memory, one at a time: an LLM that is trained whole
+        need not fit on a GPU beside its shards."""
+        found: dict[str, dict[str, torch.Tensor]] = {part: {} for part in tensors}
+        for part, named in tensors.items():
+            for name, parameter in named.items():
+                with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                    if self.ranks.is_main:
+                        found[part][name] = parameter.detach().to("cpu", copy=True)
+        return found
 
     def _roll_back(self) -> bool:
         """Return to the last checkpoint from before the skipped steps, and skip their data (as for PaLM after

@@ -67,7 +67,7 @@ _KINDS = {
 }
 # What the recipe says in place of a section.
 _RECIPES = {
-    "optimizer": "optim.lr_adapters, lr_ctc_head, lr_lora, betas, eps and weight_decay (AdamW)",
+    "optimizer": "optim.lr_*, betas, eps and weight_decay (AdamW)",
     "scheduler": "optim.schedule, warmup_steps and min_lr_share",
     "amp": "model.dtype",
     "torch_autocast": "model.dtype",

@@ -318,9 +318,9 @@ class Corpus:
         for option in options:
             if option not in known:
                 everything = [*known, *_COMMON]
-                near = did_you_mean(near_names(option, everything, cutoff=0.0))
+                nearest = did_you_mean(near_names(option, everything, cutoff=0.0))
                 raise CorpusError(
-                    f"corpus '{specification}': unknown option '{option}', {near} ({name} takes "
+                    f"corpus '{specification}': unknown option '{option}', {nearest} ({name} takes "
                     f"{', '.join(everything)})"
                 )
         found = find_path(path)

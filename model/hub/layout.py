@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from model.config import SoundwaveConfig
-from model.encoder import build_encoder
-from model.folder import ADAPTERS, LORA, FolderError
+from model.folder import ADAPTERS, TUNED, FolderError
 from model.hub.bundle import Place, bundle
 from model.hub.configuration import SoundwaveHubConfig
 from model.hub.modeling import SoundwaveForConditionalGeneration
 from model.hub.processing import SoundwaveProcessor
 from model.language_model import audio_token_id
-from model.official import LoRAMerge, ShardWriter, stream_tensors
+from model.official import ShardWriter, stream_llm
 from model.pretrained import DTYPES, Source, preprocessor_settings
+from model.trained_encoder import merged_tensors
 
 BESIDE = {"model.hub.configuration": "configuration_soundwave"}
 #: Compiled and training-only parts, and what takes their place.
@@ -78,6 +78,7 @@ def write_layout(
     adapters = load_file(run / ADAPTERS)
     rows = adapters["ctc_head.weight"].shape[0] if "ctc_head.weight" in adapters else 0
     switches = asdict(config)
+    switches["encoder"]["lora_r"] = 0  # merged
     for part in ("encoder", "llm"):  # paths of this machine are not published
         if Path(switches[part]["name"]).exists():
             switches[part]["name"] = Path(switches[part]["name"]).name
@@ -104,12 +105,9 @@ def write_layout(
 
     for name, tensor in adapters.items():
         add(name, tensor)
-    built = build_encoder(config.encoder, encoder, DTYPES[config.dtype], None)
-    for name, tensor in built.state_dict().items():
+    for name, tensor in merged_tensors(config.encoder, encoder, config.dtype, run / TUNED["encoder"]).items():
         add(f"encoder.{name}", tensor)
-    merge = LoRAMerge(run / LORA) if (run / LORA).is_dir() else None
-    for name, tensor in stream_tensors(llm.files, "merging the LLM"):
-        tensor = merge(name, tensor) if merge else tensor
+    for name, tensor in stream_llm(run, llm):
         if f"llm.{name}" in wanted:
             add(f"llm.{name}", tensor)
         elif f"llm.{name}" not in network.all_tied_weights_keys:
@@ -117,8 +115,6 @@ def write_layout(
                 f"{llm.folder}: its tensor '{name}' has another name in transformers' network: --hub-layout "
                 "takes LLMs whose files have the network's own names; export without it"
             )
-    if merge:
-        merge.check_all_used()
     writer.close()
     if lacking := sorted(wanted - written):
         raise FolderError(f"{run}: the hub's network needs '{lacking[0]}', which its files lack")

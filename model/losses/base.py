@@ -57,11 +57,13 @@ class Loss(ABC):
     weight 1.
     needs_llm: the stage must load the language model.
     uses_ctc: `state.audio.ctc` must hold the CTC loss.
+    needs_frozen_llm: it compares with the LLM's own weights.
     """
 
     weight_key: str | None = None
     needs_llm: bool = True
     uses_ctc: bool = False
+    needs_frozen_llm: bool = False
 
     @abstractmethod
     def numerator(self, state: ForwardState) -> torch.Tensor:

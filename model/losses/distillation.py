@@ -70,6 +70,8 @@ class HeadKL(torch.autograd.Function):
 
 @register_loss("kl")
 class Distillation(Loss):
+    needs_frozen_llm = True
+
     def numerator(self, state: ForwardState) -> torch.Tensor:
         model, batch, shared = state.model, state.batch, state.shared
         if "target_hidden" not in shared:  # `ce` has not run: the student's forward pass

@@ -71,6 +71,8 @@ class Network(nn.Module):
         weights = load_file(folder / "adapters.safetensors")
         for name, value in weights.items():
             self.register_parameter(name.replace(".", "__"), nn.Parameter(value))
+        if not (folder / "lora").is_dir():
+            return
         lora = load_file(folder / "lora" / "adapter_model.safetensors")
         peft = json.loads((folder / "lora" / "adapter_config.json").read_text())
         for name in sorted(n.removesuffix(".lora_A.weight") for n in lora if n.endswith(".lora_A.weight")):
@@ -108,7 +110,6 @@ class Network(nn.Module):
             .flatten(1)
         )
 
-    @torch.no_grad()
     def encode(self, wave: torch.Tensor) -> torch.Tensor:
         """Whisper at the clip's true length: its first frames of the mel of 30 s; zeros stand beyond the
         clip."""
@@ -215,21 +216,27 @@ def train(
     warmup: int,
     least: float,
     clip: float,
+    encoder: str | None = None,
+    llm: bool = False,
+    lora: bool = True,
 ) -> list[float]:
-    """Train in place on batches of ids; returns each step's loss. rates: peaks of "adapters", "ctc_head" and
-    "lora"."""
+    """Train in place on batches of ids; returns each step's loss. rates: peaks of "adapters", "ctc_head",
+    "lora", "encoder" and "llm". encoder: the start of the names of Whisper's weights that are trained. llm:
+    whether all of the LLM's are, but its tables; lora: whether LoRA is."""
     trained = {}
+    tables = {id(m.weight) for m in (network.llm.get_input_embeddings(), network.llm.get_output_embeddings())}
     for name, parameter in network.named_parameters():
-        part = (
-            "lora"
-            if name.endswith((".a", ".b"))
-            else None
-            if name.startswith(("llm.", "whisper."))
-            else "ctc_head"
-            if name.startswith("ctc_head")
-            else "adapters"
-        )
-        parameter.requires_grad_(part == "lora" or (part is not None and stage == 2))
+        if name.startswith("whisper."):
+            learns = encoder is not None and name.startswith(f"whisper.{encoder}")
+            part = "encoder" if learns and "embed_positions" not in name else None  # constants
+        elif name.startswith("llm."):
+            part = "llm" if llm and id(parameter) not in tables else None
+            if name.endswith((".a", ".b")):
+                part = "lora" if lora else None
+        else:
+            part = "ctc_head" if name.startswith("ctc_head") else "adapters"
+        own = part in ("adapters", "ctc_head")
+        parameter.requires_grad_(part is not None and (stage == 2 or not own))
         if parameter.requires_grad:
             trained[name] = parameter, rates[part]
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, (p, _) in trained.items()}

@@ -191,7 +191,7 @@ def test_weights_of_a_stage_and_its_recipe():
     "wrong",
     [
         {"parts": ("encoder", "decoder")},
-        {"trains": ("encoder",)},
+        {"trains": ("decoder",)},
         {"trains": ()},
         {"losses": ()},
         {"score": "bleu"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import json
 import logging
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from core.distributed import Ranks
 from model.soundwave import Soundwave
+from model.stages import STAGES, chosen
 from tests.model import tiny
 from train import report, telemetry
 from train.flops import Flops
@@ -234,6 +236,46 @@ def test_model_flops_are_those_of_the_operations(model, stage, losses):
     # reference counts as what it does: it computes its logits again in backward.
     total = sum(flops.values()) + left_out + counted("ctc_head") - flops["ctc_head"]
     assert total == pytest.approx(sum(counts["Global"].values()), rel=0.04)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"encoder": "last_1"},
+        {"encoder": "all"},
+        {"encoder": "all", "adapters": "none", "llm": "none"},
+        {"encoder": "lora"},
+        {"encoder": "last_1", "llm": "all"},
+    ],
+)
+def test_model_flops_follow_what_is_trained(model, choices):
+    """As above; more frames are kept here. What flows below the queries, keys and values of the lowest layer
+    is counted, and not needed where LoRA alone learns: of two layers that is something, of thirty nothing."""
+    config = copy.deepcopy(model.config)
+    config.llm.lora_r = 0 if choices.get("llm") == "all" else 4
+    rank = config.encoder.lora_r = 4 if choices["encoder"] == "lora" else 0
+    network = Soundwave.build(config)
+    network.set_stage(chosen(STAGES["shrinking"], choices))
+    network.train()
+    chats = [tiny.chat("What is said here, please?", "the wall and the hall")] * 3
+    batch = tiny.batch(network, chats, [2.0] * 3, ["the wall"] * 3)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        output = network(batch, losses=("ce", "ctc"))
+        (output.ce_sum + output.ctc_sum).backward()
+    counts = counter.get_flop_counts()
+    encoder, alignment, ctc_head, whole = (
+        sum(counts[part].values())
+        for part in ("Soundwave.encoder", "Soundwave.alignment", "Soundwave.ctc_head", "Global")
+    )
+    flops = Flops.of(network).step(
+        int(output.frames), 3, int(output.llm_tokens), 3, batch.ce_count, int(output.kept)
+    )
+    left_out = 3 * (200 * 2 * 16 * 201 + 100 * 2 * 16 * 3 * 48)
+    unused = 300 * 2 * 3 * 48 * (48 + rank) if rank else 0
+    assert flops["encoder"] - unused == pytest.approx(encoder - left_out, rel=0.02)
+    assert flops["alignment"] == pytest.approx(alignment, rel=0.02)
+    total = sum(flops.values()) - unused + left_out + ctc_head - flops["ctc_head"]
+    assert total == pytest.approx(whole, rel=0.05)
 
 
 def test_peaks_by_device_name():

@@ -82,6 +82,28 @@ def test_fused_attention_stores_no_scores():
     assert nn.functional.scaled_dot_product_attention(*[torch.ones(1, 1, 2, 2)] * 3).sum() == 4
 
 
+def test_activations_and_plan_follow_the_trained_part_of_the_encoder(small):
+    sizes, plans = [], []
+    for choice in ("none", "last_2", "all"):
+        for checkpointing in (True, False):
+            overrides = [f"train.encoder={choice}", f"optim.activation_checkpointing={checkpointing}".lower()]
+            recipe = load_recipe("train/recipes/stage1.yaml", [*small, *overrides])
+            model = meta_model(recipe)
+            plans.append(Planner(recipe, model, 8, "a100-80"))
+            sizes.append(
+                activation_bytes(model, recipe, micro_batch_seconds=240, tokens=0, zero_stage=2, on_gpu=True)
+            )
+    none, last, everything = sizes[1], sizes[3], sizes[5]
+    assert sizes[0] == none < last < everything
+    assert sizes[2] < last and sizes[4] < everything, "layers that are computed again keep less"
+    # Whisper tiny: of a layer of 4 the attention's four products and the feed-forward's two, width 384.
+    layer = 4 * 384 * 384 + 3 * 384 + 2 * 384 * 1536 + 1536 + 384 + 4 * 384
+    assert plans[2].trained - plans[0].trained == 2 * layer
+    assert plans[4].trained + plans[4].frozen == plans[0].trained + plans[0].frozen
+    assert plans[0].step_flops() < plans[2].step_flops() < plans[4].step_flops()
+    assert plans[0].network_bytes(3, 1) < plans[2].network_bytes(3, 1)
+
+
 def test_activations_grow_with_the_micro_batch_and_shrink_with_checkpointing(small):
     recipe = load_recipe("train/recipes/stage2.yaml", [*small, "optim.activation_checkpointing=false"])
     few, many = (

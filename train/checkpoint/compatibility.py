@@ -24,6 +24,7 @@ from typing import Any
 from core.code import code_hash
 from core.files import step_folders
 from core.plugins import plugins_hash
+from model.stages import Stage, chosen
 from recipe.config import Recipe, RecipeError, start_folder
 from recipe.stages import STAGES, stage_folder
 
@@ -83,12 +84,33 @@ def known(corpus: dict) -> dict:
     }
 
 
+def _choices(values: dict) -> dict[str, str | None]:
+    """The `train` section of flat keys."""
+    return {k.removeprefix("train."): value for k, value in values.items() if k.startswith("train.")}
+
+
+def _is_default(stage: Stage, key: str, value: str | None) -> bool:
+    """Whether a stage trains the same with this choice as without."""
+    try:
+        return chosen(stage, {key: value}) == chosen(stage, {})
+    except ValueError:  # this choice alone would leave nothing
+        return False
+
+
+def _without_effect(values: dict) -> tuple[str, ...]:
+    """Keys that change nothing of what the stage of flat keys trains."""
+    stage = STAGES.get(values["stage"])
+    return chosen(stage, _choices(values)).without_effect if stage else ()
+
+
 def recipe_facts(recipe: Recipe | dict) -> dict[str, Any]:
     """What of a recipe, or of one that was recorded, decides what its stage learns: flat keys and values."""
     values = flat(recipe)
-    stage = STAGES.get(values["stage"])
-    free = (*_FREE, *(stage.without_effect if stage else ()))
+    choices = _choices(values)
+    free = (*_FREE, *_without_effect(values))
     facts = {key: value for key, value in values.items() if not _is_one_of(key, free)}
+    if stage := STAGES.get(values["stage"]):  # the stage's own choice, written out, is that choice
+        facts |= {f"train.{key}": None for key in choices if _is_default(stage, key, choices[key])}
     # Where the shards lie may change; what they hold is the index's fingerprint.
     facts["data.train"] = [
         {k: v for k, v in known(corpus).items() if k != "shards"} for corpus in facts["data.train"]
@@ -132,7 +154,7 @@ def recipe_differences(saved: dict, now: dict) -> list[str]:
     """Lines for the keys of two sets of facts that differ. A key that the saved ones do not know, because it
     was made later, differs where its value is not the default; one that has become free since, or has no
     effect on the stage, does not."""
-    free = (*_FREE, *STAGES[now["stage"]].without_effect)
+    free = (*_FREE, *_without_effect(now))
     defaults = flat(Recipe())
     lines = []
     for key in sorted(saved.keys() | now.keys()):

@@ -11,6 +11,7 @@ import torch
 
 from model.language_model import base_of
 from model.soundwave import Soundwave
+from model.trained_encoder import require_input_gradient
 
 
 def shard_while_loading(config: dict):
@@ -38,6 +39,8 @@ def prepare_modules(model: Soundwave) -> None:
     # Hooks on each Linear and LoRA matrix of a layer (some 30) cost more than they save.
     if leaves:
         deepspeed.utils.set_z3_leaf_modules(model, sorted(leaves, key=lambda c: c.__name__))
+    if model.encoder is not None and model.encoder.learns:
+        require_input_gradient(model.encoder)
     if model.llm is not None:
         # DeepSpeed collects such a layer's gradients when the gradient of its input is there. In stage 3
         # the first layer's input would have none, and the hook would fire before the gradients of its LoRA
