@@ -1,10 +1,12 @@
-"""Serve a web page to talk to a model (needs Gradio: make setup EXTRAS=demo).
+"""Serve a web page to talk to a model (needs: make setup EXTRAS="demo serve").
 
     python -m evaluation.demo MODEL
+    python -m evaluation.demo --server http://127.0.0.1:8000
 
-Record or upload speech, ask about it, and see the answer as it is written, the CTC head's transcript, which
-frames the LLM was given, and how long each part took. It listens on this machine alone unless --host says
-otherwise, and sends nothing anywhere.
+Record or upload speech, ask about it, and see the answer as it is written, the CTC head's transcript, words
+with their times, and which frames the LLM was given. The page is a client of `python -m serving`: of a
+running server, or of one that it starts on the loopback for MODEL. It listens on this machine alone unless
+--host says otherwise.
 
 What visitors may cost is bounded: bytes of an upload and of a request, seconds of audio, length of a
 question, seconds of an answer, length of the queue. Recordings lie in a folder of this process alone, for an
@@ -14,6 +16,7 @@ hour at most, and go when it ends.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import html
 import ipaddress
 import json
@@ -24,32 +27,23 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import CancelledError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import TextIteratorStreamer
-from transformers.utils.logging import disable_progress_bar
 
 from core.audio import EXTENSIONS, SAMPLE_RATE, AudioError, decode, largest_decoded
 from core.command_line import CommandParser, accept_old_name
 from core.console import one_line, print_error, printable
 from core.request_body import AnswerThenRead
-from core.samples import asked
-from core.spelling import spell
-from model import folder
-from model.batch import Batch
-from model.generation.timestamps import align_frames
-from model.language_model import context_length
-from model.picture import ctc_peaks, figure
-from model.pretrained import SourceError
-from model.prompt import PromptError
-from model.soundwave import Audio, Soundwave
+from core.spelling import join_words
+from evaluation.endpoint import AddressError
+from evaluation.model_server import ModelServer, ServerError, own_server
+from model.features import log_mel
+from model.picture import figure
 
 QUESTION = "Please transcribe the following audio."
-CHARACTERS_PER_POSITION = 16  # of a question, at most: what is longer is refused before it is tokenised
 FORMATS = "WAV, FLAC, MP3, Ogg and Opus are read; convert others, as M4A: ffmpeg -i FILE out.flac"
 # Browsers give pages a microphone where the address is https or this machine's own.
 MICROPHONE = (
@@ -57,6 +51,7 @@ MICROPHONE = (
     "a file, use a proxy with TLS, or forward the port: ssh -L 7860:127.0.0.1:7860 HOST"
 )
 REQUEST_BYTES = 1 << 20  # of any request but an upload
+SERVER_BYTES = 256 << 20  # of a request to the page's own server: an upload in base64
 CLEAN_EVERY, KEEP_SECONDS = 600, 3600  # uploads
 
 
@@ -65,185 +60,118 @@ class Refusal(ValueError):
     it."""
 
 
-class Streamer(TextIteratorStreamer):
-    """The answer in pieces, until `stopped` is set or `seconds` have passed: then the next token ends the
-    generation."""
-
-    def __init__(self, tokenizer, seconds: float):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.stopped = threading.Event()
-        self.seconds, self.deadline = seconds, time.monotonic() + seconds
-
-    def put(self, value: torch.Tensor) -> None:
-        if self.stopped.is_set():
-            raise CancelledError("the answer is no longer read")
-        if time.monotonic() > self.deadline:
-            raise Refusal(f"the answer was stopped after {self.seconds:g} s, the limit here")
-        super().put(value)
-
-
 class Talker:
-    """One model behind the page; one question at a time (Gradio queues the others)."""
+    """One server behind the page; one question at a time (Gradio queues the others)."""
 
-    def __init__(self, model: Soundwave, max_new_tokens: int, seconds: float = 120.0):
-        self.model, self.max_new_tokens, self.seconds = model, max_new_tokens, seconds
-
-    def warm_up(self) -> None:
-        """The first call pays for what is loaded and compiled once: better before the first visitor than for
-        them."""
-        for _ in self.answer(torch.zeros(SAMPLE_RATE), QUESTION):
-            pass
-
-    def name_of(self, token: int) -> str:
-        return str(self.model.tokenizer.decode([token]))
+    def __init__(self, server: ModelServer):
+        self.server = server
 
     def ask(self, file: str | None, question: str) -> Iterator[tuple]:
         """Yields (answer so far, CTC transcript, picture, timings as Markdown, words), None where nothing has
         changed. words: of the answer where it is a transcript (the question is QUESTION), else of the CTC
         transcript.
 
-        Errors: AudioError, PromptError, Refusal (one line).
+        Errors: AudioError, Refusal, ServerError (one line).
         """
         if not file:
             raise Refusal("no audio: record or upload some first")
-        self.check_question(question)
-        longest = self.model.config.encoder.max_seconds
+        longest = self.server.max_seconds
         try:
             audio = decode(file, whole=False, max_seconds=longest, max_bytes=largest_decoded(longest))
         except AudioError as error:
-            self.check_length(error.seconds or 0.0)
+            if (error.seconds or 0.0) > longest:
+                raise Refusal(
+                    f"the recording lasts {error.seconds:.0f} s, this model takes {longest:g} s at most"
+                ) from None
             raise
-        yield from self.answer(
-            torch.from_numpy(audio.samples), question, [finding.detail for finding in audio.findings]
+        data, waveform = Path(file).read_bytes(), torch.from_numpy(audio.samples)
+        if self.server.has_llm:
+            yield from self._answer(data, waveform, question.strip())
+            return
+        began = time.perf_counter()
+        found = self.server.transcribe(data)
+        yield (
+            "(A model of stage 1 has no LLM; below is its CTC transcript.)",
+            found["text"],
+            *self._shown(found, waveform, [("whole answer", time.perf_counter() - began)]),
+            rows_of(found["words"]),
         )
 
-    def check_length(self, seconds: float) -> None:
-        longest = self.model.config.encoder.max_seconds
-        if seconds > longest:
-            raise Refusal(f"the recording lasts {seconds:.0f} s, this model takes {longest:g} s at most")
+    def _answer(self, data: bytes, waveform: torch.Tensor, question: str) -> Iterator[tuple]:
+        is_transcript = question == QUESTION
+        include = ["frames", "words"] if is_transcript else ["frames"]
+        began, text, first = time.perf_counter(), "", None
+        with contextlib.closing(self.server.ask(data, question, include)) as pieces:
+            for piece in pieces:
+                if isinstance(piece, str):
+                    text += piece
+                    first = first or time.perf_counter() - began
+                    yield text, None, None, timings([("time to first words", milliseconds(first))]), None
+                    continue
+                total = time.perf_counter() - began
+                entries = piece["frames"]
+                spent = [("time to first words", first or total), ("whole answer", total)]
+                yield (
+                    text,
+                    join_words([entry["transcript"] for entry in entries]),
+                    *self._shown(piece, waveform, spent),
+                    rows_of(piece["words"] if is_transcript else entries[0]["words"]),
+                )
 
-    @property
-    def positions(self) -> int | None:
-        """How many the LLM has; None without an LLM, and where its configuration does not say."""
-        if self.model.llm is None:
-            return None
-        return context_length(self.model.llm.config)
-
-    def check_question(self, question: str) -> None:
-        if self.positions is not None and len(question) > CHARACTERS_PER_POSITION * self.positions:
-            raise Refusal(
-                f"the question has {len(question)} characters, more than fit into the LLM's {self.positions} "
-                f"positions"
-            )
-
-    def check_positions(self, batch: Batch, kept: int) -> None:
-        """Room for the question, for what is kept of the audio (in place of its one token), and for the
-        answer."""
-        needed = batch.input_ids.shape[1] - 1 + kept
-        if self.positions is not None and needed + self.max_new_tokens > self.positions:
-            raise Refusal(
-                f"question and audio take {needed} of the LLM's {self.positions} positions, and the answer "
-                f"may take "
-                f"{self.max_new_tokens}: ask a shorter question, or send a shorter recording"
-            )
-
-    def conversation(self, waveform: torch.Tensor, question: str) -> Batch:
-        """The recording, then the question, as a conversation ready to be continued."""
-        return self.model.prompts([[asked(question, self.model.config.audio_token)]], [waveform])
-
-    def answer(self, waveform: torch.Tensor, question: str, findings: Sequence[str] = ()) -> Iterator[tuple]:
-        """The same for a waveform [S] at 16 kHz. findings: warnings about it."""
+    def _shown(self, found: dict, waveform: torch.Tensor, spent: list[tuple[str, float]]) -> tuple[Any, str]:
+        """The picture and the timings of an answer."""
         seconds = len(waveform) / SAMPLE_RATE
-        self.check_length(seconds)
-        began = time.perf_counter()
-        with torch.no_grad():
-            audio = self.model.encode_audio(self.conversation(waveform, ""))
-        inspection = self.model.inspect(self.conversation(waveform, ""), audio)
-        encoding = time.perf_counter() - began
-        tokens = [
-            token
-            for _, token in ctc_peaks(inspection["tokens"][0], inspection["peak"][0], inspection["blank"])
-        ]
-        known = [t for t in tokens if t < len(self.model.tokenizer)]
-        transcript = str(self.model.tokenizer.decode(known)).strip()
-        kept, frames = len(inspection["kept"][0]), len(inspection["tokens"][0])
-        picture = figure(inspection, self.name_of)
-        if warning := self.model.length_warning(seconds):
-            findings = [*findings, warning]
-        lines = [
+        inspection, texts = inspection_of(found["frames"], waveform)
+        frames, kept = len(inspection["tokens"][0]), len(inspection["kept"][0])
+        lines = [("**warning**", text.replace("|", "/")) for text in found.get("warnings", [])]
+        lines += [
             ("audio", f"{seconds:.2f} s"),
             ("frames", f"{frames}, {kept} kept for the LLM ({kept / seconds:.1f} a second)"),
-            ("encoder, adapter and CTC", f"{encoding * 1000:.0f} ms"),
+            *((name, milliseconds(value)) for name, value in spent),
+            ("real-time factor", f"{spent[-1][1] / seconds:.2f}"),
         ]
-        lines = [*(("**warning**", text.replace("|", "/")) for text in findings), *lines]
-        if self.model.llm is None:
-            yield (
-                "(A model of stage 1 has no LLM; below is its CTC transcript.)",
-                transcript,
-                picture,
-                timings(lines),
-                self.words(transcript, audio, seconds),
-            )
-            return
-        batch = self.conversation(waveform, question.strip())
-        self.check_positions(batch, kept)
-        yield "", transcript, picture, timings(lines), []
-        began, text, first = time.perf_counter(), "", None
-        for piece in self.stream(batch, audio):
-            text += piece
-            if not text:  # a token that completes no word yet
-                continue
-            first = first or time.perf_counter() - began
-            yield text, None, None, timings([*lines, ("time to first words", f"{first * 1000:.0f} ms")]), None
-        if self.model.unanswered:
-            raise ValueError("; ".join(self.model.unanswered.values()))
-        total = time.perf_counter() - began
-        lines += [
-            ("time to first words", f"{(first or total) * 1000:.0f} ms"),
-            ("whole answer", f"{total:.2f} s"),
-            ("real-time factor", f"{total / seconds:.2f}"),
-        ]
-        is_transcript = question.strip() == QUESTION
-        yield (
-            text,
-            None,
-            None,
-            timings(lines),
-            self.words(text if is_transcript else transcript, audio, seconds),
-        )
+        return figure(inspection, lambda token: texts.get(token, "?")), timings(lines)
 
-    @torch.no_grad()
-    def words(self, text: str, audio: Audio, seconds: float) -> list[list[str]]:
-        """Return rows of the table: word, start, end, confidence, by alignment with the CTC head."""
-        spelling = spell(self.model.tokenizer, text, self.model.ctc_text)
-        aligned = align_frames(self.model, audio.hidden, audio.lengths, [spelling], [seconds])[0]
-        return [
-            [word.text, f"{word.start:.2f}", f"{word.end:.2f}", f"{word.confidence:.2f}"]
-            for word in aligned.words
-        ]
 
-    def stream(self, batch: Batch, audio: Audio) -> Iterator[str]:
-        """The answer in pieces; audio: what `encode_audio` gives for the batch. What goes wrong in the
-        generating thread is raised here; it ends before this does."""
-        streamer = Streamer(self.model.tokenizer, self.seconds)
-        problems: list[BaseException] = []
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms"
 
-        def work() -> None:
-            try:
-                self.model.generate(batch, max_new_tokens=self.max_new_tokens, streamer=streamer, audio=audio)
-            except BaseException as problem:
-                problems.append(problem)
-                streamer.end()
 
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        try:
-            yield from streamer
-        finally:  # also where the visitor has left: the next question must not run beside this one
-            streamer.stopped.set()
-            thread.join()
-        if problems:
-            raise problems[0]
+def inspection_of(entries: list[dict], waveform: torch.Tensor) -> tuple[dict, dict[int, str]]:
+    """Return what `model.picture.figure` draws, of a server's `frames` of one recording, and the texts of its
+    tokens. waveform [S] at 16 kHz."""
+    tokens: list[int] = []
+    blank_probability: list[float] = []
+    peak: list[float] = []
+    kept: list[int] = []
+    texts: dict[int, str] = {}
+    for entry in entries:
+        kept += [len(tokens) + place for place in entry["kept"]]
+        tokens += entry["tokens"]
+        blank_probability += entry["blank_probability"]
+        peak += entry["log_probability"]
+        texts |= {int(token): text for token, text in entry["texts"].items()}
+    mel = log_mel(waveform[None], torch.tensor([len(waveform)]), 80)[0][0]
+    rate = entries[0]["rate"]
+    found = {
+        "mel": [mel],
+        "seconds": [len(tokens) / rate],
+        "tokens": [torch.tensor(tokens)],
+        "blank_probability": [torch.tensor(blank_probability)],
+        "peak": [torch.tensor(peak)],
+        "kept": [torch.tensor(kept, dtype=torch.long)],
+        "frame_rate": rate,
+        "blank": entries[0]["blank"],
+    }
+    return found, texts
+
+
+def rows_of(words: list[dict]) -> list[list[str]]:
+    """Return rows of the table: word, start, end, confidence."""
+    return [
+        [word["word"], f"{word['start']:.2f}", f"{word['end']:.2f}", f"{word['confidence']:.2f}"]
+        for word in words
+    ]
 
 
 def timings(lines: list[tuple[str, str]]) -> str:
@@ -301,7 +229,7 @@ def shown(talker: Talker, file: str | None, question: str) -> Iterator[tuple]:
         if error.reason in ("undecodable", "no_decoder"):
             line += f". {FORMATS}"
         raise Refusal(html.escape(printable(line))) from None
-    except (PromptError, Refusal) as error:
+    except (Refusal, ServerError) as error:
         raise Refusal(html.escape(printable(one_line(error)))) from None
     except Exception as error:  # memory, for one; the next question may be answered
         print_error(f"error: a question was not answered: {one_line(error)}")
@@ -345,8 +273,9 @@ def page(talker: Talker, title: str, examples: Sequence[Path] = ()):
                             gradio.Button(path.stem, size="sm").click(
                                 lambda path=path: str(path), None, audio
                             )
-                asks = talker.model.llm is not None
-                question = gradio.Textbox(value=QUESTION, label="Question", elem_id="question", visible=asks)
+                question = gradio.Textbox(
+                    value=QUESTION, label="Question", elem_id="question", visible=talker.server.has_llm
+                )
                 button = gradio.Button("Ask", variant="primary", elem_id="ask")
             with gradio.Column():
                 answer = gradio.Textbox(label="Answer", lines=4, elem_id="answer")
@@ -384,37 +313,55 @@ def login(variable: str | None) -> tuple[str, str] | None:
     return user, password
 
 
+def server_arguments(options: argparse.Namespace) -> list[str]:
+    """The options of the page's own server."""
+    arguments = [str(options.model), "--new-tokens", str(options.max_new_tokens)]
+    arguments += ["--request-seconds", str(options.request_seconds), "--body-bytes", str(SERVER_BYTES)]
+    return arguments + (["--device", options.device] if options.device else [])
+
+
 def serve(options: argparse.Namespace, folder_of_uploads: str) -> int:
     os.environ.update(
         GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=folder_of_uploads
     )  # before the import, which reads them
     try:
-        import gradio
-        from starlette.middleware import Middleware
+        import gradio  # noqa: F401
     except ImportError:
-        print_error("error: the page needs Gradio: make setup EXTRAS=demo")
+        print_error('error: the page needs Gradio: make setup EXTRAS="demo serve"')
         return 2
-    disable_progress_bar()
     try:
         credentials, examples = login(options.login), example_clips(options.examples)
-        model = folder.load(
-            options.model, device=options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        )
-    except (folder.FolderError, SourceError, ValueError) as error:
+        key = None
+        if options.token_env is not None and not (key := os.environ.get(options.token_env)):
+            raise ValueError(
+                f"--token-env {options.token_env}: set this environment variable to the server's API key"
+            )
+        with contextlib.ExitStack() as stack:
+            url = options.server or stack.enter_context(own_server(server_arguments(options)))
+            source = options.token_env or "the environment"
+            talker = Talker(ModelServer(url, key, key_source=source, seconds=options.request_seconds))
+            return show(options, talker, examples, credentials)
+    except (AddressError, ServerError, ValueError) as error:
         print_error("error:", error)
         return 2
-    talker = Talker(model, options.max_new_tokens, options.request_seconds)
-    try:
-        talker.warm_up()
-    except Refusal as error:
-        print_error(f"error: not even one second of audio can be answered: {error}; lower --max-new-tokens")
-        return 2
-    encoder, llm = (Path(part.name).name for part in (model.config.encoder, model.config.llm))
-    title = f"Stage {model.stage}: {encoder} and {llm}"
+
+
+def show(
+    options: argparse.Namespace,
+    talker: Talker,
+    examples: list[Path],
+    credentials: tuple[str, str] | None,
+) -> int:
+    """Open the page, and keep it until the process is stopped."""
+    import gradio
+    from starlette.middleware import Middleware
+
+    known = talker.server.description
+    title = f"Stage {known['stage']}: {' and '.join(filter(None, [known['encoder'], known['llm']]))}"
     # Fonts of the system: Gradio's own theme fetches its fonts from the network.
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     # The longest recording as stereo at 48 kHz in 32 bits, and room for headers.
-    largest = int(model.config.encoder.max_seconds * 2 * 48_000 * 4) + 2**20
+    largest = int(talker.server.max_seconds * 2 * 48_000 * 4) + 2**20
     if not is_loopback(options.host) and credentials is None:
         print_error(
             f"warning: whoever reaches {options.host}:{options.port} can use this page, unencrypted and "
@@ -458,7 +405,17 @@ def serve(options: argparse.Namespace, folder_of_uploads: str) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = CommandParser("python -m evaluation.demo", __doc__.splitlines()[0], example="runs/me/sft/model")
-    parser.add_argument("model", type=Path, help="model folder: <output>/<stage>/model")
+    parser.add_argument(
+        "model", type=Path, nargs="?", help="model folder to serve: <output>/<stage>/model; or --server"
+    )
+    parser.add_argument(
+        "--server",
+        metavar="URL",
+        help="a running `python -m serving` or soundwave serve, in place of a model",
+    )
+    parser.add_argument(
+        "--token-env", metavar="VARIABLE", help="environment variable with the API key of --server"
+    )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: this machine alone)"
     )
@@ -483,6 +440,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     accept_old_name(parser, "--queue", "--waiting-jobs")
     options = parser.parse_args(arguments)
+    if (options.model is None) == (options.server is None):
+        parser.error("give a model folder, or --server URL of a running server")
+    if options.token_env is not None and options.server is None:
+        parser.error("--token-env needs --server")
 
     def stop(*_) -> None:
         raise KeyboardInterrupt

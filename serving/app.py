@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -112,7 +113,16 @@ class Server:
         return self._description()
 
     def _description(self) -> dict:
-        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "soundwave"}
+        """OpenAI's fields, and those that the web demo shows."""
+        config = self.model.config
+        own = {
+            "stage": self.model.stage,
+            "encoder": Path(config.encoder.name).name,
+            "llm": Path(config.llm.name).name if self.model.llm is not None else None,
+            "max_seconds": min(self.longest, self.limits.audio_seconds),
+        }
+        known = {"id": self.name, "object": "model", "created": self.created, "owned_by": "soundwave"}
+        return known | own
 
     async def transcriptions(self, request: Request) -> Response:
         return await self._audio(request, "transcribe")
@@ -149,6 +159,8 @@ class Server:
         most = wanted.max_completion_tokens or wanted.max_tokens or self.limits.new_tokens
         if most > self.limits.new_tokens:
             raise invalid(f"an answer has {self.limits.new_tokens} tokens at most here", "max_tokens")
+        if "words" in wanted.include and len(clips) != 1:
+            raise invalid(f"include: words needs one audio, not {len(clips)}", "include")
         job, inbox = self.job(
             request,
             turns,
@@ -157,16 +169,17 @@ class Server:
             max_new_tokens=most,
             sampling=wanted.sampling,
             streams=wanted.stream,
+            word_times="words" in wanted.include,
+            with_frames="frames" in wanted.include,
         )
         self.engine.submit(job)
         self.metrics.audio_seconds.inc(sum(clip.seconds for clip in clips))
-        completion = formats.Completion(request.state.request_id, self.name)
-        events = self.events(request, job, inbox)
+        completion = formats.Completion(request.state.request_id, self.name, wanted.include)
+        events = self.events(request, job, inbox, self._warnings(clips))
         if wanted.stream:
             with_usage = wanted.stream_options is not None and wanted.stream_options.include_usage
             return _stream(events, lambda events: _chat_events(events, completion, with_usage))
         answer = await _whole(request, events)
-        answer.warnings = self._warnings(clips) + answer.warnings
         return JSONResponse(completion.whole(answer))
 
     # ---- jobs ----
@@ -204,8 +217,9 @@ class Server:
         )
         return job, inbox
 
-    async def events(self, request: Request, job: Job, inbox: Inbox) -> Events:
-        """A job's events: ("text", piece) ..., ("done", Answer). Errors: Problem."""
+    async def events(self, request: Request, job: Job, inbox: Inbox, warnings: Sequence[str] = ()) -> Events:
+        """A job's events: ("text", piece) ..., ("done", Answer). warnings: more of the answer's. Errors:
+        Problem."""
         try:
             while True:
                 left = job.deadline + LATE_SECONDS - time.monotonic()
@@ -219,6 +233,7 @@ class Server:
                     log = request.state.log
                     log["tokens"] = log.get("tokens", 0) + len(value.tokens)
                     log.setdefault("queue_seconds", round(job.started - job.queued, 4))
+                    value.warnings = [*warnings, *value.warnings]
                 yield kind, value
                 if kind == "done":
                     return
@@ -260,6 +275,7 @@ class Transcript:
             is_transcript=True,
             gated=True,
             word_times=form.times,
+            with_frames=form.frames,
             language="en" if form.task == "translate" else form.language,
             window=window,
         )
@@ -287,6 +303,7 @@ class Transcript:
                     whole.words += [
                         replace(word, start=word.start + shift, end=word.end + shift) for word in value.words
                     ]
+                    whole.frames += value.frames
                     texts += [value.text] if value.text else []
                     whole.text = join_words(texts)
                     whole.tokens += value.tokens
@@ -357,7 +374,7 @@ async def _chat_events(
         if kind == "text":
             yield formats.event(completion.chunk({"content": value}))
         elif kind == "done":
-            yield formats.event(completion.chunk({}, value.finish))
+            yield formats.event(completion.last_chunk(value))
             if with_usage:
                 yield formats.event(completion.usage_chunk(value))
             yield formats.event("[DONE]")

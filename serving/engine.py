@@ -22,12 +22,14 @@ from typing import TypeVar
 
 import torch
 
+from core.audio import SAMPLE_RATE
 from core.spelling import spell
 from model.batch import Batch
 from model.generation.timestamps import align_frames
 from model.language_model import base_of, context_length, end_ids
 from model.soundwave import Audio, Soundwave
 from model.waveforms import SoundWarning
+from serving.frames import frames_of
 from serving.jobs import Answer, Job
 from serving.limits import Limits
 from serving.metrics import Metrics
@@ -255,7 +257,8 @@ class Engine:
         def finish(row: int, tokens: list[int], reason: str) -> None:
             own = slice(first[row], first[row] + len(batch[row].waveforms))
             positions = text_tokens[row] - len(batch[row].waveforms) + int(audio.kept_lengths[own].sum())
-            self._finish(batch[row], tokens, reason, positions, audio.hidden[own], audio.lengths[own])
+            rows = list(range(own.start, own.stop))
+            self._finish(batch[row], tokens, reason, positions, audio.rows(rows))
 
         for row, job in enumerate(batch):
             if job.gated and self.recogniser.is_silent(job.waveforms[0], audio, first[row]):
@@ -303,10 +306,9 @@ class Engine:
         tokens: list[int],
         reason: str,
         positions: int,
-        hidden: torch.Tensor,
-        lengths: torch.Tensor,
+        audio: Audio,
     ) -> None:
-        """hidden [A, T, D], lengths [A]: the alignment adapter's frames of the job's audio."""
+        """audio: the job's own."""
         text = job.shown(str(self.model.tokenizer.decode(tokens, skip_special_tokens=True)))
         answer = Answer(text, tokens, reason, positions)
         if job.streams and text.startswith(job.said):
@@ -314,10 +316,16 @@ class Engine:
         if job.word_times:
             spelling = spell(self.model.tokenizer, text, self.model.ctc_text, job.language)
             seconds = job.longest_seconds if job.window is None else job.window.frames_seconds
-            aligned = align_frames(self.model, hidden, lengths, [spelling], [seconds])[0]
+            aligned = align_frames(self.model, audio.hidden, audio.lengths, [spelling], [seconds])[0]
             answer.words = aligned.words
             if aligned.problem and aligned.words:
                 answer.warnings.append(f"words have no times: {aligned.problem}")
+        if job.with_frames:
+            start = 0.0 if job.window is None else job.window.frames_origin / SAMPLE_RATE
+            for number, clip in enumerate(job.waveforms):
+                seconds = len(clip) / SAMPLE_RATE if job.window is None else job.window.frames_seconds
+                own = audio.rows([number])
+                answer.frames.append(frames_of(self.model, own, seconds, start, job.language))
         self.metrics.tokens.inc(len(tokens))
         job.finish(answer)
 

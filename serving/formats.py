@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Collection
 
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from core.languages import UNDETERMINED
 from core.subtitles import cues, write
+from serving.frames import word_rows
 from serving.inputs import AudioForm
 from serving.jobs import Answer
 
@@ -25,7 +27,8 @@ def with_warnings(body: dict, warnings: list[str]) -> dict:
 class Completion:
     """The objects of one chat completion."""
 
-    def __init__(self, request_id: str, model: str):
+    def __init__(self, request_id: str, model: str, include: Collection[str] = ()):
+        self.include = include
         self.common = {
             "id": f"chatcmpl-{request_id.removeprefix('req_')}",
             "created": int(time.time()),
@@ -40,11 +43,18 @@ class Completion:
             "logprobs": None,
         }
         body = {"object": "chat.completion", **self.common, "choices": [choice], "usage": usage(answer)}
-        return with_warnings(body, answer.warnings)
+        return with_warnings(body | self.included(answer), answer.warnings)
 
     def chunk(self, delta: dict, finish: str | None = None) -> dict:
         choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
         return {"object": "chat.completion.chunk", **self.common, "choices": [choice]}
+
+    def last_chunk(self, answer: Answer) -> dict:
+        return with_warnings(self.chunk({}, answer.finish) | self.included(answer), answer.warnings)
+
+    def included(self, answer: Answer) -> dict:
+        found = {"frames": answer.frames, "words": word_rows(answer.words)}
+        return {name: value for name, value in found.items() if name in self.include}
 
     def usage_chunk(self, answer: Answer) -> dict:
         return {"object": "chat.completion.chunk", **self.common, "choices": [], "usage": usage(answer)}
@@ -88,13 +98,7 @@ def transcript(form: AudioForm, seconds: float, answer: Answer) -> Response:
             for number, segment in enumerate(segments)
         ]
     if "word" in form.granularities:
-        body["words"] = [
-            {
-                "word": word.text,
-                "start": round(word.start, 3),
-                "end": round(word.end, 3),
-                "confidence": round(word.confidence, 4),
-            }
-            for word in answer.words
-        ]
+        body["words"] = word_rows(answer.words)
+    if form.frames:
+        body["frames"] = answer.frames
     return JSONResponse(with_warnings(body, answer.warnings))

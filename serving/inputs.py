@@ -62,6 +62,7 @@ class AudioForm(NamedTuple):
     language: str | None
     sampling: Sampling
     stream: bool
+    frames: bool  # an extension (serving/frames.py)
 
     @property
     def times(self) -> bool:
@@ -80,7 +81,7 @@ def audio_form(fields: Mapping[str, list[str]], task: str, model_name: str) -> A
     check_model(one("model"), model_name)
     known = {"model", "response_format", "temperature", "prompt"}
     if task == "transcribe":
-        known |= {"language", "stream", "timestamp_granularities[]", "timestamp_granularities"}
+        known |= {"language", "stream", "timestamp_granularities[]", "timestamp_granularities", "include[]"}
     if unknown := sorted(set(fields) - known - {"file"}):
         raise invalid(f"{unknown[0]} is not supported", unknown[0], "unsupported_parameter")
     if one("prompt"):
@@ -102,6 +103,11 @@ def audio_form(fields: Mapping[str, list[str]], task: str, model_name: str) -> A
         )
     if granularities and format != "verbose_json":
         raise invalid("timestamp_granularities needs response_format=verbose_json", "timestamp_granularities")
+    include = fields.get("include[]", [])
+    if wrong := [value for value in include if value != "frames"]:
+        raise invalid(f"include is frames, not {wrong[0]!r:.40}", "include")
+    if include and format != "verbose_json":
+        raise invalid("include needs response_format=verbose_json", "include")
     language = one("language")
     if language is not None and not is_known(language):
         raise invalid(f"language {language!r:.40} is not known: give a code, as en", "language")
@@ -117,6 +123,7 @@ def audio_form(fields: Mapping[str, list[str]], task: str, model_name: str) -> A
         language_code(language),
         Sampling(number(one("temperature"), "temperature", 2.0)),
         streams,
+        bool(include),
     )
 
 
@@ -192,6 +199,9 @@ class ChatRequest(_Part):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0.0, le=2.0)
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
+    include: list[
+        Literal["frames", "words"]
+    ] = []  # an extension: serving/frames.py; times of the answer's words
     # With these values they ask for nothing.
     n: Literal[1] | None = None
     frequency_penalty: Annotated[float, Field(ge=0.0, le=0.0)] | None = None

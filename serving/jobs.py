@@ -23,6 +23,7 @@ class Answer:
     finish: str = "stop"  # or "length"
     prompt_tokens: int = 0  # text and compressed audio frames
     words: list[Word] = field(default_factory=list)  # with their times, where the job asked for them
+    frames: list[dict] = field(default_factory=list)  # serving/frames.py, of each audio, on request
     warnings: list[str] = field(default_factory=list)
 
 
@@ -50,6 +51,7 @@ class Job:
     gated: bool = False  # whether silence is answered by nothing
     word_times: bool = False
     language: str | None = None  # of the answer, for its words
+    with_frames: bool = False
     window: Window | None = None  # what its audio is of a longer recording
     request_id: str = ""
     queued: float = field(default_factory=time.monotonic)
