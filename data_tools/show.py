@@ -45,9 +45,9 @@ def histogram_text(values: np.ndarray, unit: str, bins: int = 12) -> str:
     )
 
 
-def describe(folder: Path, index: ShardIndex) -> str:
+def describe(folder: Path | str, index: ShardIndex) -> str:
     """The report: totals, a line for each task and language, and two histograms."""
-    told, samples = json.loads((folder / "index.json").read_bytes()), index.samples
+    told, samples = json.loads((index.folder / INDEX_NAME).read_bytes()), index.samples
     megabytes = sum(shard["filesize"] for shard in index.shards) / 1e6
     lines = [
         f"{index.name}: {len(index):,} samples, {duration(index.hours * 3600)} in "
@@ -126,13 +126,13 @@ def find_row(index: ShardIndex, wanted: str) -> int:
     """A row number, or CORPUS/ID. Errors: ShardError for one that is not there."""
     if wanted.isdigit():
         if int(wanted) >= len(index):
-            raise ShardError(f"row {wanted}: {index.folder} has {len(index)} samples, rows count from 0")
+            raise ShardError(f"row {wanted}: {index.location} has {len(index)} samples, rows count from 0")
         return int(wanted)
     corpus, _, sample_id = wanted.partition("/")
     rows = np.flatnonzero(index.samples["id_hash"] == id_hash(corpus, sample_id))
     if len(rows) == 0:
         raise ShardError(
-            f"{index.folder} holds no sample {wanted}: give a row number, or CORPUS/ID as the JSON has them"
+            f"{index.location} holds no sample {wanted}: give a row number, or CORPUS/ID as the JSON has them"
         )
     return int(rows[0])
 
@@ -165,6 +165,8 @@ def listen(index: ShardIndex, wanted: str, to: Path) -> str:
 def write_lhotse_cuts(index: ShardIndex, path: Path) -> int:
     """A lhotse cut manifest that leaves the shards as they are: each recording's source is the command that
     cuts its bytes out of the tar. lhotse runs it when the audio is loaded. Returns the number of cuts."""
+    if index.is_remote:
+        raise ShardError(f"{index.location}: lhotse reads local files: copy it first (data_tools.copy)")
     count = 0
     with gzip.open(path, "wt", encoding="utf-8") as out:
         for row, sample in enumerate(watched(index.samples, "cuts", total=len(index))):
@@ -243,15 +245,15 @@ def folders_in(parent: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = CommandParser("python -m data_tools.show", __doc__, example="shards/train --png durations.png")
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", help="a packed folder or its URL")
     parser.add_argument("--png", type=Path)
     parser.add_argument("--listen", metavar="ROW")
     parser.add_argument("--to", type=Path, default=Path("clip.wav"))
     parser.add_argument("--lhotse", type=Path)
     options = parser.parse_args(argv)
     try:
-        if options.folder.is_dir() and not (options.folder / INDEX_NAME).exists():
-            print(folders_in(options.folder))
+        if Path(options.folder).is_dir() and not (Path(options.folder) / INDEX_NAME).exists():
+            print(folders_in(Path(options.folder)))
             return 0
         index = ShardIndex.load(options.folder)
         if options.listen is not None:
