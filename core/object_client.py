@@ -22,7 +22,7 @@ from base64 import b64encode
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 RETRIES = 3
@@ -38,7 +38,7 @@ _CAUSES = {
 }
 
 
-def aws_profile() -> dict[str, str]:
+def aws_profile() -> dict[str, Any]:
     """Return keys, region and endpoint of the profile in ~/.aws, as far as the environment names no keys.
 
     object_store finds the others itself: AWS_* variables, container and instance roles, web identities.
@@ -84,11 +84,9 @@ def open_store(url: str, seconds: float) -> Any:
     from obstore.store import from_url
 
     scheme, host = urlsplit(url).scheme, urlsplit(url).hostname
-    options = aws_profile() if scheme == "s3" else {}
-    endpoint = options.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    plain = scheme == "http" or scheme == "s3" and endpoint.startswith("http://")
+    options: dict[str, Any] = aws_profile() if scheme == "s3" else {}
     client: dict[str, Any] = {"timeout": timedelta(seconds=seconds), "connect_timeout": timedelta(seconds=10)}
-    if plain:
+    if scheme != "https":  # the services' own endpoints are https; http is used where a user's endpoint is
         client["allow_http"] = True
     if scheme in ("http", "https") and (headers := basic_authorization(host)):
         client["default_headers"] = headers
@@ -101,7 +99,7 @@ def open_store(url: str, seconds: float) -> Any:
             "base": 2,
         },
     }
-    return from_url(url, client_options=client, retry_config=retry, **options)
+    return cast(Any, from_url)(url, client_options=client, retry_config=retry, **options)
 
 
 def reason_of(error: Exception) -> tuple[str, int]:
@@ -161,7 +159,7 @@ async def serve(url: str, seconds: float) -> None:
             async with gate:
                 data, size, etag = await answer(store, question)
             head |= {"bytes": len(data), "size": size, "etag": etag}
-        except Exception as error:  # of a library without a list of them
+        except Exception as error:  # the library has no list of what it raises
             head["error"], head["errno"] = reason_of(error)
         output.write(json.dumps(head).encode() + b"\n" + data)
         output.flush()

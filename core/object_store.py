@@ -14,6 +14,7 @@ import errno
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -90,21 +91,27 @@ def joined(location: object, name: str) -> str:
     )
 
 
+def shown_url(url: str) -> str:
+    """Return a URL without what may be a password or a token in it."""
+    scheme, _, rest = url.partition("://")
+    host, slash, path = re.split("[?#]", rest)[0].partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}".rstrip("/")
+
+
 def check_url(url: str) -> None:
     """Errors: StoreError for a URL without a host, and for one with a password, a token or a query."""
     try:
         parts = urlsplit(url)
     except ValueError:
-        raise StoreError("a URL that cannot be parsed", errno.EINVAL) from None
-    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        raise StoreError("the URL cannot be parsed", errno.EINVAL) from None
     if parts.query or parts.fragment or "@" in parts.netloc:
         raise StoreError(
-            f"{shown}: the URL holds credentials or a query: leave them out and put credentials where the "
-            "service's own tools find them (docs/prepare-data.md)",
+            "the URL holds credentials or a query: remove them; credentials belong where the service's own "
+            "tools find them (docs/prepare-data.md)",
             errno.EINVAL,
         )
     if not parts.netloc:
-        raise StoreError(f"{shown}: the URL names no bucket or host", errno.EINVAL)
+        raise StoreError("the URL names no bucket or host", errno.EINVAL)
 
 
 class ObjectStore:

@@ -103,7 +103,7 @@ class RemoteShards:
         self._store.download(self.shards[shard]["url"], self.shards[shard]["filesize"], path)
 
     def close(self) -> None:
-        """End the client process and forget requests: the next read begins anew."""
+        """End the client process and drop its requests: the next read begins anew."""
         if self._pid == os.getpid():
             self._ahead.clear()
             self._store.close()

@@ -5,7 +5,7 @@
     FOLDER/INDEX/NAME.rows                a byte for each of its samples: 1 where the data is there
 
 Nothing here is trusted: the caller compares what it reads with the index's hashes, and takes a sample that
-differs for one that is not there. So no lock is needed between a reader and another process that makes room.
+differs for one that is not there. So no lock is needed between a reader and another process that evicts.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ import numpy as np
 from core.console import OneLine, one_line
 from core.file_names import UnsafeName, file_size_inside, plain_name
 from core.json_files import JsonError, parse_object, read_object
-from core.object_store import StoreError, is_store_url, joined
+from core.object_store import StoreError, is_store_url, joined, shown_url
 from core.private_folder import NotPrivate, check_private
 from data_tools.remote_shards import RemoteShards, fetch_index, forget_index, object_sizes
 
@@ -589,7 +589,7 @@ class ShardIndex:
             ):
                 forget_index(folder, TABLE_NAME)
                 raise ShardError(
-                    f"{url}: {TABLE_NAME} is not the table that {INDEX_NAME} belongs to: copy both again"
+                    f"{shown_url(url)}: {TABLE_NAME} does not belong to its {INDEX_NAME}: copy both again"
                 )
             loaded = cls(folder, index, samples)
             loaded.location = url.rstrip("/")
@@ -598,11 +598,13 @@ class ShardIndex:
         except (StoreError, NotPrivate) as error:
             missing = isinstance(error, StoreError) and error.errno == errno.ENOENT
             hint = ": give a URL that a packed folder was copied to (data_tools.copy)" if missing else ""
-            raise ShardError(f"{url}: {error}{hint}") from error
+            raise ShardError(f"{shown_url(url)}: {error}{hint}") from error
         except OSError as error:
-            raise ShardError(f"{url}: its index cannot be cached: {one_line(error)}") from error
+            raise ShardError(f"{shown_url(url)}: its index cannot be cached: {one_line(error)}") from error
         except ValueError as error:
-            raise error if isinstance(error, ShardError) else ShardError(f"{url}: {error}") from None
+            raise (
+                error if isinstance(error, ShardError) else ShardError(f"{shown_url(url)}: {error}")
+            ) from None
         finally:
             if store is not None:
                 store.close()
@@ -618,7 +620,7 @@ class ShardIndex:
         return loaded
 
     def _check_copies(self) -> None:
-        """Of a node-local copy only the size is compared, so nobody else may write there. Errors:
+        """Of a node-local copy only the size is compared, so other users must not write there. Errors:
         ShardError."""
         if self._copies is not None and self._copies.parent.exists():
             try:

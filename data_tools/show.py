@@ -25,6 +25,7 @@ import soundfile
 from core.audio import AudioError, read
 from core.command_line import CommandParser
 from core.console import duration, plural, print_text, printable, printable_line
+from core.object_store import joined
 from data_tools.output import WORK
 from data_tools.progress import watched
 from data_tools.shards import INDEX_NAME, ShardError, ShardIndex, id_hash
@@ -79,7 +80,7 @@ def describe(folder: Path | str, index: ShardIndex) -> str:
         histogram_text(rates, "/s"),
     ]
     if told.get("rejected"):
-        lines += ["", f"refused when packed (named in {folder / 'rejected.jsonl'})"]
+        lines += ["", f"refused when packed (named in {joined(folder, 'rejected.jsonl')})"]
         lines += [
             f"  {count:>9,}  {duration(told.get('rejected_hours', {}).get(reason, 0) * 3600):>10}  {reason}"
             for reason, count in told["rejected"].items()
@@ -91,7 +92,7 @@ def describe(folder: Path | str, index: ShardIndex) -> str:
             *(f"  {count:>9,}  {what}" for what, count in told["ignored"].items()),
         ]
     if told.get("findings"):
-        lines += ["", f"noted when packed (named in {folder / 'findings.jsonl'})"]
+        lines += ["", f"noted when packed (named in {joined(folder, 'findings.jsonl')})"]
         lines += [f"  {count:>9,}  {kind}" for kind, count in told["findings"].items()]
     return printable("\n".join(lines))
 

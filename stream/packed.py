@@ -162,7 +162,9 @@ class MicroBatchReader(Dataset):
         """Ask object stores for all utterances of a job and of the next one: they answer while this process
         decodes."""
         for entries in groups:
-            for corpus in [] if entries is None else np.unique(entries["corpus"]):
+            if entries is None:
+                continue
+            for corpus in np.unique(entries["corpus"]):
                 self.indexes[corpus].prefetch(entries["row"][entries["corpus"] == corpus].tolist())
 
     def __getitem__(self, job: Job) -> Loaded:

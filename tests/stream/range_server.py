@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 
 class RangeServer(ThreadingHTTPServer):
@@ -70,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, with_body: bool) -> None:
         server = self.server
-        path = server.folder / self.path.lstrip("/")
+        path = server.folder / unquote(self.path).lstrip("/")
         with server.lock:
             server.asked[self.command, path.name] += 1
             server.headers.append(dict(self.headers))
@@ -83,7 +84,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         size = path.stat().st_size
         key = str(path), path.stat().st_mtime_ns
-        etag = server.etags.setdefault(key, f'"{hashlib.md5(path.read_bytes()).hexdigest()}"')
+        if key not in server.etags:
+            server.etags[key] = f'"{hashlib.md5(path.read_bytes()).hexdigest()}"'
+        etag = server.etags[key]
         wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         start, end = (int(wanted[1]), min(int(wanted[2]) + 1, size)) if wanted else (0, size)
         self._head(
