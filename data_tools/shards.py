@@ -14,6 +14,7 @@ same samples in the same order are the same bytes.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -22,16 +23,19 @@ import os
 import re
 import tarfile
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from core.console import OneLine
+from core.console import OneLine, one_line
 from core.file_names import UnsafeName, file_size_inside, plain_name
 from core.json_files import JsonError, parse_object, read_object
+from core.object_store import StoreError, is_store_url, joined, shown_url
 from core.private_folder import NotPrivate, check_private
+from data_tools.remote_shards import RemoteShards, fetch_index, forget_index, object_sizes
 
 SAMPLE_DTYPE = np.dtype(
     [
@@ -490,9 +494,22 @@ def _check_rows(samples: np.ndarray, index: dict, counts: np.ndarray, path: Path
                 )
 
 
+def _is_packed(sample: np.void, audio: bytes | None, text: bytes) -> bool:
+    """Whether audio and JSON are those that the index was written for."""
+    if sample["audio_hash"] and audio_hash(audio) != int(sample["audio_hash"]):
+        return False
+    try:
+        record = parse_object(text)
+        return id_hash(record["corpus"], record["id"]) == int(sample["id_hash"])
+    except (ValueError, KeyError, RecursionError):
+        return False
+
+
 class ShardIndex:
     """A packed folder, read by sample number: two preads and nothing else, so it serves any order and any
-    worker.
+    worker. A folder in an object store: one range request, or the node's cache (data_tools/remote_shards.py).
+
+    location: the folder's path or URL;       folder: where its index is on this machine;
 
     samples: np.memmap [n] of SAMPLE_DTYPE;  shards: the shardlist of index.json;  tasks, langs, codecs:
                                              string tables;
@@ -507,6 +524,8 @@ class ShardIndex:
 
     def __init__(self, folder: Path, index: dict, samples: np.ndarray, open_files: int = 64):
         self.folder, self.samples = folder, samples
+        self.location = str(folder)
+        self._remote: RemoteShards | None = None
         self.name: str = index["name"]
         self.shards: list[dict] = index["shardlist"]
         self.tasks: list[str] = index["tasks"]
@@ -529,6 +548,8 @@ class ShardIndex:
         other, and for shard names, checksums, types and numbers in the index or the table that pack does not
         write.
         """
+        if is_store_url(folder):
+            return cls._load_remote(str(folder))
         folder = Path(folder)
         if not (folder / INDEX_NAME).exists():
             why = "does not exist" if not folder.exists() else f"holds no {INDEX_NAME}"
@@ -539,13 +560,7 @@ class ShardIndex:
         index = _read_index(folder)
         samples = _read_table(folder, index)
         loaded = cls(folder, index, samples)
-        if (
-            loaded._copies is not None and loaded._copies.parent.exists()
-        ):  # of which only the size is compared
-            try:
-                check_private(loaded._copies.parent)
-            except NotPrivate as error:
-                raise ShardError(f"SOUNDWAVE_LOCAL_SHARDS: {error}") from None
+        loaded._check_copies()
         for shard in index["shardlist"]:
             path = folder / shard["url"]
             try:
@@ -562,6 +577,59 @@ class ShardIndex:
                 )
         return loaded
 
+    @classmethod
+    def _load_remote(cls, url: str) -> ShardIndex:
+        """A packed folder in an object store. Errors: ShardError."""
+        store = None
+        try:
+            folder, store = fetch_index(url, INDEX_NAME, TABLE_NAME)
+            index = _read_index(folder)
+            samples = _read_table(folder, index)
+            if (
+                fingerprint(samples, [shard["sha256"] for shard in index["shardlist"]])
+                != index["fingerprint"]
+            ):
+                forget_index(folder, TABLE_NAME)
+                raise ShardError(
+                    f"{shown_url(url)}: {TABLE_NAME} does not belong to its {INDEX_NAME}: copy both again"
+                )
+            loaded = cls(folder, index, samples)
+            loaded.location = url.rstrip("/")
+            sizes = object_sizes(store, folder, [shard["url"] for shard in index["shardlist"]])
+            loaded._remote = RemoteShards(url, folder, loaded.shards, samples, _is_packed)
+        except (StoreError, NotPrivate) as error:
+            missing = isinstance(error, StoreError) and error.errno == errno.ENOENT
+            hint = ": give a URL that a packed folder was copied to (data_tools.copy)" if missing else ""
+            raise ShardError(f"{shown_url(url)}: {error}{hint}") from error
+        except OSError as error:
+            raise ShardError(f"{shown_url(url)}: its index cannot be cached: {one_line(error)}") from error
+        except ValueError as error:
+            raise (
+                error if isinstance(error, ShardError) else ShardError(f"{shown_url(url)}: {error}")
+            ) from None
+        finally:
+            if store is not None:
+                store.close()
+        loaded._check_copies()
+        for shard in index["shardlist"]:
+            size, path = sizes[shard["url"]], joined(url, shard["url"])
+            if isinstance(size, StoreError):
+                raise ShardError(f"shard {path}: {size}: copy or pack it again") from size
+            if size != shard["filesize"]:
+                loaded.damaged.append(
+                    f"{path} has {size} bytes, the index says {shard['filesize']}: copy or pack it again"
+                )
+        return loaded
+
+    def _check_copies(self) -> None:
+        """Of a node-local copy only the size is compared, so other users must not write there. Errors:
+        ShardError."""
+        if self._copies is not None and self._copies.parent.exists():
+            try:
+                check_private(self._copies.parent)
+            except NotPrivate as error:
+                raise ShardError(f"SOUNDWAVE_LOCAL_SHARDS: {error}") from None
+
     def __len__(self) -> int:
         return len(self.samples)
 
@@ -572,12 +640,18 @@ class ShardIndex:
         Errors: ShardError where the bytes are not there or the JSON is no record (see check_record).
         """
         sample = self.samples[row]
-        audio = (
-            self._pread(sample["shard"], sample["audio_offset"], sample["audio_size"], row)
-            if sample["audio_size"]
-            else None
-        )
-        text = self._pread(sample["shard"], sample["json_offset"], sample["json_size"], row)
+        if self._remote is not None and self._copy(sample["shard"]) is None:
+            try:
+                audio, text = self._remote.read(row)
+            except StoreError as error:
+                raise ShardError(f"sample {row} of {self._path(sample['shard'])}: {error}") from error
+        else:
+            audio = (
+                self._pread(sample["shard"], sample["audio_offset"], sample["audio_size"], row)
+                if sample["audio_size"]
+                else None
+            )
+            text = self._pread(sample["shard"], sample["json_offset"], sample["json_size"], row)
         try:
             record = parse_object(text)
             check_record(record)
@@ -587,13 +661,31 @@ class ShardIndex:
                 f"{self._path(sample['shard'])}: JSON of sample {row} {error}; check with data_tools.verify"
             ) from None
 
-    def _path(self, shard: int) -> Path:
+    def prefetch(self, rows: Iterable[int]) -> None:
+        """Ask an object store for samples that will be read soon; of a local folder nothing."""
+        if self._remote is not None:
+            self._remote.prefetch([row for row in rows if self._copy(self.samples["shard"][row]) is None])
+
+    @property
+    def is_remote(self) -> bool:
+        return self._remote is not None
+
+    def download(self, shard: int, path: Path) -> None:
+        """Write a whole shard of a folder in an object store to `path`. Errors: OSError."""
+        assert self._remote is not None
+        self._remote.download(shard, path)
+
+    def _copy(self, shard: int) -> Path | None:
+        """Return the node-local copy of a shard, where there is a complete one."""
+        if self._copies is None:
+            return None
         entry = self.shards[int(shard)]
-        if self._copies is not None:
-            copy = self._copies / entry["url"]
-            if copy.exists() and copy.stat().st_size == entry["filesize"]:
-                return copy
-        return self.folder / entry["url"]
+        copy = self._copies / entry["url"]
+        return copy if copy.exists() and copy.stat().st_size == entry["filesize"] else None
+
+    def _path(self, shard: int) -> Path | str:
+        name = self.shards[int(shard)]["url"]
+        return self._copy(shard) or (joined(self.location, name) if self.is_remote else self.folder / name)
 
     def _pread(self, shard: int, offset: int, size: int, row: int) -> bytes:
         shard = int(shard)
@@ -622,6 +714,8 @@ class ShardIndex:
         self._open_files = files
 
     def close(self) -> None:
+        if self._remote is not None:
+            self._remote.close()
         while self._files:
             os.close(self._files.popitem()[1])
 
@@ -635,3 +729,5 @@ class ShardIndex:
         self.__dict__.update(
             state, samples=np.load(state["folder"] / TABLE_NAME, mmap_mode="r"), _files=OrderedDict()
         )
+        if self._remote is not None:
+            self._remote.samples = self.samples

@@ -25,6 +25,7 @@ import soundfile
 from core.audio import AudioError, read
 from core.command_line import CommandParser, accept_old_name
 from core.console import duration, plural, print_error, print_text, printable
+from core.object_store import joined
 from data_tools.output import WORK
 from data_tools.progress import watched
 from data_tools.shards import INDEX_NAME, ShardError, ShardIndex, id_hash
@@ -45,9 +46,9 @@ def histogram_text(values: np.ndarray, unit: str, bins: int = 12) -> str:
     )
 
 
-def describe(folder: Path, index: ShardIndex) -> str:
+def describe(folder: Path | str, index: ShardIndex) -> str:
     """The report: totals, a line for each task and language, and two histograms."""
-    told, samples = json.loads((folder / "index.json").read_bytes()), index.samples
+    told, samples = json.loads((index.folder / INDEX_NAME).read_bytes()), index.samples
     megabytes = sum(shard["filesize"] for shard in index.shards) / 1e6
     lines = [
         f"{index.name}: {len(index):,} samples, {duration(index.hours * 3600)} in "
@@ -79,7 +80,7 @@ def describe(folder: Path, index: ShardIndex) -> str:
         histogram_text(rates, "/s"),
     ]
     if told.get("rejected"):
-        lines += ["", f"refused when packed (named in {folder / 'rejected.jsonl'})"]
+        lines += ["", f"refused when packed (named in {joined(folder, 'rejected.jsonl')})"]
         lines += [
             f"  {count:>9,}  {duration(told.get('rejected_hours', {}).get(reason, 0) * 3600):>10}  {reason}"
             for reason, count in told["rejected"].items()
@@ -91,7 +92,7 @@ def describe(folder: Path, index: ShardIndex) -> str:
             *(f"  {count:>9,}  {what}" for what, count in told["ignored"].items()),
         ]
     if told.get("findings"):
-        lines += ["", f"noted when packed (named in {folder / 'findings.jsonl'})"]
+        lines += ["", f"noted when packed (named in {joined(folder, 'findings.jsonl')})"]
         lines += [f"  {count:>9,}  {kind}" for kind, count in told["findings"].items()]
     return printable("\n".join(lines))
 
@@ -126,13 +127,13 @@ def find_row(index: ShardIndex, wanted: str) -> int:
     """A row number, or CORPUS/ID. Errors: ShardError for one that is not there."""
     if wanted.isdigit():
         if int(wanted) >= len(index):
-            raise ShardError(f"row {wanted}: {index.folder} has {len(index)} samples, rows count from 0")
+            raise ShardError(f"row {wanted}: {index.location} has {len(index)} samples, rows count from 0")
         return int(wanted)
     corpus, _, sample_id = wanted.partition("/")
     rows = np.flatnonzero(index.samples["id_hash"] == id_hash(corpus, sample_id))
     if len(rows) == 0:
         raise ShardError(
-            f"{index.folder} holds no sample {wanted}: give a row number, or CORPUS/ID as the JSON has them"
+            f"{index.location} holds no sample {wanted}: give a row number, or CORPUS/ID as the JSON has them"
         )
     return int(rows[0])
 
@@ -165,6 +166,8 @@ def write_clip(index: ShardIndex, wanted: str, to: Path) -> str:
 def write_lhotse_cuts(index: ShardIndex, path: Path) -> int:
     """A lhotse cut manifest that leaves the shards as they are: each recording's source is the command that
     cuts its bytes out of the tar. lhotse runs it when the audio is loaded. Returns the number of cuts."""
+    if index.is_remote:
+        raise ShardError(f"{index.location}: lhotse reads local files: copy it first (data_tools.copy)")
     count = 0
     with gzip.open(path, "wt", encoding="utf-8") as out:
         for row, sample in enumerate(watched(index.samples, "cuts", total=len(index))):
@@ -245,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = CommandParser(
         "python -m data_tools.show", __doc__, example="shards/train --histograms durations.png"
     )
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", help="a packed folder or its URL")
     parser.add_argument("--histograms", type=Path)
     accept_old_name(parser, "--png", "--histograms")
     parser.add_argument("--index", metavar="ROW")
@@ -255,8 +258,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lhotse", type=Path)
     options = parser.parse_args(argv)
     try:
-        if options.folder.is_dir() and not (options.folder / INDEX_NAME).exists():
-            print(folders_in(options.folder))
+        if Path(options.folder).is_dir() and not (Path(options.folder) / INDEX_NAME).exists():
+            print(folders_in(Path(options.folder)))
             return 0
         index = ShardIndex.load(options.folder)
         if options.index is not None:

@@ -17,6 +17,7 @@ import tarfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from core.audio import AudioError, read
 from core.command_line import CommandParser, accept_old_name
 from core.console import print_error, print_text
 from core.json_files import read_object
+from core.object_store import joined
 from data_tools.progress import watched
 from data_tools.shards import (
     INDEX_NAME,
@@ -46,7 +48,19 @@ def file_sha256(path: Path) -> str:
 def check_shard(index: ShardIndex, shard: int, decode: int | None) -> list[str]:
     """Problems of one shard, a line each. decode: at most this many clips, spread over the shard; None:
     all."""
-    path, expected = index.folder / index.shards[shard]["url"], index.shards[shard]
+    expected = index.shards[shard]
+    with TemporaryDirectory() as scratch:
+        path = (Path(scratch) if index.is_remote else index.folder) / expected["url"]
+        if index.is_remote:
+            try:
+                index.download(shard, path)
+            except OSError as error:
+                return [f"{path.name}: {error}"]
+        return _check_file(index, shard, path, decode)
+
+
+def _check_file(index: ShardIndex, shard: int, path: Path, decode: int | None) -> list[str]:
+    expected = index.shards[shard]
     if path.stat().st_size != expected["filesize"]:
         return [f"{path.name}: {path.stat().st_size} bytes, the index says {expected['filesize']}"]
     if file_sha256(path) != expected["sha256"]:
@@ -143,14 +157,14 @@ def _check_audio(audio: bytes, record: dict) -> list[str]:
     return problems
 
 
-def check(folder: Path, decode: int | None, workers: int) -> list[str]:
+def check(folder: Path | str, decode: int | None, workers: int) -> list[str]:
     """All problems of a packed folder. Errors: ShardError where there is no index to go by."""
     index = ShardIndex.load(folder)
     problems = list(index.damaged)
     damaged = {line.split(" ")[0] for line in index.damaged}
     if fingerprint(index.samples, [shard["sha256"] for shard in index.shards]) != index.fingerprint:
         problems.append("samples.npy is not the table that the index was written with (fingerprint)")
-    told = read_object(folder / INDEX_NAME)
+    told = read_object(index.folder / INDEX_NAME)
     hours = float(index.samples["duration"].astype(np.float64).sum()) / 3600
     counted = told.get("samples")
     if counted != len(index) or abs(hours - index.hours) > 1e-5:
@@ -158,7 +172,9 @@ def check(folder: Path, decode: int | None, workers: int) -> list[str]:
             f"index.json says {counted} samples, {index.hours} h; the table has {len(index)}, {hours:.6f} h"
         )
     shards = [
-        shard for shard in range(len(index.shards)) if str(folder / index.shards[shard]["url"]) not in damaged
+        shard
+        for shard in range(len(index.shards))
+        if joined(index.location, index.shards[shard]["url"]) not in damaged
     ]
     per_shard = None if decode is None else -(-decode // max(1, len(shards)))
     with ProcessPoolExecutor(max(1, min(workers, len(shards))), get_context("fork")) as pool:
@@ -170,7 +186,7 @@ def check(folder: Path, decode: int | None, workers: int) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = CommandParser("python -m data_tools.verify", __doc__, example="shards/train")
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", help="a packed folder or its URL")
     parser.add_argument(
         "--limit",
         default="1000",

@@ -33,6 +33,7 @@ from transformers.utils.logging import disable_progress_bar
 from core.command_line import CommandParser
 from core.console import OneLine
 from core.distributed import disconnect, from_main, gather, hard_exit
+from core.object_store import folder_name, is_store_url, joined
 from core.plugins import PluginError, add_plugins_option, load_plugins
 from core.samples import question_of, transcript_of
 from data_tools.shards import ShardError, ShardIndex
@@ -78,8 +79,11 @@ def folder_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def shard_folder(shards: str, split: str | None) -> Path:
-    """`--shards`, or its sub-folder named by `--split`. Errors: InputError where there is no such folder."""
+def shard_folder(shards: str, split: str | None) -> Path | str:
+    """`--shards`, or its sub-folder named by `--split`; a URL stays one. Errors: InputError where there is no
+    such folder."""
+    if is_store_url(shards):
+        return joined(shards, split) if split else shards
     path = Path(shards) / split if split else Path(shards)
     if not (path / "index.json").exists():
         splits = sorted(p.parent.name for p in Path(shards).glob("*/index.json"))
@@ -257,7 +261,7 @@ def write_answers(
 class TestSet:
     """One of the folders to answer, which of its tasks, and what its predictions depend on."""
 
-    shards: Path
+    shards: Path | str
     tasks: list[str] | None  # None: all
     settings: dict
 
@@ -265,7 +269,7 @@ class TestSet:
 def check_inputs(options: argparse.Namespace) -> list[TestSet]:
     """No model is loaded. Errors: InputError, ShardError, RecipeError."""
     folders = [shard_folder(shards, options.split) for shards in options.shards]
-    if len({path.name for path in folders}) < len(folders):
+    if len({folder_name(path) for path in folders}) < len(folders):
         raise InputError(
             "--shards: two folders of the same name would write to the same file: score them one after the "
             "other"
@@ -358,7 +362,7 @@ def output_file(options: argparse.Namespace, test: TestSet) -> Path:
     )
     name = "-".join(
         [
-            test.shards.name,
+            folder_name(test.shards),
             *(test.tasks or ["all"]),
             *([options.decode] if options.decode else []),
             *([options.backend] if options.backend != "torch" else []),

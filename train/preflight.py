@@ -97,10 +97,12 @@ def version_facts() -> dict[str, str]:
 
 
 def packed_folders(recipe: Recipe) -> list[Corpus]:
-    """The recipe's corpora that lie in packed folders, each folder once; a pipe or URL is streamed and cannot
-    be looked at."""
+    """The recipe's corpora that lie in packed folders, each folder once; a pipe or pattern of tar files is
+    streamed and cannot be looked at."""
+    from stream.plan import is_plain_stream
+
     corpora = {corpus.shards: corpus for corpus in [*recipe.data.train, *recipe.data.valid]}
-    return [corpus for name, corpus in corpora.items() if "://" not in name and not name.startswith("pipe:")]
+    return [corpus for name, corpus in corpora.items() if not is_plain_stream(name)]
 
 
 def look_at_shards(recipe: Recipe, report: Report) -> None:

@@ -16,10 +16,12 @@ import os
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 from tqdm import tqdm
 
+from core.object_store import joined
 from core.private_folder import private_folder
 from data_tools.shards import ShardError, ShardIndex
 from recipe.config import RecipeError, load_recipe
@@ -31,15 +33,22 @@ COPIES_AT_A_TIME = 4
 RESERVE = 0.05  # share of the local disk left free
 
 
-def copy_shard(source: Path, target: Path, sha256: str, progress: tqdm) -> None:
+def copy_shard(index: ShardIndex, shard: dict, target: Path, progress: tqdm) -> None:
     """Errors: ShardError where the bytes read are not those that the index knows; OSError."""
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+    source, sha256 = joined(index.location, shard["url"]), shard["sha256"]
     digest = hashlib.sha256()
     try:
-        with open(source, "rb") as reader, open(unfinished, "wb") as writer:
+        if index.is_remote:
+            index.download(index.shards.index(shard), unfinished)
+        with (
+            open(unfinished if index.is_remote else source, "rb") as reader,
+            nullcontext() if index.is_remote else open(unfinished, "wb") as writer,
+        ):
             while block := reader.read(BLOCK):
                 digest.update(block)
-                writer.write(block)
+                if writer is not None:
+                    writer.write(block)
                 progress.update(len(block))
         if digest.hexdigest() != sha256:
             raise ShardError(f"shard {source} does not have the checksum of its index: copy or pack it again")
@@ -62,7 +71,8 @@ def stage_corpus(shards: str, local: Path) -> str:
             left.unlink(missing_ok=True)
     # A shard that is cut where it lies is read from there: the stream leaves out what it has lost (the
     # preflight has told).
-    whole = [s for s in index.shards if size(Path(shards) / s["url"]) == s["filesize"]]
+    cut = {line.split(" ")[0] for line in index.damaged}
+    whole = [s for s in index.shards if joined(index.location, s["url"]) not in cut]
     todo = [s for s in whole if size(folder / s["url"]) != s["filesize"]]
     needed, disk = sum(s["filesize"] for s in todo), shutil.disk_usage(folder)
     if needed > disk.free - RESERVE * disk.total:
@@ -73,10 +83,7 @@ def stage_corpus(shards: str, local: Path) -> str:
         ) as progress,
         ThreadPoolExecutor(COPIES_AT_A_TIME) as pool,
     ):
-        copies = [
-            pool.submit(copy_shard, Path(shards) / s["url"], folder / s["url"], s["sha256"], progress)
-            for s in todo
-        ]
+        copies = [pool.submit(copy_shard, index, s, folder / s["url"], progress) for s in todo]
         for copy in copies:
             copy.result()
     return f"{shards}: {len(todo)} of {len(index.shards)} shards copied to {folder}, {needed / 1e9:.2f} GB"

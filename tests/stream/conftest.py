@@ -24,6 +24,10 @@ TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    return byte_tokenizer()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Bytes as tokens, two marks, and the audio's placeholder."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(sorted(alphabet))}, []))
