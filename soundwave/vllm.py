@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -93,14 +94,19 @@ class VLLM:
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log
+                command,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # its process group, which is killed with it
             )
         self.rows = rows
         self.open: dict[int, _Row] = {}
         self.lock = threading.Lock()  # of open, number and alive
         self.sending = threading.Lock()
         self.number = 0
-        self.alive = False
+        self.alive = self.closing = False
         try:
             self.socket = self._connect(path, start_seconds)
         except BaseException:
@@ -193,6 +199,7 @@ class VLLM:
                 self._send({"cancel": number})
 
     def close(self) -> None:
+        self.closing = True
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         self.thread.join(10)
@@ -209,6 +216,12 @@ class VLLM:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self._kill_group()
+
+    def _kill_group(self) -> None:
+        """vLLM's engine processes outlive a worker that was killed, and keep their memory."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def _send(self, message: dict[str, Any], data: bytes = b"") -> None:
         head = json.dumps(message).encode()
@@ -236,6 +249,8 @@ class VLLM:
             with self.lock:
                 self.alive = False
                 rows, self.open = list(self.open.values()), {}
+            if not self.closing:
+                self._kill_group()
             for row in rows:
                 row.fail("vLLM has ended")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 import sys
 import threading
 import time
@@ -54,6 +55,17 @@ def shared(model, merged):
     """Yields the server and its address; the last test that uses it ends its process."""
     with serving(without_layers(model), vllm=start(model, merged), batch_rows=8) as started:
         yield started
+
+
+def engine_of(vllm: VLLM) -> int:
+    """The pid of the process that the worker has started."""
+    return int(re.search(r"engine (\d+)", vllm.log.read_text())[1])
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().split()[2] != "Z"
 
 
 def wait_for(condition, seconds: float = 60) -> None:
@@ -116,11 +128,13 @@ def test_requests_end_with_503_when_the_process_has_ended(shared):
     first.join(60)
     found.append(chat(url, 3).status_code)
     assert found == [503, 503]
+    wait_for(lambda: not is_alive(engine_of(server.engine.vllm)))
     assert httpx2.get(f"{url}/health").status_code == 503
 
 
 def test_what_is_open_is_answered_before_the_server_ends(model, merged):
     vllm = start(model, merged, rows=2)
+    engine = engine_of(vllm)
     with serving(without_layers(model), vllm=vllm, batch_rows=2) as (server, url):
         most = 0
 
@@ -137,6 +151,7 @@ def test_what_is_open_is_answered_before_the_server_ends(model, merged):
         assert [answer.result().status_code for answer in answers] == [200] * 5
         assert most <= 2  # as many rows as --batch-rows allows
         assert not server.engine.thread.is_alive() and not server.engine.sent
+    assert not is_alive(engine)
     assert vllm.process.returncode == 0  # it ends with its standard input, as where the server is killed
 
 

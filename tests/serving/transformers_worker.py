@@ -9,6 +9,7 @@ import os
 import queue
 import socket
 import struct
+import subprocess
 import sys
 import threading
 
@@ -57,6 +58,8 @@ def main() -> None:
     for name in ("model", "socket", "dtype", "rows", "positions"):
         parser.add_argument(f"--{name}")
     options = parser.parse_args()
+    engine = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # as vLLM has
+    print(f"engine {engine.pid}", file=sys.stderr, flush=True)
     llm = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype).eval()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(options.socket)
