@@ -27,7 +27,7 @@ SIDES = ("local", "cold", "cached")
 
 
 def one_pass(shards: str, workers: int) -> tuple[float, list[str]]:
-    """Clips a second from the first batch's request to the last batch, and the ids in order."""
+    """Clips a second after the first fifth of the steps, in which processes start, and all ids in order."""
     from model.config import SoundwaveConfig
     from recipe.config import Corpus, DataConfig
     from stream import Plan, Stream
@@ -41,11 +41,18 @@ def one_pass(shards: str, workers: int) -> tuple[float, list[str]]:
         steps += 1
     stream = Stream(data, "alignment", byte_tokenizer(), SoundwaveConfig(), 0, 1, 0, steps, plan=plan)
     ids: list[str] = []
-    began = time.perf_counter()
+    began, before = time.perf_counter(), 0
     for step in stream:
         for batch in step.micro_batches:
             ids += batch.ids
-    return len(ids) / (time.perf_counter() - began), ids
+        if step.step == steps // 5:
+            began, before = time.perf_counter(), len(ids)
+    return (len(ids) - before) / (time.perf_counter() - began), ids
+
+
+def processor_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def make(folder: Path, clips: int) -> Path:
@@ -78,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         assert server.stdout is not None
         url = f"http://127.0.0.1:{int(server.stdout.readline())}/toy"
-        expected = None
+        expected, used = None, 0.0
         try:
             for turn in range(options.repeat):
                 os.environ["SOUNDWAVE_SHARD_CACHE"] = f"{scratch}/cache-{turn}"
@@ -89,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
                     if ids != expected:
                         print(f"{side}: other utterances than the local folder's", file=sys.stderr)
                         return 1
+            used = processor_seconds(server.pid)
         finally:
             server.kill()
             server.wait()
@@ -102,10 +110,14 @@ def main(argv: list[str] | None = None) -> int:
     head = (
         f"{options.clips} clips, {options.workers} workers, {options.delay * 1e3:.0f} ms before each answer"
     )
-    text = f"{head}\n\n{table}"
+    text = f"{head}; the server used {used:.1f} processor seconds of these cores\n\n{table}"
     print(text)
     if options.out:
-        keep(options.out, {"machine": facts, "settings": settings, "clips_per_second": speeds}, text)
+        keep(
+            options.out,
+            {"machine": facts, "settings": settings, "clips_per_second": speeds, "server_seconds": used},
+            text,
+        )
     return 0
 
 
