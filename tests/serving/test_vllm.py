@@ -9,6 +9,7 @@ import copy
 import json
 import random
 import re
+import signal
 import sys
 import threading
 import time
@@ -119,6 +120,7 @@ def test_a_client_that_leaves_frees_the_row(shared):
 def test_requests_end_with_503_when_the_process_has_ended(shared):
     server, url = shared
     object.__setattr__(server.limits, "new_tokens", 1500)
+    server.engine.vllm.process.send_signal(signal.SIGSTOP)  # it answers nothing before it is killed
     found: list[int] = []
     first = threading.Thread(target=lambda: found.append(chat(url, 1500).status_code))
     first.start()
