@@ -27,7 +27,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import soundwave
-from benchmarks.machine import keep, machine
+from benchmarks.machine import keep, machine, settings
 from core.audio import decode
 from core.command_line import CommandParser
 from core.ctc_text import ctc_target_ids
@@ -202,8 +202,7 @@ def main() -> None:
     )
     print(table)
     if options.json:
-        named = {name: str(value) for name, value in vars(options).items()}
-        keep(options.json, {"machine": facts, "options": named, "results": results}, table)
+        keep(options.json, {"machine": facts, "options": settings(options), "results": results}, table)
 
 
 if __name__ == "__main__":

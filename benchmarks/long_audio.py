@@ -32,7 +32,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import soundwave
-from benchmarks.machine import keep, machine
+from benchmarks.machine import keep, machine, settings
 from core.audio import decode
 from core.command_line import CommandParser
 from core.text import count_errors
@@ -180,8 +180,7 @@ def main() -> None:
             results["memory"] = memory
     print(table)
     if options.json:
-        named = {name: str(value) for name, value in vars(options).items()}
-        keep(options.json, {"machine": facts, "options": named, "results": results}, table)
+        keep(options.json, {"machine": facts, "options": settings(options), "results": results}, table)
 
 
 if __name__ == "__main__":

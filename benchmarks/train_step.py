@@ -43,7 +43,7 @@ from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.machine import keep, machine
+from benchmarks.machine import keep, machine, settings
 from core.command_line import CommandParser
 from core.distributed import Ranks, connect, disconnect, fill_environment
 from data_tools.shards import ShardIndex, ShardWriter, write_index
@@ -534,7 +534,7 @@ def main(argv: list[str] | None = None) -> int:
     report = {
         "machine": machine("cuda" if torch.cuda.is_available() else "cpu"),
         "results": {},
-        "options": {name: str(value) for name, value in vars(options).items()},
+        "options": settings(options),
     }
     told = []
     with tempfile.TemporaryDirectory() as scratch:
