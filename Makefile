@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
-MARKERS ?= not slow and not gpu and not slurm
+MARKERS ?= not slow and not long and not gpu and not slurm
 WORKERS ?= 2
 VLLM_VENV ?= .venv-vllm
 PY := $(VENV)/bin/python

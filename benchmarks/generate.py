@@ -33,7 +33,7 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from benchmarks.machine import keep, machine
+from benchmarks.machine import keep, machine, settings
 from core.audio import decode
 from core.command_line import CommandParser, accept_old_name
 from core.samples import INSTRUCTIONS, asked
@@ -294,10 +294,9 @@ def main() -> None:
 def report(options: argparse.Namespace, facts: dict, seconds: float, results: list[dict], table: str) -> None:
     print(table)
     if options.out:
-        settings = {name: str(value) for name, value in vars(options).items()}
         keep(
             options.out,
-            {"machine": facts, "options": settings, "audio_seconds": seconds, "results": results},
+            {"machine": facts, "options": settings(options), "audio_seconds": seconds, "results": results},
             table,
         )
 

@@ -27,7 +27,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import soundwave
-from benchmarks.machine import keep, machine
+from benchmarks.machine import keep, machine, settings
 from core.audio import decode
 from core.command_line import CommandParser, accept_old_name
 from core.ctc_text import ctc_target_ids
@@ -203,8 +203,7 @@ def main() -> None:
     )
     print(table)
     if options.out:
-        named = {name: str(value) for name, value in vars(options).items()}
-        keep(options.out, {"machine": facts, "options": named, "results": results}, table)
+        keep(options.out, {"machine": facts, "options": settings(options), "results": results}, table)
 
 
 if __name__ == "__main__":

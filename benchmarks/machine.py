@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -64,6 +65,21 @@ def line(facts: dict) -> str:
         f"{facts['python']}; "
         f"commit {facts['commit']}"
     )
+
+
+def settings(options: argparse.Namespace) -> dict[str, str]:
+    """The options of a run, for a report that is published: of a path outside the working folder only its
+    name, which tells readers enough and nothing about the machine's folders."""
+    return {name: _value(value) for name, value in vars(options).items()}
+
+
+def _value(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    path = Path(str(value))
+    if not path.is_absolute():
+        return str(value)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
 
 
 def keep(path: Path, report: dict, table: str) -> None:

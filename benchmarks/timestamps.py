@@ -25,7 +25,7 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from benchmarks.machine import keep, machine
+from benchmarks.machine import keep, machine, settings
 from core.audio import SAMPLE_RATE, decode
 from core.command_line import CommandParser, accept_old_name
 from core.ctc_text import normalise
@@ -294,8 +294,7 @@ def main() -> None:
     text = "\n".join([*lines, table])
     print(text)
     if options.out:
-        settings = {name: str(value) for name, value in vars(options).items()}
-        keep(options.out, {"machine": facts, "options": settings, "results": rows}, text)
+        keep(options.out, {"machine": facts, "options": settings(options), "results": rows}, text)
 
 
 if __name__ == "__main__":

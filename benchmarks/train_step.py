@@ -43,8 +43,8 @@ from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.machine import keep, machine
-from core.command_line import CommandParser, accept_old_name
+from benchmarks.machine import keep, machine, settings
+from core.command_line import CommandParser
 from core.distributed import Ranks, connect, disconnect, fill_environment
 from data_tools.shards import ShardIndex, ShardWriter, write_index
 from model import folder as model_folder
@@ -535,7 +535,7 @@ def main(argv: list[str] | None = None) -> int:
     report = {
         "machine": machine("cuda" if torch.cuda.is_available() else "cpu"),
         "results": {},
-        "options": {name: str(value) for name, value in vars(options).items()},
+        "options": settings(options),
     }
     told = []
     with tempfile.TemporaryDirectory() as scratch:
