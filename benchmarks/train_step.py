@@ -44,7 +44,7 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmarks.machine import keep, machine, settings
-from core.command_line import CommandParser
+from core.command_line import CommandParser, accept_old_name
 from core.distributed import Ranks, connect, disconnect, fill_environment
 from data_tools.shards import ShardIndex, ShardWriter, write_index
 from model import folder as model_folder
