@@ -36,8 +36,7 @@ from benchmarks.train_step import wait
 from core.command_line import CommandParser, accept_old_name
 from core.distributed import fill_environment
 from core.keys import signed_key64
-from model import alignment, ops
-from model import folder as model_folder
+from model import alignment, artifact, ops
 from model.compressors import ctc_peaks
 from model.dropout import KeyedDropout, LoraDropout
 from model.rows import probe
@@ -113,7 +112,7 @@ def measure(recipe: Recipe, steps: int, rounds: int) -> dict:
     torch.manual_seed(recipe.seed)
     model = Soundwave.build(recipe.model, device=device)
     if recipe.init_from:
-        model_folder.load_trained(model, recipe.init_from)
+        artifact.load_trained(model, recipe.init_from)
     model.set_stage("shrinking")
     model.train()
     if recipe.optim.activation_checkpointing:

@@ -39,7 +39,7 @@ from core.command_line import CommandParser, accept_old_name
 from core.samples import INSTRUCTIONS, asked
 from core.text import count_errors
 from data_tools.shards import ShardIndex
-from model import folder as model_folder
+from model import artifact
 from model.batch import Batch
 from model.config import EncoderConfig, LLMConfig, SoundwaveConfig
 from model.generation.drafted import Drafting
@@ -260,7 +260,7 @@ def main() -> None:
     torch.manual_seed(0)
     facts = machine(options.device)
     if options.model:
-        model = model_folder.load(options.model, device=options.device)
+        model = artifact.load(options.model, device=options.device)
     else:
         config = SoundwaveConfig(encoder=EncoderConfig(options.encoder), llm=LLMConfig(options.llm))
         model = Soundwave.build(config, device=options.device).eval()

@@ -101,7 +101,7 @@ def made_up(shape: tuple[int, int, int, int], posteriors: str, dtype: torch.dtyp
 def from_checkpoint(folder: str, shards: str, seconds: float, dtype: torch.dtype, device: str) -> Work:
     """Adapter frames of about so many seconds of a packed folder, and the CTC head, of a trained stage 1
     folder."""
-    from model.folder import load
+    from model.artifact import load
     from stream import EvalStream
 
     model = load(folder, device=device)

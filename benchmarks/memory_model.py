@@ -132,7 +132,7 @@ def measure(recipe_path: Path) -> dict:
     from recipe.config import load_recipe
     from recipe.stages import stage_of
     from stream import worst_case_batch
-    from train import zero
+    from train import deepspeed_config
     from train.deepspeed_fixes.zero3 import shard_while_loading
     from train.engine import Engine
     from train.setup import resolve_sizes
@@ -144,7 +144,7 @@ def measure(recipe_path: Path) -> dict:
     stage = stage_of(recipe)
     config, _ = resolve_sizes(recipe, stage)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        sharding = shard_while_loading(config) if zero.stage_number(config) == 3 else None
+        sharding = shard_while_loading(config) if deepspeed_config.stage_number(config) == 3 else None
         model = Soundwave.build(recipe.model, parts=stage.parts)
         model.set_stage(stage)
         engine = Engine(model, recipe, stage, config, ranks)
@@ -221,24 +221,24 @@ def predict(recipe_path: Path, kept: int) -> dict:
     has read."""
     from model.pretrained import locate, text_config
     from recipe.config import load_recipe
-    from train import zero
+    from train import deepspeed_config
     from train.dry_run import meta_model
     from train.memory import activation_bytes, rank_memory
 
     recipe = load_recipe(recipe_path, [])
     model = meta_model(recipe)
     width = text_config(locate(recipe.model.llm.name, sizes_only=True).config).hidden_size
-    config = zero.resolve(recipe, width)
+    config = deepspeed_config.resolve(recipe, width)
     activations = activation_bytes(
         model,
         recipe,
         micro_batch_seconds=recipe.data.micro_batch_seconds,
         tokens=recipe.data.micro_batch_tokens,
-        zero_stage=zero.stage_number(config),
+        zero_stage=deepspeed_config.stage_number(config),
         kept=kept,
         on_gpu=False,
     )
-    found = rank_memory(model, recipe, RANKS, zero.stage_number(config), config, activations)
+    found = rank_memory(model, recipe, RANKS, deepspeed_config.stage_number(config), config, activations)
     return {**asdict(found), "total": found.total}
 
 

@@ -18,7 +18,7 @@ from benchmarks.generate import clips
 from core.command_line import CommandParser
 from core.ctc_text import NORMALISATIONS, ctc_target_ids, normalise
 from core.samples import INSTRUCTIONS, asked
-from model import folder as model_folder
+from model import artifact
 from model.batch import Batch
 from model.prompt import chat_ids
 from model.soundwave import Soundwave
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--joint-steps", type=int, default=30)
     options = parser.parse_args()
     torch.manual_seed(0)
-    model = model_folder.load(options.model).eval()
+    model = artifact.load(options.model).eval()
     model.set_stage("shrinking")
     data = samples(model, options.shards, options.clips, options.ctc_text)
     print(f"CTC WER before: {100 * ctc_word_error_rate(model, data):.1f} %")
@@ -132,7 +132,7 @@ def main() -> None:
     fit(model, data, options.joint_steps, 8, ("ce", "ctc"), 3e-4)
     print(f"CTC WER: {100 * ctc_word_error_rate(model, data):.1f} %")
     described = {"recipe": {"data": {"ctc_text": options.ctc_text}}}
-    model_folder.save(model, options.out, described)
+    artifact.save(model, options.out, described)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from core.audio import SAMPLE_RATE, decode
 from core.command_line import CommandParser, accept_old_name
 from core.ctc_text import normalise
 from data_tools.shards import ShardIndex
-from model import folder
+from model import artifact
 from model.generation import timestamps
 
 LONGEST = 20.0  # seconds of a joined recording, about
@@ -252,7 +252,7 @@ def main() -> None:
     if not options.shards and (options.calibrate or not options.tts):
         parser.error("--shards or --tts is needed (--calibrate: --shards)")
     facts = machine(options.device)
-    model = folder.load(options.model, device=options.device, with_llm=False)
+    model = artifact.load(options.model, device=options.device, with_llm=False)
     if options.calibrate:
         calibrate(model, joined(options.shards, options.clips))
         return

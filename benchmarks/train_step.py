@@ -47,7 +47,7 @@ from benchmarks.machine import keep, machine, settings
 from core.command_line import CommandParser, accept_old_name
 from core.distributed import Ranks, connect, disconnect, fill_environment
 from data_tools.shards import ShardIndex, ShardWriter, write_index
-from model import folder as model_folder
+from model import artifact
 from model.batch import Batch
 from model.dropout import position_keys
 from model.language_model import base_of, token_keys_in_use
@@ -58,7 +58,7 @@ from stream import Plan, Stream
 from stream.collate import Collator
 from stream.plan import load_index
 from stream.reader import SAMPLE_RATE, Sample, decode
-from train import zero
+from train import deepspeed_config
 
 PADDED_SECONDS = 30
 PARTS = (
@@ -214,7 +214,7 @@ def ours(recipe: Recipe, model: Soundwave, ranks: Ranks, steps: int) -> dict:
     plan = Plan.open(recipe.data, recipe.stage, steps + 1)
     stream = Stream(recipe.data, recipe.stage, model.tokenizer, recipe.model, 0, 1, 0, steps + 1, plan=plan)
     width = locate(recipe.model.llm.name, sizes_only=True).config.hidden_size
-    engine = Engine(model, recipe, stage_of(recipe), zero.resolve(recipe, width), ranks)
+    engine = Engine(model, recipe, stage_of(recipe), deepspeed_config.resolve(recipe, width), ranks)
     clock = Clock()
     for module, part in (
         (model.encoder, "encoder"),
@@ -453,7 +453,7 @@ def compare(recipe: Recipe, ranks: Ranks, clips: int, steps: int, plain_steps: i
     torch.manual_seed(recipe.seed)
     model = Soundwave.build(recipe.model, device=ranks.device)
     if recipe.init_from:
-        model_folder.load_trained(model, Path(recipe.init_from))
+        artifact.load_trained(model, Path(recipe.init_from))
     model.set_stage(recipe.stage)
     theirs = plain(recipe, model, ranks, plain_steps)
     shape = shape_of(recipe, model, steps, ranks.device)

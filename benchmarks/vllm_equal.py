@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.machine import keep, machine
 from core.command_line import CommandParser
-from model import folder
+from model import artifact
 from model.batch import Batch
 from model.language_model import base_of, end_ids
 from model.soundwave import Soundwave
@@ -67,7 +67,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     facts = machine("cpu")
-    model, front = (folder.load(options.model, dtype="float32", device="cpu").eval() for _ in range(2))
+    model, front = (artifact.load(options.model, dtype="float32", device="cpu").eval() for _ in range(2))
     vllm = start(front, options.model, rows=options.rows)
     stop = end_ids(model.tokenizer, model.config.prompt, base_of(model.llm).generation_config)
     stream = EvalStream(

@@ -31,7 +31,7 @@ PACKAGES = (
 SPOKEN = {
     "data_tools.pack": "python data_tools/pack.py",
     "train.run": "python -m train.run",
-    "stream.look": "python -m stream",
+    "stream.inspect_plan": "python -m stream",
 }
 #: Programs of others that code blocks may call.
 OTHERS = {"cat", "cd", "cp", "curl", "git", "hf", "pip", "source", "ssh", "tar", "tensorboard"}
@@ -159,7 +159,7 @@ def _check_python(program: str, words: list[str]) -> None:
         if not (ROOT / words[0]).exists():
             raise WrongCommand(f"{words[0]} does not exist")
         module, rest = words[0].removesuffix(".py").replace("/", "."), words[1:]
-    module = {"stream": "stream.look"}.get(module, module)
+    module = {"stream": "stream.inspect_plan"}.get(module, module)
     if f"{module}.__main__" in commands():
         module = f"{module}.__main__"
     if module not in commands():

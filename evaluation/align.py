@@ -34,8 +34,8 @@ from data_tools.audio import read_clip
 from data_tools.corpora import Corpus, CorpusError, Entry, Ignored, Rejection, fault_of, malformed, open_apart
 from data_tools.filters import piped
 from data_tools.segments import Cutting, cut
-from model import folder
-from model.folder import FolderError
+from model import artifact
+from model.artifact import FolderError
 from model.generation.recordings import align_recording
 from model.generation.timestamps import Aligned, Word, align
 from model.pretrained import SourceError, device_of
@@ -216,7 +216,7 @@ def run(options: argparse.Namespace) -> str:
     """Errors: CorpusError, FolderError, SourceError, OSError."""
     device = device_of(options.device)
     items = entries(open_apart(options.corpus), options.allow_pipes)
-    model = folder.load(options.model, device=device, with_llm=False)
+    model = artifact.load(options.model, device=device, with_llm=False)
     cutting = Cutting(options.max_seconds, options.min_seconds, options.pause)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = options.out.with_name(options.out.name + ".unfinished")

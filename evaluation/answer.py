@@ -22,7 +22,7 @@ from core.command_line import CommandParser
 from core.console import print_error, print_text
 from core.samples import INSTRUCTIONS, PromptError
 from evaluation.run import DECODE_HELP, DECODES, InputError
-from model.folder import FolderError, describe
+from model.artifact import FolderError, describe
 from model.pretrained import SourceError
 from model.stages import STAGES
 from soundwave.results import Answer, Transcription

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from core.command_line import CommandParser
 from data_tools.shards import ShardError, ShardIndex
-from model import folder
+from model import artifact
 from model.picture import draw
 from model.pretrained import SourceError
 from stream.reader import decode
@@ -38,11 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
                 f"sample {options.index} of {options.shards} ({sample['id']}) is text only: choose another "
                 f"--index"
             )
-        model = folder.load(options.model)
+        model = artifact.load(options.model)
         inspection = model.inspect(
             model.prompts([[{"role": "user", "content": model.config.audio_token}]], [decode(audio)])
         )
-    except (BrokenSample, ShardError, SourceError, folder.FolderError) as error:
+    except (BrokenSample, ShardError, SourceError, artifact.FolderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(

@@ -27,7 +27,7 @@ from core.command_line import CommandParser
 from core.control_tokens import text_ids
 from core.samples import asked
 from evaluation.resampling import interval, paired_test
-from model import folder
+from model import artifact
 from model.language_model import base_of
 from model.pretrained import SourceError
 from model.prompt import PromptError
@@ -148,11 +148,11 @@ def main(arguments: list[str] | None = None) -> int:
             for line in options.questions.read_text(encoding="utf-8").splitlines()
             if line.strip()
         ]
-        if not STAGES[folder.describe(options.model)["stage"]].needs_llm:
+        if not STAGES[artifact.describe(options.model)["stage"]].needs_llm:
             raise ValueError(
                 f"{options.model} is of stage 1, which leaves the LLM alone: give a folder of stage 2 or 3"
             )
-        model = folder.load(
+        model = artifact.load(
             options.model, device=options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         )
         if not isinstance(model.llm, PeftModel):

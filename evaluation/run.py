@@ -40,7 +40,7 @@ from data_tools.shards import ShardError, ShardIndex
 from evaluation.predictions import PredictionError, PredictionFile, read_rows, row_key
 from evaluation.score import print_notes, score_file, table
 from evaluation.tasks import lettered_choices, reference_of
-from model import folder
+from model import artifact
 from model.batch import Batch
 from model.generation.drafted import Drafting
 from model.generation.joint import JointSearch
@@ -69,7 +69,7 @@ def folder_digest(path: Path) -> str:
     """sha256 over the files of a model folder that decide what it answers."""
     digest = hashlib.sha256()
     files = ("soundwave.json", "adapters.safetensors", "lora/adapter_model.safetensors")
-    for name in (*files, *folder.TUNED.values()):
+    for name in (*files, *artifact.TUNED.values()):
         file = path / name
         if file.exists():
             digest.update(name.encode())
@@ -100,7 +100,9 @@ def joint_search(options: argparse.Namespace) -> JointSearch:
     """The search of `--decode joint`; the text that CTC was taught is the trained or the untrained
     recipe's."""
     if options.model:
-        ctc_text = folder.trained_with(folder.describe(options.model)).get("ctc_text", DataConfig.ctc_text)
+        ctc_text = artifact.trained_with(artifact.describe(options.model)).get(
+            "ctc_text", DataConfig.ctc_text
+        )
     else:
         ctc_text = load_recipe(options.untrained, options.overrides).data.ctc_text
     return JointSearch(options.ctc_weight, options.beams, token_bonus=options.token_bonus, ctc_text=ctc_text)
@@ -120,7 +122,7 @@ def begin(recipe: Recipe, decode: str | None) -> tuple[Soundwave, str]:
     torch.manual_seed(recipe.seed)
     model = Soundwave.build(recipe.model, parts=parts)
     if previous:
-        folder.load_trained(model, previous)
+        artifact.load_trained(model, previous)
     return model, ALIGNMENT.name if decode == "ctc" else recipe.stage
 
 
@@ -342,7 +344,7 @@ def load(options: argparse.Namespace, device: torch.device) -> tuple[Soundwave, 
     if options.untrained:
         model, stage = begin(load_recipe(options.untrained, options.overrides), options.decode)
     else:
-        model = folder.load(options.model, with_llm=options.decode != "ctc")
+        model = artifact.load(options.model, with_llm=options.decode != "ctc")
         stage = model.stage
     has_llm = STAGES[stage].needs_llm
     if options.decode in ("generate", "joint", "drafted") and not has_llm:
@@ -586,7 +588,7 @@ def main(arguments: list[str] | None = None) -> int:
         PredictionError,
         RecipeError,
         ShardError,
-        folder.FolderError,
+        artifact.FolderError,
         SourceError,
     ) as problem:
         error = str(problem)
@@ -595,7 +597,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.backend == "vllm":
             vllm = start_vllm(model, options.model, rows=options.vllm_rows, python=options.vllm_python)
-    except (BackendError, folder.FolderError, SourceError) as problem:
+    except (BackendError, artifact.FolderError, SourceError) as problem:
         error = str(problem)
     try:
         return 2 if place.stop(error) else score(options, place, model, decode, tests, files, vllm)

@@ -23,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from core.command_line import CommandParser, accept_old_name
 from data_tools.shards import ShardError
 from evaluation.run import InputError, shard_folder
-from model import folder
+from model import artifact
 from model.batch import Batch
 from model.pretrained import SourceError
 from model.soundwave import Soundwave
@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         shards = shard_folder(options.shards, options.split)
-        model = folder.load(options.model, device=device)
+        model = artifact.load(options.model, device=device)
         stream = EvalStream(
             str(shards),
             model.tokenizer,
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
             batch_seconds=0.01,
             data=DataConfig(workers=0),
         )  # a budget that one clip exceeds: one clip a batch
-    except (InputError, RecipeError, ShardError, SourceError, folder.FolderError) as error:
+    except (InputError, RecipeError, ShardError, SourceError, artifact.FolderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     clips: list[dict] = []

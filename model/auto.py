@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from core.near_names import did_you_mean, near_names
-from model import folder
+from model import artifact
 from model.soundwave import Soundwave
 
 _OPTIONS = ("encoder", "llm", "device", "device_map", "dtype", "torch_dtype", "attn_implementation", "verify")
@@ -59,7 +59,7 @@ class SoundwaveAuto:
     ) -> Soundwave:
         """Load an exported folder.
 
-        Options: those of `model.folder.load` (encoder, llm, device, dtype, verify), and transformers' names
+        Options: those of `model.artifact.load` (encoder, llm, device, dtype, verify), and transformers' names
         for them: `torch_dtype`, `device_map` (one device, or "auto": the first GPU where there is one) and
         `attn_implementation`. Errors: TypeError for an option that is not known, ValueError for one that an
         exported folder cannot follow.
@@ -74,7 +74,7 @@ class SoundwaveAuto:
                 hint = f"; {did_you_mean(near)}" if near else f": {', '.join(_OPTIONS)} are known"
                 raise TypeError(f"unknown option '{option}'{hint}")
         dtypes = {
-            folder.dtype_name(options[key])
+            artifact.dtype_name(options[key])
             for key in ("dtype", "torch_dtype")
             if options.get(key) is not None
         }
@@ -86,7 +86,7 @@ class SoundwaveAuto:
         attention = options.get("attn_implementation") or getattr(
             config, "_attn_implementation_internal", None
         )
-        return folder.load(
+        return artifact.load(
             name,
             encoder=options.get("encoder"),
             llm=options.get("llm"),

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from core.command_line import CommandParser
 from core.console import one_line, print_error
-from model.folder import ADAPTERS, CONFIG, LORA, TUNED, FolderError, check_place, describe
+from model.artifact import ADAPTERS, CONFIG, LORA, TUNED, FolderError, check_place, describe
 from model.pretrained import write_tensors
 
 LORA_FILE = f"{LORA}/adapter_model.safetensors"

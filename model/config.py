@@ -14,8 +14,8 @@ from pydantic import ConfigDict, with_config
 from core.console import OneLine
 from core.options import choice, location, names_or_pattern, number, text
 
-# A model folder's soundwave.json is read by these types (model/folder.py): unknown keys, NaN and infinity are
-# errors.
+# A model folder's soundwave.json is read by these types (model/artifact.py): unknown keys, NaN and infinity
+# are errors.
 _strict = with_config(ConfigDict(extra="forbid", allow_inf_nan=False))
 
 

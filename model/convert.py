@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 
 from core.command_line import CommandParser
-from model.folder import FolderError
+from model.artifact import FolderError
 from model.official import from_official, to_official
 from model.pretrained import SourceError
 

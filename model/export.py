@@ -4,8 +4,8 @@
 
     README.md                model card: method, recipe, data and hours, hashes of the frozen parts, scores
     config.json              for AutoModel (`import model.auto` registers it)
-    soundwave.json, adapters.safetensors   the model folder (model/folder.py), with trained tensors of encoder
-                             and LLM in files of their own
+    soundwave.json, adapters.safetensors   the model folder (model/artifact.py), with trained tensors of
+                             encoder and LLM in files of their own
     lora/                    LoRA that plain peft loads onto the base      (not with --merge)
     llm/                     the LLM with LoRA merged, a folder of its own  (with --merge)
     encoder/                 the frozen encoder                            (with --with-encoder)
@@ -30,9 +30,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from core.command_line import CommandParser
 from model import identity
-from model.auto import SoundwaveHubConfig
-from model.encoder import tensor_prefix
-from model.folder import (
+from model.artifact import (
     ADAPTERS,
     CONFIG,
     LORA,
@@ -43,6 +41,8 @@ from model.folder import (
     read_config,
     trained_with,
 )
+from model.auto import SoundwaveHubConfig
+from model.encoder import tensor_prefix
 from model.hub.layout import write_layout
 from model.language_model import end_ids, end_settings, load_tokenizer
 from model.model_card import model_card

@@ -41,8 +41,8 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from core.console import one_line
 from model import identity
+from model.artifact import ADAPTERS, CONFIG, LORA, TUNED, FolderError, describe, read_config, tuned_parts
 from model.config import SoundwaveConfig, official_switches
-from model.folder import ADAPTERS, CONFIG, LORA, TUNED, FolderError, describe, read_config, tuned_parts
 from model.language_model import audio_token_id, load_tokenizer
 from model.pretrained import (
     NotOnHub,

@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from model import folder
+    from model import artifact
     from model.pretrained import SourceError
     from serving import logs
     from serving.app import Server
@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         token = token_of(options)
         sock = bound_socket(options.host, options.port)
-        model = folder.load(
+        model = artifact.load(
             options.model,
             encoder=options.encoder,
             llm=options.llm,
@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
             vllm = start_vllm(
                 model, options.model, llm=options.llm, rows=options.batch_rows, python=options.vllm_python
             )
-    except (folder.FolderError, SourceError, ValueError, RuntimeError) as error:
+    except (artifact.FolderError, SourceError, ValueError, RuntimeError) as error:
         print_error("error:", error)
         return 2
     if not is_loopback(options.host):

@@ -34,7 +34,7 @@ from core.audio import (
 from core.audio import decode as decode_audio
 from core.samples import INSTRUCTIONS, asked
 from core.spelling import join_words, spell
-from model import folder as model_folder
+from model import artifact
 from model.batch import Batch
 from model.encoder import Encoder
 from model.generation import timestamps
@@ -188,7 +188,7 @@ def load(
     """
     place = device_of(device)
     return SpeechModel(
-        model_folder.load(folder, encoder=encoder, llm=llm, device=place, dtype=dtype, with_llm=with_llm)
+        artifact.load(folder, encoder=encoder, llm=llm, device=place, dtype=dtype, with_llm=with_llm)
     )
 
 

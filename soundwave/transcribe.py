@@ -24,7 +24,7 @@ from core.command_line import CommandParser
 from core.console import one_line, print_error, print_text
 from core.files import write_atomically
 from data_tools.progress import Progress
-from model.folder import FolderError
+from model.artifact import FolderError
 from model.pretrained import SourceError
 from soundwave.decoding import DECODES
 from soundwave.recogniser import Options, load

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import torch
 
 from core.console import OneLine
+from model.artifact import LORA, FolderError
 from model.export import export_llm
-from model.folder import LORA, FolderError
 from model.language_model import base_of, context_length
 from model.soundwave import Soundwave
 

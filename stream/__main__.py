@@ -2,6 +2,6 @@
 
 import sys
 
-from stream.look import main
+from stream.inspect_plan import main
 
 sys.exit(main())

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 
 from core.ctc_text import NORMALISATIONS
-from model.folder import FolderError, check_place
+from model.artifact import FolderError, check_place
 from recipe.config import Recipe, RecipeError
 from recipe.stages import check_train, check_trains_something, losses_of, stage_folder, stage_of
 from stream import augment
-from train import zero
+from train import deepspeed_config
 from train.trackers import check_trackers
 from train.validate import scores_of
 
@@ -26,7 +26,7 @@ def check(recipe: Recipe) -> None:
         except FolderError as error:
             raise RecipeError(str(error)) from None
     check_trackers(recipe.log)
-    zero.resolve(recipe, hidden_size=1024)
+    deepspeed_config.resolve(recipe, hidden_size=1024)
     augment.check(recipe.data)
     if recipe.data.ctc_text not in NORMALISATIONS:
         raise RecipeError(

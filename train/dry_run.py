@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from core.console import one_line
 from core.object_store import is_store_url
-from model import folder as model_folder
+from model import artifact
 from model.config import SoundwaveConfig
 from model.inheritance import differing_options, inherited_options
 from model.language_model import described_targets, load_tokenizer
@@ -24,7 +24,7 @@ from recipe.config import Recipe, RecipeError
 from recipe.stages import NotThereYet, initial_folder, losses_of, stage_folder, stage_of
 from stream.epochs import resolve_steps
 from stream.plan import Plan, is_plain_stream, load_index
-from train import zero
+from train import deepspeed_config
 from train.checkpoint import compatibility
 from train.flops import numel
 from train.gpus import GIB
@@ -75,12 +75,12 @@ def check_start(recipe: Recipe, model: Soundwave) -> list[str]:
     places = {part: Path(getattr(recipe.model, part).name) for part in ("encoder", "llm")}
     try:
         # The rows of a CTC head that is trained whole depend on the tokenizer, which is not read here.
-        model_folder.check_fit(
+        artifact.check_fit(
             model, folder, but=() if recipe.model.alignment.ctc_head == "tied" else ("ctc_head",)
         )
         settings = compatibility.settings_here(recipe)
-        found = model_folder.identity_differences(folder, {}, settings, places) if settings else {}
-    except model_folder.FolderError as error:
+        found = artifact.identity_differences(folder, {}, settings, places) if settings else {}
+    except artifact.FolderError as error:
         raise RecipeError(str(error)) from None
     for kind, text in found.items():
         if kind not in recipe.checkpoint.accept_changes:
@@ -206,11 +206,11 @@ def dry_run(
     rows = parameters_by_module(model)
     trained, frozen = sum(r[1] for r in rows), sum(r[2] for r in rows)
     weight_bytes = 2 if recipe.model.dtype == "bfloat16" else 4
-    config = zero.resolve(recipe, model.ctc_head.weight.shape[1])
+    config = deepspeed_config.resolve(recipe, model.ctc_head.weight.shape[1])
     print(
         f"stage {stage.number} ({stage.name}): losses {' + '.join(losses_of(recipe))}, weights in "
         f"{recipe.model.dtype}, "
-        f"{recipe.deepspeed} (ZeRO-{zero.stage_number(config)}) -> {stage_folder(recipe)}\n"
+        f"{recipe.deepspeed} (ZeRO-{deepspeed_config.stage_number(config)}) -> {stage_folder(recipe)}\n"
     )
     print(
         tabulate(
@@ -230,7 +230,7 @@ def dry_run(
     ]
     print(tabulate(states, headers=("ranks", *map(str, RANKS)), floatfmt=".2f"))
     try:
-        print(_activation_line(recipe, model, zero.stage_number(config)))
+        print(_activation_line(recipe, model, deepspeed_config.stage_number(config)))
         plan = Planner(recipe, model, gpus or 1, gpu or "h100")
         if gpu is not None:
             plan.choices()

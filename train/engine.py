@@ -30,7 +30,7 @@ from model.rows import probe
 from model.soundwave import Output, Soundwave
 from recipe.config import Recipe
 from recipe.stages import Stage, losses_of
-from train import optim, zero
+from train import deepspeed_config, optim
 from train.deepspeed_fixes import zero3
 from train.deepspeed_fixes.step_gate import hide_overflow_lines, install_step_gate
 from train.health import Health
@@ -64,12 +64,12 @@ class Engine:
 
     Args:
         model: a Soundwave whose trainable parts are chosen by `set_stage`.
-        config: resolved DeepSpeed configuration (train/zero.py).
+        config: resolved DeepSpeed configuration (train/deepspeed_config.py).
     """
 
     def __init__(self, model: Soundwave, recipe: Recipe, stage: Stage, config: dict, ranks: Ranks):
         self.recipe, self.stage, self.ranks = recipe, stage, ranks
-        self.zero_stage = zero.stage_number(config)
+        self.zero_stage = deepspeed_config.stage_number(config)
         self.losses = losses_of(recipe)
         if self.zero_stage == 3:
             zero3.prepare_modules(model)
@@ -78,7 +78,7 @@ class Engine:
         if self.zero_stage == 3 and recipe.model.dtype == "bfloat16":
             zero3.cast_new_parameters(model)
         groups = optim.parameter_groups(model.parameter_groups(), recipe.optim)
-        optimizer = optim.build(groups, recipe.optim, offload=zero.offloads_optimizer(config))
+        optimizer = optim.build(groups, recipe.optim, offload=deepspeed_config.offloads_optimizer(config))
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )

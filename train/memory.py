@@ -30,7 +30,7 @@ from model.soundwave import Soundwave
 from recipe.config import Recipe
 from recipe.stages import losses_of, stage_of
 from stream.worst_case import TOKENS_PER_SECOND, micro_batch_shape
-from train import zero
+from train import deepspeed_config
 from train.flops import numel
 
 REDUCED_AT_ONCE = 500_000_000  # gradients in a bucket of DeepSpeed's engine
@@ -341,7 +341,7 @@ def rank_memory(
     config: dict,
     activations: float,
 ) -> RankMemory:
-    """The sum on one rank. config: of DeepSpeed (train.zero.resolve); activations: `activation_bytes`."""
+    """The sum on one rank. config: from train.deepspeed_config.resolve; activations: `activation_bytes`."""
     sizes = [(numel(p), p.requires_grad) for p in model.parameters()]
     trained = sum(n for n, learns in sizes if learns)
     frozen = sum(n for n, learns in sizes if not learns)
@@ -359,7 +359,7 @@ def rank_memory(
     update = 8 * trained / ranks
     if zero_stage == 1 and weight_bytes == 2:  # fp32 gradients are flattened, and cast to bf16 to be reduced
         update = max(update, (4 + weight_bytes) * min(trained, REDUCED_AT_ONCE))
-    if zero.offloads_optimizer(config):
+    if deepspeed_config.offloads_optimizer(config):
         states -= 12 * trained / ranks
         update = 0.0
     return RankMemory(states, gathered, buckets, activations, update)

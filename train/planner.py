@@ -17,7 +17,7 @@ from core.options import RecipeError
 from model.soundwave import Soundwave
 from recipe.config import Recipe
 from recipe.stages import stage_of
-from train import zero
+from train import deepspeed_config
 from train.flops import Flops, numel
 from train.gpus import GIB, GPUS, gpu_named
 from train.memory import RankMemory, activation_bytes, rank_memory
@@ -85,9 +85,9 @@ class Planner:
 
     def memory(self, zero_stage: int, activations: float) -> RankMemory:
         recipe = copy.copy(self.recipe)
-        if zero_stage != zero.stage_number(zero.resolve(recipe, self.width)):
+        if zero_stage != deepspeed_config.stage_number(deepspeed_config.resolve(recipe, self.width)):
             recipe.deepspeed = f"ds_configs/zero{zero_stage}.json"
-        config = zero.resolve(recipe, self.width)
+        config = deepspeed_config.resolve(recipe, self.width)
         return rank_memory(self.model, recipe, self.count, zero_stage, config, activations)
 
     def choice(self, zero_stage: int) -> Choice:

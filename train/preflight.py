@@ -142,8 +142,8 @@ def look_at_base(recipe: Recipe, report: Report) -> None:
     """The frozen parts are there, and are those that the previous stage and this stage's checkpoints were
     made with."""
     from model import identity
+    from model.artifact import describe
     from model.encoder import tensor_prefix
-    from model.folder import describe
     from model.inheritance import differing_options
     from model.language_model import load_tokenizer
     from model.pretrained import SourceError, fingerprint, locate
@@ -284,10 +284,12 @@ def look_at_cpu(recipe: Recipe, report: Report) -> None:
     by SIGILL."""
     import torch
 
-    from train import zero
+    from train import deepspeed_config
 
     built, info = Path(sys.prefix) / ".setup" / "cpu", Path("/proc/cpuinfo")
-    used = not torch.cuda.is_available() or zero.offloads_optimizer(zero.resolve(recipe, hidden_size=1024))
+    used = not torch.cuda.is_available() or deepspeed_config.offloads_optimizer(
+        deepspeed_config.resolve(recipe, hidden_size=1024)
+    )
     if used and built.exists() and info.exists():
         here = set(info.read_text().split())
         wanted = [flag for flag in built.read_text().split() if flag.startswith(("avx", "fma", "amx", "sve"))]

@@ -104,8 +104,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return WRONG_INPUT if isinstance(error, RecipeError) else PORT_TAKEN
     from data_tools.shards import ShardError
+    from model.artifact import FolderError
     from model.config import OptionError
-    from model.folder import FolderError
     from model.pretrained import SourceError
     from train.checkpoint.errors import CheckpointError
     from train.checkpoint.universal import ConversionError

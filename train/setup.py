@@ -17,8 +17,7 @@ import torch
 from omegaconf import OmegaConf
 
 from core.distributed import Ranks, from_main, gather
-from model import folder as model_folder
-from model import identity
+from model import artifact, identity
 from model.config import SoundwaveConfig
 from model.inheritance import differing_options, inherited_options
 from model.language_model import resolved_targets
@@ -33,7 +32,7 @@ from stream.cache import ensure_features
 from stream.plan import load_index
 from stream.unindexed import UnindexedPlan
 from stream.validation import select
-from train import zero
+from train import deepspeed_config
 from train.checkpoint import compatibility, universal
 from train.checkpoint.store import Checkpoints
 from train.checkpoint.verification import find_good, read_state
@@ -69,7 +68,7 @@ def set_up(
     start_from = initial_folder(recipe)
     plan = open_data(recipe, stage)
     ds_config, row_limit = resolve_sizes(recipe, stage)
-    topology = {"world_size": ranks.world_size, "zero_stage": zero.stage_number(ds_config)}
+    topology = {"world_size": ranks.world_size, "zero_stage": deepspeed_config.stage_number(ds_config)}
     if saved:
         check_before_loading(recipe, plan, saved, topology)
     if ranks.is_main:
@@ -143,7 +142,7 @@ def resolve_sizes(recipe: Recipe, stage: Stage) -> tuple[dict, int | None]:
     the recipe as what they are. Errors: RecipeError, SourceError."""
     llm = locate(recipe.model.llm.name, sizes_only=True)
     sizes = text_config(llm.config)
-    config = zero.resolve(recipe, sizes.hidden_size)
+    config = deepspeed_config.resolve(recipe, sizes.hidden_size)
     limit = longest_row(sizes)
     if "lora" in stage.trains:
         recipe.model.llm.lora_targets = resolved_targets(recipe.model.llm, llm)
@@ -184,7 +183,7 @@ def build_model(
     model._hashes = hashes["base"]
     if start_from is not None:
         notes = check_base(recipe, model, start_from)
-        model_folder.load_trained(model, start_from, verify=False)
+        artifact.load_trained(model, start_from, verify=False)
         if ranks.is_main:
             log_inherited_options(recipe, start_from)
             for line in [*notes, *accepted_options(recipe, start_from)]:
@@ -197,7 +196,7 @@ def check_base(recipe: Recipe, model: Soundwave, folder: Path) -> list[str]:
     """Compare the frozen parts with those of the start folder: lines about accepted differences. Errors:
     RecipeError."""
     accepted, notes = recipe.checkpoint.accept_changes, []
-    for kind, text in model_folder.base_differences(model, folder).items():
+    for kind, text in artifact.base_differences(model, folder).items():
         if kind not in accepted:
             raise RecipeError(
                 f"{text}, or accept it with checkpoint.accept_changes=[{','.join([*accepted, kind])}]"

@@ -22,12 +22,12 @@ from safetensors import SafetensorError
 from core.console import one_line
 from core.distributed import Ranks, gather
 from core.memory import is_out_of_memory
-from model import folder as model_folder
+from model import artifact
 from model.batch import Batch
 from model.language_model import lora_parameters
 from recipe.config import Recipe, RecipeError
 from recipe.stages import stage_folder, stage_of
-from stream import Plan, StepBatches, Stream, StreamStalled, consumed, worst_case_batch
+from stream import Plan, StepBatches, Stream, StreamStalled, sample_log, worst_case_batch
 from stream.unindexed import UnindexedPlan
 from train import desync
 from train.checkpoint.store import Checkpoints
@@ -183,7 +183,7 @@ class Trainer:
         recipe = self.recipe
         self.status.write("running", step=self.progress.step)
         if self.ranks.is_main and recipe.log.sample_ids:
-            consumed.begin(self.folder, self.progress.step)
+            sample_log.begin(self.folder, self.progress.step)
         wanted = recipe.data.try_largest
         if wanted if wanted is not None else torch.cuda.is_available():
             self._probe_memory()
@@ -235,7 +235,7 @@ class Trainer:
         """Count the step and log it."""
         at = self.progress
         if self.recipe.log.sample_ids and taken.data_step is not None:
-            consumed.note(self.folder, at.step, taken.data_step, self.ranks.rank, taken.micro_batches)
+            sample_log.note(self.folder, at.step, taken.data_step, self.ranks.rank, taken.micro_batches)
         at.step += 1
         at.step_seconds = time.perf_counter() - began
         self.profiler.step()
@@ -399,10 +399,10 @@ class Trainer:
         The best so far is a convenience: where there is no room for it, training continues.
         """
         llm = self.model.llm
-        kept = list(model_folder.trained_tensors(self.model).values())
+        kept = list(artifact.trained_tensors(self.model).values())
         kept += [parameter for _, parameter in lora_parameters(llm)] if llm is not None else []
         parameters = [p for p in kept if hasattr(p, "ds_id")]
-        tuned = self._gathered(model_folder.tuned_tensors(self.model))
+        tuned = self._gathered(artifact.tuned_tensors(self.model))
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.engine.zero_stage == 3):
             if self.ranks.is_main:
                 extra = {
@@ -416,7 +416,7 @@ class Trainer:
                     "start": self.facts["base"]["start"],
                 }
                 try:
-                    model_folder.save(self.model, self.folder / name, extra=extra, tuned=tuned)
+                    artifact.save(self.model, self.folder / name, extra=extra, tuned=tuned)
                 except (OSError, SafetensorError) as error:
                     if name != BEST:
                         raise
@@ -459,7 +459,7 @@ class Trainer:
         at.best = self.checkpoints.delete_after(at.step, best_at(state, self.recipe.checkpoint.best_by))
         at.without_better = state.get("without_better", 0)
         best = self.folder / BEST
-        if self.ranks.is_main and best.exists() and model_folder.describe(best)["step"] > at.step:
+        if self.ranks.is_main and best.exists() and artifact.describe(best)["step"] > at.step:
             shutil.rmtree(best)
         self.log.go_back(at.step)
         event = {"event": "roll_back", "from_step": from_step, "data_offset": at.data_offset}

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
+from model.artifact import ADAPTERS, TUNED, FolderError
 from model.config import SoundwaveConfig
-from model.folder import ADAPTERS, TUNED, FolderError
 from model.hub.bundle import Place, bundle
 from model.hub.configuration import SoundwaveHubConfig
 from model.hub.modeling import SoundwaveForConditionalGeneration

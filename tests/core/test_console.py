@@ -54,7 +54,7 @@ def test_reasons_of_libraries_are_one_line():
     "name",
     [
         "model.pretrained.SourceError",
-        "model.folder.FolderError",
+        "model.artifact.FolderError",
         "model.prompt.PromptError",
         "data_tools.packing.PackError",
         "data_tools.corpora.CorpusError",

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from data_tools.shards import ShardWriter, write_index
-from model import folder
+from model import artifact
 from model.config import EncoderConfig, LLMConfig, SoundwaveConfig
 from model.soundwave import Soundwave
 
@@ -105,11 +105,11 @@ def folders(parts, tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(2)
     first = Soundwave.build(config_of(parts), parts=("encoder", "adapters"))
-    folder.save(first, root / "alignment")
+    artifact.save(first, root / "alignment")
     second = Soundwave.build(config_of(parts))
     second.set_stage("shrinking")
     scatter(second)
-    folder.save(second, root / "shrinking")
+    artifact.save(second, root / "shrinking")
     return root
 
 

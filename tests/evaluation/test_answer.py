@@ -10,7 +10,7 @@ import soundfile
 from core.console import printable
 from data_tools.shards import ShardIndex
 from evaluation import answer
-from model import folder
+from model import artifact
 from model.generation.joint import JointSearch
 from model.prompt import INSTRUCTIONS
 from stream.reader import decode
@@ -63,7 +63,7 @@ def test_files_are_answered_as_shards_are(folders, packed, files, capsys, stage,
 
 
 def test_a_prompt_follows_the_audio(folders, files, capsys):
-    model = folder.load(folders / "shrinking")
+    model = artifact.load(folders / "shrinking")
     waveform = decode(files[0].read_bytes())
     said = [
         model.answer(

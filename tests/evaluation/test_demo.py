@@ -27,7 +27,7 @@ from core.samples import asked
 from evaluation import demo
 from evaluation.demo import QUESTION, Refusal, Talker
 from evaluation.model_server import ModelServer, ServerError
-from model import folder
+from model import artifact
 from model.generation.timestamps import align
 from model.picture import ctc_peaks
 from tests.core.sound import encoded
@@ -191,7 +191,7 @@ def browser(tmp_path):
 
 @pytest.fixture(scope="module")
 def models(folders):
-    return {stage: folder.load(folders / stage) for stage in ("alignment", "shrinking")}
+    return {stage: artifact.load(folders / stage) for stage in ("alignment", "shrinking")}
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from core.code import PACKAGES, ROOT
 from evaluation import answer
-from model import folder, inheritance
+from model import artifact, inheritance
 from model.convert import main as convert
 from model.language_model import load_tokenizer
 from model.pretrained import MOST_LAYERS, SourceError, fingerprint, locate, tensor_files
@@ -47,14 +47,14 @@ def change(path, edit):
 def refused(target, **options):
     """The one line that loading ends in."""
     with pytest.raises(SourceError) as error:
-        folder.load(target, **options)
+        artifact.load(target, **options)
     assert is_one_line(error.value), str(error.value)
     return str(error.value)
 
 
 def test_a_whole_folder_loads(download):
     with only_inside(download):
-        assert folder.load(download).stage == "shrinking"
+        assert artifact.load(download).stage == "shrinking"
 
 
 @many
@@ -71,10 +71,10 @@ def test_any_description_is_read_or_refused_in_one_line(download, data):
         if data.draw(st.booleans()):
             path.write_bytes(data.draw(damaged_bytes(path.read_bytes())))
         with only_inside(download):
-            config = folder.read_config(download)
+            config = artifact.read_config(download)
             (
                 inheritance.inherited_options(download),
-                folder.describe(download).get("recipe", {}).get("data", {}).get("ctc_text"),
+                artifact.describe(download).get("recipe", {}).get("data", {}).get("ctc_text"),
             )
         assert (
             isinstance(config.llm.lora_r, int)
@@ -102,7 +102,7 @@ def test_a_description_that_is_read_is_built_or_refused_in_one_line(download, da
     key, value = data.draw(st.sampled_from(choices[part])), data.draw(numbers)
     try:
         change(path, lambda d: d["config"][part].update({key: value}))
-        folder.load(download, with_llm=part != "alignment")
+        artifact.load(download, with_llm=part != "alignment")
     except SourceError as error:
         assert is_one_line(error)
     finally:
@@ -146,7 +146,7 @@ def test_any_tensors_are_read_or_refused_in_one_line(download, data, name):
         if name.startswith("llm"):
             fingerprint(path.parent)
         else:
-            folder._shapes(path)
+            artifact._shapes(path)
     except SourceError as error:
         assert is_one_line(error)
     finally:
@@ -162,7 +162,7 @@ def test_nothing_in_a_description_is_looked_up(download, monkeypatch):
         download / "soundwave.json",
         lambda d: d["config"].update(system_prompt="${oc.env:HF_TOKEN} ${a} ${ ???"),
     )
-    assert folder.read_config(download).system_prompt == "${oc.env:HF_TOKEN} ${a} ${ ???"
+    assert artifact.read_config(download).system_prompt == "${oc.env:HF_TOKEN} ${a} ${ ???"
     change(download / "soundwave.json", lambda d: d["config"]["llm"].update(name="evil/${oc.env:HF_TOKEN}"))
     told = refused(download)
     assert "evil/${oc.env:HF_TOKEN}" in told and "SECRET" not in told
@@ -250,7 +250,7 @@ def test_code_of_a_folder_is_not_run(download, monkeypatch, file, edit):
         (place / "evil.py").write_text(CODE.format(mark=str(mark)))
     change(download / file, lambda d: d.update(edit))
     try:
-        folder.load(download)  # where the library has its own code for the family, it uses that
+        artifact.load(download)  # where the library has its own code for the family, it uses that
     except SourceError as error:
         assert is_one_line(error)
     assert not mark.exists()
@@ -270,7 +270,7 @@ def with_index(download, file):
 
 def test_an_index_of_tensors_names_files_of_its_folder(download):
     with_index(download, "part-1.safetensors")
-    assert folder.load(download).stage == "shrinking"
+    assert artifact.load(download).stage == "shrinking"
     for file in ("../../outside.safetensors", "/etc/passwd", "..", "a\0b", 5, None, ["x"]):
         change(
             download / "llm" / "model.safetensors.index.json",

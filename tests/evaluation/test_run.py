@@ -17,7 +17,7 @@ from core.distributed import disconnect, hard_exit
 from data_tools.shards import ShardIndex
 from evaluation import run
 from evaluation.predictions import PredictionError, PredictionFile, read_rows
-from model import folder
+from model import artifact
 from model.batch import Batch
 from model.generation.joint import JointSearch
 from model.prompt import chat_ids, messages_of, prompt_of
@@ -47,7 +47,7 @@ def alone(model, waveform, messages) -> Batch:
 
 def expected(path, shards, task, generate, joint=None) -> dict[str, str]:
     """The answers to each readable clip of a task, one at a time."""
-    model, index, answers = folder.load(path), ShardIndex.load(shards), {}
+    model, index, answers = artifact.load(path), ShardIndex.load(shards), {}
     for row in range(len(index)):
         audio, sample = index.read(row)
         if sample["task"] != task or sample["id"] == "asr-7":
@@ -393,7 +393,7 @@ def test_a_conversation_beyond_the_context_is_rejected_by_name(folders, packed, 
     description = json.loads((path / "soundwave.json").read_text())
     shutil.copytree(description["config"]["llm"]["name"], base)
     lengths = {}
-    model = folder.load(path)
+    model = artifact.load(path)
     index = ShardIndex.load(packed)
     for row in (0, 3):
         audio, sample = index.read(row)

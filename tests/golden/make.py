@@ -42,10 +42,10 @@ def outputs(folder: Path) -> dict:
     """Return what a model folder computes for two tones: its loss sums, and what it writes."""
     import torch
 
-    from model import folder as model_folder
+    from model import artifact
     from tests.model import tiny
 
-    model = model_folder.load(folder).eval()
+    model = artifact.load(folder).eval()
     chats = [tiny.chat("Say it.", "hi"), tiny.chat("Say it.", "the")]
     sounds = [torch.from_numpy(tone(seconds, number)) for number, seconds in enumerate((0.5, 0.8))]
     losses = ("ctc",) if model.llm is None else ("ce", "ctc")

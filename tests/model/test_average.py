@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import folder as model_folder
+from model import artifact
 from model.average import main as average
 from model.soundwave import Soundwave
 from tests.model import tiny
@@ -27,10 +27,10 @@ def models(folders, tmp_path_factory) -> list[Path]:
         torch.manual_seed(seed)
         model = Soundwave.build(config)
         with torch.no_grad():
-            for parameter in model_folder.trained_tensors(model).values():
+            for parameter in artifact.trained_tensors(model).values():
                 parameter.normal_()
         model.set_stage("sft")
-        found.append(model_folder.save(model, root / f"model-{seed}", {"step": 7, "best": None}))
+        found.append(artifact.save(model, root / f"model-{seed}", {"step": 7, "best": None}))
     return found
 
 
@@ -42,7 +42,7 @@ def test_each_tensor_is_the_mean_and_the_folder_loads(models, tmp_path):
         assert mean.keys() == one.keys()
         for name in mean:
             torch.testing.assert_close(mean[name], (one[name] + 2 * two[name]) / 3)
-    loaded = model_folder.load(tmp_path / "mean")
+    loaded = artifact.load(tmp_path / "mean")
     assert loaded.stage == "sft"
     described = json.loads((tmp_path / "mean" / "soundwave.json").read_text())
     assert described["averaged"] == [str(models[0]), str(models[1]), str(models[1])]

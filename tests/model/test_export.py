@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Generat
 
 import model.auto  # noqa: F401  registers Soundwave with AutoModel
 from evaluation.run import joint_search
-from model import folder as model_folder
+from model import artifact
 from model.export import main as export
 from model.generation.greedy import SoundWarning
 from model.waveforms import mono
@@ -48,7 +48,7 @@ def run(folders, tmp_path):
         "data": {"train": [{"shards": str(shards)}], "ctc_text": "raw", "max_seconds": 12.5},
         "optim": {"steps": 300, "lr_lora": 2e-4},
     }
-    model_folder.save(made, tmp_path / "shrinking" / "model", {"step": 300, "recipe": recipe})
+    artifact.save(made, tmp_path / "shrinking" / "model", {"step": 300, "recipe": recipe})
     (tmp_path / "shrinking" / "model" / "evaluation").mkdir()
     (tmp_path / "shrinking" / "model" / "evaluation" / "dialogues-test-asr.scores.json").write_text(
         json.dumps({"tasks": {"asr": {"utterances": 99, "wer": 0.4321, "wer_ci95": [0.4, 0.5], "cer": 0.2}}})
@@ -116,7 +116,7 @@ def test_model_card_is_filled_in(run, tmp_path):
 
 def test_what_cannot_be_exported_is_one_line(run, folders, tmp_path, capsys):
     _, folder = run
-    model_folder.save(build(folders, parts=("encoder", "adapters")), tmp_path / "one")
+    artifact.save(build(folders, parts=("encoder", "adapters")), tmp_path / "one")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     for arguments, message in (
@@ -146,7 +146,7 @@ def test_run_export_and_merged_export_answer_alike(folders, tmp_path):
         run = build(
             lambda part, **options: folders(part, **options) if part == "whisper" else str(base), "llama"
         )
-        model_folder.save(run, tmp_path / name / "model", {"step": 1})
+        artifact.save(run, tmp_path / name / "model", {"step": 1})
         found = {"run": answer_ids(run)}
         for kind, options in (("folder", None), ("export", []), ("merged", ["--merge"])):
             out = tmp_path / name / ("model" if options is None else kind)
@@ -155,7 +155,7 @@ def test_run_export_and_merged_export_answer_alike(folders, tmp_path):
                 ends = GenerationConfig.from_pretrained(out).eos_token_id
                 assert set(ends) >= set(more.get("eos_token_id", [settings["eos_token_id"]]))
                 assert not GenerationConfig.from_pretrained(out).no_repeat_ngram_size
-            loaded = model_folder.load(out)
+            loaded = artifact.load(out)
             found[kind] = answer_ids(loaded)
             for seed in (0, 1):
                 sampled = [answer_ids(m, seed, do_sample=True, temperature=1.0) for m in (run, loaded)]
@@ -228,7 +228,7 @@ def test_what_is_written_is_as_readable_as_the_umask_says(run, tmp_path, umask):
     original, folder = run
     before = os.umask(umask)
     try:
-        model_folder.save(original, tmp_path / "saved")
+        artifact.save(original, tmp_path / "saved")
         (folder / "model" / "lora" / "adapter_model.safetensors").chmod(0o600)  # of a folder from before
         assert export([str(folder), "--out", str(tmp_path / "plain")]) == 0
         assert export([str(folder), "--out", str(tmp_path / "full"), "--merge", "--with-encoder"]) == 0
@@ -243,6 +243,6 @@ def test_what_is_written_is_as_readable_as_the_umask_says(run, tmp_path, umask):
 
 def test_long_audio_is_said_where_the_folder_knows_what_it_was_trained_on(run):
     _, folder = run
-    loaded = model_folder.load(folder / "model")
+    loaded = artifact.load(folder / "model")
     with pytest.warns(SoundWarning, match="lasts 13.0 s, the model was trained on clips of at most 12.5 s"):
         loaded.prompts([CHAT], [torch.zeros(13 * 16000)])

@@ -21,7 +21,7 @@ from transformers import (
     WhisperModel,
 )
 
-from model import folder as model_folder
+from model import artifact
 from model.config import EncoderConfig
 from model.encoder import build_encoder
 from model.features import log_mel
@@ -249,8 +249,8 @@ def test_another_encoder_changes_nothing_elsewhere(waveform_encoder, folders, tm
     output = model(batch, losses=("ce", "ctc"))
     (output.ce_sum + output.ctc_sum).backward()
     assert all(p.grad is not None for group in model.parameter_groups().values() for _, p in group)
-    model_folder.save(model, tmp_path / "saved")
-    again = model_folder.load(tmp_path / "saved")
+    artifact.save(model, tmp_path / "saved")
+    again = artifact.load(tmp_path / "saved")
     torch.testing.assert_close(
         model.eval()(batch, losses=("ce",)).ce_sum, again(batch, losses=("ce",)).ce_sum
     )

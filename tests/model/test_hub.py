@@ -17,8 +17,7 @@ from huggingface_hub import ModelCard, constants
 from transformers import AutoModel, AutoProcessor
 
 import core
-from model import folder as model_folder
-from model import push
+from model import artifact, push
 from model.export import main as export
 from model.hub.bundle import BundleError, Place, bundle
 from model.hub.layout import source_files
@@ -30,7 +29,7 @@ CLIENT = Path(__file__).with_name("hub_client.py")
 
 
 def exported(model, root: Path, extra: dict | None = None, scores: dict | None = None) -> Path:
-    run = model_folder.save(model, root / "sft" / "model", extra)
+    run = artifact.save(model, root / "sft" / "model", extra)
     if scores:
         (run / "evaluation").mkdir()
         (run / "evaluation" / "dialogues-test-asr.scores.json").write_text(json.dumps(scores))

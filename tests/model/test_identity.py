@@ -13,12 +13,11 @@ import pytest
 import torch
 from transformers import Wav2Vec2Config, Wav2Vec2Model, WhisperFeatureExtractor
 
-from model import folder as model_folder
-from model import identity
+from model import artifact, identity
+from model.artifact import FolderError
 from model.config import EncoderConfig, SoundwaveConfig
 from model.encoder import build_encoder
 from model.export import export
-from model.folder import FolderError
 from model.language_model import load_tokenizer
 from model.pretrained import SourceError, fingerprint, locate, read_tensor, tensor_files
 from model.soundwave import Soundwave
@@ -249,7 +248,7 @@ def test_the_normalisation_of_waveforms_belongs_to_their_encoder(base, tmp_path)
 def run_of(base: Path, tmp_path: Path) -> Path:
     torch.manual_seed(1)
     made = Soundwave.build(tiny.config(str(base / "whisper"), str(base / "llm"))).eval()
-    return model_folder.save(made, tmp_path / "run" / "model", {"recipe": {"data": {}}, "step": 1})
+    return artifact.save(made, tmp_path / "run" / "model", {"recipe": {"data": {}}, "step": 1})
 
 
 @pytest.mark.parametrize(
@@ -275,12 +274,12 @@ def run_of(base: Path, tmp_path: Path) -> Path:
 )
 def test_a_changed_base_is_refused_by_loading_the_next_stage_and_export(base, tmp_path, file, change, words):
     folder = run_of(base, tmp_path)
-    model_folder.load(folder)
+    artifact.load(folder)
     rewrite(base / file, change)
     second = Soundwave.build(tiny.config(str(base / "whisper"), str(base / "llm")))
     for refuse in (
-        lambda: model_folder.load(folder),
-        lambda: model_folder.load_trained(second, folder),
+        lambda: artifact.load(folder),
+        lambda: artifact.load_trained(second, folder),
         lambda: export(folder, tmp_path / "out"),
         lambda: export(folder, tmp_path / "merged", merge=True),
     ):
@@ -289,10 +288,8 @@ def test_a_changed_base_is_refused_by_loading_the_next_stage_and_export(base, tm
         assert (
             words in str(raised.value) and str(folder) in str(raised.value) and "\n" not in str(raised.value)
         )
-    assert model_folder.load(folder, verify=False).llm is not None
-    assert set(model_folder.base_differences(second, folder)) == {
-        "tokenizer" if "template" in file else "base"
-    }
+    assert artifact.load(folder, verify=False).llm is not None
+    assert set(artifact.base_differences(second, folder)) == {"tokenizer" if "template" in file else "base"}
 
 
 def test_folders_made_before_settings_were_recorded_load_with_one_line(base, tmp_path, caplog):
@@ -302,7 +299,7 @@ def test_folders_made_before_settings_were_recorded_load_with_one_line(base, tmp
     (folder / "soundwave.json").write_text(json.dumps(description))
     rewrite(base / "llm/config.json", lambda c: c.update(rms_norm_eps=0.5))
     logging.getLogger("soundwave").propagate = True
-    model_folder.load(folder)
+    artifact.load(folder)
     assert [record.message for record in caplog.records if str(folder) in record.message] == [
         f"{folder} does not record the configurations, the preprocessor, the tokenizer and the end tokens of "
         f"its frozen parts "
@@ -313,11 +310,11 @@ def test_folders_made_before_settings_were_recorded_load_with_one_line(base, tmp
 @pytest.mark.parametrize("merge", [False, True])
 def test_an_export_records_what_is_in_it(base, tmp_path, merge):
     out = export(run_of(base, tmp_path), tmp_path / "out", merge=merge, with_encoder=True)
-    model_folder.load(out)
+    artifact.load(out)
     place = out / "llm" if merge else base / "llm"
     rewrite(place / "config.json", lambda c: c.update(rms_norm_eps=0.5))
     with pytest.raises(FolderError, match="another llm"):
-        model_folder.load(out)
+        artifact.load(out)
 
 
 def test_cached_features_belong_to_the_encoders_configuration(base, tmp_path):
@@ -436,5 +433,5 @@ def test_a_built_model_gives_the_recorded_identity(base, tmp_path):
     """What preflight, resume and dry run compute from files alone is what the model folder holds, dropout set
     to 0 included."""
     rewrite(base / "llm/config.json", lambda c: c.update(attention_dropout=0.3))
-    described = model_folder.describe(run_of(base, tmp_path))
+    described = artifact.describe(run_of(base, tmp_path))
     assert described["settings"] == found(base)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import folder as model_folder
+from model import artifact
 from model.batch import Batch
 from model.config import official_switches
 from model.convert import main as convert
@@ -148,7 +148,7 @@ def test_release_in_and_out(tmp_path, shape):
     config, encoder = released_configs(words, **shape)
     released = write_release(tmp_path / "released", words, config, encoder)
     assert convert(["--from-official", str(tmp_path / "released"), "--out", str(tmp_path / "ours")]) == 0
-    model = model_folder.load(tmp_path / "ours")
+    model = artifact.load(tmp_path / "ours")
 
     generator = torch.Generator().manual_seed(3)
     mel = spoken(encoder["num_mel_bins"], generator)
@@ -238,7 +238,7 @@ def check_answers(oracle: Path, folder: Path) -> None:
         (folder / "released" / file).write_bytes((oracle / file).read_bytes())
     words.save_pretrained(folder / "released")
     assert convert(["--from-official", str(folder / "released"), "--out", str(folder / "ours")]) == 0
-    model = model_folder.load(folder / "ours")
+    model = artifact.load(folder / "ours")
     training = (
         expected["train_input_ids"],
         expected["train_labels"],
@@ -327,7 +327,7 @@ def expected_answers(model, folder: Path) -> None:
 def test_our_own_training_in_the_releases_layout(folders, tmp_path):
     """LoRA merged, the tied head written out, tables grown for <audio_patch> and padding."""
     model = release_like(folders)
-    model_folder.save(model, tmp_path / "run")
+    artifact.save(model, tmp_path / "run")
     assert convert(["--to-official", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
     expected_answers(model, tmp_path / "out")
     expected = load_file(tmp_path / "out" / "expected.safetensors")
@@ -338,7 +338,7 @@ def test_our_own_training_in_the_releases_layout(folders, tmp_path):
     assert (logits - expected["logits"]).abs().max() < 1e-4
     # and in again: our folder of it gives the same
     assert convert(["--from-official", str(tmp_path / "out"), "--out", str(tmp_path / "back")]) == 0
-    back = model_folder.load(tmp_path / "back")
+    back = artifact.load(tmp_path / "back")
     batch = release_batch(back, expected["mel"][None], expected["input_ids"][None])
     embeddings, mask, _ = back.embeddings(batch, back.encode_audio(batch))
     again = back.llm(inputs_embeds=embeddings, attention_mask=mask).logits[0][
@@ -349,10 +349,10 @@ def test_our_own_training_in_the_releases_layout(folders, tmp_path):
 
 def test_what_the_layout_cannot_express_is_one_line(folders, tmp_path, capsys):
     build = tiny.config(folders("whisper"), folders("llama"))
-    model_folder.save(Soundwave.build(build), tmp_path / "ours")
+    artifact.save(Soundwave.build(build), tmp_path / "ours")
     stage_one = Soundwave.build(build, parts=("encoder", "adapters"))
-    model_folder.save(stage_one, tmp_path / "one")
-    model_folder.save(
+    artifact.save(stage_one, tmp_path / "one")
+    artifact.save(
         Soundwave.build(official_switches(tiny.config(folders("whisper"), folders("qwen2")))),
         tmp_path / "qwen",
     )
@@ -363,7 +363,7 @@ def test_what_the_layout_cannot_express_is_one_line(folders, tmp_path, capsys):
     ):
         theirs = official_switches(tiny.config(folders("whisper"), folders("llama")))
         setattr(getattr(theirs, part) if part else theirs, key, value)
-        model_folder.save(Soundwave.build(theirs), tmp_path / name)
+        artifact.save(Soundwave.build(theirs), tmp_path / name)
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "config.json").write_text("{}")
     for arguments, message in (
@@ -416,7 +416,7 @@ def test_shards_of_any_size(folders, tmp_path, monkeypatch):
 @pytest.mark.long  # installs another transformers
 def test_transformers_4_43_takes_the_folder(folders, tmp_path):
     model = release_like(folders, extra_tokens=("<audio_patch>",))
-    model_folder.save(model, tmp_path / "run")
+    artifact.save(model, tmp_path / "run")
     assert convert(["--to-official", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
     expected_answers(model, tmp_path / "out")
     assert check_release_layout([str(tmp_path / "out")]) == 0

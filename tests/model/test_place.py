@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from model.folder import ADAPTERS, CONFIG, FolderError, check_place
+from model.artifact import ADAPTERS, CONFIG, FolderError, check_place
 
 
 @pytest.mark.parametrize("suffix", ["", ".previous", ".partial"])

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from model import folder as model_folder
+from model import artifact
+from model.artifact import FolderError
 from model.config import EncoderConfig, LLMConfig, SoundwaveConfig
-from model.folder import FolderError
 from model.inheritance import differing_options
 from model.language_model import base_of
 from model.pretrained import SourceError, fingerprint, presets
@@ -392,18 +392,18 @@ def test_unknown_model_names_the_known_sizes():
 
 def test_folder_gives_the_model_back(folders, tmp_path):
     model = build(folders)
-    model_folder.save(model, tmp_path / "model", {"step": 7})
-    again = model_folder.load(tmp_path / "model")
+    artifact.save(model, tmp_path / "model", {"step": 7})
+    again = artifact.load(tmp_path / "model")
     batch = mixed(model)
     assert torch.equal(model(batch, losses=("ce", "ctc")).ce_sum, again(batch, losses=("ce", "ctc")).ce_sum)
-    assert again.stage == "shrinking" and model_folder.describe(tmp_path / "model")["step"] == 7
+    assert again.stage == "shrinking" and artifact.describe(tmp_path / "model")["step"] == 7
     # plain peft loads the LoRA onto the plain base
     base = AutoModelForCausalLM.from_pretrained(folders("llama_tied"))
     peft = PeftModel.from_pretrained(base, tmp_path / "model" / "lora").eval()
     ids = torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(peft(ids).logits, again.llm(ids).logits)
     # what was trained and nothing else is stored; saving again replaces it
-    stored = model_folder.load_file(tmp_path / "model" / "adapters.safetensors")
+    stored = artifact.load_file(tmp_path / "model" / "adapters.safetensors")
     assert (
         "ctc_head.blank_row" in stored
         and "ctc_head.weight" not in stored
@@ -412,7 +412,7 @@ def test_folder_gives_the_model_back(folders, tmp_path):
     for leftover in ("model.previous", "model.partial"):  # of a replacement that was interrupted
         shutil.copytree(tmp_path / "model", tmp_path / leftover)
     (tmp_path / "model" / "old").mkdir()
-    model_folder.save(model, tmp_path / "model")
+    artifact.save(model, tmp_path / "model")
     assert (
         sorted(p.name for p in tmp_path.iterdir()) == ["model"] and not (tmp_path / "model" / "old").exists()
     )
@@ -420,11 +420,11 @@ def test_folder_gives_the_model_back(folders, tmp_path):
 
 def test_stage_one_folder_starts_stage_two(folders, tmp_path):
     first = build(folders, parts=("encoder", "adapters"))
-    model_folder.save(first, tmp_path / "one")
-    assert not (tmp_path / "one" / "lora").exists() and model_folder.load(tmp_path / "one").llm is None
+    artifact.save(first, tmp_path / "one")
+    assert not (tmp_path / "one" / "lora").exists() and artifact.load(tmp_path / "one").llm is None
     second = build(folders)
     fresh = copy.deepcopy(second.shrinking.state_dict())
-    assert model_folder.load_trained(second, tmp_path / "one") == ["alignment", "ctc_head"]
+    assert artifact.load_trained(second, tmp_path / "one") == ["alignment", "ctc_head"]
     second.config.shrinking.lookback, second.config.alignment.ctc_length = "kept", "full"
     differ = differing_options(second.config, tmp_path / "one")
     assert differ == {"model.alignment.ctc_length": ("true", "full")}, "stage 1 has not used the other"
@@ -434,7 +434,7 @@ def test_stage_one_folder_starts_stage_two(folders, tmp_path):
 
 
 def test_wrong_base_and_wrong_settings_are_one_line(folders, tmp_path):
-    model_folder.save(build(folders), tmp_path / "model")
+    artifact.save(build(folders), tmp_path / "model")
     other = Path(shutil.copytree(folders("llama_tied"), tmp_path / "other"))
     llm = AutoModelForCausalLM.from_pretrained(other)
     llm.model.norm.weight.data[3] += 1e-3
@@ -442,13 +442,13 @@ def test_wrong_base_and_wrong_settings_are_one_line(folders, tmp_path):
     with pytest.raises(
         FolderError, match=r"trained with another llm: its sha256 .* set model.llm.name"
     ) as error:
-        model_folder.load(tmp_path / "model", llm=str(other))
+        artifact.load(tmp_path / "model", llm=str(other))
     assert "\n" not in str(error.value)
-    assert model_folder.load(tmp_path / "model", llm=str(other), verify=False).llm is not None
+    assert artifact.load(tmp_path / "model", llm=str(other), verify=False).llm is not None
     with pytest.raises(FolderError, match="alignment does not fit model.alignment of this recipe"):
-        model_folder.load_trained(build(folders, ffn_multiple=3.0), tmp_path / "model")
+        artifact.load_trained(build(folders, ffn_multiple=3.0), tmp_path / "model")
     with pytest.raises(FolderError, match="soundwave.json is missing"):
-        model_folder.load(tmp_path)
+        artifact.load(tmp_path)
 
 
 def test_fingerprint_ignores_how_tensors_are_spread_over_files(folders, tmp_path):

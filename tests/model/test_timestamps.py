@@ -9,7 +9,7 @@ import torch
 
 from core.ctc_text import ctc_target_ids
 from core.spelling import spell
-from model import folder as model_folder
+from model import artifact
 from model.alignment import CTCHead
 from model.config import OpsConfig
 from model.generation import recordings
@@ -155,8 +155,8 @@ def test_characters_are_words_in_scripts_without_spaces(model):
 def test_a_model_folder_brings_its_ctc_text(folders, tmp_path):
     model = build(folders, parts=("encoder", "adapters"))
     assert model.ctc_text == "lower"
-    model_folder.save(model, tmp_path / "model", {"recipe": {"data": {"ctc_text": "lower_no_punctuation"}}})
-    assert model_folder.load(tmp_path / "model").ctc_text == "lower_no_punctuation"
+    artifact.save(model, tmp_path / "model", {"recipe": {"data": {"ctc_text": "lower_no_punctuation"}}})
+    assert artifact.load(tmp_path / "model").ctc_text == "lower_no_punctuation"
 
 
 # ---- recordings ----

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, WhisperModel
 
-from model import folder, trained_encoder
+from model import artifact, trained_encoder
 from model.average import average
 from model.config import OptionError
 from model.encoder import build_encoder
@@ -210,7 +210,7 @@ def trained(request, place, tmp_path_factory):
     """(model, its folder, the parts that it has trained tensors of)"""
     options, choices, parts = CASES[request.param]
     model = changed(built(place, **options, **choices))
-    return model, folder.save(model, tmp_path_factory.mktemp(request.param) / "model"), parts
+    return model, artifact.save(model, tmp_path_factory.mktemp(request.param) / "model"), parts
 
 
 def answers(model: Soundwave) -> list[torch.Tensor]:
@@ -223,14 +223,14 @@ def answers(model: Soundwave) -> list[torch.Tensor]:
 
 def test_a_model_folder_holds_what_was_trained(trained, place):
     model, path, parts = trained
-    described = folder.describe(path)
+    described = artifact.describe(path)
     assert described["tuned"] == parts
     assert described["frozen"] == built(place).frozen_hash(), "the base is still named by its own files"
-    loaded = folder.load(path)
+    loaded = artifact.load(path)
     torch.testing.assert_close(answers(loaded), answers(model), rtol=0, atol=0)
     assert not any(p.requires_grad for p in loaded.encoder.parameters()) and not loaded.encoder.learns
-    again = folder.save(loaded, path.with_name("again"))
-    for name in (folder.TUNED[part] for part in parts):
+    again = artifact.save(loaded, path.with_name("again"))
+    for name in (artifact.TUNED[part] for part in parts):
         first, second = load_file(path / name), load_file(again / name)
         assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
@@ -238,11 +238,11 @@ def test_a_model_folder_holds_what_was_trained(trained, place):
 def test_a_folder_without_its_trained_encoder_is_refused(trained, tmp_path):
     _, path, parts = trained
     copy_of = shutil.copytree(path, tmp_path / "copy")
-    (copy_of / folder.TUNED[parts[-1]]).unlink()
+    (copy_of / artifact.TUNED[parts[-1]]).unlink()
     with pytest.raises(
-        folder.FolderError, match=f"trained {parts[-1]}, and {parts[-1]}.safetensors is missing"
+        artifact.FolderError, match=f"trained {parts[-1]}, and {parts[-1]}.safetensors is missing"
     ):
-        folder.load(copy_of)
+        artifact.load(copy_of)
 
 
 def test_exports_answer_as_the_model(trained, tmp_path):
@@ -250,7 +250,7 @@ def test_exports_answer_as_the_model(trained, tmp_path):
     expected = answers(model)
     for name, options in (("plain", {}), ("merged", {"merge": True, "with_encoder": True})):
         out = export(path, tmp_path / name, **options)
-        torch.testing.assert_close(answers(folder.load(out)), expected, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(answers(artifact.load(out)), expected, rtol=1e-4, atol=1e-3)
     assert (tmp_path / "merged" / "encoder.safetensors").exists() == ("encoder" in parts)
     assert not (tmp_path / "merged" / "llm.safetensors").exists()
     if "llm" in parts:
@@ -280,30 +280,30 @@ def test_the_hub_layout_has_the_trained_encoder(trained, tmp_path):
 def test_lora_on_top_of_a_trained_llm_and_encoder(place, tmp_path):
     """A later stage may put LoRA on what an earlier one trained whole; both are in its folder."""
     first = changed(built(place, lora=0, llm="all", encoder="all"))
-    start = folder.save(first, tmp_path / "first")
+    start = artifact.save(first, tmp_path / "first")
     second = built(place, "sft", encoder_lora=2, encoder="lora")
-    assert {"encoder", "llm"} <= set(folder.load_trained(second, start))
+    assert {"encoder", "llm"} <= set(artifact.load_trained(second, start))
     torch.testing.assert_close(answers(second), answers(first), rtol=1e-5, atol=1e-4)
     changed(second)
-    loaded = folder.load(folder.save(second, tmp_path / "second"))
+    loaded = artifact.load(artifact.save(second, tmp_path / "second"))
     torch.testing.assert_close(answers(loaded), answers(second), rtol=0, atol=0)
     merged = export(tmp_path / "second", tmp_path / "merged", merge=True)
-    torch.testing.assert_close(answers(folder.load(merged)), answers(second), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(answers(artifact.load(merged)), answers(second), rtol=1e-4, atol=1e-3)
 
 
 def test_the_average_is_that_of_the_encoder_too(place, tmp_path):
     one = changed(built(place, encoder="last_1"))
-    folder.save(one, tmp_path / "one")
+    artifact.save(one, tmp_path / "one")
     two = copy.deepcopy(one)
     with torch.no_grad():
         for _, parameter in two.parameter_groups()["encoder"]:
             parameter.add_(1.0)
-    folder.save(two, tmp_path / "two")
-    mean = folder.load(average([tmp_path / "one", tmp_path / "two"], tmp_path / "mean"))
+    artifact.save(two, tmp_path / "two")
+    mean = artifact.load(average([tmp_path / "one", tmp_path / "two"], tmp_path / "mean"))
     for (_, a), (_, b) in zip(one.encoder.named_parameters(), mean.encoder.named_parameters(), strict=True):
         torch.testing.assert_close(b, a + 0.5 if a.requires_grad else a)
-    folder.save(built(place), tmp_path / "frozen")
-    with pytest.raises(folder.FolderError, match="average folders that train the same"):
+    artifact.save(built(place), tmp_path / "frozen")
+    with pytest.raises(artifact.FolderError, match="average folders that train the same"):
         average([tmp_path / "one", tmp_path / "frozen"], tmp_path / "no")
 
 

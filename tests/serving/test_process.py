@@ -14,7 +14,7 @@ import time
 import httpx2
 import pytest
 
-from model import folder
+from model import artifact
 from serving.__main__ import main, name_of, parse, token_of
 from tests.serving.conftest import build, wav
 
@@ -24,7 +24,7 @@ pytest.importorskip("fastapi")
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     root = tmp_path_factory.mktemp("process")
-    return folder.save(build(root), root / "sft" / "model")
+    return artifact.save(build(root), root / "sft" / "model")
 
 
 class Process:

@@ -20,7 +20,7 @@ import httpx2
 import pytest
 import torch
 
-from model import folder
+from model import artifact
 from model.export import export_llm
 from model.language_model import base_of, context_length
 from soundwave.recogniser import SpeechModel
@@ -36,7 +36,7 @@ STAND_IN = Path(__file__).with_name("transformers_worker.py")
 def merged(model, tmp_path_factory):
     """The model's LLM with LoRA merged, in fp32."""
     root = tmp_path_factory.mktemp("merged")
-    return export_llm(folder.save(model, root / "sft" / "model"), root / "llm")
+    return export_llm(artifact.save(model, root / "sft" / "model"), root / "llm")
 
 
 def start(model, merged, rows: int = 8) -> VLLM:
@@ -172,7 +172,7 @@ def test_a_process_that_cannot_start_is_one_line(merged, tmp_path):
 @pytest.mark.skipif(not PYTHON.exists(), reason="vLLM's environment is not set up (make setup-vllm)")
 def test_vllm_writes_the_tokens_of_our_own_greedy_decoding(tmp_path):
     model = build(tmp_path, llm={"width": 128, "heads": 4})  # heads of 32: vLLM's smallest
-    saved = folder.save(model, tmp_path / "sft" / "model")
+    saved = artifact.save(model, tmp_path / "sft" / "model")
     context = context_length(base_of(model.llm).config)
     vllm = VLLM(export_llm(saved, tmp_path / "merged"), dtype="float32", rows=8, positions=context)
     wanted = [(KINDS[number % len(KINDS)], number) for number in range(24)]

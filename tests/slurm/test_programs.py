@@ -81,7 +81,7 @@ def test_a_part_that_fails_keeps_the_index_from_being_written(project, tmp_path)
 def test_evaluation_with_all_tasks_of_the_job(project, assets, tmp_path):
     import torch
 
-    from model import folder
+    from model import artifact
     from model.config import EncoderConfig, LLMConfig, SoundwaveConfig
     from model.soundwave import Soundwave
 
@@ -91,7 +91,7 @@ def test_evaluation_with_all_tasks_of_the_job(project, assets, tmp_path):
     )
     model = Soundwave.build(config, parts=("encoder", "adapters"))
     model.set_stage("alignment")
-    folder.save(model, tmp_path / "model")
+    artifact.save(model, tmp_path / "model")
     job = project.sbatch(
         "--nodes=2",
         "slurm/evaluate.sh",

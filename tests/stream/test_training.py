@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from recipe.config import load_recipe
-from stream import Plan, consumed
+from stream import Plan, sample_log
 from tests.stream.conftest import record, sound, write_folder
 from tests.train.ranks import LIMIT, Running, Server
 from tests.train.tiny import workspace
@@ -117,7 +117,7 @@ def test_faults_cost_one_counted_named_sample_each(tiny, faults):
         "alignment",
         6,
     )
-    lines, steps = metrics(faults), consumed.read(faults)
+    lines, steps = metrics(faults), sample_log.read(faults)
     assert len(lines) == len(steps) == 6 and all(np.isfinite(line["loss"]) for line in lines)
     for step, line in enumerate(lines):  # met again in the second pass, they count again and are named once
         meant = plan.global_batch(step)["row"].tolist()
@@ -158,7 +158,7 @@ def test_a_rank_that_has_only_text(tiny, server, faults):
         "data.micro_batch_tokens=2000",
     )
     assert codes == [0, 0] and "the largest micro-batch of the recipe fits" in told, told[-3000:]
-    steps = consumed.read(output / "shrinking")
+    steps = sample_log.read(output / "shrinking")
     kinds = [
         {rank: {name.split("-")[0] for part in parts for name in part} for rank, parts in ranks.items()}
         for ranks in steps.values()
@@ -187,7 +187,7 @@ def test_killed_at_random_steps_consumes_what_was_planned(tiny, server, worlds):
             server, tiny / "stage1.yaml", f"output={killed}", *options, "data.try_largest=true", ranks=ranks
         )
         target, deadline = chance.randint(5 + 9 * number, 12 + 9 * number), time.monotonic() + LIMIT
-        while len(consumed.read(killed / "alignment")) <= target:
+        while len(sample_log.read(killed / "alignment")) <= target:
             assert time.monotonic() < deadline and None in running.codes(), running.text()[-3000:]
             time.sleep(0.01)
         running.kill()
@@ -196,7 +196,7 @@ def test_killed_at_random_steps_consumes_what_was_planned(tiny, server, worlds):
         server, tiny / "stage1.yaml", f"output={killed}", *options, "data.try_largest=true", ranks=worlds[-1]
     )
     assert codes == [0] * worlds[-1] and "resuming at step" in told, told[-3000:]
-    found = consumed.read(killed / "alignment")
+    found = sample_log.read(killed / "alignment")
     assert [of_step(found[step]) for step in range(steps)] == planned(tiny / "stage1.yaml", steps)
     if len(set(worlds)) > 1:
         return

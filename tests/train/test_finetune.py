@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from core.files import read_lines
 from evaluation.run import main as evaluate
-from model import folder as model_folder
+from model import artifact
 from model.convert import main as convert
 from recipe.config import RecipeError, load_recipe, loadable
 from stream.epochs import resolve_steps
@@ -102,7 +102,7 @@ def test_from_the_official_layout_to_a_tuned_model_and_back(server, place, capsy
     after = evaluated(stage / "model", place, place / "after")
     assert before.keys() == after.keys()
     assert convert(["--to-official", str(stage / "model"), "--out", str(place / "back")]) == 0
-    tuned = model_folder.load(stage / "model").float().eval()
+    tuned = artifact.load(stage / "model").float().eval()
     expected_answers(tuned, place / "back")
     expected = load_file(place / "back" / "expected.safetensors")
     (place / "back" / "expected.safetensors").unlink()
@@ -215,7 +215,7 @@ def test_the_official_checkpoint_is_found_by_hub_name(place, tmp_path, monkeypat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert convert(["--from-official", "someone/Soundwave", "--out", str(tmp_path / "out")]) == 0
-    assert model_folder.describe(tmp_path / "out")["stage"] == "sft"
+    assert artifact.describe(tmp_path / "out")["stage"] == "sft"
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from model import folder as model_folder
+from model import artifact
 from model.config import SoundwaveConfig
 from model.soundwave import Soundwave
-from stream import consumed
+from stream import sample_log
 from tests.model import tiny
 from tests.stream.conftest import record, sound, write_folder
 from tests.train import independent
@@ -78,7 +78,7 @@ def family(request, root) -> str:
             for parameter_name, parameter in group:
                 if "lora_B" in parameter_name or parameter_name.startswith("shrinking.out"):
                     parameter.normal_(0, 0.1)
-    model_folder.save(model, root / name / "start")
+    artifact.save(model, root / name / "start")
     for stage in ("shrinking", "sft"):
         recipe = {
             "stage": stage,
@@ -120,7 +120,7 @@ def test_losses_and_weights_are_those_of_a_plain_loop(server, root, family, stag
         "rows of a micro-batch are joined" if family == "llama" else "rows of a micro-batch are padded"
     ) in run.text()
     folder = root / family / "run" / stage
-    steps = consumed.read(folder)
+    steps = sample_log.read(folder)
     clips, start = independent.read_corpus(root / "train"), root / family / "start"
     network = independent.Network(start, str(root / "whisper"), str(root / family / "llm"))
     texts = {

@@ -10,11 +10,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from model import folder as model_folder
+from model import artifact
 from model.config import SoundwaveConfig
 from model.soundwave import Soundwave
 from recipe.config import RecipeError, load_recipe
-from stream import consumed
+from stream import sample_log
 from stream.cache import main as cache
 from tests.model import tiny
 from tests.train import independent
@@ -46,7 +46,7 @@ def root(tmp_path_factory) -> Path:
                 for parameter_name, parameter in group:
                     if "lora_B" in parameter_name or parameter_name.startswith("shrinking.out"):
                         parameter.normal_(0, 0.1)
-        model_folder.save(model, root / f"start-{name}")
+        artifact.save(model, root / f"start-{name}")
         recipe = {
             "stage": "shrinking",
             "output": str(root / "run"),
@@ -141,7 +141,7 @@ def test_losses_and_weights_are_those_of_a_plain_loop(server, root, case, zero, 
     assert run.wait() == [0, 0], run.text()
     stage = "sft" if case == "sft" else "shrinking"
     folder, begin = tmp_path / stage, root / f"start-{start}"
-    steps, clips = consumed.read(folder), independent.read_corpus(root / "train")
+    steps, clips = sample_log.read(folder), independent.read_corpus(root / "train")
     network = independent.Network(begin, str(root / "whisper"), str(root / "llm"))
     before = {name: value.clone() for name, value in plain_weights(network).items()}
     batches = [
@@ -257,7 +257,7 @@ def test_features_are_not_cached_over_a_trained_encoder(root, capsys, tmp_path):
     config.alignment.dropout = config.shrinking.dropout = 0.0
     model = Soundwave.build(config)
     model.tuned.add("encoder.layers.layer_norm.weight")
-    start = model_folder.save(model, tmp_path / "start")
+    start = artifact.save(model, tmp_path / "start")
     arguments = [str(root / "lora.yaml"), f"output={tmp_path}", f"data.cache_features={tmp_path / 'cache'}"]
     later = error_of([*arguments, "stage=sft", f"init_from={start}", "--dry-run"], capsys)
     assert f"{start} holds a trained encoder" in later and "data.cache_features=null" in later
@@ -313,7 +313,7 @@ def test_lora_on_the_encoder_is_inherited_and_cannot_be_contradicted(root, tmp_p
     config.encoder.name, config.llm.name = str(root / "whisper"), str(root / "llm")
     config.encoder.lora_r, config.llm.lora_r = 3, 4
     config.alignment.dropout = config.shrinking.dropout = 0.0
-    start = model_folder.save(Soundwave.build(config), tmp_path / "start")
+    start = artifact.save(Soundwave.build(config), tmp_path / "start")
     given = [f"init_from={start}", "train.encoder=lora"]
     assert load_recipe(root / "lora.yaml", given).model.encoder.lora_r == 3
     with pytest.raises(RecipeError, match="model.encoder.lora_r: 3 in the folder, 5 in"):

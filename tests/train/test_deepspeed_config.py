@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recipe.config import OptimConfig, Recipe, RecipeError
-from train import zero
+from train import deepspeed_config
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
@@ -31,7 +31,7 @@ def resolved(tmp_path):
         if isinstance(change, dict):
             content = {key: value for key, value in (content | change).items() if value is not ...}
         (tmp_path / "ds.json").write_text(json.dumps(content if isinstance(change, dict) else change))
-        return zero.resolve(recipe(str(tmp_path / "ds.json"), dtype, **optim), 4096)
+        return deepspeed_config.resolve(recipe(str(tmp_path / "ds.json"), dtype, **optim), 4096)
 
     return resolve
 
@@ -42,7 +42,7 @@ def resolved(tmp_path):
 def test_values_of_the_shipped_configurations(name, dtype, width):
     """Bucket sizes as in Hugging Face's integration (hidden^2, threshold 10 hidden), at least a million; one
     layer prefetched."""
-    config = zero.resolve(recipe(f"ds_configs/{name}.json", dtype, grad_clip=0.7), width)
+    config = deepspeed_config.resolve(recipe(f"ds_configs/{name}.json", dtype, grad_clip=0.7), width)
     section, buckets = config["zero_optimization"], max(width**2, 10**6)
     assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (1, 1)
     assert config["gradient_clipping"] == 0.7 and config["data_types"] == {"grad_accum_dtype": "fp32"}
@@ -51,10 +51,10 @@ def test_values_of_the_shipped_configurations(name, dtype, width):
     )
     assert config["bf16"].get("immediate_grad_update") is (True if name == "zero1" else None)
     assert (
-        section["stage"] == FILES[name] == zero.stage_number(config)
+        section["stage"] == FILES[name] == deepspeed_config.stage_number(config)
         and section["reduce_bucket_size"] == buckets
     )
-    assert zero.offloads_optimizer(config) is (name == "zero3_offload")
+    assert deepspeed_config.offloads_optimizer(config) is (name == "zero3_offload")
     assert section["overlap_comm"] is (torch.cuda.is_available() if name != "zero1" else False)
     if FILES[name] == 3:
         assert section["stage3_prefetch_bucket_size"] == 20 * width**2
@@ -175,10 +175,10 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path):
         path = tmp_path / name
         path.write_bytes(content)
         with pytest.raises(RecipeError, match=words):
-            zero.resolve(recipe(str(path)), 64)
+            deepspeed_config.resolve(recipe(str(path)), 64)
     for name in (tmp_path, tmp_path / "nowhere.json"):
         with pytest.raises(RecipeError):
-            zero.resolve(recipe(str(name)), 64)
+            deepspeed_config.resolve(recipe(str(name)), 64)
 
 
 PLAIN = st.one_of(

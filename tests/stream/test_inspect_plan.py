@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from stream.look import describe_step, effective_number, main, shuffle_quality
+from stream.inspect_plan import describe_step, effective_number, main, shuffle_quality
 from stream.plan import Plan
 from tests.stream.conftest import data_config, table_index
 
