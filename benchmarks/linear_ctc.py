@@ -39,7 +39,7 @@ from benchmarks.machine import keep, machine
 from core.command_line import CommandParser, accept_old_name
 from model.ops import linear_argmax, linear_ctc
 from model.ops.linear_ctc import default_skip_below
-from model.ops.operator import forward as op_forward
+from model.ops.torch_op import forward as op_forward
 
 FRAMES_A_SECOND = 25
 LABELS_A_SECOND = 2.7

@@ -66,11 +66,11 @@ def make(folder: Path, clips: int) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = CommandParser("python -m benchmarks.object_store", __doc__, example="--clips 400 --repeat 2")
+    parser = CommandParser("python -m benchmarks.object_store", __doc__, example="--clips 400 --repeats 2")
     parser.add_argument("--clips", type=int, default=1200)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--delay", type=float, default=0.05, help="seconds before each answer")
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="where to write the numbers, the table beside them (.txt)")
     options = parser.parse_args(argv)
     facts = machine()
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         url = f"http://127.0.0.1:{int(server.stdout.readline())}/toy"
         expected, used = None, 0.0
         try:
-            for turn in range(options.repeat):
+            for turn in range(options.repeats):
                 os.environ["SOUNDWAVE_SHARD_CACHE"] = f"{scratch}/cache-{turn}"
                 for side in SIDES:
                     speed, ids = one_pass(str(folder) if side == "local" else url, options.workers)

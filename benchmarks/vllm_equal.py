@@ -60,7 +60,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=16, help="that vLLM answers at a time (default: 16)")
     parser.add_argument("--tie", type=float, default=TIE, help=f"logits (default: {TIE:g})")
     parser.add_argument(
-        "--json",
+        "--out",
         type=Path,
         default=Path("benchmarks/results/vllm_equal.json"),
         help="where to write the numbers (default: %(default)s)",
@@ -112,7 +112,7 @@ def main() -> int:
     )
     print(table)
     counts = {"clips": clips, "tokens": tokens, "longest": longest, "equal": clips - len(found)}
-    keep(options.json, {"machine": facts, **counts, "seconds": seconds, "different": found}, table)
+    keep(options.out, {"machine": facts, **counts, "seconds": seconds, "different": found}, table)
     return 1 if wrong else 0
 
 

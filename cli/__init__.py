@@ -29,7 +29,7 @@ COMMANDS = {
     "annotate": Command("data_tools.annotate", "transcribe clips with Whisper, to filter by WER"),
     "instruct": Command("data_tools.instruct", "write instruction samples from transcripts and labels"),
     "show": Command("data_tools.show", "print what a packed folder holds"),
-    "copy": Command("data_tools.copy", "copy a packed folder to or from an object store"),
+    "copy": Command("data_tools.copy_packed", "copy a packed folder to or from an object store"),
     "verify": Command("data_tools.verify", "check the shards of a packed folder"),
     "look": Command("stream", "inspect the first steps of a recipe before training"),
     "cache": Command("stream.cache", "store the encoder's features of a recipe's data"),

@@ -6,9 +6,9 @@ import argparse
 import copy
 from typing import Any, NoReturn
 
-from core.code import ROOT
 from core.console import printable_line
 from core.near_names import did_you_mean, near_names
+from core.repository import ROOT
 
 _command: str | None = None
 

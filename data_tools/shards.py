@@ -599,7 +599,9 @@ class ShardIndex:
             loaded._remote = RemoteShards(url, folder, loaded.shards, samples, _is_packed)
         except (StoreError, NotPrivate) as error:
             missing = isinstance(error, StoreError) and error.errno == errno.ENOENT
-            hint = ": give a URL that a packed folder was copied to (data_tools.copy)" if missing else ""
+            hint = (
+                ": give a URL that a packed folder was copied to (data_tools.copy_packed)" if missing else ""
+            )
             raise ShardError(f"{shown_url(url)}: {error}{hint}") from error
         except OSError as error:
             raise ShardError(f"{shown_url(url)}: its index cannot be cached: {one_line(error)}") from error

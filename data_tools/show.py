@@ -167,7 +167,9 @@ def write_lhotse_cuts(index: ShardIndex, path: Path) -> int:
     """A lhotse cut manifest that leaves the shards as they are: each recording's source is the command that
     cuts its bytes out of the tar. lhotse runs it when the audio is loaded. Returns the number of cuts."""
     if index.is_remote:
-        raise ShardError(f"{index.location}: lhotse reads local files: copy it first (data_tools.copy)")
+        raise ShardError(
+            f"{index.location}: lhotse reads local files: copy it first (data_tools.copy_packed)"
+        )
     count = 0
     with gzip.open(path, "wt", encoding="utf-8") as out:
         for row, sample in enumerate(watched(index.samples, "cuts", total=len(index))):

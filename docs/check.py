@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from core.code import ROOT
+from core.repository import ROOT
 from docs import command_lines, generate, prose
 
 DOCS = ROOT / "docs"

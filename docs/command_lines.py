@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from core.code import ROOT
 from core.command_line import OneLineParser, old_names
+from core.repository import ROOT
 
 #: Packages with commands, in the order of the reference.
 PACKAGES = (

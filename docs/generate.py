@@ -19,8 +19,8 @@ from unittest import mock
 import yaml
 from omegaconf import OmegaConf
 
-from core.code import ROOT
 from core.files import write_atomically
+from core.repository import ROOT
 from docs import command_lines, results_page
 
 REFERENCE = ROOT / "docs" / "reference"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from core.code import ROOT
+from core.repository import ROOT
 
 PHRASES = ROOT / "docs" / "banned_phrases.txt"
 SUFFIXES = (".py", ".sh", ".yaml")

@@ -12,7 +12,7 @@ from statistics import mean
 
 from matplotlib.figure import Figure
 
-from core.code import ROOT
+from core.repository import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs"

@@ -109,7 +109,7 @@ class ModelServer:
         except (httpx2.HTTPError, ValueError) as error:
             if isinstance(error, ServerError):
                 raise
-            print_error(f"error: {self.url}{path}: {type(error).__name__}: {one_line(error)}")
+            print_error(f"error: {self.url}{path}: {one_line(error)}")
             raise ServerError("the server does not answer: try again later") from None
 
 

@@ -99,7 +99,7 @@ def main():
     try:
         return set_up(parser.parse_args())
     except SetupError as error:
-        print("set-up stopped:", error, file=sys.stderr)
+        print("error:", error, file=sys.stderr)
     except KeyboardInterrupt:
         print("\nset-up interrupted; the same command resumes", file=sys.stderr)
     return 1

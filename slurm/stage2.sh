@@ -4,7 +4,7 @@
 #   sbatch [sbatch options] slurm/stage2.sh [--recipe FILE] [key=value ...]     from the project's root; all stages: slurm/chain.sh
 #
 # --recipe FILE: default train/recipes/stage2.yaml, or the variable RECIPE. Nodes, GPUs and time are in this file: docs/slurm.md.
-# example: sbatch slurm/stage2.sh --recipe recipes/mine.yaml init_from=runs/mine/alignment/model
+# example: sbatch --nodes=1 slurm/stage2.sh optim.steps=20000
 #SBATCH --job-name=soundwave-2
 #SBATCH --signal=B:USR1@600
 #SBATCH --requeue

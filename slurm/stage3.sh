@@ -4,7 +4,7 @@
 #   sbatch [sbatch options] slurm/stage3.sh [--recipe FILE] [key=value ...]     from the project's root; all stages: slurm/chain.sh
 #
 # --recipe FILE: default train/recipes/stage3.yaml, or the variable RECIPE. Nodes, GPUs and time are in this file: docs/slurm.md.
-# example: sbatch --time=8:00:00 slurm/stage3.sh output=runs/mine
+# example: sbatch --nodes=1 slurm/stage3.sh optim.steps=20000
 #SBATCH --job-name=soundwave-3
 #SBATCH --signal=B:USR1@600
 #SBATCH --requeue

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import grimp
 import pytest
 
-from core.code import PACKAGES
+from core.repository import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 #: From the bottom. A package imports those of earlier rows only: never its own row's others.
@@ -112,3 +113,24 @@ def test_both_checks_find_what_is_wrong(tmp_path, monkeypatch):
         "lower_toy.outside -> tests",
     ]
     assert cycles(toy) == [["lower_toy.fourth", "lower_toy.second"]]
+
+
+def test_no_program_s_folder_holds_a_module_of_the_standard_library_s_name():
+    """`python data_tools/pack.py` puts data_tools/ first on the search path: a copy.py there would be every
+    library's `import copy`."""
+    programs = {path.parent for path in python_files() if '__name__ == "__main__"' in path.read_text()}
+    assert ROOT / "data_tools" in programs
+    assert [
+        str(path.relative_to(ROOT))
+        for folder in programs
+        for path in folder.glob("*.py")
+        if path.stem in sys.stdlib_module_names
+    ] == []
+
+
+def python_files() -> list[Path]:
+    return [
+        path
+        for folder in (*PACKAGES, "slurm", "install", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+    ]

@@ -25,7 +25,7 @@ from model.encoder import WhisperEncoder
 from model.language_model import HeadCrossEntropy, base_of, token_keys_in_use
 from model.losses import LOSSES
 from model.ops import lookback
-from model.ops.operator import TILE
+from model.ops.torch_op import TILE
 from model.soundwave import Soundwave
 from recipe.config import Recipe
 from recipe.stages import losses_of, stage_of

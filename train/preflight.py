@@ -38,9 +38,9 @@ from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
-from core.code import code_hash
 from core.command_line import CommandParser
 from core.files import step_folders
+from core.repository import code_hash
 from recipe.config import Corpus, Recipe, RecipeError, load_recipe, start_folder
 from recipe.stages import has_model, initial_folder, stage_folder, stage_of
 from train.checkpoint.compatibility import check_checkpoint, finished

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .operator import TILE, CTCInputs, SavedForBackward
+from .torch_op import TILE, CTCInputs, SavedForBackward
 
 
 def available() -> bool:

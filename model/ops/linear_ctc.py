@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from . import cpp_backend, operator, reference
+from . import cpp_backend, reference, torch_op
 
 IMPLEMENTATIONS = ("auto", "cpp", "triton", "reference")
 
@@ -73,7 +73,7 @@ def linear_ctc(
     targets, target_lengths = targets.to(hidden.device), target_lengths.to(hidden.device)
     if skip_below is None:
         skip_below = default_skip_below(hidden.dtype)
-    problem = operator.CTCInputs(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank)
+    problem = torch_op.CTCInputs(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank)
     loss, *frames = _run(problem, float(skip_below), implementation, deterministic)
     if zero_infinity:
         loss = torch.where(loss == torch.inf, 0.0, loss)
@@ -99,7 +99,7 @@ def linear_argmax(
     as linear_ctc."""
     hidden, input_lengths = _checked(hidden, weight, input_lengths, blank, extra_row)
     none = input_lengths.new_zeros((hidden.shape[0], 0))
-    problem = operator.CTCInputs(
+    problem = torch_op.CTCInputs(
         hidden, weight, extra_row, input_lengths, none, torch.zeros_like(input_lengths), blank
     )
     _, argmax, lse, max_logit, blank_logit = _run(problem, 0.0, implementation, False)
@@ -178,7 +178,7 @@ def _has_triton() -> bool:
 
 
 def _run(
-    problem: operator.CTCInputs, skip_below: float, implementation: str, deterministic: bool
+    problem: torch_op.CTCInputs, skip_below: float, implementation: str, deterministic: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss [B] (inf where impossible), and the four [B, T] results."""
     hidden, weight, extra_row, *_ = problem
@@ -192,4 +192,4 @@ def _run(
         with_gradient = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (hidden, weight, extra_row)
         )
-        return operator.forward(*problem, skip_below, implementation, deterministic, with_gradient)[:5]
+        return torch_op.forward(*problem, skip_below, implementation, deterministic, with_gradient)[:5]

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .operator import TILE, CTCInputs, SavedForBackward
+from .torch_op import TILE, CTCInputs, SavedForBackward
 
 # Logits that exist at one time: 2^24 are 32 MB in bfloat16; an H100's L2 cache holds 50 MB.
 LOGITS_AT_ONCE = 2**24

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from core import private_folder as module
-from core.code import ROOT
 from core.private_folder import NotPrivate, check_private, private_folder, user_cache
+from core.repository import ROOT
 from model.ops import build
 
 OTHER = 65534  # an unprivileged user

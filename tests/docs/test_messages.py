@@ -16,7 +16,7 @@ PACKAGES = (
     "cli core data_tools evaluation examples install model recipe serving soundwave stream train".split()
 )
 #: Logs for operators with a traceback beside them, a message of one process to another, errors in a user's own code.
-CLASS_NAMES = {"serving/engine.py", "serving/vllm_worker.py", "core/console.py", "core/plugins.py"}
+CLASS_NAMES = {"serving/engine.py", "soundwave/vllm_worker.py", "core/console.py", "core/plugins.py"}
 PREFIXES = {"error", "warning", "note", "usage"}
 CONTAINERS = ast.List | ast.Dict | ast.Set | ast.ListComp | ast.DictComp | ast.SetComp | ast.Tuple
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from core.code import PACKAGES, ROOT
+from core.repository import PACKAGES, ROOT
 from evaluation import answer
 from model import artifact, inheritance
 from model.convert import main as convert

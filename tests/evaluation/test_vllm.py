@@ -56,7 +56,7 @@ def test_predictions_are_those_of_torch_also_after_the_process_has_died(
     assert read_rows(out.with_suffix(".rejected.jsonl")) == read_rows(right.with_suffix(".rejected.jsonl"))
     # bf16 answers differ by rounding: one file holds one backend's.
     assert run.main(command(folders / "shrinking", packed, right, *more, *stand_in)) == 2
-    assert "backend was None, is 'vllm'" in capsys.readouterr().err
+    assert "backend was null, is 'vllm'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

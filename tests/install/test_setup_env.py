@@ -43,7 +43,7 @@ def test_every_requirement_is_pinned_once():
     seen: dict[str, tuple[str, str]] = {}
     for path in sorted(ROOT.glob("requirements*.txt")):
         for name, line in pins(path).items():
-            assert re.fullmatch(r"[A-Za-z0-9._-]+==[^\s=]+", line), f"{path.name}: {line}"
+            assert re.fullmatch(r"[A-Za-z0-9._-]+(\[\w+\])?==[^\s=]+", line), f"{path.name}: {line}"
             other, same = seen.get(name, ("", line))
             assert same.split("+")[0] == line.split("+")[0], f"{path.name} and {other} differ on {name}"
             seen[name] = (path.name, line)

@@ -136,7 +136,7 @@ class Noisy(nn.Module):
 def test_an_llm_that_draws_random_numbers_is_refused():
     llm = families.llm("llama")
     llm.model.layers[0].mlp = Noisy(llm.model.layers[0].mlp)
-    with pytest.raises(SourceError, match="LlamaForCausalLM draws random numbers while it is trained"):
+    with pytest.raises(SourceError, match="llama draws random numbers while it is trained"):
         probe(llm, ID)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from core.code import PACKAGES
+from core.repository import PACKAGES
 from serving.__main__ import parse
 
 ROOT = Path(__file__).resolve().parents[2]

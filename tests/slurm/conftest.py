@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from core.code import PACKAGES
+from core.repository import PACKAGES
 from tests.slurm import cluster as slurm
 from tests.slurm.cluster import Cluster, wait_for
 

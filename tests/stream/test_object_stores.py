@@ -17,9 +17,11 @@ import urllib.request
 
 import pytest
 
+pytest.importorskip("obstore", reason="make setup EXTRAS=stores")
+
 from core.object_store import ROOT, StoreError, check_url, folder_name, is_folder_url, joined
-from data_tools.copy import copy
-from data_tools.copy import main as copy_main
+from data_tools.copy_packed import copy
+from data_tools.copy_packed import main as copy_main
 from data_tools.shards import ShardError, ShardIndex
 from data_tools.verify import check
 from recipe.config import RecipeError

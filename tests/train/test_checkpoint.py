@@ -71,7 +71,11 @@ def names(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "error, told",
-    [(MemoryError(), "MemoryError()"), (OSError("disk full"), "disk full"), (SystemExit(1), "1")],
+    [
+        (MemoryError(), "needs more memory than there is"),
+        (OSError("disk full"), "disk full"),
+        (SystemExit(1), "1"),
+    ],
 )
 def test_whatever_ends_the_writer_the_checkpoint_does_not_count(tmp_path, monkeypatch, caplog, error, told):
     to, save = checkpoints(tmp_path, keep_last=1), torch.save
@@ -415,7 +419,7 @@ def test_models_that_hold_a_language_model_tell_its_width(monkeypatch):
 
     config = Gemma3Config(text_config={"hidden_size": 48, "num_hidden_layers": 1})
     monkeypatch.setattr(setup, "locate", lambda *a, **k: SimpleNamespace(config=config))
-    monkeypatch.setattr(setup.zero, "resolve", resolve)
+    monkeypatch.setattr(setup.deepspeed_config, "resolve", resolve)
     with pytest.raises(Enough, match="48"):
         setup.resolve_sizes(Recipe(), ALIGNMENT)
 
@@ -435,7 +439,10 @@ def test_a_failed_last_checkpoint_is_reported_and_the_model_is_written(server, t
     )
     codes, text = run.wait(), run.text()
     folder = tiny / "run" / "alignment"
-    assert codes == [1] and "checkpoint step-000002 could not be written (rank 0: no memory)" in text, text
+    assert (
+        codes == [1]
+        and "checkpoint step-000002 could not be written (rank 0: needs more memory than there is)" in text
+    ), text
     noted = json.loads((folder / "run.json").read_text())
     assert (noted["status"], noted["step"], noted["exit_code"]) == ("failed", 2, 1)
     assert noted["reason"].startswith("the checkpoint of the last step, 2, could not be written")

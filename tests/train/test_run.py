@@ -63,7 +63,7 @@ def test_misspelt_key_stops_with_the_nearest_right_one(tiny):
         ("data.train=[data/train]", "write data.train=[{shards: DIR}]"),
         ("data.valid=null", "write data.valid=[{shards: DIR}], or []"),
         ("stepz=3", "did you mean 'optim.steps'"),
-        ("model.lora_r=3", "did you mean 'model.llm.lora_r'"),
+        ("model.lora_r=3", "or 'model.llm.lora_r'?"),
         ("optim.lr=1", "did you mean 'optim.lr_"),
     ],
 )

@@ -21,9 +21,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from core.code import code_hash
 from core.files import step_folders
 from core.plugins import plugins_hash
+from core.repository import code_hash
 from model.stages import Stage, chosen
 from recipe.config import Recipe, RecipeError, start_folder
 from recipe.stages import STAGES, stage_folder

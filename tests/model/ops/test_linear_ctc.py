@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch.utils.checkpoint import checkpoint
 
-from model.ops import build, cpp_backend, linear_argmax, linear_ctc, operator
+from model.ops import build, cpp_backend, linear_argmax, linear_ctc, torch_op
 from tests.model.ops.truth import Case, cases, check, ordinary, peaked
 
 needs_cpp = pytest.mark.skipif(not cpp_backend.available(), reason="no C++ compiler")
@@ -129,7 +129,7 @@ def test_skipping_stays_within_its_bound(skip_below, extra_row):
     exact = torch.autograd.grad(run(case, padded, "cpp", skip_below=0.0)[0].sum(), leaves)
     skipped = torch.autograd.grad(run(case, padded, "cpp", skip_below=skip_below)[0].sum(), leaves)
     error = (exact[0] - skipped[0]).norm(dim=-1)
-    tiles, labels = -(-2100 // operator.TILE), case.targets.shape[1]
+    tiles, labels = -(-2100 // torch_op.TILE), case.targets.shape[1]
     assert 0 < error.max() <= skip_below * (tiles + labels + 1) * case.weight.norm(dim=1).max()
     error = (exact[1] - skipped[1]).norm(dim=1)
     assert error.max() <= skip_below * case.hidden.norm(dim=-1).sum()
@@ -294,16 +294,16 @@ def test_opcheck():
         "cpp",
         False,
     )
-    torch.library.opcheck(operator.forward, (*arguments, True))
+    torch.library.opcheck(torch_op.forward, (*arguments, True))
     torch.library.opcheck(
-        operator.forward, (*(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments), False)
+        torch_op.forward, (*(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments), False)
     )
     with torch.no_grad():
-        loss, _, lse, _, _, log_mass, label_gradient = operator.forward(*arguments, True)
-        kept = operator.SavedForBackward(loss, lse, log_mass, label_gradient)
+        loss, _, lse, _, _, log_mass, label_gradient = torch_op.forward(*arguments, True)
+        kept = torch_op.SavedForBackward(loss, lse, log_mass, label_gradient)
         for wanted in ((True, True, True), (True, False, False)):
             torch.library.opcheck(
-                operator.backward,
+                torch_op.backward,
                 (torch.ones(2), *arguments[:7], *kept, *arguments[7:], *wanted),
                 test_utils=("test_schema", "test_faketensor"),
             )

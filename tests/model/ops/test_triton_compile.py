@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from model.ops.operator import TILE
+from model.ops.torch_op import TILE
 
 triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:

@@ -1,7 +1,7 @@
 """Copy a packed folder to or from an object store, or between two.
 
-    python -m data_tools.copy shards/train s3://BUCKET/shards/train
-    python -m data_tools.copy gs://BUCKET/shards/train shards/train
+    python -m data_tools.copy_packed shards/train s3://BUCKET/shards/train
+    python -m data_tools.copy_packed gs://BUCKET/shards/train shards/train
 
 Each shard is compared with the checksum of its index on the way. The index is written last, so a folder that
 has one is complete; the same command again continues where an interruption ended it.
@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from core.command_line import CommandParser
+from core.console import one_line
 from core.object_store import ObjectStore, StoreError, is_store_url, joined
 from data_tools.progress import watched
 from data_tools.shards import INDEX_NAME, TABLE_NAME, ShardError, ShardIndex
@@ -91,17 +92,19 @@ def copy(source: str, target: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = CommandParser("python -m data_tools.copy", __doc__, example="shards/train s3://bucket/train")
+    parser = CommandParser(
+        "python -m data_tools.copy_packed", __doc__, example="shards/train s3://bucket/train"
+    )
     parser.add_argument("source", help="a packed folder or its URL")
     parser.add_argument("target", help="a folder or URL: s3://, gs://, or http(s):// of a WebDAV server")
     options = parser.parse_args(argv)
     try:
         print(copy(options.source, options.target))
     except ShardError as error:
-        print(f"copy: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"copy: {options.target}: {error}", file=sys.stderr)
+        print(f"error: {options.target}: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
 
