@@ -33,10 +33,10 @@ def stage_folder(recipe: Recipe) -> Path:
 def stages_in(run: Path) -> list[str]:
     """Return the names of the stages that a run's folder may hold: the known ones, then others by their
     files."""
-    found = sorted(
+    folders = sorted(
         {path.parent.name for name in ("run.json", "metrics.jsonl") for path in run.glob(f"*/{name}")}
     )
-    return [*STAGES, *(name for name in found if name not in STAGES)]
+    return [*STAGES, *(name for name in folders if name not in STAGES)]
 
 
 def title_of(name: str) -> str:

@@ -90,15 +90,15 @@ def _cut_once(audio: np.ndarray, text: np.ndarray, ranks: int) -> list[list[tupl
     """
 
     def groups(cap: float) -> list[tuple[int, int]] | None:
-        found: list[tuple[int, int]] = []
+        ranges: list[tuple[int, int]] = []
         start = 0
         while start < len(audio):
-            if len(found) == ranks:
+            if len(ranges) == ranks:
                 return None
             rows = int(np.searchsorted(_costs(audio, text, start, cap), cap + 1e-9, side="right"))
-            found.append((start, start + max(rows, 1)))
-            start = found[-1][1]
-        return found
+            ranges.append((start, start + max(rows, 1)))
+            start = ranges[-1][1]
+        return ranges
 
     cost = audio + text
     low, high = max(float(cost.sum()) / ranks, float(cost.max())), max(2.0, float(cost.max()))
@@ -109,10 +109,10 @@ def _cut_once(audio: np.ndarray, text: np.ndarray, ranks: int) -> list[list[tupl
         low, best = min(1.1 * low, high), groups(high)
     while best is not None and high - low > 2e-3 * high:
         middle = (low + high) / 2
-        if (found := groups(middle)) is None:
+        if (ranges := groups(middle)) is None:
             low = middle
         else:
-            best, high = found, middle
+            best, high = ranges, middle
     return (
         None
         if best is None

@@ -156,8 +156,8 @@ class FeatureStore:
     def _find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where keys [N] stand, and whether they do."""
         at = np.minimum(np.searchsorted(self._entries["key"], keys), max(len(self._entries) - 1, 0))
-        found = self._entries["key"][at] == keys if len(self._entries) else np.zeros(len(keys), bool)
-        return at, found
+        is_cached = self._entries["key"][at] == keys if len(self._entries) else np.zeros(len(keys), bool)
+        return at, is_cached
 
     def has(self, samples: np.ndarray) -> np.ndarray:
         """bool [N] of index rows."""
@@ -165,8 +165,8 @@ class FeatureStore:
 
     def read(self, sample: np.void) -> torch.Tensor:
         """Features [T, width] float16 of one index row. Errors: BrokenSample where they are missing."""
-        at, found = self._find(sample_keys(np.atleast_1d(sample)))
-        if not found[0]:
+        at, is_cached = self._find(sample_keys(np.atleast_1d(sample)))
+        if not is_cached[0]:
             raise BrokenSample(f"no cached features in {self.folder}: run python -m stream.cache RECIPE")
         entry, number = self._entries[at[0]], int(self._pack[at[0]])
         if number in self._open:
@@ -364,11 +364,11 @@ def ensure_features(
                     "; ".join(f"{why} on rank {number}" for number, why in enumerate(reasons) if why)
                 )
             if packs and encoder is not None:
-                begun = time.monotonic()
+                started = time.monotonic()
                 broken += _fill_pack(
                     folder, packs.pop(0), encoder, padded, data.micro_batch_seconds, progress
                 )
-                took = time.monotonic() - begun
+                took = time.monotonic() - started
     if broken:
         LOGGER.warning("%d utterances have no features; training names and replaces them", broken)
     return FeatureStore(folder)

@@ -228,16 +228,16 @@ def report(facts: dict, recipe: Recipe, ranks: int) -> str:
     for step, ids in facts.get("ids", {}).items():
         lines += ["", f"step {step}:", *(f"  {name}" for name in ids)]
     if "profile" in facts:
-        found = facts["profile"]
-        total = sum(found["worker_seconds"].values()) or 1.0
+        profile = facts["profile"]
+        total = sum(profile["worker_seconds"].values()) or 1.0
         lines += [
             "",
-            f"rank 0 read in {found['wall']:.2f} s with {found['workers']} worker(s): "
-            f"{found['samples_per_second']:.1f} samples/s, {found['audio_seconds_per_second']:.0f} audio "
+            f"rank 0 read in {profile['wall']:.2f} s with {profile['workers']} worker(s): "
+            f"{profile['samples_per_second']:.1f} samples/s, {profile['audio_seconds_per_second']:.0f} audio "
             f"s/s; "
-            f"first step after {found['first_step']:.2f} s; "
-            f"{found['rejected']} rejected, {found['retries']} retries",
+            f"first step after {profile['first_step']:.2f} s; "
+            f"{profile['rejected']} rejected, {profile['retries']} retries",
             "worker time: "
-            + ", ".join(f"{name} {value / total:.0%}" for name, value in found["worker_seconds"].items()),
+            + ", ".join(f"{name} {value / total:.0%}" for name, value in profile["worker_seconds"].items()),
         ]
     return "\n".join(lines)

@@ -74,9 +74,9 @@ def share_open_files(indexes: list[ShardIndex]) -> None:
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
         soft = most
-    there = most if soft == resource.RLIM_INFINITY else soft
+    limit = most if soft == resource.RLIM_INFINITY else soft
     for index in indexes:
-        index.keep_open(max(1, min(OPEN_FILES, (there - OTHER_FILES) // len(indexes))))
+        index.keep_open(max(1, min(OPEN_FILES, (limit - OTHER_FILES) // len(indexes))))
 
 
 class MicroBatchReader(Dataset):

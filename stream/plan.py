@@ -296,8 +296,8 @@ class SourceOrder:
 
     def _pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Shards in the order of this pass, and the units before each window [W + 1]."""
-        if (found := self._cache.get((number,))) is not None:
-            return found
+        if (cached := self._cache.get((number,))) is not None:
+            return cached
         order = np.argsort(mix64(self._shard_hash ^ key64(self._seed, self._key, number)), kind="stable")
         units = np.add.reduceat(self._shard_units[order], np.arange(0, len(order), self._window))
         return self._remember((number,), (order, np.r_[0, np.cumsum(units)]))
@@ -305,8 +305,8 @@ class SourceOrder:
     def _window_rows(self, number: int, window: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions (into self.rows) of one window in the order of this pass, and the units before each
         within the pass."""
-        if (found := self._cache.get((number, window))) is not None:
-            return found
+        if (cached := self._cache.get((number, window))) is not None:
+            return cached
         order, before = self._pass(number)
         shards = order[window * self._window : (window + 1) * self._window]
         members = np.concatenate([np.arange(self._starts[s], self._ends[s]) for s in shards])
@@ -482,7 +482,7 @@ class Plan:
                 )
         wanted = [i for i, task in enumerate(index.tasks) if corpus.tasks is None or task in corpus.tasks]
         # Rows, units and shards of each task; what is not filled costs no memory.
-        found = {place: tuple(np.empty(len(index), np.uint32) for _ in range(3)) for place in wanted}
+        columns = {place: tuple(np.empty(len(index), np.uint32) for _ in range(3)) for place in wanted}
         counts = dict.fromkeys(wanted, 0)
         left_out: dict[str, list[np.ndarray]] = {}
         for start in range(0, len(index), _INDEX_CHUNK):
@@ -496,7 +496,7 @@ class Plan:
                 at = np.flatnonzero(masks[""] & mask)
                 here = slice(counts[place], counts[place] + len(at))
                 for column, values in zip(
-                    found[place], (at + start, units[at], chunk["shard"][at]), strict=True
+                    columns[place], (at + start, units[at], chunk["shard"][at]), strict=True
                 ):
                     column[here] = values
                 counts[place] = here.stop
@@ -512,7 +512,7 @@ class Plan:
         self.excluded += [Excluded(number, reason, np.concatenate(rows)) for reason, rows in left_out.items()]
         for place in wanted:
             if counts[place]:
-                yield index.tasks[place], *(column[: counts[place]] for column in found.pop(place))
+                yield index.tasks[place], *(column[: counts[place]] for column in columns.pop(place))
 
     def global_batch(self, step: int) -> np.ndarray:
         """The ordered utterances of one optimizer step, all ranks together: PLANNED [N], N >= 1."""

@@ -54,8 +54,8 @@ class RejectedLog:
         }
         if new:
             self._named |= new.keys()
-            told = {(r["corpus"], r["id"]) for r in self._broken()}
-            self.write([record for name, record in reversed(new.items()) if name not in told])
+            logged = {(r["corpus"], r["id"]) for r in self._broken()}
+            self.write([record for name, record in reversed(new.items()) if name not in logged])
 
     def too_many(self, rejected: int, samples: int) -> TooManyRejected | None:
         """What stops the run where `rejected` utterances beside `samples` good ones are past the share.

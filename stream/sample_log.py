@@ -20,7 +20,7 @@ def begin(folder: Path, first_step: int) -> None:
     truncate_log(folder / NAME, first_step)
 
 
-def note(folder: Path, step: int, planned: int, rank: int, micro_batches: list[Batch]) -> None:
+def append(folder: Path, step: int, planned: int, rank: int, micro_batches: list[Batch]) -> None:
     append_lines(
         folder / NAME,
         [{"step": step, "planned": planned, "rank": rank, "ids": [b.ids for b in micro_batches]}],

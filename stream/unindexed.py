@@ -251,7 +251,7 @@ class UnindexedReader(IterableDataset):
         shards, first, every = self._shards(corpus, slot, slots)
         number = 0
         while True:
-            counted = found = 0
+            counted = accepted = 0
             for shard in sorted(
                 shards, key=lambda s: int(key64(self.data.seed, self.start_step, number, corpus, s))
             ):
@@ -260,10 +260,10 @@ class UnindexedReader(IterableDataset):
                     at[0] = 0
                     counted += 1
                     if (counted - 1) % every == first:
-                        found += 1
+                        accepted += 1
                         yield sample, number
                     at[0] = time.time()
-            if not found:
+            if not accepted:
                 why = broken[-1]["reason"] if broken else f"{counted} samples in {len(shards)} shards"
                 pattern = self.data.train[corpus].shards
                 raise RecipeError(

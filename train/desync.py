@@ -47,22 +47,22 @@ def difference(model: torch.nn.Module, ranks: Ranks) -> str | None:
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     copies = {name: _hash(p.data) for name, p in trained if _is_whole(p)}
     stale = [name for name, p in trained if hasattr(p, "ds_id") and _shard_is_stale(p)]
-    found = gather((copies, stale))
-    shared = [name for name in copies if all(name in theirs for theirs, _ in found)]
+    by_rank = gather((copies, stale))
+    shared = [name for name in copies if all(name in theirs for theirs, _ in by_rank)]
     usual = {
-        name: Counter(theirs[name] for theirs, _ in found).most_common(1)[0][0] for name in shared
+        name: Counter(theirs[name] for theirs, _ in by_rank).most_common(1)[0][0] for name in shared
     }  # of two: rank 0's
-    told = []
-    for rank, (theirs, spoilt) in enumerate(found):
+    descriptions = []
+    for rank, (theirs, spoilt) in enumerate(by_rank):
         apart = [name for name in shared if theirs[name] != usual[name]]
         if apart:
-            told.append(
+            descriptions.append(
                 f"rank {rank} holds another {_some(apart)} than "
                 f"{'rank 0' if ranks.world_size == 2 else 'most ranks'}"
             )
         if spoilt:
-            told.append(f"rank {rank}'s shard of {_some(spoilt)} is not what its optimizer holds")
-    return "; ".join(told) or None
+            descriptions.append(f"rank {rank}'s shard of {_some(spoilt)} is not what its optimizer holds")
+    return "; ".join(descriptions) or None
 
 
 def _some(names: list[str]) -> str:

@@ -79,10 +79,10 @@ def check_start(recipe: Recipe, model: Soundwave) -> list[str]:
             model, folder, but=() if recipe.model.alignment.ctc_head == "tied" else ("ctc_head",)
         )
         settings = compatibility.settings_here(recipe)
-        found = artifact.identity_differences(folder, {}, settings, places) if settings else {}
+        differences = artifact.identity_differences(folder, {}, settings, places) if settings else {}
     except artifact.FolderError as error:
         raise RecipeError(str(error)) from None
-    for kind, text in found.items():
+    for kind, text in differences.items():
         if kind not in recipe.checkpoint.accept_changes:
             raise RecipeError(f"{text}, or accept it with checkpoint.accept_changes=[{kind}]")
     defaults = SoundwaveConfig()
@@ -94,7 +94,7 @@ def check_start(recipe: Recipe, model: Soundwave) -> list[str]:
     lines = [f"starts from {folder}" + (f", with its model options {', '.join(taken)}" if taken else "")]
     for key, (then, now) in differing_options(recipe.model, folder).items():
         lines.append(f"{key} was {then} when that was trained, and is {now} here (init_accept)")
-    return [*lines, *found.values()]
+    return [*lines, *differences.values()]
 
 
 def missing(recipe: Recipe) -> list[str]:
@@ -121,10 +121,10 @@ def missing(recipe: Recipe) -> list[str]:
             folder = Path(
                 snapshot_download(repository, allow_patterns=["*.safetensors"], local_files_only=True)
             )
-            there = bool(tensor_files(folder))
+            has_weights = bool(tensor_files(folder))
         except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
-            there = False
-        if not there:
+            has_weights = False
+        if not has_weights:
             lines.append(
                 f"model.{part}.name: {repository} is not in the hub cache; on a machine with network: "
                 f"hf download {repository}"

@@ -28,7 +28,7 @@ def numel(parameter: nn.Parameter) -> int:
 def sizes(model) -> dict[str, int]:
     """Parameters that are multiplied with, by part: encoder (with its LoRA), alignment, ctc_head, shrinking,
     llm (without embeddings), embeddings, lora."""
-    found = dict.fromkeys(("encoder", "alignment", "ctc_head", "shrinking", "llm", "embeddings", "lora"), 0)
+    counts = dict.fromkeys(("encoder", "alignment", "ctc_head", "shrinking", "llm", "embeddings", "lora"), 0)
     tables = set()
     if model.llm is not None:
         base = base_of(model.llm)
@@ -42,8 +42,8 @@ def sizes(model) -> dict[str, int]:
             part = "embeddings"
         elif part == "llm" and "lora_" in name:
             part = "lora"
-        found[part] += numel(parameter)
-    return found
+        counts[part] += numel(parameter)
+    return counts
 
 
 @dataclass(frozen=True)

@@ -341,7 +341,7 @@ def first_of_node(rank: int) -> bool:
     return rank % int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 0
 
 
-def look(recipe: Recipe, rank: int) -> Report:
+def node_report(recipe: Recipe, rank: int) -> Report:
     report = Report(node_name(), rank)
     look_at_gpu(report)
     if first_of_node(rank):
@@ -447,10 +447,10 @@ def all_reduce_line(store, rank: int, world_size: int, seconds: float) -> tuple[
     times = []
     for _ in range(REPEATS + 1):  # the first one opens the connections
         tensor = torch.full((size // 4,), float(rank + 1), device=device)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         work = dist.all_reduce(tensor, async_op=True)
         while not work.is_completed():
-            if time.perf_counter() - begun > seconds:
+            if time.perf_counter() - started > seconds:
                 return (
                     "",
                     f"an all_reduce over {world_size} ranks does not end; NCCL_DEBUG=INFO logs the network "
@@ -460,7 +460,7 @@ def all_reduce_line(store, rank: int, world_size: int, seconds: float) -> tuple[
         work.wait()
         if on_gpu:
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - started)
         expected = world_size * (world_size + 1) / 2
         if not bool((tensor == expected).all()):
             return (
@@ -523,7 +523,7 @@ def run(recipe: Recipe, seconds: float, faults_to: Path | None = None) -> int:
             file=sys.stderr,
         )
         return FAILED
-    report = look(recipe, rank)
+    report = node_report(recipe, rank)
     store.set(f"report-{rank}", json.dumps(asdict(report)))
     code = DONE
     if rank == 0:
@@ -562,8 +562,8 @@ def run(recipe: Recipe, seconds: float, faults_to: Path | None = None) -> int:
     try:
         store.set(f"left-{rank}", "")
         if rank == 0:
-            there = range(world_size) if code == DONE else [report.rank for report in reports]
-            store.wait([f"left-{r}" for r in there], timedelta(seconds=seconds if code == DONE else 10))
+            expected = range(world_size) if code == DONE else [report.rank for report in reports]
+            store.wait([f"left-{r}" for r in expected], timedelta(seconds=seconds if code == DONE else 10))
     except RuntimeError as error:
         if code == DONE:
             print(f"error: node {node_name()}: rank {rank}: {one_line(error)[:200]}", file=sys.stderr)

@@ -91,9 +91,9 @@ def read(path: Path) -> dict[str, list[dict]]:
 def series(lines: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of a key, at most POINTS points: means of equal bins. Values that are not finite are
     gaps; of a step that was done again after a roll-back, the last one counts."""
-    found = {line["step"]: line[key] for line in lines if isinstance(line.get(key), (int, float))}
-    steps = np.array(sorted(found), dtype=float)
-    values = np.array([found[step] for step in sorted(found)], dtype=float)
+    by_step = {line["step"]: line[key] for line in lines if isinstance(line.get(key), (int, float))}
+    steps = np.array(sorted(by_step), dtype=float)
+    values = np.array([by_step[step] for step in sorted(by_step)], dtype=float)
     if key in SUMMED:
         values = np.cumsum(values)
     values[~np.isfinite(values)] = np.nan
@@ -252,12 +252,12 @@ def _in_words(key: str, value: object) -> str:
 
 
 def flat(node: dict, prefix: str = "") -> dict[str, object]:
-    found: dict[str, object] = {}
+    flattened: dict[str, object] = {}
     for key, value in node.items():
-        found |= (
+        flattened |= (
             flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
         )
-    return found
+    return flattened
 
 
 def compared(reference: str, hypothesis: str) -> tuple[str, str]:
@@ -307,7 +307,7 @@ def section(folder: Path) -> str:
         *(panel(lines, *definition) for definition in panels(noted)),
         "</div>",
     ]
-    events = [line for kind, found in lines.items() if kind not in ("train", "valid") for line in found]
+    events = [line for kind, records in lines.items() if kind not in ("train", "valid") for line in records]
     if events:
         known = ("kind", "step", "time")
         parts += [

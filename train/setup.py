@@ -225,9 +225,9 @@ def accepted_options(recipe: Recipe, folder: Path) -> list[str]:
 
 def check_ranks_have_the_same(facts: dict, ranks: Ranks) -> None:
     """Errors: RecipeError where nodes read different files: code, recipe, tokenizer or index."""
-    found = gather(facts)
-    for rank, theirs in enumerate(found):
-        kinds = [kind for kind in theirs if theirs[kind] != found[0][kind]]
+    facts_by_rank = gather(facts)
+    for rank, theirs in enumerate(facts_by_rank):
+        kinds = [kind for kind in theirs if theirs[kind] != facts_by_rank[0][kind]]
         if kinds:
             raise RecipeError(
                 f"rank {rank} and rank 0 have different {' and '.join(kinds)}: all nodes must see the same "

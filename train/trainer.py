@@ -235,7 +235,7 @@ class Trainer:
         """Count the step and log it."""
         at = self.progress
         if self.recipe.log.sample_ids and taken.data_step is not None:
-            sample_log.note(self.folder, at.step, taken.data_step, self.ranks.rank, taken.micro_batches)
+            sample_log.append(self.folder, at.step, taken.data_step, self.ranks.rank, taken.micro_batches)
         at.step += 1
         at.step_seconds = time.perf_counter() - began
         self.profiler.step()
@@ -329,7 +329,7 @@ class Trainer:
                 at.step,
                 asked,
             )
-        found = {
+        candidate = {
             "step": at.step,
             "by": by,
             "score": result[by],
@@ -338,8 +338,8 @@ class Trainer:
         }
         if at.step == 0:
             return False
-        if is_better(found, at.best):
-            at.best, at.without_better = found, 0
+        if is_better(candidate, at.best):
+            at.best, at.without_better = candidate, 0
             return self.recipe.checkpoint.keep_best
         at.without_better += 1
         return False
@@ -432,13 +432,13 @@ class Trainer:
     def _gathered(self, tensors: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
         """Copy tensors by part and name to rank 0's host memory, one at a time: an LLM that is trained whole
         need not fit on a GPU beside its shards."""
-        found: dict[str, dict[str, torch.Tensor]] = {part: {} for part in tensors}
+        gathered: dict[str, dict[str, torch.Tensor]] = {part: {} for part in tensors}
         for part, named in tensors.items():
             for name, parameter in named.items():
                 with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                     if self.ranks.is_main:
-                        found[part][name] = parameter.detach().to("cpu", copy=True)
-        return found
+                        gathered[part][name] = parameter.detach().to("cpu", copy=True)
+        return gathered
 
     def _roll_back(self) -> bool:
         """Return to the last checkpoint from before the skipped steps, and skip their data (as for PaLM after

@@ -44,9 +44,9 @@ def word_errors(
     """Return (errors, reference units), as evaluation counts them. Without `langs` the references' scripts
     decide what a word is; utterances whose reference says nothing are left out."""
     langs = langs or [None] * len(references)
-    said = [i for i, reference in enumerate(references) if not says_nothing(reference)]
+    spoken = [i for i, reference in enumerate(references) if not says_nothing(reference)]
     counted = count_errors(
-        [references[i] for i in said], [hypotheses[i] for i in said], [langs[i] for i in said], unit
+        [references[i] for i in spoken], [hypotheses[i] for i in spoken], [langs[i] for i in spoken], unit
     )
     return int(counted.errors.sum()), int(counted.units.sum())
 
@@ -57,15 +57,15 @@ def chosen_by(result: dict, asked: str) -> str:
     return asked if asked in result else "loss"
 
 
-def is_better(found: dict, best: dict | None) -> bool:
+def is_better(candidate: dict, best: dict | None) -> bool:
     """Return whether a validation {by, score, loss} beats the best so far; of equal scores the lower loss
     wins."""
-    if not math.isfinite(found["score"]):
+    if not math.isfinite(candidate["score"]):
         return False
-    if best is None or best.get("by", "wer") != found["by"]:
+    if best is None or best.get("by", "wer") != candidate["by"]:
         return True
-    sign = 1 if is_lower_better(found["by"]) else -1
-    return (sign * found["score"], found["loss"]) < (sign * best["score"], best.get("loss", math.inf))
+    sign = 1 if is_lower_better(candidate["by"]) else -1
+    return (sign * candidate["score"], candidate["loss"]) < (sign * best["score"], best.get("loss", math.inf))
 
 
 def is_lower_better(score: str) -> bool:
@@ -106,11 +106,11 @@ ValidationSet = list[ValidationBatch]
 
 def validation_set(recipe: Recipe, stage: Stage, tokenizer, ranks: Ranks) -> ValidationSet:
     """This rank's share of data.valid, read once; the same number of batches on every rank."""
-    found: ValidationSet = []
+    entries: ValidationSet = []
     for name in dict.fromkeys(corpus.name or "" for corpus in recipe.data.valid):
-        found += _part_of(recipe, stage, tokenizer, ranks, name)
+        entries += _part_of(recipe, stage, tokenizer, ranks, name)
     unknown = Counter(
-        lang for entry in found for lang in entry.batch.languages if lang and not is_known(lang)
+        lang for entry in entries for lang in entry.batch.languages if lang and not is_known(lang)
     )
     if unknown and ranks.is_main:
         logger.warning(
@@ -120,7 +120,7 @@ def validation_set(recipe: Recipe, stage: Stage, tokenizer, ranks: Ranks) -> Val
             unknown.total(),
             ", ".join(sorted(unknown)),
         )
-    return found
+    return entries
 
 
 def _arguments(
@@ -177,15 +177,15 @@ def clip_mel(
 def fixed_clip(batches: ValidationSet, audio_id: int) -> tuple[int, int, int]:
     """(batch, audio in it, row in it) of the clip that is drawn each time: of this rank's, one of median
     length. A rank without audio draws nothing, but computes along with the others: its first dummy."""
-    found = sorted(
+    clips = sorted(
         (int(length), number, audio)
         for number, entry in enumerate(batches)
         if not entry.batch.audio_is_dummy
         for audio, length in enumerate(entry.batch.audio_lengths.tolist())
     )
-    if not found:
+    if not clips:
         return 0, 0, -1
-    _, number, audio = found[len(found) // 2]
+    _, number, audio = clips[len(clips) // 2]
     ids = batches[number].batch.input_ids
     per_row = (ids == audio_id).sum(1).cumsum(0) if ids.shape[1] else torch.arange(1, len(ids) + 1)
     return number, audio, int((per_row <= audio).sum())
@@ -303,7 +303,7 @@ def _metric_scores(rows: list[dict]) -> dict[str, float]:
         by_task.setdefault(row.get("task") or "asr", []).append(row)
     for members in by_task.values():
         by_metric.setdefault(metric_of(members), []).extend(members)
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for name, members in by_metric.items():
         try:
             scores = METRICS[name].score(members, "script")
@@ -311,9 +311,9 @@ def _metric_scores(rows: list[dict]) -> dict[str, float]:
             logger.warning("validation: metric %s failed (%s)", name, one_line(error))
             continue
         columns = [column for column in METRICS[name].columns if column not in SCORES]
-        found |= {
+        metrics |= {
             column: float(scores[column])
             for column in columns
-            if column not in found and isinstance(scores.get(column), (int, float))
+            if column not in metrics and isinstance(scores.get(column), (int, float))
         }
-    return found
+    return metrics

@@ -129,25 +129,25 @@ def code_fingerprint(plugins: list[str]) -> str:
 
 def differences(saved: dict, now: dict) -> dict[str, list[str]]:
     """Kind -> "key: saved -> now" lines, for the kinds that differ."""
-    found: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    by_kind: dict[str, list[str]] = {kind: [] for kind in KINDS}
     for part in ("encoder", "llm", "start"):
         then, here = saved["base"].get(part), now["base"].get(part)
         if then != here:
             name = {"start": "weights of the model folder that the stage starts from"}.get(part, part)
-            found["base"].append(f"{name}: {_hash(then)} -> {_hash(here)}")
+            by_kind["base"].append(f"{name}: {_hash(then)} -> {_hash(here)}")
     if "settings" in saved:
         from model.identity import changes  # transformers, for those who ask
 
         for part, lines in changes(saved["settings"], now["settings"]).items():
-            found["tokenizer" if part == "tokenizer" else "base"] += [f"{part}: {line}" for line in lines]
-    if saved["tokenizer"] != now["tokenizer"] and not found["tokenizer"]:
-        found["tokenizer"].append(
+            by_kind["tokenizer" if part == "tokenizer" else "base"] += [f"{part}: {line}" for line in lines]
+    if saved["tokenizer"] != now["tokenizer"] and not by_kind["tokenizer"]:
+        by_kind["tokenizer"].append(
             f"tokenizer: vocabulary: {_hash(saved['tokenizer'])} -> {_hash(now['tokenizer'])}"
         )
-    found["recipe"] = recipe_differences(saved["recipe"], now["recipe"])
+    by_kind["recipe"] = recipe_differences(saved["recipe"], now["recipe"])
     if saved["index"] != now["index"]:
-        found["index"].append(f"index: {_hash(saved['index'])} -> {_hash(now['index'])}")
-    return {kind: lines for kind, lines in found.items() if lines}
+        by_kind["index"].append(f"index: {_hash(saved['index'])} -> {_hash(now['index'])}")
+    return {kind: lines for kind, lines in by_kind.items() if lines}
 
 
 def recipe_differences(saved: dict, now: dict) -> list[str]:
@@ -269,7 +269,7 @@ def finished(recipe: Recipe) -> bool:
             now["recipe"][key] = saved["recipe"].get(key)
     else:
         others = recipe_differences({**saved["recipe"], _TARGETS: None}, {**now["recipe"], _TARGETS: None})
-        _resolve_targets(recipe, saved["recipe"], now["recipe"], look=not others)
+        _resolve_targets(recipe, saved["recipe"], now["recipe"], read_llm=not others)
     compare(saved, now)  # first, where possible without loading any library of models
     same_recipe = not recipe_differences(saved["recipe"], now["recipe"])
     saved["recipe"] = now["recipe"]
@@ -339,12 +339,12 @@ def _start_of_checkpoint(recipe: Recipe) -> object:
     return _UNKNOWN
 
 
-def _resolve_targets(recipe: Recipe, saved: dict, now: dict, look: bool = True) -> None:
+def _resolve_targets(recipe: Recipe, saved: dict, now: dict, read_llm: bool = True) -> None:
     """Recorded LoRA targets are the resolved ones. Where the recipe's cannot be resolved here, or not `look`,
     they are not compared."""
     if now.get(_TARGETS) is not None or saved.get(_TARGETS) is None:
         return
-    if not look:
+    if not read_llm:
         now[_TARGETS] = saved[_TARGETS]
         return
     from model.language_model import resolved_targets

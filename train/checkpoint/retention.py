@@ -64,9 +64,9 @@ def prune(folder: Path, config: CheckpointConfig, *, but: Path | None = None) ->
     but: one that is being copied, and stays until that is done.
     """
     best = best_step(folder) if config.keep_best else None
-    found = step_folders(folder)
-    healthy = next((one for one in found if saved_in_health(one)), None)
-    for old in found[max(1, config.keep_last) :]:
+    checkpoints = step_folders(folder)
+    healthy = next((checkpoint for checkpoint in checkpoints if saved_in_health(checkpoint)), None)
+    for old in checkpoints[max(1, config.keep_last) :]:
         if step_of(old) != best and old not in (healthy, but):
             remove(old)
 

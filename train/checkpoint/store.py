@@ -77,7 +77,7 @@ class Checkpoints:
         """Start writing `step-<state["step"]>`. False, with a warning, where the disk has no room; training
         continues."""
         self.finish()
-        begun = time.perf_counter()
+        started = time.perf_counter()
         target = self.folder / f"step-{state['step']:06d}{PARTIAL}"
         has_room = False
         if self.ranks.is_main:
@@ -111,9 +111,9 @@ class Checkpoints:
             client_state={"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}},
         )
         engine.checkpoint_engine = ours
-        self.target, self.started = target, begun
+        self.target, self.started = target, started
         self.writer.start()
-        self.blocked_seconds = time.perf_counter() - begun
+        self.blocked_seconds = time.perf_counter() - started
         return True
 
     @property

@@ -77,7 +77,7 @@ def _make(source: Path) -> None:
             f"{free / 1e6:.1f} MB are free; free space and start again"
         )
     logger.info("converting %s (%.1f MB) for another number of ranks, once", source, size / 1e6)
-    begun = time.monotonic()
+    started = time.monotonic()
     workers = str(min(4, len(os.sched_getaffinity(0))))
     environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -113,4 +113,4 @@ def _make(source: Path) -> None:
         os.fsync(descriptor)
         os.close(descriptor)
     os.rename(partial, target)
-    logger.info("converted in %.1f s: %s", time.monotonic() - begun, target)
+    logger.info("converted in %.1f s: %s", time.monotonic() - started, target)

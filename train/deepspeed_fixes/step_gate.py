@@ -38,10 +38,10 @@ def install_step_gate(optimizer, zero_stage: int, device: str, rejects: Callable
         gradients = optimizer.get_grads_for_norm
 
         def gated_gradients(for_clipping=False):
-            found = gradients(for_clipping=for_clipping)
-            if not for_clipping and rejects(float(get_global_norm_of_tensors(found[0], mpu=optimizer.mpu))):
+            norms = gradients(for_clipping=for_clipping)
+            if not for_clipping and rejects(float(get_global_norm_of_tensors(norms[0], mpu=optimizer.mpu))):
                 return [torch.full((1,), float("nan"), device=device)], {}
-            return found
+            return norms
 
         optimizer.get_grads_for_norm = gated_gradients
     else:

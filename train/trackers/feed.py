@@ -124,9 +124,9 @@ class Trackers:
 
 def _read_ids(path: Path) -> dict[str, str]:
     try:
-        found = json.loads(path.read_text())
+        ids = json.loads(path.read_text())
     except (OSError, ValueError):  # none yet, or damaged: the trackers begin new runs
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(ids, dict):
         return {}
-    return {name: run_id for name, run_id in found.items() if isinstance(run_id, str)}
+    return {name: run_id for name, run_id in ids.items() if isinstance(run_id, str)}

@@ -36,8 +36,8 @@ class MLflow(Tracker):
             except MlflowException:  # the store is another one, or was removed
                 pass
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
-        found = self.client.get_experiment_by_name(name)
-        experiment = found.experiment_id if found else self.client.create_experiment(name)
+        existing = self.client.get_experiment_by_name(name)
+        experiment = existing.experiment_id if existing else self.client.create_experiment(name)
         self.run_id = self.client.create_run(experiment, run_name=run.name).info.run_id
         settings = [Param(key, str(value)[:LONGEST_VALUE]) for key, value in _flat(run.settings).items()]
         for start in range(0, len(settings), 100):  # the most in one request
