@@ -64,6 +64,7 @@ step() {
         [ "$SIGNALLED" = 1 ] || break
         SIGNALLED=0
         [ -z "${STOP_FILE:-}" ] || touch "$STOP_FILE" 2>/dev/null || true  # for ranks that are still starting, and let the signal pass
+        await_srun "$pid"
         kill -USR1 "$pid" 2>/dev/null || true
     done
     # What Slurm sends to this shell with the signal that ended the step shall come now: bash 5.2 ends with a syntax error (exit code
@@ -76,6 +77,17 @@ step() {
         rm -f "$file"
     fi
     judge "$status"
+}
+
+# await_srun PID: wait until a process started in the background is srun. The bash that will be it loses a signal.
+await_srun() {
+    local name
+    for _ in {1..50}; do
+        read -r name 2>/dev/null <"/proc/$1/comm" || return 0
+        [ "$name" != srun ] || return 0
+        command -p sleep 0.1 &
+        wait "$!" || true
+    done
 }
 
 # keep_words FILE: copy srun's own lines to standard error and to FILE. (Ranks write to standard output: worker.)
