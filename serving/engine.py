@@ -1,11 +1,13 @@
-"""The queue in front of the model: jobs are grouped into batches, which one thread answers.
+"""The queue in front of the model: one thread encodes audio and answers the jobs.
 
-A batch starts with the job that has waited longest. Others join it in the order of their arrival while the
-padded audio, the padded tokens and the rows stay within the limits. Each job is answered as soon as its own
-row ends. A batch that fails is repeated job by job, so that one job cannot fail the others.
+Jobs start in the order of their arrival while the padded audio, the padded tokens and the rows stay within
+the limits. They join the rows that are being answered between two passes of the LLM, and a row that ends
+makes room at once (model/generation/running.py). A batch that fails is repeated job by job, so that one job
+cannot fail the others.
 
-With vLLM (soundwave/vllm.py) this thread encodes and compresses the audio of a batch and sends each row's
-embeddings on; vLLM batches the rows continuously, and their tokens come back as calls into this thread.
+An LLM whose cache cannot be cut answers batch by batch instead: the next batch starts when the last one has
+ended. With vLLM (soundwave/vllm.py) this thread encodes and compresses the audio of a batch and sends each
+row's embeddings on; their tokens come back as calls into this thread.
 """
 
 from __future__ import annotations
@@ -18,13 +20,14 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from core.audio import SAMPLE_RATE
 from core.spelling import spell
 from model.batch import Batch
+from model.generation.running import Row, RunningBatch
 from model.generation.timestamps import align_frames
 from model.language_model import base_of, context_length, end_ids
 from model.soundwave import Audio, Soundwave
@@ -41,6 +44,15 @@ from soundwave.vllm import VLLM
 
 logger = logging.getLogger("soundwave.serving")
 Result = TypeVar("Result")
+Finish = Callable[[int, list[int], str], None]
+
+
+class _Answer(NamedTuple):
+    """A job that the LLM is answering, and what takes its tokens."""
+
+    job: Job
+    row: Row
+    streamer: RowStreamer
 
 
 class Engine:
@@ -57,6 +69,8 @@ class Engine:
         self.model, self.limits, self.metrics, self.batching = model, limits, metrics, batching
         self.vllm = vllm
         self.sent: dict[int, Job] = {}  # to vLLM and not answered yet, by the job's identity
+        self.answers: list[_Answer] = []  # in the order of the running batch's rows
+        self.running_batch = None if model.llm is None else RunningBatch(model.llm, model.audio_id)
         self.context = None if model.llm is None else context_length(base_of(model.llm).config)
         self.waiting: deque[Job] = deque()
         self.calls: deque[tuple[Callable[[], object], Future | None]] = deque()
@@ -64,7 +78,8 @@ class Engine:
         self.changed = threading.Condition()
         self.closed = False
         self.running = 0
-        self.seconds_per_job = 1.0  # moving average, for Retry-After
+        self.seconds_per_job = 1.0  # moving average of a busy server, for Retry-After
+        self.last_end = 0.0  # time.monotonic()
         self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
         warnings.simplefilter("ignore", SoundWarning)  # inputs.py reports what they would
 
@@ -74,12 +89,14 @@ class Engine:
     def submit(self, job: Job, admitted: bool = False) -> None:
         """Queue a job. admitted: it belongs to a request that is being answered already. Errors: Problem
         (429, 503)."""
+        positions = job.positions + job.max_new_tokens
+        is_static = self.vllm is None and self.model.draft_refusal(positions) is not None
         with self.changed:
             if self.closed:
                 raise Problem(503, "the server is shutting down", code="draining", retry_after=5)
             if not admitted and len(self.waiting) >= self.limits.waiting_jobs:
                 raise self.full()
-            job.queued = time.monotonic()
+            job.queued, job.is_static = time.monotonic(), is_static
             self.waiting.append(job)
             self.metrics.waiting.set(len(self.waiting))
             self.changed.notify()
@@ -122,52 +139,57 @@ class Engine:
     # ---- the worker thread ----
 
     def _work(self) -> None:
-        while True:
-            batch = self._next()
-            if batch is None:
-                return
-            began = time.monotonic()
-            self._answer(batch)
-            took = (time.monotonic() - began) / len(batch)
-            self.seconds_per_job = 0.8 * self.seconds_per_job + 0.2 * took
+        while (batch := self._next()) is not None:
+            if batch:
+                self._answer(batch)
+            self._step()
 
     def _next(self) -> list[Job] | None:
-        """Return the next batch; None at the end."""
+        """Make the calls that wait; return the jobs that start now, none while rows run and no job may join
+        them; None at the end."""
         while True:
             with self.changed:
-                self.running = len(self.sent)
-                self.metrics.running.set(self.running)
-                while not self.calls and not (self.waiting and self._room()):
+                self._count()
+                while not (self.calls or self.answers or (self.waiting and self._places())):
                     if self.closed and not self.waiting and not self.sent:
                         return None
                     self.changed.wait()
-                call = self.calls.popleft() if self.calls else None
-                if call is None:
+                calls, self.calls = self.calls, deque()
+                if not calls:
                     return self._next_batch()
-            function, future = call
-            try:
-                result = function()
-                if future is not None:
-                    future.set_result(result)
-            except Exception as error:
-                if future is None:
-                    logger.error("a call failed: %s: %s", type(error).__name__, error, exc_info=True)
-                else:
-                    future.set_exception(error)
+            for function, future in calls:
+                self._call(function, future)
+            if self.answers:  # a stream of calls holds neither rows nor jobs up
+                with self.changed:
+                    return self._next_batch()
 
-    def _room(self) -> int:
-        """Return how many more jobs may run: vLLM's queue stays short, so that the server's own is full
+    def _call(self, function: Callable[[], object], future: Future | None) -> None:
+        try:
+            result = function()
+            if future is not None:
+                future.set_result(result)
+        except Exception as error:
+            if future is None:
+                logger.error("a call failed: %s: %s", type(error).__name__, error, exc_info=True)
+            else:
+                future.set_exception(error)
+
+    def _count(self, starting: int = 0) -> None:
+        self.running = len(self.sent) + len(self.answers) + starting
+        self.metrics.waiting.set(len(self.waiting))
+        self.metrics.running.set(self.running)
+
+    def _places(self) -> int:
+        """Return how many more jobs may run. vLLM's queue stays short, so that the server's own is full
         first."""
-        return self.limits.batch_rows - len(self.sent)
+        return self.limits.batch_rows - len(self.sent) - len(self.answers)
 
     def _next_batch(self) -> list[Job]:
-        until = time.monotonic() + self.limits.batch_wait
+        until = time.monotonic() + (0.0 if self.answers else self.limits.batch_wait)
         while self.batching and (left := until - time.monotonic()) > 0 and not self.closed:
             self.changed.wait(left)
         batch = self._take()
-        self.running = len(self.sent) + len(batch)
-        self.metrics.waiting.set(len(self.waiting))
-        self.metrics.running.set(self.running)
+        self._count(len(batch))
         now = time.monotonic()
         for job in batch:
             job.started = now
@@ -175,34 +197,41 @@ class Engine:
         return batch
 
     def _take(self) -> list[Job]:
-        batch = [self.waiting.popleft()]
-        if self.batching:
-            left: deque[Job] = deque()
-            for job in self.waiting:
-                if self._may_join(job, batch):
-                    batch.append(job)
-                else:
-                    left.append(job)
-            self.waiting = left
+        """Take the jobs that start now out of the queue. While the first one may not start, none may."""
+        batch: list[Job] = []
+        left: deque[Job] = deque()
+        for job in self.waiting:
+            if (batch or not left) and self._may_join(job, batch):
+                batch.append(job)
+            else:
+                left.append(job)
+        self.waiting = left
         return batch
 
     def _may_join(self, job: Job, batch: list[Job]) -> bool:
-        if len(batch) >= self._room() or not self.fits([*batch, job]):
+        running = [answer.job for answer in self.answers]
+        if not batch and not running:
+            return True
+        if not self.batching or self._places() <= len(batch):
             return False
-        return self.vllm is not None or job.sampling == batch[0].sampling
+        if batch and job.is_static != batch[0].is_static:
+            return False
+        if job.is_static:
+            return not batch or (job.sampling == batch[0].sampling and self.fits([*batch, job]))
+        return self.fits([*batch, job], running)
 
-    def fits(self, jobs: list[Job]) -> bool:
-        """Return whether jobs may be one batch: within the limits, and each with the whole LLM context
-        that it has alone."""
-        rows = len(jobs)
-        audios = sum(max(1, len(job.waveforms)) for job in jobs)
-        longest = max(job.longest_seconds for job in jobs)
+    def fits(self, starting: list[Job], running: list[Job] | None = None) -> bool:
+        """Return whether jobs may start together beside those that run: within the limits, and, where they
+        are answered batch by batch, each with the whole LLM context that it has alone."""
+        jobs = [*starting, *(running or [])]
+        audios = sum(max(1, len(job.waveforms)) for job in starting)
+        longest = max(job.longest_seconds for job in starting)
         positions = max(job.positions for job in jobs) + max(job.max_new_tokens for job in jobs)
         return (
-            rows <= self.limits.batch_rows
+            len(jobs) <= self.limits.batch_rows
             and audios * longest <= self.limits.batch_seconds
-            and rows * positions <= self.limits.batch_tokens
-            and (self.context is None or positions <= self.context)
+            and len(jobs) * positions <= self.limits.batch_tokens
+            and (self.context is None or not starting[0].is_static or positions <= self.context)
         )
 
     def _answer(self, batch: list[Job]) -> None:
@@ -216,25 +245,60 @@ class Engine:
         try:
             self._run(batch)
         except Exception as error:
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            left = [job for job in batch if not job.finished]
-            if len(batch) == 1:
-                logger.error(
-                    "a job failed: %s: %s",
-                    type(error).__name__,
-                    error,
-                    extra={"request_id": batch[0].request_id},
-                    exc_info=True,
-                )
-                batch[0].fail(Problem(500, "the request could not be answered", code="internal_error"))
-                return
-            logger.warning("a batch of %d failed (%s): repeated one by one", len(batch), type(error).__name__)
-            for job in left:
-                if job.said and job.sampling.temperature:
-                    job.fail(Problem(500, "the answer was interrupted", code="internal_error"))
-                else:
-                    self._answer([job])
+            self._failed(batch, error)
+
+    def _failed(self, batch: list[Job], error: Exception) -> None:
+        """Answer the jobs of a failed batch one by one; refuse a job that failed alone."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        name = type(error).__name__
+        if len(batch) == 1:
+            job = batch[0]
+            logger.error(
+                "a job failed: %s: %s", name, error, extra={"request_id": job.request_id}, exc_info=True
+            )
+            job.fail(Problem(500, "the request could not be answered", code="internal_error"))
+            return
+        logger.warning("a batch of %d failed (%s): repeated one by one", len(batch), name)
+        for job in batch:
+            if job.finished:
+                continue
+            if job.said and job.sampling.temperature:
+                job.fail(Problem(500, "the answer was interrupted", code="internal_error"))
+                continue
+            self._answer([job])
+            while self.answers and not job.finished:
+                self._step()
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        """Run one pass of the LLM over the rows that are being answered."""
+        self.answers = [answer for answer in self.answers if not answer.row.ended]
+        if not self.answers or self.running_batch is None:
+            return
+        try:
+            written = self.running_batch.step()
+        except Exception as error:
+            failed, self.answers = [answer.job for answer in self.answers], []
+            self.running_batch = RunningBatch(self.running_batch.llm, self.model.audio_id)
+            self._failed(failed, error)
+            return
+        for answer, tokens in zip(self.answers, written, strict=True):
+            self._receive(answer, tokens)
+
+    def _receive(self, answer: _Answer, tokens: list[int]) -> None:
+        """Hand the new tokens of a row to its job."""
+        job, row, streamer = answer
+        try:
+            for token in tokens:
+                streamer.put(torch.tensor([token]))
+            if row.ended:  # at the longest answer that the LLM's context leaves
+                streamer.end()
+        except AllAnswered:
+            row.ended = True
+        except Exception as error:
+            row.ended = True
+            self._failed([job], error)
 
     @torch.inference_mode()
     def _run(self, batch: list[Job]) -> None:
@@ -273,6 +337,9 @@ class Engine:
         if self.vllm is not None:
             self._send(self.vllm, batch, prompts, audio, stop, finish)
             return
+        if self.running_batch is not None and not batch[0].is_static:
+            self._join(self.running_batch, batch, prompts, audio, stop, finish)
+            return
         streamer = RowStreamer(batch, model.tokenizer, stop, finish, lambda: model.unanswered)
         with contextlib.suppress(AllAnswered):
             model.generate(
@@ -283,6 +350,42 @@ class Engine:
                 **batch[0].sampling.options,
             )
 
+    def _join(
+        self,
+        running: RunningBatch,
+        batch: list[Job],
+        prompts: Batch,
+        audio: Audio,
+        stop: list[int],
+        finish: Finish,
+    ) -> None:
+        """Add the jobs of a batch to those that are being answered."""
+        self.answers = [answer for answer in self.answers if not answer.row.ended]
+        places = [place for place, job in enumerate(batch) if not job.finished]
+        most = [job.max_new_tokens for job in batch]
+        choices = [job.sampling.choice for job in batch]
+        rows = self.model.join(running, prompts, audio, places, most, choices)
+        refused = self.model.unanswered
+        answers = []
+        for place in places:
+            own = {0: refused[place]} if place in refused else {}
+            streamer = self._streamer(batch[place], place, own, stop, finish)
+            with contextlib.suppress(AllAnswered):
+                streamer.put(torch.empty(0))  # the prompt; a refused job ends here
+            if place in rows:
+                answers.append(_Answer(batch[place], rows[place], streamer))
+        self.answers += answers
+        for answer in answers:
+            self._receive(answer, answer.row.answer)
+
+    def _streamer(
+        self, job: Job, place: int, refused: dict[int, str], stop: list[int], finish: Finish
+    ) -> RowStreamer:
+        """Return a streamer of one job alone, which is `place` for `finish`."""
+        return RowStreamer(
+            [job], self.model.tokenizer, stop, lambda _, *answer: finish(place, *answer), lambda: refused
+        )
+
     def _send(
         self,
         vllm: VLLM,
@@ -290,7 +393,7 @@ class Engine:
         prompts: Batch,
         audio: Audio,
         stop: list[int],
-        finish: Callable[[int, list[int], str], None],
+        finish: Finish,
     ) -> None:
         """Send the prompts of a batch to vLLM."""
         embeddings = self.model.prompt_embeddings(prompts, audio)
@@ -327,6 +430,9 @@ class Engine:
                 own = audio.rows([number])
                 answer.frames.append(frames_of(self.model, own, seconds, start, job.language))
         self.metrics.tokens.inc(len(tokens))
+        now = time.monotonic()
+        took, self.last_end = now - max(self.last_end, job.started), now
+        self.seconds_per_job = 0.8 * self.seconds_per_job + 0.2 * took
         job.finish(answer)
 
 
@@ -341,15 +447,13 @@ class _Answering:
         row: int,
         refused: dict[int, str],
         stop: list[int],
-        finish: Callable[[int, list[int], str], None],
+        finish: Finish,
     ):
         """row: of the batch; refused: rows beyond the LLM's context, and why."""
         self.engine, self.vllm, self.job, self.stop = engine, vllm, job, stop
         self.number: int | None = None
         own = {0: refused[row]} if row in refused else {}
-        self.streamer = RowStreamer(
-            [job], engine.model.tokenizer, stop, lambda _, *answer: finish(row, *answer), lambda: own
-        )
+        self.streamer = engine._streamer(job, row, own, stop, finish)
 
     def send(self, embeddings: torch.Tensor) -> None:
         """embeddings [L, D]: the prompt."""

@@ -56,6 +56,7 @@ class Job:
     request_id: str = ""
     queued: float = field(default_factory=time.monotonic)
     started: float = 0.0
+    is_static: bool = False  # whether the LLM answers it in a batch of its own
     cancelled: bool = False
     finished: bool = False
     said: str = ""  # text that the listener has received

@@ -26,6 +26,7 @@ import torch
 from core.console import OneLine
 from model.artifact import LORA, FolderError
 from model.export import export_llm
+from model.generation.running import Choice, sampler
 from model.language_model import base_of, context_length
 from model.soundwave import Soundwave
 
@@ -52,6 +53,11 @@ class Sampling(NamedTuple):
         if self.temperature == 0.0:
             return {"do_sample": False}
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+
+    @property
+    def choice(self) -> Choice | None:
+        """The same for a row of `model.generation.running`."""
+        return sampler(self.temperature, self.top_p) if self.temperature else None
 
 
 class _Row(NamedTuple):

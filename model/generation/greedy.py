@@ -15,6 +15,7 @@ from transformers import GenerationConfig, LogitNormalization, LogitsProcessorLi
 from model.batch import Batch
 from model.features import SAMPLE_RATE, log_mel
 from model.generation import drafted as drafting
+from model.generation import running
 from model.generation.joint import CTCPrefixScores, JointScores, JointSearch
 from model.language_model import LLM, base_of, context_length, end_ids
 from model.prompt import audio_count, chat_ids
@@ -214,8 +215,8 @@ class Generation(nn.Module):
         )
         self.drafted_passes = None
         if drafted is not None and self._can_draft(self.llm, drafted, longest, settings, synced_gpus):
-            limits = drafting.Limits(stop, min_new_tokens, settings.max_new_tokens)
-            answers, self.drafted_passes = drafting.decode(
+            limits = running.Limits(stop, min_new_tokens, settings.max_new_tokens)
+            answers, self.drafted_passes = running.decode(
                 self.llm,
                 self.audio_id,
                 embeddings,
@@ -305,6 +306,50 @@ class Generation(nn.Module):
             kept = tokens[(tokens != self.ctc_head.blank) & (tokens < len(self.tokenizer))]
             found.append(kept.tolist())
         return found
+
+    def draft_refusal(self, positions: int) -> str | None:
+        """Return why conversations of `positions` positions, answer included, cannot be drafted or `join` a
+        running batch; None where they can."""
+        if self.llm is None:
+            return "this model has no LLM"
+        return drafting.refusal(self.llm, positions, drafting.Drafting().longest)
+
+    @torch.no_grad()
+    def join(
+        self,
+        answering: running.RunningBatch,
+        batch: Batch,
+        audio: Audio,
+        places: list[int],
+        max_new_tokens: list[int],
+        choices: list[running.Choice | None],
+    ) -> dict[int, running.Row]:
+        """Add conversations of a batch to those that are being answered; return their rows by place.
+
+        places: which conversations. max_new_tokens and choices: of each conversation of the batch; choices
+        as of `running.Row`, None for the tokens of greedy decoding. Conversations beyond the LLM's context
+        are named in `unanswered` and have no row.
+        """
+        llm = answering.llm
+        embeddings, mask, _ = self.embeddings(batch, audio, left_padded=True)
+        self._fit(mask)
+        places = [place for place in places if place not in self.unanswered]
+        if not places:
+            return {}
+        stop = end_ids(self.tokenizer, self.config.prompt, base_of(llm).generation_config)
+        drafts = self._drafts(llm, batch, audio, drafting.Drafting(), stop)
+        taken = mask.sum(1).tolist()
+        rows = {
+            place: running.Row(
+                running.Limits(stop, 0, self.answer_room(taken[place], max_new_tokens[place])),
+                drafts[place] if choices[place] is None else None,
+                choices[place],
+            )
+            for place in places
+        }
+        longest = max(taken[place] for place in places)
+        answering.join(list(rows.values()), embeddings[places, -longest:], mask[places, -longest:])
+        return rows
 
     def prompt_embeddings(self, batch: Batch, audio: Audio) -> list[torch.Tensor]:
         """Return what the LLM reads of each conversation, [L, D] each, for an LLM elsewhere. Conversations

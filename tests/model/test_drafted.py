@@ -13,7 +13,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as bpe
 from transformers import DynamicCache, PreTrainedTokenizerFast, TextIteratorStreamer
 
-from model.generation.drafted import Draft, Drafting, Limits, MaskedCache, Spelling, decode, refusal
+from model.generation.drafted import Draft, Drafting, Spelling, refusal
+from model.generation.running import Limits, MaskedCache, decode
 from model.prompt import stop_ids
 from tests.model import families, tiny
 from tests.model.conftest import build

@@ -7,13 +7,17 @@ import re
 import socket
 import subprocess
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import httpx2
 import pytest
 import torch
 
 from core.samples import asked
+from model.generation.running import RunningBatch
 from soundwave.recogniser import SpeechModel
 from tests.serving.conftest import QUESTION, build, part, samples_of, serving, wav
 
@@ -332,6 +336,69 @@ def test_one_failing_job_does_not_fail_its_batch(model, monkeypatch):
         assert found["Hello."].status_code == found["Bye."].status_code == 200
         assert found["bomb"].status_code == 500
         assert "memory" not in found["bomb"].text and "Traceback" not in found["bomb"].text
+
+
+def chat(url: str, text: str) -> str:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": text}]}
+    answer = httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["message"]["content"]
+
+
+def test_a_request_joins_while_another_is_being_answered(model, monkeypatch):
+    """The first pass after the first request's prompt waits until the second request is queued."""
+    with serving(model) as (server, url):
+        alone = [chat(url, text) for text in ("Hello.", "Bye.")]
+        engine, step, join = server.engine, RunningBatch.step, model.join
+        started, rows_at_join = threading.Event(), []
+
+        def held(self):
+            started.set()
+            end = time.monotonic() + 30
+            while not engine.waiting and len(rows_at_join) < 2 and time.monotonic() < end:
+                time.sleep(0.01)
+            return step(self)
+
+        def watched(running, *others):
+            rows_at_join.append(len([row for row in running.rows if not row.ended]))
+            return join(running, *others)
+
+        monkeypatch.setattr(RunningBatch, "step", held)
+        monkeypatch.setattr(model, "join", watched)
+        with ThreadPoolExecutor(2) as threads:
+            first = threads.submit(chat, url, "Hello.")
+            assert started.wait(30)
+            second = threads.submit(chat, url, "Bye.")
+            assert [first.result(60), second.result(60)] == alone
+        assert rows_at_join == [0, 1]
+
+
+def test_a_pass_that_fails_is_repeated_row_by_row(model, monkeypatch):
+    with serving(model, batch_wait=0.3) as (_, url):
+        texts = ["Hello.", "Bye.", "What?"]
+        alone = [chat(url, text) for text in texts]
+        step, failures = RunningBatch.step, []
+
+        def failing(self):
+            if len(self.rows) > 1:
+                failures.append(len(self.rows))
+                raise torch.OutOfMemoryError("no memory")
+            return step(self)
+
+        monkeypatch.setattr(RunningBatch, "step", failing)
+        with ThreadPoolExecutor(3) as threads:
+            assert list(threads.map(partial(chat, url), texts)) == alone
+        assert failures
+
+
+def test_an_llm_whose_cache_cannot_be_cut_answers_batch_by_batch(model, monkeypatch):
+    with serving(model, batch_wait=0.3) as (_, url):
+        texts = ["Hello.", "Bye.", "What?"]
+        running = [chat(url, text) for text in texts]
+        monkeypatch.setattr(model, "draft_refusal", lambda positions: "keeps a state that cannot be cut")
+        monkeypatch.setattr(RunningBatch, "step", None)
+        with ThreadPoolExecutor(3) as threads:
+            assert list(threads.map(partial(chat, url), texts)) == running
 
 
 def test_metrics_are_prometheus_text(client, server):
