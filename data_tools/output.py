@@ -76,17 +76,28 @@ def locked(folder: Path, part: tuple[int, int] | None) -> Iterator[None]:
         yield
 
 
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def _lock(stack: ExitStack, path: Path, kind: int, folder: Path) -> None:
     until, told = time.monotonic() + PATIENCE_SECONDS, False
     while True:
         try:
+            path.parent.mkdir(exist_ok=True)  # whoever finishes the packing removes it
             file: IO[str] = stack.enter_context(open(path, "a+"))
         except OSError as error:
             raise OutputError(f"cannot write {path}: {error.strerror}") from error
         try:
             # Not flock: workers that outlive a killed parent for a moment would hold that.
             fcntl.lockf(file, kind | fcntl.LOCK_NB)
-            break
+            if _is_at(file, path):
+                break
+            file.close()  # removed between the two calls: the lock would keep nobody out
+            continue
         except (BlockingIOError, PermissionError):
             file.seek(0)
             who = file.read(200).strip() or "unknown"

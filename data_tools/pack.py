@@ -413,6 +413,8 @@ def _merge_alone(options: argparse.Namespace) -> str:
         )
         with ExitStack() as lock:
             lock.enter_context(locked(folder, None))
+            if (folder / INDEX_NAME).exists():
+                raise PackError(f"{folder} holds no unfinished packing to merge: it has its index")
             told.append(report(folder, packing.merge(plan, lock), plan))
     return "\n".join(told)
 

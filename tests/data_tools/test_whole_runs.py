@@ -6,7 +6,9 @@ import json
 import os
 import random
 import re
+import shutil
 import tarfile
+import time
 from collections import Counter
 
 import numpy as np
@@ -19,6 +21,7 @@ from data_tools import pack, progress, show
 from data_tools import packing as packing_module
 from data_tools.corpora import Entry
 from data_tools.filters import SampleFilter
+from data_tools.output import locked
 from data_tools.packing import Packing
 from data_tools.plan import Layout, make_plan
 from data_tools.shards import OutputError, ShardIndex
@@ -519,7 +522,7 @@ def test_a_name_for_shards_is_a_plain_file_name(tmp_path, capsys):
 
 def test_two_processes_on_one_output(tmp_path, capsys, monkeypatch):
     from data_tools import output
-    from data_tools.output import InUse, locked
+    from data_tools.output import InUse
 
     monkeypatch.setattr(output, "PATIENCE_SECONDS", 0.0)
     wav(tmp_path / "a.wav")
@@ -550,6 +553,32 @@ def test_two_processes_on_one_output(tmp_path, capsys, monkeypatch):
     with locked(out, (0, 2)), locked(out, (1, 2)):
         pass
     assert run("--manifest", path, "--out", out, capsys=capsys)[0] == 0
+
+
+@pytest.mark.parametrize("command", [[], ["--merge"]])
+def test_a_process_that_waits_while_another_finishes_finds_the_packed_folder(tmp_path, capsys, command):
+    """The other process writes the index, removes .pack/ and ends."""
+    wav(tmp_path / "a.wav")
+    path = manifest(tmp_path / "m.jsonl", [{"id": f"u{n}", "audio": "a.wav", "text": "x"} for n in range(4)])
+    out, finished, ready = tmp_path / "out", tmp_path / "finished" / "out", tmp_path / "ready"
+    assert run("--manifest", path, "--out", finished, capsys=capsys)[0] == 0
+    assert run("--manifest", path, "--out", out, "--part", "0/1", capsys=capsys)[0] == 0
+    child = os.fork()
+    if child == 0:
+        with locked(out, None):
+            ready.touch()
+            time.sleep(0.5)
+            for name in ("index.json", "samples.npy", "rejected.jsonl"):
+                shutil.copy(finished / name, out)
+            shutil.rmtree(out / ".pack")
+        os._exit(0)
+    while not ready.exists():
+        time.sleep(0.01)
+    options = ["--merge", "--out", out] if command else ["--manifest", path, "--out", out]
+    code, _, err = run(*options, capsys=capsys)
+    assert os.waitpid(child, 0)[1] == 0
+    assert "waiting for up to" in err and "No such file" not in err
+    assert code == (2 if command else 0) and (not command or "it has its index" in err)
 
 
 # --- what is shown ------------------------------------------------------------------------------------------
