@@ -77,7 +77,7 @@ def locked(folder: Path, part: tuple[int, int] | None) -> Iterator[None]:
 
 
 def _lock(stack: ExitStack, path: Path, kind: int, folder: Path) -> None:
-    until, told = time.monotonic() + PATIENCE_SECONDS, False
+    until, is_logged = time.monotonic() + PATIENCE_SECONDS, False
     while True:
         try:
             file: IO[str] = stack.enter_context(open(path, "a+"))
@@ -98,13 +98,13 @@ def _lock(stack: ExitStack, path: Path, kind: int, folder: Path) -> None:
         what = f"{folder} is being packed by another process ({who})"
         if time.monotonic() >= until:
             raise InUse(f"{what}: wait until it has ended; if it has ended already, remove {path}")
-        if not told:
+        if not is_logged:
             print(
                 f"{printable_line(what)}: waiting for up to {duration(PATIENCE_SECONDS)}",
                 file=sys.stderr,
                 flush=True,
             )
-            told = True
+            is_logged = True
         time.sleep(1.0)
     if kind == fcntl.LOCK_EX:
         with suppress(OSError):

@@ -257,12 +257,12 @@ class Packing:
     def _left_behind(self) -> list[Path]:
         """Unfinished work of this machine's processes that are no more."""
         here = f".{os.uname().nodename}."
-        found = (self.folder / WORK).glob(
+        paths = (self.folder / WORK).glob(
             f"*{here}*"
         )  # WHAT.MACHINE.PROCESS, and a thread's number behind it for a plan
         return [
             path
-            for path in found
+            for path in paths
             if not Path(f"/proc/{path.name.rpartition(here)[2].partition('.')[0]}").exists()
         ]
 
@@ -373,8 +373,8 @@ class _Again:
 
 def finding_line(entry: Entry, finding: Finding) -> str:
     """A line of findings.jsonl."""
-    told = {"id": entry.id, "finding": finding.kind, "detail": finding.detail, "corpus": entry.corpus}
-    return json.dumps(told, ensure_ascii=False)
+    record = {"id": entry.id, "finding": finding.kind, "detail": finding.detail, "corpus": entry.corpus}
+    return json.dumps(record, ensure_ascii=False)
 
 
 def record_of(entry: Entry, duration: float, sample_rate: int | None) -> dict:
