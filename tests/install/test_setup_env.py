@@ -390,7 +390,7 @@ def test_the_environment_is_made_under_a_lock_next_to_it(monkeypatch, tmp_path):
     ):
         monkeypatch.setattr(setup_env, step, lambda *arguments: None)
     monkeypatch.setattr(setup_env, "make_venv", make_venv)
-    monkeypatch.setattr(setup_env.Environment, "ask", lambda self, code: "Python")
+    monkeypatch.setattr(setup_env.Environment, "run_python", lambda self, code: "Python")
     options = argparse.Namespace(
         venv=str(folder), gpu="no", dev=False, flash_attn=False, check=False, extras=[], hashes=True
     )
