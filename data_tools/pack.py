@@ -423,12 +423,12 @@ def _finished(job: Job) -> str | None:
     if not (job.folder / INDEX_NAME).exists():
         return None
     index = ShardIndex.load(job.folder)
-    done = json.loads((job.folder / INDEX_NAME).read_bytes())
-    if done.get("options") != job.head["digest"]:
+    finished_index = json.loads((job.folder / INDEX_NAME).read_bytes())
+    if finished_index.get("options") != job.head["digest"]:
         raise CorpusError(
             f"{job.folder} is packed already, with other options: give another --out, or remove it"
         )
-    _unchanged(job.folder, done, job.head["files"])
+    _unchanged(job.folder, finished_index, job.head["files"])
     shutil.rmtree(
         job.folder / WORK, ignore_errors=True
     )  # a kill may have come while the merge was removing it

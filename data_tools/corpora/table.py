@@ -143,17 +143,17 @@ class Table(Reader):
         if self._of_columns is not None and (not self.jsonl or self._of_columns[0] == row.keys()):
             return self._of_columns[1]
         columns = row.keys()
-        named, values = columns_and_values(self.named, columns, self.path)
+        columns_of_fields, values = columns_and_values(self.named, columns, self.path)
         if self._of_columns is not None:
-            check_same_meaning(self._of_columns[1][:2], (named, values), where)
-        usable_columns = columns - (self.ignored - set(named.values()))
+            check_same_meaning(self._of_columns[1][:2], (columns_of_fields, values), where)
+        usable_columns = columns - (self.ignored - set(columns_of_fields.values()))
         fields = {
-            field: named.get(field, field)
+            field: columns_of_fields.get(field, field)
             for field in (*self.COLUMNS, "lang")
-            if named.get(field, field) in usable_columns
+            if columns_of_fields.get(field, field) in usable_columns
         }
         for field in _TIMES:  # a time that another option names is not also one by its own name
-            if field not in named and field in named.values():
+            if field not in columns_of_fields and field in columns_of_fields.values():
                 fields.pop(field, None)
         if not self.jsonl:
             self._check_columns(fields, list(columns))
