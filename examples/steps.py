@@ -296,7 +296,7 @@ class Schedule:
             one.console.start()
         return one
 
-    def record(self, one: Running, status: str = "begun") -> None:
+    def record_step(self, one: Running, status: str = "begun") -> None:
         seconds = round(one.before + one.seconds, 1)
         self.state.record(one.step.name, key=one.key, status=status, seconds=seconds)
 
@@ -311,14 +311,14 @@ class Schedule:
             if one.process.returncode or not one.step.output.exists():
                 self.fail(one)
                 continue
-            self.record(one, "done")
+            self.record_step(one, "done")
             self.finished.add(one.step.name)
             self.spent, self.expected = self.spent + one.seconds / 60, self.expected + one.step.minutes
             if self.at_once > 1:
                 print(f"{self.label(one.number, one.step)}: done in {clock(one.seconds / 60)}", flush=True)
 
     def fail(self, one: Running) -> None:
-        self.record(one)
+        self.record_step(one)
         code = one.process.returncode
         messages = f"in {one.log}" if self.at_once > 1 else "above"
         failure = f"failed (exit {code}); its messages are {messages}"
@@ -336,4 +336,4 @@ class Schedule:
                 one.process.wait(60)
             except subprocess.TimeoutExpired:
                 one.process.kill()
-            self.record(one)
+            self.record_step(one)
