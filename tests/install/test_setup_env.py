@@ -383,7 +383,7 @@ def test_the_environment_is_made_under_a_lock_next_to_it(monkeypatch, tmp_path):
         "check_machine",
         "write_environment",
         "install_packages",
-        "mend_torchaudio",
+        "fix_torchaudio",
         "build_deepspeed",
         "build_fused_op",
         "install_project",
