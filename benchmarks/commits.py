@@ -77,17 +77,17 @@ def main(arguments: list[str] | None = None) -> int:
     facts = machine()
     runs: dict[str, list[Run]] = {"before": [], "after": []}
     for _ in range(options.repeats):
-        for name, found in runs.items():
-            found.append(train(getattr(options, name), options.stage, options.steps))
-    are_equal = len({run.losses for found in runs.values() for run in found}) == 1
+        for name, finished in runs.items():
+            finished.append(train(getattr(options, name), options.stage, options.steps))
+    are_equal = len({run.losses for finished in runs.values() for run in finished}) == 1
     table = f"stage {options.stage}, {options.repeats} x {options.steps} steps; losses equal: {are_equal}\n"
     table += f"{'':12} {'before':>9} {'after':>9} {'after / before':>15}\n"
     for column in ("median_ms", "p10_ms", "cpu_seconds"):
-        a, b = (statistics.median(getattr(run, column) for run in found) for found in runs.values())
+        a, b = (statistics.median(getattr(run, column) for run in finished) for finished in runs.values())
         table += f"{column:12} {a:9.1f} {b:9.1f} {b / a:15.3f}\n"
     print(f"{line(facts)}\n\n{table}")
     if options.out:
-        measured = {name: [run._asdict() for run in found] for name, found in runs.items()}
+        measured = {name: [run._asdict() for run in finished] for name, finished in runs.items()}
         keep(options.out, {"machine": facts, **measured, "load_after": os.getloadavg()[0]}, table)
     return 0
 

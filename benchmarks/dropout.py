@@ -100,11 +100,11 @@ def clock() -> float:
 def step(model: Soundwave, batches: list, losses: tuple[str, ...]) -> float:
     """Seconds of forward and backward over micro-batches."""
     model.zero_grad(set_to_none=True)
-    begun = clock()
+    started = clock()
     for batch in batches:
         output = model(batch.at_step(signed_key64("step", 0, 0)), losses=losses)
         (output.ce_sum + output.ctc_sum).backward()
-    return clock() - begun
+    return clock() - started
 
 
 def measure(recipe: Recipe, steps: int, rounds: int) -> dict:

@@ -63,11 +63,11 @@ def clips(shards: str | None, count: int) -> list[Clip]:
     index = ShardIndex.load(shards)
     rows = [i for i, row in enumerate(index.samples) if row["audio_size"] and 0.5 <= row["duration"] <= 30]
     count = min(count, len(rows))
-    found = []
+    clips_of_index = []
     for row in (rows[i * len(rows) // count] for i in range(count)):
         audio, sample = index.read(row)
-        found.append(Clip(torch.from_numpy(decode(audio).samples), sample.get("text")))
-    return found
+        clips_of_index.append(Clip(torch.from_numpy(decode(audio).samples), sample.get("text")))
+    return clips_of_index
 
 
 def as_the_release_does(model: Soundwave) -> None:
@@ -115,12 +115,12 @@ def measure(model: Soundwave, sounds: list[torch.Tensor], batch: int, tokens: in
     }
 
 
-def drafted_decoding(model: Soundwave, found: list[Clip], sizes: list[int], tokens: int) -> list[dict]:
+def drafted_decoding(model: Soundwave, selected: list[Clip], sizes: list[int], tokens: int) -> list[dict]:
     """Greedy and drafted decoding of the same batches, in turns; the audio is encoded once for both."""
     results = []
     encode = model.encode_audio
     for size in sizes:
-        ordered = sorted(found, key=lambda clip: len(clip.samples))
+        ordered = sorted(selected, key=lambda clip: len(clip.samples))
         groups = [ordered[i : i + size] for i in range(0, len(ordered), size)]
         sums: Counter[str] = Counter()
         ratios, gaps, model._spelling = [], [], None
@@ -158,7 +158,7 @@ def drafted_decoding(model: Soundwave, found: list[Clip], sizes: list[int], toke
             progress.set_postfix(
                 passes_per_token=f"{sums['row_passes'] / sums['tokens']:.3f}",
                 speedup=f"{sums['greedy'] / sums['drafted']:.2f}",
-                answers=f"{min(len(found), size * (number + 1))}",
+                answers=f"{min(len(selected), size * (number + 1))}",
                 different=len(gaps),
                 rounding=sum(gap <= 1e-4 for gap in gaps),
             )
@@ -175,7 +175,7 @@ def drafted_decoding(model: Soundwave, found: list[Clip], sizes: list[int], toke
         results.append(
             {
                 "batch": size,
-                "answers": len(found),
+                "answers": len(selected),
                 "tokens": sums["tokens"],
                 "passes_per_token": sums["row_passes"] / sums["tokens"],
                 "batch_passes": sums["passes"] / sums["greedy_passes"],
@@ -264,12 +264,12 @@ def main() -> None:
     else:
         config = SoundwaveConfig(encoder=EncoderConfig(options.encoder), llm=LLMConfig(options.llm))
         model = Soundwave.build(config, device=options.device).eval()
-    found = clips(options.shards, options.clips)
-    sounds = [clip.samples for clip in found]
+    selected = clips(options.shards, options.clips)
+    sounds = [clip.samples for clip in selected]
     seconds = sum(map(len, sounds)) / 16000
     if options.drafted:
         with torch.inference_mode():
-            results = drafted_decoding(model, found, options.drafted, options.tokens)
+            results = drafted_decoding(model, selected, options.drafted, options.tokens)
         sizes = f"{len(sounds)} clips, {seconds:.0f} s of audio, at most {options.tokens} new tokens"
         title = f"{sizes}, {options.device}"
         report(options, facts, seconds, results, f"{title}\n{drafted_table(results)}")
@@ -280,7 +280,7 @@ def main() -> None:
     ]
     as_the_release_does(model)
     results.append(measure(model, sounds, 1, options.tokens, "release"))
-    told = (
+    text = (
         f"{len(sounds)} clips, {seconds:.0f} s of audio, {options.tokens} new tokens each, {options.device}\n"
         + tabulate(
             [[r["way"], *(f"{v:.1f}" for v in list(r.values())[1:])] for r in results],
@@ -288,7 +288,7 @@ def main() -> None:
             headers=["way", "audio s / s", "tokens / s", "first token, ms", "LLM positions / audio"],
         )
     )
-    report(options, facts, seconds, results, told)
+    report(options, facts, seconds, results, text)
 
 
 def report(options: argparse.Namespace, facts: dict, seconds: float, results: list[dict], table: str) -> None:

@@ -53,14 +53,14 @@ def run_tests() -> list[dict]:
             return [{"check": "tests", "outcome": "failed", "why": f"not done after {TEST_SECONDS} s"}]
         rows = []
         for case in xml.parse(report).iter("testcase"):
-            told = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-            outcome = "passed" if told is None else "skipped" if told.tag == "skipped" else "failed"
+            problem = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+            outcome = "passed" if problem is None else "skipped" if problem.tag == "skipped" else "failed"
             rows.append(
                 {
                     "check": f"{case.get('classname', '')}.{case.get('name')}",
                     "outcome": outcome,
                     "seconds": float(case.get("time", 0)),
-                    "why": "" if told is None else (told.get("message") or "")[:300],
+                    "why": "" if problem is None else (problem.get("message") or "")[:300],
                 }
             )
         return rows
@@ -147,7 +147,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    told = machine("cuda") | {name: importlib.util.find_spec(name) is not None for name in WANTED}
+    facts = machine("cuda") | {name: importlib.util.find_spec(name) is not None for name in WANTED}
     rows, details = run_tests(), None
     if not options.tests_only:
         more, details = linear_ctc()
@@ -155,7 +155,7 @@ def main() -> int:
     names = ["check", "outcome", "seconds", "why"]
     table = tabulate([[row.get(name) for name in names] for row in rows], names, floatfmt=".4f")
     print(table)
-    keep(options.out, {"machine": told, "rows": rows, "linear_ctc": details}, table)
+    keep(options.out, {"machine": facts, "rows": rows, "linear_ctc": details}, table)
     return int(any(row["outcome"] == "failed" for row in rows))
 
 

@@ -56,22 +56,22 @@ class Rare:
         self.shown = Counter(
             token for row in train for token in ctc_target_ids(tokenizer, row["text"], normalisation)
         )
-        self.known: dict[str, bool] = {}
+        self.is_rare: dict[str, bool] = {}
 
     def __call__(self, word: str) -> bool:
-        if word not in self.known:
+        if word not in self.is_rare:
             ids = ctc_target_ids(self.tokenizer, word, self.normalisation)
             count = min((self.shown[token] for token in ids), default=None)
-            self.known[word] = (
+            self.is_rare[word] = (
                 len(word) > 3 and word.isalpha() and count is not None and bin_of(count) in RARE
             )
-        return self.known[word]
+        return self.is_rare[word]
 
 
-def score(references: list[str], texts: list[str], wanted: set[str], distractors: set[str]) -> dict:
+def score(references: list[str], texts: list[str], rare: set[str], distractors: set[str]) -> dict:
     """Recall of the wanted words, errors on the others."""
     output = count_errors(references, texts, ["en"] * len(texts)).output
-    found = missed = errors = others = 0
+    recalled = missed = errors = others = 0
     for reference, chunks in zip(output.references, output.alignments, strict=True):
         for chunk in chunks:
             if chunk.type == "insert":
@@ -79,14 +79,14 @@ def score(references: list[str], texts: list[str], wanted: set[str], distractors
                 continue
             for word in reference[chunk.ref_start_idx : chunk.ref_end_idx]:
                 right = chunk.type == "equal"
-                if word in wanted:
-                    found, missed = found + right, missed + (not right)
+                if word in rare:
+                    recalled, missed = recalled + right, missed + (not right)
                 else:
                     errors, others = errors + (not right), others + 1
     written = sum(word in distractors for text in texts for word in words(text, "en"))
     return {
-        "rare": found + missed,
-        "recall": found / max(found + missed, 1),
+        "rare": recalled + missed,
+        "recall": recalled / max(recalled + missed, 1),
         "other_words": others,
         "wer_of_the_rest": errors / max(others, 1),
         "distractors_written": written,
@@ -121,7 +121,7 @@ def main() -> None:
     test = rows_of(options.test)
     rows = spaced([row for row in test if rare_words(row)], options.clips // 2)
     rows += spaced([row for row in test if not rare_words(row)], options.clips - len(rows))
-    wanted = sorted({word for row in rows for word in rare_words(row)})
+    targets = sorted({word for row in rows for word in rare_words(row)})
     held = {word for row in rows for word in words(row["text"], "en")}
     others = sorted({word for row in train for word in words(row["text"], "en") if rare(word)} - held)
     random.Random(0).shuffle(others)
@@ -142,7 +142,7 @@ def main() -> None:
 
     ways: list[tuple[str, Options, int | None]] = [("joint, no hotwords", Options(decode="joint"), None)]
     for count in options.distractors:
-        listed = wanted + others[:count]
+        listed = targets + others[:count]
         ways.append(
             (
                 f"{count} distractors",
@@ -155,7 +155,7 @@ def main() -> None:
         ways.append(
             (
                 "greedy, rare words in the prompt",
-                Options(decode="greedy", hotwords=wanted, hotwords_in_prompt=True),
+                Options(decode="greedy", hotwords=targets, hotwords_in_prompt=True),
                 0,
             )
         )
@@ -163,9 +163,11 @@ def main() -> None:
     next(iter(model.transcribe_all(clips[:1], options=ways[0][1])))  # warm
     for name, how, count in tqdm(ways):
         start = time.perf_counter()
-        found = list(model.transcribe_all(clips, options=how))
+        transcriptions = list(model.transcribe_all(clips, options=how))
         spent = time.perf_counter() - start
-        scored = score(references, [one.text for one in found], set(wanted), set(others[: count or 0]))
+        scored = score(
+            references, [one.text for one in transcriptions], set(targets), set(others[: count or 0])
+        )
         spotted = None
         if how.hotwords and not how.hotwords_in_prompt:
             spotted = spotted_share(list(how.hotwords))
@@ -174,9 +176,9 @@ def main() -> None:
     seconds = sum(map(len, clips)) / 16000
     rare_count = results[0]["rare"]
     table = (
-        f"{len(clips)} clips, {seconds:.0f} s of audio, {rare_count} rare words ({len(wanted)} different, on "
-        f"the list of every clip), {results[0]['other_words']} other words; bonus {options.bonus:g} a token, "
-        f"{options.device}\n\n"
+        f"{len(clips)} clips, {seconds:.0f} s of audio, {rare_count} rare words "
+        f"({len(targets)} different, on the list of every clip), {results[0]['other_words']} other words; "
+        f"bonus {options.bonus:g} a token, {options.device}\n\n"
         + tabulate(
             [
                 [

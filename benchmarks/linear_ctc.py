@@ -82,9 +82,9 @@ def made_up(shape: tuple[int, int, int, int], posteriors: str, dtype: torch.dtyp
     hidden = torch.randn(utterances, frames, depth, generator=generator)
     targets = torch.randint(vocabulary - 1, (utterances, labels), generator=generator)
     if posteriors == "peaked":
-        said = torch.full((utterances, frames), vocabulary - 1)
-        said[:, torch.arange(labels) * frames // labels] = targets
-        hidden = 30 * weight[said] + 0.3 * hidden
+        tokens = torch.full((utterances, frames), vocabulary - 1)
+        tokens[:, torch.arange(labels) * frames // labels] = targets
+        hidden = 30 * weight[tokens] + 0.3 * hidden
     lengths = torch.full((utterances,), frames), torch.full((utterances,), labels)
     return Work(
         hidden.to(device, dtype),
@@ -175,11 +175,11 @@ def synchronise(device: str) -> None:
 
 
 def seconds_of(
-    sides: dict[str, Callable], repeats: int, device: str, told: str
+    sides: dict[str, Callable], repeats: int, device: str, label: str
 ) -> dict[str, tuple[float, float]]:
     """Each side's fastest wall-clock seconds, and its least processor seconds; the sides take turns."""
     best = {name: (math.inf, math.inf) for name in sides}
-    for _ in tqdm(range(repeats), desc=told, leave=False):
+    for _ in tqdm(range(repeats), desc=label, leave=False):
         for name, side in sides.items():
             gc.collect()
             synchronise(device)
@@ -249,7 +249,7 @@ def skipped_share(work: Work, skip_below: float | None = None) -> float:
 def compare(work: Work, repeats: int, device: str, chunked: bool) -> tuple[dict, list[dict]]:
     dtype = str(work.hidden.dtype).removeprefix("torch.")
     shape = [*work.hidden.shape, work.weight.shape[0] + (work.extra_row is not None)]
-    told = f"{dtype} {work.posteriors} {shape}"
+    label = f"{dtype} {work.posteriors} {shape}"
     trained, frozen = (
         {
             "ordinary": stepper(work, train, ordinary),
@@ -275,10 +275,10 @@ def compare(work: Work, repeats: int, device: str, chunked: bool) -> tuple[dict,
 
     with torch.no_grad():
         sweep()  # compiles and warms up
-        alone = seconds_of({"product": product, "forward": sweep}, repeats, device, told)
+        alone = seconds_of({"product": product, "forward": sweep}, repeats, device, label)
     times = {
-        "trained": seconds_of(trained, repeats, device, told),
-        "frozen": seconds_of(frozen, repeats, device, told),
+        "trained": seconds_of(trained, repeats, device, label),
+        "frozen": seconds_of(frozen, repeats, device, label),
     }
     flops = 2 * work.hidden.shape[0] * work.hidden.shape[1] * work.hidden.shape[2] * shape[-1]
     result = {
@@ -375,12 +375,12 @@ def run(
     checkpoint: str | None = None,
     shards: str | None = None,
 ) -> dict:
-    told = machine(device) | {"native_bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported()}
+    facts = machine(device) | {"native_bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported()}
     results, rows = [], []
     shapes = SHAPES if full or device == "cuda" else SHAPES[:1]
     for dtype in dtypes:
         # Where bfloat16 products run in plain loops (30 times slower), the baseline gets a short clip.
-        slow = device == "cpu" and dtype != torch.float32 and not told["native_bf16"]
+        slow = device == "cpu" and dtype != torch.float32 and not facts["native_bf16"]
         for shape in shapes[:1] if slow else shapes:
             shape = (1, 4, *shape[2:]) if slow else shape
             works = [made_up(shape, "random", dtype, device)]
@@ -395,7 +395,7 @@ def run(
             result, more = compare_memory(dtype, device, MEMORY_SHAPE)
             results.append(result)
             rows += more
-    return {"machine": told, "load_after": os.getloadavg()[0], "results": results, "rows": rows}
+    return {"machine": facts, "load_after": os.getloadavg()[0], "results": results, "rows": rows}
 
 
 def table(report: dict) -> str:
@@ -455,9 +455,9 @@ def main() -> int:
         options.model,
         options.shards,
     )
-    told = table(report)
-    print(told)
-    keep(options.out, report, told)
+    text = table(report)
+    print(text)
+    keep(options.out, report, text)
     return 0
 
 

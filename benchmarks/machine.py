@@ -36,12 +36,12 @@ def machine(device: str = "cpu") -> dict:
     """Commit (with -dirty where files were changed), processor, threads, load before the run, versions."""
     import torch  # not above: benchmarks/pack.py times processes, imports included, that need no torch
 
-    found = {}
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
+            versions[package] = None
     return {
         "commit": code_version(),
         "cpu": cpu_name(),
@@ -51,7 +51,7 @@ def machine(device: str = "cpu") -> dict:
         "load_before": os.getloadavg()[0],
         "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None,
         "python": platform.python_version(),
-        "versions": found,
+        "versions": versions,
     }
 
 

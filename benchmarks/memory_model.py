@@ -117,7 +117,7 @@ def live_bytes() -> int:
     import torch
 
     gc.collect()
-    tensors = [found for found in gc.get_objects() if torch.is_tensor(found)]
+    tensors = [thing for thing in gc.get_objects() if torch.is_tensor(thing)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
@@ -156,7 +156,7 @@ def measure(recipe_path: Path) -> dict:
             result = engine.step(step, [batch], engine.reduce_step_counts([batch]))
     del sharding
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns())
-    held, phase, ends, found = (
+    held, phase, ends, peaks = (
         0,
         "",
         0,
@@ -164,7 +164,7 @@ def measure(recipe_path: Path) -> dict:
     )
     for event in events:
         if event.name() == "ready":
-            held, found["before"], phase = before, before, "other"
+            held, peaks["before"], phase = before, before, "other"
         elif phase and event.name() in ("forward", "backward", "update"):
             phase, ends = event.name(), event.end_ns()
         if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU:
@@ -172,10 +172,10 @@ def measure(recipe_path: Path) -> dict:
             if phase and event.start_ns() > ends:
                 phase = "other"
             if phase:
-                found[phase] = max(found[phase], held)
-    peak = max(value for key, value in found.items() if key != "before")
+                peaks[phase] = max(peaks[phase], held)
+    peak = max(value for key, value in peaks.items() if key != "before")
     clips = len(batch.audio_lengths) * ranks.world_size
-    return {**found, "peak": peak, "kept": round(result.sums["kept"] / clips)}
+    return {**peaks, "peak": peak, "kept": round(result.sums["kept"] / clips)}
 
 
 def be_a_rank(recipe: Path, rank: int, port: int, log: Path, answers) -> None:
@@ -238,8 +238,8 @@ def predict(recipe_path: Path, kept: int) -> dict:
         kept=kept,
         on_gpu=False,
     )
-    found = rank_memory(model, recipe, RANKS, deepspeed_config.stage_number(config), config, activations)
-    return {**asdict(found), "total": found.total}
+    memory = rank_memory(model, recipe, RANKS, deepspeed_config.stage_number(config), config, activations)
+    return {**asdict(memory), "total": memory.total}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -256,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         with tempfile.TemporaryDirectory() as folder:
             recipe = write_recipe(case, Path(folder))
-            measured = max(run_ranks(recipe), key=lambda found: found["peak"])
+            measured = max(run_ranks(recipe), key=lambda rank: rank["peak"])
             kept = measured.pop("kept")
             parts = predict(recipe, kept)
         error = parts["total"] / measured["peak"] - 1

@@ -26,7 +26,7 @@ from model.soundwave import Soundwave
 
 def samples(model: Soundwave, shards: str, count: int, ctc_text: str) -> list[dict[str, torch.Tensor]]:
     """Encoder features [T, E], CTC targets [U], input ids [L] and labels [L] of each clip."""
-    found = []
+    rows = []
     for clip in tqdm(clips(shards, count), desc="encode"):
         with torch.no_grad():
             features, frames = model.encoder(
@@ -39,7 +39,7 @@ def samples(model: Soundwave, shards: str, count: int, ctc_text: str) -> list[di
         ids, labels = chat_ids(
             model.tokenizer, chat, model.config.prompt, model.config.audio_token, model.config.system_prompt
         )
-        found.append(
+        rows.append(
             {
                 "features": features[0, : int(frames)],
                 "targets": torch.tensor(ctc_target_ids(model.tokenizer, clip.text, ctc_text)),
@@ -47,7 +47,7 @@ def samples(model: Soundwave, shards: str, count: int, ctc_text: str) -> list[di
                 "labels": torch.tensor(labels),
             }
         )
-    return found
+    return rows
 
 
 def batch_of(chosen: list[dict[str, torch.Tensor]]) -> Batch:

@@ -76,18 +76,18 @@ def prepare(folder: Path, manifest: Path | None, hours: float) -> tuple[Path, Pa
     Errors: SystemExit for a folder that was made from another manifest or number of hours: the report would
     name the wrong one.
     """
-    clips, told, cuts, source = (
+    clips, rows_path, cuts, source = (
         folder / name for name in ("clips", "manifest.jsonl", "cuts.jsonl", "source.json")
     )
-    wanted = {
+    made_from = {
         "manifest": hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest else None,
         "hours": hours,
     }
-    if told.exists() and (not source.exists() or json.loads(source.read_text()) != wanted):
+    if rows_path.exists() and (not source.exists() or json.loads(source.read_text()) != made_from):
         raise SystemExit(
             f"{folder} was made with another --manifest or --hours: remove it, or give another --cache"
         )
-    if not told.exists():
+    if not rows_path.exists():
         shutil.rmtree(clips, ignore_errors=True)  # of a run that did not end, with other options perhaps
         clips.mkdir(parents=True)
         rows, seconds = [], 0.0
@@ -107,10 +107,10 @@ def prepare(folder: Path, manifest: Path | None, hours: float) -> tuple[Path, Pa
             )
             seconds += len(samples) / RATE
         cuts.write_text("".join(json.dumps(cut_of(row)) + "\n" for row in rows))
-        source.write_text(json.dumps(wanted) + "\n")
-        told.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rows = [json.loads(line) for line in told.read_text().splitlines()]
-    return told, cuts, sum(row["duration"] for row in rows) / 3600
+        source.write_text(json.dumps(made_from) + "\n")
+        rows_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [json.loads(line) for line in rows_path.read_text().splitlines()]
+    return rows_path, cuts, sum(row["duration"] for row in rows) / 3600
 
 
 def cut_of(row: dict) -> dict:
@@ -294,8 +294,8 @@ def plan_once_here(way: str, manifest: Path, out: Path) -> dict:
     from data_tools.filters import Filters, SampleFilter
     from data_tools.plan import Layout, make_plan
 
-    asked = {"min_seconds": 0.5, "max_seconds": 30, "min_rate": 1, "max_rate": 60, "langs": ["en", "de"]}
-    filters = Filters(**asked) if "filters" in way else Filters()
+    limits = {"min_seconds": 0.5, "max_seconds": 30, "min_rate": 1, "max_rate": 60, "langs": ["en", "de"]}
+    filters = Filters(**limits) if "filters" in way else Filters()
     started = time.process_time()
     if way == PLANNING[0]:
         with open(manifest, encoding="utf-8") as lines, open(out, "w", encoding="utf-8") as copy:
@@ -315,7 +315,7 @@ def measure_planning(options: argparse.Namespace) -> int:
     folder = options.cache.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     counts = (options.lines // 10, options.lines)
-    found: dict[str, dict[int, list[dict]]] = {way: {count: [] for count in counts} for way in PLANNING}
+    runs: dict[str, dict[int, list[dict]]] = {way: {count: [] for count in counts} for way in PLANNING}
     for count in counts:
         manifest = lines_of(folder / "lines.jsonl", count)
         for _ in range(options.repeats):
@@ -325,7 +325,7 @@ def measure_planning(options: argparse.Namespace) -> int:
                 out.unlink(missing_ok=True)
                 command = [sys.executable, "-m", "benchmarks.pack", "--plan", way, str(manifest), str(out)]
                 done = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
-                found[way][count].append(json.loads(done.stdout))
+                runs[way][count].append(json.loads(done.stdout))
     for path in (folder / "plan", folder / "lines.jsonl"):
         shutil.rmtree(path, ignore_errors=True)
         path.unlink(missing_ok=True)
@@ -333,8 +333,8 @@ def measure_planning(options: argparse.Namespace) -> int:
     lines.append(f"{'way':<28}{'us a line':>11}{'MB':>8}{'MB at a tenth':>15}")
     numbers, missed = {}, False
     for way in PLANNING:
-        micro = min(run["seconds"] for run in found[way][options.lines]) / options.lines * 1e6
-        large, small = (min(run["megabytes"] for run in found[way][count]) for count in reversed(counts))
+        micro = min(run["seconds"] for run in runs[way][options.lines]) / options.lines * 1e6
+        large, small = (min(run["megabytes"] for run in runs[way][count]) for count in reversed(counts))
         numbers[way] = {
             "microseconds": round(micro, 2),
             "megabytes": round(large, 1),
@@ -417,17 +417,17 @@ def main(argv: list[str] | None = None) -> int:
         lines.append(f"{name:<20}{value:>6.2f}   mark {mark}   {'reached' if value >= mark else 'missed'}")
     print("\n".join(lines))
     if options.out:
-        told = {
+        record = {
             "machine": facts,
             "hours": hours,
             "corpus": kind,
             "workers": options.workers,
             "seconds": seconds,
         }
-        told["marks"] = {
+        record["marks"] = {
             name: {"value": round(value, 3), "mark": mark} for name, (value, mark) in marks.items()
         }
-        keep(options.out, told, "\n".join(lines))
+        keep(options.out, record, "\n".join(lines))
     return 0
 
 

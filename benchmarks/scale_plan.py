@@ -212,11 +212,11 @@ def main(argv: list[str] | None = None) -> int:
             utterances, hours = write_corpus(root / name, parts, options.scale)
             written[name] = {"utterances": utterances, "hours": hours}
         seconds = time.process_time() - began
-        found = []
+        results = []
         for stage in STAGES:
             for ranks in options.ranks:
                 for kind, step in (("start", 0), ("resume", STEPS - 10)):
-                    found.append(
+                    results.append(
                         {"stage": stage, "ranks": ranks, "kind": kind} | child(root, stage, ranks, step)
                     )
     table = tabulate(
@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
                 100 * row["padding"],
                 100 * row["uneven"],
             )
-            for row in found
+            for row in results
         ],
         headers=(
             "stage", "ranks", "", "CPU s", "wall s", "step CPU ms", "MB", "utterances", "micro-batches",
@@ -246,20 +246,26 @@ def main(argv: list[str] | None = None) -> int:
     epochs = "\n".join(
         f"epochs after {STEPS} steps, {row['stage']}, {row['ranks']} ranks: "
         + ", ".join(f"{name} {value:.2f}" for name, value in row["epochs"].items())
-        for row in found
+        for row in results
         if row["kind"] == "start"
     )
     marks = {
-        "ready, CPU seconds": (max(row["ready_cpu"] for row in found), 20.0),
-        "step, CPU seconds": (max(row["step_cpu"] for row in found), 1.0),
-        "memory, GB": (max(row["peak_mb"] for row in found) / 1024, 1.0),
-        "ranks with unequal micro-batches": (sum(not row["equal"] for row in found), 0),
+        "ready, CPU seconds": (max(row["ready_cpu"] for row in results), 20.0),
+        "step, CPU seconds": (max(row["step_cpu"] for row in results), 1.0),
+        "memory, GB": (max(row["peak_mb"] for row in results) / 1024, 1.0),
+        "ranks with unequal micro-batches": (sum(not row["equal"] for row in results), 0),
     }
     lines = [f"{name}: {value:.2f} (mark: at most {mark:g})" for name, (value, mark) in marks.items()]
     text = f"index: {sizes}; written in {seconds:.0f} s of CPU\n\n{table}\n\n{epochs}\n\n" + "\n".join(lines)
     print(text)
     if options.out:
-        report = {"machine": facts, "scale": options.scale, "corpora": written, "steps": STEPS, "runs": found}
+        report = {
+            "machine": facts,
+            "scale": options.scale,
+            "corpora": written,
+            "steps": STEPS,
+            "runs": results,
+        }
         keep(options.out, report | {"marks": marks}, text)
     return 0 if all(value <= mark for value, mark in marks.values()) else 1
 

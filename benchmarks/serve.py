@@ -165,13 +165,13 @@ def main() -> int:
         headers=["clients", "LLM", "requests / s", "audio s / s", "p50, s", "p95, s", "errors"],
     )
     seconds = sum(seconds for _, seconds in clips)
-    told = (
+    text = (
         f"{len(clips)} requests a cell, {seconds:.0f} s of audio; texts that differ between cells: {differ}; "
         f"load average at the end {os.getloadavg()[0]:.1f}\n{table}"
     )
-    print(told)
+    print(text)
     facts = {"machine": machine("cpu"), "requests": len(clips), "audio_seconds": seconds}
-    keep(options.out, facts | {"texts_that_differ": differ, "results": rows}, told)
+    keep(options.out, facts | {"texts_that_differ": differ, "results": rows}, text)
     return 0
 
 

@@ -326,11 +326,11 @@ def child(*arguments: object) -> dict:
 
 def corpora(folder: Path, manifest: Path | None, hours: float, workers: int, with_lhotse: bool) -> None:
     """The same clips as our shards and as lhotse's; made once. Errors: as prepare."""
-    told, cuts, _ = prepare(folder, manifest, hours)
+    rows_path, cuts, _ = prepare(folder, manifest, hours)
     for way, out in (("this project", "shards"), ("lhotse", "shar")):
         done = folder / f".{out}.done"
         if not done.exists() and (way != "lhotse" or with_lhotse):
-            measure(way, told, cuts, folder / out, workers)
+            measure(way, rows_path, cuts, folder / out, workers)
             done.touch()
 
 
@@ -377,48 +377,48 @@ def main(argv: list[str] | None = None) -> int:
     for _ in range(options.repeats):
         for way in ways:
             runs[way].append(child("--way", way, folder, options.workers, options.tokenizer))
-    best = {way: min(found, key=lambda r: r["cpu"] / r["audio_seconds"]) for way, found in runs.items()}
+    best = {way: min(repeats, key=lambda r: r["cpu"] / r["audio_seconds"]) for way, repeats in runs.items()}
     ours = best["this project"]
     hours = ours["audio_seconds"] / 3600
     lines = [
         f"{hours:.2f} h, {ours['clips']} clips, {options.workers} workers, best of {options.repeats}",
         "",
     ]
-    say = lines.append
-    say(f"{'way':20}{'clips/s':>9}{'audio s/s':>11}{'audio s/core s':>16}{'padding':>9}")
-    for way, found in best.items():
-        say(
-            f"{way:20}{found['clips'] / found['wall']:9.1f}{found['audio_seconds'] / found['wall']:11.0f}"
-            f"{found['audio_seconds'] / found['cpu']:16.0f}{found['padding']:9.1%}"
+    add = lines.append
+    add(f"{'way':20}{'clips/s':>9}{'audio s/s':>11}{'audio s/core s':>16}{'padding':>9}")
+    for way, n in best.items():
+        add(
+            f"{way:20}{n['clips'] / n['wall']:9.1f}{n['audio_seconds'] / n['wall']:11.0f}"
+            f"{n['audio_seconds'] / n['cpu']:16.0f}{n['padding']:9.1%}"
         )
-    per_core = {way: found["audio_seconds"] / found["cpu"] for way, found in best.items()}
+    per_core = {way: n["audio_seconds"] / n["cpu"] for way, n in best.items()}
     ratio = per_core["this project"] / max(value for way, value in per_core.items() if way != "this project")
     marks = {"fastest other, per core": {"value": ratio, "mark": 2.0, "reached": ratio >= 2}}
     plans = {}
     if options.utterances:
         large = large_index(folder / f"large-{options.utterances}", options.utterances)
         child("--plan", large, 0)  # the index into the page cache
-        say(
+        add(
             f"\nplan of {options.utterances:,} "
             f"utterances\n{'step':>9}{'open s':>9}{'batch s':>9}{'next s':>9}{'CPU s':>9}"
             f"{'peak MB':>9}"
         )
         for step in (0, 1, 1000, 100_000):
-            plans[step] = found = child("--plan", large, step)
-            say(
-                f"{step:9,}{found['open']:9.2f}{found['batch']:9.3f}{found['next']:9.3f}{found['cpu']:9.2f}"
-                f"{found['peak_mb']:9.0f}"
+            plans[step] = n = child("--plan", large, step)
+            add(
+                f"{step:9,}{n['open']:9.2f}{n['batch']:9.3f}{n['next']:9.3f}{n['cpu']:9.2f}"
+                f"{n['peak_mb']:9.0f}"
             )
-        worst = max(found["total"] for found in plans.values())
-        peak = max(found["peak_mb"] for found in plans.values()) / 1024
+        worst = max(n["total"] for n in plans.values())
+        peak = max(n["peak_mb"] for n in plans.values()) / 1024
         marks |= {
             "plan, seconds": {"value": plans[0]["total"], "mark": 20.0, "reached": plans[0]["total"] <= 20},
             "plan, GB": {"value": peak, "mark": 1.0, "reached": peak <= 1},
             "resume, seconds": {"value": worst, "mark": 2.0, "reached": worst <= 2},
         }
-    say("")
+    add("")
     for name, mark in marks.items():
-        say(
+        add(
             f"{name:26}{mark['value']:8.2f}   mark {mark['mark']:g}   "
             f"{'reached' if mark['reached'] else 'missed'}"
         )

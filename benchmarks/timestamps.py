@@ -104,8 +104,8 @@ Times = list[tuple[str, float, float]]
 
 def ours(model, items: list[Item], texts: list[str]) -> list[Times]:
     waveforms = [torch.from_numpy(item.samples) for item in items]
-    found = timestamps.word_times(model, waveforms, texts, ["en"] * len(items))
-    return [[(word.text, word.start, word.end) for word in words] for words in found]
+    words_of_items = timestamps.word_times(model, waveforms, texts, ["en"] * len(items))
+    return [[(word.text, word.start, word.end) for word in words] for words in words_of_items]
 
 
 def transcripts(model, items: list[Item]) -> list[str]:
@@ -132,7 +132,7 @@ def whisper(path: Path, items: list[Item], device: str) -> list[Times]:
         feature_extractor=WhisperFeatureExtractor.from_pretrained(path),
         device=device,
     )
-    found = []
+    times = []
     for item in tqdm(items, desc="whisper", leave=False):
         answer = transcribe(
             {"raw": item.samples, "sampling_rate": SAMPLE_RATE},
@@ -140,14 +140,14 @@ def whisper(path: Path, items: list[Item], device: str) -> list[Times]:
             generate_kwargs={"language": "en", "task": "transcribe", "num_beams": 1},
         )
         end = len(item.samples) / SAMPLE_RATE
-        found.append(
+        times.append(
             [
                 (chunk["text"], begin, end if stop is None else stop)
                 for chunk in answer["chunks"]
                 for begin, stop in [chunk["timestamp"]]
             ]
         )
-    return found
+    return times
 
 
 def bare(word: str) -> str:
@@ -170,10 +170,10 @@ def matches(text: str, times: Times) -> dict[int, int]:
     }
 
 
-def errors(items: list[Item], found: list[Times], chosen: list[set[int]] | None, end: bool) -> np.ndarray:
+def errors(items: list[Item], system: list[Times], chosen: list[set[int]] | None, end: bool) -> np.ndarray:
     """Signed errors in seconds of the known words that a system has, and that are chosen."""
     values = []
-    for number, (item, times) in enumerate(zip(items, found, strict=True)):
+    for number, (item, times) in enumerate(zip(items, system, strict=True)):
         pairs = matches(item.text, times)
         for word, truth in (item.ends if end else item.starts).items():
             if word in pairs and (chosen is None or word in chosen[number]):
@@ -213,18 +213,18 @@ def compare(model, items: list[Item], path: Path, device: str, material: str) ->
         known = sum(len(item.ends if end else item.starts) for item in items)
         what = "ends" if end else "starts"
         for label, chosen in (("", None), (", words of Whisper", theirs), (", words of both", common)):
-            for name, found in systems.items():
+            for name, system in systems.items():
                 if label == ", words of Whisper" and name == "CTC, own transcript":
                     continue
-                values = errors(items, found, chosen, end)
+                values = errors(items, system, chosen, end)
                 rows.append(row(f"{material} {what}: {name}{label}", values, known))
     return rows
 
 
 def calibrate(model, items: list[Item]) -> None:
     timestamps.START_DELAY = timestamps.END_ADVANCE = 0.0
-    found = ours(model, items, [item.text for item in items])
-    delay, advance = errors(items, found, None, False), -errors(items, found, None, True)
+    times = ours(model, items, [item.text for item in items])
+    delay, advance = errors(items, times, None, False), -errors(items, times, None, True)
     for name, values in (("START_DELAY", delay), ("END_ADVANCE", advance)):
         low, median, high = np.percentile(values, [25, 50, 75])
         print(f"{name} {median:.3f} s (quartiles {low:.3f} to {high:.3f}, {len(values)} words)")

@@ -157,23 +157,23 @@ class Clock:
     @contextmanager
     def __call__(self, part: str):
         wait()
-        begun = time.perf_counter()
+        started = time.perf_counter()
         yield
         wait()
-        self.seconds[part] += time.perf_counter() - begun
+        self.seconds[part] += time.perf_counter() - started
 
     def watch(self, module: nn.Module, part: str) -> None:
         """Hooks of this module that run outside of those added later (the head's, which hold the
         cross-entropy)."""
-        begun = []
+        started = []
 
         def start(*_):
             wait()
-            begun.append(time.perf_counter())
+            started.append(time.perf_counter())
 
         def stop(*_):
             wait()
-            self.seconds[part] += time.perf_counter() - begun.pop()
+            self.seconds[part] += time.perf_counter() - started.pop()
 
         self.handles += [module.register_forward_pre_hook(start), module.register_forward_hook(stop)]
 
@@ -190,7 +190,7 @@ class Clock:
 def shape_of(recipe: Recipe, model: Soundwave, step: int, device: str) -> dict:
     """Return the sizes of a step's GEMMs; lengths in frames of the encoder, of the adapter,
     and LLM positions."""
-    found = {"encoder": [], "adapter": [], "kept": [], "rows": [], "targets": []}
+    shape = {"encoder": [], "adapter": [], "kept": [], "rows": [], "targets": []}
     stream = Stream(recipe.data, recipe.stage, model.tokenizer, recipe.model, 0, 1, step, step + 1)
     model.eval()
     with torch.no_grad():
@@ -198,13 +198,13 @@ def shape_of(recipe: Recipe, model: Soundwave, step: int, device: str) -> dict:
             batch = batch.to(device)
             audio = model.encode_audio(batch)
             _, mask, labels = model.embeddings(batch, audio)
-            found["encoder"].append(model.encoder.frames(batch.audio_lengths).tolist())
-            found["adapter"].append(audio.lengths.tolist())
-            found["kept"].append(audio.kept_lengths.tolist())
-            found["rows"].append(mask.sum(1).tolist())
-            found["targets"].append(int((labels[:, 1:] != -100).sum()))
+            shape["encoder"].append(model.encoder.frames(batch.audio_lengths).tolist())
+            shape["adapter"].append(audio.lengths.tolist())
+            shape["kept"].append(audio.kept_lengths.tolist())
+            shape["rows"].append(mask.sum(1).tolist())
+            shape["targets"].append(int((labels[:, 1:] != -100).sum()))
     stream.close()
-    return found
+    return shape
 
 
 def ours(recipe: Recipe, model: Soundwave, ranks: Ranks, steps: int) -> dict:
@@ -233,13 +233,13 @@ def ours(recipe: Recipe, model: Soundwave, ranks: Ranks, steps: int) -> dict:
     for step in tqdm(range(steps + 1), desc="ours", unit="step", leave=False):
         clock.seconds = dict.fromkeys(PARTS, 0.0)
         wait()
-        begun = time.perf_counter()
+        started = time.perf_counter()
         with clock("data wait"):
             batch = next(batches)
         counts = engine.reduce_step_counts(batch.micro_batches)
         result = engine.step(step, batch.micro_batches, counts)
         wait()
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - started
         if step:  # the first one warms up
             clock.seconds["llm"] -= clock.seconds["cross-entropy"]  # it runs inside
             clock.seconds["splice"] -= clock.seconds["shrinking"]
@@ -334,14 +334,14 @@ def plain(recipe: Recipe, model: Soundwave, ranks: Ranks, steps: int) -> dict:
         entries = plan.global_batch(step)
         entries = entries[np.random.default_rng(step).permutation(len(entries))]  # no bucketing
         wait()
-        begun = time.perf_counter()
+        started = time.perf_counter()
         optimizer.zero_grad()
         for entry in tqdm(entries, desc=f"plain, step {step} of {steps}", unit="clip", leave=False):
             utterance(entry, len(entries))
         torch.nn.utils.clip_grad_norm_(trained, recipe.optim.grad_clip)
         optimizer.step()
         wait()
-        totals.append(time.perf_counter() - begun)
+        totals.append(time.perf_counter() - started)
         audio += float(entries["seconds"].sum())
     optimizer.zero_grad()
     return {"step_seconds": statistics.mean(totals), "audio_seconds_per_second": audio / sum(totals)}
@@ -353,16 +353,16 @@ def plain(recipe: Recipe, model: Soundwave, ranks: Ranks, steps: int) -> dict:
 def products(model: Soundwave, shape: dict) -> list[tuple[str, int, tuple[int, ...]]]:
     """(part, how often, (b, m, k, n)) of every matrix product of a step; b matrices at once where it is
     attention."""
-    found = []
+    result = []
 
     def linears(part: str, module: nn.Module, positions: int, times: int, weight_too: bool) -> None:
         for name, layer in module.named_modules():
             if isinstance(layer, nn.Linear):
                 trained = layer.weight.requires_grad and weight_too
-                found.append((part, times + trained, (1, positions, layer.in_features, layer.out_features)))
+                result.append((part, times + trained, (1, positions, layer.in_features, layer.out_features)))
             elif isinstance(layer, nn.Conv1d):  # Whisper's: the first runs before the stride
                 rate = 2 if name.endswith("conv1") else 1
-                found.append(
+                result.append(
                     (
                         part,
                         times,
@@ -374,7 +374,7 @@ def products(model: Soundwave, shape: dict) -> list[tuple[str, int, tuple[int, .
         part: str, lengths: list[int], over: list[int], heads: int, width: int, layers: int, times: int
     ) -> None:
         for queries, keys in zip(lengths, over, strict=True):
-            found.append((part, 2 * times * layers, (heads, queries, width // heads, keys)))
+            result.append((part, 2 * times * layers, (heads, queries, width // heads, keys)))
 
     llm, head = base_of(model.llm).config.get_text_config(), model.ctc_head
     rows, width = head.weight.shape
@@ -392,24 +392,24 @@ def products(model: Soundwave, shape: dict) -> list[tuple[str, int, tuple[int, .
             len(network.layers),
             1,
         )
-        found.append(("alignment", 2, (1, sum(adapter), model.alignment.projection.in_features, width)))
+        result.append(("alignment", 2, (1, sum(adapter), model.alignment.projection.in_features, width)))
         for layer in model.alignment.layers:
             linears("alignment", layer, sum(adapter), 2, True)
             attention("alignment", adapter, adapter, layer.heads, width, 1, 3)
-        found.append(("ctc", 2 + (head.kind != "tied"), (1, sum(adapter), width, rows)))
+        result.append(("ctc", 2 + (head.kind != "tied"), (1, sum(adapter), width, rows)))
         for layer, positions in (
             (getattr(model.shrinking, name, None), count)
             for name, count in (("query", sum(kept)), ("key_value", sum(adapter)), ("out", sum(kept)))
         ):
             if layer is not None:
-                found.append(("shrinking", 3, (1, positions, layer.in_features, layer.out_features)))
+                result.append(("shrinking", 3, (1, positions, layer.in_features, layer.out_features)))
         attention("shrinking", kept, adapter, model.shrinking.heads, width, 1, 3)
         linears("llm", base_of(model.llm).get_decoder(), sum(llm_rows), 2, True)
         attention(
             "llm", llm_rows, llm_rows, llm.num_attention_heads, llm.hidden_size, llm.num_hidden_layers, 3
         )
-        found.append(("cross-entropy", 2, (1, targets, width, rows)))
-    return found
+        result.append(("cross-entropy", 2, (1, targets, width, rows)))
+    return result
 
 
 def bare(model: Soundwave, shape: dict, device: str) -> dict[str, float]:
@@ -429,10 +429,10 @@ def bare(model: Soundwave, shape: dict, device: str) -> dict[str, float]:
         taken = []
         for _ in range(4):
             wait()
-            begun = time.perf_counter()
+            started = time.perf_counter()
             torch.bmm(left, right, out=out)
             wait()
-            taken.append(time.perf_counter() - begun)
+            taken.append(time.perf_counter() - started)
         seconds[part, sizes] = times * statistics.median(taken[1:])
     parts = dict.fromkeys((part for part, _ in counted), 0.0)
     for (part, _), value in seconds.items():
@@ -473,7 +473,7 @@ def compare(recipe: Recipe, ranks: Ranks, clips: int, steps: int, plain_steps: i
     }
 
 
-def tell(name: str, result: dict) -> str:
+def report_text(name: str, result: dict) -> str:
     mine, theirs = result["ours"], result["plain"]
     rows = [
         ("ours", f"{mine['step_seconds']:.2f}", f"{mine['audio_seconds_per_second']:.2f}"),
@@ -537,7 +537,7 @@ def main(argv: list[str] | None = None) -> int:
         "results": {},
         "options": settings(options),
     }
-    told = []
+    texts = []
     with tempfile.TemporaryDirectory() as scratch:
         made = joined(folders, Path(scratch) / "joined", options.joined)
         long = replace(recipe.data, train=[Corpus(shards=str(made))], max_seconds=35.0)
@@ -546,10 +546,10 @@ def main(argv: list[str] | None = None) -> int:
                 replace(recipe, data=data), ranks, options.clips, options.steps, options.plain_steps
             )
             report["results"][name] = result
-            told.append(tell(name, result))
-            print(told[-1], flush=True)
+            texts.append(report_text(name, result))
+            print(texts[-1], flush=True)
     if options.out:
-        keep(options.out, report, "\n".join(told))
+        keep(options.out, report, "\n".join(texts))
     disconnect()
     return 0
 

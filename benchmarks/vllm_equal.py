@@ -31,8 +31,8 @@ TIE = 1e-4
 def best_two(model: Soundwave, prompt: torch.Tensor, tokens: list[int]) -> tuple[list[int], float]:
     """The two best next tokens after a prompt [L, D] and tokens, and the difference of their logits."""
     embed = base_of(model.llm).get_input_embeddings()
-    said = embed(torch.tensor(tokens, dtype=torch.long)).to(prompt.dtype)
-    logits = model.llm(inputs_embeds=torch.cat([prompt, said])[None]).logits[0, -1].float()
+    embedded = embed(torch.tensor(tokens, dtype=torch.long)).to(prompt.dtype)
+    logits = model.llm(inputs_embeds=torch.cat([prompt, embedded])[None]).logits[0, -1].float()
     best = logits.topk(2)
     return best.indices.tolist(), float(best.values[0] - best.values[1])
 
@@ -81,7 +81,7 @@ def main() -> int:
     )
     clips = tokens = longest = 0
     seconds = {"torch": 0.0, "vllm": 0.0}
-    found = []
+    differences = []
     for batch, samples in stream:
         began = time.perf_counter()
         prompts = front.prompt_embeddings(batch, front.encode_audio(batch))
@@ -99,20 +99,21 @@ def main() -> int:
             longest = max(longest, len(ours[place]))
             if ours[place] != theirs[place]:
                 more = difference(model, batch, place, ours[place], theirs[place])
-                found.append({"id": sample["id"], **more, "is_tie": more["apart"] <= options.tie})
-                print(found[-1], flush=True)
-        print(f"{clips - len(found)} of {clips} equal", file=sys.stderr, flush=True)
+                differences.append({"id": sample["id"], **more, "is_tie": more["apart"] <= options.tie})
+                print(differences[-1], flush=True)
+        print(f"{clips - len(differences)} of {clips} equal", file=sys.stderr, flush=True)
     vllm.close()
-    wrong = [one for one in found if not one["is_tie"]]
+    wrong = [one for one in differences if not one["is_tie"]]
+    equal, ties = clips - len(differences), len(differences) - len(wrong)
     table = (
-        f"{clips} clips, {tokens} tokens, at most {longest} in an answer, fp32: {clips - len(found)} equal, "
-        f"{len(found) - len(wrong)} part where torch's two best logits are at most {options.tie:g} apart, "
+        f"{clips} clips, {tokens} tokens, at most {longest} in an answer, fp32: {equal} equal, "
+        f"{ties} part where torch's two best logits are at most {options.tie:g} apart, "
         f"{len(wrong)} differ otherwise\n"
         f"seconds: torch {seconds['torch']:.0f}, vLLM {seconds['vllm']:.0f} (encoder included)"
     )
     print(table)
-    counts = {"clips": clips, "tokens": tokens, "longest": longest, "equal": clips - len(found)}
-    keep(options.out, {"machine": facts, **counts, "seconds": seconds, "different": found}, table)
+    counts = {"clips": clips, "tokens": tokens, "longest": longest, "equal": equal}
+    keep(options.out, {"machine": facts, **counts, "seconds": seconds, "different": differences}, table)
     return 1 if wrong else 0
 
 

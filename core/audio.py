@@ -202,8 +202,8 @@ class Recording:
             with typed_errors():
                 part = self._direct() or self._whole_recording()
                 if first >= part.frames:
-                    known = self._layout.streams[0].kind == "flac" and self._layout.streams[0].frames
-                    if known or not self._look_deeper():
+                    has_length = self._layout.streams[0].kind == "flac" and self._layout.streams[0].frames
+                    if has_length or not self._parse_whole_file():
                         break
                     continue
                 count = min(max(1, round(seconds * part.rate)), part.frames - first)
@@ -211,8 +211,10 @@ class Recording:
                 _check_finite(samples, part.rate, first / part.rate)
             first += len(samples)
             if len(samples) < count:
-                ends, asked = first / part.rate, part.frames / part.rate
-                findings.append(Finding("cut", f"its header declares {asked:.3f} s, it ends at {ends:.3f} s"))
+                ends, declared = first / part.rate, part.frames / part.rate
+                findings.append(
+                    Finding("cut", f"its header declares {declared:.3f} s, it ends at {ends:.3f} s")
+                )
             yield Audio(samples, part.rate, part.container, part.subtype, tuple(findings))
             findings = []
             if len(samples) < count:
@@ -263,13 +265,13 @@ class Recording:
     ) -> tuple[Piece, list[Finding]]:
         part = self._direct()
         if part is None or duration is None or (start + duration) * part.rate > part.frames:
-            self._look_deeper()  # the header may promise too little
+            self._parse_whole_file()  # the header may promise too little
         try:
             return self._stretch(
                 self._direct() or self._whole_recording(), start, duration, dtype, limits, refuse_cut
             )
         except soundfile.LibsndfileError:
-            if not self._look_deeper():
+            if not self._parse_whole_file():
                 raise
         return self._stretch(
             self._direct() or self._whole_recording(), start, duration, dtype, limits, refuse_cut
@@ -289,25 +291,25 @@ class Recording:
             raise AudioError(
                 "zero_length", f"has {part.frames / part.rate:.3f} s, nothing from {start:.3f} s on"
             )
-        there = part.frames - first
-        wanted = there if duration is None else round(min(duration * part.rate, 2.0**62))
-        if wanted <= 0:
+        available = part.frames - first
+        requested = available if duration is None else round(min(duration * part.rate, 2.0**62))
+        if requested <= 0:
             raise AudioError("zero_length", f"a segment of {duration} s")
         limits.check(
-            min(wanted, there), part.rate, part.channels, 2 if dtype == "native" and part.exact else 4
+            min(requested, available), part.rate, part.channels, 2 if dtype == "native" and part.exact else 4
         )
-        samples = part.read(first, min(wanted, there), dtype)
+        samples = part.read(first, min(requested, available), dtype)
         findings = []
-        if len(samples) < wanted - TOLERANCE_SECONDS * part.rate:
-            ends, asked = (first + len(samples)) / part.rate, (first + wanted) / part.rate
-            findings.append(Finding("cut", f"ends at {ends:.3f} s, its segment at {asked:.3f} s"))
+        if len(samples) < requested - TOLERANCE_SECONDS * part.rate:
+            ends, requested_end = (first + len(samples)) / part.rate, (first + requested) / part.rate
+            findings.append(Finding("cut", f"ends at {ends:.3f} s, its segment at {requested_end:.3f} s"))
             if refuse_cut:
                 _refuse_cut(findings, len(samples) / part.rate)
         if len(samples) == 0:
             raise AudioError("zero_length", f"nothing can be decoded from {start:.3f} s on")
         return Piece(samples, part.rate, part.container, part.subtype), findings
 
-    def _look_deeper(self) -> bool:
+    def _parse_whole_file(self) -> bool:
         """Look for joined streams, and count MP3 frames, where only headers were read so far; whether that is
         so."""
         if not isinstance(self._source, FileSource) or self._source.size > MAX_FILE_BYTES:
@@ -417,7 +419,7 @@ def _mixed(samples: np.ndarray) -> tuple[np.ndarray, Finding | None]:
     frames, channels = samples.shape
     if channels == 1:
         return to_float(samples[:, 0]), None
-    mono, total, left = np.empty(frames, np.float32), 0.0, 0.0
+    mono, total, mixed_energy = np.empty(frames, np.float32), 0.0, 0.0
     with np.errstate(over="ignore"):  # floats may be of any size
         for start in range(0, frames, _MIX_BLOCK):  # in blocks: a float copy of all channels may be large
             block, mean = to_float(samples[start : start + _MIX_BLOCK]), mono[start : start + _MIX_BLOCK]
@@ -427,9 +429,9 @@ def _mixed(samples: np.ndarray) -> tuple[np.ndarray, Finding | None]:
             for channel in range(2, channels):
                 mean += block[:, channel]
             mean /= channels
-            left += float(np.dot(mean, mean))
+            mixed_energy += float(np.dot(mean, mean))
             total += float(np.dot(block.ravel(), block.ravel()))
-    if not left < _CANCEL * total / channels or not np.isfinite(total):
+    if not mixed_energy < _CANCEL * total / channels or not np.isfinite(total):
         return mono, None
     loudest = int(
         np.argmax([np.abs(samples[:, channel].astype(np.float32)).sum() for channel in range(channels)])
@@ -446,7 +448,7 @@ def _levels(samples: np.ndarray, wave: np.ndarray) -> list[Finding]:
     """Silence of the mono `wave` [frames], and clipping of its source `samples` [frames, channels]."""
     full = 32767 if samples.dtype == np.int16 else 32767 / 32768
     peak = _peak(samples)
-    found = []
+    findings = []
     if peak >= full:
         at_full = (samples >= full) | (samples <= -full)
         share = float(
@@ -454,7 +456,7 @@ def _levels(samples: np.ndarray, wave: np.ndarray) -> list[Finding]:
         )  # in a row: a peak that is not clipped has one
         if share >= _CLIPPED_SHARE:
             over = f", its samples reach {peak:.4g} where 1 is full scale" if peak > 1.5 * full else ""
-            found.append(
+            findings.append(
                 Finding(
                     "clipped",
                     f"{100 * share:.1f} % of its samples are at full scale, one after another{over}",
@@ -463,8 +465,8 @@ def _levels(samples: np.ndarray, wave: np.ndarray) -> list[Finding]:
     if samples.shape[1] > 1:
         peak = _peak(wave)
     if peak < _SILENT * (32768 if wave.dtype == np.int16 else 1):
-        found.append(Finding("silent", "no sample is above -60 dB"))
-    return found
+        findings.append(Finding("silent", "no sample is above -60 dB"))
+    return findings
 
 
 def is_silent(samples: np.ndarray) -> bool:

@@ -110,6 +110,6 @@ class Piece(NamedTuple):
     def missing(self) -> str:
         """Return what is missing of what the header declares, in words; "" for nothing."""
         if self.promised is not None and len(self.samples) < self.promised - self.slack * self.rate:
-            there, promised = len(self.samples) / self.rate, self.promised / self.rate
-            return f"its header declares {promised:.3f} s, {there:.3f} s can be decoded"
+            decoded, promised = len(self.samples) / self.rate, self.promised / self.rate
+            return f"its header declares {promised:.3f} s, {decoded:.3f} s can be decoded"
         return self.is_cut

@@ -32,8 +32,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
             action = copy.copy(action)
             values = action.default if isinstance(action.default, list | tuple) else [action.default]
             words = " ".join(str(value).removeprefix(f"{ROOT}/") for value in values)
-            shown = f"default: {words.replace('%', '%%')}"
-            action.help = f"{action.help} ({shown})" if action.help else shown
+            default_text = f"default: {words.replace('%', '%%')}"
+            action.help = f"{action.help} ({default_text})" if action.help else default_text
         return super()._format_action(action)
 
 
@@ -61,12 +61,12 @@ class OneLineParser(argparse.ArgumentParser):
     """Errors are one line, as those of the commands themselves, and name the options that are near."""
 
     def error(self, message: str) -> NoReturn:
-        known = [name for action in self._actions for name in action.option_strings]
+        option_names = [name for action in self._actions for name in action.option_strings]
         near = [
             other
             for word in message.split()
             if message.startswith("unrecognized arguments") and word.startswith("--")
-            for other in near_names(word.partition("=")[0], known)
+            for other in near_names(word.partition("=")[0], option_names)
         ]
         hint = f"; {did_you_mean(near)}" if near else ""
         self.exit(2, f"error: {printable_line(message)}{hint} ({self.prog} --help lists the options)\n")

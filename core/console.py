@@ -16,7 +16,7 @@ _LONGEST_VALUE = 80
 
 def printable(text: object) -> str:
     """Return `text` with control characters written as escapes (\\x1b), line breaks and tabs as they are."""
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
 def printable_line(text: object) -> str:

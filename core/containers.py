@@ -204,8 +204,8 @@ def locate(source: Source) -> Layout:
     return layout
 
 
-def _cut(promised: int, there: int) -> tuple[FindingKind, str]:
-    return "cut", f"its header declares {promised:,} bytes, the file holds {max(there, 0):,}"
+def _cut(promised: int, available: int) -> tuple[FindingKind, str]:
+    return "cut", f"its header declares {promised:,} bytes, the file holds {max(available, 0):,}"
 
 
 def _after_id3(source: Source) -> int:
@@ -287,14 +287,14 @@ def _wav_part(
     source: Source, order: Order, form: bytes, fact: bytes, begin: int, size: int, layout: Layout
 ) -> None:
     """The stream of one data chunk: 16-bit PCM as it is, anything else under a header that is right."""
-    there = max(min(size, source.size - begin), 0)
-    if size > there + SLACK_BYTES:
-        layout.noticed.append(_cut(size, there))
+    available = max(min(size, source.size - begin), 0)
+    if size > available + SLACK_BYTES:
+        layout.noticed.append(_cut(size, available))
     tag, channels, rate, _, _, bits = struct.unpack(order + "HHIIHH", form[:16])
     if tag == 0xFFFE and len(form) >= 26:  # WAVEX: the tag is in its GUID
         tag = struct.unpack(order + "H", form[24:26])[0]
     if tag == 1 and bits == 16 and channels and rate:
-        frames = there // (2 * channels)
+        frames = available // (2 * channels)
         layout.streams.append(
             Stream("wav", begin, begin + frames * 2 * channels, b"", frames, rate, channels, order)
         )
@@ -304,9 +304,11 @@ def _wav_part(
         return name + struct.pack(order + "I", len(body)) + body + bytes(len(body) % 2)
 
     header = b"WAVE" + chunk(b"fmt ", form) + (chunk(b"fact", fact) if fact else b"") + b"data"
-    told = min(there, 0xFFFFFFFF - len(header) - 4)
-    riff = (b"RIFX" if order == ">" else b"RIFF") + struct.pack(order + "I", len(header) + 4 + told)
-    layout.streams.append(Stream("wav", begin, begin + there, riff + header + struct.pack(order + "I", told)))
+    data_size = min(available, 0xFFFFFFFF - len(header) - 4)
+    riff = (b"RIFX" if order == ">" else b"RIFF") + struct.pack(order + "I", len(header) + 4 + data_size)
+    layout.streams.append(
+        Stream("wav", begin, begin + available, riff + header + struct.pack(order + "I", data_size))
+    )
 
 
 # --- FLAC ---------------------------------------------------------------------------------------------------

@@ -67,25 +67,25 @@ def _is_control(token: AddedToken, template: str) -> bool:
 @lru_cache(maxsize=16)
 def _control_tokens(tokenizer: PreTrainedTokenizerBase, size: int, template: str) -> ControlTokens:
     added = tokenizer.added_tokens_decoder
-    found = {token.content: i for i, token in added.items() if _is_control(token, template)}
-    special = [token.content for token in added.values() if token.special and token.content in found]
+    control_ids = {token.content: i for i, token in added.items() if _is_control(token, template)}
+    special = [token.content for token in added.values() if token.special and token.content in control_ids]
     if (
         pieces := getattr(tokenizer, "sp_model", None)
     ) is not None:  # symbols that SentencePiece itself keeps whole
         names = (pieces.IdToPiece(i) for i in range(pieces.GetPieceSize()))
-        found |= {
+        control_ids |= {
             name: tokenizer.convert_tokens_to_ids(name)
             for name in names
             if _MARKUP.fullmatch(name) and pieces.encode(name, out_type=str)[-1:] == [name]
         }
     spelled = regex.compile(_BYTE) if "<0x0A>" in tokenizer.get_vocab() else None
-    marks = [*found, *(["<0x0A>"] if spelled else [])]
+    marks = [*control_ids, *(["<0x0A>"] if spelled else [])]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return ControlTokens(
-        begins=_beginning_of(found, spelled),
+        begins=_beginning_of(control_ids, spelled),
         special=_beginning_of(special, None),
         spelled=spelled,
-        ids=frozenset(found.values()) - {tokenizer.unk_token_id},
+        ids=frozenset(control_ids.values()) - {tokenizer.unk_token_id},
         beginnings=frozenset(name[:size] for name in marks for size in range(1, len(name))),
         ends=frozenset(name[size:] for name in marks for size in range(1, len(name))),
         longest=max(map(len, marks), default=0),
@@ -152,8 +152,8 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, piece: str) -> list[int]:
 
 def token_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int | None:
     """Return the id of a token by its name in the vocabulary; None where there is no such token."""
-    found = tokenizer.convert_tokens_to_ids(name)
-    return found if isinstance(found, int) and found != tokenizer.unk_token_id else None
+    number = tokenizer.convert_tokens_to_ids(name)
+    return number if isinstance(number, int) and number != tokenizer.unk_token_id else None
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = False) -> list[int]:

@@ -18,8 +18,8 @@ NORMALISATIONS = ("raw", "lower", "lower_no_punctuation")
 def normalise(text: str, normalisation: str) -> str:
     """raw: as it is | lower | lower_no_punctuation: lower case, Unicode punctuation and symbols dropped but
     for apostrophes inside words; in both, white space runs become one space."""
-    kept = keep_characters(text if normalisation == "raw" else text.lower(), normalisation)
-    return kept if normalisation == "raw" else " ".join(kept.split())
+    letters = keep_characters(text if normalisation == "raw" else text.lower(), normalisation)
+    return letters if normalisation == "raw" else " ".join(letters.split())
 
 
 def keep_characters(text: str, normalisation: str) -> str:

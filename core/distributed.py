@@ -67,11 +67,11 @@ def check_launcher() -> None:
     if world_size not in expected or (
         not by_torchrun and env["RANK"] != env.get("SLURM_PROCID", env["RANK"])
     ):
-        told = f"RANK={env['RANK']} WORLD_SIZE={world_size}"
+        variables = f"RANK={env['RANK']} WORLD_SIZE={world_size}"
         env["RANK"] = env.get("SLURM_PROCID", "0")  # one line, from one rank
         raise RecipeError(
-            f"{told} are not of this Slurm step, which has {tasks} tasks: they come from another launcher; "
-            f"unset "
+            f"{variables} are not of this Slurm step, which has {tasks} tasks: they come from another "
+            f"launcher; unset "
             "RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT and TORCHELASTIC_RUN_ID"
         )
 

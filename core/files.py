@@ -22,8 +22,8 @@ def step_of(folder: Path) -> int | None:
 def step_folders(checkpoints: Path) -> list[Path]:
     """Checkpoint folders, newest first, complete by name only: a save that died has left another name."""
     numbered = [(STEP.match(path.name), path) for path in checkpoints.glob("step-*")]
-    found = [(int(match[1]), path) for match, path in numbered if match]
-    return [path for _, path in sorted(found, reverse=True)]
+    folders = [(int(match[1]), path) for match, path in numbered if match]
+    return [path for _, path in sorted(folders, reverse=True)]
 
 
 def code_version() -> str | None:
@@ -40,10 +40,10 @@ def code_version() -> str | None:
         "--exclude=*",
     ]  # tags differ between clones: the hash alone
     try:
-        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() if found.returncode == 0 else None
+    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def sync_folder(folder: Path) -> None:
@@ -87,21 +87,21 @@ def read_lines(path: Path, last_bytes: int | None = None) -> list[dict]:
         if last_bytes is not None:
             file.seek(max(0, path.stat().st_size - last_bytes))
         lines = file.read().splitlines()
-    found = []
+    records = []
     for line in lines:
         try:
-            found.append(json.loads(line))
+            records.append(json.loads(line))
         except ValueError:
             continue
-    return found
+    return records
 
 
 def truncate_log(path: Path, first_step: int) -> list[dict]:
     """Take the lines of `first_step` and later ones, which are done again, out of a log of steps; returns
     what stays: events, too, which have happened whatever is done again."""
-    kept = [
+    records = [
         record for record in read_lines(path) if record["step"] < first_step or record.get("kind") == "event"
     ]
     if path.exists():
-        write_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
-    return kept
+        write_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    return records

@@ -284,12 +284,12 @@ def _read() -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
     names: dict[str, str] = {}
     usual: dict[str, str] = {}
     for line in _TABLE.strip().splitlines():
-        left, _, right = line.partition("=")
-        code = left.split()[0]
-        codes |= dict.fromkeys(left.split(), code)
-        known = [name.strip() for name in right.split(",")]
-        usual[code] = known[0]
-        names |= {name.lower(): code for name in known}
+        codes_text, _, right = line.partition("=")
+        code = codes_text.split()[0]
+        codes |= dict.fromkeys(codes_text.split(), code)
+        spellings = [name.strip() for name in right.split(",")]
+        usual[code] = spellings[0]
+        names |= {name.lower(): code for name in spellings}
     return codes, names, usual
 
 
@@ -309,11 +309,11 @@ def language_code(lang: str | None) -> str | None:
 @cache
 def named_language(words: str) -> str | None:
     """Return the code of the language whose English name these words end with; None where none is named."""
-    found = words.lower().split()
-    for start in range(len(found)):  # the longest name first: "Swiss German" is not German
-        if code := _NAMES.get(" ".join(found[start:])):
+    word_list = words.lower().split()
+    for start in range(len(word_list)):  # the longest name first: "Swiss German" is not German
+        if code := _NAMES.get(" ".join(word_list[start:])):
             return code
-    return next((_NAMES[word] for word in reversed(found) if word in _NAMES), None)
+    return next((_NAMES[word] for word in reversed(word_list) if word in _NAMES), None)
 
 
 def is_known(lang: str | None) -> bool:

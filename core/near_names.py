@@ -11,7 +11,7 @@ _AS_GOOD = 0.05  # names this much less similar than the best one are suggested,
 
 def near_names(
     name: str,
-    known: Iterable[str],
+    names: Iterable[str],
     *,
     cutoff: float = 0.6,
     compared: Callable[[str], str] = lambda other: other,
@@ -20,7 +20,7 @@ def near_names(
 
     cutoff: least similarity; 0 for at least one name. compared: the part of a known name that is compared.
     """
-    similarity = {other: SequenceMatcher(None, compared(other), name).ratio() for other in known}
+    similarity = {other: SequenceMatcher(None, compared(other), name).ratio() for other in names}
     least = max(cutoff, max(similarity.values(), default=0.0) - _AS_GOOD)
     near = [
         other

@@ -43,7 +43,7 @@ def aws_profile() -> dict[str, Any]:
 
     object_store finds the others itself: AWS_* variables, container and instance roles, web identities.
     """
-    found: dict[str, str] = {}
+    profile_values: dict[str, str] = {}
     environment = os.environ
     profile = environment.get("AWS_PROFILE") or "default"
     home = Path.home() / ".aws"
@@ -54,19 +54,19 @@ def aws_profile() -> dict[str, Any]:
         parser = configparser.RawConfigParser()
         with suppress(configparser.Error, OSError, UnicodeDecodeError):
             parser.read(environment.get(variable) or home / name)
-            found |= dict(parser.items(section)) if parser.has_section(section) else {}
+            profile_values |= dict(parser.items(section)) if parser.has_section(section) else {}
     options = {}
-    if not {"AWS_REGION", "AWS_DEFAULT_REGION"} & environment.keys() and "region" in found:
-        options["region"] = found["region"]
+    if not {"AWS_REGION", "AWS_DEFAULT_REGION"} & environment.keys() and "region" in profile_values:
+        options["region"] = profile_values["region"]
     if endpoint := environment.get("AWS_ENDPOINT_URL_S3") or (
-        found.get("endpoint_url") if "AWS_ENDPOINT_URL" not in environment else None
+        profile_values.get("endpoint_url") if "AWS_ENDPOINT_URL" not in environment else None
     ):
         options["endpoint"] = endpoint
-    if "AWS_ACCESS_KEY_ID" not in environment and "aws_access_key_id" in found:
-        options["access_key_id"] = found["aws_access_key_id"]
-        options["secret_access_key"] = found.get("aws_secret_access_key", "")
-        if "aws_session_token" in found:
-            options["session_token"] = found["aws_session_token"]
+    if "AWS_ACCESS_KEY_ID" not in environment and "aws_access_key_id" in profile_values:
+        options["access_key_id"] = profile_values["aws_access_key_id"]
+        options["secret_access_key"] = profile_values.get("aws_secret_access_key", "")
+        if "aws_session_token" in profile_values:
+            options["session_token"] = profile_values["aws_session_token"]
     return options
 
 

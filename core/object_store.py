@@ -131,7 +131,7 @@ class ObjectStore:
 
     def request(self, name: str, start: int | None = None, size: int | None = None) -> Future[Fetched]:
         """Ask for an object, or `size` bytes of it from `start` on; returns at once."""
-        return self._ask({"do": "get", "name": name, "start": start, "size": size})
+        return self._request({"do": "get", "name": name, "start": start, "size": size})
 
     def result(self, future: Future) -> Fetched:
         """Wait for a request. A client that answers nothing in twice its own limit is ended."""
@@ -149,15 +149,15 @@ class ObjectStore:
 
     def sizes(self, names: Iterable[str]) -> dict[str, tuple[int, str | None] | StoreError]:
         """Return size and ETag of objects, or why there is none."""
-        futures = {name: self._ask({"do": "head", "name": name}) for name in names}
-        found: dict[str, tuple[int, str | None] | StoreError] = {}
+        futures = {name: self._request({"do": "head", "name": name}) for name in names}
+        sizes: dict[str, tuple[int, str | None] | StoreError] = {}
         for name, future in futures.items():
             try:
                 answer = self.result(future)
-                found[name] = answer.size, answer.etag
+                sizes[name] = answer.size, answer.etag
             except StoreError as error:
-                found[name] = error
-        return found
+                sizes[name] = error
+        return sizes
 
     def download(self, name: str, size: int, path: Path) -> None:
         """Write an object of `size` bytes to `path`, a few parts at a time."""
@@ -175,7 +175,7 @@ class ObjectStore:
 
     def upload(self, path: Path, name: str) -> None:
         """Write a local file to the store; it appears there whole or not at all."""
-        self._ask({"do": "put", "name": name, "path": str(path)}).result()
+        self._request({"do": "put", "name": name, "path": str(path)}).result()
 
     def close(self) -> None:
         """End the client process."""
@@ -185,7 +185,7 @@ class ObjectStore:
             process.kill()
             process.wait()
 
-    def _ask(self, question: dict) -> Future:
+    def _request(self, question: dict) -> Future:
         future: Future = Future()
         with self._lock:
             process = self._start()
@@ -195,7 +195,7 @@ class ObjectStore:
                 assert process.stdin is not None
                 process.stdin.write(json.dumps({"id": self._next, **question}).encode() + b"\n")
                 process.stdin.flush()
-            except OSError:  # it has ended; _listen fails the requests that wait
+            except OSError:  # it has ended; _read_answers fails the requests that wait
                 self._waiting.pop(self._next, None)
                 self._process = None
                 future.set_exception(StoreError("the object store's client process has ended"))
@@ -217,11 +217,11 @@ class ObjectStore:
             env={**os.environ, "PYTHONPATH": ""},
         )
         self._waiting = {}
-        threading.Thread(target=self._listen, args=(self._process, self._waiting), daemon=True).start()
+        threading.Thread(target=self._read_answers, args=(self._process, self._waiting), daemon=True).start()
         return self._process
 
     @staticmethod
-    def _listen(process: subprocess.Popen, waiting: dict[int, Future]) -> None:
+    def _read_answers(process: subprocess.Popen, waiting: dict[int, Future]) -> None:
         """Give each answer to the request that waits for it."""
         output = process.stdout
         assert output is not None

@@ -90,8 +90,8 @@ def problems(config: object, prefix: str = "") -> Iterator[tuple[str, str]]:
             continue
         elif isinstance(value, dict) and not all(isinstance(one, (int, float)) for one in value.values()):
             yield key, f"is {shown(value)}: give numbers by name"
-        elif wanted := _wrong_elements(field, value):
-            yield key, f"is {shown(value)}: give a list of {wanted}"
+        elif elements := _wrong_elements(field, value):
+            yield key, f"is {shown(value)}: give a list of {elements}"
         elif "choices" in rules and value not in rules["choices"]:
             quoted = (
                 " (in quotes, or YAML takes it for a boolean)"
@@ -214,10 +214,10 @@ def _exceeded(value: object, rules: Mapping[str, Any]) -> str | None:
         ("most", "at most", lambda x, y: x <= y),
         ("below", "below", lambda x, y: x < y),
     )
-    given = [(words, rules[name], holds) for name, words, holds in bounds if rules.get(name) is not None]
-    if all(holds(value, limit) for _, limit, holds in given):
+    limits = [(words, rules[name], holds) for name, words, holds in bounds if rules.get(name) is not None]
+    if all(holds(value, limit) for _, limit, holds in limits):
         return None
-    return " and ".join(f"{words} {limit}" for words, limit, _ in given)
+    return " and ".join(f"{words} {limit}" for words, limit, _ in limits)
 
 
 def _alternatives(values: list[str]) -> str:

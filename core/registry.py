@@ -103,5 +103,5 @@ def _is_same(before: object, value: object) -> bool:
 
 def _origin(value: object) -> str:
     """Return module and name of a definition; of an instance, those of its class."""
-    named = value if hasattr(value, "__qualname__") else type(value)
-    return f"{named.__module__}.{named.__qualname__}"
+    owner = value if hasattr(value, "__qualname__") else type(value)
+    return f"{owner.__module__}.{owner.__qualname__}"

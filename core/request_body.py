@@ -26,11 +26,11 @@ class AnswerThenRead:
         headers = {name.lower(): value for name, value in scope["headers"]}
         has_more = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
         # Such a client sends no body before it is asked to: an answer instead of that is enough.
-        is_asked_for = headers.get(b"expect", b"").lower() != b"100-continue"
+        is_requested = headers.get(b"expect", b"").lower() != b"100-continue"
 
         async def reading():
-            nonlocal has_more, is_asked_for
-            is_asked_for = True
+            nonlocal has_more, is_requested
+            is_requested = True
             message = await receive()
             has_more = message["type"] == "http.request" and message.get("more_body", False)
             return message
@@ -46,7 +46,7 @@ class AnswerThenRead:
 
         async def answering(message):
             is_end = message["type"] == "http.response.body" and not message.get("more_body", False)
-            if not (is_end and has_more and is_asked_for):
+            if not (is_end and has_more and is_requested):
                 await send(message)
                 return
             await send(message | {"more_body": True})

@@ -72,8 +72,8 @@ def question_of(sample: Mapping, audio_token: str = AUDIO_TOKEN) -> str:
     """Return what a sample asks, without its audio's place: the last user's turn of `messages`, else
     `prompt`, else the instruction of its task."""
     if messages := sample.get("messages"):
-        asked = [str(turn.get("content") or "") for turn in messages if turn.get("role") == "user"]
-        return asked[-1].replace(audio_token, "").strip("\n") if asked else ""
+        questions = [str(turn.get("content") or "") for turn in messages if turn.get("role") == "user"]
+        return questions[-1].replace(audio_token, "").strip("\n") if questions else ""
     instruction = INSTRUCTIONS.get(task_of(sample), "") if sample.get("duration") else ""
     return _filled(sample, "prompt") or instruction.replace("{lang}", sample.get("target_lang") or "English")
 
@@ -81,12 +81,12 @@ def question_of(sample: Mapping, audio_token: str = AUDIO_TOKEN) -> str:
 def target_language(of: Mapping) -> str | None:
     """Return the code of a translation's target, of a sample or a prediction: its `target_lang` (a name or a
     code), else the language that its question asks for ("... into French"); None where neither says."""
-    if said := of.get("target_lang"):
-        return language_code(said)
+    if language := of.get("target_lang"):
+        return language_code(language)
     question = question_of(of) if of.get("prompt") or of.get("messages") else ""
     for preposition in (r"\binto", r"(?<!listen )\bto", r"\bin"):  # "what is said in English, into French"
-        for named in re.findall(rf"(?i:{preposition})\s+((?:[A-Z]\w+\s*){{1,2}})", question):
-            if code := named_language(named.strip()):
+        for phrase in re.findall(rf"(?i:{preposition})\s+((?:[A-Z]\w+\s*){{1,2}})", question):
+            if code := named_language(phrase.strip()):
                 return code
     return None
 

@@ -72,12 +72,12 @@ def _runs(text: str, cut: bool) -> Iterator[tuple[int, int]]:
         before = opened = False  # whether the last character is a word by itself, or opens something
         signs = False  # whether the stretch so far is nothing but signs
         for grapheme in regex.findall(r"\X", run.group()):
-            alone, said = writes_no_spaces(grapheme[0]), bool(_SAID.search(grapheme))
+            alone, is_spoken = writes_no_spaces(grapheme[0]), bool(_SAID.search(grapheme))
             opens = not grapheme.isascii() and _OPENING.fullmatch(grapheme) and not opened
-            if place > begin and (alone or before or opens or (signs and said)):
+            if place > begin and (alone or before or opens or (signs and is_spoken)):
                 yield begin, place
                 begin = place
-            signs = not said and (place == begin or signs)
+            signs = not is_spoken and (place == begin or signs)
             before, opened = alone, bool(_OPENING.fullmatch(grapheme))
             place += len(grapheme)
         yield begin, place
@@ -147,12 +147,12 @@ def _stretches(
     tokenizer: PreTrainedTokenizerBase, plain: str, ids: list[int]
 ) -> list[tuple[int, int, list[int]]]:
     """(begin, end, targets) of what stands between spaces; of the whole text, where targets cross spaces."""
-    found = [
+    stretches = [
         (run.start(), run.end(), ctc_target_ids(tokenizer, run.group(), "raw"))
         for run in regex.finditer(r"[^ ]+", plain)
     ]
-    if [i for *_, its_ids in found for i in its_ids] == ids:
-        return found
+    if [i for *_, its_ids in stretches for i in its_ids] == ids:
+        return stretches
     return [(0, len(plain), ids)] if plain else []
 
 
@@ -162,18 +162,18 @@ def _token_spans(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) 
     text, size = " " * shift + text, len(text)
     spans: list[tuple[int, int]] | None = None
     if tokenizer.is_fast:
-        found = tokenizer(
+        encoding = tokenizer(
             text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
         )
-        spans = found["offset_mapping"] if found["input_ids"] == ids else None
+        spans = encoding["offset_mapping"] if encoding["input_ids"] == ids else None
         # bytes of several unknown characters come with the span of all these characters
         if spans and any(a == b and a[1] - a[0] > 1 for a, b in pairwise(spans)):
             spans = None
     if spans is None:
         spans, before = [], 0
         for count in range(1, len(ids) + 1):
-            known = str(tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)).rstrip("\ufffd")
-            spans.append((before, max(len(known), before + 1)))
-            before = max(before, len(known))
+            prefix = str(tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)).rstrip("\ufffd")
+            spans.append((before, max(len(prefix), before + 1)))
+            before = max(before, len(prefix))
     inside = [(min(max(begin - shift, 0), size - 1), end - shift) for begin, end in spans]
     return [(begin, min(max(end, begin + 1), size)) for begin, end in inside]

@@ -61,9 +61,9 @@ def cues(
 ) -> list[Segment]:
     """Cut words into segments for subtitles: after the end of a sentence and at pauses; never longer than
     `characters` (two lines of 42) or `seconds`, but for a single word that is."""
-    found: list[list[TimedWord]] = []
+    groups: list[list[TimedWord]] = []
     for word in words:
-        own = found[-1] if found else []
+        own = groups[-1] if groups else []
         if (
             not own
             or regex.search(r"[.!?…。！？؟।][\p{Pe}\p{Pf}\"']*$", own[-1].text)
@@ -71,9 +71,9 @@ def cues(
             or word.end - own[0].start > seconds
             or len(join_words([w.text for w in own] + [word.text])) > characters
         ):
-            found.append([])
-        found[-1].append(word)
-    return [Segment(tuple(own), speaker=speaker) for own in found]
+            groups.append([])
+        groups[-1].append(word)
+    return [Segment(tuple(own), speaker=speaker) for own in groups]
 
 
 def write(
@@ -123,10 +123,10 @@ def _cue_times(segment: Segment, comma: str) -> str:
 
 
 def _srt(segments: Sequence[Segment], name: str, seconds: float | None) -> str:
-    said = [segment for segment in segments if segment.line]
+    spoken = [segment for segment in segments if segment.line]
     return "".join(
         f"{number}\n{_cue_times(segment, ',')}\n{_spoken(segment)}{segment.line.replace('-->', '->')}\n\n"
-        for number, segment in enumerate(said, 1)
+        for number, segment in enumerate(spoken, 1)
     )
 
 

@@ -79,12 +79,12 @@ def family_of(name: str) -> str:
 def _parents(stem: str) -> list[str]:
     """Return the stem without its last role, without its last two, and so on."""
     folder, slash, base = stem.rpartition("/")
-    found: list[str] = []
+    parents: list[str] = []
     while True:
         base, dot, last = base.rpartition(".")
         if not dot or not base or not _ROLE.fullmatch(last):
-            return found
-        found.append(folder + slash + base)
+            return parents
+        parents.append(folder + slash + base)
 
 
 @dataclass
@@ -129,8 +129,8 @@ class Group(Generic[Content]):
         """Return why the members make no sample; None where they may."""
         names_of_kinds: dict[Kind, str] = {"audio": "audio", "json": "JSON", "text": "text"}
         for kind, what in names_of_kinds.items():
-            if len(found := self.of(kind)) > 1:
-                names = ", ".join(member.name for member in found)
+            if len(members := self.of(kind)) > 1:
+                names = ", ".join(member.name for member in members)
                 return f"several {what} members ({names}): which one is meant is not known"
         return None
 
@@ -163,10 +163,10 @@ def group_family(members: Iterable[Member[Content]]) -> list[Group[Content]]:
     for group in groups.values():
         if not group.is_complete and _parents(group.key) and _has_known_role(group):
             siblings.setdefault(_parents(group.key)[0], []).append(group)
-    for parent, found in siblings.items():
-        if len(found) > 1 and parent not in groups:
-            groups[found[0].key] = Group(parent, [member for group in found for member in group.members])
-            for group in found[1:]:
+    for parent, family in siblings.items():
+        if len(family) > 1 and parent not in groups:
+            groups[family[0].key] = Group(parent, [member for group in family for member in group.members])
+            for group in family[1:]:
                 del groups[group.key]
     return list(groups.values())
 
@@ -212,15 +212,15 @@ class Grouper(Generic[Content]):
         waited = self._waiting.pop(self._family, [])
         self._bytes -= sum(member.size for member in waited)
         members, self._run, self._run_bytes = waited + self._run, [], 0
-        left = []
+        waiting = []
         for group in group_family(members):
             if group.is_complete or group.problem or not group.of("audio") and self._stands_alone(group):
                 yield group
             else:
-                left += group.members
-        if left:
-            self._waiting[self._family] = left
-            self._bytes += sum(member.size for member in left)
+                waiting += group.members
+        if waiting:
+            self._waiting[self._family] = waiting
+            self._bytes += sum(member.size for member in waiting)
         while self._bytes > self._most:
             yield from self._give_up(next(iter(self._waiting)))
 

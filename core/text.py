@@ -80,11 +80,11 @@ def words(text: str, code: str, marks: Marks = "script") -> list[str]:
     return plain.split() if code != UNDETERMINED else _mixed(plain.split())
 
 
-def _mixed(found: list[str]) -> list[str]:
+def _mixed(parts: list[str]) -> list[str]:
     """Cut words at the characters of scripts without spaces, which stand by themselves: "iPhone手机" is three
     units."""
     cut: list[str] = []
-    for word in found:
+    for word in parts:
         joined = False
         for grapheme in regex.findall(r"\X", word):
             alone = writes_no_spaces(grapheme[0])

@@ -57,7 +57,9 @@ def hash_of(samples: np.ndarray, rate: int) -> str:
     return digest.hexdigest()
 
 
-def look(entry: Entry, want_hash: bool, want_samples: bool) -> tuple[Entry | Rejection, np.ndarray | None]:
+def inspect_entry(
+    entry: Entry, want_hash: bool, want_samples: bool
+) -> tuple[Entry | Rejection, np.ndarray | None]:
     """One entry with its duration (and hash), and its samples [n] int16 at 16 kHz if wanted."""
     if entry.audio is None:
         return entry, None
@@ -128,15 +130,17 @@ class Transcriber:
         inputs = self.processor.feature_extractor(waves, **options).to(self.device)
         features, mask = inputs.input_features.to(self.model.dtype), inputs.attention_mask
         multilingual = getattr(self.model.generation_config, "is_multilingual", False)
-        told = {}
+        language_options = {}
         if multilingual and (code := language_code(lang)):
             if f"<|{code}|>" in (getattr(self.model.generation_config, "lang_to_id", None) or {}):
-                told = {"language": code, "task": "transcribe"}
+                language_options = {"language": code, "task": "transcribe"}
             elif code not in self.unknown:
                 self.unknown.add(code)
                 print_error(f"warning: this Whisper does not know language '{code}': it detects the language")
         with torch.inference_mode():
-            ids = self.model.generate(features, attention_mask=mask, do_sample=False, num_beams=1, **told)
+            ids = self.model.generate(
+                features, attention_mask=mask, do_sample=False, num_beams=1, **language_options
+            )
         return self.processor.batch_decode(ids, skip_special_tokens=True)
 
 
@@ -147,31 +151,33 @@ def annotated(
     items = iter(items)
     while window := list(itertools.islice(items, WINDOW)):
         entries = [item for item in window if isinstance(item, Entry)]
-        wanted = itertools.repeat(want_hash), itertools.repeat(transcriber is not None)
-        looked = list(pool.map(look, entries, *wanted, chunksize=8))
+        flags = itertools.repeat(want_hash), itertools.repeat(transcriber is not None)
+        decoded = list(pool.map(inspect_entry, entries, *flags, chunksize=8))
         if transcriber is not None:
-            heard = [
-                (item, samples) for item, samples in looked if isinstance(item, Entry) and samples is not None
+            clips = [
+                (item, samples)
+                for item, samples in decoded
+                if isinstance(item, Entry) and samples is not None
             ]
             for (entry, _), text in zip(
-                heard, transcriber([(samples, entry.lang) for entry, samples in heard]), strict=True
+                clips, transcriber([(samples, entry.lang) for entry, samples in clips]), strict=True
             ):
                 entry.hypothesis = text
-        results = iter(looked)
+        results = iter(decoded)
         yield [(next(results)[0] if isinstance(item, Entry) else item).to_json() for item in window]
 
 
 def run(options: argparse.Namespace) -> str:
     """Errors: CorpusError, OutputError, BrokenProcessPool."""
     unfinished = options.out.with_name(options.out.name + ".unfinished")
-    told = {
+    settings = {
         key: str(value) for key, value in vars(options).items() if key not in ("workers", "batch_seconds")
     }
-    told["readers"] = _READERS
+    settings["readers"] = _READERS
     corpora = open_apart(options.corpus)
     transcriber = Transcriber(options.whisper, options.batch_seconds) if options.whisper else None
     try:
-        done = _resume(unfinished, told)
+        done = _resume(unfinished, settings)
         part, parts = options.part
         everything = (item for corpus in corpora for item in corpus if not isinstance(item, Ignored))
         items: Iterator[Entry | Rejection] = itertools.islice(everything, part + done * parts, None, parts)
@@ -193,14 +199,14 @@ def run(options: argparse.Namespace) -> str:
         raise OutputError(f"cannot write {options.out}: {error.strerror or error}") from error
 
 
-def _resume(unfinished: Path, told: dict) -> int:
+def _resume(unfinished: Path, settings: dict) -> int:
     """Return how many items are done. A partial line is cut off. The first line holds the command."""
-    head = json.dumps(told) + "\n"
-    begun = False
+    head = json.dumps(settings) + "\n"
+    has_head = False
     if unfinished.exists():
         with open(unfinished, "rb") as file:
-            begun = b"\n" in file.read(1 << 16)
-    if not begun:
+            has_head = b"\n" in file.read(1 << 16)
+    if not has_head:
         unfinished.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_text(head)
         return 0

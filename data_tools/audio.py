@@ -79,7 +79,7 @@ def output_rate(codec: str, rate: int) -> int:
     next one up."""
     if codec != "opus":
         return rate
-    return next((known for known in _OPUS_RATES if known >= rate), _OPUS_RATES[-1])
+    return next((opus_rate for opus_rate in _OPUS_RATES if opus_rate >= rate), _OPUS_RATES[-1])
 
 
 def encode(samples: np.ndarray, rate: int, codec: str) -> tuple[bytes, str]:

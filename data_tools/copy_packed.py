@@ -43,15 +43,15 @@ class Target:
         if self.store is None:
             paths = {name: Path(self.location) / name for name in names}
             return {name: path.stat().st_size if path.exists() else None for name, path in paths.items()}
-        found: dict[str, int | None] = {}
-        for name, looked in self.store.sizes(names).items():
-            if isinstance(looked, StoreError):
-                if looked.errno != errno.ENOENT:
-                    raise looked
-                found[name] = None
+        sizes: dict[str, int | None] = {}
+        for name, answer in self.store.sizes(names).items():
+            if isinstance(answer, StoreError):
+                if answer.errno != errno.ENOENT:
+                    raise answer
+                sizes[name] = None
             else:
-                found[name] = looked[0]
-        return found
+                sizes[name] = answer[0]
+        return sizes
 
     def write(self, source: Path, name: str) -> None:
         """Errors: StoreError, OSError."""
@@ -71,8 +71,8 @@ def copy(source: str, target: str) -> str:
     index, to = ShardIndex.load(source), Target(target)
     if index.damaged:
         raise ShardError(index.damaged[0])
-    there = to.sizes([shard["url"] for shard in index.shards])
-    todo = [n for n, shard in enumerate(index.shards) if there[shard["url"]] != shard["filesize"]]
+    present_sizes = to.sizes([shard["url"] for shard in index.shards])
+    todo = [n for n, shard in enumerate(index.shards) if present_sizes[shard["url"]] != shard["filesize"]]
     for number in watched(todo, "copying shards", " shards", len(todo)):
         shard = index.shards[number]
         with TemporaryDirectory() as scratch:

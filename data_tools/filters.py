@@ -85,7 +85,7 @@ class SampleFilter:
     clearest_seconds: float | None = (
         None  # clips of task sound are cut to their clearest stretch of this length
     )
-    _wanted: dict[str | None, bool] = field(
+    _is_allowed: dict[str | None, bool] = field(
         default_factory=dict, repr=False
     )  # language -> whether filters.langs has it
 
@@ -123,17 +123,17 @@ class SampleFilter:
         place = int.from_bytes(
             hashlib.blake2b(f"split:{self.seed}:{key.value}".encode(), digest_size=8).digest(), "big"
         )
-        left, total = place / 2**64, sum(self.splits.values())
+        remainder, total = place / 2**64, sum(self.splits.values())
         for name, share in self.splits.items():
-            left -= share / total
-            if left < 0:
+            remainder -= share / total
+            if remainder < 0:
                 return name, place
         return next(reversed(self.splits)), place
 
     def judge_metadata(self, entry: Entry) -> Rejection | None:
         """Filters that need no audio."""
         f = self.filters
-        if f.langs and not self._is_wanted(entry.lang):
+        if f.langs and not self._allows_language(entry.lang):
             return Rejection(
                 entry.id, "language", f"{entry.lang} is not one of {', '.join(f.langs)}", entry.corpus
             )
@@ -162,10 +162,10 @@ class SampleFilter:
         cut = self.clearest_seconds if self.clearest_seconds and entry.task == "sound" else math.inf
         return self.judge_clip(entry, min(entry.duration, cut))
 
-    def _is_wanted(self, lang: str | None) -> bool:
-        if lang not in self._wanted:
-            self._wanted[lang] = bool({lang, language_code(lang)} & set(self.filters.langs or ()))
-        return self._wanted[lang]
+    def _allows_language(self, lang: str | None) -> bool:
+        if lang not in self._is_allowed:
+            self._is_allowed[lang] = bool({lang, language_code(lang)} & set(self.filters.langs or ()))
+        return self._is_allowed[lang]
 
     def judge_clip(self, entry: Entry, seconds: float) -> Rejection | None:
         f = self.filters
@@ -247,8 +247,8 @@ def complete(entry: Entry, normalise: str = "raw") -> Rejection | None:
     if not (
         entry.response or entry.messages or entry.label or (entry.text and entry.task in ANSWERED_BY_TEXT)
     ):
-        known = entry.task.lower() in ANSWERED_BY_TEXT and entry.task != entry.task.lower()
-        hint = f"; is {entry.task.lower()} meant?" if known else ""
+        is_wrong_case = entry.task.lower() in ANSWERED_BY_TEXT and entry.task != entry.task.lower()
+        hint = f"; is {entry.task.lower()} meant?" if is_wrong_case else ""
         return Rejection(
             entry.id,
             "no_target",

@@ -64,19 +64,21 @@ class Template:
 def load_templates(path: Path) -> list[Template]:
     """Errors: CorpusError for a missing or empty file."""
     if not path.exists():
-        known = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.txt")))
+        template_names = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.txt")))
         raise CorpusError(
             f"{path} does not exist: give --templates FILE, one instruction a line (there are some for "
-            f"{known})"
+            f"{template_names})"
         )
-    found = []
+    templates = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if line.strip() and not line.startswith("#"):
             instruction, _, answer = line.partition(" => ")
-            found.append(Template(instruction.strip(), answer.strip() or "{answer}", f"{path.stem}:{number}"))
-    if not found:
+            templates.append(
+                Template(instruction.strip(), answer.strip() or "{answer}", f"{path.stem}:{number}")
+            )
+    if not templates:
         raise CorpusError(f"{path} holds no instruction")
-    return found
+    return templates
 
 
 def draw(seed: int, what: str, key: str) -> float:
@@ -177,7 +179,7 @@ def text_sample(row: dict, name: str) -> Entry | Rejection:
     turns = row.get("messages") or row.get("conversations")
     if turns:
         try:
-            said = [
+            messages = [
                 {
                     "role": _ROLES[turn.get("role") or turn["from"]],
                     "content": turn.get("content", turn.get("value")),
@@ -185,16 +187,18 @@ def text_sample(row: dict, name: str) -> Entry | Rejection:
                 for turn in turns
             ]
             if not all(
-                isinstance(turn["content"], str) for turn in said
+                isinstance(turn["content"], str) for turn in messages
             ):  # null: a call of a tool; a list: of parts
                 return Rejection(sample_id, "bad_row", f"{name}: a turn whose content is no text")
         except (KeyError, TypeError, AttributeError) as error:
             return Rejection(sample_id, "bad_row", f"{name}: a turn without a known role: {error}")
-        if [turn["role"] for turn in said] == ["user", "assistant"]:
-            return Entry(id=sample_id, task="text", prompt=said[0]["content"], response=said[1]["content"])
-        if said[-1]["role"] != "assistant":
+        if [turn["role"] for turn in messages] == ["user", "assistant"]:
+            return Entry(
+                id=sample_id, task="text", prompt=messages[0]["content"], response=messages[1]["content"]
+            )
+        if messages[-1]["role"] != "assistant":
             return Rejection(sample_id, "no_target", f"{name}: the last turn is not the assistant's")
-        return Entry(id=sample_id, task="text", messages=said)
+        return Entry(id=sample_id, task="text", messages=messages)
     prompt = row.get("instruction") or row.get("prompt") or row.get("question")
     response = row.get("output") or row.get("response") or row.get("answer")
     if not isinstance(prompt, str) or not isinstance(response, str):
@@ -252,9 +256,9 @@ class Voice:
             self.folder / f".{name}.{os.getpid()}.{threading.get_ident()}.wav"
         )  # two samples may ask the same at once
         if not path.exists():
-            said = f" {text}" if text.startswith("-") else text  # a program would take it for an option
+            argument = f" {text}" if text.startswith("-") else text  # a program would take it for an option
             command = [
-                part.replace("{out}", str(unfinished)).replace("{text}", said) for part in self.command
+                part.replace("{out}", str(unfinished)).replace("{text}", argument) for part in self.command
             ]
             spoken = None if any("{text}" in part for part in self.command) else text
             try:
@@ -336,10 +340,10 @@ def write(items: Iterator[Item], out: Path) -> str:
             rejected.unlink()
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
-    told = (
+    summary = (
         f"{out}: {', '.join(f'{count:,} {name}' for name, count in sorted(counts.items())) or 'no samples'}"
     )
-    return told + "".join(f"; ignored {count:,} {what}" for what, count in sorted(ignored.items()))
+    return summary + "".join(f"; ignored {count:,} {what}" for what, count in sorted(ignored.items()))
 
 
 def run(options: argparse.Namespace) -> str:

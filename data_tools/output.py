@@ -84,7 +84,7 @@ def _is_at(file: IO[str], path: Path) -> bool:
 
 
 def _lock(stack: ExitStack, path: Path, kind: int, folder: Path) -> None:
-    until, told = time.monotonic() + PATIENCE_SECONDS, False
+    until, is_logged = time.monotonic() + PATIENCE_SECONDS, False
     while True:
         try:
             path.parent.mkdir(exist_ok=True)  # whoever finishes the packing removes it
@@ -96,7 +96,7 @@ def _lock(stack: ExitStack, path: Path, kind: int, folder: Path) -> None:
             fcntl.lockf(file, kind | fcntl.LOCK_NB)
             if _is_at(file, path):
                 break
-            file.close()  # removed between the two calls: the lock would keep nobody out
+            file.close()  # removed between the two calls: no other process sees this lock
             continue
         except (BlockingIOError, PermissionError):
             file.seek(0)
@@ -109,13 +109,13 @@ def _lock(stack: ExitStack, path: Path, kind: int, folder: Path) -> None:
         what = f"{folder} is being packed by another process ({who})"
         if time.monotonic() >= until:
             raise InUse(f"{what}: wait until it has ended; if it has ended already, remove {path}")
-        if not told:
+        if not is_logged:
             print(
                 f"{printable_line(what)}: waiting for up to {duration(PATIENCE_SECONDS)}",
                 file=sys.stderr,
                 flush=True,
             )
-            told = True
+            is_logged = True
         time.sleep(1.0)
     if kind == fcntl.LOCK_EX:
         with suppress(OSError):

@@ -286,8 +286,8 @@ def packing_of(options: argparse.Namespace) -> tuple[Packing, Layout]:
 
 def shaping_options(options: argparse.Namespace, name: str) -> dict:
     """Return the options that shape the bytes, and their digest."""
-    given = {key: value for key, value in vars(options).items() if value is not None or key not in _ADDED}
-    shaping = {key: value for key, value in given.items() if key not in _NOT_IN_BYTES} | {"name": name}
+    values = {key: value for key, value in vars(options).items() if value is not None or key not in _ADDED}
+    shaping = {key: value for key, value in values.items() if key not in _NOT_IN_BYTES} | {"name": name}
     return {
         "options": shaping,
         "digest": hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest(),
@@ -297,7 +297,7 @@ def shaping_options(options: argparse.Namespace, name: str) -> dict:
 def corpus_files(specifications: list[str]) -> dict[str, str]:
     """{path: size and digest} of corpora that are a file, e.g. a manifest. Of a large one its two ends are
     read, of 16 MiB each: an edit changes the size, or it is small."""
-    found = {}
+    fingerprints = {}
     for path in (path_of(specification) for specification in specifications):
         if path.is_file():
             size, digest = path.stat().st_size, hashlib.sha256()
@@ -305,15 +305,15 @@ def corpus_files(specifications: list[str]) -> dict[str, str]:
                 digest.update(file.read(_END_BYTES))
                 file.seek(max(file.tell(), size - _END_BYTES))
                 digest.update(file.read())
-            found[str(path)] = f"{size}:{digest.hexdigest()[:16]}"
-    return found
+            fingerprints[str(path)] = f"{size}:{digest.hexdigest()[:16]}"
+    return fingerprints
 
 
-def _unchanged(folder: Path, known: dict, now: dict[str, str]) -> None:
-    """Errors: CorpusError where a corpus' file is another one than `known`, a plan or an index, was made
-    from."""
-    for path, found in now.items():
-        if known.get("files", {}).get(path, found) != found:
+def _unchanged(folder: Path, index: dict, now: dict[str, str]) -> None:
+    """Errors: CorpusError where a corpus' file is another one than `index`, of a plan or a packed folder, was
+    made from."""
+    for path, fingerprint in now.items():
+        if index.get("files", {}).get(path, fingerprint) != fingerprint:
             raise CorpusError(
                 f"{path} has changed since {folder} was made from it: give another --out, or remove {folder}"
             )
@@ -403,9 +403,9 @@ def _merge_alone(options: argparse.Namespace) -> str:
         for path in sorted(options.out.glob(f"{pattern}{WORK}/plan/plan.json"))
     ]
     if not folders:
-        done = ": it has its index" if (options.out / INDEX_NAME).exists() else ""
-        raise PackError(f"{options.out} holds no unfinished packing to merge{done}")
-    told = []
+        reason = ": it has its index" if (options.out / INDEX_NAME).exists() else ""
+        raise PackError(f"{options.out} holds no unfinished packing to merge{reason}")
+    reports = []
     for folder in folders:
         plan = json.loads((folder / WORK / "plan" / "plan.json").read_bytes())
         packing = Packing(
@@ -415,8 +415,8 @@ def _merge_alone(options: argparse.Namespace) -> str:
             lock.enter_context(locked(folder, None))
             if (folder / INDEX_NAME).exists():
                 raise PackError(f"{folder} holds no unfinished packing to merge: it has its index")
-            told.append(report(folder, packing.merge(plan, lock), plan))
-    return "\n".join(told)
+            reports.append(report(folder, packing.merge(plan, lock), plan))
+    return "\n".join(reports)
 
 
 def _finished(job: Job) -> str | None:
@@ -425,12 +425,12 @@ def _finished(job: Job) -> str | None:
     if not (job.folder / INDEX_NAME).exists():
         return None
     index = ShardIndex.load(job.folder)
-    done = json.loads((job.folder / INDEX_NAME).read_bytes())
-    if done.get("options") != job.head["digest"]:
+    finished_index = json.loads((job.folder / INDEX_NAME).read_bytes())
+    if finished_index.get("options") != job.head["digest"]:
         raise CorpusError(
             f"{job.folder} is packed already, with other options: give another --out, or remove it"
         )
-    _unchanged(job.folder, done, job.head["files"])
+    _unchanged(job.folder, finished_index, job.head["files"])
     shutil.rmtree(
         job.folder / WORK, ignore_errors=True
     )  # a kill may have come while the merge was removing it
@@ -454,8 +454,8 @@ def _plan(jobs: list[Job], corpora: list[Corpus], layout: Layout) -> None:
         places = {
             job.split: own if job is rest[0] else own.with_name(f"{own.name}.{job.split}") for job in rest
         }
-        wanted = {job.split: (places[job.split], job.head) for job in rest}
-        make_plans(wanted, corpora, rest[0].packing.sieve, layout, _watch)
+        targets = {job.split: (places[job.split], job.head) for job in rest}
+        make_plans(targets, corpora, rest[0].packing.sieve, layout, _watch)
         for job in rest[1:]:
             shutil.rmtree(job.plan_folder, ignore_errors=True)
             try:
@@ -539,43 +539,45 @@ def _pack(job: Job, plan: dict, options: argparse.Namespace, lock: ExitStack) ->
 
 def _dry_run(jobs: list[Job], corpora: list[Corpus], layout: Layout) -> str:
     """Plan, look at some clips, keep nothing."""
-    told: list[str] = []
+    reports: list[str] = []
     with _scratch(jobs[0].folder) as scratch:
         new = [job for job in jobs if not job.is_planned]
         places = {job.split: scratch / (job.split or "plan") for job in new}
         if new:
-            wanted = {job.split: (places[job.split], job.head) for job in new}
-            make_plans(wanted, corpora, new[0].packing.sieve, layout, _watch)
+            targets = {job.split: (places[job.split], job.head) for job in new}
+            make_plans(targets, corpora, new[0].packing.sieve, layout, _watch)
         for job in jobs:
             place = places.get(job.split, job.plan_folder)
             plan = json.loads((place / "plan.json").read_bytes())
             _check_same(job, plan)
             name = f"{job.folder}: " if len(jobs) > 1 else ""
             if not plan["samples"] or broken_lines(plan, job.packing.max_broken_share):
-                print("\n".join([*told, name + dry_report(plan, corpora, None)]))
+                print("\n".join([*reports, name + dry_report(plan, corpora, None)]))
                 _check_content(job, plan, [])
-            looked = probe(place, plan, job.packing)
-            told.append(name + dry_report(plan, corpora, looked))
-            if problem := broken_clips(plan, looked, job.packing.max_broken_share):
-                print("\n".join(told))
+            probed = probe(place, plan, job.packing)
+            reports.append(name + dry_report(plan, corpora, probed))
+            if problem := broken_clips(plan, probed, job.packing.max_broken_share):
+                print("\n".join(reports))
                 raise PackError(problem)
     for job in jobs:
-        there = next(place for place in (job.folder, *job.folder.parents) if place.exists())
-        if not os.access(there, os.W_OK) or not there.is_dir():
-            told.append(
-                f"{job.folder} cannot be written: {there} is {'read-only' if there.is_dir() else 'a file'}"
+        parent = next(place for place in (job.folder, *job.folder.parents) if place.exists())
+        if not os.access(parent, os.W_OK) or not parent.is_dir():
+            reports.append(
+                f"{job.folder} cannot be written: {parent} is {'read-only' if parent.is_dir() else 'a file'}"
             )
-    return "\n".join(told)
+    return "\n".join(reports)
 
 
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
     """A folder for a plan that is not kept: in the output where that is begun already, else where temporary
     files go."""
-    begun = folder / WORK
+    work_folder = folder / WORK
     try:
         name = f"trial.{os.uname().nodename}.{os.getpid()}."  # so named, it is cleared away after a kill
-        path = Path(tempfile.mkdtemp(prefix=name, dir=begun if os.access(begun, os.W_OK) else None))
+        path = Path(
+            tempfile.mkdtemp(prefix=name, dir=work_folder if os.access(work_folder, os.W_OK) else None)
+        )
     except OSError as error:
         raise OutputError(f"cannot write {tempfile.gettempdir()}: {error.strerror}") from error
     try:

@@ -198,32 +198,32 @@ class Packing:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _follow(self, pending: set[Future], hours: float, progress) -> None:
-        tried, broken = 0, 0
-        with Progress(f"packing {plural(len(pending), 'shard')}", hours, " h", decimals=2) as shown:
-            shown.begin(f"about {duration(hours * 3600)} of audio; a line a minute follows")
+        checked, broken = 0, 0
+        with Progress(f"packing {plural(len(pending), 'shard')}", hours, " h", decimals=2) as display:
+            display.begin(f"about {duration(hours * 3600)} of audio; a line a minute follows")
             while pending:
                 done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in done:
                     clips, bad = future.result()
-                    tried, broken = tried + clips, broken + bad
+                    checked, broken = checked + clips, broken + bad
                 now = progress.value / 3600
                 # Durations that the corpus does not tell are guesses: the total moves when they turn out to
                 # be low.
-                shown.total = max(shown.total, now)
-                shown.to(now, f"{plural(len(pending), 'shard')} left")
-                if tried >= _ENOUGH_TO_JUDGE:
-                    self._check_share(broken, tried)
+                display.total = max(display.total, now)
+                display.to(now, f"{plural(len(pending), 'shard')} left")
+                if checked >= _ENOUGH_TO_JUDGE:
+                    self._check_share(broken, checked)
 
-    def _check_share(self, broken: int, tried: int) -> None:
+    def _check_share(self, broken: int, checked: int) -> None:
         """Errors: PackError where more is broken than allowed, faults found while planning included."""
-        if self.planned.broken_share(broken, tried) > self.max_broken_share:
+        if self.planned.broken_share(broken, checked) > self.max_broken_share:
             before = (
                 f", and {self.planned.faults:,} of {self.planned.items:,} lines before"
                 if self.planned.faults
                 else ""
             )
             raise PackError(
-                f"{broken:,} of {tried:,} clips are missing or broken{before}: stopped. "
+                f"{broken:,} of {checked:,} clips are missing or broken{before}: stopped. "
                 f"{self._first_fault()} "
                 f"Fix the corpus, remove {self.folder} and run again, or raise --max-broken-share"
             )
@@ -257,12 +257,12 @@ class Packing:
     def _left_behind(self) -> list[Path]:
         """Unfinished work of this machine's processes that are no more."""
         here = f".{os.uname().nodename}."
-        found = (self.folder / WORK).glob(
+        paths = (self.folder / WORK).glob(
             f"*{here}*"
         )  # WHAT.MACHINE.PROCESS, and a thread's number behind it for a plan
         return [
             path
-            for path in found
+            for path in paths
             if not Path(f"/proc/{path.name.rpartition(here)[2].partition('.')[0]}").exists()
         ]
 
@@ -373,8 +373,8 @@ class _Again:
 
 def finding_line(entry: Entry, finding: Finding) -> str:
     """A line of findings.jsonl."""
-    told = {"id": entry.id, "finding": finding.kind, "detail": finding.detail, "corpus": entry.corpus}
-    return json.dumps(told, ensure_ascii=False)
+    record = {"id": entry.id, "finding": finding.kind, "detail": finding.detail, "corpus": entry.corpus}
+    return json.dumps(record, ensure_ascii=False)
 
 
 def record_of(entry: Entry, duration: float, sample_rate: int | None) -> dict:

@@ -108,7 +108,7 @@ class _Scan:
     rejected_seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     examples: dict[str, str] = field(default_factory=dict)  # reason -> the first of its kind
 
-    def note(self, entry: Entry, by: int = 1) -> None:
+    def count(self, entry: Entry, by: int = 1) -> None:
         """What the report says of samples that are kept; by -1: this one is not after all."""
         if entry.audio is not None:
             self.unknown_durations += by * (entry.duration is None)
@@ -118,11 +118,11 @@ class _Scan:
         self.rejected[fault.reason] += 1
         self.rejected_seconds[fault.reason] += seconds
         if fault.reason not in self.examples:
-            named = not fault.detail or fault.detail.startswith(
+            names_sample = not fault.detail or fault.detail.startswith(
                 f"{fault.id}:"
             )  # a line that has no id but its place
             self.examples[fault.reason] = (
-                (fault.detail or fault.id) if named else f"{fault.id}: {fault.detail}"
+                (fault.detail or fault.id) if names_sample else f"{fault.id}: {fault.detail}"
             )
         self.faults.write(fault.to_json() + "\n")
 
@@ -155,7 +155,7 @@ def make_plan(
 
 
 def make_plans(
-    wanted: dict[str | None, tuple[Path, dict]],
+    targets: dict[str | None, tuple[Path, dict]],
     corpora: Sequence[Iterable[Item]],
     sieve: SampleFilter,
     layout: Layout,
@@ -172,18 +172,20 @@ def make_plans(
     try:
         while True:
             with ExitStack() as stack:
-                scans = {split: _open_scan(folder, stack) for split, (folder, _) in wanted.items()}
+                scans = {split: _open_scan(folder, stack) for split, (folder, _) in targets.items()}
                 sources: dict[tuple, int] = {}
                 whole = _scan(scans, corpora, sieve, layout, watch, sources)
             repeated = {split: _Repeated(scan.folder) for split, scan in scans.items()}
             if not _qualify(corpora, sources, repeated.values()):
                 break
         return {
-            split: _finish(scan, whole, corpora, sieve, layout, wanted[split][1], repeated[split].is_repeated)
+            split: _finish(
+                scan, whole, corpora, sieve, layout, targets[split][1], repeated[split].is_repeated
+            )
             for split, scan in scans.items()
         }
     except OSError as error:
-        folder = next(iter(wanted.values()))[0]
+        folder = next(iter(targets.values()))[0]
         raise OutputError(f"planning in {folder}: {error.strerror or error}") from error
 
 
@@ -334,10 +336,10 @@ def _keep(scan: _Scan, entry: Entry, source: int, layout: Layout, by_sound: bool
     scan.clips.write(_pack_clip(clip, source))
     if by_sound and audio:
         stretch = f"{entry.sound_hash}:{entry.offset}:{entry.duration if entry.offset is not None else None}"
-        asked = f"{entry.task}:{entry.prompt}:{entry.target_lang}"
-        digest = hashlib.blake2b(f"{stretch}:{asked}".encode(), digest_size=8).digest()
+        question = f"{entry.task}:{entry.prompt}:{entry.target_lang}"
+        digest = hashlib.blake2b(f"{stretch}:{question}".encode(), digest_size=8).digest()
         scan.hashes.write(digest + struct.pack("<Q", sequence))
-    scan.note(entry)
+    scan.count(entry)
     scan.samples, scan.bytes, scan.seconds = sequence + 1, scan.bytes + size, scan.seconds + seconds
     return None
 
@@ -434,9 +436,9 @@ class _Repeated:
                 mine = np.flatnonzero(part % np.uint64(passes) == residue)
                 ids.append(part[mine])
                 places.append(mine + start)
-            self._look(np.concatenate(ids), np.concatenate(places))
+            self._mark_repeated(np.concatenate(ids), np.concatenate(places))
 
-    def _look(self, ids: np.ndarray, places: np.ndarray) -> None:
+    def _mark_repeated(self, ids: np.ndarray, places: np.ndarray) -> None:
         """Mark the repeated ones among these ids; places: which samples they are, rising."""
         order = np.argsort(ids, kind="stable")
         same = ids[order[1:]] == ids[order[:-1]]
@@ -522,7 +524,7 @@ def _sort(
                 if reason:
                     entry = Entry.from_json(line)
                     scan.reject(Rejection(entry.id, reason, detail, entry.corpus), seconds)
-                    scan.note(entry, -1)
+                    scan.count(entry, -1)
                     continue
                 # A unit (one recording, one row group) is not torn apart, unless it alone is larger than a
                 # shard.
@@ -572,15 +574,15 @@ def plan_once(folder: Path, make: Callable[[Path], Any], patience_seconds: float
     lock = folder.with_name("plan.lock")
     own = folder.with_name(f"plan.{os.uname().nodename}.{os.getpid()}.{threading.get_ident()}")
     me = f"{os.uname().nodename} {os.getpid()}"
-    seen, since = None, time.monotonic()
+    last_state, since = None, time.monotonic()
     while not (folder / "plan.json").exists():
         try:
             with open(lock, "x") as file:
                 file.write(me)
         except FileExistsError:
             state = _lock_state(lock)
-            if state != seen:
-                seen, since = state, time.monotonic()
+            if state != last_state:
+                last_state, since = state, time.monotonic()
             if state is not None and (time.monotonic() - since > patience_seconds or _is_dead(state[0])):
                 _take_away(lock, state)
             else:

@@ -29,8 +29,8 @@ class Progress:
         decimals: int = 0,
     ):
         self.name, self.total, self.unit, self.done, self._decimals = name, total, unit, done, decimals
-        self._begun, self._first = time.monotonic(), done
-        self._told = self._begun
+        self._started, self._first = time.monotonic(), done
+        self._last_line = self._started
         self._bar = None
         if sys.stderr.isatty():
             form = (
@@ -70,13 +70,13 @@ class Progress:
             self._bar.set_postfix_str(more, refresh=False)
             self._bar.update(done - self.done)
         self.done = done
-        if self._bar is None and time.monotonic() - self._told >= EVERY_SECONDS:
-            self._told = time.monotonic()
+        if self._bar is None and time.monotonic() - self._last_line >= EVERY_SECONDS:
+            self._last_line = time.monotonic()
             print(self.line(more), file=sys.stderr, flush=True)
 
     def line(self, more: str = "") -> str:
         """Done, rate, time left."""
-        seconds = max(time.monotonic() - self._begun, 1e-9)
+        seconds = max(time.monotonic() - self._started, 1e-9)
         rate = (self.done - self._first) / seconds
         of = f" of {self.total:,.{self._decimals}f}" if self.total is not None else ""
         left = ""

@@ -46,8 +46,8 @@ def clearest(samples: np.ndarray, rate: int, seconds: float) -> np.ndarray:
 
     The floor (10th percentile) is taken off first, so that a long hum does not win against a short bark.
     """
-    wanted = round(seconds * rate)
-    if len(samples) <= wanted:
+    length = round(seconds * rate)
+    if len(samples) <= length:
         return samples
     power = frame_power(samples, rate)
     above = np.maximum(power - np.percentile(power, 10), 0.0)
@@ -62,5 +62,5 @@ def clearest(samples: np.ndarray, rate: int, seconds: float) -> np.ndarray:
     worse = np.flatnonzero(totals < 0.99 * totals[best])
     first = worse[worse < best].max(initial=-1) + 1
     last = worse[worse > best].min(initial=len(totals)) - 1
-    start = min(int(first + last) // 2 * hop, len(samples) - wanted)
-    return samples[start : start + wanted]
+    start = min(int(first + last) // 2 * hop, len(samples) - length)
+    return samples[start : start + length]

@@ -68,8 +68,8 @@ class RemoteShards:
     def read(self, row: int) -> tuple[bytes | None, bytes]:
         """Return audio and JSON of a sample. Errors: StoreError, also where the object was changed."""
         self._own()
-        if (found := self._cached(row)) is not None:
-            return found
+        if (parts := self._cached(row)) is not None:
+            return parts
         sample, entry = self.samples[row], self._shard(row)
         pieces = [self._store.result(future) for future in self._ahead.pop(row, None) or self._request(row)]
         for fetched, (_, size) in zip(pieces, self._spans(sample), strict=True):
@@ -80,8 +80,8 @@ class RemoteShards:
                 )
             if len(fetched.data) != size:
                 raise StoreError(f"{len(fetched.data)} bytes came, {size} were asked for")
-        found = self._parts(sample, [fetched.data for fetched in pieces])
-        if not self._check(sample, *found):
+        parts = self._parts(sample, [fetched.data for fetched in pieces])
+        if not self._check(sample, *parts):
             raise StoreError(
                 f"the object (ETag {pieces[0].etag}) does not hold what was packed: it was changed after that"
             )
@@ -95,7 +95,7 @@ class RemoteShards:
                 start,
                 fetched.data,
             )
-        return found
+        return parts
 
     def download(self, shard: int, path: Path) -> None:
         """Write one whole shard to `path`. Errors: StoreError, OSError."""
@@ -143,8 +143,8 @@ class RemoteShards:
             if data is None:
                 return None
             pieces.append(data)
-        found = self._parts(sample, pieces)
-        return found if self._check(sample, *found) else None
+        parts = self._parts(sample, pieces)
+        return parts if self._check(sample, *parts) else None
 
     def __getstate__(self) -> dict:
         return {
@@ -170,10 +170,10 @@ def fetch_index(url: str, index_name: str, table_name: str) -> tuple[Path, Objec
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / table_name).exists():
-            looked = store.sizes([table_name])[table_name]
-            if isinstance(looked, StoreError):
-                raise StoreError(f"{table_name}: {looked}", looked.errno or 0)
-            store.download(table_name, looked[0], folder / f".{table_name}")
+            answer = store.sizes([table_name])[table_name]
+            if isinstance(answer, StoreError):
+                raise StoreError(f"{table_name}: {answer}", answer.errno or 0)
+            store.download(table_name, answer[0], folder / f".{table_name}")
             os.replace(folder / f".{table_name}", folder / table_name)
         if not (folder / index_name).exists():
             (folder / f".{index_name}").write_bytes(index)
@@ -181,7 +181,7 @@ def fetch_index(url: str, index_name: str, table_name: str) -> tuple[Path, Objec
     return folder, store
 
 
-def forget_index(folder: Path, table_name: str) -> None:
+def discard_index(folder: Path, table_name: str) -> None:
     """Remove a table that does not belong to its index, so that the next process reads it again."""
     with suppress(OSError):
         (folder / table_name).unlink()
@@ -194,11 +194,11 @@ def object_sizes(store: ObjectStore, folder: Path, names: list[str]) -> dict[str
         fcntl.flock(lock, fcntl.LOCK_EX)
         with suppress(OSError, ValueError, TypeError):
             if time.time() - path.stat().st_mtime < SIZES_SECONDS:
-                known = json.loads(path.read_text())
-                return {name: int(known[name]) for name in names}
-        looked = store.sizes(names)
+                cached = json.loads(path.read_text())
+                return {name: int(cached[name]) for name in names}
+        answers = store.sizes(names)
         sizes: dict[str, int | StoreError] = {
-            name: value if isinstance(value, StoreError) else value[0] for name, value in looked.items()
+            name: value if isinstance(value, StoreError) else value[0] for name, value in answers.items()
         }
         if not any(isinstance(value, StoreError) for value in sizes.values()):
             path.write_text(json.dumps(sizes))

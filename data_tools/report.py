@@ -46,7 +46,7 @@ def broken_lines(plan: dict, most: float) -> str | None:
 
 
 @dataclass
-class Looked:
+class ProbedClips:
     """What a dry run found of some clips: how many were looked for and decoded, what is wrong, and an example
     of each reason."""
 
@@ -64,35 +64,35 @@ class Looked:
         self.examples.setdefault(reason, example)
 
 
-def probe(folder: Path, plan: dict, packing: Packing) -> Looked:
+def probe(folder: Path, plan: dict, packing: Packing) -> ProbedClips:
     """Look for some of a plan's clips, spread over the corpus by its shuffle, and decode a few. folder: where
     the plan is."""
-    found, shard = Looked(), 0
-    while shard < plan["shards"] and found.files < _FILES:
+    probed, shard = ProbedClips(), 0
+    while shard < plan["shards"] and probed.files < _FILES:
         for entry in shard_entries(folder, shard)[1]:
-            if entry.audio is not None and found.files < _FILES:
-                _look(entry, entry.audio, found, packing)
+            if entry.audio is not None and probed.files < _FILES:
+                _check_clip(entry, entry.audio, probed, packing)
         shard += 1
-    return found
+    return probed
 
 
-def _look(entry: Entry, audio: str, found: Looked, packing: Packing) -> None:
-    found.files += 1
+def _check_clip(entry: Entry, audio: str, probed: ProbedClips, packing: Packing) -> None:
+    probed.files += 1
     kind, path = kind_of(audio)
-    if found.decoded < _CLIPS and kind != "pipe":
-        found.decoded += 1
+    if probed.decoded < _CLIPS and kind != "pipe":
+        probed.decoded += 1
         try:
             fault = packing.clip_of(entry)[1]
         except Exception as error:
             fault = fault_of(error, entry.id, reason="failed")
         if fault is not None:
-            found.add(fault.reason, f"{fault.id}: {fault.detail}")
+            probed.add(fault.reason, f"{fault.id}: {fault.detail}")
     elif kind == "file" and not os.path.exists(path):
-        found.add("missing_file", f"{entry.id}: {path}")
+        probed.add("missing_file", f"{entry.id}: {path}")
 
 
-def dry_report(plan: dict, corpora: list[Corpus], looked: Looked | None) -> str:
-    """What would be packed and refused, and why; `looked`: what some clips turned out to be."""
+def dry_report(plan: dict, corpora: list[Corpus], probed: ProbedClips | None) -> str:
+    """What would be packed and refused, and why; `probed`: what some clips turned out to be."""
     unknown = plan.get("unknown_durations", 0)
     about = "about " if unknown else ""
     lines = [
@@ -105,8 +105,10 @@ def dry_report(plan: dict, corpora: list[Corpus], looked: Looked | None) -> str:
     lines += _ignored(plan)
     lines += plan.get("notes", [])
     lines += [f"columns  {fact}" for fact in plan.get("facts", [])]
-    if looked is not None and looked.files:
-        lines.append(f"looked for {looked.files:,} clips and decoded {looked.decoded}: {_found(looked)}")
+    if probed is not None and probed.files:
+        lines.append(
+            f"looked for {probed.files:,} clips and decoded {probed.decoded}: {_faults_text(probed)}"
+        )
     if unknown:
         lines.append(
             f"{unknown:,} samples have no known duration: filters by seconds, rate and CTC frames judge them "
@@ -118,26 +120,26 @@ def dry_report(plan: dict, corpora: list[Corpus], looked: Looked | None) -> str:
     return "\n".join(map(printable_line, lines))
 
 
-def broken_clips(plan: dict, looked: Looked, most: float) -> str | None:
+def broken_clips(plan: dict, probed: ProbedClips, most: float) -> str | None:
     """One line where packing would stop if all clips were like those that a dry run looked at; None
     otherwise."""
     planned = Planned(plan.get("items", 0), plan.get("faults", 0))
-    if planned.broken_share(looked.broken, looked.files) <= most:
+    if planned.broken_share(probed.broken, probed.files) <= most:
         return None
     first = next(
-        f"{reason} of {example}" for reason, example in looked.examples.items() if reason not in FILTERS
+        f"{reason} of {example}" for reason, example in probed.examples.items() if reason not in FILTERS
     )
     before = f", and {planned.faults:,} of {planned.items:,} lines" if planned.faults else ""
-    what = f"{looked.broken} of the {looked.files} clips looked at are missing or broken{before}"
+    what = f"{probed.broken} of the {probed.files} clips looked at are missing or broken{before}"
     return f"{what}: fix the corpus. For example {first}"
 
 
-def _found(looked: Looked) -> str:
-    if not looked.faults:
+def _faults_text(probed: ProbedClips) -> str:
+    if not probed.faults:
         return "all are good"
     return "; ".join(
-        f"{count:,} {reason} (for example {looked.examples[reason]})"
-        for reason, count in looked.faults.items()
+        f"{count:,} {reason} (for example {probed.examples[reason]})"
+        for reason, count in probed.faults.items()
     )
 
 
@@ -157,7 +159,7 @@ def report(folder: Path, index: dict, plan: dict) -> str:
     lines += _table(index["rejected"], index["rejected_hours"], {})
     lines += _ignored(plan)
     lines += plan.get("notes", [])
-    lines += _noted(folder, index.get("findings", {}))
+    lines += _findings(folder, index.get("findings", {}))
     lines += _unasked(plan)
     lines += _unknown_languages(folder)
     return "\n".join(map(printable_line, lines))
@@ -185,21 +187,21 @@ def _ignored(plan: dict) -> list[str]:
     return [f"  ignored {count:>9,}  {what}" for what, count in plan.get("ignored", {}).items()]
 
 
-def _noted(folder: Path, counts: dict[str, int]) -> list[str]:
+def _findings(folder: Path, counts: dict[str, int]) -> list[str]:
     """Lines about packed clips that may be of no use, with the first ids of each kind."""
     if not counts:
         return []
     ids: dict[str, list[str]] = {kind: [] for kind in counts}
     with open(folder / FINDINGS_NAME, encoding="utf-8") as lines:
-        for told in map(json.loads, lines):
-            if len(ids[told["finding"]]) < _SHOWN_IDS:
-                ids[told["finding"]].append(told["id"])
-    shown = {
+        for record in map(json.loads, lines):
+            if len(ids[record["finding"]]) < _SHOWN_IDS:
+                ids[record["finding"]].append(record["id"])
+    examples = {
         kind: ", ".join(ids[kind]) + (" ..." if counts[kind] > len(ids[kind]) else "") for kind in counts
     }
     return [
         f"packed all the same, named in {folder / FINDINGS_NAME} (--refuse KIND leaves them out):",
-        *(f"  noted   {count:>9,}  {kind}: {shown[kind]}" for kind, count in counts.items()),
+        *(f"  noted   {count:>9,}  {kind}: {examples[kind]}" for kind, count in counts.items()),
     ]
 
 

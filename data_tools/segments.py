@@ -58,7 +58,7 @@ def _length(words: Sequence[TimedWord], first: int, last: int) -> float:
 
 
 def _split(words: Sequence[TimedWord], first: int, last: int, cutting: Cutting) -> list[tuple[int, int]]:
-    done, open_pieces = [], [(first, last)] if last > first else []
+    pieces, open_pieces = [], [(first, last)] if last > first else []
     while open_pieces:
         first, last = open_pieces.pop()
         pauses = [
@@ -69,10 +69,10 @@ def _split(words: Sequence[TimedWord], first: int, last: int, cutting: Cutting) 
         # with its margins a clip is at most `most` long
         fits = _length(words, first, last) + 2 * cutting.margin <= cutting.most
         if fits or longest is None or longest[0] < cutting.pause:
-            done.append((first, last))
+            pieces.append((first, last))
         else:
             open_pieces += [(first, longest[2]), (longest[2], last)]
-    return sorted(done)
+    return sorted(pieces)
 
 
 def _joined(

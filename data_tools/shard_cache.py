@@ -29,8 +29,10 @@ LOGGER = logging.getLogger(__name__)
 
 def cache_folder() -> Path:
     """Return $SOUNDWAVE_SHARD_CACHE, or a folder of this user in the node's temporary files."""
-    named = os.environ.get("SOUNDWAVE_SHARD_CACHE")
-    return Path(named) if named else Path(tempfile.gettempdir()) / f"soundwave-shards-{os.geteuid()}"
+    configured = os.environ.get("SOUNDWAVE_SHARD_CACHE")
+    return (
+        Path(configured) if configured else Path(tempfile.gettempdir()) / f"soundwave-shards-{os.geteuid()}"
+    )
 
 
 def cache_bytes() -> int:
@@ -129,17 +131,17 @@ class ShardCache:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return
-            found = []
+            entries = []
             for rows in self.folder.parent.glob("*/*.rows"):
                 data = rows.with_suffix(".data")
                 if data.exists() and (used := data.stat().st_blocks * 512):
-                    found.append((rows.stat().st_mtime, used, rows, data))
+                    entries.append((rows.stat().st_mtime, used, rows, data))
             disk = shutil.disk_usage(self.folder)
-            used = sum(size for _, size, _, _ in found)
+            used = sum(size for _, size, _, _ in entries)
             allowed = min(self.most, used + disk.free - int(FREE_SHARE * disk.total))
             if used <= allowed:
                 return
-            for _, size, rows, data in sorted(found):
+            for _, size, rows, data in sorted(entries):
                 with open(rows, "r+b") as file:
                     file.write(bytes(os.fstat(file.fileno()).st_size))
                 whole = data.stat().st_size

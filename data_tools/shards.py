@@ -35,7 +35,7 @@ from core.file_names import UnsafeName, file_size_inside, plain_name
 from core.json_files import JsonError, parse_object, read_object
 from core.object_store import StoreError, is_store_url, joined, shown_url
 from core.private_folder import NotPrivate, check_private
-from data_tools.remote_shards import RemoteShards, fetch_index, forget_index, object_sizes
+from data_tools.remote_shards import RemoteShards, discard_index, fetch_index, object_sizes
 
 SAMPLE_DTYPE = np.dtype(
     [
@@ -177,7 +177,7 @@ class ShardWriter:
         self.path = Path(path)
         self._rows: list[tuple] = []
         self._tables: dict[str, dict[str, int]] = {"task": {}, "lang": {}, "codec": {}}
-        self._digest, self._offset, self._asked = hashlib.sha256(), 0, 0
+        self._digest, self._offset, self._written_out = hashlib.sha256(), 0, 0
         try:
             self._file = open(self.path, "wb", buffering=1 << 20)  # noqa: SIM115  closed by close()
         except OSError as error:
@@ -235,7 +235,7 @@ class ShardWriter:
             raise OutputError(f"cannot write {self.path} at byte {self._offset}: {error.strerror}") from error
         self._digest.update(data)
         self._offset += len(data)
-        if self._offset - self._asked >= _WRITE_OUT_BYTES:
+        if self._offset - self._written_out >= _WRITE_OUT_BYTES:
             self._write_out()
 
     def _write_out(self) -> None:
@@ -245,9 +245,12 @@ class ShardWriter:
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):
                 os.posix_fadvise(
-                    self._file.fileno(), self._asked, self._offset - self._asked, os.POSIX_FADV_DONTNEED
+                    self._file.fileno(),
+                    self._written_out,
+                    self._offset - self._written_out,
+                    os.POSIX_FADV_DONTNEED,
                 )
-        self._asked = self._offset
+        self._written_out = self._offset
 
     def close(self, name: str) -> ShardSummary:
         """End the archive, bring it to the disk, and return what the index needs. `name`: the shard's final
@@ -589,7 +592,7 @@ class ShardIndex:
                 fingerprint(samples, [shard["sha256"] for shard in index["shardlist"]])
                 != index["fingerprint"]
             ):
-                forget_index(folder, TABLE_NAME)
+                discard_index(folder, TABLE_NAME)
                 raise ShardError(
                     f"{shown_url(url)}: {TABLE_NAME} does not belong to its {INDEX_NAME}: copy both again"
                 )

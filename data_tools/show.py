@@ -48,7 +48,7 @@ def histogram_text(values: np.ndarray, unit: str, bins: int = 12) -> str:
 
 def describe(folder: Path | str, index: ShardIndex) -> str:
     """The report: totals, a line for each task and language, and two histograms."""
-    told, samples = json.loads((index.folder / INDEX_NAME).read_bytes()), index.samples
+    record, samples = json.loads((index.folder / INDEX_NAME).read_bytes()), index.samples
     megabytes = sum(shard["filesize"] for shard in index.shards) / 1e6
     lines = [
         f"{index.name}: {len(index):,} samples, {duration(index.hours * 3600)} in "
@@ -79,21 +79,21 @@ def describe(folder: Path | str, index: ShardIndex) -> str:
         "characters a second",
         histogram_text(rates, "/s"),
     ]
-    if told.get("rejected"):
+    if record.get("rejected"):
         lines += ["", f"refused when packed (named in {joined(folder, 'rejected.jsonl')})"]
         lines += [
-            f"  {count:>9,}  {duration(told.get('rejected_hours', {}).get(reason, 0) * 3600):>10}  {reason}"
-            for reason, count in told["rejected"].items()
+            f"  {count:>9,}  {duration(record.get('rejected_hours', {}).get(reason, 0) * 3600):>10}  {reason}"
+            for reason, count in record["rejected"].items()
         ]
-    if told.get("ignored"):
+    if record.get("ignored"):
         lines += [
             "",
             "ignored when packed",
-            *(f"  {count:>9,}  {what}" for what, count in told["ignored"].items()),
+            *(f"  {count:>9,}  {what}" for what, count in record["ignored"].items()),
         ]
-    if told.get("findings"):
+    if record.get("findings"):
         lines += ["", f"noted when packed (named in {joined(folder, 'findings.jsonl')})"]
-        lines += [f"  {count:>9,}  {kind}" for kind, count in told["findings"].items()]
+        lines += [f"  {count:>9,}  {kind}" for kind, count in record["findings"].items()]
     return printable("\n".join(lines))
 
 
@@ -123,25 +123,25 @@ def draw(index: ShardIndex, path: Path) -> None:
     pyplot.close(figure)
 
 
-def find_row(index: ShardIndex, wanted: str) -> int:
+def find_row(index: ShardIndex, name: str) -> int:
     """A row number, or CORPUS/ID. Errors: ShardError for one that is not there."""
-    if wanted.isdigit():
-        if int(wanted) >= len(index):
-            raise ShardError(f"row {wanted}: {index.location} has {len(index)} samples, rows count from 0")
-        return int(wanted)
-    corpus, _, sample_id = wanted.partition("/")
+    if name.isdigit():
+        if int(name) >= len(index):
+            raise ShardError(f"row {name}: {index.location} has {len(index)} samples, rows count from 0")
+        return int(name)
+    corpus, _, sample_id = name.partition("/")
     rows = np.flatnonzero(index.samples["id_hash"] == id_hash(corpus, sample_id))
     if len(rows) == 0:
         raise ShardError(
-            f"{index.location} holds no sample {wanted}: give a row number, or CORPUS/ID as the JSON has them"
+            f"{index.location} holds no sample {name}: give a row number, or CORPUS/ID as the JSON has them"
         )
     return int(rows[0])
 
 
-def write_clip(index: ShardIndex, wanted: str, to: Path) -> str:
+def write_clip(index: ShardIndex, name: str, to: Path) -> str:
     """Write one clip to a file: its own bytes where the extension is the same, else decoded into the file's
     format."""
-    row = find_row(index, wanted)
+    row = find_row(index, name)
     audio, record = index.read(row)
     text = printable(json.dumps(record, ensure_ascii=False, indent=1))
     if audio is None:
@@ -217,20 +217,20 @@ def write_lhotse_cuts(index: ShardIndex, path: Path) -> int:
 
 def folders_in(parent: Path) -> str:
     """A line for each packed folder in a folder. Errors: ShardError where there is none."""
-    found = sorted(
+    packed = sorted(
         {path.parent for pattern in ("*/", "*/*/") for path in parent.glob(f"{pattern}{INDEX_NAME}")}
     )
-    begun = sorted(
+    unfinished = sorted(
         {path.parents[1] for pattern in ("*/", "*/*/") for path in parent.glob(f"{pattern}{WORK}/done")}
-        - set(found)
+        - set(packed)
     )
-    if not found and not begun:
+    if not packed and not unfinished:
         raise ShardError(
             f"{parent} holds no {INDEX_NAME}, nor does a folder in it: give a folder that data_tools/pack.py "
             f"has finished"
         )
     lines = [f"{'samples':>12}{'audio':>12}  {'tasks':<24}{'languages':<16}folder"]
-    for folder in found:
+    for folder in packed:
         try:
             index = ShardIndex.load(folder)
         except ShardError as error:
@@ -241,7 +241,7 @@ def folders_in(parent: Path) -> str:
             f"{len(index):>12,}{duration(index.hours * 3600):>12}  {tasks[:23]:<24}{langs[:15]:<16}{folder}"
         )
     lines += [
-        f"{'not finished':>24}  {'':<40}{folder}: run its command again, or --merge" for folder in begun
+        f"{'not finished':>24}  {'':<40}{folder}: run its command again, or --merge" for folder in unfinished
     ]
     return printable("\n".join(lines))
 

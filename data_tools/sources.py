@@ -56,7 +56,7 @@ def read_bytes(audio: str) -> bytes:
     Errors: ClipError missing_file | unreadable | undecodable | truncated | command_failed | too_large;
     OutputError where there is no room to decompress a tar.
     """
-    kind, rest = _found(audio)
+    kind, rest = _located(audio)
     if kind == "tarz":
         _make_room(rest.rpartition("#")[0])
     with typed_errors(audio):
@@ -68,7 +68,7 @@ def read_bytes(audio: str) -> bytes:
             raise ClipError("unreadable", f"{error}".partition("\n")[0]) from None
 
 
-def _found(audio: str) -> tuple[str, str]:
+def _located(audio: str) -> tuple[str, str]:
     """kind_of, a file by the name that it has on the disk."""
     kind, rest = kind_of(audio)
     if kind == "file" and not rest.isascii():
@@ -80,7 +80,7 @@ def _found(audio: str) -> tuple[str, str]:
 def open_recording(audio: str) -> Recording:
     """A recording of which segments are wanted; the last one stays open. Errors: as read_bytes, and ClipError
     undecodable."""
-    kind, rest = _found(audio)
+    kind, rest = _located(audio)
     source = rest if kind == "file" else read_bytes(audio)
     with typed_errors(audio):
         return Recording(source)

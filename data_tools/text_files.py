@@ -129,12 +129,14 @@ def _form_of(file: io.BufferedReader, path: Path, encoding: str | None) -> tuple
     """(bytes of the mark at its beginning, encoding: None for plain UTF-8) of a file that is open at its
     beginning."""
     head = file.peek(64)[:64]
-    mark, found = next(((len(bom), name) for bom, name in _BOMS.items() if head.startswith(bom)), (0, None))
-    if encoding is None and found is None and b"\0" in head:
+    mark, bom_encoding = next(
+        ((len(bom), name) for bom, name in _BOMS.items() if head.startswith(bom)), (0, None)
+    )
+    if encoding is None and bom_encoding is None and b"\0" in head:
         raise CorpusError(
             f"{path} seems to be UTF-16 without a mark of its order: give encoding=utf-16-le (or -be)"
         )
-    return mark, encoding or found
+    return mark, encoding or bom_encoding
 
 
 def open_text(path: Path, encoding: str | None = None) -> IO[str]:
@@ -159,8 +161,8 @@ def damage(text: str | bytes, encoding: str | None = None) -> Problem | None:
         begin, end = max(0, error.start - 15), error.start + 15
         if encoding is not None:
             return Problem("encoding", f"not {encoding} (byte 0x{data[error.start]:02x})")
-        seen = data[begin:end].decode("cp1252", "replace").strip()
-        what = f"not UTF-8 (byte 0x{data[error.start]:02x}); as cp1252 it reads '{seen}'"
+        as_cp1252 = data[begin:end].decode("cp1252", "replace").strip()
+        what = f"not UTF-8 (byte 0x{data[error.start]:02x}); as cp1252 it reads '{as_cp1252}'"
         return Problem(
             "encoding", f"{what}: give encoding=cp1252 if that is right, else its own, or convert the file"
         )
@@ -408,10 +410,10 @@ def _checked_header(cells: list[str], delimiter: str, path: Path, required: Coll
             f"them: columns=audio+text"
         )
     if len(cells) == 1 and (other := next((d for d in DELIMITERS if d != delimiter and d in cells[0]), None)):
-        used, seen = DELIMITERS.get(delimiter, delimiter), DELIMITERS[other]
+        used, other_sign = DELIMITERS.get(delimiter, delimiter), DELIMITERS[other]
         raise CorpusError(
-            f"{path} has one column, '{cells[0]}', between {used}s: give delimiter={seen} if its cells are "
-            f"divided by {seen}s"
+            f"{path} has one column, '{cells[0]}', between {used}s: give delimiter={other_sign} if its cells "
+            f"are divided by {other_sign}s"
         )
     if missing := [name for name in required if name not in cells]:
         raise CorpusError(

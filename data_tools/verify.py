@@ -72,7 +72,7 @@ def _check_file(index: ShardIndex, shard: int, path: Path, decode: int | None) -
 
 def _check_members(index: ShardIndex, shard: int, path: Path, decode: int | None) -> list[str]:
     rows = np.flatnonzero(index.samples["shard"] == shard)
-    wanted = set(
+    checked_rows = set(
         rows
         if decode is None
         else rows[np.linspace(0, len(rows) - 1, min(decode, len(rows))).astype(int)]
@@ -114,7 +114,7 @@ def _check_members(index: ShardIndex, shard: int, path: Path, decode: int | None
                 f"{path.name}: sample {row} ({record.get('id')}): the audio is not the one that the table "
                 f"knows"
             )
-        if audio is not None and row in wanted:
+        if audio is not None and row in checked_rows:
             problems += [
                 f"{path.name}: sample {row} ({record.get('id')}): {problem}"
                 for problem in _check_audio(audio, record)
@@ -125,7 +125,7 @@ def _check_members(index: ShardIndex, shard: int, path: Path, decode: int | None
 
 
 def _check_record(index: ShardIndex, sample: np.void, record: dict) -> list[str]:
-    told = {
+    pairs = {
         "id": (id_hash(record.get("corpus", ""), record.get("id", "")), int(sample["id_hash"])),
         "task": (record.get("task"), index.tasks[sample["task"]]),
         "lang": (record.get("lang") or "", index.langs[sample["lang"]]),
@@ -133,9 +133,9 @@ def _check_record(index: ShardIndex, sample: np.void, record: dict) -> list[str]
         "target characters": (target_characters(record), int(sample["target_characters"])),
     }
     problems = [
-        f"{name} is {here} in the JSON, {there} in the table"
-        for name, (here, there) in told.items()
-        if here != there
+        f"{name} is {here} in the JSON, {in_table} in the table"
+        for name, (here, in_table) in pairs.items()
+        if here != in_table
     ]
     if abs((record.get("duration") or 0.0) - float(sample["duration"])) > _DURATION_TOLERANCE:
         problems.append(
@@ -164,9 +164,9 @@ def check(folder: Path | str, decode: int | None, workers: int) -> list[str]:
     damaged = {line.split(" ")[0] for line in index.damaged}
     if fingerprint(index.samples, [shard["sha256"] for shard in index.shards]) != index.fingerprint:
         problems.append("samples.npy is not the table that the index was written with (fingerprint)")
-    told = read_object(index.folder / INDEX_NAME)
+    record = read_object(index.folder / INDEX_NAME)
     hours = float(index.samples["duration"].astype(np.float64).sum()) / 3600
-    counted = told.get("samples")
+    counted = record.get("samples")
     if counted != len(index) or abs(hours - index.hours) > 1e-5:
         problems.append(
             f"index.json says {counted} samples, {index.hours} h; the table has {len(index)}, {hours:.6f} h"

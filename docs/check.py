@@ -67,14 +67,14 @@ def lengths() -> Iterator[str]:
 
 def anchors(text: str) -> set[str]:
     """Return the anchors of a page's headings, as GitHub and MkDocs make them."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for title in re.findall(
         r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE
     ):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)|[`*]", r"\1", title).strip().lower()
         name = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
-        found[name] = found.get(name, 0) + 1
-    return set(found)
+        counts[name] = counts.get(name, 0) + 1
+    return set(counts)
 
 
 def links() -> Iterator[str]:
@@ -122,11 +122,11 @@ def commands() -> Iterator[str]:
     for path in documents():
         for block, whole in shell(path.read_text()):
             try:
-                found = command_lines.statements(block)
+                statements = command_lines.statements(block)
             except ValueError as error:
                 yield f"{path.relative_to(ROOT)}: {block.strip().splitlines()[0]}: {error}"
                 continue
-            for statement in found:
+            for statement in statements:
                 try:
                     command_lines.check(statement)
                 except command_lines.WrongCommand as error:
@@ -136,19 +136,19 @@ def commands() -> Iterator[str]:
 
 
 def keys() -> Iterator[str]:
-    known = command_lines.recipe_keys()
-    sections = {key.partition(".")[0] for key in known if "." in key}
+    recipe_keys = command_lines.recipe_keys()
+    sections = {key.partition(".")[0] for key in recipe_keys if "." in key}
     for path in documents():
         for code in re.findall(r"`([^`\n]+)`", path.read_text()):
             for key in re.findall(rf"^((?:{'|'.join(sections)})\.[a-z_.]+?)[._]?(?:\*|=.*|: .*)?$", code):
-                inside = any(name.startswith((f"{key}.", f"{key}_")) for name in known)
+                inside = any(name.startswith((f"{key}.", f"{key}_")) for name in recipe_keys)
                 code_name = (ROOT / key.replace(".", "/")).with_suffix(".py").exists() or (
                     ROOT / key
                 ).exists()
-                if key not in known and not inside and not code_name and not _attribute(key):
+                if key not in recipe_keys and not inside and not code_name and not _attribute(key):
                     yield f"{path.relative_to(ROOT)}: `{code}` is no key of a recipe"
     described = yaml.safe_load((DOCS / "recipe_keys.yaml").read_text())
-    for key in described.keys() - known:
+    for key in described.keys() - recipe_keys:
         yield f"docs/recipe_keys.yaml: {key} is no key of a recipe"
     for row in re.findall(
         r"^\| `([\w.]+)` \| .* \|  \|$", (generate.REFERENCE / "recipe.md").read_text(), re.MULTILINE
@@ -193,23 +193,23 @@ def _model_source() -> str:
 
 def strings_of_code() -> list[str]:
     """Return every string of the code, with `...` for what is filled in."""
-    found = []
+    strings = []
     for package in (*generate.PACKAGES, "examples", "install"):
         for path in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.JoinedStr):
                     parts = [part.value if isinstance(part, ast.Constant) else "..." for part in node.values]
-                    found.append("".join(parts))
+                    strings.append("".join(parts))
                 elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    found.append(re.sub(r"%[-0-9.]*[sdfg]", "...", node.value))
-    found += [
+                    strings.append(re.sub(r"%[-0-9.]*[sdfg]", "...", node.value))
+    strings += [
         re.sub(r"\$\{?\w+[^}\"\s]*\}?", "...", path.read_text()) for path in (ROOT / "slurm").rglob("*.sh")
     ]
-    return found
+    return strings
 
 
 def messages() -> Iterator[str]:
-    known = strings_of_code()
+    strings = strings_of_code()
     for area, content in yaml.safe_load((DOCS / "messages.yaml").read_text()).items():
         if area == "slurm":  # filled-in examples, which the tests of the job scripts hold
             continue
@@ -217,7 +217,7 @@ def messages() -> Iterator[str]:
             for quoted in re.findall(r"`([^`]+)`", row["see"]):
                 pieces = [piece.strip().replace('\\"', '"') for piece in quoted.split("...")]
                 pieces = [piece for piece in pieces if len(piece) > 3]
-                if quoted != "fetch" and not any(all(piece in text for piece in pieces) for text in known):
+                if quoted != "fetch" and not any(all(piece in text for piece in pieces) for text in strings):
                     yield f"docs/messages.yaml: {area}: the code has no message `{quoted}`"
 
 
@@ -234,8 +234,8 @@ def generated() -> Iterator[str]:
 def phrases() -> Iterator[str]:
     rules = prose.phrases()
     for path in [*documents(), DOCS / "messages.yaml", DOCS / "recipe_keys.yaml", *sorted(DOCS.glob("*.py"))]:
-        found = prose.hits(path, rules) if path.suffix != ".yaml" else _yaml_hits(path, rules)
-        for hit in found:
+        hits = prose.hits(path, rules) if path.suffix != ".yaml" else _yaml_hits(path, rules)
+        for hit in hits:
             yield f"{path.relative_to(ROOT)}:{hit.line}: {hit.phrase!r}: write {hit.instead}"
     for path in prose.code_files():
         for hit in prose.hits(path, rules):
@@ -271,9 +271,9 @@ def main(arguments: list[str] | None = None) -> int:
         description="Check lengths, links, commands and words of the documentation.",
     )
     parser.parse_args(arguments)
-    found = list(problems())
-    print("\n".join(found) or "docs: no problems")
-    return 1 if found else 0
+    lines = list(problems())
+    print("\n".join(lines) or "docs: no problems")
+    return 1 if lines else 0
 
 
 if __name__ == "__main__":

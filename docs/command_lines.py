@@ -42,22 +42,22 @@ class WrongCommand(ValueError):
     """A command that the real command line refuses; the message is the reason."""
 
 
-class _Found(BaseException):  # not an Exception: a command's own `except Exception` must not catch it
+class _ParserBuilt(BaseException):  # not an Exception: a command's own `except Exception` must not catch it
     def __init__(self, parser: argparse.ArgumentParser):
         self.parser = parser
 
 
 def commands() -> dict[str, str]:
     """Return module -> the command that users type, for every module with a parser and an entry."""
-    found = {}
+    command_of = {}
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             text = path.read_text()
             if not re.search(r"(?:Argument|Command)Parser\(", text) or "def main(" not in text:
                 continue
             module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-            found[module] = SPOKEN.get(module, f"python -m {module.removesuffix('.__main__')}")
-    return found
+            command_of[module] = SPOKEN.get(module, f"python -m {module.removesuffix('.__main__')}")
+    return command_of
 
 
 def names() -> dict[str, str]:
@@ -70,19 +70,19 @@ def names() -> dict[str, str]:
 def parser_of(module: str) -> argparse.ArgumentParser:
     """Return the parser that a module's `main` builds. Nothing of the command runs."""
 
-    def found(parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
-        raise _Found(parser)
+    def stop(parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        raise _ParserBuilt(parser)
 
     main = importlib.import_module(module).main
     names = ("parse_args", "parse_known_args", "parse_intermixed_args", "parse_known_intermixed_args")
-    patches = [mock.patch.object(argparse.ArgumentParser, name, found) for name in names]
+    patches = [mock.patch.object(argparse.ArgumentParser, name, stop) for name in names]
     patches.append(mock.patch.dict(os.environ))  # some commands fill the environment first
     with mock.patch.object(sys, "argv", [module.replace(".", "/") + ".py"]):
         for patch in patches:
             patch.start()
         try:
             main([]) if inspect.signature(main).parameters else main()
-        except _Found as this:
+        except _ParserBuilt as this:
             return this.parser
         finally:
             for patch in patches:
@@ -102,7 +102,7 @@ def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPa
 
 def statements(block: str) -> list[list[str]]:
     """Return the commands of a shell block as words: continued lines joined, comments and loops removed."""
-    found = []
+    lines = []
     for line in re.sub(r"\\\n\s*", "", block).splitlines():
         line = re.sub(r"(^|\s\s)#\s.*", "", line)
         line = re.sub(r"\$\((\w[^)]*)\)", "VALUE", re.sub(r"\$\{?(\w+)\}?", r"1", line))
@@ -114,11 +114,11 @@ def statements(block: str) -> list[list[str]]:
                 if words and words[0] == "do":
                     words = words[1:]
                 if words and words[0] not in ("for", "done", "break"):
-                    found.append(words)
+                    lines.append(words)
                 words = []
             else:
                 words.append(word)
-    return found
+    return lines
 
 
 def check(words: list[str]) -> None:

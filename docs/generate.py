@@ -168,7 +168,7 @@ def message_pages() -> dict[str, str]:
 def linked(text: str) -> str:
     """Return text whose links, relative to docs/, are relative to docs/reference/."""
     return re.sub(
-        r"\]\((?!http)(?:reference/)?", lambda found: "](" + ("" if "reference/" in found[0] else "../"), text
+        r"\]\((?!http)(?:reference/)?", lambda match: "](" + ("" if "reference/" in match[0] else "../"), text
     )
 
 

@@ -25,12 +25,12 @@ class Hit(NamedTuple):
 
 def phrases() -> list[tuple[re.Pattern, str]]:
     lines = [line for line in PHRASES.read_text().splitlines() if line and not line.startswith("#")]
-    found = []
+    rules = []
     for line in lines:
         pattern, _, instead = line.partition("\t")
         # A phrase may be broken over lines.
-        found.append((re.compile(pattern.replace(" ", r"\s+"), re.IGNORECASE), instead))
-    return found
+        rules.append((re.compile(pattern.replace(" ", r"\s+"), re.IGNORECASE), instead))
+    return rules
 
 
 def hits(path: Path, rules: list[tuple[re.Pattern, str]]) -> Iterator[Hit]:
@@ -60,8 +60,8 @@ def passages(path: Path) -> Iterator[tuple[int, str]]:
 def without_code(text: str) -> str:
     """Return Markdown with code blanked out, lines and columns unchanged."""
 
-    def blank(found: re.Match) -> str:
-        return re.sub(r"[^\n]", " ", found[0])
+    def blank(match: re.Match) -> str:
+        return re.sub(r"[^\n]", " ", match[0])
 
     text = re.sub(r"^```.*?^```", blank, text, flags=re.DOTALL | re.MULTILINE)
     return re.sub(r"`[^`\n]+`", blank, text)
@@ -70,22 +70,22 @@ def without_code(text: str) -> str:
 def _python(text: str) -> Iterator[tuple[int, str]]:
     kinds = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", -1)}
     comment: list[str] = []
-    begun = last = 0
+    first_line = last = 0
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:  # consecutive comment lines are one passage
             if comment and token.start[0] == last + 1:
                 comment.append(token.string.lstrip("#"))
             else:
                 if comment:
-                    yield begun, "\n".join(comment)
-                comment, begun = [token.string.lstrip("#")], token.start[0]
+                    yield first_line, "\n".join(comment)
+                comment, first_line = [token.string.lstrip("#")], token.start[0]
             last = token.start[0]
         elif token.type in kinds:
             yield token.start[0], token.string
         elif token.type == tokenize.NAME and token.string.startswith("test_"):
             yield token.start[0], token.string.replace("_", " ")
     if comment:
-        yield begun, "\n".join(comment)
+        yield first_line, "\n".join(comment)
 
 
 def code_files() -> Iterator[Path]:

@@ -50,18 +50,18 @@ FOREST = {
 
 def rows() -> dict[tuple[str, str], list[dict]]:
     """Return (system, test set) -> rows of its seeds."""
-    found = defaultdict(list)
+    by_system = defaultdict(list)
     for row in csv.DictReader((RESULTS / "less_is_more.csv").open()):
-        found[row["system"], row["test_set"]].append(row)
-    return found
+        by_system[row["system"], row["test_set"]].append(row)
+    return by_system
 
 
 def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def mean_and_range(found: list[dict]) -> str:
-    values = [float(row["wer"]) for row in found]
+def mean_and_range(seed_rows: list[dict]) -> str:
+    values = [float(row["wer"]) for row in seed_rows]
     if not values:
         return ""
     spread = f" ({percent(min(values))} to {percent(max(values))})" if len(values) > 1 else ""
@@ -69,10 +69,10 @@ def mean_and_range(found: list[dict]) -> str:
 
 
 def main_table() -> str:
-    found = rows()
+    results = rows()
     lines = []
     for system, name in TABLE.items():
-        part, whole = found[system, PART], found[system, WHOLE]
+        part, whole = results[system, PART], results[system, WHOLE]
         rates = [float(row["frames_per_second"]) for row in part if row["frames_per_second"]]
         seeds = max(len(part), len(whole)) if system != "whisper" else ""
         shown = f"{mean(rates):.1f}" if rates and not system.startswith("stage 1") else ""
@@ -83,10 +83,10 @@ def main_table() -> str:
 
 def forest() -> Figure:
     """Mean WER of each system with the range over seeds, sorted."""
-    found, names = rows(), {**TABLE, **FOREST}
+    results, names = rows(), {**TABLE, **FOREST}
     points = []
     for system, name in names.items():
-        values = [float(row["wer"]) for row in found[system, PART]]
+        values = [float(row["wer"]) for row in results[system, PART]]
         if values:
             points.append((mean(values), min(values), max(values), name.replace(" (680,000 h)", "")))
     points.sort(reverse=True)
@@ -107,7 +107,7 @@ def forest() -> Figure:
 
 def data_curve() -> Figure:
     """WER against hours of training audio: stage 1's CTC and stage 2's LLM."""
-    found = rows()
+    results = rows()
     hours = {"data-10": 0.25, "data-25": 0.64, "data-50": 1.24, "ours": 2.59}
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
@@ -116,10 +116,10 @@ def data_curve() -> Figure:
         "stage 2, LLM decoding": {kind: kind for kind in hours},
     }
     for (label, systems), color in zip(curves.items(), ("#2f6fd0", "#c4570a"), strict=True):
-        means = [(hours[kind], mean(seeds(found, system))) for kind, system in systems.items()]
+        means = [(hours[kind], mean(seeds(results, system))) for kind, system in systems.items()]
         axes.plot([x for x, _ in means], [100 * y for _, y in means], "-", color=color, label=label)
         for kind, system in systems.items():
-            values = [100 * value for value in seeds(found, system)]
+            values = [100 * value for value in seeds(results, system)]
             axes.plot([hours[kind]] * len(values), values, "o", color=color, markersize=4)
     axes.set_xlabel("hours of training audio, equal steps")
     axes.set_ylabel("WER, %, 80 held-out utterances")
@@ -129,9 +129,9 @@ def data_curve() -> Figure:
     return figure
 
 
-def seeds(found: dict, system: str) -> list[float]:
+def seeds(results: dict, system: str) -> list[float]:
     """Return the WER of seeds 0 and 1, which every point of the curve has."""
-    return [float(row["wer"]) for row in found[system, PART] if row["seed"] in ("0", "1")]
+    return [float(row["wer"]) for row in results[system, PART] if row["seed"] in ("0", "1")]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -157,12 +157,12 @@ DECODES = {"ctc": "CTC head", "generate": "LLM", "joint": "LLM and CTC head"}
 
 
 def quickstart_table() -> str:
-    comment, found = quickstart()
+    comment, results = quickstart()
     lines = [
         "| stage | test set, task | measure | decoded by | before | after | utterances |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in found:
+    for row in results:
         measure = row["measure"] if row["measure"] in ("BLEU", "chrF") else f"{row['measure']}, %"
         cells = [row["stage"], f"{row['data']}, {row['task']}", measure, DECODES[row["decode"]]]
         cells += [with_interval(row, "before"), with_interval(row, "after"), row["utterances"]]
@@ -171,9 +171,11 @@ def quickstart_table() -> str:
 
 
 def readme_rows() -> str:
-    comment, found = quickstart()
+    comment, results = quickstart()
     chosen = [
-        row for row in found if (row["data"], row["task"], row["measure"]) == ("dialogues-test", "asr", "WER")
+        row
+        for row in results
+        if (row["data"], row["task"], row["measure"]) == ("dialogues-test", "asr", "WER")
     ]
     lines = ["| quick start, held-out dialogues | WER, % | utterances |", "|---|---|---|"]
     for row in (chosen[0], chosen[1], chosen[-1]):
@@ -212,7 +214,7 @@ def filled(path: Path) -> str:
             raise ValueError(
                 f"{path.name} needs the lines <!-- {name}: generated --> and <!-- end of {name} -->, once"
             )
-        text = pattern.sub(lambda found: f"{found[1]}\n{make()}\n\n{found[2]}", text)  # noqa: B023
+        text = pattern.sub(lambda match: f"{match[1]}\n{make()}\n\n{match[2]}", text)  # noqa: B023
     return text
 
 

@@ -98,7 +98,7 @@ def batches(
 def aligned(model, clips: list[tuple[Entry, torch.Tensor]]) -> list[Aligned]:
     """Short clips together, long ones one by one in windows."""
     longest = min(30.0, model.config.encoder.max_seconds)
-    found: dict[int, Aligned] = {}
+    results: dict[int, Aligned] = {}
     short = [i for i, (_, waveform) in enumerate(clips) if len(waveform) <= longest * SAMPLE_RATE]
     together = align(
         model,
@@ -107,18 +107,18 @@ def aligned(model, clips: list[tuple[Entry, torch.Tensor]]) -> list[Aligned]:
         [clips[i][0].lang for i in short],
     )
     for i, one in zip(short, together, strict=True):
-        found[i] = one
+        results[i] = one
     for i, (entry, waveform) in enumerate(clips):
-        if i not in found:
-            found[i] = align_recording(model, waveform, entry.text or "", entry.lang)
-    return [found[i] for i in range(len(clips))]
+        if i not in results:
+            results[i] = align_recording(model, waveform, entry.text or "", entry.lang)
+    return [results[i] for i in range(len(clips))]
 
 
-def timed(entry: Entry, found: Aligned) -> dict:
+def timed(entry: Entry, alignment: Aligned) -> dict:
     """The entry's line with word times. Errors: Rejected."""
-    if found.problem:
-        raise Rejected("not_aligned", found.problem)
-    return entry.fields() | {"words": [rounded(word) for word in found.words]}
+    if alignment.problem:
+        raise Rejected("not_aligned", alignment.problem)
+    return entry.fields() | {"words": [rounded(word) for word in alignment.words]}
 
 
 def rounded(word: Word, offset: float = 0.0) -> dict:
@@ -131,17 +131,17 @@ def rounded(word: Word, offset: float = 0.0) -> dict:
 
 
 def segments(
-    entry: Entry, found: Aligned, seconds: float, cutting: Cutting, least_confidence: float
+    entry: Entry, alignment: Aligned, seconds: float, cutting: Cutting, least_confidence: float
 ) -> tuple[list[dict], list[Rejection]]:
     """Lines of the clips that a recording is cut into, and clips that are of no use."""
     written = entry.text or ""
     spans = word_spans(written, entry.lang)
-    words = found.words
+    words = alignment.words
     while words and words[-1].confidence == 0 and words[-1].start == words[-1].end:
         words = words[:-1]  # after the audio's end, or signs that take no time
     rows, faults = [], []
-    if found.problem:
-        faults.append(Rejection(entry.id, "not_aligned", found.problem, entry.corpus))
+    if alignment.problem:
+        faults.append(Rejection(entry.id, "not_aligned", alignment.problem, entry.corpus))
         if len(words) == 0 or words[-1].confidence == 0:
             return [], faults
     for number, clip in enumerate(cut(words, seconds, cutting)):
@@ -156,7 +156,7 @@ def segments(
         if problem:
             faults.append(Rejection(name, *problem, entry.corpus))
             continue
-        last = len(spans) if clip.last == len(words) and not found.problem else clip.last
+        last = len(spans) if clip.last == len(words) and not alignment.problem else clip.last
         text = " ".join(written[spans[clip.first][0] : spans[last - 1][1]].split())
         rows.append(
             entry.fields()
@@ -230,24 +230,24 @@ def run(options: argparse.Namespace) -> str:
     ):
         for clips, faults in batches(items):
             rows: list[dict] = []
-            for (entry, waveform), found in zip(clips, aligned(model, clips), strict=True):
+            for (entry, waveform), alignment in zip(clips, aligned(model, clips), strict=True):
                 seconds = len(waveform) / SAMPLE_RATE
                 try:
                     if options.segment:
                         its_rows, its_faults = segments(
-                            entry, found, seconds, cutting, options.min_confidence
+                            entry, alignment, seconds, cutting, options.min_confidence
                         )
                         rows += its_rows
                         faults += its_faults
                     else:
-                        rows.append(timed(entry, found))
+                        rows.append(timed(entry, alignment))
                 except Rejected as problem:
                     faults.append(Rejection(entry.id, problem.reason, str(problem), entry.corpus))
                     continue
-                if options.subtitles and found.words:
+                if options.subtitles and alignment.words:
                     titles.mkdir(exist_ok=True)
                     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in entry.id)
-                    text = write(cues(found.words), options.subtitles, name=name, seconds=seconds)
+                    text = write(cues(alignment.words), options.subtitles, name=name, seconds=seconds)
                     (titles / f"{name}.{options.subtitles}").write_text(text, encoding="utf-8")
             out.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
             bad.writelines(json.dumps(asdict(fault), ensure_ascii=False) + "\n" for fault in faults)

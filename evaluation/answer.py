@@ -82,25 +82,25 @@ def main(arguments: list[str] | None = None) -> int:
         decode = "greedy" if options.decode == "generate" else options.decode
         for file in options.files:
             try:
-                found: Answer | Transcription
+                answer: Answer | Transcription
                 if options.prompt:
-                    found = model.answer(
+                    answer = model.answer(
                         file,
                         options.prompt,
                         max_new_tokens=options.max_new_tokens,
                         decode="drafted" if decode == "drafted" else "greedy",
                     )
                 else:
-                    found = model.transcribe_clip(file, decode=decode, max_new_tokens=options.max_new_tokens)
+                    answer = model.transcribe_clip(file, decode=decode, max_new_tokens=options.max_new_tokens)
             except PromptError:
                 raise
             except ValueError as error:  # of this file's audio; AudioError among them
                 print_error(f"error: {file}: {error}")
                 code = 2
                 continue
-            for note in found.notes:
+            for note in answer.notes:
                 print_error(f"warning: {file}: {note}")
-            print_text(file, found.text, sep="\t", flush=True)
+            print_text(file, answer.text, sep="\t", flush=True)
     except (InputError, FolderError, SourceError, PromptError) as error:
         print_error(f"error: {error}")
         return 2

@@ -66,7 +66,7 @@ class Talker:
     def __init__(self, server: ModelServer):
         self.server = server
 
-    def ask(self, file: str | None, question: str) -> Iterator[tuple]:
+    def stream_answer(self, file: str | None, question: str) -> Iterator[tuple]:
         """Yields (answer so far, CTC transcript, picture, timings as Markdown, words), None where nothing has
         changed. words: of the answer where it is a transcript (the question is QUESTION), else of the CTC
         transcript.
@@ -89,19 +89,19 @@ class Talker:
             yield from self._answer(data, waveform, question.strip())
             return
         began = time.perf_counter()
-        found = self.server.transcribe(data)
+        transcript = self.server.transcribe(data)
         yield (
             "(A model of stage 1 has no LLM; below is its CTC transcript.)",
-            found["text"],
-            *self._shown(found, waveform, [("whole answer", time.perf_counter() - began)]),
-            rows_of(found["words"]),
+            transcript["text"],
+            *self._shown(transcript, waveform, [("whole answer", time.perf_counter() - began)]),
+            rows_of(transcript["words"]),
         )
 
     def _answer(self, data: bytes, waveform: torch.Tensor, question: str) -> Iterator[tuple]:
         is_transcript = question == QUESTION
         include = ["frames", "words"] if is_transcript else ["frames"]
         began, text, first = time.perf_counter(), "", None
-        with contextlib.closing(self.server.ask(data, question, include)) as pieces:
+        with contextlib.closing(self.server.stream_answer(data, question, include)) as pieces:
             for piece in pieces:
                 if isinstance(piece, str):
                     text += piece
@@ -118,12 +118,12 @@ class Talker:
                     rows_of(piece["words"] if is_transcript else entries[0]["words"]),
                 )
 
-    def _shown(self, found: dict, waveform: torch.Tensor, spent: list[tuple[str, float]]) -> tuple[Any, str]:
+    def _shown(self, answer: dict, waveform: torch.Tensor, spent: list[tuple[str, float]]) -> tuple[Any, str]:
         """The picture and the timings of an answer."""
         seconds = len(waveform) / SAMPLE_RATE
-        inspection, texts = inspection_of(found["frames"], waveform)
+        inspection, texts = inspection_of(answer["frames"], waveform)
         frames, kept = len(inspection["tokens"][0]), len(inspection["kept"][0])
-        lines = [("**warning**", text.replace("|", "/")) for text in found.get("warnings", [])]
+        lines = [("**warning**", text.replace("|", "/")) for text in answer.get("warnings", [])]
         lines += [
             ("audio", f"{seconds:.2f} s"),
             ("frames", f"{frames}, {kept} kept for the LLM ({kept / seconds:.1f} a second)"),
@@ -153,7 +153,7 @@ def inspection_of(entries: list[dict], waveform: torch.Tensor) -> tuple[dict, di
         texts |= {int(token): text for token, text in entry["texts"].items()}
     mel = log_mel(waveform[None], torch.tensor([len(waveform)]), 80)[0][0]
     rate = entries[0]["rate"]
-    found = {
+    inspection = {
         "mel": [mel],
         "seconds": [len(tokens) / rate],
         "tokens": [torch.tensor(tokens)],
@@ -163,7 +163,7 @@ def inspection_of(entries: list[dict], waveform: torch.Tensor) -> tuple[dict, di
         "frame_rate": rate,
         "blank": entries[0]["blank"],
     }
-    return found, texts
+    return inspection, texts
 
 
 def rows_of(words: list[dict]) -> list[list[str]]:
@@ -223,7 +223,7 @@ def shown(talker: Talker, file: str | None, question: str) -> Iterator[tuple]:
     Errors: Refusal.
     """
     try:
-        yield from talker.ask(file, question)
+        yield from talker.stream_answer(file, question)
     except AudioError as error:
         line = f"the recording cannot be used: {one_line(error)}"
         if error.reason in ("undecodable", "no_decoder"):
@@ -240,10 +240,10 @@ def example_clips(place: Path | None) -> list[Path]:
     """Return up to 8 audio files of a folder, by name. Errors: ValueError."""
     if place is None:
         return []
-    found = sorted(path for path in place.glob("*") if path.suffix[1:].lower() in EXTENSIONS)[:8]
-    if not found:
+    clips = sorted(path for path in place.glob("*") if path.suffix[1:].lower() in EXTENSIONS)[:8]
+    if not clips:
         raise ValueError(f"--examples {place}: no audio file is there")
-    return found
+    return clips
 
 
 def page(talker: Talker, title: str, examples: Sequence[Path] = ()):
@@ -356,8 +356,9 @@ def show(
     import gradio
     from starlette.middleware import Middleware
 
-    known = talker.server.description
-    title = f"Stage {known['stage']}: {' and '.join(filter(None, [known['encoder'], known['llm']]))}"
+    description = talker.server.description
+    parts = filter(None, [description["encoder"], description["llm"]])
+    title = f"Stage {description['stage']}: {' and '.join(parts)}"
     # Fonts of the system: Gradio's own theme fetches its fonts from the network.
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     # The longest recording as stereo at 48 kHz in 32 bits, and room for headers.

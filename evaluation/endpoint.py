@@ -153,13 +153,13 @@ class Endpoint:
     def _post(self, body: dict) -> tuple[int, bytes, str]:
         """(status, content, Location of a redirect); what is too long or too slow is a broken connection."""
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        begun, content = time.monotonic(), b""
+        started, content = time.monotonic(), b""
         with self._client.stream("POST", self.target, json=body, headers=headers) as response:
             for part in response.iter_bytes():
                 content += part
                 if len(content) > LARGEST_REPLY:
                     raise httpx2.ReadError(f"more than {LARGEST_REPLY} bytes")
-                if time.monotonic() - begun > self.timeout:
+                if time.monotonic() - started > self.timeout:
                     raise httpx2.ReadTimeout(f"not complete after {self.timeout:g} s")
             return response.status_code, content, response.headers.get("Location", "nowhere")
 

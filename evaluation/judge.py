@@ -66,7 +66,7 @@ def local_judge(folder: Path) -> Callable[[str], str]:
     except SourceError as error:
         raise PredictionError(str(error)) from None
 
-    def ask(text: str) -> str:
+    def get_reply(text: str) -> str:
         # As text: an answer that holds the judge's control tokens must not open a turn of its own.
         ids = torch.tensor(
             [chat_ids(tokenizer, [{"role": "user", "content": text, "audios": 0}])[0]], device=model.device
@@ -77,7 +77,7 @@ def local_judge(folder: Path) -> Callable[[str], str]:
             )
         return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
-    return ask
+    return get_reply
 
 
 def parse_scores(reply: str) -> tuple[float, float] | None:
@@ -122,20 +122,20 @@ def read_template(path: Path | None) -> str:
     return template
 
 
-def judge_row(row: dict, description: str, ask: Callable[[str], str], template: str = TEMPLATE) -> dict:
+def judge_row(row: dict, description: str, get_reply: Callable[[str], str], template: str = TEMPLATE) -> dict:
     """Both orders of one answer and its reference: {id, corpus, task, score, reference_score, replies}; score
     None: unread."""
     values = {"description": _plain(description), "question": _plain(row.get("prompt") or "What is said?")}
     answer, reference = _plain(row["prediction"]), _plain(row["reference"])
     replies = [
-        ask(template.format(**values, first=reference, second=answer)),
-        ask(template.format(**values, first=answer, second=reference)),
+        get_reply(template.format(**values, first=reference, second=answer)),
+        get_reply(template.format(**values, first=answer, second=reference)),
     ]
     pairs = [parse_scores(reply) for reply in replies]
-    known = [
+    ratings = [
         (pair[1 - swapped], pair[swapped]) for swapped, pair in enumerate(pairs) if pair
     ]  # (answer, reference)
-    means: list[float] | None = np.mean(known, axis=0).tolist() if known else None
+    means: list[float] | None = np.mean(ratings, axis=0).tolist() if ratings else None
     score, other = means or (None, None)
     return {
         "id": row["id"],
@@ -202,22 +202,26 @@ def main(arguments: list[str] | None = None) -> int:
         )
         template = read_template(options.template)
         judge_name = str(options.local or f"{options.endpoint} {options.judge_model}")
-        wanted = {}
+        requested = {}
         for row in rows:
             description = described.get(row["id"]) or row.get("transcript") or row["reference"]
-            wanted[digest_of(row, description, judge_name, template)] = row, description
-        kept = options.predictions.with_suffix(".judge.jsonl")
-        end_last_line(kept)
-        before = read_rows(kept) if kept.exists() else []
-        judged = {judgement["digest"]: judgement for judgement in before if judgement.get("digest") in wanted}
+            requested[digest_of(row, description, judge_name, template)] = row, description
+        judgements_path = options.predictions.with_suffix(".judge.jsonl")
+        end_last_line(judgements_path)
+        before = read_rows(judgements_path) if judgements_path.exists() else []
+        judged = {
+            judgement["digest"]: judgement for judgement in before if judgement.get("digest") in requested
+        }
         if options.local and not (options.local / "config.json").exists():
             raise PredictionError(f"{options.local} is no model folder (it holds no config.json)")
-        ask: Any = local_judge(options.local) if options.local else endpoint  # an endpoint is None only then
-        with kept.open("a", encoding="utf-8") as out:
+        get_reply: Any = (
+            local_judge(options.local) if options.local else endpoint
+        )  # an endpoint is None only then
+        with judgements_path.open("a", encoding="utf-8") as out:
             for digest in tqdm(
-                [digest for digest in wanted if digest not in judged], desc="judging", unit="answer"
+                [digest for digest in requested if digest not in judged], desc="judging", unit="answer"
             ):
-                judged[digest] = judge_row(*wanted[digest], ask, template) | {"digest": digest}
+                judged[digest] = judge_row(*requested[digest], get_reply, template) | {"digest": digest}
                 out.write(json.dumps(judged[digest], ensure_ascii=False) + "\n")
                 out.flush()
     except (PredictionError, EndpointError, PromptError) as error:
@@ -225,9 +229,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2 if isinstance(error, (PredictionError, AddressError, PromptError)) else 1
     for note in notes:
         print_text(f"note: {note}")
-    others = sum(judgement.get("digest") not in wanted for judgement in before)
+    others = sum(judgement.get("digest") not in requested for judgement in before)
     if others:
-        print(f"{others} judgements in {kept} are of another judge, wording or answer: not counted")
+        print(
+            f"{others} judgements in {judgements_path} are of another judge, wording or answer: not counted"
+        )
     tasks = summarise(list(judged.values()))
     summary = {"judge": judge_name, "tasks": tasks}
     options.predictions.with_suffix(".judge.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -68,7 +68,9 @@ class ModelServer:
         }
         return self._json("POST", "/audio/transcriptions", data=fields, files={"file": ("audio", data)})
 
-    def ask(self, data: bytes, question: str, include: list[str]) -> Generator[str | dict[str, Any]]:
+    def stream_answer(
+        self, data: bytes, question: str, include: list[str]
+    ) -> Generator[str | dict[str, Any]]:
         """Yield the answer to a question about audio in pieces, then the last chunk, with what `include`
         names. The server gives up the answer where the iterator is closed. Errors: ServerError."""
         audio = {
@@ -114,8 +116,8 @@ class ModelServer:
 
 
 def _refusal(body: dict) -> ServerError:
-    found = body.get("error") or {}
-    return ServerError(printable(found.get("message") or "the server refused the request"), found.get("code"))
+    error = body.get("error") or {}
+    return ServerError(printable(error.get("message") or "the server refused the request"), error.get("code"))
 
 
 @contextlib.contextmanager

@@ -56,10 +56,10 @@ def read_predictions(path: Path) -> tuple[list[dict], list[str]]:
     repeated = 0
     for number, content in _numbered_rows(path):
         row = _checked(content, f"{path}, line {number}")
-        first, known = rows.setdefault(prediction_key(row), (number, row))
-        if known is row:
+        first, earlier = rows.setdefault(prediction_key(row), (number, row))
+        if earlier is row:
             continue
-        if any(known[key] != row[key] for key in ("reference", "prediction")):
+        if any(earlier[key] != row[key] for key in ("reference", "prediction")):
             raise PredictionError(
                 f"{path}, line {number}: {prediction_key(row)} is there twice and differs from line {first}: "
                 "keep one"
@@ -127,9 +127,9 @@ class PredictionFile:
             for old in [*self.parts(), *self._rejected_parts(), *whole]:
                 old.unlink(missing_ok=True)
             before = None
-        if before is None and (there := [*self.parts(), *([self.path] if self.path.exists() else [])]):
+        if before is None and (existing := [*self.parts(), *([self.path] if self.path.exists() else [])]):
             raise PredictionError(
-                f"{there[0]} is there, but not {self.run_file.name}, which records its settings: give "
+                f"{existing[0]} is there, but not {self.run_file.name}, which records its settings: give "
                 f"another "
                 "--out, or --restart to throw it away"
             )
@@ -149,8 +149,8 @@ class PredictionFile:
                     "throw these predictions away"
                 )
         else:
-            told = {**self.settings, **({"job": job} if job else {})}
-            self.run_file.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+            record = {**self.settings, **({"job": job} if job else {})}
+            self.run_file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
     def done(self) -> set[str]:
         """Keys of the rows that some rank has finished."""

@@ -297,16 +297,16 @@ def check_inputs(options: argparse.Namespace) -> list[TestSet]:
             "previous": folder_digest(previous) if previous else None,
         }
     indexes = [ShardIndex.load(path) for path in folders]
-    wanted = None if "all" in options.task else set(options.task)
-    there = sorted({task for index in indexes for task in index.tasks})
-    for task in sorted((wanted or set()) - set(there)):
+    requested = None if "all" in options.task else set(options.task)
+    available = sorted({task for index in indexes for task in index.tasks})
+    for task in sorted((requested or set()) - set(available)):
         raise InputError(
-            f"{' '.join(map(str, folders))}: no task '{task}': give --task {' or '.join(there)}, or --task "
-            f"all"
+            f"{' '.join(map(str, folders))}: no task '{task}': give --task {' or '.join(available)}, or "
+            f"--task all"
         )
     sets = []
     for path, index in zip(folders, indexes, strict=True):
-        tasks = None if wanted is None else sorted(wanted & set(index.tasks))
+        tasks = None if requested is None else sorted(requested & set(index.tasks))
         if tasks == []:
             raise InputError(f"{path} has none of the tasks asked for: it has {', '.join(index.tasks)}")
         sets.append(
@@ -384,10 +384,10 @@ class Ranks:
     def stop(self, error: str | None) -> bool:
         """Whether any rank met an error; rank 0 prints the first one, and all ranks know, so that they stop
         together."""
-        found = next((known for known in gather(error) if known), None)
-        if found and self.rank == 0:
-            print(f"error: {found}", file=sys.stderr)
-        return found is not None
+        first = next((reason for reason in gather(error) if reason), None)
+        if first and self.rank == 0:
+            print(f"error: {first}", file=sys.stderr)
+        return first is not None
 
 
 def start(device: str | None) -> Ranks:

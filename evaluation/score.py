@@ -31,17 +31,19 @@ from evaluation.predictions import PredictionError, read_predictions, read_rows
 
 def lengths(rows: list[dict]) -> dict:
     """Length statistics over the rows that carry them; rates are per second of audio."""
-    known = [row for row in rows if row.get("frames") and row.get("duration") and row.get("kept") is not None]
-    seconds = sum(row["duration"] for row in known)
-    if not known or not seconds:
+    measured = [
+        row for row in rows if row.get("frames") and row.get("duration") and row.get("kept") is not None
+    ]
+    seconds = sum(row["duration"] for row in measured)
+    if not measured or not seconds:
         return {}
     stats = {
         "audio_seconds": seconds,
-        "kept_share": sum(row["kept"] for row in known) / sum(row["frames"] for row in known),
-        "kept_per_second": sum(row["kept"] for row in known) / seconds,
+        "kept_share": sum(row["kept"] for row in measured) / sum(row["frames"] for row in measured),
+        "kept_per_second": sum(row["kept"] for row in measured) / seconds,
     }
-    if all(row.get("tokens") is not None for row in known):
-        stats["generated_tokens_per_second_of_audio"] = sum(row["tokens"] for row in known) / seconds
+    if all(row.get("tokens") is not None for row in measured):
+        stats["generated_tokens_per_second_of_audio"] = sum(row["tokens"] for row in measured) / seconds
     return stats
 
 
@@ -56,14 +58,14 @@ def groups(rows: list[dict]) -> dict[str, list[dict]]:
     if rows[0].get("task") == "translation":
         keys["direction"] = direction
         del keys["lang"]
-    found: dict[str, Any] = {}
+    by_group: dict[str, Any] = {}
     for kind, key in keys.items():
         parts = defaultdict(list)
         for row in rows:
             parts[key(row)].append(row)
         if len(parts) > 1:
-            found |= {f"{kind} {name}": part for name, part in sorted(parts.items())}
-    return found
+            by_group |= {f"{kind} {name}": part for name, part in sorted(parts.items())}
+    return by_group
 
 
 def score_rows(rows: list[dict], marks: Marks = "script") -> dict:

@@ -73,16 +73,16 @@ def parse_choice(answer: str, choices: list[str]) -> str | None:
             if _plain(choice) in group:
                 for word in group:
                     names.setdefault(word, choice)
-    found = set()
+    named = set()
     for name in sorted(names, key=len, reverse=True):
         if not name:
             continue
         for match in re.finditer(rf"(?<=\s){re.escape(name)}(?=\s)", text):
             if not NEGATION.search(text[: match.start()]):
-                found.add(names[name])
+                named.add(names[name])
             # Blank out what was matched, so that a shorter choice inside a longer one is not found again.
             text = text[: match.start()] + "\x00" * (match.end() - match.start()) + text[match.end() :]
-    return found.pop() if len(found) == 1 else None
+    return named.pop() if len(named) == 1 else None
 
 
 def same_label(first: str, second: str) -> bool:
@@ -131,9 +131,9 @@ def parse_letter(answer: str, choices: list[str]) -> str | None:
     "A or B") gives none. The article in "A man speaks" is not option A: a letter counts when it is isolated
     or before . ) : or , with quotes and asterisks aside.
     """
-    said = _without_listing(answer, choices)
+    statement = _without_listing(answer, choices)
     letters = _LETTERS[: len(choices)]
-    if small := re.fullmatch(rf"\W*([{letters.lower()}])\W*", said):
+    if small := re.fullmatch(rf"\W*([{letters.lower()}])\W*", statement):
         return choices[letters.index(small[1].upper())]
     one = rf"[(\[\"'*{{]*([{letters}])"
     end, word = (
@@ -150,21 +150,21 @@ def parse_letter(answer: str, choices: list[str]) -> str | None:
         (rf"\(([{letters}])\)", rf"\\boxed{{([{letters}])}}", rf"\b{word}\s*\W?{one}(?![\w'])"),
     )
     for number, patterns in enumerate(kinds):
-        found = sorted(
-            (match for pattern in patterns for match in re.finditer(pattern, said, re.MULTILINE)),
+        matches = sorted(
+            (match for pattern in patterns for match in re.finditer(pattern, statement, re.MULTILINE)),
             key=lambda match: match.end(1),
         )
         given = [
-            _letters_from(match, said, letters)
-            for match in found
-            if not _DENIED_BEFORE.search(said[: match.start(1)])
-            and not _DENIED_VERB.search(said[: match.start()])
-            and not _DENIED_AFTER.search(said[match.end(1) :])
+            _letters_from(match, statement, letters)
+            for match in matches
+            if not _DENIED_BEFORE.search(statement[: match.start(1)])
+            and not _DENIED_VERB.search(statement[: match.start()])
+            and not _DENIED_AFTER.search(statement[match.end(1) :])
         ]
         if given:
             distinct = given[-1] if number < 2 else set().union(*given)
             return choices[letters.index(min(distinct))] if len(distinct) == 1 else None
-    return parse_choice(said, choices)
+    return parse_choice(statement, choices)
 
 
 def _without_listing(answer: str, choices: list[str]) -> str:

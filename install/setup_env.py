@@ -59,7 +59,7 @@ class SetupError(Exception):
     """One line for the user: what is wrong and what to do."""
 
 
-def say(text):
+def show(text):
     print(text, flush=True)
 
 
@@ -112,9 +112,9 @@ class Environment:
             )
         return "%.0f s" % (time.time() - began)
 
-    def ask(self, code):
+    def run_python(self, code):
         """The last line that a few lines of Python print in the environment; None where they fail."""
-        found = subprocess.run(
+        result = subprocess.run(
             [str(self.python), "-c", code],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -123,11 +123,11 @@ class Environment:
             cwd=str(self.folder),
         )
         # The last line: libraries may have something to say before.
-        return (found.stdout.strip().splitlines() or [""])[-1] if found.returncode == 0 else None
+        return (result.stdout.strip().splitlines() or [""])[-1] if result.returncode == 0 else None
 
     @property
     def site_packages(self):
-        return Path(self.ask("import sysconfig; print(sysconfig.get_paths()['purelib'])"))
+        return Path(self.run_python("import sysconfig; print(sysconfig.get_paths()['purelib'])"))
 
 
 def has_gpu():
@@ -146,8 +146,8 @@ def which_kind(env, gpu):
     made for one: jobs run from it, and a login node's `make test` must not turn it into a CPU one under
     them."""
     if gpu == "auto":
-        kept = env.state / "kind"
-        return "cuda" if has_gpu() or (kept.exists() and kept.read_text() == "cuda") else "cpu"
+        recorded = env.state / "kind"
+        return "cuda" if has_gpu() or (recorded.exists() and recorded.read_text() == "cuda") else "cpu"
     return "cuda" if gpu == "yes" else "cpu"
 
 
@@ -211,9 +211,9 @@ def last_set_up(env):
 
 
 def make_venv(env, step="[1/6]"):
-    if env.python.exists() and env.ask("import pip; print(pip.__version__)") is not None:
+    if env.python.exists() and env.run_python("import pip; print(pip.__version__)") is not None:
         return
-    say("%s virtual environment %s" % (step, env.folder))
+    show("%s virtual environment %s" % (step, env.folder))
     command = [sys.executable, "-m", "venv", "--clear", str(env.folder)]
     made = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL
@@ -227,12 +227,12 @@ def make_venv(env, step="[1/6]"):
 
 def pins(path):
     """Name -> version of a requirements or a lock file."""
-    found = {}
+    versions = {}
     for line in path.read_text().splitlines():
         match = re.match(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;\\]+)", line)
         if match:
-            found[re.sub(r"[-_.]+", "-", match.group(1)).lower()] = match.group(2)
-    return found
+            versions[re.sub(r"[-_.]+", "-", match.group(1)).lower()] = match.group(2)
+    return versions
 
 
 def lock_of(name, kind):
@@ -243,15 +243,15 @@ def lock_of(name, kind):
 
 def check_locks(files, kind):
     """Errors: SetupError where a requirements file was edited and `make lock` not run since."""
-    there = pins(LOCKS / "deepspeed.txt")
+    locked = pins(LOCKS / "deepspeed.txt")
     for name in files:
-        there.update(pins(lock_of(name, kind)))
+        locked.update(pins(lock_of(name, kind)))
     for name in files:
         for package, version in pins(ROOT / name).items():
-            if there.get(package, "").split("+")[0] != version:
+            if locked.get(package, "").split("+")[0] != version:
                 raise SetupError(
                     "%s asks for %s %s, install/locks/ has %s: make lock"
-                    % (name, package, version, there.get(package, "none"))
+                    % (name, package, version, locked.get(package, "none"))
                 )
 
 
@@ -281,15 +281,15 @@ class Installer:
 
 def install_packages(env, kind, files, installer):
     check_locks(files, kind)
-    wanted = pins(LOCKS / "cuda.txt")["torch"]
-    have = env.ask("import importlib.metadata as m; print(m.version('torch'))")
+    version = pins(LOCKS / "cuda.txt")["torch"]
+    have = env.run_python("import importlib.metadata as m; print(m.version('torch'))")
     wheels = (
         "--only-binary",
         ":all:",
     )  # a source distribution would run code, and fetch what it is built with unchecked
     lock = kind
-    if kind == "cpu" and have != wanted + "+cpu":
-        say("[2/6] packages: torch %s first" % wanted)
+    if kind == "cpu" and have != version + "+cpu":
+        show("[2/6] packages: torch %s first" % version)
         torch = env.state / "torch-cpu.txt"
         torch.write_text((ROOT / "requirements-torch-cpu.txt").read_text())
         try:
@@ -297,36 +297,36 @@ def install_packages(env, kind, files, installer):
         except SetupError as error:
             if "No matching distribution" not in str(error):
                 raise
-            say(
+            show(
                 "      pip offers no CPU build of torch %s here: taking the default one, which brings CUDA "
-                "libraries" % wanted
+                "libraries" % version
             )
             lock = "cuda"
-    elif kind == "cuda" and have == wanted + "+cpu":  # pip would leave it: +cpu is the same version to it
+    elif kind == "cuda" and have == version + "+cpu":  # pip would leave it: +cpu is the same version to it
         env.run("pip-torch", [str(env.python), "-m", "pip", "uninstall", "--yes", "torch"])
-    say("[2/6] packages: %s" % " ".join(files))
+    show("[2/6] packages: %s" % " ".join(files))
     plain = [lock_of(name, lock) for name in files if name != "requirements-gpu.txt"]
     took = installer.run("pip", plain, wheels)
     if "requirements-gpu.txt" in files:  # flash-attn's build reads the installed torch
-        say("      flash-attn is compiled now: this can take an hour")
+        show("      flash-attn is compiled now: this can take an hour")
         installer.run("pip-flash-attn", [LOCKS / "gpu.txt"], ("--no-build-isolation",))
-    build = env.ask("import importlib.metadata as m; print(m.version('torch'))")
-    say("      done in %s; torch %s" % (took, build))
+    build = env.run_python("import importlib.metadata as m; print(m.version('torch'))")
+    show("      done in %s; torch %s" % (took, build))
 
 
-def mend_torchaudio(env):
+def fix_torchaudio(env):
     """Move torchaudio's CUDA-linked library away on CPU torch, back on CUDA torch; then the import must
     work."""
-    cuda = env.ask("import torch; print(torch.version.cuda)")
+    cuda = env.run_python("import torch; print(torch.version.cuda)")
     package = env.site_packages / "torchaudio"
     library, aside = package / "lib", package / "lib.cuda"
     if cuda == "None" and library.exists():
-        say("[3/6] torchaudio: its compiled part needs CUDA, torch here has none: moved to %s" % aside.name)
+        show("[3/6] torchaudio: its compiled part needs CUDA, torch here has none: moved to %s" % aside.name)
         shutil.rmtree(str(aside), ignore_errors=True)
         library.rename(aside)
     elif cuda != "None" and aside.exists() and not library.exists():
         aside.rename(library)
-    if env.ask("import torchaudio, transformers; torchaudio.transforms.Resample(8000, 16000)") is None:
+    if env.run_python("import torchaudio, transformers; torchaudio.transforms.Resample(8000, 16000)") is None:
         raise SetupError(
             "torchaudio or transformers does not import: see the error with: "
             "%s -c 'import torchaudio, transformers'" % env.python
@@ -357,21 +357,21 @@ BUILD_FLAGS = {"deepspeed_shm_comm": "DS_BUILD_SHM_COMM", "cpu_adam": "DS_BUILD_
 
 
 def build_deepspeed(env, kind, installer):
-    wanted = DEEPSPEED_OPS[kind]
-    check = OPS_CHECK % (kind, wanted)
-    have = env.ask("import importlib.metadata as m; print(m.version('deepspeed'))")
-    if have == pins(LOCKS / "deepspeed.txt")["deepspeed"] and env.ask(check) == "ok":
+    ops = DEEPSPEED_OPS[kind]
+    check = OPS_CHECK % (kind, ops)
+    have = env.run_python("import importlib.metadata as m; print(m.version('deepspeed'))")
+    if have == pins(LOCKS / "deepspeed.txt")["deepspeed"] and env.run_python(check) == "ok":
         return
-    say("[4/6] DeepSpeed's ops (%s), about 2 minutes" % ", ".join(wanted))
+    show("[4/6] DeepSpeed's ops (%s), about 2 minutes" % ", ".join(ops))
     # DeepSpeed uses a prebuilt op only where the accelerator is the one that it was built under; a login node
     # shows none.
-    flags = {"DS_ACCELERATOR": kind, **{BUILD_FLAGS[name]: "1" for name in wanted}}
+    flags = {"DS_ACCELERATOR": kind, **{BUILD_FLAGS[name]: "1" for name in ops}}
     if kind == "cpu":
         # DeepSpeed's build does without ninja: one file after the other. This lets the extensions at least be
         # built side by side.
         side_by_side = env.state / "distutils.cfg"
         env.state.mkdir(parents=True, exist_ok=True)
-        side_by_side.write_text("[build_ext]\nparallel = %d\n" % len(wanted))
+        side_by_side.write_text("[build_ext]\nparallel = %d\n" % len(ops))
         flags.update(DIST_EXTRA_CONFIG=str(side_by_side))
     # --no-cache-dir: pip keeps a wheel that it once built, for another CPU or with other ops, and would
     # install that one again.
@@ -385,10 +385,9 @@ def build_deepspeed(env, kind, installer):
             PATH=str(env.folder / "bin") + os.pathsep + os.environ.get("PATH", ""),
         ),
     )  # ninja is in there
-    if env.ask(check) != "ok":
+    if env.run_python(check) != "ok":
         raise SetupError(
-            "DeepSpeed was built, but its ops %s do not load: see %s"
-            % (wanted, env.state / "deepspeed-ops.log")
+            "DeepSpeed was built, but its ops %s do not load: see %s" % (ops, env.state / "deepspeed-ops.log")
         )
     info = Path(
         "/proc/cpuinfo"
@@ -397,20 +396,20 @@ def build_deepspeed(env, kind, installer):
         if line.startswith(("flags", "Features")):
             (env.state / "cpu").write_text(line.partition(":")[2].strip())
             break
-    say("      done in %s" % took)
+    show("      done in %s" % took)
 
 
 def build_fused_op(env):
-    say("[5/6] the fused op")
+    show("[5/6] the fused op")
     took = env.run("fused-op", [str(env.python), "-m", "model.ops.build"])
-    say("      done in %s" % took)
+    show("      done in %s" % took)
 
 
 def install_project(env):
-    say("[6/6] this project: the command soundwave")
+    show("[6/6] this project: the command soundwave")
     command = [env.python, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps"]
     took = env.run("project", command + ["--no-build-isolation", "--no-index", "--editable", str(ROOT)])
-    say("      done in %s" % took)
+    show("      done in %s" % took)
 
 
 def write_environment(env, kind):
@@ -441,19 +440,19 @@ def set_up(options):
     files += ["requirements-%s.txt" % name for name in options.extras]
     if options.flash_attn:
         files += ["requirements-gpu.txt"]
-    stamp, wanted = env.state / "done", fingerprint(kind)
+    stamp, digest = env.state / "done", fingerprint(kind)
 
     def complete():
         done = last_set_up(env)
-        if done.get("fingerprint") == wanted and set(files) <= set(done["files"]) and env.python.exists():
-            say("set-up: %s is complete (%s)" % (options.venv, done["summary"]))
+        if done.get("fingerprint") == digest and set(files) <= set(done["files"]) and env.python.exists():
+            show("set-up: %s is complete (%s)" % (options.venv, done["summary"]))
             return True
         return False
 
     if complete():
         return 0
     if options.check:
-        say("set-up: %s is not complete: make setup" % options.venv)
+        show("set-up: %s is not complete: make setup" % options.venv)
         return 1
     check_machine(folder, kind)
     with lock(folder):
@@ -470,20 +469,20 @@ def set_up(options):
         write_environment(env, kind)
         installer = Installer(env, options.hashes)
         install_packages(env, kind, files, installer)
-        mend_torchaudio(env)
+        fix_torchaudio(env)
         build_deepspeed(env, kind, installer)
         build_fused_op(env)
         install_project(env)
-        summary = env.ask(SUMMARY)
+        summary = env.run_python(SUMMARY)
         if summary is None:
             raise SetupError(
                 "the packages do not import together: see the error with: "
                 "%s -c 'import torch, deepspeed, transformers'" % env.python
             )
         partial = stamp.with_name("done.partial")
-        partial.write_text(json.dumps({"fingerprint": wanted, "files": files, "summary": summary}))
+        partial.write_text(json.dumps({"fingerprint": digest, "files": files, "summary": summary}))
         partial.replace(stamp)
-    say("set-up: %s is complete in %.0f s (%s)" % (options.venv, time.time() - began, summary))
+    show("set-up: %s is complete in %.0f s (%s)" % (options.venv, time.time() - began, summary))
     return 0
 
 
@@ -506,7 +505,7 @@ class lock:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another set-up works in this folder: waiting for it")
+            show("another set-up works in this folder: waiting for it")
             fcntl.flock(self.file, fcntl.LOCK_EX)
 
     def __exit__(self, *_):

@@ -22,7 +22,7 @@ from setup_env import (
     check_locks,
     check_python,
     make_venv,
-    say,
+    show,
     which_kind,
 )
 from setup_env import lock as one_at_a_time
@@ -43,7 +43,7 @@ def fill(env, kind, hashes):
     make_venv(env, "[1/2]")
     env.state.mkdir(exist_ok=True)
     (env.state / "kind").write_text(kind)
-    say(f"[2/2] packages of install/locks/{NAMES[kind]}.txt")
+    show(f"[2/2] packages of install/locks/{NAMES[kind]}.txt")
     try:
         locked = LOCKS / f"{NAMES[kind]}.txt"
         took = Installer(env, hashes).run("vllm", [locked], ("--only-binary", ":all:"))
@@ -54,8 +54,8 @@ def fill(env, kind, hashes):
                 "builds, or PIP_FIND_LINKS to a folder with its wheel"
             ) from None
         raise
-    say(f"      done in {took}")
-    versions = env.ask(CHECK)
+    show(f"      done in {took}")
+    versions = env.run_python(CHECK)
     if versions is None:
         raise SetupError(f"vLLM does not import: see the error with: {env.python} -c 'import vllm'")
     return versions
@@ -69,15 +69,15 @@ def set_up(options):
     check_locks([f"requirements-{NAMES[kind]}.txt"], kind)
     pinned = (LOCKS / f"{NAMES[kind]}.txt").read_bytes()
     stamp = env.state / "done"
-    wanted = hashlib.sha256(pinned + repr((kind, sys.version_info[:3])).encode()).hexdigest()
+    digest = hashlib.sha256(pinned + repr((kind, sys.version_info[:3])).encode()).hexdigest()
     with one_at_a_time(env.folder):
-        if not (env.python.exists() and stamp.exists() and stamp.read_text() == wanted):
+        if not (env.python.exists() and stamp.exists() and stamp.read_text() == digest):
             stamp.unlink(missing_ok=True)
             versions = fill(env, kind, options.hashes)
-            stamp.write_text(wanted)
+            stamp.write_text(digest)
         else:
-            versions = env.ask(CHECK)
-    say(f"set-up: {options.venv} is complete ({versions})")
+            versions = env.run_python(CHECK)
+    show(f"set-up: {options.venv} is complete ({versions})")
     return 0
 
 

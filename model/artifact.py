@@ -61,12 +61,12 @@ def trained_tensors(model: Soundwave) -> dict[str, torch.Tensor]:
 
 def tuned_tensors(model: Soundwave) -> dict[str, dict[str, torch.Tensor]]:
     """Return, by part, the tensors of encoder and LLM that differ from those of their own folders."""
-    found: dict[str, dict[str, torch.Tensor]] = {}
+    tensors: dict[str, dict[str, torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
         part, plain = name.partition(".")[0], canonical(name)
         if part in TUNED and plain in model.tuned:
-            found.setdefault(part, {})[plain] = parameter
-    return found
+            tensors.setdefault(part, {})[plain] = parameter
+    return tensors
 
 
 def check_place(folder: str | Path) -> None:
@@ -77,13 +77,13 @@ def check_place(folder: str | Path) -> None:
     folder = Path(folder)
     written = {ADAPTERS, CONFIG, LORA, *TUNED.values()}
     for suffix in ("", ".previous", ".partial"):
-        there = folder.with_name(folder.name + suffix)
-        names = {path.name for path in there.iterdir()} if there.is_dir() else set()
+        place = folder.with_name(folder.name + suffix)
+        names = {path.name for path in place.iterdir()} if place.is_dir() else set()
         if suffix != ".partial" and CONFIG in names:
             continue
         if strange := sorted(names - written if suffix == ".partial" else names):
             raise FolderError(
-                f"{there} holds {strange[0]} and is no model folder: it would be replaced by one; "
+                f"{place} holds {strange[0]} and is no model folder: it would be replaced by one; "
                 "move its files, or write elsewhere"
             )
 
@@ -155,34 +155,39 @@ def describe(folder: str | Path) -> dict:
             "give <output>/<stage>/model of a finished stage"
         )
     try:
-        found = read_object(path)
+        description = read_object(path)
     except JsonError as error:
         raise FolderError(f"{path} {error}: copy the folder again") from None
-    if isinstance(stage := found.get("stage"), str) and stage not in STAGES:
+    if isinstance(stage := description.get("stage"), str) and stage not in STAGES:
         raise FolderError(f"{path}: {STAGES.describe_unknown(stage)}")
-    recipe, frozen, settings = found.get("recipe") or {}, found.get("frozen"), found.get("settings", {})
+    recipe, frozen, settings = (
+        description.get("recipe") or {},
+        description.get("frozen"),
+        description.get("settings", {}),
+    )
     right = {
-        "config": isinstance(found.get("config"), dict),
+        "config": isinstance(description.get("config"), dict),
         "stage": stage in STAGES,
         "frozen": isinstance(frozen, dict)
         and all(isinstance(one, str) and _SHA256.fullmatch(one) for one in frozen.values()),
         "settings": isinstance(settings, dict)
         and all(isinstance(settings.get(part, {}), dict) for part in identity.PARTS),
         "recipe": isinstance(recipe, dict) and _is_data(recipe.get("data", {})),
-        "step": type(found.get("step", 0)) is int,
-        "tuned": isinstance(tuned := found.get("tuned", []), list) and all(part in TUNED for part in tuned),
+        "step": type(description.get("step", 0)) is int,
+        "tuned": isinstance(tuned := description.get("tuned", []), list)
+        and all(part in TUNED for part in tuned),
     }
     wrong = [key for key, sound in right.items() if not sound]
     if wrong:
         raise FolderError(
             f"{path}: '{wrong[0]}' is missing or not as training writes it: copy the folder again"
         )
-    for part in found.get("tuned", []):
+    for part in description.get("tuned", []):
         if not (path.parent / TUNED[part]).exists():
             raise FolderError(
                 f"{folder} was made with a trained {part}, and {TUNED[part]} is missing: copy it again"
             )
-    return found
+    return description
 
 
 def _is_data(data: object) -> bool:
@@ -250,11 +255,11 @@ def identity_differences(
     warning replaces their check. Errors: FolderError.
     """
     description = describe(folder)
-    found: dict[str, str] = {}
+    problems: dict[str, str] = {}
     stored = description["frozen"]
     for part, digest in frozen.items():
         if part in stored and stored[part] != digest:
-            found.setdefault(
+            problems.setdefault(
                 "base",
                 f"{folder} was trained with another {part}: its sha256 is {stored[part][:12]}..., that of "
                 f"{places[part]} is {digest[:12]}...; set model.{part}.name to the right one, "
@@ -267,17 +272,17 @@ def identity_differences(
             "parts (an earlier version made it): only their tensors were compared",
             folder,
         )
-        return found
+        return problems
     for part, lines in identity.changes(description["settings"], settings).items():
         key = "llm" if part == "tokenizer" else part
         more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
-        found.setdefault(
+        problems.setdefault(
             "tokenizer" if part == "tokenizer" else "base",
             f"{folder} was trained with another {part} ({'; '.join(lines[:5])}{more}): give {places[key]} "
             f"its old "
             f"files back, or set model.{key}.name to a folder that has them",
         )
-    return found
+    return problems
 
 
 def check_fit(model: Soundwave, folder: str | Path, *, but: tuple[str, ...] = ()) -> list[str]:

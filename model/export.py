@@ -118,10 +118,10 @@ def export(
         **({"tuned": tuned} if tuned else {}),
     }
     # What inference asks for (the joint search, the warning about long audio); the rest is the trainer's own.
-    if kept := {
+    if data := {
         key: value for key, value in trained_with(description).items() if key in ("ctc_text", "max_seconds")
     }:
-        written["recipe"] = {"data": kept}
+        written["recipe"] = {"data": data}
     (out / CONFIG).write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n")
     keys: dict[str, Any] = {
         "architectures": ["Soundwave"],

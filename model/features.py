@@ -106,17 +106,17 @@ def _each(
         padded[:half] = padded[half + 1 : WINDOW + 1].flip(0)  # the mirror image, without the edge
         if size - length <= half:  # the mirror image at the end: elsewhere it is of silence
             padded[half + size :] = padded[size - 1 : half + size - 1].flip(0)
-        heard = min((length + half - 1) // HOP + 1, size // HOP)  # frames that see a sample of the clip
-        torch.mul(padded.unfold(0, WINDOW, HOP)[:heard], window, out=framed[:heard])
+        frames = min((length + half - 1) // HOP + 1, size // HOP)  # frames that see a sample of the clip
+        torch.mul(padded.unfold(0, WINDOW, HOP)[:frames], window, out=framed[:frames])
         # The transform of frames leaves a frame's bins side by side, which torch.stft does not.
-        squares = torch.view_as_real(torch.fft.rfft(framed[:heard], out=spectra[:heard])).square_()
-        torch.add(squares[..., 0], squares[..., 1], out=power[:heard])
-        log = torch.mm(power[:heard], filters, out=logs[:heard]).clamp_(min=1e-10).log10_()
+        squares = torch.view_as_real(torch.fft.rfft(framed[:frames], out=spectra[:frames])).square_()
+        torch.add(squares[..., 0], squares[..., 1], out=power[:frames])
+        log = torch.mm(power[:frames], filters, out=logs[:frames]).clamp_(min=1e-10).log10_()
         floor = log.max() - 8.0
-        shown = heard if pad_to_samples else (length + HOP - 1) // HOP or 1
+        shown = frames if pad_to_samples else (length + HOP - 1) // HOP or 1
         torch.add(
             one, torch.maximum(log, floor, out=log)[:shown].T, alpha=0.25, out=out[:, :shown]
         )  # (x + 4) / 4, to the bit
         if pad_to_samples:
-            out[:, heard:] = (floor.clamp(min=-10.0) + 4.0) / 4.0  # of silence
+            out[:, frames:] = (floor.clamp(min=-10.0) + 4.0) / 4.0  # of silence
     return mel

@@ -50,17 +50,17 @@ def settings(sources: dict[str, Source], tokenizer: PreTrainedTokenizerBase) -> 
     """Return the identity beside the tensors (see the module's docstring), as JSON gives it back. The sources
     have folders."""
     llm = sources["llm"]
-    found = {"llm": _config(llm.config) | _end_tokens(llm), "tokenizer": _tokenizer(tokenizer)}
-    return encoder_settings(sources["encoder"]) | json.loads(json.dumps(found, default=str))
+    values = {"llm": _config(llm.config) | _end_tokens(llm), "tokenizer": _tokenizer(tokenizer)}
+    return encoder_settings(sources["encoder"]) | json.loads(json.dumps(values, default=str))
 
 
 def encoder_settings(encoder: Source) -> dict[str, object]:
     """Return the encoder's part of `settings` alone."""
-    found = {
+    values = {
         "transformers": transformers.__version__,
         "encoder": _config(encoder.config, _NOT_ENCODERS) | _preprocessor(encoder),
     }
-    return json.loads(json.dumps(found, default=str))
+    return json.loads(json.dumps(values, default=str))
 
 
 def changes(stored: dict, now: dict) -> dict[str, list[str]]:
@@ -70,14 +70,14 @@ def changes(stored: dict, now: dict) -> dict[str, list[str]]:
     know other names.
     """
     same_version = stored.get("transformers") == now.get("transformers")
-    found = {}
+    changed = {}
     for part in PARTS:
         then, here = stored.get(part, {}), now.get(part, {})
         names = sorted(then.keys() | here.keys() if same_version else then.keys() & here.keys())
         lines = [line for name in names for line in _lines(name, then.get(name), here.get(name))]
         if lines:
-            found[part] = lines
-    return found
+            changed[part] = lines
+    return changed
 
 
 def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -109,15 +109,15 @@ def _short(value: object) -> str:
 def _config(config: PretrainedConfig, also_no_matter: re.Pattern | None = None) -> dict[str, object]:
     return {
         f"config.json {key}": value
-        for key, value in _kept(config.to_dict()).items()
+        for key, value in _values_that_matter(config.to_dict()).items()
         if also_no_matter is None or not also_no_matter.fullmatch(key)
     }
 
 
-def _kept(values: dict) -> dict:
+def _values_that_matter(values: dict) -> dict:
     """A config's values that matter, its sub-configs' too."""
     return {
-        str(key): _kept(value) if isinstance(value, dict) else value
+        str(key): _values_that_matter(value) if isinstance(value, dict) else value
         for key, value in values.items()
         if not _NO_MATTER.fullmatch(str(key))
     }

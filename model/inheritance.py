@@ -45,11 +45,11 @@ def inherited_options(folder: str | Path) -> dict[str, object]:
             f"{folder / 'soundwave.json'} is not as training writes it ({one_line(error)}): "
             "copy the folder again"
         ) from None
-    kept = ["encoder", "alignment", "audio_token", "llm.name"]
+    inherited = ["encoder", "alignment", "audio_token", "llm.name"]
     if stage not in STAGES or STAGES[stage].needs_llm:
-        kept += ["compressor", "compressor_options", "shrinking", "prompt", "system_prompt"]
+        inherited += ["compressor", "compressor_options", "shrinking", "prompt", "system_prompt"]
     if (folder / "lora").is_dir():
-        kept.append("llm")
+        inherited.append("llm")
     encoder_lora = bool(sections.get("encoder", {}).get("lora_r"))
     options: dict[str, Any] = {}
     for name, default in asdict(SoundwaveConfig()).items():
@@ -64,7 +64,7 @@ def inherited_options(folder: str | Path) -> dict[str, object]:
         for key, value in options.items()
         if (encoder_lora or not key.startswith("encoder.lora_"))
         and key not in _OF_THE_MACHINE
-        and (key in kept or key.partition(".")[0] in kept)
+        and (key in inherited or key.partition(".")[0] in inherited)
     }
     for key in {
         "encoder.name",
@@ -103,7 +103,7 @@ def held_parts(folder: str | Path) -> set[str]:
 def tuned_parts(folder: str | Path) -> list[str]:
     """Return which of encoder and LLM a folder holds trained tensors of; [] where there is no folder yet."""
     try:
-        found = read_object(Path(folder) / "soundwave.json").get("tuned", [])
+        parts = read_object(Path(folder) / "soundwave.json").get("tuned", [])
     except (OSError, ValueError):
         return []
-    return found if isinstance(found, list) else []
+    return parts if isinstance(parts, list) else []

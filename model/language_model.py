@@ -200,50 +200,50 @@ def _is_target(key: str, targets: str | list[str]) -> bool:
     return any(key == target or key.endswith(f".{target}") for target in targets)
 
 
-def lora_targets(llm: PreTrainedModel, wanted: list[str] | str | None, name: str) -> list[str] | str:
+def lora_targets(llm: PreTrainedModel, requested: list[str] | str | None, name: str) -> list[str] | str:
     """Return peft's target_modules for `model.llm.lora_targets`; None: the linear layers of the LLM's
     attention.
 
     llm: without LoRA, on any device. Errors: SourceError for a target that no linear layer matches, and for
     None where the LLM has no attention.
     """
-    if wanted is None:
+    if requested is None:
         return _attention_targets(llm, name)
-    if isinstance(wanted, list) and [one.lower() for one in wanted] == [ALL_LINEAR]:
-        wanted = ALL_LINEAR
+    if isinstance(requested, list) and [one.lower() for one in requested] == [ALL_LINEAR]:
+        requested = ALL_LINEAR
     linear = _linear_layers(llm)
-    known = list(dict.fromkeys(key.rpartition(".")[2] for key in linear))
-    if isinstance(wanted, str):
-        if not any(_is_target(key, wanted) for key in linear):
-            hint = f"; a list of names is written [{wanted}]" if wanted in known else ""
+    layer_names = list(dict.fromkeys(key.rpartition(".")[2] for key in linear))
+    if isinstance(requested, str):
+        if not any(_is_target(key, requested) for key in linear):
+            hint = f"; a list of names is written [{requested}]" if requested in layer_names else ""
             raise SourceError(
                 f"model.llm.lora_targets: no linear layer of {name} has a whole name that the regular "
                 f"expression "
-                f"'{wanted}' matches, such as '{next(iter(linear))}'{hint}; its linear layers: "
-                f"{', '.join(known)}"
+                f"'{requested}' matches, such as '{next(iter(linear))}'{hint}; its linear layers: "
+                f"{', '.join(layer_names)}"
             )
         others = [
             key
             for key, module in llm.named_modules()
-            if wanted.lower() != ALL_LINEAR and _is_target(key, wanted) and key not in linear
+            if requested.lower() != ALL_LINEAR and _is_target(key, requested) and key not in linear
         ]
     else:
-        for target in wanted:
+        for target in requested:
             if not any(_is_target(key, [target]) for key in linear):
-                near = either(near_names(target, known, cutoff=0.0))
+                near = either(near_names(target, layer_names, cutoff=0.0))
                 raise SourceError(
                     f"model.llm.lora_targets: {name} has no linear layer '{target}'; did you mean {near}? "
-                    f"Its linear layers: {', '.join(known)}"
+                    f"Its linear layers: {', '.join(layer_names)}"
                 )
-        others = [key for key, _ in llm.named_modules() if _is_target(key, wanted) and key not in linear]
+        others = [key for key, _ in llm.named_modules() if _is_target(key, requested) and key not in linear]
     if others:
         raise SourceError(
             f"model.llm.lora_targets: '{others[0]}' of {name} is no linear layer inside the LLM, and LoRA is "
             f"for "
             "those: "
-            f"{', '.join(known)}"
+            f"{', '.join(layer_names)}"
         )
-    return wanted
+    return requested
 
 
 def resolved_targets(config: LLMConfig, source: Source) -> list[str] | str | None:
@@ -281,11 +281,11 @@ def _attention_targets(llm: PreTrainedModel, name: str) -> list[str] | str:
         key for key in attends if id(linear[key]) in inside
     ] or attends  # what some call their decoder is a head
     if not chosen:
-        known = list(dict.fromkeys(key.rpartition(".")[2] for key in linear))
+        layer_names = list(dict.fromkeys(key.rpartition(".")[2] for key in linear))
         raise SourceError(
             f"{name} has no attention layers that model.llm.lora_targets: null could mean: name linear "
             "layers, or "
-            f"write all-linear; its linear layers: {', '.join(known)}"
+            f"write all-linear; its linear layers: {', '.join(layer_names)}"
         )
     others = [key for key in linear if key not in set(chosen)]
     targets: list[str] = []
@@ -453,14 +453,17 @@ def arrange(
     keys = None if row_keys is None else position_keys(row_keys, mask.shape[1])
     if not joined:
         return Arranged({"inputs_embeds": embeddings, "attention_mask": mask}, labels, keys)
-    there = mask.bool()
+    is_token = mask.bool()
     labels = labels.masked_fill(
         mask.cumsum(1) == 1, -100
     )  # the row before does not predict a row's first token
     return Arranged(
-        {"inputs_embeds": embeddings[there][None], "position_ids": (mask.long().cumsum(1) - 1)[there][None]},
-        labels[there][None],
-        None if keys is None else keys[there][None],
+        {
+            "inputs_embeds": embeddings[is_token][None],
+            "position_ids": (mask.long().cumsum(1) - 1)[is_token][None],
+        },
+        labels[is_token][None],
+        None if keys is None else keys[is_token][None],
     )
 
 
@@ -491,9 +494,11 @@ def target_loss(
     positions. Without any target one position is run and counts nothing.
     """
     joined = getattr(llm, "joins_rows", False) and one_row_is_cheaper(llm, mask, embeddings.shape[-1])
-    arguments, wanted, keys = arrange(embeddings, mask, labels, row_keys, joined)
-    rows, columns = torch.nonzero(wanted[:, 1:] != -100, as_tuple=True)  # position i predicts label i + 1
-    targets, counts = wanted[rows, columns + 1], 1.0
+    arguments, arranged_labels, keys = arrange(embeddings, mask, labels, row_keys, joined)
+    rows, columns = torch.nonzero(
+        arranged_labels[:, 1:] != -100, as_tuple=True
+    )  # position i predicts label i + 1
+    targets, counts = arranged_labels[rows, columns + 1], 1.0
     if not len(rows):
         rows, columns, targets, counts = rows.new_zeros(1), columns.new_zeros(1), targets.new_zeros(1), 0.0
     head = base_of(llm).get_output_embeddings()

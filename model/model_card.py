@@ -171,11 +171,11 @@ def _corpus(corpus: dict) -> dict:
     """What a packed folder's index says of it, where it can be read from here."""
     folder = Path(corpus["shards"])
     try:
-        known = read_object(folder / "index.json")
-        shards, hours = [shard["nsamples"] for shard in known["shardlist"]], float(known["hours"])
-        tasks, languages = map(str, known["tasks"]), [str(lang) for lang in known["langs"] if lang]
+        index = read_object(folder / "index.json")
+        shards, hours = [shard["nsamples"] for shard in index["shardlist"]], float(index["hours"])
+        tasks, languages = map(str, index["tasks"]), [str(lang) for lang in index["langs"] if lang]
         return {
-            "name": str(known["name"]),
+            "name": str(index["name"]),
             "hours": hours,
             "tasks": list(tasks),
             "utterances": sum(shards) or "",

@@ -144,9 +144,9 @@ def from_official(folder: str | Path, out: str | Path, *, encoder: str | None = 
     Errors: FolderError for a tokenizer that is missing or lacks `<audio_patch>`, and for tensors that are
     missing or unknown; SourceError for a name that is no folder and cannot be fetched.
     """
-    found = _located(str(folder))
-    with reading(found, "the official layout"):
-        return _from_official(found, Path(out), encoder)
+    checkpoint = _located(str(folder))
+    with reading(checkpoint, "the official layout"):
+        return _from_official(checkpoint, Path(out), encoder)
 
 
 def _located(name: str) -> Path:

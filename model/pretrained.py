@@ -165,13 +165,13 @@ def preprocessor_settings(folder: Path | None) -> dict:
     if (folder / "preprocessor_config.json").exists():
         return read_json(folder / "preprocessor_config.json")
     if (folder / "processor_config.json").exists():
-        found = read_json(folder / "processor_config.json").get("feature_extractor", {})
-        if not isinstance(found, dict):
+        section = read_json(folder / "processor_config.json").get("feature_extractor", {})
+        if not isinstance(section, dict):
             raise SourceError(
                 f"{folder / 'processor_config.json'}: 'feature_extractor' is not an object: copy the model "
                 f"again"
             )
-        return found
+        return section
     return {}
 
 
@@ -194,7 +194,7 @@ def locate(name: str, *, sizes_only: bool = False, fetch: bool = True) -> Source
     try:
         folder = hub_folder(repository, ["config.json"] if sizes_only else _FILES, fetch=fetch)
     except NotOnHub as error:
-        known = (
+        advice = (
             (
                 f"fetch its sizes on a machine with network (hf download {repository} config.json), give a "
                 f"folder with its "
@@ -204,7 +204,7 @@ def locate(name: str, *, sizes_only: bool = False, fetch: bool = True) -> Source
             else (f"fetch it on a machine with network (hf download {repository}) or give a folder")
         )
         raise SourceError(
-            f"model '{name}' is neither a folder nor in the hub cache ({error}); {known}"
+            f"model '{name}' is neither a folder nor in the hub cache ({error}); {advice}"
         ) from None
     return Source(name, read_config(folder), None if sizes_only else folder)
 
@@ -251,9 +251,9 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         raise SourceError(
             f"{folder} is incomplete: {absent[0]}{more} of {index.name} is missing; copy the model again"
         )
-    there = {file: _tensor_names(folder / file) for file in set(files.values())}
+    names_in = {file: _tensor_names(folder / file) for file in set(files.values())}
     for name, file in files.items():
-        if name not in there[file]:
+        if name not in names_in[file]:
             raise SourceError(f"{folder} is incomplete: {file} does not hold '{name}'; copy the model again")
     return {name: folder / file for name, file in files.items()}
 

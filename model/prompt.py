@@ -132,13 +132,13 @@ def _chat_pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict], audio
     if not any(threatened):
         return tokenised(inside)
     strict = tokenised(lambda role, text: cuts_everywhere(text) | cuts_at_borders(text, controls))
-    wanted = controls.within(i for ids, _ in strict for i in ids)
+    expected = controls.within(i for ids, _ in strict for i in ids)
     for cuts_of in (readable, inside, at_borders):
         try:
             pieces = tokenised(cuts_of)
         except PromptError:  # a template that lost its way in the assistant's markup
             continue
-        if controls.within(i for ids, _ in pieces for i in ids) == wanted:
+        if controls.within(i for ids, _ in pieces for i in ids) == expected:
             return pieces
     return strict
 
@@ -197,14 +197,14 @@ def _release_pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict], au
     """The official checkpoint's prompt: its system sentence, one line break after a header, the audio on a
     line of its own before the instruction, every piece tokenised alone (so that a tokenizer which begins with
     BOS repeats it)."""
-    known = tokenizer.get_vocab()
+    vocabulary = tokenizer.get_vocab()
     needed = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-    missing = [token for token in needed if token not in known]
+    missing = [token for token in needed if token not in vocabulary]
     if missing:
         raise PromptError(
             f"model.prompt=release needs Llama 3's tokenizer: {', '.join(missing)} not in this one"
         )
-    begin, start, end, stop = (known[token] for token in needed)
+    begin, start, end, stop = (vocabulary[token] for token in needed)
 
     def words(text: str) -> list[int]:
         return text_ids(tokenizer, text, add_special_tokens=True)

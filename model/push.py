@@ -37,14 +37,14 @@ def files_of(folder: Path) -> list[tuple[str, int]]:
         ModelCard((folder / "README.md").read_text(encoding="utf-8"))
     except Exception as error:  # of YAML, of the card's types
         raise PushError(f"{folder / 'README.md'}: its metadata cannot be read ({one_line(error)})") from None
-    found = []
+    files = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if path.is_symlink():
             raise PushError(f"{path} is a link: push a folder of plain files")
         if path.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in name.parts):
-            found.append((name.as_posix(), path.stat().st_size))
-    return found
+            files.append((name.as_posix(), path.stat().st_size))
+    return files
 
 
 def push(folder: Path, name: str, *, private: bool = False, message: str | None = None) -> str:

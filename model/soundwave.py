@@ -363,11 +363,11 @@ class Soundwave(Generation):
             raise ValueError("the model was built without its LLM: only the CTC head can be used")
         if self.config.shrinking.token_embeddings:
             tokens = audio.argmax.gather(1, audio.kept)
-            said = (tokens != self.ctc_head.blank) & (
+            is_label = (tokens != self.ctc_head.blank) & (
                 torch.arange(tokens.shape[1], device=tokens.device) < audio.kept_lengths[:, None]
             )
-            words = embed(llm, tokens.masked_fill(~said, 0), self.audio_id)
-            shrunk = shrunk + said[..., None] * words.to(shrunk.dtype)
+            words = embed(llm, tokens.masked_fill(~is_label, 0), self.audio_id)
+            shrunk = shrunk + is_label[..., None] * words.to(shrunk.dtype)
         text = embed(llm, batch.input_ids, self.audio_id)
         places = int((batch.attention_mask.bool() & (batch.input_ids == self.audio_id)).sum())
         audios = 0 if batch.audio_is_dummy else len(shrunk)

@@ -98,10 +98,10 @@ def chosen(stage: Stage, choices: Mapping[str, str | None]) -> Stage:
     """
     trains = list(stage.trains)
 
-    def replace_modules(key: str, modules: tuple[str, ...], wanted: dict[str, tuple[str, ...]]) -> None:
+    def replace_modules(key: str, modules: tuple[str, ...], modules_of: dict[str, tuple[str, ...]]) -> None:
         if (value := choices.get(key)) is not None:
             trains[:] = [module for module in trains if module not in modules]
-            trains.extend(wanted[value])
+            trains.extend(modules_of[value])
 
     adapters = tuple(module for module in ("alignment", "shrinking") if module in stage.modules)
     if choices.get("adapters") == "shrinking" and "shrinking" not in adapters:

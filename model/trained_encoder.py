@@ -70,12 +70,12 @@ def trained_parameters(encoder: Encoder, last: int | None) -> list[nn.Parameter]
 
 def lora_parameters(encoder: Encoder) -> list[nn.Parameter]:
     """Return LoRA's factors. Errors: OptionError where there are none."""
-    found = [p for name, p in encoder.named_parameters() if _LORA in name]
-    if not found:
+    factors = [p for name, p in encoder.named_parameters() if _LORA in name]
+    if not factors:
         raise OptionError(
             "train.encoder is lora, and model.encoder.lora_r is 0: give a rank, e.g. model.encoder.lora_r=16"
         )
-    return found
+    return factors
 
 
 def learning_layers(encoder: Encoder) -> list[nn.Module]:
@@ -113,12 +113,12 @@ def require_input_gradient(encoder: Encoder) -> None:
     """Let the input of the lowest trained layer have a gradient, which ZeRO-3 waits for before it collects
     the layer's."""
 
-    def ask(_: nn.Module, arguments: tuple) -> None:
+    def require_gradient(_: nn.Module, arguments: tuple) -> None:
         if torch.is_grad_enabled() and not arguments[0].requires_grad:
             arguments[0].requires_grad_(True)
 
     for layer in learning_layers(encoder)[:1]:
-        layer.register_forward_pre_hook(ask)
+        layer.register_forward_pre_hook(require_gradient)
 
 
 def merged_tensors(config: EncoderConfig, source: Source, dtype: str, tuned: Path) -> dict[str, torch.Tensor]:

@@ -126,10 +126,10 @@ def _decoded(
     ]
 
 
-def ctc_frames(model: Soundwave, batch: Batch, known: Mapping[int, tuple[torch.Tensor, ...]]) -> CTCFrames:
-    """Return the frames of a batch's audio. known: of audios whose frames the caller has, by their number:
+def ctc_frames(model: Soundwave, batch: Batch, scanned: Mapping[int, tuple[torch.Tensor, ...]]) -> CTCFrames:
+    """Return the frames of a batch's audio. scanned: of audios whose frames the caller has, by their number:
     hidden [T, D], argmax, peak and blank_logprob [T]; these are not encoded again."""
-    parts, audios = dict(known), len(batch.audio_lengths)
+    parts, audios = dict(scanned), len(batch.audio_lengths)
     if new := [number for number in range(audios) if number not in parts]:
         left = replace(batch, waveforms=batch.sounds[new], audio_lengths=batch.audio_lengths[new])
         hidden, lengths = model.alignment(*model.encode(left))

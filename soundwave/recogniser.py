@@ -245,8 +245,8 @@ class SpeechModel:
         that the model takes whole. Errors: as of `transcribe`, AudioError for a longer one."""
         waveform, findings = self._clip(source, sampling_rate)
         longest = self.network.config.encoder.max_seconds
-        found = self.transcribe(waveform, **{"window_seconds": longest} | options)
-        return replace(found, notes=(*map(_note, findings), *found.notes))
+        transcription = self.transcribe(waveform, **{"window_seconds": longest} | options)
+        return replace(transcription, notes=(*map(_finding_text, findings), *transcription.notes))
 
     def answer(
         self,
@@ -274,7 +274,7 @@ class SpeechModel:
                 max_new_tokens=max_new_tokens,
                 drafted=Drafting() if decode == "drafted" else None,
             )[0]
-        notes = [_note(finding) for finding in findings]
+        notes = [_finding_text(finding) for finding in findings]
         notes += [message.removeprefix("waveform 0 ") for message in messages]
         return Answer(" ".join(text.split()), len(waveform) / SAMPLE_RATE, tuple(notes))
 
@@ -365,11 +365,11 @@ class SpeechModel:
             return
         resampler = None
         for block in Recording(source).blocks(BLOCK_SECONDS):
-            job.notes.update((_note(finding), None) for finding in block.findings)
+            job.notes.update((_finding_text(finding), None) for finding in block.findings)
             samples = block.samples
             if not split:
                 samples, findings = mixed_block(samples)
-                job.notes.update((_note(finding), None) for finding in findings)
+                job.notes.update((_finding_text(finding), None) for finding in findings)
             if resampler is None:
                 resampler = Resampler(block.rate, SAMPLE_RATE, samples.shape[1])
             yield resampler.push(samples)
@@ -388,7 +388,7 @@ class SpeechModel:
             by_channel = samples if samples.shape[0] < samples.shape[1] else samples.T
             return np.stack([mono(one, sampling_rate)[0].numpy() for one in by_channel], axis=1)
         waveform, details = mono(samples, sampling_rate)
-        job.notes.update((_note(Finding("antiphase", detail)), None) for detail in details)
+        job.notes.update((_finding_text(Finding("antiphase", detail)), None) for detail in details)
         return waveform.numpy()[:, None]
 
     # ---- windows and batches ----
@@ -441,10 +441,10 @@ class SpeechModel:
         for block in self._blocks(source, sampling_rate, setup.options.channels == "split", job):
             if not cutters:
                 job.channels = block.shape[1]
-                room = round(setup.options.batch_seconds * SAMPLE_RATE)
+                batch_samples = round(setup.options.batch_seconds * SAMPLE_RATE)
                 chunk = self._chunk(setup.longest)
                 cutters = [
-                    Cutter(self._scan, frame, setup.longest, setup.overlap, setup.pause, room, chunk)
+                    Cutter(self._scan, frame, setup.longest, setup.overlap, setup.pause, batch_samples, chunk)
                     for _ in range(job.channels)
                 ]
             job.samples += len(block)
@@ -472,14 +472,14 @@ class SpeechModel:
         begins = self._word_beginnings()
         # With ctc_length: full the model was trained with the frames of the silence that fills up a clip.
         reused = self.network.config.alignment.ctc_length != "full"
-        found = []
+        frames = []
         for row, length in enumerate(lengths.tolist()):
             tokens = argmax[row, :length].cpu()
             is_blank = tokens == blank
             starts = begins[tokens.clamp(max=len(begins) - 1)] | is_blank
             outputs = [part[row, :length] for part in (hidden, argmax, peak, blank_logprob)]
-            found.append(Frames(is_blank.numpy(), starts.numpy(), tuple(outputs) if reused else ()))
-        return found
+            frames.append(Frames(is_blank.numpy(), starts.numpy(), tuple(outputs) if reused else ()))
+        return frames
 
     def _word_beginnings(self) -> torch.Tensor:
         """Of each token, whether a word begins with it, or may; all, where the vocabulary does not tell."""
@@ -499,10 +499,10 @@ class SpeechModel:
         chat = [asked(instruction, network.config.audio_token)]
         samples = [clip.samples if isinstance(clip, Window) else clip for clip in clips]
         batch = network.prompts([chat] * len(clips), [torch.from_numpy(one) for one in samples])
-        known = {
+        scanned = {
             row: clip.outputs for row, clip in enumerate(clips) if isinstance(clip, Window) and clip.outputs
         }
-        return batch, network.encode_audio(batch, frames=ctc_frames(network, batch, known))
+        return batch, network.encode_audio(batch, frames=ctc_frames(network, batch, scanned))
 
     @torch.inference_mode()
     def _decode(self, pieces: list[_Piece], setup: _Setup) -> None:
@@ -558,7 +558,7 @@ class SpeechModel:
         ]
         seconds = [piece.window.frames_seconds for piece in pieces]
         aligned = align_frames(network, audio.hidden, audio.lengths, spellings, seconds)
-        found = []
+        words_of_pieces = []
         for piece, one in zip(pieces, aligned, strict=True):
             window = piece.window
             shift = window.frames_origin / SAMPLE_RATE
@@ -570,8 +570,8 @@ class SpeechModel:
                 ends = window.body_end == window.start + len(window.samples) and middle >= window.body_end
                 if not setup.overlap or inside or ends:
                     own.append(moved)
-            found.append(own)
-        return found
+            words_of_pieces.append(own)
+        return words_of_pieces
 
     def _segment(self, piece: _Piece, text: str, words: list[Word], audio: Audio, row: int) -> Segment | None:
         """A window's text as a segment; None where it has none."""
@@ -584,10 +584,10 @@ class SpeechModel:
         if not text:
             return None
         length, step = int(audio.lengths[row]), frame_seconds(self.network)
-        said = (audio.argmax[row, :length] != self.network.ctc_head.blank).nonzero()[:, 0]
-        if len(said):
-            begin, end = float(said[0]) * step, float(said[-1] + 1) * step
-            confidence = float(audio.peak[row, said].float().mean().exp())
+        peaks = (audio.argmax[row, :length] != self.network.ctc_head.blank).nonzero()[:, 0]
+        if len(peaks):
+            begin, end = float(peaks[0]) * step, float(peaks[-1] + 1) * step
+            confidence = float(audio.peak[row, peaks].float().mean().exp())
         else:
             begin, end, confidence = 0.0, length * step, 0.0
         shift = window.frames_origin / SAMPLE_RATE
@@ -624,7 +624,7 @@ def _result(job: _Job, options: Options) -> Transcription | Exception:
         return ValueError(job.unanswered)
     if job.skipped and not job.segments:
         job.notes["no speech was found, so there is no text (gate; 0 transcribes it all the same)"] = None
-    ordered = sorted(job.segments, key=lambda found: (found[2].start, found[1], found[0]))
+    ordered = sorted(job.segments, key=lambda entry: (entry[2].start, entry[1], entry[0]))
     segments = tuple(segment for *_, segment in ordered)
     return Transcription(
         join_words([segment.text for segment in segments]),
@@ -636,7 +636,7 @@ def _result(job: _Job, options: Options) -> Transcription | Exception:
     )
 
 
-def _note(finding: Finding) -> str:
+def _finding_text(finding: Finding) -> str:
     return f"{finding.detail} ({finding.kind})"
 
 
@@ -650,10 +650,10 @@ def _too_long(seconds: float, longest: float) -> str:
 def _collected() -> Iterator[list[str]]:
     """The model's warnings about clips, as a list; other warnings are given as ever."""
     messages: list[str] = []
-    with warnings.catch_warnings(record=True) as found:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", SoundWarning)
         yield messages
-    for warning in found:
+    for warning in caught:
         if issubclass(warning.category, SoundWarning):
             messages.append(str(warning.message))
         else:
@@ -663,7 +663,7 @@ def _collected() -> Iterator[list[str]]:
 def _keep_notes(messages: list[str], pieces: Sequence[_Piece]) -> None:
     """Give each message about a clip of a batch to its job, without the clip's number; others to all."""
     for message in messages:
-        named = re.match(r"waveform (\d+) ", message)
-        own = [pieces[int(named.group(1))]] if named else pieces
+        match = re.match(r"waveform (\d+) ", message)
+        own = [pieces[int(match.group(1))]] if match else pieces
         for piece in own:
-            piece.job.notes[message[named.end() :] if named else message] = None
+            piece.job.notes[message[match.end() :] if match else message] = None

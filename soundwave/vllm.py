@@ -199,8 +199,8 @@ class VLLM:
     def cancel(self, number: int) -> None:
         """Give up an answer: nothing more is received of it."""
         with self.lock:
-            known = self.open.pop(number, None)
-        if known is not None:
+            request = self.open.pop(number, None)
+        if request is not None:
             with contextlib.suppress(OSError):
                 self._send({"cancel": number})
 

@@ -54,7 +54,7 @@ class Worker:
                 data = await reader.readexactly(request["bytes"])
                 task = asyncio.create_task(self.answer(request, data, send))
                 self.tasks[request["id"]] = task
-                task.add_done_callback(self.forget(request["id"]))
+                task.add_done_callback(self.discard_task(request["id"]))
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
@@ -62,7 +62,7 @@ class Worker:
                 task.cancel()
             writer.close()
 
-    def forget(self, number: int):
+    def discard_task(self, number: int):
         return lambda _: self.tasks.pop(number, None)
 
     async def answer(self, request: dict, data: bytes, send) -> None:

@@ -221,9 +221,9 @@ class Cutter:
             chunks, sizes, self._scan(chunks) if chunks else [], strict=False
         ):
             blank, begins = np.ones(count, bool), np.ones(count, bool)  # frames that an encoder leaves out
-            found = frames.blank[skip : skip + count]
-            blank[: len(found)] = found
-            begins[: len(found)] = frames.begins_word[skip : skip + count]
+            blank_frames = frames.blank[skip : skip + count]
+            blank[: len(blank_frames)] = blank_frames
+            begins[: len(blank_frames)] = frames.begins_word[skip : skip + count]
             body = chunk[skip * self._frame : (skip + count) * self._frame]
             padded = np.pad(body, (0, count * self._frame - len(body)))
             self._blank = np.concatenate([self._blank, blank])
@@ -248,18 +248,18 @@ class Cutter:
         """The sample where the next window's body ends."""
         half = self._frame // 2
         last = (self._start + self._longest - half) // self._frame - self._first
-        if self._pause and (cut := self._pause_cut(last, *self._known())) is not None:
+        if self._pause and (cut := self._pause_cut(last, *self._cut_frames())) is not None:
             return cut
         first = -(-(self._start + round(SHORTEST_SHARE * self._longest)) // self._frame) - self._first
         last = min(last, len(self._blank) - 1)
-        frame = best_cut(*self._known(), min(first, last), last)
+        frame = best_cut(*self._cut_frames(), min(first, last), last)
         return (self._first + frame) * self._frame + half
 
     def _all(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What is known about frames."""
         return self._blank, self._begins, self._energy
 
-    def _known(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _cut_frames(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What is known about the frames that a cut depends on, however many were scanned."""
         end = -(-(self._start + self._longest + self._lookahead) // self._frame) - self._first
         return self._blank[:end], self._begins[:end], self._energy[:end]

@@ -37,14 +37,14 @@ def upward(graph: grimp.ImportGraph, layers: tuple[tuple[str, ...], ...]) -> lis
     """Return "IMPORTER -> IMPORTED" for imports of the same row's other packages and of later rows."""
     rank = {package: row for row, packages in enumerate(layers) for package in packages}
     rank |= dict.fromkeys(OUTSIDE, len(layers))
-    found = []
+    imports = []
     for importer in graph.modules:
         own = importer.partition(".")[0]
         for imported in graph.find_modules_directly_imported_by(importer) if own in rank else ():
             other = imported.partition(".")[0]
             if other in rank and other != own and rank[other] >= rank[own]:
-                found.append(f"{importer} -> {imported}")
-    return sorted(found)
+                imports.append(f"{importer} -> {imported}")
+    return sorted(imports)
 
 
 def cycles(graph: grimp.ImportGraph) -> list[list[str]]:
@@ -78,9 +78,11 @@ def cycles(graph: grimp.ImportGraph) -> list[list[str]]:
 @pytest.fixture(scope="module")
 def graph():
     with pytest.MonkeyPatch.context() as monkeypatch:
-        there = tuple(name for row in LAYERS for name in row if (ROOT / name / "__init__.py").exists())
-        assert set(there) == set(PACKAGES)  # a new package has its place in LAYERS, and jobs get a copy of it
-        yield graph_of(ROOT, there, monkeypatch)
+        packages = tuple(name for row in LAYERS for name in row if (ROOT / name / "__init__.py").exists())
+        assert set(packages) == set(
+            PACKAGES
+        )  # a new package has its place in LAYERS, and jobs get a copy of it
+        yield graph_of(ROOT, packages, monkeypatch)
 
 
 def test_imports_point_down(graph):

@@ -41,10 +41,10 @@ def check(recipe: Recipe) -> None:
 def check_validation(recipe: Recipe) -> None:
     """Errors: RecipeError for a score that this stage's validations do not have, a set's name that is none,
     and early stopping without validation."""
-    known = scores_of(recipe, stage_of(recipe))
-    if recipe.checkpoint.best_by not in known:
+    scores = scores_of(recipe, stage_of(recipe))
+    if recipe.checkpoint.best_by not in scores:
         raise RecipeError(
-            f"checkpoint.best_by: '{recipe.checkpoint.best_by}' is not one of {', '.join(known)}"
+            f"checkpoint.best_by: '{recipe.checkpoint.best_by}' is not one of {', '.join(scores)}"
         )
     for place, corpus in enumerate(recipe.data.valid):
         if corpus.name is not None and not re.fullmatch(r"\w[\w.-]*", corpus.name):

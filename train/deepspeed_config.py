@@ -182,7 +182,7 @@ def _check_sections(recipe: Recipe, config: dict, decided: dict) -> None:
         + ["immediate_grad_update"],
         "data_types": ["grad_accum_dtype"],
     }
-    known = [*(key for key in decided if "." not in key), *sections, *_SPLITTING, *_LOGGING]
+    supported = [*(key for key in decided if "." not in key), *sections, *_SPLITTING, *_LOGGING]
     for key, value in config.items():
         if key in _RECIPES:
             raise RecipeError(
@@ -191,12 +191,12 @@ def _check_sections(recipe: Recipe, config: dict, decided: dict) -> None:
                 "decide: "
                 "remove it"
             )
-        if key not in known:
-            near = near_names(key, [*known, "fp16"])
+        if key not in supported:
+            near = near_names(key, [*supported, "fp16"])
             raise RecipeError(
                 f"{where}: '{key}' "
                 f"{f'is not known; {did_you_mean(near)}' if near else 'is not supported here'}; "
-                f"these keys are: {', '.join(known)}"
+                f"these keys are: {', '.join(supported)}"
             )
         kind, words = _KINDS.get(key, (object, ""))
         if not isinstance(value, kind) or kind is int and isinstance(value, bool):
@@ -234,7 +234,7 @@ def _check_zero(section: dict, name: str) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
-    known = {
+    names = {
         alias
         for field, info in DeepSpeedZeroConfig.model_fields.items()
         for alias in (field, info.alias)
@@ -243,8 +243,8 @@ def _check_zero(section: dict, name: str) -> None:
     fields = DeepSpeedZeroConfig.model_fields
     old_names = {field: (info.json_schema_extra or {}).get("new_param") for field, info in fields.items()}
     for key in section:
-        if key not in known:
-            near = near_names(key, sorted(known))
+        if key not in names:
+            near = near_names(key, sorted(names))
             raise RecipeError(
                 f"deepspeed: {name}: zero_optimization.{key} is not known"
                 + (f"; {did_you_mean(near)}" if near else ": remove it")

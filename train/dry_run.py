@@ -34,7 +34,7 @@ from train.planner import Planner
 RANKS = (1, 8, 16, 64)
 
 
-def _known(name: str) -> str:
+def _size_name(name: str) -> str:
     """A folder that is not there yet, but is named like a known model, has that model's sizes."""
     return Path(name).name if not Path(name).exists() and Path(name).name in presets() else name
 
@@ -43,8 +43,8 @@ def meta_model(recipe: Recipe) -> Soundwave:
     """The network on the meta device, stage set. Errors: RecipeError for a model of unknown size."""
     config = replace(
         recipe.model,
-        encoder=replace(recipe.model.encoder, name=_known(recipe.model.encoder.name)),
-        llm=replace(recipe.model.llm, name=_known(recipe.model.llm.name)),
+        encoder=replace(recipe.model.encoder, name=_size_name(recipe.model.encoder.name)),
+        llm=replace(recipe.model.llm, name=_size_name(recipe.model.llm.name)),
     )
     try:
         model = Soundwave.build(config, parts=stage_of(recipe).parts, meta=True)

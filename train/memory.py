@@ -101,7 +101,7 @@ class LiveBytes(TorchDispatchMode):
         self.now += size
         self.peak = max(self.peak, self.now)
 
-    def known(self, tensors) -> None:
+    def exclude(self, tensors) -> None:
         """Do not count these: parameters, which are counted elsewhere."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
@@ -165,10 +165,10 @@ class _ZeRO3Linear(torch.autograd.Function):
 
 
 @contextmanager
-def zero3_linear(wanted: bool):
+def zero3_linear(enabled: bool):
     """Replace the linear layers' function by DeepSpeed's under ZeRO-3."""
     before = F.linear
-    if wanted:
+    if enabled:
         setattr(F, "linear", lambda x, weight, bias=None: _ZeRO3Linear.apply(x, weight, bias))  # noqa: B010
     try:
         yield
@@ -257,8 +257,10 @@ def _llm_loss(model: Any, x: torch.Tensor, targets: int, on_gpu: bool) -> torch.
         hidden = decoder(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
     head = base.get_output_embeddings().weight
     at = torch.empty(targets, device="meta", dtype=torch.int64)
-    wanted = hidden.flatten(0, 1)[at]
-    return HeadCrossEntropy.apply(wanted, head, torch.empty(targets, device="meta", dtype=torch.int64))
+    rows_of_targets = hidden.flatten(0, 1)[at]
+    return HeadCrossEntropy.apply(
+        rows_of_targets, head, torch.empty(targets, device="meta", dtype=torch.int64)
+    )
 
 
 def activation_bytes(
@@ -290,7 +292,7 @@ def activation_bytes(
         if p.requires_grad
     ]
     live = LiveBytes()
-    live.known([*model.parameters(), *model.buffers()])
+    live.exclude([*model.parameters(), *model.buffers()])
     uses_ctc = any(LOSSES[name].uses_ctc for name in losses_of(recipe))
     try:
         with _dropout_as_on(model, on_gpu), live, fused_attention(on_gpu), zero3_linear(zero_stage == 3):

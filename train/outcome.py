@@ -67,8 +67,8 @@ class RunStatus:
         """Record a status, and further values that are not None."""
         if not self.ranks.is_main:
             return
-        known = {key: value for key, value in values.items() if value is not None}
-        self.values.update(status=status, updated=time.time(), **known)
+        present = {key: value for key, value in values.items() if value is not None}
+        self.values.update(status=status, updated=time.time(), **present)
         try:
             write_atomically(self.folder / "run.json", json.dumps(self.values, indent=1))
         except OSError as error:  # a full disk must not end what is only in memory

@@ -125,8 +125,8 @@ class Planner:
     def proposal(self, choices: list[Choice]) -> Choice | None:
         """Of the ZeRO stages that take the recipe's micro-batch the one that sends the fewest bytes, or else
         the one that takes most. None where nothing fits."""
-        wanted = min(self.recipe.data.micro_batch_seconds, self.useful_seconds())
-        enough = [choice for choice in choices if choice.micro_batch_seconds >= wanted]
+        seconds = min(self.recipe.data.micro_batch_seconds, self.useful_seconds())
+        enough = [choice for choice in choices if choice.micro_batch_seconds >= seconds]
         if enough:
             return min(enough, key=self.bytes_sent)
         best = max(choices, key=lambda choice: choice.micro_batch_seconds)

@@ -40,8 +40,10 @@ class Preemption:
 
     def margin(self, save_seconds: float) -> float:
         """Seconds before the time limit at which saving has to begin."""
-        wanted = max(MINIMUM_MARGIN, 3.0 * save_seconds)
-        return wanted if self.end_time is None else min(wanted, 0.5 * max(0.0, self.end_time - self.started))
+        seconds = max(MINIMUM_MARGIN, 3.0 * save_seconds)
+        return (
+            seconds if self.end_time is None else min(seconds, 0.5 * max(0.0, self.end_time - self.started))
+        )
 
     def stop_reason(self, save_seconds: float, step_seconds: float) -> str | None:
         """Return why this rank should stop before the next step, or None."""

@@ -105,7 +105,7 @@ def packed_folders(recipe: Recipe) -> list[Corpus]:
     return [corpus for name, corpus in corpora.items() if not is_plain_stream(name)]
 
 
-def look_at_shards(recipe: Recipe, report: Report) -> None:
+def check_shards(recipe: Recipe, report: Report) -> None:
     """Every shard is there in full size, and the sample table is the one that the index was written with."""
     from data_tools.shards import ShardError, ShardIndex, fingerprint
 
@@ -138,7 +138,7 @@ def newest(recipe: Recipe, name: str) -> tuple[Path, dict] | None:
     return None
 
 
-def look_at_base(recipe: Recipe, report: Report) -> None:
+def check_base(recipe: Recipe, report: Report) -> None:
     """The frozen parts are there, and are those that the previous stage and this stage's checkpoints were
     made with."""
     from model import identity
@@ -207,7 +207,7 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     return 16 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def look_at_disks(recipe: Recipe, report: Report) -> None:
+def check_disks(recipe: Recipe, report: Report) -> None:
     """This node can write to the output folder. Rank 0: there is room for the checkpoints that are kept, and
     the one in work."""
     folder = stage_folder(recipe)
@@ -235,7 +235,7 @@ def look_at_disks(recipe: Recipe, report: Report) -> None:
             )
 
 
-def look_at_gpu(report: Report) -> None:
+def check_gpu(report: Report) -> None:
     """This rank's GPU is there, free, and computes; where PyTorch sees none, that none is there to be
     seen."""
     import torch
@@ -279,7 +279,7 @@ def look_at_gpu(report: Report) -> None:
         report.node_faults.append(f"GPU {local_rank}: {one_line(error)}")
 
 
-def look_at_cpu(recipe: Recipe, report: Report) -> None:
+def check_cpu(recipe: Recipe, report: Report) -> None:
     """DeepSpeed's ops for the CPU were compiled for the one that `make setup` ran on: another would end them
     by SIGILL."""
     import torch
@@ -292,15 +292,15 @@ def look_at_cpu(recipe: Recipe, report: Report) -> None:
     )
     if used and built.exists() and info.exists():
         here = set(info.read_text().split())
-        wanted = [flag for flag in built.read_text().split() if flag.startswith(("avx", "fma", "amx", "sve"))]
-        if lacking := [flag for flag in wanted if flag not in here]:
+        flags = [flag for flag in built.read_text().split() if flag.startswith(("avx", "fma", "amx", "sve"))]
+        if lacking := [flag for flag in flags if flag not in here]:
             report.node_faults.append(
                 f"DeepSpeed's CPU ops were built for a CPU with {' '.join(lacking)}, which this node's has "
                 "not: run make setup on a node of the weakest kind, with another VENV"
             )
 
 
-def look_at_ecc(report: Report) -> None:
+def check_ecc(report: Report) -> None:
     """Uncorrected memory errors since the driver started, where nvidia-smi counts them. Noted: the driver
     retires such rows."""
     if shutil.which("nvidia-smi") is None:
@@ -343,14 +343,14 @@ def first_of_node(rank: int) -> bool:
 
 def node_report(recipe: Recipe, rank: int) -> Report:
     report = Report(node_name(), rank)
-    look_at_gpu(report)
+    check_gpu(report)
     if first_of_node(rank):
         report.facts.update(version_facts())
-        look_at_cpu(recipe, report)
-        look_at_ecc(report)
-        look_at_shards(recipe, report)
-        look_at_base(recipe, report)
-        look_at_disks(recipe, report)
+        check_cpu(recipe, report)
+        check_ecc(report)
+        check_shards(recipe, report)
+        check_base(recipe, report)
+        check_disks(recipe, report)
     return report
 
 

@@ -109,11 +109,11 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     width = len(values) // SMOOTHED
     if width < 2:
         return values
-    known = np.isfinite(values)
+    is_finite = np.isfinite(values)
     window = np.ones(width)
-    total = np.convolve(np.where(known, values, 0.0), window, mode="same")
-    count = np.convolve(known.astype(float), window, mode="same")
-    return np.where(known, total / np.maximum(count, 1), np.nan)
+    total = np.convolve(np.where(is_finite, values, 0.0), window, mode="same")
+    count = np.convolve(is_finite.astype(float), window, mode="same")
+    return np.where(is_finite, total / np.maximum(count, 1), np.nan)
 
 
 def single_loss(lines: dict[str, list[dict]]) -> bool:
@@ -309,12 +309,12 @@ def section(folder: Path) -> str:
     ]
     events = [line for kind, records in lines.items() if kind not in ("train", "valid") for line in records]
     if events:
-        known = ("kind", "step", "time")
+        common = ("kind", "step", "time")
         parts += [
             "<h2>Events</h2>",
             table(
                 [
-                    (line["step"], json.dumps({k: v for k, v in line.items() if k not in known}))
+                    (line["step"], json.dumps({k: v for k, v in line.items() if k not in common}))
                     for line in events[-50:]
                 ],
                 ("step", "what"),

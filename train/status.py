@@ -53,7 +53,7 @@ def _time_of(event: dict) -> float:
     return datetime.fromisoformat(event["time"]).timestamp()
 
 
-def _ask(*command: str) -> dict[str, tuple[str, str]] | None:
+def _slurm_jobs(*command: str) -> dict[str, tuple[str, str]] | None:
     """Job -> (state, reason), of lines JOB|STATE|REASON that a Slurm command prints; None where there is no
     answer."""
     environment = {name: value for name, value in os.environ.items() if not _DISPLAY.match(name)}
@@ -79,15 +79,16 @@ def slurm_states(jobs: list[str]) -> dict[str, tuple[str, str]]:
     if not jobs:
         return {}
     several = ",".join([*jobs, jobs[0]])  # of one alone, squeue fails where it does not know it
-    known = _ask("squeue", "-h", "-t", "all", "-j", several, "-o", "%A|%T|%r")
-    if known is None:
+    states = _slurm_jobs("squeue", "-h", "-t", "all", "-j", several, "-o", "%A|%T|%r")
+    if states is None:
         return {}
-    if missing := [job for job in jobs if job not in known]:  # squeue drops a job some minutes after its end
+    if missing := [job for job in jobs if job not in states]:  # squeue drops a job some minutes after its end
         recorded = (
-            _ask("sacct", "-X", "-n", "-P", "-j", ",".join(missing), "-o", "JobIDRaw,State,Reason") or {}
+            _slurm_jobs("sacct", "-X", "-n", "-P", "-j", ",".join(missing), "-o", "JobIDRaw,State,Reason")
+            or {}
         )
-        known |= {job: recorded.get(job, ("UNKNOWN", "")) for job in missing}
-    return known
+        states |= {job: recorded.get(job, ("UNKNOWN", "")) for job in missing}
+    return states
 
 
 def slurm_word(state: str, reason: str) -> str | None:

@@ -180,9 +180,9 @@ class Telemetry:
 
     def _open(self, first_step: int) -> list[dict]:
         """metrics.jsonl, ready for lines of `first_step`; returns those that stand before it."""
-        kept = truncate_log(self.path, first_step)
+        earlier = truncate_log(self.path, first_step)
         self.file = open(self.path, "a")
-        return kept
+        return earlier
 
     def go_back(self, step: int) -> None:
         """The next line is of `step` once more."""

@@ -184,8 +184,8 @@ class Trainer:
         self.status.write("running", step=self.progress.step)
         if self.ranks.is_main and recipe.log.sample_ids:
             sample_log.begin(self.folder, self.progress.step)
-        wanted = recipe.data.try_largest
-        if wanted if wanted is not None else torch.cuda.is_available():
+        try_largest = recipe.data.try_largest
+        if try_largest if try_largest is not None else torch.cuda.is_available():
             self._probe_memory()
         if self.progress.step == 0 and self.validation and recipe.log.validate_at_start:
             self.validate()
@@ -321,20 +321,20 @@ class Trainer:
         at = self.progress
         result = validate(self.engine, self.validation, self.model.tokenizer, self.ranks)
         self._log_validation(result)
-        asked = self.recipe.checkpoint.best_by
-        by = chosen_by(result, asked)
-        if by != asked and self.ranks.is_main:
+        requested = self.recipe.checkpoint.best_by
+        by = chosen_by(result, requested)
+        if by != requested and self.ranks.is_main:
             logger.warning(
                 "step %d: data.valid gives no %s: the best model is chosen by loss",
                 at.step,
-                asked,
+                requested,
             )
         candidate = {
             "step": at.step,
             "by": by,
             "score": result[by],
             "loss": result["loss"],
-            **({"asked": asked} if by != asked else {}),
+            **({"asked": requested} if by != requested else {}),
         }
         if at.step == 0:
             return False
@@ -399,9 +399,9 @@ class Trainer:
         The best so far is a convenience: where there is no room for it, training continues.
         """
         llm = self.model.llm
-        kept = list(artifact.trained_tensors(self.model).values())
-        kept += [parameter for _, parameter in lora_parameters(llm)] if llm is not None else []
-        parameters = [p for p in kept if hasattr(p, "ds_id")]
+        tensors = list(artifact.trained_tensors(self.model).values())
+        tensors += [parameter for _, parameter in lora_parameters(llm)] if llm is not None else []
+        parameters = [p for p in tensors if hasattr(p, "ds_id")]
         tuned = self._gathered(artifact.tuned_tensors(self.model))
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.engine.zero_stage == 3):
             if self.ranks.is_main:

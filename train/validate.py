@@ -51,10 +51,10 @@ def word_errors(
     return int(counted.errors.sum()), int(counted.units.sum())
 
 
-def chosen_by(result: dict, asked: str) -> str:
+def chosen_by(result: dict, requested: str) -> str:
     """Return the score by which a validation is compared: the one asked for, or the loss where the references
     hold no words."""
-    return asked if asked in result else "loss"
+    return requested if requested in result else "loss"
 
 
 def is_better(candidate: dict, best: dict | None) -> bool:

@@ -164,7 +164,7 @@ def malformed(entry: Entry) -> Rejection | None:
         if value is not None and not (
             type(value) in (int, float) and 0 <= value <= (_MAX_SIZE if name == "size" else MAX_SECONDS)
         ):
-            shown = (
+            value_text = (
                 f"'{value}'"
                 if isinstance(value, str)
                 else value
@@ -172,9 +172,9 @@ def malformed(entry: Entry) -> Rejection | None:
                 else kind_of_value(value)
             )
             return fault(
-                f"{name} is {shown}, not a number of seconds from 0 on"
+                f"{name} is {value_text}, not a number of seconds from 0 on"
                 if name != "size"
-                else f"size is {shown}"
+                else f"size is {value_text}"
             )
     if entry.audio is not None and "\0" in entry.audio:
         return fault("audio holds a null byte")
@@ -242,15 +242,15 @@ class Reader:
                 yield record
                 continue
             try:
-                made = self.sample(record, where)
+                item = self.sample(record, where)
             except CorpusError:
                 raise
             except Exception as error:  # whatever a record holds that no reader expects
-                made = fault_of(error, where, reason=self.broken)
-            if isinstance(made, list):
-                yield from made
+                item = fault_of(error, where, reason=self.broken)
+            if isinstance(item, list):
+                yield from item
             else:
-                yield made
+                yield item
 
 
 READERS = {
@@ -311,22 +311,24 @@ class Corpus:
         options = dict(pair.split("=", 1) for pair in pairs)
         module, class_name = READERS[name].split(":")
         reader = getattr(importlib.import_module(f"data_tools.corpora.{module}"), class_name)
-        known = [p for p in inspect.signature(reader).parameters if p != "path"]
+        parameters = [p for p in inspect.signature(reader).parameters if p != "path"]
         given_name, encoding = options.pop("corpus", None), options.pop("encoding", None)
         check_encoding(encoding)
-        self.defaults = {key: options.pop(key) for key in _DEFAULTS if key in options and key not in known}
+        self.defaults = {
+            key: options.pop(key) for key in _DEFAULTS if key in options and key not in parameters
+        }
         for option in options:
-            if option not in known:
-                everything = [*known, *_COMMON]
+            if option not in parameters:
+                everything = [*parameters, *_COMMON]
                 nearest = did_you_mean(near_names(option, everything, cutoff=0.0))
                 raise CorpusError(
                     f"corpus '{specification}': unknown option '{option}', {nearest} ({name} takes "
                     f"{', '.join(everything)})"
                 )
-        found = find_path(path)
-        if found is None:
+        existing_path = find_path(path)
+        if existing_path is None:
             raise CorpusError(f"corpus '{specification}': {path} does not exist")
-        self.specification, self.path, self.format = specification, Path(found).absolute(), name
+        self.specification, self.path, self.format = specification, Path(existing_path).absolute(), name
         try:
             self.reader: Reader = reader(self.path, **options)
         except TypeError as error:
@@ -389,10 +391,10 @@ def open_corpora(specifications: Iterable[str]) -> list[Corpus]:
         )
         ends = [tuple(reversed(path[-length:])) for path in paths]
         mine = tuple(reversed(corpus.path.parts[-length:]))
-        kept = [
+        distinct_parts = [
             part for place, part in enumerate(mine) if any(end[place : place + 1] != (part,) for end in ends)
         ]
-        corpus.label = "/".join(reversed(kept)).strip("/") or corpus.name
+        corpus.label = "/".join(reversed(distinct_parts)).strip("/") or corpus.name
     return corpora
 
 

@@ -37,9 +37,9 @@ class Beside:
     def left(self, table: str) -> Iterator[tuple[str, Ignored]]:
         """As records of a reader."""
         if len(self._named) <= MAX_FOLDERS:
-            left = sum(max(0, _audio_files(folder) - named) for folder, named in self._named.items())
-            if left:
-                yield "", Ignored(f"audio files beside those of {table}", left)
+            unlisted = sum(max(0, _audio_files(folder) - listed) for folder, listed in self._named.items())
+            if unlisted:
+                yield "", Ignored(f"audio files beside those of {table}", unlisted)
 
 
 def _audio_files(folder: str) -> int:

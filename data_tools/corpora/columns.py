@@ -72,8 +72,8 @@ def unused_times(
 
     A start or end always; a length only where a stretch begins somewhere and has none.
     """
-    wanted = ("start", "end", "length") if has_offset and not has_length else ("start", "end")
-    return [name for name, meaning in times.items() if meaning in wanted and _is_time(row.get(name))]
+    meanings = ("start", "end", "length") if has_offset and not has_length else ("start", "end")
+    return [name for name, meaning in times.items() if meaning in meanings and _is_time(row.get(name))]
 
 
 def _is_time(value: Any) -> bool:
@@ -88,13 +88,13 @@ def proposal(
     """Return {field: column} as the columns' names suggest, for fields that have no column of their own
     name."""
     by_lower = {str(column).lower(): column for column in columns}
-    found: dict[str, str] = {}
+    columns_of_fields: dict[str, str] = {}
     for field in fields:
         if field not in by_lower:
             name = next((name for name in USUAL[field] if name in by_lower), None)
             if name is not None:
-                found[field] = by_lower[name]
-    return found
+                columns_of_fields[field] = by_lower[name]
+    return columns_of_fields
 
 
 def as_options(columns: Mapping[str, str]) -> str:
@@ -103,7 +103,7 @@ def as_options(columns: Mapping[str, str]) -> str:
 
 
 def columns_and_values(
-    named: dict[str, str], columns: Iterable[str], where: Path
+    fields: dict[str, str], columns: Iterable[str], where: Path
 ) -> tuple[dict[str, str], dict[str, str]]:
     """({field: column}, {field: value for every entry}) of a reader's options, for a file with these columns.
 
@@ -111,13 +111,13 @@ def columns_and_values(
     """
     columns = [column for column in columns if isinstance(column, str)]
     by_lower = {column.lower(): column for column in columns}
-    values = {field: value for field, value in named.items() if value not in columns}
+    values = {field: value for field, value in fields.items() if value not in columns}
     for field, value in values.items():
         near = near_names(value.lower(), by_lower, cutoff=0.8)  # a misspelt column would label every entry
         if near or field not in VALUES:
             hint = f", {did_you_mean([by_lower[one] for one in near])}" if near else ":"
             raise CorpusError(f"{where} has no column '{value}'{hint} its columns are {', '.join(columns)}")
-    return {field: column for field, column in named.items() if field not in values}, values
+    return {field: column for field, column in fields.items() if field not in values}, values
 
 
 def check_same_meaning(before: tuple[dict, dict], now: tuple[dict, dict], where: Path | str) -> None:

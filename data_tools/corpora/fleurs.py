@@ -44,8 +44,8 @@ class Fleurs(Reader):
             if isinstance(row, dict):
                 clips.discard(row["file_name"])
             yield f"{self.table.name}:{place}", row
-        if left := sum(not name.startswith(".") for name in clips):
-            yield "", Ignored(f"clips that {self.table.name} has no line of", left)
+        if unlisted := sum(not name.startswith(".") for name in clips):
+            yield "", Ignored(f"clips that {self.table.name} has no line of", unlisted)
 
     def sample(self, row: dict[str, str], where: str) -> Entry | Rejection:
         if not row["file_name"] or not row["num_samples"].isdigit():

@@ -79,10 +79,10 @@ class Folder(Reader):
             self.metadata = path / metadata
             if not self.metadata.exists():
                 raise CorpusError(f"metadata={metadata}: {self.metadata} does not exist")
-        self.told: list[str] = []
+        self.facts_read: list[str] = []
 
     def records(self) -> Iterator[tuple[str, Any]]:
-        self.told = []
+        self.facts_read = []
         ignored: Counter[str] = Counter()
         tables: dict[str, _Metadata] = {}
         if self.metadata is not None:
@@ -127,7 +127,7 @@ class Folder(Reader):
                 f"{tables[key].file} and {file} both describe {folder}: name one with metadata="
             )
         tables[key] = table
-        self.told.append(table.told)
+        self.facts_read.append(table.facts_read)
         yield from table.faults
 
     def sample(self, record: tuple[Group[str], str, dict[str, _Metadata]], where: str) -> Item | list[Item]:
@@ -136,7 +136,7 @@ class Folder(Reader):
         if not audios:
             names = ", ".join(member.name for member in group.members)
             return Rejection(sample_id, "unmatched", f"{names}: no audio file of that name beside it")
-        found: list[Item] = []
+        ignored: list[Item] = []
         table = _nearest(tables, sample_id)
         values = table.take(audios[0].name, sample_id) if table is not None else None
         if len(audios) > 1 and (values is not None or len(audios) < len(group.members)):
@@ -151,9 +151,9 @@ class Folder(Reader):
                 return Rejection(sample_id, "bad_row", problem)
             values = _beside(group, self.encoding)
         elif values is not None and texts:
-            found.append(Ignored("texts beside clips that have a line in a metadata file", len(texts)))
+            ignored.append(Ignored("texts beside clips that have a line in a metadata file", len(texts)))
         if isinstance(values, Problem):
-            return [*found, Rejection(sample_id, values.reason, values.detail)]
+            return [*ignored, Rejection(sample_id, values.reason, values.detail)]
         values = dict(values or {})
         parent = PurePosixPath(sample_id).parent.name or self.path.name
         entry = Entry(
@@ -161,21 +161,21 @@ class Folder(Reader):
         )
         for field in self.of_folder:
             setattr(entry, field, parent)
-        return [*found, entry]
+        return [*ignored, entry]
 
     def facts(self) -> list[str]:
-        return self.told
+        return self.facts_read
 
 
 def _walk(top: Path) -> Iterator[tuple[str, list[str]]]:
     """(folder, sorted names of its files), links to folders followed, no folder twice."""
-    seen: set[tuple[int, int]] = set()
+    visited: set[tuple[int, int]] = set()
     for folder, folders, names in os.walk(top, followlinks=True):
         status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
+        if (status.st_dev, status.st_ino) in visited:
             folders.clear()
             continue
-        seen.add((status.st_dev, status.st_ino))
+        visited.add((status.st_dev, status.st_ino))
         folders.sort()
         yield folder, sorted(names)
 
@@ -241,7 +241,7 @@ class _Metadata:
     def __init__(self, file: Path, encoding: str | None):
         self.file, self.faults = file, []
         self._rows = DiskTable()
-        self.told = f"{file.name}: each line is a file's name and its text"
+        self.facts_read = f"{file.name}: each line is a file's name and its text"
         suffix = bare_suffixes(file)[-1] if bare_suffixes(file) else ""
         rows = self._lines(encoding) if suffix == ".txt" or not suffix else self._table(suffix, encoding)
         for place, name, values in rows:
@@ -294,7 +294,7 @@ class _Metadata:
                         f"{self.file} has no column that names files (file_name, path, audio ...): "
                         f"{', '.join(row)}"
                     )
-                self.told = f"{self.file.name}: reads " + ", ".join(
+                self.facts_read = f"{self.file.name}: reads " + ", ".join(
                     f"{column} (as {field})" if column != field else field
                     for field, column in columns.items()
                 )

@@ -49,12 +49,12 @@ class HuggingFace(Reader):
         split: str | None = None,
         ignore: str | None = None,
     ):
-        given = locals()
-        self.named = {column: given[column] for column in self.COLUMNS if given[column]}
+        arguments = locals()
+        self.named = {column: arguments[column] for column in self.COLUMNS if arguments[column]}
         if lang_column:
             self.named["lang"] = lang_column
-        self.audio, self.told = audio, ""
-        self.meant: tuple[dict[str, str], dict[str, str]] | None = None
+        self.audio, self.columns_read = audio, ""
+        self.first_columns: tuple[dict[str, str], dict[str, str]] | None = None
         self.ignored = frozenset(ignore.split("+")) if ignore else frozenset()
         self.root = path.parent if path.is_file() else path
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _holds_data(p))
@@ -86,7 +86,7 @@ class HuggingFace(Reader):
         return Entry(**constant, **values)
 
     def facts(self) -> list[str]:
-        return [f"{self.root.name}: {self.told}"] if self.told else []
+        return [f"{self.root.name}: {self.columns_read}"] if self.columns_read else []
 
     def _name(self, file: Path) -> str:
         """Of the file in its rows' ids: folders of one dataset (languages, say) have files of the same
@@ -96,11 +96,11 @@ class HuggingFace(Reader):
     def _columns(self, schema, file: Path) -> tuple[str, dict[str, str], dict[str, str]]:
         """The audio column, {entry field: column} and {entry field: value of all} for one file."""
         names = list(schema.names)
-        named = self.named | ({"audio": self.audio} if self.audio else {})
-        fields, values = columns_and_values(named, names, file)
+        column_options = self.named | ({"audio": self.audio} if self.audio else {})
+        fields, values = columns_and_values(column_options, names, file)
         fields.pop("audio", None)
-        self.meant = self.meant or (dict(fields), values)
-        check_same_meaning(self.meant, (fields, values), file)
+        self.first_columns = self.first_columns or (dict(fields), values)
+        check_same_meaning(self.first_columns, (fields, values), file)
         audio = self.audio or next(
             (name for name in names if name == "audio" or _is_audio_struct(schema.field(name).type)), None
         )
@@ -130,7 +130,7 @@ class HuggingFace(Reader):
             for field, column in {"audio": audio, **fields}.items()
         )
         unused = [name for name in names if name != audio and name not in fields.values()]
-        self.told = f"reads {used}" + (f"; leaves out {', '.join(unused)}" if unused else "")
+        self.columns_read = f"reads {used}" + (f"; leaves out {', '.join(unused)}" if unused else "")
         for field, column in fields.items():
             _check_type(field, column, schema.field(column).type, _class_names(schema, column), file)
         return audio, fields, values
@@ -141,8 +141,8 @@ class HuggingFace(Reader):
         parquet, first = pyarrow.parquet.ParquetFile(file), 0
         audio, fields, constant = self._columns(parquet.schema_arrow, file)
         for group in range(parquet.num_row_groups):
-            told = parquet.metadata.row_group(group)
-            leaves = [told.column(number) for number in range(told.num_columns)]
+            metadata = parquet.metadata.row_group(group)
+            leaves = [metadata.column(number) for number in range(metadata.num_columns)]
             size = sum(
                 leaf.total_compressed_size for leaf in leaves if leaf.path_in_schema.split(".")[0] == audio
             )
@@ -153,12 +153,19 @@ class HuggingFace(Reader):
                     field: _values(table.column(column), parquet.schema_arrow, column)
                     for field, column in fields.items()
                 }
-            columns |= {field: [value] * told.num_rows for field, value in constant.items()}
+            columns |= {field: [value] * metadata.num_rows for field, value in constant.items()}
             place, name = f"parquet:{file}#{group}", self._name(file)
             yield from _rows(
-                columns, told.num_rows, size // max(1, told.num_rows), place, audio, name, first, group=place
+                columns,
+                metadata.num_rows,
+                size // max(1, metadata.num_rows),
+                place,
+                audio,
+                name,
+                first,
+                group=place,
             )
-            first += told.num_rows
+            first += metadata.num_rows
 
     def _arrow(self, file: Path) -> Iterator[tuple[str, Any]]:
         first = 0
@@ -253,9 +260,10 @@ def _values(array, schema, column: str) -> list:
     known)."""
     values, names = array.to_pylist(), _class_names(schema, column)
     if names is not None:
-        known = dict(enumerate(names))
+        names_by_number = dict(enumerate(names))
         values = [
-            [known.get(v) for v in value] if isinstance(value, list) else known.get(value) for value in values
+            [names_by_number.get(v) for v in value] if isinstance(value, list) else names_by_number.get(value)
+            for value in values
         ]
     return [
         ", ".join(str(v) for v in value if v is not None) or None if isinstance(value, list) else value

@@ -139,11 +139,11 @@ class Kaldi(Reader):
             values[name] = value
         duration = clip.duration
         # Of a stretch, segments says more exactly what is meant.
-        if clip.offset is None and (told := values["utt2dur"]) is not None:
-            duration = number(told)
+        if clip.offset is None and (duration_text := values["utt2dur"]) is not None:
+            duration = number(duration_text)
             if duration is None:
                 return Rejection(
-                    clip.key, "bad_row", f"utt2dur: '{clip.key} {told}' is not UTTERANCE SECONDS"
+                    clip.key, "bad_row", f"utt2dur: '{clip.key} {duration_text}' is not UTTERANCE SECONDS"
                 )
         return Entry(
             id=clip.key,

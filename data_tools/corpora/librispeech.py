@@ -22,16 +22,16 @@ class LibriSpeech(Reader):
     has_global_ids = True
 
     def __init__(self, path: Path, subset: str | None = None):
-        wanted = subset.split("+") if subset else None
-        if wanted is None and _has_speakers(path):
+        names = subset.split("+") if subset else None
+        if names is None and _has_speakers(path):
             self.subsets = [path]
             return
-        there = sorted(p for p in path.iterdir() if p.is_dir() and _has_speakers(p))
-        self.subsets = [p for p in there if (p.name in wanted if wanted else not is_held_out(p.name))]
-        missing = set(wanted or ()) - {p.name for p in self.subsets}
-        if there and not wanted and not self.subsets:
+        folders = sorted(p for p in path.iterdir() if p.is_dir() and _has_speakers(p))
+        self.subsets = [p for p in folders if (p.name in names if names else not is_held_out(p.name))]
+        missing = set(names or ()) - {p.name for p in self.subsets}
+        if folders and not names and not self.subsets:
             raise CorpusError(
-                f"{path} holds test sets alone: name them, subset={'+'.join(p.name for p in there)}"
+                f"{path} holds test sets alone: name them, subset={'+'.join(p.name for p in folders)}"
             )
         if missing or not self.subsets:
             raise CorpusError(f"{path} holds no LibriSpeech subset {', '.join(sorted(missing))}".rstrip())
@@ -111,9 +111,9 @@ class MLS(Reader):
                 f"or test"
             )
         if self.lang is None:
-            known = ", ".join(f"mls_{name}" for name in self.LANGUAGES)
+            folder_names = ", ".join(f"mls_{name}" for name in self.LANGUAGES)
             raise CorpusError(
-                f"{path}: the folder's name is none of {known}: give the language, lang=de for example"
+                f"{path}: the folder's name is none of {folder_names}: give the language, lang=de for example"
             )
 
     def records(self) -> Iterator[tuple[str, Any]]:

@@ -58,15 +58,15 @@ class Manifest(Reader):
         self.rows += 1
         if self.rows <= FACTS_OF:
             self.keys.update(row.keys())
-        known = {key: value for key, value in row.items() if value is not None and key in _FIELDS}
-        if len(known) < len(row) and (problem := times_problem(row, known, self.ignored)):
+        fields = {key: value for key, value in row.items() if value is not None and key in _FIELDS}
+        if len(fields) < len(row) and (problem := times_problem(row, fields, self.ignored)):
             return Rejection(str(row.get("id", where)), "bad_row", f"{where}: {problem}")
         for key in NAMES:
-            if key in known:
-                known[key] = as_name(known[key])
-        if "id" not in known:
-            known["id"] = f"{self.path.stem}-{int(where.rpartition(':')[2]):09d}"
-        return self._placed(Entry(**known))
+            if key in fields:
+                fields[key] = as_name(fields[key])
+        if "id" not in fields:
+            fields["id"] = f"{self.path.stem}-{int(where.rpartition(':')[2]):09d}"
+        return self._placed(Entry(**fields))
 
     def _placed(self, entry: Entry) -> Entry:
         """The entry with its audio where it is from here."""
@@ -85,12 +85,12 @@ class Manifest(Reader):
         )
 
 
-def times_problem(row: dict, known: dict, ignored: frozenset[str]) -> str | None:
+def times_problem(row: dict, fields: dict, ignored: frozenset[str]) -> str | None:
     """Why a line that has times under other keys than offset and duration cannot be read; None where it
     can."""
-    if not (times := time_columns(row.keys() - known.keys(), ignored)):
+    if not (times := time_columns(row.keys() - fields.keys(), ignored)):
         return None
-    unused = unused_times(row, times, "offset" in known, "duration" in known)
+    unused = unused_times(row, times, "offset" in fields, "duration" in fields)
     if not unused:
         return None
     names = " and ".join(f"'{name}'" for name in row if name in unused)
@@ -105,11 +105,11 @@ def key_facts(
 ) -> list[str]:
     """Lines for a dry run: keys that are read, those that are not, and what seems to be meant by the
     latter."""
-    found = [f"{name}: reads {', '.join(key for key in keys if key in used) or 'no key'}"]
+    facts = [f"{name}: reads {', '.join(key for key in keys if key in used) or 'no key'}"]
     if unused := [key for key in keys if key not in used]:
-        found[0] += f"; leaves out {', '.join(unused)}"
+        facts[0] += f"; leaves out {', '.join(unused)}"
     if proposed:
-        found.append(
+        facts.append(
             f"{name}: is {', '.join(f'{field} = {column}' for field, column in proposed.items())} meant?"
         )
-    return found
+    return facts

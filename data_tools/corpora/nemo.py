@@ -53,12 +53,12 @@ class Nemo(Reader):
             return tar_files(where) if where.exists() else []
         first, last = (match[1] or match[3]), (match[2] or match[4])
         names = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
-        found = [
+        paths = [
             where.with_name(where.name[: match.start()] + name + where.name[match.end() :]) for name in names
         ]
-        if missing := [path for path in found if not path.exists()]:
+        if missing := [path for path in paths if not path.exists()]:
             raise CorpusError(f"tars={tars}: {missing[0]} does not exist")
-        return found
+        return paths
 
     def records(self) -> Iterator[tuple[str, Any]]:
         self.keys.clear()
@@ -140,8 +140,8 @@ class _Members:
                     self.faults.append(Rejection(f"{tar.name}:{member.name}", "duplicate_id", detail))
 
     def find(self, name: str) -> str | None:
-        found = self._table.take(_key(name))
-        return found[0] if found else None
+        matches = self._table.take(_key(name))
+        return matches[0] if matches else None
 
     def left_over(self) -> Iterator[str]:
         yield from (key for key, _ in self._table.left_over())

@@ -95,10 +95,10 @@ class Table(Reader):
         lang: str | None = None,
     ):
         self.path, self.suffix, self.task, self.lang = path, suffix, task, lang
-        named = {name: sign for sign, name in DELIMITERS.items()}
-        self.delimiter = named.get(delimiter, delimiter) if delimiter else usual_delimiter(path)
+        signs = {name: sign for sign, name in DELIMITERS.items()}
+        self.delimiter = signs.get(delimiter, delimiter) if delimiter else usual_delimiter(path)
         if len(self.delimiter) != 1:
-            raise CorpusError(f"delimiter={delimiter}: one sign, or {', '.join(named)}")
+            raise CorpusError(f"delimiter={delimiter}: one sign, or {', '.join(signs)}")
         if quoting not in (None, "yes", "no"):
             raise CorpusError(f"quoting={quoting}: yes or no")
         self.quoted = quoting == "yes" if quoting else self.delimiter not in "\t|"
@@ -107,8 +107,8 @@ class Table(Reader):
         if self.header and len(set(self.header)) < len(self.header):
             raise CorpusError(f"columns={columns}: two columns have one name")
         self.ignored = frozenset(ignore.split("+")) if ignore else frozenset()
-        given = locals()
-        self.named = {column: given[column] for column in self.COLUMNS if given[column]}
+        arguments = locals()
+        self.named = {column: arguments[column] for column in self.COLUMNS if arguments[column]}
         if lang_column:
             self.named["lang"] = lang_column
         self.jsonl = ".jsonl" in bare_suffixes(path) or ".json" in bare_suffixes(path)
@@ -143,17 +143,17 @@ class Table(Reader):
         if self._of_columns is not None and (not self.jsonl or self._of_columns[0] == row.keys()):
             return self._of_columns[1]
         columns = row.keys()
-        named, values = columns_and_values(self.named, columns, self.path)
+        columns_of_fields, values = columns_and_values(self.named, columns, self.path)
         if self._of_columns is not None:
-            check_same_meaning(self._of_columns[1][:2], (named, values), where)
-        there = columns - (self.ignored - set(named.values()))
+            check_same_meaning(self._of_columns[1][:2], (columns_of_fields, values), where)
+        usable_columns = columns - (self.ignored - set(columns_of_fields.values()))
         fields = {
-            field: named.get(field, field)
+            field: columns_of_fields.get(field, field)
             for field in (*self.COLUMNS, "lang")
-            if named.get(field, field) in there
+            if columns_of_fields.get(field, field) in usable_columns
         }
         for field in _TIMES:  # a time that another option names is not also one by its own name
-            if field not in named and field in named.values():
+            if field not in columns_of_fields and field in columns_of_fields.values():
                 fields.pop(field, None)
         if not self.jsonl:
             self._check_columns(fields, list(columns))
@@ -189,14 +189,16 @@ class Table(Reader):
             return Rejection(sample_id, "bad_row", f"{where}: {problem}")
         seconds: dict[str, float | None] = {}
         for field in _TIMES:
-            told = cells.pop(field, None)
-            seconds[field] = number(told)
+            cell = cells.pop(field, None)
+            seconds[field] = number(cell)
             if (
-                seconds[field] is None and str(told or "").strip()
+                seconds[field] is None and str(cell or "").strip()
             ):  # without it, a segment would be the whole recording
-                shown = f"'{told}'" if isinstance(told, str | list) else kind_of_value(told)
+                cell_text = f"'{cell}'" if isinstance(cell, str | list) else kind_of_value(cell)
                 return Rejection(
-                    sample_id, "bad_row", f"{where}: {self.named.get(field, field)} is {shown}, not a number"
+                    sample_id,
+                    "bad_row",
+                    f"{where}: {self.named.get(field, field)} is {cell_text}, not a number",
                 )
         if seconds["end"] is not None and seconds["offset"] is not None:
             seconds["duration"] = seconds["end"] - seconds["offset"]
@@ -239,14 +241,14 @@ class Table(Reader):
 
     def facts(self) -> list[str]:
         used = set(self._of_columns[1][0].values()) if self._of_columns else set()
-        named = {column: field for field, column in self.named.items()}
+        fields = {column: field for field, column in self.named.items()}
         keys = Counter(
-            {f"{key} (as {named[key]})" if key in named else key: n for key, n in self.keys.items()}
+            {f"{key} (as {fields[key]})" if key in fields else key: n for key, n in self.keys.items()}
         )
-        used = {f"{key} (as {named[key]})" if key in named else key for key in used}
+        used = {f"{key} (as {fields[key]})" if key in fields else key for key in used}
         have = set(self._of_columns[1][0]) if self._of_columns else set()
-        wanted = [field for field in ("audio", "text", "speaker", "label") if field not in have]
-        return key_facts(self.path.name, keys, used, proposal(self.keys, wanted))
+        missing_fields = [field for field in ("audio", "text", "speaker", "label") if field not in have]
+        return key_facts(self.path.name, keys, used, proposal(self.keys, missing_fields))
 
 
 def _strange(cells: dict) -> str | None:

@@ -41,12 +41,12 @@ def tar_files(path: Path) -> list[Path]:
     where none is."""
     if path.is_file():
         return [path]
-    found = sorted(
+    tars = sorted(
         file for file in path.iterdir() if file.name.endswith(_SUFFIXES) and not file.name.startswith(".")
     )
-    if not found:
+    if not tars:
         raise CorpusError(f"{path} holds no {', '.join(_SUFFIXES)} file")
-    return found
+    return tars
 
 
 @dataclass(slots=True)
@@ -82,8 +82,8 @@ def tar_members(tar: Path, with_texts: bool = False) -> Iterator[TarMember | Rej
                     return
                 extension = split_name(member.name)[1]
                 place = f"{form}:{tar}#{member.offset_data}+{member.size}.{extension}"
-                wanted = with_texts and not special and kind_of_member(member.name) in ("json", "text")
-                readable = archive.extractfile(member) if wanted and member.size <= MAX_TEXT_BYTES else None
+                is_text = with_texts and not special and kind_of_member(member.name) in ("json", "text")
+                readable = archive.extractfile(member) if is_text and member.size <= MAX_TEXT_BYTES else None
                 text = readable.read() if readable is not None else None
                 yield TarMember(member.name, place, special, text, member.size)
             archive.fileobj.seek(archive.offset)
@@ -172,16 +172,16 @@ class Shards(Reader):
                 text = text.decode(self.encoding).encode()
             parts[str(member.kind)] = text
         try:
-            found = read_record(parts.get("json"), parts.get("text"))
+            record = read_record(parts.get("json"), parts.get("text"))
         except UnicodeDecodeError:
             problem = damage(parts.get("json", b"")) or damage(parts.get("text", b""))
             return Rejection(where, "encoding", f"{group.key}: {problem.detail if problem else 'not UTF-8'}")
         except (ValueError, RecursionError) as error:
             return Rejection(where, "bad_json", one_line(error))
         audio = group.one("audio")
-        if audio is None and not is_text_sample(found):
+        if audio is None and not is_text_sample(record):
             return Rejection(where, "bad_row", group.without_audio)
-        values = _values(found, group.key)
+        values = _values(record, group.key)
         if audio is None:
             return Entry(source=source, **values)
         return Entry(audio=audio.content.place, group=group_of(audio.content.place), source=source, **values)

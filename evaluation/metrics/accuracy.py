@@ -21,15 +21,15 @@ def with_labels(rows: list[dict], among: list[dict]) -> list[dict]:
     """Rows of closed tasks without `choices` get `labels`, what can be answered: all labels of their corpus
     and task in `among` (of a task without any, as METRICS has it, the references), so that a part of the rows
     is scored as it is within the whole."""
-    found: dict[tuple, set[str]] = defaultdict(set)
+    labelled: dict[tuple, set[str]] = defaultdict(set)
     bare: dict[tuple, set[str]] = defaultdict(set)
     for row in among:
         key = row.get("corpus"), row.get("task")
         if row.get("label"):
-            found[key].add(str(row["label"]))
+            labelled[key].add(str(row["label"]))
         elif metric_of_task(row.get("task")) == "accuracy":
             bare[key].add(row["reference"])
-    labels = {key: sorted(names) for key, names in {**bare, **found}.items()}
+    labels = {key: sorted(names) for key, names in {**bare, **labelled}.items()}
     return [
         row if row.get("choices") else row | {"labels": labels.get((row.get("corpus"), row.get("task")), [])}
         for row in rows

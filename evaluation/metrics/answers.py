@@ -30,8 +30,8 @@ def same_answer(first: str, second: str, lang: str | None, marks: Marks = "scrip
         return True
     symbols = [[symbol for symbol in _SYMBOLS.findall(text) if symbol] for text in (first, second)]
     unbracketed = [re.sub(r"[()\[\]{}<>]", " ", _SIGN.sub(" minus ", text)) for text in (first, second)]
-    found = [normalise(text, lang, marks) for text in unbracketed]
-    return bool(found[0]) and found[0] == found[1] and symbols[0] == symbols[1]
+    normalised = [normalise(text, lang, marks) for text in unbracketed]
+    return bool(normalised[0]) and normalised[0] == normalised[1] and symbols[0] == symbols[1]
 
 
 def exact_answers(rows: list[dict], marks: Marks = "script") -> np.ndarray:
@@ -39,8 +39,8 @@ def exact_answers(rows: list[dict], marks: Marks = "script") -> np.ndarray:
     answers = [[split_chain(row[key])[1] for key in ("prediction", "reference")] for row in rows]
     return np.array(
         [
-            float(same_answer(given, wanted, row.get("lang"), marks))
-            for (given, wanted), row in zip(answers, rows, strict=True)
+            float(same_answer(prediction, reference, row.get("lang"), marks))
+            for (prediction, reference), row in zip(answers, rows, strict=True)
         ]
     )
 

@@ -33,8 +33,8 @@ def word_counts(
     jiwer's CER). An utterance whose reference is empty after normalisation adds its insertions as errors and
     no units.
     """
-    found = counted(rows, "character" if characters else "word")
-    return found.errors, found.units, found.kinds
+    counts = counted(rows, "character" if characters else "word")
+    return counts.errors, counts.units, counts.kinds
 
 
 def spoken(rows: list[dict]) -> list[dict]:
@@ -46,20 +46,20 @@ def score_wer(rows: list[dict], marks: Marks = "script") -> dict:
     """Error rates by words, characters and both mixed (core/text.py), over the utterances in which something
     is said; what a model writes for silence is counted by the minute. A rate is None where the references
     hold no words."""
-    said = spoken(rows)
+    with_speech = spoken(rows)
     scores: dict[str, Any] = {}
-    counts = {name: counted(said, unit, marks) for name, unit in RATES.items()}
-    for name, found in counts.items():
-        scores[name] = float(found.errors.sum() / found.units.sum()) if found.units.sum() else None
+    counts = {name: counted(with_speech, unit, marks) for name, unit in RATES.items()}
+    for name, count in counts.items():
+        scores[name] = float(count.errors.sum() / count.units.sum()) if count.units.sum() else None
         if scores[name] is not None and name != "mer":
-            scores[f"{name}_ci95"] = interval(found.errors, found.units, samples=BOOTSTRAP)
+            scores[f"{name}_ci95"] = interval(count.errors, count.units, samples=BOOTSTRAP)
     words = counts["wer"]
     languages = {row.get("lang") or effective_language(None, row["reference"]) for row in rows}
     return {
         **scores,
         "words": int(words.units.sum()),
         **words.kinds,
-        "sentence_errors": float((words.errors > 0).mean()) if said else None,
+        "sentence_errors": float((words.errors > 0).mean()) if with_speech else None,
         **silence(rows, marks),
         "normaliser": {lang: describe(lang, marks) for lang in sorted(languages)},
     }

@@ -26,9 +26,9 @@ def bleu_tokenizer(row: dict) -> str:
     if is_known(row.get("target_lang")):
         target = language_code(row["target_lang"])
     else:
-        found = units(row.get("reference") or "", UNDETERMINED, "mixed")
-        unspaced = [unit for unit in found if writes_no_spaces(unit[0])]
-        if 2 * len(unspaced) <= len(found):
+        characters = units(row.get("reference") or "", UNDETERMINED, "mixed")
+        unspaced = [unit for unit in characters if writes_no_spaces(unit[0])]
+        if 2 * len(unspaced) <= len(characters):
             return "13a"
         target = (
             "zh"

@@ -75,12 +75,12 @@ def shares(rows: list[dict], count_of: Callable[[str], int | None]) -> dict[str,
 def files(study: Study, seed: int) -> dict[str, Path]:
     """Decoding -> its predictions, of those that were scored."""
     data = study.plan.score.shards[0]
-    found = {}
+    paths = {}
     for title, (name, decode) in READ_OUTS.items():
         folder = study.first(name, seed) if decode == "ctc" else study.folder(name, seed)
-        found[title] = study.predictions(folder, decode, data)
-    found[WHISPER] = study.output / "whisper" / f"{data}.jsonl"
-    return {title: path for title, path in found.items() if path.exists()}
+        paths[title] = study.predictions(folder, decode, data)
+    paths[WHISPER] = study.output / "whisper" / f"{data}.jsonl"
+    return {title: path for title, path in paths.items() if path.exists()}
 
 
 def build(study: Study, seed: int) -> list[list[str]]:
@@ -104,12 +104,12 @@ def build(study: Study, seed: int) -> list[list[str]]:
     def count_of(word: str) -> int | None:
         return min((shown[token] for token in ctc_target_ids(tokenizer, word, CTC_TEXT)), default=None)
 
-    found = {title: shares(read_rows(path), count_of) for title, path in predictions.items()}
-    words = next(iter(found.values()))
-    header = ["rarest token seen", "words", *found]
+    shares_of = {title: shares(read_rows(path), count_of) for title, path in predictions.items()}
+    words = next(iter(shares_of.values()))
+    header = ["rarest token seen", "words", *shares_of]
     return [
         header,
-        *([name, words[name][0], *(f"{of[name][1]:.2f}" for of in found.values())] for name in words),
+        *([name, words[name][0], *(f"{of[name][1]:.2f}" for of in shares_of.values())] for name in words),
     ]
 
 

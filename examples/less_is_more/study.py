@@ -165,12 +165,12 @@ class Study:
     def score(self, folder: Path, decode: str, whole: bool = False) -> Step:
         """On some utterances of each test set; whole: on every one of the first set, for what a few cannot
         tell from chance."""
-        wanted = self.plan.score
-        names, limit = (wanted.shards[:1], []) if whole else (wanted.shards, ["--limit", str(wanted.limit)])
+        plan = self.plan.score
+        names, limit = (plan.shards[:1], []) if whole else (plan.shards, ["--limit", str(plan.limit)])
         last = self.predictions(folder, decode, names[-1], whole)
         out, all_of_it = last.parent, " all of it" if whole else ""
         shards = [str(self.data.cache / "shards" / name) for name in names]
-        batches = ["--batch-seconds", str(wanted.batch_seconds)] if "batch_seconds" in wanted else []
+        batches = ["--batch-seconds", str(plan.batch_seconds)] if "batch_seconds" in plan else []
         options = [
             "--model",
             str(folder / "model"),
@@ -183,7 +183,7 @@ class Study:
             *limit,
             *batches,
             "--max-new-tokens",
-            str(wanted.max_new_tokens),
+            str(plan.max_new_tokens),
             "--out",
             str(out),
         ]
@@ -193,7 +193,7 @@ class Study:
             self.plan.minutes["whole" if whole else "score"],
             scoring(self.ranks, *options),
             lambda: [
-                wanted.max_new_tokens if whole else OmegaConf.to_container(wanted),
+                plan.max_new_tokens if whole else OmegaConf.to_container(plan),
                 [self.data.fingerprint(name) for name in names],
                 self._keys.get(folder),
                 *([asdict(JointSearch())] if decode == "joint" else []),
@@ -205,8 +205,8 @@ class Study:
         )
 
     def speed(self, folder: Path) -> list[Step]:
-        wanted, out = self.plan.speed, folder / "speed.json"
-        if wanted is None:
+        plan, out = self.plan.speed, folder / "speed.json"
+        if plan is None:
             return []
         return [
             Step(
@@ -220,17 +220,17 @@ class Study:
                     "--model",
                     str(folder / "model"),
                     "--shards",
-                    str(self.data.cache / "shards" / wanted.shards),
+                    str(self.data.cache / "shards" / plan.shards),
                     "--limit",
-                    str(wanted.clips),
+                    str(plan.clips),
                     "--max-new-tokens",
                     "8",
                     "--out",
                     str(out),
                 ],
                 lambda: [
-                    OmegaConf.to_container(wanted),
-                    self.data.fingerprint(wanted.shards),
+                    OmegaConf.to_container(plan),
+                    self.data.fingerprint(plan.shards),
                     self._keys.get(folder),
                 ],
                 out,
@@ -278,18 +278,18 @@ class Study:
 
     def synthetic(self) -> list[Step]:
         """What a variant needs beyond the quick start's data; [] where none of those chosen does."""
-        wanted, cache = self.plan.synthetic, self.data.cache
-        if wanted is None:
+        plan, cache = self.plan.synthetic, self.data.cache
+        if plan is None:
             return []
-        shards = str(cache / "shards" / wanted.shards)
+        shards = str(cache / "shards" / plan.shards)
         recipes = [self.recipe(name, stage, 0) for name in self.variants for stage in self.stages(name)]
         if not any(corpus.shards == shards for recipe in recipes for corpus in recipe.data.train):
             return []
         manifest = cache / "synthetic" / "train.jsonl"
         speak = Step(
             "synthetic",
-            f"make {wanted.hours:g} h of synthetic speech",
-            wanted.minutes,
+            f"make {plan.hours:g} h of synthetic speech",
+            plan.minutes,
             [
                 sys.executable,
                 "-m",
@@ -297,25 +297,25 @@ class Study:
                 "--cache",
                 str(cache),
                 "--hours",
-                str(wanted.hours),
+                str(plan.hours),
             ],
             lambda: [
-                wanted.hours,
+                plan.hours,
                 file_digest(HERE / "synthetic.py"),
                 file_digest(cache / "manifests" / "dialogues-train.jsonl"),
             ],
             manifest,
             after=(),
         )
-        return [speak, replace(self.data.pack(wanted.shards, manifest), after=(speak.name,))]
+        return [speak, replace(self.data.pack(plan.shards, manifest), after=(speak.name,))]
 
     def steps(self) -> list[Step]:
-        steps, begun = [*self.whisper(), *self.synthetic()], set()
+        steps, added = [*self.whisper(), *self.synthetic()], set()
         for seed in self.seeds:
             for name, variant in self.variants.items():
                 kind = ("stage 1", variant.alignment, seed)
-                if variant.alignment and kind not in begun:
-                    begun.add(kind)
+                if variant.alignment and kind not in added:
+                    added.add(kind)
                     first = self.train(name, "alignment", seed)
                     folder = self.first(variant.alignment, seed)
                     steps += [first, self.score(folder, "ctc")]
@@ -323,8 +323,8 @@ class Study:
                         steps.append(self.score(folder, "ctc", whole=True))
                 folder = self.folder(name, seed)
                 second = variant.get("after", name)
-                if (second, seed) not in begun:
-                    begun.add((second, seed))
+                if (second, seed) not in added:
+                    added.add((second, seed))
                     steps.append(self.train(second, "shrinking", seed))
                 if "after" in variant:
                     steps.append(self.train(name, "sft", seed))

@@ -79,8 +79,8 @@ def wer_of(path: Path) -> dict:
 
 
 def against(ours: Path, other: Path) -> dict:
-    found = compare(ours, other)["tasks"]["asr"]["metrics"]["wer"]
-    return {"difference": found["difference"], "ci95": found["difference_ci95"], "p_value": found["p_value"]}
+    wer = compare(ours, other)["tasks"]["asr"]["metrics"]["wer"]
+    return {"difference": wer["difference"], "ci95": wer["difference_ci95"], "p_value": wer["p_value"]}
 
 
 def over_seeds(pairs: list[tuple[Path, Path]]) -> dict:
@@ -93,12 +93,12 @@ def over_seeds(pairs: list[tuple[Path, Path]]) -> dict:
             rows = {row_key(row): row for row in read_rows(path)}
             counted, units, _ = word_counts([rows[key] for key in sorted(rows)])
             sums[side] = sums[side] + counted
-    found = paired_test(*sums, units * len(pairs))
+    test = paired_test(*sums, units * len(pairs))
     return {
-        "wer": found["second"],
-        "difference": found["difference"],
-        "ci95": found["difference_ci95"],
-        "p_value": found["p_value"],
+        "wer": test["second"],
+        "difference": test["difference"],
+        "ci95": test["difference_ci95"],
+        "p_value": test["p_value"],
     }
 
 
@@ -114,8 +114,8 @@ class Results:
 
     def files(self, folder: Path, decode: str) -> dict[str, Path]:
         """Return the predictions on each test set; {} where one has not been scored."""
-        found = {data: self.study.predictions(folder, decode, data) for data in self.shards}
-        return found if all(path.with_suffix(".scores.json").exists() for path in found.values()) else {}
+        paths = {data: self.study.predictions(folder, decode, data) for data in self.shards}
+        return paths if all(path.with_suffix(".scores.json").exists() for path in paths.values()) else {}
 
     def whole(self, folder: Path, decode: str) -> Path | None:
         """Return the predictions on every utterance of the first test set; None where it has not been scored
@@ -152,8 +152,8 @@ class Results:
 
     def scores(self, name: str, decode: str, folder: Path, first: Path, seed: int) -> dict:
         """Return a row's scores, and its comparisons with ours and with stage 1's CTC."""
-        found = self.files(folder, decode)
-        row: dict = {"scores": {data: wer_of(path) for data, path in found.items()}}
+        paths = self.files(folder, decode)
+        row: dict = {"scores": {data: wer_of(path) for data, path in paths.items()}}
         # Against ours decoded in the same way; ours together with CTC against ours without it.
         same = decode if name != OURS else "generate" if decode != "generate" else None
         ours = self.study.folder(OURS, seed)
@@ -162,7 +162,7 @@ class Results:
             ("against_ctc", self.files(first, "ctc")),
         ):
             if others:
-                row[key] = {data: against(others[data], path) for data, path in found.items()}
+                row[key] = {data: against(others[data], path) for data, path in paths.items()}
         if of := self.whole(folder, decode):
             row["whole"] = wer_of(of)
             for key, other in (
@@ -176,8 +176,8 @@ class Results:
     def first_stage_rows(self, seed: int) -> list[dict]:
         rows = []
         for kind in self.study.plan.alignments:
-            if found := self.files(self.study.first(kind, seed), "ctc"):
-                scores = {data: wer_of(path) for data, path in found.items()}
+            if paths := self.files(self.study.first(kind, seed), "ctc"):
+                scores = {data: wer_of(path) for data, path in paths.items()}
                 row = {"alignment": kind, "seed": seed, "scores": scores}
                 if of := self.whole(self.study.first(kind, seed), "ctc"):
                     row["whole"] = wer_of(of)
@@ -208,13 +208,13 @@ def collect(study: Study) -> dict:
             "variant": name + suffix,
             "title": variant.title + addition,
             "against": title,
-            "seeds": list(found),
-            **over_seeds(list(found.values())),
+            "seeds": list(runs),
+            **over_seeds(list(runs.values())),
         }
         for name, variant in variants.items()
         for decode, (suffix, addition) in DECODES.items()
-        for title, found in results.pairs(name, decode).items()
-        if len(found) > 1
+        for title, runs in results.pairs(name, decode).items()
+        if len(runs) > 1
     ]
     whisper = {data: study.output / "whisper" / f"{data}.jsonl" for data in shards}
     return {
@@ -245,26 +245,26 @@ def with_former(result: dict, former: dict, study: Study) -> dict:
         ("rows", "variant", variants),
         ("stage_1_ctc", "alignment", list(study.plan.alignments)),
     ):
-        found = {(row[of], row["seed"]): row for row in [*former[kind], *result[kind]] if row[of] in order}
-        merged[kind] = [found[key] for key in sorted(found, key=lambda key: (order.index(key[0]), key[1]))]
+        by_run = {(row[of], row["seed"]): row for row in [*former[kind], *result[kind]] if row[of] in order}
+        merged[kind] = [by_run[key] for key in sorted(by_run, key=lambda key: (order.index(key[0]), key[1]))]
     # Of a former run those alone of which no seed was run again.
-    kept = [row for row in former.get("over_seeds", []) if not fresh & set(row["seeds"])]
-    pooled = {(row["variant"], row["against"]): row for row in [*kept, *result["over_seeds"]]}
-    there = [key for key in pooled if key[0] in variants]
+    not_repeated = [row for row in former.get("over_seeds", []) if not fresh & set(row["seeds"])]
+    pooled = {(row["variant"], row["against"]): row for row in [*not_repeated, *result["over_seeds"]]}
+    in_plan = [key for key in pooled if key[0] in variants]
     merged["over_seeds"] = [
-        pooled[key] for key in sorted(there, key=lambda key: (variants.index(key[0]), key[1]))
+        pooled[key] for key in sorted(in_plan, key=lambda key: (variants.index(key[0]), key[1]))
     ]
     return merged
 
 
-def score(found: dict) -> str:
-    digits = 2 if found["wer"] > 1 else 3
-    return f"{found['wer']:.{digits}f} [{found['ci95'][0]:.{digits}f}, {found['ci95'][1]:.{digits}f}]"
+def score(scores: dict) -> str:
+    digits = 2 if scores["wer"] > 1 else 3
+    return f"{scores['wer']:.{digits}f} [{scores['ci95'][0]:.{digits}f}, {scores['ci95'][1]:.{digits}f}]"
 
 
-def errors(found: dict) -> str:
+def errors(scores: dict) -> str:
     """Return the counts S/D/I; "" in rows of runs that did not record them."""
-    return "/".join(str(found["errors"][kind]) for kind in ERRORS) if "errors" in found else ""
+    return "/".join(str(scores["errors"][kind]) for kind in ERRORS) if "errors" in scores else ""
 
 
 def p_of(row: dict, compared: dict | None) -> str:
@@ -391,11 +391,11 @@ def picture(result: dict) -> Figure:
     figure = Figure(figsize=(11 if curves else 6.6, max(4.2, 1 + 0.28 * len(names))), layout="constrained")
     left, *right = figure.subplots(1, 2, width_ratios=(3, 2)) if curves else [figure.subplots()]
     for row in result["rows"]:
-        found, place = row["scores"][data], names.index(row["variant"]) + 0.15 * row["seed"]
+        scores, place = row["scores"][data], names.index(row["variant"]) + 0.15 * row["seed"]
         left.errorbar(
-            found["wer"],
+            scores["wer"],
             place,
-            xerr=[[found["wer"] - found["ci95"][0]], [found["ci95"][1] - found["wer"]]],
+            xerr=[[scores["wer"] - scores["ci95"][0]], [scores["ci95"][1] - scores["wer"]]],
             fmt="o" if row["variant"] != OURS else "D",
             color=f"C{row['seed']}",
             markersize=4,
@@ -439,7 +439,7 @@ def csv_rows(result: dict) -> list[dict]:
     """Return one flat row for each system, seed and test set."""
 
     def rows(system: str, title: str, row: dict) -> list[dict]:
-        found = []
+        lines_of_row = []
         scores = {
             **row["scores"],
             **({f"{result['shards'][0]} (all)": row["whole"]} if "whole" in row else {}),
@@ -456,8 +456,8 @@ def csv_rows(result: dict) -> list[dict]:
                 sorted({row[stage]["commit"] or "unknown" for stage in STAGES if stage in row})
             )
             line["former_run"] = "yes" if row.get("former") else ""
-            found.append(line)
-        return found
+            lines_of_row.append(line)
+        return lines_of_row
 
     lines = (
         rows("whisper", "Whisper's own decoder", {"scores": result["whisper"]}) if result["whisper"] else []
@@ -476,21 +476,23 @@ def shown(value: float | None, digits: int, sign: str = "-") -> str:
 def comparisons(result: dict) -> list[dict]:
     """Return one flat row for each paired test."""
 
-    def line(system: str, seed: object, data: str, against: str, found: dict) -> dict:
+    def line(system: str, seed: object, data: str, against: str, comparison: dict) -> dict:
         row = {"system": system, "seeds": seed, "test_set": data, "against": against}
         # Rows of the first versions hold the p-value alone.
-        numbers = [found["difference"], *found["ci95"]] if "difference" in found else [None] * 3
+        numbers = (
+            [comparison["difference"], *comparison["ci95"]] if "difference" in comparison else [None] * 3
+        )
         row |= zip(("difference", "low", "high"), (shown(number, 4, "+") for number in numbers), strict=True)
-        return row | {"p_value": f"{found['p_value']:.4g}"}
+        return row | {"p_value": f"{comparison['p_value']:.4g}"}
 
     lines = []
     for row in result["rows"]:
         for key, against in (("against_ours", "ours"), ("against_ctc", "its stage 1's CTC")):
-            for data, found in row.get(key, {}).items():
-                lines.append(line(row["variant"], row["seed"], data, against, found))
-            if found := row.get(f"whole_{key}"):
+            for data, comparison in row.get(key, {}).items():
+                lines.append(line(row["variant"], row["seed"], data, against, comparison))
+            if comparison := row.get(f"whole_{key}"):
                 lines.append(
-                    line(row["variant"], row["seed"], f"{result['shards'][0]} (all)", against, found)
+                    line(row["variant"], row["seed"], f"{result['shards'][0]} (all)", against, comparison)
                 )
     for row in result["over_seeds"]:
         seeds = " ".join(map(str, row["seeds"]))
@@ -511,9 +513,9 @@ def finish(study: Study, folder: Path | None = None) -> str:
     NAME.csv and NAME-comparisons.csv into `folder`, with the rows of former runs. Errors: ValueError where
     nothing has been scored yet."""
     result = collect(study)
-    kept = folder / f"{study.plan.name}.json" if folder else None
-    if kept and kept.exists():
-        result = with_former(result, json.loads(kept.read_text()), study)
+    former_path = folder / f"{study.plan.name}.json" if folder else None
+    if former_path and former_path.exists():
+        result = with_former(result, json.loads(former_path.read_text()), study)
     if not result["rows"]:
         raise ValueError(
             f"{study.output} holds no scored variant: run python -m examples.less_is_more.study first"
@@ -527,10 +529,10 @@ def finish(study: Study, folder: Path | None = None) -> str:
         text += "\n\n† from a former run, compared with ours and stage 1 of that run"
     text += f"\n\nTrained at commit {', '.join(commits)}; table by: {line(result['machine'])}; "
     text += f"{result['ranks']} ranks."
-    if kept:
+    if former_path:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(kept, json.dumps(result, indent=1) + "\n")
-        write_csv(kept.with_suffix(".csv"), csv_rows(result))
+        write_atomically(former_path, json.dumps(result, indent=1) + "\n")
+        write_csv(former_path.with_suffix(".csv"), csv_rows(result))
         write_csv(folder / f"{study.plan.name}-comparisons.csv", comparisons(result))
     return text
 

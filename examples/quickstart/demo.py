@@ -161,7 +161,7 @@ class Plan:
     def transcribed(self) -> dict[str, Path]:
         """Return name -> predictions of the picture's test set: by the CTC head, the LLM and both."""
         (first, _), *_, (last, _) = self.recipes
-        data, found = self.settings.picture.shards, {}
+        data, paths = self.settings.picture.shards, {}
         for name, stage, recipe, when in (
             ("CTC", first, self.recipes[0][1], "after"),
             ("LLM", last, self.recipes[-1][1], "after"),
@@ -170,46 +170,47 @@ class Plan:
             if when in stage and data in stage[when].shards:
                 scores = sorted(self.scores(recipe, when).glob(f"{data}-*.scores.json"))
                 if scores:
-                    found[name] = scores[0].with_name(scores[0].name.replace(".scores.json", ".jsonl"))
-        return found
+                    paths[name] = scores[0].with_name(scores[0].name.replace(".scores.json", ".jsonl"))
+        return paths
 
     def score(self, stage: object, recipe: Recipe, when: str) -> Step:
-        wanted, out = stage[when], self.scores(recipe, when)
-        shards = [str(self.cache / "shards" / name) for name in wanted.shards]
+        evaluation, out = stage[when], self.scores(recipe, when)
+        shards = [str(self.cache / "shards" / name) for name in evaluation.shards]
         options = [
             "--shards",
             *shards,
             "--task",
-            *wanted.tasks,
+            *evaluation.tasks,
             "--decode",
-            wanted.decode,
+            evaluation.decode,
             "--limit",
-            str(wanted.limit),
+            str(evaluation.limit),
             "--out",
             str(out),
         ]
-        if "max_new_tokens" in wanted:
-            options += ["--max-new-tokens", str(wanted.max_new_tokens)]
+        if "max_new_tokens" in evaluation:
+            options += ["--max-new-tokens", str(evaluation.max_new_tokens)]
         model = [
             "--untrained",
             stage.recipe,
         ]  # as the stage begins: what earlier stages have learnt, the rest fresh
         if when != "before":
             model = ["--model", str(Path(recipe.output) / recipe.stage / "model")]
-        asked = {name: value for name, value in OmegaConf.to_container(wanted).items() if name != "minutes"}
-        if wanted.decode == "joint":
-            asked["search"] = asdict(JointSearch())
-        title = (
-            f"{stage.title}: score {WHEN[when]} ({', '.join(wanted.shards)}; {wanted.limit} utterances each)"
-        )
+        settings = {
+            name: value for name, value in OmegaConf.to_container(evaluation).items() if name != "minutes"
+        }
+        if evaluation.decode == "joint":
+            settings["search"] = asdict(JointSearch())
+        sets = ", ".join(evaluation.shards)
+        title = f"{stage.title}: score {WHEN[when]} ({sets}; {evaluation.limit} utterances each)"
         return Step(
             f"score-{recipe.stage}-{when}",
             title,
-            wanted.minutes,
+            evaluation.minutes,
             scoring(self.ranks, *options, *model),
             lambda: [
-                asked,
-                [self.fingerprint(name) for name in wanted.shards],
+                settings,
+                [self.fingerprint(name) for name in evaluation.shards],
                 dict(self.trained),
                 asdict(recipe.model),
                 recipe.seed,
@@ -252,8 +253,8 @@ def finish(plan: Plan) -> None:
     path = plan.output / "results.json"
     path.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     print("\n" + results.table(summary) + "\n")
-    if said := results.transcripts(plan.transcribed()):
-        print(f"{said}\n")
+    if text := results.transcripts(plan.transcribed()):
+        print(f"{text}\n")
     print(f"machine      {results.machine_line(summary)}")
     print(f"results      {path}")
     print(

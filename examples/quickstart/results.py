@@ -49,13 +49,13 @@ def collect(plan: Plan) -> list[dict]:
     utterances."""
     rows = []
     for stage, recipe in plan.recipes:
-        found = {
+        scores_at = {
             when: {name: scores_of(plan.scores(recipe, when), name) for name in stage[when].shards}
             for when in ("before", "after", "joint")
             if when in stage
         }
         for how in ("after", "joint"):
-            for name, tasks in found.get(how, {}).items():
+            for name, tasks in scores_at.get(how, {}).items():
                 for task, scores in tasks.items():
                     for key, label in SHOWN[scores["metric"]]:
                         row = {
@@ -67,8 +67,8 @@ def collect(plan: Plan) -> list[dict]:
                             "kept_share": scores["length"].get("kept_share"),
                             "after": value_of(scores, key),
                         }
-                        if how == "after" and task in found["before"].get(name, {}):
-                            row["before"] = value_of(found["before"][name][task], key)
+                        if how == "after" and task in scores_at["before"].get(name, {}):
+                            row["before"] = value_of(scores_at["before"][name][task], key)
                         rows.append(row)
     return rows
 
@@ -161,15 +161,15 @@ def transcripts(files: dict[str, Path], count: int = 5) -> str:
     each file by its name; "" if one is missing."""
     if not files or not all(path.exists() for path in files.values()):
         return ""
-    found = {name: {row_key(row): row for row in read_rows(path)} for name, path in files.items()}
-    first = next(iter(found.values()))
-    common = [key for key in first if all(key in rows for rows in found.values())]
+    predictions = {name: {row_key(row): row for row in read_rows(path)} for name, path in files.items()}
+    first = next(iter(predictions.values()))
+    common = [key for key in first if all(key in rows for rows in predictions.values())]
     width = max(len("reference"), *map(len, files))
     blocks = []
     for place in range(min(count, len(common))):
         key = common[place * len(common) // min(count, len(common))]
         lines = [("reference", first[key]["reference"])]
-        lines += [(name, rows[key]["prediction"]) for name, rows in found.items()]
+        lines += [(name, rows[key]["prediction"]) for name, rows in predictions.items()]
         blocks.append("\n".join(f"{name:<{width}}  {printable_line(text)}" for name, text in lines))
     return "\n\n".join(blocks)
 

@@ -92,8 +92,8 @@ def compressor_of(config: SoundwaveConfig) -> type[Compressor]:
     kind = COMPRESSORS[name]
     for key, value in config.compressor_options.items():
         if key not in kind.options:
-            known = f"it reads {', '.join(kind.options)}" if kind.options else "it has none"
-            raise OptionError(f"model.compressor_options.{key}: no option of compressor '{name}'; {known}")
+            options = f"it reads {', '.join(kind.options)}" if kind.options else "it has none"
+            raise OptionError(f"model.compressor_options.{key}: no option of compressor '{name}'; {options}")
         if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
             raise OptionError(f"model.compressor_options.{key} is {value}: give a number above 0")
     return kind

@@ -70,13 +70,13 @@ class CIF(Compressor):
         alpha = self.alpha(hidden.to(self.conv.weight.dtype), lengths)
         total = alpha.sum(1)
         targets = torch.zeros_like(lengths) if ctc.target_lengths is None else ctc.target_lengths
-        known = targets > 0
-        quantity = torch.where(known, (total - targets).abs(), 0.0 * total)
+        has_targets = targets > 0
+        quantity = torch.where(has_targets, (total - targets).abs(), 0.0 * total)
         counts = (total.detach() + 0.5).floor().long()
         if self.training:
-            scale = torch.where(known, targets / total.clamp(min=1e-6), torch.ones_like(total))
+            scale = torch.where(has_targets, targets / total.clamp(min=1e-6), torch.ones_like(total))
             alpha = alpha * scale[:, None]
-            counts = torch.where(known, targets, counts)
+            counts = torch.where(has_targets, targets, counts)
         counts = counts.clamp(min=1)
         units, positions = integrate_and_fire(hidden, alpha, counts)
         frames = self.norm(units.to(self.norm.weight.dtype))

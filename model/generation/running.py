@@ -1,7 +1,7 @@
 """Answers of the LLM in the making: rows join a batch and leave it between two forward passes.
 
-Each pass checks a row's draft (model/generation/drafted.py); a row without a draft gets one token. Rows of
-unequal length and rows that join later stand in one cache, and a mask says which positions count
+A pass checks each row's draft (model/generation/drafted.py); a row without a draft gets one token. Rows of
+unequal length and rows that join later share one cache, with a mask of the positions that count
 (`MaskedCache`). A row leaves as soon as it ends and costs the others nothing more (continuous batching; Yu et
 al., 2022, "Orca").
 """

@@ -166,10 +166,12 @@ class Bundler:
             inner = f"{target.module}.{target.name}"
             if self.module(target.module).is_package and importlib.util.find_spec(inner) is not None:
                 return inner
-            found = self.resolve(target)
-            if isinstance(found, Place) and found.name != place.name:
-                raise BundleError(f"{place.module} imports {found.name} as {place.name}: use its own name")
-            return found
+            target_place = self.resolve(target)
+            if isinstance(target_place, Place) and target_place.name != place.name:
+                raise BundleError(
+                    f"{place.module} imports {target_place.name} as {place.name}: use its own name"
+                )
+            return target_place
         return None
 
     def take(self, place: Place) -> None:
@@ -213,12 +215,12 @@ class Bundler:
         }
         for local, attribute in names.attributes:
             if local in modules:
-                found = self.resolve(Place(modules[local], attribute.attr))
-                if not isinstance(found, Place):
+                definition = self.resolve(Place(modules[local], attribute.attr))
+                if not isinstance(definition, Place):
                     raise BundleError(
                         f"{module.name}: {local}.{attribute.attr} is not defined in the project"
                     )
-                self.take(found)
+                self.take(definition)
                 row = attribute.lineno - 1 - first
                 begin = attribute.col_offset
                 edits.append((row, begin, begin + len(f"{local}.{attribute.attr}"), attribute.attr))
@@ -226,10 +228,10 @@ class Bundler:
             raw = lines[row].encode()
             lines[row] = (raw[:begin] + new.encode() + raw[end:]).decode()
         for name in sorted(names.names - modules.keys()):
-            found = self.resolve(Place(module.name, name))
-            if isinstance(found, Place):
-                if found != Place(module.name, name) or name not in self.done:
-                    self.take(found)
+            definition = self.resolve(Place(module.name, name))
+            if isinstance(definition, Place):
+                if definition != Place(module.name, name) or name not in self.done:
+                    self.take(definition)
             elif name in module.external:
                 self._import(name, module.external[name], module.name)
         for name in sorted(names.annotations & module.external.keys()):
@@ -251,11 +253,13 @@ class Bundler:
             if not isinstance(statement, ast.Assign) or not isinstance(statement.value, ast.Attribute):
                 continue
             value = statement.value
-            found = isinstance(value.value, ast.Name) and self.resolve(Place(module.name, value.value.id))
-            if not isinstance(found, Place):
+            owner_place = isinstance(value.value, ast.Name) and self.resolve(
+                Place(module.name, value.value.id)
+            )
+            if not isinstance(owner_place, Place):
                 continue
-            owner = self.module(found.module)
-            body = getattr(owner.definitions[found.name], "body", [])
+            owner = self.module(owner_place.module)
+            body = getattr(owner.definitions[owner_place.name], "body", [])
             for method in body:
                 if isinstance(method, ast.FunctionDef) and method.name == value.attr:
                     yield statement, owner, method

@@ -96,7 +96,7 @@ def write_layout(
     )
     with torch.device("meta"):
         network = SoundwaveForConditionalGeneration(hub)
-    wanted = set(network.state_dict()) - set(network.all_tied_weights_keys)
+    expected = set(network.state_dict()) - set(network.all_tied_weights_keys)
     writer, written = ShardWriter(out), set()
 
     def add(name: str, tensor: torch.Tensor) -> None:
@@ -108,7 +108,7 @@ def write_layout(
     for name, tensor in merged_tensors(config.encoder, encoder, config.dtype, run / TUNED["encoder"]).items():
         add(f"encoder.{name}", tensor)
     for name, tensor in stream_llm(run, llm):
-        if f"llm.{name}" in wanted:
+        if f"llm.{name}" in expected:
             add(f"llm.{name}", tensor)
         elif f"llm.{name}" not in network.all_tied_weights_keys:
             raise FolderError(
@@ -116,7 +116,7 @@ def write_layout(
                 "takes LLMs whose files have the network's own names; export without it"
             )
     writer.close()
-    if lacking := sorted(wanted - written):
+    if lacking := sorted(expected - written):
         raise FolderError(f"{run}: the hub's network needs '{lacking[0]}', which its files lack")
     hub.save_pretrained(out)
     for name, text in source_files().items():

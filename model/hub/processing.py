@@ -59,15 +59,15 @@ class SoundwaveProcessor(ProcessorMixin):
         conversation: one or a list, each ending with a user's turn; sampling_rate: of samples that
         are given (default 16000). Errors: ValueError.
         """
-        asked: dict[str, tuple[object, ...]] = {
+        supported: dict[str, tuple[object, ...]] = {
             "tokenize": (True,),
             "return_dict": (True,),
             "return_tensors": ("pt",),
         }
-        asked |= {"add_generation_prompt": (True,), "continue_final_message": (False,)}
-        asked |= {"processor_kwargs": ({}, None)}  # of transformers' pipeline
+        supported |= {"add_generation_prompt": (True,), "continue_final_message": (False,)}
+        supported |= {"processor_kwargs": ({}, None)}  # of transformers' pipeline
         for name, value in options.items():
-            if value not in asked.get(name, ()):
+            if value not in supported.get(name, ()):
                 raise ValueError(f"{name}={value!r} is not supported: leave it out")
         chats = [conversation] if isinstance(conversation[0], dict) else conversation
         rows: list[torch.Tensor] = []
@@ -117,10 +117,10 @@ class SoundwaveProcessor(ProcessorMixin):
             elif part.get("type") == "audio":
                 if "\n".join(lines).count(self.audio_token) > audios:
                     raise ValueError(f"text before audio may not hold {self.audio_token}")
-                found = next((part[key] for key in ("audio", "path") if part.get(key) is not None), None)
-                if found is None:
+                source = next((part[key] for key in ("audio", "path") if part.get(key) is not None), None)
+                if source is None:
                     raise ValueError("a part of type audio has no audio: give a file name or samples")
-                clips.append(read_audio(found, sampling_rate))
+                clips.append(read_audio(source, sampling_rate))
                 lines.append(self.audio_token)
                 audios += 1
             else:

@@ -126,8 +126,8 @@ def teach(
 
     The sum is computed inside the output layer, where ZeRO-3 has gathered its weight.
     """
-    arguments, wanted, keys = arrange(embeddings, mask, labels, row_keys, False)
-    rows, columns = torch.nonzero(wanted[:, 1:] != -100, as_tuple=True)
+    arguments, arranged_labels, keys = arrange(embeddings, mask, labels, row_keys, False)
+    rows, columns = torch.nonzero(arranged_labels[:, 1:] != -100, as_tuple=True)
     counts = counted[rows]
     if not len(rows):
         rows, columns, counts = rows.new_zeros(1), columns.new_zeros(1), counts.new_zeros(1)

@@ -137,10 +137,10 @@ def _viterbi(
     state = states - 1 - first
     empty = input_lengths == 0
     best = torch.where(empty & ((target_lengths == 0) | open_end), 0.0, best)
-    found = (best > -torch.inf) & ~empty
+    has_path = (best > -torch.inf) & ~empty
     place = torch.full((batch, frames), -1, dtype=torch.long, device=device)
     for t in reversed(range(frames)):
-        here = found & (t < input_lengths)
+        here = has_path & (t < input_lengths)
         place[:, t] = torch.where(here & (state % 2 == 1), torch.div(state, 2, rounding_mode="floor"), -1)
         state = torch.where(here, state - origin[t].gather(1, state[:, None])[:, 0].long(), state)
     return place, best

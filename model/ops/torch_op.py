@@ -165,8 +165,8 @@ def backward(
     """Gradients of hidden, weight and extra_row; an empty tensor for each that is not wanted."""
     problem = CTCInputs(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank)
     kept = SavedForBackward(loss, lse, log_mass, label_gradient)
-    wanted = (want_hidden, want_weight, want_extra)
-    return _backend(implementation).backward(problem, kept, loss_gradient, skip_below, deterministic, wanted)
+    needed = (want_hidden, want_weight, want_extra)
+    return _backend(implementation).backward(problem, kept, loss_gradient, skip_below, deterministic, needed)
 
 
 @backward.register_fake
@@ -190,8 +190,8 @@ def _(
     want_weight,
     want_extra,
 ):
-    def like(tensor, wanted):
-        if not wanted:
+    def like(tensor, needed):
+        if not needed:
             return hidden.new_empty(0, dtype=torch.float32)
         return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
@@ -214,12 +214,12 @@ def _gradient(ctx, loss_gradient, *_):
     saved = ctx.saved_tensors
     hidden, weight, extra_row, input_lengths, targets, target_lengths = saved[:6]
     problem = CTCInputs(hidden, weight, extra_row, input_lengths, targets, target_lengths, ctx.blank)
-    wanted = ctx.needs_input_grad[:3]
+    needed = ctx.needs_input_grad[:3]
     gradients = backward(
-        loss_gradient, *problem, *saved[6:], ctx.skip_below, ctx.implementation, ctx.deterministic, *wanted
+        loss_gradient, *problem, *saved[6:], ctx.skip_below, ctx.implementation, ctx.deterministic, *needed
     )
     return (
-        tuple(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
+        tuple(gradient if want else None for gradient, want in zip(gradients, needed, strict=True))
         + nothing[3:]
     )
 

@@ -243,9 +243,12 @@ def test_both_ends_of_a_large_file_are_read(tmp_path, monkeypatch):
 def test_a_dry_run_writes_no_shard_and_reports_the_plan(corpus, tmp_path, capsys):
     out = tmp_path / "packed"
     assert pack.main(["--manifest", str(corpus), "--out", str(out), "--dry-run"]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        "19 samples" in told and "bad_json" in told and "duplicate_id" in told and not list(out.glob("*.tar"))
+        "19 samples" in output
+        and "bad_json" in output
+        and "duplicate_id" in output
+        and not list(out.glob("*.tar"))
     )
     assert (
         pack.main(["--manifest", str(corpus), "--out", str(out), "--workers", "1"]) == 0
@@ -354,8 +357,8 @@ def test_no_space_left_is_an_output_error(tmp_path):
 def test_an_output_that_cannot_be_written_stops_before_work(corpus, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     assert pack.main(["--manifest", str(corpus), "--out", str(tmp_path / "file" / "packed")]) == 1
-    told = capsys.readouterr().err
-    assert told.startswith("error: cannot write") and told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert output.startswith("error: cannot write") and output.count("\n") == 1
 
 
 def test_a_worker_that_dies_is_an_error(corpus, tmp_path, monkeypatch, capsys):
@@ -414,8 +417,8 @@ def test_a_corpus_that_is_mostly_missing_stops_the_run(tmp_path, capsys):
         pack.main(["--manifest", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"])
         == 2
     )
-    told = capsys.readouterr().err
-    assert "150 of 150 clips are missing or broken" in told and "missing_file" in told
+    output = capsys.readouterr().err
+    assert "150 of 150 clips are missing or broken" in output and "missing_file" in output
 
 
 def test_nothing_left_to_pack_is_said(tmp_path, capsys):

@@ -52,8 +52,8 @@ KINDS = {
 
 @pytest.mark.parametrize("codec", ["flac", "copy"])
 def test_what_is_noticed_is_counted_with_ids(tmp_path, capsys, codec):
-    found, refused = packed(tmp_path, KINDS, "--codec", codec)
-    assert set(found) == set(KINDS) and not refused
+    findings, refused = packed(tmp_path, KINDS, "--codec", codec)
+    assert set(findings) == set(KINDS) and not refused
     out = tmp_path / "out"
     lines = [json.loads(line) for line in (out / "findings.jsonl").read_text().splitlines()]
     assert {(line["id"].partition(".")[0], line["finding"], line["corpus"]) for line in lines} == {
@@ -61,17 +61,17 @@ def test_what_is_noticed_is_counted_with_ids(tmp_path, capsys, codec):
     }
     index = json.loads((out / "index.json").read_bytes())
     assert index["findings"] == dict.fromkeys(["antiphase", "clipped", "joined", "silent", "trailing"], 1)
-    told = capsys.readouterr().out
-    assert "silent: silent.wav" in told and "findings.jsonl (--refuse KIND leaves them out)" in told
-    assert found["joined.ogg"]["duration"] == 3.0 and found["trailing.wav"]["duration"] == 0.75
+    output = capsys.readouterr().out
+    assert "silent: silent.wav" in output and "findings.jsonl (--refuse KIND leaves them out)" in output
+    assert findings["joined.ogg"]["duration"] == 3.0 and findings["trailing.wav"]["duration"] == 0.75
     assert verify.main([str(out), "--decode", "all", "--workers", "1"]) == 0
     assert show.main([str(out)]) == 0 and "silent" in capsys.readouterr().out
 
 
 def test_what_is_noticed_can_be_refused(tmp_path):
-    found, refused = packed(tmp_path, KINDS, "--refuse", "silent,clipped,antiphase")
+    findings, refused = packed(tmp_path, KINDS, "--refuse", "silent,clipped,antiphase")
     assert refused == {"silent.wav": "silent", "clipped.flac": "clipped", "antiphase.wav": "antiphase"}
-    assert set(found) == {"fine.wav", "joined.ogg", "trailing.wav"}
+    assert set(findings) == {"fine.wav", "joined.ogg", "trailing.wav"}
     index = json.loads((tmp_path / "out" / "index.json").read_bytes())
     assert index["rejected"] == {"antiphase": 1, "clipped": 1, "silent": 1}
     assert index["findings"] == {"joined": 1, "trailing": 1}
@@ -119,14 +119,14 @@ def test_no_clip_ends_the_run_and_each_has_its_reason(tmp_path):
         "gsm.wav": encoded(SOUND[:16_000], "WAV", "GSM610"),
         "macintosh.wav": encoded(chirp(1.0, 22_254), "WAV", rate=22_254),
     }
-    found, refused = packed(tmp_path, files, "--max-broken-share", "1")
+    findings, refused = packed(tmp_path, files, "--max-broken-share", "1")
     assert refused == {
         "list.wav": "undecodable",
         "cut.wav": "truncated",
         "cut.ogg": "truncated",
         "bomb.flac": "truncated",
     }
-    assert {name: round(record["duration"], 1) for name, record in found.items()} == {
+    assert {name: round(record["duration"], 1) for name, record in findings.items()} == {
         "whole.wav": 1.5,
         "unpadded.wav": 1.5,
         "size36.wav": 1.5,
@@ -150,7 +150,7 @@ def test_no_clip_ends_the_run_and_each_has_its_reason(tmp_path):
     )
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert {line["id"]: round(line["duration"], 1) for line in lines} == {
-        name: round(record["duration"], 1) for name, record in found.items()
+        name: round(record["duration"], 1) for name, record in findings.items()
     }
 
 
@@ -159,8 +159,8 @@ def test_memory_that_is_not_there_costs_one_named_clip(tmp_path, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr("core.decoders.Sound.read_to_end", fail)  # workers are forked: it holds in them too
-    found, refused = packed(tmp_path, {"a.wav": KINDS["fine.wav"], "b.ogg": encoded(SOUND, "OGG")})
-    assert set(found) == {"a.wav"} and refused == {"b.ogg": "too_large"}
+    findings, refused = packed(tmp_path, {"a.wav": KINDS["fine.wav"], "b.ogg": encoded(SOUND, "OGG")})
+    assert set(findings) == {"a.wav"} and refused == {"b.ogg": "too_large"}
 
 
 def test_devices_and_fifos_are_refused(tmp_path):
@@ -172,8 +172,10 @@ def test_devices_and_fifos_are_refused(tmp_path):
         for name, place in places.items()
     }
     rows["fine"] = {"id": "fine", "audio": "fine.wav", "text": "x"}
-    found, refused = packed(tmp_path, {"fine.wav": KINDS["fine.wav"]}, "--max-broken-share", "1", rows=rows)
-    assert set(found) == {"fine"} and set(refused.values()) == {"unreadable"} and len(refused) == 6
+    findings, refused = packed(
+        tmp_path, {"fine.wav": KINDS["fine.wav"]}, "--max-broken-share", "1", rows=rows
+    )
+    assert set(findings) == {"fine"} and set(refused.values()) == {"unreadable"} and len(refused) == 6
 
 
 def test_segments_of_an_mp3_begin_with_sound(tmp_path):

@@ -60,8 +60,8 @@ def test_lhotse_a_channel_of_a_call_is_not_the_average_of_both(tmp_path):
         cut("c", files, channel=1),
         cut("d", recording({"channels": [0]})),
     ]
-    found, faults = read(f"lhotse:{lines(tmp_path / 'cuts.jsonl', cuts)}")
-    assert [entry.id for entry in found] == ["d"] and [fault.id for fault in faults] == ["a", "b", "c"]
+    entries, faults = read(f"lhotse:{lines(tmp_path / 'cuts.jsonl', cuts)}")
+    assert [entry.id for entry in entries] == ["d"] and [fault.id for fault in faults] == ["a", "b", "c"]
     assert {(fault.reason, fault.detail) for fault in faults} == {
         ("bad_row", "a channel of a recording with 2: extract the channels to files first")
     }
@@ -78,8 +78,8 @@ def test_lhotse_perturbed_cuts_are_not_cut_from_the_original(tmp_path):
         cut("plain", recording(mono, transforms=[])),
         cut("odd", recording(mono, transforms=["Speed"])),
     ]
-    found, faults = read(f"lhotse:{lines(tmp_path / 'cuts.jsonl', cuts)}")
-    assert [entry.id for entry in found] == ["rate", "plain"]
+    entries, faults = read(f"lhotse:{lines(tmp_path / 'cuts.jsonl', cuts)}")
+    assert [entry.id for entry in entries] == ["rate", "plain"]
     assert [fault.reason for fault in faults] == ["bad_row", "bad_row", "bad_json"]
     assert faults[0].detail.startswith("a recording with transforms: give the original cuts")
 
@@ -102,8 +102,8 @@ def shar(folder, count):
 @pytest.mark.parametrize("where", ["nowhere", "between", "inside", "header", "start"])
 def test_lhotse_a_truncated_shar_tar_is_reported(where, tmp_path):
     tar = shar(tmp_path / "shar", 4)
-    found, faults = read(f"lhotse:{tar.parent}")
-    assert [entry.id for entry in found] == ["c0", "c1", "c2", "c3"] and not faults
+    entries, faults = read(f"lhotse:{tar.parent}")
+    assert [entry.id for entry in entries] == ["c0", "c1", "c2", "c3"] and not faults
     with tarfile.open(tar) as archive:
         third = archive.getmembers()[2].offset
     size, kept = {
@@ -115,8 +115,8 @@ def test_lhotse_a_truncated_shar_tar_is_reported(where, tmp_path):
     }[where]
     with open(tar, "r+b") as file:
         file.truncate(size)
-    found, faults = read(f"lhotse:{tar.parent}")
-    assert [entry.id for entry in found] == ["c0", "c1", "c2", "c3"][:kept]
+    entries, faults = read(f"lhotse:{tar.parent}")
+    assert [entry.id for entry in entries] == ["c0", "c1", "c2", "c3"][:kept]
     assert [(fault.id, fault.reason) for fault in faults] == [
         (f"c{number}", "truncated") for number in range(kept, 4)
     ]
@@ -133,18 +133,18 @@ def kaldi(root, **files):
 
 def test_kaldi_a_channel_of_a_call_is_not_the_average_of_both(tmp_path):
     segments = "utt1 rec1 0.1 0.4 1\nutt2 rec1 0.1 0.4\nutt3 rec1 0.5 0.9 A\n"
-    found, faults = read(kaldi(tmp_path, segments=segments, text="utt1 one\nutt2 two\nutt3 three\n"))
-    assert [(entry.id, entry.text) for entry in found] == [("utt2", "two")]
+    entries, faults = read(kaldi(tmp_path, segments=segments, text="utt1 one\nutt2 two\nutt3 three\n"))
+    assert [(entry.id, entry.text) for entry in entries] == [("utt2", "two")]
     assert [(fault.id, fault.reason) for fault in faults] == [("utt1", "bad_row"), ("utt3", "bad_row")]
     assert "channel A of recording 'rec1': extract the channels to files first" in faults[1].detail
 
 
 def test_kaldi_a_tab_in_a_transcript_does_not_move_the_key(tmp_path):
     segments = "utt1 rec1 0.1 0.4\nutt2\trec1 0.1 0.4\nutt3  \t rec1\t0.1\t0.4\n"
-    found, faults = read(
+    entries, faults = read(
         kaldi(tmp_path, segments=segments, text="utt1 one\ttwo\nutt2\tthree four\nutt3 \tfive\n")
     )
-    assert [(entry.id, entry.text) for entry in found] == [
+    assert [(entry.id, entry.text) for entry in entries] == [
         ("utt1", "one\ttwo"),
         ("utt2", "three four"),
         ("utt3", "five"),
@@ -159,15 +159,15 @@ VALIDATED = (
 
 def test_a_quote_in_a_tsv_swallows_no_rows(tmp_path):
     path = text(tmp_path / "validated.tsv", VALIDATED)
-    found, faults = read(f"table:{path},audio=path,text=sentence,label=gender")
-    assert [(entry.text, entry.label) for entry in found] == [
+    entries, faults = read(f"table:{path},audio=path,text=sentence,label=gender")
+    assert [(entry.text, entry.label) for entry in entries] == [
         ('"Il dit bonjour.', "male"),
         ("Oui.", "female"),
         ('Non", dit-il.', "male"),
     ]
     assert not faults
-    found, faults = read(f"table:{path},audio=path,text=sentence,quoting=yes")
-    assert [entry.text for entry in found] == ["Oui.", 'Non", dit-il.'], (
+    entries, faults = read(f"table:{path},audio=path,text=sentence,quoting=yes")
+    assert [entry.text for entry in entries] == ["Oui.", 'Non", dit-il.'], (
         "rows that a quote would swallow are read"
     )
     assert [(fault.id, fault.reason) for fault in faults] == [("validated.tsv:2", "bad_row")]
@@ -181,10 +181,10 @@ def test_quoting_is_as_told_and_a_csv_has_it(tmp_path):
         text(tmp_path / "t.tsv", content.format("\t")),
     )
     assert [entry.text for entry in read(f"table:{csv_path}")[0]] == ['one "two"', ",\nx", "three"]
-    found, faults = read(f"table:{tsv_path},quoting=yes")
-    assert [entry.text for entry in found] == ['one "two"', "three"] and len(faults) == 1
-    found, _ = read(f"table:{tsv_path.rename(tmp_path / 'u.csv')},quoting=no,delimiter=\t")
-    assert found[0].text == '"one ""two"""'
+    entries, faults = read(f"table:{tsv_path},quoting=yes")
+    assert [entry.text for entry in entries] == ['one "two"', "three"] and len(faults) == 1
+    entries, _ = read(f"table:{tsv_path.rename(tmp_path / 'u.csv')},quoting=no,delimiter=\t")
+    assert entries[0].text == '"one ""two"""'
     with pytest.raises(CorpusError, match="quoting=maybe: yes or no"):
         Corpus(f"table:{csv_path},quoting=maybe")
 
@@ -193,10 +193,10 @@ def test_a_quoted_cell_with_a_line_break_in_a_tsv_is_no_half_transcript(tmp_path
     path = text(
         tmp_path / "t.tsv", 'audio\ttext\tspeaker\na.wav\t"one\ntwo"\tx\nb.wav\t"three"\tz\nc.wav\tfour\ty\n'
     )
-    found, faults = read(f"table:{path}")
-    assert [entry.text for entry in found if entry.audio.endswith(".wav")] == ['"three"', "four"]
+    entries, faults = read(f"table:{path}")
+    assert [entry.text for entry in entries if entry.audio.endswith(".wav")] == ['"three"', "four"]
     assert [(fault.id, fault.reason) for fault in faults] == [("t.tsv:2", "bad_row"), ("t.tsv:3", "bad_row")]
-    assert len(found) == 2
+    assert len(entries) == 2
 
 
 @pytest.mark.parametrize("column", ["offset", "end", "duration"])
@@ -206,8 +206,8 @@ def test_a_time_that_is_no_number_does_not_give_the_whole_recording(column, valu
     begin = {"end": ["offset", "0", "0", "0"]}.get(column, ["x", "", "", ""])
     rows = [f"id,audio,text,{column}", f"x,a.wav,one,{quoted}", "y,a.wav,two,1.5", "z,a.wav,three, "]
     path = text(tmp_path / "t.csv", "".join(f"{row},{more}\n" for row, more in zip(rows, begin, strict=True)))
-    found, faults = read(f"table:{path}")
-    assert [entry.id for entry in found] == ["y", "z"]
+    entries, faults = read(f"table:{path}")
+    assert [entry.id for entry in entries] == ["y", "z"]
     assert [(fault.id, fault.reason) for fault in faults] == [("x", "bad_row")]
     assert faults[0].detail == f"t.csv:2: {column} is '{value}', not a number"
 
@@ -217,8 +217,8 @@ def test_a_time_that_is_a_list_costs_its_line_alone(tmp_path):
         tmp_path / "t.jsonl",
         [{"audio": "a.wav", "text": "a", "offset": [1]}, {"audio": "a.wav", "text": "b", "offset": 1}],
     )
-    found, faults = read(f"table:{path}")
-    assert [entry.offset for entry in found] == [1.0] and [fault.reason for fault in faults] == ["bad_row"]
+    entries, faults = read(f"table:{path}")
+    assert [entry.offset for entry in entries] == [1.0] and [fault.reason for fault in faults] == ["bad_row"]
 
 
 def covost(root, pair, *sentences):
@@ -250,9 +250,9 @@ def covost(root, pair, *sentences):
     ],
 )
 def test_covost_quotes_are_those_of_the_sentence(written, read_as, tmp_path):
-    found, faults = read(f"covost:{covost(tmp_path, 'en_de', written, 'next')}")
-    assert [entry.text for entry in found] == [read_as, "next"] and not faults
-    assert [entry.response for entry in found] == ['Er sagte "0".', 'Er sagte "1".']
+    entries, faults = read(f"covost:{covost(tmp_path, 'en_de', written, 'next')}")
+    assert [entry.text for entry in entries] == [read_as, "next"] and not faults
+    assert [entry.response for entry in entries] == ['Er sagte "0".', 'Er sagte "1".']
 
 
 def test_covost_pairs_of_one_source_are_two_corpora(tmp_path):
@@ -285,8 +285,8 @@ def test_nemo_a_line_in_another_language_is_a_translation(tmp_path):
         row | {"source_lang": source, "target_lang": target}
         for row, (source, target) in zip(rows, both, strict=True)
     ]
-    found, faults = read(f"nemo:{lines(tmp_path / 'm.json', rows)}")
-    told = [(e.id, e.task, e.lang, e.target_lang, e.text, e.response, e.hypothesis) for e in found]
+    entries, faults = read(f"nemo:{lines(tmp_path / 'm.json', rows)}")
+    told = [(e.id, e.task, e.lang, e.target_lang, e.text, e.response, e.hypothesis) for e in entries]
     asr = ("a@0.000", "asr", "en", None, "t", None, "p")
     assert told[:3] == [
         asr,
@@ -349,13 +349,13 @@ def columns_of(kind, root, **columns):
 def test_what_is_no_column_is_the_value_of_all(kind, tmp_path):
     specification = columns_of(kind, tmp_path, text=["a", "b"], mood=["joy", "fear"], who=["x", "y"])
     for _ in range(2):
-        found, _ = read(
+        entries, _ = read(
             f"{specification},label=mood,prompt=How does it sound, and why?,speaker=who,target_lang=German"
         )
-        assert [(e.label, e.speaker) for e in found] == [("joy", "x"), ("fear", "y")]
-        assert {(e.prompt, e.target_lang) for e in found} == {("How does it sound, and why?", "German")}
-    found, _ = read(f"{specification},label=calm,speaker=s1,prompt=text")
-    assert [(e.label, e.speaker, e.prompt) for e in found] == [("calm", "s1", "a"), ("calm", "s1", "b")]
+        assert [(e.label, e.speaker) for e in entries] == [("joy", "x"), ("fear", "y")]
+        assert {(e.prompt, e.target_lang) for e in entries} == {("How does it sound, and why?", "German")}
+    entries, _ = read(f"{specification},label=calm,speaker=s1,prompt=text")
+    assert [(e.label, e.speaker, e.prompt) for e in entries] == [("calm", "s1", "a"), ("calm", "s1", "b")]
     for option in ("label=Mood", "label=moods", "response=calm", "id=calm", "lang_column=en"):
         with pytest.raises(CorpusError, match=f"has no column '{option.split('=')[1]}'.*columns are "):
             read(f"{specification},{option}")
@@ -363,9 +363,9 @@ def test_what_is_no_column_is_the_value_of_all(kind, tmp_path):
 
 def test_a_value_of_a_table_is_for_rows_without_their_own(tmp_path):
     path = text(tmp_path / "t.csv", "audio,label,response\na.wav,joy,\na.wav,,\n,,yes\n")
-    found, faults = read(f"table:{path},label=calm,prompt=Well?")
-    assert [entry.label for entry in found] == ["joy", "calm", "calm"] and not faults
-    assert found[2].audio is None and found[2].prompt == "Well?"
+    entries, faults = read(f"table:{path},label=calm,prompt=Well?")
+    assert [entry.label for entry in entries] == ["joy", "calm", "calm"] and not faults
+    assert entries[2].audio is None and entries[2].prompt == "Well?"
 
 
 def test_a_column_of_some_lines_alone_is_no_value(tmp_path):
@@ -443,11 +443,11 @@ def test_times_that_no_option_names_stop_a_table(begin, end, tmp_path):
     with pytest.raises(CorpusError, match=f"offset={begin}.*ignore="):
         list(Corpus(specification))
     for options in (f"offset={begin},end={end}", f"offset={begin},ignore={end},duration={end}"):
-        found, faults = read(f"{specification},{options}")
+        entries, faults = read(f"{specification},{options}")
         wanted = [(0.0, 2.0), (2.0, 2.0)] if "ignore" not in options else [(0.0, 2.0), (2.0, 4.0)]
-        assert [(entry.offset, entry.duration) for entry in found] == wanted and not faults
-    found, faults = read(f"{specification},ignore={begin}+{end}")
-    assert [(entry.offset, entry.duration) for entry in found] == [(None, None)] * 2 and not faults
+        assert [(entry.offset, entry.duration) for entry in entries] == wanted and not faults
+    entries, faults = read(f"{specification},ignore={begin}+{end}")
+    assert [(entry.offset, entry.duration) for entry in entries] == [(None, None)] * 2 and not faults
 
 
 def test_an_end_alone_is_not_from_the_beginning(tmp_path):
@@ -473,8 +473,8 @@ def test_times_under_other_keys_cost_a_line_of_json(reader, tmp_path):
     ]
     rows = [row | {name: f"{n}.wav"} | keys for n, keys in enumerate(more)]
     path = lines(tmp_path / "m.jsonl", rows)
-    found, faults = read(f"{reader}:{path}")
-    kept = [int(entry.audio.rpartition("/")[2].partition(".")[0]) for entry in found]
+    entries, faults = read(f"{reader}:{path}")
+    kept = [int(entry.audio.rpartition("/")[2].partition(".")[0]) for entry in entries]
     assert kept == [3, 4, 5, 6] and [fault.reason for fault in faults] == ["bad_row"] * 3
     assert "'start'" in faults[0].detail and "ignore=start" in faults[0].detail
     assert len(read(f"{reader}:{path},ignore=start+end+begin_time+length")[0]) == 7
@@ -487,8 +487,8 @@ def test_numbers_that_are_no_times_cost_a_manifests_line(field, value, tmp_path)
         {"id": "bad", "audio": "a.wav", "text": "x", field: value},
         {"id": "good", "audio": "a.wav", "text": "x"},
     ]
-    found, faults = read(f"manifest:{lines(tmp_path / 'm.jsonl', rows)}")
-    assert [entry.id for entry in found] == ["good"] and [(f.id, f.reason) for f in faults] == [
+    entries, faults = read(f"manifest:{lines(tmp_path / 'm.jsonl', rows)}")
+    assert [entry.id for entry in entries] == ["good"] and [(f.id, f.reason) for f in faults] == [
         ("bad", "bad_row")
     ]
 
@@ -510,8 +510,10 @@ ODD = [
 @pytest.mark.parametrize("field", ["text", "prompt", "label"])
 def test_json_that_is_no_text_is_not_written_out_as_text(field, reader, value, said, tmp_path):
     rows = [{"audio": "a.wav", "text": "x", field: value}, {"audio": "b.wav", "text": "fine"}]
-    found, faults = read(f"{reader}:{lines(tmp_path / 'm.jsonl', rows)}")
-    assert [entry.text for entry in found] == ["fine"] and f"{field} is {said}, not text" in faults[0].detail
+    entries, faults = read(f"{reader}:{lines(tmp_path / 'm.jsonl', rows)}")
+    assert [entry.text for entry in entries] == ["fine"] and f"{field} is {said}, not text" in faults[
+        0
+    ].detail
 
 
 @pytest.mark.parametrize("reader", ["table", "manifest"])
@@ -520,8 +522,8 @@ def test_numbers_of_ids_and_speakers_are_names(reader, tmp_path):
         {"id": 7, "audio": "a.wav", "text": "x", "speaker": 12},
         {"id": 12345678901234567890123, "audio": "a.wav", "text": "x"},
     ]
-    found, faults = read(f"{reader}:{lines(tmp_path / 'm.jsonl', rows)}")
-    assert [(entry.id, entry.speaker) for entry in found] == [
+    entries, faults = read(f"{reader}:{lines(tmp_path / 'm.jsonl', rows)}")
+    assert [(entry.id, entry.speaker) for entry in entries] == [
         ("7", "12"),
         ("12345678901234567890123", None),
     ] and not faults
@@ -532,8 +534,8 @@ def test_text_that_a_wrong_conversion_spoilt_is_refused(tmp_path):
         {"id": "a", "audio": "a.wav", "text": "se\ufffdor"},
         {"id": "b", "audio": "a.wav", "text": "x", "hypothesis": "\ufffd"},
     ]
-    found, faults = read(f"manifest:{lines(tmp_path / 'm.jsonl', rows)}")
-    assert [entry.id for entry in found] == ["b"] and [(f.id, f.reason) for f in faults] == [
+    entries, faults = read(f"manifest:{lines(tmp_path / 'm.jsonl', rows)}")
+    assert [entry.id for entry in entries] == ["b"] and [(f.id, f.reason) for f in faults] == [
         ("a", "encoding")
     ]
 
@@ -588,10 +590,10 @@ def test_the_language_of_fleurs_and_mls_is_not_any_folders_name(tmp_path):
 
 def test_a_table_without_a_line_of_names(tmp_path):
     path = text(tmp_path / "metadata.csv", 'LJ1|"Hello," there|hello\nLJ2|bye|bye\nLJ3|cut\n')
-    found, faults = read(
+    entries, faults = read(
         f"table:{path},delimiter=bar,columns=audio+raw+text,suffix=.wav,root={tmp_path / 'wavs'}"
     )
-    assert [(entry.audio, entry.text) for entry in found] == [
+    assert [(entry.audio, entry.text) for entry in entries] == [
         (str(tmp_path / f"wavs/LJ{n}.wav"), t) for n, t in ((1, "hello"), (2, "bye"))
     ]
     assert [fault.reason for fault in faults] == ["bad_row"]
@@ -663,8 +665,8 @@ def test_tags_of_gigaspeech_leave_no_trace(tmp_path):
         tmp_path / "GigaSpeech.json",
         json.dumps({"audios": [{"path": "a.opus", "segments": [*segs, 5]}, {"path": 3}]}),
     )
-    found, faults = read(f"gigaspeech:{path}")
-    assert [entry.text for entry in found] == [words for words in said.values() if words]
+    entries, faults = read(f"gigaspeech:{path}")
+    assert [entry.text for entry in entries] == [words for words in said.values() if words]
     assert [fault.reason for fault in faults] == [
         "no_speech",
         "no_speech",

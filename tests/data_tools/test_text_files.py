@@ -20,9 +20,9 @@ CELL = st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), max_size
 
 def rows_of(path, *arguments, **options):
     """(rows, {line: problem})"""
-    found = list(table_rows(path, *arguments, **options))
-    problems = {place: item for place, item in found if isinstance(item, Problem)}
-    return [row for _, row in found if isinstance(row, dict)], problems
+    rows = list(table_rows(path, *arguments, **options))
+    problems = {place: item for place, item in rows if isinstance(item, Problem)}
+    return [row for _, row in rows if isinstance(row, dict)], problems
 
 
 @settings(max_examples=150, deadline=None)

@@ -52,8 +52,8 @@ def test_a_flipped_bit_is_found(packed, capsys):
     data = bytearray(path.read_bytes())
     data[700] ^= 1
     path.write_bytes(bytes(data))
-    code, told = verdict(packed, capsys)
-    assert code == 1 and f"{path.name}: content differs" in told
+    code, report = verdict(packed, capsys)
+    assert code == 1 and f"{path.name}: content differs" in report
 
 
 def test_a_truncated_shard_is_named_and_the_rest_is_served(packed, capsys):
@@ -69,8 +69,8 @@ def test_a_truncated_shard_is_named_and_the_rest_is_served(packed, capsys):
                 damaged.read(row)
         else:
             damaged.read(row)
-    code, told = verdict(packed, capsys)
-    assert code == 1 and path.name in told
+    code, report = verdict(packed, capsys)
+    assert code == 1 and path.name in report
     path.unlink()
     with pytest.raises(ShardError, match="missing"):
         ShardIndex.load(packed)
@@ -86,8 +86,8 @@ def test_wrong_records_are_named(packed, capsys):
         return json.dumps(record, ensure_ascii=False).encode()[: len(data)]
 
     rewrite(packed, change)
-    _, told = verdict(packed, capsys)
-    assert "characters is 0 in the JSON" in told and "duration is 99.0 in the JSON" in told
+    _, report = verdict(packed, capsys)
+    assert "characters is 0 in the JSON" in report and "duration is 99.0 in the JSON" in report
 
 
 def test_audio_that_does_not_decode_is_found_by_decoding(packed, capsys):
@@ -100,8 +100,8 @@ def test_a_changed_table_is_found(packed, capsys):
     table = np.load(packed / TABLE_NAME)
     table["characters"][0] += 1
     np.save(packed / TABLE_NAME, table)
-    code, told = verdict(packed, capsys)
-    assert code == 1 and "fingerprint" in told and "characters" in told
+    code, report = verdict(packed, capsys)
+    assert code == 1 and "fingerprint" in report and "characters" in report
 
 
 def test_without_an_index_there_is_nothing_to_go_by(tmp_path, capsys):
@@ -111,20 +111,22 @@ def test_without_an_index_there_is_nothing_to_go_by(tmp_path, capsys):
 
 def test_show_counts_what_is_there(packed, tmp_path, capsys):
     assert show.main([str(packed), "--histograms", str(tmp_path / "h.png")]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     index = ShardIndex.load(packed)
-    assert f"{len(index)} samples, {duration(index.hours * 3600)} in {len(index.shards)} shards" in told
-    assert index.fingerprint in told
-    rows = [line.split() for line in told.splitlines() if line.split()[:1] and line.split()[0] in index.tasks]
+    assert f"{len(index)} samples, {duration(index.hours * 3600)} in {len(index.shards)} shards" in output
+    assert index.fingerprint in output
+    rows = [
+        line.split() for line in output.splitlines() if line.split()[:1] and line.split()[0] in index.tasks
+    ]
     assert sum(int(row[3]) for row in rows) == len(index), "samples by task, language and codec"
     seconds = index.samples["duration"][index.samples["duration"] > 0]
     percentages = [
         float(line.split("%")[0].split()[-1])
-        for line in told.split("duration\n")[1].splitlines()
+        for line in output.split("duration\n")[1].splitlines()
         if "%" in line
     ][:12]
     assert sum(percentages) == pytest.approx(100, abs=0.6) and len(seconds) == 12
-    assert "zero_length" in told, "what was refused is part of the report"
+    assert "zero_length" in output, "what was refused is part of the report"
     assert (tmp_path / "h.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -215,7 +215,7 @@ def talkers(started):
 def test_the_page_shows_what_the_model_makes_of_a_clip(models, talkers, clip, stage, question):
     """Words: of the answer where it is a transcript, else of the CTC transcript."""
     model, waveform = models[stage], torch.from_numpy(decode(str(clip)).samples)
-    *_, (answer, transcript, picture, times, rows) = talkers[stage].ask(str(clip), question)
+    *_, (answer, transcript, picture, times, rows) = talkers[stage].stream_answer(str(clip), question)
     batch = model.prompts([[asked(question)]], [waveform])
     right = model.ctc_greedy(batch)[0]
     assert transcript == (right if stage == "shrinking" else " ".join(right.split()))
@@ -238,9 +238,11 @@ def test_the_page_shows_what_the_model_makes_of_a_clip(models, talkers, clip, st
 
 def test_the_answer_is_shown_as_it_comes(talkers, clip, monkeypatch):
     talker = talkers["shrinking"]
-    *_, chunk = talker.server.ask(clip.read_bytes(), "Who?", ["frames"])
-    monkeypatch.setattr(talker.server, "ask", lambda *_: (piece for piece in ["A man", " speaks.", chunk]))
-    outputs = list(talker.ask(str(clip), "Who?"))
+    *_, chunk = talker.server.stream_answer(clip.read_bytes(), "Who?", ["frames"])
+    monkeypatch.setattr(
+        talker.server, "stream_answer", lambda *_: (piece for piece in ["A man", " speaks.", chunk])
+    )
+    outputs = list(talker.stream_answer(str(clip), "Who?"))
     assert [output[0] for output in outputs] == ["A man", "A man speaks.", "A man speaks."]
     assert outputs[0][1:3] == (None, None) and None not in outputs[-1]
 
@@ -285,9 +287,9 @@ def test_a_long_upload_is_refused_unread(talkers, tmp_path, monkeypatch):
     soundfile.write(long, np.zeros(301 * 8000), 8000)
     broken.write_bytes(b"no audio")
     with pytest.raises(Refusal, match="lasts 301 s, this model takes 300 s"):
-        next(talkers["alignment"].ask(str(long), ""))
+        next(talkers["alignment"].stream_answer(str(long), ""))
     with pytest.raises(AudioError, match="Format not recognised") as error:
-        next(talkers["alignment"].ask(str(broken), ""))
+        next(talkers["alignment"].stream_answer(str(broken), ""))
     assert str(tmp_path) not in str(error.value), "a path of this machine"
 
 
@@ -299,7 +301,7 @@ def test_an_upload_that_takes_gigabytes_decoded_is_refused(talkers, tmp_path):
     path = tmp_path / "bomb.flac"
     path.write_bytes(bytes(clip) + bytes(50_000))
     with pytest.raises(AudioError, match="8 channels at 655,350 Hz are") as caught:
-        next(talkers["alignment"].ask(str(path), ""))
+        next(talkers["alignment"].stream_answer(str(path), ""))
     assert caught.value.reason == "too_large" and str(tmp_path) not in str(caught.value)
 
 
@@ -350,7 +352,7 @@ def test_a_server_with_a_key_is_asked_with_it(models, clip, given):
         with pytest.raises(ServerError, match="the API key is missing or wrong"):
             ModelServer(given.format(url=url))
         talker = Talker(ModelServer(given.format(url=url), "secret-of-ours"))
-        assert list(talker.ask(str(clip), ""))
+        assert list(talker.stream_answer(str(clip), ""))
 
 
 @pytest.mark.parametrize(
@@ -414,7 +416,7 @@ def test_a_page_without_a_model_ends_with_one_line(arguments, line, capsys, monk
 def test_who_leaves_ends_the_generation(started, talkers, clip, monkeypatch):
     server = started["shrinking"][0]
     monkeypatch.setitem(vars(server.limits), "new_tokens", 400)
-    pieces = talkers["shrinking"].ask(str(clip), "Who speaks?")
+    pieces = talkers["shrinking"].stream_answer(str(clip), "Who speaks?")
     next(pieces)
     assert server.engine.running
     pieces.close()
@@ -423,7 +425,10 @@ def test_who_leaves_ends_the_generation(started, talkers, clip, monkeypatch):
         assert time.monotonic() < began + 30
         time.sleep(0.01)
     tokens = server.metrics.tokens._value.get()
-    assert list(talkers["shrinking"].ask(str(clip), QUESTION)) and server.metrics.tokens._value.get() > tokens
+    assert (
+        list(talkers["shrinking"].stream_answer(str(clip), QUESTION))
+        and server.metrics.tokens._value.get() > tokens
+    )
 
 
 def test_warnings_are_shown_with_the_answer(models, talkers, tmp_path, monkeypatch):
@@ -432,7 +437,7 @@ def test_warnings_are_shown_with_the_answer(models, talkers, tmp_path, monkeypat
     soundfile.write(tmp_path / "opposite.wav", np.stack([wave, -wave], 1), 16000)
     for stage, talker in talkers.items():
         monkeypatch.setattr(models[stage], "trained_seconds", 0.5)
-        *_, (_, _, _, times, _) = talker.ask(str(tmp_path / "opposite.wav"), "What?")
+        *_, (_, _, _, times, _) = talker.stream_answer(str(tmp_path / "opposite.wav"), "What?")
         assert "| **warning** | its 2 channels cancel out" in times, stage
         assert "1.0 s, the model was trained on clips of at most 0.5 s" in times or stage == "alignment"
 

@@ -357,8 +357,8 @@ def test_a_template_that_fails_is_one_line(download, tmp_path, capsys, template)
     clip.write_bytes(sound(0.5, 1))
     change(download / "soundwave.json", lambda d: d.pop("settings", None))  # where the template is recorded
     assert answer.main([str(download), str(clip), "--device", "cpu", "--max-new-tokens", "2"]) == 2
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith("error: ") and "Traceback" not in told
+    output = capsys.readouterr().err.splitlines()[-1]
+    assert output.startswith("error: ") and "Traceback" not in output
 
 
 @pytest.mark.parametrize(
@@ -367,8 +367,8 @@ def test_a_template_that_fails_is_one_line(download, tmp_path, capsys, template)
 def test_a_release_s_folder_that_is_none_is_one_line(download, tmp_path, capsys, content):
     (download / "llm" / "config.json").write_text(content)
     assert convert(["--from-official", str(download / "llm"), "--out", str(tmp_path / "out")]) == 2
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith("error: ") and "Traceback" not in told
+    output = capsys.readouterr().err.splitlines()[-1]
+    assert output.startswith("error: ") and "Traceback" not in output
 
 
 def test_no_call_leaves_remote_code_to_a_question():

@@ -383,14 +383,14 @@ def test_the_environment_is_made_under_a_lock_next_to_it(monkeypatch, tmp_path):
         "check_machine",
         "write_environment",
         "install_packages",
-        "mend_torchaudio",
+        "fix_torchaudio",
         "build_deepspeed",
         "build_fused_op",
         "install_project",
     ):
         monkeypatch.setattr(setup_env, step, lambda *arguments: None)
     monkeypatch.setattr(setup_env, "make_venv", make_venv)
-    monkeypatch.setattr(setup_env.Environment, "ask", lambda self, code: "Python")
+    monkeypatch.setattr(setup_env.Environment, "run_python", lambda self, code: "Python")
     options = argparse.Namespace(
         venv=str(folder), gpu="no", dev=False, flash_attn=False, check=False, extras=[], hashes=True
     )

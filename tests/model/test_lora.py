@@ -269,9 +269,9 @@ def small_llama():
     ],
 )
 def test_a_pattern_that_means_nothing_is_an_error(options, words):
-    with pytest.raises(SourceError) as found:
+    with pytest.raises(SourceError) as caught:
         with_lora(small_llama(), LLMConfig(lora_r=4, **options), "small")
-    assert words in str(found.value) and "\n" not in str(found.value)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_dora_is_not_merged(tmp_path):

@@ -117,9 +117,9 @@ def test_windows_shorter_and_longer_than_the_rows(family, window):
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_an_llm_that_cannot_be_trained_is_one_line(family):
-    with pytest.raises(SourceError, match=REFUSED[family]) as told:
+    with pytest.raises(SourceError, match=REFUSED[family]) as caught:
         probe(families.llm(family), ID)
-    assert "\n" not in str(told.value) and "model.llm.name" in str(told.value)
+    assert "\n" not in str(caught.value) and "model.llm.name" in str(caught.value)
 
 
 class Noisy(nn.Module):

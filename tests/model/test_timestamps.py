@@ -106,17 +106,17 @@ def test_what_cannot_be_aligned_is_named(model):
     texts = ["", "...", "far too many words for half a second", "a"]
     model.ctc_text = "lower_no_punctuation"
     with pytest.warns(SoundWarning) as caught:
-        found = word_times(model, waveforms, texts)
+        words = word_times(model, waveforms, texts)
     messages = [str(warning.message) for warning in caught]
     assert any("waveform 1 has no word times: nothing of its text is a CTC target" in m for m in messages)
     assert any("waveform 2 has no word times: its text needs" in m for m in messages)
     assert len(messages) == 2
-    assert found[0] == []
-    assert [(w.text, w.start, w.end, w.confidence) for w in found[1]] == [("...", 0.0, 0.5, 0.0)]
-    assert [word.text for word in found[2]] == texts[2].split()
-    assert found[2][0].start == 0 and found[2][-1].end == pytest.approx(0.5)
-    assert all(word.confidence == 0 for word in found[2])
-    assert found[3][0].confidence > 0
+    assert words[0] == []
+    assert [(w.text, w.start, w.end, w.confidence) for w in words[1]] == [("...", 0.0, 0.5, 0.0)]
+    assert [word.text for word in words[2]] == texts[2].split()
+    assert words[2][0].start == 0 and words[2][-1].end == pytest.approx(0.5)
+    assert all(word.confidence == 0 for word in words[2])
+    assert words[3][0].confidence > 0
     assert [one.problem is None for one in align(model, waveforms, texts)] == [False, False, False, True]
     assert word_times(model, [], []) == []
 
@@ -124,9 +124,9 @@ def test_what_cannot_be_aligned_is_named(model):
 def test_clips_without_samples_are_named(model):
     waveforms = [torch.zeros(0), sounds([2.0])[0]]
     with pytest.warns(SoundWarning, match="waveform 0 has no word times: it has no audio"):
-        found = word_times(model, waveforms, ["the wall", "the wall"])
-    assert [(w.start, w.end, w.confidence) for w in found[0]] == [(0.0, 0.0, 0.0)] * 2
-    assert found[1] == word_times(model, waveforms[1:], ["the wall"])[0]
+        words = word_times(model, waveforms, ["the wall", "the wall"])
+    assert [(w.start, w.end, w.confidence) for w in words[0]] == [(0.0, 0.0, 0.0)] * 2
+    assert words[1] == word_times(model, waveforms[1:], ["the wall"])[0]
     assert align_recording(model, waveforms[0], "the wall").problem == "it has no audio"
 
 
@@ -194,26 +194,28 @@ def known_recording(words: int, seed: int = 0, most_pause: int = 40):
 def test_sections_find_every_word_of_a_recording(monkeypatch, section):
     model, text, firsts, hidden = known_recording(150)
     monkeypatch.setattr(recordings, "recording_frames", lambda *_: hidden)
-    found = align_recording(model, torch.zeros(len(hidden) * 1280), text, "en", section=section)
-    assert found.problem is None
-    assert [word.text for word in found.words] == text.split()
-    assert [word.start for word in found.words] == pytest.approx(
+    alignment = align_recording(model, torch.zeros(len(hidden) * 1280), text, "en", section=section)
+    assert alignment.problem is None
+    assert [word.text for word in alignment.words] == text.split()
+    assert [word.start for word in alignment.words] == pytest.approx(
         [t * 0.08 - START_DELAY for t in firsts], abs=1e-6
     )
-    assert min(word.confidence for word in found.words) > 0.9
+    assert min(word.confidence for word in alignment.words) > 0.9
 
 
 def test_a_text_longer_than_its_recording_is_counted(monkeypatch):
     model, text, firsts, hidden = known_recording(60)
     short = hidden[: firsts[40]]
     monkeypatch.setattr(recordings, "recording_frames", lambda *_: short)
-    found = align_recording(model, torch.zeros(len(short) * 1280), text + " wall" * 2000, "en", section=30.0)
-    assert "the audio ends before" in found.problem
-    assert len(found.words) == 2060
-    assert [w.start for w in found.words[:38]] == pytest.approx(
+    alignment = align_recording(
+        model, torch.zeros(len(short) * 1280), text + " wall" * 2000, "en", section=30.0
+    )
+    assert "the audio ends before" in alignment.problem
+    assert len(alignment.words) == 2060
+    assert [w.start for w in alignment.words[:38]] == pytest.approx(
         [t * 0.08 - START_DELAY for t in firsts[:38]], abs=1e-6
     )
-    assert found.words[-1].confidence == 0 and found.words[-1].start == found.words[-1].end
+    assert alignment.words[-1].confidence == 0 and alignment.words[-1].start == alignment.words[-1].end
 
 
 def test_a_recording_that_ends_long_after_its_text(monkeypatch):
@@ -222,9 +224,9 @@ def test_a_recording_that_ends_long_after_its_text(monkeypatch):
     blank[:, -1] = 12.0
     longer = torch.cat([hidden, blank])
     monkeypatch.setattr(recordings, "recording_frames", lambda *_: longer)
-    found = align_recording(model, torch.zeros(len(longer) * 1280), text, "en", section=30.0)
-    assert found.problem is None
-    assert [word.start for word in found.words] == pytest.approx(
+    alignment = align_recording(model, torch.zeros(len(longer) * 1280), text, "en", section=30.0)
+    assert alignment.problem is None
+    assert [word.start for word in alignment.words] == pytest.approx(
         [t * 0.08 - START_DELAY for t in firsts], abs=1e-6
     )
 
@@ -258,6 +260,6 @@ def test_recordings_without_targets(model, text, problem):
 
 def test_backends_give_the_same_times(model, monkeypatch):
     waveforms = sounds()
-    found = word_times(model, waveforms, TEXTS)
+    words = word_times(model, waveforms, TEXTS)
     monkeypatch.setattr("model.ops.align.cpp_backend", SimpleNamespace(available=lambda: False))
-    assert word_times(model, waveforms, TEXTS) == found
+    assert word_times(model, waveforms, TEXTS) == words

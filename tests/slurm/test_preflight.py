@@ -25,11 +25,11 @@ from recipe.config import Recipe
 from train.preemption import PORT_TAKEN
 from train.preflight import (
     Report,
+    check_base,
+    check_cpu,
     compare,
     first_of_node,
     gather,
-    look_at_base,
-    look_at_cpu,
     main,
     run,
     write_faults,
@@ -70,9 +70,9 @@ def test_ops_that_another_cpu_cannot_run_are_reported(monkeypatch, tmp_path):
     recipe, flags = Recipe(), Path("/proc/cpuinfo").read_text().split()
 
     def faults() -> list[str]:
-        found = Report("a", 0)
-        look_at_cpu(recipe, found)
-        return found.node_faults
+        report = Report("a", 0)
+        check_cpu(recipe, report)
+        return report.node_faults
 
     assert faults() == [], "nothing is known of the machine that it was built on"
     (tmp_path / ".setup" / "cpu").write_text(
@@ -213,17 +213,17 @@ def test_an_encoder_of_another_family_is_hashed_as_training_does(tmp_path):
     (checkpoint / "state.json").write_text(
         json.dumps({"facts": {"base": {"encoder": fingerprint(encoder, "wav2vec2.")}}})
     )
-    found = Report("a", 0)
-    look_at_base(recipe, found)
-    assert [fault for fault in found.input_faults if "model.encoder" in fault] == []
+    report = Report("a", 0)
+    check_base(recipe, report)
+    assert [fault for fault in report.input_faults if "model.encoder" in fault] == []
     next(layers.parameters()).data.add_(1.0)
     layers.save_pretrained(encoder)
     for name in ("step-000002", "step-000003.partial"):  # as a node leaves it that dies while it saves
         (checkpoint.parent / name).mkdir()
         (checkpoint.parent / name / "state.json").touch()
-    look_at_base(recipe, found := Report("a", 0))
+    check_base(recipe, report := Report("a", 0))
     assert [
-        "was made with another one" in fault for fault in found.input_faults if "model.encoder" in fault
+        "was made with another one" in fault for fault in report.input_faults if "model.encoder" in fault
     ] == [True]
 
 

@@ -93,8 +93,8 @@ def test_a_long_recording_is_encoded_once(speaker, encoded_seconds, monkeypatch,
     monkeypatch.setattr("soundwave.windows.CONTEXT_SECONDS", 0.1)
     monkeypatch.setattr("soundwave.recogniser.CONTEXT_SECONDS", 0.1)
     clip = np.concatenate([wave(2.6, seed) for seed in range(3)])
-    found = speaker.transcribe(clip, decode=decode, timestamps="word", window_seconds=1.0, **SHORT)
-    assert len(found.segments) > 6
+    result = speaker.transcribe(clip, decode=decode, timestamps="word", window_seconds=1.0, **SHORT)
+    assert len(result.segments) > 6
     assert len(clip) / 16000 <= sum(encoded_seconds) < 1.4 * len(clip) / 16000  # with context
 
 
@@ -142,8 +142,8 @@ def test_windows_may_be_as_long_as_the_model_takes(speaker, long, encoded_second
 
 def test_a_padded_encoder_scans_whole_paddings(speaker, long, encoded_seconds, monkeypatch):
     monkeypatch.setattr(speaker.network.encoder, "pad_to_samples", 10 * 16000)
-    found = speaker.transcribe(long, decode="ctc", window_seconds=1.0)
-    assert len(found.segments) > 4 and encoded_seconds == [len(long) / 16000]
+    result = speaker.transcribe(long, decode="ctc", window_seconds=1.0)
+    assert len(result.segments) > 4 and encoded_seconds == [len(long) / 16000]
 
 
 def test_answers_are_drafted_by_default_where_they_are_those_of_greedy(speaker, monkeypatch, caplog):
@@ -190,19 +190,19 @@ def test_other_rates_are_resampled_over_the_borders_of_blocks(speaker, long, mon
             yield block
 
     monkeypatch.setattr(speaker, "_blocks", kept)
-    found = speaker.transcribe(as_file(at_44, 44100), decode="ctc")
+    result = speaker.transcribe(as_file(at_44, 44100), decode="ctc")
     wanted = soxr.resample(at_44, 44100, 16000)
     assert len(seen) > 10 and abs(len(np.concatenate(seen)) - len(wanted)) <= 1
     shorter = min(len(np.concatenate(seen)), len(wanted))
     assert np.abs(np.concatenate(seen)[:shorter] - wanted[:shorter]).max() < 1e-4
-    assert found.duration == pytest.approx(len(long) / 16000, abs=1e-3)
+    assert result.duration == pytest.approx(len(long) / 16000, abs=1e-3)
 
 
 def test_silence_has_no_text_and_is_counted(deaf, long):
     for source in (long, np.zeros(16000, np.float32)):
-        found = deaf.transcribe(source, window_seconds=1.0, **SHORT)
-        assert found.text == "" and found.segments == () and found.confidence == 0
-        assert found.skipped_seconds == pytest.approx(found.duration)
+        result = deaf.transcribe(source, window_seconds=1.0, **SHORT)
+        assert result.text == "" and result.segments == () and result.confidence == 0
+        assert result.skipped_seconds == pytest.approx(result.duration)
         assert deaf.transcribe(source, window_seconds=1.0, gate=0.0, **SHORT).skipped_seconds == 0
     assert deaf.transcribe(long, gate=0.0, **SHORT).text
 
@@ -244,16 +244,16 @@ def test_channels_are_mixed_or_speakers(speaker):
 
 def test_overlap_keeps_each_word_once(speaker, long):
     """Words of neighbours' overlaps are dropped by their time; their order is that of time."""
-    found = speaker.transcribe(long, decode="ctc", window_seconds=1.0, overlap_seconds=0.3)
-    times = [(word.start + word.end) / 2 for word in found.words]
-    assert times == sorted(times) and found.text.split() == [word.text for word in found.words]
+    result = speaker.transcribe(long, decode="ctc", window_seconds=1.0, overlap_seconds=0.3)
+    times = [(word.start + word.end) / 2 for word in result.words]
+    assert times == sorted(times) and result.text.split() == [word.text for word in result.words]
 
 
 def test_word_times_lie_in_the_recording(speaker, long):
-    found = speaker.transcribe(long, decode="ctc", timestamps="word", window_seconds=1.0)
-    assert found.words and found.text.split() == [word.text for word in found.words]
-    assert all(0 <= word.start <= word.end <= found.duration for word in found.words)
-    assert found.words[-1].start > 3.0  # times are those of the recording, not of a window
+    result = speaker.transcribe(long, decode="ctc", timestamps="word", window_seconds=1.0)
+    assert result.words and result.text.split() == [word.text for word in result.words]
+    assert all(0 <= word.start <= word.end <= result.duration for word in result.words)
+    assert result.words[-1].start > 3.0  # times are those of the recording, not of a window
 
 
 def test_hotwords_choose_joint_search_and_can_be_in_the_prompt(speaker):
@@ -261,8 +261,8 @@ def test_hotwords_choose_joint_search_and_can_be_in_the_prompt(speaker):
     assert speaker.transcribe(clip, hotwords=["the"], hotword_bonus=0.0, **SHORT).text == (
         speaker.transcribe(clip, decode="joint", **SHORT).text
     )
-    told = speaker.transcribe(clip, hotwords=["zebra"], hotwords_in_prompt=True, **SHORT)
-    assert told.text != speaker.transcribe(clip, **SHORT).text
+    result = speaker.transcribe(clip, hotwords=["zebra"], hotwords_in_prompt=True, **SHORT)
+    assert result.text != speaker.transcribe(clip, **SHORT).text
 
 
 def test_answers(speaker):
@@ -270,9 +270,9 @@ def test_answers(speaker):
     wanted = speaker.network.answer(
         [[{"role": "user", "content": "<audio_patch>\nWho?"}]], [clip], max_new_tokens=6
     )[0]
-    found = speaker.answer(as_file(clip), "Who?", max_new_tokens=6)
-    assert str(found) == " ".join(wanted.split()) and found.duration == 1.1
-    assert speaker.answer(clip, "Who?", max_new_tokens=6, decode="drafted").text == str(found)
+    result = speaker.answer(as_file(clip), "Who?", max_new_tokens=6)
+    assert str(result) == " ".join(wanted.split()) and result.duration == 1.1
+    assert speaker.answer(clip, "Who?", max_new_tokens=6, decode="drafted").text == str(result)
     with pytest.raises(ValueError, match="holds <audio_patch>"):
         speaker.answer(clip, "<audio_patch>?")
     with pytest.raises(soundwave.AudioError, match="takes 300 s at most"):

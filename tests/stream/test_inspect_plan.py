@@ -26,8 +26,12 @@ def test_the_command(packed, tmp_path, capsys):
         )
     )
     assert main([str(recipe), "--steps", "3", "--ranks", "2"]) == 0
-    told = capsys.readouterr().out
-    assert "toy/asr" in told and "shuffle quality" in told and "2 x longer than data.max_seconds=2.35" in told
+    output = capsys.readouterr().out
+    assert (
+        "toy/asr" in output
+        and "shuffle quality" in output
+        and "2 x longer than data.max_seconds=2.35" in output
+    )
     assert (
         main(["--json", str(recipe), "data.seed=3", "--steps", "3", "--first", "2", "--ranks", "2", "--ids"])
         == 0

@@ -101,7 +101,7 @@ def test_what_dropout_costs_is_measured_with_its_masks_torch_s_and_none(tmp_path
         str(tmp_path / "out.json"),
     ]
     assert dropout.main(asked) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     result = json.loads((tmp_path / "out.json").read_text())["result"]
     assert {side: len(taken) for side, taken in result["samples"].items()} == {
         "keyed": 2,
@@ -111,7 +111,7 @@ def test_what_dropout_costs_is_measured_with_its_masks_torch_s_and_none(tmp_path
     assert result["rates"] == {"alignment": 0.1, "shrinking": 0.1, "lora": 0.1} and all(
         result["seconds"].values()
     )
-    assert "keyed / torch" in told and (tmp_path / "out.txt").exists()
+    assert "keyed / torch" in output and (tmp_path / "out.txt").exists()
     assert dropout.main([asked[0], "optim.step=3"]) == 2 and "optim.steps" in capsys.readouterr().err
 
 

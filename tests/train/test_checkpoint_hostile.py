@@ -229,5 +229,5 @@ def test_names_that_would_become_paths_are_not_converted(tmp_path, capsys, conte
     torch.save(content, source / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
     before = sorted(tmp_path.rglob("*"))
     assert safe_load.main(["--input_folder", str(source), "--output_folder", str(target)]) == 1
-    told = capsys.readouterr().err
-    assert says in told and told.count("\n") == 1 and sorted(tmp_path.rglob("*")) == before
+    output = capsys.readouterr().err
+    assert says in output and output.count("\n") == 1 and sorted(tmp_path.rglob("*")) == before

@@ -62,7 +62,7 @@ def test_live_bytes_of_a_chain_of_layers():
     )
     net.requires_grad_(False)
     live = LiveBytes()
-    live.known(net.parameters())
+    live.exclude(net.parameters())
     with live:
         x = torch.empty(rows, width, device="meta", requires_grad=True)
         out = net(x)
@@ -195,9 +195,9 @@ def test_gpus_by_name_and_by_device():
     ],
 )
 def test_wrong_options_of_a_plan_give_one_line(options, message):
-    with pytest.raises(RecipeError, match=message) as found:
+    with pytest.raises(RecipeError, match=message) as caught:
         check_options(*options)
-    assert "\n" not in str(found.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_plan_needs_a_dry_run(capsys):

@@ -68,9 +68,9 @@ def test_misspelt_key_stops_with_the_nearest_right_one(tiny):
     ],
 )
 def test_likely_mistakes_in_a_recipe_are_reported_in_one_line(override, words):
-    with pytest.raises(RecipeError) as told:
+    with pytest.raises(RecipeError) as caught:
         load_recipe(ROOT / "train/recipes/stage1.yaml", [override])
-    assert words in str(told.value) and "\n" not in str(told.value)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

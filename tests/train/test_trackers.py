@@ -208,9 +208,9 @@ def test_damaged_ids_start_new_runs(toys, tmp_path):
     ],
 )
 def test_a_tracker_that_cannot_be_used_is_one_line(toys, given, words):
-    with pytest.raises(RecipeError) as found:
+    with pytest.raises(RecipeError) as caught:
         check_trackers(LogConfig(trackers=given))
-    assert words in str(found.value) and "\n" not in str(found.value)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_the_old_key_leaves_tensorboard_out():

@@ -74,7 +74,7 @@ def _is_one_of(key: str, keys: tuple[str, ...]) -> bool:
     return any(key == one or (one.endswith(".") and key.startswith(one)) for one in keys)
 
 
-def known(corpus: dict) -> dict:
+def without_defaults(corpus: dict) -> dict:
     """A corpus without a key that checkpoints made before there was one do not hold, where it changes
     nothing."""
     return {
@@ -113,7 +113,7 @@ def recipe_facts(recipe: Recipe | dict) -> dict[str, Any]:
         facts |= {f"train.{key}": None for key in choices if _is_default(stage, key, choices[key])}
     # Where the shards lie may change; what they hold is the index's fingerprint.
     facts["data.train"] = [
-        {k: v for k, v in known(corpus).items() if k != "shards"} for corpus in facts["data.train"]
+        {k: v for k, v in without_defaults(corpus).items() if k != "shards"} for corpus in facts["data.train"]
     ]
     if isinstance(targets := facts.get(_TARGETS), list):
         facts[_TARGETS] = sorted(targets)

@@ -233,7 +233,7 @@ def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
         trained(study.output / f"stage-1-{kind}-seed-0" / "alignment", [60.0, 60.0], commit="bead")
     for data in study.plan.score.shards:
         scored(study.output / "whisper" / f"{data}.jsonl", ["one good word more"] * 8)
-    told = table.finish(study, tmp_path)
+    text = table.finish(study, tmp_path)
     result = json.loads((study.output / "results.json").read_text())
     ours, joint, other, less = result["rows"]
     assert [row["variant"] for row in result["rows"]] == ["ours", "ours, joint", "projector", "data-10"]
@@ -259,8 +259,8 @@ def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
     )
     assert other["scores"]["dialogues-test"]["wer"] == pytest.approx(7 / 32)
     assert ours["stage_2"] == {"steps": 3, "step_seconds": 3.0, "minutes": 0.15, "commit": "c0ffee"}
-    assert "Trained at commit bead, c0ffee;" in told
-    shown, whole, _ = map(read_table, told.split("\n\n"))
+    assert "Trained at commit bead, c0ffee;" in text
+    shown, whole, _ = map(read_table, text.split("\n\n"))
     assert shown["ours, 10 % of the data"]["S/D/I, dialogues-test"] == "3/0/0"
     assert shown["stage 1, CTC decoding (full)"]["S/D/I, dialogues-test"] == "0/24/0"
     assert shown["ours"]["training, min"] == "2.1" and shown["Whisper's own decoder, greedy"]["hours"] == ""
@@ -325,8 +325,8 @@ def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
             }
         )
     )
-    told = table.finish(study, tmp_path)
-    assert "| 3, 4 " in told and "given-up" not in told
+    text = table.finish(study, tmp_path)
+    assert "| 3, 4 " in text and "given-up" not in text
     merged = json.loads((tmp_path / "less_is_more.json").read_text())
     assert [(row["variant"], row["seed"]) for row in merged["rows"]] == [
         ("ours", 0),
@@ -340,7 +340,7 @@ def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
     (marked,) = [
         row for row in merged["rows"] if row.get("former")
     ]  # it was compared with an ours that is gone
-    assert marked["variant"] == "no-ctc" and "† from a former run" in told
+    assert marked["variant"] == "no-ctc" and "† from a former run" in text
     assert merged["rows"][0] == ours and merged["whisper"] == kept["whisper"]
 
 
@@ -458,7 +458,7 @@ def test_a_study_in_miniature_from_its_first_step_to_the_table(tmp_path):
         "score-projector-seed-3-generate",
         "speed-projector-seed-3",
     }
-    told = table.finish(study())
+    text = table.finish(study())
     result = json.loads((tmp_path / "study" / "results.json").read_text())
     assert [row["variant"] for row in result["rows"]] == ["later", "ours", "ours, joint", "projector"]
     later, ours, joint, projector = result["rows"]
@@ -470,7 +470,7 @@ def test_a_study_in_miniature_from_its_first_step_to_the_table(tmp_path):
     for row in result["rows"]:
         scored = row["scores"]["valid"]
         assert (
-            scored["utterances"] == 4 and sum(scored["errors"].values()) > 0 and table.score(scored) in told
+            scored["utterances"] == 4 and sum(scored["errors"].values()) > 0 and table.score(scored) in text
         )
     assert projector["scores"]["valid"]["kept_per_second"] > 20 > ours["scores"]["valid"]["kept_per_second"]
     assert {"p_value", "difference", "ci95"} <= projector["against_ours"]["valid"].keys()
