@@ -1,9 +1,9 @@
 """The queue in front of the model: one thread encodes audio and answers the jobs.
 
 Jobs start in the order of their arrival while the padded audio, the padded tokens and the rows stay within
-the limits. They join the rows that are being answered between two passes of the LLM, and a row
-leaves as soon as it ends (model/generation/running.py). A batch that fails is repeated job by job, so that one job
-cannot fail the others.
+the limits. They join the rows that are being answered between two passes of the LLM, and a row leaves as soon
+as it ends (model/generation/running.py). A batch that fails is repeated job by job, so that one job cannot
+fail the others.
 
 An LLM whose cache cannot be cut answers batch by batch instead: the next batch starts when the last one has
 ended. With vLLM (soundwave/vllm.py) this thread encodes and compresses the audio of a batch and sends each
