@@ -132,10 +132,10 @@ def name_of(folder: Path) -> str:
 def bound_socket(host: str, port: int) -> socket.socket:
     """Errors: ValueError."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        sock = socket.socket(found[0], socket.SOCK_STREAM)
+        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        sock = socket.socket(address[0], socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(found[4])
+        sock.bind(address[4])
     except (OSError, UnicodeError) as error:
         raise ValueError(
             f"cannot listen on {host}:{port} ({getattr(error, 'strerror', None) or error}): choose another "

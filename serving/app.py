@@ -194,8 +194,8 @@ class Server:
         return await asyncio.get_running_loop().run_in_executor(self.threads, function, *arguments)
 
     def _warnings(self, clips: list[inputs.Clip]) -> list[str]:
-        found = [text for clip in clips for text in clip.warnings]
-        return found + [
+        warnings = [text for clip in clips for text in clip.warnings]
+        return warnings + [
             f"the audio {text}" for clip in clips if (text := self.model.length_warning(clip.seconds))
         ]
 
@@ -292,12 +292,12 @@ class Transcript:
                 if not self.pending:
                     break
                 window, job, inbox = self.pending[0]
-                said = ""
+                streamed = ""
                 async for kind, value in self.server.events(self.request, job, inbox):
                     if kind == "text":
-                        joined = join_words([whole.text, value]) if whole.text and not said else value
-                        yield "text", joined.removeprefix(whole.text) if not said else value
-                        said += value
+                        joined = join_words([whole.text, value]) if whole.text and not streamed else value
+                        yield "text", joined.removeprefix(whole.text) if not streamed else value
+                        streamed += value
                         continue
                     shift = window.frames_origin / SAMPLE_RATE
                     whole.words += [

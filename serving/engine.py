@@ -263,7 +263,7 @@ class Engine:
         for job in batch:
             if job.finished:
                 continue
-            if job.said and job.sampling.temperature:
+            if job.streamed and job.sampling.temperature:
                 job.fail(Problem(500, "the answer was interrupted", code="internal_error"))
                 continue
             self._answer([job])
@@ -414,8 +414,8 @@ class Engine:
         """audio: the job's own."""
         text = job.shown(str(self.model.tokenizer.decode(tokens, skip_special_tokens=True)))
         answer = Answer(text, tokens, reason, positions)
-        if job.streams and text.startswith(job.said):
-            job.say(text[len(job.said) :])
+        if job.streams and text.startswith(job.streamed):
+            job.stream(text[len(job.streamed) :])
         if job.word_times:
             spelling = spell(self.model.tokenizer, text, self.model.ctc_text, job.language)
             seconds = job.longest_seconds if job.window is None else job.window.frames_seconds

@@ -53,8 +53,8 @@ class Completion:
         return with_warnings(self.chunk({}, answer.finish) | self.included(answer), answer.warnings)
 
     def included(self, answer: Answer) -> dict:
-        found = {"frames": answer.frames, "words": word_rows(answer.words)}
-        return {name: value for name, value in found.items() if name in self.include}
+        values = {"frames": answer.frames, "words": word_rows(answer.words)}
+        return {name: value for name, value in values.items() if name in self.include}
 
     def usage_chunk(self, answer: Answer) -> dict:
         return {"object": "chat.completion.chunk", **self.common, "choices": [], "usage": usage(answer)}

@@ -224,8 +224,8 @@ def chat_request(body: bytes) -> ChatRequest:
     try:
         return ChatRequest.model_validate_json(body)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_input=False)
-        first = max(found, key=lambda one: len(one["loc"]))  # of a union, the branch that was meant
+        problems = error.errors(include_url=False, include_input=False)
+        first = max(problems, key=lambda one: len(one["loc"]))  # of a union, the branch that was meant
         where = _path(first["loc"])
         if first["type"] == "extra_forbidden":
             raise invalid(f"{where} is not supported", where, "unsupported_parameter") from None

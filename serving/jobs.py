@@ -59,7 +59,7 @@ class Job:
     is_static: bool = False  # whether the LLM answers it in a batch of its own
     cancelled: bool = False
     finished: bool = False
-    said: str = ""  # text that the listener has received
+    streamed: str = ""  # text that the listener has received
 
     @property
     def longest_seconds(self) -> float:
@@ -68,9 +68,9 @@ class Job:
     def shown(self, text: str) -> str:
         return " ".join(text.split()) if self.is_transcript else text
 
-    def say(self, piece: str) -> None:
+    def stream(self, piece: str) -> None:
         if piece and not self.finished:
-            self.said += piece
+            self.streamed += piece
             self.listener.text(piece)
 
     def finish(self, answer: Answer) -> None:

@@ -71,7 +71,7 @@ class RowStreamer(BaseStreamer):
                 if len(self.tokens[row]) >= job.max_new_tokens:
                     self._end(row, "length")
                 elif job.streams:
-                    self._say(row)
+                    self._stream(row)
         self._check()
 
     def end(self, reason: str = "length") -> None:
@@ -95,11 +95,11 @@ class RowStreamer(BaseStreamer):
         self.open.discard(row)
         self.finish(row, self.tokens[row], reason)
 
-    def _say(self, row: int) -> None:
+    def _stream(self, row: int) -> None:
         job = self.jobs[row]
         text = settled(job.shown(str(self.tokenizer.decode(self.tokens[row], skip_special_tokens=True))))
-        if text.startswith(job.said):
-            job.say(text[len(job.said) :])
+        if text.startswith(job.streamed):
+            job.stream(text[len(job.streamed) :])
 
 
 def _of_row(text: str) -> str:

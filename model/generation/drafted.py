@@ -115,8 +115,8 @@ class Spelling:
         name = str(self.tokenizer.convert_ids_to_tokens(token))
         mark = name[:1] if self.begins_word(token) else ""
         word = name[len(mark) :]
-        found = token_id(self.tokenizer, mark + word[:1].upper() + word[1:])
-        return token if found is None else found
+        capital = token_id(self.tokenizer, mark + word[:1].upper() + word[1:])
+        return token if capital is None else capital
 
     def spell(self, text: str) -> list[int]:
         """The tokens of a word's rest, or of a mark, without a space in front."""
@@ -226,10 +226,10 @@ class Draft:
             if spelling.ends_sentence(own) and self.place < len(tokens):
                 self.tokens[self.place] = spelling.capital(tokens[self.place])
             return
-        found = self._find(letters, own)
-        self.hits = 0 if found is None else self.hits + 1
-        if found is not None:
-            self.place = found
+        place = self._find(letters, own)
+        self.hits = 0 if place is None else self.hits + 1
+        if place is not None:
+            self.place = place
             if self.hits >= 2:  # the answer is in the draft, again or at last
                 self.length = max(2, self.length)
             return

@@ -300,12 +300,12 @@ class Generation(nn.Module):
 
     def _ctc_tokens(self, audio: Audio) -> list[list[int]]:
         """The CTC head's greedy transcript of each audio: argmax tokens, runs collapsed, blanks dropped."""
-        found = []
+        transcripts = []
         for argmax, length in zip(audio.argmax.cpu(), audio.lengths.tolist(), strict=False):
             tokens = torch.unique_consecutive(argmax[:length])
             kept = tokens[(tokens != self.ctc_head.blank) & (tokens < len(self.tokenizer))]
-            found.append(kept.tolist())
-        return found
+            transcripts.append(kept.tolist())
+        return transcripts
 
     def draft_refusal(self, positions: int) -> str | None:
         """Return why conversations of `positions` positions, answer included, cannot be drafted or `join` a
@@ -356,7 +356,7 @@ class Generation(nn.Module):
         beyond the LLM's context are named in `unanswered`."""
         embeddings, mask, _ = self.embeddings(batch, audio, left_padded=True)
         self._fit(mask)
-        return [row[there.bool()] for row, there in zip(embeddings, mask, strict=True)]
+        return [row[counts.bool()] for row, counts in zip(embeddings, mask, strict=True)]
 
     def _context(self) -> int | None:
         """Return the positions that the LLM takes; None where that is not known."""

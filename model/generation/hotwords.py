@@ -198,8 +198,8 @@ def spotting_scores(log_probs: np.ndarray, targets: Sequence[Sequence[int]], bla
     for frame in behind:
         entering = np.zeros(ids.shape)
         entering[:, 1:] = np.maximum(silent[:, :-1], np.where(differs[:, 1:], spoken[:, :-1], -np.inf))
-        said = np.maximum(spoken, entering) + frame[ids]
+        extended = np.maximum(spoken, entering) + frame[ids]
         silent = np.maximum(silent, spoken) + frame[blank]
-        spoken = said
+        spoken = extended
         best = np.maximum(best, spoken[last])
     return best / sizes

@@ -181,8 +181,8 @@ class JointScores(LogitsProcessor):
                     }
                 )
                 values = scores[row, tokens].tolist()
-                found = self.judge(conversation, ctc, answers[row], tokens, values)
-                judged[row, tokens] = torch.tensor(found).to(scores)
+                scores_of_tokens = self.judge(conversation, ctc, answers[row], tokens, values)
+                judged[row, tokens] = torch.tensor(scores_of_tokens).to(scores)
         return judged
 
     def within_reach(self, conversation: int, ctc: CTCPrefixScores, answer: Tokens) -> float:

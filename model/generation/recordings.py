@@ -67,14 +67,14 @@ def align_recording(
         open_end = not last or len(rest) + sum(a == b for a, b in zip(rest, rest[1:], strict=False)) > len(
             part
         )
-        found, scores = _path(model, part, rest[:limit], open_end)
-        if not found:
+        path, scores = _path(model, part, rest[:limit], open_end)
+        if not path:
             break
         if last:
-            cut, kept = len(part), len(found)
+            cut, kept = len(part), len(path)
         else:
-            cut, kept = _pause(found, len(runs), begins, len(part))
-        runs += [Run(run.first + frame, run.last + frame, run.logprob) for run in found[:kept]]
+            cut, kept = _pause(path, len(runs), begins, len(part))
+        runs += [Run(run.first + frame, run.last + frame, run.logprob) for run in path[:kept]]
         total += float(scores[:cut].sum())
         frame += cut
     words = timed(spelling, runs, step, seconds)

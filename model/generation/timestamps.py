@@ -67,13 +67,13 @@ def word_times(
     targets than frames), its words are spread evenly over the clip with confidence 0, and a SoundWarning
     names the clip and the reason. Errors: ValueError.
     """
-    found = align(model, waveforms, texts, langs)
-    for number, aligned in enumerate(found):
+    alignments = align(model, waveforms, texts, langs)
+    for number, aligned in enumerate(alignments):
         if aligned.problem and aligned.words:
             warnings.warn(
                 f"waveform {number} has no word times: {aligned.problem}", SoundWarning, stacklevel=2
             )
-    return [aligned.words for aligned in found]
+    return [aligned.words for aligned in alignments]
 
 
 def align(
@@ -100,11 +100,11 @@ def align(
                 f"waveform {number} lasts {len(waveform) / SAMPLE_RATE:.1f} s, this model takes "
                 f"{longest:g} s at most (model.encoder.max_seconds): cut it"
             )
-    found: list[Aligned | None] = [None] * len(texts)
+    alignments: list[Aligned | None] = [None] * len(texts)
     for number, waveform in enumerate(waveforms):
         if not len(waveform):
             words = spell(model.tokenizer, texts[number], model.ctc_text, langs[number]).words
-            found[number] = Aligned(spread(words, 0.0), -math.inf, NO_AUDIO)
+            alignments[number] = Aligned(spread(words, 0.0), -math.inf, NO_AUDIO)
     for numbers in batches([len(waveform) for waveform in waveforms]):
         hidden, lengths = frames(model, [waveforms[number] for number in numbers])
         spellings = [
@@ -114,8 +114,8 @@ def align(
         for number, aligned in zip(
             numbers, align_frames(model, hidden, lengths, spellings, seconds), strict=False
         ):
-            found[number] = aligned
-    return [aligned for aligned in found if aligned is not None]  # each clip is in one of the batches
+            alignments[number] = aligned
+    return [aligned for aligned in alignments if aligned is not None]  # each clip is in one of the batches
 
 
 def batches(samples: list[int]) -> list[list[int]]:
@@ -164,21 +164,21 @@ def align_frames(
     counts = torch.tensor([len(spelling.ids) for spelling in spellings], device=hidden.device)
     labels, blank = model.ctc_head.label_scores(hidden, lengths, targets)
     place, score = ops.ctc_align(labels, blank, targets, lengths, counts)
-    found = []
+    alignments = []
     labels, place = labels.cpu(), place.cpu()
     for row, spelling in enumerate(spellings):
         length = int(lengths[row])
         if not spelling.words:
-            found.append(Aligned([], 0.0, "it has no words"))
+            alignments.append(Aligned([], 0.0, "it has no words"))
             continue
         problem = unalignable(spelling.ids, length)
         if problem:
-            found.append(Aligned(spread(spelling.words, seconds[row]), -math.inf, problem))
+            alignments.append(Aligned(spread(spelling.words, seconds[row]), -math.inf, problem))
             continue
         runs = emissions(place[row, :length], labels[row, :length], len(spelling.ids))
         words = timed(spelling, runs, frame_seconds(model), seconds[row])
-        found.append(Aligned(words, float(score[row]) / max(length, 1)))
-    return found
+        alignments.append(Aligned(words, float(score[row]) / max(length, 1)))
+    return alignments
 
 
 def unalignable(ids: list[int], length: int) -> str | None:
