@@ -231,9 +231,8 @@ def _encode(model: Any, clips: int, seconds: float, dtype: torch.dtype) -> torch
     frames = math.ceil(seconds * encoder.frame_rate)
     with torch.set_grad_enabled(encoder.learns):
         if not isinstance(encoder, WhisperEncoder):
-            wave = torch.empty(clips, int(seconds * 16000), device="meta", dtype=dtype)
-            features = encoder.layers(wave).last_hidden_state
-            return features
+            sizes = encoder.input_sizes(int(seconds * 16000))
+            return encoder.layers(torch.empty(clips, *sizes, device="meta", dtype=dtype)).last_hidden_state
         net = encoder.layers
         mel = torch.empty(clips, net.config.num_mel_bins, 2 * frames, device="meta")
         hidden = F.gelu(net.conv1(mel.to(dtype)))
