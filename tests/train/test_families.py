@@ -179,14 +179,24 @@ def place(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results():
-    """Rows of the table; written to the file that FAMILIES_OUT names."""
-    rows: list[dict] = []
-    yield rows
-    if os.environ.get("FAMILIES_OUT"):
-        packages = ("transformers", "torch", "deepspeed", "peft", "tokenizers")
-        content = {**machine(), "versions": {name: version(name) for name in packages}, "rows": rows}
-        Path(os.environ["FAMILIES_OUT"]).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+def keep():
+    """Put a row of the table into the file that FAMILIES_OUT names, in the place of the family's last one."""
+    out = os.environ.get("FAMILIES_OUT")
+    packages = ("transformers", "torch", "deepspeed", "peft", "tokenizers")
+    made = machine()
+    now = {"commit": made["commit"], "versions": {name: version(name) for name in packages}}
+
+    def add(row: dict) -> None:
+        if out:
+            path = Path(out)
+            rows = json.loads(path.read_text())["rows"] if path.exists() else []
+            rows = [old for old in rows if old["family"] != row["family"]] + [{**row, **now}]
+            order = [*LLMS, *ENCODERS, *REFUSED]
+            rows = sorted((r for r in rows if r["family"] in order), key=lambda r: order.index(r["family"]))
+            content = {"machine": made, "rows": rows}
+            path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+    return add
 
 
 def choice(place: Path, name: str) -> list[str]:
@@ -258,10 +268,10 @@ def test_short_way(place, server, name):
     whole_way(place, server, name, 1)
 
 
-@pytest.mark.long  # three starts of two ranks for each family
+@pytest.mark.long  # three starts of two ranks for each family; FAMILIES_RANKS=1: two starts of one
 @pytest.mark.parametrize("name", [*LLMS, *ENCODERS])
-def test_whole_way(place, server, results, name):
-    results.append(whole_way(place, server, name, 2))
+def test_whole_way(place, server, keep, name):
+    keep(whole_way(place, server, name, int(os.environ.get("FAMILIES_RANKS", "2"))))
 
 
 def plain(config: PretrainedConfig, **more) -> Callable[[Path], object]:
@@ -313,7 +323,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", list(REFUSED))
-def test_a_family_that_cannot_be_used_is_refused_in_one_line(name, tmp_path, results):
+def test_a_family_that_cannot_be_used_is_refused_in_one_line(name, tmp_path, keep):
     part, write, words = REFUSED[name]
     write(tmp_path / "refused")
     with pytest.raises(SourceError, match=words) as caught:
@@ -324,4 +334,4 @@ def test_a_family_that_cannot_be_used_is_refused_in_one_line(name, tmp_path, res
             probe(build_llm(LLMConfig(name=source.name, lora_r=2), source, torch.float32, None), 5)
     message = str(caught.value)
     assert "\n" not in message
-    results.append({"kind": part, "family": name, "refused": message.replace(f"{tmp_path}/refused", "...")})
+    keep({"kind": part, "family": name, "refused": message.replace(f"{tmp_path}/refused", "...")})
