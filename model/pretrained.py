@@ -190,7 +190,7 @@ def locate(name: str, *, sizes_only: bool = False, fetch: bool = True) -> Source
         return Source(name, AutoConfig.for_model(**preset["config"]), None)
     if name.startswith((".", "/", "~")):
         raise SourceError(f"model folder {name} does not exist")
-    repository = preset["names"][0] if preset else name
+    repository = preset["names"][0] if preset and "/" not in name else name
     try:
         folder = hub_folder(repository, ["config.json"] if sizes_only else _FILES, fetch=fetch)
     except NotOnHub as error:

@@ -332,6 +332,10 @@ def activation_bytes(
     return live.peak
 
 
+def offloads_weights(config: dict) -> bool:
+    return (config["zero_optimization"].get("offload_param") or {}).get("device", "none") != "none"
+
+
 def rank_memory(
     model: Soundwave,
     recipe: Recipe,
@@ -361,4 +365,6 @@ def rank_memory(
     if deepspeed_config.offloads_optimizer(config):
         states -= 12 * trained / ranks
         update = 0.0
+    if offloads_weights(config):
+        states -= weight_bytes * (trained + frozen) / ranks
     return RankMemory(states, gathered, buckets, activations, update)
