@@ -22,6 +22,11 @@ INSTRUCTIONS = {
     "emotion": "What is the emotion of the speaker?",
     "gender": "What is the gender of the speaker?",
     "sound": "What is the sound?",
+    "instrument": "Which instrument is playing?",
+    "genre": "What is the genre of this music?",
+    "mood": "What is the mood of this music?",
+    "tempo": "What is the tempo of this music in beats per minute?",
+    "caption": "Describe this audio.",
     "chain": "Please transcribe the following audio and then answer based on the audio's transcription.",
 }
 ANSWERED_BY_TEXT = ("asr", "sound")  # tasks to which a transcript is an answer

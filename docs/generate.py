@@ -3,6 +3,7 @@
     recipe.md          every key of a recipe: dataclasses, docs/recipe_keys.yaml
     cli.md             every command: argparse
     modules.md         every module: first paragraph of its docstring
+    families.md        families of models that were tested: benchmarks/results/families.json
     messages-AREA.md   messages and what to do: docs/messages.yaml
 
 README.md and docs/results.md get their tables and figures from benchmarks/results/ (docs/results_page.py).
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
 from pathlib import Path
 from unittest import mock
@@ -175,9 +177,38 @@ def linked(text: str) -> str:
 # ------------------------------------------------------------------------------------------------------------
 
 
+def families_page() -> str:
+    content = json.loads((ROOT / "benchmarks" / "results" / "families.json").read_text())
+    tested, refused = [], []
+    for row in content["rows"]:
+        if "refused" in row:
+            refused.append([row["kind"], cell(row["family"]), cell(row["refused"])])
+        else:
+            how = f"ZeRO-{row['zero']}, {row['ranks']} rank{'' if row['ranks'] == 1 else 's'}"
+            versions = row["versions"]
+            named = f"{versions['transformers']}, {versions['deepspeed']}, {versions['peft']}"
+            passed = ", ".join(row["passed"])
+            tested.append([row["kind"], cell(row["family"]), passed, how, row["rows"] or "", named])
+    return (
+        f"# Model families\n\n{HEAD}Random models with two layers, the whole way: train two steps, stop, "
+        "resume, generate, export (`tests/train/test_families.py`). Other models: [Models](../models.md).\n\n"
+        + table(
+            ["part", "family", "passed", "on", "rows of the LLM", "transformers, deepspeed, peft"], tested
+        )
+        + "\n## Refused, with one line\n\n"
+        + table(["part", "family", "message"], refused)
+    )
+
+
 def pages() -> dict[Path, str]:
     """Return path -> content of every generated page."""
-    made = {"recipe.md": recipe_page(), "cli.md": cli_page(), "modules.md": modules_page(), **message_pages()}
+    made = {
+        "recipe.md": recipe_page(),
+        "families.md": families_page(),
+        "cli.md": cli_page(),
+        "modules.md": modules_page(),
+        **message_pages(),
+    }
     filled = {path: results_page.filled(path) for path in results_page.PARTS}
     return {**{REFERENCE / name: text for name, text in made.items()}, **filled}
 

@@ -13,12 +13,28 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import HubertModel, Wav2Vec2Model, WavLMModel
+from transformers import (
+    HubertModel,
+    ParakeetEncoder,
+    PretrainedConfig,
+    Wav2Vec2BertModel,
+    Wav2Vec2Model,
+    WavLMModel,
+)
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as TransformersWhisperEncoder
 
 from model.config import EncoderConfig, OptionError
 from model.features import HOP, SAMPLE_RATE, log_mel, mel_frames
+from model.filter_banks import (
+    FFT,
+    WINDOW,
+    kaldi_banks,
+    kaldi_frames,
+    nemo_frames,
+    nemo_log_mel,
+    padded,
+)
 from model.pretrained import Source, SourceError, preprocessor_settings, reading, tensor_files
 
 
@@ -42,6 +58,10 @@ class Encoder(nn.Module, ABC):
     @abstractmethod
     def frames(self, samples: torch.Tensor) -> torch.Tensor:
         """Frames of clips of that many samples, as integers."""
+
+    @abstractmethod
+    def input_sizes(self, samples: int) -> tuple[int, ...]:
+        """Sizes of one clip of that many samples as the network takes it."""
 
     @abstractmethod
     def encode(
@@ -147,6 +167,9 @@ class WhisperEncoder(Encoder):
     def frames(self, samples: torch.Tensor) -> torch.Tensor:
         return (mel_frames(samples) + 1) // 2
 
+    def input_sizes(self, samples: int) -> tuple[int, ...]:
+        return self.layers.config.num_mel_bins, int(mel_frames(torch.tensor(samples)))
+
     def encode(
         self, waveforms: torch.Tensor, lengths: torch.Tensor, mel_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -224,6 +247,9 @@ class WaveformEncoder(Encoder):
             frames = (frames - kernel) // stride + 1
         return frames
 
+    def input_sizes(self, samples: int) -> tuple[int, ...]:
+        return (max(samples, self.shortest),)
+
     def encode(
         self, waveforms: torch.Tensor, lengths: torch.Tensor, mel_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -249,6 +275,110 @@ class WaveformEncoder(Encoder):
         return self.layers(waveforms.to(dtype), attention_mask=mask).last_hidden_state
 
 
+class FilterBankEncoder(Encoder):
+    """Encoders of filter banks of any length. Subclasses set `shortest` and implement `banks` and
+    `bank_frames`."""
+
+    window_seconds = None
+    shortest: int  # samples of the shortest clip; shorter ones are padded with silence
+    #: Values of preprocessor_config.json by which the filter banks are computed.
+    computed: dict[str, float]
+
+    def __init__(self, config: EncoderConfig, layers: nn.Module, source: Source):
+        super().__init__(config)
+        self.layers = layers
+        self.width = self.layers.config.hidden_size
+        given = preprocessor_settings(source.folder)
+        for key, value in self.computed.items():
+            if given.get(key, value) != value:
+                raise SourceError(
+                    f"{source.folder}: the feature extractor's {key} is {given[key]}, and this encoder's "
+                    f"features are computed with {value:g}: use a checkpoint with that value"
+                )
+
+    @abstractmethod
+    def banks(self, waveforms: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """waveforms [A, S], lengths [A] -> what the network takes, [A, F, C]."""
+
+    @abstractmethod
+    def bank_frames(self, samples: torch.Tensor) -> torch.Tensor:
+        """Frames F of clips of that many samples."""
+
+    def encode(
+        self, waveforms: torch.Tensor, lengths: torch.Tensor, mel_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        longest = max(self.shortest, self.pad_to_samples or waveforms.shape[1])
+        waveforms = padded(waveforms, lengths, longest)
+        lengths = lengths.clamp(min=longest if self.pad_to_samples else self.shortest)
+        banks = self.masked(self.banks(waveforms, lengths), mel_mask)
+        valid = torch.arange(banks.shape[1], device=banks.device) < self.bank_frames(lengths)[:, None]
+        dtype = next(self.layers.parameters()).dtype
+        return self.layers(banks.to(dtype), attention_mask=valid.long()).last_hidden_state
+
+    def masked(self, banks: torch.Tensor, mel_mask: torch.Tensor | None) -> torch.Tensor:
+        if mel_mask is not None:
+            raise ValueError("data.spec_augment masks a mel, which this encoder does not see: switch it off")
+        return banks
+
+
+class W2VBertEncoder(FilterBankEncoder):
+    """w2v-BERT 2.0: pairs of Kaldi filter banks (50 a second), then Conformer layers."""
+
+    frame_rate = 50.0
+    shortest = WINDOW + HOP  # two frames, which are one pair
+    computed = {"num_mel_bins": 80, "stride": 2}
+
+    def frames(self, samples: torch.Tensor) -> torch.Tensor:
+        return kaldi_frames(samples.clamp(min=self.shortest)) // 2
+
+    bank_frames = frames
+
+    def input_sizes(self, samples: int) -> tuple[int, ...]:
+        return int(self.frames(torch.tensor(samples))), self.layers.config.feature_projection_input_dim
+
+    def banks(self, waveforms: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        banks = kaldi_banks(waveforms, lengths, self.layers.config.feature_projection_input_dim // 2)
+        return banks[:, : banks.shape[1] // 2 * 2].reshape(len(banks), banks.shape[1] // 2, -1)
+
+
+class ParakeetLayers(ParakeetEncoder):
+    """The encoder out of a whole Parakeet: the tensors of its decoder are skipped without a warning."""
+
+    _keys_to_ignore_on_load_unexpected = [r"ctc_head\.", r"decoder\.", r"joint\.", r"encoder_projector\."]
+
+
+class ParakeetFastConformer(FilterBankEncoder):
+    """Parakeet's FastConformer: log-mel, convolutions that keep every eighth frame (12.5 a second), then
+    Conformer layers."""
+
+    shortest = 2 * HOP
+    computed = {"hop_length": HOP, "n_fft": FFT, "win_length": WINDOW, "preemphasis": 0.97}
+
+    def __init__(self, config: EncoderConfig, layers: ParakeetEncoder, source: Source):
+        super().__init__(config, layers, source)
+        self.frame_rate = SAMPLE_RATE / HOP / layers.config.subsampling_factor
+
+    def bank_frames(self, samples: torch.Tensor) -> torch.Tensor:
+        return nemo_frames(samples)
+
+    def frames(self, samples: torch.Tensor) -> torch.Tensor:
+        banks = nemo_frames(samples.clamp(min=self.shortest))
+        return self.layers._get_subsampling_output_length(banks).long()
+
+    def input_sizes(self, samples: int) -> tuple[int, ...]:
+        return max(samples, self.shortest) // HOP, self.layers.config.num_mel_bins
+
+    def banks(self, waveforms: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return nemo_log_mel(waveforms, lengths, self.layers.config.num_mel_bins)
+
+    def masked(self, banks: torch.Tensor, mel_mask: torch.Tensor | None) -> torch.Tensor:
+        if mel_mask is None:
+            return banks
+        mel_mask = mel_mask[..., : banks.shape[1]].transpose(1, 2)
+        mel_mask = F.pad(mel_mask, (0, 0, 0, banks.shape[1] - mel_mask.shape[1]))
+        return banks.masked_fill(mel_mask, 0.0)
+
+
 def build_encoder(
     config: EncoderConfig, source: Source, dtype: torch.dtype, attention: str | None, *, weights: bool = True
 ) -> Encoder:
@@ -256,11 +386,19 @@ def build_encoder(
     family."""
     family = source.config.model_type
     wrapper, layers, renamed, _ = _family(source)
+    sizes = encoder_sizes(source.config)
+    if getattr(sizes, "add_adapter", False):
+        raise SourceError(
+            f"{source.name} has an adapter that drops frames (add_adapter): save the model again without it"
+        )
+    if attention == "flash_attention_2" and not layers._supports_flash_attn:
+        attention = None  # a setting for the LLM, too
     if weights:
         tensor_files(source.files)  # a file that is missing or cut is named
         with reading(source.files, "weights for its config.json"):
             network, report = layers.from_pretrained(
                 source.files,
+                config=sizes,
                 dtype=dtype,
                 attn_implementation=attention,
                 key_mapping=renamed,
@@ -274,8 +412,13 @@ def build_encoder(
             )
     else:
         with torch.device("meta"):
-            network = layers(source.config).to(dtype)
+            network = layers(sizes).to(dtype)
     return wrapper(config, network, source).requires_grad_(False).eval()
+
+
+def encoder_sizes(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the part of a model's configuration that sizes its encoder."""
+    return getattr(config, "encoder_config", config)
 
 
 def _family(source: Source) -> tuple:
@@ -284,6 +427,11 @@ def _family(source: Source) -> tuple:
             f"{source.name} is a '{source.config.model_type}' model; encoders known: {', '.join(_FAMILIES)}"
         )
     return _FAMILIES[source.config.model_type]
+
+
+def encoder_classes(model_type: str) -> tuple[type[Encoder], Any]:
+    """Return this module's class and transformers' network of a known family."""
+    return _FAMILIES[model_type][:2]
 
 
 def tensor_prefix(source: Source) -> str:
@@ -299,4 +447,9 @@ _FAMILIES = {
     "wav2vec2": (WaveformEncoder, Wav2Vec2Model, None, "wav2vec2."),
     "hubert": (WaveformEncoder, HubertModel, None, "hubert."),
     "wavlm": (WaveformEncoder, WavLMModel, None, "wavlm."),
+    "wav2vec2-bert": (W2VBertEncoder, Wav2Vec2BertModel, None, "wav2vec2_bert."),
+    **dict.fromkeys(
+        ("parakeet_encoder", "parakeet_ctc", "parakeet_rnnt", "parakeet_tdt"),
+        (ParakeetFastConformer, ParakeetLayers, {r"^encoder\.": ""}, "encoder."),
+    ),
 }

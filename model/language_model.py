@@ -84,6 +84,7 @@ def build_llm(config: LLMConfig, source: Source, dtype: torch.dtype, attention: 
     """The frozen LLM with fresh LoRA (which starts as the identity); on the meta device where the source has
     no weights."""
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    causal_lm_class(source.config)  # what is no LLM is refused in one line
     quiet = without_noise(source.config)
     loading: dict[str, Any] = {**options, "config": quiet, "output_loading_info": True}
     if source.folder is None:

@@ -190,7 +190,7 @@ def locate(name: str, *, sizes_only: bool = False, fetch: bool = True) -> Source
         return Source(name, AutoConfig.for_model(**preset["config"]), None)
     if name.startswith((".", "/", "~")):
         raise SourceError(f"model folder {name} does not exist")
-    repository = preset["names"][0] if preset else name
+    repository = preset["names"][0] if preset and "/" not in name else name
     try:
         folder = hub_folder(repository, ["config.json"] if sizes_only else _FILES, fetch=fetch)
     except NotOnHub as error:
@@ -293,7 +293,12 @@ def _umask() -> int:
 
 def causal_lm_class(config: PretrainedConfig) -> Callable[[PretrainedConfig], PreTrainedModel]:
     """Return the class of an LLM itself: from_config would shard and initialise a model without weights while
-    ZeRO-3 is being set up."""
+    ZeRO-3 is being set up. Errors: SourceError for a model that is no causal LLM."""
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise SourceError(
+            f"a '{config.model_type}' model is no LLM that transformers' AutoModelForCausalLM loads: choose "
+            "a text LLM, or save this model's text part with save_pretrained"
+        )
     return cast(Any, AutoModelForCausalLM._model_mapping[type(config)])
 
 

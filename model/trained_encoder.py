@@ -22,8 +22,9 @@ from model.config import EncoderConfig, OptionError
 from model.encoder import Encoder, build_encoder
 from model.pretrained import DTYPES, Source
 
-#: Linear layers of the attention, as transformers names them in all families.
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+#: Linear layers of the attention, as transformers names them: most families, Parakeet, w2v-BERT 2.0.
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "o_proj"]
+LORA_TARGETS += ["linear_q", "linear_k", "linear_v", "linear_out"]
 #: Weights that are constants (Whisper's sinusoids), or not used (the embedding of masked frames).
 _FIXED = ("embed_positions.", "masked_spec_embed")
 _LORA = ".lora_"

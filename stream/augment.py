@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from model.config import SoundwaveConfig
+from model.encoder import encoder_sizes
 from model.pretrained import locate
 from recipe.config import DataConfig, RecipeError
 from stream.plan import key64
@@ -31,7 +32,8 @@ def mel_channels(data: DataConfig, config: SoundwaveConfig) -> int | None:
     has none."""
     if not data.spec_augment:
         return None
-    channels = getattr(locate(config.encoder.name, sizes_only=True).config, "num_mel_bins", None)
+    sizes = encoder_sizes(locate(config.encoder.name, sizes_only=True).config)
+    channels = getattr(sizes, "num_mel_bins", None)
     if channels is None:
         raise RecipeError(
             f"data.spec_augment masks mel spectrograms, and {config.encoder.name} uses none: turn it off"

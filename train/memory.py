@@ -231,9 +231,8 @@ def _encode(model: Any, clips: int, seconds: float, dtype: torch.dtype) -> torch
     frames = math.ceil(seconds * encoder.frame_rate)
     with torch.set_grad_enabled(encoder.learns):
         if not isinstance(encoder, WhisperEncoder):
-            wave = torch.empty(clips, int(seconds * 16000), device="meta", dtype=dtype)
-            features = encoder.layers(wave).last_hidden_state
-            return features
+            sizes = encoder.input_sizes(int(seconds * 16000))
+            return encoder.layers(torch.empty(clips, *sizes, device="meta", dtype=dtype)).last_hidden_state
         net = encoder.layers
         mel = torch.empty(clips, net.config.num_mel_bins, 2 * frames, device="meta")
         hidden = F.gelu(net.conv1(mel.to(dtype)))
@@ -335,6 +334,10 @@ def activation_bytes(
     return live.peak
 
 
+def offloads_weights(config: dict) -> bool:
+    return (config["zero_optimization"].get("offload_param") or {}).get("device", "none") != "none"
+
+
 def rank_memory(
     model: Soundwave,
     recipe: Recipe,
@@ -364,4 +367,6 @@ def rank_memory(
     if deepspeed_config.offloads_optimizer(config):
         states -= 12 * trained / ranks
         update = 0.0
+    if offloads_weights(config):
+        states -= weight_bytes * (trained + frozen) / ranks
     return RankMemory(states, gathered, buckets, activations, update)

@@ -20,7 +20,7 @@ from recipe.stages import stage_of
 from train import deepspeed_config
 from train.flops import Flops, numel
 from train.gpus import GIB, GPUS, gpu_named
-from train.memory import RankMemory, activation_bytes, rank_memory
+from train.memory import RankMemory, activation_bytes, offloads_weights, rank_memory
 
 UTILISATION = 0.4  # of the GPU's peak, assumed
 RESERVE = 0.9  # of the GPU's memory is used at most: CUDA's context, NCCL and fragmentation take the rest
@@ -37,6 +37,11 @@ class Choice:
     zero_stage: int
     micro_batch_seconds: float  # 0: not even one clip fits
     memory: RankMemory  # at that micro-batch
+    offload: bool = False  # weights and optimizer states in host memory
+
+    @property
+    def config(self) -> str:
+        return f"ds_configs/zero{self.zero_stage}{'_offload' if self.offload else ''}.json"
 
     @property
     def fits(self) -> bool:
@@ -83,20 +88,21 @@ class Planner:
         """A larger micro-batch than a GPU's part of the global batch has no effect."""
         return max(self.recipe.data.batch_seconds / self.count, self.recipe.data.max_seconds)
 
-    def memory(self, zero_stage: int, activations: float) -> RankMemory:
+    def memory(self, zero_stage: int, activations: float, offload: bool = False) -> RankMemory:
         recipe = copy.copy(self.recipe)
-        if zero_stage != deepspeed_config.stage_number(deepspeed_config.resolve(recipe, self.width)):
-            recipe.deepspeed = f"ds_configs/zero{zero_stage}.json"
+        given = deepspeed_config.resolve(recipe, self.width)
+        if (zero_stage, offload) != (deepspeed_config.stage_number(given), offloads_weights(given)):
+            recipe.deepspeed = f"ds_configs/zero{zero_stage}{'_offload' if offload else ''}.json"
         config = deepspeed_config.resolve(recipe, self.width)
         return rank_memory(self.model, recipe, self.count, zero_stage, config, activations)
 
-    def choice(self, zero_stage: int) -> Choice:
+    def choice(self, zero_stage: int, offload: bool = False) -> Choice:
         """The largest micro-batch, in whole clips of data.max_seconds, that fits."""
-        limit, rest = RESERVE * self.gpu.memory * GIB, self.memory(zero_stage, 0)
+        limit, rest = RESERVE * self.gpu.memory * GIB, self.memory(zero_stage, 0, offload)
         budget = limit - rest.states - rest.gathered - rest.buckets
         seconds = self._largest(budget, zero_stage) if rest.total <= limit else 0.0
         activations = self.activations(seconds, zero_stage) if seconds else 0
-        return Choice(zero_stage, seconds, self.memory(zero_stage, activations))
+        return Choice(zero_stage, seconds, self.memory(zero_stage, activations, offload), offload)
 
     def _largest(self, budget: float, zero_stage: int) -> float:
         """Seconds of the largest micro-batch whose activations need at most `budget` bytes; 0: none.
@@ -120,17 +126,24 @@ class Planner:
         return fits * clip
 
     def choices(self) -> list[Choice]:
-        return [self.choice(zero_stage) for zero_stage in (1, 2, 3)]
+        return [*(self.choice(zero_stage) for zero_stage in (1, 2, 3)), self.choice(3, offload=True)]
+
+    def host_bytes(self) -> float:
+        """Bytes of host memory for each GPU under offload: all weights in parts, fp32 masters, two moments,
+        gradients."""
+        return (self.weight_bytes * (self.trained + self.frozen) + 16 * self.trained) / self.count
 
     def proposal(self, choices: list[Choice]) -> Choice | None:
         """Of the ZeRO stages that take the recipe's micro-batch the one that sends the fewest bytes, or else
-        the one that takes most. None where nothing fits."""
+        the one that takes most; offload, which is slower, where no other fits. None where nothing fits."""
+        offloaded = [choice for choice in choices if choice.offload]
+        choices = [choice for choice in choices if not choice.offload]
         seconds = min(self.recipe.data.micro_batch_seconds, self.useful_seconds())
         enough = [choice for choice in choices if choice.micro_batch_seconds >= seconds]
         if enough:
             return min(enough, key=self.bytes_sent)
         best = max(choices, key=lambda choice: choice.micro_batch_seconds)
-        return best if best.fits else None
+        return next((choice for choice in [best, *offloaded] if choice.fits), None)
 
     def bytes_sent(self, choice: Choice) -> float:
         return self.network_bytes(choice.zero_stage, self.micro_batches(choice.micro_batch_seconds))
@@ -205,7 +218,7 @@ class Planner:
         hours = self.hours()
         rows = [
             (
-                f"ZeRO-{c.zero_stage}",
+                f"ZeRO-{c.zero_stage}{', offload' if c.offload else ''}",
                 c.memory.states / GIB,
                 (c.memory.gathered + c.memory.buckets) / GIB,
                 c.memory.activations / GIB if c.fits else None,
@@ -232,6 +245,7 @@ class Planner:
             tabulate(rows, headers=headers, floatfmt=".2f"),
             f"time: {hours:,.1f} h wall-clock, {hours * self.count:,.0f} GPU hours, if {UTILISATION:.0%} of "
             "the peak is reached (an assumption, not a measurement)",
+            f"offload: {self.host_bytes() / GIB:.1f} GiB of host memory for each GPU",
             f"checkpoint: {self.checkpoint_bytes() / 1e9:.1f} GB, written in {self.write_seconds():.0f} s if "
             f"each node writes {WRITE_SPEED / 1e9:g} GB/s (an assumption)",
         ]
@@ -244,10 +258,10 @@ class Planner:
             )
             return (
                 f"proposal: nothing fits into {self.gpu.memory:g} GiB: take more or larger GPUs, lower "
-                f"data.max_seconds{more}, or try deepspeed=ds_configs/zero3_offload.json"
+                f"data.max_seconds{more}"
             )
         seconds = chosen.micro_batch_seconds
-        keys = [f"deepspeed=ds_configs/zero{chosen.zero_stage}.json", f"data.micro_batch_seconds={seconds:g}"]
+        keys = [f"deepspeed={chosen.config}", f"data.micro_batch_seconds={seconds:g}"]
         if self.stage.needs_llm:
             keys.append(f"data.micro_batch_tokens={self.tokens(seconds)}")
         count = self.micro_batches(seconds)

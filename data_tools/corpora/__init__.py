@@ -272,6 +272,10 @@ READERS = {
     "audioset": "sounds:AudioSet",
     "vggsound": "sounds:VGGSound",
     "esc50": "sounds:ESC50",
+    "nsynth": "music:NSynth",
+    "gtzan": "music:GTZAN",
+    "musiccaps": "music:MusicCaps",
+    "jamendo": "music:Jamendo",
 }
 # Options of every reader: values for entries without.
 _DEFAULTS = ("task", "lang", "target_lang", "prompt", "label", "speaker", "origin")

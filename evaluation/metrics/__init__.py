@@ -3,6 +3,7 @@
     wer        error_rates.py   transcripts
     bleu       translation.py   translations
     accuracy   accuracy.py      closed questions
+    tempo      tempo.py         beats per minute
     answer     answers.py       free answers
     chain      answers.py       "Transcription: ... Answer: ..."
 
@@ -13,6 +14,7 @@ from evaluation.metrics.accuracy import Accuracy
 from evaluation.metrics.answers import Answers, Chain
 from evaluation.metrics.base import METRICS, Metric, metric_of, register_metric
 from evaluation.metrics.error_rates import ErrorRates
+from evaluation.metrics.tempo import Tempo
 from evaluation.metrics.translation import Translation
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "Chain",
     "ErrorRates",
     "Metric",
+    "Tempo",
     "Translation",
     "metric_of",
     "register_metric",

@@ -78,7 +78,7 @@ class Accuracy(Metric):
     columns = ("accuracy", "unparsed")
     rates = ("accuracy",)
     lower_is_better = ("unparsed",)
-    tasks = ("emotion", "gender", "sound")
+    tasks = ("emotion", "gender", "sound", "instrument", "genre", "mood")
 
     def score(self, rows: list[dict], marks: Marks) -> dict:
         return score_accuracy(rows, marks)

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from model.artifact import ADAPTERS, TUNED, FolderError
 from model.config import SoundwaveConfig
+from model.encoder import encoder_sizes
 from model.hub.bundle import Place, bundle
 from model.hub.configuration import SoundwaveHubConfig
 from model.hub.modeling import SoundwaveForConditionalGeneration
@@ -60,9 +61,9 @@ def source_files() -> dict[str, str]:
     }
 
 
-def _sizes(source: Source) -> dict:
+def _sizes(config: PretrainedConfig) -> dict:
     """A network's configuration without its folder's name."""
-    return {key: value for key, value in source.config.to_dict().items() if key != "_name_or_path"}
+    return {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
 
 
 def write_layout(
@@ -84,8 +85,8 @@ def write_layout(
             switches[part]["name"] = Path(switches[part]["name"]).name
     hub = SoundwaveHubConfig(
         soundwave=switches,
-        encoder_config=_sizes(encoder),
-        llm_config=_sizes(llm),
+        encoder_config=_sizes(encoder_sizes(encoder.config)),
+        llm_config=_sizes(llm.config),
         ctc_rows=rows,
         audio_token_id=audio_token_id(tokenizer, config.audio_token),
         normalise_waveforms=bool(preprocessor_settings(encoder.folder).get("do_normalize", True)),

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from model.alignment import AlignmentAdapter, CTCHead
 from model.compressors import CIF, AllFrames, CTCPeaks, Stacked
-from model.encoder import WaveformEncoder, WhisperEncoder, WhisperLayers
+from model.encoder import Encoder, WaveformEncoder, encoder_classes
 from model.hub.configuration import SoundwaveHubConfig
 from model.soundwave import Soundwave
 
@@ -25,17 +25,15 @@ from model.soundwave import Soundwave
 COMPRESSORS = {"ctc_peaks": CTCPeaks, "all_frames": AllFrames, "stacked": Stacked, "cif": CIF}
 
 
-def encoder_of(config: SoundwaveHubConfig) -> WhisperEncoder | WaveformEncoder:
+def encoder_of(config: SoundwaveHubConfig) -> Encoder:
     """The encoder, with fresh weights."""
     settings: Any = SimpleNamespace(**config.soundwave["encoder"])  # in place of EncoderConfig
     sizes: Any = config.encoder_config
     source: Any = SimpleNamespace(folder=None)  # in place of Source
-    if sizes.model_type == "whisper":
-        return WhisperEncoder(settings, WhisperLayers(sizes), source)
-    from transformers import AutoModel
-
-    encoder = WaveformEncoder(settings, AutoModel.from_config(sizes), source)
-    encoder.normalise = config.normalise_waveforms
+    wrapper, layers = encoder_classes(sizes.model_type)
+    encoder = wrapper(settings, layers(sizes), source)
+    if isinstance(encoder, WaveformEncoder):
+        encoder.normalise = config.normalise_waveforms
     return encoder
 
 
@@ -51,6 +49,8 @@ class SoundwaveForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _no_split_modules = [
         "WhisperEncoder",
         "WaveformEncoder",
+        "W2VBertEncoder",
+        "ParakeetFastConformer",
         "AlignmentAdapter",
         "CTCHead",
         "CTCPeaks",

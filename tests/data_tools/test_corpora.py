@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from data_tools import pack, sources
 from data_tools.audio import make_clip
-from data_tools.corpora import ENTRY_FIELDS, READERS, Corpus, CorpusError, Entry, Rejection
+from data_tools.corpora import ENTRY_FIELDS, READERS, Corpus, CorpusError, Entry, Ignored, Rejection
 from data_tools.filters import Filters, SampleFilter
 from data_tools.packing import Packing
 from data_tools.plan import Layout, make_plan, shard_entries
@@ -402,6 +402,67 @@ def esc50(root):
     return f"esc50:{root},folds=1+2", 1, 0, {"label": "sea_waves", "task": "sound", "recording": "100"}
 
 
+def nsynth(root):
+    notes = {
+        "bass_synthetic_033-022-050": {
+            "note_str": "bass_synthetic_033-022-050",
+            "instrument_str": "bass_synthetic_033",
+            "instrument_family": 0,
+            "instrument_family_str": "bass",
+            "qualities_str": ["dark"],
+            "pitch": 22,
+            "sample_rate": 16000,
+        },
+        "organ_electronic_1-60-25": {
+            "instrument_family_str": "organ",
+            "instrument_str": "organ_electronic_1",
+        },
+        "flute_9": {"pitch": 3},
+    }
+    sound(root / "nsynth-valid" / "audio" / "bass_synthetic_033-022-050.wav", 0.5)
+    text(root / "nsynth-valid" / "examples.json", json.dumps(notes, indent=2))
+    told = {"task": "instrument", "label": "bass", "speaker": "bass_synthetic_033"}
+    return f"nsynth:{root / 'nsynth-valid'}", 1, 2, told
+
+
+def gtzan(root):
+    for name in ("blues/blues.00000.wav", "blues/blues.00001.wav", "disco/disco.00000.wav"):
+        sound(root / "genres_original" / name, 1.0)
+    return f"gtzan:{root}", 3, 0, {"task": "genre", "label": "blues", "id": "blues.00000"}
+
+
+def musiccaps(root):
+    header = "ytid,start_s,end_s,audioset_positive_labels,aspect_list,caption,author_id,is_balanced_subset,is_audioset_eval\n"
+    rows = [
+        '-0Gj8-vB1q4,30,40,"/m/0140xf,/m/02cjck","[\'ballad\', \'piano\']","A low voice, with ""piano"".",4,False,True\n',
+        "gone,10,20,/m/04rlf,['rock'],Loud guitars.,4,False,True\n",
+        "-0SdAVK79lg,30,40,/m/04rlf,['rock'],Drums.,0,False,False\n",
+    ]
+    sound(root / "clips" / "[-0Gj8-vB1q4]-[30-40].wav", 1.0)
+    path = text(root / "musiccaps-public.csv", header + "".join(rows))
+    told = {"task": "caption", "response": 'A low voice, with "piano".', "recording": "-0Gj8-vB1q4"}
+    return f"musiccaps:{path},clips={root / 'clips'},split=eval", 1, 1, told
+
+
+def jamendo(root):
+    lines = [
+        "TRACK_ID\tARTIST_ID\tALBUM_ID\tPATH\tDURATION\tTAGS\n",
+        "track_0000214\tartist_000014\talbum_000031\t14/214.mp3\t2.0\tgenre---punkrock\tinstrument---drums\tinstrument---bass\n",
+        "track_0000216\tartist_000014\talbum_000031\t16/216.mp3\t2.0\tinstrument---bass\n",
+        "track_0000217\tartist_000014\n",
+    ]
+    sound(root / "audio" / "14" / "214.low.mp3", 2.0)
+    path = text(root / "autotagging.tsv", "".join(lines))
+    told = {
+        "task": "instrument",
+        "label": "drums, bass",
+        "speaker": "artist_000014",
+        "offset": 0.5,
+        "duration": 1.0,
+    }
+    return f"jamendo:{path},clips={root / 'audio'},tags=instrument,seconds=1", 1, 2, told
+
+
 def manifest(root):
     sound(root / "a.wav")
     rows = [{"audio": "a.wav", "text": "hi", "lang": "en"}, {"audio": 3}]
@@ -410,6 +471,82 @@ def manifest(root):
 
 
 MAKERS = {name: globals()[name] for name in READERS}
+
+
+def test_gtzan_takes_the_clips_of_a_list(tmp_path):
+    gtzan(tmp_path)
+    listed = text(
+        tmp_path / "train_filtered.txt", "blues/blues.00000.wav\n\ndisco/disco.00000.wav\npop/pop.42.wav\n"
+    )
+    items = list(Corpus(f"gtzan:{tmp_path},list={listed}"))
+    assert [item.id for item in items if isinstance(item, Entry)] == ["blues.00000", "disco.00000"]
+    assert [(item.id, item.reason) for item in items if isinstance(item, Rejection)] == [
+        ("pop/pop.42", "missing_file")
+    ]
+    assert [item.count for item in items if isinstance(item, Ignored)] == [1]
+
+
+def test_nsynth_names_letters_of_another_encoding(tmp_path):
+    specification = nsynth(tmp_path)[0]
+    path = tmp_path / "nsynth-valid" / "examples.json"
+    path.write_bytes(path.read_bytes().replace(b'"bass"', b'"bass\xe9"'))
+    assert [item.reason for item in Corpus(specification) if isinstance(item, Rejection)][0] == "encoding"
+    [entry] = [item for item in Corpus(specification + ",encoding=latin-1") if isinstance(item, Entry)]
+    assert entry.label == "bassé"
+
+
+def test_gtzan_gives_the_tempo_of_its_annotations(tmp_path):
+    gtzan(tmp_path)
+    for name, tempo in (("blues_00000", "129.5\n"), ("disco_00000", "fast")):
+        text(tmp_path / "tempo" / f"gtzan_{name}.bpm", tempo)
+    items = list(Corpus(f"gtzan:{tmp_path},tempo={tmp_path / 'tempo'}"))
+    [entry] = [item for item in items if isinstance(item, Entry)]
+    assert (entry.id, entry.task, entry.label) == ("blues.00000", "tempo", "130")
+    assert [item.reason for item in items if isinstance(item, Rejection)] == ["missing_file", "bad_row"]
+
+
+def test_jamendo_counts_tracks_that_are_left_out(tmp_path):
+    specification = jamendo(tmp_path)[0] + ",one=yes"
+    items = list(Corpus(specification))
+    assert not [item for item in items if isinstance(item, Entry)]
+    [ignored] = [item for item in items if isinstance(item, Ignored)]
+    assert (ignored.what, ignored.count) == ("tracks with other than one tag of instrument", 1)
+
+
+@pytest.mark.parametrize(
+    ("maker", "options", "words"),
+    [
+        (jamendo, ",tags=era", "tags=era: genre, instrument, mood"),
+        (jamendo, ",one=maybe", "one=maybe: yes or no"),
+        (jamendo, ",seconds=-3", "seconds=-3: a number above 0"),
+        (musiccaps, ",split=test", "split=test: train or eval"),
+        (gtzan, ",tempo=/nowhere", "/nowhere does not exist"),
+    ],
+)
+def test_options_of_music_readers_are_checked(maker, options, words, tmp_path):
+    specification = maker(tmp_path)[0]
+    name = options.split("=")[0]
+    kept = ",".join(part for part in specification.split(",") if not part.startswith(name[1:] + "="))
+    with pytest.raises(CorpusError, match=words):
+        list(Corpus(kept + options))
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "words"),
+    [
+        ("nsynth", "examples.json", "[1]", "holds a list, not an object of notes"),
+        ("nsynth", "examples.json", "{", "is not valid JSON"),
+        ("jamendo", "autotagging.tsv", "TRACK_ID\tTAGS\n", "the first line is not TRACK_ID ARTIST_ID"),
+        ("jamendo", "autotagging.tsv", "", "is empty"),
+        ("musiccaps", "musiccaps-public.csv", "ytid,caption\na,b\n", "start_s"),
+        ("gtzan", "blues.txt", "", "has no audio"),
+    ],
+)
+def test_files_that_are_of_another_corpus_are_refused(name, file, content, words, tmp_path):
+    path = text(tmp_path / file, content)
+    more = f",clips={tmp_path}" if name in ("jamendo", "musiccaps") else ""
+    with pytest.raises(CorpusError, match=words):
+        list(Corpus(f"{name}:{tmp_path if name == 'gtzan' else path}{more}"))
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -455,7 +592,7 @@ SPELLINGS = {
     "utf-16": lambda data: data.decode().encode("utf-16"),
     "no last line end": bytes.rstrip,
 }
-WITH_METADATA = [name for name in READERS if name not in ("shards", "huggingface")]
+WITH_METADATA = [name for name in READERS if name not in ("shards", "huggingface", "gtzan")]
 
 
 @pytest.mark.parametrize("name", WITH_METADATA)
@@ -477,10 +614,15 @@ def test_metadata_is_the_same_in_every_spelling(name, tmp_path):
             path.unlink()
 
 
-@pytest.mark.parametrize("name", WITH_METADATA)
+@pytest.mark.parametrize("name", [name for name in WITH_METADATA if name != "nsynth"])
 def test_letters_of_another_encoding_are_named_unless_it_is_given(name, tmp_path):
     specification, _, _, told = MAKERS[name](tmp_path)
-    word = next(word for word in re.findall("[A-Za-z]{2,}", told.get("text") or told.get("label") or "YES"))
+    word = next(
+        word
+        for word in re.findall(
+            "[A-Za-z]{2,}", told.get("text") or told.get("label") or told.get("response") or "YES"
+        )
+    )
     for path, data in metadata_of(tmp_path).items():
         data = data.replace(word.encode(), word.encode() + b"\xe9")
         path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)

@@ -11,6 +11,12 @@ from transformers import (
     HubertConfig,
     HubertForCTC,
     HubertModel,
+    ParakeetEncoder,
+    ParakeetFeatureExtractor,
+    ParakeetForCTC,
+    SeamlessM4TFeatureExtractor,
+    Wav2Vec2BertForCTC,
+    Wav2Vec2BertModel,
     Wav2Vec2Config,
     Wav2Vec2ForCTC,
     Wav2Vec2Model,
@@ -21,12 +27,14 @@ from transformers import (
     WhisperModel,
 )
 
-from model import artifact
+from model import artifact, trained_encoder
 from model.config import EncoderConfig
 from model.encoder import build_encoder
 from model.features import log_mel
 from model.pretrained import SourceError, locate
 from model.soundwave import Soundwave
+from recipe.config import DataConfig
+from stream.augment import mel_channels
 from tests.model import tiny
 
 
@@ -255,3 +263,100 @@ def test_another_encoder_changes_nothing_elsewhere(waveform_encoder, folders, tm
         model.eval()(batch, losses=("ce",)).ce_sum, again(batch, losses=("ce",)).ce_sum
     )
     assert Soundwave.build(config, meta=True).encoder.width == 16
+
+
+CONFORMERS = {
+    "w2v-BERT 2.0": (
+        dict(position_embeddings_type="relative_key", left_max_position_embeddings=6),
+        Wav2Vec2BertForCTC,
+        Wav2Vec2BertModel,
+        SeamlessM4TFeatureExtractor,
+        50.0,
+    ),
+    "w2v-BERT rotary": (
+        dict(position_embeddings_type="rotary"),
+        Wav2Vec2BertForCTC,
+        Wav2Vec2BertModel,
+        SeamlessM4TFeatureExtractor,
+        50.0,
+    ),
+    "Parakeet": (dict(num_mel_bins=16), ParakeetForCTC, None, ParakeetFeatureExtractor, 12.5),
+    "Parakeet encoder": (dict(num_mel_bins=24), ParakeetEncoder, None, ParakeetFeatureExtractor, 12.5),
+}
+
+
+@pytest.fixture(params=list(CONFORMERS))
+def conformer(request, tmp_path):
+    """(our encoder, transformers' encoder, its feature extractor, frames a second), from a whole model's
+    folder."""
+    options, whole, plain, extractor, rate = CONFORMERS[request.param]
+    model = tiny.conformer(tmp_path, whole, **options).eval()
+    theirs = plain.from_pretrained(tmp_path).eval() if plain else getattr(model, "encoder", model)
+    given = {"feature_size": options["num_mel_bins"]} if plain is None else {}
+    ours = build_encoder(EncoderConfig(name=str(tmp_path)), locate(str(tmp_path)), torch.float32, None)
+    return ours, theirs, extractor(**given), rate
+
+
+@torch.no_grad()
+def test_conformers_equal_transformers_clip_by_clip(conformer):
+    """The extractor's features of a clip alone, and the network without a batch; 0.13 s and less are padded
+    to the shortest clip."""
+    ours, theirs, extractor, rate = conformer
+    assert (ours.width, ours.frame_rate, ours.window_seconds) == (16, rate, None)
+    lengths = torch.tensor([9000, 4321, 900, 7])
+    waves = torch.full((4, 9100), 5.0)
+    for row, length in enumerate(lengths.tolist()):
+        waves[row, :length] = 0.1 * torch.randn(length)
+    features, frames = ours(waves, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        clip = F.pad(waves[row, :length], (0, max(0, ours.shortest - length)))
+        inputs = extractor(clip.numpy(), sampling_rate=16000, return_tensors="pt")
+        valid = int(inputs["attention_mask"].sum())
+        expected = theirs(inputs["input_features"][:, :valid].float()).last_hidden_state[0]
+        assert int(frames[row]) == len(expected) == int(ours.frames(torch.tensor(length)))
+        # A constant silent channel is divided by almost nothing: rounding counts there.
+        torch.testing.assert_close(features[row, : len(expected)], expected, rtol=0, atol=2e-3)
+        assert (features[row, len(expected) :] == 0).all()
+        alone, _ = ours(waves[row : row + 1, :length], lengths[row : row + 1])
+        torch.testing.assert_close(features[row, : len(expected)], alone[0], rtol=0, atol=3e-5)
+
+
+def test_conformers_give_gradients_to_lora_and_to_layers(conformer):
+    ours = conformer[0]
+    layers = trained_encoder.transformer_layers(ours)
+    assert len(layers) == 2
+    family = ours.layers.config.model_type
+    trained_encoder.add_lora(ours, EncoderConfig(name="x", lora_r=2), family)
+    lora = trained_encoder.lora_parameters(ours)
+    assert len(lora) == 2 * 2 * 4  # two layers, four linear layers each
+    for parameter in lora:
+        parameter.requires_grad_(True)
+    ours.learns = True
+    ours(0.1 * torch.randn(1, 5000), torch.tensor([5000]))[0].square().sum().backward()
+    assert sum(p.grad is not None for p in lora) == len(lora)
+
+
+def test_spec_augment_masks_parakeets_mel(tmp_path):
+    tiny.conformer(tmp_path, ParakeetForCTC, num_mel_bins=16)
+    config = EncoderConfig(name=str(tmp_path))
+    encoder = build_encoder(config, locate(str(tmp_path)), torch.float32, None)
+    everything = torch.ones(1, 16, 50, dtype=torch.bool)
+    one, two = (0.1 * torch.randn(1, 8000) for _ in range(2))
+    masked = [encoder(wave, torch.tensor([8000]), mel_mask=everything)[0] for wave in (one, two)]
+    assert torch.equal(*masked)
+    assert not torch.allclose(masked[0], encoder(one, torch.tensor([8000]))[0])
+    data = DataConfig(spec_augment=True)
+    assert mel_channels(data, tiny.config(str(tmp_path), "x")) == 16
+
+
+def test_encoders_whose_frames_would_be_counted_wrongly_are_refused(tmp_path):
+    tiny.conformer(tmp_path / "adapter", Wav2Vec2BertModel, add_adapter=True, output_hidden_size=16)
+    tiny.conformer(tmp_path / "other", ParakeetForCTC)
+    ParakeetFeatureExtractor(n_fft=400).save_pretrained(tmp_path / "other")
+    for name, words in (
+        ("adapter", r"has an adapter that drops frames \(add_adapter\)"),
+        ("other", r"n_fft is 400, and this encoder's features are computed with 512"),
+    ):
+        config = EncoderConfig(name=str(tmp_path / name))
+        with pytest.raises(SourceError, match=words):
+            build_encoder(config, locate(config.name), torch.float32, None)

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from model import artifact
 from model.artifact import FolderError
 from model.config import EncoderConfig, LLMConfig, SoundwaveConfig
 from model.inheritance import differing_options
 from model.language_model import base_of
-from model.pretrained import SourceError, fingerprint, presets
+from model.pretrained import NotOnHub, SourceError, fingerprint, locate, presets
 from model.soundwave import Soundwave
 from tests.model import tiny
 from tests.model.conftest import build
@@ -374,7 +374,9 @@ def test_sizes_of_the_published_system_without_weights():
     assert {p.device.type for p in model.parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize("name", [n for n in presets() if not n.startswith("whisper")])
+@pytest.mark.parametrize(
+    "name", [n for n, preset in presets().items() if preset["config"]["model_type"] != "whisper"]
+)
 def test_every_preset_builds(name):
     encoder = "openai/whisper-tiny"
     model = Soundwave.build(
@@ -383,6 +385,45 @@ def test_every_preset_builds(name):
         parts=("encoder", "adapters"),
     )
     assert model.ctc_head.weight.shape == (model.ctc_head.blank, model.alignment.norm.weight.shape[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("qwen3-32b", 32_762_123_264),
+        ("qwen2.5-32b", 32_763_876_352),
+        ("llama-3.3-70b", 70_553_706_496),
+        ("qwen2.5-72b", 72_706_203_648),
+        ("whisper-large-v2", 1_543_304_960),
+        ("whisper-large-v3-turbo", 808_878_080),
+        ("distil-large-v3", 756_405_760),
+        ("distil-small.en", 166e6),
+        ("distil-medium.en", 394e6),
+    ],
+)
+def test_presets_have_the_published_number_of_parameters(name, parameters):
+    """Exact where the publisher's checkpoint says it, else as rounded in its model card."""
+    source = locate(name, sizes_only=True)
+    kind = AutoModel if source.config.model_type == "whisper" else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = kind.from_config(source.config)
+    counted = sum(p.numel() for p in model.parameters())
+    assert counted == pytest.approx(parameters, rel=5e-3 if source.config.model_type == "whisper" else 0)
+
+
+def test_a_hub_name_of_a_preset_is_fetched_itself(monkeypatch):
+    """Not the first name of its preset, which has other weights."""
+    asked = []
+
+    def fetch(repository, *_, **__):
+        asked.append(repository)
+        raise NotOnHub("offline")
+
+    monkeypatch.setattr("model.pretrained.hub_folder", fetch)
+    for name in ("meta-llama/Llama-3.1-8B", "llama-3.1-8b"):
+        with pytest.raises(SourceError):
+            locate(name)
+    assert asked == ["meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct"]
 
 
 def test_unknown_model_names_the_known_sizes():

@@ -10,7 +10,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
+    ParakeetCTCConfig,
+    ParakeetEncoder,
+    ParakeetEncoderConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    Wav2Vec2BertConfig,
     WhisperConfig,
     WhisperModel,
 )
@@ -89,6 +94,31 @@ def whisper(
         parameter.data.normal_(0, 0.15)
     model.save_pretrained(folder)
     return str(folder)
+
+
+def conformer(folder: Path, whole: type[PreTrainedModel], **options) -> PreTrainedModel:
+    """A random w2v-BERT 2.0 or Parakeet of transformers' class `whole`, saved with its head."""
+    small = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    if whole.__name__.startswith("Wav2Vec2Bert"):
+        config = Wav2Vec2BertConfig(
+            **small, conv_depthwise_kernel_size=5, vocab_size=9, apply_spec_augment=False, **options
+        )
+    else:
+        inner = ParakeetEncoderConfig(
+            **small, **{"subsampling_conv_channels": 8, "conv_kernel_size": 5, "num_mel_bins": 16, **options}
+        )
+        config = ParakeetCTCConfig(encoder_config=inner, vocab_size=9, pad_token_id=8)
+        config = inner if whole is ParakeetEncoder else config
+    model = whole(config)
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(float("norm" in name and "weight" in name), 0.2)
+    for name, statistic in model.named_buffers():  # of batch norm, which must not be its start values
+        if name.endswith("running_mean"):
+            statistic.normal_(0, 0.2)
+        elif name.endswith("running_var"):
+            statistic.uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
+    return model
 
 
 FAMILIES = {

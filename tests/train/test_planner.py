@@ -167,6 +167,26 @@ def test_a_model_that_fits_on_no_gpu_alone_gets_zero3():
     assert not choices[0].fits
 
 
+def test_offload_is_proposed_where_nothing_else_fits():
+    """Llama-3.3-70B in bf16 is 141 GB: on two GPUs of 80 GiB a half does not fit beside the buffers."""
+    recipe = load_recipe(
+        "train/recipes/stage2.yaml",
+        ["model.encoder.name=whisper-tiny", "model.llm.name=llama-3.3-70b", "data.batch_seconds=240"],
+    )
+    model = meta_model(recipe)
+    for count, config in ((2, "ds_configs/zero3_offload.json"), (8, "ds_configs/zero3.json")):
+        plan = Planner(recipe, model, count, "a100-80")
+        plan.activations = lambda seconds, zero_stage: 4 * GIB * seconds / 30
+        choices = plan.choices()
+        assert plan.proposal(choices).config == config
+        total = plan.trained + plan.frozen
+        # ZeRO-3 without offload: weights, gradients and optimizer states in parts; with it only gradients.
+        assert choices[2].memory.states == pytest.approx((2 * total + 16 * plan.trained) / count)
+        assert choices[3].memory.states == pytest.approx(4 * plan.trained / count)
+        assert plan.host_bytes() == pytest.approx((2 * total + 16 * plan.trained) / count)
+    assert f"deepspeed={config}" in plan._proposal_line(choices[2])
+
+
 @pytest.mark.parametrize(
     ("epochs", "warning"), [(0.5, "below 1"), (1.0, None), (20.0, None), (20.1, "above 20")]
 )
