@@ -35,6 +35,7 @@ import soundwave
 from benchmarks.machine import keep, machine, settings
 from core.audio import decode
 from core.command_line import CommandParser, accept_old_name
+from core.decode_names import decode_name
 from core.text import count_errors
 from soundwave.decoding import DECODES
 from soundwave.recogniser import GATE
@@ -103,7 +104,12 @@ def main() -> None:
     accept_old_name(parser, "--test", "--manifest")
     parser.add_argument("--minutes", type=float, default=30.0, help="of the joined recording")
     parser.add_argument(
-        "--decode", nargs="+", choices=DECODES, default=["greedy", "drafted"], help="of both sides"
+        "--decode",
+        nargs="+",
+        choices=DECODES,
+        type=decode_name,
+        default=["greedy", "drafted"],
+        help="of both sides",
     )
     parser.add_argument("--batch-seconds", type=float, default=120.0)
     parser.add_argument("--memory-minutes", type=float, nargs="*", default=[10.0, 60.0])

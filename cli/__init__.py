@@ -9,6 +9,7 @@ imported before that, so `soundwave --help` is quick.
 
 from __future__ import annotations
 
+import importlib.util
 import runpy
 import sys
 from typing import NamedTuple
@@ -86,6 +87,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: soundwave has no command '{name}': {hint}", file=sys.stderr)
         return 2
     set_command(f"soundwave {name}")
+    package = COMMANDS[name].module.split(".")[0]
+    if importlib.util.find_spec(package) is None:
+        print(
+            f"error: package {package} of this repository is not installed: run make setup again (the "
+            "environment is older than the code)",
+            file=sys.stderr,
+        )
+        return 2
     sys.argv = [sys.argv[0], *rest]
     runpy.run_module(COMMANDS[name].module, run_name="__main__", alter_sys=True)
     return 0

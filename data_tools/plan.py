@@ -408,10 +408,10 @@ def _split_notes(whole: _Whole, sieve: SampleFilter) -> list[str]:
     for name, share in sieve.splits.items():
         if not whole.of_split[name] and total:
             notes.append(
-                f"0 of {total:,} {kinds} fell into {name} ({share:g} of {sum(sieve.splits.values()):g}): "
-                f"give it a larger share, "
-                "another --seed, or split by another unit (--split-by recording, "
-                "--split-by id)"
+                f"none of the {total:,} {kinds} is in split {name}, whose share is "
+                f"{share / sum(sieve.splits.values()):.3g} ({share / sum(sieve.splits.values()) * total:.2g} "
+                f"{kinds}): give it a larger share, another --seed, or split by another unit "
+                "(--split-by recording, --split-by id)"
             )
     return notes
 

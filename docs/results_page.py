@@ -153,7 +153,7 @@ def with_interval(row: dict, when: str) -> str:
     return f"{percent(value)} [{percent(low)}, {percent(high)}]"
 
 
-DECODES = {"ctc": "CTC head", "generate": "LLM", "joint": "LLM and CTC head"}
+DECODES = {"ctc": "CTC head", "greedy": "LLM", "joint": "LLM and CTC head"}
 
 
 def quickstart_table() -> str:

@@ -20,11 +20,13 @@ from transformers.utils.logging import disable_progress_bar
 import soundwave
 from core.command_line import CommandParser
 from core.console import print_error, print_text
+from core.decode_names import decode_name
 from core.samples import INSTRUCTIONS, PromptError
-from evaluation.run import DECODE_HELP, DECODES, InputError
+from evaluation.run import DECODE_HELP, InputError
 from model.artifact import FolderError, describe
 from model.pretrained import SourceError
 from model.stages import STAGES
+from soundwave.decoding import DECODES
 from soundwave.results import Answer, Transcription
 
 
@@ -42,6 +44,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--decode",
         choices=DECODES,
+        type=decode_name,
         help=DECODE_HELP,
     )
     parser.add_argument("--max-new-tokens", type=int, default=200)
@@ -79,7 +82,6 @@ def main(arguments: list[str] | None = None) -> int:
         token = model.network.config.audio_token
         if token in (options.prompt or ""):
             raise InputError(f"--prompt holds {token}: leave it out, the sound stands before the prompt")
-        decode = "greedy" if options.decode == "generate" else options.decode
         for file in options.files:
             try:
                 answer: Answer | Transcription
@@ -88,10 +90,12 @@ def main(arguments: list[str] | None = None) -> int:
                         file,
                         options.prompt,
                         max_new_tokens=options.max_new_tokens,
-                        decode="drafted" if decode == "drafted" else "greedy",
+                        decode="drafted" if options.decode == "drafted" else "greedy",
                     )
                 else:
-                    answer = model.transcribe_clip(file, decode=decode, max_new_tokens=options.max_new_tokens)
+                    answer = model.transcribe_clip(
+                        file, decode=options.decode, max_new_tokens=options.max_new_tokens
+                    )
             except PromptError:
                 raise
             except ValueError as error:  # of this file's audio; AudioError among them

@@ -73,6 +73,7 @@ def compare(first: Path, second: Path) -> dict:
         "notes": notes,
         "tasks": {
             task: {
+                "metric": metric_of([tables[0][key] for key in keys]),
                 "utterances": len(keys),
                 "metrics": paired(*([part[key] for key in keys] for part in tables)),
             }
@@ -100,16 +101,26 @@ def main(arguments: list[str] | None = None) -> int:
     lines = []
     for task, part in result["tasks"].items():
         for name, values in part["metrics"].items():
-            bounds = values.get("difference_ci95")
+            percent = name in METRICS[part["metric"]].rates
+            scale, digits, unit = (100, 1, ", %") if percent else (1, 3, "")
+            first, second, difference, *bounds = (
+                scale * value
+                for value in (
+                    values["first"],
+                    values["second"],
+                    values["difference"],
+                    *values.get("difference_ci95", ()),
+                )
+            )
             lines.append(
                 [
                     task,
-                    name,
+                    f"{name}{unit}",
                     part["utterances"],
-                    f"{values['first']:.4f}",
-                    f"{values['second']:.4f}",
-                    f"{values['difference']:+.4f}",
-                    f"[{bounds[0]:+.4f}, {bounds[1]:+.4f}]" if bounds else "",
+                    f"{first:.{digits}f}",
+                    f"{second:.{digits}f}",
+                    f"{difference:+.{digits}f}",
+                    "[{}]".format(", ".join(f"{bound:+.{digits}f}" for bound in bounds)) if bounds else "",
                     f"{values['p_value']:.4g}",
                 ]
             )

@@ -130,7 +130,9 @@ class Talker:
             *((name, milliseconds(value)) for name, value in spent),
             ("real-time factor", f"{spent[-1][1] / seconds:.2f}"),
         ]
-        return figure(inspection, lambda token: texts.get(token, "?")), timings(lines)
+        return figure(inspection, lambda tokens: "".join(texts.get(token, "?") for token in tokens)), timings(
+            lines
+        )
 
 
 def milliseconds(seconds: float) -> str:

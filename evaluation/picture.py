@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         draw(
             inspection,
             options.out,
-            lambda token: str(model.tokenizer.decode([token])),
+            lambda tokens: str(model.tokenizer.decode(tokens)),
             title=sample.get("text") or sample["id"],
         )
     )

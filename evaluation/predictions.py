@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from core.console import OneLine, shown
+from core.decode_names import decode_name
 
 
 class PredictionError(OneLine, ValueError):
@@ -134,6 +135,8 @@ class PredictionFile:
                 "--out, or --restart to throw it away"
             )
         if before is not None:
+            if "decode" in before:
+                before["decode"] = decode_name(before["decode"])
             now = json.loads(json.dumps(self.settings))
             changed = [
                 key

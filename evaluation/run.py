@@ -32,6 +32,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from core.command_line import CommandParser
 from core.console import OneLine
+from core.decode_names import FORMER_DECODES, decode_name
 from core.distributed import disconnect, from_main, gather, hard_exit
 from core.object_store import folder_name, is_store_url, joined
 from core.plugins import PluginError, add_plugins_option, load_plugins
@@ -49,15 +50,21 @@ from model.soundwave import Soundwave
 from model.stages import ALIGNMENT, STAGES
 from recipe.config import DataConfig, Recipe, RecipeError, load_recipe
 from recipe.stages import initial_folder, stage_of
-from soundwave.decoding import Decode, Decoded, Decoding, begin_batch, decode_batch
+from soundwave.decoding import (
+    DECODES,
+    Decode,
+    Decoded,
+    Decoding,
+    begin_batch,
+    decode_batch,
+)
 from soundwave.vllm import VLLM, BackendError
 from soundwave.vllm import start as start_vllm
 from stream import EvalStream
 
-DECODES = ("ctc", "generate", "joint", "drafted")
 DECODE_HELP = (
-    "default: ctc for stage 1, generate for stages 2 and 3; joint: transcripts by LLM and CTC together; "
-    "drafted: as generate, faster: the LLM checks the CTC head's transcript"
+    "default: ctc for stage 1, greedy for stages 2 and 3; drafted: the answers of greedy, faster: the LLM "
+    "checks the CTC head's transcript; joint: beam search by LLM and CTC head, transcripts only"
 )
 
 
@@ -197,7 +204,7 @@ def predict(
     """Answer every batch of the stream and append it to the file. A batch without samples fills up a shorter
     rank: no answer. With vLLM, batches are encoded while it answers earlier ones. Errors: BackendError."""
     decoding = Decoding(
-        cast(Decode, "greedy" if decode == "generate" else decode),  # a choice of --decode
+        cast(Decode, decode),  # a choice of --decode
         options.max_new_tokens,
         joint_search(options) if decode == "joint" else None,
         options.sample,
@@ -340,20 +347,20 @@ def check_inputs(options: argparse.Namespace) -> list[TestSet]:
 
 
 def load(options: argparse.Namespace, device: torch.device) -> tuple[Soundwave, str]:
-    """The model on its device, and its decode (ctc | generate | joint | drafted)."""
+    """The model on its device, and its decode (ctc | greedy | drafted | joint)."""
     if options.untrained:
         model, stage = begin(load_recipe(options.untrained, options.overrides), options.decode)
     else:
         model = artifact.load(options.model, with_llm=options.decode != "ctc")
         stage = model.stage
     has_llm = STAGES[stage].needs_llm
-    if options.decode in ("generate", "joint", "drafted") and not has_llm:
+    if options.decode not in (None, "ctc") and not has_llm:
         raise InputError(
             f"{options.model or options.untrained} is of stage 1, which has no LLM: use --decode ctc, or the "
             f"folder "
             "of a later stage"
         )
-    return model.to(device).eval(), options.decode or ("generate" if has_llm else "ctc")
+    return model.to(device).eval(), options.decode or ("greedy" if has_llm else "ctc")
 
 
 def output_file(options: argparse.Namespace, test: TestSet) -> Path:
@@ -362,15 +369,15 @@ def output_file(options: argparse.Namespace, test: TestSet) -> Path:
     place = (
         options.out or (options.model or Path("evaluations") / Path(options.untrained).stem) / "evaluation"
     )
-    name = "-".join(
-        [
-            folder_name(test.shards),
-            *(test.tasks or ["all"]),
-            *([options.decode] if options.decode else []),
-            *([options.backend] if options.backend != "torch" else []),
-        ]
-    )
-    return place / f"{name}.jsonl"
+    backend = [] if options.backend == "torch" else [options.backend]
+
+    def file(decode: str | None) -> Path:
+        names = [folder_name(test.shards), *(test.tasks or ["all"]), *([decode] if decode else []), *backend]
+        return place / f"{'-'.join(names)}.jsonl"
+
+    former = [file(old) for old, new in FORMER_DECODES.items() if new == options.decode]
+    begun = [path for path in former if path.with_suffix(".run.json").exists()]
+    return file(options.decode) if file(options.decode).exists() or not begun else begun[0]
 
 
 @dataclass
@@ -475,6 +482,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--decode",
         choices=DECODES,
+        type=decode_name,
         help=DECODE_HELP,
     )
     parser.add_argument(
@@ -558,8 +566,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.backend == "vllm":
         if options.untrained:
             parser.error("--backend vllm needs --model: it merges the folder's LoRA into the LLM")
-        if options.decode not in (None, "generate") or options.sample:
-            parser.error("--backend vllm decodes greedily: --decode generate, without --sample")
+        if options.decode not in (None, "greedy") or options.sample:
+            parser.error("--backend vllm decodes greedily: --decode greedy, without --sample")
     elif options.vllm_python:
         parser.error("--vllm-python needs --backend vllm")
     if options.decode == "joint" and options.sample:

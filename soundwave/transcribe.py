@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from core.audio import AudioError, Recording
 from core.command_line import CommandParser
 from core.console import one_line, print_error, print_text
+from core.decode_names import decode_name
 from core.files import write_atomically
 from data_tools.progress import Progress
 from model.artifact import FolderError
@@ -79,6 +80,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--decode",
         choices=DECODES,
+        type=decode_name,
         help="default: ctc for stage 1, joint with --hotwords, else drafted in fp32 or greedy",
     )
     for name, kind, text in (

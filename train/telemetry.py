@@ -10,7 +10,6 @@ import resource
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
@@ -227,20 +226,17 @@ class Telemetry:
             self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
             self.bar.update()
 
-    def picture(self, step: int, inspection: dict, title: str, name_of: Callable[[int], str]) -> None:
+    def picture(self, step: int, inspection: dict, title: str, name_of: Callable[[list[int]], str]) -> None:
         """What the adapters make of one clip (`Soundwave.inspect`'s result), to pictures/step-N.png and to
         the trackers."""
         if not self.active:
             return
         from model.picture import figure
 
-        title = "".join(c if c.isprintable() else "?" for c in title[:160]).replace("$", r"\$")
         drawn = figure(inspection, name_of, title=title)
         self.pictures.mkdir(exist_ok=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a script that the font lacks is drawn as boxes
-            path = self.pictures / f"step-{step:06d}.png"
-            drawn.savefig(path)
+        path = self.pictures / f"step-{step:06d}.png"
+        drawn.savefig(path)
         self.trackers.picture(step, "valid/clip", path)
 
     def table(self, name: str, step: int, columns: list[str], rows: list[list[str]]) -> None:

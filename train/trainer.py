@@ -357,11 +357,12 @@ class Trainer:
             inspection, reference, hypothesis = clip
             if inspection["mel"][0] is None and self.ranks.is_main:  # cached features
                 inspection["mel"][0] = self._clip_mel
+            reference, hypothesis = (" ".join(text.split()) for text in (reference, hypothesis))
             self.log.picture(
                 step,
                 inspection,
-                f"step {step}: {reference} → {hypothesis}",
-                lambda token: str(self.model.tokenizer.decode([token])),
+                f"step {step}, reference: {reference}\nhypothesis: {hypothesis}",
+                lambda tokens: str(self.model.tokenizer.decode(tokens)),
             )
         self.log.scalars("valid", step, result)
         if samples:

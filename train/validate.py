@@ -275,7 +275,7 @@ def prediction_rows(samples: list[dict], hypotheses: list[str]) -> list[dict]:
     from evaluation.run import prediction_row
 
     return [
-        prediction_row(sample, text, text, "generate")
+        prediction_row(sample, text, text, "greedy")
         for sample, text in zip(samples, hypotheses, strict=False)
     ]
 

@@ -38,7 +38,7 @@ BINS = {
 }  # from how many on
 READ_OUTS = {
     "stage 1, CTC": ("full", "ctc"),
-    "ours, LLM": ("ours", "generate"),
+    "ours, LLM": ("ours", "greedy"),
     "ours, both": ("ours", "joint"),
     "synthetic, stage 1, CTC": ("synthetic", "ctc"),
     "synthetic, both": ("synthetic", "joint"),

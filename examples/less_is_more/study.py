@@ -20,6 +20,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from core.command_line import CommandParser
+from core.decode_names import FORMER_DECODES
 from examples.less_is_more import table
 from examples.quickstart.demo import Plan as QuickStart
 from examples.steps import (
@@ -112,12 +113,13 @@ class Study:
 
     def predictions(self, folder: Path, decode: str, data: str, whole: bool = False) -> Path:
         """Of a stage's folder on one test set, or on the whole of it; their scores lie beside them."""
-        return (
-            folder
-            / "model"
-            / f"evaluation-{decode}{'-whole' if whole else ''}"
-            / f"{data}-asr-{decode}.jsonl"
-        )
+
+        def file(decode: str) -> Path:
+            out = f"evaluation-{decode}{'-whole' if whole else ''}"
+            return folder / "model" / out / f"{data}-asr-{decode}.jsonl"
+
+        former = [file(old) for old, new in FORMER_DECODES.items() if new == decode]
+        return next((path for path in former if path.parent.exists()), file(decode))
 
     def train(self, variant: str, stage: str, seed: int) -> Step:
         overrides = self.overrides(variant, stage, seed)
@@ -328,12 +330,12 @@ class Study:
                     steps.append(self.train(second, "shrinking", seed))
                 if "after" in variant:
                     steps.append(self.train(name, "sft", seed))
-                steps.append(self.score(folder, "generate"))
+                steps.append(self.score(folder, "greedy"))
                 if name in self.plan.joint:
                     steps.append(self.score(folder, "joint"))
                 steps += [
                     self.score(folder, decode, whole=True)
-                    for decode in ("generate", "joint")
+                    for decode in ("greedy", "joint")
                     if name in self.plan.whole[decode]
                 ]
                 steps += self.speed(folder)

@@ -42,7 +42,7 @@ OURS, BASELINE = "ours", "projector"
 STAGES = ("stage_1", "stage_2", "stage_3")
 ERRORS = ("substitutions", "deletions", "insertions")
 # How a variant is decoded: what that adds to its name and title.
-DECODES = {"generate": ("", ""), "joint": (", joint", ": LLM and CTC head together, beam search")}
+DECODES = {"greedy": ("", ""), "joint": (", joint", ": LLM and CTC head together, beam search")}
 
 
 def trained(folder: Path) -> dict:
@@ -127,7 +127,7 @@ class Results:
         """Return one row for each way of decoding a variant."""
         study, variant = self.study, self.study.plan.variants[name]
         folder, first = study.folder(name, seed), study.first(variant.alignment, seed)
-        if not self.files(folder, "generate"):
+        if not self.files(folder, "greedy"):
             return []
         stages = [stage for stage in study.stages(name) if stage != "sft"]  # the same clips
         held = [hours(study.recipe(name, stage, seed)) for stage in stages]
@@ -144,7 +144,7 @@ class Results:
                 continue
             row = {"variant": name + suffix, "title": variant.title + addition, **common}
             row |= self.scores(name, decode, folder, first, seed)
-            if decode == "generate" and (folder / "speed.json").exists():
+            if decode == "greedy" and (folder / "speed.json").exists():
                 speed = json.loads((folder / "speed.json").read_text())
                 row["first_token_ms"] = speed["first_token_ms_median"]
             rows.append(row)
@@ -155,7 +155,7 @@ class Results:
         paths = self.files(folder, decode)
         row: dict = {"scores": {data: wer_of(path) for data, path in paths.items()}}
         # Against ours decoded in the same way; ours together with CTC against ours without it.
-        same = decode if name != OURS else "generate" if decode != "generate" else None
+        same = decode if name != OURS else "greedy" if decode != "greedy" else None
         ours = self.study.folder(OURS, seed)
         for key, others in (
             ("against_ours", same and self.files(ours, same)),

@@ -27,6 +27,7 @@ from tabulate import tabulate
 
 from core.command_line import CommandParser, accept_old_name
 from core.console import printable_line
+from core.decode_names import decode_name
 from core.files import write_atomically
 from evaluation.predictions import read_rows, row_key
 
@@ -41,7 +42,8 @@ SHOWN = {
     "chain": [("wer", "WER of the transcription"), ("exact", "exact answers")],
     "accuracy": [("accuracy", "accuracy")],
 }
-DECODES = {"ctc": "CTC head, greedy", "generate": "LLM, greedy", "joint": "LLM and CTC head, beam search"}
+POINTS = ("BLEU", "chrF")  # measures of 0 to 100; the others are fractions
+DECODES = {"ctc": "CTC head, greedy", "greedy": "LLM, greedy", "joint": "LLM and CTC head, beam search"}
 
 
 def collect(plan: Plan) -> list[dict]:
@@ -127,30 +129,32 @@ def summary(plan: Plan, rows: list[dict], seconds: dict[str, float | None]) -> d
     }
 
 
-def shown(score: dict | None) -> str:
+def shown(score: dict | None, percent: bool) -> str:
+    """Return a score with its interval as the table prints it; percent: it is a fraction."""
     if score is None:
         return ""
-    digits = 1 if score["value"] > 1.5 or (score["ci95"] and score["ci95"][1] > 3) else 3
-    bounds = f" [{score['ci95'][0]:.{digits}f}, {score['ci95'][1]:.{digits}f}]" if score["ci95"] else ""
-    return f"{score['value']:.{digits}f}{bounds}"
+    scale = 100 if percent else 1
+    bounds = " [{:.1f}, {:.1f}]".format(*(scale * bound for bound in score["ci95"])) if score["ci95"] else ""
+    return f"{scale * score['value']:.1f}{bounds}"
 
 
 def table(result: dict) -> str:
+    """Return the scores as text; error rates and accuracies in percent."""
     lines = [
         [
             row["stage"],
             f"{row['data']}, {row['task']}",
-            row["measure"],
-            DECODES[row["decode"]],
-            shown(row.get("before")),
-            shown(row["after"]),
+            row["measure"] if row["measure"] in POINTS else f"{row['measure']}, %",
+            DECODES[decode_name(row["decode"])],
+            shown(row.get("before"), row["measure"] not in POINTS),
+            shown(row["after"], row["measure"] not in POINTS),
             row["after"]["utterances"],
         ]
         for row in result["rows"]
     ]
     return tabulate(
         lines,
-        headers=["", "held-out data", "measure", "read from", "before", "after", "utterances"],
+        headers=["", "held-out data", "measure", "decoded by", "before", "after", "utterances"],
         tablefmt="github",
         disable_numparse=True,
     )

@@ -108,3 +108,10 @@ def test_extras_read_files_of_plain_pins():
 )
 def test_a_running_trainer_is_recognised_by_its_command_line(command, expected):
     assert is_trainer(command.encode().split()) is expected
+
+
+def test_a_command_of_a_package_that_the_environment_lacks_is_one_line(monkeypatch, capsys):
+    """An environment that was made before the package existed."""
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["serve", "model"]) == 2
+    assert capsys.readouterr().err.startswith("error: package serving of this repository is not installed: ")

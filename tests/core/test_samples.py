@@ -70,7 +70,7 @@ def test_training_validation_and_evaluation_have_one_answer_and_one_question(sam
     ids, labels = chat_ids(tokenizer, chat)
     assert tokenizer.decode([i for i in labels if i != IGNORED]).endswith(f"{answer}<|im_end|>")
     assert reference_of(sample) == answer
-    row = prediction_row(sample | {"id": "1"}, "x", "x", "generate")
+    row = prediction_row(sample | {"id": "1"}, "x", "x", "greedy")
     assert (row["reference"], row["prompt"]) == (answer, question)
     assert prediction_row(sample | {"id": "1"}, "x", "x", "ctc")["reference"] == sample.get("text", "")
 

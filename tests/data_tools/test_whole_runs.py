@@ -305,7 +305,7 @@ def test_an_empty_split_is_an_error_with_advice_before_anything_is_packed(tmp_pa
         code, _, err = run(*options, *last, capsys=capsys)
         assert (
             code == 2
-            and re.search(r"0 of 1 speakers fell into (train|valid)", err)
+            and re.search(r"none of the 1 speakers is in split (train|valid), whose share is 0.5 ", err)
             and "--seed" in err
             and "--split-by" in err
         )

@@ -157,7 +157,8 @@ def test_a_file_longer_than_any_in_training_or_than_the_context_is_said(folders,
 @pytest.mark.parametrize(
     "stage, more, words",
     [
-        ("alignment", ["--decode", "generate"], "of stage 1, which has no LLM: use --decode ctc"),
+        ("alignment", ["--decode", "greedy"], "of stage 1, which has no LLM: use --decode ctc"),
+        ("alignment", ["--decode", "generate"], "of stage 1, which has no LLM"),  # its former name
         ("alignment", ["--prompt", "Why?"], "which has no LLM to ask"),
         ("shrinking", ["--prompt", "<audio_patch> twice?"], "--prompt holds <audio_patch>"),
         ("nowhere", [], "is not a model folder"),

@@ -26,7 +26,12 @@ def test_clear_and_absent_differences(tmp_path, capsys):
     assert compare.compare(good, good)["tasks"]["asr"]["metrics"]["wer"]["p_value"] == 1
     assert compare.main([str(good), str(bad), "--out", str(tmp_path / "out.json")]) == 0
     assert json.loads((tmp_path / "out.json").read_text())["only_second"] == 1
-    assert "only in the second: 1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "only in the second: 1" in printed
+    wer = next(line for line in printed.splitlines() if "wer" in line)
+    assert [cell.strip() for cell in wer.split("|")[1:7]] == ["asr", "wer, %", "30", "0.0", "50.0", "+50.0"]
+    written = json.loads((tmp_path / "out.json").read_text())["tasks"]["asr"]["metrics"]["wer"]
+    assert written["second"] == pytest.approx(0.5)
 
 
 def test_translation_uses_sacrebleu(tmp_path):

@@ -103,12 +103,12 @@ def test_several_folders_are_scored_each_by_itself(folders, packed, tmp_path, ca
     copies = [tmp_path / "shards" / name for name in ("first", "second")]
     for copy in copies:
         shutil.copytree(packed, copy)
-    more = ["--shards", *map(str, copies), "--task", "asr", "translation", "--decode", "generate"]
+    more = ["--shards", *map(str, copies), "--task", "asr", "translation", "--decode", "greedy"]
     assert run.main(command(folders / "shrinking", packed, tmp_path / "out", *more)) == 0
     one = tmp_path / "one.jsonl"
     assert run.main(command(folders / "shrinking", packed, one, "--task", "asr", "translation")) == 0
     for name in ("first", "second"):
-        assert predictions(tmp_path / "out" / f"{name}-asr-translation-generate.jsonl") == predictions(one)
+        assert predictions(tmp_path / "out" / f"{name}-asr-translation-greedy.jsonl") == predictions(one)
     capsys.readouterr()
     assert run.main(command(folders / "shrinking", packed, one, *more)) == 2
     assert "name a folder" in capsys.readouterr().err
@@ -119,6 +119,35 @@ def test_several_folders_are_scored_each_by_itself(folders, packed, tmp_path, ca
         == 2
     )
     assert "no task 'emotion': give --task asr or text" in capsys.readouterr().err
+
+
+def test_predictions_of_the_former_decode_name_are_resumed(folders, packed, tmp_path, capsys):
+    """`generate` was the name of `greedy`: as an option, in NAME.run.json and in file names."""
+    out = tmp_path / "out"
+    more = ["--shards", str(packed), str(shutil.copytree(packed, tmp_path / "second"))]
+    assert run.main(command(folders / "shrinking", packed, out, *more, "--decode", "generate")) == 0
+    name = f"{packed.name}-asr-greedy"
+    first, settings = out / f"{name}.jsonl", json.loads((out / f"{name}.run.json").read_text())
+    assert settings["decode"] == "greedy"
+    rows = read_rows(first)
+    # A folder of an earlier version, interrupted after three rows.
+    for file in out.glob("*-greedy.*"):
+        file.rename(file.with_name(file.name.replace("-greedy.", "-generate.")))
+    former = out / f"{packed.name}-asr-generate.jsonl"
+    former.with_suffix(".run.json").write_text(json.dumps(settings | {"decode": "generate"}))
+    marked = [row | {"raw": "of the first run"} for row in rows[:3]]
+    former.write_text("".join(json.dumps(row) + "\n" for row in marked))
+    assert run.main(command(folders / "shrinking", packed, out, *more, "--decode", "greedy")) == 0
+    resumed = read_rows(former)
+    assert [row["prediction"] for row in resumed] == [row["prediction"] for row in rows]
+    assert sum(row["raw"] == "of the first run" for row in resumed) == 3 and not first.exists()
+    assert json.loads(former.with_suffix(".scores.json").read_text())["utterances"] == len(rows)
+    capsys.readouterr()
+    assert run.main(command(folders / "shrinking", packed, former, "--decode", "ctc")) == 2
+    assert "decode was 'greedy', is 'ctc'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run.main(["--help"])
+    assert "generate" not in capsys.readouterr().out
 
 
 def test_stage_two_generates(folders, packed, tmp_path):
@@ -291,7 +320,7 @@ def test_other_settings_are_refused(folders, packed, tmp_path, capsys):
     ("more", "message"),
     [
         (("--task", "emotion"), "give --task asr or text or translation"),
-        (("--decode", "generate"), "stage 1, which has no LLM"),
+        (("--decode", "greedy"), "stage 1, which has no LLM"),
         (("--decode", "joint"), "stage 1, which has no LLM"),
         (("--split", "nowhere"), "holds no index.json"),
     ],

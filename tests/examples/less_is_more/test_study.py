@@ -188,6 +188,17 @@ def read_table(text: str) -> dict[str, dict[str, str]]:
     return {row[0]: dict(zip(heads, row, strict=True)) for row in rows}
 
 
+@pytest.mark.parametrize("former", [False, True])
+def test_scores_in_folders_of_the_former_decode_name_are_found(tmp_path, former):
+    """Earlier versions wrote `generate` for `greedy`."""
+    study = Study(PLAN, seeds=[0])
+    study.output = tmp_path
+    folder, name = study.folder("ours", 0), "generate" if former else "greedy"
+    written = folder / f"model/evaluation-{name}-whole/a-asr-{name}.jsonl"
+    written.parent.mkdir(parents=True)
+    assert study.predictions(folder, "greedy", "a", whole=True) == written
+
+
 def test_what_was_scored_becomes_a_table_and_a_picture(tmp_path, monkeypatch):
     study = Study(PLAN, seeds=[0])
     study.output = tmp_path / "study"
@@ -403,7 +414,7 @@ def test_a_study_in_miniature_from_its_first_step_to_the_table(tmp_path):
         "minutes": {"alignment": 0.2, "shrinking": 0.2, "sft": 0.2, "score": 0.2, "whole": 0.2, "speed": 0.2},
         "score": {"shards": ["valid"], "limit": 4, "max_new_tokens": 4},
         "joint": ["ours"],
-        "whole": {"ctc": ["full"], "generate": [], "joint": []},
+        "whole": {"ctc": ["full"], "greedy": [], "joint": []},
         "speed": {"shards": "valid", "clips": 2},
         "synthetic": None,
         "whisper": None,
@@ -449,13 +460,13 @@ def test_a_study_in_miniature_from_its_first_step_to_the_table(tmp_path):
         f"score-{first}-ctc",
         f"score-{first}-ctc-whole",
         f"train-{second}-shrinking",
-        *(f"score-{second}-{decode}" for decode in ("generate", "joint")),
+        *(f"score-{second}-{decode}" for decode in ("greedy", "joint")),
         f"speed-{second}",
         "train-later-seed-3-sft",
-        "score-later-seed-3-generate",
+        "score-later-seed-3-greedy",
         "speed-later-seed-3",
         "train-projector-seed-3-shrinking",
-        "score-projector-seed-3-generate",
+        "score-projector-seed-3-greedy",
         "speed-projector-seed-3",
     }
     text = table.finish(study())
@@ -481,6 +492,6 @@ def test_a_study_in_miniature_from_its_first_step_to_the_table(tmp_path):
     changed = {step.name for step in study().steps() if digest(step.key()) != before[step.name]}
     assert changed == {
         "train-projector-seed-3-shrinking",
-        "score-projector-seed-3-generate",
+        "score-projector-seed-3-greedy",
         "speed-projector-seed-3",
     }

@@ -154,7 +154,7 @@ def example_result() -> dict:
                 "stage": "stage 3",
                 "data": "dialogues-test",
                 "task": "asr",
-                "decode": "generate",
+                "decode": "greedy",
                 "measure": "WER",
                 "after": score(0.5, 0.4, 0.6),
             },
@@ -177,6 +177,16 @@ def test_scores_are_written_as_csv(tmp_path):
     first, last = csv.DictReader(lines)
     assert (first["before"], first["after"], first["after_low"]) == ("1.0000", "0.2500", "0.2200")
     assert (last["before"], last["after"], last["utterances"]) == ("", "0.5000", "200")
+
+
+def test_the_table_shows_error_rates_in_percent_and_bleu_in_points():
+    bleu = {"value": 31.24, "ci95": [30.0, 33.16], "utterances": 62}
+    row = {"stage": "stage 2", "data": "b", "task": "translation", "decode": "generate", "measure": "BLEU"}
+    example = example_result()
+    example["rows"] += [row | {"before": bleu, "after": bleu}]  # generate: the former name of greedy
+    first, *_, last = results.table(example).splitlines()[2:]
+    assert "| WER, % " in first and "25.0 [22.0, " in first and " 100.0" in first
+    assert "BLEU" in last and "31.2 [30.0, 33.2]" in last and "LLM, greedy" in last and "BLEU, %" not in last
 
 
 def test_example_transcripts_are_utterances_that_all_systems_answered(tmp_path):
