@@ -20,13 +20,13 @@ def check(recipe: Recipe) -> None:
     check_trains_something(recipe)
     check_train(recipe)
     check_validation(recipe)
-    for name in ("model", "model-best"):
+    for name in ("model", "model-best", "model-plain"):
         try:
             check_place(stage_folder(recipe) / name)
         except FolderError as error:
             raise RecipeError(str(error)) from None
     check_trackers(recipe.log)
-    deepspeed_config.resolve(recipe, hidden_size=1024)
+    check_average(recipe, deepspeed_config.resolve(recipe, hidden_size=1024))
     augment.check(recipe.data)
     if recipe.data.ctc_text not in NORMALISATIONS:
         raise RecipeError(
@@ -53,6 +53,17 @@ def check_validation(recipe: Recipe) -> None:
             )
     if recipe.optim.stop_after is not None and not recipe.data.valid:
         raise RecipeError("optim.stop_after needs validation, and data.valid is empty: name a packed folder")
+
+
+def check_average(recipe: Recipe, config: dict) -> None:
+    """Errors: RecipeError where the fp32 masters, which are averaged, are not in memory."""
+    section = config["zero_optimization"]
+    devices = [(section.get(f"offload_{part}") or {}).get("device") for part in ("optimizer", "param")]
+    if recipe.optim.ema_decay is not None and "nvme" in devices:
+        raise RecipeError(
+            f"optim.ema_decay averages weights in memory, and {recipe.deepspeed} offloads them to NVMe: "
+            "offload to cpu, or set optim.ema_decay=null"
+        )
 
 
 def warnings_of(recipe: Recipe) -> list[str]:
