@@ -26,7 +26,9 @@ def check(recipe: Recipe) -> None:
         except FolderError as error:
             raise RecipeError(str(error)) from None
     check_trackers(recipe.log)
-    check_average(recipe, deepspeed_config.resolve(recipe, hidden_size=1024))
+    config = deepspeed_config.resolve(recipe, hidden_size=1024)
+    check_average(recipe, config)
+    check_lora(recipe, config)
     augment.check(recipe.data)
     if recipe.data.ctc_text not in NORMALISATIONS:
         raise RecipeError(
@@ -63,6 +65,17 @@ def check_average(recipe: Recipe, config: dict) -> None:
         raise RecipeError(
             f"optim.ema_decay averages weights in memory, and {recipe.deepspeed} offloads them to NVMe: "
             "offload to cpu, or set optim.ema_decay=null"
+        )
+
+
+def check_lora(recipe: Recipe, config: dict) -> None:
+    """Errors: RecipeError for DoRA under ZeRO-3: it reads the base weights outside their layer's forward,
+    where they are not gathered."""
+    llm = recipe.model.llm
+    if llm.lora_dora and llm.lora_r and deepspeed_config.stage_number(config) == 3:
+        raise RecipeError(
+            f"model.llm.lora_dora needs whole base weights, and {recipe.deepspeed} is ZeRO-3: use "
+            "deepspeed=ds_configs/zero2.json, or model.llm.lora_dora=false"
         )
 
 
