@@ -1,11 +1,11 @@
-"""Measure what the LLM with LoRA keeps of its text ability: perplexity and answers.
+"""Measure what the trained LLM keeps of its text ability: perplexity and answers before and after training.
 
     python -m evaluation.retention --model DIR [--passages FILE] [--questions FILE] [--out FILE]
 
 Perplexity over passages (one a line), and greedy answers to short questions through the chat template: how
-many are right, how many are the same with and without LoRA. The passages and questions that come with it
-(evaluation/text) were written for this project; they are few and easy: they show damage, they do not rank
-models.
+many are right, how many are the same. Before training is the LLM of its own folder: without LoRA, and without
+the weights that `train.llm: all` has trained. The passages and questions that come with it (evaluation/text)
+were written for this project; they are few and easy: they show damage, they do not rank models.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import json
 import math
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from core.samples import asked
 from evaluation.resampling import interval, paired_test
 from model import artifact
 from model.language_model import base_of
+from model.official import stream_tensors
 from model.pretrained import SourceError
 from model.prompt import PromptError
 from model.soundwave import Soundwave
@@ -61,19 +64,66 @@ def is_right(given: str, accepted: list[str]) -> bool:
     return any(re.search(rf"(?<!\w){re.escape(word.lower())}(?!\w)", first) for word in accepted)
 
 
+def own_weights(model: Soundwave) -> dict[str, torch.Tensor]:
+    """Return the tensors of the LLM's own folder in whose place the model has trained ones (train.llm: all),
+    by their names in the LLM. Errors: SourceError."""
+    trained = {name.removeprefix("llm.") for name in model.tuned if name.startswith("llm.")}
+    if not trained:
+        return {}
+    files = model.sources["llm"].files
+    found = {n: tensor for n, tensor in stream_tensors(files, "reading the base") if n in trained}
+    if missing := sorted(trained - found.keys()):
+        raise SourceError(
+            f"the files of {files} name the trained '{missing[0]}' otherwise: save the base model anew with "
+            "transformers' save_pretrained"
+        )
+    return found
+
+
+@contextmanager
+def untrained(model: Soundwave, own: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Within it the LLM is that of its own folder: without LoRA, and with the weights of `own_weights`."""
+    llm: Any = model.llm
+    parameters = {
+        name.replace(".base_layer.", "."): parameter for name, parameter in base_of(llm).named_parameters()
+    }
+
+    def exchange() -> None:
+        for name, value in own.items():
+            parameter = parameters[name]
+            own[name], parameter.data = parameter.data, value.to(parameter.device, parameter.dtype)
+
+    with llm.disable_adapter() if isinstance(llm, PeftModel) else nullcontext():
+        exchange()
+        try:
+            yield
+        finally:
+            exchange()
+
+
+def check_trained(model: Soundwave) -> None:
+    """Errors: ValueError for an LLM that was not trained."""
+    if not isinstance(model.llm, PeftModel) and not any(name.startswith("llm.") for name in model.tuned):
+        raise ValueError(
+            "the model was trained without LoRA (model.llm.lora_r = 0) and without train.llm: all: there is "
+            "nothing to compare"
+        )
+
+
 def retention(model: Soundwave, passages: list[str], questions: list[dict], max_new_tokens: int = 48) -> dict:
-    """Both sides on all texts: {perplexity, questions, answers}. The model must have LoRA."""
-    if not isinstance(model.llm, PeftModel):
-        raise ValueError("the model has no LoRA: there is nothing to compare")
+    """Both sides on all texts: {perplexity, questions, answers}. Errors: ValueError for an LLM that was not
+    trained."""
+    check_trained(model)
+    own = own_weights(model)
     rows, scored = [], []
     for passage in tqdm(passages, desc="passages", unit="passage"):
         tuned, tokens = negative_log_likelihood(model, passage)
-        with model.llm.disable_adapter():
+        with untrained(model, own):
             base, _ = negative_log_likelihood(model, passage)
         scored.append((base, tuned, tokens))
     for item in tqdm(questions, desc="questions", unit="question"):
         theirs = answer(model, item["question"], max_new_tokens)
-        with model.llm.disable_adapter():
+        with untrained(model, own):
             before = answer(model, item["question"], max_new_tokens)
         rows.append(
             {
@@ -112,6 +162,26 @@ def retention(model: Soundwave, passages: list[str], questions: list[dict], max_
             .score,
         }
     return result | {"answers": rows}
+
+
+def table(result: dict) -> str:
+    """Return the report as a Markdown table, one row a measure."""
+    lines = ["| | before training | after | after against before, 95 % interval |", "|---|---|---|---|"]
+    if part := result.get("perplexity"):
+        low, high = part["ratio_ci95"]
+        lines.append(
+            f"| perplexity, {part['tokens']} tokens | {part['base']:.2f} | {part['tuned']:.2f} "
+            f"| ratio {part['ratio']:.3f} [{low:.3f}, {high:.3f}] |"
+        )
+    if part := result.get("questions"):
+        low, high = (100 * bound for bound in part["difference_ci95"])
+        lines.append(
+            f"| right answers, {part['questions']} questions | {part['base_right']:.1%} "
+            f"| {part['tuned_right']:.1%} | difference [{low:+.1f}, {high:+.1f}] points, "
+            f"p = {part['p_value']:.3g} |"
+        )
+        lines.append(f"| the same answers | | {part['same_answer']:.1%} | chrF {part['chrf_to_base']:.1f} |")
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -155,11 +225,6 @@ def main(arguments: list[str] | None = None) -> int:
         model = artifact.load(
             options.model, device=options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         )
-        if not isinstance(model.llm, PeftModel):
-            raise ValueError(
-                f"{options.model} was trained without LoRA (model.llm.lora_r = 0): there is nothing to "
-                f"compare"
-            )
         result = retention(model, passages, questions, options.max_new_tokens)
     except (ValueError, SourceError, PromptError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -167,20 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out or options.model / "evaluation" / "retention.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    if "perplexity" in result:
-        part = result["perplexity"]
-        print(
-            f"perplexity on {part['tokens']} tokens: {part['base']:.2f} without LoRA, {part['tuned']:.2f} "
-            f"with it; ratio "
-            f"{part['ratio']:.3f} [{part['ratio_ci95'][0]:.3f}, {part['ratio_ci95'][1]:.3f}]"
-        )
-    if "questions" in result:
-        part = result["questions"]
-        print(
-            f"{part['questions']} questions: {part['base_right']:.3f} right without LoRA, "
-            f"{part['tuned_right']:.3f} with it "
-            f"(p = {part['p_value']:.3g}); {part['same_answer']:.0%} of the answers are the same"
-        )
+    print(table(result))
     print(f"result: {out}")
     return 0
 

@@ -31,6 +31,7 @@ from core.json_files import JsonError, read_object
 from core.options import problems
 from model import identity
 from model.config import SoundwaveConfig
+from model.lora_start import rank_axis, starting_state
 from model.pretrained import SourceError, write_tensors
 from model.soundwave import Soundwave
 from model.stages import ALIGNMENT, PARTS, STAGES
@@ -314,9 +315,19 @@ def check_fit(model: Soundwave, folder: str | Path, *, but: tuple[str, ...] = ()
             _shapes(folder / LORA / "adapter_model.safetensors"),
             get_peft_model_state_dict(model.llm),
         )
-        differ = sorted(stored.keys() ^ own.keys()) + [
-            n for n in stored.keys() & own.keys() if _shape(own[n]) != stored[n]
-        ]
+        differ = sorted(stored.keys() ^ own.keys())
+        for name in sorted(stored.keys() & own.keys()):
+            sizes, axis = list(_shape(own[name])), rank_axis(name)
+            if axis is not None and sizes[axis] < stored[name][axis]:
+                raise FolderError(
+                    f"{folder}: its LoRA has rank {stored[name][axis]} ({name}), and this recipe asks for "
+                    f"{sizes[axis]}, which would change what it computes: give at least that rank, or merge "
+                    f"it (python -m model.export {folder} --merge --with-encoder --out DIR) and start there"
+                )
+            if axis is not None:
+                sizes[axis] = stored[name][axis]
+            if tuple(sizes) != stored[name]:
+                differ.append(name)
         if differ:
             raise FolderError(
                 f"{folder}: its LoRA does not fit model.llm of this recipe ({differ[0]}): "
@@ -365,8 +376,8 @@ def load_trained(model: Soundwave, folder: str | Path, *, verify: bool = True) -
     for name, value in load_file(folder / ADAPTERS).items():
         if name.split(".")[0] in taken:
             _fill(parameters[name], value)
-    if "lora" in taken and model.llm is not None:
-        state = load_file(folder / LORA / "adapter_model.safetensors")
+    if "lora" in taken and isinstance(model.llm, PeftModel):
+        state = starting_state(model.llm, folder / LORA)
         if any(hasattr(p, "ds_id") for p in model.llm.parameters()):
             lora = dict(model.llm.named_parameters())
             for name, value in state.items():

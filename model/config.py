@@ -53,6 +53,7 @@ class LLMConfig:
     # expression, as in peft
     lora_targets: Any = names_or_pattern()
     lora_rslora: bool = False  # scale by alpha / sqrt(r) instead of alpha / r
+    lora_dora: bool = False  # DoRA: learn the norm of each output's weights apart; not under ZeRO-3
     # Other ranks and alphas for some layers, by the end of their names, as in peft: {q_proj: 8}
     lora_rank_pattern: dict[str, float] = field(default_factory=dict)
     lora_alpha_pattern: dict[str, float] = field(default_factory=dict)

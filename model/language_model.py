@@ -136,6 +136,7 @@ def with_lora(llm: PreTrainedModel, config: LLMConfig, name: str) -> PeftModel:
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         use_rslora=config.lora_rslora,
+        use_dora=config.lora_dora,
         rank_pattern=_rank_pattern(config, linear, targets),
         alpha_pattern=_pattern("lora_alpha_pattern", config.lora_alpha_pattern, linear, targets),
         lora_dropout=config.lora_dropout,

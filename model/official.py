@@ -33,7 +33,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -44,6 +43,7 @@ from model import identity
 from model.artifact import ADAPTERS, CONFIG, LORA, TUNED, FolderError, describe, read_config, tuned_parts
 from model.config import SoundwaveConfig, official_switches
 from model.language_model import audio_token_id, load_tokenizer
+from model.lora_start import scale_of
 from model.pretrained import (
     NotOnHub,
     Source,
@@ -456,21 +456,20 @@ def stream_llm(run: Path, llm: Source) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 class LoRAMerge:
-    """Base tensor + scale x B A, one tensor at a time, from a peft folder; the scale is alpha / r, or
-    alpha / sqrt(r), each layer's own."""
+    """Base tensor + scale x B A, one tensor at a time, from a peft folder; of DoRA with its row norms."""
 
     def __init__(self, folder: Path):
         settings = read_json(folder / "adapter_config.json")
         self.folder = folder
         self.parts: dict[str, dict[str, torch.Tensor]] = {}
         with reading(folder, "LoRA"):
-            self.alpha, self.uses_sqrt = settings["lora_alpha"], settings.get("use_rslora", False)
-            self.alphas = settings.get("alpha_pattern") or {}
-            if settings.get("use_dora"):
-                raise FolderError(f"{folder} is DoRA, which is not merged here: merge it with peft")
+            self.settings = settings
             self.transposed = settings.get("fan_in_fan_out", False)  # GPT-2 holds its weights so
             for name, tensor in load_file(folder / "adapter_model.safetensors").items():
-                match = re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])\.weight", name)
+                match = re.fullmatch(
+                    r"base_model\.model\.(.*)\.lora_(A(?=\.weight)|B(?=\.weight)|magnitude_vector)(\.weight)?",
+                    name,
+                )
                 if match is None:
                     raise FolderError(f"{folder} holds '{name}', which is no LoRA weight: merge it with peft")
                 self.parts.setdefault(match[1] + ".weight", {})[match[2]] = tensor.float()
@@ -480,9 +479,11 @@ class LoRAMerge:
         if pair is None:
             return tensor
         layer, rank = name.removesuffix(".weight"), pair["A"].shape[0]
-        alpha = self.alphas.get(get_pattern_key(list(self.alphas), layer), self.alpha)
-        change = alpha / (rank**0.5 if self.uses_sqrt else rank) * (pair["B"] @ pair["A"])
-        return (tensor.float() + (change.T if self.transposed else change)).to(tensor.dtype)
+        change = scale_of(self.settings, layer, rank) * (pair["B"] @ pair["A"])
+        merged = (tensor.T if self.transposed else tensor).float() + change
+        if "magnitude_vector" in pair:  # DoRA
+            merged *= (pair["magnitude_vector"] / merged.norm(dim=1))[:, None]
+        return (merged.T if self.transposed else merged).to(tensor.dtype).contiguous()
 
     def check_all_used(self) -> None:
         if self.parts:

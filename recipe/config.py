@@ -122,6 +122,8 @@ class OptimConfig:
     grad_clip: float = number(1.0, above=0)
     activation_checkpointing: bool = False
     stop_after: int | None = number(None, least=1)  # validations without a better score end the stage
+    # Validate and export an exponential moving average of the trained weights; null: the weights themselves.
+    ema_decay: float | None = number(None, above=0, below=1)
 
     @property
     def total_steps(self) -> int:

@@ -20,13 +20,15 @@ def check(recipe: Recipe) -> None:
     check_trains_something(recipe)
     check_train(recipe)
     check_validation(recipe)
-    for name in ("model", "model-best"):
+    for name in ("model", "model-best", "model-plain"):
         try:
             check_place(stage_folder(recipe) / name)
         except FolderError as error:
             raise RecipeError(str(error)) from None
     check_trackers(recipe.log)
-    deepspeed_config.resolve(recipe, hidden_size=1024)
+    config = deepspeed_config.resolve(recipe, hidden_size=1024)
+    check_average(recipe, config)
+    check_lora(recipe, config)
     augment.check(recipe.data)
     if recipe.data.ctc_text not in NORMALISATIONS:
         raise RecipeError(
@@ -53,6 +55,28 @@ def check_validation(recipe: Recipe) -> None:
             )
     if recipe.optim.stop_after is not None and not recipe.data.valid:
         raise RecipeError("optim.stop_after needs validation, and data.valid is empty: name a packed folder")
+
+
+def check_average(recipe: Recipe, config: dict) -> None:
+    """Errors: RecipeError where the fp32 masters, which are averaged, are not in memory."""
+    section = config["zero_optimization"]
+    devices = [(section.get(f"offload_{part}") or {}).get("device") for part in ("optimizer", "param")]
+    if recipe.optim.ema_decay is not None and "nvme" in devices:
+        raise RecipeError(
+            f"optim.ema_decay averages weights in memory, and {recipe.deepspeed} offloads them to NVMe: "
+            "offload to cpu, or set optim.ema_decay=null"
+        )
+
+
+def check_lora(recipe: Recipe, config: dict) -> None:
+    """Errors: RecipeError for DoRA under ZeRO-3: it reads the base weights outside their layer's forward,
+    where they are not gathered."""
+    llm = recipe.model.llm
+    if llm.lora_dora and llm.lora_r and deepspeed_config.stage_number(config) == 3:
+        raise RecipeError(
+            f"model.llm.lora_dora needs whole base weights, and {recipe.deepspeed} is ZeRO-3: use "
+            "deepspeed=ds_configs/zero2.json, or model.llm.lora_dora=false"
+        )
 
 
 def warnings_of(recipe: Recipe) -> list[str]:

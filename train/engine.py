@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -35,6 +35,7 @@ from train.deepspeed_fixes import zero3
 from train.deepspeed_fixes.step_gate import hide_overflow_lines, install_step_gate
 from train.health import Health
 from train.step_counts import StepCounts, StepFlags, StreamSums, all_reduce, reduce_step_counts
+from train.weight_average import WeightAverage
 
 logger = logging.getLogger("soundwave")
 
@@ -83,6 +84,9 @@ class Engine:
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
         self.model = model
+        self.average: WeightAverage | None = None
+        if recipe.optim.ema_decay is not None:
+            self.average = WeightAverage(self.optimizer, self.zero_stage, recipe.optim.ema_decay)
         self.health = Health(recipe.health)
         self._loss: float = 0.0
         self._skip_reason: str | None = None
@@ -119,6 +123,10 @@ class Engine:
         for name, weight in self.losses.items():
             loss = loss + weight * output.sums[name] / max(counts[name], 1.0)
         return loss
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it the model has the averaged weights, where the recipe asks for them. Collective."""
+        return self.average.in_use() if self.average is not None else nullcontext()
 
     @contextmanager
     def whole_model(self) -> Iterator[bool]:
@@ -191,6 +199,8 @@ class Engine:
         if self.optimizer.overflow and self._skip_reason is None:
             assert judged == (self.health.skipped, len(self.health.norms))
             self._skip_reason = self._reason_to_skip(float("nan"))
+        if self.average is not None and self._skip_reason is None:
+            self.average.update()
         norm = None if self._skip_reason else float(self.deepspeed.get_global_grad_norm())
         return StepResult(
             step=step,

@@ -352,6 +352,8 @@ def rank_memory(
     frozen = sum(n for n, learns in sizes if not learns)
     weight_bytes = 2 if recipe.model.dtype == "bfloat16" else 4
     states = states_per_rank(trained, frozen, ranks, zero_stage, weight_bytes)
+    average = 4 * trained / ranks if recipe.optim.ema_decay is not None else 0.0  # beside the masters
+    states += average
     section = config["zero_optimization"]
     gathered = 0.0
     if zero_stage == 3:
@@ -365,7 +367,7 @@ def rank_memory(
     if zero_stage == 1 and weight_bytes == 2:  # fp32 gradients are flattened, and cast to bf16 to be reduced
         update = max(update, (4 + weight_bytes) * min(trained, REDUCED_AT_ONCE))
     if deepspeed_config.offloads_optimizer(config):
-        states -= 12 * trained / ranks
+        states -= 12 * trained / ranks + average
         update = 0.0
     if offloads_weights(config):
         states -= weight_bytes * (trained + frozen) / ranks

@@ -156,7 +156,14 @@ def check_before_loading(recipe: Recipe, plan: Plan | UnindexedPlan, saved: Save
     if "settings" in now:
         now["settings"] = compatibility.settings_here(recipe) or now["settings"]
     compatibility.check(then, now, recipe.checkpoint.accept_changes, saved.folder)
-    universal.needed(saved.state["topology"], topology, saved.folder)
+    converts = universal.needed(saved.state["topology"], topology, saved.folder)
+    if converts and recipe.optim.ema_decay is not None:
+        ranks = saved.state["topology"]["world_size"]
+        raise RecipeError(
+            f"optim.ema_decay: the averaged weights of {saved.folder} are of {ranks} ranks, and this run "
+            f"has {topology['world_size']}: start {ranks} ranks, or train on without the average "
+            "(optim.ema_decay=null checkpoint.accept_changes=[recipe])"
+        )
 
 
 def build_model(
@@ -241,6 +248,7 @@ def restore(
     """Load a checkpoint into the engine; return where it stood. Errors: CheckpointError, ConversionError."""
     state = saved.state
     checkpoints.load(engine.deepspeed, saved.folder, state["topology"], topology)
+    checkpoints.load_average(engine.average, saved.folder)
     engine.health.load(state["health"])
     if ranks.is_main:
         logger.info("resuming at step %d from %s", state["step"], saved.folder)

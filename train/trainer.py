@@ -45,6 +45,7 @@ from train.validate import RATES, ValidationSet, chosen_by, clip_mel, is_better,
 logger = logging.getLogger("soundwave")
 
 BEST = "model-best"  # the folder of the best model so far
+PLAIN = "model-plain"  # beside an averaged `model`: the last step's weights
 
 
 @dataclass
@@ -310,7 +311,8 @@ class Trainer:
             return False
         has_improved = self.validate()
         if has_improved:
-            self.save_model(BEST)
+            with self.engine.averaged():
+                self.save_model(BEST)
         return has_improved
 
     def validate(self) -> bool:
@@ -319,7 +321,8 @@ class Trainer:
         The same on all ranks: the score is a global number.
         """
         at = self.progress
-        result = validate(self.engine, self.validation, self.model.tokenizer, self.ranks)
+        with self.engine.averaged():
+            result = validate(self.engine, self.validation, self.model.tokenizer, self.ranks)
         self._log_validation(result)
         requested = self.recipe.checkpoint.best_by
         by = chosen_by(result, requested)
@@ -370,7 +373,9 @@ class Trainer:
         if self.ranks.is_main:
             shown = [name for name in (*RATES, self.recipe.checkpoint.best_by) if name in result]
             rates = [f"{name.upper()} {result[name]:.3f}" for name in dict.fromkeys(shown) if name != "loss"]
-            logger.info("step %d: validation %s", step, ", ".join([*rates, f"loss {result['loss']:.3f}"]))
+            averaged = " (averaged weights)" if self.engine.average is not None else ""
+            scores = ", ".join([*rates, f"loss {result['loss']:.3f}"])
+            logger.info("step %d: validation%s %s", step, averaged, scores)
 
     @functools.cached_property
     def _clip_mel(self) -> torch.Tensor | None:
@@ -392,7 +397,10 @@ class Trainer:
             "seed": self.recipe.seed,
             "facts": self.facts,
         }
-        return self.checkpoints.save(self.engine.deepspeed, state)
+        average = self.engine.average
+        return self.checkpoints.save(
+            self.engine.deepspeed, state, average.state() if average is not None else None
+        )
 
     def save_model(self, name: str) -> None:
         """Write <stage folder>/<name>, a model folder, gathered from all ranks, atomically.
@@ -454,6 +462,7 @@ class Trainer:
             return False
         state, from_step = read_state(source), at.step
         self.checkpoints.load(self.engine.deepspeed, source, state["topology"], self.topology)
+        self.checkpoints.load_average(self.engine.average, source)
         health.load({**state["health"], "skipped": health.skipped, "rollbacks": health.rollbacks + 1})
         at.step = state["step"]
         at.data_offset += from_step - at.step
@@ -481,7 +490,13 @@ class Trainer:
     def _end_by_last_step(self) -> RunOutcome:
         step, folder = self.progress.step, self.folder / "model"
         is_saved = self.checkpoints.finish()
-        self.save_model("model")  # whatever became of the checkpoint: what was trained is only in memory
+        # Whatever became of the checkpoint: what was trained is only in memory.
+        if self.engine.average is not None:
+            self.save_model(PLAIN)
+        with self.engine.averaged():
+            self.save_model("model")
+        if self.engine.average is not None and self.ranks.is_main:
+            logger.info("%s holds the averaged weights, %s the last step's", folder, self.folder / PLAIN)
         if self.ranks.is_main:
             logger.info("stage %s is done: %s", self.stage.number, folder)
         if not is_saved:

@@ -6,11 +6,16 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import LlamaForCausalLM, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
+from core.control_tokens import text_ids
 from data_tools.shards import ShardIndex
 from evaluation import compare, retention, score, speed, whisper_baseline
 from evaluation.predictions import read_rows
+from model import artifact
+from model.soundwave import Soundwave
+from model.trained_encoder import canonical
 from stream.reader import decode
 from tests.evaluation.conftest import byte_tokenizer
 
@@ -48,9 +53,45 @@ def test_retention_against_the_plain_base(parts, folders, tmp_path, capsys):
     assert result["perplexity"]["base"] == pytest.approx(math.exp(total / count), rel=1e-4)
     assert abs(result["perplexity"]["ratio"] - 1) > 1e-3
     assert result["questions"]["questions"] == 1 and len(result["answers"]) == 1
-    assert "ratio" in capsys.readouterr().out
+    shown = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    measured = result["perplexity"]
+    assert [cell.strip() for cell in shown[2][1:4]] == [
+        f"perplexity, {count} tokens",
+        f"{measured['base']:.2f}",
+        f"{measured['tuned']:.2f}",
+    ]
+    assert [row[1].strip() for row in shown[3:]] == ["right answers, 1 questions", "the same answers"]
     assert retention.main(["--model", str(folders / "alignment")]) == 2
     assert "leaves the LLM alone" in capsys.readouterr().err
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rank", [0, 2])  # LoRA may lie on top of trained weights
+def test_retention_of_an_llm_trained_whole(parts, folders, rank, tmp_path):
+    """Before is the base as transformers loads it, and the model is as it was afterwards."""
+    config = artifact.read_config(folders / "shrinking")
+    config.llm.lora_r = rank
+    torch.manual_seed(2)
+    model = Soundwave.build(config).eval()
+    passage = "A passage of some words."
+    with pytest.raises(ValueError, match="there is nothing to compare"):
+        config.llm.lora_r = 0
+        retention.retention(Soundwave.build(config), [passage], [])
+    for name, parameter in model.llm.named_parameters():
+        if ".mlp." in name or ".q_proj." in name or "lora_B" in name:
+            parameter.add_(0.2 * torch.randn_like(parameter))
+            if "lora_" not in name:
+                model.tuned.add(canonical(f"llm.{name}"))
+    ids = torch.tensor([text_ids(model.tokenizer, passage, add_special_tokens=True)])
+    after = float(F.cross_entropy(model.llm(input_ids=ids).logits[0, :-1], ids[0, 1:]))
+    base = LlamaForCausalLM.from_pretrained(parts / "llm")
+    before = float(F.cross_entropy(base(input_ids=ids).logits[0, :-1], ids[0, 1:]))
+    found = retention.retention(model, [passage, passage], [])["perplexity"]
+    assert found["base"] == pytest.approx(math.exp(before), rel=1e-4)
+    assert found["tuned"] == pytest.approx(math.exp(after), rel=1e-4)
+    assert abs(found["ratio"] - 1) > 1e-3
+    again = float(F.cross_entropy(model.llm(input_ids=ids).logits[0, :-1], ids[0, 1:]))
+    assert again == after
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from model import artifact
+from model.artifact import FolderError
 from model.config import LLMConfig
+from model.export import export
 from model.language_model import described_targets, lora_targets, resolved_targets, with_lora
 from model.official import LoRAMerge
 from model.pretrained import Source, SourceError
+from model.soundwave import Soundwave
+from tests.model import tiny
 
 SMALL = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model"), 32),
@@ -274,11 +279,105 @@ def test_a_pattern_that_means_nothing_is_an_error(options, words):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_dora_is_not_merged(tmp_path):
-    llm = get_peft_model(small_llama(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # GPT-2 holds its weights transposed
+def test_dora_is_merged_as_peft_merges_it(family, tmp_path):
+    torch.manual_seed(5)
+    gpt2 = GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=64, n_positions=32)
+    base = small_llama() if family == "llama" else GPT2LMHeadModel(gpt2).eval()
+    plain = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    llm = with_lora(base, LLMConfig(lora_r=4, lora_alpha=6, lora_dora=True), "small").eval()
+    ids = torch.tensor([[1, 2, 3]])
+    for name, parameter in llm.named_parameters():
+        if "lora_B" in name or "magnitude" in name:
+            parameter.add_(torch.randn_like(parameter))
+    expected = llm(ids).logits
     llm.save_pretrained(tmp_path)
-    with pytest.raises(SourceError, match="is DoRA, which is not merged here"):
-        LoRAMerge(tmp_path)
+    merge = LoRAMerge(tmp_path)
+    ours = {name: merge(name, tensor) for name, tensor in plain.items()}
+    merge.check_all_used()
+    merged = llm.merge_and_unload()
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-5)
+    merged.load_state_dict(ours)
+    torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> tuple[str, str]:
+    root = tmp_path_factory.mktemp("bases")
+    torch.manual_seed(0)
+    return tiny.whisper(root / "whisper"), tiny.llm(root / "llm", "llama")
+
+
+def soundwave(bases: tuple[str, str], **lora) -> Soundwave:
+    config = tiny.config(*bases)
+    config.llm = LLMConfig(name=bases[1], **lora)
+    return Soundwave.build(config).eval()
+
+
+def logits(model: Soundwave) -> torch.Tensor:
+    return model.llm(input_ids=torch.tensor([[1, 2, 3, 4, 5]])).logits
+
+
+def randomise(model: Soundwave) -> Soundwave:
+    with torch.no_grad():
+        for name, parameter in model.llm.named_parameters():
+            if "lora_B" in name or "magnitude" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(
+    "then, now",
+    [
+        ({"lora_r": 4}, {"lora_r": 4}),
+        ({"lora_r": 4}, {"lora_r": 7}),
+        ({"lora_r": 4, "lora_alpha": 8}, {"lora_r": 4, "lora_alpha": 3, "lora_rslora": True}),
+        (
+            {"lora_r": 2, "lora_rank_pattern": {"q_proj": 3.0}, "lora_alpha_pattern": {"v_proj": 5.0}},
+            {"lora_r": 6, "lora_rslora": True, "lora_alpha_pattern": {"layers.0.self_attn.q_proj": 2.0}},
+        ),
+    ],
+)
+def test_lora_of_another_rank_and_scale_starts_with_the_same_function(bases, then, now, dora, tmp_path):
+    old = randomise(soundwave(bases, lora_dora=dora, **then))
+    artifact.save(old, tmp_path / "old")
+    new = soundwave(bases, lora_dora=dora, **now)
+    with torch.no_grad():
+        fresh = logits(new)
+    assert "lora" in artifact.load_trained(new, tmp_path / "old")
+    expected, found = logits(old), logits(new)
+    assert float((expected - fresh).abs().max()) > 1e-2  # the old LoRA does something
+    if then == now:
+        assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    found.square().sum().backward()
+    for name, parameter in new.llm.named_parameters():
+        if "lora_B" in name:  # the new columns learn
+            assert parameter.grad.abs().sum(0).min() > 0, name
+
+
+def test_a_lower_rank_is_refused_and_merging_works(bases, tmp_path):
+    old = randomise(soundwave(bases, lora_r=4))
+    artifact.save(old, tmp_path / "old")
+    new = soundwave(bases, lora_r=2)
+    with pytest.raises(
+        FolderError, match=r"has rank 4 .* asks for 2, .* --merge --with-encoder --out DIR"
+    ) as found:
+        artifact.check_fit(new, tmp_path / "old")
+    assert "\n" not in str(found.value)
+    merged = export(tmp_path / "old", tmp_path / "merged", merge=True, with_encoder=True)
+    new = soundwave((bases[0], str(merged / "llm")), lora_r=2)
+    artifact.load_trained(new, merged)
+    torch.testing.assert_close(logits(new), logits(old), rtol=1e-4, atol=1e-5)
+
+
+def test_dora_and_lora_do_not_start_from_each_other(bases, tmp_path):
+    artifact.save(soundwave(bases, lora_r=2, lora_dora=True), tmp_path / "old")
+    with pytest.raises(FolderError, match="its LoRA does not fit model.llm"):
+        artifact.load_trained(soundwave(bases, lora_r=2), tmp_path / "old")
 
 
 def test_lists_of_names_are_kept_as_they_are():

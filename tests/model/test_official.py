@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from model import artifact
@@ -18,6 +19,7 @@ from model.convert import main as convert
 from model.official import ShardWriter
 from model.prompt import chat_ids
 from model.soundwave import Soundwave
+from model.stages import STAGES, chosen
 from tests.model import tiny
 from tests.model.check_release_layout import TEXT
 from tests.model.check_release_layout import main as check_release_layout
@@ -345,6 +347,47 @@ def test_our_own_training_in_the_releases_layout(folders, tmp_path):
         :, : expected["logits"].shape[1]
     ]
     assert (again - expected["logits"]).abs().max() < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("choice", [{"encoder": "last_1"}, {"encoder": "lora"}, {"encoder": "all"}])
+def test_a_trained_encoder_is_in_the_releases_layout(folders, choice, tmp_path):
+    """Its merged weights, each under the release's name, and those that were not trained as they were."""
+    config = official_switches(tiny.config(folders("whisper"), folders("llama")))
+    config.encoder.lora_r = 2 if choice["encoder"] == "lora" else 0
+    model = Soundwave.build(config)
+    model.set_stage(chosen(STAGES["shrinking"], choice))
+    for parameter in model.encoder.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    artifact.save(model, tmp_path / "run")
+    assert convert(["--to-official", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    written = {}
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        written |= load_file(file)
+    prefix = "model.audio_tower."
+    found = {name.removeprefix(prefix): value for name, value in written.items() if name.startswith(prefix)}
+    base = load_file(Path(folders("whisper")) / "model.safetensors")
+    before = {name.split("encoder.", 1)[1]: value for name, value in base.items() if "encoder." in name}
+    before = {name: value for name, value in before.items() if "decoder" not in name}
+    assert {name.rpartition("encoder.")[2] for name in found} >= before.keys()
+    network = model.encoder.layers
+    for module in network.modules():
+        if isinstance(module, LoraLayer):
+            module.merge()
+    expected = {
+        name.replace(".base_layer.", "."): value
+        for name, value in network.state_dict().items()
+        if "lora_" not in name
+    }
+    changed = 0
+    for name, value in found.items():
+        key = name.rpartition("encoder.")[2]
+        torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-7)
+        changed += not torch.equal(value, before[key])
+    assert changed >= 4
+    constants = 1  # embed_positions is never trained
+    assert (changed == len(found) - constants) == (choice["encoder"] == "all")
 
 
 def test_what_the_layout_cannot_express_is_one_line(folders, tmp_path, capsys):

@@ -12,7 +12,7 @@ import torch
 
 from core.keys import signed_key64
 from core.samples import answer_of
-from recipe.config import Corpus, RecipeError
+from recipe.config import Corpus, MixtureConfig, RecipeError
 from stream import EvalStream, Plan, Stream, TooManyRejected, validation_samples, worst_case_batch
 from stream import packed as stream_module
 from stream.plan import PLANNED, load_index
@@ -42,6 +42,19 @@ def test_ranks_and_workers_do_not_change_the_batches(packed, tokenizer, model_co
     )
     later = consumed(data_config(packed, workers=workers), "alignment", tokenizer, model_config, 2, 5, 9)
     assert later == {step: alone[step] for step in range(5, 9)}
+
+
+def test_replayed_text_turns_have_their_share_and_resume_exactly(packed, mixed, tokenizer, model_config):
+    """Stage 3 with a text-only source (docs/fine-tune.md): task_weights shares out utterances, on any ranks."""
+    data = data_config(packed, mixed, mixture=MixtureConfig(task_weights={"asr": 0.7, "text": 0.3}))
+    data.train[0].tasks, data.train[1].tasks = ["asr"], ["text"]
+    plan = Plan.open(data, "sft", 40, model_config)
+    batches = [plan.global_batch(step) for step in range(40)]
+    text = sum(int((batch["seconds"] == 0).sum()) for batch in batches)
+    assert text / sum(map(len, batches)) == pytest.approx(0.3, abs=0.05)
+    alone = consumed(data, "sft", tokenizer, model_config, 1, 0, 9)
+    assert consumed(data, "sft", tokenizer, model_config, 2, 4, 9) == {s: alone[s] for s in range(4, 9)}
+    assert consumed(data, "sft", tokenizer, model_config, 3, 0, 9) == alone
 
 
 def dropout_keys(data, tokenizer, model_config, world_size, steps):

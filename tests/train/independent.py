@@ -12,6 +12,7 @@ import io
 import json
 import math
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import soundfile
@@ -219,6 +220,7 @@ def train(
     encoder: str | None = None,
     llm: bool = False,
     lora: bool = True,
+    after_step: Callable[[int], None] = lambda step: None,
 ) -> list[float]:
     """Train in place on batches of ids; returns each step's loss. rates: peaks of "adapters", "ctc_head",
     "lora", "encoder" and "llm". encoder: the start of the names of Whisper's weights that are trained. llm:
@@ -262,4 +264,5 @@ def train(
                 denominator = (second / (1 - betas[1] ** (step + 1))).sqrt() + eps
                 parameter.sub_(rate * first / (1 - betas[0] ** (step + 1)) / denominator)
         found.append(float(loss.detach()))
+        after_step(step)
     return found

@@ -10,6 +10,7 @@ import shutil
 import time
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from core.distributed import Ranks, from_main, gather
@@ -24,6 +25,7 @@ from train.checkpoint.verification import manifest_files, sha256_of
 from train.checkpoint.writer import BackgroundWriter
 from train.deepspeed_fixes import safe_load
 from train.deepspeed_fixes.optimizer import untie_step_counters
+from train.weight_average import WeightAverage
 
 logger = logging.getLogger("soundwave")
 # What loading a file with another content than `save` writes ends in.
@@ -60,9 +62,9 @@ class Checkpoints:
 
     # ---------------------------------------------------------------- writing
 
-    def _needed_bytes(self, engine) -> int:
+    def _needed_bytes(self, engine, averages: bool = False) -> int:
         """All ranks' files together: measured on the newest checkpoint, else 4 bytes a number for weights
-        (twice: fp32 master and module) and the two moments, and 5 % more."""
+        (twice: fp32 master and module), the two moments and their average, and 5 % more."""
         for newest in step_folders(self.folder):
             try:
                 return int(1.05 * sum(fact["size"] for fact in manifest_files(newest).values()))
@@ -71,17 +73,21 @@ class Checkpoints:
         trained = sum(
             getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad
         )
-        return int(1.05 * 16 * trained)
+        return int(1.05 * (20 if averages else 16) * trained)
 
-    def save(self, engine, state: dict) -> bool:
-        """Start writing `step-<state["step"]>`. False, with a warning, where the disk has no room; training
-        continues."""
+    def _average_file(self, folder: Path) -> Path:
+        return folder / f"averages_rank_{self.ranks.rank:05d}.pt"
+
+    def save(self, engine, state: dict, average: dict | None = None) -> bool:
+        """Start writing `step-<state["step"]>`. average: this rank's averaged weights. False, with a warning,
+        where the disk has no room; training continues."""
         self.finish()
         started = time.perf_counter()
         target = self.folder / f"step-{state['step']:06d}{PARTIAL}"
         has_room = False
         if self.ranks.is_main:
-            needed, free = self._needed_bytes(engine), shutil.disk_usage(self.folder).free
+            needed = self._needed_bytes(engine, average is not None)
+            free = shutil.disk_usage(self.folder).free
             has_room = free >= needed
             if has_room:
                 try:
@@ -111,6 +117,8 @@ class Checkpoints:
             client_state={"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}},
         )
         engine.checkpoint_engine = ours
+        if average is not None:
+            self.writer.save(average, str(self._average_file(target)))
         self.target, self.started = target, started
         self.writer.start()
         self.blocked_seconds = time.perf_counter() - started
@@ -244,3 +252,22 @@ class Checkpoints:
         for group, own in zip(engine.optimizer.param_groups, groups, strict=True):
             group.update(own)
         untie_step_counters(engine.optimizer)
+
+    def load_average(self, average: WeightAverage | None, folder: Path) -> None:
+        """Read this rank's averaged weights; without them (`optim.ema_decay` is new, and accepted) the
+        average starts with the checkpoint's weights. Errors: CheckpointError."""
+        if average is None:
+            return
+        path = self._average_file(folder)
+        if not path.exists():
+            average.restart()
+            if self.ranks.is_main:
+                logger.info("%s has no averaged weights: the average starts with its weights", folder)
+            return
+        try:
+            average.load(torch.load(path, map_location="cpu", weights_only=True))
+        except _WRONG_CONTENT as error:
+            raise CheckpointError(
+                f"{path} cannot be loaded ({safe_load.reason(error)}): remove {folder} to resume from the "
+                "one before it, or choose another output folder"
+            ) from error

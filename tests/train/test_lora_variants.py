@@ -1,0 +1,124 @@
+"""LoRA's variants on two ranks: another rank than the start folder's, DoRA, and what ZeRO-3 refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from model import artifact
+from model.config import LLMConfig, SoundwaveConfig
+from model.soundwave import Soundwave
+from tests.model import tiny
+from tests.train.test_independent import corpus
+from tests.train.test_trained_parts import error_of
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("variants")
+    torch.manual_seed(0)
+    encoder, llm = tiny.whisper(root / "whisper"), tiny.llm(root / "llm", "llama")
+    corpus(root / "train")
+    config = SoundwaveConfig()
+    config.encoder.name, config.llm = encoder, LLMConfig(name=llm, lora_r=4)
+    model = Soundwave.build(config)
+    with torch.no_grad():
+        for name, parameter in model.llm.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    artifact.save(model, root / "start")
+    recipe = {
+        "stage": "shrinking",
+        "init_from": str(root / "start"),
+        "data": {
+            "train": [{"shards": str(root / "train")}],
+            "batch_seconds": 9.0,
+            "micro_batch_seconds": 3.0,
+            "workers": 0,
+        },
+        "optim": {"steps": STEPS, "warmup_steps": 0, "schedule": "constant", "lr_lora": 3e-3},
+        "log": {"tensorboard": False},
+        "checkpoint": {"every_steps": 2, "accept_changes": ["recipe"]},
+    }
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return root
+
+
+def lora(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "lora" / "adapter_model.safetensors")
+
+
+def products(folder: Path, scale: float) -> dict[str, torch.Tensor]:
+    found = lora(folder)
+    return {
+        name: scale * found[name.replace("lora_A", "lora_B")] @ value
+        for name, value in found.items()
+        if "lora_A" in name
+    }
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_a_higher_rank_starts_with_the_product_of_the_old_one(server, root, zero, tmp_path):
+    ranks = ["model.llm.lora_r=7", "init_accept=[model.llm.lora_r]", "optim.lr_lora=0"]
+    arguments = [root / "recipe.yaml", f"output={tmp_path}", f"deepspeed=ds_configs/zero{zero}.json", *ranks]
+    run = server.start([*arguments, "optim.steps=1"], ranks=2)
+    assert run.wait() == [0, 0], run.text()
+    before = products(root / "start", 16 / 4)
+    after = products(tmp_path / "shrinking" / "model", 16 / 7)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=1e-5, atol=1e-6)
+    down = [value for name, value in lora(tmp_path / "shrinking" / "model").items() if "lora_A" in name]
+    assert all(len(value) == 7 and value[4:].abs().min() > 0 for value in down)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("zero", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dora_trains_and_resumes_bit_equally(server, root, zero, dtype, tmp_path):
+    folders = []
+    for name, halves in (("once", [STEPS]), ("twice", [2, STEPS])):
+        for steps in halves:
+            arguments = [f"output={tmp_path / name}", f"deepspeed=ds_configs/zero{zero}.json"]
+            arguments += [f"model.dtype={dtype}", f"optim.steps={steps}", "model.llm.lora_dora=true"]
+            run = server.start([root / "recipe.yaml", *arguments, "init_from=fresh", *bases(root)], ranks=2)
+            assert run.wait() == [0, 0], run.text()
+        folders.append(lora(tmp_path / name / "shrinking" / "model"))
+    once, twice = folders
+    assert once.keys() == twice.keys() and all(torch.equal(once[name], twice[name]) for name in once)
+    magnitudes = [value for name, value in once.items() if "magnitude" in name]
+    weights = Soundwave.build(dora_config(root)).llm.state_dict()
+    start = [value for name, value in weights.items() if "magnitude" in name]
+    assert len(magnitudes) == len(start) > 0
+    assert all(not torch.equal(a.float(), b.float()) for a, b in zip(magnitudes, start, strict=True))
+
+
+def bases(root: Path) -> list[str]:
+    names = {"encoder": root / "whisper", "llm": root / "llm"}
+    return [*(f"model.{part}.name={folder}" for part, folder in names.items()), "model.llm.lora_r=4"]
+
+
+def dora_config(root: Path) -> SoundwaveConfig:
+    config = SoundwaveConfig()
+    config.encoder.name = str(root / "whisper")
+    config.llm = LLMConfig(name=str(root / "llm"), lora_r=4, lora_dora=True)
+    return config
+
+
+def test_dora_under_zero_3_is_refused(root, tmp_path, capsys):
+    arguments = [str(root / "recipe.yaml"), f"output={tmp_path}", "--dry-run", "init_from=fresh"]
+    arguments += [*bases(root), "model.llm.lora_dora=true", "deepspeed=ds_configs/zero3.json"]
+    assert "model.llm.lora_dora needs whole base weights, and " in error_of(arguments, capsys)
+
+
+def test_a_lower_rank_is_refused_by_the_dry_run(root, tmp_path, capsys):
+    arguments = [str(root / "recipe.yaml"), f"output={tmp_path}", "--dry-run"]
+    arguments += ["model.llm.lora_r=2", "init_accept=[model.llm.lora_r]"]
+    assert "its LoRA has rank 4 " in error_of(arguments, capsys)
