@@ -30,7 +30,7 @@ from core.control_tokens import text_ids
 from core.samples import asked
 from evaluation.resampling import interval, paired_test
 from model import artifact
-from model.language_model import base_of
+from model.language_model import LLM, base_of
 from model.official import stream_tensors
 from model.pretrained import SourceError
 from model.prompt import PromptError
@@ -101,19 +101,22 @@ def untrained(model: Soundwave, own: dict[str, torch.Tensor]) -> Iterator[None]:
             exchange()
 
 
-def check_trained(model: Soundwave) -> None:
-    """Errors: ValueError for an LLM that was not trained."""
+def check_trained(model: Soundwave) -> LLM:
+    """Return the trained LLM. Errors: ValueError for an LLM that was not trained."""
+    if model.llm is None:
+        raise ValueError("the model has no LLM (stage 1): give one of stage 2 or 3")
     if not isinstance(model.llm, PeftModel) and not any(name.startswith("llm.") for name in model.tuned):
         raise ValueError(
             "the model was trained without LoRA (model.llm.lora_r = 0) and without train.llm: all: there is "
             "nothing to compare"
         )
+    return model.llm
 
 
 def retention(model: Soundwave, passages: list[str], questions: list[dict], max_new_tokens: int = 48) -> dict:
     """Both sides on all texts: {perplexity, questions, answers}. Errors: ValueError for an LLM that was not
     trained."""
-    check_trained(model)
+    llm = check_trained(model)
     own = own_weights(model)
     rows, scored = [], []
     for passage in tqdm(passages, desc="passages", unit="passage"):
@@ -134,7 +137,7 @@ def retention(model: Soundwave, passages: list[str], questions: list[dict], max_
                 "tuned_right": is_right(theirs, item["accept"]),
             }
         )
-    result: dict = {"base": str(base_of(model.llm).config.name_or_path)}
+    result: dict = {"base": str(base_of(llm).config.name_or_path)}
     if scored:
         bases, tunes, counts = (np.array(column, dtype=np.float64) for column in zip(*scored, strict=True))
         low, high = interval(tunes - bases, counts)

@@ -429,9 +429,10 @@ def _family(source: Source) -> tuple:
     return _FAMILIES[source.config.model_type]
 
 
-def encoder_classes(model_type: str) -> tuple[type[Encoder], Any]:
+def encoder_classes(model_type: str) -> tuple[Any, Any]:
     """Return this module's class and transformers' network of a known family."""
-    return _FAMILIES[model_type][:2]
+    wrapper, network, *_ = _FAMILIES[model_type]
+    return wrapper, network
 
 
 def tensor_prefix(source: Source) -> str:

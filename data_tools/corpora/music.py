@@ -94,7 +94,7 @@ class GTZAN(Reader):
         stems = {f"{clip.parent.name}/{clip.stem}" for clip in clips}
         if listed is not None:
             if left := len(stems - listed):
-                yield "", Ignored(f"clips that {self.list} does not name", left)  # type: ignore[misc]
+                yield "", Ignored(f"clips that {self.list} does not name", left)
             for name in sorted(listed - stems):
                 yield name, Problem("missing_file", f"no clip {name} in {self.path}")
 
@@ -200,7 +200,7 @@ class Jamendo(Reader):
             raise CorpusError(f"{self.path} is empty")
         if self.left:
             many = "other than one tag" if self.one else "no tag"
-            yield "", Ignored(f"tracks with {many} of {self.tags}", self.left)  # type: ignore[misc]
+            yield "", Ignored(f"tracks with {many} of {self.tags}", self.left)
 
     def sample(self, line: str, where: str) -> Entry | Rejection | list:
         cells = line.split("\t")

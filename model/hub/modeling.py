@@ -31,7 +31,7 @@ def encoder_of(config: SoundwaveHubConfig) -> Encoder:
     sizes: Any = config.encoder_config
     source: Any = SimpleNamespace(folder=None)  # in place of Source
     wrapper, layers = encoder_classes(sizes.model_type)
-    encoder = wrapper(settings, layers(sizes), source)
+    encoder: Encoder = wrapper(settings, layers(sizes), source)
     if isinstance(encoder, WaveformEncoder):
         encoder.normalise = config.normalise_waveforms
     return encoder

@@ -352,7 +352,7 @@ def test_our_own_training_in_the_releases_layout(folders, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("choice", [{"encoder": "last_1"}, {"encoder": "lora"}, {"encoder": "all"}])
 def test_a_trained_encoder_is_in_the_releases_layout(folders, choice, tmp_path):
-    """Its merged weights, each under the release's name, and those that were not trained as they were."""
+    """Its merged weights, each under the name in the official checkpoint, and those that were not trained as they were."""
     config = official_switches(tiny.config(folders("whisper"), folders("llama")))
     config.encoder.lora_r = 2 if choice["encoder"] == "lora" else 0
     model = Soundwave.build(config)

@@ -1,4 +1,4 @@
-"""Every family of LLMs and encoders that docs/families.md names, at tiny size, the whole way: two ranks under
+"""Every family of LLMs and encoders that docs/reference/families.md names, at tiny size, the whole way: two ranks under
 ZeRO-3 train two steps, stop, resume, end as the undisturbed run does; the model answers, is exported, and the
 export answers alike.
 
