@@ -30,11 +30,15 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _format_action(self, action: argparse.Action) -> str:
         if has_default(action) and "default" not in (action.help or ""):
             action = copy.copy(action)
-            values = action.default if isinstance(action.default, list | tuple) else [action.default]
-            words = " ".join(str(value).removeprefix(f"{ROOT}/") for value in values)
-            default_text = f"default: {words.replace('%', '%%')}"
-            action.help = f"{action.help} ({default_text})" if action.help else default_text
+            shown = f"default: {default_words(action).replace('%', '%%')}"
+            action.help = f"{action.help} ({shown})" if action.help else shown
         return super()._format_action(action)
+
+
+def default_words(action: argparse.Action) -> str:
+    """Return an argument's default as a user would write it: several values with blanks between."""
+    values = action.default if isinstance(action.default, list | tuple) else [action.default]
+    return " ".join(str(value).removeprefix(f"{ROOT}/") for value in values)
 
 
 def has_default(action: argparse.Action) -> bool:

@@ -253,8 +253,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = CommandParser(
         "python -m data_tools.annotate", __doc__, example="--corpus folder:clips --hash --out clips.jsonl"
     )
-    parser.add_argument("--corpus", action="append", required=True, metavar="NAME:PATH[,option=value]")
-    parser.add_argument("--out", type=Path, required=True, metavar="M.jsonl")
+    parser.add_argument(
+        "--corpus",
+        action="append",
+        required=True,
+        metavar="NAME:PATH[,option=value]",
+        help="a corpus by its format's name; repeatable",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="M.jsonl", help="the manifest to write")
     parser.add_argument(
         "--allow-pipes",
         action="store_true",
@@ -274,8 +280,10 @@ def main(argv: list[str] | None = None) -> int:
         default=480.0,
         help="audio that Whisper takes at once, 30 s a clip (default: 480)",
     )
-    parser.add_argument("--part", type=_part, default=(0, 1), metavar="i/N")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--part", type=_part, default="0/1", metavar="i/N", help="annotate every N-th entry, from i = 0 on"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="reading processes")
     options = parser.parse_args(argv)
     try:
         print(run(options))

@@ -406,9 +406,16 @@ def main(argv: list[str] | None = None) -> int:
     reading = commands.add_parser("text", help="text-only instruction sets")
     speaking = commands.add_parser("speak", help="text-only instruction sets with the question spoken")
     for sub in (reading, speaking):
-        sub.add_argument("--manifest", action="append", type=Path, required=True, metavar="FILE.jsonl")
+        sub.add_argument(
+            "--manifest",
+            action="append",
+            type=Path,
+            required=True,
+            metavar="FILE.jsonl",
+            help="text instructions (Alpaca, ShareGPT, messages); repeatable",
+        )
         accept_old_name(sub, "--input", "--manifest")
-        sub.add_argument("--language")
+        sub.add_argument("--language", help="of the texts, as en")
         accept_old_name(sub, "--lang", "--language")
     speaking.add_argument(
         "--tts",
@@ -422,7 +429,7 @@ def main(argv: list[str] | None = None) -> int:
         required=True,
         help="folder for the TTS audio; existing files are not made again",
     )
-    speaking.add_argument("--workers", type=int, default=os.cpu_count())
+    speaking.add_argument("--workers", type=int, default=os.cpu_count(), help="TTS commands at the same time")
     for sub in (wrapping, speaking):
         sub.add_argument(
             "--chain",
@@ -431,10 +438,15 @@ def main(argv: list[str] | None = None) -> int:
             metavar="SHARE",
             help='of the samples: "transcribe, then answer"',
         )
-        sub.add_argument("--chain-templates", type=Path, default=TEMPLATES / "chain.txt")
-        sub.add_argument("--seed", type=int, default=0)
+        sub.add_argument(
+            "--chain-templates",
+            type=Path,
+            default=TEMPLATES / "chain.txt",
+            help="wordings for --chain, one a line",
+        )
+        sub.add_argument("--seed", type=int, default=0, help="of the wordings and of the samples for --chain")
     for sub in (wrapping, reading, speaking):
-        sub.add_argument("--out", type=Path, required=True, metavar="M.jsonl")
+        sub.add_argument("--out", type=Path, required=True, metavar="M.jsonl", help="the manifest to write")
     options = parser.parse_args(argv)
     try:
         print(run(options))

@@ -251,13 +251,15 @@ def main(argv: list[str] | None = None) -> int:
         "python -m data_tools.show", __doc__, example="shards/train --histograms durations.png"
     )
     parser.add_argument("folder", help="a packed folder or its URL")
-    parser.add_argument("--histograms", type=Path)
+    parser.add_argument(
+        "--histograms", type=Path, help="draw histograms of duration and speaking rate into this file"
+    )
     accept_old_name(parser, "--png", "--histograms")
-    parser.add_argument("--index", metavar="ROW")
+    parser.add_argument("--index", metavar="ROW", help="write this clip: a row's number, or CORPUS/ID")
     accept_old_name(parser, "--listen", "--index")
-    parser.add_argument("--out", type=Path, default=Path("clip.wav"))
+    parser.add_argument("--out", type=Path, default=Path("clip.wav"), help="the clip of --index")
     accept_old_name(parser, "--to", "--out")
-    parser.add_argument("--lhotse", type=Path)
+    parser.add_argument("--lhotse", type=Path, help="write lhotse cuts (.jsonl.gz)")
     options = parser.parse_args(argv)
     try:
         if Path(options.folder).is_dir() and not (Path(options.folder) / INDEX_NAME).exists():

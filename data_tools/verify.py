@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         help="how many clips to decode, spread over the shards, or all (default: 1000)",
     )
     accept_old_name(parser, "--decode", "--limit")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="reading processes")
     options = parser.parse_args(argv)
     if options.limit != "all" and not options.limit.isdigit():
         parser.error(f"--limit {options.limit}: a number, or all")

@@ -21,6 +21,7 @@ from unittest import mock
 import yaml
 from omegaconf import OmegaConf
 
+from core.command_line import default_words, has_default
 from core.files import write_atomically
 from core.repository import ROOT
 from docs import command_lines, results_page
@@ -119,13 +120,14 @@ def described(parser: argparse.ArgumentParser) -> str:
                 "\\|".join(map(str, action.choices)) if action.choices else action.dest.upper()
             )
             value = value if isinstance(value, str) else " ".join(value)
-        default = str(action.default).removeprefix(f"{ROOT}/").replace(str(_CORES), "number of cores")
-        plain = (
-            action.default is None or isinstance(action.default, bool) or default in ("[]", argparse.SUPPRESS)
-        )
+        default = default_words(action).replace(str(_CORES), "number of cores")
         meaning = parser._get_formatter()._expand_help(action) if action.help else ""
         rows.append(
-            [f"`{' '.join(filter(None, (names, value)))}`", "" if plain else f"`{default}`", cell(meaning)]
+            [
+                f"`{' '.join(filter(None, (names, value)))}`",
+                f"`{default}`" if has_default(action) else "",
+                cell(meaning),
+            ]
         )
     about = cell(first_paragraph(parser.description))
     return (f"{about}\n\n" if about else "") + (table(["option", "default", "meaning"], rows) if rows else "")

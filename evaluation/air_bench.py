@@ -122,12 +122,12 @@ def main(arguments: list[str] | None = None) -> int:
     first.add_argument("--root", type=Path, help="folder of the audio folders (default: where the JSON is)")
     first.add_argument("--instruction", default=INSTRUCTION, help="the sentence before a foundation question")
     second = commands.add_parser("results", help="predictions -> published result layout")
-    second.add_argument("--predictions", type=Path, required=True)
+    second.add_argument("--predictions", type=Path, required=True, help="predictions file of evaluation.run")
     for command in (first, second):
         command.add_argument(
             "--meta", type=Path, required=True, help="Foundation_meta.json or Chat_meta.json"
         )
-        command.add_argument("--out", type=Path, required=True)
+        command.add_argument("--out", type=Path, required=True, help="file to write")
     options = parser.parse_args(arguments)
     try:
         if options.command == "manifest":

@@ -182,8 +182,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     cutting = Cutting()
     parser.add_argument("model", type=Path, help="model folder of any stage: <output>/<stage>/model")
-    parser.add_argument("--corpus", action="append", required=True, metavar="NAME:PATH[,option=value]")
-    parser.add_argument("--out", type=Path, required=True, metavar="OUT.jsonl")
+    parser.add_argument(
+        "--corpus",
+        action="append",
+        required=True,
+        metavar="NAME:PATH[,option=value]",
+        help="a corpus by its format's name; repeatable",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="OUT.jsonl", help="JSON lines to write")
     parser.add_argument("--segment", action="store_true", help="cut recordings at pauses into clips")
     parser.add_argument(
         "--max-seconds", type=float, default=cutting.most, help="of a clip (default: %(default)g)"

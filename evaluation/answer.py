@@ -47,7 +47,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=decode_name,
         help=DECODE_HELP,
     )
-    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="longest answer")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     options = parser.parse_args(arguments)
     if options.max_new_tokens < 1:

@@ -86,8 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = CommandParser(
         "python -m evaluation.compare", __doc__.splitlines()[0], example="ours.jsonl baseline.jsonl"
     )
-    parser.add_argument("first", type=Path)
-    parser.add_argument("second", type=Path)
+    parser.add_argument("first", type=Path, help="predictions file")
+    parser.add_argument("second", type=Path, help="predictions file of the other system")
     parser.add_argument("--out", type=Path, help="write the result here as well")
     accept_old_name(parser, "--json", "--out")
     add_plugins_option(parser)

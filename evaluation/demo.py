@@ -422,7 +422,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: this machine alone)"
     )
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--port", type=int, default=7860, help="of the page")
     parser.add_argument(
         "--login", metavar="VARIABLE", help="environment variable with USER:PASSWORD that visitors must give"
     )
@@ -430,7 +430,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--examples", type=Path, metavar="DIR", help="folder of clips that visitors can choose (the first 8)"
     )
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="longest answer")
     parser.add_argument(
         "--request-seconds", type=float, default=120.0, help="longest time for one answer (default: 120)"
     )

@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
         __doc__.splitlines()[0],
         example="predictions.jsonl --endpoint http://localhost:8000/v1 --judge NAME",
     )
-    parser.add_argument("predictions", type=Path)
+    parser.add_argument("predictions", type=Path, help="predictions file of evaluation.run")
     judge = parser.add_mutually_exclusive_group(required=True)
     judge.add_argument(
         "--endpoint", help="base URL of an OpenAI-compatible server, e.g. http://localhost:8000/v1"

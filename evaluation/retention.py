@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
         default=TEXT / "questions.jsonl",
         help='JSON lines {"question": text, "accept": [words]}',
     )
-    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--max-new-tokens", type=int, default=48, help="longest answer")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument(
         "--out", type=Path, help="result as JSON (default: <model>/evaluation/retention.json)"

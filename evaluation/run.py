@@ -540,9 +540,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--max-new-tokens", type=int, default=200, help="longer answers are cut (default: %(default)s)"
     )
     parser.add_argument("--sample", action="store_true", help="sample instead of greedy search")
-    parser.add_argument("--temperature", type=float, default=0.2)
-    parser.add_argument("--top-p", type=float, default=0.9)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--temperature", type=float, default=0.2, help="with --sample")
+    parser.add_argument("--top-p", type=float, default=0.9, help="with --sample")
+    parser.add_argument("--seed", type=int, default=0, help="with --sample")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument(
         "--out",

@@ -100,12 +100,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, required=True, help="model folder")
     parser.add_argument("--shards", required=True, help="folder written by data_tools/pack.py")
     parser.add_argument("--split", help="sub-folder of --shards")
-    parser.add_argument("--task", nargs="+", default=["asr"])
+    parser.add_argument("--task", nargs="+", default=["asr"], help="tasks to time")
     parser.add_argument(
         "--limit", type=int, default=20, help="how many, evenly spaced over the folder (default: 20)"
     )
     accept_old_name(parser, "--clips", "--limit")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--out", type=Path, help="write clips and summary here as JSON")
     options = parser.parse_args(arguments)

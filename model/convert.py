@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="the official checkpoint: its folder (config, safetensors, tokenizer) or hub name",
     )
     direction.add_argument("--to-official", metavar="DIR", help="model folder of stage 2 or 3")
-    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
         "--encoder",
         metavar="WHISPER",

@@ -189,7 +189,7 @@ def _copy_encoder(encoder: Source, out: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = CommandParser("python -m model.export", __doc__, example="runs/me/sft/model --out export")
     parser.add_argument("run", help="model folder of stage 2 or 3, or the stage's folder")
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument(
         "--merge", action="store_true", help="merge LoRA into the LLM and put the whole LLM inside"
     )

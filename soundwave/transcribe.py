@@ -71,7 +71,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--hotwords", metavar="FILE|A,B", help="words or phrases to favour: a file of lines, or a list"
     )
-    parser.add_argument("--hotword-bonus", type=float, default=default["hotword_bonus"])
+    parser.add_argument(
+        "--hotword-bonus",
+        type=float,
+        default=default["hotword_bonus"],
+        help="added for each token of a hotword",
+    )
     parser.add_argument("--hotwords-in-prompt", action="store_true", help="name them in the prompt, too")
     parser.add_argument("--language", help="of the speech, e.g. en: decides what a word is")
     parser.add_argument(

@@ -381,8 +381,8 @@ def main(arguments: list[str] | None = None) -> int:
         "RANK and WORLD_SIZE set, several processes share the work.",
         example="train/recipes/stage1.yaml",
     )
-    parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
+    parser.add_argument("recipe", help="recipe file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="recipe keys to change")
     options = parser.parse_args(arguments)
     try:
         recipe = load_recipe(options.recipe, options.overrides)

@@ -602,8 +602,8 @@ def main(argv: list[str] | None = None) -> int:
         "Check the nodes of a job before training.",
         example="train/recipes/stage1.yaml",
     )
-    parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
+    parser.add_argument("recipe", help="recipe file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="recipe keys to change")
     parser.add_argument(
         "--where", action="store_true", help="print stage, output folder, (un)finished and start folder"
     )

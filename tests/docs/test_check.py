@@ -166,6 +166,26 @@ def test_a_parser_is_found_without_running_the_command(tmp_path, monkeypatch):
     assert isinstance(parser, argparse.ArgumentParser) and "--decode" in parser._option_string_actions
 
 
+def test_the_cli_reference_shows_defaults_as_a_user_writes_them():
+    """Several values have blanks between them; no Python list, tuple or None."""
+    parser = argparse.ArgumentParser(description="Print defaults.")
+    parser.add_argument("--decode", nargs="+", default=["greedy", "drafted"])
+    parser.add_argument("--part", default="0/1", help="this part")
+    parser.add_argument("--out")
+    parser.add_argument("--names", action="append", default=[])
+    rows = [line for line in generate.described(parser).splitlines() if line.startswith("| `")]
+    assert [[cell.strip() for cell in row.split("|")[2:4]] for row in rows] == [
+        ["`greedy drafted`", ""],
+        ["`0/1`", "this part"],
+        ["", ""],
+        ["", ""],
+    ]
+    defaults = re.findall(
+        r"^\| `[^`]*` \| `([^`]*)`", (generate.REFERENCE / "cli.md").read_text(), re.MULTILINE
+    )
+    assert len(defaults) > 100 and not [default for default in defaults if default[0] in "[({"]
+
+
 def test_the_cli_reference_does_not_depend_on_the_machine(monkeypatch):
     page = generate.cli_page()
     monkeypatch.setattr(os, "cpu_count", lambda: 77)
