@@ -69,7 +69,7 @@ docs: setup-dev ## check the documentation, and build the site into .cache/site 
 bench-ctc: setup ## the fused op against the ordinary path, one run
 	@$(PY) -m benchmarks.linear_ctc $(ARGS)
 
-scale-check: setup-dev ## the official layout at 9B parameters, full-width models through all stages (30 min, 13 GB of disk, 24 GB of memory)
+scale-check: setup-dev ## the official layout at 9B parameters, full-width models through all stages (24 GB of memory)
 	@$(PY) -m benchmarks.scale_check $(ARGS)
 
 gpu-check: setup-dev ## every CUDA parity test and benchmark, the most telling ones first; one JSON, one table; resumes
