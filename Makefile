@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE ?= 1
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev setup-vllm demo less-is-more results fetch test lint docs soak bench-ctc gpu-check test-slurm lock audit licences clean
+.PHONY: help setup setup-dev setup-vllm demo less-is-more results fetch test lint docs soak bench-ctc gpu-check scale-check test-slurm lock audit licences clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -21,7 +21,7 @@ help: ## this list
 	@echo "  PYTHON=python3.12  another interpreter    VENV=/path  another place    GPU=1  CUDA torch though no GPU is seen here"
 	@echo "  WORKERS=2  test files at a time (0: one process, for a debugger)"
 	@echo "  EXTRAS='av bench demo serve stores trackers'  packages of FFmpeg's formats, the comparisons, the web demo, the server, object stores, W&B and MLflow (with setup)    HASHES=no  packages of a site's own build"
-	@echo "  FLASH_ATTN=1  flash-attn too (with setup)    ARGS='...'  arguments for demo, less-is-more, test, soak, bench-ctc, gpu-check, test-slurm"
+	@echo "  FLASH_ATTN=1  flash-attn too (with setup)    ARGS='...'  arguments for demo, less-is-more, test, soak, bench-ctc, gpu-check, scale-check, test-slurm"
 
 setup: ## fill .venv: packages, CPU or CUDA torch, prebuilt ops; quick when repeated
 	@$(SETUP)
@@ -69,7 +69,10 @@ docs: setup-dev ## check the documentation, and build the site into .cache/site 
 bench-ctc: setup ## the fused op against the ordinary path, one run
 	@$(PY) -m benchmarks.linear_ctc $(ARGS)
 
-gpu-check: setup-dev ## every CUDA parity test and benchmark; one JSON, one table
+scale-check: setup-dev ## the official layout at 9B parameters, full-width models through all stages (24 GB of memory)
+	@$(PY) -m benchmarks.scale_check $(ARGS)
+
+gpu-check: setup-dev ## every CUDA parity test and benchmark, the most telling ones first; one JSON, one table; resumes
 	@$(PY) -m benchmarks.gpu_check $(ARGS)
 
 test-slurm: setup-dev ## the SLURM scripts on a two-node cluster started on this machine

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import multiprocessing
 import os
 import shutil
 import socket
@@ -208,6 +209,29 @@ def connect(timeout_minutes: float = 30.0) -> Ranks:
     return Ranks(rank, world_size, local_rank, local_world_size, device)
 
 
+# What gloo and NCCL report where a collective does not end.
+_NO_ANSWER = ("Timed out waiting", "timed out", "timeout caused pair closure")
+_CLOSED = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "connection aborted")
+
+
+def lost_contact(error: BaseException, timeout_minutes: float) -> str | None:
+    """Return one line where `error` is a collective that another rank did not answer, else None."""
+    import torch.distributed as dist
+
+    text = str(error)
+    if not (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
+        return None
+    if any(part in text for part in _CLOSED):
+        return "another rank has closed its connection: its log has the cause. Rerun the command to resume"
+    if any(part in text for part in _NO_ANSWER):
+        return (
+            f"another rank has not answered for {timeout_minutes:g} minutes (health.timeout_minutes): a node "
+            "or the network is down, or a rank is stuck. See the other ranks' logs; rerun the command to "
+            "resume"
+        )
+    return None
+
+
 def gather(value: T) -> list[T]:
     """Return `value` of every rank, in their order. Collective; without a process group there is one rank."""
     import torch.distributed as dist
@@ -255,6 +279,9 @@ def hard_exit(code: int) -> NoReturn:
     done counts as failed. DeepSpeed keeps references to process groups, so destroying them does not join
     these threads. Nothing is left to finalise here: the caller has closed its files.
     """
+    # After an error data workers are still there: each would wait for ever to write into a full pipe.
+    for child in multiprocessing.active_children():
+        child.kill()
     remove_shared_memory()
     logging.shutdown()
     sys.stdout.flush()

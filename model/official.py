@@ -59,7 +59,8 @@ from model.pretrained import (
 from model.stages import SFT, STAGES
 from model.trained_encoder import merged_tensors
 
-SHARD_BYTES = 4 << 30
+SHARD_BYTES = 1 << 30
+MAPPED_BYTES = 1 << 30  # of a file that is read, before its pages are given back
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Ours -> theirs, under `alignment.` and `shrinking.`; the look-back's joint projection is treated apart.
 _NAMES = {
@@ -129,10 +130,15 @@ def stream_tensors(folder: Path, progress: str) -> Iterator[tuple[str, torch.Ten
         files.setdefault(path, []).append(name)
     with tqdm(total=sum(map(len, files.values())), desc=progress, unit="tensor") as bar:
         for path, names in sorted(files.items()):
-            with safe_open(path, "pt") as file:
-                for name in names:
-                    yield name, file.get_tensor(name)
-                    bar.update()
+            while names:
+                read = 0
+                with safe_open(path, "pt") as file:  # closing it unmaps what was read
+                    while names and read < MAPPED_BYTES:
+                        name = names.pop(0)
+                        tensor = file.get_tensor(name)
+                        read += tensor.nbytes
+                        yield name, tensor
+                        bar.update()
 
 
 def from_official(folder: str | Path, out: str | Path, *, encoder: str | None = None) -> Path:

@@ -180,6 +180,7 @@ class HealthConfig:
     )  # then back to the last good checkpoint, past the bad stretch
     max_rollbacks: int = number(2, least=0)  # then stop with a report
     desync_every_steps: int = number(500, least=0)
+    timeout_minutes: float = number(30.0, above=0)  # a rank waits so long for the others in a collective
 
 
 @dataclass

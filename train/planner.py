@@ -27,6 +27,10 @@ RESERVE = 0.9  # of the GPU's memory is used at most: CUDA's context, NCCL and f
 WRITE_SPEED = 1e9  # bytes a second and node to the shared file system, assumed
 GPUS_PER_NODE = 8
 EPOCHS = (1, 20)  # fewer leave data unused, more repeat it often
+# What a rank sends in a collective over R ranks, in units of (R - 1) / R of the tensor's bytes. NCCL by rings
+# (nccl-tests, PERFORMANCE.md); PyTorch's gloo makes a reduce-scatter of an all-reduce (ProcessGroupGloo.cpp).
+NCCL = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1}
+GLOO = {"all_reduce": 2, "reduce_scatter": 2, "all_gather": 1}
 WORDS_A_SECOND_TO_POSITIONS = 9  # speech has about 3 words a second; prompt and answer three times that
 
 
@@ -88,12 +92,16 @@ class Planner:
         """A larger micro-batch than a GPU's part of the global batch has no effect."""
         return max(self.recipe.data.batch_seconds / self.count, self.recipe.data.max_seconds)
 
-    def memory(self, zero_stage: int, activations: float, offload: bool = False) -> RankMemory:
+    def with_zero_stage(self, zero_stage: int, offload: bool = False) -> tuple[Recipe, dict]:
+        """The recipe under a ZeRO stage, and its DeepSpeed configuration."""
         recipe = copy.copy(self.recipe)
         given = deepspeed_config.resolve(recipe, self.width)
         if (zero_stage, offload) != (deepspeed_config.stage_number(given), offloads_weights(given)):
             recipe.deepspeed = f"ds_configs/zero{zero_stage}{'_offload' if offload else ''}.json"
-        config = deepspeed_config.resolve(recipe, self.width)
+        return recipe, deepspeed_config.resolve(recipe, self.width)
+
+    def memory(self, zero_stage: int, activations: float, offload: bool = False) -> RankMemory:
+        recipe, config = self.with_zero_stage(zero_stage, offload)
         return rank_memory(self.model, recipe, self.count, zero_stage, config, activations)
 
     def choice(self, zero_stage: int, offload: bool = False) -> Choice:
@@ -134,14 +142,15 @@ class Planner:
         return (self.weight_bytes * (self.trained + self.frozen) + 16 * self.trained) / self.count
 
     def proposal(self, choices: list[Choice]) -> Choice | None:
-        """Of the ZeRO stages that take the recipe's micro-batch the one that sends the fewest bytes, or else
-        the one that takes most; offload, which is slower, where no other fits. None where nothing fits."""
+        """Of the ZeRO stages that take the recipe's micro-batch the one that sends the fewest bytes (of equal
+        ones the one with less memory), or else the one that takes most; offload, which is slower, where no
+        other fits. None where nothing fits."""
         offloaded = [choice for choice in choices if choice.offload]
         choices = [choice for choice in choices if not choice.offload]
         seconds = min(self.recipe.data.micro_batch_seconds, self.useful_seconds())
         enough = [choice for choice in choices if choice.micro_batch_seconds >= seconds]
         if enough:
-            return min(enough, key=self.bytes_sent)
+            return min(enough, key=lambda choice: (self.bytes_sent(choice), choice.memory.total))
         best = max(choices, key=lambda choice: choice.micro_batch_seconds)
         return next((choice for choice in [best, *offloaded] if choice.fits), None)
 
@@ -169,23 +178,36 @@ class Planner:
     def micro_batches(self, seconds: float) -> int:
         return max(1, math.ceil(self.recipe.data.batch_seconds / self.count / max(seconds, 1e-9)))
 
-    def network_bytes(self, zero_stage: int, micro_batches: int) -> float:
-        """Bytes that one GPU sends in a step, by ring collectives, where each of R ranks sends (R - 1) / R of
-        a reduce-scatter's or all-gather's tensor.
+    def collectives(self, zero_stage: int, micro_batches: int) -> dict[str, float]:
+        """Bytes of the tensors that DeepSpeed 0.19.8 hands to each kind of collective in a step.
 
-        ZeRO-1: gradients in fp32 once a step, and the new weights. ZeRO-2: gradients after each micro-batch.
-        ZeRO-3: also all weights for forward and again for backward of each micro-batch (a frozen encoder:
-        forward alone).
+        ZeRO-1: an all-reduce of the gradients once a step, and the new weights. ZeRO-2: that all-reduce after
+        each micro-batch (not a reduce-scatter: runtime/zero/stage_1_and_2.py, allreduce_and_scatter). ZeRO-3:
+        a reduce-scatter, and all weights for forward and again for backward of each micro-batch (a frozen
+        encoder: forward alone). What is used again within stage3_max_reuse_distance parameters is not
+        gathered again: the last half of that distance, since the way to a layer's backward leads through what
+        is above it twice. Gradients travel in the weights' dtype.
         """
-        share, weights = (self.count - 1) / self.count, self.weight_bytes
-        gradients = {1: 2 * 4 * self.trained, 2: micro_batches * weights * self.trained}.get(
-            zero_stage, micro_batches * weights * self.trained
-        )
-        updated = weights * self.trained if zero_stage < 3 else 0
+        weights, trained = self.weight_bytes, self.weight_bytes * self.trained
+        if zero_stage < 3:
+            return {"all_reduce": trained * (micro_batches if zero_stage == 2 else 1), "all_gather": trained}
+        _, config = self.with_zero_stage(zero_stage)
         once = 0 if self.model.encoder is None or self.model.encoder.learns else self.encoder
         rest = self.trained + self.frozen - once
-        gathered = micro_batches * weights * (2 * rest + once) if zero_stage == 3 else 0
-        return share * (gradients + updated + gathered)
+        kept = min(rest, config["zero_optimization"].get("stage3_max_reuse_distance", 1e9) / 2)
+        return {
+            "reduce_scatter": micro_batches * trained,
+            "all_gather": micro_batches * weights * (2 * rest - kept + once),
+        }
+
+    def network_bytes(
+        self, zero_stage: int, micro_batches: int, backend: dict[str, int] | None = None
+    ) -> float:
+        """Bytes that one GPU sends in a step. backend: NCCL (default) or GLOO."""
+        factors = backend or NCCL
+        share = (self.count - 1) / self.count
+        sent = self.collectives(zero_stage, micro_batches)
+        return share * sum(factors[kind] * size for kind, size in sent.items())
 
     def checkpoint_bytes(self) -> float:
         """Trained weights, their fp32 masters and two moments; frozen weights are not stored."""

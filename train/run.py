@@ -24,7 +24,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "train")]
 
 from core.command_line import CommandParser  # noqa: E402
-from core.distributed import PortTaken, check_master_port, connect, disconnect, fill_environment, hard_exit  # noqa: E402
+from core.distributed import (  # noqa: E402
+    PortTaken,
+    check_master_port,
+    connect,
+    disconnect,
+    fill_environment,
+    hard_exit,
+    lost_contact,
+)
 from recipe.config import RecipeError, load_recipe  # noqa: E402
 from train.preemption import FAILED, PORT_TAKEN, WRONG_INPUT  # noqa: E402
 
@@ -113,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     from train.stage_run import run_stage
 
     try:
-        ranks = connect()
+        ranks = connect(recipe.health.timeout_minutes)
     except RuntimeError as error:
         if "EADDRINUSE" not in str(error):
             raise
@@ -132,11 +140,14 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         wrong_input = isinstance(error, (RecipeError, SourceError, FolderError, OptionError, ShardError))
         code = WRONG_INPUT if wrong_input else FAILED
-        if wrong_input or isinstance(error, (CheckpointError, ConversionError)):
+        lost = lost_contact(error, recipe.health.timeout_minutes)
+        if lost:
+            logger.error("rank %d: %s (%s)", ranks.rank, lost, str(error).splitlines()[0])
+        elif wrong_input or isinstance(error, (CheckpointError, ConversionError)):
             logger.error("%s", error)
         else:
             logger.exception("rank %d failed", ranks.rank)
-        status.write("failed", reason=str(error) or type(error).__name__, exit_code=code)
+        status.write("failed", reason=lost or str(error) or type(error).__name__, exit_code=code)
         stop_logging()
         hard_exit(code)  # at once: the other ranks may wait in a collective and would not answer a farewell
     disconnect()

@@ -25,6 +25,13 @@ def _after_step(number: int, act) -> None:
     Engine.step = step
 
 
+def enter_namespace(rank: int, *namespaces: str) -> None:
+    """Run on a node of benchmarks/virtual_network.py."""
+    from benchmarks.virtual_network import enter
+
+    enter(namespaces[rank])
+
+
 def signal_after(rank: int, step: int, name: str, which: int) -> None:
     """Rank `which` gets a signal when it has done `step`."""
     if rank == which:

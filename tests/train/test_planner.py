@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -14,7 +17,7 @@ from train import run as entry
 from train.dry_run import meta_model
 from train.gpus import GPU, gpu_named, peak_of
 from train.memory import LiveBytes, activation_bytes, fused_attention
-from train.planner import Planner, check_options, epoch_line
+from train.planner import GLOO, Planner, check_options, epoch_line
 
 GIB = 2**30
 
@@ -125,14 +128,27 @@ def test_network_volume_is_that_of_ring_collectives(planner):
     plan = planner(2, 4, "h100")
     trained, frozen, encoder = plan.trained, plan.frozen, plan.encoder
     assert 0 < encoder < frozen
-    # Hand-made: 3 of 4 parts of each tensor leave a rank; reduce-scatter and all-gather of fp32 gradients,
-    # all-gather of bf16 weights.
-    assert plan.network_bytes(1, 5) == pytest.approx(0.75 * (8 + 2) * trained)
-    assert plan.network_bytes(2, 5) == pytest.approx(0.75 * (5 * 2 + 2) * trained)
+    # Hand-made: 3 of 4 parts of each tensor leave a rank. ZeRO-1 and ZeRO-2: all-reduce of bf16 gradients
+    # (twice its bytes), all-gather of bf16 weights.
+    assert plan.network_bytes(1, 5) == pytest.approx(0.75 * (4 + 2) * trained)
+    assert plan.network_bytes(2, 5) == pytest.approx(0.75 * (5 * 4 + 2) * trained)
+    # ZeRO-3, fewer parameters than half of stage3_max_reuse_distance: the weights are gathered once.
+    assert trained + frozen < 0.5e9
+    assert plan.network_bytes(3, 5) == pytest.approx(0.75 * 5 * 2 * (trained + trained + frozen))
+    assert plan.network_bytes(3, 5, GLOO) == pytest.approx(0.75 * 5 * 2 * (2 * trained + trained + frozen))
+    assert planner(1, 1, "h100").network_bytes(1, 5) == 0
+
+
+def test_zero3_gathers_weights_again_beyond_the_reuse_distance(planner, tmp_path):
+    config = json.loads(Path("ds_configs/zero3.json").read_text())
+    config["zero_optimization"]["stage3_max_reuse_distance"] = 0
+    path = tmp_path / "zero3.json"
+    path.write_text(json.dumps(config))
+    plan = planner(2, 4, "h100", f"deepspeed={path}")
+    trained, frozen, encoder = plan.trained, plan.frozen, plan.encoder
     assert plan.network_bytes(3, 5) == pytest.approx(
         0.75 * 5 * 2 * (trained + 2 * (trained + frozen - encoder) + encoder)
     )
-    assert planner(1, 1, "h100").network_bytes(1, 5) == 0
 
 
 def test_the_largest_micro_batch_fits_and_one_more_clip_does_not(planner):
@@ -149,7 +165,7 @@ def test_the_largest_micro_batch_fits_and_one_more_clip_does_not(planner):
 def test_the_proposal_sends_the_fewest_bytes(planner):
     plan = planner(2, 8, "a100-80")
     plan.activations = lambda seconds, zero_stage: seconds * GIB / 120
-    # One micro-batch of a bf16 gradient is less than one gradient in fp32, five are more.
+    # With one micro-batch ZeRO-1 and ZeRO-2 send the same, and ZeRO-2 needs less memory.
     assert plan.proposal(plan.choices()).zero_stage == 2
     plan.recipe.data.batch_seconds = 8 * 50000.0
     assert plan.proposal(plan.choices()).zero_stage == 1

@@ -47,6 +47,7 @@ _FREE = (
     "optim.stop_after",
     "optim.epochs",  # the steps that they make are compared
     "health.desync_every_steps",
+    "health.timeout_minutes",
     "init_from",
     "init_accept",
     "data.cache_features",
