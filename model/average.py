@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
         example="runs/a/sft/model runs/a/sft/model-best --out runs/a/averaged",
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="model folder of one stage")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="model folder to write")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to write the mean")
     options = parser.parse_args(arguments)
     try:
         average(options.folders, options.out)
