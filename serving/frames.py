@@ -32,8 +32,8 @@ def frames_of(model: Soundwave, audio: Audio, seconds: float, start: float, lang
     texts = {
         token: model.tokenizer.decode([token]) for token in set(tokens) if token != blank and token < known
     }
-    (tokens,) = model._ctc_tokens(audio)
-    transcript = str(model.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+    (collapsed,) = model._ctc_tokens(audio)
+    transcript = str(model.tokenizer.decode(collapsed, skip_special_tokens=True)).strip()
     spelling = spell(model.tokenizer, transcript, model.ctc_text, language)
     words = align_frames(model, audio.hidden, audio.lengths, [spelling], [seconds])[0].words
     return {
