@@ -153,7 +153,7 @@ def test_what_is_open_is_answered_before_the_server_ends(model, merged):
         assert [answer.result().status_code for answer in answers] == [200] * 5
         assert most <= 2  # as many rows as --batch-rows allows
         assert not server.engine.thread.is_alive() and not server.engine.sent
-    assert not is_alive(engine)
+    wait_for(lambda: not is_alive(engine))
     assert vllm.process.returncode == 0  # it ends with its standard input, as where the server is killed
 
 
