@@ -32,7 +32,7 @@ def kaldi_banks(waveforms: torch.Tensor, lengths: torch.Tensor, bins: int) -> to
     window = torch.tensor(window_function(WINDOW, "povey", periodic=False), dtype=torch.float32)
     spectrum = torch.fft.rfft(frames * window.to(frames.device), FFT)
     power = torch.view_as_real(spectrum).square().sum(-1)
-    log = (power @ _filters("kaldi", bins).to(power.device)).clamp(min=1.192092955078125e-07).log()
+    log = (power @ _mel_filters("kaldi", bins).to(power.device)).clamp(min=1.192092955078125e-07).log()
     mean, variance, valid = _statistics(log, kaldi_frames(lengths))
     return ((log - mean) * (variance + 1e-7).rsqrt()).masked_fill(~valid, 0.0)
 
@@ -57,7 +57,7 @@ def nemo_log_mel(waveforms: torch.Tensor, lengths: torch.Tensor, bins: int) -> t
         return_complex=True,
     )
     power = torch.view_as_real(spectrum).square().sum(-1).transpose(1, 2)
-    log = (power @ _filters("slaney", bins).to(power.device) + 2**-24).log()
+    log = (power @ _mel_filters("slaney", bins).to(power.device) + 2**-24).log()
     log = log[:, : int(nemo_frames(lengths).max())]
     mean, variance, valid = _statistics(log, nemo_frames(lengths))
     return ((log - mean) / (variance.sqrt() + 1e-5)).masked_fill(~valid, 0.0)
@@ -74,7 +74,7 @@ def _statistics(x: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 @lru_cache(maxsize=4)
-def _filters(scale: str, bins: int) -> torch.Tensor:
+def _mel_filters(scale: str, bins: int) -> torch.Tensor:
     """[257, bins]"""
     kaldi = scale == "kaldi"
     filters = mel_filter_bank(

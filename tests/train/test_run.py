@@ -163,7 +163,7 @@ def test_ranks_of_another_launcher_are_refused_in_a_slurm_step(monkeypatch, left
 
 
 def test_a_taken_port_has_an_exit_code_of_its_own(monkeypatch, tiny, capsys):
-    def taken():
+    def taken(timeout_minutes):
         raise RuntimeError(
             "The server socket has failed to listen. port: 29500, name: EADDRINUSE, message: address in use"
         )
