@@ -286,9 +286,11 @@ def identity_differences(
     return problems
 
 
-def check_fit(model: Soundwave, folder: str | Path, *, but: tuple[str, ...] = ()) -> list[str]:
+def check_fit(
+    model: Soundwave, folder: str | Path, *, but: tuple[str, ...] = (), is_own: bool = False
+) -> list[str]:
     """Return the trained parts that a folder and a model both have, `but` some. The model may be on the meta
-    device.
+    device. is_own: the model is built by the folder itself; else its LoRA may have a higher rank.
 
     Errors: FolderError for tensors that one side lacks and for sizes that differ.
     """
@@ -318,13 +320,13 @@ def check_fit(model: Soundwave, folder: str | Path, *, but: tuple[str, ...] = ()
         differ = sorted(stored.keys() ^ own.keys())
         for name in sorted(stored.keys() & own.keys()):
             sizes, axis = list(_shape(own[name])), rank_axis(name)
-            if axis is not None and sizes[axis] < stored[name][axis]:
+            if axis is not None and not is_own and sizes[axis] < stored[name][axis]:
                 raise FolderError(
                     f"{folder}: its LoRA has rank {stored[name][axis]} ({name}), and this recipe asks for "
                     f"{sizes[axis]}, which would change what it computes: give at least that rank, or merge "
                     f"it (python -m model.export {folder} --merge --with-encoder --out DIR) and start there"
                 )
-            if axis is not None:
+            if axis is not None and not is_own:
                 sizes[axis] = stored[name][axis]
             if tuple(sizes) != stored[name]:
                 differ.append(name)
@@ -443,7 +445,8 @@ def load(
     try:
         # Sizes first, before memory is asked for; the CTC head's depend on the tokenizer, which is not read
         # yet.
-        check_fit(Soundwave.build(config, parts=parts, meta=True), folder, but=("ctc_head",))
+        on_meta = Soundwave.build(config, parts=parts, meta=True)
+        check_fit(on_meta, folder, but=("ctc_head",), is_own=True)
         model = Soundwave.build(config, parts=parts)
         load_trained(model, folder, verify=verify)
         model.set_stage(stage)

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from transformers.audio_utils import mel_filter_bank, window_function
 
-from model.features import HOP, SAMPLE_RATE
+from model.features import HOP, SAMPLE_RATE, WINDOW
 
-WINDOW, FFT = 400, 512
+FFT = 512
 PREEMPHASIS = 0.97
 
 

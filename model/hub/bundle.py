@@ -230,7 +230,7 @@ class Bundler:
         for name in sorted(names.names - modules.keys()):
             definition = self.resolve(Place(module.name, name))
             if isinstance(definition, Place):
-                if definition != Place(module.name, name) or name not in self.done:
+                if self.done.get(name) != definition:
                     self.take(definition)
             elif name in module.external:
                 self._import(name, module.external[name], module.name)

@@ -652,6 +652,10 @@ def test_the_examples_of_the_documents_work(tmp_path, capsys, monkeypatch):
     soundfile.write(voice / "clips" / "a.mp3", tone(0.5), 16000, format="MP3")
     for split in ("train", "dev", "test"):
         (voice / f"{split}.tsv").write_text("client_id\tpath\tsentence\tlocale\nx\ta.mp3\tBonjour.\tfr\n")
+    for number in range(60):
+        shutil.copy(voice / "clips" / "a.mp3", voice / "clips" / f"{number}.mp3")
+    lines = "".join(f"speaker{number}\t{number}.mp3\tBonjour.\tfr\n" for number in range(60))
+    (voice / "validated.tsv").write_text(f"client_id\tpath\tsentence\tlocale\n{lines}")
     chapter = tmp_path / "data" / "LibriSpeech" / "test-clean" / "19" / "198"
     chapter.mkdir(parents=True)
     soundfile.write(chapter / "19-198-0000.flac", tone(0.5), 16000)
@@ -668,7 +672,7 @@ def test_the_examples_of_the_documents_work(tmp_path, capsys, monkeypatch):
     tools = {"data_tools/pack.py": pack, "data_tools.show": show, "data_tools.verify": verify}
     monkeypatch.chdir(tmp_path)
     commands = [line.strip() for line in text.splitlines() if re.match(r" *python (-m )?data_tools", line)]
-    assert len(commands) == 10
+    assert len(commands) == 11
     for command in commands:
         for split in ("train", "dev", "test") if "$split" in command else ("",):
             words = (

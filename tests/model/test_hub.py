@@ -210,6 +210,13 @@ def write_package(root: Path, files: dict[str, str]) -> None:
         ),
         (
             {
+                "main.py": "from core.bundled.a import f\ndef g():\n    return 1\ndef h():\n    return f() + g()\n",
+                "a.py": "def f():\n    return g\ndef g():\n    return 2\n",
+            },
+            "both define g",
+        ),
+        (
+            {
                 "main.py": "from core.bundled.a import f\nx = f\ndef g():\n    return 1\n",
                 "a.py": "def f():\n    return g()\ndef g():\n    return 2\n",
             },
