@@ -18,7 +18,7 @@ from recipe.stages import is_trainer
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def clean_process(monkeypatch):
     """What a command changes in its process is set back."""
     monkeypatch.setattr(command_line, "_command", None)
