@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -306,7 +307,7 @@ def trainer_of(recipe: Recipe, monkeypatch, **parts) -> Trainer:
     silent = SimpleNamespace(line=lambda *a: None, scalars=lambda *a: None, go_back=lambda step: None)
     monkeypatch.setattr(trainer, "Telemetry", lambda *a, **k: silent)
     unused = dict.fromkeys(("plan", "row_limit", "checkpoints", "validation", "status", "preemption"))
-    engine = SimpleNamespace(model=SimpleNamespace(tokenizer=None))
+    engine = SimpleNamespace(model=SimpleNamespace(tokenizer=None), average=None, averaged=nullcontext)
     given = {"engine": engine, "topology": {}, "facts": {}, "progress": Progress(), **unused, **parts}
     return Trainer(recipe, Ranks(0, 1, 0, 1, "cpu"), **given)
 
@@ -317,9 +318,13 @@ def test_a_roll_back_takes_the_best_back(tmp_path, monkeypatch):
     made = trainer_of(
         Recipe(output=str(tmp_path)),
         monkeypatch,
-        engine=SimpleNamespace(health=health, deepspeed=None, model=None),
+        engine=SimpleNamespace(health=health, deepspeed=None, model=None, average=None),
         checkpoints=SimpleNamespace(
-            folder=tmp_path, finish=lambda: True, load=lambda *a: None, delete_after=lambda step, best: best
+            folder=tmp_path,
+            finish=lambda: True,
+            load=lambda *a: None,
+            load_average=lambda *a: None,
+            delete_after=lambda step, best: best,
         ),
         progress=Progress(step=5, best={"step": 3, "score": 0.2}),
     )
