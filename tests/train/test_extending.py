@@ -144,7 +144,7 @@ def test_a_metric_scores_compares_and_is_shown(tmp_path, capsys):
         shown
     )
     assert compare.main(["--plugins", PLUGIN, *paths]) == 0
-    assert "+0.5000" in capsys.readouterr().out
+    assert "+0.500" in capsys.readouterr().out
     assert score.main(["--plugins", "no_such_plugin", *paths]) == 2
     assert "there is no module no_such_plugin" in capsys.readouterr().err
 
