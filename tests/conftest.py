@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
+#: What programs handle or ignore; a program that a test starts inherits what is ignored.
+HANDLED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
 pytest_plugins = ["tests.ci_skips"]
+
+
+@pytest.fixture(autouse=True)
+def signals_are_set_back():
+    """A program's `main` that a test calls may handle or ignore signals; the next test's processes must not."""
+    before = [(number, signal.getsignal(number)) for number in HANDLED]
+    yield
+    for number, handler in before:
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
