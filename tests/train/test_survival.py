@@ -281,7 +281,7 @@ def test_a_stopped_run_ends_as_an_undisturbed_one_under(server, tiny, whole, tmp
     alike(tmp_path / "moved", tmp_path / "still", "shrinking")
 
 
-@pytest.mark.slow  # several starts of real ranks
+@pytest.mark.long  # several starts of real ranks
 def test_bf16_is_bf16_under_each_zero_stage(server, tiny, whole, tmp_path):
     """DeepSpeed leaves what it has not built itself in fp32 under ZeRO-3."""
     for number in (2, 3):
