@@ -72,7 +72,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stage", type=int, choices=STAGES, default=2, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=60, help="of each run (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each checkout (default: %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.json",
+        help="where to write the numbers, the table beside them (.txt)",
+    )
     options = parser.parse_args(arguments)
     facts = machine()
     runs: dict[str, list[Run]] = {"before": [], "after": []}

@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         "python -m benchmarks.dropout", __doc__.splitlines()[0], example="examples/quickstart/stage2.yaml"
     )
     parser.add_argument("recipe", help="YAML file of a stage 2")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
     parser.add_argument(
         "--clips", type=int, default=12, help="clips of 10 s that a step holds, about (default: 12)"
     )

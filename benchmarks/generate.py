@@ -239,13 +239,15 @@ def main() -> None:
         example="--model runs/quickstart/sft/model --shards shards/test",
     )
     parser.add_argument("--model", help="model folder of stage 2 or 3")
-    parser.add_argument("--encoder", default="openai/whisper-base")
-    parser.add_argument("--llm", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--shards")
-    parser.add_argument("--clips", type=int, default=32)
+    parser.add_argument("--encoder", default="openai/whisper-base", help="encoder where no --model is given")
+    parser.add_argument(
+        "--llm", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="LLM where no --model is given"
+    )
+    parser.add_argument("--shards", help="folder written by data_tools/pack.py (default: noise)")
+    parser.add_argument("--clips", type=int, default=32, help="how many clips")
     accept_old_name(parser, "--utterances", "--clips")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--batch", type=int, default=8, help="clips in a batch")
+    parser.add_argument("--tokens", type=int, default=24, help="new tokens of each answer")
     parser.add_argument(
         "--drafted",
         type=int,
@@ -253,7 +255,9 @@ def main() -> None:
         metavar="BATCH",
         help="compare drafted and greedy decoding instead, in batches of these sizes",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
+    )
     parser.add_argument("--out", type=Path, help="where to write the numbers, the table beside them (.txt)")
     accept_old_name(parser, "--json", "--out")
     options = parser.parse_args()

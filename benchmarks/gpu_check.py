@@ -245,7 +245,9 @@ def main() -> int:
     )
     accept_old_name(parser, "--json", "--out")
     parser.add_argument("--again", action="store_true", help="repeat what is done")
-    parser.add_argument("--tests-only", action="store_true")
+    parser.add_argument(
+        "--tests-only", action="store_true", help="run the tests and leave out the measurements"
+    )
     options = parser.parse_args()
     # A fork cannot use CUDA that its parent has started: a process of its own is asked.
     script = "import json; from benchmarks.machine import machine; import torch; "

@@ -100,13 +100,27 @@ def main() -> None:
         example="--model runs/quickstart/sft/model --test test.jsonl --train train.jsonl",
     )
     parser.add_argument("--model", required=True, help="model folder of stage 2 or 3")
-    parser.add_argument("--test", type=Path, required=True)
-    parser.add_argument("--train", type=Path, required=True)
-    parser.add_argument("--clips", type=int, default=80)
-    parser.add_argument("--distractors", type=int, nargs="+", default=[0, 50, 500])
-    parser.add_argument("--bonus", type=float, default=BONUS)
+    parser.add_argument("--test", type=Path, required=True, help="manifest of the clips to transcribe")
+    parser.add_argument(
+        "--train", type=Path, required=True, help="manifest of the training clips, by which a word is rare"
+    )
+    parser.add_argument(
+        "--clips", type=int, default=80, help="clips of --test; half of these have a rare word"
+    )
+    parser.add_argument(
+        "--distractors",
+        type=int,
+        nargs="+",
+        default=[0, 50, 500],
+        help="numbers of words in the list that are not said",
+    )
+    parser.add_argument(
+        "--bonus", type=float, default=BONUS, help="score for a token of a listed word, as of transcribe"
+    )
     parser.add_argument("--in-prompt", action="store_true", help="also: the rare words in the prompt, greedy")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
+    )
     parser.add_argument("--out", type=Path, help="where to write the numbers, the table beside them (.txt)")
     accept_old_name(parser, "--json", "--out")
     options = parser.parse_args()

@@ -430,7 +430,7 @@ def main() -> int:
         "--no-memory", action="store_true", help="leave out the memory comparison (a step of 8 x 30 s)"
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="only this one")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each side; the fastest counts")
     parser.add_argument("--model", help="stage 1 model folder to take peaked posteriors from; needs --shards")
     accept_old_name(parser, "--checkpoint", "--model")
     parser.add_argument("--shards", help="packed folder for --model")

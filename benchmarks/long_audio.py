@@ -111,10 +111,18 @@ def main() -> None:
         default=["greedy", "drafted"],
         help="of both sides",
     )
-    parser.add_argument("--batch-seconds", type=float, default=120.0)
-    parser.add_argument("--memory-minutes", type=float, nargs="*", default=[10.0, 60.0])
+    parser.add_argument("--batch-seconds", type=float, default=120.0, help="audio in a batch, padded")
+    parser.add_argument(
+        "--memory-minutes",
+        type=float,
+        nargs="*",
+        default=[10.0, 60.0],
+        help="lengths of the files by which memory is measured",
+    )
     parser.add_argument("--memory-model", help="another model folder for the memory (default: --model)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
+    )
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="where to write the numbers, the table beside them (.txt)")
     accept_old_name(parser, "--json", "--out")

@@ -67,10 +67,12 @@ def make(folder: Path, clips: int) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     parser = CommandParser("python -m benchmarks.object_store", __doc__, example="--clips 400 --repeats 2")
-    parser.add_argument("--clips", type=int, default=1200)
-    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--clips", type=int, default=1200, help="clips in the shards")
+    parser.add_argument("--workers", type=int, default=4, help="worker processes of the data loader")
     parser.add_argument("--delay", type=float, default=0.05, help="seconds before each answer")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="runs of each way, taken in turn; the median counts"
+    )
     parser.add_argument("--out", type=Path, help="where to write the numbers, the table beside them (.txt)")
     options = parser.parse_args(argv)
     facts = machine()

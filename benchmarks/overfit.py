@@ -115,12 +115,17 @@ def main() -> None:
         example="--model runs/quickstart/shrinking/model --shards shards/test --out overfit",
     )
     parser.add_argument("--model", required=True, help="model folder of stage 2 or 3 to start from")
-    parser.add_argument("--shards", required=True)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--clips", type=int, default=100)
-    parser.add_argument("--ctc-text", choices=NORMALISATIONS, default="lower_no_punctuation")
-    parser.add_argument("--ctc-steps", type=int, default=200)
-    parser.add_argument("--joint-steps", type=int, default=30)
+    parser.add_argument("--shards", required=True, help="folder written by data_tools/pack.py")
+    parser.add_argument("--out", required=True, help="folder for the fitted model")
+    parser.add_argument("--clips", type=int, default=100, help="clips that the model is fitted to")
+    parser.add_argument(
+        "--ctc-text",
+        choices=NORMALISATIONS,
+        default="lower_no_punctuation",
+        help="as the recipe's data.ctc_text",
+    )
+    parser.add_argument("--ctc-steps", type=int, default=200, help="steps with the CTC loss alone")
+    parser.add_argument("--joint-steps", type=int, default=30, help="steps with both losses")
     options = parser.parse_args()
     torch.manual_seed(0)
     model = artifact.load(options.model).eval()

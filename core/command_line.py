@@ -93,7 +93,7 @@ class CommandParser(OneLineParser):
         )
 
     def add_subparsers(self, **options: Any) -> Any:
-        return super().add_subparsers(parser_class=_Subcommand, **options)
+        return super().add_subparsers(**{"parser_class": _Subcommand, "help": "what to do"} | options)
 
 
 class _Subcommand(OneLineParser):

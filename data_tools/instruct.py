@@ -390,7 +390,13 @@ def main(argv: list[str] | None = None) -> int:
     add = (
         wrapping := commands.add_parser("wrap", help="corpora with transcripts, translations or labels")
     ).add_argument
-    add("--corpus", action="append", required=True, metavar="NAME:PATH[,option=value]")
+    add(
+        "--corpus",
+        action="append",
+        required=True,
+        metavar="NAME:PATH[,option=value]",
+        help="corpus to make instructions from, as of data_tools/pack.py; can be given more than once",
+    )
     add("--task", required=True, help="asr, translation, emotion, gender, sound, or another with --templates")
     add("--templates", type=Path, help="one instruction a line; default: data_tools/templates/TASK.txt")
     add(

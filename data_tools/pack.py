@@ -127,10 +127,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group(
         "filters (refused samples are counted, and named in rejected.jsonl)"
     ).add_argument
-    add("--min-seconds", type=float)
-    add("--max-seconds", type=float)
-    add("--min-rate", type=float, help="characters of text a second")
-    add("--max-rate", type=float)
+    add("--min-seconds", type=float, help="the shortest clip to keep")
+    add("--max-seconds", type=float, help="the longest clip to keep")
+    add("--min-rate", type=float, help="least characters of text a second")
+    add("--max-rate", type=float, help="most characters of text a second")
     add("--languages", help="only these languages: en,de", dest="langs")
     accept_old_name(parser, "--langs", "--languages")
     add(

@@ -100,12 +100,12 @@ async def end_with(engine: AsyncLLM) -> None:
 
 async def run() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--socket", required=True)
-    parser.add_argument("--dtype", required=True)
-    parser.add_argument("--rows", type=int, required=True)
-    parser.add_argument("--positions", type=int)
-    parser.add_argument("--gpu-share", type=float)
+    parser.add_argument("--model", required=True, help="folder of the LLM")
+    parser.add_argument("--socket", required=True, help="path of the Unix socket to listen on")
+    parser.add_argument("--dtype", required=True, help="torch's name of the type to compute in")
+    parser.add_argument("--rows", type=int, required=True, help="requests that are answered at a time")
+    parser.add_argument("--positions", type=int, help="the longest prompt and answer together, in tokens")
+    parser.add_argument("--gpu-share", type=float, help="share of the GPU's memory that vLLM may take")
     options = parser.parse_args()
     engine = AsyncLLM.from_engine_args(
         AsyncEngineArgs(

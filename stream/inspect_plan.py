@@ -145,11 +145,13 @@ def main(arguments: list[str] | None = None) -> int:
         "What a recipe's steps hold, before training.",
         example="train/recipes/stage1.yaml --steps 2",
     )
-    parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("recipe", help="recipe to look at")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="recipe keys to change")
+    parser.add_argument("--steps", type=int, default=5, help="how many steps to show")
     parser.add_argument("--first", type=int, default=0, help="the first step shown")
-    parser.add_argument("--ranks", type=int, default=int(os.environ.get("WORLD_SIZE", 1)))
+    parser.add_argument(
+        "--ranks", type=int, default=int(os.environ.get("WORLD_SIZE", 1)), help="ranks that share each step"
+    )
     parser.add_argument(
         "--profile", action="store_true", help="read the steps of rank 0, too (needs the LLM's tokenizer)"
     )

@@ -76,6 +76,16 @@ def test_no_option_is_a_synonym():
     assert found == []
 
 
+def test_every_argument_has_a_help_text():
+    found = [
+        f"{module} {'/'.join(action.option_strings) or action.dest}"
+        for module, parser in parsers()
+        for action in parser._actions
+        if not action.help
+    ]
+    assert found == []
+
+
 def test_options_with_the_same_help_have_the_same_name():
     found = [
         f"{module} {action.option_strings[0]}: {action.help!r} is {expected[0]}"
