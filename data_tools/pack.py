@@ -390,9 +390,19 @@ def run(options: argparse.Namespace) -> str:
             _check_same(job, plans[job.folder])
         for job in jobs:
             _check_content(job, plans[job.folder], jobs)
+        said: set[str] = set()
         for job in jobs:
-            reports[job.folder] = _pack(job, plans[job.folder], options, locks[job.folder])
+            plan = _with_new_notes(plans[job.folder], said)
+            reports[job.folder] = _pack(job, plan, options, locks[job.folder])
     return "\n".join(reports[folder] for folder in folders)
+
+
+def _with_new_notes(plan: dict, said: set[str]) -> dict:
+    """A plan without the notes that were said already: those about the corpora are in the plan of each
+    split."""
+    new = [note for note in plan.get("notes", []) if note not in said]
+    said.update(new)
+    return plan | {"notes": new}
 
 
 def _merge_alone(options: argparse.Namespace) -> str:
@@ -405,7 +415,7 @@ def _merge_alone(options: argparse.Namespace) -> str:
     if not folders:
         reason = ": it has its index" if (options.out / INDEX_NAME).exists() else ""
         raise PackError(f"{options.out} holds no unfinished packing to merge{reason}")
-    reports = []
+    reports, said = [], set()
     for folder in folders:
         plan = json.loads((folder / WORK / "plan" / "plan.json").read_bytes())
         packing = Packing(
@@ -415,7 +425,8 @@ def _merge_alone(options: argparse.Namespace) -> str:
             lock.enter_context(locked(folder, None))
             if (folder / INDEX_NAME).exists():
                 raise PackError(f"{folder} holds no unfinished packing to merge: it has its index")
-            reports.append(report(folder, packing.merge(plan, lock), plan))
+            merged = packing.merge(plan, lock)
+            reports.append(report(folder, merged, _with_new_notes(plan, said)))
     return "\n".join(reports)
 
 
@@ -540,6 +551,7 @@ def _pack(job: Job, plan: dict, options: argparse.Namespace, lock: ExitStack) ->
 def _dry_run(jobs: list[Job], corpora: list[Corpus], layout: Layout) -> str:
     """Plan, look at some clips, keep nothing."""
     reports: list[str] = []
+    said: set[str] = set()
     with _scratch(jobs[0].folder) as scratch:
         new = [job for job in jobs if not job.is_planned]
         places = {job.split: scratch / (job.split or "plan") for job in new}
@@ -551,11 +563,12 @@ def _dry_run(jobs: list[Job], corpora: list[Corpus], layout: Layout) -> str:
             plan = json.loads((place / "plan.json").read_bytes())
             _check_same(job, plan)
             name = f"{job.folder}: " if len(jobs) > 1 else ""
+            shown = _with_new_notes(plan, said)
             if not plan["samples"] or broken_lines(plan, job.packing.max_broken_share):
-                print("\n".join([*reports, name + dry_report(plan, corpora, None)]))
+                print("\n".join([*reports, name + dry_report(shown, corpora, None)]))
                 _check_content(job, plan, [])
             probed = probe(place, plan, job.packing)
-            reports.append(name + dry_report(plan, corpora, probed))
+            reports.append(name + dry_report(shown, corpora, probed))
             if problem := broken_clips(plan, probed, job.packing.max_broken_share):
                 print("\n".join(reports))
                 raise PackError(problem)

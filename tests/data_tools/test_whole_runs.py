@@ -195,6 +195,16 @@ def test_all_splits_in_one_pass_are_those_of_single_commands(tmp_path, capsys, m
     )
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_what_holds_for_all_splits_is_said_once(tmp_path, capsys, more):
+    wav(tmp_path / "a.wav")
+    rows = [{"id": f"u{n}", "audio": "a.wav", "text": "x", "speaker": f"s{n % 20}"} for n in range(60)]
+    path = manifest(tmp_path / "m.jsonl", rows)
+    splits = ["--splits", "train=0.7,valid=0.3"]
+    code, out, _ = run("--manifest", path, "--out", tmp_path / "all", *splits, *more, capsys=capsys)
+    assert code == 0 and out.count("speakers by split") == 1
+
+
 def test_all_splits_by_parts_and_merge(tmp_path, capsys):
     wav(tmp_path / "a.wav")
     rows = [{"id": f"u{n}", "audio": "a.wav", "text": "x", "speaker": f"s{n % 20}"} for n in range(60)]
