@@ -14,7 +14,6 @@ Mark: each error is within 15 %.
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from benchmarks.machine import keep, machine
+from benchmarks.ranks import answers_of
 from core.command_line import CommandParser, accept_old_name
 from core.distributed import hard_exit
 from examples.steps import free_port
@@ -31,6 +31,7 @@ from examples.steps import free_port
 MIB = 2**20
 LIMIT = 0.15  # of the relative error
 RANKS = 2
+PRELOAD = ["train.setup", "transformers.models.llama.modeling_llama"]
 
 
 @dataclass(frozen=True)
@@ -199,21 +200,9 @@ def be_a_rank(recipe: Path, rank: int, port: int, log: Path, answers) -> None:
 
 def run_ranks(recipe: Path) -> list[dict]:
     """Start the ranks of a case; return what each has measured. Errors: RuntimeError with the log's end."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.setup", "transformers.models.llama.modeling_llama"])
-    answers, port = context.Queue(), free_port()
+    port = free_port()
     logs = [recipe.with_name(f"rank{rank}.log") for rank in range(RANKS)]
-    running = [
-        context.Process(target=be_a_rank, args=(recipe, rank, port, log, answers))
-        for rank, log in enumerate(logs)
-    ]
-    for process in running:
-        process.start()
-    for process, log in zip(running, logs, strict=True):
-        process.join()
-        if process.exitcode:
-            raise RuntimeError(log.read_text()[-2000:])
-    return [answers.get() for _ in running]
+    return answers_of(be_a_rank, [(recipe, rank, port) for rank in range(RANKS)], logs, PRELOAD)
 
 
 def predict(recipe_path: Path, kept: int) -> dict:

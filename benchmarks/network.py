@@ -16,7 +16,6 @@ ends with an error that names the cause within twice health.timeout_minutes.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -27,7 +26,8 @@ import yaml
 from tabulate import tabulate
 
 from benchmarks.machine import keep, machine
-from benchmarks.memory_model import Case, write_recipe
+from benchmarks.memory_model import PRELOAD, Case, write_recipe
+from benchmarks.ranks import answers_of
 from benchmarks.virtual_network import DEVICE, VirtualNetwork, bytes_sent, enter, missing
 from core.command_line import CommandParser
 from core.distributed import hard_exit
@@ -138,24 +138,13 @@ def be_a_node(namespace: str, environment: dict[str, str], recipe: Path, log: Pa
 
 def measure(recipe: Path, network: VirtualNetwork) -> list[dict[int, float]]:
     """Start a rank on each node; return what each has counted. Errors: RuntimeError with a log's end."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.setup", "transformers.models.llama.modeling_llama"])
-    answers = context.Queue()
-    logs = [recipe.with_name(f"rank{rank}.log") for rank in range(len(network.namespaces))]
-    running = [
-        context.Process(
-            target=be_a_node,
-            args=(namespace, environment_of(rank, network, 29500), recipe, logs[rank], answers),
-        )
+    ranks = range(len(network.namespaces))
+    arguments = [
+        (namespace, environment_of(rank, network, 29500), recipe)
         for rank, namespace in enumerate(network.namespaces)
     ]
-    for process in running:
-        process.start()
-    for process, log in zip(running, logs, strict=True):
-        process.join()
-        if process.exitcode:
-            raise RuntimeError(log.read_text()[-2000:])
-    return [answers.get() for _ in running]
+    logs = [recipe.with_name(f"rank{rank}.log") for rank in ranks]
+    return answers_of(be_a_node, arguments, logs, PRELOAD)
 
 
 def predict(recipe_path: Path, ranks: int) -> dict[int, float]:

@@ -208,17 +208,8 @@ def waveform_encoder(request, tmp_path):
     """(our encoder, transformers' model) of a family, with and without a head around it in its folder."""
     config_class, plain, with_head, options = WAVEFORM_FAMILIES[request.param]
     config = config_class(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        conv_dim=(8, 8, 8),
-        conv_kernel=(10, 3, 2),
-        conv_stride=(5, 8, 8),
-        num_feat_extract_layers=3,
+        **tiny.SPEECH_SIZES,
         vocab_size=9,
-        num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=2,
         num_codevectors_per_group=4,
         **options,
     )

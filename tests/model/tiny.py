@@ -70,6 +70,21 @@ def tokenizer(
     return made
 
 
+#: Sizes of encoders that read the waveform (wav2vec 2.0, HuBERT, WavLM ...).
+SPEECH_SIZES = dict(
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=24,
+    conv_dim=(8, 8, 8),
+    conv_kernel=(10, 3, 2),
+    conv_stride=(5, 8, 8),
+    num_feat_extract_layers=3,
+    num_conv_pos_embeddings=16,
+    num_conv_pos_embedding_groups=2,
+)
+
+
 def whisper(
     folder: Path, *, width: int = 24, layers: int = 2, heads: int = 2, mels: int = 16, positions: int = 1500
 ) -> str:

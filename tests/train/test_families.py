@@ -114,23 +114,9 @@ def write_llm(folder: Path, name: str) -> None:
     words.save_pretrained(folder)
 
 
-SPEECH = dict(
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=24,
-    conv_dim=(8, 8, 8),
-    conv_kernel=(10, 3, 2),
-    conv_stride=(5, 8, 8),
-    num_feat_extract_layers=3,
-    num_conv_pos_embeddings=16,
-    num_conv_pos_embedding_groups=2,
-)
-
-
 def speech(config_class: type, whole: type, **options) -> Callable[[Path], object]:
     def write(folder: Path) -> None:
-        whole(config_class(**SPEECH, **options)).save_pretrained(folder)
+        whole(config_class(**tiny.SPEECH_SIZES, **options)).save_pretrained(folder)
 
     return write
 
