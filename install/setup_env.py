@@ -1,4 +1,4 @@
-"""Fill .venv so that nothing is compiled, downloaded or fixed later, inside a run. Used by `make setup`.
+"""Fill .venv so that nothing is built, downloaded or fixed later, inside a run. Used by `make setup`.
 
     python3 install/setup_env.py [--venv .venv] [--gpu auto|yes|no] [--dev] [--extras demo bench]
     [--flash-attn] [--check]
@@ -12,8 +12,9 @@ it stopped:
                    GPU
 3. torchaudio      on CPU torch its compiled part, which links CUDA, is moved away: with it `import
                    torchaudio` fails, and transformers with it. On CUDA torch it stays (and comes back)
-4. deepspeed ops   built into the installed package instead of just in time inside the first run
-5. fused op        python -m model.ops.build
+4. deepspeed ops   built into the installed package instead of just in time inside the first run; on a CPU
+                   machine Adam for offloaded optimizer states is built for --extras offload and --dev only
+5. fused op        python -m model.ops.build, at the same time as 4 and as what is left of 2
 6. this project    pip install -e . without its dependencies: packages that import from any folder, the
                    command `soundwave`
 
@@ -31,11 +32,13 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST, NEWEST = (3, 11), (3, 13)  # numpy needs 3.11; wheels of the pinned versions end at 3.13
 EXTRAS = ("av", "bench", "browser", "demo", "docs", "serve", "stores", "trackers")
+OFFLOAD = "offload"  # an extra that is built, not installed
 REQUIREMENTS = tuple(
     "requirements%s.txt" % kind for kind in ("", "-dev", "-dev-cpu", "-gpu", "-torch-cpu")
 ) + tuple("requirements-%s.txt" % name for name in EXTRAS)
@@ -71,9 +74,10 @@ class Environment:
         self.python = folder / "bin" / "python"
         self.state = folder / ".setup"
 
-    def run(self, label, command, env=None, cwd=ROOT):
+    def run(self, label, command, env=None, cwd=ROOT, milestones=True):
         """Run with output to a log, pip's milestones shown; returns the time taken. Errors: SetupError, with
         the last line."""
+        milestones = milestones and sys.stdout.isatty()
         self.state.mkdir(parents=True, exist_ok=True)
         log_path = self.state / (label + ".log")
         tail = []
@@ -97,10 +101,10 @@ class Environment:
                     r"\s*(Collecting|Downloading|Installing collected|Building wheel|Preparing metadata)\b.*",
                     line,
                 )
-                if match and sys.stdout.isatty():
+                if match and milestones:
                     print("\r\033[K    " + line.strip()[:100], end="", flush=True)
             code = process.wait()
-        if sys.stdout.isatty():
+        if milestones:
             print("\r\033[K", end="", flush=True)
         if code:
             errors = [
@@ -263,37 +267,45 @@ def without_hashes(env, path):
     return copy
 
 
+# A source distribution would run code, and fetch what it is built with unchecked.
+WHEELS = ("--only-binary", ":all:")
+
+
 class Installer:
     """pip, told to take what the lock files name and nothing else."""
 
     def __init__(self, env, hashes):
         self.env, self.hashes = env, hashes
 
-    def run(self, label, paths, options=(), env=None):
+    def run(self, label, paths, options=()):
+        """Install what lock files name."""
+        # --no-compile: most modules are never imported, and Python compiles each one that is, once.
+        return self.env.run(label, self.command("install", paths, ("--no-compile", *options)))
+
+    def build_wheel(self, label, paths, folder, options=(), env=None):
+        """Build a wheel of what lock files name, and put it into a folder."""
+        command = self.command("wheel", paths, ("--wheel-dir", str(folder), *options))
+        return self.env.run(label, command, env=env, milestones=False)
+
+    def command(self, what, paths, options):
         if not self.hashes:
             paths = [without_hashes(self.env, path) for path in paths]
-        command = [str(self.env.python), "-m", "pip", "install", "--disable-pip-version-check", "--no-deps"]
+        command = [str(self.env.python), "-m", "pip", what, "--disable-pip-version-check", "--no-deps"]
         command += ["--require-hashes"] if self.hashes else []
-        return self.env.run(
-            label, command + list(options) + [part for path in paths for part in ("-r", str(path))], env=env
-        )
+        return command + list(options) + [part for path in paths for part in ("-r", str(path))]
 
 
-def install_packages(env, kind, files, installer):
-    check_locks(files, kind)
+def install_base(env, kind, installer):
+    """torch and the packages of requirements.txt, which everything else is built with."""
     version = pins(LOCKS / "cuda.txt")["torch"]
     have = env.run_python("import importlib.metadata as m; print(m.version('torch'))")
-    wheels = (
-        "--only-binary",
-        ":all:",
-    )  # a source distribution would run code, and fetch what it is built with unchecked
     lock = kind
     if kind == "cpu" and have != version + "+cpu":
         show("[2/6] packages: torch %s first" % version)
         torch = env.state / "torch-cpu.txt"
         torch.write_text((ROOT / "requirements-torch-cpu.txt").read_text())
         try:
-            installer.run("pip-torch", [torch], wheels)
+            installer.run("pip-torch", [torch], WHEELS)
         except SetupError as error:
             if "No matching distribution" not in str(error):
                 raise
@@ -304,14 +316,23 @@ def install_packages(env, kind, files, installer):
             lock = "cuda"
     elif kind == "cuda" and have == version + "+cpu":  # pip would leave it: +cpu is the same version to it
         env.run("pip-torch", [str(env.python), "-m", "pip", "uninstall", "--yes", "torch"])
-    show("[2/6] packages: %s" % " ".join(files))
-    plain = [lock_of(name, lock) for name in files if name != "requirements-gpu.txt"]
-    took = installer.run("pip", plain, wheels)
+    show("[2/6] packages: requirements.txt")
+    took = installer.run("pip", [lock_of("requirements.txt", lock)], WHEELS)
+    build = env.run_python("import importlib.metadata as m; print(m.version('torch'))")
+    show("      done in %s; torch %s" % (took, build))
+
+
+def install_rest(kind, files, installer):
+    """The packages of the other requirements files."""
+    plain = [
+        lock_of(name, kind) for name in files if name not in ("requirements.txt", "requirements-gpu.txt")
+    ]
+    if plain:
+        took = installer.run("pip-more", plain, WHEELS)
+        show("      %d more requirements files: done in %s" % (len(plain), took))
     if "requirements-gpu.txt" in files:  # flash-attn's build reads the installed torch
         show("      flash-attn is compiled now: this can take an hour")
         installer.run("pip-flash-attn", [LOCKS / "gpu.txt"], ("--no-build-isolation",))
-    build = env.run_python("import importlib.metadata as m; print(m.version('torch'))")
-    show("      done in %s; torch %s" % (took, build))
 
 
 def fix_torchaudio(env):
@@ -350,19 +371,28 @@ print("ok")
 """
 
 
-# Communication through shared memory is CPU ranks'; Adam on the CPU is also that of offloaded optimizer
-# states.
-DEEPSPEED_OPS = {"cpu": ["deepspeed_shm_comm", "cpu_adam"], "cuda": ["cpu_adam"]}
-BUILD_FLAGS = {"deepspeed_shm_comm": "DS_BUILD_SHM_COMM", "cpu_adam": "DS_BUILD_CPU_ADAM"}
+# Communication through shared memory is CPU ranks'. Adam on the CPU is that of offloaded optimizer states,
+# for which CPU ranks have little reason: it takes a minute to compile.
+DEEPSPEED_OPS = {"cpu": ["deepspeed_shm_comm"], "cuda": ["cpu_adam"]}
+OFFLOAD_OP = "cpu_adam"
+BUILD_FLAGS = {"deepspeed_shm_comm": "DS_BUILD_SHM_COMM", OFFLOAD_OP: "DS_BUILD_CPU_ADAM"}
 
 
-def build_deepspeed(env, kind, installer):
-    ops = DEEPSPEED_OPS[kind]
-    check = OPS_CHECK % (kind, ops)
+def missing_ops(env, kind, wanted):
+    """The ops of DeepSpeed that have to be built: none, or all wanted ones beside those that are there."""
     have = env.run_python("import importlib.metadata as m; print(m.version('deepspeed'))")
-    if have == pins(LOCKS / "deepspeed.txt")["deepspeed"] and env.run_python(check) == "ok":
-        return
-    show("[4/6] DeepSpeed's ops (%s), about 2 minutes" % ", ".join(ops))
+    if have != pins(LOCKS / "deepspeed.txt")["deepspeed"]:
+        return wanted
+    if env.run_python(OPS_CHECK % (kind, wanted)) == "ok":
+        return []
+    there = env.run_python(
+        "from deepspeed.git_version_info import installed_ops as o; print(*[n for n in o if o[n]])"
+    )
+    return sorted(set(wanted) | set(BUILD_FLAGS).intersection((there or "").split()))
+
+
+def build_deepspeed(env, kind, ops, installer):
+    """A wheel of DeepSpeed with its ops compiled for this CPU, in a folder of its own."""
     # DeepSpeed uses a prebuilt op only where the accelerator is the one that it was built under; a login node
     # shows none.
     flags = {"DS_ACCELERATOR": kind, **{BUILD_FLAGS[name]: "1" for name in ops}}
@@ -370,39 +400,63 @@ def build_deepspeed(env, kind, installer):
         # DeepSpeed's build does without ninja: one file after the other. This lets the extensions at least be
         # built side by side.
         side_by_side = env.state / "distutils.cfg"
-        env.state.mkdir(parents=True, exist_ok=True)
         side_by_side.write_text("[build_ext]\nparallel = %d\n" % len(ops))
         flags.update(DIST_EXTRA_CONFIG=str(side_by_side))
+    folder = env.state / "deepspeed"
+    shutil.rmtree(str(folder), ignore_errors=True)
     # --no-cache-dir: pip keeps a wheel that it once built, for another CPU or with other ops, and would
-    # install that one again.
-    took = installer.run(
+    # give that one again.
+    took = installer.build_wheel(
         "deepspeed-ops",
         [LOCKS / "deepspeed.txt"],
-        ("--no-build-isolation", "--no-binary", "deepspeed", "--no-cache-dir", "--force-reinstall"),
+        folder,
+        ("--no-build-isolation", "--no-binary", "deepspeed", "--no-cache-dir"),
         dict(
             flags,
             MAX_JOBS=os.environ.get("MAX_JOBS", str(min(8, os.cpu_count() or 1))),
             PATH=str(env.folder / "bin") + os.pathsep + os.environ.get("PATH", ""),
         ),
     )  # ninja is in there
-    if env.run_python(check) != "ok":
+    show("      DeepSpeed's ops: done in %s" % took)
+
+
+def install_deepspeed(env, kind, ops):
+    """Install the wheel that was built, and check that its ops load."""
+    wheels = [str(path) for path in (env.state / "deepspeed").glob("*.whl")]
+    command = [env.python, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps", "--no-index"]
+    env.run("deepspeed", command + ["--no-compile", "--force-reinstall", *wheels])
+    shutil.rmtree(str(env.state / "deepspeed"))
+    if env.run_python(OPS_CHECK % (kind, ops)) != "ok":
         raise SetupError(
             "DeepSpeed was built, but its ops %s do not load: see %s" % (ops, env.state / "deepspeed-ops.log")
         )
-    info = Path(
-        "/proc/cpuinfo"
-    )  # the compiler used what this CPU can: train/preflight.py asks whether a node's can it, too
+    # the compiler used what this CPU can: train/preflight.py asks whether a node's can it, too
+    info = Path("/proc/cpuinfo")
     for line in info.read_text().splitlines() if info.exists() else []:
         if line.startswith(("flags", "Features")):
             (env.state / "cpu").write_text(line.partition(":")[2].strip())
             break
-    show("      done in %s" % took)
 
 
 def build_fused_op(env):
+    command = [str(env.python), "-m", "model.ops.build"]
+    show("      the fused op: done in %s" % env.run("fused-op", command, milestones=False))
+
+
+def install_the_rest(env, kind, files, wanted, installer):
+    """What needs torch and the base packages: the ops are compiled while pip installs what else is
+    asked for."""
+    ops = missing_ops(env, kind, wanted)
+    parts = [lambda: build_fused_op(env), lambda: install_rest(kind, files, installer)]
+    if ops:
+        show("[4/6] DeepSpeed's ops (%s), about 2 minutes" % ", ".join(ops))
+        parts.insert(0, lambda: build_deepspeed(env, kind, ops, installer))
     show("[5/6] the fused op")
-    took = env.run("fused-op", [str(env.python), "-m", "model.ops.build"])
-    show("      done in %s" % took)
+    with ThreadPoolExecutor(len(parts)) as pool:
+        for part in [pool.submit(part) for part in parts]:
+            part.result()
+    if ops:
+        install_deepspeed(env, kind, ops)
 
 
 def install_project(env):
@@ -437,14 +491,18 @@ def set_up(options):
         files += ["requirements-dev.txt", "requirements-docs.txt"] + (
             ["requirements-dev-cpu.txt"] if kind == "cpu" else []
         )
-    files += ["requirements-%s.txt" % name for name in options.extras]
+    files += ["requirements-%s.txt" % name for name in options.extras if name != OFFLOAD]
+    ops = DEEPSPEED_OPS[kind] + (
+        [OFFLOAD_OP] if kind == "cpu" and (options.dev or OFFLOAD in options.extras) else []
+    )
     if options.flash_attn:
         files += ["requirements-gpu.txt"]
     stamp, digest = env.state / "done", fingerprint(kind)
 
     def complete():
         done = last_set_up(env)
-        if done.get("fingerprint") == digest and set(files) <= set(done["files"]) and env.python.exists():
+        has_all = set(files) <= set(done["files"]) and set(ops) <= set(done.get("ops", []))
+        if done.get("fingerprint") == digest and has_all and env.python.exists():
             show("set-up: %s is complete (%s)" % (options.venv, done["summary"]))
             return True
         return False
@@ -459,7 +517,9 @@ def set_up(options):
         if complete():  # by the set-up that was waited for
             return 0
         # What was there stays.
-        files += [name for name in last_set_up(env)["files"] if name not in files and (ROOT / name).exists()]
+        last = last_set_up(env)
+        files += [name for name in last["files"] if name not in files and (ROOT / name).exists()]
+        ops += [name for name in last.get("ops", []) if name not in ops]
         if stamp.exists():
             stamp.unlink()
         began = time.time()
@@ -468,10 +528,10 @@ def set_up(options):
         (env.state / "kind").write_text(kind)
         write_environment(env, kind)
         installer = Installer(env, options.hashes)
-        install_packages(env, kind, files, installer)
+        check_locks(files, kind)
+        install_base(env, kind, installer)
         fix_torchaudio(env)
-        build_deepspeed(env, kind, installer)
-        build_fused_op(env)
+        install_the_rest(env, kind, files, ops, installer)
         install_project(env)
         summary = env.run_python(SUMMARY)
         if summary is None:
@@ -480,7 +540,9 @@ def set_up(options):
                 "%s -c 'import torch, deepspeed, transformers'" % env.python
             )
         partial = stamp.with_name("done.partial")
-        partial.write_text(json.dumps({"fingerprint": digest, "files": files, "summary": summary}))
+        partial.write_text(
+            json.dumps({"fingerprint": digest, "files": files, "ops": ops, "summary": summary})
+        )
         partial.replace(stamp)
     show("set-up: %s is complete in %.0f s (%s)" % (options.venv, time.time() - began, summary))
     return 0
@@ -525,7 +587,13 @@ def main():
         "said (a login node without one: yes)",
     )
     parser.add_argument("--dev", action="store_true", help="also what tests and linting need")
-    parser.add_argument("--extras", nargs="*", choices=EXTRAS, default=[], help="also requirements-NAME.txt")
+    parser.add_argument(
+        "--extras",
+        nargs="*",
+        choices=(*EXTRAS, OFFLOAD),
+        default=[],
+        help="also requirements-NAME.txt; offload: DeepSpeed's Adam on the CPU",
+    )
     parser.add_argument(
         "--no-hashes",
         dest="hashes",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from core.options import RecipeError
 from recipe.config import OptimConfig
 
 
@@ -55,10 +58,22 @@ def build(groups: list[dict], config: OptimConfig, *, offload: bool) -> torch.op
     vectorised CPU Adam."""
     arguments: dict[str, Any] = {"betas": tuple(config.betas), "eps": config.eps}
     if offload:
+        if problem := missing_offload_op():
+            raise RecipeError(problem)
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
     return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **arguments)
+
+
+def missing_offload_op() -> str | None:
+    """Return one line where the environment of `make setup` is without DeepSpeed's Adam for the CPU, which
+    all ranks would then compile inside the run; None where it is there, or the environment is another one."""
+    from deepspeed.git_version_info import installed_ops
+
+    if installed_ops.get("cpu_adam") or not (Path(sys.prefix) / ".setup").is_dir():
+        return None
+    return "DeepSpeed's op for offloaded optimizer states is not built: make setup EXTRAS=offload"
 
 
 def set_lr(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int) -> dict[str, float]:

@@ -285,12 +285,13 @@ def check_cpu(recipe: Recipe, report: Report) -> None:
     import torch
 
     from train import deepspeed_config
+    from train.optim import missing_offload_op
 
+    offloads = deepspeed_config.offloads_optimizer(deepspeed_config.resolve(recipe, hidden_size=1024))
+    if offloads and (problem := missing_offload_op()):
+        report.input_faults.append(problem)
     built, info = Path(sys.prefix) / ".setup" / "cpu", Path("/proc/cpuinfo")
-    used = not torch.cuda.is_available() or deepspeed_config.offloads_optimizer(
-        deepspeed_config.resolve(recipe, hidden_size=1024)
-    )
-    if used and built.exists() and info.exists():
+    if (offloads or not torch.cuda.is_available()) and built.exists() and info.exists():
         here = set(info.read_text().split())
         flags = [flag for flag in built.read_text().split() if flag.startswith(("avx", "fma", "amx", "sve"))]
         if lacking := [flag for flag in flags if flag not in here]:

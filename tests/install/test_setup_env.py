@@ -382,10 +382,9 @@ def test_the_environment_is_made_under_a_lock_next_to_it(monkeypatch, tmp_path):
     for step in (
         "check_machine",
         "write_environment",
-        "install_packages",
+        "install_base",
         "fix_torchaudio",
-        "build_deepspeed",
-        "build_fused_op",
+        "install_the_rest",
         "install_project",
     ):
         monkeypatch.setattr(setup_env, step, lambda *arguments: None)
@@ -399,6 +398,60 @@ def test_the_environment_is_made_under_a_lock_next_to_it(monkeypatch, tmp_path):
     assert (folder / ".setup/kind").read_text() == "cpu"
     assert codes == [0] and len(made) == 1, "the second one waits, and finds the work done"
     assert ".venv.lock" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "ops"),
+    [
+        ("cpu", {}, ["deepspeed_shm_comm"]),
+        ("cpu", {"dev": True}, ["deepspeed_shm_comm", "cpu_adam"]),
+        ("cpu", {"extras": ["offload"]}, ["deepspeed_shm_comm", "cpu_adam"]),
+        ("cuda", {}, ["cpu_adam"]),
+        ("cuda", {"dev": True, "extras": ["offload"]}, ["cpu_adam"]),
+    ],
+)
+def test_ops_are_built_for_what_is_asked_for_and_those_of_before_stay(
+    monkeypatch, tmp_path, kind, asked, ops
+):
+    built = []
+
+    def make_venv(env):
+        env.python.parent.mkdir(parents=True, exist_ok=True)
+        env.python.touch()
+
+    for step in ("check_machine", "write_environment", "install_base", "fix_torchaudio", "install_project"):
+        monkeypatch.setattr(setup_env, step, lambda *arguments: None)
+    monkeypatch.setattr(setup_env, "make_venv", make_venv)
+    monkeypatch.setattr(setup_env, "install_the_rest", lambda env, kind, files, ops, pip: built.append(ops))
+    monkeypatch.setattr(setup_env.Environment, "run_python", lambda self, code: "Python")
+    given = dict(gpu=("no", "yes")[kind == "cuda"], dev=False, flash_attn=False, check=False, extras=[])
+    options = argparse.Namespace(venv=str(tmp_path / "env"), hashes=True, **given | asked)
+    assert setup_env.set_up(options) == 0 and built == [ops]
+    plain = argparse.Namespace(venv=str(tmp_path / "env"), hashes=True, **given)
+    assert setup_env.set_up(plain) == 0 and len(built) == 1, "what is there is more than enough"
+    (tmp_path / "env/.setup/done").write_text(json.dumps({"files": [], "ops": ops, "summary": ""}))
+    assert setup_env.set_up(plain) == 0 and sorted(built[-1]) == sorted(ops)
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted", "to_build"),
+    [
+        (["deepspeed_shm_comm"], ["deepspeed_shm_comm"], []),
+        ([], ["deepspeed_shm_comm"], ["deepspeed_shm_comm"]),
+        (["deepspeed_shm_comm", "utils"], ["cpu_adam"], ["cpu_adam", "deepspeed_shm_comm"]),
+        (None, ["cpu_adam"], ["cpu_adam"]),
+    ],
+)
+def test_a_rebuild_keeps_the_ops_that_are_there(monkeypatch, tmp_path, there, wanted, to_build):
+    def run_python(self, code):
+        if "version('deepspeed')" in code:
+            return None if there is None else setup_env.pins(setup_env.LOCKS / "deepspeed.txt")["deepspeed"]
+        if "ALL_OPS" in code:
+            return "ok" if set(wanted) <= set(there) else None
+        return " ".join(there)
+
+    monkeypatch.setattr(setup_env.Environment, "run_python", run_python)
+    assert setup_env.missing_ops(setup_env.Environment(tmp_path), "cpu", wanted) == to_build
 
 
 @pytest.mark.slow

@@ -19,9 +19,11 @@ import torch
 from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from core import files
+from core.options import RecipeError
 from model.encoder import build_encoder
 from model.pretrained import fingerprint, locate
 from recipe.config import Recipe
+from train import optim
 from train.preemption import PORT_TAKEN
 from train.preflight import (
     Report,
@@ -85,6 +87,29 @@ def test_ops_that_another_cpu_cannot_run_are_reported(monkeypatch, tmp_path):
     assert faults() == [], "none runs where there are GPUs"
     recipe.deepspeed = "ds_configs/zero3_offload.json"
     assert len(faults()) == 1, "but the optimizer that is offloaded"
+
+
+def test_offload_without_its_op_is_named_before_the_run(monkeypatch, tmp_path):
+    recipe = Recipe(deepspeed="ds_configs/zero3_offload.json")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr("deepspeed.git_version_info.installed_ops", {"cpu_adam": False})
+
+    def faults() -> list[str]:
+        report = Report("a", 0)
+        check_cpu(recipe, report)
+        return report.input_faults
+
+    assert faults() == [], "in an environment of somebody's own, DeepSpeed compiles it"
+    (tmp_path / ".setup").mkdir()
+    (fault,) = faults()
+    assert fault.endswith("make setup EXTRAS=offload")
+    with pytest.raises(RecipeError, match="make setup EXTRAS=offload"):
+        optim.build([], recipe.optim, offload=True)
+    monkeypatch.setattr("deepspeed.git_version_info.installed_ops", {"cpu_adam": True})
+    assert faults() == []
+    recipe.deepspeed = "ds_configs/zero3.json"
+    monkeypatch.setattr("deepspeed.git_version_info.installed_ops", {})
+    assert faults() == []
 
 
 def test_ranks_that_never_report_are_named_with_their_node(monkeypatch):
