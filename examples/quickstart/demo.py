@@ -1,11 +1,12 @@
 """Run the quick start: fetch, pack, train three stages on real speech, score.
 
-    python -m examples.quickstart.demo [--dry-run] [--ranks N] [--plan examples/quickstart/demo.yaml]
+    python -m examples.quickstart.demo [--quick] [--dry-run] [--ranks N] [--plan FILE.yaml]
 
     fetch -> pack -> for each stage: score, train, score -> picture -> table
 
 Each step is an ordinary command of the project, done once (examples/steps.py). The recipes hold
-what is trained and how long; demo.yaml holds what is scored and on how much.
+what is trained and how long; demo.yaml holds what is scored and on how much. --quick takes quick.yaml:
+stage 1 alone, on fewer clips.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ MANIFESTS = [
 
 
 class Plan:
-    """demo.yaml as a list of steps."""
+    """demo.yaml or quick.yaml as a list of steps."""
 
     def __init__(self, path: Path, ranks: int | None) -> None:
         self.settings = OmegaConf.load(path)
@@ -86,7 +87,8 @@ class Plan:
                 self.cache / "manifests",
             )
         ]
-        return steps + [self.pack(name, self.cache / "manifests" / f"{name}.jsonl") for name in MANIFESTS]
+        packed = settings.get("packed", MANIFESTS)
+        return steps + [self.pack(name, self.cache / "manifests" / f"{name}.jsonl") for name in packed]
 
     def pack(self, name: str, manifest: Path) -> Step:
         """A manifest to shards."""
@@ -117,8 +119,20 @@ class Plan:
         steps = self.data_steps()
         for stage, recipe in self.recipes:
             steps += self.stage_steps(stage, recipe)
+        if "transcribe" in self.settings:
+            steps += self.transcription()
         steps.append(self.picture())
         return steps
+
+    @property
+    def first_model(self) -> Path:
+        _, recipe = self.recipes[0]
+        return Path(recipe.output) / recipe.stage / "model"
+
+    @property
+    def subtitles(self) -> Path:
+        """The transcript of one clip with the time of each word."""
+        return self.output / "clip.vtt"
 
     def data_of(self, recipe: Recipe) -> list[str]:
         return [
@@ -143,8 +157,9 @@ class Plan:
             set_aside=folder,
             processes=self.ranks,
         )
-        joint = [self.score(stage, recipe, "joint")] if "joint" in stage else []
-        return [self.score(stage, recipe, "before"), train, self.score(stage, recipe, "after"), *joint]
+        scores = {when: self.score(stage, recipe, when) for when in WHEN if when in stage}
+        before = [scores.pop("before")] if "before" in scores else []
+        return [*before, train, *scores.values()]
 
     def scores(self, recipe: Recipe, when: str) -> Path:
         """Where the predictions on each folder go, the scores beside them as .scores.json: of a trained model
@@ -160,13 +175,11 @@ class Plan:
 
     def transcribed(self) -> dict[str, Path]:
         """Return name -> predictions of the picture's test set: by the CTC head, the LLM and both."""
-        (first, _), *_, (last, _) = self.recipes
         data, paths = self.settings.picture.shards, {}
-        for name, stage, recipe, when in (
-            ("CTC", first, self.recipes[0][1], "after"),
-            ("LLM", last, self.recipes[-1][1], "after"),
-            ("joint", last, self.recipes[-1][1], "joint"),
-        ):
+        named = [("CTC", self.recipes[0], "after")]
+        if len(self.recipes) > 1:
+            named += [("LLM", self.recipes[-1], "after"), ("joint", self.recipes[-1], "joint")]
+        for name, (stage, recipe), when in named:
             if when in stage and data in stage[when].shards:
                 scores = sorted(self.scores(recipe, when).glob(f"{data}-*.scores.json"))
                 if scores:
@@ -220,8 +233,31 @@ class Plan:
             processes=self.ranks,
         )
 
+    def transcription(self) -> list[Step]:
+        """Take one held-out clip out of its shard, and transcribe it with word times."""
+        settings = self.settings.transcribe
+        shards, clip = self.cache / "shards" / settings.shards, self.output / "clip.wav"
+
+        def key() -> list:
+            return [self.fingerprint(settings.shards), settings.index]
+
+        show = [sys.executable, "-m", "data_tools.show", str(shards), "--index", str(settings.index)]
+        transcribe = [sys.executable, "-m", "soundwave.transcribe", str(self.first_model), str(clip)]
+        return [
+            Step(
+                "clip", "take one held-out clip out of its shard", 0.1, [*show, "--out", str(clip)], key, clip
+            ),
+            Step(
+                "transcribe",
+                "transcribe it, with the time of each word",
+                settings.minutes,
+                [*transcribe, "--format", "vtt", "--quiet", "--out", str(self.output)],
+                lambda: [key(), dict(self.trained)],
+                self.subtitles,
+            ),
+        ]
+
     def picture(self) -> Step:
-        _, recipe = self.recipes[0]
         out = self.output / "picture.png"
         return Step(
             "picture",
@@ -232,7 +268,7 @@ class Plan:
                 "-m",
                 "evaluation.picture",
                 "--model",
-                str(Path(recipe.output) / recipe.stage / "model"),
+                str(self.first_model),
                 "--shards",
                 str(self.cache / "shards" / self.settings.picture.shards),
                 "--index",
@@ -255,29 +291,34 @@ def finish(plan: Plan) -> None:
     print("\n" + results.table(summary) + "\n")
     if text := results.transcripts(plan.transcribed()):
         print(f"{text}\n")
+    if plan.subtitles.exists() and "transcribe" in plan.settings:
+        print(f"{plan.output / 'clip.wav'} with word times:\n\n{plan.subtitles.read_text()}")
     print(f"machine      {results.machine_line(summary)}")
     print(f"results      {path}")
-    print(
-        f"predictions  {plan.output}/*/model/evaluation*/*.jsonl; before training: "
-        f"{plan.output / 'evaluation'}/*/*.jsonl"
-    )
+    before = ""
+    if (plan.output / "evaluation").exists():
+        before = f"; before training: {plan.output / 'evaluation'}/*/*.jsonl"
+    print(f"predictions  {plan.output}/*/model/evaluation*/*.jsonl{before}")
     print(f"picture      {plan.output / 'picture.png'}")
     print(f"TensorBoard  {BIN / 'tensorboard'} --logdir {plan.output}")
 
 
 def main() -> int:
-    parser = CommandParser("python -m examples.quickstart.demo", __doc__.split("\n")[0], example="")
-    parser.add_argument(
-        "--plan",
-        type=Path,
-        default=HERE / "demo.yaml",
-        help="what is trained and scored (default: demo.yaml)",
+    parser = CommandParser("python -m examples.quickstart.demo", __doc__.split("\n")[0], example="--quick")
+    plans = parser.add_mutually_exclusive_group()
+    plans.add_argument("--plan", type=Path, help="what is trained and scored (default: demo.yaml)")
+    plans.add_argument(
+        "--quick",
+        dest="plan",
+        action="store_const",
+        const=HERE / "quick.yaml",
+        help="stage 1 alone on fewer clips, about four minutes: transcript, word times, picture",
     )
     parser.add_argument("--ranks", type=int, help="processes of training and scoring (default: the plan's)")
     parser.add_argument("--dry-run", action="store_true", help="only list the steps and their commands")
     options = parser.parse_args()
     try:
-        plan = Plan(options.plan, options.ranks)
+        plan = Plan(options.plan or HERE / "demo.yaml", options.ranks)
         if options.dry_run:
             show(plan.steps())
             return 0

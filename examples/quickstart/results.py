@@ -69,7 +69,7 @@ def collect(plan: Plan) -> list[dict]:
                             "kept_share": scores["length"].get("kept_share"),
                             "after": value_of(scores, key),
                         }
-                        if how == "after" and task in scores_at["before"].get(name, {}):
+                        if how == "after" and task in scores_at.get("before", {}).get(name, {}):
                             row["before"] = value_of(scores_at["before"][name][task], key)
                         rows.append(row)
     return rows

@@ -93,18 +93,21 @@ def test_a_failed_step_stops_and_resumes_in_the_same_folder(tmp_path):
     assert not list(tmp_path.glob("former-*"))
 
 
-def test_the_recipes_and_the_plan_fit_together():
-    plan = demo.Plan(ROOT / "examples/quickstart/demo.yaml", ranks=2)
-    assert [recipe.stage for _, recipe in plan.recipes] == ["alignment", "shrinking", "sft"]
+@pytest.mark.parametrize(
+    ("name", "stages"), [("demo", ["alignment", "shrinking", "sft"]), ("quick", ["alignment"])]
+)
+def test_the_recipes_and_the_plan_fit_together(name, stages):
+    plan = demo.Plan(ROOT / f"examples/quickstart/{name}.yaml", ranks=2)
+    assert [recipe.stage for _, recipe in plan.recipes] == stages
     assert len({recipe.output for _, recipe in plan.recipes}) == 1
     planned = plan.steps()
     assert len({step.name for step in planned}) == len(planned)
-    packed = {name for name in demo.MANIFESTS}
+    packed = {step.name.removeprefix("pack-") for step in planned if step.name.startswith("pack-")}
+    assert packed <= set(demo.MANIFESTS) and plan.settings.picture.shards in packed
     for stage, recipe in plan.recipes:
         corpora = [*recipe.data.train, *recipe.data.valid]
         assert {Path(corpus.shards).name for corpus in corpora} | {
-            *stage.before.shards,
-            *stage.after.shards,
+            *(name for when in demo.WHEN if when in stage for name in stage[when].shards),
         } <= packed
         assert not any("test" in corpus.shards for corpus in corpora), (
             "tuning and training never see a test split"
@@ -115,6 +118,18 @@ def test_the_recipes_and_the_plan_fit_together():
     assert all(
         "--num_gpus 2" in " ".join(step.command) and "deepspeed" in step.command[0] for step in trained
     )
+
+
+def test_the_quick_plan_transcribes_what_it_has_trained():
+    plan = demo.Plan(ROOT / "examples/quickstart/quick.yaml", ranks=2)
+    commands = {step.name: step.command for step in plan.steps()}
+    names = list(commands)
+    assert names[-4:] == ["score-alignment-after", "clip", "transcribe", "picture"]
+    assert str(plan.first_model) in commands["transcribe"] and str(plan.first_model) in commands["picture"]
+    assert commands["clip"][-1] in commands["transcribe"], "the clip that was taken out is transcribed"
+    assert commands["clip"][commands["clip"].index("--index") + 1] in commands["picture"], "and drawn"
+    assert plan.output != demo.Plan(ROOT / "examples/quickstart/demo.yaml", ranks=2).output
+    assert set(plan.transcribed()) <= {"CTC"}
 
 
 def test_a_recipe_that_changes_what_is_learnt_changes_what_follows(monkeypatch):
