@@ -396,13 +396,7 @@ def build_deepspeed(env, kind, ops, installer):
     """A wheel of DeepSpeed with its ops compiled for this CPU, in a folder of its own."""
     # DeepSpeed uses a prebuilt op only where the accelerator is the one that it was built under; a login node
     # shows none.
-    flags = {"DS_ACCELERATOR": kind, **{BUILD_FLAGS[name]: "1" for name in ops}}
-    if kind == "cpu":
-        # DeepSpeed's build does without ninja: one file after the other. This lets the extensions at least be
-        # built side by side.
-        side_by_side = env.state / "distutils.cfg"
-        side_by_side.write_text("[build_ext]\nparallel = %d\n" % len(ops))
-        flags.update(DIST_EXTRA_CONFIG=str(side_by_side))
+    flags = {"DS_ACCELERATOR": kind, "DS_ENABLE_NINJA": "1", **{BUILD_FLAGS[name]: "1" for name in ops}}
     folder = env.state / "deepspeed"
     shutil.rmtree(str(folder), ignore_errors=True)
     # --no-cache-dir: pip keeps a wheel that it once built, for another CPU or with other ops, and would
@@ -445,8 +439,8 @@ def build_fused_op(env):
 
 
 def compile_modules(env):
-    """Bytecode of all packages. Images and clusters often forbid Python to write it when it imports, and every
-    process would then take some 10 s longer to start."""
+    """Bytecode of all packages. Images and clusters often forbid Python to write it when it imports, and
+    every process would then take some 10 s longer to start."""
     command = [env.python, "-m", "compileall", "-q", "-j", str(max(1, (os.cpu_count() or 1) // 2))]
     with contextlib.suppress(SetupError):  # packages hold files that are templates, or of another Python
         env.run("bytecode", [*command, env.site_packages], {"PYTHONDONTWRITEBYTECODE": ""}, milestones=False)
