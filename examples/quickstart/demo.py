@@ -130,9 +130,9 @@ class Plan:
         return Path(recipe.output) / recipe.stage / "model"
 
     @property
-    def subtitles(self) -> Path:
+    def word_times(self) -> Path:
         """The transcript of one clip with the time of each word."""
-        return self.output / "clip.vtt"
+        return self.output / "clip.ctm"
 
     def data_of(self, recipe: Recipe) -> list[str]:
         return [
@@ -251,9 +251,9 @@ class Plan:
                 "transcribe",
                 "transcribe it, with the time of each word",
                 settings.minutes,
-                [*transcribe, "--format", "vtt", "--quiet", "--out", str(self.output)],
+                [*transcribe, "--format", "ctm", "--quiet", "--out", str(self.output)],
                 lambda: [key(), dict(self.trained)],
-                self.subtitles,
+                self.word_times,
             ),
         ]
 
@@ -291,8 +291,8 @@ def finish(plan: Plan) -> None:
     print("\n" + results.table(summary) + "\n")
     if text := results.transcripts(plan.transcribed()):
         print(f"{text}\n")
-    if plan.subtitles.exists() and "transcribe" in plan.settings:
-        print(f"{plan.output / 'clip.wav'} with word times:\n\n{plan.subtitles.read_text()}")
+    if plan.word_times.exists() and "transcribe" in plan.settings:
+        print(f"{plan.output / 'clip.wav'} with word times:\n\n{plan.word_times.read_text()}")
     print(f"machine      {results.machine_line(summary)}")
     print(f"results      {path}")
     before = ""
