@@ -93,7 +93,8 @@ class CommandParser(OneLineParser):
         )
 
     def add_subparsers(self, **options: Any) -> Any:
-        return super().add_subparsers(**{"parser_class": _Subcommand, "help": "what to do"} | options)
+        options.setdefault("help", "what to do")
+        return super().add_subparsers(parser_class=_Subcommand, **options)
 
 
 class _Subcommand(OneLineParser):

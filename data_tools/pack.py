@@ -415,7 +415,8 @@ def _merge_alone(options: argparse.Namespace) -> str:
     if not folders:
         reason = ": it has its index" if (options.out / INDEX_NAME).exists() else ""
         raise PackError(f"{options.out} holds no unfinished packing to merge{reason}")
-    reports, said = [], set()
+    reports: list[str] = []
+    said: set[str] = set()
     for folder in folders:
         plan = json.loads((folder / WORK / "plan" / "plan.json").read_bytes())
         packing = Packing(
