@@ -38,7 +38,7 @@ import numpy as np
 
 from core.audio import REFUSABLE, SAMPLE_RATE
 from core.command_line import CommandParser, accept_old_name
-from core.console import one_line, print_error, printable_line
+from core.console import duration, one_line, plural, print_error, printable_line
 from data_tools.audio import CODECS
 from data_tools.audio import check_output as check_codec
 from data_tools.corpora import Corpus, CorpusError, open_corpora, path_of
@@ -446,7 +446,7 @@ def _finished(job: Job) -> str | None:
     shutil.rmtree(
         job.folder / WORK, ignore_errors=True
     )  # a kill may have come while the merge was removing it
-    return f"{job.folder} is packed already: {len(index)} samples, {index.hours:.2f} h"
+    return f"{job.folder} is packed already: {plural(len(index), 'sample')}, {duration(index.hours * 3600)}"
 
 
 def _prepare(job: Job) -> None:

@@ -313,8 +313,7 @@ class Packing:
                     self.folder / WORK, ignore_errors=True
                 )  # so that the same command packs a fixed corpus
                 raise PackError(
-                    f"no sample was left to pack ({counted(counts)}): {self.folder / 'rejected.jsonl'} says "
-                    f"why for each"
+                    f"no sample was left to pack ({counted(counts)}): see {self.folder / 'rejected.jsonl'}"
                 )
             self._check_share(broken, clips)
             os.replace(unfinished, self.folder / "rejected.jsonl")

@@ -96,9 +96,8 @@ def dry_report(plan: dict, corpora: list[Corpus], probed: ProbedClips | None) ->
     unknown = plan.get("unknown_durations", 0)
     about = "about " if unknown else ""
     lines = [
-        f"{plan['samples']:,} samples, {about}{duration(plan['hours'] * 3600)} and {plan['megabytes']:,.1f} "
-        f"MB, in "
-        f"{plural(plan['shards'], 'shard')}"
+        f"{plural(plan['samples'], 'sample')}, {about}{duration(plan['hours'] * 3600)} and "
+        f"{plan['megabytes']:,.1f} MB, in {plural(plan['shards'], 'shard')}"
     ]
     lines += _totals(plan, plan["samples"], plan["rejected"])
     lines += _table(plan["rejected"], plan["rejected_hours"], plan.get("examples", {}))
@@ -152,7 +151,7 @@ def report(folder: Path, index: dict, plan: dict) -> str:
     )
     seconds = index["hours"] * 3600
     lines = [
-        f"{folder}: {index['samples']:,} samples, {duration(seconds)} in "
+        f"{folder}: {plural(index['samples'], 'sample')}, {duration(seconds)} in "
         f"{plural(len(index['shardlist']), 'shard')}{refused}"
     ]
     lines += _totals(plan, index["samples"], index["rejected"])
@@ -170,7 +169,9 @@ def _totals(plan: dict, samples: int, rejected: dict[str, int]) -> list[str]:
     if "items" not in plan:  # planned by an earlier version
         return []
     other = f" + {plan['other_splits']:,} of other splits" if plan["other_splits"] else ""
-    return [f"read {plan['items']:,} = {samples:,} samples + {sum(rejected.values()):,} refused{other}"]
+    return [
+        f"read {plan['items']:,} = {plural(samples, 'sample')} + {sum(rejected.values()):,} refused{other}"
+    ]
 
 
 def _table(counts: dict[str, int], hours: dict[str, float], examples: dict[str, str]) -> list[str]:

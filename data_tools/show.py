@@ -51,7 +51,7 @@ def describe(folder: Path | str, index: ShardIndex) -> str:
     record, samples = json.loads((index.folder / INDEX_NAME).read_bytes()), index.samples
     megabytes = sum(shard["filesize"] for shard in index.shards) / 1e6
     lines = [
-        f"{index.name}: {len(index):,} samples, {duration(index.hours * 3600)} in "
+        f"{index.name}: {plural(len(index), 'sample')}, {duration(index.hours * 3600)} in "
         f"{plural(len(index.shards), 'shard')} of "
         f"{megabytes:,.1f} MB in all",
         f"fingerprint {index.fingerprint}",
