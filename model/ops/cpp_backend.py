@@ -28,14 +28,20 @@ def forward(problem: CTCInputs, deterministic: bool, with_gradient: bool):
     return torch.ops.soundwave_cpu.forward(*problem, TILE, with_gradient, native_bf16())
 
 
+def computed_pairs(problem: CTCInputs, active: Tensor) -> Tensor:
+    """Return which (frame, tile) pairs `backward` computes, [B * T, tiles]: those that are `active`."""
+    return active
+
+
 def backward(
     problem: CTCInputs,
     kept: SavedForBackward,
     loss_gradient: Tensor,
-    skip_below: float,
+    computed: Tensor,
     deterministic: bool,
     wanted,
 ):
+    saved = kept.loss, kept.lse, kept.label_gradient
     return torch.ops.soundwave_cpu.backward(
-        *problem, *kept, loss_gradient, TILE, skip_below, *wanted, native_bf16()
+        *problem, *saved, loss_gradient, computed, TILE, *wanted, native_bf16()
     )

@@ -9,6 +9,7 @@ and backward.
 from __future__ import annotations
 
 import importlib
+import math
 from typing import NamedTuple
 
 import torch
@@ -166,7 +167,59 @@ def backward(
     problem = CTCInputs(hidden, weight, extra_row, input_lengths, targets, target_lengths, blank)
     kept = SavedForBackward(loss, lse, log_mass, label_gradient)
     needed = (want_hidden, want_weight, want_extra)
-    return _backend(implementation).backward(problem, kept, loss_gradient, skip_below, deterministic, needed)
+    backend = _backend(implementation)
+    scale = torch.where(loss.isinf(), 0.0, loss_gradient.float())
+    real = real_frames(problem, scale)
+    computed = backend.computed_pairs(problem, active_pairs(problem, kept, real, skip_below))
+    gradients = backend.backward(problem, kept, loss_gradient, computed, deterministic, needed)
+    if skip_below > 0:
+        add_skipped(problem, kept, scale, real[:, None] & ~computed, gradients)
+    return gradients
+
+
+def real_frames(problem: CTCInputs, scale: Tensor) -> Tensor:
+    """Return [B * T] bool: frames that exist, of utterances whose loss has a gradient (`scale` [B])."""
+    frame = torch.arange(problem.hidden.shape[1], device=scale.device)[None]
+    return ((frame < problem.input_lengths[:, None]) & (scale != 0)[:, None]).flatten()
+
+
+def active_pairs(problem: CTCInputs, kept: SavedForBackward, real: Tensor, skip_below: float) -> Tensor:
+    """Return [B * T, tiles] bool: pairs of a frame and a tile whose softmax mass is at least `skip_below`, or
+    in which a label (or the blank) has a larger gradient."""
+    threshold = math.log(skip_below) if skip_below > 0 else -math.inf
+    active = ~(kept.log_mass - kept.lse.reshape(-1, 1) < threshold)
+    blank = problem.targets.new_full((len(problem.targets), 1), problem.blank)
+    token = torch.cat([problem.targets.masked_fill(~problem.is_label(), -1), blank], dim=1)
+    tile = torch.where(
+        token < len(problem.weight), token // TILE, -1
+    )  # the row beside the weight: in no tile
+    tile_of = (tile[..., None] == torch.arange(problem.tiles, device=tile.device)).float()
+    steep = (kept.label_gradient.abs() > skip_below).float() @ tile_of
+    return (active | (steep.flatten(0, 1) > 0)) & real[:, None]
+
+
+def add_skipped(
+    problem: CTCInputs,
+    kept: SavedForBackward,
+    scale: Tensor,
+    skipped: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Add in place what the `skipped` pairs [B * T, tiles] contribute, as if all tokens of a tile had the
+    same probability: the tile's softmax mass times the mean row of its weights for hidden, and the mass
+    spread evenly over its rows for the weight. `gradients`: of hidden, weight, extra_row (empty: not wanted).
+    """
+    for_hidden, for_weight, _ = gradients
+    hidden, weight = problem.hidden, problem.weight
+    mass = (kept.log_mass - kept.lse.reshape(-1, 1)).exp() * scale.repeat_interleave(hidden.shape[1])[:, None]
+    mass = torch.where(skipped, mass, 0.0)
+    if for_hidden.numel():
+        mean = torch.stack([rows.mean(0, dtype=torch.float32) for rows in weight.split(TILE)])
+        for_hidden.add_((mass @ mean).view_as(for_hidden))
+    if for_weight.numel():
+        frames = torch.where(skipped.any(1, keepdim=True), hidden.flatten(0, 1).float(), 0.0)
+        for rows, total in zip(for_weight.split(TILE), mass.t() @ frames, strict=True):
+            rows.add_(total / len(rows))
 
 
 @backward.register_fake

@@ -8,7 +8,6 @@ order.
 from __future__ import annotations
 
 import contextlib
-import math
 
 import torch
 import triton
@@ -356,30 +355,40 @@ def _ctc(problem: CTCInputs, logprob: Tensor, with_gradient: bool) -> tuple[Tens
     return loss, occupancy
 
 
+def computed_pairs(problem: CTCInputs, active: Tensor) -> Tensor:
+    """Return which (frame, tile) pairs `backward` computes, [B * T, tiles]: a frame's whole pieces of the
+    vocabulary, where one tile of the piece is active."""
+    _, width = _pieces(len(active), problem.tiles)
+    tiles = width // TILE
+    padded = torch.nn.functional.pad(active, (0, -problem.tiles % tiles))
+    pieces = padded.view(len(active), -1, tiles).any(dim=2)
+    return pieces.repeat_interleave(tiles, dim=1)[:, : problem.tiles]
+
+
 def backward(
     problem: CTCInputs,
     kept: SavedForBackward,
     loss_gradient: Tensor,
-    skip_below: float,
+    computed: Tensor,
     deterministic: bool,
     wanted,
 ):
     with _products(deterministic):
-        return _backward(problem, kept, loss_gradient, skip_below, *wanted)
+        return _backward(problem, kept, loss_gradient, computed, *wanted)
 
 
 def _backward(
     problem: CTCInputs,
     kept: SavedForBackward,
     loss_gradient: Tensor,
-    skip_below: float,
+    computed: Tensor,
     want_hidden: bool,
     want_weight: bool,
     want_extra: bool,
 ):
     hidden, weight, extra_row, input_lengths, *_ = problem
     batch, length, depth = hidden.shape
-    device, dtype, vocabulary = hidden.device, hidden.dtype, weight.shape[0]
+    device, dtype = hidden.device, hidden.dtype
     flat, lse = hidden.reshape(batch * length, depth), kept.lse.flatten()
     scale = torch.where(kept.loss.isinf(), 0.0, loss_gradient.float())
     frame_scale = scale[:, None].expand(batch, length).reshape(-1)
@@ -389,18 +398,8 @@ def _backward(
     tokens, _ = _own_tokens(problem)
     values = (kept.label_gradient * scale[:, None, None]).flatten(0, 1)
 
-    # A pair (frame, piece of the vocabulary) is computed where one of its tiles has mass, or a column of its
-    # own a gradient.
-    threshold = math.log(skip_below) if skip_below > 0 else -math.inf
     rows, width = _pieces(batch * length, problem.tiles)
-    pieces = (vocabulary + width - 1) // width
-    active = ~(kept.log_mass - lse[:, None] < threshold)
-    active = torch.nn.functional.pad(active, (0, pieces * (width // TILE) - problem.tiles))
-    active = active.view(batch * length, pieces, width // TILE).any(dim=2)
-    piece_of = torch.nn.functional.one_hot((tokens // width).clamp(0, pieces - 1), pieces).float()
-    steep = (kept.label_gradient.abs() > skip_below) & ((tokens >= 0) & (tokens < vocabulary))[:, None]
-    active |= (steep.float() @ piece_of).flatten(0, 1) > 0
-    active &= valid[:, None]
+    active = computed[:, :: width // TILE]  # the same for all tiles of a piece
     counts = active.sum(dim=0).tolist()
 
     grad_hidden = torch.zeros(batch * length, depth, device=device) if want_hidden else None

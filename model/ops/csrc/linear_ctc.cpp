@@ -291,20 +291,21 @@ struct Turns {
   }
 };
 
-// Gradients of sum(loss_gradient * loss) for hidden, weight and extra_row; empty where not wanted.
+// Gradients of sum(loss_gradient * loss) for hidden, weight and extra_row; empty where not wanted. Only those pairs of a
+// frame and a tile contribute for which `computed` [B * T, tiles] is true.
 std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& extra_row, const Tensor& input_lengths,
     const Tensor& targets, const Tensor& target_lengths, int64_t blank, const Tensor& loss, const Tensor& lse_in,
-    const Tensor& log_mass_in, const Tensor& label_gradient_in, const Tensor& loss_gradient, int64_t tile, double skip_below,
-    bool want_hidden, bool want_weight, bool want_extra, bool native_bf16) {
+    const Tensor& label_gradient_in, const Tensor& loss_gradient, const Tensor& computed_in, int64_t tile, bool want_hidden,
+    bool want_weight, bool want_extra, bool native_bf16) {
   at::AutoDispatchBelowAutograd guard;
   const int64_t batch = hidden.size(0), length = hidden.size(1), depth = hidden.size(2), vocabulary = weight.size(0);
   const int64_t tiles = (vocabulary + tile - 1) / tile, slots = label_gradient_in.size(2);
   const std::vector<int64_t> labels = to_vector(target_lengths), target = to_vector(targets);
   const at::ScalarType type = product_type(hidden, native_bf16);
-  const Tensor lse_tensor = lse_in.contiguous(), mass_tensor = log_mass_in.contiguous(), label_tensor = label_gradient_in.contiguous();
+  const Tensor lse_tensor = lse_in.contiguous(), label_tensor = label_gradient_in.contiguous(), pairs = computed_in.contiguous();
   const float* lse = lse_tensor.const_data_ptr<float>();
-  const float* log_mass = mass_tensor.const_data_ptr<float>();
+  const bool* computed = pairs.const_data_ptr<bool>();
   const float* label_gradient = label_tensor.const_data_ptr<float>();
 
   // Utterances whose loss has no gradient (an impossible alignment, a zero from above) are left out like padding.
@@ -323,23 +324,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   if (want_weight) grad_weight = at::empty({vocabulary, depth}, weight.options());
   float* hidden_out = want_hidden ? grad_hidden.mutable_data_ptr<float>() : nullptr;
 
-  const float threshold = std::log(skip_below);  // -inf for 0
-  const float smallest = float(skip_below);
   std::atomic<bool> failed{false};
   Turns turns(blocks, failed);
   share_out(want_hidden || want_weight ? tiles : 0, type, failed, [&](int64_t j, Workspace& space) {
     const int64_t v0 = j * tile, width = std::min(tile, vocabulary - v0);
-    // Rows to compute: enough softmax mass in this tile, or enough gradient for a label (or the blank) of this tile.
-    std::vector<char> wanted(batch * length, 0);
-    for (const int64_t row : frames.index) wanted[row] = !(log_mass[row * tiles + j] - lse[row] < threshold);
-    for (const Column& c : columns[j])
-      for (int64_t t = 0; t < lengths[c.utterance]; ++t) {
-        const int64_t row = c.utterance * length + t;
-        if (std::abs(label_gradient[row * slots + c.slot]) > smallest) wanted[row] = 1;
-      }
     std::vector<int64_t> active, order;  // row, and its place among the frames
     for (int64_t i = 0; i < n; ++i)
-      if (wanted[frames.index[i]]) active.push_back(frames.index[i]), order.push_back(i);
+      if (computed[frames.index[i] * tiles + j]) active.push_back(frames.index[i]), order.push_back(i);
 
     Tensor w = active.empty() ? Tensor() : space.rows(2, weight, v0, width);
     Tensor sum;  // of the weight's gradient, in float32
@@ -458,8 +449,8 @@ TORCH_LIBRARY(soundwave_cpu, library) {
       &soundwave::forward);
   library.def(
       "backward(Tensor hidden, Tensor weight, Tensor? extra_row, Tensor input_lengths, Tensor targets, Tensor target_lengths, "
-      "int blank, Tensor loss, Tensor lse, Tensor log_mass, Tensor label_gradient, Tensor loss_gradient, "
-      "int tile, float skip_below, bool want_hidden, bool want_weight, bool want_extra, bool native_bf16) "
+      "int blank, Tensor loss, Tensor lse, Tensor label_gradient, Tensor loss_gradient, Tensor computed, "
+      "int tile, bool want_hidden, bool want_weight, bool want_extra, bool native_bf16) "
       "-> (Tensor, Tensor, Tensor)",
       &soundwave::backward);
   library.def(

@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from model.ops import keyed_dropout, linear_ctc
-from tests.model.ops.truth import cases, check, ordinary, peaked
+from tests.model.ops.truth import cases, check, ordinary, peaked, with_skipped_tiles
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -207,6 +207,23 @@ def test_frames_that_are_nearly_certain():
         error = float((ours - wanted).norm() / wanted.norm())
         print(f"gradient's error {error:.1e}")
         assert error <= 1e-2
+
+
+@interpreted
+@pytest.mark.parametrize("extra_row", [False, True])
+def test_skipped_pieces_contribute_their_mean(extra_row, monkeypatch):
+    from model.ops import triton_backend
+
+    monkeypatch.setattr(triton_backend, "LOGITS_AT_ONCE", 4 * 512 * 8)  # 8 frames x 4 tiles
+    case = peaked(2, 12, 128, 3300, 3, sharpness=16.0, extra_row=extra_row, label_pool=1000)
+    case.input_lengths = torch.tensor([12, 9])
+    padded = case.inputs(torch.float32)
+    leaves = [leaf for leaf in padded if leaf is not None]
+    expected, share = with_skipped_tiles(case, padded, 1e-2, piece=4)
+    assert share > 0.1
+    loss = run(case, padded, skip_below=1e-2)[0]
+    for ours, truth in zip(torch.autograd.grad(loss.sum(), leaves), expected, strict=True):
+        assert (ours - truth).norm() <= 1e-2 * truth.norm()
 
 
 @interpreted

@@ -131,6 +131,51 @@ def ordinary(
     return loss.detach(), list(gradients), logits.detach()
 
 
+def with_skipped_tiles(
+    case: Case, leaves: list[Tensor | None], skip_below: float, tile: int = 512, piece: int = 1
+) -> tuple[list[Tensor], float]:
+    """Gradients of `leaves` (hidden, weight, extra row) in float64, if all tokens of a skipped tile have the same
+    share of its softmax mass; and the share of pairs that are skipped.
+
+    A pair of a frame and `piece` tiles is skipped if, in each tile, the mass and the gradients of labels and
+    blank are below `skip_below`.
+    """
+    hidden, weight, extra_row = (None if leaf is None else leaf.detach().double() for leaf in leaves)
+    whole = weight if extra_row is None else torch.cat([weight, extra_row[None]])
+    logits = functional.linear(hidden, whole).requires_grad_()
+    loss = functional.ctc_loss(
+        logits.log_softmax(-1).transpose(0, 1),
+        case.targets,
+        case.input_lengths,
+        case.target_lengths,
+        blank=case.blank,
+        reduction="none",
+        zero_infinity=True,
+    )
+    (slope,) = torch.autograd.grad(loss.sum(), logits)
+    probability = logits.detach().softmax(-1)
+    real = torch.arange(logits.shape[1])[None] < case.input_lengths[:, None]
+    own = torch.zeros(len(loss), 1, len(whole), dtype=torch.bool)
+    own[:, 0].scatter_(1, torch.nn.functional.pad(case.targets, (0, 1), value=case.blank), True)
+    tiles = [slice(v, v + tile) for v in range(0, len(weight), tile)]
+    tiles = [slice(one.start, min(one.stop, len(weight))) for one in tiles]
+    mass = torch.stack([probability[..., one].sum(-1) for one in tiles], -1)
+    steep = torch.stack([(slope[..., one].abs() * own[..., one]).amax(-1) for one in tiles], -1)
+    active = (mass >= skip_below) | (steep > skip_below)
+    skipped = []
+    for first in range(0, len(tiles), piece):
+        whole_piece = active[..., first : first + piece].any(-1, keepdim=True)
+        skipped.append((~whole_piece).expand_as(active[..., first : first + piece]))
+    is_skipped = torch.cat(skipped, -1) & real[..., None]
+    for number, one in enumerate(tiles):
+        even = (mass[..., number] / (one.stop - one.start))[..., None]
+        slope[..., one] = torch.where(is_skipped[..., number, None], even, slope[..., one])
+    slope = slope * case.loss_weight[:, None, None]
+    rows = torch.einsum("btv,btd->vd", slope, hidden)
+    gradients = [slope @ whole, rows[: len(weight)], *rows[len(weight) :]]
+    return gradients, float(is_skipped[real].double().mean())
+
+
 def check(case: Case, results: tuple, leaves: list[Tensor | None], relative: float) -> None:
     """`results` of linear_ctc(reduction="none") on `leaves`, and its gradients, against the baseline in
     float64.
