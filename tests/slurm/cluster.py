@@ -14,6 +14,7 @@ scripts pending for ever.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -44,22 +45,30 @@ def missing_programs() -> list[str]:
 
 
 def install() -> str | None:
-    """Install the Debian packages where they are missing. Returns why that cannot be done, or None."""
-    if not missing_programs():
-        return None
-    if os.geteuid() != 0:
-        return (
-            f"Slurm is not installed ({', '.join(missing_programs())} missing) and installing it needs root"
-        )
-    if shutil.which("apt-get") is None:
-        return f"Slurm is not installed ({', '.join(missing_programs())} missing) and there is no apt-get"
-    command = ["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES]
-    environment = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
-    for attempt in (command, ["apt-get", "update"], command):  # a fresh image has no package lists
-        done = subprocess.run(attempt, env=environment, capture_output=True, text=True, timeout=300)
+    """Install the Debian packages where they are missing. Returns why that cannot be done, or None.
+
+    One process at a time: the test workers of one machine all begin here. A package manager that runs for
+    another reason is waited for.
+    """
+    with open(Path(tempfile.gettempdir()) / f"soundwave-install-slurm-{os.geteuid()}", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if not missing_programs():
             return None
-    return f"apt-get could not install {' '.join(PACKAGES)}: {done.stderr.strip().splitlines()[-1:]}"
+        if os.geteuid() != 0:
+            return (
+                f"Slurm is not installed ({', '.join(missing_programs())} missing) and installing it "
+                "needs root"
+            )
+        if shutil.which("apt-get") is None:
+            return f"Slurm is not installed ({', '.join(missing_programs())} missing) and there is no apt-get"
+        waiting = ["-o", "DPkg::Lock::Timeout=300"]
+        command = ["apt-get", "install", "-y", "--no-install-recommends", *waiting, *PACKAGES]
+        environment = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
+        for attempt in (command, ["apt-get", "update"], command):  # a fresh image has no package lists
+            done = subprocess.run(attempt, env=environment, capture_output=True, text=True, timeout=600)
+            if not missing_programs():
+                return None
+        return f"apt-get could not install {' '.join(PACKAGES)}: {done.stderr.strip().splitlines()[-1:]}"
 
 
 def free_ports(count: int) -> list[int]:
