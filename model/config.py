@@ -106,7 +106,7 @@ class OpsConfig:
     """The fused op (model/ops)."""
 
     implementation: str = choice("auto", "auto", "cpp", "triton", "reference")
-    # Softmax mass below which backward skips a tile; null: 2^-24 in fp32, 2^-12 in bf16; 0: exact.
+    # Softmax mass below which backward uses a tile's mean row; null: 2^-19 in fp32, 2^-12 in bf16; 0: exact.
     skip_below: float | None = number(None, least=0, below=1)
     deterministic: bool = False
 

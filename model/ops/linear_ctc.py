@@ -14,9 +14,11 @@ IMPLEMENTATIONS = ("auto", "cpp", "triton", "reference")
 
 
 def default_skip_below(dtype: torch.dtype) -> float:
-    """Softmax mass below which backward skips a (frame, tile) pair; docs/internals/fused-op.md bounds the
-    error."""
-    return {torch.float64: 0.0, torch.float32: 2.0**-24}.get(dtype, 2.0**-12)
+    """Return the softmax mass below which backward uses a tile's mean row for a (frame, tile) pair.
+
+    The bound of the error, and how the value was chosen: docs/internals/fused-op.md.
+    """
+    return {torch.float64: 0.0, torch.float32: 2.0**-19}.get(dtype, 2.0**-12)
 
 
 def linear_ctc(
@@ -43,10 +45,10 @@ def linear_ctc(
     zero. Their gradient is zero with and without it.
 
     extra_row [D] is one more row of the vocabulary, with index V, which must then be the blank: the trained
-    blank beside a frozen embedding. skip_below: backward leaves out (frame, vocabulary tile) pairs whose
-    softmax mass is below it (default 2^-24 in float32, 2^-12 in bfloat16; 0: exact; bound:
-    docs/internals/fused-op.md). Products run in hidden's dtype, or autocast's; a weight of another dtype is
-    converted tile by tile. Sums and the recursion are float32 or better.
+    blank beside a frozen embedding. skip_below: (frame, vocabulary tile) pairs whose softmax mass is below it
+    contribute that mass times the mean row of the tile to the gradient (default 2^-19 in float32, 2^-12 in
+    bfloat16; 0: exact; bound: docs/internals/fused-op.md). Products run in hidden's dtype, or autocast's; a
+    weight of another dtype is converted tile by tile. Sums and the recursion are float32 or better.
 
     implementation: "cpp" (CPU), "triton" (CUDA), "reference" (plain PyTorch, anywhere, any floating dtype),
     or "auto": the fastest that is there. Each gives the same result run after run on the CPU; `deterministic`

