@@ -138,7 +138,7 @@ def test_skipped_tiles_contribute_their_mean(skip_below, extra_row):
 @pytest.mark.parametrize("skip_below", [1e-3, 1e-2])
 @pytest.mark.parametrize("extra_row", [False, True])
 def test_skipping_stays_within_its_bound(skip_below, extra_row):
-    """The bounds of docs/internals/fused-op.md, and a part of them."""
+    """The bounds of docs/internals/fused-op.md."""
     case = peaked(2, 60, 256, 2100, 5, sharpness=16.0, extra_row=extra_row, label_pool=1000)
     leaves = case.inputs(torch.float32)[: 3 if extra_row else 2]
     padded = leaves if extra_row else [*leaves, None]
