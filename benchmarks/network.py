@@ -47,9 +47,12 @@ CASES = (
     Case("stage 2, ZeRO-2, fp32", "shrinking", 2, "float32", 512, 4, **SMALL),
     Case("stage 2, ZeRO-3", "shrinking", 3, "bfloat16", 512, 4, **SMALL),
     Case("stage 2, ZeRO-3, encoder", "shrinking", 3, "bfloat16", 512, 4, encoder="all", **SMALL),
+    Case("stage 2, ZeRO-3, some reuse", "shrinking", 3, "bfloat16", 512, 4, **SMALL),
     Case("stage 2, ZeRO-3, no reuse", "shrinking", 3, "bfloat16", 512, 4, **SMALL),
     Case("stage 2, ZeRO-3, no reuse, checkpointing", "shrinking", 3, "bfloat16", 512, 4, True, **SMALL),
 )
+
+REUSE = {"no reuse": 0, "some reuse": 5_000_000}  # stage3_max_reuse_distance of cases
 
 
 # --- one rank -----------------------------------------------------------------------------------------------
@@ -99,11 +102,13 @@ def count_bytes(recipe_path: Path) -> dict[int, float]:
 
 def write_case(case: Case, root: Path) -> Path:
     """Write a case's recipe. No reuse: as for a model of many times stage3_max_reuse_distance, of
-    which the prefetch, too, sees a small part."""
+    which the prefetch, too, sees a small part. Some: the distance ends between the LLM's layers."""
     path = write_recipe(case, root)
-    if "no reuse" in case.name:
+    distance = next((number for name, number in REUSE.items() if name in case.name), None)
+    if distance is not None:
         config = json.loads(Path("ds_configs/zero3.json").read_text())
-        config["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+        limits = {"stage3_max_reuse_distance": distance, "stage3_prefetch_bucket_size": 0}
+        config["zero_optimization"] |= limits
         (root / "zero3.json").write_text(json.dumps(config))
         recipe = yaml.safe_load(path.read_text()) | {"deepspeed": str(root / "zero3.json")}
         path.write_text(yaml.safe_dump(recipe))

@@ -14,11 +14,13 @@ from typing import Any
 from tabulate import tabulate
 
 from core.options import RecipeError
+from model.losses import LOSSES
 from model.soundwave import Soundwave
 from recipe.config import Recipe
-from recipe.stages import stage_of
+from recipe.stages import losses_of, stage_of
 from train import deepspeed_config
 from train.flops import Flops, numel
+from train.gathers import Limits, gathered_elements
 from train.gpus import GIB, GPUS, gpu_named
 from train.memory import RankMemory, activation_bytes, offloads_weights, rank_memory
 
@@ -183,22 +185,17 @@ class Planner:
 
         ZeRO-1: an all-reduce of the gradients once a step, and the new weights. ZeRO-2: that all-reduce after
         each micro-batch (not a reduce-scatter: runtime/zero/stage_1_and_2.py, allreduce_and_scatter). ZeRO-3:
-        a reduce-scatter, and all weights for forward and again for backward of each micro-batch (a frozen
-        encoder: forward alone). What is used again within stage3_max_reuse_distance parameters is not
-        gathered again: the last half of that distance, since the way to a layer's backward leads through what
-        is above it twice. Gradients travel in the weights' dtype.
+        a reduce-scatter, and weights as often as train/gathers.py counts. Gradients travel in the weights'
+        dtype.
         """
         weights, trained = self.weight_bytes, self.weight_bytes * self.trained
         if zero_stage < 3:
             return {"all_reduce": trained * (micro_batches if zero_stage == 2 else 1), "all_gather": trained}
         _, config = self.with_zero_stage(zero_stage)
-        once = 0 if self.model.encoder is None or self.model.encoder.learns else self.encoder
-        rest = self.trained + self.frozen - once
-        kept = min(rest, config["zero_optimization"].get("stage3_max_reuse_distance", 1e9) / 2)
-        return {
-            "reduce_scatter": micro_batches * trained,
-            "all_gather": micro_batches * weights * (2 * rest - kept + once),
-        }
+        uses_ctc = any(LOSSES[name].uses_ctc for name in losses_of(self.recipe))
+        limits = Limits.of(config["zero_optimization"])
+        gathered = gathered_elements(self.model, uses_ctc, limits, micro_batches)
+        return {"reduce_scatter": micro_batches * trained, "all_gather": weights * gathered}
 
     def network_bytes(
         self, zero_stage: int, micro_batches: int, backend: dict[str, int] | None = None

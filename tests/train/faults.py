@@ -201,3 +201,29 @@ def scores(rank: int, error_rates: list[float], losses: list[float]) -> None:
         return {"wer": wer, "loss": loss, "words": 10.0, "samples": [], "clip": None}
 
     trainer.validate = validate
+
+
+def count_gathers(rank: int) -> None:
+    """Prints the elements of weights that ZeRO-3's hooks gather in each step, and its micro-batches."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    from train.engine import Engine
+
+    name = "_PartitionedParameterCoordinator__all_gather_params_"
+    gather, step_of = getattr(PartitionedParameterCoordinator, name), Engine.step
+    counted = [0]
+
+    def counting(self, params, *args, **options):
+        counted[0] += sum(p.ds_numel for p in params if p.ds_status == ZeroParamStatus.NOT_AVAILABLE)
+        return gather(self, params, *args, **options)
+
+    def step(self, number: int, micro_batches, *args):
+        counted[0] = 0
+        result = step_of(self, number, micro_batches, *args)
+        found = {"rank": rank, "step": number, "batches": len(micro_batches), "elements": counted[0]}
+        print(f"gathered {json.dumps(found)}", flush=True)
+        return result
+
+    setattr(PartitionedParameterCoordinator, name, counting)
+    Engine.step = step

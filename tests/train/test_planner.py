@@ -132,23 +132,29 @@ def test_network_volume_is_that_of_ring_collectives(planner):
     # (twice its bytes), all-gather of bf16 weights.
     assert plan.network_bytes(1, 5) == pytest.approx(0.75 * (4 + 2) * trained)
     assert plan.network_bytes(2, 5) == pytest.approx(0.75 * (5 * 4 + 2) * trained)
-    # ZeRO-3, fewer parameters than half of stage3_max_reuse_distance: the weights are gathered once.
+    # ZeRO-3, fewer parameters than stage3_max_reuse_distance: a micro-batch gathers the weights once, and the
+    # frozen encoder's layers stay for the next ones. Small tensors stay, which are few.
     assert trained + frozen < 0.5e9
-    assert plan.network_bytes(3, 5) == pytest.approx(0.75 * 5 * 2 * (trained + trained + frozen))
-    assert plan.network_bytes(3, 5, GLOO) == pytest.approx(0.75 * 5 * 2 * (2 * trained + trained + frozen))
+    layers = sum(p.numel() for p in plan.model.encoder.layers.layers.parameters())
+    gathered = trained + frozen - 4 / 5 * layers
+    assert plan.network_bytes(3, 5) == pytest.approx(0.75 * 5 * 2 * (trained + gathered), rel=0.01)
+    assert plan.network_bytes(3, 5, GLOO) == pytest.approx(0.75 * 5 * 2 * (2 * trained + gathered), rel=0.01)
     assert planner(1, 1, "h100").network_bytes(1, 5) == 0
 
 
 def test_zero3_gathers_weights_again_beyond_the_reuse_distance(planner, tmp_path):
     config = json.loads(Path("ds_configs/zero3.json").read_text())
-    config["zero_optimization"]["stage3_max_reuse_distance"] = 0
+    config["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
     path = tmp_path / "zero3.json"
     path.write_text(json.dumps(config))
     plan = planner(2, 4, "h100", f"deepspeed={path}")
     trained, frozen, encoder = plan.trained, plan.frozen, plan.encoder
-    assert plan.network_bytes(3, 5) == pytest.approx(
-        0.75 * 5 * 2 * (trained + 2 * (trained + frozen - encoder) + encoder)
-    )
+    # The frozen encoder has no backward. The LLM's table serves the CTC head, the embeddings and the output
+    # head: three times in forward, and once in backward, where the head's gradient exists already.
+    table = 3000 * 256
+    rest = trained + frozen - encoder - table
+    expected = 0.75 * 5 * 2 * (trained + encoder + 2 * rest + 4 * table)
+    assert plan.network_bytes(3, 5) == pytest.approx(expected, rel=0.01)
 
 
 def test_the_largest_micro_batch_fits_and_one_more_clip_does_not(planner):

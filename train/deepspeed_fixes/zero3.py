@@ -12,6 +12,7 @@ import torch
 from model.language_model import base_of
 from model.soundwave import Soundwave
 from model.trained_encoder import require_input_gradient
+from train.gathers import layer_classes
 
 
 def shard_while_loading(config: dict):
@@ -30,15 +31,10 @@ def prepare_modules(model: Soundwave) -> None:
         owns = any(own is parameter for own in module.parameters(recurse=False))
         if not owns:  # else its own hooks gather it
             deepspeed.zero.register_external_parameter(module, parameter)
-    leaves = {
-        type(layer)
-        for module in model.modules()
-        if isinstance(module, torch.nn.ModuleList)
-        for layer in module
-    }
+    layers = layer_classes(model)
     # Hooks on each Linear and LoRA matrix of a layer (some 30) cost more than they save.
-    if leaves:
-        deepspeed.utils.set_z3_leaf_modules(model, sorted(leaves, key=lambda c: c.__name__))
+    if layers:
+        deepspeed.utils.set_z3_leaf_modules(model, layers)
     if model.encoder is not None and model.encoder.learns:
         require_input_gradient(model.encoder)
     if model.llm is not None:
