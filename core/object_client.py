@@ -2,9 +2,9 @@
 
     python core/object_client.py URL TIMEOUT
 
-A request is a line of JSON ({"id", "do": get | head | put, "name", ...}); an answer is a line of JSON ({"id",
-"bytes", "size", "etag"}, or {"id", "error", "errno"}) and that many bytes. Requests run at the same time and
-answers come in any order. The process ends with its standard input.
+A request is a line of JSON ({"id", "do": get | head | put | list | delete, "name", ...}); an answer is a line
+of JSON ({"id", "bytes", "size", "etag"}, or {"id", "error", "errno"}) and that many bytes. Requests run
+at the same time and answers come in any order. The process ends with its standard input.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 
 RETRIES = 3
 AT_A_TIME = 64
+MOST_NAMES = 1000  # of one listing
 _STATUS = re.compile(r"status(?: code)?:?\D{0,24}?\b([345]\d\d)\b", re.IGNORECASE)
 _KIND = re.compile(r"kind: (Connect|Timeout|Interrupted|Decode|Request)")
 _CAUSES = {
@@ -131,6 +132,15 @@ async def answer(store: Any, question: dict) -> tuple[bytes, int, str | None]:
     if question["do"] == "put":
         stored = await obstore.put_async(store, name, Path(question["path"]))
         return b"", os.path.getsize(question["path"]), stored.get("e_tag")
+    if question["do"] == "list":
+        names = []
+        async for objects in obstore.list(store, chunk_size=MOST_NAMES):
+            names = [found["path"] for found in objects]
+            break
+        return json.dumps(names).encode(), 0, None
+    if question["do"] == "delete":
+        await obstore.delete_async(store, name)
+        return b"", 0, None
     options: Any = {}
     if question["size"] is not None:
         options["range"] = (question["start"], question["start"] + question["size"])

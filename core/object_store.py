@@ -177,6 +177,14 @@ class ObjectStore:
         """Write a local file to the store; it appears there whole or not at all."""
         self._request({"do": "put", "name": name, "path": str(path)}).result()
 
+    def names(self) -> list[str]:
+        """Return the names of objects below the URL, of many the first."""
+        return json.loads(self.result(self._request({"do": "list", "name": ""})).data)
+
+    def delete(self, name: str) -> None:
+        """Remove an object; one that is not there is no error where the service has none for it."""
+        self.result(self._request({"do": "delete", "name": name}))
+
     def close(self) -> None:
         """End the client process."""
         with self._lock:

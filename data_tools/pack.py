@@ -39,6 +39,7 @@ import numpy as np
 from core.audio import REFUSABLE, SAMPLE_RATE
 from core.command_line import CommandParser, accept_old_name
 from core.console import duration, one_line, plural, print_error, printable_line
+from core.object_store import StoreError, check_url, folder_name, is_store_url, joined
 from data_tools.audio import CODECS
 from data_tools.audio import check_output as check_codec
 from data_tools.corpora import Corpus, CorpusError, open_corpora, path_of
@@ -50,11 +51,12 @@ from data_tools.plan import SHUFFLES, Layout, make_plans, plan_once
 from data_tools.progress import watched
 from data_tools.report import broken_clips, broken_lines, dry_report, probe, report
 from data_tools.shards import INDEX_NAME, OutputError, ShardError, ShardIndex
+from data_tools.upload import SCHEMES, Upload, work_folder
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _END_BYTES = 1 << 24  # of a corpus' file, read at both ends to know it again
 # Options that change how the work is done but not the bytes that come out.
-_NOT_IN_BYTES = {"out", "workers", "part", "merge", "dry_run", "max_broken_share"}
+_NOT_IN_BYTES = {"out", "url", "work", "workers", "part", "merge", "dry_run", "max_broken_share"}
 # Options that earlier versions did not have: without them, their folders are still those of the same command.
 _ADDED = {"refuse"}
 
@@ -82,7 +84,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="run the shell commands that a corpus gives in place of files",
     )
     add = parser.add_argument_group("output").add_argument
-    add("--out", required=True, type=Path, help="folder for shards and index")
+    add("--out", required=True, help="folder for shards and index, or its URL (s3://BUCKET/..., gs://...)")
+    add(
+        "--work",
+        type=Path,
+        metavar="DIR",
+        help="where --out is a URL: local folder for unfinished work; for --part a shared one",
+    )
     add("--name", help="shards are NAME-000000.tar ...; default: the name of --out")
     add("--codec", choices=CODECS, default="flac", help="copy: compressed bytes as they are")
     add(
@@ -212,6 +220,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error("--workers must be 1 or more")
     if not 0 <= options.max_broken_share <= 1:
         parser.error(f"--max-broken-share {options.max_broken_share}: a share from 0 to 1")
+    _check_out(parser, options)
     _check_names(parser, options)
     _check_splits(parser, options)
     if options.part:
@@ -221,8 +230,37 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         options.part = (int(part), int(parts))
 
 
+def _check_out(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Turn --out into a local folder and, where it is a URL, the URL."""
+    options.url = None
+    if not is_store_url(options.out):
+        if options.work is not None:
+            parser.error("--work is for an --out that is a URL")
+        options.out = Path(options.out)
+        return
+    try:
+        check_url(options.out)
+    except StoreError as error:
+        parser.error(f"--out: {error}")
+    options.url = options.out.rstrip("/")
+    if options.url.partition("://")[0] not in SCHEMES:
+        parser.error(
+            f"--out {printable_line(options.url)}: pack writes to s3:// and gs://; pack into a folder, and "
+            f"copy it: python -m data_tools.copy_packed FOLDER {printable_line(options.url)}"
+        )
+    if (options.part or options.merge) and options.work is None:
+        parser.error("--part and --merge with a URL need --work DIR, the same for all parts")
+    try:
+        options.out = options.work or work_folder(options.url)
+    except OutputError as error:
+        parser.error(str(error))
+
+
 def _check_names(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    for option, name in (("--name", options.name), ("--out", options.out.absolute().name)):
+    for option, name in (
+        ("--name", options.name),
+        ("--out", folder_name(options.url or options.out.absolute())),
+    ):
         if name is not None and (not name.isprintable() or "/" in name or name.startswith(".") or not name):
             parser.error(
                 f"{option} {printable_line(name)}: shards are named after it, so it must be a plain file name"
@@ -271,13 +309,14 @@ def packing_of(options: argparse.Namespace) -> tuple[Packing, Layout]:
     )
     packing = Packing(
         options.out,
-        options.name or options.out.absolute().name,
+        options.name or folder_name(options.url or options.out.absolute()),
         sieve,
         options.codec,
         None if options.rate == "keep" else int(options.rate),
         options.measure,
         frozenset(options.refuse or ()),
         options.max_broken_share,
+        upload=Upload(options.url) if options.url else None,
     )
     return packing, Layout(
         options.seed, options.shuffle, options.codec, options.shard_mb, options.shard_hours
@@ -309,7 +348,7 @@ def corpus_files(specifications: list[str]) -> dict[str, str]:
     return fingerprints
 
 
-def _unchanged(folder: Path, index: dict, now: dict[str, str]) -> None:
+def _unchanged(folder: Path | str, index: dict, now: dict[str, str]) -> None:
     """Errors: CorpusError where a corpus' file is another one than `index`, of a plan or a packed folder, was
     made from."""
     for path, fingerprint in now.items():
@@ -332,8 +371,19 @@ class Job:
         return self.packing.folder
 
     @property
+    def location(self) -> Path | str:
+        return self.packing.location
+
+    @property
     def plan_folder(self) -> Path:
         return self.folder / WORK / "plan"
+
+    def index(self) -> dict | None:
+        """The index of a folder that is finished; None for another one."""
+        if self.packing.upload is not None:
+            return self.packing.upload.index()
+        path = self.folder / INDEX_NAME
+        return json.loads(path.read_bytes()) if path.exists() else None
 
     @property
     def is_planned(self) -> bool:
@@ -348,6 +398,7 @@ def jobs_of(options: argparse.Namespace) -> tuple[list[Job], Layout]:
         own = copy(options)
         if split != options.take:
             own.take, own.out = split, options.out / split
+            own.url = options.url and joined(options.url, split)
         packing, layout = packing_of(own)
         jobs.append(Job(split, packing, shaping_options(own, packing.name) | {"files": files}))
     return jobs, layout
@@ -374,6 +425,8 @@ def run(options: argparse.Namespace) -> str:
             raise CorpusError(f"--tokenizer {options.tokenizer}: {one_line(error)}") from None
     for job in jobs:
         check_output(job.folder)
+        if job.packing.upload is not None:
+            job.packing.upload.check(job.packing.name, job.head["digest"])
     if options.dry_run:
         return _dry_run(jobs, corpora, layout)
     with ExitStack() as stack:
@@ -382,8 +435,10 @@ def run(options: argparse.Namespace) -> str:
             _prepare(job)
             locks[job.folder] = stack.enter_context(ExitStack())
             locks[job.folder].enter_context(locked(job.folder, None if options.merge else options.part))
-            if (job.folder / INDEX_NAME).exists():  # another process has finished it in the meantime
+            if job.index() is not None:  # another process has finished it in the meantime
                 return run(options)
+            if job.packing.upload is not None:
+                job.packing.upload.begin(job.head["digest"], job.folder / WORK)
         _plan(jobs, corpora, layout)
         plans = {job.folder: json.loads((job.plan_folder / "plan.json").read_bytes()) for job in jobs}
         for job in jobs:
@@ -420,33 +475,53 @@ def _merge_alone(options: argparse.Namespace) -> str:
     for folder in folders:
         plan = json.loads((folder / WORK / "plan" / "plan.json").read_bytes())
         packing = Packing(
-            folder, plan["options"]["name"], max_broken_share=options.max_broken_share, planned=_planned(plan)
+            folder,
+            plan["options"]["name"],
+            max_broken_share=options.max_broken_share,
+            planned=_planned(plan),
+            upload=_upload_of(options, folder),
         )
+        job = Job(None, packing, {})
         with ExitStack() as lock:
             lock.enter_context(locked(folder, None))
-            if (folder / INDEX_NAME).exists():
-                raise PackError(f"{folder} holds no unfinished packing to merge: it has its index")
-            merged = packing.merge(plan, lock)
-            reports.append(report(folder, merged, _with_new_notes(plan, said)))
+            if job.index() is not None:
+                raise PackError(f"{packing.location} holds no unfinished packing to merge: it has its index")
+            reports.append(_merge(job, _with_new_notes(plan, said), lock))
     return "\n".join(reports)
+
+
+def _upload_of(options: argparse.Namespace, folder: Path) -> Upload | None:
+    """Where a folder of the work folder goes: --out's URL, or a split's below it."""
+    if not options.url:
+        return None
+    return Upload(options.url if folder == options.out else joined(options.url, folder.name))
+
+
+def _merge(job: Job, plan: dict, lock: ExitStack) -> str:
+    """Merge a folder; returns what to print."""
+    text = report(job.packing, job.packing.merge(plan, lock), plan)
+    if job.packing.upload is not None:
+        job.packing.upload.remove_copies(job.folder)
+    return text
 
 
 def _finished(job: Job) -> str | None:
     """What to say of a folder that has its index; None for another one. Errors: CorpusError where it is
     another command's."""
-    if not (job.folder / INDEX_NAME).exists():
+    finished_index = job.index()
+    if finished_index is None:
         return None
-    index = ShardIndex.load(job.folder)
-    finished_index = json.loads((job.folder / INDEX_NAME).read_bytes())
+    index = ShardIndex.load(job.location)
     if finished_index.get("options") != job.head["digest"]:
         raise CorpusError(
-            f"{job.folder} is packed already, with other options: give another --out, or remove it"
+            f"{job.location} is packed already, with other options: give another --out, or remove it"
         )
-    _unchanged(job.folder, finished_index, job.head["files"])
-    shutil.rmtree(
-        job.folder / WORK, ignore_errors=True
-    )  # a kill may have come while the merge was removing it
-    return f"{job.folder} is packed already: {plural(len(index), 'sample')}, {duration(index.hours * 3600)}"
+    _unchanged(job.location, finished_index, job.head["files"])
+    # A kill may have come while the merge was removing these.
+    shutil.rmtree(job.folder / WORK, ignore_errors=True)
+    if job.packing.upload is not None:
+        job.packing.upload.end()
+    return f"{job.location} is packed already: {plural(len(index), 'sample')}, {duration(index.hours * 3600)}"
 
 
 def _prepare(job: Job) -> None:
@@ -531,6 +606,7 @@ def _pack(job: Job, plan: dict, options: argparse.Namespace, lock: ExitStack) ->
     packing = job.packing
     packing.planned = _planned(plan)
     if not options.merge:
+        packing.forget_lost(plan["shards"])
         part, parts = options.part or (0, 1)
         shards = [shard for shard in packing.missing(plan["shards"]) if shard % parts == part]
         if shards:
@@ -542,11 +618,16 @@ def _pack(job: Job, plan: dict, options: argparse.Namespace, lock: ExitStack) ->
         if options.part:
             missing = len(packing.missing(plan["shards"]))
             return (
-                f"part {part}/{parts} of {job.folder} is packed; {missing} of {plan['shards']} shards are "
+                f"part {part}/{parts} of {job.location} is packed; {missing} of {plan['shards']} shards are "
                 f"left to other parts, "
-                f"then: pack.py --merge --out {options.out}"
+                f"then: pack.py --merge --out {_out(options)}"
             )
-    return report(job.folder, packing.merge(plan, lock), plan)
+    return _merge(job, plan, lock)
+
+
+def _out(options: argparse.Namespace) -> str:
+    """--out, and --work where it is a URL, as they were given."""
+    return f"{options.url} --work {options.work}" if options.url else str(options.out)
 
 
 def _dry_run(jobs: list[Job], corpora: list[Corpus], layout: Layout) -> str:
@@ -563,7 +644,7 @@ def _dry_run(jobs: list[Job], corpora: list[Corpus], layout: Layout) -> str:
             place = places.get(job.split, job.plan_folder)
             plan = json.loads((place / "plan.json").read_bytes())
             _check_same(job, plan)
-            name = f"{job.folder}: " if len(jobs) > 1 else ""
+            name = f"{job.location}: " if len(jobs) > 1 else ""
             shown = _with_new_notes(plan, said)
             if not plan["samples"] or broken_lines(plan, job.packing.max_broken_share):
                 print("\n".join([*reports, name + dry_report(shown, corpora, None)]))
@@ -574,6 +655,8 @@ def _dry_run(jobs: list[Job], corpora: list[Corpus], layout: Layout) -> str:
                 print("\n".join(reports))
                 raise PackError(problem)
     for job in jobs:
+        if job.packing.upload is not None:
+            continue
         parent = next(place for place in (job.folder, *job.folder.parents) if place.exists())
         if not os.access(parent, os.W_OK) or not parent.is_dir():
             reports.append(

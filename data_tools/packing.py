@@ -41,6 +41,7 @@ from data_tools.shards import (
     write_index,
 )
 from data_tools.sources import ClipError
+from data_tools.upload import Upload
 from data_tools.workers import start_worker
 
 FINDINGS_NAME = "findings.jsonl"
@@ -77,6 +78,12 @@ class Packing:
     refuse: frozenset[str] = frozenset()  # kinds of findings (core/audio.py) that cost a clip its place
     max_broken_share: float = 0.5
     planned: Planned = Planned()
+    upload: Upload | None = None  # where finished shards and the index go instead of `folder`
+
+    @property
+    def location(self) -> Path | str:
+        """Where readers will find what is packed."""
+        return self.folder if self.upload is None else self.upload.url
 
     def file_name(self, shard: int) -> str:
         return f"{self.name}-{shard:06d}.tar"
@@ -109,10 +116,14 @@ class Packing:
                     progress.value += seconds
         summary = writer.close(name)
         try:
-            if len(summary.rows):
+            if len(summary.rows) and self.upload is None:
                 os.replace(unfinished, self.folder / name)
             else:
+                if len(summary.rows) and self.upload is not None:
+                    self.upload.put(unfinished, name)
                 unfinished.unlink()
+        except OutputError:
+            raise
         except OSError as error:
             raise OutputError(f"cannot write {self.folder / name}: {error.strerror}") from error
         header = {
@@ -179,6 +190,8 @@ class Packing:
         """
         if self.sieve.filters.tokenizer:
             load_tokenizer(self.sieve.filters.tokenizer)
+        if self.upload is not None:
+            self.upload.close()  # each worker has a client of its own
         context = get_context("fork")
         progress = context.Value("d", 0.0)
         pool = ProcessPoolExecutor(
@@ -269,6 +282,21 @@ class Packing:
     def missing(self, shards: int) -> list[int]:
         return [shard for shard in range(shards) if not self.summary_path(shard).exists()]
 
+    def forget_lost(self, shards: int) -> None:
+        """Count shards as missing that are done and no longer in the object store."""
+        if self.upload is None:
+            return
+        done = [shard for shard in range(shards) if self.summary_path(shard).exists()]
+        expected = {}
+        for shard in done:
+            summary, _ = self.load(shard)
+            if len(summary.rows):
+                expected[shard] = summary.filesize
+        sizes = self.upload.sizes(self.file_name(shard) for shard in expected)
+        for shard, size in expected.items():
+            if sizes[self.file_name(shard)] != size:
+                self.summary_path(shard).unlink()
+
     def merge(self, plan: dict, lock: AbstractContextManager | None = None) -> dict:
         """Join all finished shards into index and rejected.jsonl; then the working folder goes. Returns the
         index.
@@ -276,7 +304,10 @@ class Packing:
         lock: held while this works; let go before the folder that it is in is removed.
         """
         with lock or nullcontext():
+            self.forget_lost(plan["shards"])
             index = self._merge(plan)
+            if self.upload is not None:
+                self.upload.finish(self.folder)
         shutil.rmtree(self.folder / WORK, ignore_errors=True)
         return index
 
@@ -285,7 +316,7 @@ class Packing:
         if missing:
             some = ", ".join(map(str, missing[:10])) + (" ..." if len(missing) > 10 else "")
             raise PackError(
-                f"{len(missing)} of {plan['shards']} shards of {self.folder} are not packed yet (numbers "
+                f"{len(missing)} of {plan['shards']} shards of {self.location} are not packed yet (numbers "
                 f"{some}): "
                 "run the parts that hold them again, then merge"
             )

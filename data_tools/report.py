@@ -12,6 +12,7 @@ import numpy as np
 
 from core.console import duration, plural, printable_line
 from core.languages import is_known
+from core.object_store import joined
 from core.samples import INSTRUCTIONS
 from data_tools.corpora import Corpus, Entry, fault_of
 from data_tools.filters import FILTERS
@@ -142,25 +143,26 @@ def _faults_text(probed: ProbedClips) -> str:
     )
 
 
-def report(folder: Path, index: dict, plan: dict) -> str:
+def report(packing: Packing, index: dict, plan: dict) -> str:
     """What is in a folder that is packed, and what is not."""
+    location = packing.location
     refused = (
-        f"; refused {sum(index['rejected'].values()):,}, named in {folder / 'rejected.jsonl'}"
+        f"; refused {sum(index['rejected'].values()):,}, named in {joined(location, 'rejected.jsonl')}"
         if index["rejected"]
         else ""
     )
     seconds = index["hours"] * 3600
     lines = [
-        f"{folder}: {plural(index['samples'], 'sample')}, {duration(seconds)} in "
+        f"{location}: {plural(index['samples'], 'sample')}, {duration(seconds)} in "
         f"{plural(len(index['shardlist']), 'shard')}{refused}"
     ]
     lines += _totals(plan, index["samples"], index["rejected"])
     lines += _table(index["rejected"], index["rejected_hours"], {})
     lines += _ignored(plan)
     lines += plan.get("notes", [])
-    lines += _findings(folder, index.get("findings", {}))
+    lines += _findings(packing, index.get("findings", {}))
     lines += _unasked(plan)
-    lines += _unknown_languages(folder)
+    lines += _unknown_languages(location)
     return "\n".join(map(printable_line, lines))
 
 
@@ -188,20 +190,21 @@ def _ignored(plan: dict) -> list[str]:
     return [f"  ignored {count:>9,}  {what}" for what, count in plan.get("ignored", {}).items()]
 
 
-def _findings(folder: Path, counts: dict[str, int]) -> list[str]:
+def _findings(packing: Packing, counts: dict[str, int]) -> list[str]:
     """Lines about packed clips that may be of no use, with the first ids of each kind."""
     if not counts:
         return []
     ids: dict[str, list[str]] = {kind: [] for kind in counts}
-    with open(folder / FINDINGS_NAME, encoding="utf-8") as lines:
+    with open(packing.folder / FINDINGS_NAME, encoding="utf-8") as lines:
         for record in map(json.loads, lines):
             if len(ids[record["finding"]]) < _SHOWN_IDS:
                 ids[record["finding"]].append(record["id"])
     examples = {
         kind: ", ".join(ids[kind]) + (" ..." if counts[kind] > len(ids[kind]) else "") for kind in counts
     }
+    named = joined(packing.location, FINDINGS_NAME)
     return [
-        f"packed all the same, named in {folder / FINDINGS_NAME} (--refuse KIND leaves them out):",
+        f"packed all the same, named in {named} (--refuse KIND leaves them out):",
         *(f"  noted   {count:>9,}  {kind}: {examples[kind]}" for kind, count in counts.items()),
     ]
 
@@ -219,7 +222,7 @@ def _unasked(plan: dict) -> list[str]:
     ]
 
 
-def _unknown_languages(folder: Path) -> list[str]:
+def _unknown_languages(folder: Path | str) -> list[str]:
     """A line about languages that core/languages.py does not hold, with the samples of each; none where there
     are none."""
     index = ShardIndex.load(folder)

@@ -1,25 +1,21 @@
 """Packed folders at URLs: the same samples, batches and order as local ones, whatever the server does.
 
 The servers are one of our own with faults (range_server.py), which also takes the part of Google's, and
-moto's S3 server, installed into .cache/s3-server from install/locks/s3-server.txt at first use.
+moto's S3 server (s3_server.py).
 """
 
 import collections
-import hashlib
 import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import time
-import urllib.request
 
 import pytest
 
 pytest.importorskip("obstore", reason="make setup EXTRAS=stores")
 
-from core.object_store import ROOT, StoreError, check_url, folder_name, is_folder_url, joined
+from core.object_store import StoreError, check_url, folder_name, is_folder_url, joined
 from data_tools.copy_packed import copy
 from data_tools.copy_packed import main as copy_main
 from data_tools.shards import ShardError, ShardIndex
@@ -31,8 +27,9 @@ from stream.reader import read_with_retry
 from stream.rejected import UnreadableSample
 from tests.stream.conftest import data_config, record, sound, write_folder
 from tests.stream.range_server import RangeServer
+from tests.stream.s3_server import s3, s3_packages
 
-LOCK = ROOT / "install" / "locks" / "s3-server.txt"
+__all__ = ["s3", "s3_packages"]  # fixtures
 
 
 @pytest.fixture(autouse=True)
@@ -356,58 +353,6 @@ def test_googles_store_is_read_with_its_own_configuration(server, packed, monkey
 
 
 # --------------------------------------------------------------------------------------------- moto's S3 server
-
-
-@pytest.fixture(scope="module")
-def s3_packages():
-    """moto's server in a folder of its own: its packages need other versions than ours."""
-    digest = hashlib.sha256(LOCK.read_bytes()).hexdigest()[:12]
-    folder = ROOT / ".cache" / "s3-server" / f"{digest}-{sys.version_info.minor}"
-    if not folder.exists():
-        unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        command += [
-            "--no-deps",
-            "--no-compile",
-            "--require-hashes",
-            "--target",
-            str(unfinished),
-            "-r",
-            str(LOCK),
-        ]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        unfinished.rename(folder)
-    return folder
-
-
-@pytest.fixture
-def s3(s3_packages, monkeypatch, tmp_path):
-    """A bucket named `bucket` on moto's server; keys are in ~/.aws, as a user has them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        env={**os.environ, "PYTHONPATH": str(s3_packages)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    url = f"http://127.0.0.1:{port}"
-    for _ in range(300):
-        try:
-            urllib.request.urlopen(urllib.request.Request(f"{url}/bucket", method="PUT"), timeout=10)
-            break
-        except OSError:
-            time.sleep(0.1)
-    aws = tmp_path / "home" / ".aws"
-    aws.mkdir(parents=True)
-    (aws / "credentials").write_text(
-        "[default]\naws_access_key_id = AKIATESTTESTTEST\naws_secret_access_key = hidden-key\n"
-    )
-    (aws / "config").write_text(f"[default]\nregion = us-east-1\nendpoint_url = {url}\n")
-    yield url
-    process.kill()
-    process.wait()
 
 
 @pytest.mark.long
