@@ -85,4 +85,5 @@ def _value(value: object) -> str:
 def keep(path: Path, report: dict, table: str) -> None:
     """The report as JSON, and its table beside it (.txt) under the machine's line."""
     path.write_text(json.dumps(report, indent=1) + "\n")
-    path.with_suffix(".txt").write_text(f"{line(report['machine'])}\n\n{table.strip()}\n")
+    lines = table.rstrip().strip("\n")  # a head whose first column has no name begins with spaces
+    path.with_suffix(".txt").write_text(f"{line(report['machine'])}\n\n{lines}\n")

@@ -62,3 +62,33 @@ def test_partition_ends_each_rank_with_one_line(server, tmp_path):
     assert "Traceback" not in "".join(
         log.read_text() for log in (tmp_path / "out" / "alignment" / "logs").iterdir()
     )
+
+
+@pytest.mark.long  # 60 s: three runs
+@pytest.mark.skipif(missing() is not None, reason=f"no virtual network: {missing()}")
+def test_four_nodes_train_alike_on_a_bad_network_and_end_when_it_is_parted(server, tmp_path):
+    from tests.train import tiny
+
+    recipe = tiny.workspace(tmp_path / "tiny") / "stage1.yaml"
+    with VirtualNetwork(4) as nodes:
+        quiet = network.train(server, nodes, recipe, tmp_path / "quiet")
+    with VirtualNetwork(4, loss=0.01) as nodes:
+        nodes.rates[2] = 2e7
+        bad = network.train(server, nodes, recipe, tmp_path / "bad")
+        assert nodes.lost > 0
+    assert quiet["codes"] == bad["codes"] == [0] * 4
+    assert len(quiet["losses"]) == 8 and bad["losses"] == quiet["losses"]
+
+    with VirtualNetwork(2) as nodes:
+        two = network.train(server, nodes, recipe, tmp_path / "two")
+    assert two["losses"] == pytest.approx(quiet["losses"], rel=2e-3)  # the same global batches
+
+    def part(nodes: VirtualNetwork) -> None:
+        nodes.groups[2] = nodes.groups[3] = 1
+
+    with VirtualNetwork(4) as nodes:
+        parted = network.train(server, nodes, recipe, tmp_path / "parted", lambda: part(nodes))
+    assert parted["codes"] == [1] * 4
+    assert parted["after"] < 2 * 60 * network.TIMEOUT_MINUTES
+    for error in parted["errors"]:
+        assert "has not answered" in error or "closed its connection" in error
