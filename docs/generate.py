@@ -3,6 +3,7 @@
     recipe.md          every key of a recipe: dataclasses, docs/recipe_keys.yaml
     cli.md             every command: argparse
     modules.md         every module: first paragraph of its docstring
+    roofline.md        lower bounds of a micro-batch's time: the planner
     families.md        families of models that were tested: benchmarks/results/families.json
     messages-AREA.md   messages and what to do: docs/messages.yaml
 
@@ -24,7 +25,7 @@ from omegaconf import OmegaConf
 from core.command_line import default_words, has_default
 from core.files import write_atomically
 from core.repository import ROOT
-from docs import command_lines, results_page
+from docs import command_lines, results_page, roofline_page
 
 REFERENCE = ROOT / "docs" / "reference"
 HEAD = "<!-- Written by `python -m docs.generate`; do not edit. -->\n\n"
@@ -209,6 +210,7 @@ def pages() -> dict[Path, str]:
         "families.md": families_page(),
         "cli.md": cli_page(),
         "modules.md": modules_page(),
+        "roofline.md": roofline_page.page(HEAD, table),
         **message_pages(),
     }
     filled = {path: results_page.filled(path) for path in results_page.PARTS}

@@ -33,6 +33,7 @@ EPOCHS = (1, 20)  # fewer leave data unused, more repeat it often
 # (nccl-tests, PERFORMANCE.md); PyTorch's gloo makes a reduce-scatter of an all-reduce (ProcessGroupGloo.cpp).
 NCCL = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1}
 GLOO = {"all_reduce": 2, "reduce_scatter": 2, "all_gather": 1}
+CLIP_SECONDS = 10.0
 WORDS_A_SECOND_TO_POSITIONS = 9  # speech has about 3 words a second; prompt and answer three times that
 
 
@@ -163,15 +164,29 @@ class Planner:
 
     def step_flops(self) -> float:
         """FLOPs of a global batch, layers that are computed again in backward included; clips of 10 s."""
-        seconds = self.recipe.data.batch_seconds
-        encoder: Any = self.model.encoder
-        rate = encoder.frame_rate if encoder is not None else 50
-        clips = seconds / 10
-        tokens = WORDS_A_SECOND_TO_POSITIONS * seconds if self.stage.needs_llm else 0
-        parts = self.flops.step(seconds * rate / self.flops.stack, clips, tokens, clips, tokens / 2)
+        return sum(self.flops_by_part(self.recipe.data.batch_seconds).values())
+
+    def flops_by_part(self, seconds: float, with_attention: bool = True) -> dict[str, float]:
+        """FLOPs of that much audio, in clips of 10 s. Without attention: products with weights alone."""
+        positions = self.positions(seconds)
+        clips = seconds / CLIP_SECONDS if with_attention else math.inf  # of no length
+        parts = self.flops.step(positions["alignment"], clips, positions["llm"], clips, positions["lm_head"])
         if self.recipe.optim.activation_checkpointing and "llm" in parts:
             parts["recomputed"] = parts["llm"] / 2  # one more forward pass; frozen weights: 1 of 2
-        return sum(parts.values())
+        return parts
+
+    def positions(self, seconds: float) -> dict[str, float]:
+        """Rows of each part's matrix products for that much audio."""
+        encoder: Any = self.model.encoder
+        encoded = seconds * (encoder.frame_rate if encoder is not None else 50)
+        frames = encoded / self.flops.stack
+        tokens = WORDS_A_SECOND_TO_POSITIONS * seconds if self.stage.needs_llm else 0.0
+        return {
+            "encoder": encoded,
+            **dict.fromkeys(("alignment", "ctc_head", "shrinking"), frames),
+            **dict.fromkeys(("llm", "lora", "recomputed"), tokens),
+            "lm_head": tokens / 2,
+        }
 
     def hours(self) -> float:
         speed = UTILISATION * self.gpu.peak * self.count
