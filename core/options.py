@@ -67,6 +67,12 @@ def text(default: str):
     return dataclasses.field(default=default, metadata={"text": True})
 
 
+def matching(default: str, pattern: str, words: str):
+    """Return a dataclass field for a string that a regular expression matches whole; words: what it may
+    be."""
+    return dataclasses.field(default=default, metadata={"pattern": pattern, "words": words})
+
+
 def names_or_pattern():
     """Return a dataclass field, by default None, for a list of names or one string: a keyword or a regular
     expression."""
@@ -99,6 +105,8 @@ def problems(config: object, prefix: str = "") -> Iterator[tuple[str, str]]:
                 else ""
             )
             yield key, f"is {shown(value)}: give {_alternatives(rules['choices'])}{quoted}"
+        elif rules.get("pattern") and not re.fullmatch(rules["pattern"], str(value)):
+            yield key, f"is {shown(value)}: give {rules['words']}"
         elif rules.get("counts") and len(cast(list, value)) not in rules["counts"]:
             yield (
                 key,

@@ -127,9 +127,10 @@ def begin(recipe: Recipe, decode: str | None) -> tuple[Soundwave, str]:
     previous = initial_folder(recipe)
     parts = ("encoder", "adapters") if decode == "ctc" else stage_of(recipe).parts
     torch.manual_seed(recipe.seed)
-    model = Soundwave.build(recipe.model, parts=parts)
-    if previous:
-        artifact.load_trained(model, previous)
+    model = Soundwave.build(recipe.model, parts=parts, starts_lora=False)
+    taken = artifact.load_trained(model, previous) if previous else []
+    if "lora" not in taken:
+        model.start_lora()
     return model, ALIGNMENT.name if decode == "ctc" else recipe.stage
 
 

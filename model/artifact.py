@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -29,7 +29,7 @@ from core.console import one_line
 from core.ctc_text import NORMALISATIONS
 from core.json_files import JsonError, read_object
 from core.options import problems
-from model import identity
+from model import identity, lora_init
 from model.config import SoundwaveConfig
 from model.lora_start import rank_axis, starting_state
 from model.pretrained import SourceError, write_tensors
@@ -111,9 +111,9 @@ def save(
         write_tensors({n: p.detach().cpu().contiguous() for n, p in tensors.items()}, partial / TUNED[part])
     if isinstance(model.llm, PeftModel):
         (partial / LORA).mkdir(exist_ok=True)
-        state = {n: p.detach().cpu().contiguous() for n, p in get_peft_model_state_dict(model.llm).items()}
+        state = {n: p.detach().cpu().contiguous() for n, p in lora_init.file_state(model.llm).items()}
         write_tensors(state, partial / LORA / "adapter_model.safetensors")
-        peft_config = model.llm.peft_config["default"]
+        peft_config = lora_init.file_config(model.llm)
         peft_config.base_model_name_or_path = model.config.llm.name
         peft_config.inference_mode = True
         peft_config.save_pretrained(str(partial / LORA))
@@ -313,13 +313,20 @@ def check_fit(
         if getattr(model, part) is not None:
             fitting.append(_check_tuned_fit(model, folder, part))
     if (folder / LORA).is_dir() and isinstance(model.llm, PeftModel):
-        stored, own = (
-            _shapes(folder / LORA / "adapter_model.safetensors"),
-            get_peft_model_state_dict(model.llm),
-        )
-        differ = sorted(stored.keys() ^ own.keys())
-        for name in sorted(stored.keys() & own.keys()):
-            sizes, axis = list(_shape(own[name])), rank_axis(name)
+        _check_lora_kind(model, folder)
+        stored = _shapes(folder / LORA / "adapter_model.safetensors")
+        own_shapes = lora_init.file_shapes(model.llm)
+        has_starts = bool(lora_init.starts(model.llm))
+        differ = sorted(stored.keys() ^ own_shapes.keys())
+        for name in sorted(stored.keys() & own_shapes.keys()):
+            sizes, axis = list(own_shapes[name]), rank_axis(name)
+            if axis is not None and has_starts and sizes[axis] != stored[name][axis]:
+                raise FolderError(
+                    f"{folder}: its LoRA has rank {stored[name][axis] // 2} ({name}), and this recipe asks "
+                    f"for {sizes[axis] // 2}, which model.llm.lora_init={model.config.llm.lora_init} cannot "
+                    f"change: give the same rank, or merge it (python -m model.export {folder} --merge "
+                    "--with-encoder --out DIR) and start there"
+                )
             if axis is not None and not is_own and sizes[axis] < stored[name][axis]:
                 raise FolderError(
                     f"{folder}: its LoRA has rank {stored[name][axis]} ({name}), and this recipe asks for "
@@ -337,6 +344,18 @@ def check_fit(
             )
         fitting.append("lora")
     return fitting
+
+
+def _check_lora_kind(model: Soundwave, folder: Path) -> None:
+    """Errors: FolderError where the model's LoRA has a start at the LLM's components, and the folder's has
+    none."""
+    now, then = model.config.llm.lora_init, read_config(folder).llm.lora_init
+    if lora_init.takes_components(now) and not lora_init.takes_components(then):
+        raise FolderError(
+            f"{folder}: its LoRA was trained with model.llm.lora_init={then}, and cannot start again as "
+            f"{now}: set model.llm.lora_init={then}, or merge it (python -m model.export {folder} --merge "
+            "--with-encoder --out DIR) and start there"
+        )
 
 
 def _check_tuned_fit(model: Soundwave, folder: Path, part: str) -> str:
@@ -379,7 +398,7 @@ def load_trained(model: Soundwave, folder: str | Path, *, verify: bool = True) -
         if name.split(".")[0] in taken:
             _fill(parameters[name], value)
     if "lora" in taken and isinstance(model.llm, PeftModel):
-        state = starting_state(model.llm, folder / LORA)
+        state = lora_init.take_starts(model.llm, starting_state(model.llm, folder / LORA))
         if any(hasattr(p, "ds_id") for p in model.llm.parameters()):
             lora = dict(model.llm.named_parameters())
             for name, value in state.items():
@@ -447,7 +466,7 @@ def load(
         # yet.
         on_meta = Soundwave.build(config, parts=parts, meta=True)
         check_fit(on_meta, folder, but=("ctc_head",), is_own=True)
-        model = Soundwave.build(config, parts=parts)
+        model = Soundwave.build(config, parts=parts, starts_lora=False)
         load_trained(model, folder, verify=verify)
         model.set_stage(stage)
     except SourceError:

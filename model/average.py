@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 from core.command_line import CommandParser
 from core.console import one_line, print_error
 from model.artifact import ADAPTERS, CONFIG, LORA, TUNED, FolderError, check_place, describe
+from model.lora_init import takes_components
+from model.lora_start import rank_axis
 from model.pretrained import write_tensors
 
 LORA_FILE = f"{LORA}/adapter_model.safetensors"
@@ -39,6 +41,8 @@ def average(folders: list[Path], out: Path) -> Path:
     files = [ADAPTERS, *([LORA_FILE] if (folders[0] / LORA).is_dir() else [])]
     files += [TUNED[part] for part in descriptions[0].get("tuned", [])]
     means = {file: _mean([folder / file for folder in folders]) for file in files}
+    if takes_components(descriptions[0]["config"].get("llm", {}).get("lora_init", "default")):
+        _check_same_start(folders)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -82,6 +86,20 @@ def _check_same(first: Path, one: dict, folder: Path, other: dict) -> None:
             )
     if (first / LORA).is_dir() != (folder / LORA).is_dir():
         raise FolderError(f"only one of {first} and {folder} has LoRA: average folders of the same stage")
+
+
+def _check_same_start(folders: list[Path]) -> None:
+    """Errors: FolderError for LoRA that started at other components (model/lora_init.py): the second halves
+    of its factors."""
+    first, *others = (load_file(folder / LORA_FILE) for folder in folders)
+    for folder, other in zip(folders[1:], others, strict=True):
+        for name, tensor in first.items():
+            axis = rank_axis(name)
+            if axis is not None and not tensor.chunk(2, axis)[1].equal(other[name].chunk(2, axis)[1]):
+                raise FolderError(
+                    f"the LoRA of {folders[0]} and {folder} started at other components ('{name}'): average "
+                    "folders that descend from one start"
+                )
 
 
 def _mean(files: list[Path]) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ConfigDict, with_config
 
 from core.console import OneLine
-from core.options import choice, location, names_or_pattern, number, text
+from core.options import choice, location, matching, names_or_pattern, number, text
 
 # A model folder's soundwave.json is read by these types (model/artifact.py): unknown keys, NaN and infinity
 # are errors.
@@ -54,6 +54,13 @@ class LLMConfig:
     lora_targets: Any = names_or_pattern()
     lora_rslora: bool = False  # scale by alpha / sqrt(r) instead of alpha / r
     lora_dora: bool = False  # DoRA: learn the norm of each output's weights apart; not under ZeRO-3
+    # How new LoRA starts (model/lora_init.py): default and gaussian draw A, orthogonal draws both factors;
+    # pissa and olora take the largest components of the LLM's own weights.
+    lora_init: str = matching(
+        "default",
+        r"default|gaussian|orthogonal|olora|pissa|pissa_niter_[1-9]\d*",
+        "default, gaussian, orthogonal, olora, pissa or pissa_niter_N, e.g. pissa_niter_16",
+    )
     # Other ranks and alphas for some layers, by the end of their names, as in peft: {q_proj: 8}
     lora_rank_pattern: dict[str, float] = field(default_factory=dict)
     lora_alpha_pattern: dict[str, float] = field(default_factory=dict)

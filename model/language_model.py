@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from core.console import one_line, shown
 from core.near_names import either, near_names
+from model import lora_init
 from model.config import LLMConfig
 from model.dropout import key_lora_dropout, position_keys
 from model.pretrained import Source, SourceError, causal_lm_class, reading, tensor_files, text_config
@@ -128,7 +129,10 @@ def build_llm(config: LLMConfig, source: Source, dtype: torch.dtype, attention: 
 
 
 def with_lora(llm: PreTrainedModel, config: LLMConfig, name: str) -> PeftModel:
-    """The LLM with LoRA on `config.lora_targets`. Errors: SourceError."""
+    """The LLM with LoRA on `config.lora_targets`; the start of PiSSA and OLoRA is 0 until
+    `lora_init.decompose` or a file fills it. Errors: SourceError."""
+    if problem := lora_init.odd_rank(config):
+        raise SourceError(problem)
     targets = lora_targets(llm, config.lora_targets, name)
     linear = _linear_layers(llm)
     transposed = all(isinstance(linear[key], Conv1D) for key in linear if _is_target(key, targets))  # GPT-2's
@@ -137,6 +141,7 @@ def with_lora(llm: PreTrainedModel, config: LLMConfig, name: str) -> PeftModel:
         lora_alpha=config.lora_alpha,
         use_rslora=config.lora_rslora,
         use_dora=config.lora_dora,
+        init_lora_weights=cast(Any, lora_init.drawn_start(config)),
         rank_pattern=_rank_pattern(config, linear, targets),
         alpha_pattern=_pattern("lora_alpha_pattern", config.lora_alpha_pattern, linear, targets),
         lora_dropout=config.lora_dropout,
@@ -145,13 +150,17 @@ def with_lora(llm: PreTrainedModel, config: LLMConfig, name: str) -> PeftModel:
         fan_in_fan_out=transposed,
     )
     try:
-        adapted = get_peft_model(llm, lora)
-        key_lora_dropout(adapted)
-        return cast(PeftModel, adapted)  # a PeftMixedModel only where it is asked for
+        adapted = cast(PeftModel, get_peft_model(llm, lora))  # a PeftMixedModel only where it is asked for
     except ValueError as error:
         raise SourceError(
             f"LoRA does not fit {name}: model.llm.lora_targets = {shown(targets)} ({one_line(error)})"
         ) from None
+    key_lora_dropout(adapted)
+    if lora_init.takes_components(config.lora_init):
+        if problem := lora_init.too_few_components(adapted, config.lora_init):
+            raise SourceError(problem)
+        lora_init.add_starts(adapted)
+    return adapted
 
 
 def _rank_pattern(

@@ -3,6 +3,7 @@ the old one."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
 from core.keys import signed_key64
+from model.lora_init import starts
 from model.pretrained import read_json
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -42,10 +44,11 @@ def starting_state(llm: PeftModel, folder: Path) -> dict[str, torch.Tensor]:
         for name, module in llm.named_modules()
         if isinstance(getattr(module, "r", None), dict) and "default" in module.r
     }
+    halves = 2 if starts(llm) else 1  # files hold the start of LoRA, too (model/lora_init.py)
     for name in [name for name in state if name.endswith(_A)]:
         path = name.removesuffix(_A)
         down, up, layer = state[name], state[path + _B], path.removeprefix("base_model.model.")
-        more = ranks[path] - len(down)
+        more = halves * ranks[path] - len(down)
         ratio = scale_of(then, layer, len(down)) / scale_of(now, layer, ranks[path])
         if more:
             generator = torch.Generator().manual_seed(signed_key64("lora", path) & (2**63 - 1))
@@ -53,5 +56,5 @@ def starting_state(llm: PeftModel, folder: Path) -> dict[str, torch.Tensor]:
             drawn = (2 * drawn - 1) / down.shape[1] ** 0.5  # as peft draws A
             state[name] = torch.cat([down, drawn.to(down.dtype)])
             up = torch.cat([up, up.new_zeros(len(up), more)], 1)
-        state[path + _B] = up * ratio if ratio != 1 else up
+        state[path + _B] = up if math.isclose(ratio, 1) else up * ratio
     return state

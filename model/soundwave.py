@@ -11,11 +11,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple, cast
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from core.options import problems
-from model import identity, trained_encoder
+from model import identity, lora_init, trained_encoder
 from model.alignment import AlignmentAdapter, CTCHead
 from model.batch import Batch
 from model.compressors import Compressor, CTCView, compressor_of
@@ -134,8 +135,12 @@ class Soundwave(Generation):
         parts: tuple[str, ...] = PARTS,
         device: torch.device | str | None = None,
         meta: bool = False,
+        starts_lora: bool = True,
     ) -> Soundwave:
         """Frozen parts from their folders, fresh adapters and LoRA.
+
+        starts_lora: False where a file fills LoRA, so that the LLM's weights need not be decomposed
+        (`model.llm.lora_init`).
 
         parts without "llm": stage 1; of the LLM only its embeddings are read, from its safetensors, and there
         is no shrinking adapter. parts without "encoder": for cached features. meta: sizes alone, nothing is
@@ -189,9 +194,18 @@ class Soundwave(Generation):
             llm=llm,
             sources=sources,
         )
+        if starts_lora and not meta:
+            model.start_lora()
         return model if device is None else model.to(device)
 
     # ---- what is trained ----
+
+    def start_lora(self, device: torch.device | str = "cpu") -> None:
+        """Start LoRA at the components of the LLM's weights, where `model.llm.lora_init` is of that kind;
+        computed on `device`. Collective."""
+        kind = self.config.llm.lora_init
+        if isinstance(self.llm, PeftModel) and lora_init.takes_components(kind):
+            lora_init.decompose(self.llm, kind, DTYPES[self.config.dtype], device)
 
     def set_stage(self, stage: str | Stage) -> None:
         """Train the modules that a stage names: one of STAGES by its name, or a recipe's own choice

@@ -150,6 +150,7 @@ ALIGNMENT = register_stage(
             "model.llm.lora_alpha",
             "model.llm.lora_rslora",
             "model.llm.lora_dora",
+            "model.llm.lora_init",
             "model.llm.lora_rank_pattern",
             "model.llm.lora_rank_pattern.",
             "model.llm.lora_alpha_pattern",

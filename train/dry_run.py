@@ -18,6 +18,7 @@ from model import artifact
 from model.config import SoundwaveConfig
 from model.inheritance import differing_options, inherited_options
 from model.language_model import described_targets, load_tokenizer
+from model.lora_init import starts
 from model.pretrained import SourceError, locate, presets, tensor_files
 from model.soundwave import Soundwave
 from recipe.config import Recipe, RecipeError
@@ -60,6 +61,8 @@ def parameters_by_module(model: Soundwave) -> list[tuple[str, int, int]]:
     for name, parameter in model.named_parameters():
         part = "lora" if "lora_" in name else name.split(".")[0]
         rows.setdefault(part, [0, 0])[0 if parameter.requires_grad else 1] += numel(parameter)
+    if frozen_starts := starts(model):
+        rows["lora"][1] += sum(start.numel() for start in frozen_starts.values())
     return [(name, trained, frozen) for name, (trained, frozen) in rows.items()]
 
 

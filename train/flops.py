@@ -17,6 +17,7 @@ from torch import nn
 
 from model.compressors import Compressor, compressor_of
 from model.language_model import base_of
+from model.lora_init import starts
 from model.stages import Stage
 from model.trained_encoder import learning_layers, transformer_layers
 
@@ -27,7 +28,7 @@ def numel(parameter: nn.Parameter) -> int:
 
 def sizes(model) -> dict[str, int]:
     """Parameters that are multiplied with, by part: encoder (with its LoRA), alignment, ctc_head, shrinking,
-    llm (without embeddings), embeddings, lora."""
+    llm (without embeddings), embeddings, lora, lora_starts."""
     counts = dict.fromkeys(("encoder", "alignment", "ctc_head", "shrinking", "llm", "embeddings", "lora"), 0)
     tables = set()
     if model.llm is not None:
@@ -43,6 +44,7 @@ def sizes(model) -> dict[str, int]:
         elif part == "llm" and "lora_" in name:
             part = "lora"
         counts[part] += numel(parameter)
+    counts["lora_starts"] = sum(start.numel() for start in starts(model).values())
     return counts
 
 
@@ -157,5 +159,6 @@ class Flops:
                 products * self.counts["llm"] + 12 * self.llm_layers * mean * self.width
             )
             out["lora"] = llm_tokens * (6 if "lora" in self.stage.trains else 4) * self.counts["lora"]
+            out["lora"] += llm_tokens * 4 * self.counts["lora_starts"]
             out["lm_head"] = targets * 4 * self.width * self.vocabulary
         return out

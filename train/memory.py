@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from model.dropout import KeyedDropout
 from model.encoder import WhisperEncoder
 from model.language_model import HeadCrossEntropy, base_of, token_keys_in_use
+from model.lora_init import starts
 from model.losses import LOSSES
 from model.ops import lookback
 from model.ops.torch_op import TILE
@@ -352,6 +353,9 @@ def rank_memory(
     frozen = sum(n for n, learns in sizes if not learns)
     weight_bytes = 2 if recipe.model.dtype == "bfloat16" else 4
     states = states_per_rank(trained, frozen, ranks, zero_stage, weight_bytes)
+    states += weight_bytes * sum(
+        start.numel() for start in starts(model).values()
+    )  # buffers, whole on every rank
     average = 4 * trained / ranks if recipe.optim.ema_decay is not None else 0.0  # beside the masters
     states += average
     section = config["zero_optimization"]

@@ -21,6 +21,7 @@ from model import artifact, identity
 from model.config import SoundwaveConfig
 from model.inheritance import differing_options, inherited_options
 from model.language_model import resolved_targets
+from model.lora_init import starts
 from model.ops.linear_ctc import check_implementation
 from model.pretrained import locate, text_config
 from model.rows import longest_row
@@ -34,6 +35,7 @@ from stream.unindexed import UnindexedPlan
 from stream.validation import select
 from train import deepspeed_config
 from train.checkpoint import compatibility, universal
+from train.checkpoint.errors import CheckpointError
 from train.checkpoint.store import Checkpoints
 from train.checkpoint.verification import find_good, read_state
 from train.deepspeed_fixes.zero3 import shard_while_loading
@@ -81,7 +83,7 @@ def set_up(
         stop_reason=lambda seconds: preemption.stop_reason(0.0, seconds),
     )
     sharding = shard_while_loading(ds_config) if topology["zero_stage"] == 3 else None
-    model, base = build_model(recipe, stage, start_from, ranks)
+    model, base = build_model(recipe, stage, start_from, ranks, is_resumed=saved is not None)
     facts = {
         "base": base,
         "settings": model.frozen_settings(),
@@ -167,12 +169,12 @@ def check_before_loading(recipe: Recipe, plan: Plan | UnindexedPlan, saved: Save
 
 
 def build_model(
-    recipe: Recipe, stage: Stage, start_from: Path | None, ranks: Ranks
+    recipe: Recipe, stage: Stage, start_from: Path | None, ranks: Ranks, *, is_resumed: bool = False
 ) -> tuple[Soundwave, dict[str, str | None]]:
     """Build the model with the start folder's weights, its stage set; return it and the hashes of its base.
 
-    A checkpoint holds what this stage trains; what earlier stages trained comes from their folder, on resume
-    too.
+    A checkpoint holds what this stage trains, and where its LoRA started; what earlier stages trained comes
+    from their folder, on resume too.
     Errors: RecipeError, SourceError, FolderError, OptionError.
     """
     torch.manual_seed(recipe.seed)  # the same new adapters on every rank
@@ -181,8 +183,9 @@ def build_model(
         check_implementation(recipe.model.ops.implementation, ranks.device.partition(":")[0])
     except ValueError as error:
         raise RecipeError(f"model.ops.implementation: {error}") from None
-    model = Soundwave.build(recipe.model, parts=parts)
+    model = Soundwave.build(recipe.model, parts=parts, starts_lora=False)
     hashes: dict[str, Any] = {}
+    taken: list[str] = []
     if ranks.is_main:  # reads every byte of the frozen parts: once per cluster, not once per rank
         start = compatibility.weights_hash(start_from) if start_from else None
         hashes = {"base": model.frozen_hash(), "start": start}
@@ -190,11 +193,13 @@ def build_model(
     model._hashes = hashes["base"]
     if start_from is not None:
         notes = check_base(recipe, model, start_from)
-        artifact.load_trained(model, start_from, verify=False)
+        taken = artifact.load_trained(model, start_from, verify=False)
         if ranks.is_main:
             log_inherited_options(recipe, start_from)
             for line in [*notes, *accepted_options(recipe, start_from)]:
                 logger.warning("%s", line)
+    if "lora" not in taken and not is_resumed:
+        model.start_lora(ranks.device)
     model.set_stage(stage)
     return model, {**hashes["base"], "start": hashes["start"]}
 
@@ -248,6 +253,11 @@ def restore(
     """Load a checkpoint into the engine; return where it stood. Errors: CheckpointError, ConversionError."""
     state = saved.state
     checkpoints.load(engine.deepspeed, saved.folder, state["topology"], topology)
+    if not all(bool(start.any()) for start in starts(engine.model).values()):
+        raise CheckpointError(
+            f"checkpoint {saved.folder} does not hold where its LoRA started "
+            f"(model.llm.lora_init={recipe.model.llm.lora_init}): remove it to resume from the one before it"
+        )
     checkpoints.load_average(engine.average, saved.folder)
     engine.health.load(state["health"])
     if ranks.is_main:

@@ -1,4 +1,4 @@
-"""LoRA's variants on two ranks: another rank than the start folder's, DoRA, and what ZeRO-3 refuses."""
+"""LoRA's variants on two ranks: another rank than the start folder's, DoRA, PiSSA, and what ZeRO-3 refuses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from model import artifact
+from model import artifact, lora_init
 from model.config import LLMConfig, SoundwaveConfig
 from model.soundwave import Soundwave
 from tests.model import tiny
@@ -122,3 +122,73 @@ def test_a_lower_rank_is_refused_by_the_dry_run(root, tmp_path, capsys):
     arguments = [str(root / "recipe.yaml"), f"output={tmp_path}", "--dry-run"]
     arguments += ["model.llm.lora_r=2", "init_accept=[model.llm.lora_r]"]
     assert "its LoRA has rank 4 " in error_of(arguments, capsys)
+
+
+STARTED = ["model.llm.lora_init=pissa", "init_from=fresh"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero", "dtype"), [(1, "bfloat16"), (2, "float32"), (3, "bfloat16")])
+def test_pissa_trains_and_resumes_bit_equally(server, root, zero, dtype, tmp_path):
+    """Two ranks; the start is in the checkpoint, the folder's second half is the start."""
+    folders = []
+    for name, halves in (("once", [STEPS]), ("twice", [2, STEPS])):
+        for steps in halves:
+            arguments = [f"output={tmp_path / name}", f"deepspeed=ds_configs/zero{zero}.json"]
+            arguments += [f"model.dtype={dtype}", f"optim.steps={steps}", *STARTED, *bases(root)]
+            run = server.start([root / "recipe.yaml", *arguments], ranks=2)
+            assert run.wait() == [0, 0], run.text()
+            assert ("decomposing" in run.text()) == (steps == halves[0])  # not on resume
+        folders.append(lora(tmp_path / name / "shrinking" / "model"))
+    once, twice = folders
+    assert once.keys() == twice.keys() and all(torch.equal(once[name], twice[name]) for name in once)
+    config = SoundwaveConfig()
+    config.encoder.name, config.dtype = str(root / "whisper"), dtype
+    config.llm = LLMConfig(name=str(root / "llm"), lora_r=4, lora_init="pissa")
+    start = lora_init.file_state(Soundwave.build(config).llm)
+    for name, value in once.items():
+        axis = 0 if "lora_A" in name else 1
+        (trained, kept), (first, same) = value.chunk(2, axis), start[name].chunk(2, axis)
+        assert torch.equal(kept.float(), same.float())
+        assert not torch.equal(trained.float(), first.float())
+        assert float((trained.float() - first.float()).abs().max()) < 0.1
+    loaded = artifact.load(tmp_path / "once" / "shrinking" / "model")
+    assert len(lora_init.starts(loaded)) == len(once)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("zero", [2, 3])
+def test_pissa_resumes_on_another_number_of_ranks(server, root, zero, tmp_path):
+    folders = []
+    for name, halves in (("once", [(2, STEPS)]), ("moved", [(2, 2), (1, STEPS)])):
+        for ranks, steps in halves:
+            arguments = [f"output={tmp_path / name}", f"deepspeed=ds_configs/zero{zero}.json"]
+            run = server.start(
+                [root / "recipe.yaml", *arguments, f"optim.steps={steps}", *STARTED, *bases(root)],
+                ranks=ranks,
+            )
+            assert run.wait() == [0] * ranks, run.text()
+        folders.append(lora(tmp_path / name / "shrinking" / "model"))
+    for name, value in folders[0].items():
+        torch.testing.assert_close(folders[1][name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_another_init_on_resume_is_refused(server, root, tmp_path, capsys):
+    arguments = [f"output={tmp_path}", "deepspeed=ds_configs/zero2.json", *bases(root), "init_from=fresh"]
+    arguments += ["checkpoint.accept_changes=[]"]
+    run = server.start([root / "recipe.yaml", *arguments, "optim.steps=1"], ranks=1)
+    assert run.wait() == [0], run.text()
+    said = error_of([str(root / "recipe.yaml"), *arguments, "model.llm.lora_init=pissa", "--dry-run"], capsys)
+    assert "model.llm.lora_init: default -> pissa" in said
+
+
+def test_the_dry_run_counts_the_start(root, tmp_path, capsys):
+    from train.run import main
+
+    rows = {}
+    for kind in ("default", "pissa"):
+        arguments = [str(root / "recipe.yaml"), f"output={tmp_path}", "--dry-run", "init_from=fresh"]
+        assert main([*arguments, *bases(root), f"model.llm.lora_init={kind}"]) == 0
+        printed = capsys.readouterr().out
+        rows[kind] = next(line.split() for line in printed.splitlines() if line.startswith("lora "))
+    assert rows["default"][2] == "0" and rows["pissa"][1] == rows["pissa"][2] == rows["default"][1]

@@ -10,6 +10,7 @@ import deepspeed
 import torch
 
 from model.language_model import base_of
+from model.lora_init import starts
 from model.soundwave import Soundwave
 from model.trained_encoder import require_input_gradient
 from train.gathers import layer_classes
@@ -54,3 +55,5 @@ def cast_new_parameters(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.to(torch.bfloat16)
+    for buffer in starts(model).values():
+        buffer.data = buffer.data.to(torch.bfloat16)
