@@ -33,6 +33,7 @@ from model import identity, lora_init
 from model.config import SoundwaveConfig
 from model.lora_start import rank_axis, starting_state
 from model.pretrained import SourceError, write_tensors
+from model.saved_modules import parameter_name
 from model.soundwave import Soundwave
 from model.stages import ALIGNMENT, PARTS, STAGES
 from model.trained_encoder import canonical
@@ -317,7 +318,9 @@ def check_fit(
         stored = _shapes(folder / LORA / "adapter_model.safetensors")
         own_shapes = lora_init.file_shapes(model.llm)
         has_starts = bool(lora_init.starts(model.llm))
-        differ = sorted(stored.keys() ^ own_shapes.keys())
+        # Layers that are trained whole from now on start as the LLM's own.
+        new = {name for name in own_shapes if ".lora_" not in name}
+        differ = sorted((stored.keys() ^ own_shapes.keys()) - (new - stored.keys()))
         for name in sorted(stored.keys() & own_shapes.keys()):
             sizes, axis = list(own_shapes[name]), rank_axis(name)
             if axis is not None and has_starts and sizes[axis] != stored[name][axis]:
@@ -402,9 +405,12 @@ def load_trained(model: Soundwave, folder: str | Path, *, verify: bool = True) -
         if any(hasattr(p, "ds_id") for p in model.llm.parameters()):
             lora = dict(model.llm.named_parameters())
             for name, value in state.items():
-                _fill(lora[name.replace(".weight", ".default.weight")], value)
+                is_copy = ".lora_" not in name
+                own = parameter_name(name) if is_copy else name.replace(".weight", ".default.weight")
+                _fill(lora[own], value)
         else:
-            set_peft_model_state_dict(model.llm, state)
+            own_copies = {n: v for n, v in lora_init.file_state(model.llm).items() if ".lora_" not in n}
+            set_peft_model_state_dict(model.llm, {**own_copies, **state})
     return taken
 
 

@@ -61,6 +61,8 @@ class LLMConfig:
         r"default|gaussian|orthogonal|olora|pissa|pissa_niter_[1-9]\d*",
         "default, gaussian, orthogonal, olora, pissa or pissa_niter_N, e.g. pissa_niter_16",
     )
+    # Layers of the LLM that are trained whole beside LoRA, by the end of their names: [norm, lm_head]
+    lora_modules_to_save: list[str] = field(default_factory=list)
     # Other ranks and alphas for some layers, by the end of their names, as in peft: {q_proj: 8}
     lora_rank_pattern: dict[str, float] = field(default_factory=dict)
     lora_alpha_pattern: dict[str, float] = field(default_factory=dict)

@@ -48,6 +48,7 @@ from model.language_model import end_ids, end_settings, load_tokenizer
 from model.model_card import model_card
 from model.official import ShardWriter, stream_llm
 from model.pretrained import Source, SourceError, fingerprint, locate
+from model.saved_modules import replaces_output_table
 from model.stages import STAGES
 
 
@@ -72,6 +73,12 @@ def export(
     if out.exists() and any(out.iterdir()):
         raise FolderError(f"{out} is not empty: give a new folder")
     encoder, llm = locate(config.encoder.name), locate(config.llm.name)
+    if (merge or hub_layout) and config.alignment.ctc_head == "tied" and replaces_output_table(run, llm):
+        raise FolderError(
+            f"{run}: its CTC head is tied to the LLM's original output embeddings, and "
+            "model.llm.lora_modules_to_save has trained others, which a merged LLM would hold in their "
+            "place: export without --merge and --hub-layout"
+        )
     tokenizer = load_tokenizer(llm, config.audio_token)
     frozen = {"encoder": fingerprint(encoder.files, tensor_prefix(encoder)), "llm": fingerprint(llm.files)}
     settings = identity.settings({"encoder": encoder, "llm": llm}, tokenizer)

@@ -33,6 +33,7 @@ from model.config import LLMConfig
 from model.dropout import key_lora_dropout, position_keys
 from model.pretrained import Source, SourceError, causal_lm_class, reading, tensor_files, text_config
 from model.prompt import stop_ids
+from model.saved_modules import MARK, check_no_lora_inside, saved_modules
 
 # transformers 5.23 renames gradient_checkpointing_enable; peft 0.21 and this module call the name that older
 # versions have, too.
@@ -135,6 +136,8 @@ def with_lora(llm: PreTrainedModel, config: LLMConfig, name: str) -> PeftModel:
         raise SourceError(problem)
     targets = lora_targets(llm, config.lora_targets, name)
     linear = _linear_layers(llm)
+    whole = saved_modules(llm, config, name)
+    check_no_lora_inside(whole, [key for key in linear if _is_target(key, targets)])
     transposed = all(isinstance(linear[key], Conv1D) for key in linear if _is_target(key, targets))  # GPT-2's
     lora = LoraConfig(
         r=config.lora_r,
@@ -146,6 +149,7 @@ def with_lora(llm: PreTrainedModel, config: LLMConfig, name: str) -> PeftModel:
         alpha_pattern=_pattern("lora_alpha_pattern", config.lora_alpha_pattern, linear, targets),
         lora_dropout=config.lora_dropout,
         target_modules=targets,
+        modules_to_save=whole or None,
         task_type="CAUSAL_LM",
         fan_in_fan_out=transposed,
     )
@@ -260,10 +264,13 @@ def lora_targets(llm: PreTrainedModel, requested: list[str] | str | None, name: 
 def resolved_targets(config: LLMConfig, source: Source) -> list[str] | str | None:
     """`config.lora_targets`; for None the LLM's attention layers, from its config.json alone. Errors:
     SourceError."""
-    if config.lora_targets is not None or config.lora_r == 0:
+    if config.lora_r == 0 or config.lora_targets is not None and not config.lora_modules_to_save:
         return config.lora_targets
     with torch.device("meta"):
         llm = causal_lm_class(source.config)(source.config)
+    saved_modules(llm, config, source.name)  # what does not fit is an error before weights are read
+    if config.lora_targets is not None:
+        return config.lora_targets
     return lora_targets(llm, None, source.name)
 
 
@@ -375,7 +382,13 @@ def base_of(llm: LLM) -> PreTrainedModel:
 
 
 def lora_parameters(llm: LLM) -> list[tuple[str, nn.Parameter]]:
-    return [(name, p) for name, p in llm.named_parameters() if "lora_" in name]
+    """Return what is trained beside the frozen LLM: LoRA, and copies of whole layers."""
+    return [(name, p) for name, p in llm.named_parameters() if is_lora(name)]
+
+
+def is_lora(name: str) -> bool:
+    """Whether a parameter of this name is LoRA's, or of a layer that is trained whole beside it."""
+    return "lora_" in name or MARK in name
 
 
 def embed(llm: LLM, input_ids: torch.Tensor, audio_id: int) -> torch.Tensor:

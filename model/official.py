@@ -48,14 +48,17 @@ from model.pretrained import (
     NotOnHub,
     Source,
     SourceError,
+    embedding_names,
     fingerprint,
     hub_folder,
     locate,
     read_json,
+    read_tensor,
     reading,
     tensor_files,
     write_tensors,
 )
+from model.saved_modules import replaces_output_table
 from model.stages import SFT, STAGES
 from model.trained_encoder import merged_tensors
 
@@ -348,6 +351,8 @@ def _add_llm(writer: ShardWriter, run: Path, llm: Source, rows: int) -> torch.Te
                 writer.add("lm_head.weight", tensor.clone())
         if name != "lm_head.weight" or not llm.config.tie_word_embeddings:
             writer.add(name, tensor)
+    if replaces_output_table(run, llm):  # the CTC head's targets are the original ones
+        return read_tensor(llm.files, embedding_names(llm.config)[1])
     return output_table
 
 
@@ -462,12 +467,15 @@ def stream_llm(run: Path, llm: Source) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 class LoRAMerge:
-    """Base tensor + scale x B A, one tensor at a time, from a peft folder; of DoRA with its row norms."""
+    """Base tensor + scale x B A, one tensor at a time, from a peft folder; of DoRA with its row norms; of
+    layers that were trained whole the trained tensor."""
 
     def __init__(self, folder: Path):
         settings = read_json(folder / "adapter_config.json")
         self.folder = folder
         self.parts: dict[str, dict[str, torch.Tensor]] = {}
+        self.whole: dict[str, torch.Tensor] = {}  # trained copies of whole layers
+        copies = tuple(f"base_model.model.{name}." for name in settings.get("modules_to_save") or [])
         with reading(folder, "LoRA"):
             self.settings = settings
             self.transposed = settings.get("fan_in_fan_out", False)  # GPT-2 holds its weights so
@@ -476,11 +484,16 @@ class LoRAMerge:
                     r"base_model\.model\.(.*)\.lora_(A(?=\.weight)|B(?=\.weight)|magnitude_vector)(\.weight)?",
                     name,
                 )
+                if match is None and name.startswith(copies):
+                    self.whole[name.removeprefix("base_model.model.")] = tensor
+                    continue
                 if match is None:
                     raise FolderError(f"{folder} holds '{name}', which is no LoRA weight: merge it with peft")
                 self.parts.setdefault(match[1] + ".weight", {})[match[2]] = tensor.float()
 
     def __call__(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if (copy := self.whole.pop(name, None)) is not None:
+            return copy.to(tensor.dtype)
         pair = self.parts.pop(name, None)
         if pair is None:
             return tensor
@@ -492,10 +505,8 @@ class LoRAMerge:
         return (merged.T if self.transposed else merged).to(tensor.dtype).contiguous()
 
     def check_all_used(self) -> None:
-        if self.parts:
-            raise FolderError(
-                f"{self.folder} has LoRA for '{next(iter(self.parts))}', which the LLM does not hold"
-            )
+        if left := [*self.parts, *self.whole]:
+            raise FolderError(f"{self.folder} has trained '{left[0]}', which the LLM does not hold")
 
 
 def _their_config(llm: Source, encoder: Source, rows: int, audio_id: int, pad_id: int) -> dict:

@@ -30,6 +30,7 @@ from model.language_model import (
     base_of,
     build_llm,
     embed,
+    is_lora,
     load_tokenizer,
     lora_parameters,
     splice,
@@ -45,6 +46,7 @@ from model.pretrained import (
     output_embeddings,
     text_config,
 )
+from model.saved_modules import original_of
 from model.stages import ALIGNMENT, PARTS, SHRINKING, STAGES, Stage, chosen
 
 
@@ -174,7 +176,7 @@ class Soundwave(Generation):
                 config.alignment, encoder.width, width, heads, gain=min(1.0, 1 / (output_rms * width**0.5))
             )
             if llm is not None and config.alignment.ctc_head == "tied":
-                embeddings = base_of(llm).get_output_embeddings().weight
+                embeddings = cast(Any, original_of(base_of(llm).get_output_embeddings())).weight
             else:
                 embeddings = (
                     torch.empty(rows, width, dtype=dtype)
@@ -281,7 +283,7 @@ class Soundwave(Generation):
             if parameter.requires_grad:
                 part = name.partition(".")[0]
                 group = part if part in ("ctc_head", "encoder", "llm") else "adapters"
-                if part == "llm" and "lora_" in name:
+                if part == "llm" and is_lora(name):
                     group = "lora"
                 groups.setdefault(group, []).append((name, parameter))
         return groups

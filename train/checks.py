@@ -6,6 +6,9 @@ import re
 
 from core.ctc_text import NORMALISATIONS
 from model.artifact import FolderError, check_place
+from model.losses import LOSSES
+from model.pretrained import Source
+from model.saved_modules import trained_tables
 from recipe.config import Recipe, RecipeError
 from recipe.stages import check_train, check_trains_something, losses_of, stage_folder, stage_of
 from stream import augment
@@ -69,13 +72,30 @@ def check_average(recipe: Recipe, config: dict) -> None:
 
 
 def check_lora(recipe: Recipe, config: dict) -> None:
-    """Errors: RecipeError for DoRA under ZeRO-3: it reads the base weights outside their layer's forward,
-    where they are not gathered."""
+    """Errors: RecipeError for whole layers without LoRA, and for DoRA under ZeRO-3: it reads the base weights
+    outside their layer's forward, where they are not gathered."""
     llm = recipe.model.llm
+    if llm.lora_modules_to_save and not llm.lora_r:
+        raise RecipeError(
+            "model.llm.lora_modules_to_save trains layers beside LoRA, and model.llm.lora_r is 0: give a "
+            "rank, or set train.llm=all"
+        )
     if llm.lora_dora and llm.lora_r and deepspeed_config.stage_number(config) == 3:
         raise RecipeError(
             f"model.llm.lora_dora needs whole base weights, and {recipe.deepspeed} is ZeRO-3: use "
             "deepspeed=ds_configs/zero2.json, or model.llm.lora_dora=false"
+        )
+
+
+def check_teacher(recipe: Recipe, llm: Source) -> None:
+    """Errors: RecipeError for a loss that compares with the LLM's own tables, of which the recipe trains
+    copies; SourceError for layers that the LLM has not."""
+    tables = trained_tables(recipe.model.llm, llm)
+    losses = [name for name in losses_of(recipe) if LOSSES[name].needs_frozen_llm]
+    if tables and losses:
+        raise RecipeError(
+            f"loss.weights: the loss '{losses[0]}' compares with the LLM's own embeddings, and "
+            f"model.llm.lora_modules_to_save trains {tables[0]}: remove one of the two"
         )
 
 

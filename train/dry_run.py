@@ -20,6 +20,7 @@ from model.inheritance import differing_options, inherited_options
 from model.language_model import described_targets, load_tokenizer
 from model.lora_init import starts
 from model.pretrained import SourceError, locate, presets, tensor_files
+from model.saved_modules import MARK
 from model.soundwave import Soundwave
 from recipe.config import Recipe, RecipeError
 from recipe.stages import NotThereYet, initial_folder, losses_of, stage_folder, stage_of
@@ -60,6 +61,7 @@ def parameters_by_module(model: Soundwave) -> list[tuple[str, int, int]]:
     rows: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         part = "lora" if "lora_" in name else name.split(".")[0]
+        part = "lora_modules_to_save" if MARK in name else part
         rows.setdefault(part, [0, 0])[0 if parameter.requires_grad else 1] += numel(parameter)
     if frozen_starts := starts(model):
         rows["lora"][1] += sum(start.numel() for start in frozen_starts.values())
@@ -197,7 +199,7 @@ def dry_run(
 ) -> int:
     """Print the whole; returns the exit code 0. gpus, gpu: also a plan for that many of that kind.
     data_hours: size of data that is not packed yet. Errors: RecipeError for a wrong recipe."""
-    from train.checks import check, warnings_of
+    from train.checks import check, check_teacher, warnings_of
 
     check(recipe)
     resolve_steps(recipe)
@@ -205,6 +207,8 @@ def dry_run(
     if not is_finished:
         compatibility.check_checkpoint(recipe)
     stage, model = stage_of(recipe), meta_model(recipe)
+    if model.llm is not None:
+        check_teacher(recipe, model.sources["llm"])
     notes = [] if is_finished else check_start(recipe, model)
     rows = parameters_by_module(model)
     trained, frozen = sum(r[1] for r in rows), sum(r[2] for r in rows)

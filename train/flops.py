@@ -12,12 +12,14 @@ the look-back's scores, every second frame of Whisper's first convolution.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from model.compressors import Compressor, compressor_of
 from model.language_model import base_of
 from model.lora_init import starts
+from model.saved_modules import original_of
 from model.stages import Stage
 from model.trained_encoder import learning_layers, transformer_layers
 
@@ -33,7 +35,8 @@ def sizes(model) -> dict[str, int]:
     tables = set()
     if model.llm is not None:
         base = base_of(model.llm)
-        tables = {id(base.get_input_embeddings().weight), id(base.get_output_embeddings().weight)}
+        both: Any = (base.get_input_embeddings(), base.get_output_embeddings())
+        tables = {id(table.weight) for one in both for table in (one, original_of(one))}
     for name, parameter in model.named_parameters():
         part = name.split(".")[0]
         shape = getattr(parameter, "ds_shape", parameter.shape)

@@ -38,6 +38,7 @@ from train.checkpoint import compatibility, universal
 from train.checkpoint.errors import CheckpointError
 from train.checkpoint.store import Checkpoints
 from train.checkpoint.verification import find_good, read_state
+from train.checks import check_teacher
 from train.deepspeed_fixes.zero3 import shard_while_loading
 from train.engine import Engine
 from train.outcome import RunStatus
@@ -148,6 +149,7 @@ def resolve_sizes(recipe: Recipe, stage: Stage) -> tuple[dict, int | None]:
     limit = longest_row(sizes)
     if "lora" in stage.trains:
         recipe.model.llm.lora_targets = resolved_targets(recipe.model.llm, llm)
+        check_teacher(recipe, llm)
     return config, limit
 
 

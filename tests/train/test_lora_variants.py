@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from model import artifact, lora_init
 from model.config import LLMConfig, SoundwaveConfig
+from model.pretrained import read_tensor
 from model.soundwave import Soundwave
 from tests.model import tiny
 from tests.train.test_independent import corpus
@@ -192,3 +193,60 @@ def test_the_dry_run_counts_the_start(root, tmp_path, capsys):
         printed = capsys.readouterr().out
         rows[kind] = next(line.split() for line in printed.splitlines() if line.startswith("lora "))
     assert rows["default"][2] == "0" and rows["pissa"][1] == rows["pissa"][2] == rows["default"][1]
+
+
+WHOLE = ["model.llm.lora_modules_to_save=[lm_head,embed_tokens,norm]", "init_from=fresh"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero", "dtype"), [(1, "bfloat16"), (2, "float32"), (3, "float32")])
+def test_whole_layers_train_and_resume_bit_equally(server, root, zero, dtype, tmp_path):
+    folders = []
+    for name, halves in (("once", [STEPS]), ("twice", [2, STEPS])):
+        for steps in halves:
+            arguments = [f"output={tmp_path / name}", f"deepspeed=ds_configs/zero{zero}.json"]
+            arguments += [f"model.dtype={dtype}", f"optim.steps={steps}", *WHOLE, *bases(root)]
+            run = server.start([root / "recipe.yaml", *arguments], ranks=2)
+            assert run.wait() == [0, 0], run.text()
+        folders.append(lora(tmp_path / name / "shrinking" / "model"))
+    once, twice = folders
+    assert once.keys() == twice.keys() and all(torch.equal(once[name], twice[name]) for name in once)
+    copies = {name.removeprefix("base_model.model."): v for name, v in once.items() if "lora_" not in name}
+    assert len(copies) == 3
+    for name, value in copies.items():
+        assert not torch.equal(value.float(), read_tensor(root / "llm", name)), name
+    table = artifact.load(tmp_path / "once" / "shrinking" / "model").ctc_head.weight
+    assert torch.equal(table.float(), read_tensor(root / "llm", "lm_head.weight").to(table.dtype).float())
+
+
+@pytest.mark.slow
+def test_whole_layers_train_alike_under_zero_2_and_3(server, root, tmp_path):
+    """And as ZeRO-3's other layers do: one step from the same start gives the same weights."""
+    folders = []
+    for zero in (2, 3):
+        arguments = [f"output={tmp_path}/{zero}", f"deepspeed=ds_configs/zero{zero}.json", "optim.steps=2"]
+        run = server.start([root / "recipe.yaml", *arguments, *WHOLE, *bases(root)], ranks=2)
+        assert run.wait() == [0, 0], run.text()
+        folders.append(lora(tmp_path / str(zero) / "shrinking" / "model"))
+    for name, value in folders[0].items():
+        torch.testing.assert_close(folders[1][name], value, rtol=1e-4, atol=2e-5)
+
+
+def test_whole_layers_with_other_options_are_refused_by_the_dry_run(root, tmp_path, capsys):
+    start = [str(root / "recipe.yaml"), f"output={tmp_path}", "--dry-run", *WHOLE, *bases(root)]
+    assert "trains layers beside LoRA, and model.llm.lora_r is 0" in error_of(
+        [*start, "model.llm.lora_r=0"], capsys
+    )
+    said = error_of([*start, "loss.weights.kl=1"], capsys)
+    assert "the loss 'kl' compares with the LLM's own embeddings" in said
+
+
+def test_the_dry_run_counts_whole_layers(root, tmp_path, capsys):
+    from train.run import main
+
+    assert main([str(root / "recipe.yaml"), f"output={tmp_path}", "--dry-run", *WHOLE, *bases(root)]) == 0
+    printed = capsys.readouterr().out
+    row = next(line.split() for line in printed.splitlines() if line.startswith("lora_modules_to_save"))
+    names = ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight")
+    expected = sum(read_tensor(root / "llm", name).numel() for name in names)
+    assert row[1] == f"{expected:,}" and row[2] == "0"
