@@ -20,7 +20,7 @@ help: ## this list
 	@echo
 	@echo "  PYTHON=python3.12  another interpreter    VENV=/path  another place    GPU=1  CUDA torch though no GPU is seen here"
 	@echo "  WORKERS=2  test files at a time (0: one process, for a debugger)"
-	@echo "  EXTRAS='av bench demo offload serve stores trackers'  FFmpeg's formats, the comparisons, the web demo, DeepSpeed's Adam on the CPU, the server, object stores, W&B and MLflow (with setup)    HASHES=no  packages of a site's own build"
+	@echo "  EXTRAS='av bench demo offload quantization serve stores trackers'  FFmpeg's formats, the comparisons, the web demo, DeepSpeed's Adam on the CPU, a quantised LLM, the server, object stores, W&B and MLflow (with setup)    HASHES=no  packages of a site's own build"
 	@echo "  FLASH_ATTN=1  flash-attn too (with setup)    ARGS='...'  arguments for demo, less-is-more, test, soak, bench-ctc, gpu-check, scale-check, test-slurm"
 
 setup: ## fill .venv: packages, CPU or CUDA torch, prebuilt ops; quick when repeated

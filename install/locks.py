@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ROOT / "install" / "locks"
 TOOLS = ROOT / ".cache" / "tools"
 EXTRAS = (
-    *("av", "docs", "dev", "dev-cpu", "demo", "serve", "stores", "trackers", "bench", "browser", "gpu"),
+    *("av", "docs", "dev", "dev-cpu", "demo", "serve", "stores", "trackers", "quantization", "bench"),
+    *("browser", "gpu"),
     *("tools", "s3-server"),
 )
 OLDEST_PYTHON = "3.11"
@@ -330,7 +331,7 @@ NVIDIA's licence agreements) and Triton (MIT). The optional flash-attn is BSD-3-
 
 """
 # Their metadata name none; read from the files LICENSE of the packages.
-FROM_FILES = {"oss-harmony": "Apache-2.0"}
+FROM_FILES = {"oss-harmony": "Apache-2.0", "torchao": "BSD-3-Clause"}
 
 VLLM_LICENCES_HEAD = """
 ## vLLM's environment
@@ -365,7 +366,8 @@ def licences() -> None:
         }
 
     with tempfile.TemporaryDirectory() as scratch:
-        for name, files in {"extras": ("demo", "bench", "stores", "trackers"), "tools": ("tools",)}.items():
+        extras = ("demo", "bench", "quantization", "stores", "trackers")
+        for name, files in {"extras": extras, "tools": ("tools",)}.items():
             run(
                 [
                     sys.executable,
@@ -388,12 +390,8 @@ def licences() -> None:
             **licences_of(Path(scratch) / "extras"),
             **licences_of(None),
         }
-    listed = {
-        package
-        for name in ("cpu", "deepspeed", "dev", "demo", "bench", "stores", "trackers", "tools")
-        for package in read(name)
-    }
-    rows = {name: row for name, row in rows.items() if name in listed}
+    listed = {package for name in ("cpu", "deepspeed", "dev", *extras, "tools") for package in read(name)}
+    rows = {name: (row[0], FROM_FILES.get(name, row[1])) for name, row in rows.items() if name in listed}
     beside = {
         name: (row[0], FROM_FILES.get(name, row[1]))
         for name, row in licences_of(None, vllm_python).items()

@@ -38,7 +38,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST, NEWEST = (3, 11), (3, 13)  # numpy needs 3.11; wheels of the pinned versions end at 3.13
-EXTRAS = ("av", "bench", "browser", "demo", "docs", "serve", "stores", "trackers")
+EXTRAS = ("av", "bench", "browser", "demo", "docs", "quantization", "serve", "stores", "trackers")
 OFFLOAD = "offload"  # an extra that is built, not installed
 REQUIREMENTS = tuple(
     "requirements%s.txt" % kind for kind in ("", "-dev", "-dev-cpu", "-gpu", "-torch-cpu")

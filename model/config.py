@@ -63,6 +63,8 @@ class LLMConfig:
     )
     # Layers of the LLM that are trained whole beside LoRA, by the end of their names: [norm, lm_head]
     lora_modules_to_save: list[str] = field(default_factory=list)
+    # The frozen linear layers in few bits (model/quantised.py); not under ZeRO-3
+    quantization: str = choice("none", "none", "nf4", "torchao_int8", "torchao_int4")
     # Other ranks and alphas for some layers, by the end of their names, as in peft: {q_proj: 8}
     lora_rank_pattern: dict[str, float] = field(default_factory=dict)
     lora_alpha_pattern: dict[str, float] = field(default_factory=dict)

@@ -94,6 +94,8 @@ def export(
         tokenizer.save_pretrained(folder)
         generation.save_pretrained(folder)
     has_lora = (run / LORA).is_dir()
+    if merge or hub_layout:
+        config.llm.quantization = "none"  # LoRA is merged into the unquantised weights
     if hub_layout:
         write_layout(run, out, config, encoder, llm, tokenizer)
         names = {part: Path(name).name if Path(name).exists() else name for part, name in names.items()}

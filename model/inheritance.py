@@ -48,6 +48,7 @@ def inherited_options(folder: str | Path) -> dict[str, object]:
     inherited = ["encoder", "alignment", "audio_token", "llm.name"]
     if stage not in STAGES or STAGES[stage].needs_llm:
         inherited += ["compressor", "compressor_options", "shrinking", "prompt", "system_prompt"]
+        inherited.append("llm.quantization")
     if (folder / "lora").is_dir():
         inherited.append("llm")
     encoder_lora = bool(sections.get("encoder", {}).get("lora_r"))

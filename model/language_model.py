@@ -33,6 +33,7 @@ from model.config import LLMConfig
 from model.dropout import key_lora_dropout, position_keys
 from model.pretrained import Source, SourceError, causal_lm_class, reading, tensor_files, text_config
 from model.prompt import stop_ids
+from model.quantised import quantise
 from model.saved_modules import MARK, check_no_lora_inside, saved_modules
 
 # transformers 5.23 renames gradient_checkpointing_enable; peft 0.21 and this module call the name that older
@@ -83,8 +84,8 @@ def without_noise(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def build_llm(config: LLMConfig, source: Source, dtype: torch.dtype, attention: str | None) -> LLM:
-    """The frozen LLM with fresh LoRA (which starts as the identity); on the meta device where the source has
-    no weights."""
+    """The frozen LLM with fresh LoRA (which starts as the identity), quantised where `config` asks for it; on
+    the meta device, and as it is, where the source has no weights."""
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     causal_lm_class(source.config)  # what is no LLM is refused in one line
     quiet = without_noise(source.config)
@@ -125,8 +126,11 @@ def build_llm(config: LLMConfig, source: Source, dtype: torch.dtype, attention: 
     llm.requires_grad_(False)
     if config.lora_r == 0:
         key_lora_dropout(llm)
-        return llm
-    return with_lora(llm, config, source.name)
+    else:
+        llm = with_lora(llm, config, source.name)
+    if config.quantization != "none" and source.folder is not None:
+        quantise(llm, config.quantization, source.name)
+    return llm
 
 
 def with_lora(llm: PreTrainedModel, config: LLMConfig, name: str) -> PeftModel:

@@ -43,16 +43,17 @@ def saved_modules(llm: PreTrainedModel, config: LLMConfig, name: str) -> list[st
         if not found:
             ends = list(dict.fromkeys(key.rpartition(".")[2] for key in layers))
             raise SourceError(
-                f"model.llm.lora_modules_to_save: {name} has no layer '{asked}' with weights of its own; did you mean "
-                f"{either(near_names(asked, ends, cutoff=0.0))}? Its layers: {', '.join(ends)}"
+                f"model.llm.lora_modules_to_save: {name} has no layer '{asked}' with weights of its "
+                f"own; did you mean {either(near_names(asked, ends, cutoff=0.0))}? Its layers: "
+                f"{', '.join(ends)}"
             )
         whole += [key for key in found if key not in whole]
     tables = {key: module for key, module in layers.items() if key in whole and module in _tables(llm)}
     if tables and llm.config.get_text_config().tie_word_embeddings:
         raise SourceError(
-            f"model.llm.lora_modules_to_save is {shown(config.lora_modules_to_save)}, and {name} ties its input and output "
-            f"embeddings, of which a trained '{next(iter(tables))}' would be another: take it out, or choose "
-            "an LLM that does not tie them"
+            f"model.llm.lora_modules_to_save is {shown(config.lora_modules_to_save)}, and {name} ties its "
+            f"input and output embeddings, of which a trained '{next(iter(tables))}' would be another: take "
+            "it out, or choose an LLM that does not tie them"
         )
     return whole
 
@@ -65,7 +66,8 @@ def check_no_lora_inside(names: list[str], with_lora: list[str]) -> None:
     """Errors: SourceError for a layer that has LoRA, too."""
     if both := [name for name in names if name in with_lora]:
         raise SourceError(
-            f"model.llm.lora_modules_to_save: '{both[0]}' has LoRA already: take it out, or out of model.llm.lora_targets"
+            f"model.llm.lora_modules_to_save: '{both[0]}' has LoRA already: take it out, or out of "
+            "model.llm.lora_targets"
         )
 
 

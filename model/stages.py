@@ -151,6 +151,7 @@ ALIGNMENT = register_stage(
             "model.llm.lora_rslora",
             "model.llm.lora_dora",
             "model.llm.lora_init",
+            "model.llm.quantization",
             "model.llm.lora_modules_to_save",
             "model.llm.lora_rank_pattern",
             "model.llm.lora_rank_pattern.",

@@ -8,6 +8,7 @@ from core.ctc_text import NORMALISATIONS
 from model.artifact import FolderError, check_place
 from model.losses import LOSSES
 from model.pretrained import Source
+from model.quantised import missing_package
 from model.saved_modules import trained_tables
 from recipe.config import Recipe, RecipeError
 from recipe.stages import check_train, check_trains_something, losses_of, stage_folder, stage_of
@@ -32,6 +33,7 @@ def check(recipe: Recipe) -> None:
     config = deepspeed_config.resolve(recipe, hidden_size=1024)
     check_average(recipe, config)
     check_lora(recipe, config)
+    check_quantization(recipe, config)
     augment.check(recipe.data)
     if recipe.data.ctc_text not in NORMALISATIONS:
         raise RecipeError(
@@ -85,6 +87,30 @@ def check_lora(recipe: Recipe, config: dict) -> None:
             f"model.llm.lora_dora needs whole base weights, and {recipe.deepspeed} is ZeRO-3: use "
             "deepspeed=ds_configs/zero2.json, or model.llm.lora_dora=false"
         )
+
+
+def check_quantization(recipe: Recipe, config: dict) -> None:
+    """Errors: RecipeError for what a quantised LLM cannot do, and for a package that is not installed."""
+    kind, stage = recipe.model.llm.quantization, stage_of(recipe)
+    if kind == "none" or not stage.needs_llm:
+        return
+    if deepspeed_config.stage_number(config) == 3:
+        raise RecipeError(
+            f"model.llm.quantization={kind}: {recipe.deepspeed} is ZeRO-3, which cannot shard quantised "
+            "weights: use deepspeed=ds_configs/zero2.json, or model.llm.quantization=none"
+        )
+    if "llm" in stage.trains:
+        raise RecipeError(
+            f"train.llm is all, and quantised weights ({kind}) cannot be trained: set "
+            "model.llm.quantization=none, or train.llm=lora"
+        )
+    if recipe.model.llm.lora_dora and recipe.model.llm.lora_r:
+        raise RecipeError(
+            f"model.llm.lora_dora needs whole base weights, and model.llm.quantization is {kind}: set one of "
+            "the two to its default"
+        )
+    if problem := missing_package(kind):
+        raise RecipeError(problem)
 
 
 def check_teacher(recipe: Recipe, llm: Source) -> None:

@@ -20,6 +20,7 @@ from model.inheritance import differing_options, inherited_options
 from model.language_model import described_targets, load_tokenizer
 from model.lora_init import starts
 from model.pretrained import SourceError, locate, presets, tensor_files
+from model.quantised import saving
 from model.saved_modules import MARK
 from model.soundwave import Soundwave
 from recipe.config import Recipe, RecipeError
@@ -213,6 +214,7 @@ def dry_run(
     rows = parameters_by_module(model)
     trained, frozen = sum(r[1] for r in rows), sum(r[2] for r in rows)
     weight_bytes = 2 if recipe.model.dtype == "bfloat16" else 4
+    quantised = saving(model.llm, recipe.model.llm.quantization, weight_bytes)
     config = deepspeed_config.resolve(recipe, model.ctc_head.weight.shape[1])
     print(
         f"stage {stage.number} ({stage.name}): losses {' + '.join(losses_of(recipe))}, weights in "
@@ -228,12 +230,20 @@ def dry_run(
     )
     if model.llm is not None and recipe.model.llm.lora_r:
         print(f"LoRA on {described_targets(model.llm)}")
+    if quantised.saved:
+        print(
+            f"the LLM's linear layers in {recipe.model.llm.quantization}: {quantised.quantised / GIB:.2f} "
+            f"GiB on every rank in place of {quantised.plain / GIB:.2f}"
+        )
     for line in [*notes, *(f"warning: {line}" for line in warnings_of(recipe))]:
         print(line)
     print("\nModel states per rank in GiB (weights, fp32 gradients of what is trained, AdamW)")
     states = [
-        (f"ZeRO-{z}", *(states_per_rank(trained, frozen, r, z, weight_bytes) / GIB for r in RANKS))
-        for z in (1, 2, 3)
+        (
+            f"ZeRO-{z}",
+            *((states_per_rank(trained, frozen, r, z, weight_bytes) - quantised.saved) / GIB for r in RANKS),
+        )
+        for z in ((1, 2) if quantised.saved else (1, 2, 3))
     ]
     print(tabulate(states, headers=("ranks", *map(str, RANKS)), floatfmt=".2f"))
     try:

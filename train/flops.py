@@ -19,6 +19,7 @@ from torch import nn
 from model.compressors import Compressor, compressor_of
 from model.language_model import base_of
 from model.lora_init import starts
+from model.quantised import QuantisedLinear
 from model.saved_modules import original_of
 from model.stages import Stage
 from model.trained_encoder import learning_layers, transformer_layers
@@ -47,6 +48,8 @@ def sizes(model) -> dict[str, int]:
         elif part == "llm" and "lora_" in name:
             part = "lora"
         counts[part] += numel(parameter)
+    quantised = (m for m in model.modules() if isinstance(m, QuantisedLinear))
+    counts["llm"] += sum(layer.in_features * layer.out_features for layer in quantised)
     counts["lora_starts"] = sum(start.numel() for start in starts(model).values())
     return counts
 

@@ -27,6 +27,7 @@ from model.lora_init import starts
 from model.losses import LOSSES
 from model.ops import lookback
 from model.ops.torch_op import TILE
+from model.quantised import saving
 from model.soundwave import Soundwave
 from recipe.config import Recipe
 from recipe.stages import losses_of, stage_of
@@ -56,8 +57,8 @@ def states_per_rank(trained: int, frozen: int, ranks: int, zero_stage: int, weig
 class RankMemory:
     """Bytes on a rank.
 
-    gathered: ZeRO-3's whole weights in use; buckets: of gradients on their way; update: what the reduction of
-    gradients and the optimizer make for a while, when the activations are gone.
+    gathered: ZeRO-3's whole weights in use, or a dequantised weight; buckets: of gradients on their way;
+    update: what the reduction of gradients and the optimizer make for a while, when the activations are gone.
     """
 
     states: float
@@ -358,10 +359,12 @@ def rank_memory(
     states += weight_bytes * sum(
         start.numel() for start in starts(model).values()
     )  # buffers, whole on every rank
+    quantised = saving(model.llm, recipe.model.llm.quantization, weight_bytes)
+    states -= quantised.saved
     average = 4 * trained / ranks if recipe.optim.ema_decay is not None else 0.0  # beside the masters
     states += average
     section = config["zero_optimization"]
-    gathered = 0.0
+    gathered = quantised.largest  # a dequantised weight at a time
     if zero_stage == 3:
         live = min(trained + frozen, section.get("stage3_max_live_parameters", 1e9))
         gathered = weight_bytes * live

@@ -137,6 +137,8 @@ class Planner:
         return fits * clip
 
     def choices(self) -> list[Choice]:
+        if self.recipe.model.llm.quantization != "none":  # which ZeRO-3 cannot shard
+            return [self.choice(zero_stage) for zero_stage in (1, 2)]
         return [*(self.choice(zero_stage) for zero_stage in (1, 2, 3)), self.choice(3, offload=True)]
 
     def host_bytes(self) -> float:

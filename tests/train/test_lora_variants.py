@@ -12,10 +12,14 @@ from safetensors.torch import load_file
 from model import artifact, lora_init
 from model.config import LLMConfig, SoundwaveConfig
 from model.pretrained import read_tensor
+from model.quantised import QuantisedLinear, quantise, quantised_layers
 from model.soundwave import Soundwave
+from recipe.config import load_recipe
 from tests.model import tiny
 from tests.train.test_independent import corpus
 from tests.train.test_trained_parts import error_of
+from train.dry_run import meta_model
+from train.planner import Planner
 
 STEPS = 3
 
@@ -250,3 +254,70 @@ def test_the_dry_run_counts_whole_layers(root, tmp_path, capsys):
     names = ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight")
     expected = sum(read_tensor(root / "llm", name).numel() for name in names)
     assert row[1] == f"{expected:,}" and row[2] == "0"
+
+
+QUANTISED = ["init_from=fresh", "model.llm.quantization=torchao_int8"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero", "dtype", "kind"), [(1, "bfloat16", "torchao_int4"), (2, "float32", "nf4")])
+def test_a_quantised_llm_trains_and_resumes_bit_equally(server, root, zero, dtype, kind, tmp_path):
+    needed = "bitsandbytes" if kind == "nf4" else "torchao"
+    pytest.importorskip(needed, reason=f"{needed} is not installed (requirements-quantization.txt)")
+    folders = []
+    for name, halves in (("once", [STEPS]), ("twice", [2, STEPS])):
+        for steps in halves:
+            arguments = [f"output={tmp_path / name}", f"deepspeed=ds_configs/zero{zero}.json", *bases(root)]
+            arguments += [f"model.dtype={dtype}", f"optim.steps={steps}", "init_from=fresh"]
+            arguments += [f"model.llm.quantization={kind}", "optim.activation_checkpointing=true"]
+            run = server.start([root / "recipe.yaml", *arguments], ranks=2)
+            assert run.wait() == [0, 0], run.text()
+        folders.append(lora(tmp_path / name / "shrinking" / "model"))
+    once, twice = folders
+    assert once.keys() == twice.keys() and all(torch.equal(once[name], twice[name]) for name in once)
+    assert all(value.any() for value in once.values())
+    loaded = artifact.load(tmp_path / "once" / "shrinking" / "model")
+    assert any(isinstance(module, QuantisedLinear) for module in loaded.modules())
+    checkpoint = next((tmp_path / "once" / "shrinking" / "checkpoints").glob("step-*"))
+    largest = max(file.stat().st_size for file in checkpoint.glob("*model_states.pt"))
+    state = torch.load(next(checkpoint.glob("*model_states.pt")), weights_only=False)["module"]
+    assert largest and not any("numbers" in name or "scale_bits" in name for name in state)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["deepspeed=ds_configs/zero3.json"], "is ZeRO-3, which cannot shard quantised weights"),
+        (["train.llm=all", "model.llm.lora_r=0"], "quantised weights (torchao_int8) cannot be trained"),
+        (["model.llm.lora_dora=true"], "model.llm.lora_dora needs whole base weights"),
+        (["model.llm.quantization=int3"], "model.llm.quantization is 'int3': give none, nf4, torchao_int8"),
+    ],
+)
+def test_what_a_quantised_llm_cannot_do_is_one_line(root, tmp_path, capsys, options, words):
+    arguments = [str(root / "recipe.yaml"), f"output={tmp_path}", "--dry-run", *QUANTISED, *bases(root)]
+    assert words in error_of([*arguments, "deepspeed=ds_configs/zero2.json", *options], capsys)
+
+
+def test_a_package_that_is_missing_is_one_line(root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    arguments = [str(root / "recipe.yaml"), f"output={tmp_path}", "--dry-run", *QUANTISED, *bases(root)]
+    said = error_of([*arguments, "deepspeed=ds_configs/zero2.json"], capsys)
+    assert "quantization=torchao_int8 needs the package torchao, which is not installed" in said
+
+
+def test_the_planner_knows_what_quantisation_saves(root):
+    pytest.importorskip("torchao", reason="torchao is not installed (requirements-quantization.txt)")
+    totals = {}
+    for kind in ("none", "torchao_int8"):
+        recipe = load_recipe(
+            root / "recipe.yaml", [*bases(root), f"model.llm.quantization={kind}", "init_from=fresh"]
+        )
+        planner = Planner(recipe, meta_model(recipe), 2, "h100")
+        totals[kind] = {choice.zero_stage: choice.memory.states for choice in planner.choices()}
+    assert totals["torchao_int8"].keys() == {1, 2} and 3 in totals["none"]
+    llm = Soundwave.build(load_recipe(root / "recipe.yaml", bases(root)).model).llm
+    before = sum(4 * layer.weight.numel() for _, _, layer in quantised_layers(llm))
+    quantise(llm, "torchao_int8", "tiny")
+    held = sum(b.nbytes for n, b in llm.named_buffers() if n.endswith(("numbers", "scale_bits")))
+    for zero, states in totals["torchao_int8"].items():
+        assert totals["none"][zero] - states == before - held
