@@ -221,9 +221,9 @@ class Telemetry:
         if self.active:
             self.trackers.scalars(step, prefix, values)
 
-    def advance(self, values: dict) -> None:
+    def advance(self, values: dict[str, str]) -> None:
         if self.active:
-            self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
+            self.bar.set_postfix(values, refresh=False)
             self.bar.update()
 
     def picture(self, step: int, inspection: dict, title: str, name_of: Callable[[list[int]], str]) -> None:

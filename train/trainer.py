@@ -40,7 +40,16 @@ from train.profiling import Profiler
 from train.step_counts import StepCounts, StepFlags, StreamSums
 from train.telemetry import Meter, Telemetry
 from train.trackers import tracker_names
-from train.validate import RATES, ValidationSet, chosen_by, clip_mel, is_better, validate
+from train.validate import (
+    RATES,
+    ValidationSet,
+    chosen_by,
+    clip_mel,
+    is_better,
+    score_label,
+    score_text,
+    validate,
+)
 
 logger = logging.getLogger("soundwave")
 
@@ -261,9 +270,9 @@ class Trainer:
             self.log.scalars("train", result.step, {**values, **self.log.totals})
             self.log.scalars("passes", result.step, passes)
             self.status.write("running", step=result.step + 1)
-        shown = {"loss": result.loss}
+        shown = {"loss": f"{result.loss:.4g}"}
         if best := self.progress.best:
-            shown[f"best {best['by']}"] = best["score"]
+            shown[f"best {score_label(best['by'])}"] = score_text(best["by"], best["score"])
         self.log.advance(shown)
 
     def _difference_of_ranks(self) -> str | None:
@@ -371,10 +380,11 @@ class Trainer:
         if samples:
             self.log.table("valid/samples", step, ["reference", "hypothesis"], [list(s) for s in samples[:8]])
         if self.ranks.is_main:
-            shown = [name for name in (*RATES, self.recipe.checkpoint.best_by) if name in result]
-            rates = [f"{name.upper()} {result[name]:.3f}" for name in dict.fromkeys(shown) if name != "loss"]
+            names = [name for name in (*RATES, self.recipe.checkpoint.best_by, "loss") if name in result]
             averaged = " (averaged weights)" if self.engine.average is not None else ""
-            scores = ", ".join([*rates, f"loss {result['loss']:.3f}"])
+            scores = ", ".join(
+                f"{score_label(name)} {score_text(name, result[name])}" for name in dict.fromkeys(names)
+            )
             logger.info("step %d: validation%s %s", step, averaged, scores)
 
     @functools.cached_property
@@ -508,8 +518,8 @@ class Trainer:
             best = self.progress.best
             reason = (
                 f"stopped at step {step}: {self.progress.without_better} validations without a better "
-                f"{best['by']} than {best['score']:.4g} of step {best['step']} (optim.stop_after); the best "
-                f"model: {self.folder / BEST}"
+                f"{score_label(best['by'])} than {score_text(best['by'], best['score'])} of step "
+                f"{best['step']} (optim.stop_after); the best model: {self.folder / BEST}"
             )
             if self.ranks.is_main:
                 logger.info("%s", reason)

@@ -76,6 +76,20 @@ def is_lower_better(score: str) -> bool:
     return any(name in metric.lower_is_better for metric in METRICS.values())
 
 
+def score_label(score: str) -> str:
+    """Return the name of a score, or SET/SCORE, as the log shows it."""
+    part, slash, name = score.rpartition("/")
+    return f"{part}{slash}{name if name == 'loss' else name.upper()}"
+
+
+def score_text(score: str, value: float) -> str:
+    """Return a value of a score, or SET/SCORE, as the log shows it: shares in percent."""
+    name = score.rpartition("/")[2]
+    if name in RATES or any(name in metric.rates for metric in METRICS.values()):
+        return f"{100 * value:.1f} %"
+    return f"{value:.4g}"
+
+
 def set_names(data: DataConfig) -> list[str]:
     """Return the names of the sets of data.valid, each once."""
     return list(dict.fromkeys(corpus.name for corpus in data.valid if corpus.name))

@@ -232,7 +232,10 @@ def test_validations_without_a_better_score_end_the_stage(server, tmp_path):
     stage = tmp_path / "alignment"
     noted = json.loads((stage / "run.json").read_text())
     assert (noted["status"], noted["step"]) == ("done", 4)
-    assert "2 validations without a better wer than 0.4 of step 2 (optim.stop_after)" in noted["reason"]
+    assert "2 validations without a better WER than 40.0 % of step 2 (optim.stop_after)" in noted["reason"]
+    assert "step 3: validation WER 45.0 %" in run.text() and "best WER=40.0 %" in run.text()
+    lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    assert [line["wer"] for line in lines if line["kind"] == "valid"][:3] == [0.5, 0.6, 0.4]
     described = [
         json.loads((stage / name / "soundwave.json").read_text()) for name in ("model", "model-best")
     ]

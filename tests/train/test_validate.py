@@ -6,7 +6,7 @@ import pytest
 
 from recipe.config import CheckpointConfig, Corpus, Recipe, RecipeError
 from train.checks import check
-from train.validate import chosen_by, is_better
+from train.validate import chosen_by, is_better, score_label, score_text
 
 
 def found(score: float, loss: float = 1.0, by: str = "wer") -> dict:
@@ -94,3 +94,18 @@ def test_a_set_has_a_plain_name():
     recipe.data.train, recipe.data.valid = [Corpus(shards="x")], [Corpus(shards="y", name="a/b")]
     with pytest.raises(RecipeError, match=r"data.valid\[0\]: name is 'a/b'"):
         check(recipe)
+
+
+@pytest.mark.parametrize(
+    ("score", "value", "label", "text"),
+    [
+        ("wer", 0.4912, "WER", "49.1 %"),
+        ("noisy/cer", 1.331, "noisy/CER", "133.1 %"),
+        ("clean/accuracy", 0.75, "clean/ACCURACY", "75.0 %"),
+        ("bleu", 21.25, "BLEU", "21.25"),
+        ("loss", 2.46597, "loss", "2.466"),
+        ("clean/loss", 0.5, "clean/loss", "0.5"),
+    ],
+)
+def test_the_log_shows_shares_in_percent(score, value, label, text):
+    assert (score_label(score), score_text(score, value)) == (label, text)
