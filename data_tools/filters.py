@@ -70,6 +70,12 @@ class Filters:
     tokenizer: str | None = None  # folder of the LLM's tokenizer: counts tokens, and decides CTC feasibility
     drop_duplicates: bool = False  # by the entries' sound_hash
 
+    @property
+    def by_seconds(self) -> list[str]:
+        """Options in use that need a clip's duration."""
+        names = ("min_seconds", "max_seconds", "min_rate", "max_rate", "ctc_frame_rate")
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
+
 
 @dataclass
 class SampleFilter:

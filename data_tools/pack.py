@@ -645,12 +645,12 @@ def _dry_run(jobs: list[Job], corpora: list[Corpus], layout: Layout) -> str:
             plan = json.loads((place / "plan.json").read_bytes())
             _check_same(job, plan)
             name = f"{job.location}: " if len(jobs) > 1 else ""
-            shown = _with_new_notes(plan, said)
+            shown, filters = _with_new_notes(plan, said), job.packing.sieve.filters
             if not plan["samples"] or broken_lines(plan, job.packing.max_broken_share):
-                print("\n".join([*reports, name + dry_report(shown, corpora, None)]))
+                print("\n".join([*reports, name + dry_report(shown, None, filters)]))
                 _check_content(job, plan, [])
             probed = probe(place, plan, job.packing)
-            reports.append(name + dry_report(shown, corpora, probed))
+            reports.append(name + dry_report(shown, probed, filters))
             if problem := broken_clips(plan, probed, job.packing.max_broken_share):
                 print("\n".join(reports))
                 raise PackError(problem)

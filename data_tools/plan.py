@@ -103,15 +103,17 @@ class _Scan:
     seconds: float = 0.0
     other_split: int = 0
     unknown_durations: int = 0  # clips that filters by seconds can only judge when they are decoded
+    estimated_seconds: float = 0.0  # of these clips, by the size of their files
     unprompted: Counter = field(default_factory=Counter)  # task -> clips that bring no prompt
     rejected: Counter = field(default_factory=Counter)
     rejected_seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     examples: dict[str, str] = field(default_factory=dict)  # reason -> the first of its kind
 
-    def count(self, entry: Entry, by: int = 1) -> None:
+    def count(self, entry: Entry, seconds: float, by: int = 1) -> None:
         """What the report says of samples that are kept; by -1: this one is not after all."""
         if entry.audio is not None:
             self.unknown_durations += by * (entry.duration is None)
+            self.estimated_seconds += by * seconds * (entry.duration is None)
             self.unprompted[entry.task] += by * (not entry.prompt and not entry.messages)
 
     def reject(self, fault: Rejection, seconds: float) -> None:
@@ -224,6 +226,7 @@ def _finish(
         "items": whole.items,
         "other_splits": scan.other_split,
         "unknown_durations": scan.unknown_durations,
+        "estimated_hours": scan.estimated_seconds / 3600,
         "unprompted": sorted(task for task, count in scan.unprompted.items() if count),
         "rejected": dict(sorted(scan.rejected.items())),
         "rejected_hours": {
@@ -339,7 +342,7 @@ def _keep(scan: _Scan, entry: Entry, source: int, layout: Layout, by_sound: bool
         question = f"{entry.task}:{entry.prompt}:{entry.target_lang}"
         digest = hashlib.blake2b(f"{stretch}:{question}".encode(), digest_size=8).digest()
         scan.hashes.write(digest + struct.pack("<Q", sequence))
-    scan.count(entry)
+    scan.count(entry, seconds)
     scan.samples, scan.bytes, scan.seconds = sequence + 1, scan.bytes + size, scan.seconds + seconds
     return None
 
@@ -405,6 +408,17 @@ def _split_notes(whole: _Whole, sieve: SampleFilter) -> list[str]:
     total = len(set().union(*whole.keys.values())) if whole.keys else 0
     parts = ", ".join(f"{name} {count(name)} ({whole.of_split[name]:,} samples)" for name in sieve.splits)
     notes.append(f"{kinds} by split: {parts}")
+    samples, shares = whole.of_split.total(), sum(sieve.splits.values())
+    missed = [
+        f"{name} {whole.of_split[name] / samples:.0%} instead of {share / shares:.0%}"
+        for name, share in sieve.splits.items()
+        if whole.of_split[name] and not 2 / 3 < whole.of_split[name] / samples / (share / shares) < 1.5
+    ]
+    if missed and kinds != SplitKey.NAMES["id"]:
+        notes.append(
+            f"few {kinds}, or large ones, miss the shares ({', '.join(missed)}): try another --seed, or split "
+            "by another unit (--split-by recording, --split-by id)"
+        )
     for name, share in sieve.splits.items():
         if not whole.of_split[name] and total:
             notes.append(
@@ -524,7 +538,7 @@ def _sort(
                 if reason:
                     entry = Entry.from_json(line)
                     scan.reject(Rejection(entry.id, reason, detail, entry.corpus), seconds)
-                    scan.count(entry, -1)
+                    scan.count(entry, seconds, -1)
                     continue
                 # A unit (one recording, one row group) is not torn apart, unless it alone is larger than a
                 # shard.

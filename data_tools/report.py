@@ -14,8 +14,9 @@ from core.console import duration, plural, printable_line
 from core.languages import is_known
 from core.object_store import joined
 from core.samples import INSTRUCTIONS
-from data_tools.corpora import Corpus, Entry, fault_of
-from data_tools.filters import FILTERS
+from data_tools.audio import estimate_seconds
+from data_tools.corpora import Entry, fault_of
+from data_tools.filters import FILTERS, Filters
 from data_tools.packing import FINDINGS_NAME, Packing, Planned, counted
 from data_tools.plan import shard_entries
 from data_tools.shards import ShardIndex
@@ -48,11 +49,13 @@ def broken_lines(plan: dict, most: float) -> str | None:
 
 @dataclass
 class ProbedClips:
-    """What a dry run found of some clips: how many were looked for and decoded, what is wrong, and an example
-    of each reason."""
+    """What a dry run found of some clips: how many were looked for and decoded, the seconds of those whose
+    duration the corpus does not give, what is wrong, and an example of each reason."""
 
     files: int = 0
     decoded: int = 0
+    estimated_seconds: float = 0.0
+    decoded_seconds: float = 0.0
     faults: Counter = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
 
@@ -83,7 +86,10 @@ def _check_clip(entry: Entry, audio: str, probed: ProbedClips, packing: Packing)
     if probed.decoded < _CLIPS and kind != "pipe":
         probed.decoded += 1
         try:
-            fault = packing.clip_of(entry)[1]
+            clip, fault = packing.clip_of(entry)
+            if entry.duration is None:
+                probed.estimated_seconds += estimate_seconds(audio, entry.size)
+                probed.decoded_seconds += clip.duration
         except Exception as error:
             fault = fault_of(error, entry.id, reason="failed")
         if fault is not None:
@@ -92,13 +98,23 @@ def _check_clip(entry: Entry, audio: str, probed: ProbedClips, packing: Packing)
         probed.add("missing_file", f"{entry.id}: {path}")
 
 
-def dry_report(plan: dict, corpora: list[Corpus], probed: ProbedClips | None) -> str:
+def _measured_hours(plan: dict, probed: ProbedClips | None) -> float:
+    """The hours of a plan, those of unknown durations in proportion to the clips that were decoded."""
+    estimated = plan.get("estimated_hours", 0.0)
+    if not estimated or probed is None or not probed.estimated_seconds or not probed.decoded_seconds:
+        return plan["hours"]
+    return plan["hours"] + estimated * (probed.decoded_seconds / probed.estimated_seconds - 1)
+
+
+def dry_report(plan: dict, probed: ProbedClips | None, filters: Filters) -> str:
     """What would be packed and refused, and why; `probed`: what some clips turned out to be."""
     unknown = plan.get("unknown_durations", 0)
     about = "about " if unknown else ""
+    hours = _measured_hours(plan, probed)
+    megabytes = plan["megabytes"] * (hours / plan["hours"] if plan["hours"] else 1)
     lines = [
-        f"{plural(plan['samples'], 'sample')}, {about}{duration(plan['hours'] * 3600)} and "
-        f"{plan['megabytes']:,.1f} MB, in {plural(plan['shards'], 'shard')}"
+        f"{plural(plan['samples'], 'sample')}, {about}{duration(hours * 3600)} and "
+        f"{megabytes:,.1f} MB, in {plural(plan['shards'], 'shard')}"
     ]
     lines += _totals(plan, plan["samples"], plan["rejected"])
     lines += _table(plan["rejected"], plan["rejected_hours"], plan.get("examples", {}))
@@ -109,10 +125,9 @@ def dry_report(plan: dict, corpora: list[Corpus], probed: ProbedClips | None) ->
         lines.append(
             f"looked for {probed.files:,} clips and decoded {probed.decoded}: {_faults_text(probed)}"
         )
-    if unknown:
+    if unknown and filters.by_seconds:
         lines.append(
-            f"{unknown:,} samples have no known duration: filters by seconds, rate and CTC frames judge them "
-            f"when they are "
+            f"{unknown:,} samples have no known duration: {', '.join(filters.by_seconds)} apply when they are "
             "decoded; data_tools.annotate finds durations"
         )
     lines += _unasked(plan)

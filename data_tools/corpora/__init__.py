@@ -323,11 +323,11 @@ class Corpus:
         }
         for option in options:
             if option not in parameters:
-                everything = [*parameters, *_COMMON]
-                nearest = did_you_mean(near_names(option, everything, cutoff=0.0))
+                everything = list(dict.fromkeys([*parameters, *_COMMON]))
+                nearest = did_you_mean(near_names(option, everything))
                 raise CorpusError(
-                    f"corpus '{specification}': unknown option '{option}', {nearest} ({name} takes "
-                    f"{', '.join(everything)})"
+                    f"corpus '{specification}': unknown option '{option}'"
+                    f"{f', {nearest}' if nearest else ''} ({name} takes {', '.join(everything)})"
                 )
         existing_path = find_path(path)
         if existing_path is None:

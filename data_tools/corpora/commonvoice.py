@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from core.languages import language_name
 from data_tools.corpora import CorpusError, Entry, Reader, Rejection
@@ -34,7 +38,8 @@ class CommonVoice(Reader):
     test, validated.
 
     The language is the table's column `locale`, else the folder's name where that is one of Common Voice's.
-    Clips that the table does not name are counted.
+    Durations are those of clip_durations.tsv, where the release has it. Clips that the table does not name are
+    counted.
     """
 
     has_global_ids = True
@@ -43,10 +48,7 @@ class CommonVoice(Reader):
         self.path, self.clips, self.given, self.beside = path, path / "clips", lang, Beside()
         self.table = existing(path / f"{split}.tsv")
         if not self.table.exists():
-            raise CorpusError(
-                f"{self.table} does not exist: give the language's folder and split=train, dev, test, "
-                f"validated ..."
-            )
+            raise CorpusError(f"{self.table} does not exist: {self._what_exists()}")
 
     def records(self) -> Iterator[tuple[str, Any]]:
         self.beside.clear()
@@ -67,8 +69,24 @@ class CommonVoice(Reader):
             text=row["sentence"],
             lang=self.given or row.get("locale") or self._of_folder(),
             task="asr",
+            duration=self._durations.of(row["path"]),
             speaker=row.get("client_id") or None,
         )
+
+    @functools.cached_property
+    def _durations(self) -> _Durations:
+        return _Durations(existing(self.path / "clip_durations.tsv"))
+
+    def _what_exists(self) -> str:
+        """What to give in place of a folder and split that have no table."""
+        names = {table.name.partition(".")[0] for table in self.path.glob("*.tsv*")}
+        splits = sorted(names - {"clip_durations", "reported"})
+        if splits:
+            return f"split= is one of {', '.join(splits)}"
+        languages = sorted(name for name in _LOCALES if (self.path / name).is_dir())
+        if languages:
+            return f"give the language's folder: {', '.join(str(self.path / name) for name in languages[:3])}"
+        return "give the language's folder and split=train, dev, test, validated ..."
 
     def _of_folder(self) -> str:
         if self.path.name not in _LOCALES:
@@ -78,6 +96,29 @@ class CommonVoice(Reader):
                 "give the language's folder, or its code (lang=fr)"
             )
         return self.path.name
+
+
+class _Durations:
+    """Seconds of clips by name, of a release's clip_durations.tsv (clip, duration[ms]): 12 bytes a clip."""
+
+    def __init__(self, path: Path):
+        hashes, milliseconds = array("q"), array("f")
+        if path.exists():
+            for _, row in table_rows(path, "\t", quoted=False, required=("clip", "duration[ms]")):
+                if isinstance(row, dict) and row["duration[ms]"].isdecimal():
+                    hashes.append(hash(row["clip"]))
+                    milliseconds.append(int(row["duration[ms]"]))
+        order = np.argsort(np.array(hashes, np.int64), kind="stable")
+        self._hashes = np.array(hashes, np.int64)[order]
+        self._milliseconds = np.array(milliseconds, np.float32)[order]
+
+    def of(self, clip: str) -> float | None:
+        """Return the seconds of a clip; None where they are not known."""
+        wanted = hash(clip)
+        place = int(np.searchsorted(self._hashes, wanted))
+        if place == len(self._hashes) or self._hashes[place] != wanted:
+            return None
+        return round(float(self._milliseconds[place]) / 1000, 3) or None
 
 
 class CoVoST(Reader):

@@ -729,6 +729,68 @@ def test_a_command_that_fails_costs_its_clip(tmp_path):
     assert fault["reason"] == "command_failed" and "ended with 3: no" in fault["detail"]
 
 
+def test_common_voice_takes_durations_from_its_table(tmp_path, capsys):
+    specification, *_ = commonvoice(tmp_path)
+    folder = tmp_path / "cv" / "fr"
+    text(
+        folder / "validated.tsv",
+        "client_id\tpath\tsentence\n" + "".join(f"s{i}\t{i}.mp3\tun deux\n" for i in range(5)),
+    )
+    for i in range(5):
+        sound(folder / "clips" / f"{i}.mp3")
+    durations = text(
+        folder / "clip_durations.tsv",
+        "clip\tduration[ms]\n4.mp3\t1500\n0.mp3\t7200000\n2.mp3\tlong\n3.mp3\t0\n",
+    )
+    validated = specification.replace("train", "validated") + ",split=validated"
+    found = {entry.id: entry.duration for entry in Corpus(validated) if isinstance(entry, Entry)}
+    assert found == {"0": 7200.0, "1": None, "2": None, "3": None, "4": 1.5}
+    options = ["--corpus", validated, "--out", str(tmp_path / "out"), "--workers", "1", "--max-seconds", "30"]
+    assert pack.main([*options, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"refused +1 +2.00 h  too_long", told), told
+    assert "3 samples have no known duration: --max-seconds apply" in told
+    durations.write_text("clip\tseconds\n")
+    with pytest.raises(CorpusError, match=r"clip_durations.tsv.*duration\[ms\]"):
+        list(Corpus(validated))
+
+
+def test_a_dry_run_measures_hours_by_the_clips_that_it_decodes(tmp_path, capsys):
+    """A file's size gives another duration for 8-bit audio at 8 kHz than for 16-bit audio at 16 kHz."""
+    for i in range(12):
+        path = tmp_path / "mine" / f"{i}.wav"
+        path.parent.mkdir(exist_ok=True)
+        soundfile.write(path, np.sin(np.arange(8000 * 5) / 9) / 3, 8000, subtype="PCM_U8")
+        text(path.with_suffix(".txt"), "some words")
+    options = ["--corpus", f"folder:{tmp_path / 'mine'},lang=en", "--out", str(tmp_path / "out")]
+    assert pack.main([*options, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "12 samples, about 60.0 s and" in told and "no known duration" not in told
+
+
+def test_shares_of_splits_that_large_speakers_miss_are_named(tmp_path, capsys):
+    rows = "".join(f"{i}.wav,hi,{'joe' if i < 25 else f's{i}'}\n" for i in range(100))
+    table = text(tmp_path / "t.csv", "audio,text,speaker\n" + rows)
+    for i in range(100):
+        sound(tmp_path / f"{i}.wav")
+    options = ["--corpus", f"table:{table},lang=en", "--splits", "train=0.75,valid=0.25", "--dry-run"]
+    options += ["--out", str(tmp_path / "out")]
+    notes = set()
+    for seed in range(8):
+        assert pack.main([*options, "--seed", str(seed)]) == 0
+        told = capsys.readouterr().out
+        counts = dict(re.findall(r"(train|valid) \d+ \((\d+) samples\)", told))
+        noted = re.search(
+            r"few speakers, or large ones, miss the shares \(.*valid (\d+)% instead of 25%", told
+        )
+        assert (noted is not None) == (not 25 / 1.5 < int(counts["valid"]) < 25 * 1.5), told
+        assert noted is None or noted[1] == counts["valid"]
+        notes.add(noted is not None)
+    assert notes == {True, False}
+    assert pack.main([*options, "--split-by", "id"]) == 0
+    assert "miss the shares" not in capsys.readouterr().out
+
+
 def test_every_reader_takes_a_target_language_and_tables_have_a_column_of_it(tmp_path):
     specification, *_ = commonvoice(tmp_path)
     found = [item for item in Corpus(f"{specification},target_lang=German") if isinstance(item, Entry)]
@@ -774,7 +836,10 @@ def test_reading_again_what_was_packed_keeps_every_field(corpus, tmp_path):
         ("librispech:/tmp", "did you mean 'librispeech'?"),
         ("librispeech:/nowhere", "/nowhere does not exist"),
         ("commonvoice:{tmp},splt=train", "did you mean 'split'?"),
-        ("commonvoice:{tmp}", "train.tsv does not exist"),
+        ("commonvoice:{tmp}", "train.tsv does not exist: give the language's folder"),
+        ("commonvoice:{tmp}/cv", "train.tsv does not exist: give the language's folder: .*/cv/fr"),
+        ("commonvoice:{tmp}/cv/fr", "train.tsv does not exist: split= is one of dev, validated"),
+        ("folder:{tmp},foo=1", r"unknown option 'foo' \(folder takes metadata, text, speaker, label, corpus"),
         ("kaldi:{tmp}", "no wav.scp"),
         ("audioset:{tmp}/x.csv", "clips"),
         ("nothing", "NAME:PATH"),
@@ -782,6 +847,8 @@ def test_reading_again_what_was_packed_keeps_every_field(corpus, tmp_path):
 )
 def test_wrong_specifications_say_what_to_do(specification, message, tmp_path):
     (tmp_path / "x.csv").write_text("a\n")
+    for name in ("dev", "validated", "clip_durations"):
+        text(tmp_path / "cv" / "fr" / f"{name}.tsv", "path\tsentence\n")
     with pytest.raises(CorpusError, match=message.replace("?", r"\?")):
         Corpus(specification.format(tmp=tmp_path))
 
