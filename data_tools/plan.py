@@ -416,8 +416,8 @@ def _split_notes(whole: _Whole, sieve: SampleFilter) -> list[str]:
     ]
     if missed and kinds != SplitKey.NAMES["id"]:
         notes.append(
-            f"few {kinds}, or large ones, miss the shares ({', '.join(missed)}): try another --seed, or split "
-            "by another unit (--split-by recording, --split-by id)"
+            f"few {kinds}, or large ones, miss the shares ({', '.join(missed)}): try another --seed, or "
+            "split by another unit (--split-by recording, --split-by id)"
         )
     for name, share in sieve.splits.items():
         if not whole.of_split[name] and total:

@@ -127,8 +127,8 @@ def dry_report(plan: dict, probed: ProbedClips | None, filters: Filters) -> str:
         )
     if unknown and filters.by_seconds:
         lines.append(
-            f"{unknown:,} samples have no known duration: {', '.join(filters.by_seconds)} apply when they are "
-            "decoded; data_tools.annotate finds durations"
+            f"{unknown:,} samples have no known duration: {', '.join(filters.by_seconds)} apply when they "
+            "are decoded; data_tools.annotate finds durations"
         )
     lines += _unasked(plan)
     lines.append("nothing was packed (--dry-run)")

@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
             except PromptError:
                 raise
             except ValueError as error:  # of this file's audio; AudioError among them
-                print_error(f"error: {file}: {error}")
+                print_error(f"error: {file}: {str(error).removeprefix(f'{file}: ')}")
                 code = 2
                 continue
             for note in answer.notes:

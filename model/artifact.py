@@ -31,6 +31,7 @@ from core.json_files import JsonError, read_object
 from core.options import problems
 from model import identity, lora_init
 from model.config import SoundwaveConfig
+from model.inheritance import find_base
 from model.lora_start import rank_axis, starting_state
 from model.pretrained import SourceError, write_tensors
 from model.saved_modules import parameter_name
@@ -220,13 +221,8 @@ def read_config(folder: str | Path) -> SoundwaveConfig:
         raise FolderError(
             f"{path}: alignment.layers is {config.alignment.layers}: give at most {MOST_LAYERS}"
         )
-    for part in (
-        config.encoder,
-        config.llm,
-    ):  # frozen parts that stand inside the folder are named relative to it
-        name = Path(part.name)
-        if not name.is_absolute() and ".." not in name.parts and (Path(folder) / name).is_dir():
-            part.name = str(Path(folder) / name)
+    for part in (config.encoder, config.llm):
+        part.name = find_base(folder, part.name)
     return config
 
 

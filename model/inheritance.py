@@ -67,14 +67,27 @@ def inherited_options(folder: str | Path) -> dict[str, object]:
         and key not in _OF_THE_MACHINE
         and (key in inherited or key.partition(".")[0] in inherited)
     }
-    for key in {
-        "encoder.name",
-        "llm.name",
-    } & options.keys():  # frozen parts inside the folder are named relative to it
-        part = Path(str(options[key]))
-        if not part.is_absolute() and ".." not in part.parts and (folder / part).is_dir():
-            options[key] = str(folder / part)
+    for key in {"encoder.name", "llm.name"} & options.keys():
+        options[key] = find_base(folder, str(options[key]))
     return options
+
+
+def find_base(folder: str | Path, name: str) -> str:
+    """Return the name of a frozen part for the working folder.
+
+    A relative path is looked up in the model folder, in the working folder, and in the folders above the
+    model folder: training names it relative to where it ran. Hub names and other paths are returned as
+    they are.
+    """
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        return name
+    if (Path(folder) / path).is_dir():
+        return str(Path(folder) / path)
+    if path.is_dir():
+        return name
+    above = (parent / path for parent in Path(folder).absolute().parents)
+    return next((str(place) for place in above if (place / "config.json").is_file()), name)
 
 
 def differing_options(config: SoundwaveConfig, folder: str | Path) -> dict[str, tuple[object, object]]:

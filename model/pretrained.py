@@ -20,6 +20,7 @@ from core.console import OneLine, one_line
 from core.file_names import UnsafeName, plain_name
 from core.json_files import JsonError, read_object
 from core.memory import is_out_of_memory
+from core.near_names import did_you_mean, near_names
 from model.config import OptionError
 
 PRESETS = Path(__file__).parent / "presets"
@@ -197,15 +198,19 @@ def locate(name: str, *, sizes_only: bool = False, fetch: bool = True) -> Source
     try:
         folder = hub_folder(repository, ["config.json"] if sizes_only else _FILES, fetch=fetch)
     except NotOnHub as error:
-        advice = (
-            (
+        if "/" not in repository:  # no repository of the hub that a recipe could mean
+            near = did_you_mean(near_names(name, presets()))
+            raise SourceError(
+                f"model '{name}' is neither a folder, a known size nor in the hub cache"
+                f"{f', {near}' if near else ''}; give a folder, a hub name (OWNER/NAME), or a known size: "
+                f"{', '.join(presets())}"
+            ) from None
+        advice = f"fetch it on a machine with network (hf download {repository}) or give a folder"
+        if sizes_only:
+            advice = (
                 f"fetch its sizes on a machine with network (hf download {repository} config.json), give a "
-                f"folder with its "
-                f"config.json, or a known size: {', '.join(presets())}"
+                f"folder with its config.json, or a known size: {', '.join(presets())}"
             )
-            if sizes_only
-            else (f"fetch it on a machine with network (hf download {repository}) or give a folder")
-        )
         raise SourceError(
             f"model '{name}' is neither a folder nor in the hub cache ({error}); {advice}"
         ) from None

@@ -113,7 +113,9 @@ def initial_folder(recipe: Recipe) -> Path | None:
             )
         return None
     if not (folder / "soundwave.json").exists():
-        hint = "check init_from" if recipe.init_from else f"finish {_previous(stage)} first, or set init_from"
+        hint = f"finish {_previous(stage)} first, or set init_from"
+        if recipe.init_from:
+            hint = "give a model folder (<output>/<stage>/model), or convert the official checkpoint into it"
         raise NotThereYet(
             f"stage {stage.number} ({stage.name}) starts from {folder}, which holds no finished model: {hint}"
         )

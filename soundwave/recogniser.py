@@ -218,8 +218,9 @@ class SpeechModel:
             [source], sampling_rate=sampling_rate, progress=progress, options=Options(**options)
         )
         result = next(iter(results))
-        if isinstance(result, Exception):
-            raise result
+        with _named(source):
+            if isinstance(result, Exception):
+                raise result
         return result
 
     def transcribe_all(
@@ -243,7 +244,8 @@ class SpeechModel:
     ) -> Transcription:
         """Return what is said in a clip, transcribed at once: `transcribe` without windows, for clips
         that the model takes whole. Errors: as of `transcribe`, AudioError for a longer one."""
-        waveform, findings = self._clip(source, sampling_rate)
+        with _named(source):
+            waveform, findings = self._clip(source, sampling_rate)
         longest = self.network.config.encoder.max_seconds
         transcription = self.transcribe(waveform, **{"window_seconds": longest} | options)
         return replace(transcription, notes=(*map(_finding_text, findings), *transcription.notes))
@@ -266,7 +268,8 @@ class SpeechModel:
         token = self.network.config.audio_token
         if token in question:
             raise ValueError(f"the question holds {token}: leave it out, the audio stands before it")
-        waveform, findings = self._clip(source, sampling_rate)
+        with _named(source):
+            waveform, findings = self._clip(source, sampling_rate)
         with _collected() as messages:
             text = self.network.answer(
                 [[asked(question, token)]],
@@ -564,7 +567,12 @@ class SpeechModel:
             shift = window.frames_origin / SAMPLE_RATE
             own = []
             for word in one.words:
-                moved = replace(word, start=word.start + shift, end=word.end + shift)
+                moved = replace(
+                    word,
+                    start=round(word.start + shift, 3),
+                    end=round(word.end + shift, 3),
+                    confidence=round(word.confidence, 3),
+                )
                 middle = (moved.start + moved.end) / 2 * SAMPLE_RATE
                 inside = window.body_start <= middle < window.body_end
                 ends = window.body_end == window.start + len(window.samples) and middle >= window.body_end
@@ -644,6 +652,17 @@ def _too_long(seconds: float, longest: float) -> str:
     return (
         f"lasts {seconds:.0f} s, this model takes {longest:g} s at most (model.encoder.max_seconds): cut it"
     )
+
+
+@contextmanager
+def _named(source: Source) -> Iterator[None]:
+    """Name the file in errors about its audio."""
+    try:
+        yield
+    except AudioError as error:
+        if not isinstance(source, (str, os.PathLike)):
+            raise
+        raise AudioError(error.reason, f"{os.fspath(source)}: {error}", error.seconds) from None
 
 
 @contextmanager

@@ -5,13 +5,20 @@ from __future__ import annotations
 import re
 
 from core.ctc_text import NORMALISATIONS
-from model.artifact import FolderError, check_place
+from model.artifact import FolderError, check_place, describe, trained_with
 from model.losses import LOSSES
 from model.pretrained import Source
 from model.quantised import missing_package
 from model.saved_modules import trained_tables
 from recipe.config import Recipe, RecipeError
-from recipe.stages import check_train, check_trains_something, losses_of, stage_folder, stage_of
+from recipe.stages import (
+    check_train,
+    check_trains_something,
+    initial_folder,
+    losses_of,
+    stage_folder,
+    stage_of,
+)
 from stream import augment
 from train import deepspeed_config
 from train.trackers import check_trackers
@@ -128,9 +135,27 @@ def check_teacher(recipe: Recipe, llm: Source) -> None:
 def warnings_of(recipe: Recipe) -> list[str]:
     """What is legal and seldom meant."""
     optim, steps = recipe.optim, recipe.optim.total_steps
-    if optim.warmup_steps < steps or optim.warmup_steps == 0:
+    lines = []
+    if optim.warmup_steps >= steps and optim.warmup_steps:
+        lines.append(
+            f"optim.warmup_steps={optim.warmup_steps} is not below optim.steps={steps}: the learning rate "
+            f"rises to {steps / optim.warmup_steps:.0%} of its peak in the last step and never falls; give "
+            f"fewer, e.g. optim.warmup_steps={steps // 10}"
+        )
+    return lines + _spelling_warning(recipe)
+
+
+def _spelling_warning(recipe: Recipe) -> list[str]:
+    """A line where CTC targets are spelled otherwise than those that the start folder was trained with."""
+    try:
+        folder = initial_folder(recipe)
+        then = trained_with(describe(folder)).get("ctc_text") if folder else None
+    except (RecipeError, FolderError):  # reported where the folder is used
+        return []
+    now = recipe.data.ctc_text
+    if then in (None, now) or "ctc" not in losses_of(recipe):
         return []
     return [
-        f"optim.warmup_steps={optim.warmup_steps} is not below optim.steps={steps}: the learning rate "
-        f"rises to {steps / optim.warmup_steps:.0%} of its peak in the last step and never falls"
+        f"data.ctc_text={now}, but {folder} was trained with {then}: give data.ctc_text={then}, or the CTC "
+        "head learns another spelling"
     ]

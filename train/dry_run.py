@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from core.console import one_line
+from core.console import one_line, plural
 from core.object_store import is_store_url
 from model import artifact
 from model.config import SoundwaveConfig
@@ -120,7 +120,7 @@ def missing(recipe: Recipe) -> list[str]:
                 lines.append(f"model.{part}.name: {error}")
             continue
         if name.startswith((".", "/", "~")):
-            lines.append(f"model.{part}.name: folder {name}")
+            lines.append(f"model.{part}.name: folder {name} does not exist")
             continue
         repository = presets()[name]["names"][0] if name in presets() else name
         try:  # it also finds what holds config.json alone
@@ -150,9 +150,7 @@ def _missing_shards(recipe: Recipe) -> list[str]:
             if kind == "train" and is_plain_stream(corpus.shards):
                 continue
             if not is_store_url(corpus.shards) and not (Path(corpus.shards) / "index.json").exists():
-                lines.append(
-                    f"data.{kind}: {corpus.shards} has no index.json; pack it with data_tools/pack.py"
-                )
+                lines.append(f"data.{kind}: {corpus.shards} {_not_packed(Path(corpus.shards))}")
                 continue
             try:
                 load_index(corpus.shards)
@@ -161,6 +159,16 @@ def _missing_shards(recipe: Recipe) -> list[str]:
     if not recipe.data.train:
         lines.append("data.train: names no packed folder")
     return lines
+
+
+def _not_packed(folder: Path) -> str:
+    """Why a folder gives no samples, and what to do."""
+    if not folder.exists():
+        return "does not exist; pack it with data_tools/pack.py"
+    packed = sorted(index.parent.name for index in folder.glob("*/index.json"))
+    if packed:
+        return f"has no index.json; give one of its packed folders: {', '.join(packed)}"
+    return "has no index.json; pack it with data_tools/pack.py"
 
 
 def _epochs(recipe: Recipe, ready: bool, data_hours: float | None) -> dict[str, float]:
@@ -260,7 +268,7 @@ def dry_run(
     absent = missing(recipe)
     steps, seconds = recipe.optim.total_steps, recipe.data.batch_seconds
     epochs = f" (optim.epochs={recipe.optim.epochs:g})" if recipe.optim.epochs else ""
-    print(f"{steps} steps{epochs} x {seconds:g} s of audio = {steps * seconds / 3600:,.1f} hours")
+    print(f"{plural(steps, 'step')}{epochs} x {seconds:g} s of audio = {steps * seconds / 3600:,.1f} hours")
     ready = not any(line.startswith("data") for line in absent)
     for line in plan.lines(_epochs(recipe, ready, data_hours), brief=gpu is None):
         print(line)

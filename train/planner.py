@@ -13,6 +13,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from core.console import duration
 from core.options import RecipeError
 from model.losses import LOSSES
 from model.soundwave import Soundwave
@@ -235,16 +236,23 @@ class Planner:
     def work_line(self) -> str:
         flops = self.step_flops()
         hours = self.hours() * self.count
+        petaflop = f"{flops / 1e15:.2f}" if flops > 1e13 else f"{flops / 1e15:.1g}"
+        time = f"{hours:,.1f} hours" if hours >= 0.1 else duration(3600 * hours)
         return (
-            f"arithmetic: {flops / 1e15:.2f} PFLOP a step (clips of 10 s), {hours:,.1f} hours of one "
+            f"arithmetic: {petaflop} PFLOP a step (clips of 10 s), {time} of one "
             f"{self.gpu.device} in all if {UTILISATION:.0%} of {self.gpu.peak / 1e12:.0f} TFLOP/s are "
-            "reached "
-            "(an assumption, not a measurement)"
+            "reached (an assumption, not a measurement)"
         )
 
     def lines(self, epochs: dict[str, float], brief: bool = False) -> list[str]:
         """brief: only what does not depend on the number of GPUs."""
         about_data = [epoch_line(name, number) for name, number in epochs.items()]
+        a_step = min(epochs.values(), default=0.0) / self.recipe.optim.total_steps
+        if a_step > 0.5:
+            about_data.append(
+                f"warning: data.batch_seconds={self.recipe.data.batch_seconds:g}, one step, is {a_step:.0%} "
+                "of an epoch: lower it"
+            )
         if not epochs:
             about_data = ["epochs: not known; pack the data, or give --data-hours"]
         if brief:
@@ -307,10 +315,13 @@ class Planner:
 
 def epoch_line(name: str, epochs: float) -> str:
     line = f"epochs of {name}: {epochs:.2f}"
-    if epochs > EPOCHS[1]:
-        return f"{line}; warning: above {EPOCHS[1]}: lower optim.steps or add data"
+    if epochs >= EPOCHS[1] + 0.5:  # whole steps hold a little more than the epochs that are asked for
+        return f"{line}; warning: above {EPOCHS[1]}: give fewer (optim.epochs or optim.steps), or add data"
     if epochs < EPOCHS[0]:
-        return f"{line}; warning: below {EPOCHS[0]}: part of the data is not used; raise optim.steps"
+        return (
+            f"{line}; warning: below {EPOCHS[0]}: part of the data is not used; raise optim.steps or give "
+            "optim.epochs"
+        )
     return line
 
 

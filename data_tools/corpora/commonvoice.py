@@ -38,8 +38,8 @@ class CommonVoice(Reader):
     test, validated.
 
     The language is the table's column `locale`, else the folder's name where that is one of Common Voice's.
-    Durations are those of clip_durations.tsv, where the release has it. Clips that the table does not name are
-    counted.
+    Durations are those of clip_durations.tsv, where it is there. Clips that the table does not name
+    are counted.
     """
 
     has_global_ids = True

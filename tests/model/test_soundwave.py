@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from model import artifact
 from model.artifact import FolderError
 from model.config import EncoderConfig, LLMConfig, SoundwaveConfig
-from model.inheritance import differing_options
+from model.inheritance import differing_options, find_base, inherited_options
 from model.language_model import base_of
 from model.pretrained import NotOnHub, SourceError, fingerprint, locate, presets
 from model.soundwave import Soundwave
@@ -426,9 +426,43 @@ def test_a_hub_name_of_a_preset_is_fetched_itself(monkeypatch):
     assert asked == ["meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct"]
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("whisper-basic", "did you mean 'whisper-base'"),
+        ("qwen2.5-7", "did you mean 'qwen2.5-7b'"),
+        ("my-model", "give a folder, a hub name (OWNER/NAME), or a known size: distil"),
+    ],
+)
+def test_an_unknown_name_without_an_owner_gets_the_nearest_sizes(name, words, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SourceError, match="is neither a folder, a known size nor in the hub cache") as caught:
+        locate(name, sizes_only=True)
+    assert words in str(caught.value)
+
+
 def test_unknown_model_names_the_known_sizes():
     with pytest.raises(SourceError, match="llama-3.1-8b"):
         Soundwave.build(SoundwaveConfig(llm=LLMConfig("unknown/model")), meta=True)
+
+
+def test_relative_frozen_parts_are_found_above_the_model_folder(folders, tmp_path, monkeypatch):
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name, family in (("whisper", "whisper"), ("llm", "llama_tied")):
+        shutil.copytree(folders(family), project / "models" / name)
+    monkeypatch.chdir(project)
+    model = Soundwave.build(tiny.config("models/whisper", "models/llm")).eval()
+    artifact.save(model, project / "runs" / "mine" / "model")
+    assert artifact.read_config(project / "runs" / "mine" / "model").llm.name == "models/llm"
+    monkeypatch.chdir(elsewhere)
+    again = artifact.load(project / "runs" / "mine" / "model")
+    assert again.config.encoder.name == str(project / "models" / "whisper")
+    assert inherited_options(project / "runs" / "mine" / "model")["llm.name"] == str(
+        project / "models" / "llm"
+    )
+    assert find_base(project / "runs" / "mine" / "model", "models/other") == "models/other"
+    assert find_base(project / "runs" / "mine" / "model", "../models/llm") == "../models/llm"
 
 
 def test_folder_gives_the_model_back(folders, tmp_path):

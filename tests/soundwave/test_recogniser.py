@@ -284,8 +284,9 @@ def test_a_source_that_is_no_use_costs_itself_only(speaker, tmp_path):
     found = list(speaker.transcribe_all(sources, options=Options(**SHORT)))
     assert [isinstance(one, Exception) for one in found] == [False, True, True, True, False]
     assert found[0].text == found[4].text
-    with pytest.raises(soundwave.AudioError, match="does not exist"):
-        speaker.transcribe(tmp_path / "none.wav")
+    for method in (speaker.transcribe, speaker.transcribe_clip, lambda file: speaker.answer(file, "Who?")):
+        with pytest.raises(soundwave.AudioError, match=f"^{tmp_path / 'none.wav'}: does not exist$"):
+            method(tmp_path / "none.wav")
 
 
 def test_progress_reaches_the_length(speaker, long):

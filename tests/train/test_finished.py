@@ -385,6 +385,22 @@ def test_the_dry_run_says_the_same(trained, place, tmp_path, capsys, monkeypatch
     code, out, _ = dry_run(capsys, trained / "stage2.yaml", *usual, new, start, "optim.warmup_steps=9")
     assert code == 0 and f"starts from {place / 'alignment' / 'model'}" in out
     assert "warning: optim.warmup_steps=9 is not below" in out
+    assert "give fewer, e.g. optim.warmup_steps=" in out and "warning: data.ctc_text" not in out
+    code, out, _ = dry_run(capsys, trained / "stage2.yaml", *usual, new, start, "data.ctc_text=raw")
+    assert (
+        code == 0 and f"data.ctc_text=raw, but {place / 'alignment' / 'model'} was trained with lower" in out
+    )
+    (tmp_path / "split" / "train").mkdir(parents=True)
+    (tmp_path / "split" / "train" / "index.json").write_text("{}")
+    packed = f"data.train=[{{shards: {tmp_path / 'split'}}}, {{shards: {tmp_path / 'none'}}}]"
+    absent = f"init_from={tmp_path / 'official'}"
+    code, out, _ = dry_run(capsys, trained / "stage2.yaml", *usual, new, packed, absent)
+    for line in (
+        f"data.train: {tmp_path / 'split'} has no index.json; give one of its packed folders: train",
+        f"data.train: {tmp_path / 'none'} does not exist; pack it",
+        f"starts from {tmp_path / 'official'}, which holds no finished model: give a model folder",
+    ):
+        assert code == 0 and line in out, out
     code, out, _ = dry_run(capsys, trained / "stage2.yaml", *usual, new)
     assert code == 0 and "missing:\n  - stage 2 (shrinking) starts from " in out, (
         "a stage that is yet to come is no fault"

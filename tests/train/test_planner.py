@@ -210,7 +210,7 @@ def test_offload_is_proposed_where_nothing_else_fits():
 
 
 @pytest.mark.parametrize(
-    ("epochs", "warning"), [(0.5, "below 1"), (1.0, None), (20.0, None), (20.1, "above 20")]
+    ("epochs", "warning"), [(0.5, "below 1"), (1.0, None), (20.0, None), (20.2, None), (20.6, "above 20")]
 )
 def test_epochs_out_of_bounds_are_warned_about(epochs, warning):
     line = epoch_line("train", epochs)
@@ -249,7 +249,7 @@ def test_a_plan_needs_a_dry_run(capsys):
 
 def test_the_dry_run_prints_the_plan(small, capsys):
     arguments = ["train/recipes/stage2.yaml", *small, "--dry-run", "--gpus", "16", "--gpu", "a100-80"]
-    assert entry.main([*arguments, "--data-hours", "1"]) == 0
+    assert entry.main([*arguments, "--data-hours", "3"]) == 0
     out = capsys.readouterr().out
     for text in (
         "wall-clock",
@@ -260,7 +260,10 @@ def test_the_dry_run_prints_the_plan(small, capsys):
         "proposal:",
     ):
         assert text in out
-    assert "above 20" in out and "an assumption" in out
+    assert "above 20" in out and "an assumption" in out and "lower it" not in out
+    assert entry.main([*arguments, "--data-hours", "0.5"]) == 0
+    out = capsys.readouterr().out
+    assert "warning: data.batch_seconds=3600, one step, is 200% of an epoch: lower it" in out
 
 
 def test_a_model_that_fails_on_sizes_alone_still_gets_its_dry_run(small, capsys, monkeypatch):
