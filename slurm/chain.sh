@@ -116,6 +116,11 @@ for ((i = 0; i < ${#plan[@]}; i += 4)); do
     contract=(--frozen "$FROZEN" --place "stage$stage" --recipe "$RECIPE" --)
     if [ "$DRY_RUN" = 1 ]; then
         put "=== stage $stage ($STAGE): $(printf '%q ' sbatch --parsable "${options[@]}" "$script" "${contract[@]}" "${OVERRIDES[@]}")"
+        replaced=""
+        for option in "${OPTIONS[@]}"; do
+            ! grep -q "^#SBATCH ${option%%=*}\b" "$script" || replaced+="${replaced:+, }$option"
+        done
+        [ -z "$replaced" ] || put "(instead of the #SBATCH lines below: $(clean "$replaced"))"
         cat "$script"
         if [ "$CONTROLLER" = 1 ]; then
             client sbatch --test-only "--chdir=$PWD" "${OPTIONS[@]}" "$script" 2>&1 \

@@ -239,6 +239,13 @@ def test_options_that_the_scripts_need_too_are_completed(site):
     )
 
 
+def test_a_dry_run_names_the_options_that_replace_lines_of_the_script(site):
+    done = site.chain("--stages=1", "--dry-run", "--nodes=3", "--comment=mine", "--time=1:00:00")
+    assert done.returncode == 0, done.stderr
+    assert "(instead of the #SBATCH lines below: --nodes=3, --time=1:00:00)\n" in done.stdout
+    assert "instead of" not in site.chain("--stages=1", "--dry-run").stdout
+
+
 REFUSED = {
     "--output=runs/a": "the run's folder is output=DIR",
     "-oruns/a": "output=DIR",
