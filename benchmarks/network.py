@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -190,6 +191,11 @@ def volumes(counts: list[int]) -> list[dict]:
 # --- faults -------------------------------------------------------------------------------------------------
 
 
+def without_folders(line: str) -> str:
+    """Return a line with the names of files alone: a library's error names the folders it was built in."""
+    return re.sub(r"/(?:[\w.-]+/)+", "", line)
+
+
 def train(server, network: VirtualNetwork, recipe: Path, output: Path, disturb=None) -> dict:
     """Run train/run.py with a rank on each node; `disturb` is called once, when a step is done. Return exit
     codes, losses, seconds of the run and after the disturbance, the ranks' last errors."""
@@ -215,7 +221,10 @@ def train(server, network: VirtualNetwork, recipe: Path, output: Path, disturb=N
     ended = time.monotonic()
     logs = [output / "alignment" / "logs" / f"rank-{rank}.log" for rank in range(len(codes))]
     errors = [
-        next((line[20:] for line in log.read_text().splitlines() if "another rank" in line), None)
+        next(
+            (without_folders(line[20:]) for line in log.read_text().splitlines() if "another rank" in line),
+            None,
+        )
         for log in logs
     ]
     return {
