@@ -19,7 +19,7 @@ import copy
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -158,25 +158,16 @@ def _components(
     return tuple(factor["default"].weight.detach().float().cpu() for factor in (found.lora_A, found.lora_B))
 
 
-def _gathered(weight: nn.Parameter) -> AbstractContextManager[torch.Tensor]:
+@contextmanager
+def _gathered(weight: torch.Tensor) -> Iterator[torch.Tensor]:
     """The whole weight, which ZeRO-3 may have sharded while it was loaded."""
     if not hasattr(weight, "ds_id"):
-        return nullcontext(weight.detach())
+        yield weight.detach()
+        return
     import deepspeed
 
-    return cast(Any, _Gathered(deepspeed.zero.GatheredParameters([weight]), weight))
-
-
-class _Gathered(AbstractContextManager):
-    def __init__(self, gathered: AbstractContextManager, weight: nn.Parameter):
-        self.gathered, self.weight = gathered, weight
-
-    def __enter__(self) -> torch.Tensor:
-        self.gathered.__enter__()
-        return self.weight.detach()
-
-    def __exit__(self, *details: Any) -> None:
-        self.gathered.__exit__(*details)
+    with deepspeed.zero.GatheredParameters([weight]):
+        yield weight.detach()
 
 
 # ------------------------------------------------------------------------------------------------------ files

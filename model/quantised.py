@@ -211,7 +211,8 @@ def quantise(llm: nn.Module, kind: str, name: str) -> None:
 
 @dataclass(frozen=True)
 class Saving:
-    """Bytes of the linear layers as they are, and quantised; the largest weight, dequantised for a while."""
+    """Bytes of the linear layers as they are, and quantised; largest: while the largest weight is dequantised
+    (twice in fp32)."""
 
     plain: float = 0.0
     quantised: float = 0.0
@@ -229,7 +230,9 @@ def saving(llm: nn.Module | None, kind: str, weight_bytes: int) -> Saving:
     shapes = [tuple(layer.weight.shape) for _, _, layer in quantised_layers(llm)]
     transposed = [isinstance(layer, Conv1D) for _, _, layer in quantised_layers(llm)]
     matrices = [shape[::-1] if swap else shape for shape, swap in zip(shapes, transposed, strict=True)]
-    plain = [weight_bytes * rows * columns for rows, columns in matrices]
+    sizes = [rows * columns for rows, columns in matrices]
     return Saving(
-        sum(plain), sum(KINDS[kind].bytes_of(*matrix) for matrix in matrices), max(plain, default=0.0)
+        weight_bytes * sum(sizes),
+        sum(KINDS[kind].bytes_of(*matrix) for matrix in matrices),
+        8 * max(sizes, default=0),
     )

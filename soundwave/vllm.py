@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from core.console import OneLine
-from model.artifact import LORA, FolderError
+from model.artifact import LORA, FolderError, tuned_parts
 from model.export import export_llm
 from model.generation.running import Choice, sampler
 from model.language_model import base_of, context_length
@@ -275,6 +275,14 @@ class VLLM:
             row.receive(message["tokens"], message["finish"])
 
 
+def llm_folder(model: Soundwave, run: Path, out: Path, llm: str | None = None) -> Path:
+    """Return a folder with a loaded model's LLM as it was trained: LoRA (DoRA, too), layers trained whole and
+    a trained LLM merged into `out`; the LLM's own folder where it was not trained. Errors: FolderError,
+    SourceError."""
+    is_trained = (run / LORA).is_dir() or "llm" in tuned_parts(run)
+    return export_llm(run, out, llm) if is_trained else model.sources["llm"].files
+
+
 def start(
     model: Soundwave, run: Path, *, llm: str | None = None, rows: int, python: str | Path | None = None
 ) -> VLLM:
@@ -288,10 +296,8 @@ def start(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory(prefix="soundwave-llm-") as merged:
-        has_lora = (run / LORA).is_dir()
-        folder = export_llm(run, merged, llm) if has_lora else model.sources["llm"].folder
         return VLLM(
-            folder,
+            llm_folder(model, run, Path(merged), llm),
             dtype=model.config.dtype,
             rows=rows,
             positions=context_length(base.config),

@@ -13,7 +13,7 @@ from model.average import average
 from model.config import LLMConfig, OptionError, SoundwaveConfig
 from model.export import export_llm
 from model.inheritance import inherited_options
-from model.language_model import with_lora
+from model.language_model import token_keys_in_use, with_lora
 from model.losses.distillation import teach
 from model.pretrained import SourceError
 from model.soundwave import Soundwave
@@ -270,7 +270,5 @@ def test_dropout_reads_both_halves_alike(bases):
     expected = logits(soundwave(bases, lora_r=0))
     model = soundwave(bases, lora_dropout=0.5)
     model.train()
-    from model.language_model import token_keys_in_use
-
     with torch.no_grad(), token_keys_in_use(model.llm, torch.arange(5)[None]):
         torch.testing.assert_close(model.llm(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from model import artifact, quantised
+from model import artifact, lora_init, quantised
 from model.config import LLMConfig
 from model.export import export
 from model.inheritance import differing_options, inherited_options
@@ -74,8 +74,6 @@ def test_no_cast_rounds_it_and_no_checkpoint_holds_it(kind):
 @pytest.mark.parametrize("family", [small_llama, gpt2])
 @pytest.mark.parametrize("init", ["default", "pissa"])
 def test_gradients_of_lora_are_those_of_the_dequantised_llm(kind, family, init):
-    from model import lora_init
-
     torch.manual_seed(2)
     config = LLMConfig(lora_r=4, lora_init=init)
     llm = with_lora(family(), config, "small")

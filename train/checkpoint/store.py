@@ -16,6 +16,7 @@ import torch.distributed as dist
 from core.distributed import Ranks, from_main, gather
 from core.files import PARTIAL, step_folders, sync_folder, write_atomically
 from core.memory import is_out_of_memory
+from model.lora_init import starts
 from recipe.config import CheckpointConfig
 from train.checkpoint import universal
 from train.checkpoint.errors import CheckpointError
@@ -64,7 +65,7 @@ class Checkpoints:
 
     def _needed_bytes(self, engine, averages: bool = False) -> int:
         """All ranks' files together: measured on the newest checkpoint, else 4 bytes a number for weights
-        (twice: fp32 master and module), the two moments and their average, and 5 % more."""
+        (twice: fp32 master and module), the two moments and their average, LoRA's start, and 5 % more."""
         for newest in step_folders(self.folder):
             try:
                 return int(1.05 * sum(fact["size"] for fact in manifest_files(newest).values()))
@@ -73,7 +74,11 @@ class Checkpoints:
         trained = sum(
             getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad
         )
-        return int(1.05 * (20 if averages else 16) * trained)
+        frozen = sum(start.nbytes for start in starts(engine.module).values())
+        frozen *= (
+            self.ranks.world_size if engine.zero_optimization_stage() == 3 else 1
+        )  # a file for each rank
+        return int(1.05 * ((20 if averages else 16) * trained + frozen))
 
     def _average_file(self, folder: Path) -> Path:
         return folder / f"averages_rank_{self.ranks.rank:05d}.pt"
