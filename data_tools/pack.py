@@ -123,7 +123,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--normalise",
         choices=tuple(NORMALISERS),
         default="raw",
-        help="transcripts: see data_tools/normalise.py",
+        help="transcripts: clean: NFC, plain quotation marks, no invisible characters; sentence: clean, and "
+        "text in capitals alone in sentence case; the lower ones are clean, too",
     )
     add("--tokenizer", metavar="DIR", help="the LLM's tokenizer: counts tokens, needed by --ctc-frame-rate")
     add(

@@ -22,6 +22,7 @@ from unittest import mock
 import yaml
 from omegaconf import OmegaConf
 
+from cli import COMMANDS
 from core.command_line import default_words, has_default
 from core.files import write_atomically
 from core.repository import ROOT
@@ -94,13 +95,15 @@ def cli_page() -> str:
         "`slurm/evaluate.sh`.\n"
     )
     package = ""
+    short = {command.module: name for name, command in COMMANDS.items()}
     for module, command in command_lines.commands().items():
         if module.partition(".")[0] != package:
             package = module.partition(".")[0]
             text += f"\n## {package}\n"
         with mock.patch("os.cpu_count", lambda: _CORES), mock.patch("torch.cuda.is_available", lambda: False):
             parser = command_lines.parser_of(module)
-        text += f"\n### {command}\n\n{described(parser)}"
+        also = f"In short: `soundwave {short[module]}`. " if module in short else ""
+        text += f"\n### {command}\n\n{also}{described(parser)}"
         for name, sub in command_lines.subparsers(parser).items():
             text += f"\n#### {command} {name}\n\n{described(sub)}"
     return text

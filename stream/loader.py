@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -153,6 +154,8 @@ class Loader:
             if self._workers
             else {}
         )
+        # train/checks.py warns once, by the recipe's key.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
         # Its own generator: the loader draws a base seed, which must not move the global one (dropout) from
         # run to run.
         loader: DataLoader[Any] = DataLoader(

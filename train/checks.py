@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from core.console import plural
 from core.ctc_text import NORMALISATIONS
 from model.artifact import FolderError, check_place, describe, trained_with
 from model.losses import LOSSES
@@ -143,6 +144,16 @@ def warnings_of(recipe: Recipe) -> list[str]:
             f"fewer, e.g. optim.warmup_steps={steps // 10}"
         )
     return lines + _spelling_warning(recipe)
+
+
+def workers_warning(recipe: Recipe, cores: int) -> list[str]:
+    """A line where a rank has fewer cores than reading processes."""
+    if recipe.data.workers <= cores:
+        return []
+    return [
+        f"data.workers={recipe.data.workers}, but a rank has {plural(cores, 'core')} here: give "
+        f"data.workers={max(1, cores - 1)}"
+    ]
 
 
 def _spelling_warning(recipe: Recipe) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 from core.distributed import Ranks, from_main
 from recipe.config import Recipe, RecipeError
@@ -10,7 +11,7 @@ from recipe.stages import stage_folder, stage_of, trained_by
 from stream.cache import Interrupted
 from train import report
 from train.checkpoint import compatibility
-from train.checks import warnings_of
+from train.checks import warnings_of, workers_warning
 from train.outcome import RunOutcome, RunStatus
 from train.preemption import DONE, PREEMPTED, WRONG_INPUT, Preemption
 from train.setup import set_up
@@ -23,8 +24,9 @@ def run_stage(recipe: Recipe, ranks: Ranks, status: RunStatus, profile_steps: in
     code = reason_not_to_start(recipe, ranks)
     if code is not None:  # run.json stays as it is: the other process's, or the finished stage's
         return code
-    for line in warnings_of(recipe) if ranks.is_main else ():
-        logger.warning("%s", line)
+    if ranks.is_main:
+        for line in warnings_of(recipe) + workers_warning(recipe, len(os.sched_getaffinity(0))):
+            logger.warning("%s", line)
     status.write("starting")
     preemption = Preemption(status.folder)
     try:

@@ -191,6 +191,7 @@ def test_the_cli_reference_does_not_depend_on_the_machine(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 77)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert generate.cli_page() == page and "`number of cores`" in page
+    assert "### python -m data_tools.annotate\n\nIn short: `soundwave annotate`. Write a manifest" in page
 
 
 def test_finding_parsers_changes_nothing_in_this_process():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from core.options import choice, location, names_or_pattern, number, numbers, problems, text
 from model.config import SoundwaveConfig, official_switches
 from recipe.config import HealthConfig, Recipe, RecipeError, known_keys, load_recipe
-from train.checks import check, warnings_of
+from train.checks import check, warnings_of, workers_warning
 from train.health import Health
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -447,6 +447,14 @@ def test_rules_of_a_field_are_checked_where_it_is_declared():
 def test_the_window_of_the_health_check_is_as_long_as_it_needs():
     window = next(field for field in dataclasses.fields(HealthConfig) if field.name == "window")
     assert window.metadata["least"] == Health.MINIMUM
+
+
+def test_more_workers_than_cores_are_a_warning():
+    recipe = Recipe()
+    recipe.data.workers = 4
+    assert workers_warning(recipe, 4) == []
+    assert workers_warning(recipe, 2) == ["data.workers=4, but a rank has 2 cores here: give data.workers=1"]
+    assert "1 core here: give data.workers=1" in workers_warning(recipe, 1)[0]
 
 
 def test_a_warm_up_that_never_ends_is_a_warning():
