@@ -173,6 +173,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         token = token_of(options)
         sock = bound_socket(options.host, options.port)
+        artifact.describe(options.model)
+        log = logs.set_up("DEBUG" if options.verbose else "INFO")
+        name = options.name or name_of(options.model)
+        log.info("loading", extra={"model": name})
         model = artifact.load(
             options.model,
             encoder=options.encoder,
@@ -194,9 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"warning: whoever reaches {options.host} can use this server, unencrypted{open_to_all}: put a "
             "proxy with TLS before it"
         )
-    log = logs.set_up("DEBUG" if options.verbose else "INFO")
     limits = Limits(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Limits)})
-    name = options.name or name_of(options.model)
     server = Server(model, name, limits, token=token, batching=not options.no_batching, vllm=vllm)
     server.warm_up()
 

@@ -237,7 +237,7 @@ class Planner:
         flops = self.step_flops()
         hours = self.hours() * self.count
         petaflop = f"{flops / 1e15:.2f}" if flops > 1e13 else f"{flops / 1e15:.1g}"
-        time = f"{hours:,.1f} hours" if hours >= 0.1 else duration(3600 * hours)
+        time = f"{hours:,.1f} hours" if hours >= 0.1 else duration(max(1, 3600 * hours))
         return (
             f"arithmetic: {petaflop} PFLOP a step (clips of 10 s), {time} of one "
             f"{self.gpu.device} in all if {UTILISATION:.0%} of {self.gpu.peak / 1e12:.0f} TFLOP/s are "
