@@ -239,6 +239,8 @@ class Checkpoints:
                 path, _ = engine.load_checkpoint(
                     str(source.parent), tag=source.name, load_module_strict=False
                 )
+                if convert:
+                    self._load_starts(engine.module, folder)
         except (
             _WRONG_CONTENT
         ) as error:  # its files have their hashes, so somebody else has written them like that
@@ -257,6 +259,15 @@ class Checkpoints:
         for group, own in zip(engine.optimizer.param_groups, groups, strict=True):
             group.update(own)
         untie_step_counters(engine.optimizer)
+
+    def _load_starts(self, model: torch.nn.Module, folder: Path) -> None:
+        """Read where LoRA started (model/lora_init.py), which DeepSpeed's universal format leaves out, from a
+        checkpoint's own files; every rank's has all of it."""
+        if own := starts(model):
+            file = min(folder.glob("*mp_rank_00_model_states.pt"))
+            state = torch.load(file, map_location="cpu", weights_only=True)["module"]
+            for name, start in own.items():
+                start.copy_(state[name])
 
     def load_average(self, average: WeightAverage | None, folder: Path) -> None:
         """Read this rank's averaged weights; without them (`optim.ema_decay` is new, and accepted) the
