@@ -57,6 +57,8 @@ class MixtureConfig:
     tau_start: float = number(1.0, above=0)
     tau_end: float = number(1.0, above=0)
     task_weights: dict[str, float] = field(default_factory=dict)  # explicit probabilities instead of sizes
+    # Audio of a language within a task in proportion to hours^alpha: 1 by hours, 0 equal; null: by size.
+    language_alpha: float | None = number(None, least=0, most=1)
 
 
 @dataclass

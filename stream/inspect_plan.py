@@ -16,7 +16,7 @@ from core.command_line import CommandParser
 from recipe.config import Recipe, RecipeError, load_recipe
 from stream.assign import Budgets, assign, padded_cost
 from stream.epochs import resolve_steps
-from stream.plan import UNITS_PER_SECOND, Plan, UnindexedPlan, mix64
+from stream.plan import NO_LANGUAGE, UNITS_PER_SECOND, Plan, UnindexedPlan, mix64
 
 
 def effective_number(labels: np.ndarray) -> float:
@@ -68,6 +68,25 @@ def describe_sources(plan: Plan, steps: int) -> list[dict]:
             }
         )
     return rows
+
+
+def language_lines(plan: Plan | UnindexedPlan, steps: int) -> list[str]:
+    """Return the table of languages of a stage, its title first; nothing without language_alpha."""
+    if isinstance(plan, UnindexedPlan) or not (rows := plan.language_table(steps)):
+        return []
+    alpha = plan.data.mixture.language_alpha
+    lines = [
+        "",
+        f"languages, data.mixture.language_alpha={alpha:g}",
+        f"{'language':32} {'hours':>10} {'of audio':>8} {'passes':>7}",
+    ]
+    lines += [
+        f"{row['language'][:32]:32} {row['hours']:10,.2f} {row['share']:8.1%} {row['passes']:7.2f}"
+        for row in rows
+    ]
+    if any(row["language"] == NO_LANGUAGE for row in rows):
+        lines.append(f"{NO_LANGUAGE}: samples that were packed without `lang`")
+    return lines
 
 
 def describe_step(plan: Plan, step: int, ranks: int) -> dict:
@@ -182,6 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
             "fingerprint": plan.fingerprint,
             "shuffle_quality": shuffle_quality(plan),
             "sources": describe_sources(plan, recipe.optim.total_steps),
+            "languages": plan.language_table(recipe.optim.total_steps),
             "excluded": excluded,
             "steps": [describe_step(plan, step, options.ranks) for step in shown],
         }
@@ -192,11 +212,12 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(facts) if options.json else report(facts, recipe, options.ranks))
+    languages = language_lines(plan, recipe.optim.total_steps)
+    print(json.dumps(facts) if options.json else report(facts, recipe, options.ranks, languages))
     return 0
 
 
-def report(facts: dict, recipe: Recipe, ranks: int) -> str:
+def report(facts: dict, recipe: Recipe, ranks: int, languages: list[str]) -> str:
     lines = [
         f"stage {recipe.stage}: {recipe.optim.total_steps} steps of {recipe.data.batch_seconds:g} s on "
         f"{ranks} "
@@ -215,6 +236,7 @@ def report(facts: dict, recipe: Recipe, ranks: int) -> str:
     for row in facts["excluded"]:
         lines.append(f"  left out of {row['corpus']}: {row['utterances']:,} x {row['reason']}")
     lines += [
+        *languages,
         "",
         f"{'step':>6} {'utterances':>10} {'audio s':>8} {'longest':>7} {'padding':>7} {'micro':>5} "
         f"{'imbalance':>9} "

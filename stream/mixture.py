@@ -5,6 +5,9 @@ utterances), tau moving linearly over the stage from `tau_start` to `tau_end`: 1
 large is balanced. Nothing is drawn at random: a source owns a fixed number of cost units (milliseconds of
 audio) of every step, so that the units it has given before step s are a prefix sum over the schedule, known
 for any s without visiting the steps before.
+
+With `language_alpha` a source is one language of one task of one corpus, and the languages of a task have
+audio in proportion to hours^alpha (XLS-R's sampling of languages; Babu et al. 2022, section 3.1).
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ class Mixture:
     """Cost units of every source before any step.
 
     tasks [C], counts [C] (utterances), mean_cost [C] (units per utterance), weights [C] (the corpus' explicit
-    weight within its task, or None) describe the C sources; `units` is the budget of one step.
+    weight within its task, or None), languages [C] (with language_alpha) describe the C sources; `units` is
+    the budget of one step.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class Mixture:
         weights: list[float | None],
         units: int,
         steps: int,
+        languages: list[str] | None = None,
     ):
         if config.tau_start <= 0 or config.tau_end <= 0:
             raise RecipeError(
@@ -57,7 +62,10 @@ class Mixture:
         self._mean_cost = np.asarray(mean_cost, dtype=np.float64)
         self._task_counts = np.bincount(self._task_of, counts, minlength=len(self.tasks))
         self._explicit = self._explicit_probabilities()
-        self._within = self._shares_within(tasks, counts, weights)
+        if config.language_alpha is None or languages is None:
+            self._within = self._shares_within(tasks, counts, weights)
+        else:
+            self._within = self._language_shares(tasks, languages, counts, weights, config.language_alpha)
         moves = self._explicit is None and config.tau_start != config.tau_end and len(self.tasks) > 1
         # [S + 1, C] units before each step while the schedule moves; a single row where it does not.
         rates = self._rates(np.arange(self.steps + 1) if moves else np.array([0]))
@@ -101,6 +109,25 @@ class Mixture:
                 share = np.array(given, dtype=np.float64)
             shares[members] = share / share.sum()
         return shares
+
+    def _language_shares(
+        self,
+        tasks: list[str],
+        languages: list[str],
+        counts: np.ndarray,
+        weights: list[float | None],
+        alpha: float,
+    ) -> np.ndarray:
+        """Share of each source among its task's utterances, such that the audio of the task's languages is in
+        proportion to hours^alpha. Sources of one task and language share by size, or by weight."""
+        shares = self._shares_within(tasks, counts, weights)
+        pairs = list(zip(tasks, languages, strict=True))
+        for pair in sorted(set(pairs)):
+            members = [at for at, other in enumerate(pairs) if other == pair]
+            shares[members] /= shares[members].sum()
+            hours = (counts[members] * self._mean_cost[members]).sum()
+            shares[members] *= hours**alpha / (shares[members] * self._mean_cost[members]).sum()
+        return shares / np.bincount(self._task_of, shares)[self._task_of]
 
     def probabilities(self, steps: np.ndarray) -> np.ndarray:
         """Share of each source among the utterances of a step. steps [S] -> [S, C]; rows sum to 1."""

@@ -36,6 +36,7 @@ import numpy as np
 
 import core.keys
 from core.console import shown
+from core.languages import language_code
 from core.object_store import is_folder_url, is_store_url
 from data_tools.shards import ShardError, ShardIndex
 from model.compressors import compressor_of
@@ -68,6 +69,7 @@ SPOKEN_CHARACTERS_PER_SECOND = (
 TEMPLATE_POSITIONS = 48  # chat template and default instruction
 CHARACTERS_PER_TOKEN = 3.0  # where pack counted no tokens; on the safe side for English (about 4)
 _PLAN_COLUMNS = ("shard", "audio_size", "duration", "characters", "target_characters", "task")
+NO_LANGUAGE = "none"  # the group of samples without a language, with data.mixture.language_alpha
 _INDEX_CHUNK = 1 << 15  # rows (2 MB): a chunk stays in the processor's cache while its columns are taken out
 _RELEASE_CHUNKS = 32
 LOGGER = logging.getLogger(__name__)
@@ -209,6 +211,11 @@ class UnindexedPlan:
         if mixture.tau_start != mixture.tau_end or mixture.task_weights:
             raise RecipeError(
                 "data.mixture needs an index: give streamed corpora a `weight` each, or pack them"
+            )
+        if mixture.language_alpha is not None:
+            raise RecipeError(
+                "data.mixture.language_alpha needs an index, which has the hours of each language: pack the "
+                "corpora, or leave it unset"
             )
         if data.cache_features:
             raise RecipeError("data.cache_features needs an index: pack the corpora, or leave it unset")
@@ -400,18 +407,24 @@ class Plan:
     ):
         self.indexes, self.data, self.stage, self.model = indexes, data, stage, model
         self.excluded: list[Excluded] = []
-        self.names: list[str] = []  # of the sources: "folder/task"
+        self.names: list[
+            str
+        ] = []  # of the sources: "folder/task", with language_alpha "folder/task/language"
         self.orders: list[SourceOrder] = []
         self.corpus_of: list[int] = []
+        self.languages: list[str] = []  # of the sources, with data.mixture.language_alpha; else empty
         tasks, weights = [], []
         names = corpus_names(data.train)
         for number, (corpus, index, name) in enumerate(zip(data.train, indexes, names, strict=True)):
-            for task, rows, units, shard_of in self._sources(number, corpus, index):
-                key = f"{index.fingerprint}/{task}"
+            for task, language, rows, units, shard_of in self._by_language(number, corpus, index):
+                suffix = task if language is None else f"{task}/{language}"
+                key = f"{index.fingerprint}/{suffix}"
                 self.orders.append(
                     SourceOrder(index, rows, units, shard_of, key, data.seed, data.shuffle_window_shards)
                 )
-                self.names.append(f"{name}/{task}")
+                self.names.append(f"{name}/{suffix}")
+                if language is not None:
+                    self.languages.append(language)
                 self.corpus_of.append(number)
                 tasks.append(task)
                 weights.append(corpus.weight)
@@ -436,6 +449,7 @@ class Plan:
             weights,
             int(round(data.batch_seconds * UNITS_PER_SECOND)),
             steps,
+            self.languages or None,
         )
         rates = self.mixture.before(1)
         for order, rate in zip(self.orders, rates.tolist(), strict=True):
@@ -457,6 +471,8 @@ class Plan:
             facts.append([corpus.share for corpus in data.train])
         if any(corpus.share_from for corpus in data.train):
             facts.append([corpus.share_from for corpus in data.train])
+        if data.mixture.language_alpha is not None:
+            facts.append({"language_alpha": data.mixture.language_alpha})
         self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     @classmethod
@@ -513,6 +529,26 @@ class Plan:
         for place in wanted:
             if counts[place]:
                 yield index.tasks[place], *(column[: counts[place]] for column in columns.pop(place))
+
+    def _by_language(self, number: int, corpus: Corpus, index: ShardIndex):
+        """(task, language, rows, units, shards) of the sources of one corpus. With language_alpha a task is
+        cut by the language of its samples, however the folder mixes them; else the language is None."""
+        by_language = self.data.mixture.language_alpha is not None
+        codes = [language_code(lang) or NO_LANGUAGE for lang in index.langs]
+        for task, *columns in self._sources(number, corpus, index):
+            if not by_language:
+                yield task, None, *columns
+                continue
+            places = np.empty(len(columns[0]), index.samples["lang"].dtype)
+            for start in range(0, len(places), _INDEX_CHUNK):
+                here = slice(start, start + _INDEX_CHUNK)
+                places[here] = index.samples["lang"][columns[0][here]]
+                if start // _INDEX_CHUNK % _RELEASE_CHUNKS == 0:
+                    _release(index.samples)
+            for code in sorted({codes[place] for place in np.unique(places)}):
+                same = [place for place, other in enumerate(codes) if other == code]
+                mask = np.isin(places, same)
+                yield task, code, *(column[mask] for column in columns)
 
     def global_batch(self, step: int) -> np.ndarray:
         """The ordered utterances of one optimizer step, all ranks together: PLANNED [N], N >= 1."""
@@ -573,6 +609,25 @@ class Plan:
             name: float(units / order.total)
             for name, units, order in zip(self.names, before, self.orders, strict=True)
         }
+
+    def language_table(self, steps: int) -> list[dict[str, Any]]:
+        """Return {language, hours, share, passes} of each language over a stage of `steps`: its share of the
+        audio, and how often its data is seen. Most hours first; empty without language_alpha."""
+        given = self.mixture.before(steps)
+        rows = []
+        for language in sorted(set(self.languages)):
+            members = [at for at, other in enumerate(self.languages) if other == language]
+            units = sum(self.orders[at].total for at in members)
+            seen = int(given[members].sum())
+            rows.append(
+                {
+                    "language": language,
+                    "hours": units / UNITS_PER_SECOND / 3600,
+                    "share": seen / max(int(given.sum()), 1),
+                    "passes": seen / units,
+                }
+            )
+        return sorted(rows, key=lambda row: -row["hours"])
 
     def shares(self, step: int) -> dict[str, float]:
         """Share of each source among the utterances of `step`, by name."""

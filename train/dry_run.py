@@ -26,6 +26,7 @@ from model.soundwave import Soundwave
 from recipe.config import Recipe, RecipeError
 from recipe.stages import NotThereYet, initial_folder, losses_of, stage_folder, stage_of
 from stream.epochs import resolve_steps
+from stream.inspect_plan import language_lines
 from stream.plan import Plan, is_plain_stream, load_index
 from train import deepspeed_config
 from train.checkpoint import compatibility
@@ -171,14 +172,16 @@ def _not_packed(folder: Path) -> str:
     return "has no index.json; pack it with data_tools/pack.py"
 
 
-def _epochs(recipe: Recipe, ready: bool, data_hours: float | None) -> dict[str, float]:
-    """Epochs of each source if the data is packed, else over the hours that are given."""
+def _epochs(recipe: Recipe, ready: bool, data_hours: float | None) -> tuple[dict[str, float], list[str]]:
+    """Epochs of each source if the data is packed, else over the hours that are given; and, with
+    data.mixture.language_alpha, the table of languages."""
     steps = recipe.optim.total_steps
     if ready:
-        return Plan.open(recipe.data, recipe.stage, steps).passes(steps)
+        plan = Plan.open(recipe.data, recipe.stage, steps)
+        return plan.passes(steps), language_lines(plan, steps)
     if data_hours is not None:
-        return {f"{data_hours:g} h": steps * recipe.data.batch_seconds / 3600 / data_hours}
-    return {}
+        return {f"{data_hours:g} h": steps * recipe.data.batch_seconds / 3600 / data_hours}, []
+    return {}, []
 
 
 def _activation_line(recipe: Recipe, model: Soundwave, zero_stage: int) -> str:
@@ -270,7 +273,8 @@ def dry_run(
     epochs = f" (optim.epochs={recipe.optim.epochs:g})" if recipe.optim.epochs else ""
     print(f"{plural(steps, 'step')}{epochs} x {seconds:g} s of audio = {steps * seconds / 3600:,.1f} hours")
     ready = not any(line.startswith("data") for line in absent)
-    for line in plan.lines(_epochs(recipe, ready, data_hours), brief=gpu is None):
+    passes, languages = _epochs(recipe, ready, data_hours)
+    for line in [*plan.lines(passes, brief=gpu is None), *languages]:
         print(line)
     if is_finished:
         print(

@@ -176,6 +176,7 @@ def test_json_of_others_costs_its_sample_not_the_run(
 def test_settings_that_need_an_index_are_named(packed):
     for change, words in (
         ({"mixture": MixtureConfig(tau_end=2.0)}, "data.mixture needs an index"),
+        ({"mixture": MixtureConfig(language_alpha=0.5)}, "data.mixture.language_alpha needs an index"),
         ({"cache_features": "x"}, "data.cache_features needs an index"),
     ):
         with pytest.raises(RecipeError, match=words):
