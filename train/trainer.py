@@ -363,7 +363,7 @@ class Trainer:
 
     def _log_validation(self, result: dict) -> None:
         step = self.progress.step
-        samples, clip = result.pop("samples"), result.pop("clip")
+        samples, clip, table = result.pop("samples"), result.pop("clip"), result.pop("language_table", "")
         self.log.line("valid", step, {**result, "samples": samples[:8]})
         if clip:
             inspection, reference, hypothesis = clip
@@ -386,6 +386,8 @@ class Trainer:
                 f"{score_label(name)} {score_text(name, result[name])}" for name in dict.fromkeys(names)
             )
             logger.info("step %d: validation%s %s", step, averaged, scores)
+            if table:
+                logger.info("step %d: validation by language\n%s", step, table)
 
     @functools.cached_property
     def _clip_mel(self) -> torch.Tensor | None:

@@ -30,6 +30,7 @@ from recipe.stages import Stage, losses_of
 from stream import validation_samples, validation_stream
 from stream.selection import share_of_each
 from train.engine import Engine, weighted_sum
+from train.language_scores import LanguageErrors, language_table
 from train.step_counts import all_reduce
 
 MAX_NEW_TOKENS = 128
@@ -207,7 +208,8 @@ def fixed_clip(batches: ValidationSet, audio_id: int) -> tuple[int, int, int]:
 
 def validate(engine: Engine, batches: ValidationSet, tokenizer, ranks: Ranks) -> dict[str, Any]:
     """{"loss", each loss by name, "wer", "cer", "mer", "words", the tasks' scores (bleu, accuracy ...), the
-    same of each named set as "SET/wer", "samples": [(reference, hypothesis), ...], "clip": (inspection,
+    same of each named set as "SET/wer", of each of several languages as "language/de/wer", "language_table":
+    the latter as text, "samples": [(reference, hypothesis), ...], "clip": (inspection,
     reference, hypothesis) or None}; numbers over all ranks, samples and clip of this one. An error rate is
     missing where the references hold no words. A batch without references fills up a rank's share: computed,
     for the collectives of ZeRO-3, and not counted.
@@ -218,6 +220,7 @@ def validate(engine: Engine, batches: ValidationSet, tokenizer, ranks: Ranks) ->
     sums = {part: [0.0] * (2 * len(names) + 2 * len(RATES)) for part in parts}
     samples, written = [], []
     rows: list[tuple[str, dict]] = []
+    by_language = LanguageErrors()
     with engine.whole_model() as synced:
         for entry in tqdm(batches, desc="validate", unit="batch", leave=False, disable=not ranks.is_main):
             batch, references = entry.batch.to(ranks.device), entry.references
@@ -243,6 +246,7 @@ def validate(engine: Engine, batches: ValidationSet, tokenizer, ranks: Ranks) ->
                     for number in word_errors(references, hypotheses, batch.languages, unit)
                 ]
                 sums[entry.part] = [a + b for a, b in zip(sums[entry.part], local, strict=True)]
+                by_language.add(batch, references, hypotheses, all_tasks=stage.score == "ctc")
                 samples += list(zip(references, hypotheses, strict=False))
                 if stage.score == "generate":
                     rows += [(entry.part, row) for row in prediction_rows(entry.samples or [], hypotheses)]
@@ -267,7 +271,10 @@ def validate(engine: Engine, batches: ValidationSet, tokenizer, ranks: Ranks) ->
     for part in filter(None, parts):
         own = {**_scores(by_part[part], engine.losses), **task_scores.get(part, {})}
         result |= {f"{part}/{name}": value for name, value in own.items()}
-    return {**result, "samples": samples, "clip": clip}
+    languages = by_language.total()
+    result |= (scores := languages.scores())
+    table = language_table(scores, languages.utterances)
+    return {**result, "samples": samples, "clip": clip, "language_table": table}
 
 
 def _scores(sums: list[float], losses: dict[str, float]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from recipe.stages import STAGES
 from tests.train.ranks import Server
 from tests.train.tiny import workspace
 from train.checkpoint import compatibility
-from train.validate import ValidationBatch, validate
+from train.validate import ValidationBatch, score_label, validate
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -127,6 +128,69 @@ def test_named_sets_have_scores_of_their_own_and_the_whole_has_all():
     result = validate(engine, batches, None, Ranks(0, 1, 0, 1, "cpu"))
     assert (result["a/wer"], result["b/wer"], result["wer"]) == (1 / 2, 0, 1 / 5)
     assert (result["a/loss"], result["b/loss"], result["loss"]) == (4.0, 2.0, 3.0)
+
+
+def test_several_languages_have_an_error_rate_each():
+    """German by words, 1 of 4 and 1 of 2; Chinese by characters, 1 of 4; two spellings are one language."""
+    written = [["der hund liegt", "你好世间"], ["das meer"]]
+    engine = SimpleNamespace(
+        stage=STAGES["alignment"],
+        losses={"ctc": 1.0},
+        model=Spoken(written, [1.0, 1.0]),
+        whole_model=lambda: nullcontext(False),
+    )
+    batches = [
+        ValidationBatch(
+            replace(batch_of(2, 2), languages=["de", "zh-CN"]), ["der hund liegt da", "你好世界"]
+        ),
+        ValidationBatch(replace(batch_of(1, 1), languages=["de_DE"]), ["das haus"]),
+    ]
+    result = validate(engine, batches, None, Ranks(0, 1, 0, 1, "cpu"))
+    assert {name: value for name, value in result.items() if name.startswith("language/")} == {
+        "language/de/wer": 2 / 6,
+        "language/zh/cer": 1 / 4,
+    }
+    assert [line.split() for line in result["language_table"].splitlines()[2:]] == [
+        ["de", "2", "WER", "33.3", "%"],
+        ["zh", "1", "CER", "25.0", "%"],
+    ]
+    assert score_label("language/de/wer") == "language/de/WER"
+
+
+def test_a_single_language_has_no_table():
+    engine = SimpleNamespace(
+        stage=STAGES["alignment"],
+        losses={"ctc": 1.0},
+        model=Spoken([["moon"]], [1.0]),
+        whole_model=lambda: nullcontext(False),
+    )
+    entry = ValidationBatch(replace(batch_of(1, 1), languages=["en"]), ["moon"])
+    result = validate(engine, [entry], None, Ranks(0, 1, 0, 1, "cpu"))
+    assert result["language_table"] == "" and not any(name.startswith("language/") for name in result)
+
+
+def test_languages_are_of_transcripts_where_the_llm_answers():
+    """The German translation is no German speech."""
+    samples = [
+        {"id": str(at), "task": task, "duration": 1.0, "text": text, "lang": lang, "response": text}
+        for at, (task, text, lang) in enumerate(
+            [("asr", "the wall", "en"), ("translation", "die mauer", "en"), ("asr", "le mur", "fr")]
+        )
+    ]
+    batch = replace(batch_of(3, 3), tasks=["asr", "translation", "asr"], languages=["en", "de", "fr"])
+    engine = SimpleNamespace(
+        stage=STAGES["sft"],
+        losses={"ce": 1.0},
+        model=Writes([["the ball", "nein", "le mur"]], [0.0]),
+        whole_model=lambda: nullcontext(False),
+    )
+    entry = ValidationBatch(batch, ["the wall", "die mauer", "le mur"], batch, samples)
+    tokenizer = SimpleNamespace(decode=lambda row, skip_special_tokens: row[0])
+    result = validate(engine, [entry], tokenizer, Ranks(0, 1, 0, 1, "cpu"))
+    assert {name: value for name, value in result.items() if name.startswith("language/")} == {
+        "language/en/wer": 0.5,
+        "language/fr/wer": 0.0,
+    }
 
 
 class Writes(Spoken):
