@@ -78,7 +78,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="added for each token of a hotword",
     )
     parser.add_argument("--hotwords-in-prompt", action="store_true", help="name them in the prompt, too")
-    parser.add_argument("--language", help="of the speech, e.g. en: decides what a word is")
+    parser.add_argument(
+        "--language",
+        help="of the speech, e.g. en: decides what a word is; the prompt names none, and none is detected",
+    )
     parser.add_argument(
         "--channels", choices=["mix", "split"], default="mix", help="split: each channel is a speaker"
     )
