@@ -199,7 +199,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """What argparse cannot tell, as argparse would say it (exit code 2)."""
+    """Check what argparse cannot, with its kind of error (exit code 2)."""
     options.corpus = [*options.corpus, *(f"manifest:{path}" for path in options.manifest)]
     del options.manifest
     if not options.corpus and not options.merge:

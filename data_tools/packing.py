@@ -220,7 +220,7 @@ class Packing:
                     clips, bad = future.result()
                     checked, broken = checked + clips, broken + bad
                 now = progress.value / 3600
-                # Durations that the corpus does not tell are guesses: the total moves when they turn out to
+                # Durations that the corpus does not give are guesses: the total moves when they turn out to
                 # be low.
                 display.total = max(display.total, now)
                 display.to(now, f"{plural(len(pending), 'shard')} left")

@@ -79,7 +79,7 @@ class Layout:
         return entry.group or f"{entry.corpus}/{entry.id}"
 
 
-_CLIPS = np.dtype([("clip", "<u8"), ("source", "<u4")])  # what tells apart samples of one id
+_CLIPS = np.dtype([("clip", "<u8"), ("source", "<u4")])  # distinguishes samples of one id
 _pack_id, _pack_clip = struct.Struct("<Q").pack, struct.Struct("<QL").pack
 _encode = msgspec.json.Encoder().encode
 _values = attrgetter(*ENTRY_FIELDS)

@@ -150,7 +150,7 @@ def _ark(rest: str) -> bytes:
     size = 8 + int.from_bytes(head[4:], "little")
     if size > _MAX_READ:
         raise ClipError(
-            "undecodable", f"the WAV at byte {offset} does not tell its size: write it to a file first"
+            "undecodable", f"the WAV at byte {offset} has no size in its header: write it to a file first"
         )
     return os.pread(file, size, int(offset))
 

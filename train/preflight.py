@@ -333,7 +333,7 @@ def one_line(error: object) -> str:
 
 
 def first_of_node(rank: int) -> bool:
-    """LOCAL_RANK does not tell: it is the GPU's number, and 0 on every rank where the site shows each rank
+    """LOCAL_RANK does not serve: it is the GPU's number, and 0 on every rank where the site shows each rank
     its own GPU alone."""
     if (
         "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ

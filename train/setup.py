@@ -72,6 +72,15 @@ def set_up(
     plan = open_data(recipe, stage)
     ds_config, row_limit = resolve_sizes(recipe, stage)
     topology = {"world_size": ranks.world_size, "zero_stage": deepspeed_config.stage_number(ds_config)}
+    if saved and saved.state["step"] == 0 and saved.state["topology"] != topology:
+        # Nothing is trained yet, and DeepSpeed cannot convert an optimizer that has made no step.
+        if ranks.is_main:
+            logger.info(
+                "%s is of step 0, and of other ranks or another ZeRO stage: starting at the beginning",
+                saved.folder,
+            )
+        checkpoints.delete_after(-1, None)
+        saved = None
     if saved:
         check_before_loading(recipe, plan, saved, topology)
     if ranks.is_main:

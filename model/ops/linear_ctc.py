@@ -111,7 +111,7 @@ def linear_argmax(
 def _checked(
     hidden: Tensor, weight: Tensor, input_lengths: Tensor, blank: int, extra_row: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What the shapes alone can tell; hidden in the dtype of the products."""
+    """Check shapes; return hidden in the dtype of the products."""
     if hidden.dim() != 3 or weight.dim() != 2 or hidden.shape[2] != weight.shape[1]:
         raise ValueError(
             f"linear_ctc: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit: they "

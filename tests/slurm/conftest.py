@@ -58,8 +58,8 @@ class Project:
         shutil.copytree(
             ROOT / "slurm", folder / "slurm", ignore=lambda _, names: filter(leftovers.fullmatch, names)
         )
-        for room in (*PACKAGES, "ds_configs"):
-            shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in (*PACKAGES, "ds_configs"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         self.edit_top_lines(TOP_LINES)
 
     def edit_top_lines(self, values: dict[str, object], scripts: str = "*.sh") -> None:

@@ -308,6 +308,22 @@ def test_another_zero_stage_is_refused(server, tiny, tmp_path):
     assert "set `deepspeed` to a ZeRO-3 configuration again" in text
 
 
+def test_stop_before_the_first_step_resumes_with_other_ranks(server, tiny, whole, tmp_path):
+    (tmp_path / "alignment").mkdir()
+    (tmp_path / "alignment" / "STOP").touch()
+    codes, text = train(server, tiny, tmp_path, "deepspeed=ds_configs/zero1.json", ranks=1)
+    assert codes == [85] and "stopped before step 0" in text, text
+    (tmp_path / "alignment" / "STOP").unlink(missing_ok=True)
+    codes, text = train(server, tiny, tmp_path)
+    first = tmp_path / "alignment" / "checkpoints" / "step-000000"
+    assert (
+        codes == [0, 0]
+        and f"{first} is of step 0, and of other ranks or another ZeRO stage: starting" in text
+    ), text
+    assert not first.exists()
+    assert_same_end(tmp_path, whole)
+
+
 def elastic(server, tiny, tmp_path, road: list[tuple[int, int | None]], *options, stage: int = 1) -> None:
     """road: (ranks, step after which they are stopped). Compares with two ranks that go the whole way."""
     name, output = STAGES[stage], tmp_path / "moved"

@@ -123,8 +123,8 @@ def is_best(best: object) -> bool:
 
 
 def saved_in_health(folder: Path) -> bool:
-    """Whether no step was skipped right before it was saved. True where that cannot be read: `verify` tells
-    of the damage."""
+    """Whether no step was skipped right before it was saved. True where that cannot be read: `verify` reports
+    the damage."""
     try:
         return read_state(folder)["health"]["consecutive"] == 0
     except (OSError, ValueError, KeyError, TypeError):
