@@ -90,7 +90,7 @@ def test_wrong_options_give_one_line(arguments, message, tmp_path):
     assert message in done.stderr and done.stderr.count("\n") == 1
 
 
-@pytest.mark.long  # five packs, three plans, three stages, an evaluation and an export: 14 processes
+@pytest.mark.slow  # five packs, three plans, three stages, an evaluation and an export: 14 processes
 def test_from_the_archives_tree_to_the_model_card(tmp_path):
     data, work = write_tree(tmp_path / "data"), tmp_path / "work"
     overrides = [
