@@ -28,7 +28,7 @@ def test_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert "6 passed" in done.stdout
+    assert "8 passed" in done.stdout
 
 
 BATCH = {
