@@ -148,7 +148,7 @@ def test_speed_measures_every_stage(folders, packed, tmp_path):
         assert result["clips"] == 3 and 0 < result["kept_per_second"] <= result["frames_per_second"]
         for clip in result["per_clip"]:
             assert clip["audio_path"] > 0
-            assert stage == "alignment" or clip["audio_path"] / 5 < clip["first_token"] <= clip["total"]
+            assert stage == "alignment" or 0 < clip["first_token"] <= clip["total"]
         assert ("first_token_ms_median" in result) is (stage == "shrinking")
 
 
