@@ -178,7 +178,7 @@ class ObjectStore:
         self._request({"do": "put", "name": name, "path": str(path)}).result()
 
     def names(self) -> list[str]:
-        """Return the names of objects below the URL, of many the first."""
+        """Return the names of objects below the URL, at most the first 1,000."""
         return json.loads(self.result(self._request({"do": "list", "name": ""})).data)
 
     def delete(self, name: str) -> None:

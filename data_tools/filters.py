@@ -235,7 +235,7 @@ def complete(entry: Entry, normalise: str = "raw") -> Rejection | None:
         answered = entry.response is not None or entry.messages or entry.label is not None
         entry.task = "text" if entry.audio is None else "chat" if answered else "asr"
     if entry.offset is None and not entry.duration:
-        entry.duration = None  # a corpus that writes 0 for unknown; known when decoded
+        entry.duration = None  # 0: unknown to the corpus; known once decoded
     if entry.audio is None and not entry.messages and not (entry.prompt and entry.response):
         return Rejection(
             entry.id,
@@ -281,7 +281,7 @@ def load_tokenizer(folder: str):
 
 def recording_of(entry: Entry) -> str | None:
     """What an entry was cut from: as the corpus says, else the file that it is in. The bare name, without
-    folders and extension, so that it does not matter from where a corpus is read. None where it is not known:
+    folders and extension, so that it does not matter from where a corpus is read. None where it is not known,
     as for a tar's member."""
     name = entry.recording or ("" if kind_of(entry.audio or "")[0] != "file" else entry.audio)
     return _bare(name) if name else None

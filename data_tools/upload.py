@@ -69,7 +69,8 @@ class Upload:
                 raise CorpusError(
                     f"{self.url} was begun with other options: finish it with those, or remove what is there"
                 )
-        ours = {_BEGUN, INDEX_NAME, TABLE_NAME, *_LISTS} if _BEGUN in there else set(_LISTS[:1])
+        # rejected.jsonl alone: of a command that found nothing to pack.
+        ours = {_BEGUN, INDEX_NAME, TABLE_NAME, *_LISTS} if _BEGUN in there else {"rejected.jsonl"}
         shard = re.compile(re.escape(name) + r"-\d{6,}\.tar") if _BEGUN in there else None
         strange = sorted(n for n in there if n not in ours and not (shard and shard.fullmatch(n)))
         if strange:

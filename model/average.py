@@ -40,9 +40,9 @@ def average(folders: list[Path], out: Path) -> Path:
     check_place(out)
     files = [ADAPTERS, *([LORA_FILE] if (folders[0] / LORA).is_dir() else [])]
     files += [TUNED[part] for part in descriptions[0].get("tuned", [])]
-    means = {file: _mean([folder / file for folder in folders]) for file in files}
     if takes_components(descriptions[0]["config"].get("llm", {}).get("lora_init", "default")):
         _check_same_start(folders)
+    means = {file: _mean([folder / file for folder in folders]) for file in files}
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

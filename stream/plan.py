@@ -407,9 +407,8 @@ class Plan:
     ):
         self.indexes, self.data, self.stage, self.model = indexes, data, stage, model
         self.excluded: list[Excluded] = []
-        self.names: list[
-            str
-        ] = []  # of the sources: "folder/task", with language_alpha "folder/task/language"
+        # Of the sources: "folder/task", with language_alpha "folder/task/language".
+        self.names: list[str] = []
         self.orders: list[SourceOrder] = []
         self.corpus_of: list[int] = []
         self.languages: list[str] = []  # of the sources, with data.mixture.language_alpha; else empty

@@ -120,9 +120,8 @@ class ModuleOrder:
         if is_called:
             self.events.append(Event(call, begins=False))
             if learns is None:
-                follows = bool(self._learning) and not isinstance(
-                    module, nn.Embedding
-                )  # looked up by position
+                is_table = isinstance(module, nn.Embedding)  # of positions, whose input has no gradient
+                follows = bool(self._learning) and not is_table
                 learns = follows or _has_trained(module, recurse=call.is_layer)
             if learns and call.needed and module is not only_forward:
                 self._learning.append(call)

@@ -261,9 +261,7 @@ def _llm_loss(model: Any, x: torch.Tensor, targets: int, on_gpu: bool) -> torch.
     rows_of_targets = hidden.flatten(0, 1)[at]
     if head.requires_grad:  # all logits of the targets exist
         return F.cross_entropy((rows_of_targets @ head.t()).float(), at, reduction="sum")
-    return HeadCrossEntropy.apply(
-        rows_of_targets, head, torch.empty(targets, device="meta", dtype=torch.int64)
-    )
+    return HeadCrossEntropy.apply(rows_of_targets, head, at)
 
 
 def activation_bytes(
@@ -356,9 +354,8 @@ def rank_memory(
     frozen = sum(n for n, learns in sizes if not learns)
     weight_bytes = 2 if recipe.model.dtype == "bfloat16" else 4
     states = states_per_rank(trained, frozen, ranks, zero_stage, weight_bytes)
-    states += weight_bytes * sum(
-        start.numel() for start in starts(model).values()
-    )  # buffers, whole on every rank
+    # Buffers, whole on every rank.
+    states += weight_bytes * sum(start.numel() for start in starts(model).values())
     quantised = saving(model.llm, recipe.model.llm.quantization, weight_bytes)
     states -= quantised.saved
     average = 4 * trained / ranks if recipe.optim.ema_decay is not None else 0.0  # beside the masters

@@ -333,8 +333,8 @@ def one_line(error: object) -> str:
 
 
 def first_of_node(rank: int) -> bool:
-    """LOCAL_RANK does not serve: it is the GPU's number, and 0 on every rank where the site shows each rank
-    its own GPU alone."""
+    """Whether this rank is the first of its node. Not by LOCAL_RANK, the GPU's number: it is 0 on every rank
+    where the site shows each rank its own GPU alone."""
     if (
         "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
     ):  # torchrun's ranks inherit torchrun's own

@@ -14,6 +14,14 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> tuple[str, str]:
+    """Folders of a tiny Whisper and of a tiny Llama, of the module's own."""
+    root = tmp_path_factory.mktemp("bases")
+    torch.manual_seed(0)
+    return tiny.whisper(root / "whisper"), tiny.llm(root / "llm", "llama")
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """Folders of a tiny Whisper and of a tiny LLM of each family, made when first asked for."""

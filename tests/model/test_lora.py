@@ -303,19 +303,6 @@ def test_dora_is_merged_as_peft_merges_it(family, tmp_path):
     torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory) -> tuple[str, str]:
-    root = tmp_path_factory.mktemp("bases")
-    torch.manual_seed(0)
-    return tiny.whisper(root / "whisper"), tiny.llm(root / "llm", "llama")
-
-
-def soundwave(bases: tuple[str, str], **lora) -> Soundwave:
-    config = tiny.config(*bases)
-    config.llm = LLMConfig(name=bases[1], **lora)
-    return Soundwave.build(config).eval()
-
-
 def logits(model: Soundwave) -> torch.Tensor:
     return model.llm(input_ids=torch.tensor([[1, 2, 3, 4, 5]])).logits
 
@@ -342,9 +329,9 @@ def randomise(model: Soundwave) -> Soundwave:
     ],
 )
 def test_lora_of_another_rank_and_scale_starts_with_the_same_function(bases, then, now, dora, tmp_path):
-    old = randomise(soundwave(bases, lora_dora=dora, **then))
+    old = randomise(tiny.soundwave(*bases, lora_dora=dora, **then))
     artifact.save(old, tmp_path / "old")
-    new = soundwave(bases, lora_dora=dora, **now)
+    new = tiny.soundwave(*bases, lora_dora=dora, **now)
     with torch.no_grad():
         fresh = logits(new)
     assert "lora" in artifact.load_trained(new, tmp_path / "old")
@@ -360,24 +347,24 @@ def test_lora_of_another_rank_and_scale_starts_with_the_same_function(bases, the
 
 
 def test_a_lower_rank_is_refused_and_merging_works(bases, tmp_path):
-    old = randomise(soundwave(bases, lora_r=4))
+    old = randomise(tiny.soundwave(*bases, lora_r=4))
     artifact.save(old, tmp_path / "old")
-    new = soundwave(bases, lora_r=2)
+    new = tiny.soundwave(*bases, lora_r=2)
     with pytest.raises(
         FolderError, match=r"has rank 4 .* asks for 2, .* --merge --with-encoder --out DIR"
     ) as found:
         artifact.check_fit(new, tmp_path / "old")
     assert "\n" not in str(found.value)
     merged = export(tmp_path / "old", tmp_path / "merged", merge=True, with_encoder=True)
-    new = soundwave((bases[0], str(merged / "llm")), lora_r=2)
+    new = tiny.soundwave(bases[0], str(merged / "llm"), lora_r=2)
     artifact.load_trained(new, merged)
     torch.testing.assert_close(logits(new), logits(old), rtol=1e-4, atol=1e-5)
 
 
 def test_dora_and_lora_do_not_start_from_each_other(bases, tmp_path):
-    artifact.save(soundwave(bases, lora_r=2, lora_dora=True), tmp_path / "old")
+    artifact.save(tiny.soundwave(*bases, lora_r=2, lora_dora=True), tmp_path / "old")
     with pytest.raises(FolderError, match="its LoRA does not fit model.llm"):
-        artifact.load_trained(soundwave(bases, lora_r=2), tmp_path / "old")
+        artifact.load_trained(tiny.soundwave(*bases, lora_r=2), tmp_path / "old")
 
 
 def test_lists_of_names_are_kept_as_they_are():

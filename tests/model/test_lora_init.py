@@ -148,17 +148,8 @@ def test_another_name_is_one_line(value):
 # ----------------------------------------------------------------------------------------------- model folders
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory) -> tuple[str, str]:
-    root = tmp_path_factory.mktemp("bases")
-    torch.manual_seed(0)
-    return tiny.whisper(root / "whisper"), tiny.llm(root / "llm", "llama")
-
-
 def soundwave(bases: tuple[str, str], **options) -> Soundwave:
-    config = tiny.config(*bases)
-    config.llm = LLMConfig(**{"name": bases[1], "lora_r": 4, "lora_init": "pissa", **options})
-    return Soundwave.build(config).eval()
+    return tiny.soundwave(*bases, **{"lora_r": 4, "lora_init": "pissa", **options})
 
 
 def logits(model: Soundwave) -> torch.Tensor:

@@ -109,17 +109,8 @@ def test_gradients_of_lora_are_those_of_the_dequantised_llm(kind, family, init):
 # ----------------------------------------------------------------------------------------------- model folders
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory) -> tuple[str, str]:
-    root = tmp_path_factory.mktemp("bases")
-    torch.manual_seed(0)
-    return tiny.whisper(root / "whisper"), tiny.llm(root / "llm", "llama")
-
-
 def soundwave(bases: tuple[str, str], **options) -> Soundwave:
-    config = tiny.config(*bases)
-    config.llm = LLMConfig(**{"name": bases[1], "lora_r": 4, "quantization": "torchao_int8", **options})
-    return Soundwave.build(config).eval()
+    return tiny.soundwave(*bases, **{"lora_r": 4, "quantization": "torchao_int8", **options})
 
 
 def logits(model: Soundwave) -> torch.Tensor:

@@ -23,17 +23,8 @@ ALL = ["lm_head", "embed_tokens", "norm"]
 COPIES = ("lm_head", "model.embed_tokens", "model.norm")
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory) -> tuple[str, str]:
-    root = tmp_path_factory.mktemp("bases")
-    torch.manual_seed(0)
-    return tiny.whisper(root / "whisper"), tiny.llm(root / "llm", "llama")
-
-
 def soundwave(bases: tuple[str, str], **options) -> Soundwave:
-    config = tiny.config(*bases)
-    config.llm = LLMConfig(**{"name": bases[1], "lora_r": 4, "lora_modules_to_save": ALL, **options})
-    return Soundwave.build(config).eval()
+    return tiny.soundwave(*bases, **{"lora_r": 4, "lora_modules_to_save": ALL, **options})
 
 
 def logits(llm: torch.nn.Module) -> torch.Tensor:

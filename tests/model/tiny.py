@@ -24,6 +24,7 @@ from core.ctc_text import ctc_target_ids
 from model.batch import Batch
 from model.config import AlignmentConfig, EncoderConfig, LLMConfig, SoundwaveConfig
 from model.prompt import chat_ids
+from model.soundwave import Soundwave
 
 LLAMA3 = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|pad|>")
 CHATML = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
@@ -205,6 +206,13 @@ def config(encoder: str, llm_folder: str, **alignment) -> SoundwaveConfig:
         llm=LLMConfig(name=llm_folder, lora_r=4),
         alignment=AlignmentConfig(**alignment),
     )
+
+
+def soundwave(encoder: str, llm_folder: str, **options) -> Soundwave:
+    """The whole network, for inference; options: of LLMConfig."""
+    made = config(encoder, llm_folder)
+    made.llm = LLMConfig(name=llm_folder, **options)
+    return Soundwave.build(made).eval()
 
 
 def batch(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,23 +21,21 @@ LOCK = ROOT / "install" / "locks" / "s3-server.txt"
 
 @pytest.fixture(scope="session")
 def s3_packages():
-    """moto's server in a folder of its own: its packages need other versions than ours."""
+    """moto's server in a folder of its own: its packages need other versions than ours. One process at a
+    time: test workers begin together."""
     digest = hashlib.sha256(LOCK.read_bytes()).hexdigest()[:12]
     folder = ROOT / ".cache" / "s3-server" / f"{digest}-{sys.version_info.minor}"
-    if not folder.exists():
-        unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        command += [
-            "--no-deps",
-            "--no-compile",
-            "--require-hashes",
-            "--target",
-            str(unfinished),
-            "-r",
-            str(LOCK),
-        ]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        unfinished.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            unfinished = folder.with_name(f".{folder.name}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            command += ["--no-deps", "--no-compile", "--require-hashes"]
+            command += ["--target", str(unfinished), "-r", str(LOCK)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            unfinished.rename(folder)
     return folder
 
 

@@ -89,16 +89,8 @@ def test_a_higher_rank_starts_with_the_product_of_the_old_one(server, root, zero
 @pytest.mark.parametrize("zero", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dora_trains_and_resumes_bit_equally(server, root, zero, dtype, tmp_path):
-    folders = []
-    for name, halves in (("once", [STEPS]), ("twice", [2, STEPS])):
-        for steps in halves:
-            arguments = [f"output={tmp_path / name}", f"deepspeed=ds_configs/zero{zero}.json"]
-            arguments += [f"model.dtype={dtype}", f"optim.steps={steps}", "model.llm.lora_dora=true"]
-            run = server.start([root / "recipe.yaml", *arguments, "init_from=fresh", *bases(root)], ranks=2)
-            assert run.wait() == [0, 0], run.text()
-        folders.append(lora(tmp_path / name / "shrinking" / "model"))
-    once, twice = folders
-    assert once.keys() == twice.keys() and all(torch.equal(once[name], twice[name]) for name in once)
+    options = ["model.llm.lora_dora=true", "init_from=fresh"]
+    once, _ = trained_once_and_resumed(server, root, tmp_path, zero, dtype, options)
     magnitudes = [value for name, value in once.items() if "magnitude" in name]
     weights = Soundwave.build(dora_config(root)).llm.state_dict()
     start = [value for name, value in weights.items() if "magnitude" in name]
@@ -109,6 +101,25 @@ def test_dora_trains_and_resumes_bit_equally(server, root, zero, dtype, tmp_path
 def bases(root: Path) -> list[str]:
     names = {"encoder": root / "whisper", "llm": root / "llm"}
     return [*(f"model.{part}.name={folder}" for part, folder in names.items()), "model.llm.lora_r=4"]
+
+
+def trained_once_and_resumed(
+    server, root: Path, tmp_path: Path, zero: int, dtype: str, options: list[str]
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Train stage 2 on two ranks at once, and to step 2 and then on. The LoRA must be equal to the bit. Return
+    it, and what the three runs printed."""
+    folders, texts = [], []
+    for name, ends in (("once", [STEPS]), ("twice", [2, STEPS])):
+        for steps in ends:
+            arguments = [f"output={tmp_path / name}", f"deepspeed=ds_configs/zero{zero}.json"]
+            arguments += [f"model.dtype={dtype}", f"optim.steps={steps}", *options, *bases(root)]
+            run = server.start([root / "recipe.yaml", *arguments], ranks=2)
+            assert run.wait() == [0, 0], run.text()
+            texts.append(run.text())
+        folders.append(lora(tmp_path / name / "shrinking" / "model"))
+    once, twice = folders
+    assert once.keys() == twice.keys() and all(torch.equal(once[name], twice[name]) for name in once)
+    return once, texts
 
 
 def dora_config(root: Path) -> SoundwaveConfig:
@@ -137,17 +148,8 @@ STARTED = ["model.llm.lora_init=pissa", "init_from=fresh"]
 @pytest.mark.parametrize(("zero", "dtype"), [(1, "bfloat16"), (2, "float32"), (3, "bfloat16")])
 def test_pissa_trains_and_resumes_bit_equally(server, root, zero, dtype, tmp_path):
     """Two ranks; the start is in the checkpoint, the folder's second half is the start."""
-    folders = []
-    for name, halves in (("once", [STEPS]), ("twice", [2, STEPS])):
-        for steps in halves:
-            arguments = [f"output={tmp_path / name}", f"deepspeed=ds_configs/zero{zero}.json"]
-            arguments += [f"model.dtype={dtype}", f"optim.steps={steps}", *STARTED, *bases(root)]
-            run = server.start([root / "recipe.yaml", *arguments], ranks=2)
-            assert run.wait() == [0, 0], run.text()
-            assert ("decomposing" in run.text()) == (steps == halves[0])  # not on resume
-        folders.append(lora(tmp_path / name / "shrinking" / "model"))
-    once, twice = folders
-    assert once.keys() == twice.keys() and all(torch.equal(once[name], twice[name]) for name in once)
+    once, texts = trained_once_and_resumed(server, root, tmp_path, zero, dtype, STARTED)
+    assert ["decomposing" in text for text in texts] == [True, True, False]  # not on resume
     config = SoundwaveConfig()
     config.encoder.name, config.dtype = str(root / "whisper"), dtype
     config.llm = LLMConfig(name=str(root / "llm"), lora_r=4, lora_init="pissa")
@@ -204,16 +206,7 @@ WHOLE = ["model.llm.lora_modules_to_save=[lm_head,embed_tokens,norm]", "init_fro
 @pytest.mark.slow
 @pytest.mark.parametrize(("zero", "dtype"), [(1, "bfloat16"), (2, "float32"), (3, "float32")])
 def test_whole_layers_train_and_resume_bit_equally(server, root, zero, dtype, tmp_path):
-    folders = []
-    for name, halves in (("once", [STEPS]), ("twice", [2, STEPS])):
-        for steps in halves:
-            arguments = [f"output={tmp_path / name}", f"deepspeed=ds_configs/zero{zero}.json"]
-            arguments += [f"model.dtype={dtype}", f"optim.steps={steps}", *WHOLE, *bases(root)]
-            run = server.start([root / "recipe.yaml", *arguments], ranks=2)
-            assert run.wait() == [0, 0], run.text()
-        folders.append(lora(tmp_path / name / "shrinking" / "model"))
-    once, twice = folders
-    assert once.keys() == twice.keys() and all(torch.equal(once[name], twice[name]) for name in once)
+    once, _ = trained_once_and_resumed(server, root, tmp_path, zero, dtype, WHOLE)
     copies = {name.removeprefix("base_model.model."): v for name, v in once.items() if "lora_" not in name}
     assert len(copies) == 3
     for name, value in copies.items():
@@ -261,17 +254,8 @@ QUANTISED = ["init_from=fresh", "model.llm.quantization=torchao_int8"]
 def test_a_quantised_llm_trains_and_resumes_bit_equally(server, root, zero, dtype, kind, tmp_path):
     needed = "bitsandbytes" if kind == "nf4" else "torchao"
     pytest.importorskip(needed, reason=f"{needed} is not installed (requirements-quantization.txt)")
-    folders = []
-    for name, halves in (("once", [STEPS]), ("twice", [2, STEPS])):
-        for steps in halves:
-            arguments = [f"output={tmp_path / name}", f"deepspeed=ds_configs/zero{zero}.json", *bases(root)]
-            arguments += [f"model.dtype={dtype}", f"optim.steps={steps}", "init_from=fresh"]
-            arguments += [f"model.llm.quantization={kind}", "optim.activation_checkpointing=true"]
-            run = server.start([root / "recipe.yaml", *arguments], ranks=2)
-            assert run.wait() == [0, 0], run.text()
-        folders.append(lora(tmp_path / name / "shrinking" / "model"))
-    once, twice = folders
-    assert once.keys() == twice.keys() and all(torch.equal(once[name], twice[name]) for name in once)
+    options = [f"model.llm.quantization={kind}", "optim.activation_checkpointing=true", "init_from=fresh"]
+    once, _ = trained_once_and_resumed(server, root, tmp_path, zero, dtype, options)
     assert all(value.any() for value in once.values())
     loaded = artifact.load(tmp_path / "once" / "shrinking" / "model")
     assert any(isinstance(module, QuantisedLinear) for module in loaded.modules())

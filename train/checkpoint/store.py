@@ -74,10 +74,8 @@ class Checkpoints:
         trained = sum(
             getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad
         )
-        frozen = sum(start.nbytes for start in starts(engine.module).values())
-        frozen *= (
-            self.ranks.world_size if engine.zero_optimization_stage() == 3 else 1
-        )  # a file for each rank
+        files = self.ranks.world_size if engine.zero_optimization_stage() == 3 else 1  # with the start
+        frozen = files * sum(start.nbytes for start in starts(engine.module).values())
         return int(1.05 * ((20 if averages else 16) * trained + frozen))
 
     def _average_file(self, folder: Path) -> Path:
