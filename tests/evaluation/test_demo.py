@@ -197,8 +197,6 @@ def models(folders):
 @pytest.fixture(scope="module")
 def started(models):
     """Stage -> the server and its address, in this process."""
-    for module in ("fastapi", "uvicorn", "prometheus_client"):
-        pytest.importorskip(module)
     with serving(models["alignment"], name="one") as one, serving(models["shrinking"], name="two") as two:
         yield {"alignment": one, "shrinking": two}
 

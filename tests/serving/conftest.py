@@ -73,8 +73,10 @@ def serving(
     vllm=None,
     **limits,
 ):
-    """Yields the server and its address."""
-    import uvicorn
+    """Yields the server and its address; skips the test without the extra `serve`."""
+    for module in ("fastapi", "prometheus_client"):
+        pytest.importorskip(module, reason="make setup EXTRAS=serve")
+    uvicorn = pytest.importorskip("uvicorn", reason="make setup EXTRAS=serve")
 
     from serving.app import Server
     from serving.limits import Limits
@@ -101,8 +103,6 @@ def serving(
 
 @pytest.fixture(scope="module")
 def server(model):
-    for module in ("fastapi", "uvicorn", "openai", "prometheus_client"):
-        pytest.importorskip(module)
     with serving(model) as started:
         yield started
 
